@@ -1,0 +1,225 @@
+"""The curator holds private records and answers releases; nothing else ever touches them.
+
+Without privacy a release is the exact sum, at full speed. With privacy every row is clipped, the ledger is written,
+and only then noise is drawn.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.errors import PrivacyError
+from perdure.memory import Memory, concatenate
+from perdure.privacy.mechanism import Mechanism, digest
+from perdure.queries import Query, as_params, exact_sum, gradient_rows, rows_of
+from perdure.records import Batch, Params
+from perdure.seeds import generator
+from perdure.strategy import Context, Forward, Plan
+from perdure.streams import Experience
+
+Losses = Callable[[Forward, Batch], Tensor]
+RELEASE_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure:
+    """Who is exposed in one experience, and how often: a function of public facts.
+
+    Args:
+        scope: partition name to the probability that one of its records enters a step.
+        rate: that probability. pool_size: declared number of records in the pool.
+    """
+
+    scope: Mapping[str, float]
+    rate: float
+    pool_size: int
+
+
+def exposure(experiences: Sequence[Experience], plan: Plan, *, batch_size: int, rate: float | None) -> Exposure:
+    """Exposure in the last of `experiences`, from declared sizes only.
+
+    One rate over new records and memory (joint pooling). Records of earlier experiences that may be in memory are
+    charged whether or not they were kept.
+    """
+    *past, current = [experience.train for experience in experiences]
+    pooled = [*past, current] if plan.pool == "all" else [current]
+    size = sum(records.declared_size for records in pooled)
+    exposed = {records.partition for records in pooled}
+    if plan.memory and past:
+        size += min(plan.memory.capacity, sum(records.declared_size for records in past))
+        exposed |= {records.partition for records in past}
+    chosen = min(1.0, batch_size / size) if rate is None else rate
+    return Exposure(scope=dict.fromkeys(sorted(exposed), chosen), rate=chosen, pool_size=size)
+
+
+class Curator:
+    """Holds the records of one party.
+
+    Args:
+        seed: of sampling and memory selection (without privacy).
+        client: the party's number; 0 when there is only one.
+        batch_size: new records a step.
+        mechanism: clips, charges and noises; None for exact sums.
+    """
+
+    def __init__(self, *, seed: int, client: int = 0, batch_size: int, mechanism: Mechanism | None = None) -> None:
+        self.memory = Memory()
+        self.private = mechanism is not None
+        self._seed, self._client, self._batch_size, self._mechanism = seed, client, batch_size, mechanism
+        self._rows: Batch | None = None
+
+    # ------------------------------------------------------------------ an experience
+
+    def open(self, experiences: Sequence[Experience], plan: Plan, context: Context, forward: Forward) -> None:
+        """Pool the records of the current experience (the last given), earlier ones and memory as planned."""
+        self.context, self._plan, self._experience, self._forward = context, plan, experiences[-1], forward
+        first = 0 if plan.pool == "all" else len(experiences) - 1
+        self._new = concatenate([Batch.current(e.train, e.index) for e in experiences[first:]])
+        self._stored = self.memory.rows if plan.memory and len(self.memory) else None
+        if self._mechanism and self._stored is not None:
+            self._stored = without(self._stored, self._new.ids)
+        self._rows = self._new if self._stored is None else concatenate([self._new, self._role(self._stored)])
+        rate = self._mechanism.privacy.sampling_rate if self._mechanism else None
+        self.exposure = exposure(experiences, plan, batch_size=self._batch_size, rate=rate)
+        self._orders: dict[str, tuple[int, Tensor]] = {}
+
+    def reserve(self, steps: range, start: str) -> None:
+        """Charge a block of steps to everyone exposed, before the first of them draws noise.
+
+        Args:
+            start: digest of everything but the records that determines what the steps do.
+        """
+        if self._mechanism:
+            self._mechanism.reserve(scope=self.exposure.scope, steps=steps, start=start, data=self._pool.tensors())
+
+    def sample(self, step: int) -> Batch:
+        """Rows of one step: Poisson over the whole pool under privacy, else shuffled, new and stored side by side."""
+        if self._mechanism:
+            coins = self._mechanism.coins(len(self._pool), step)
+            return self._pool.take(torch.nonzero(coins < self.exposure.rate).flatten().to(self._device))
+        index = self._shuffled("new", len(self._new), self._batch_size, step)
+        if self._stored is not None and self._plan.memory:
+            size = self._plan.memory.batch_size or self._batch_size
+            stored = self._shuffled("memory", len(self._stored), size, step)
+            index = torch.cat([index, stored + len(self._new)])
+        return self._pool.take(index.to(self._device))
+
+    def close(self, remember: Callable[[Forward, Batch], Mapping[str, Tensor]]) -> None:
+        """Offer the finished experience to memory and let go of its records."""
+        plan, index = self._plan.memory, self._experience.index
+        if plan:
+            new = self._current()
+            with torch.no_grad():
+                stored = {f"stored.{name}": value for name, value in remember(self._forward, new).items()}
+            new = Batch.from_tensors(new.tensors() | stored)
+            if self._mechanism:
+                offered = self.memory.offered + self._experience.train.declared_size
+                tags = self._mechanism.tags(new.ids)
+                self.memory.offer_by_coin(new, tags, min(1.0, plan.capacity / offered))
+                self.memory.offered = offered
+            else:
+                self.memory.offer(new, plan, generator(self._seed, "memory", self._client, index))
+        self._rows = self._stored = None
+
+    # ------------------------------------------------------------------ releases
+
+    def gradient(self, losses: Losses, params: Params, batch: Batch, step: int) -> Params:
+        """Mean gradient of the rows' losses; under privacy the noised sum of clipped ones over the expected size.
+
+        Guarantee: under privacy one record moves the sum by at most the clip norm, and the step was charged by
+        `reserve` before its noise is drawn.
+        """
+        if self._mechanism:
+            expected = self.exposure.rate * self.exposure.pool_size
+            rows = gradient_rows(losses, self._forward.module)
+            total = self._mechanism.gradient(rows, params, batch.tensors(), step=step)
+            return {name: value / expected for name, value in total.items()}
+        mean = (losses(self._forward, batch) * batch.valid).sum() / batch.valid.sum()
+        grads = torch.autograd.grad(mean, list(params.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(params, grads, strict=True))
+
+    def release(self, query: Query, *, clip_norm: float, purpose: str) -> Params:
+        """Sum over the current experience's records of clip(query(record), clip_norm), plus noise under privacy.
+
+        Args:
+            query: one row per record (see `perdure.queries`). purpose: its name in the ledger.
+            clip_norm: bound on the L2 norm of one record's row, all names together.
+        """
+        current, module = self._current(), self._forward.module
+        if self._mechanism is None:
+            return exact_sum(query, self._forward, current, RELEASE_CHUNK)
+        params = {name: value.detach() for name, value in module.named_parameters()}
+        return self._mechanism.release(
+            rows_of(query, module), params, current.tensors(), clip_norm=clip_norm, purpose=purpose,
+            partition=self._experience.train.partition, shapes=self._shapes(query, current),
+            start=digest(params).hex(),
+        )  # fmt: skip
+
+    def raw(self, reason: str) -> Batch:
+        """Hand out the pooled records themselves; refused under privacy.
+
+        Raises:
+            PrivacyError: under privacy, where it would make epsilon infinite.
+        """
+        if self._mechanism:
+            raise PrivacyError(
+                f"raw records were asked for ({reason}): that has no finite epsilon; ask for a release instead, "
+                "curator.release(query, clip_norm=...)"
+            )
+        return self._pool
+
+    @property
+    def clip_norm(self) -> float:
+        """The bound C on one record's gradient; infinite without privacy."""
+        return self._mechanism.privacy.clip_norm if self._mechanism else float("inf")
+
+    @property
+    def declared_size(self) -> int:
+        """Public number of records of the current experience."""
+        return self._experience.train.declared_size
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _pool(self) -> Batch:
+        if self._rows is None:
+            raise PrivacyError("the curator holds no open experience; call open() first")
+        return self._rows
+
+    @property
+    def _device(self) -> torch.device:
+        return self._pool.inputs.device
+
+    def _shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
+        """Positions of one batch in a fresh order every epoch; the last batch of an epoch may be smaller."""
+        epoch, i = divmod(step, -(-n // size))
+        if self._orders.get(what, (-1,))[0] != epoch:
+            place = ("order", what, self._client, self._experience.index, epoch)
+            self._orders[what] = (epoch, torch.randperm(n, generator=generator(self._seed, *place)))
+        return self._orders[what][1][i * size : (i + 1) * size]
+
+    def _role(self, stored: Batch) -> Batch:
+        """Mark rows as coming from memory, and match what is stored beside new rows with zeros."""
+        for name, value in stored.stored.items():
+            self._new = Batch.from_tensors(
+                self._new.tensors() | {f"stored.{name}": value.new_zeros(len(self._new), *value.shape[1:])}
+            )
+        return Batch.from_tensors(stored.tensors() | {"from_memory": torch.ones_like(stored.from_memory)})
+
+    def _current(self) -> Batch:
+        """Return the rows of the current experience alone, also where earlier ones are pooled with it."""
+        mine = self._new.tasks == self._experience.index
+        return self._new if bool(mine.all()) else self._new.take(mine)
+
+    def _shapes(self, query: Query, batch: Batch) -> dict[str, torch.Size]:
+        """Shapes of one row, from a synthetic record: an empty partition still gets its noise."""
+        blank = {n: torch.zeros(1, *t.shape[1:], dtype=t.dtype, device=t.device) for n, t in batch.tensors().items()}
+        answer = as_params(query(self._forward, Batch.from_tensors(blank)))
+        return {name: rows.shape[1:] for name, rows in answer.items()}
+
+
+def without(stored: Batch, ids: Tensor) -> Batch:
+    """Stored rows whose record is not among `ids`: a record is in a step at most once."""
+    return stored.take(~torch.isin(stored.ids, ids))

@@ -1,0 +1,56 @@
+"""What an explanation is, and how explainers ask a model for its outputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+
+Predict = Callable[[Tensor], Tensor]
+"""Inputs (rows, ...) to outputs (rows, outputs); each row of the result depends on its own input only."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attribution:
+    """How much every feature of every instance did for one output of the model.
+
+    Args:
+        values: (n, ...) in the shape of the inputs, in units of the model's output.
+        base: (n,) the output that the values start from.
+        targets: (n,) int64, the output that is explained.
+    """
+
+    values: Tensor
+    base: Tensor
+    targets: Tensor
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.values)} of shape {tuple(self.values.shape[1:])})"
+
+
+def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
+    """Output `targets[i]` of the model for each row, (rows,) float64."""
+    outputs = predict(rows)
+    if outputs.ndim != 2 or len(outputs) != len(rows):
+        raise ConfigError.of("predict(inputs).shape", tuple(outputs.shape), f"({len(rows)}, outputs)")
+    return outputs.gather(1, targets[:, None]).squeeze(1).double()
+
+
+@torch.no_grad()
+def chosen_targets(predict: Predict, inputs: Tensor, targets: Tensor | None, chunk: int) -> Tensor:
+    """Return the outputs to explain (n,): those given, else each instance's largest."""
+    if chunk < 1:
+        raise ConfigError.of("chunk", chunk, "1 or more rows")
+    if targets is None:
+        return torch.cat([predict(rows).argmax(1) for rows in torch.split(inputs, chunk)])
+    if targets.shape != inputs.shape[:1] or targets.dtype != torch.int64:
+        given = f"{tuple(targets.shape)} {targets.dtype}"
+        raise ConfigError.of("targets", given, f"({len(inputs)},) int64, one output per instance")
+    return targets.to(inputs.device)
+
+
+def seeded(generator: torch.Generator | None) -> torch.Generator:
+    """Return the generator given, else one with seed 0: the same explanation at every call."""
+    return torch.Generator().manual_seed(0) if generator is None else generator

@@ -1,0 +1,156 @@
+"""Local linear models of a model's output (LIME), for all instances of a batch at once."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.explain.attribution import Attribution, Predict, chosen_targets, scores, seeded
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalModel(Attribution):
+    """A linear model that stands in for the real one near each instance.
+
+    Args:
+        values: (n, ...) slopes: change of the output per unit of each input.
+        base: (n,) value of the local model at the instance.
+        targets: (n,) int64, the output that is explained.
+        fidelity: (n,) weighted R^2 of the local model on its perturbations; 1 is a perfect fit.
+    """
+
+    fidelity: Tensor
+
+
+def lime(
+    predict: Predict,
+    inputs: Tensor,
+    *,
+    targets: Tensor | None = None,
+    samples: int = 1000,
+    kernel_width: float | None = None,
+    noise_scale: float | Tensor = 1.0,
+    ridge: float = 1.0,
+    chunk: int = 8192,
+    generator: torch.Generator | None = None,
+) -> LocalModel:
+    """Slopes of a weighted ridge regression on Gaussian perturbations around each instance.
+
+        min_(a, b)  sum_k w_k (f(x + noise_scale * z_k) - a - <b, z_k>)^2 + ridge |b|^2
+        z_k ~ N(0, 1),  w_k = exp(-|z_k|^2 / (2 kernel_width^2)),  values = b / noise_scale
+
+    The perturbations come in opposite pairs and are drawn once: distances do not depend on the instance,
+    so one regression matrix serves all of them. No feature is left out for sparsity.
+
+    Guarantee: none of its own. With a model that was released under privacy it is post-processing, as long as
+    `noise_scale` is public: a scale measured on private records must be paid for as a query on them.
+
+    Args:
+        predict: (rows, ...) -> (rows, outputs), called without gradients.
+        inputs: (n, ...) instances to explain.
+        targets: (n,) int64 output to explain for each instance; None for its largest.
+        samples: perturbations per instance, an even number; n * samples forward rows.
+        kernel_width: in units of the noise; None for 0.75 * sqrt(features).
+        noise_scale: standard deviation of the perturbation in units of the inputs: a number, or one per
+            feature in the shape of an instance.
+        ridge: penalty on the slopes per unit of noise.
+        chunk: most rows in one forward pass.
+        generator: CPU generator that draws the perturbations; None for seed 0.
+
+    Returns:
+        LocalModel with slopes, value at the instance, and fidelity.
+
+    Raises:
+        ConfigError: when a value is not allowed.
+
+    >>> import torch
+    >>> linear = lambda rows: rows @ torch.tensor([[2.0], [-1.0]])
+    >>> lime(linear, torch.zeros(1, 2)).values.round(decimals=1)
+    tensor([[ 2., -1.]])
+
+    Source: Ribeiro, Singh, Guestrin 2016, "Why should I trust you?", section 3.
+    """
+    width = 0.75 * math.sqrt(inputs.shape[1:].numel()) if kernel_width is None else kernel_width
+    scale = _checked_scale(inputs, samples, width, noise_scale, ridge)
+    half = torch.randn(samples // 2, scale.numel(), generator=seeded(generator), dtype=torch.float64)
+    noise = torch.cat([half, -half])
+    weights = torch.exp(noise.square().sum(1) / (-2 * width**2))
+    if weights.sum() == 0:
+        raise ConfigError.of(
+            "kernel_width", width, f"about {math.sqrt(scale.numel()):.2g}; all weights are zero"
+        )
+    targets = chosen_targets(predict, inputs, targets, chunk)
+    outputs = _perturbed_outputs(predict, inputs, noise.view(-1, *scale.shape) * scale, targets, chunk)
+    slopes, base, fidelity = _local_model(outputs, noise, weights, ridge)
+    values = slopes.view(inputs.shape) / scale.to(inputs.device)
+    kept = {"values": values, "base": base, "fidelity": fidelity}
+    return LocalModel(targets=targets, **{name: value.to(inputs.dtype) for name, value in kept.items()})
+
+
+def _checked_scale(
+    inputs: Tensor, samples: int, width: float, noise_scale: float | Tensor, ridge: float
+) -> Tensor:
+    """Noise scale of every feature, float64 on the CPU, once all values are known to be allowed."""
+    if samples < 2 or samples % 2:
+        raise ConfigError.of("samples", samples, "an even number, 2 or more")
+    for name, value in (("kernel_width", width), ("ridge", ridge)):
+        if not 0 < value < math.inf:
+            raise ConfigError.of(name, value, "a positive number")
+    scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu")
+    if scale.ndim and scale.shape != inputs.shape[1:]:
+        shape = tuple(inputs.shape[1:])
+        raise ConfigError.of("noise_scale.shape", tuple(scale.shape), f"a number, or {shape}")
+    if not (scale > 0).all():
+        raise ConfigError.of("noise_scale", noise_scale, "positive numbers")
+    return scale.expand(inputs.shape[1:])
+
+
+@torch.no_grad()
+def _perturbed_outputs(
+    predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int
+) -> Tensor:
+    """Output of the model for every instance and perturbation, (n, samples) float64."""
+    shifts = shifts.to(inputs)
+    pairs = torch.arange(len(inputs) * len(shifts), device=inputs.device)
+    values = [
+        scores(
+            predict, inputs[pair // len(shifts)] + shifts[pair % len(shifts)], targets[pair // len(shifts)]
+        )
+        for pair in torch.split(pairs, chunk)
+    ]
+    return torch.cat(values).view(len(inputs), len(shifts))
+
+
+def _local_model(
+    outputs: Tensor, noise: Tensor, weights: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes per unit of noise (n, features), value at the instance (n,) and fidelity (n,), all float64."""
+    operator = _ridge_operator(noise, weights, ridge).to(outputs.device)
+    noise, weights = noise.to(outputs.device), weights.to(outputs.device)
+    # Opposite pairs have weighted mean zero, so the intercept is the weighted mean of the outputs.
+    base = outputs @ weights / weights.sum()
+    slopes = outputs @ operator.T
+    return slopes, base, weighted_r2(outputs, base[:, None] + slopes @ noise.T, weights)
+
+
+def _ridge_operator(noise: Tensor, weights: Tensor, ridge: float) -> Tensor:
+    """Matrix (features, samples) from outputs to the slopes of the weighted ridge regression."""
+    weighted = noise.T * weights
+    penalty = ridge * torch.eye(noise.shape[1], dtype=noise.dtype)
+    operator: Tensor = torch.linalg.solve(weighted @ noise + penalty, weighted)
+    return operator
+
+
+def weighted_r2(outputs: Tensor, fitted: Tensor, weights: Tensor) -> Tensor:
+    """Share of the weighted variance of each row that the fit explains, (n,); 1 for a constant row.
+
+    1 - sum_k w_k (y_k - fit_k)^2 / sum_k w_k (y_k - mean)^2
+    """
+    centred = outputs - (outputs @ weights / weights.sum())[:, None]
+    total = centred.square() @ weights
+    unexplained = (outputs - fitted).square() @ weights
+    # Below the rounding of a float32 model there is no variance to explain.
+    constant = total <= torch.finfo(torch.float32).eps ** 2 * (outputs.square() @ weights)
+    return torch.where(constant, 1.0, 1.0 - unexplained / total)

@@ -1,0 +1,149 @@
+"""The client: the same learner as anywhere, one block of its loop a round.
+
+    train            global parameters in, a block of the experience, parameters and the declared size out
+    train.finish     final global parameters in, consolidation and memory, the strategy's shared state out
+    query.partition  which partition this node holds
+
+A client's state (optimiser, strategy state, memory, ledger, key) never leaves it. It is kept on its own disk by
+exchange, so that a client that is asked again after a crash goes back to where it was and gives the identical reply.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from perdure.federated.grid import error_reply
+from perdure.federated.state import (
+    FRESH,
+    Seat,
+    client_folder,
+    from_record,
+    load_shared,
+    restore,
+    save,
+    sent,
+    shared,
+    to_record,
+)
+from perdure.learner import Learner
+from perdure.streams import Stream
+
+MakeParty = Callable[[int], tuple[Learner, Stream]]
+"""From a client's number to its freshly built learner and its own stream."""
+Handler = Callable[[Message, Context], Message]
+
+
+class Seats:
+    """Learners of the clients that live in this process, each at the exchange it has reached.
+
+    Args:
+        make: builds a client's learner and stream. folder: of the run; None to keep nothing on disk.
+    """
+
+    def __init__(self, make: MakeParty, folder: Path | None) -> None:
+        self._make, self._folder = make, folder
+        self._seats: dict[int, Seat] = {}
+        self.private = True
+
+    def take(self, client: int, exchange: int) -> Seat:
+        """The client as it stood after `exchange`; it must be put back, or it is built anew from the disk.
+
+        A learner that stands elsewhere (a failed exchange, another process) is not trusted: its ledger may be old.
+        """
+        seat = self._seats.pop(client, None)
+        if seat and seat.exchange == exchange != FRESH:
+            return seat
+        learner, stream = self._make(client)
+        self.private = learner.privacy is not None
+        learner.client = client
+        learner.folder = client_folder(self._folder, client) if self._folder else None
+        learner.prepare(stream)
+        return restore(learner, exchange)
+
+    def put(self, client: int, seat: Seat, exchange: int) -> None:
+        """Keep the client as it stands after `exchange`."""
+        save(seat, exchange)
+        self._seats[client] = seat
+
+
+def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
+    """Build the app that every client runs, on any engine.
+
+    Guarantee: under privacy a reply holds released parameters, released state and declared numbers, nothing else.
+
+    Args:
+        make: from a client's number to its freshly built learner and its stream; number and folder are set here.
+        folder: of the run; clients keep their state in `clients/003` below it. None keeps it in this process only.
+    """
+    app, seats = ClientApp(), Seats(make, folder)
+
+    def answering(handler: Handler) -> Handler:
+        @wraps(handler)
+        def handle(message: Message, context: Context) -> Message:
+            try:
+                return handler(message, context)
+            except Exception as error:
+                return error_reply(message, error, private=seats.private)
+
+        return handle
+
+    @app.query("partition")
+    @answering
+    def partition(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"metrics": MetricRecord({"partition": _number(context)})}), reply_to=message)
+
+    @app.train()
+    @answering
+    def train(message: Message, context: Context) -> Message:
+        task, seat = _opened(message, context, seats)
+        learner = seat.learner
+        block = learner.block(task["round"], task["rounds"])
+        if len(block):
+            learner.train(block)
+        seats.put(_number(context), seat, task["exchange"])
+        return _reply(message, learner, task, arrays=to_record(shared(learner.model)))
+
+    @app.train("finish")
+    @answering
+    def finish(message: Message, context: Context) -> Message:
+        task, seat = _opened(message, context, seats)
+        learner = seat.learner
+        learner.finish()
+        seats.put(_number(context), seat, task["exchange"])
+        return _reply(message, learner, task, state=to_record(sent(learner.state)))
+
+    return app
+
+
+def declared_size(learner: Learner, index: int) -> int:
+    """Public number of records that experience `index` is trained on."""
+    experiences = learner.stream.experiences
+    first = 0 if learner.plan(experiences[index]).pool == "all" else index
+    return sum(experience.train.declared_size for experience in experiences[first : index + 1])
+
+
+def _opened(message: Message, context: Context, seats: Seats) -> tuple[dict[str, int], Seat]:
+    """Bring the client to where the exchange starts: its own state, its records, and what the server sent."""
+    content = message.content
+    task = {name: int(cast(int, value)) for name, value in cast(ConfigRecord, content["task"]).items()}
+    seat = seats.take(_number(context), task["previous"])
+    learner = seat.learner
+    learner.begin(task["experience"])
+    load_shared(learner.model, from_record(cast(ArrayRecord, content["arrays"])))
+    if "state" in content:
+        new = from_record(cast(ArrayRecord, content["state"]))
+        learner.state = learner.state.replace({name: value.to(learner.device) for name, value in new.items()})
+    return task, seat
+
+
+def _reply(message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord) -> Message:
+    size = MetricRecord({"num-examples": declared_size(learner, task["experience"])})
+    return Message(RecordDict({**records, "metrics": size}), reply_to=message)
+
+
+def _number(context: Context) -> int:
+    return int(cast(int, context.node_config["partition-id"]))

@@ -1,0 +1,275 @@
+"""The one adapter to what Flower keeps private: engines, and what must be put back after a run.
+
+`Grid` is Flower's word for the server's view of the nodes. `InProcessGrid` calls the client app directly; `simulate`
+hands the same two apps to Flower's Ray engine. Written for Flower 1.41; a test pins the names used here.
+"""
+
+import copy
+import importlib.util
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from perdure import errors
+from perdure.errors import FederationError, PerdureError, PrivacyError
+
+Progress = Callable[[int, int], None]
+"""Called as progress(replies so far, replies expected) after every reply."""
+
+IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
+"""What Flower wants to know of the process before it lets messages be made."""
+CLIENT_FAILED = 2
+RAY_USAGE = "RAY_USAGE_STATS_ENABLED"
+WAIT, PAUSE = 120.0, 0.1
+"""Seconds to wait for nodes to connect, and between looks."""
+log = logging.getLogger(__name__)
+
+
+class InProcessGrid(Grid):
+    """Carries messages by calling the client app in this process, one node after another.
+
+    Every node gets its own copy of what is sent, so that a client that writes into its message cannot change what the
+    others get. An exception in the client app becomes an error reply.
+
+    Args:
+        app: what all nodes run. clients: number of nodes; node k + 1 is partition k.
+        progress: told about every reply.
+    """
+
+    def __init__(self, app: ClientApp, clients: int, progress: Progress | None = None) -> None:
+        self._app, self._progress = app, progress
+        self._contexts = {number + 1: _context(number, clients) for number in range(clients)}
+        self._run = Run.create_empty(IDENTITY["_run_id"])
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+
+    @contextmanager
+    def running(self) -> Iterator["InProcessGrid"]:
+        """Give the process the identity that messages need, and take it back afterwards."""
+        before = {name: getattr(TaskIdentity, name) for name in IDENTITY}
+        try:
+            _identify(IDENTITY)
+            yield self
+        finally:
+            _identify(before)
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that messages belong to."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the node ids: 1, 2, 3, ..."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver the messages at once and keep the replies until they are pulled."""
+        waiting = list(messages)
+        ids = []
+        for done, message in enumerate(waiting, 1):
+            self._sent += 1
+            ids.append(str(self._sent))
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self._replies[ids[-1]] = self._deliver(message)
+            if self._progress:
+                self._progress(done, len(waiting))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand out the replies to these messages, each once."""
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Deliver and return the replies in the same order; nothing is late in one process."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _deliver(self, message: Message) -> Message:
+        message.content = copy.deepcopy(message.content)
+        try:
+            return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            return error_reply(message, error)
+
+
+class Cohort(Grid):
+    """A grid that shows only some of its nodes, so that any Flower aggregator samples exactly those."""
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid, self._node_ids = grid, list(node_ids)
+
+    def set_run(self, run: Run) -> None:
+        """Set the run of the whole grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run of the whole grid."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message to one node."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the node ids of the cohort."""
+        return list(self._node_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push to the whole grid."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pull from the whole grid."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push to and pull from the whole grid."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+def error_reply(message: Message, error: Exception, *, private: bool = False) -> Message:
+    """Answer with the error's type and first line.
+
+    Guarantee: with `private`, the text of an error that is not perdure's own stays here: it may quote a record.
+    """
+    own = isinstance(error, PerdureError)
+    if not own:
+        log.error("a client app stopped", exc_info=error)
+    text = (str(error).strip().splitlines() or ["no message"])[0] if own or not private else "see the client's log"
+    return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {text}"), reply_to=message)
+
+
+def meet(grid: Grid, clients: int) -> list[int]:
+    """Wait for all nodes and ask which partition each holds; returns node ids in the order of partitions."""
+    nodes, patience = sorted(grid.get_node_ids()), time.monotonic() + WAIT
+    while len(nodes) < clients and time.monotonic() < patience:
+        time.sleep(PAUSE)
+        nodes = sorted(grid.get_node_ids())
+    messages = [Message(RecordDict({"task": ConfigRecord({})}), node, "query.partition") for node in nodes]
+    replies = answers(grid, messages, {node: place for place, node in enumerate(nodes)})
+    found = {_partition(reply): reply.metadata.src_node_id for reply in replies}
+    if sorted(found) != list(range(clients)) or len(nodes) != clients:
+        raise FederationError(
+            f"{len(nodes)} nodes hold partitions {sorted(found)}; needed: each of 0 .. {clients - 1} once; start "
+            "as many nodes as federation.clients"
+        )
+    return [found[client] for client in range(clients)]
+
+
+def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int]) -> list[Message]:
+    """Send and return the replies in the order of the clients, whatever the order they came in.
+
+    Raises:
+        PrivacyError: when a client's privacy rules refused. FederationError: for any other failure, or no reply.
+    """
+    replies = {clients[reply.metadata.src_node_id]: reply for reply in grid.send_and_receive(messages)}
+    for client, reply in sorted(replies.items(), key=lambda pair: (not _refused(pair[1]), pair[0])):
+        if reply.has_error():
+            raise failure(client, reply.error.reason or "no reason given")
+    missing = sorted({clients[message.metadata.dst_node_id] for message in messages} - replies.keys())
+    if missing:
+        raise FederationError(f"no reply from clients {missing}; check that they run, and start the server again")
+    return [replies[client] for client in sorted(replies)]
+
+
+def failure(client: int, reason: str) -> PerdureError:
+    """Turn an error reply back into an error; what the privacy rules refused stays a PrivacyError."""
+    line = (reason.strip().splitlines() or ["no reason given"])[0]
+    kind, _, text = line.partition(": ")
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, PrivacyError):
+        return known(f"client {client}: {text}")
+    return FederationError(f"client {client} stopped: {line}")
+
+
+def _refused(reply: Message) -> bool:
+    return reply.has_error() and isinstance(failure(0, reply.error.reason or ""), PrivacyError)
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Let Flower log warnings only, and leave log level and global random numbers as they were."""
+    logger, state = logging.getLogger("flwr"), random.getstate()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        random.setstate(state)
+
+
+def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
+    """Run both apps on Flower's Ray engine.
+
+    Raises:
+        FederationError: when Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise FederationError("engine = 'ray' needs Ray, which is not installed; run pip install perdure[simulation]")
+    from flwr.simulation import run_simulation
+
+    before = {name: getattr(TaskIdentity, name) for name in IDENTITY}
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    # the entry is marked deprecated in the log, while Flower has no other one for app objects
+    logger.setLevel(logging.ERROR)
+    try:
+        with _unobserved():
+            run_simulation(server, client, num_supernodes=clients)
+    finally:
+        logger.setLevel(level)
+        _identify(before)
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Keep Flower and Ray from reporting the run to their makers, unless the user's environment says otherwise."""
+    from flwr.supercore import telemetry
+
+    if "FLWR_TELEMETRY_ENABLED" not in os.environ:
+        # stays off: events are sent from threads that may outlive the run
+        telemetry.FLWR_TELEMETRY_ENABLED = "0"
+    before = os.environ.get(RAY_USAGE)
+    os.environ[RAY_USAGE] = before or "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[RAY_USAGE]
+
+
+def _partition(reply: Message) -> int:
+    return int(cast(int, cast(MetricRecord, reply.content["metrics"])["partition"]))
+
+
+def _context(number: int, clients: int) -> Context:
+    place: UserConfig = {"partition-id": number, "num-partitions": clients}
+    return Context(run_id=IDENTITY["_run_id"], node_id=number + 1, node_config=place, state=RecordDict(), run_config={})
+
+
+def _identify(identity: dict[str, int]) -> None:
+    for name, value in identity.items():
+        setattr(TaskIdentity, name, value)

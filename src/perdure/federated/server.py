@@ -1,0 +1,361 @@
+"""The server: rounds of a Flower aggregator for every experience, then consolidation, evaluation, a checkpoint.
+
+An *exchange* is one question to clients and their answers: `rounds` training rounds and one consolidation for every
+experience, numbered through from 0. Everything the server does in an exchange is a function of its number, the seed
+and the last checkpoint, so that a run that was stopped goes on to the bit-identical end.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import strategy as aggregators
+from torch import Tensor
+
+from perdure.checkpoint import Store
+from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
+from perdure.federated.client import client_app
+from perdure.federated.grid import Cohort, InProcessGrid, Progress, answers, contained, meet, simulate
+from perdure.federated.state import (
+    FRESH,
+    combine,
+    from_record,
+    load_shared,
+    recall,
+    remind,
+    sent,
+    shared,
+    to_record,
+)
+from perdure.learner import Learner, Position
+from perdure.seeds import generator
+from perdure.strategy import State
+from perdure.streams import Stream
+
+Engine = Literal["inprocess", "ray"]
+Callback = Callable[[str, "Server"], None]
+"""Called at every named point of the server's loop; the names are `POINTS`."""
+
+POINTS = (
+    "round.begin", "round.received", "round.end", "experience.received", "experience.combined", "evaluated",
+    "checkpoint.begin", "checkpoint.end",
+)  # fmt: skip
+"""Where a callback is called, and where the tests stop a run to see that it resumes to the same bits."""
+
+UNSUPPORTED = {
+    aggregators.DifferentialPrivacyClientSideAdaptiveClipping: "its noise would be missing from the ledger",
+    aggregators.DifferentialPrivacyClientSideFixedClipping: "its noise would be missing from the ledger",
+    aggregators.DifferentialPrivacyServerSideAdaptiveClipping: "its noise would be missing from the ledger",
+    aggregators.DifferentialPrivacyServerSideFixedClipping: "its noise would be missing from the ledger",
+    aggregators.FedProx: "its proximal term belongs into the clients' loss",
+    aggregators.QFedAvg: "it needs the clients' training losses",
+    aggregators.FedXgbBagging: "it aggregates trees",
+    aggregators.FedXgbCyclic: "it aggregates trees",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """How many clients, how often they meet, and what the server makes of their answers.
+
+    Args:
+        clients: how many. rounds: training rounds per experience.
+        fraction: share of the clients that train in a round, rounded, at least one; drawn by perdure from `seed`.
+        aggregator: any Flower aggregator of model parameters; FedAvg by default. It sees only this round's clients.
+        seed: of client sampling.
+        mode: `open`, where the server inspects every update. The modes `central` and `secure` are not there yet.
+
+    Raises:
+        ConfigError: for a value out of range, or an aggregator that needs more than parameters.
+        PrivacyError: for a mode or aggregator whose guarantee could not be kept.
+    """
+
+    clients: int
+    rounds: int
+    fraction: float = 1.0
+    aggregator: aggregators.Strategy = field(default_factory=aggregators.FedAvg)
+    seed: int = 0
+    mode: Literal["open"] = "open"
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError.of(f"federation.{name}", getattr(self, name), "whole numbers from 1")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError.of("federation.fraction", self.fraction, "a number above 0 and at most 1")
+        if self.mode != "open":
+            raise PrivacyError(f"federation.mode = {self.mode!r} is not there yet; allowed: 'open'")
+        for kind, reason in UNSUPPORTED.items():
+            if isinstance(self.aggregator, kind):
+                raise ConfigError(f"federation.aggregator = {kind.__name__} is not allowed: {reason}; use FedAvg")
+
+    def cohort(self, experience: int, number: int) -> list[int]:
+        """Clients that train in round `number` of the experience, ascending; a function of the seed."""
+        size = max(1, round(self.fraction * self.clients))
+        order = torch.randperm(self.clients, generator=generator(self.seed, "cohort", experience, number))
+        return sorted(order[:size].tolist())
+
+    def previous(self, exchange: int) -> list[int]:
+        """For every client the last exchange before this one that it was part of; FRESH for none."""
+        experience, number = divmod(exchange, self.rounds + 1)
+        first = exchange - number
+        met = [first - 1 if experience else FRESH] * self.clients
+        for earlier in range(number):
+            for client in self.cohort(experience, earlier):
+                met[client] = first + earlier
+        return met
+
+    def facts(self) -> dict[str, Any]:
+        """What a run must be resumed with."""
+        kind = type(self.aggregator).__name__
+        return {"clients": self.clients, "rounds": self.rounds, "fraction": self.fraction, "aggregator": kind,
+                "seed": self.seed, "mode": self.mode}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Server:
+    """Drives a whole stream over the clients of a grid.
+
+    Args:
+        learner: built like the clients'; holds the global parameters and the combined state. It gets no privacy, no
+            folder and no adversary, because it never sees a training record. `learner.matrix` is the result.
+        stream: public part of the clients' stream: classes, declared sizes and test records.
+        federation: clients, rounds, aggregator. folder: of the run, for checkpoints; None to keep none.
+        callbacks: called as callback(point, server).
+    """
+
+    learner: Learner
+    stream: Stream
+    federation: Federation
+    folder: Path | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        bare: dict[str, Any] = {"privacy": None, "adversary": None, "folder": None, "callbacks": (), "matrix": []}
+        self.learner = replace(self.learner, **bare)
+        self.stream = public(self.stream)
+        self.exchange = 0
+        self.exchanges = len(self.stream) * (self.federation.rounds + 1)
+        self._initial = {name: value.clone() for name, value in shared(self.learner.model).items()}
+        self._aggregator = ready(self.federation.aggregator)
+        self._nodes: list[int] = []
+
+    @property
+    def experience(self) -> int:
+        """Index of the experience that the next exchange belongs to."""
+        return self.exchange // (self.federation.rounds + 1)
+
+    @property
+    def round(self) -> int:
+        """Number of the next round in its experience; `federation.rounds` stands for the consolidation."""
+        return self.exchange % (self.federation.rounds + 1)
+
+    def serve(self, grid: Grid) -> None:
+        """Run, or go on with, the whole stream on this grid.
+
+        Raises:
+            FederationError: when a client or the aggregator cannot go on.
+            PrivacyError: when a client's privacy rules refuse.
+            RunError: when the folder holds a run of another federation.
+        """
+        self.learner.prepare(self.stream)
+        self._resume()
+        with contained():
+            while self.exchange < self.exchanges:
+                self._nodes = self._nodes or meet(grid, self.federation.clients)
+                (self._consolidate if self.round == self.federation.rounds else self._train)(grid)
+                self.exchange += 1
+                self._save()
+
+    # ------------------------------------------------------------------ one exchange
+
+    def _train(self, grid: Grid) -> None:
+        """One round: the aggregator says what is sent and makes one model of the answers."""
+        learner = self.learner
+        if self.round == 0 and learner.plan(self.stream[self.experience]).restart:
+            load_shared(learner.model, self._initial)
+            self._aggregator = ready(self.federation.aggregator)
+        self._at("round.begin")
+        number = self.experience * self.federation.rounds + self.round + 1
+        cohort = [self._nodes[client] for client in self.federation.cohort(self.experience, self.round)]
+        arrays = to_record(shared(learner.model))
+        try:
+            messages = self._aggregator.configure_train(number, arrays, ConfigRecord(), Cohort(grid, cohort))
+            replies = self._ask(grid, list(messages))
+            self._at("round.received")
+            result, _ = self._aggregator.aggregate_train(number, replies)
+        except AppExitException as error:
+            raise FederationError(f"the aggregator {type(self._aggregator).__name__} stopped: {error}") from error
+        if result is None:
+            raise FederationError(f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another")
+        load_shared(learner.model, from_record(result))
+        self._at("round.end")
+
+    def _consolidate(self, grid: Grid) -> None:
+        """Close the experience at the global parameters on all clients, combine their states and measure."""
+        learner, content = self.learner, {"arrays": to_record(shared(self.learner.model))}
+        messages = [Message(RecordDict(dict(content)), node, "train.finish") for node in self._nodes]
+        replies = self._ask(grid, messages)
+        self._at("experience.received")
+        rules = sent(learner.state).rules
+        states = [State(_tensors(reply, "state"), rules) for reply in replies]
+        weights = [_number(reply, "num-examples") for reply in replies]
+        combined = combine(learner.state, states, weights)
+        learner.state = learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
+        learner.position = Position(experience=self.experience + 1)
+        self._at("experience.combined")
+        learner.matrix.append(learner.evaluate(self.stream))
+        self._at("evaluated")
+
+    def _ask(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
+        """Send, each client's task added, and return the replies in the order of the clients."""
+        clients = {node: client for client, node in enumerate(self._nodes)}
+        waiting = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
+        before, state = self.federation.previous(self.exchange), to_record(sent(self.learner.state))
+        for message in waiting:
+            previous = before[clients[message.metadata.dst_node_id]]
+            records = dict(message.content) | {"task": ConfigRecord(self._task(previous))}
+            if state and previous < self.exchange - self.round:
+                records["state"] = state
+            message.content = RecordDict(records)
+        return answers(grid, waiting, clients)
+
+    def _task(self, previous: int) -> dict[str, Any]:
+        return {
+            "experience": self.experience, "round": self.round, "rounds": self.federation.rounds,
+            "exchange": self.exchange, "previous": previous,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------ stopping and going on
+
+    def _save(self) -> None:
+        """Write the learner's checkpoint with the exchange and what the aggregator remembers."""
+        if self.folder:
+            self._at("checkpoint.begin")
+            arrays, kinds = recall(self._aggregator)
+            snapshot = self.learner.snapshot()
+            tensors = {**snapshot.tensors, **{f"aggregator.{name}": value for name, value in arrays.items()}}
+            facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
+            facts["federation"] = self.federation.facts()
+            Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
+            self._at("checkpoint.end")
+
+    def _resume(self) -> None:
+        snapshot = Store(self.folder).load() if self.folder else None
+        if snapshot is None:
+            return
+        own, asked = snapshot.facts.get("federation"), self.federation.facts()
+        if own != asked:
+            raise RunError(f"{self.folder} holds a run of {own}, asked for {asked}; give another folder")
+        cut = {n.removeprefix("aggregator."): t for n, t in snapshot.tensors.items() if n.startswith("aggregator.")}
+        self.learner.restore(snapshot)
+        remind(self._aggregator, cut, snapshot.facts["aggregator"])
+        self.exchange = snapshot.facts["exchange"]
+
+    def _at(self, point: str) -> None:
+        for callback in self.callbacks:
+            callback(point, self)
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+def server_app(server: Server) -> ServerApp:
+    """Wrap the server for any Flower engine."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        server.serve(grid)
+
+    return app
+
+
+def run_federation(
+    make_learner: Callable[[int], Learner], streams: Sequence[Stream], federation: Federation, *,
+    folder: Path | None = None, callbacks: Sequence[Callback] = (), engine: Engine = "inprocess",
+    progress: Progress | None = None,
+) -> Server:  # fmt: skip
+    """Train one model on the streams of all clients and return the server, which holds it.
+
+    With a folder, a run that was stopped at any moment goes on where it was, to the bit-identical end.
+
+    Args:
+        make_learner: from a client's number to a fresh learner, alike but for what the number changes. streams: one a
+            client, with the same experiences (see `perdure.federated.partition`).
+        federation: clients, rounds, aggregator. folder: of the run. callbacks: called as callback(point, server).
+        engine: `inprocess`, or `ray` for Flower's simulation engine.
+        progress: called as progress(replies, expected) in process.
+
+    Raises:
+        ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients' state.
+        FederationError, PrivacyError, RunError: see `Server.serve`.
+    """
+    if len(streams) != federation.clients:
+        raise ConfigError.of("streams", len(streams), f"one for each of {federation.clients} clients")
+    if engine not in get_args(Engine):
+        raise ConfigError.of("engine", engine, get_args(Engine))
+    if engine == "ray" and folder is None:
+        raise ConfigError.of("folder", None, "a folder for the clients' state, because Ray's processes share no memory")
+    client = client_app(lambda number: (make_learner(number), streams[number]), folder)
+    server = Server(
+        learner=make_learner(0), stream=streams[0], federation=federation, folder=folder, callbacks=callbacks
+    )
+    if engine == "ray":
+        simulate(server_app(server), client, federation.clients)
+        return server
+    with InProcessGrid(client, federation.clients, progress).running() as grid:
+        server_app(server)(grid, Context(grid.run.run_id, 0, {}, RecordDict(), {}))
+    return server
+
+
+def fit_federated(
+    make_learner: Callable[[int], Learner], streams: Sequence[Stream], federation: Federation, *,
+    folder: Path | None = None, callbacks: Sequence[Callback] = (), engine: Engine = "inprocess",
+    progress: Progress | None = None,
+) -> Tensor:  # fmt: skip
+    """`run_federation`, for the accuracy matrix (T, T) in percent alone."""
+    server = run_federation(
+        make_learner, streams, federation, folder=folder, callbacks=callbacks, engine=engine, progress=progress
+    )
+    return torch.tensor(server.learner.matrix, dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------- pieces
+
+
+def public(stream: Stream) -> Stream:
+    """Return the stream without its training records: classes, declared sizes and test records."""
+    experiences = []
+    for experience in stream:
+        train = experience.train
+        none = train.take(torch.empty(0, dtype=torch.int64, device=train.inputs.device))
+        train = replace(none, declared_size=train.declared_size)
+        experiences.append(replace(experience, train=train))
+    return replace(stream, experiences=tuple(experiences))
+
+
+def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
+    """Return a fresh copy that takes all nodes it is shown, however few, and uses perdure's names for records."""
+    fresh = copy.deepcopy(aggregator)
+    settings: dict[str, object] = {
+        "fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1, "arrayrecord_key": "arrays",
+    }  # fmt: skip
+    for name, value in settings.items():
+        if hasattr(fresh, name):
+            setattr(fresh, name, value)
+    return fresh
+
+
+def _tensors(reply: Message, name: str) -> dict[str, Tensor]:
+    return from_record(cast(ArrayRecord, reply.content[name]))
+
+
+def _number(reply: Message, name: str) -> float:
+    return float(cast(float, cast(MetricRecord, reply.content["metrics"])[name]))

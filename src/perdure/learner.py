@@ -1,0 +1,411 @@
+"""The learner and its one loop. Every strategy, client and privacy mode goes through here."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from perdure.checkpoint import Snapshot, Store
+from perdure.curator import Curator
+from perdure.errors import ConfigError
+from perdure.memory import Memory
+from perdure.privacy.mechanism import Mechanism, digest
+from perdure.privacy.policy import Privacy
+from perdure.records import Batch, Params
+from perdure.seeds import derive, generator
+from perdure.strategy import Context, Forward, Plan, Spec, State, Strategy
+from perdure.streams import Experience, Stream
+
+if TYPE_CHECKING:
+    from perdure.adversarial.attacks import Attack
+
+Callback = Callable[[str, "Learner"], None]
+"""Called at every named point of the loop; the names are `POINTS`."""
+
+POINTS = (
+    "experience.begin", "block.begin", "step.sampled", "step.gradient", "step.done", "block.end",
+    "experience.consolidated", "experience.end", "evaluated", "checkpoint.begin", "checkpoint.end",
+    "ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn",
+)  # fmt: skip
+"""Where a callback is called, and where the tests stop a run to see that it resumes to the same bits."""
+
+
+@dataclass
+class Position:
+    """How far the run has come; `step` counts within the experience."""
+
+    experience: int = 0
+    step: int = 0
+    begun: bool = False
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """Trains one model on a stream, one experience after another.
+
+    >>> learner = Learner(model=model, strategy=EWC(strength=100.0), optimizer=partial(torch.optim.Adam, lr=1e-3))
+    >>> matrix = learner.fit(stream)       # (T, T) accuracy in percent
+
+    Args:
+        model: a `perdure.models.Classifier`, or any module with a full-width head and `features`.
+        strategy: how forgetting is fought.
+        optimizer: from parameters to any torch optimiser that needs one gradient a step.
+        scheduler: from the optimiser to a scheduler that is stepped after every step; None for a constant rate.
+        epochs, iterations: length of an experience; give one. blocks: pieces an experience is done in; each is
+            charged to the ledger as one, and ends with a checkpoint (in a federation: with a round).
+        batch_size: new records a step. seed: of everything but private noise. device: where records and model live.
+        privacy: None, or record-level differential privacy.
+        adversary: an attack applied to every batch before its gradient (adversarial training).
+        reset_optimizer: begin every experience with a fresh optimiser.
+        callbacks: called as callback(point, learner).
+        client: number of the party, 0 when there is only one. owner: its name in the ledger.
+        folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk.
+    """
+
+    model: nn.Module
+    strategy: Strategy
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    epochs: int | None = None
+    iterations: int | None = None
+    blocks: int = 1
+    batch_size: int = 128
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    privacy: Privacy | None = None
+    adversary: "Attack | None" = None
+    reset_optimizer: bool = False
+    callbacks: Sequence[Callback] = ()
+    client: int = 0
+    owner: str = "curator"
+    folder: Path | None = None
+    matrix: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.iterations is None):
+            given = f"epochs={self.epochs}, iterations={self.iterations}"
+            raise ConfigError.of("length of an experience", given, "exactly one of epochs and iterations")
+        for name in ("epochs", "iterations", "blocks", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError.of(name, value, "1 or more")
+        self.model.to(self.device)
+        self._leaves = [param for param in self.model.parameters() if param.requires_grad]
+        self.params: Params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.forward = Forward(self.model)
+        self.position = Position()
+        self.state = State()
+        self.mechanism: Mechanism | None = None
+        self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    # ------------------------------------------------------------------ a whole stream
+
+    def fit(self, stream: Stream) -> Tensor:
+        """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
+
+        Row i is measured after experience i, on the test records of every experience. With a `folder`, a run that was
+        stopped goes on where it was, to the bit-identical end.
+        """
+        self.prepare(stream)
+        self.resume()
+        for index in range(self.position.experience, len(stream)):
+            self.begin(index)
+            for block in self.remaining_blocks():
+                self.train(block)
+                self.save()
+            self.finish()
+            self.matrix.append(self.evaluate(stream))
+            self._at("evaluated")
+            self.save()
+        return torch.tensor(self.matrix, dtype=torch.float64)
+
+    def prepare(self, stream: Stream) -> None:
+        """Lay out state, curator and, under privacy, the calibrated plan of the whole stream."""
+        self.stream = stream.to(self.device)
+        self.context = contexts(self.stream, self.device)
+        detached = {name: value.detach() for name, value in self.params.items()}
+        self.state = self.strategy.init(Spec(
+            params=detached, num_classes=stream.num_classes, num_experiences=len(stream),
+            feature_size=getattr(self.model, "feature_size", 0), scenario=stream.scenario,
+        ))  # fmt: skip
+        if self.privacy:
+            from perdure.budget import private_mechanism
+
+            self.mechanism = private_mechanism(self, self._at)
+        self.curator = Curator(
+            seed=self.seed, client=self.client, batch_size=self.batch_size, mechanism=self.mechanism
+        )
+        self._new_optimizer()
+
+    # ------------------------------------------------------------------ one experience
+
+    def begin(self, index: int) -> None:
+        """Open experience `index`; called again after a resume in its middle, it only reopens the records."""
+        experience = self.stream[index]
+        plan = self.plan(experience)
+        if not self.position.begun or self.position.experience != index:
+            self.position = Position(experience=index, begun=True)
+            self._start_afresh(plan)
+        past = self.stream.experiences[: index + 1]
+        share = self._memory_share(plan)
+        context = self.context(index, declared_size=experience.train.declared_size, memory_share=share)
+        self.curator.open(past, plan, context, self.forward)
+        self._select(plan)
+        self._at("experience.begin")
+
+    def plan(self, experience: Experience) -> Plan:
+        """Plan of the experience by the strategy."""
+        return self.strategy.plan(experience)
+
+    def steps(self, index: int) -> int:
+        """Optimiser steps in experience `index`; a function of declared sizes only."""
+        if self.iterations is not None:
+            return self.iterations
+        experiences = self.stream.experiences
+        pooled = experiences[: index + 1] if self.plan(experiences[index]).pool == "all" else [experiences[index]]
+        size = sum(experience.train.declared_size for experience in pooled)
+        rate = self.privacy.sampling_rate if self.privacy else None
+        return math.ceil((self.epochs or 1) * (1 / rate if rate else max(1.0, size / self.batch_size)))
+
+    def block(self, number: int, of: int) -> range:
+        """Steps of piece `number` when the current experience is done in `of` pieces."""
+        total = self.steps(self.position.experience)
+        return range(number * total // of, (number + 1) * total // of)
+
+    def remaining_blocks(self) -> list[range]:
+        """Blocks of the current experience that are not done yet."""
+        all_blocks = [self.block(number, self.blocks) for number in range(self.blocks)]
+        return [block for block in all_blocks if block.stop > self.position.step]
+
+    def train(self, steps: range) -> None:
+        """THE loop: sample, perturb, gradient, penalty, project, step, follow.
+
+        Args:
+            steps: a block of the current experience; charged to the ledger as one.
+        """
+        curator, strategy, params = self.curator, self.strategy, self._trained
+        self._at("block.begin")
+        curator.reserve(steps, self._start())
+        self.model.train()
+        for step in steps:
+            self._seed_layers(step)
+            batch = curator.sample(step)
+            self._at("step.sampled")
+            if self.adversary:
+                batch = self._perturbed(batch, step)
+            references = strategy.references(curator, params, self.state) if self._uses["references"] else ()
+            gradient = curator.gradient(self._losses, params, batch, step)
+            self._at("step.gradient")
+            total = self._with_penalty(gradient)
+            if self._uses["project"]:
+                total = strategy.project(total, references, self.state)
+            self._step(total, gradient)
+            self.position.step = step + 1
+            self._at("step.done")
+        self._at("block.end")
+
+    def finish(self) -> None:
+        """Consolidate at the present parameters, offer the records to memory and go to the next experience."""
+        self.model.eval()
+        detached = {name: value.detach().clone() for name, value in self.params.items()}
+        self.state = self.strategy.after_experience(self.curator, detached, self.state)
+        self._at("experience.consolidated")
+        self.curator.close(lambda forward, batch: self.strategy.remember(forward, batch, self.state))
+        self.position = Position(experience=self.position.experience + 1)
+        self._at("experience.end")
+
+    # ------------------------------------------------------------------ evaluation
+
+    def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
+        """Logits of inputs of experience `index` as predicted after experience `after`."""
+        seen_from = index if self.stream.scenario == "task" else after
+        context = self.context(seen_from)
+        self.model.eval()
+        return lambda x: self.strategy.predict(self.forward, x, context, self.state)
+
+    def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
+        """Accuracy in percent on the test records of every experience."""
+        after = max(0, self.position.experience - 1)
+        with torch.no_grad():
+            return [
+                accuracy(self.predictor(e.index, after=after), e.test.inputs, e.test.labels, batch_size)
+                for e in stream.to(self.device)
+            ]
+
+    # ------------------------------------------------------------------ stopping and going on
+
+    def snapshot(self) -> Snapshot:
+        """Everything needed to go on; memory rows apart, because they are private."""
+        moments, facts = flatten_optimizer(self._optimizer)
+        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        tensors |= {f"state.{n}": t for n, t in self.state.items()} | moments
+        rows = self.curator.memory.rows
+        private = {f"memory.{n}": t for n, t in rows.tensors().items()} if rows is not None else {}
+        private["tags"] = self.curator.memory.tags
+        facts |= {
+            "position": vars(self.position), "matrix": self.matrix, "offered": self.curator.memory.offered,
+            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+        }  # fmt: skip
+        return Snapshot(tensors=tensors, private=private, facts=facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to where `snapshot` was taken; call `prepare` first."""
+        cut = {n.removeprefix("model."): t for n, t in snapshot.tensors.items() if n.startswith("model.")}
+        self.model.load_state_dict(cut)
+        states = {n.removeprefix("state."): t for n, t in snapshot.tensors.items() if n.startswith("state.")}
+        self.state = self.state.replace({name: value.to(self.device) for name, value in states.items()})
+        facts = snapshot.facts
+        self.position, self.matrix = Position(**facts["position"]), [list(row) for row in facts["matrix"]]
+        rows = {n.removeprefix("memory."): t.to(self.device) for n, t in snapshot.private.items() if n != "tags"}
+        self.curator.memory = Memory(
+            rows=Batch.from_tensors(rows) if rows else None, offered=facts["offered"], tags=snapshot.private["tags"]
+        )
+        self._select(self.plan(self.stream[min(self.position.experience, len(self.stream) - 1)]))
+        load_optimizer(self._optimizer, snapshot.tensors, facts)
+        if self._scheduler and facts["scheduler"]:
+            self._scheduler.load_state_dict(facts["scheduler"])
+
+    def save(self) -> None:
+        """Write a checkpoint, when there is a folder."""
+        if self.folder:
+            self._at("checkpoint.begin")
+            store = Store(self.folder)
+            store.save(max([*store.numbers(), 0]) + 1, self.snapshot())
+            self._at("checkpoint.end")
+
+    def resume(self) -> bool:
+        """Go on from the last checkpoint in the folder, if there is one."""
+        snapshot = Store(self.folder).load() if self.folder else None
+        if snapshot:
+            self.restore(snapshot)
+        return snapshot is not None
+
+    # ------------------------------------------------------------------ inside
+
+    def _losses(self, forward: Forward, batch: Batch) -> Tensor:
+        return self.strategy.losses(forward, batch, self.curator.context, self.state)
+
+    def _with_penalty(self, gradient: Params) -> Params:
+        if not self._uses["penalty"]:
+            return gradient
+        penalty = self.strategy.penalty(self._trained, self.state)
+        if penalty is None:
+            return gradient
+        extra = torch.autograd.grad(penalty, list(self._trained.values()), allow_unused=True)
+        return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
+
+    def _step(self, total: Params, gradient: Params) -> None:
+        before = {n: p.detach().clone() for n, p in self._trained.items()} if self._uses["after_step"] else {}
+        for name, param in self._trained.items():
+            param.grad = total[name]
+        self._optimizer.step()
+        if self._scheduler:
+            self._scheduler.step()
+        if before:
+            after = {name: param.detach() for name, param in self._trained.items()}
+            self.state = self.strategy.after_step(before, after, gradient, self.state)
+
+    def _perturbed(self, batch: Batch, step: int) -> Batch:
+        """Each record's own worst case at the present parameters, on an unhooked copy of the model."""
+        fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
+        place = generator(self.seed, "adversary", self.client, self.position.experience, step)
+
+        def losses(x: Tensor) -> Tensor:
+            return self._losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": x}))
+
+        assert self.adversary is not None
+        inputs = self.adversary.perturb(losses, batch.inputs, generator=place)
+        return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
+
+    def _select(self, plan: Plan) -> None:
+        prefixes = plan.trainable
+        self._trained = {n: p for n, p in self.params.items() if prefixes is None or n.startswith(prefixes)}
+        hooks = ("references", "penalty", "project", "after_step")
+        self._uses = {hook: self.strategy.uses(hook) for hook in hooks}
+        self._stochastic = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
+
+    def _start_afresh(self, plan: Plan) -> None:
+        if plan.restart:
+            self.model.load_state_dict(self._initial)
+        if plan.restart or self.reset_optimizer:
+            self._new_optimizer()
+
+    def _new_optimizer(self) -> None:
+        self._optimizer = self.optimizer(self._leaves)
+        self._scheduler = self.scheduler(self._optimizer) if self.scheduler else None
+
+    def _seed_layers(self, step: int) -> None:
+        """Dropout draws from torch's global generator: give it a place of its own in every step."""
+        if self._stochastic:
+            torch.manual_seed(derive(self.seed, "layers", self.client, self.position.experience, step))
+
+    def _memory_share(self, plan: Plan) -> float:
+        if not plan.memory or not len(self.curator.memory) or self.mechanism:
+            return 0.0
+        size = min(plan.memory.batch_size or self.batch_size, len(self.curator.memory))
+        return size / (size + min(self.batch_size, self.stream[self.position.experience].train.declared_size))
+
+    def _start(self) -> str:
+        """Digest of all that determines the next steps apart from the records; only needed under privacy."""
+        if not self.mechanism:
+            return ""
+        settings = (repr(self.strategy), repr(self.model), repr(self.adversary), repr(self._optimizer), self.seed)
+        return hashlib.sha256(repr(settings).encode() + digest(self.snapshot().tensors)).hexdigest()
+
+    def _at(self, point: str) -> None:
+        for callback in self.callbacks:
+            callback(point, self)
+
+
+def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
+    """Return a function from an experience's index to its public facts."""
+    table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
+    for experience in stream:
+        table[experience.index, list(experience.classes)] = True
+
+    def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
+        return Context(
+            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
+            declared_size=declared_size, memory_share=memory_share,
+        )  # fmt: skip
+
+    return context
+
+
+def accuracy(predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int) -> float:
+    """Share of the records whose largest logit is the label's, in percent; NaN without records."""
+    pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+    right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
+    return 100.0 * right / len(labels) if len(labels) else math.nan
+
+
+def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON facts of an optimiser's state."""
+    state = optimizer.state_dict()
+    entries = {f"optimizer.{i}.{name}": value for i, e in state["state"].items() for name, value in e.items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in entries.items() if name not in tensors}
+    return tensors, {"optimizer": numbers, "groups": state["param_groups"]}
+
+
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Undo `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    saved = {n: t for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
+    for name, value in saved.items():
+        _, index, entry = name.split(".", 2)
+        state.setdefault(int(index), {})[entry] = value
+    groups = [{name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _as_saved(name: str, value: Any) -> Any:
+    """JSON turns the tuples of a parameter group, such as Adam's betas, into lists."""
+    return tuple(value) if isinstance(value, list) and name != "params" else value

@@ -1,0 +1,247 @@
+"""Continual-learning metrics: plain functions on the accuracy matrix, and calibration error.
+
+The accuracy matrix R has one row per moment and one column per experience:
+R[i, j] = accuracy in percent on experience j after training on experience i, counted from 0.
+It is (T, E) with T moments and E experiences, T = E in a finished stream. NaN marks an experience that
+was not evaluated: it is left out of every mean, and a mean over nothing is NaN. With T = 1 nothing could be
+forgotten or transferred: forgetting and both transfers are 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+
+_SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
+
+
+def average_accuracy(matrix: Tensor) -> float:
+    """Mean accuracy over all experiences at the end of the stream.
+
+    ACC = 1/E sum_j R[T-1, j]
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies.
+
+    Source: Lopez-Paz and Ranzato 2017, section 2, eq. 2.
+
+    >>> average_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
+    75.0
+    """
+    return _checked(matrix)[-1].nanmean().item()
+
+
+def learning_accuracy(matrix: Tensor) -> float:
+    """Mean accuracy on each experience just after it was learnt: plasticity.
+
+    LA = 1/T sum_j R[j, j]
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies.
+
+    Source: Riemer et al. 2019, section 5 (there LA).
+
+    >>> learning_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
+    95.0
+    """
+    return _checked(matrix).diagonal().nanmean().item()
+
+
+def forgetting(matrix: Tensor) -> float:
+    """Mean drop from the best earlier accuracy on each past experience to the last one.
+
+    F = 1/(T-1) sum_{j < T-1} ( max_{j <= l <= T-2} R[l, j] - R[T-1, j] )
+
+    The maximum runs from the moment experience j was learnt; the paper's also covers the moments before it,
+    which differ only where a model was better at an experience before having seen it. Negative forgetting is
+    an improvement and is not cut at 0. Smaller is better.
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies.
+
+    Source: Chaudhry et al. 2018 (Riemannian Walk), section 3.2, eq. 3.
+
+    >>> forgetting(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
+    40.0
+    """
+    R = _checked(matrix)
+    past = R[:-1, : len(R) - 1]
+    learnt = torch.ones_like(past, dtype=torch.bool).tril() & ~past.isnan()
+    best = past.masked_fill(~learnt, -torch.inf).amax(dim=0) if len(past) else past.sum(dim=0)
+    best = best.masked_fill(best.isinf(), torch.nan)
+    return _mean_of_past(best - R[-1, : best.numel()], len(R))
+
+
+def backward_transfer(matrix: Tensor) -> float:
+    """Mean change on each past experience from the moment it was learnt to the end.
+
+    BWT = 1/(T-1) sum_{j < T-1} ( R[T-1, j] - R[j, j] )
+
+    Larger is better; negative where there is forgetting.
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies.
+
+    Source: Lopez-Paz and Ranzato 2017, section 2, eq. 3.
+
+    >>> backward_transfer(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
+    -40.0
+    """
+    R = _checked(matrix)
+    learnt = R[:-1].diagonal()
+    return _mean_of_past(R[-1, : learnt.numel()] - learnt, len(R))
+
+
+def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
+    """Mean head start on each experience before it is learnt, over an untrained model.
+
+    FWT = 1/(T-1) sum_{j >= 1} ( R[j-1, j] - baseline[j] )
+
+    Larger is better. Meaningless in class-incremental streams, where classes not yet seen score about 0.
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+        baseline: (E,) accuracy in percent of the untrained model on each experience.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies, or the baseline has another length.
+
+    Source: Lopez-Paz and Ranzato 2017, section 2, eq. 4.
+
+    >>> forward_transfer(torch.tensor([[100.0, 30.0], [60.0, 90.0]]), torch.tensor([50.0, 20.0]))
+    10.0
+    """
+    R = _checked(matrix)
+    if baseline.shape != R.shape[1:]:
+        raise ConfigError.of("baseline", tuple(baseline.shape), f"one value per experience, ({R.shape[1]},)")
+    ahead = R.diagonal(offset=1)
+    return _mean_of_past(ahead - baseline.to(R)[1 : 1 + ahead.numel()], len(R))
+
+
+def worst_experience_accuracy(matrix: Tensor) -> float:
+    """Accuracy at the end of the stream on the experience that fares worst: min_j R[T-1, j].
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies.
+
+    >>> worst_experience_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
+    60.0
+    """
+    last = _checked(matrix)[-1]
+    last = last[~last.isnan()]
+    return last.min().item() if last.numel() else float("nan")
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy, over equal bins of confidence.
+
+    ECE = sum_b n_b / n | accuracy_b - confidence_b |, as a fraction between 0 (calibrated) and 1.
+    A bin is open below and closed above: confidence c falls into bin ceil(c * bins).
+
+    Args:
+        probabilities: (n, classes), rows that sum to 1.
+        labels: (n,) int64 classes.
+        bins: number of bins of equal width.
+
+    Raises:
+        ConfigError: when shapes do not fit, rows are not probabilities, or bins < 1.
+
+    Source: Guo et al. 2017, section 2, eq. 3.
+
+    >>> round(expected_calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 6)
+    0.4
+    """
+    _check_probabilities(probabilities, labels, bins)
+    confidence, predicted = probabilities.double().max(dim=1)
+    gap = (predicted == labels).double() - confidence
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    return torch.zeros(bins).double().index_add(0, bin_of.cpu(), gap.cpu()).abs().sum().item() / len(labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Every metric of one accuracy matrix, in percent (points for differences).
+
+    Args:
+        average_accuracy: see the function of that name; so for all.
+        learning_accuracy: accuracy just after learning.
+        forgetting: drop from the best earlier accuracy.
+        backward_transfer: change since learning.
+        forward_transfer: head start before learning; None without a baseline.
+        worst_experience_accuracy: the experience that fares worst at the end.
+    """
+
+    average_accuracy: float
+    learning_accuracy: float
+    forgetting: float
+    backward_transfer: float
+    forward_transfer: float | None
+    worst_experience_accuracy: float
+
+
+def summarise(matrix: Tensor, baseline: Tensor | None = None) -> Summary:
+    """Compute every metric of an accuracy matrix.
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+        baseline: (E,) accuracy of the untrained model, needed for forward transfer only.
+
+    Raises:
+        ConfigError: when the matrix or the baseline does not fit.
+    """
+    return Summary(
+        average_accuracy=average_accuracy(matrix),
+        learning_accuracy=learning_accuracy(matrix),
+        forgetting=forgetting(matrix),
+        backward_transfer=backward_transfer(matrix),
+        forward_transfer=None if baseline is None else forward_transfer(matrix, baseline),
+        worst_experience_accuracy=worst_experience_accuracy(matrix),
+    )
+
+
+def _checked(matrix: Tensor) -> Tensor:
+    """Return the matrix in float64, or say what is wrong with it."""
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        shape = tuple(matrix.shape)
+        raise ConfigError.of("accuracy_matrix", shape, "shape (moments, experiences), both at least 1")
+    R = matrix.double()
+    known = R[~R.isnan()]
+    if known.numel() and not (known.min() >= -_SLACK and known.max() <= 100 + _SLACK):
+        span = (known.min().item(), known.max().item())
+        raise ConfigError.of("accuracy_matrix", span, "percent between 0 and 100, NaN where not evaluated")
+    return R
+
+
+def _mean_of_past(changes: Tensor, moments: int) -> float:
+    """Mean over past experiences; 0 when there is no past."""
+    return changes.nanmean().item() if moments > 1 else 0.0
+
+
+def _check_probabilities(probabilities: Tensor, labels: Tensor, bins: int) -> None:
+    if bins < 1:
+        raise ConfigError.of("bins", bins, "1 or more")
+    if probabilities.ndim != 2 or not len(probabilities) or labels.shape != probabilities.shape[:1]:
+        shapes = (tuple(probabilities.shape), tuple(labels.shape))
+        raise ConfigError.of("probabilities, labels", shapes, "shapes (n, classes) and (n,), n at least 1")
+    off = (probabilities.double().sum(dim=1) - 1).abs().max().item()
+    if not (probabilities.min() >= 0 and off <= 1e-4):
+        raise ConfigError.of(
+            "probabilities", f"rows that miss a sum of 1 by {off:.3g}", "softmax the logits first"
+        )

@@ -1,0 +1,223 @@
+"""Models with a fixed full-width head and `features`: a multilayer perceptron, a small CNN, ResNet-18.
+
+The head never grows: growing it from labels that turned up would leak them. Normalisation is by group, which
+looks at one record at a time; BatchNorm is there for runs without privacy and only when asked for. Nothing
+works in place on what autograd or vmap needs, so `torch.func.functional_call`, `vmap` and `grad` all work.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError
+
+Norm = Literal["none", "group", "batch"]
+ModelName = Literal["mlp", "cnn", "resnet18"]
+Activation = Literal["relu", "tanh", "gelu"]
+
+NORMS: tuple[Norm, ...] = ("none", "group", "batch")
+MODELS: tuple[ModelName, ...] = ("mlp", "cnn", "resnet18")
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+LARGEST_GROUP_COUNT = 16
+
+
+class Classifier(nn.Module):
+    """A body that makes features and a linear head over all classes: forward(x) = head(features(x)).
+
+    Args:
+        body: (n, ...) to (n, feature_size).
+        feature_size: length of one feature vector.
+        num_classes: full width of the head, public and fixed in advance.
+    """
+
+    def __init__(self, body: nn.Module, feature_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.feature_size = feature_size
+        self.head = nn.Linear(feature_size, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Feature vectors (n, feature_size) of inputs (n, ...): all but the head."""
+        features: Tensor = self.body(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, num_classes) of inputs (n, ...)."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and its shape.
+
+    Args:
+        name: mlp, cnn or resnet18.
+        hidden: units of each hidden layer (mlp).
+        activation: relu, tanh or gelu (mlp, cnn).
+        norm: none, group or batch (cnn, resnet18). Batch is refused under differential privacy.
+        width: channels of ResNet-18's first stage; the CNN's layers have width/2, width and 2*width.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+
+    name: ModelName = "mlp"
+    hidden: tuple[int, ...] = (400, 400)
+    activation: Activation = "relu"
+    norm: Norm = "group"
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        choices = (("name", MODELS), ("activation", ACTIVATIONS), ("norm", NORMS))
+        for field, allowed in choices:
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError.of(field, value, allowed)
+        if any(units < 1 for units in self.hidden):
+            raise ConfigError.of("hidden", self.hidden, "positive whole numbers")
+        if self.width < 2 or self.width % 2:
+            raise ConfigError.of("width", self.width, "even numbers from 2")
+
+
+def build(config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, seed: int) -> Classifier:
+    """Make the model that `config` names; parameters are a function of `seed` alone.
+
+    Args:
+        config: which model.
+        input_shape: of one input, (channels, height, width) or (features,).
+        num_classes: full width of the head.
+        seed: of the initialisation; the caller's generators are left as they are.
+
+    Raises:
+        ConfigError: when the model cannot take that input.
+
+    >>> build(ModelConfig(hidden=(8,)), input_shape=(1, 8, 8), num_classes=10, seed=0).feature_size
+    8
+    """
+    if num_classes < 1:
+        raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # not torch.manual_seed, which would also reseed every accelerator of the caller
+        torch.default_generator.manual_seed(seed)
+        body, feature_size = _body(config, tuple(input_shape))
+        return Classifier(body, feature_size, num_classes)
+
+
+def mlp(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    hidden: tuple[int, ...] = (400, 400),
+    activation: Activation = "relu",
+) -> Classifier:
+    """Fully connected layers on the flattened input, PyTorch's initialisation. See `build`."""
+    config = ModelConfig(name="mlp", hidden=hidden, activation=activation)
+    return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
+
+
+def cnn(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    norm: Norm = "group",
+    activation: Activation = "relu",
+    width: int = 64,
+) -> Classifier:
+    """Three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters. See `build`."""
+    config = ModelConfig(name="cnn", norm=norm, activation=activation, width=width)
+    return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
+
+
+def resnet18(
+    *, input_shape: Sequence[int], num_classes: int, seed: int, norm: Norm = "group", width: int = 64
+) -> Classifier:
+    """ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling. See `build`.
+
+    Source: He, Zhang, Ren, Sun 2016, "Deep residual learning", section 4.2 for the stem.
+    """
+    config = ModelConfig(name="resnet18", norm=norm, width=width)
+    return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
+
+
+def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """Body and the length of its features."""
+    if config.name == "mlp":
+        return _mlp_body(config, math.prod(input_shape))
+    if len(input_shape) != 3 or min(input_shape[1:]) < 4:
+        raise ConfigError.of(
+            "input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}"
+        )
+    return (_cnn_body if config.name == "cnn" else _resnet_body)(config, input_shape[0])
+
+
+def _mlp_body(config: ModelConfig, inputs: int) -> tuple[nn.Module, int]:
+    sizes = (inputs, *config.hidden)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), ACTIVATIONS[config.activation]()]
+    return nn.Sequential(*layers), sizes[-1]
+
+
+def _cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
+    sizes = (channels, config.width // 2, config.width, 2 * config.width)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Conv2d(before, after, 3, padding=1), _norm(config.norm, after)]
+        layers += [ACTIVATIONS[config.activation](), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers[:-1], _MeanOverPositions()), sizes[-1]
+
+
+def _resnet_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
+    sizes = [config.width * 2**stage for stage in range(4)]
+    stem = nn.Conv2d(channels, sizes[0], 3, padding=1, bias=config.norm == "none")
+    layers = [stem, _norm(config.norm, sizes[0]), nn.ReLU()]
+    for stage, (before, after) in enumerate(pairwise([sizes[0], *sizes])):
+        layers += [
+            _Block(before, after, 1 if stage == 0 else 2, config.norm),
+            _Block(after, after, 1, config.norm),
+        ]
+    return nn.Sequential(*layers, _MeanOverPositions()), sizes[-1]
+
+
+def _norm(kind: Norm, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(LARGEST_GROUP_COUNT, channels), channels)
+    return nn.Identity()
+
+
+class _MeanOverPositions(nn.Module):
+    """(n, channels, height, width) to (n, channels). Adaptive pooling would not run on every device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(-2, -1))
+
+
+class _Block(nn.Module):
+    """Residual block: relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
+
+    def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        bias = norm == "none"  # a normalisation brings its own
+        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=bias)
+        self.norm1 = _norm(norm, after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=bias)
+        self.norm2 = _norm(norm, after)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            projection = nn.Conv2d(before, after, 1, stride=stride, bias=bias)
+            self.shortcut = nn.Sequential(projection, _norm(norm, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))

@@ -1,0 +1,5 @@
+"""Privacy: what may leave a curator, at what noise, and what was spent. It knows nothing of learning."""
+
+from perdure.privacy.policy import Privacy
+
+__all__ = ["Privacy"]

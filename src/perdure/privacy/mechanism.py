@@ -1,0 +1,106 @@
+"""The private sum: charge the ledger, clip every record, add Gaussian noise. It knows nothing of learning."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from perdure.errors import PrivacyError
+from perdure.privacy.clipping import Rows, clipped_sum
+from perdure.privacy.ledger import Entry, Ledger
+from perdure.privacy.noise import NoiseKey
+from perdure.privacy.policy import Privacy
+from perdure.records import Params
+
+CHUNK = 256
+"""Records per vectorised pass; bounds memory, not the accounting."""
+
+Tensors = Mapping[str, Tensor]
+
+
+class Mechanism:
+    """Gaussian mechanism on sums over records, with its ledger.
+
+    Guarantee: every sum that leaves was charged to the ledger, on disk, before its noise was drawn; one record moves
+    it by at most the clip norm before noise.
+
+    Args:
+        privacy: what was asked. noise_multiplier: the calibrated one, of a step.
+        ledger: where it is charged. key: of noise and coins.
+    """
+
+    def __init__(self, *, privacy: Privacy, noise_multiplier: float, ledger: Ledger, key: NoiseKey) -> None:
+        self.privacy, self.noise_multiplier, self.ledger, self._key = privacy, noise_multiplier, ledger, key
+        self._reserved, self._steps = "", range(0)
+
+    def reserve(self, *, scope: Mapping[str, float], steps: range, start: str, data: Tensors) -> None:
+        """Write ahead: charge a block of steps to everyone exposed, on disk before this returns.
+
+        Args:
+            scope: partition to sampling rate. steps: the block. data: the pooled records.
+            start: digest of everything else that determines the steps; a change of it never meets the same noise.
+        """
+        multiplier, clip_norm = self.noise_multiplier, self.privacy.clip_norm
+        self._reserved = self._charge("gradient", multiplier, clip_norm, scope, steps, start, data)
+        self._steps = steps
+
+    def coins(self, n: int, step: int) -> Tensor:
+        """(n,) secret uniform numbers that decide who enters the step."""
+        return self._key.uniform(n, purpose="coins", entry=self._block(step), step=step)
+
+    def tags(self, ids: Tensor) -> Tensor:
+        """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it."""
+        return self._key.tags(ids, purpose="memory")
+
+    def gradient(self, rows: Rows, params: Params, data: Tensors, *, step: int) -> Params:
+        """Noised sum of clipped per-record gradients in a step that `reserve` charged."""
+        entry, clip_norm = self._block(step), self.privacy.clip_norm
+        total = clipped_sum(rows, params, data, clip_norm, CHUNK)
+        shapes = {name: value.shape for name, value in params.items()}
+        return self._noised(total, shapes, self.noise_multiplier * clip_norm, "gradient", entry, step, data)
+
+    def release(
+        self, rows: Rows, params: Params, data: Tensors, *,
+        shapes: Mapping[str, torch.Size], clip_norm: float, purpose: str, partition: str, start: str,
+    ) -> Params:  # fmt: skip
+        """Noised sum of one clipped row per record, every record once (sampling rate 1)."""
+        name, multiplier = f"release:{purpose}", self.noise_multiplier * self.privacy.release_noise
+        entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, range(1), start, data)
+        total = clipped_sum(rows, params, data, clip_norm, CHUNK)
+        return self._noised(total, shapes, multiplier * clip_norm, name, entry, 0, data)
+
+    def _noised(
+        self, total: Params | None, shapes: Mapping[str, torch.Size], scale: float, purpose: str, entry: str, step: int,
+        data: Tensors,
+    ) -> Params:  # fmt: skip
+        device = next(iter(data.values())).device
+        noise = self._key.normal(shapes, purpose=purpose, entry=entry, step=step, device=device)
+        self.ledger.trace("noise.drawn")
+        if total is None:
+            return {name: scale * value for name, value in noise.items()}
+        return {name: total[name].detach() + scale * value for name, value in noise.items()}
+
+    def _block(self, step: int) -> str:
+        if step not in self._steps:
+            raise PrivacyError(f"step {step} was not charged to the ledger; call reserve() for it first")
+        return self._reserved
+
+    def _charge(
+        self, purpose: str, multiplier: float, clip_norm: float, scope: Mapping[str, float], steps: range, start: str,
+        data: Tensors,
+    ) -> str:  # fmt: skip
+        return self.ledger.charge(Entry(
+            purpose=purpose, mechanism="gaussian", noise_multiplier=multiplier, clip_norm=clip_norm,
+            first_step=steps.start, steps=len(steps), sampling="poisson" if purpose == "gradient" else "none",
+            scope=dict(scope), data=self._key.mac(digest(data)), start=start, simulated=self._key.simulated,
+        ))  # fmt: skip
+
+
+def digest(tensors: Tensors) -> bytes:
+    """SHA-256 that changes with any value. Of private records only its keyed MAC may leave the curator."""
+    total = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        total.update(value.detach().contiguous().cpu().numpy().tobytes())
+    return total.digest()

@@ -1,0 +1,123 @@
+"""Records and batches: tensors that stay on their device, each row with the identity of its source."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from perdure.errors import DataError
+
+Params = dict[str, Tensor]
+"""Named parameters of a model, in the order of `named_parameters()`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Records:
+    """A set of records with one privacy history: a *partition*.
+
+    Args:
+        inputs: (n, ...) what the model sees.
+        labels: (n,) int64 classes.
+        ids: (n,) int64, the identity of each record at its *source*. It survives every split and transform,
+            so that a permuted copy of an image is still the same record. Default: 0 .. n-1.
+        partition: name of the privacy history these records share.
+        declared_size: the public size of the partition; it, never the realised one, enters sampling rates
+            and normalisers. Default: n, which thereby is declared public.
+
+    Raises:
+        DataError: when lengths or types do not fit.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    partition: str = "records"
+    declared_size: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.inputs)
+        if len(self.labels) != n:
+            raise DataError(f"{n} inputs but {len(self.labels)} labels; give one label per input")
+        if self.labels.dtype != torch.int64:
+            raise DataError(f"labels are {self.labels.dtype}; convert them with labels.long()")
+        if len(self.ids) == 0 and n:
+            object.__setattr__(self, "ids", torch.arange(n, device=self.inputs.device))
+        if len(self.ids) != n:
+            raise DataError(f"{n} inputs but {len(self.ids)} ids; give one id per input")
+        if self.declared_size <= 0:
+            object.__setattr__(self, "declared_size", n)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __repr__(self) -> str:
+        return f"Records({len(self)} of shape {tuple(self.inputs.shape[1:])}, partition={self.partition!r})"
+
+    def take(self, index: Tensor) -> "Records":
+        """Rows at `index` (int64 positions or a boolean mask), with their ids; the declared size follows."""
+        rows = {name: getattr(self, name)[index] for name in ("inputs", "labels", "ids")}
+        return replace(self, declared_size=0, **rows)
+
+    def to(self, device: torch.device | str) -> "Records":
+        """Return the same records on another device."""
+        rows = {name: getattr(self, name).to(device) for name in ("inputs", "labels", "ids")}
+        return replace(self, **rows)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Rows handed to a loss. Every tensor has one row per record.
+
+    Args:
+        inputs: (n, ...).
+        labels: (n,) int64.
+        ids: (n,) int64 record ids.
+        tasks: (n,) int64, the experience each record came from.
+        from_memory: (n,) bool, the role of the row: False for current, True for memory.
+        valid: (n,) bool, False for padding.
+        stored: what memory kept beside the row (DER's logits, say), name to (n, ...).
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    ids: Tensor
+    tasks: Tensor
+    from_memory: Tensor
+    valid: Tensor
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @classmethod
+    def current(cls, records: Records, task: int) -> "Batch":
+        """All of `records` as one batch of current rows."""
+        n, device = len(records), records.inputs.device
+        return cls(
+            inputs=records.inputs, labels=records.labels, ids=records.ids,
+            tasks=torch.full((n,), task, device=device),
+            from_memory=torch.zeros(n, dtype=torch.bool, device=device),
+            valid=torch.ones(n, dtype=torch.bool, device=device),
+        )  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all row tensors by name, ready for `torch.func.vmap`; the inverse of `from_tensors`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stored"}
+        return own | {f"stored.{name}": value for name, value in self.stored.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
+        """Rebuild a batch from `tensors()`."""
+        own = {name: value for name, value in tensors.items() if not name.startswith("stored.")}
+        stored = {n.removeprefix("stored."): v for n, v in tensors.items() if n.startswith("stored.")}
+        return cls(**own, stored=stored)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply `change` to every row tensor (an index, a concatenation, a device move)."""
+        return Batch.from_tensors({name: change(value) for name, value in self.tensors().items()})
+
+    def take(self, index: Tensor | slice) -> "Batch":
+        """Rows at `index`."""
+        return self.map(lambda rows: rows[index])
+

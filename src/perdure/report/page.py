@@ -1,0 +1,135 @@
+"""One finished run as one self-contained page: no script, no request, readable on screen and on paper."""
+
+import os
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from perdure.report.figures import pictures
+from perdure.report.picture import Picture
+from perdure.report.result import Result, count, read_result
+from perdure.report.sections import answer, arms_table, facts, gallery, glossary
+from perdure.report.statement import statement
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` of a finished run and return its path.
+
+    The same `result.json` gives the same bytes. A reader never sees half a file.
+
+    Guarantee: none of its own. The page shows what `result.json` and `config.toml` say, and the pictures of
+    the explanation file, whose inputs must be public.
+
+    Args:
+        run: folder of the run, with `result.json`; `config.toml` is quoted where there is one.
+
+    Raises:
+        RunError: when `result.json` is missing or of another schema, or the explanations cannot be read.
+    """
+    result = read_result(run)
+    config = run / "config.toml"
+    quoted = config.read_text(encoding="utf-8") if config.is_file() else None
+    page = html(result, pictures(result, run), quoted)
+    return _write(run / "report.html", page.encode())
+
+
+def write_figures(run: Path) -> list[Path]:
+    """Write every picture of a finished run to `figures/`, as SVG and as PNG, and return the paths.
+
+    Args:
+        run: folder of the run, with `result.json`.
+
+    Raises:
+        RunError: when `result.json` is missing or of another schema, or the explanations cannot be read.
+    """
+    folder = run / "figures"
+    drawn = pictures(read_result(run), run)
+    folder.mkdir(exist_ok=True)
+    written = []
+    for picture in drawn:
+        written.append(_write(folder / f"{picture.name}.svg", picture.svg().encode()))
+        written.append(_write(folder / f"{picture.name}.png", picture.png()))
+    return written
+
+
+def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
+    """Return the page as text.
+
+    Args:
+        result: a checked result.
+        drawn: the pictures, in order.
+        config: text of the configuration file, if there is one.
+    """
+    sections = (
+        ("answer", "The answer", answer(result)),
+        ("arms", "All arms", arms_table(result)),
+        ("pictures", "Pictures", gallery(result, drawn)),
+        ("privacy", "Privacy statement", statement(result)),
+        ("run", "How it was run", facts(result, config)),
+        ("words", "Words", glossary()),
+    )
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
+    body = "\n".join(
+        f'<section id="{name}" aria-labelledby="{name}-title">'
+        f'<h2 id="{name}-title">{title}</h2>\n{inside}\n</section>'
+        for name, title, inside in sections
+    )
+    return _PAGE.format(
+        name=escape(result["name"]), style=_style(), lead=_lead(result), links=links, body=body
+    )
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{name}: perdure run report</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<p class="brand">perdure · run report</p>
+<h1>{name}</h1>
+<p class="lead">{lead}</p>
+<nav aria-label="Sections">{links}</nav>
+</header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _style() -> str:
+    return files("perdure.report").joinpath("page.css").read_text(encoding="utf-8")
+
+
+def _lead(result: Result) -> str:
+    stream, federation = result["stream"], result["federation"]
+    clients = (
+        f" over {federation['clients']} federated clients" if federation and "clients" in federation else ""
+    )
+    told = (
+        f"{stream['name']}, {stream['scenario']}-incremental in {count(stream['experiences'], 'experience')}"
+        f"{clients}; {count(len(result['arms']), 'arm')}, seed {result['seed']}"
+    )
+    return escape(told)
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Replace the file in one step, so that a reader sees the old page or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return path

@@ -1,0 +1,225 @@
+"""What `result.json` holds (schema 1), how it is read, and how its numbers are worded everywhere."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from perdure.errors import RunError
+
+SCHEMA = 1
+SIMULATION = "simulation: not a private release"
+MISSING = "–"
+
+
+class Epsilon(TypedDict):
+    """One privacy statement. `text` says it in a full sentence."""
+
+    value: float
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+    sampling: str
+    trust: str
+    simulated: bool
+    text: str
+
+
+class Spending(TypedDict):
+    """One purpose that privacy was spent on."""
+
+    purpose: str
+    steps: int
+    noise_multiplier: float
+    sampling_rate: float
+
+
+class Arm(TypedDict):
+    """One strategy of the run, with or without privacy. Accuracies in percent, differences in points."""
+
+    strategy: str
+    options: str
+    private: bool
+    accuracy_matrix: list[list[float | None]]
+    average_accuracy: float | None
+    learning_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    robust_accuracy: float | None
+    epsilon: Epsilon | None
+    epsilon_over_time: list[float | None] | None
+    spending: list[Spending]
+    seconds: float
+
+
+class Stream(TypedDict):
+    """The experiences, in the order they were learnt."""
+
+    name: str
+    scenario: str
+    experiences: int
+    classes: list[list[int]]
+
+
+class Attack(TypedDict):
+    """The attack behind robust accuracy."""
+
+    name: str
+    epsilon: float
+    steps: int
+    norm: str
+
+
+class Explanations(TypedDict):
+    """Where the explanation tensors are, and of which arm and moments."""
+
+    file: str
+    moments: list[str]
+    arm: str
+
+
+class Result(TypedDict):
+    """A finished run."""
+
+    schema: int
+    name: str
+    seed: int
+    stream: Stream
+    model: dict[str, Any]
+    federation: dict[str, Any] | None
+    environment: dict[str, Any]
+    attack: Attack | None
+    arms: list[Arm]
+    epsilon_of_all_arms: Epsilon | None
+    explanations: Explanations | None
+
+
+def read_result(run: Path) -> Result:
+    """Read `result.json` of a run.
+
+    Raises:
+        RunError: when the file is missing, is not JSON, or has another schema.
+    """
+    path = run / "result.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); let the run finish first") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); run the experiment again") from error
+    return checked(content, str(path))
+
+
+def checked(content: object, source: str = "result") -> Result:
+    """Return `content` as a result, if all that schema 1 promises is there.
+
+    Raises:
+        RunError: naming `source` and the first thing that is wrong.
+    """
+    if not isinstance(content, Mapping):
+        raise RunError(f"{source} holds a {type(content).__name__}; allowed: an object of schema {SCHEMA}")
+    if content.get("schema") != SCHEMA:
+        raise RunError(
+            f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}"
+        )
+    _require(content, Result, source)
+    if not content["arms"]:
+        raise RunError(f"{source} has no arms; a finished run has at least one")
+    _require(content["stream"], Stream, f"{source}: stream")
+    for number, arm in enumerate(content["arms"]):
+        _check_arm(arm, f"{source}: arms[{number}]")
+    for name, shape in (("attack", Attack), ("explanations", Explanations), ("epsilon_of_all_arms", Epsilon)):
+        if content[name] is not None:
+            _require(content[name], shape, f"{source}: {name}")
+    return cast(Result, content)
+
+
+def _check_arm(arm: Mapping[str, Any], source: str) -> None:
+    _require(arm, Arm, source)
+    if arm["private"] != (arm["epsilon"] is not None):
+        given = f"private = {arm['private']} but epsilon = {arm['epsilon']!r}"
+        raise RunError(f"{source} has {given}; a private arm states its epsilon, another has none")
+    if arm["epsilon"] is not None:
+        _require(arm["epsilon"], Epsilon, f"{source}.epsilon")
+    for entry in arm["spending"]:
+        _require(entry, Spending, f"{source}.spending")
+
+
+def _require(content: object, shape: type, source: str) -> None:
+    expected: frozenset[str] = shape.__required_keys__  # type: ignore[attr-defined]
+    missing = sorted(expected - set(content)) if isinstance(content, Mapping) else sorted(expected)
+    if missing:
+        raise RunError(f"{source} lacks {', '.join(missing)}; schema {SCHEMA} requires them")
+
+
+def labels(arms: Sequence[Arm]) -> list[str]:
+    """Name each arm: its strategy, or its options where a strategy occurs twice at the same privacy."""
+    count = Counter((arm["strategy"], arm["private"]) for arm in arms)
+    return [
+        arm["strategy"] if count[arm["strategy"], arm["private"]] == 1 else arm["options"] for arm in arms
+    ]
+
+
+def by_privacy(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
+    """Arms with their labels, those without privacy first, otherwise in the order of the run."""
+    return sorted(zip(arms, labels(arms), strict=True), key=lambda named: named[0]["private"])
+
+
+def best(arms: Sequence[tuple[Arm, str]]) -> tuple[Arm, str] | None:
+    """Return the arm with the highest average accuracy; None where none was measured."""
+    measured = [named for named in arms if is_number(named[0]["average_accuracy"])]
+    return max(measured, key=lambda named: named[0]["average_accuracy"] or 0.0, default=None)
+
+
+def is_number(value: float | None) -> bool:
+    """Return whether a value was measured: neither null nor NaN."""
+    return value is not None and not math.isnan(value)
+
+
+def decimal(value: float | None, digits: int = 1) -> str:
+    """Write a number with fixed digits and a true minus sign; a dash where it was not measured."""
+    if value is None or math.isnan(value):
+        return MISSING
+    rounded = round(value, digits) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return f"{rounded:.{digits}f}".replace("-", "−")
+
+
+def epsilon_number(value: float | None) -> str:
+    """Write an epsilon with two decimals, rounded up: a printed epsilon never claims more than is true."""
+    if value is None or math.isnan(value):
+        return MISSING
+    return "∞" if math.isinf(value) else f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
+
+
+def small(value: float) -> str:
+    """Write a small number such as delta: 1e-5, 0.001."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def terms(epsilon: Epsilon) -> str:
+    """Write what an epsilon is about: unit, relation, delta."""
+    return f"per {epsilon['unit']}, {epsilon['relation']}, δ = {small(epsilon['delta'])}"
+
+
+def phrase(epsilon: Epsilon) -> str:
+    """Write an epsilon with everything without which it means nothing."""
+    label = f"; {SIMULATION}" if epsilon["simulated"] else ""
+    return f"{epsilon_number(epsilon['value'])} ({terms(epsilon)}{label})"
+
+
+def count(number: int, noun: str) -> str:
+    """Write a number of things: 1 arm, 5 experiences."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def attack_name(attack: Attack | None) -> str:
+    """Write an attack with its strength: PGD-10, L∞ 0.1."""
+    if attack is None:
+        return "no attack"
+    steps = f"-{attack['steps']}" if attack["steps"] > 1 else ""
+    norm = {"linf": "L∞", "l2": "L2", "l1": "L1"}.get(attack["norm"], attack["norm"])
+    return f"{attack['name']}{steps}, {norm} {attack['epsilon']:g}"

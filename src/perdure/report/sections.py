@@ -1,0 +1,243 @@
+"""The sections of the page, each a function from the result to HTML. Every text is escaped here."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, cast
+
+from perdure.report.picture import Picture
+from perdure.report.result import (
+    MISSING,
+    SIMULATION,
+    Arm,
+    Result,
+    attack_name,
+    best,
+    by_privacy,
+    count,
+    decimal,
+    epsilon_number,
+    phrase,
+    terms,
+)
+
+NUMBERS = (
+    ("average_accuracy", "average accuracy", "%"),
+    ("learning_accuracy", "learning accuracy", "%"),
+    ("forgetting", "forgetting", "points"),
+    ("backward_transfer", "backward transfer", "points"),
+    ("forward_transfer", "forward transfer", "points"),
+)
+GLOSSARY = (
+    ("arm", "One strategy in one mode, with or without privacy. All arms of a run see the same stream."),
+    ("average accuracy", "Percent answered right at the very end, averaged over all experiences."),
+    ("backward transfer", "Change on past experiences since they were learnt; negative if forgotten."),
+    ("experience", "One stage of the stream: the data that arrive together and are not there afterwards."),
+    ("forgetting", "Points lost on past experiences between their best moment and the end; lower is better."),
+    ("forward transfer", "Head start on experiences not yet learnt, over an untrained model, in points."),
+    ("learning accuracy", "Percent right on each experience just after it was learnt, averaged."),
+    ("robust accuracy", "Percent still right when an attacker changes each input within the stated limit."),
+    ("strategy", "How forgetting is fought: naive does nothing, others penalise change, distil or replay."),
+    ("epsilon (ε)", "How much one unit can change what comes out. Every use adds; lower is better."),
+    ("delta (δ)", "The small probability that is left outside the promise of epsilon."),
+    ("unit", "What the promise protects: one record, or one client with all its records."),
+    ("relation", "Which two data sets must look alike: add-remove (one unit more or less), or replace-one."),
+    ("accountant", "The calculation that adds up all uses; PLD is tight, RDP is a safe overestimate."),
+    ("sampling", "How records get into a step. Poisson: each by its own coin, hidden from everyone."),
+    ("noise multiplier", "Standard deviation of the noise over the largest influence of one unit."),
+    ("sampling rate", "The probability that a given record takes part in one step."),
+    ("trust model", "Who sees raw data or exact sums before noise is added, and so has to be trusted."),
+    ("release", "One noisy sum that left the holder of the records. Nothing else leaves."),
+)  # fmt: skip
+
+
+def answer(result: Result) -> str:
+    """Return the two sentences that most readers came for, made from the numbers."""
+    arms = by_privacy(result["arms"])
+    free = best([named for named in arms if not named[0]["private"]])
+    paid = best([named for named in arms if named[0]["private"]])
+    return f"<p>{_best_without(free, result['stream']['experiences'])}</p>\n<p>{_best_with(paid, free)}</p>"
+
+
+def _best_without(free: tuple[Arm, str] | None, experiences: int) -> str:
+    if free is None:
+        return "No model was measured without privacy."
+    arm, label = free
+    return (
+        f"Without privacy, <strong>{escape(label)}</strong> keeps the most: "
+        f"<strong>{decimal(arm['average_accuracy'])} %</strong> average accuracy after "
+        f"{count(experiences, 'experience')}, with {decimal(arm['forgetting'])} points forgotten."
+    )
+
+
+def _best_with(paid: tuple[Arm, str] | None, free: tuple[Arm, str] | None) -> str:
+    if paid is None or paid[0]["epsilon"] is None:
+        return "No model was measured with privacy, so nothing in this run may be called private."
+    arm, label = paid
+    return (
+        f"With privacy, <strong>{escape(label)}</strong> is best at "
+        f"<strong>{decimal(arm['average_accuracy'])} %</strong>{_price(arm, free)}, "
+        f"at epsilon {escape(phrase(paid[0]['epsilon']))}."
+    )
+
+
+def _price(arm: Arm, free: tuple[Arm, str] | None) -> str:
+    if free is None:
+        return ""
+    price = (free[0]["average_accuracy"] or 0.0) - (arm["average_accuracy"] or 0.0)
+    return f", {decimal(abs(price))} points {'less' if price >= 0 else 'more'}"
+
+
+def arms_table(result: Result) -> str:
+    """Return all arms with their numbers, grouped by privacy; the best of each group marked."""
+    heads = [f"{name}<small>{unit}</small>" for _, name, unit in NUMBERS]
+    heads.append(
+        f"robust accuracy<small>%, {escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>"
+    )
+    columns = ["strategy", *heads, "epsilon<small>rounded up</small>", "time<small>seconds</small>"]
+    body = "".join(_group(result, private) for private in (False, True))
+    caption = "Every arm of the run. The best average accuracy of each group is marked with a star."
+    return _table(caption, columns, body)
+
+
+def _group(result: Result, private: bool) -> str:
+    arms = [named for named in by_privacy(result["arms"]) if named[0]["private"] == private]
+    if not arms:
+        return ""
+    title = "With privacy" if private else "Without privacy"
+    head = f'<tr><th scope="rowgroup" colspan="{len(NUMBERS) + 4}">{title}</th></tr>'
+    winner = best(arms)
+    rows = "".join(_arm_row(arm, label, winner is not None and arm is winner[0]) for arm, label in arms)
+    return f"<tbody>{head}{rows}</tbody>"
+
+
+def _arm_row(arm: Arm, label: str, wins: bool) -> str:
+    star = ' <span class="star" role="img" aria-label="best of its group">★</span>' if wins else ""
+    name = f'<th scope="row">{escape(label)}{star}<code>{escape(arm["options"])}</code></th>'
+    numbers = cast(Mapping[str, float | None], arm)
+    values = [decimal(numbers[key]) for key in (*(key for key, *_ in NUMBERS), "robust_accuracy")]
+    cells = "".join(f'<td class="number">{value}</td>' for value in values)
+    return (
+        f'<tr{" class=best" * wins}>{name}{cells}<td class="epsilon">{_epsilon_cell(arm)}</td>'
+        f'<td class="number">{decimal(arm["seconds"])}</td></tr>'
+    )
+
+
+def _epsilon_cell(arm: Arm) -> str:
+    epsilon = arm["epsilon"]
+    if epsilon is None:
+        return "none, no guarantee"
+    label = f'<span class="simulated">{SIMULATION}</span>' if epsilon["simulated"] else ""
+    return f"<b>{epsilon_number(epsilon['value'])}</b><small>{escape(terms(epsilon))}</small>{label}"
+
+
+def gallery(result: Result, pictures: Sequence[Picture]) -> str:
+    """Return the pictures with captions, and the numbers behind them as tables."""
+    return "".join(_figure(picture) for picture in pictures) + _numbers_behind(result)
+
+
+def _figure(picture: Picture) -> str:
+    return (
+        f"<figure><h3>{escape(picture.title)}</h3>"
+        f'<div class="paper">{picture.inline_svg()}</div>'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>\n"
+    )
+
+
+def _numbers_behind(result: Result) -> str:
+    tables = "".join(_matrix_table(arm, label) for arm, label in by_privacy(result["arms"]))
+    return _details("The numbers behind the pictures", f'<div class="columns">{tables}</div>')
+
+
+def _matrix_table(arm: Arm, label: str) -> str:
+    matrix = arm["accuracy_matrix"]
+    columns = ["after", *(f"exp. {j + 1}" for j in range(len(matrix[0])))]
+    body = "".join(
+        _row(str(i + 1), [decimal(value) for value in row], "number") for i, row in enumerate(matrix)
+    )
+    name = f"{label}{', private' * arm['private']}: accuracy in percent"
+    return _table(escape(name), columns, f"<tbody>{body}</tbody>")
+
+
+def facts(result: Result, config: str | None) -> str:
+    """Return how the run was made, and how to make it again."""
+    stream, federation = result["stream"], result["federation"]
+    order = "; ".join(f"{i + 1}: {', '.join(map(str, names))}" for i, names in enumerate(stream["classes"]))
+    kind = f"{stream['name']}, {stream['scenario']}-incremental, {count(stream['experiences'], 'experience')}"
+    shared = "none: one learner" if federation is None else _listed(federation, without="declared_sizes")
+    told = {
+        "name": result["name"], "seed": result["seed"],
+        "stream": kind,
+        "classes of each experience": order, "model": _listed(result["model"]),
+        "federation": shared,
+        "attack behind robust accuracy": attack_name(result["attack"]),
+        "strategies": "; ".join(dict.fromkeys(arm["options"] for arm in result["arms"])),
+        "versions": _listed(result["environment"]),
+    }  # fmt: skip
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items())
+    return f'<dl class="facts">{rows}</dl>{_declared_sizes(federation)}{_again(result, config)}'
+
+
+def _declared_sizes(federation: Mapping[str, Any] | None) -> str:
+    if not federation or not federation.get("declared_sizes"):
+        return ""
+    sizes: list[list[int]] = federation["declared_sizes"]
+    columns = ["client", *(f"exp. {j + 1}" for j in range(len(sizes[0])))]
+    body = "".join(_row(str(i + 1), [str(size) for size in row], "number") for i, row in enumerate(sizes))
+    caption = "Records declared by each client for each experience. Declared sizes are public."
+    return _details("Declared sizes of the clients", _table(caption, columns, f"<tbody>{body}</tbody>"))
+
+
+def _again(result: Result, config: str | None) -> str:
+    if config is None:
+        command = f"perdure run {shlex.quote('runs/' + result['name'] + '/config.toml')}"
+        return f"<p>To run it again:</p><pre><code>{escape(command)}</code></pre>"
+    return (
+        "<p>To run it again, save the configuration as <code>config.toml</code> and type:</p>"
+        "<pre><code>perdure run config.toml</code></pre>"
+        + _details("The configuration", f"<pre><code>{escape(config)}</code></pre>")
+    )
+
+
+def glossary() -> str:
+    """Return the words of the page, explained to someone who has not read the papers."""
+    words = "".join(f"<div><dt>{word}</dt><dd>{escape(text)}</dd></div>" for word, text in GLOSSARY)
+    return f'<dl class="glossary">{words}</dl>'
+
+
+def spending_table(arm: Arm, label: str) -> str:
+    """Return what privacy was spent on, as a table."""
+    rows = (
+        _row(
+            entry["purpose"],
+            [str(entry["steps"]), f"{entry['noise_multiplier']:g}", f"{entry['sampling_rate']:g}"],
+            "number",
+        )
+        for entry in arm["spending"]
+    )
+    columns = ["purpose", "steps", "noise multiplier", "sampling rate"]
+    return _table(f"What {escape(label)} spent its privacy on", columns, f"<tbody>{''.join(rows)}</tbody>")
+
+
+def _table(caption: str, columns: Iterable[str], body: str) -> str:
+    """Return a table that scrolls sideways by itself; caption, columns and body are escaped already."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+        f"<table><caption>{caption}</caption>"
+        f"<thead><tr>{head}</tr></thead>{body}</table></div>"
+    )
+
+
+def _row(name: str, cells: Iterable[str], kind: str) -> str:
+    inside = "".join(f'<td class="{kind}">{escape(cell)}</td>' for cell in cells)
+    return f'<tr><th scope="row">{escape(name)}</th>{inside}</tr>'
+
+
+def _details(summary: str, inside: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
+
+
+def _listed(mapping: Mapping[str, Any], without: str = "") -> str:
+    told = [f"{key.replace('_', ' ')} {value}" for key, value in mapping.items() if key != without]
+    return ", ".join(told) or MISSING

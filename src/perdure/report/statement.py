@@ -1,0 +1,144 @@
+"""The privacy statement of the page, in words that a privacy officer can sign or refuse."""
+
+import math
+from html import escape
+
+from perdure.report.result import SIMULATION, Arm, Epsilon, Result, by_privacy, epsilon_number, phrase, small
+from perdure.report.sections import spending_table
+
+UNITS = {
+    "record": "One record is one row of data as it was at its source. All its copies, rotations and "
+    "replays count as the same record. A person with several records is protected less; where each person "
+    "is one client, client-level privacy covers them all.",
+    "client": "One client is one participant of the federation with everything it holds.",
+}
+RELATIONS = {
+    "add-remove": "Two data sets are neighbours when one has one {unit} more than the other. What is "
+    "hidden is whether a given {unit} took part at all.",
+    "replace-one": "Two data sets are neighbours when one {unit} of the first is another {unit} in the "
+    "second. What is hidden is which of the two took part; how many took part is taken as known.",
+}
+
+
+def statement(result: Result) -> str:
+    """Return what is promised, arm by arm and for all models together."""
+    private = [(arm, label) for arm, label in by_privacy(result["arms"]) if arm["epsilon"]]
+    if not private:
+        return (
+            "<p><strong>No promise.</strong> Every model of this run was trained without differential "
+            "privacy. Treat each as if it contained its training records.</p>"
+        )
+    arms = "".join(_arm(arm, label, arm["epsilon"]) for arm, label in private if arm["epsilon"])
+    return f"{_warning(result)}{_together(result, len(private))}{_meaning(private)}{arms}"
+
+
+def guess_limit(epsilon: float, delta: float) -> float:
+    """How often a guess between two neighbouring data sets, from even odds, can at best be right.
+
+    (e^epsilon + delta) / (e^epsilon + 1)
+
+    Guarantee: exact for (epsilon, delta)-differential privacy, whatever the guesser knows or computes.
+
+    Source: Kairouz, Oh and Viswanath 2015, section 2 (total variation of the dominating pair).
+
+    >>> round(guess_limit(1.0, 0.0), 3)
+    0.731
+    """
+    return (1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon))
+
+
+def _warning(result: Result) -> str:
+    every = [arm["epsilon"] for arm in result["arms"]] + [result["epsilon_of_all_arms"]]
+    if not any(epsilon["simulated"] for epsilon in every if epsilon):
+        return ""
+    return (
+        f'<p class="warning"><strong>{SIMULATION.capitalize()}.</strong> '
+        "The noise of this run comes from a seed that its user chose, so that it can be repeated. Whoever "
+        "learns the seed can subtract the noise. The numbers show what the same run would promise with "
+        "secret noise; this one promises nothing.</p>"
+    )
+
+
+def _together(result: Result, private: int) -> str:
+    joint, free = result["epsilon_of_all_arms"], len(result["arms"]) - private
+    told = _stated(joint) if joint else _unstated(private)
+    return (
+        '<div class="together"><h3>All models of this run together</h3>'
+        f"<p>{told}</p>{_unprotected(free)}</div>"
+    )
+
+
+def _stated(joint: Epsilon) -> str:
+    return (
+        f"Epsilon {escape(phrase(joint))}. {escape(joint['text'])} This is the number that counts as soon "
+        "as more than one of these models is shown, or the best is picked by comparing them."
+    )
+
+
+def _unstated(private: int) -> str:
+    if private == 1:
+        return "One model was trained with privacy; its own statement below is the whole one."
+    return (
+        f"No joint epsilon was computed for the {private} models with privacy. It is no smaller than any "
+        "single one below, so show one model only, chosen without looking at the others."
+    )
+
+
+def _unprotected(free: int) -> str:
+    if not free:
+        return ""
+    which = "One model was" if free == 1 else f"{free} models were"
+    return (
+        f"<p>{which} trained without privacy on the same records and carry no promise (epsilon is "
+        "infinite). The statement above holds only while those models stay with whoever may see the "
+        "records.</p>"
+    )
+
+
+def _meaning(private: list[tuple[Arm, str]]) -> str:
+    stated = [arm["epsilon"] for arm, _ in private if arm["epsilon"]]
+    units = {epsilon["unit"]: UNITS.get(epsilon["unit"], "") for epsilon in stated}
+    relations = {
+        epsilon["relation"]: RELATIONS.get(epsilon["relation"], "").format(unit=epsilon["unit"])
+        for epsilon in stated
+    }
+    told = [("Unit", units), ("Relation", relations)]
+    rows = "".join(
+        f"<dt>{kind}: {escape(name)}</dt><dd>{escape(text)}</dd>"
+        for kind, words in told
+        for name, text in words.items()
+    )
+    return f'<h3>What is protected, in plain words</h3><dl class="facts">{rows}</dl>'
+
+
+def _arm(arm: Arm, label: str, epsilon: Epsilon) -> str:
+    terms = {
+        "accountant": epsilon["accountant"],
+        "sampling": epsilon["sampling"],
+        "trust model": epsilon["trust"],
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in terms.items())
+    return (
+        f"<article><h3>{escape(label)}: epsilon "
+        f"{_short(epsilon)}</h3><p>{escape(epsilon['text'])}</p><p>{_plainly(epsilon)}</p>"
+        f'<dl class="facts">{rows}</dl>{spending_table(arm, label)}</article>'
+    )
+
+
+def _short(epsilon: Epsilon) -> str:
+    label = f' <span class="simulated">{SIMULATION}</span>' if epsilon["simulated"] else ""
+    return f"{epsilon_number(epsilon['value'])}{label}"
+
+
+def _plainly(epsilon: Epsilon) -> str:
+    unit = escape(epsilon["unit"])
+    question = f"whether one given {unit} took part"
+    if epsilon["relation"] == "replace-one":
+        question = f"which of two given {unit}s took part"
+    limit = math.ceil(guess_limit(epsilon["value"], epsilon["delta"]) * 10_000 - 1e-9) / 100
+    return (
+        f"In plain words: someone who sees this model, knows all other {unit}s and guesses {question}, "
+        f"starting from even odds, is right at most {limit:g} % of the time (50 % would be pure chance). "
+        f"This follows from epsilon and δ = {small(epsilon['delta'])}; nothing that is later computed from "
+        "the model can change it."
+    )

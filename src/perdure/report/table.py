@@ -1,0 +1,82 @@
+"""One finished run as a table in the terminal, readable in 100 columns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from perdure.report.result import (
+    MISSING,
+    SIMULATION,
+    Arm,
+    Result,
+    attack_name,
+    best,
+    by_privacy,
+    checked,
+    decimal,
+    epsilon_number,
+    terms,
+)
+
+UNITS = "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """One row per arm, those without privacy first; the best average accuracy of each group in bold.
+
+    Args:
+        result: a run's `result.json` as read, schema 1.
+
+    Raises:
+        RunError: when the result is of another schema or incomplete.
+    """
+    run = checked(result)
+    drawn = _empty(run)
+    arms = by_privacy(run["arms"])
+    for private in (False, True):
+        group = [named for named in arms if named[0]["private"] == private]
+        winner = best(group)
+        for arm, label in group:
+            drawn.add_row(*_cells(arm, label), style="bold" if winner and arm is winner[0] else "")
+        drawn.add_section()
+    return drawn
+
+
+def _empty(run: Result) -> Table:
+    drawn = Table(
+        title=Text(run["name"]), title_style="bold", caption=Text(UNITS), caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
+    )  # fmt: skip
+    attack = attack_name(run["attack"]).replace(", ", "\n")
+    drawn.add_column("strategy", overflow="fold")
+    drawn.add_column("private")
+    for header in ("average\naccuracy", "forgetting", Text(f"robust\n{attack}")):
+        drawn.add_column(header, justify="right", no_wrap=True)
+    drawn.add_column("epsilon, rounded up", min_width=len(SIMULATION))
+    drawn.add_column("time", justify="right", no_wrap=True)
+    return drawn
+
+
+def _cells(arm: Arm, label: str) -> list[Text]:
+    accuracies = [decimal(arm[name]) for name in ("average_accuracy", "forgetting", "robust_accuracy")]
+    return [
+        Text(cell)
+        for cell in (
+            label,
+            "yes" if arm["private"] else "no",
+            *accuracies,
+            _epsilon(arm),
+            decimal(arm["seconds"]),
+        )
+    ]
+
+
+def _epsilon(arm: Arm) -> str:
+    epsilon = arm["epsilon"]
+    if epsilon is None:
+        return MISSING
+    stated = f"{epsilon_number(epsilon['value'])} {terms(epsilon)}"
+    return f"{stated}\n{SIMULATION}" if epsilon["simulated"] else stated

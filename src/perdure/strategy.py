@@ -1,0 +1,441 @@
+"""The strategy contract: hyper-parameters in a frozen dataclass, memory in an explicit state.
+
+Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and the README for how to add one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.errors import StrategyError
+from perdure.records import Batch, Params
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.memory import MemoryPlan
+    from perdure.streams import Experience
+
+Scenario = Literal["task", "domain", "class"]
+Rule = Literal["sum", "mean", "local"]
+MASKED = -1e9
+"""Logit of a class that may not be predicted: its probability underflows to exactly zero."""
+
+
+# --------------------------------------------------------------------------- what a strategy remembers
+
+
+class State(Mapping[str, Tensor]):
+    """What a strategy remembers: a flat mapping from name to tensor, shapes fixed by `Strategy.init`.
+
+    Each name is declared once with how a federation combines it: `sum` (increments add up over clients), `mean`
+    (weighted by declared sizes) or `local` (stays with the client). A parameter-shaped quantity is a *group*:
+    one entry a parameter, named `group/parameter`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None, rules: Mapping[str, Rule] | None = None) -> None:
+        self._tensors = dict(tensors or {})
+        self.rules: dict[str, Rule] = dict(rules or {})
+        if self._tensors.keys() != self.rules.keys():
+            raise StrategyError(f"every state name needs one rule; given {sorted(self._tensors.keys() ^ self.rules)}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"State({', '.join(f'{n}: {tuple(t.shape)} {self.rules[n]}' for n, t in self.items())})"
+
+    def declare(self, name: str, value: Tensor, rule: Rule) -> "State":
+        """Add a new name; for use in `Strategy.init`."""
+        if name in self:
+            raise StrategyError(f"state name {name!r} is declared twice; choose another name")
+        return State({**self, name: value}, {**self.rules, name: rule})
+
+    def declare_group(self, group: str, values: Params, rule: Rule) -> "State":
+        """Add one name a parameter: `group/parameter`."""
+        state = self
+        for name, value in values.items():
+            state = state.declare(f"{group}/{name}", value, rule)
+        return state
+
+    def group(self, group: str) -> Params:
+        """Return the tensors of one group by parameter name."""
+        return {n.removeprefix(f"{group}/"): t for n, t in self.items() if n.startswith(f"{group}/")}
+
+    def replace(self, changes: Mapping[str, Tensor]) -> "State":
+        """Return a state with new values under known names and unchanged shapes.
+
+        Raises:
+            StrategyError: for a name that `init` did not declare, or another shape.
+        """
+        for name, value in changes.items():
+            if name not in self or self[name].shape != value.shape:
+                known = tuple(self[name].shape) if name in self else "undeclared"
+                given = tuple(value.shape)
+                raise StrategyError(f"state {name!r} is {known}, given shape {given}; declare it in init()")
+        return State({**self, **changes}, self.rules)
+
+    def replace_group(self, group: str, values: Params) -> "State":
+        """`replace` for one group."""
+        return self.replace({f"{group}/{name}": value for name, value in values.items()})
+
+
+# --------------------------------------------------------------------------- what a strategy may know
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spec:
+    """Shapes and public sizes a strategy needs to lay out its state.
+
+    Args:
+        params: the model's parameters (for their shapes, device and initial values).
+        num_classes: width of the head. num_experiences: declared length of the stream.
+        feature_size: width of `model.features`. scenario: task-, domain- or class-incremental.
+    """
+
+    params: Params
+    num_classes: int
+    num_experiences: int
+    feature_size: int
+    scenario: Scenario
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """Public facts of the moment; nothing here was observed on private data.
+
+    Args:
+        scenario: task-, domain- or class-incremental.
+        experience: index of the experience (when evaluating a task-incremental stream: the task being asked for).
+        task_classes: (T, C) bool, the declared classes of every experience.
+        seen: (C,) bool, the classes of this and all earlier experiences.
+        declared_size: public number of records in the pool that batches are drawn from.
+        memory_share: public share of the rows of a batch that come from memory when it has a batch of its own;
+            0 without memory or where new and stored records are pooled.
+    """
+
+    scenario: Scenario
+    experience: int
+    task_classes: Tensor
+    seen: Tensor
+    declared_size: int = 1
+    memory_share: float = 0.0
+
+    @property
+    def current(self) -> Tensor:
+        """(C,) bool, the declared classes of this experience."""
+        return self.task_classes[self.experience]
+
+    @property
+    def allowed(self) -> Tensor:
+        """(C,) bool, the classes that a record of this experience may be predicted as."""
+        if self.scenario == "task":
+            return self.current
+        return self.seen if self.scenario == "class" else torch.ones_like(self.seen)
+
+    def mask(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits (n, C) with the classes out of question for each row set to `MASKED`."""
+        if self.scenario == "domain":
+            return logits
+        allowed = self.task_classes[batch.tasks] if self.scenario == "task" else self.seen
+        return torch.where(allowed, logits, MASKED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one experience is trained on; a function of public facts only.
+
+    Args:
+        pool: records that batches are drawn from: those of this `experience`, or of `all` experiences so far.
+        memory: what is kept for replay, or None.
+        restart: begin with the initial parameters and a fresh optimiser.
+        trainable: prefixes of the parameter names that are trained; None for all.
+    """
+
+    pool: Literal["experience", "all"] = "experience"
+    memory: "MemoryPlan | None" = None
+    restart: bool = False
+    trainable: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks:
+    """What a strategy asks of private data beyond the gradient; its declared privacy cost.
+
+    Args:
+        releases: noisy sums after every experience.
+        references: reference gradients at every step.
+        reuses: whether records of earlier experiences go on being used.
+    """
+
+    releases: int = 0
+    references: int = 0
+    reuses: bool = False
+
+
+# --------------------------------------------------------------------------- running the model
+
+
+class _Features(nn.Module):
+    """Lets `functional_call` reach `features` of the wrapped model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Callable[[Tensor], Tensor] = self.module.features  # type: ignore[assignment]
+        return features(x)
+
+
+class Forward:
+    """The model as a function of its input at given parameters.
+
+    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.at(params)` the same model
+    at other parameters, unhooked and without gradients: a teacher.
+    """
+
+    def __init__(self, module: nn.Module, params: Params | None = None, *, frozen: bool = False) -> None:
+        self.module, self.params, self._frozen = module, params, frozen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(self.module, self.params, x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(n, f): the input of the head."""
+        params = self.params and {f"module.{name}": value for name, value in self.params.items()}
+        return self._run(_Features(self.module), params, x)
+
+    def at(self, params: Params) -> "Forward":
+        """Return a teacher: the model at `params`, without gradients."""
+        return Forward(self.module, params, frozen=True)
+
+    def _run(self, module: nn.Module, params: Params | None, x: Tensor) -> Tensor:
+        if params is None:
+            return module(x)  # type: ignore[no-any-return]
+        if not self._frozen:
+            return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
+        training = module.training
+        with torch.no_grad():
+            answer: Tensor = torch.func.functional_call(module.eval(), params, (x,))
+        module.train(training)
+        return answer
+
+
+# --------------------------------------------------------------------------- the contract
+
+
+def cross_entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) cross entropy of each row."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def cross_entropy(forward: Forward, batch: Batch, context: Context) -> Tensor:
+    """(n,) cross entropy of each row over the classes it may be predicted as."""
+    return cross_entropy_of(context.mask(forward(batch.inputs), batch), batch.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How forgetting is fought. Subclass it as a frozen dataclass and override the hooks you need.
+
+    A strategy holds hyper-parameters only. What it remembers is the `State` handed in and out; records are reached
+    only through the curator, in `references` and `after_experience`.
+
+    Class attributes:
+        asks: what it asks of private data (see `Asks`).
+        couples_records: True where the loss of one row depends on other rows; refused under differential privacy.
+        vmappable: a sentence that says why the hooks cannot run under `torch.func.vmap`, or None where they can.
+    """
+
+    asks: ClassVar[Asks] = Asks()
+    couples_records: ClassVar[bool] = False
+    not_vmappable_because: ClassVar[str | None] = None
+
+    @property
+    def name(self) -> str:
+        """The strategy's name in tables."""
+        return type(self).__name__
+
+    def init(self, spec: Spec) -> State:
+        """Lay out the state; called once, before the first experience."""
+        return State()
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Say what the experience is trained on, from public facts only."""
+        return Plan()
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """(n,) one loss per row; row i depends on row i, parameters, state and context only."""
+        return cross_entropy(forward, batch, context)
+
+    def penalty(self, params: Params, state: State) -> Tensor | None:
+        """Scalar added to the mean loss; touches no data."""
+        return None
+
+    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+        """Released reference gradients for `project` (A-GEM, GEM)."""
+        return ()
+
+    def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
+        """Change the released gradient; touches no data."""
+        return gradient
+
+    def after_step(self, before: Params, after: Params, gradient: Params, state: State) -> State:
+        """Follow the training path; `gradient` is the released one, before penalty and projection."""
+        return state
+
+    def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
+        """What memory stores beside each row, name to (n, ...); goes to the curator, never to the state."""
+        return {}
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Consolidate at the final (in a federation: global) parameters; may ask for releases."""
+        return state
+
+    def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
+        """(n, C) logits, masked to the classes that may be predicted."""
+        return torch.where(context.allowed, forward(x), MASKED)
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether the class changes `hook`; the loop skips what nobody overrides."""
+        return getattr(cls, hook) is not getattr(Strategy, hook)
+
+    def uses(self, hook: str) -> bool:
+        """Whether this strategy changes `hook`."""
+        return self.overrides(hook)
+
+
+# --------------------------------------------------------------------------- several at once
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class Combine(Strategy):
+    """Several strategies as one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.
+
+    The task loss counts once: at most one part overrides `losses`. Penalties add, state names are prefixed by
+    the part's position, projections run in the order given.
+
+    Raises:
+        StrategyError: where two parts would override the loss, the prediction or the memory; it names both.
+    """
+
+    parts: tuple[Strategy, ...] = field(default=())
+
+    def __init__(self, *parts: Strategy) -> None:
+        object.__setattr__(self, "parts", parts)
+        for hook in ("losses", "predict", "remember"):
+            self._only(hook)
+        total = [part.asks for part in parts]
+        object.__setattr__(self, "asks", Asks(
+            releases=sum(a.releases for a in total), references=sum(a.references for a in total),
+            reuses=any(a.reuses for a in total),
+        ))  # fmt: skip
+        object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))
+        reasons = [part.not_vmappable_because for part in parts if part.not_vmappable_because]
+        object.__setattr__(self, "not_vmappable_because", reasons[0] if reasons else None)
+
+    def __repr__(self) -> str:
+        return f"Combine({', '.join(map(repr, self.parts))})"
+
+    @property
+    def name(self) -> str:
+        """Names of the parts, joined."""
+        return "+".join(part.name for part in self.parts)
+
+    def uses(self, hook: str) -> bool:
+        """Whether any part changes `hook`."""
+        return any(part.uses(hook) for part in self.parts)
+
+    def _only(self, hook: str) -> tuple[int, Strategy]:
+        users = [(i, part) for i, part in enumerate(self.parts) if part.uses(hook)]
+        if len(users) > 1:
+            names = " and ".join(part.name for _, part in users)
+            raise StrategyError(f"{names} both override {hook}(); at most one part may, so drop one of them")
+        return users[0] if users else (-1, Strategy())
+
+    def _own(self, state: State, index: int) -> State:
+        prefix = f"{index}."
+        names = [name for name in state if name.startswith(prefix)]
+        cut = len(prefix)
+        return State({n[cut:]: state[n] for n in names}, {n[cut:]: state.rules[n] for n in names})
+
+    def _each(self, state: State, change: Callable[[Strategy, State], State]) -> State:
+        tensors: dict[str, Tensor] = {}
+        for i, part in enumerate(self.parts):
+            tensors |= {f"{i}.{n}": t for n, t in change(part, self._own(state, i)).items()}
+        return state.replace(tensors)
+
+    def init(self, spec: Spec) -> State:
+        """Lay out the parts' states side by side."""
+        state = State()
+        for i, part in enumerate(self.parts):
+            own = part.init(spec)
+            for name, value in own.items():
+                state = state.declare(f"{i}.{name}", value, own.rules[name])
+        return state
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Merge the parts' plans; two memories, or two ideas of what is trainable, are an error."""
+        plans = [(part.name, part.plan(experience)) for part in self.parts]
+
+        def one(what: str) -> object:
+            given = [(name, getattr(plan, what)) for name, plan in plans if getattr(plan, what) is not None]
+            if len(given) > 1:
+                raise StrategyError(f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them")
+            return given[0][1] if given else None
+
+        pool: Literal["experience", "all"] = "all" if any(p.pool == "all" for _, p in plans) else "experience"
+        return Plan(
+            pool=pool, memory=one("memory"), restart=any(p.restart for _, p in plans), trainable=one("trainable")  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Loss of the one part that overrides it, else cross entropy."""
+        i, part = self._only("losses")
+        return part.losses(forward, batch, context, self._own(state, i))
+
+    def penalty(self, params: Params, state: State) -> Tensor | None:
+        """Sum of the parts' penalties."""
+        each = [part.penalty(params, self._own(state, i)) for i, part in enumerate(self.parts)]
+        given = [penalty for penalty in each if penalty is not None]
+        return torch.stack(given).sum() if given else None
+
+    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+        """References of all parts, one after another."""
+        own = [part.references(curator, params, self._own(state, i)) for i, part in enumerate(self.parts)]
+        return tuple(reference for references in own for reference in references)
+
+    def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
+        """Projections in the order of the parts; each sees all references."""
+        for i, part in enumerate(self.parts):
+            gradient = part.project(gradient, references, self._own(state, i))
+        return gradient
+
+    def after_step(self, before: Params, after: Params, gradient: Params, state: State) -> State:
+        """Every part follows the path."""
+        return self._each(state, lambda part, own: part.after_step(before, after, gradient, own))
+
+    def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
+        """What the one part that stores something stores."""
+        i, part = self._only("remember")
+        return part.remember(forward, batch, self._own(state, i))
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Every part consolidates."""
+        return self._each(state, lambda part, own: part.after_experience(curator, params, own))
+
+    def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
+        """Prediction of the one part that overrides it, else the head."""
+        i, part = self._only("predict")
+        return part.predict(forward, x, context, self._own(state, i))

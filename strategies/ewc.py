@@ -1,0 +1,97 @@
+"""Elastic weight consolidation: hold back the parameters that past experiences depend on.
+
+Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, equation 3 (one penalty an
+experience); Schwarz et al., Progress & Compress, ICML 2018, section 3.2 (online, with decay).
+
+    penalty = strength / 2 * sum_t sum_j F_t,j (theta_j - theta*_t,j)^2
+    F_t     = 1/n sum_i sum_c p(c | x_i) (d log p(c | x_i) / d theta)^2        at theta*_t
+
+A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the Fisher-weighted mean
+of the anchors (up to a constant without gradient). So the separate form, too, needs memory for one experience only.
+
+State: `fisher`, `anchor` (two tensors a parameter; combined over clients by the mean weighted with declared sizes).
+Memory cost: twice the parameters, whatever the number of experiences.
+Privacy cost: one release an experience. The row of a record is its squared gradient, whose L2 norm is at most the
+square of the gradient's, so it is clipped to C^2; the sum is divided by the declared size and clamped at 0.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.queries import SquaredGradient
+from perdure.records import Batch, Params
+from perdure.strategy import Asks, Forward, Spec, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+
+
+@dataclass(frozen=True, kw_only=True)
+class EWC(Strategy):
+    """Quadratic penalty weighted by the diagonal Fisher information.
+
+    Args:
+        strength: weight of the penalty (lambda).
+        mode: `separate` keeps every experience's penalty; `online` one, decayed by `decay`, around the last anchor.
+        fisher: `exact` takes the expectation over the model's own labels; `empirical` uses the records' labels.
+        decay: share of the old Fisher information kept at every experience in `online` mode (gamma).
+    """
+
+    strength: float
+    mode: Literal["separate", "online"] = "separate"
+    fisher: Literal["exact", "empirical"] = "exact"
+    decay: float = 1.0
+    asks: ClassVar[Asks] = Asks(releases=1)
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ConfigError.of("ewc.strength", self.strength, "0 or more")
+        if self.mode not in ("separate", "online"):
+            raise ConfigError.of("ewc.mode", self.mode, ("separate", "online"))
+        if self.fisher not in ("exact", "empirical"):
+            raise ConfigError.of("ewc.fisher", self.fisher, ("exact", "empirical"))
+
+    def init(self, spec: Spec) -> State:
+        """Start with no importance and the initial parameters as anchor."""
+        zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
+        return State().declare_group("fisher", zeros, "mean").declare_group("anchor", zeros, "mean")
+
+    def penalty(self, params: Params, state: State) -> Tensor:
+        """Half the strength times the Fisher-weighted squared distance from the anchor."""
+        terms = [
+            (state[f"fisher/{name}"] * (value - state[f"anchor/{name}"]).square()).sum()
+            for name, value in params.items()
+        ]
+        return 0.5 * self.strength * torch.stack(terms).sum()
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Release the Fisher information of the experience and merge it into the penalty."""
+        query = SquaredGradient(lambda forward, batch: self._terms(curator, forward, batch))
+        total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
+        new = {name: (value / curator.declared_size).clamp(min=0) for name, value in total.items()}
+        old, anchor = state.group("fisher"), state.group("anchor")
+        if self.mode == "online":
+            fisher = {name: self.decay * old[name] + new[name] for name in params}
+            return state.replace_group("fisher", fisher).replace_group("anchor", params)
+        fisher = {name: old[name] + new[name] for name in params}
+        merged = {n: weighted_mean(anchor[n], old[n], params[n], new[n]) for n in params}
+        return state.replace_group("fisher", fisher).replace_group("anchor", merged)
+
+    def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = curator.context.mask(forward(batch.inputs), batch)
+        log_p = torch.log_softmax(logits, dim=1)
+        if self.fisher == "empirical":
+            return -log_p.gather(1, batch.labels[:, None]), torch.ones_like(log_p[:, :1])
+        possible = torch.nonzero(curator.context.allowed).flatten()
+        return -log_p[:, possible], log_p[:, possible].exp().detach()
+
+
+def weighted_mean(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
+    """Elementwise mean of a and b; b where both weights are 0."""
+    total = weight_a + weight_b
+    share = torch.where(total > 0, weight_b / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0)
+    return a + share * (b - a)

@@ -1,0 +1,26 @@
+"""Joint: train a fresh model on everything so far, after every experience. The upper bound of every comparison.
+
+    loss_i = cross entropy(record i),  records of all experiences so far in one pool
+
+State: none. Memory: all records of all experiences. Privacy cost: every record goes on being used in all later
+experiences, at the sampling rate of the growing pool.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from perdure.strategy import Asks, Plan, Strategy
+
+if TYPE_CHECKING:
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint(Strategy):
+    """Retrain from the initial parameters on all records seen so far."""
+
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Pool all experiences and start afresh."""
+        return Plan(pool="all", restart=True)

@@ -1,0 +1,68 @@
+"""Experience replay: train on stored records beside the new ones.
+
+Rolnick et al., Experience Replay for Continual Learning, NeurIPS 2019; Chaudhry et al., On Tiny Episodic Memories in
+Continual Learning, 2019 (reservoir and class-balanced memories); weights as in van de Ven et al. 2022.
+
+    loss = 1/t * mean over new records + (1 - 1/t) * mean over stored records         (weighting = "experiences")
+    loss = mean over new and stored records together                                  (weighting = "equal")
+
+State: none; the rows live with the curator. Memory cost: the stored records.
+Privacy cost: records that may be stored go on being used in all later experiences. Under differential privacy a
+record is stored by its own coin, new and stored records are one pool at one rate, and all weights are equal.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.memory import MemoryPlan, Selection
+from perdure.records import Batch
+from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy
+
+if TYPE_CHECKING:
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Strategy):
+    """Rehearse stored records.
+
+    Args:
+        memory_size: records stored in all. selection: `reservoir` or `class-balanced`.
+        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        batch_size: stored records a step; None for as many as new ones.
+        weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row the same.
+    """
+
+    memory_size: int
+    selection: Selection = "class-balanced"
+    per_class: int | None = None
+    batch_size: int | None = None
+    weighting: Literal["experiences", "equal"] = "experiences"
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def __post_init__(self) -> None:
+        self._memory()
+        if self.weighting not in ("experiences", "equal"):
+            raise ConfigError.of("replay.weighting", self.weighting, ("experiences", "equal"))
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep a memory."""
+        return Plan(memory=self._memory())
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy, weighted by the role of the row."""
+        losses = cross_entropy(forward, batch, context)
+        if self.weighting == "equal" or context.memory_share == 0:
+            return losses
+        new_share = 1 / (context.experience + 1)
+        of_new, of_memory = new_share / (1 - context.memory_share), (1 - new_share) / context.memory_share
+        return losses * torch.where(batch.from_memory, of_memory, of_new)
+
+    def _memory(self) -> MemoryPlan:
+        return MemoryPlan(
+            capacity=self.memory_size, selection=self.selection, per_class=self.per_class, batch_size=self.batch_size
+        )

@@ -1,0 +1,156 @@
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.errors import ConfigError
+from perdure.explain import lime
+
+torch.set_num_threads(1)
+
+
+def seed(value=0):
+    return torch.Generator().manual_seed(value)
+
+
+def smooth(features, outputs=2):
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(features, 16), nn.Tanh(), nn.Linear(16, outputs))
+    return model.double()
+
+
+def data(n, features, value=0):
+    return torch.randn(n, features, generator=seed(value), dtype=torch.float64)
+
+
+def test_a_linear_model_is_given_back():
+    weight, x = data(6, 2), data(3, 6, 1)
+    targets = torch.tensor([0, 1, 1])
+    got = lime(lambda rows: rows @ weight + 5, x, targets=targets, ridge=1e-9)
+    assert torch.allclose(got.values, weight.T[targets], atol=1e-8)
+    assert torch.allclose(got.base, (x @ weight + 5)[torch.arange(3), targets], atol=1e-8)
+    assert torch.allclose(got.fidelity, torch.ones(3, dtype=torch.float64))
+
+
+def test_slopes_are_per_unit_of_input_whatever_the_scale_of_the_noise():
+    weight, x = data(4, 1), data(2, 4, 1)
+    scale = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64)
+    got = lime(lambda rows: rows @ weight, x, noise_scale=scale, ridge=1e-9)
+    assert torch.allclose(got.values, weight.T.expand(2, 4), atol=1e-7)
+
+
+def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
+    from sklearn.linear_model import Ridge
+
+    model, x = smooth(5), data(1, 5, 1)
+    rows, outputs = [], []
+
+    def predict(batch):
+        rows.append(batch)
+        outputs.append(model(batch))
+        return outputs[-1]
+
+    got = lime(predict, x, targets=torch.tensor([1]), samples=200, noise_scale=0.5, ridge=3.0)
+    noise, target = (rows[0] - x) / 0.5, outputs[0][:, 1].detach()
+    weights = torch.exp(-noise.square().sum(1) / (2 * 0.75**2 * 5))
+    theirs = Ridge(alpha=3.0).fit(noise.numpy(), target.numpy(), sample_weight=weights.numpy())
+    assert torch.allclose(got.values[0] * 0.5, torch.tensor(theirs.coef_), atol=1e-10)
+    assert got.base.item() == pytest.approx(theirs.intercept_)
+    fidelity = theirs.score(noise.numpy(), target.numpy(), sample_weight=weights.numpy())
+    assert got.fidelity.item() == pytest.approx(fidelity)
+    assert 0.2 < fidelity < 0.999
+
+
+def test_close_to_the_instance_slopes_are_the_gradient():
+    model, x = smooth(5), data(3, 5, 1)
+    targets = torch.tensor([0, 1, 0])
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[torch.arange(3), targets].sum(), leaf)
+    got = lime(model, x, targets=targets, noise_scale=1e-3, ridge=1e-12)
+    assert torch.allclose(got.values, gradient, atol=1e-5)
+
+
+def test_a_batch_is_explained_as_one_by_one():
+    model, x = nn.Sequential(nn.Flatten(), smooth(6)), data(4, 6, 1).view(4, 2, 3)
+    together = lime(model, x, samples=100, chunk=33, generator=seed(2))
+    assert torch.equal(together.targets, model(x).argmax(1))
+    for i in range(4):
+        alone = lime(model, x[i : i + 1], samples=100, generator=seed(2))
+        for name in ("values", "base", "fidelity"):
+            assert torch.allclose(getattr(together, name)[i : i + 1], getattr(alone, name), atol=1e-10)
+
+
+def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
+    x = torch.zeros(1, 3)
+
+    def fidelity(bend):
+        return lime(lambda rows: rows[:, :1] + bend * rows[:, :1] ** 2, x).fidelity.item()
+
+    assert lime(lambda rows: rows[:, :1] * 0 + 0.1, x).fidelity.item() == 1.0
+    assert 1 > fidelity(0.1) > fidelity(0.5) > fidelity(5.0)
+    assert fidelity(5.0) < 0.1
+
+
+def test_one_seed_one_explanation_and_no_gradients():
+    model, x = smooth(5), data(2, 5, 1)
+    state = torch.get_rng_state()
+    first, again = (lime(model, x, samples=20) for _ in range(2))
+    other = lime(model, x, samples=20, generator=seed(5))
+    assert torch.equal(first.values, again.values)
+    assert not torch.allclose(first.values, other.values)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not first.values.requires_grad
+
+
+@pytest.mark.reference
+def test_agrees_with_the_reference_implementation_on_a_smooth_model():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lime.lime_tabular import LimeTabularExplainer
+    scale = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.2, 3.0, 1.0, 1.0], dtype=torch.float64)
+    model, train, x = smooth(8), data(500, 8) * scale, data(5, 8, 1) * scale
+    scale = train.std(0, correction=0)
+
+    def probability(rows):
+        return model(rows).softmax(1)
+
+    explainer = LimeTabularExplainer(
+        train.numpy(), discretize_continuous=False, sample_around_instance=True,
+        feature_selection="none", random_state=0,
+    )  # fmt: skip
+    ours = lime(probability, x, targets=torch.ones(5, dtype=torch.int64), samples=5000, noise_scale=scale)
+    for i in range(5):
+        theirs = explainer.explain_instance(
+            x[i].numpy(), lambda rows: probability(torch.tensor(rows)).detach().numpy(),
+            num_features=8, num_samples=5000,
+        )  # fmt: skip
+        slopes = torch.zeros(8, dtype=torch.float64)
+        for feature, slope in theirs.as_map()[1]:
+            slopes[feature] = slope
+        mine = ours.values[i] * scale
+        assert torch.corrcoef(torch.stack([mine, slopes]))[0, 1] > 0.95
+        assert (mine - slopes).abs().max() < 0.15 * slopes.abs().max()
+        assert ours.fidelity[i].item() == pytest.approx(theirs.score, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"samples": 7}, "samples"),
+        ({"samples": 0}, "samples"),
+        ({"kernel_width": 0.0}, "kernel_width"),
+        ({"kernel_width": 1e-3}, "kernel_width"),
+        ({"ridge": 0.0}, "ridge"),
+        ({"ridge": math.nan}, "ridge"),
+        ({"noise_scale": 0.0}, "noise_scale"),
+        ({"noise_scale": torch.ones(3)}, "noise_scale.shape"),
+        ({"chunk": 0}, "chunk"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, "targets"),
+    ],
+)
+def test_a_bad_value_is_named(change, field):
+    with pytest.raises(ConfigError, match=f"^{field}"):
+        lime(smooth(4), data(2, 4), **change)

@@ -1,0 +1,259 @@
+import math
+import warnings
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from scipy import stats
+
+from perdure.errors import BudgetError, ConfigError, PrivacyError
+from perdure.privacy.accounting import Charge, calibrate, epsilon, merged, within, worst
+
+DELTA = 1e-5
+Q = 256 / 12_000
+
+
+def library_epsilon(accountant, charges):
+    """dp-accounting's own composition, event by event."""
+    for charge in charges:
+        event = dp_accounting.GaussianDpEvent(charge.noise_multiplier)
+        if charge.sampling_rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(charge.sampling_rate, event)
+        accountant.compose(event, charge.steps)
+    return accountant.get_epsilon(DELTA)
+
+
+# ---- reference values. RDP of the third row: 8.666 is that of the exact Renyi divergence at order 2.7;
+# dp-accounting bounds fractional orders from above and gives 8.680.
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    ("charge", "rdp", "pld"),
+    [
+        (Charge(0.00427, 1.1, 3525), 1.283, 1.135),
+        (Charge(0.01, 1.0, 1000), 2.101, 1.828),
+        (Charge(0.01, 0.6, 1000), 8.680, 7.434),
+        (Charge(0.1, 2.0, 300), 4.564, 4.183),
+    ],
+)
+def test_table_of_accountants(charge, rdp, pld):
+    assert epsilon([charge], delta=DELTA) == pytest.approx(pld, abs=0.005)
+    assert epsilon([charge], delta=DELTA, accountant="rdp") == pytest.approx(rdp, abs=0.005)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    "charges",
+    [
+        [Charge(Q, 1.1, 469), Charge(256 / 13_000, 1.1, 938), Charge(1.0, 8.0, 1)],
+        [Charge(1.0, 5.0, 7), Charge(1.0, 3.0, 2)],
+        [Charge(0.5, 4.0, 30), Charge(0.1, 2.0, 10), Charge(0.5, 4.0, 12)],
+    ],
+)
+def test_agrees_with_the_library_composing_by_itself(charges):
+    assert epsilon(charges, delta=DELTA) == pytest.approx(library_epsilon(PLDAccountant(), charges), abs=1e-6)
+    rdp = library_epsilon(RdpAccountant(), charges)
+    assert epsilon(charges, delta=DELTA, accountant="rdp") == pytest.approx(rdp, abs=1e-6)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("charges", [[Charge(Q, 1.1, 469)], [Charge(0.1, 2.0, 50), Charge(1.0, 9.0, 2)]])
+def test_replace_one_agrees_with_the_library(charges):
+    library = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE)
+    assert epsilon(charges, delta=DELTA, relation="replace-one") == pytest.approx(
+        library_epsilon(library, charges), abs=1e-6
+    )
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("noise", [0.8, 3.0])
+def test_one_gaussian_is_the_analytic_gaussian(noise):
+    """Balle and Wang 2018: delta = Phi(1/(2s) - eps s) - exp(eps) Phi(-1/(2s) - eps s)."""
+    for relation, s in (("add-remove", noise), ("replace-one", noise / 2)):
+        spent = epsilon([Charge(1.0, noise, 1)], delta=DELTA, relation=relation)
+        delta = stats.norm.cdf(0.5 / s - spent * s) - math.exp(spent) * stats.norm.cdf(-0.5 / s - spent * s)
+        assert delta == pytest.approx(DELTA, rel=1e-2)
+        assert delta <= DELTA * (1 + 1e-9)
+
+
+def test_never_the_central_limit():
+    """The central-limit value for the first row, 1.079, is below what was spent."""
+    assert epsilon([Charge(0.00427, 1.1, 3525)], delta=DELTA) > 1.13
+
+
+# ---- replace-one
+
+
+@pytest.mark.reference
+def test_replace_one_pair_dominates_every_other_pair_of_vectors():
+    """One Poisson-sampled step in two dimensions, by quadrature: v = -v' is worst at every order tried."""
+    q, s = 0.3, 0.9
+    axis = np.linspace(-6, 6, 241)
+    x, y = np.meshgrid(axis, axis)
+
+    def density(a, b):
+        return np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * s * s)) / (2 * np.pi * s * s)
+
+    def mixture(radius, angle):
+        return (1 - q) * density(0, 0) + q * density(radius * np.cos(angle), radius * np.sin(angle))
+
+    cell = (axis[1] - axis[0]) ** 2
+    others = [mixture(r, t) for r in (0, 0.5, 1) for t in np.linspace(0, np.pi, 7)]
+    for eps in (-0.5, 0.0, 0.3, 1.0):
+
+        def divergence(a, b, factor=math.exp(eps)):
+            return np.maximum(a - factor * b, 0).sum() * cell
+
+        claimed = divergence(mixture(1, 0), mixture(1, np.pi))
+        for radius in (0.4, 1.0):
+            found = max(divergence(mixture(radius, 0), other) for other in others)
+            assert found <= claimed + 1e-9
+            assert found < claimed - 1e-4 or radius == 1.0
+
+
+def test_replace_one_costs_more_than_add_remove_and_at_most_the_noise_halved():
+    charges, halved = [Charge(0.05, 1.5, 200)], [Charge(0.05, 0.75, 200)]
+    replace = epsilon(charges, delta=DELTA, relation="replace-one")
+    assert 1.2 * epsilon(charges, delta=DELTA) < replace < epsilon(halved, delta=DELTA)
+
+
+def test_replace_one_by_rdp_doubles_the_sensitivity_or_refuses():
+    """The library's RDP accountant ignores the relation of an unsampled Gaussian: 1.5 would count as 1.5."""
+    unsampled = epsilon([Charge(1.0, 1.5, 3)], delta=DELTA, accountant="rdp", relation="replace-one")
+    assert unsampled == epsilon([Charge(1.0, 0.75, 3)], delta=DELTA, accountant="rdp")
+    with pytest.raises(PrivacyError, match="pld"):
+        epsilon([Charge(0.1, 1.5, 3)], delta=DELTA, accountant="rdp", relation="replace-one")
+
+
+# ---- structure
+
+
+def test_equal_mechanisms_merge_in_any_order():
+    a, b, c = Charge(0.1, 2.0, 3), Charge(0.2, 2.0, 1), Charge(0.1, 2.0, 4)
+    assert merged([a, b, c]) == merged([c, Charge(1.0, 0.0, 0), a, b]) == (Charge(0.1, 2.0, 7), Charge(0.2, 2.0, 1))
+
+
+def test_edges():
+    assert epsilon([], delta=DELTA) == epsilon([], delta=DELTA, accountant="rdp") == 0
+    assert epsilon([Charge(0.1, 0.0, 0)], delta=DELTA) == 0
+    for accountant in ("pld", "rdp"):
+        assert epsilon([Charge(0.1, 0.0, 1), Charge(0.1, 1.0, 1)], delta=DELTA, accountant=accountant) == math.inf
+    assert epsilon([Charge(1.0, 1e-6, 10)], delta=DELTA) == math.inf
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.05, 0.01])
+def test_little_noise_stays_an_upper_bound_on_a_coarser_grid(noise):
+    """Compared with the exact epsilon of one Gaussian of ten steps."""
+    s = noise / math.sqrt(10)
+    spent = epsilon([Charge(1.0, noise, 10)], delta=DELTA)
+    log_delta = stats.norm.logcdf(0.5 / s - spent * s)  # the second term only lowers it
+    assert log_delta <= math.log(DELTA) + 1.0
+    assert spent >= 0.5 / s**2
+    assert spent <= (0.5 / s**2 + 4.4 / s) * 1.01
+
+
+def test_the_library_does_not_warn_of_orders_it_leaves_out(caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epsilon([Charge(0.3, 1.1, 50)], delta=2e-5, accountant="rdp")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "values", [(0.0, 1.0, 1), (1.1, 1.0, 1), (0.5, -1.0, 1), (0.5, math.inf, 1), (0.5, 1.0, -1), (0.5, 1.0, 1.5),
+               (math.nan, 1.0, 1), (0.5, math.nan, 1), (0.5, 1.0, True)]
+)  # fmt: skip
+def test_impossible_charges_are_refused(values):
+    with pytest.raises(ConfigError):
+        Charge(*values)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"delta": 0.0}, {"delta": 1.0}, {"delta": DELTA, "accountant": "gdp"}, {"delta": DELTA, "relation": "x"}]
+)
+def test_impossible_questions_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        epsilon([Charge(0.1, 1.0, 1)], **wrong)
+
+
+def test_worst_names_the_history_that_spent_most():
+    few, many, other = [Charge(0.1, 2.0, 10)], [Charge(0.1, 2.0, 20)], [Charge(0.02, 0.9, 12)]
+    histories = {"few": few, "many": many, "other": other, "nothing": []}
+    values = {name: epsilon(history, delta=DELTA) for name, history in histories.items()}
+    for names in (("few", "many"), ("few", "other"), ("nothing",), ("many", "other", "few", "nothing")):
+        name, value = worst({n: histories[n] for n in names}, delta=DELTA)
+        assert value == max(values[n] for n in names) and values[name] == value
+    assert worst({}, delta=DELTA) == ("none", 0.0)
+
+
+def test_within_is_the_verdict_of_pld_at_its_edge():
+    charges = [Charge(0.1, 2.0, 20)]
+    spent = epsilon(charges, delta=DELTA)
+    assert within(charges, spent, delta=DELTA) and within(charges, 2 * spent, delta=DELTA)
+    assert not within(charges, spent * (1 - 1e-9), delta=DELTA)
+    assert epsilon(charges, delta=DELTA, accountant="rdp") > spent  # RDP alone would have refused
+
+
+# ---- calibration
+
+
+def check_minimal(charges_at, target, noise, delta=DELTA, **relation):
+    def spent(s):
+        return max(epsilon(history, delta=delta, **relation) for history in charges_at(s))
+
+    assert spent(noise) <= target
+    assert spent(noise * (1 - 2.5e-3)) > target
+    assert float(f"{noise:.4g}") == noise
+
+
+@pytest.mark.parametrize(("target", "rate", "steps"), [(3.0, 0.01, 1000), (0.2, 0.3, 100), (20.0, 0.1, 100)])
+def test_calibration_is_smallest_and_never_over(target, rate, steps):
+    def charges_at(noise):
+        return [[Charge(rate, noise, steps)]]
+
+    check_minimal(charges_at, target, calibrate(charges_at, epsilon=target, delta=DELTA))
+
+
+def test_calibration_of_a_stream_takes_the_worst_partition():
+    """Replay makes the first experience worst; the small client's release is worst among the rest."""
+
+    def charges_at(noise):
+        first = [Charge(0.2, noise, 40), *[Charge(0.1, noise, 40)] * 3]
+        return [[Charge(0.2, noise, 40)], first, [Charge(0.15, noise, 60), Charge(1.0, 3 * noise, 1)], []]
+
+    check_minimal(charges_at, 4.0, calibrate(charges_at, epsilon=4.0, delta=1e-3), delta=1e-3)
+
+
+def test_calibration_counts_what_was_spent_before():
+    spent = Charge(0.1, 2.0, 30)
+
+    def charges_at(noise):
+        return [[spent, Charge(0.1, noise, 30)]]
+
+    check_minimal(charges_at, 2.0, calibrate(charges_at, epsilon=2.0, delta=DELTA))
+    with pytest.raises(BudgetError, match="raise epsilon"):
+        calibrate(charges_at, epsilon=0.5, delta=DELTA)
+
+
+def test_calibration_under_replace_one():
+    def charges_at(noise):
+        return [[Charge(0.02, noise, 100)]]
+
+    noise = calibrate(charges_at, epsilon=3.0, delta=DELTA, relation="replace-one")
+    check_minimal(charges_at, 3.0, noise, relation="replace-one")
+    assert noise > 1.2 * calibrate(charges_at, epsilon=3.0, delta=DELTA)
+
+
+def test_calibration_where_the_least_noise_is_enough():
+    assert calibrate(lambda noise: [], epsilon=1.0, delta=DELTA) == 0.05
+    assert calibrate(lambda noise: [[]], epsilon=1.0, delta=DELTA) == 0.05
+    assert calibrate(lambda noise: [[Charge(1.0, 10 * noise, 1)]], epsilon=100.0, delta=DELTA) == 0.05
+
+
+@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"delta": 0.0}, {"delta": 1.0}])
+def test_impossible_targets_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        calibrate(lambda noise: [[Charge(0.1, noise, 1)]], **({"epsilon": 1.0, "delta": DELTA} | wrong))

@@ -1,0 +1,241 @@
+import copy
+import hashlib
+import hmac
+import math
+import pickle
+import stat
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from perdure.errors import ConfigError, PrivacyError
+from perdure.privacy.noise import NoiseKey, _keystream
+
+STREAM = {"purpose": "gradient", "entry": "e0", "step": 0}
+N = 40_000
+
+
+def draw(key=None, n=N, **changes):
+    key = key or NoiseKey.simulated(0)
+    return key.normal({"w": (n,)}, **(STREAM | changes))["w"].double()
+
+
+# ---- the key
+
+
+def test_key_file_is_created_once_with_mode_0600(tmp_path):
+    path = tmp_path / "private" / "noise.key"
+    first = NoiseKey.from_os(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(path.read_bytes()) == 32
+    assert NoiseKey.from_os(path).mac(b"x") == first.mac(b"x")
+    assert [p.name for p in path.parent.iterdir()] == ["noise.key"]
+    assert not first.simulated
+
+
+def test_two_keys_from_the_system_differ(tmp_path):
+    a, b = NoiseKey.from_os(tmp_path / "a"), NoiseKey.from_os(tmp_path / "b")
+    assert a.mac(b"x") != b.mac(b"x")
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o602])
+def test_a_key_that_others_can_reach_is_refused(tmp_path, mode):
+    path = tmp_path / "noise.key"
+    NoiseKey.from_os(path)
+    path.chmod(mode)
+    with pytest.raises(PrivacyError, match="chmod 600"):
+        NoiseKey.from_os(path)
+
+
+def test_a_damaged_key_is_refused(tmp_path):
+    path = tmp_path / "noise.key"
+    path.write_bytes(b"short")
+    path.chmod(0o600)
+    with pytest.raises(PrivacyError, match="32 bytes, given 5"):
+        NoiseKey.from_os(path)
+
+
+def test_a_key_written_first_by_another_process_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "noise.key"
+    first = NoiseKey.from_os(path)
+    monkeypatch.setattr(type(path), "exists", lambda self: False)
+    assert NoiseKey.from_os(path).mac(b"x") == first.mac(b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["noise.key"]
+
+
+def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
+    key = NoiseKey.from_os(tmp_path / "noise.key")
+    secret = (tmp_path / "noise.key").read_bytes()
+    assert repr(key) == str(key) == "NoiseKey(secret)"
+    assert secret.hex() not in key.mac(b"")
+    for leak in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(PrivacyError):
+            leak(key)
+
+
+def test_simulated_keys_say_so_and_depend_on_every_part():
+    keys = [NoiseKey.simulated(*p) for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]]
+    assert all(key.simulated for key in keys)
+    assert repr(keys[0]) == "NoiseKey(simulated)"
+    assert len({key.mac(b"x") for key in keys}) == len(keys)
+    assert NoiseKey.simulated(0, "a").mac(b"x") == keys[3].mac(b"x")
+
+
+def test_a_simulated_key_from_an_object_without_stable_name_is_refused():
+    with pytest.raises(ConfigError):
+        NoiseKey.simulated(object())
+
+
+def test_mac_is_domain_separated_from_every_stream():
+    key = NoiseKey(bytes(32), simulated=False)
+    assert key.mac(b"m") != hmac.new(bytes(32), b"m", hashlib.sha256).hexdigest()
+    assert key.mac(b"m") != key.mac(b"n")
+    kinds = [
+        key._subkey(*c)
+        for c in [("mac",), ("tags", ""), ("uniform", "", "", 0, 1), ("normal", "", "", 0, [])]
+    ]
+    assert len(set(kinds)) == 4
+
+
+# ---- the streams
+
+
+@pytest.mark.reference
+def test_keystream_is_aes_256_ctr():
+    """NIST SP 800-38A uses another counter; encrypting counters block by block is the definition."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    key = bytes(range(32))
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    expected = b"".join(block.update(i.to_bytes(16, "big")) for i in range(300))
+    assert _keystream(key, 16 * 300 - 3).tobytes() == expected[:-3]
+
+
+def test_equal_requests_give_equal_noise_and_pinned_values():
+    """Pinned: a simulated run stays reproducible from one version to the next."""
+    assert torch.equal(draw(), draw())
+    key = NoiseKey.simulated(0, "client 3")
+    u = key.uniform(2, **STREAM)
+    z = key.normal({"a": (2,)}, **STREAM)["a"]
+    t = key.tags(torch.tensor([0, -1]), "memory")
+    pinned = (
+        [0.5192421856097101, 0.3509415407009505, 0.443228750135922, 0.5145880189490496],
+        [-0.3020156919956207, 1.1986477375030518],
+    )
+    assert torch.equal(torch.cat((u, t)), torch.tensor(pinned[0], dtype=torch.float64))
+    assert torch.allclose(z, torch.tensor(pinned[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"purpose": "reference"}, {"entry": "e1"}, {"step": 1}, {"key": NoiseKey.simulated(1)}, {"n": N - 1}],
+)
+def test_any_change_of_the_request_shares_no_value(change):
+    base, other = draw(), draw(**change)
+    m = min(len(base), len(other))
+    # float32 normals repeat by chance at a given position with probability below 1e-6
+    assert (base[:m] == other[:m]).sum() <= 2
+
+
+def test_shapes_names_and_odd_sizes():
+    noise = NoiseKey.simulated(0).normal({"a": (3, 5), "b": torch.Size([]), "c": (0, 4), "d": (7,)}, **STREAM)
+    assert {n: tuple(t.shape) for n, t in noise.items()} == {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,)}
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in noise.values())
+    values = torch.cat([t.flatten() for t in noise.values()])
+    assert len(values.unique()) == 23
+    assert NoiseKey.simulated(0).normal({}, **STREAM) == {}
+
+
+def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
+    extreme = np.zeros(16, dtype=np.uint8)
+    monkeypatch.setattr("perdure.privacy.noise._keystream", lambda key, n: extreme)
+    peak = draw(n=4).abs().max().item()
+    assert peak == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
+    monkeypatch.setattr("perdure.privacy.noise._keystream", lambda key, n: extreme + 255)
+    assert torch.isfinite(draw(n=4)).all()
+
+
+def test_uniform_is_in_the_half_open_interval_with_53_bits():
+    u = NoiseKey.simulated(0).uniform(N, **STREAM)
+    assert u.dtype == torch.float64 and u.shape == (N,)
+    assert u.min() >= 0 and u.max() < 1
+    assert len(u.unique()) == N  # 32-bit values would collide here with probability 0.17, 24-bit ones surely
+    assert (u * 2**53 == (u * 2**53).round()).all() and ((u * 2**40) % 1 != 0).any()
+    assert NoiseKey.simulated(0).uniform(0, **STREAM).shape == (0,)
+
+
+def test_tags_depend_on_the_id_alone():
+    key, ids = NoiseKey.simulated(0), torch.arange(-500, 500)
+    tags = key.tags(ids, "memory")
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(key.tags(ids[order], "memory"), tags[order])
+    assert torch.equal(key.tags(ids[3:4], "memory"), tags[3:4])
+    assert torch.equal(key.tags(torch.tensor([7, 7]), "memory")[0], key.tags(torch.tensor([7]), "memory")[0])
+    assert len(tags.unique()) == 1000
+    assert not (tags == key.tags(ids, "other")).any()
+
+
+# ---- statistics. All keys are simulated, so each test is deterministic; under a fresh key a correct
+# implementation would fail each comparison with the probability named beside it.
+
+
+def scale_p_value(z, scale):
+    """Two-sided p-value of variance = scale^2 under normality."""
+    chi2 = (z**2).sum().item() / scale**2
+    return 2 * min(stats.chi2.cdf(chi2, len(z)), stats.chi2.sf(chi2, len(z)))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("seed", range(5))
+def test_scale_is_one_and_not_two_thirds_or_three_halves(seed):
+    """Flakiness 1e-6 per seed; the wrong scales are rejected with power 1 - 1e-100."""
+    z = draw(NoiseKey.simulated(seed), n=4001)
+    assert scale_p_value(z, 1) > 1e-6
+    assert scale_p_value(z, 2 / 3) < 1e-12 and scale_p_value(z, 3 / 2) < 1e-12
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("seed", range(3))
+def test_normals_are_normal(seed):
+    """Flakiness 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
+    z = draw(NoiseKey.simulated(seed), n=400_000).numpy()
+    assert stats.kstest(z, "norm").pvalue > 1e-6
+    assert stats.kstest(1.02 * z, "norm").pvalue < 1e-6 and stats.kstest(z + 0.02, "norm").pvalue < 1e-6
+    beyond = int((np.abs(z) > 4).sum())  # 25 expected
+    assert stats.binomtest(beyond, len(z), 2 * stats.norm.sf(4)).pvalue > 1e-6
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("source", ["uniform", "tags"])
+def test_uniforms_are_uniform(source):
+    """Flakiness 1e-6; a coin that is 1 % too likely is rejected at n = 200,000."""
+    key, n = NoiseKey.simulated(1), 200_000
+    u = (key.uniform(n, **STREAM) if source == "uniform" else key.tags(torch.arange(n), "memory")).numpy()
+    assert stats.kstest(u, "uniform").pvalue > 1e-6
+    assert stats.kstest(u**1.02, "uniform").pvalue < 1e-6
+    low_bits = (u * 2**53).astype(np.int64) % 16
+    assert stats.chisquare(np.bincount(low_bits, minlength=16)).pvalue > 1e-6
+
+
+@pytest.mark.statistical
+def test_streams_are_independent_of_each_other_and_of_themselves_shifted():
+    """240 correlations, each beyond 5.5 sigma with probability 4e-8; a correlation of 0.05 would show."""
+    streams = [draw(step=s, purpose=p, entry=e) for s in (0, 1, 2) for p in "ab" for e in ("x", "y")]
+    rows = torch.stack([*streams, *(s.roll(lag) for s in streams[:2] for lag in (1, N // 2))])
+    for values in (rows, rows**2):  # Box-Muller pairs share a radius: look at the squares too
+        off_diagonal = torch.corrcoef(values) - torch.eye(len(values))
+        assert off_diagonal.abs().max() * math.sqrt(N) < 5.5
+    mixed = torch.stack((rows[0], 0.05 * rows[0] + rows[1]))
+    assert torch.corrcoef(mixed)[0, 1] * math.sqrt(N) > 5.5
+
+
+@pytest.mark.statistical
+def test_a_coin_lands_independently_over_steps():
+    """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial. Flakiness 1e-6 per comparison."""
+    key = NoiseKey.simulated(2)
+    coins = torch.stack([key.uniform(2000, purpose="sample", entry="e", step=s) < 0.1 for s in range(100)])
+    for counts, trials in ((coins.sum(0), 100), (coins.sum(1), 2000)):
+        spread = ((counts - 0.1 * trials) ** 2).sum().item() / (0.09 * trials)
+        assert 1e-6 < stats.chi2.cdf(spread, len(counts)) < 1 - 1e-6

@@ -1,0 +1,134 @@
+"""Models: shapes, seeds, features and head, per-record gradients, and no BatchNorm unless asked for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from perdure.errors import ConfigError
+from perdure.models import Classifier, ModelConfig, build, cnn, mlp, resnet18
+
+DIGITS = (1, 8, 8)
+CONFIGS = {
+    "mlp": ModelConfig(hidden=(16, 8)),
+    "cnn": ModelConfig(name="cnn", width=8),
+    "cnn without norm": ModelConfig(name="cnn", width=8, norm="none", activation="gelu"),
+    "resnet18": ModelConfig(name="resnet18", width=4),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def model(request) -> Classifier:
+    return build(request.param, input_shape=DIGITS, num_classes=10, seed=0)
+
+
+@pytest.mark.parametrize("shape", [DIGITS, (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_model_takes_every_image_size(config, shape):
+    model = build(config, input_shape=shape, num_classes=7, seed=0)
+    x = torch.rand(3, *shape)
+    assert model(x).shape == (3, 7)
+    assert model.features(x).shape == (3, model.feature_size)
+
+
+def test_tabular_inputs_go_through_the_mlp():
+    assert mlp(input_shape=(30,), num_classes=2, hidden=(5,), seed=0)(torch.rand(4, 30)).shape == (4, 2)
+
+
+def test_without_hidden_layers_the_mlp_is_linear():
+    model = mlp(input_shape=(30,), num_classes=2, hidden=(), seed=0)
+    x = torch.rand(4, 30)
+    torch.testing.assert_close(model(x), x @ model.head.weight.T + model.head.bias)
+
+
+def test_forward_is_the_head_of_the_features(model):
+    x = torch.rand(5, *DIGITS)
+    assert torch.equal(model(x), model.head(model.features(x)))
+
+
+def test_parameters_are_a_function_of_the_seed(model):
+    again = [build(config, input_shape=DIGITS, num_classes=10, seed=0) for config in CONFIGS.values()]
+    matching = [m for m in again if str(m) == str(model)]
+    for (name, value), other in zip(model.named_parameters(), matching[0].parameters(), strict=True):
+        assert torch.equal(value, other), name
+    other_seed = [build(config, input_shape=DIGITS, num_classes=10, seed=1) for config in CONFIGS.values()]
+    matching = [m for m in other_seed if str(m) == str(model)]
+    assert not torch.equal(model.head.weight, matching[0].head.weight)
+
+
+def test_the_callers_generator_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    mlp(input_shape=DIGITS, num_classes=2, seed=99)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_the_initialisation_of_the_mlp_is_pytorchs():
+    ours = mlp(input_shape=(6,), num_classes=3, hidden=(4,), seed=5)
+    torch.manual_seed(5)
+    hidden, head = nn.Linear(6, 4), nn.Linear(4, 3)
+    x = torch.rand(2, 6)
+    assert torch.equal(ours(x), head(F.relu(hidden(x))))
+
+
+def test_per_record_gradients_add_up_to_the_batch_gradient(model):
+    """In float64: normalising groups of a few numbers amplifies rounding."""
+    model = model.double()
+    x, y = torch.rand(6, *DIGITS, dtype=torch.float64), torch.arange(6)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def total_loss(params, x, y):
+        return F.cross_entropy(functional_call(model, params, (x,)), y, reduction="sum")
+
+    def record_loss(params, x, y):
+        return total_loss(params, x.unsqueeze(0), y.unsqueeze(0))
+
+    per_record = vmap(grad(record_loss), in_dims=(None, 0, 0))(params, x, y)
+    batch = grad(total_loss)(params, x, y)
+    for name in params:
+        assert per_record[name].shape == (6, *params[name].shape)
+        torch.testing.assert_close(per_record[name].sum(0), batch[name], rtol=1e-8, atol=1e-10)
+
+
+def test_one_record_does_not_change_anothers_output(model):
+    """BatchNorm in training mode would fail here."""
+    x = torch.rand(4, *DIGITS)
+    model.train()
+    torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [cnn, resnet18])
+def test_batch_norm_only_when_asked_for(make):
+    def kinds(norm):
+        model = make(input_shape=DIGITS, num_classes=2, seed=0, width=4, norm=norm)
+        return {type(module) for module in model.modules()}
+
+    assert nn.BatchNorm2d in kinds("batch")
+    assert nn.BatchNorm2d not in kinds("group")
+    assert nn.GroupNorm in kinds("group")
+
+
+def test_default_sizes():
+    """About 100,000 parameters in the CNN; the usual 11,173,962 of ResNet-18 with a small stem."""
+    small = cnn(input_shape=(1, 28, 28), num_classes=10, seed=0)
+    large = resnet18(input_shape=(3, 32, 32), num_classes=10, seed=0)
+    assert 80_000 < sum(p.numel() for p in small.parameters()) < 120_000
+    assert sum(p.numel() for p in large.parameters()) == 11_173_962
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("name", "vgg"), ("norm", "layer"), ("activation", "swish"), ("hidden", (4, 0)), ("width", 5)],
+)
+def test_a_bad_value_is_named(field, value):
+    with pytest.raises(ConfigError, match=rf"^{field} = .* is not allowed; allowed: [^\n]*$"):
+        ModelConfig(**{field: value})
+
+
+def test_a_convolution_refuses_a_table():
+    with pytest.raises(ConfigError, match="input_shape"):
+        cnn(input_shape=(30,), num_classes=2, seed=0)
+    with pytest.raises(ConfigError, match="num_classes"):
+        mlp(input_shape=(30,), num_classes=0, seed=0)
