@@ -15,6 +15,7 @@ Privacy cost: one release an experience. The row of a record is its squared grad
 square of the gradient's, so it is clipped to C^2; the sum is divided by the declared size and clamped at 0.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -48,15 +49,17 @@ class EWC(Strategy):
     asks: ClassVar[Asks] = Asks(releases=1)
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
-            raise ConfigError.of("ewc.strength", self.strength, "0 or more")
+        if not 0 <= self.strength < math.inf:
+            raise ConfigError.of("ewc.strength", self.strength, "a finite number, 0 or more")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError.of("ewc.decay", self.decay, "a number from 0 to 1")
         if self.mode not in ("separate", "online"):
             raise ConfigError.of("ewc.mode", self.mode, ("separate", "online"))
         if self.fisher not in ("exact", "empirical"):
             raise ConfigError.of("ewc.fisher", self.fisher, ("exact", "empirical"))
 
     def init(self, spec: Spec) -> State:
-        """Start with no importance and the initial parameters as anchor."""
+        """Start with no importance; where there is none, the anchor has no effect."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         return State().declare_group("fisher", zeros, "mean").declare_group("anchor", zeros, "mean")
 

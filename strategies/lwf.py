@@ -1,11 +1,14 @@
 """Learning without forgetting: keep answering new inputs as the previous model did.
 
-Li and Hoiem, Learning without Forgetting, TPAMI 2018, equations 1 to 4; weights as in van de Ven et al., Three types
-of incremental learning, Nature Machine Intelligence 2022 (the share of the new task falls as 1/t).
+Li and Hoiem, Learning without Forgetting, TPAMI 2018, section 3 and equations 1 to 4; the form for domain- and
+class-incremental streams is that of van de Ven et al., Three types of incremental learning, Nature Machine
+Intelligence 2022.
 
-    loss_i = w * CE(x_i, y_i) + (1 - w) * T^2 * KL-part( softmax(teacher(x_i) / T) || softmax(model(x_i) / T) )
+    loss_i = CE(x_i, y_i) + strength * k * sum_c -q_c log p_c
+    q = softmax(teacher(x_i) / T),  p = softmax(model(x_i) / T)
 
-with the cross entropy -sum_c q_c log p_c in place of KL (same gradient), over the classes of earlier experiences.
+Task-incremental: the second term is summed over the k earlier tasks' heads. Class-incremental: q is over the earlier
+classes, p over all seen so far, k = 1. Domain-incremental: over all classes, with k the number of earlier experiences.
 
 State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each).
 Memory cost: once the parameters, and one more forward pass a step.
@@ -32,19 +35,17 @@ class LwF(Strategy):
 
     Args:
         temperature: softens both distributions (T).
-        new_share: weight w of the new task, in (0, 1]; None for 1 / (number of experiences so far).
-        scale_by_temperature: multiply the distillation term by T^2, so that its gradient does not fall with T.
+        strength: weight of the distillation term (lambda_o).
     """
 
     temperature: float = 2.0
-    new_share: float | None = None
-    scale_by_temperature: bool = False
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ConfigError.of("lwf.temperature", self.temperature, "a number above 0")
-        if self.new_share is not None and not 0 < self.new_share <= 1:
-            raise ConfigError.of("lwf.new_share", self.new_share, "above 0 and at most 1, or none for 1/experiences")
+        if not self.strength >= 0:
+            raise ConfigError.of("lwf.strength", self.strength, "0 or more")
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on."""
@@ -56,28 +57,27 @@ class LwF(Strategy):
         new = cross_entropy_of(context.mask(logits, batch), batch.labels)
         if context.experience == 0:
             return new
-        share = 1 / (context.experience + 1) if self.new_share is None else self.new_share
-        with torch.no_grad():
-            teacher = forward.at(state.group("teacher"))(batch.inputs)
-        old = torch.stack([self._distil(logits, teacher, *pair) for pair in self._classes(context)]).mean(0)
-        return share * new + (1 - share) * old
+        teacher = forward.at(state.group("teacher"))(batch.inputs)
+        old = torch.stack([self._distil(logits, teacher, *pair) for pair in answered(context)]).sum(0)
+        times = context.experience if context.scenario == "domain" else 1
+        return new + self.strength * times * old
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model as the next teacher."""
         return state.replace_group("teacher", params)
 
-    def _classes(self, context: Context) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of class masks: what the teacher answers over, what the student answers over."""
-        before = context.task_classes[: context.experience]
-        if context.scenario == "task":
-            return [(classes, classes) for classes in before]
-        if context.scenario == "domain":
-            everything = torch.ones_like(context.seen)
-            return [(everything, everything)]
-        return [(before.any(0), context.seen)]
-
     def _distil(self, logits: Tensor, teacher: Tensor, known: Tensor, allowed: Tensor) -> Tensor:
         targets = torch.softmax(torch.where(known, teacher, MASKED) / self.temperature, dim=1)
         log_p = torch.log_softmax(torch.where(allowed, logits, MASKED) / self.temperature, dim=1)
-        scale = self.temperature**2 if self.scale_by_temperature else 1.0
-        return -scale * (targets * log_p).sum(1)
+        return -(targets * log_p).sum(1)
+
+
+def answered(context: Context) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of class masks (C,): what the teacher answers over, and what the student does."""
+    before = context.task_classes[: context.experience]
+    if context.scenario == "task":
+        return [(classes, classes) for classes in before]
+    if context.scenario == "domain":
+        everything = torch.ones_like(context.seen)
+        return [(everything, everything)]
+    return [(before.any(0), context.seen)]

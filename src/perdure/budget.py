@@ -11,7 +11,7 @@ from torch import Tensor
 from perdure.curator import exposure
 from perdure.errors import GuardError, PrivacyError
 from perdure.privacy.accounting import Charge, calibrate
-from perdure.privacy.guard import check_buffers, check_losses, check_model
+from perdure.privacy.guard import check_buffers, check_losses, check_model, quiet_training
 from perdure.privacy.ledger import Ledger
 from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.noise import NoiseKey
@@ -88,9 +88,10 @@ def inspect(learner: "Learner") -> None:
     check_model(model)
     inputs, labels = synthetic(learner, records=6)
     check_buffers(model, inputs)
-    model.eval()
-    for index in range(min(2, len(stream))):
-        check_losses(partial(_losses, learner, index), inputs, labels[index], f"{strategy.name}.losses()")
+    for mode in (model.eval, partial(quiet_training, model)):
+        mode()
+        for index in range(min(2, len(stream))):
+            check_losses(partial(_losses, learner, index), inputs, labels[index], f"{strategy.name}.losses()")
 
 
 def synthetic(learner: "Learner", records: int) -> tuple[Tensor, list[Tensor]]:

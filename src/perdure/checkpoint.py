@@ -39,6 +39,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -69,10 +74,17 @@ class Store:
         self._drop(number - KEEP)
 
     def numbers(self) -> list[int]:
-        """Return the numbers of the complete checkpoints, ascending."""
+        """Return the numbers of the complete checkpoints, ascending.
+
+        Raises:
+            RunError: when the file that names the last one is damaged.
+        """
         if not self._latest.exists():
             return []
-        last = int(json.loads(self._latest.read_text())["number"])
+        try:
+            last = int(json.loads(self._latest.read_text())["number"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self._latest} cannot be read ({error!r}); restore it, or use another folder") from None
         found = sorted(int(path.stem) for path in self.public.glob("[0-9]*.json"))
         return [number for number in found if number <= last]
 
@@ -82,6 +94,7 @@ class Store:
         Raises:
             RunError: when the number asked for is gone or damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         numbers = self.numbers()
@@ -94,7 +107,7 @@ class Store:
                 private=load_file(self.private / f"{name}.safetensors"),
                 facts=json.loads((self.public / f"{name}.json").read_text()),
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             known = f"complete ones: {numbers or 'none'}"
             raise RunError(f"checkpoint {name} in {self.public} cannot be read ({error}); {known}") from None
 

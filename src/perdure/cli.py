@@ -1,6 +1,8 @@
 """The command `perdure`."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +26,9 @@ app = typer.Typer(
 A run that was stopped goes on where it was: give the same command again.""",
 )  # fmt: skip
 
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C ended, by custom of the shells."""
+
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
 
 
@@ -33,10 +38,10 @@ def run(
     out: Out = None,
 ) -> None:
     """Run the experiment that CONFIG describes, or go on with it."""
-    from perdure.config import read
+    with resumable():
+        from perdure.config import read_text
 
-    parsed = read(config)
-    _run(parsed.name, config.read_text(), out)
+        _run(str(config), read_text(config), out)
 
 
 @app.command()
@@ -49,7 +54,8 @@ def demo(
     if show_config:
         sys.stdout.write(text)
         return
-    _run("demo", text, out)
+    with resumable():
+        _run("demo", text, out)
 
 
 @app.command()
@@ -64,27 +70,50 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a finished run, s
     console.print(f"report: {write_report(run)}")
 
 
-def _run(name: str, text: str, out: Path | None) -> None:
+def _run(source: str, text: str, out: Path | None) -> None:
     from perdure.config import parse
     from perdure.report import write_figures, write_report
     from perdure.report.table import table
     from perdure.run import run as run_config
 
-    folder, console = out or Path("runs") / name, wide_console()
+    config = parse(text, source=source)
+    folder, console = out or Path("runs") / config.name, wide_console()
+    with _progress(console) as progress:
+        result = run_config(config, text, folder, progress)
+    page = write_report(folder)
+    write_figures(folder)
+    console.print(table(result))
+    console.print(f"report: {page}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """A bar for every arm, or a line for every quarter of one where nobody watches a terminal."""
     columns = (TextColumn("{task.description:16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
+        told: dict[str, int] = {}
 
         def progress(arm: str, share: float) -> None:
             if arm not in tasks:
                 tasks[arm] = bars.add_task(arm, total=1.0)
             bars.update(tasks[arm], completed=share)
+            quarter = int(4 * share)
+            if bars.disable and quarter > told.get(arm, 0):
+                console.print(f"{arm} {25 * quarter} %", highlight=False)
+                told[arm] = quarter
 
-        result = run_config(parse(text, source=name), text, folder, progress)
-    page = write_report(folder)
-    write_figures(folder)
-    console.print(table(result))
-    console.print(f"report: {page}")
+        yield progress
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Answer Ctrl-C with one line instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("stopped; the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def wide_console() -> Console:
@@ -97,8 +126,12 @@ def main() -> None:
     try:
         app()
     except PerdureError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"perdure: {error}", markup=False)
+        _complain(str(error))
         sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"perdure: {message}", markup=False)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ and only then noise is drawn.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from perdure.errors import PrivacyError
 from perdure.memory import Memory, concatenate
+from perdure.privacy.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping import clipped_sum, per_pass
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.queries import Query, as_params, exact_sum, gradient_rows, rows_of
-from perdure.records import Batch, Params
+from perdure.records import Batch, Params, Records
 from perdure.seeds import generator
 from perdure.strategy import Context, Forward, Plan
 from perdure.streams import Experience
@@ -78,12 +81,17 @@ class Curator:
         first = 0 if plan.pool == "all" else len(experiences) - 1
         self._new = concatenate([Batch.current(e.train, e.index) for e in experiences[first:]])
         self._stored = self.memory.rows if plan.memory and len(self.memory) else None
-        if self._mechanism and self._stored is not None:
-            self._stored = without(self._stored, self._new.ids)
-        self._rows = self._new if self._stored is None else concatenate([self._new, self._role(self._stored)])
+        if self._stored is not None:
+            self._new = with_blanks(self._new, self._stored.stored)
+        self._rows = self._new if self._stored is None else concatenate([self._new, _replayed(self._stored)])
+        if self._mechanism:
+            refuse_shared_ids(experiences[-1].train)
+            self._mechanism.lapse()
+            self._copies = copies(self._rows.ids)
         rate = self._mechanism.privacy.sampling_rate if self._mechanism else None
         self.exposure = exposure(experiences, plan, batch_size=self._batch_size, rate=rate)
         self._orders: dict[str, tuple[int, Tensor]] = {}
+        self._releases = 0
 
     def reserve(self, steps: range, start: str) -> None:
         """Charge a block of steps to everyone exposed, before the first of them draws noise.
@@ -97,8 +105,8 @@ class Curator:
     def sample(self, step: int) -> Batch:
         """Rows of one step: Poisson over the whole pool under privacy, else shuffled, new and stored side by side."""
         if self._mechanism:
-            coins = self._mechanism.coins(len(self._pool), step)
-            return self._pool.take(torch.nonzero(coins < self.exposure.rate).flatten().to(self._device))
+            coins = self._mechanism.coins(len(self._copies.counts), step)
+            return self._pool.take(self._copies.drawn(coins, self.exposure.rate).to(self._device))
         index = self._shuffled("new", len(self._new), self._batch_size, step)
         if self._stored is not None and self._plan.memory:
             size = self._plan.memory.batch_size or self._batch_size
@@ -133,8 +141,7 @@ class Curator:
         """
         if self._mechanism:
             expected = self.exposure.rate * self.exposure.pool_size
-            rows = gradient_rows(losses, self._forward.module)
-            total = self._mechanism.gradient(rows, params, batch.tensors(), step=step)
+            total = self._mechanism.gradient(partial(self._clipped, losses, params, batch), params, step=step)
             return {name: value / expected for name, value in total.items()}
         mean = (losses(self._forward, batch) * batch.valid).sum() / batch.valid.sum()
         grads = torch.autograd.grad(mean, list(params.values()), allow_unused=True, materialize_grads=True)
@@ -151,9 +158,10 @@ class Curator:
         if self._mechanism is None:
             return exact_sum(query, self._forward, current, RELEASE_CHUNK)
         params = {name: value.detach() for name, value in module.named_parameters()}
+        self._releases += 1
         return self._mechanism.release(
             rows_of(query, module), params, current.tensors(), clip_norm=clip_norm, purpose=purpose,
-            partition=self._experience.train.partition, shapes=self._shapes(query, current),
+            number=self._releases - 1, partition=self._experience.train.partition, shapes=self._shapes(query, current),
             start=digest(params).hex(),
         )  # fmt: skip
 
@@ -200,13 +208,11 @@ class Curator:
             self._orders[what] = (epoch, torch.randperm(n, generator=generator(self._seed, *place)))
         return self._orders[what][1][i * size : (i + 1) * size]
 
-    def _role(self, stored: Batch) -> Batch:
-        """Mark rows as coming from memory, and match what is stored beside new rows with zeros."""
-        for name, value in stored.stored.items():
-            self._new = Batch.from_tensors(
-                self._new.tensors() | {f"stored.{name}": value.new_zeros(len(self._new), *value.shape[1:])}
-            )
-        return Batch.from_tensors(stored.tensors() | {"from_memory": torch.ones_like(stored.from_memory)})
+    def _clipped(self, losses: Losses, params: Params, batch: Batch, clip_norm: float) -> Params | None:
+        """Clipped sum by book-keeping where every layer has a rule, else record by record."""
+        module, forward = self._forward.module, self._forward
+        fast = clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), clip_norm)
+        return fast or clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip_norm, per_pass(params))
 
     def _current(self) -> Batch:
         """Return the rows of the current experience alone, also where earlier ones are pooled with it."""
@@ -220,6 +226,51 @@ class Curator:
         return {name: rows.shape[1:] for name, rows in answer.items()}
 
 
-def without(stored: Batch, ids: Tensor) -> Batch:
-    """Stored rows whose record is not among `ids`: a record is in a step at most once."""
-    return stored.take(~torch.isin(stored.ids, ids))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Copies:
+    """Rows of a pool by record: permuted copies of an image, or a stored row beside a new one, are one record.
+
+    Args:
+        order: (n,) positions of the rows, those of one record side by side.
+        starts: (r,) where each record's rows begin in `order`. counts: (r,) how many it has.
+    """
+
+    order: Tensor
+    starts: Tensor
+    counts: Tensor
+
+    def drawn(self, coins: Tensor, rate: float) -> Tensor:
+        """Positions of the rows in a step whose records' coins (r,), uniform in [0, 1), lie below `rate`.
+
+        Guarantee: a record enters at most once, with probability `rate`, whatever the number of its rows. A coin below
+        the rate, divided by it, is uniform again: it picks the row.
+        """
+        hit = torch.nonzero(coins < rate).flatten()
+        counts = self.counts[hit]
+        row = torch.minimum((coins[hit] / rate * counts).long(), counts - 1)
+        return self.order[self.starts[hit] + row]
+
+
+def copies(ids: Tensor) -> Copies:
+    """Group rows by their record ids (n,)."""
+    _, counts = torch.unique(ids.cpu(), return_counts=True)
+    return Copies(order=torch.argsort(ids.cpu(), stable=True), starts=counts.cumsum(0) - counts, counts=counts)
+
+
+def refuse_shared_ids(records: Records) -> None:
+    """Refuse records that count as one record although a release has a row for each of them."""
+    if len(torch.unique(records.ids)) < len(records):
+        raise PrivacyError(
+            f"records of {records.partition!r} share an id: a release would count one record twice; "
+            "give every record of an experience its own id"
+        )
+
+
+def with_blanks(new: Batch, stored: Mapping[str, Tensor]) -> Batch:
+    """New rows with zeros where memory rows have something stored, so that both fit into one batch."""
+    blanks = {f"stored.{name}": value.new_zeros(len(new), *value.shape[1:]) for name, value in stored.items()}
+    return Batch.from_tensors(new.tensors() | blanks)
+
+
+def _replayed(stored: Batch) -> Batch:
+    return Batch.from_tensors(stored.tensors() | {"from_memory": torch.ones_like(stored.from_memory)})

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -39,7 +40,7 @@ def command() -> str:
     script = Path(sys.argv[0])
     inside = script.is_relative_to(Path.cwd()) if script.is_absolute() else True
     shown = script.relative_to(Path.cwd()) if script.is_absolute() and inside else script
-    return " ".join(["python", str(shown), *sys.argv[1:]])
+    return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
 def store_rows(path: Path, rows: Sequence[Mapping[str, object]], *, seed: int) -> None:

@@ -1,6 +1,7 @@
 """The learner and its one loop. Every strategy, client and privacy mode goes through here."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.checkpoint import Snapshot, Store
 from perdure.curator import Curator
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, StrategyError
 from perdure.memory import Memory
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
-from perdure.seeds import derive, generator
+from perdure.seeds import derive
 from perdure.strategy import Context, Forward, Plan, Spec, State, Strategy
 from perdure.streams import Experience, Stream
 
@@ -130,18 +131,17 @@ class Learner:
         """Lay out state, curator and, under privacy, the calibrated plan of the whole stream."""
         self.stream = stream.to(self.device)
         self.context = contexts(self.stream, self.device)
-        detached = {name: value.detach() for name, value in self.params.items()}
+        self.position, self.matrix = Position(), []
+        initial = {name: value.detach().clone() for name, value in self.params.items()}
         self.state = self.strategy.init(Spec(
-            params=detached, num_classes=stream.num_classes, num_experiences=len(stream),
+            params=initial, num_classes=stream.num_classes, num_experiences=len(stream),
             feature_size=getattr(self.model, "feature_size", 0), scenario=stream.scenario,
         ))  # fmt: skip
         if self.privacy:
             from perdure.budget import private_mechanism
 
             self.mechanism = private_mechanism(self, self._at)
-        self.curator = Curator(
-            seed=self.seed, client=self.client, batch_size=self.batch_size, mechanism=self.mechanism
-        )
+        self.curator = Curator(seed=self.seed, client=self.client, batch_size=self.batch_size, mechanism=self.mechanism)
         self._new_optimizer()
 
     # ------------------------------------------------------------------ one experience
@@ -270,7 +270,7 @@ class Learner:
         self._select(self.plan(self.stream[min(self.position.experience, len(self.stream) - 1)]))
         load_optimizer(self._optimizer, snapshot.tensors, facts)
         if self._scheduler and facts["scheduler"]:
-            self._scheduler.load_state_dict(facts["scheduler"])
+            self._scheduler.load_state_dict(numbered(facts["scheduler"]))
 
     def save(self) -> None:
         """Write a checkpoint, when there is a folder."""
@@ -303,6 +303,8 @@ class Learner:
 
     def _step(self, total: Params, gradient: Params) -> None:
         before = {n: p.detach().clone() for n, p in self._trained.items()} if self._uses["after_step"] else {}
+        if before:
+            gradient = {name: value.clone() for name, value in gradient.items()}  # an optimiser may write into .grad
         for name, param in self._trained.items():
             param.grad = total[name]
         self._optimizer.step()
@@ -315,7 +317,7 @@ class Learner:
     def _perturbed(self, batch: Batch, step: int) -> Batch:
         """Each record's own worst case at the present parameters, on an unhooked copy of the model."""
         fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
-        place = generator(self.seed, "adversary", self.client, self.position.experience, step)
+        place = torch.Generator().manual_seed(self._seed_of("adversary", step))
 
         def losses(x: Tensor) -> Tensor:
             return self._losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": x}))
@@ -327,6 +329,10 @@ class Learner:
     def _select(self, plan: Plan) -> None:
         prefixes = plan.trainable
         self._trained = {n: p for n, p in self.params.items() if prefixes is None or n.startswith(prefixes)}
+        if not self._trained:
+            raise StrategyError(f"no parameter begins with {prefixes}; the model trains {', '.join(self.params)}")
+        for param in self.params.values():
+            param.grad = None  # the optimiser must not go on with what an earlier experience left
         hooks = ("references", "penalty", "project", "after_step")
         self._uses = {hook: self.strategy.uses(hook) for hook in hooks}
         self._stochastic = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
@@ -344,7 +350,12 @@ class Learner:
     def _seed_layers(self, step: int) -> None:
         """Dropout draws from torch's global generator: give it a place of its own in every step."""
         if self._stochastic:
-            torch.manual_seed(derive(self.seed, "layers", self.client, self.position.experience, step))
+            torch.manual_seed(self._seed_of("layers", step))
+
+    def _seed_of(self, what: str, step: int) -> int:
+        """Seed of what records draw at random in a step; secret under privacy (see `Mechanism.secret`)."""
+        seed = self.mechanism.secret(what) if self.mechanism else self.seed
+        return derive(seed, what, self.client, self.position.experience, step)
 
     def _memory_share(self, plan: Plan) -> float:
         if not plan.memory or not len(self.curator.memory) or self.mechanism:
@@ -356,8 +367,13 @@ class Learner:
         """Digest of all that determines the next steps apart from the records; only needed under privacy."""
         if not self.mechanism:
             return ""
-        settings = (repr(self.strategy), repr(self.model), repr(self.adversary), repr(self._optimizer), self.seed)
-        return hashlib.sha256(repr(settings).encode() + digest(self.snapshot().tensors)).hexdigest()
+        snapshot, classes = self.snapshot(), [experience.classes for experience in self.stream]
+        facts = {name: value for name, value in snapshot.facts.items() if name != "matrix"}  # what was, not what comes
+        settings = (
+            repr(self.strategy), repr(self.model), repr(self.adversary), repr(self._optimizer), self.seed,
+            type(self._scheduler).__name__, json.dumps(facts, default=str), self.stream.scenario, classes,
+        )  # fmt: skip
+        return hashlib.sha256(repr(settings).encode() + digest(snapshot.tensors)).hexdigest()
 
     def _at(self, point: str) -> None:
         for callback in self.callbacks:
@@ -409,3 +425,10 @@ def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: M
 def _as_saved(name: str, value: Any) -> Any:
     """JSON turns the tuples of a parameter group, such as Adam's betas, into lists."""
     return tuple(value) if isinstance(value, list) and name != "params" else value
+
+
+def numbered(value: Any) -> Any:
+    """JSON turns whole-number keys, such as a scheduler's milestones, into strings; turn them back."""
+    if not isinstance(value, dict):
+        return [numbered(item) for item in value] if isinstance(value, list) else value
+    return {int(key) if str(key).isdecimal() else key: numbered(item) for key, item in value.items()}

@@ -39,6 +39,10 @@ class MemoryPlan:
             raise ConfigError.of("memory capacity", self.capacity, "1 or more records")
         if self.selection not in ("reservoir", "class-balanced"):
             raise ConfigError.of("memory selection", self.selection, ("reservoir", "class-balanced"))
+        for name in ("per_class", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
 
 
 def concatenate(parts: list[Batch]) -> Batch:
@@ -111,12 +115,16 @@ def reservoir(stored: int, offered: int, new: int, capacity: int, generator: tor
 
 
 def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
-    """Positions of the first `quota` rows of every group; groups (n, k) int64, quota the equal share of `capacity`."""
+    """Positions of the first rows of every group (n, k) int64: `per_class`, else an equal share of `capacity`.
+
+    What does not divide goes to the first groups, one more each; a share never grows when groups are added.
+    """
     _, group = torch.unique(groups, dim=0, return_inverse=True)
     n_groups = int(group.max()) + 1 if len(group) else 1
-    quota = per_class if per_class is not None else max(1, capacity // n_groups)
+    share = (capacity + n_groups - 1 - torch.arange(n_groups)) // n_groups
+    quota = share if per_class is None else torch.full_like(share, per_class)
     order = torch.argsort(group, stable=True)
     starts = torch.cumsum(torch.bincount(group, minlength=n_groups), 0) - torch.bincount(group, minlength=n_groups)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - starts[group[order]]
-    return torch.nonzero(rank < quota).flatten()
+    return torch.nonzero(rank < quota[group]).flatten()

@@ -32,10 +32,16 @@ class SquaredGradient:
         params = forward.params or dict(forward.module.named_parameters())
 
         def one(tensors: Mapping[str, Tensor]) -> Params:
-            row = batch_of_one(tensors)
-            jacobian = torch.func.jacrev(lambda p: self.terms(Forward(forward.module, p), row)[0][0])(params)
-            weights = self.terms(Forward(forward.module, params), row)[1][0].detach()
-            return {name: torch.einsum("k,k...->...", weights, j.square()) for name, j in jacobian.items()}
+            def alone(p: Params) -> tuple[Tensor, Tensor]:
+                losses, weights = self.terms(Forward(forward.module, p), batch_of_one(tensors))
+                return losses[0], weights[0].detach()
+
+            losses, pull, weights = torch.func.vjp(alone, params, has_aux=True)  # type: ignore[misc]
+            sums: Params = {}
+            for weight, term in zip(weights, torch.eye(len(losses)).to(losses), strict=True):
+                for name, gradient in pull(term)[0].items():
+                    _add(sums, name, weight * gradient.square())
+            return sums
 
         return torch.func.vmap(one)(batch.tensors())
 
@@ -105,10 +111,11 @@ def exact_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Param
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
-    """Return the linear layers by name, or None when a parameter belongs to anything else or is shared."""
+    """Return the linear layers by name, or None when a parameter belongs to anything else, is shared or frozen."""
     layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
     owned = {f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()}
-    return layers if owned == {name for name, _ in module.named_parameters()} else None
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    return layers if owned == trained == {name for name, _ in module.named_parameters()} else None
 
 
 @contextmanager

@@ -120,4 +120,3 @@ class Batch:
     def take(self, index: Tensor | slice) -> "Batch":
         """Rows at `index`."""
         return self.map(lambda rows: rows[index])
-

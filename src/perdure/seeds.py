@@ -9,7 +9,7 @@ import hashlib
 import torch
 
 
-def derive(seed: int, *where: object) -> int:
+def derive(seed: int | str, *where: object) -> int:
     """63-bit seed for one place: SHA-256 of the seed and the names of the place."""
     text = "/".join(str(part) for part in (seed, *where))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -4,6 +4,7 @@ Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and t
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -118,7 +119,7 @@ class Context:
         experience: index of the experience (when evaluating a task-incremental stream: the task being asked for).
         task_classes: (T, C) bool, the declared classes of every experience.
         seen: (C,) bool, the classes of this and all earlier experiences.
-        declared_size: public number of records in the pool that batches are drawn from.
+        declared_size: public number of records of this experience.
         memory_share: public share of the rows of a batch that come from memory when it has a batch of its own;
             0 without memory or where new and stored records are pooled.
     """
@@ -208,6 +209,7 @@ class Forward:
         self.module, self.params, self._frozen = module, params, frozen
 
     def __call__(self, x: Tensor) -> Tensor:
+        """(n, C) logits."""
         return self._run(self.module, self.params, x)
 
     def features(self, x: Tensor) -> Tensor:
@@ -224,11 +226,20 @@ class Forward:
             return module(x)  # type: ignore[no-any-return]
         if not self._frozen:
             return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
-        training = module.training
-        with torch.no_grad():
-            answer: Tensor = torch.func.functional_call(module.eval(), params, (x,))
-        module.train(training)
-        return answer
+        with torch.no_grad(), _evaluating(module):
+            return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 # --------------------------------------------------------------------------- the contract

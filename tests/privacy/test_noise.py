@@ -92,10 +92,7 @@ def test_mac_is_domain_separated_from_every_stream():
     key = NoiseKey(bytes(32), simulated=False)
     assert key.mac(b"m") != hmac.new(bytes(32), b"m", hashlib.sha256).hexdigest()
     assert key.mac(b"m") != key.mac(b"n")
-    kinds = [
-        key._subkey(*c)
-        for c in [("mac",), ("tags", ""), ("uniform", "", "", 0, 1), ("normal", "", "", 0, [])]
-    ]
+    kinds = [key._subkey(*c) for c in [("mac",), ("tags", ""), ("uniform", "", "", 0, 1), ("normal", "", "", 0, [])]]
     assert len(set(kinds)) == 4
 
 
@@ -197,7 +194,7 @@ def test_scale_is_one_and_not_two_thirds_or_three_halves(seed):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0])
 def test_normals_are_normal(seed):
     """Flakiness 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
     z = draw(NoiseKey.simulated(seed), n=400_000).numpy()

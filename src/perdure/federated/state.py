@@ -194,24 +194,20 @@ def restore(learner: Learner, exchange: int) -> Seat:
     """
     if exchange == FRESH:
         return Seat(learner)
-    held = {}
     store = Store(learner.folder) if learner.folder else None
+    held: dict[int, int] = {}
     for number in reversed(store.numbers()) if store else ():
         snapshot = store.load(number) if store else None
-        if snapshot and snapshot.facts["exchange"] == exchange:
+        assert snapshot is not None
+        held[number] = int(snapshot.facts["exchange"])
+        if held[number] == exchange:
             learner.restore(snapshot)
             return Seat(learner, exchange, number)
-        held[number] = snapshot and snapshot.facts["exchange"]
+    kept = f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
     raise FederationError(
-        f"no state after exchange {exchange} is kept ({_holdings(learner, held)}); give the client the folder of this "
-        "run, or start the run afresh"
+        f"no state after exchange {exchange} is kept ({kept}); give the client the folder of this run, "
+        "or start the run afresh"
     )
-
-
-def _holdings(learner: Learner, held: Mapping[int, object]) -> str:
-    if learner.folder is None:
-        return "it has no folder"
-    return f"{learner.folder} holds {sorted(held.values(), key=str) or 'none'}"
 
 
 def _tell(learner: Learner, point: str) -> None:

@@ -10,6 +10,10 @@ from perdure.records import Params
 Rows = Callable[[Params, Mapping[str, Tensor]], Params]
 """(parameters, tensors of ONE record without batch dimension) -> that record's vector, by name."""
 
+LARGEST_PASS = 256
+PASS_NUMBERS = 2**27
+"""Numbers that a vectorised pass may hold; they bound memory, not the accounting."""
+
 
 def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     """(n,) min(1, C / norm), and 0 for a row whose norm is not finite, so that no row can exceed C.
@@ -28,7 +32,7 @@ def clip_rows(rows: Params, clip_norm: float) -> Params:
         rows: name to (n, ...), one row per record.
         clip_norm: bound C.
     """
-    squared = torch.stack([row.float().flatten(1).square().sum(1) for row in rows.values()]).sum(0)
+    squared = torch.stack([row.float().unsqueeze(-1).flatten(1).square().sum(1) for row in rows.values()]).sum(0)
     factors = clip_factors(squared, clip_norm)
     clean = {name: torch.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for name, row in rows.items()}
     return {n: row * factors.view(-1, *[1] * (row.dim() - 1)).to(row.dtype) for n, row in clean.items()}
@@ -41,6 +45,13 @@ def chunks(tensors: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tenso
         yield {name: value[start : start + size] for name, value in tensors.items()}
 
 
+def per_pass(params: Params) -> int:
+    """Records whose vectors, each of the size of `params`, are formed at once: at most 256, and about 0.5 GB."""
+    size = sum(value.numel() for value in params.values())
+    return min(LARGEST_PASS, max(1, PASS_NUMBERS // max(1, size)))
+
+
+@torch.no_grad()  # only `rows` differentiates; without this every pass would be kept for a second derivative
 def clipped_sum(
     rows: Rows, params: Params, tensors: Mapping[str, Tensor], clip_norm: float, chunk: int
 ) -> Params | None:

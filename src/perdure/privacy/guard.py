@@ -3,6 +3,8 @@
 The guard walks every module and buffer of a model and runs a drop-one-record test of the loss on synthetic records.
 """
 
+import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,28 +40,32 @@ def check_model(model: nn.Module) -> None:
         elif isinstance(module, _BATCH_STATISTICS):
             raise GuardError(
                 f"{name or 'model'} is {kind}: it mixes the records of a batch, so no record's influence is bounded; "
-                f"replace it by torch.nn.GroupNorm(min(32, {module.num_features}), {module.num_features})"
+                f"replace it by torch.nn.GroupNorm({math.gcd(32, module.num_features)}, {module.num_features})"
             )
 
 
 def check_buffers(model: nn.Module, inputs: Tensor) -> None:
-    """Run synthetic inputs through the model in training mode and refuse buffers that change.
+    """Run synthetic inputs through a copy of the model in training mode and refuse buffers that change.
 
     Raises:
         GuardError: naming the buffer.
     """
-    before = {name: value.clone() for name, value in model.named_buffers()}
-    training = model.training
+    before, trial = dict(model.named_buffers()), copy.deepcopy(model).train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.train()(inputs)
-    model.train(training)
-    for name, value in model.named_buffers():
-        if not torch.equal(before[name], value):
-            value.copy_(before[name])
+        trial(inputs)
+    for name, value in trial.named_buffers():
+        if name not in before or not torch.equal(before[name], value):
             raise GuardError(
                 f"buffer {name} of the model changes in a forward pass: it records private inputs without noise; "
                 "remove it, or compute it from public data and freeze it"
             )
+
+
+def quiet_training(model: nn.Module) -> None:
+    """Put the model into training mode with dropout off, so that what mixes records only while training shows."""
+    for module in model.train().modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
 
 
 def check_losses(losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, labels: Tensor, what: str) -> None:
@@ -88,5 +94,6 @@ def check_losses(losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, lab
     if not bool((moved < TOLERANCE).all()):
         raise GuardError(
             f"{what} couples records: dropping one record moved the loss of another by {float(moved.max()):.2g} of its "
-            "value; compute each row from that row only (no batch means, class-weighted means or in-batch negatives)"
+            "value; compute each row from that row only (no batch means, class-weighted means, in-batch negatives; no "
+            "chance but torch.nn.Dropout)"
         )

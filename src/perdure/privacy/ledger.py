@@ -335,7 +335,7 @@ def _parts(path: Path, keys: Mapping[str, NoiseKey]) -> Iterator[Part]:
         bodies = cover(chain, head, where=str(path), first=start + 2)
         yield _part(chain, bodies, head, keys, f"{path}, line {start + 1}")
         start += 1 + head.count
-    if start != len(lines):
+    if start != len(lines) or not path.read_bytes().endswith(b"\n"):
         raise LedgerError(f"{path}, line {start + 1}: after the last ledger; restore the file from a backup")
 
 

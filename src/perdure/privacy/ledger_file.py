@@ -2,7 +2,7 @@
 
 A line is appended and synced, then the head is replaced and synced, and only then may noise be drawn. So the
 noise of what stands beyond the head was never drawn, and it is dropped; what the head covers must be there.
-Not detected: putting back an older pair of file and head, or deleting both.
+Not detected: putting back an older head, or deleting both files; keep copies elsewhere if that is a threat.
 """
 
 import hashlib

@@ -1,20 +1,17 @@
 """The private sum: charge the ledger, clip every record, add Gaussian noise. It knows nothing of learning."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping import Rows, clipped_sum
+from perdure.privacy.clipping import Rows, clipped_sum, per_pass
 from perdure.privacy.ledger import Entry, Ledger
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.records import Params
-
-CHUNK = 256
-"""Records per vectorised pass; bounds memory, not the accounting."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -45,6 +42,10 @@ class Mechanism:
         self._reserved = self._charge("gradient", multiplier, clip_norm, scope, steps, start, data)
         self._steps = steps
 
+    def lapse(self) -> None:
+        """What was reserved pays for nothing more: the curator opens other records."""
+        self._reserved, self._steps = "", range(0)
+
     def coins(self, n: int, step: int) -> Tensor:
         """(n,) secret uniform numbers that decide who enters the step."""
         return self._key.uniform(n, purpose="coins", entry=self._block(step), step=step)
@@ -53,28 +54,46 @@ class Mechanism:
         """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it."""
         return self._key.tags(ids, purpose="memory")
 
-    def gradient(self, rows: Rows, params: Params, data: Tensors, *, step: int) -> Params:
-        """Noised sum of clipped per-record gradients in a step that `reserve` charged."""
+    def secret(self, purpose: str) -> str:
+        """Seed of what records draw at random inside a step (dropout, the start of an attack).
+
+        Such draws go by a row's place in the batch. Were they public, one record more would hand the others known,
+        other draws, and the sum would move by more than the clip norm.
+        """
+        return self._key.mac(f"seed of {purpose}".encode())
+
+    def gradient(self, clipped: Callable[[float], Params | None], params: Params, *, step: int) -> Params:
+        """Noised sum of clipped per-record gradients in a step that `reserve` charged.
+
+        Args:
+            clipped: from the clip norm to the clipped sum, from this package's `clipping` or `bookkeeping`.
+        """
         entry, clip_norm = self._block(step), self.privacy.clip_norm
-        total = clipped_sum(rows, params, data, clip_norm, CHUNK)
         shapes = {name: value.shape for name, value in params.items()}
-        return self._noised(total, shapes, self.noise_multiplier * clip_norm, "gradient", entry, step, data)
+        device = next(iter(params.values())).device
+        scale = self.noise_multiplier * clip_norm
+        return self._noised(clipped(clip_norm), shapes, scale, "gradient", entry, step, device)
 
     def release(
         self, rows: Rows, params: Params, data: Tensors, *,
-        shapes: Mapping[str, torch.Size], clip_norm: float, purpose: str, partition: str, start: str,
+        shapes: Mapping[str, torch.Size], clip_norm: float, purpose: str, number: int, partition: str, start: str,
     ) -> Params:  # fmt: skip
-        """Noised sum of one clipped row per record, every record once (sampling rate 1)."""
+        """Noised sum of one clipped row per record, every record once (sampling rate 1).
+
+        Args:
+            number: which release of the experience it is; two of one purpose are two entries with noise of their own.
+        """
         name, multiplier = f"release:{purpose}", self.noise_multiplier * self.privacy.release_noise
-        entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, range(1), start, data)
-        total = clipped_sum(rows, params, data, clip_norm, CHUNK)
-        return self._noised(total, shapes, multiplier * clip_norm, name, entry, 0, data)
+        steps = range(number, number + 1)
+        entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, steps, start, data)
+        total = clipped_sum(rows, params, data, clip_norm, per_pass(params))
+        device = next(iter(data.values())).device
+        return self._noised(total, shapes, multiplier * clip_norm, name, entry, number, device)
 
     def _noised(
         self, total: Params | None, shapes: Mapping[str, torch.Size], scale: float, purpose: str, entry: str, step: int,
-        data: Tensors,
+        device: torch.device,
     ) -> Params:  # fmt: skip
-        device = next(iter(data.values())).device
         noise = self._key.normal(shapes, purpose=purpose, entry=entry, step=step, device=device)
         self.ledger.trace("noise.drawn")
         if total is None:
@@ -102,5 +121,5 @@ def digest(tensors: Tensors) -> bytes:
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.detach().contiguous().cpu().numpy().tobytes())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.digest()

@@ -59,9 +59,7 @@ class NoiseKey:
 
     def __init__(self, secret: bytes, *, simulated: bool) -> None:
         if len(secret) != KEY_BYTES:
-            raise PrivacyError(
-                f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file"
-            )
+            raise PrivacyError(f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file")
         self._secret = secret
         self._is_simulated = simulated
 

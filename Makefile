@@ -1,0 +1,43 @@
+# perdure: everything happens in .venv; Python 3.11 or later and make are all that is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL := --constraint constraints.txt --editable '.[dev]'
+
+# Settings of the shell that called make must not reach into .venv, nor keep byte code from being written.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' Makefile
+
+setup: $(STAMP) ## install into .venv, again only when pyproject.toml or constraints.txt changed
+
+demo: setup ## continual, federated and private learning on real digits; ends with runs/demo/report.html
+	$(BIN)/perdure demo
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, and whether the installed packages fit together
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pip check
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src strategies benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv takes a minute where pip takes several; pip is there for when uv cannot be had or does not know the index in use.
+# Avalanche and torch hold thousands of modules: without byte code every start takes half a minute.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("perdure needs Python 3.11 or later; $(PYTHON) is %d.%d; use make PYTHON=..." % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
+	{ $(BIN)/python -m pip install --quiet --constraint constraints.txt uv \
+	  && $(BIN)/uv pip install --python $(BIN)/python --build-constraints constraints.txt --compile-bytecode $(INSTALL); } \
+	|| $(BIN)/python -m pip install $(INSTALL)
+	@touch $@

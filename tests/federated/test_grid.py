@@ -1,0 +1,214 @@
+import logging
+import random
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore import telemetry
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from perdure.errors import BudgetError, FederationError, PrivacyError
+from perdure.federated.grid import Cohort, InProcessGrid, answers, contained, error_reply, failure, meet, simulate
+
+
+def echo(change=lambda message, context: None):
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        change(message, context)
+        return Message(message.content, reply_to=message)
+
+    @app.query("partition")
+    def partition(message: Message, context: Context) -> Message:
+        held = MetricRecord({"partition": context.node_config["partition-id"]})
+        return Message(RecordDict({"metrics": held}), reply_to=message)
+
+    return app
+
+
+def ask(grid, nodes, content=None):
+    record = content or RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(3))})})
+    return [Message(record, node, "train") for node in nodes]
+
+
+def test_the_private_names_are_those_of_flower_1_41():
+    assert version("flwr").startswith("1.41.")
+    assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
+    assert Run.create_empty(1).run_id == 1
+    assert Grid.__abstractmethods__ == {
+        "set_run", "run", "create_message", "get_node_ids", "push_messages", "pull_messages", "send_and_receive",
+    }  # fmt: skip
+    assert telemetry.FLWR_TELEMETRY_ENABLED in ("0", "1")
+
+
+def test_replies_come_in_the_order_asked_and_name_their_node():
+    with InProcessGrid(echo(), clients=4).running() as grid:
+        replies = list(grid.send_and_receive(ask(grid, [3, 1, 4])))
+    assert [reply.metadata.src_node_id for reply in replies] == [3, 1, 4]
+    assert [reply.metadata.reply_to_message_id for reply in replies] == ["1", "2", "3"]
+
+
+def test_a_reply_is_pulled_once():
+    with InProcessGrid(echo(), clients=2).running() as grid:
+        ids = list(grid.push_messages(ask(grid, [1, 2])))
+        assert len(list(grid.pull_messages(ids))) == 2
+        assert list(grid.pull_messages(ids)) == []
+
+
+def test_every_node_has_its_own_context_that_lasts():
+    def count(message, context):
+        rounds = context.state.get("seen", MetricRecord({"rounds": 0}))["rounds"] + 1
+        context.state["seen"] = MetricRecord({"rounds": rounds})
+        message.content["seen"] = MetricRecord({"rounds": rounds, "partition": context.node_config["partition-id"]})
+        assert context.node_config["num-partitions"] == 3
+
+    with InProcessGrid(echo(count), clients=3).running() as grid:
+        grid.send_and_receive(ask(grid, [2]))
+        replies = list(grid.send_and_receive(ask(grid, [1, 2])))
+    assert [dict(reply.content["seen"]) for reply in replies] == [
+        {"rounds": 1, "partition": 0},
+        {"rounds": 2, "partition": 1},
+    ]
+
+
+def test_a_client_that_writes_into_its_message_changes_no_other():
+    def spoil(message, context):
+        assert message.content["arrays"]["w"].numpy().tolist() == [0, 0, 0]
+        message.content["arrays"]["w"].numpy()[:] = 7
+        message.content["arrays"]["w"] = Array(np.ones(3))
+        message.content["config"]["rate"] = 9
+
+    shared = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(3))}), "config": ConfigRecord({"rate": 1})})
+    with InProcessGrid(echo(spoil), clients=3).running() as grid:
+        replies = list(grid.send_and_receive(ask(grid, [1, 2, 3], shared)))
+    assert not any(reply.has_error() for reply in replies)
+    assert shared["config"]["rate"] == 1
+    assert shared["arrays"]["w"].numpy().tolist() == [0, 0, 0]
+
+
+def test_progress_is_told_after_every_reply():
+    seen = []
+    with InProcessGrid(echo(), clients=3, progress=lambda done, of: seen.append((done, of))).running() as grid:
+        grid.send_and_receive(ask(grid, [1, 2, 3]))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_exception_becomes_an_error_reply_and_the_others_go_on():
+    def fail(message, context):
+        if context.node_id == 2:
+            raise ValueError("no such thing\nsecond line")
+
+    with InProcessGrid(echo(fail), clients=3).running() as grid:
+        replies = list(grid.send_and_receive(ask(grid, [1, 2, 3])))
+        assert [reply.has_error() for reply in replies] == [False, True, False]
+        assert replies[1].error.reason == "ValueError: no such thing"
+        with pytest.raises(FederationError, match=r"^client 1 stopped: ValueError: no such thing$"):
+            answers(grid, ask(grid, [1, 2, 3]), {1: 0, 2: 1, 3: 2})
+
+
+def test_an_interrupt_is_no_error_reply():
+    def interrupt(message, context):
+        raise KeyboardInterrupt
+
+    with InProcessGrid(echo(interrupt), clients=1).running() as grid, pytest.raises(KeyboardInterrupt):
+        grid.send_and_receive(ask(grid, [1]))
+
+
+def test_what_privacy_refused_comes_first_and_keeps_its_type():
+    def fail(message, context):
+        if context.node_id == 3:
+            raise BudgetError("epsilon 4 exceeds the grant of 3")
+        raise ValueError("too")
+
+    spent = r"^client 2: epsilon 4 exceeds the grant of 3$"
+    with InProcessGrid(echo(fail), clients=3).running() as grid, pytest.raises(BudgetError, match=spent):
+        answers(grid, ask(grid, [1, 2, 3]), {1: 0, 2: 1, 3: 2})
+
+
+def test_failures_of_other_types_become_federation_errors():
+    assert type(failure(3, "StrategyError: two memories")) is FederationError
+    assert str(failure(3, "StrategyError: two memories")) == "client 3 stopped: StrategyError: two memories"
+    assert type(failure(3, "PrivacyError: raw")) is PrivacyError
+    assert str(failure(3, "")) == "client 3 stopped: no reason given"
+
+
+def test_a_private_error_reply_quotes_only_our_own_errors():
+    with InProcessGrid(echo(), clients=1).running():
+        message = Message(RecordDict({}), 1, "train")
+        foreign = error_reply(message, ValueError("could not convert 'Jane Doe'"), private=True)
+        assert foreign.error.reason == "ValueError: see the client's log"
+        own = error_reply(message, BudgetError("spent"), private=True)
+        assert own.error.reason == "BudgetError: spent"
+
+
+def test_a_missing_reply_is_named():
+    class Deaf(InProcessGrid):
+        def pull_messages(self, message_ids):
+            return list(super().pull_messages(message_ids))[:-1]
+
+    with (
+        Deaf(echo(), clients=2).running() as grid,
+        pytest.raises(FederationError, match=r"no reply from clients \[1\]"),
+    ):
+        answers(grid, ask(grid, [1, 2]), {1: 0, 2: 1})
+
+
+def test_answers_are_in_the_order_of_clients_whatever_the_nodes_are_called():
+    with InProcessGrid(echo(), clients=3).running() as grid:
+        replies = answers(grid, ask(grid, [1, 2, 3]), {1: 2, 2: 0, 3: 1})
+    assert [reply.metadata.src_node_id for reply in replies] == [2, 3, 1]
+
+
+def test_nodes_are_known_by_the_partition_they_hold():
+    class Shuffled(InProcessGrid):
+        def get_node_ids(self):
+            return [3, 1, 2]
+
+    with Shuffled(echo(), clients=3).running() as grid:
+        assert meet(grid, 3) == [1, 2, 3]
+        with pytest.raises(FederationError, match=r"needed: each of 0 \.\. 1 once"):
+            meet(grid, 2)
+
+
+def test_the_identity_of_the_process_is_put_back():
+    before = dict(vars(TaskIdentity))
+    with pytest.raises(ZeroDivisionError), InProcessGrid(echo(), clients=1).running():
+        assert TaskIdentity.run_id == 1
+        raise ZeroDivisionError
+    assert dict(vars(TaskIdentity)) == before
+
+
+def test_a_cohort_shows_only_its_nodes_and_flower_samples_exactly_those():
+    aggregator = FedAvg(min_train_nodes=1, min_available_nodes=1)
+    with InProcessGrid(echo(), clients=6).running() as grid:
+        cohort = Cohort(grid, [2, 5])
+        assert list(cohort.get_node_ids()) == [2, 5]
+        arrays = ArrayRecord({"w": torch.zeros(2)})
+        messages = list(aggregator.configure_train(1, arrays, ConfigRecord(), cohort))
+        assert {message.metadata.dst_node_id for message in messages} == {2, 5}
+        assert len(list(cohort.send_and_receive(messages))) == 2
+        assert cohort.run is grid.run
+
+
+def test_flower_leaves_log_level_and_random_numbers_alone(caplog):
+    logger, level, state = logging.getLogger("flwr"), logging.getLogger("flwr").level, random.getstate()
+    with contained():
+        logger.info("hidden")
+        logger.warning("shown")
+        random.random()
+    assert logger.level == level
+    assert random.getstate() == state
+    assert "hidden" not in caplog.text
+
+
+def test_without_ray_its_engine_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(FederationError, match=r"pip install perdure\[simulation\]"):
+        simulate(None, None, 1)

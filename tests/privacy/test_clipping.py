@@ -1,0 +1,185 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perdure.models import cnn, mlp, resnet18
+from perdure.privacy import clipping
+from perdure.privacy.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping import chunks, clip_factors, clip_rows, clipped_sum, per_pass
+from perdure.queries import gradient_rows
+from perdure.records import Batch, Records
+from perdure.strategy import Forward
+
+ROUNDING = 1 + 1e-5
+entries = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+def norms(rows):
+    return torch.stack([row.double().unsqueeze(-1).flatten(1).square().sum(1) for row in rows.values()]).sum(0).sqrt()
+
+
+@pytest.mark.property
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.lists(entries, min_size=7, max_size=7), min_size=1, max_size=6), st.floats(1e-4, 1e4))
+def test_no_row_exceeds_the_bound_whatever_it_holds(values, bound):
+    table = torch.tensor(values, dtype=torch.float32)
+    rows = {"weight": table[:, :6].reshape(-1, 2, 3), "scale": table[:, 6]}
+    clipped = clip_rows(rows, bound)
+    assert float(norms(clipped).max()) <= bound * ROUNDING
+    assert all(value.shape == rows[name].shape and bool(value.isfinite().all()) for name, value in clipped.items())
+    inside = norms(rows) <= bound / ROUNDING  # NaN is not
+    for name, value in clipped.items():
+        assert torch.equal(value[inside], rows[name][inside])
+
+
+def test_a_long_row_keeps_its_direction_over_all_names_together():
+    clipped = clip_rows({"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0]])}, 1.0)
+    torch.testing.assert_close(clipped["a"], torch.tensor([[0.6, 0.0]]))
+    torch.testing.assert_close(clipped["b"], torch.tensor([[0.0, 0.8]]))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_row_without_a_finite_norm_counts_as_zero(poison):
+    rows = {"value": torch.tensor([[poison, 1.0], [0.3, 0.4]])}
+    assert clip_rows(rows, 1.0)["value"].tolist() == [[0.0, 0.0], pytest.approx([0.3, 0.4])]
+    assert clip_factors(torch.tensor([poison**2, 0.0]), 1.0).tolist() == [0.0, 1.0]
+
+
+def test_norms_of_half_precision_rows_are_taken_in_single_precision():
+    """65,536 entries of 1/64 have norm 4; bfloat16 would lose the sum of squares at 256 equal terms."""
+    rows = torch.full((1, 65_536), 1 / 64, dtype=torch.bfloat16)
+    assert float(norms({"value": clip_rows({"value": rows}, 1.0)["value"].float()})) == pytest.approx(1.0, rel=1e-2)
+
+
+# --------------------------------------------------------------------------- sums over records
+
+
+def given_rows(params, tensors):
+    return {"value": tensors["value"] * params["one"]}
+
+
+@pytest.mark.property
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(entries, min_size=3, max_size=3), min_size=1, max_size=9), st.integers(1, 10), st.data())
+def test_pieces_do_not_change_the_sum_and_one_record_moves_it_by_at_most_c(values, size, data):
+    table, one = torch.tensor(values, dtype=torch.float32), {"one": torch.ones(())}
+    whole = clipped_sum(given_rows, one, {"value": table}, 2.0, 100)["value"]
+    torch.testing.assert_close(clipped_sum(given_rows, one, {"value": table}, 2.0, size)["value"], whole)
+    dropped = data.draw(st.integers(0, len(table) - 1))
+    kept = table[torch.arange(len(table)) != dropped]
+    neighbour = clipped_sum(given_rows, one, {"value": kept}, 2.0, size)
+    assert float((whole - (neighbour["value"] if neighbour else 0)).norm()) <= 2.0 * ROUNDING + 1e-5
+
+
+def test_the_sum_over_nobody_is_none():
+    assert clipped_sum(given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, 1.0, 4) is None
+
+
+def test_pieces_hold_every_row_once_and_in_order():
+    pieces = list(chunks({"a": torch.arange(7), "b": torch.zeros(7, 2)}, 3))
+    assert [len(piece["b"]) for piece in pieces] == [3, 3, 1]
+    assert torch.cat([piece["a"] for piece in pieces]).tolist() == list(range(7))
+
+
+def test_a_pass_holds_fewer_records_of_a_larger_model(monkeypatch):
+    assert per_pass({"w": torch.zeros(1000)}) == clipping.LARGEST_PASS
+    monkeypatch.setattr(clipping, "PASS_NUMBERS", 5000)
+    assert per_pass({"w": torch.zeros(30, 30), "b": torch.zeros(100)}) == 5
+    assert per_pass({"w": torch.zeros(6000)}) == 1
+
+
+# --------------------------------------------------------------------------- gradients of real models
+
+N, BOUND = 6, 0.7
+
+
+def problem(name):
+    if name == "mlp":
+        return mlp(input_shape=(5,), num_classes=3, hidden=(8,), seed=1), (5,)
+    if name == "cnn":
+        return cnn(input_shape=(1, 8, 8), num_classes=3, seed=1, width=4), (1, 8, 8)
+    return resnet18(input_shape=(3, 16, 16), num_classes=3, seed=1, width=2), (3, 16, 16)
+
+
+def losses(forward, batch):
+    return F.cross_entropy(forward(batch.inputs), batch.labels, reduction="none")
+
+
+def records(shape):
+    place = torch.Generator().manual_seed(0)
+    inputs = torch.rand(N, *shape, generator=place) * torch.logspace(-2, 1, N).view(-1, *[1] * len(shape))
+    return Batch.current(Records(inputs=inputs, labels=torch.arange(N) % 3), 0)
+
+
+def loop(module, batch):
+    """Sum of clipped gradients, one backward pass a record."""
+    sums, lengths = [torch.zeros_like(value) for value in module.parameters()], []
+    for i in range(len(batch)):
+        loss = losses(Forward(module), batch.take(slice(i, i + 1))).sum()
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        lengths.append(float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()))
+        sums = [total + g * min(1.0, BOUND / lengths[-1]) for total, g in zip(sums, gradients, strict=True)]
+    return dict(zip(dict(module.named_parameters()), sums, strict=True)), lengths
+
+
+def by_rows(module, batch, chunk=4):
+    params = dict(module.named_parameters())
+    return clipped_sum(gradient_rows(losses, module), params, batch.tensors(), BOUND, chunk)
+
+
+def by_bookkeeping(module, batch):
+    params, forward = dict(module.named_parameters()), Forward(module)
+    return clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), BOUND)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
+def test_clipped_gradient_sums_equal_a_loop_over_records(name, how):
+    module, shape = problem(name)
+    batch = records(shape)
+    expected, lengths = loop(module, batch)
+    assert min(lengths) < BOUND < max(lengths)  # some are clipped and some are not
+    mine = how(module, batch)
+    assert mine.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-5)
+        assert not mine[key].requires_grad
+
+
+@pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
+def test_dropping_one_record_moves_the_gradient_by_at_most_c(name, how):
+    module, shape = problem(name)
+    batch = records(shape)
+    whole = how(module, batch)
+    for dropped in range(N):
+        neighbour = how(module, batch.take(torch.arange(N) != dropped))
+        moved = torch.stack([(whole[key] - neighbour[key]).square().sum() for key in whole]).sum().sqrt()
+        assert 0.01 < float(moved) <= BOUND * ROUNDING + 1e-5
+
+
+@pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
+def test_a_record_that_breaks_the_model_does_not_break_the_sum(how):
+    """NaN pixels, or numbers so large that the gradient overflows: one record, so at most C, here nothing."""
+    module, shape = problem("mlp")
+    batch = records(shape)
+    expected, _ = loop(module, batch.take(slice(1, None)))
+    for poison in (float("nan"), float("inf"), 1e38):
+        batch.inputs[0] = poison
+        for key, value in how(module, batch).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_of_the_parameters_is_clipped_by_itself():
+    module, shape = problem("mlp")
+    batch = records(shape)
+    head = {name: value for name, value in module.named_parameters() if name.startswith("head")}
+    rows = clipped_sum(gradient_rows(losses, module), head, batch.tensors(), BOUND, 3)
+    forward = Forward(module)
+    fast = clipped_gradient_sum(module, head, lambda: losses(forward, batch), N, BOUND)
+    assert list(rows) == list(fast) == ["head.weight", "head.bias"]
+    for key, value in rows.items():
+        torch.testing.assert_close(fast[key], value, rtol=1e-4, atol=1e-5)

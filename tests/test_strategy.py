@@ -1,0 +1,317 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.errors import StrategyError
+from perdure.learner import contexts
+from perdure.memory import MemoryPlan
+from perdure.records import Batch
+from perdure.strategies import EWC, LwF, Naive, Replay
+from perdure.strategy import MASKED, Asks, Combine, Context, Forward, Plan, Spec, State, Strategy
+
+
+def spec(model, scenario="class"):
+    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario=scenario)
+
+
+# --------------------------------------------------------------------------- state
+
+
+def test_a_state_declares_each_name_once_with_one_rule():
+    state = State().declare("count", torch.zeros(3), "sum")
+    assert state.rules == {"count": "sum"} and repr(state) == "State(count: (3,) sum)"
+    with pytest.raises(StrategyError, match="'count' is declared twice"):
+        state.declare("count", torch.zeros(3), "mean")
+    with pytest.raises(StrategyError, match=r"one rule; given \['b'\]"):
+        State({"a": torch.zeros(1)}, {"a": "sum", "b": "sum"})
+
+
+def test_a_group_holds_one_tensor_a_parameter():
+    params = {"head.weight": torch.ones(2, 3), "head.bias": torch.ones(2)}
+    state = State().declare_group("fisher", params, "mean").declare("fisher2/x", torch.zeros(1), "local")
+    assert list(state.group("fisher")) == ["head.weight", "head.bias"]
+    doubled = state.replace_group("fisher", {name: 2 * value for name, value in params.items()})
+    assert float(doubled["fisher/head.bias"].sum()) == 4 and float(state["fisher/head.bias"].sum()) == 2
+    assert doubled.rules == state.rules
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b": torch.zeros(2)}, "'b' is undeclared, given shape"),
+        ({"a": torch.zeros(3)}, r"'a' is \(2,\), given shape \(3,\)"),
+    ],
+)
+def test_a_state_keeps_the_names_and_shapes_of_init(changes, message):
+    with pytest.raises(StrategyError, match=message):
+        State().declare("a", torch.zeros(2), "sum").replace(changes)
+
+
+# --------------------------------------------------------------------------- context
+
+
+def context(scenario, experience):
+    table = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    seen = table[: experience + 1].any(0)
+    return Context(scenario=scenario, experience=experience, task_classes=table, seen=seen)
+
+
+def rows(tasks):
+    n = len(tasks)
+    return Batch(
+        inputs=torch.zeros(n, 5), labels=torch.zeros(n, dtype=torch.int64), ids=torch.arange(n),
+        tasks=torch.tensor(tasks), from_memory=torch.zeros(n, dtype=torch.bool), valid=torch.ones(n, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def shown(mask):
+    return [[int(c) for c in torch.nonzero(row).flatten()] for row in mask > MASKED]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "experience", "rows_shown", "allowed"),
+    [
+        ("task", 1, [[0, 1], [2, 3]], [2, 3]),  # every row by its own task, prediction by the task asked for
+        ("class", 0, [[0, 1], [0, 1]], [0, 1]),
+        ("class", 1, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
+        ("domain", 0, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
+    ],
+)
+def test_classes_out_of_question_are_masked(scenario, experience, rows_shown, allowed):
+    at = context(scenario, experience)
+    assert shown(at.mask(torch.zeros(2, 4), rows([0, 1]))) == rows_shown
+    assert torch.nonzero(at.allowed).flatten().tolist() == allowed
+    assert torch.nonzero(at.current).flatten().tolist() == [2 * experience, 2 * experience + 1]
+
+
+def test_a_masked_class_has_probability_zero_and_no_gradient():
+    logits = torch.zeros(1, 4, requires_grad=True)
+    masked = context("class", 0).mask(logits, rows([0]))
+    assert torch.softmax(masked, 1)[0, 2:].tolist() == [0.0, 0.0]
+    torch.logsumexp(masked, 1).sum().backward()
+    assert logits.grad[0, 2:].tolist() == [0.0, 0.0]
+
+
+def test_contexts_come_from_declared_classes(toy_stream):
+    at = contexts(toy_stream("class"), "cpu")
+    assert at(0).seen.tolist() == [True, True, False, False]
+    assert at(1).seen.tolist() == [True] * 4 and at(1).current.tolist() == [False, False, True, True]
+
+
+# --------------------------------------------------------------------------- forward
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5))
+        self.head = nn.Linear(6, 4)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+@pytest.fixture
+def tower():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Tower()
+
+
+def zeros(module):
+    return {name: torch.zeros_like(value) for name, value in module.named_parameters()}
+
+
+def test_forward_runs_the_model_at_its_own_or_at_given_parameters(tower):
+    tower.eval()
+    x = torch.rand(3, 5)
+    assert torch.equal(Forward(tower)(x), tower(x))
+    assert torch.equal(Forward(tower).features(x), tower.features(x))
+    shifted = zeros(tower) | {"head.bias": torch.arange(4.0)}
+    assert Forward(tower, shifted)(x).tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
+    assert Forward(tower, zeros(tower)).features(x).abs().sum() == 0
+
+
+def test_only_a_teacher_runs_without_gradients_and_without_dropout(tower):
+    x = torch.rand(64, 5)
+    params = {name: value.detach().requires_grad_() for name, value in tower.named_parameters()}
+    assert Forward(tower, params)(x).requires_grad
+    teacher = Forward(tower).at(params)
+    assert not teacher(x).requires_grad and not teacher.features(x).requires_grad
+    assert torch.equal(teacher(x), teacher(x)) and torch.equal(teacher(x), tower.eval()(x))
+
+
+def test_a_teacher_is_not_hooked(tower):
+    calls = []
+    Forward(tower).at(zeros(tower))(torch.rand(2, 5))
+    tower.head.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    Forward(tower).at(zeros(tower))(torch.rand(2, 5))
+    assert calls == [False]  # per-record hooks go by this: what has no gradient is not theirs
+
+
+@pytest.mark.parametrize("what", ["__call__", "features"])
+def test_a_teacher_leaves_every_module_in_the_mode_it_was_in(tower, what):
+    tower.eval()
+    getattr(Forward(tower).at(zeros(tower)), what)(torch.rand(2, 5))
+    assert not any(module.training for module in tower.modules())
+    tower.train()
+    tower.body.eval()
+    getattr(Forward(tower).at(zeros(tower)), what)(torch.rand(2, 5))
+    assert tower.training and tower.head.training and not tower.body.training and not tower.body[1].training
+
+
+def test_a_failing_teacher_leaves_the_mode_too(tower):
+    tower.train()
+    with pytest.raises(RuntimeError):
+        Forward(tower).at(zeros(tower))(torch.rand(2, 7))
+    assert all(module.training for module in tower.modules())
+
+
+# --------------------------------------------------------------------------- the contract
+
+
+def test_the_base_class_is_plain_training(toy_stream, toy_model):
+    stream = toy_stream()
+    model, at = toy_model(stream), contexts(stream, "cpu")(0)
+    batch = Batch.current(stream[0].train, 0)
+    plain, state = Strategy(), State()
+    allowed = model(batch.inputs)[:, :2]
+    expected = nn.functional.cross_entropy(allowed, batch.labels, reduction="none")
+    torch.testing.assert_close(plain.losses(Forward(model), batch, at, state), expected)
+    assert shown(plain.predict(Forward(model), batch.inputs[:1], at, state)) == [[0, 1]]
+    assert plain.penalty({}, state) is None and plain.references(None, {}, state) == ()
+    assert plain.plan(stream[0]) == Plan() and plain.after_step({}, {}, {}, state) is state
+    assert not any(plain.uses(hook) for hook in ("losses", "penalty", "project", "references", "after_step"))
+
+
+def test_uses_tells_what_is_overridden():
+    assert EWC(strength=1.0).uses("penalty") and not EWC(strength=1.0).uses("losses")
+    assert LwF.overrides("losses") and not Naive.overrides("losses")
+
+
+# --------------------------------------------------------------------------- several at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor(Strategy):
+    def predict(self, forward, x, context, state):
+        return forward(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rememberer(Strategy):
+    couples_records: ClassVar[bool] = True
+    not_vmappable_because: ClassVar[str | None] = "it says so"
+
+    def plan(self, experience):
+        return Plan(memory=MemoryPlan(capacity=3), trainable=("head",))
+
+    def remember(self, forward, batch, state):
+        return {"logits": forward(batch.inputs)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freezer(Strategy):
+    def plan(self, experience):
+        return Plan(pool="all", restart=True, trainable=("body",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifter(Strategy):
+    """Doubles or adds, so that the order of projections shows; counts steps in its state."""
+
+    add: float = 0.0
+    times: float = 1.0
+    asks: ClassVar[Asks] = Asks(references=1)
+
+    def init(self, spec):
+        return State().declare("steps", torch.zeros(()), "sum")
+
+    def references(self, curator, params, state):
+        return ({"w": torch.full((1,), self.add)},)
+
+    def project(self, gradient, references, state):
+        return {name: self.times * value + self.add for name, value in gradient.items()}
+
+    def after_step(self, before, after, gradient, state):
+        return state.replace({"steps": state["steps"] + self.times})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((LwF(), Naive(), Replay(memory_size=5)), r"LwF and Replay both override losses\(\)"),
+        ((Predictor(), Predictor()), r"Predictor and Predictor both override predict\(\)"),
+        ((Rememberer(), EWC(strength=1.0), Rememberer()), r"Rememberer and Rememberer both override remember\(\)"),
+        ((Combine(LwF()), Replay(memory_size=5)), r"LwF and Replay both override losses\(\)"),
+    ],
+)
+def test_two_overrides_are_an_error_that_names_both(parts, message):
+    with pytest.raises(StrategyError, match=message):
+        Combine(*parts)
+
+
+def test_two_memories_or_two_ideas_of_what_is_trained_are_an_error_that_names_both(toy_stream):
+    experience = toy_stream()[0]
+    with pytest.raises(StrategyError, match="Replay and Rememberer both set memory"):
+        Combine(Replay(memory_size=5), Rememberer()).plan(experience)
+    with pytest.raises(StrategyError, match="Rememberer and Freezer both set trainable"):
+        Combine(Rememberer(), Freezer()).plan(experience)
+
+
+def test_plans_are_merged(toy_stream):
+    plan = Combine(Freezer(), Replay(memory_size=5)).plan(toy_stream()[0])
+    assert plan == Plan(pool="all", restart=True, trainable=("body",), memory=MemoryPlan(capacity=5))
+
+
+def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
+    stream = toy_stream()
+    model, at = toy_model(stream), contexts(stream, "cpu")(0)
+    batch, params = Batch.current(stream[0].train, 0), dict(model.named_parameters())
+    parts = (EWC(strength=1.0), Naive(), EWC(strength=3.0))
+    both = Combine(*parts)
+    state = both.init(spec(model))
+    state = state.replace({n: torch.full_like(t, 0.5 + float(n[0])) for n, t in state.items()})
+    assert {name.split(".")[0] for name in state} == {"0", "2"}  # prefixed by position
+    alone = [part.penalty(params, both._own(state, i)) for i, part in enumerate(parts)]
+    torch.testing.assert_close(both.penalty(params, state), alone[0] + alone[2])
+    plain = Naive().losses(Forward(model), batch, at, State())
+    assert torch.equal(both.losses(Forward(model), batch, at, state), plain)
+    assert Combine(Naive(), Naive()).penalty(params, State()) is None
+    assert torch.equal(
+        Combine(Predictor(), LwF()).predict(Forward(model), batch.inputs, at, State()), model(batch.inputs)
+    )
+
+
+def test_projections_run_in_the_order_given_and_every_part_follows_the_path(toy_stream, toy_model):
+    both = Combine(Shifter(add=1.0), Naive(), Shifter(times=2.0))
+    state = both.init(spec(toy_model(toy_stream())))
+    references = both.references(None, {}, state)
+    assert [float(reference["w"]) for reference in references] == [1.0, 0.0]
+    assert float(both.project({"w": torch.ones(1)}, references, state)["w"]) == 4.0  # (1 + 1) * 2
+    after = both.after_step({}, {}, {}, state)
+    assert {name: float(value) for name, value in after.items()} == {"0.steps": 1.0, "2.steps": 2.0}
+    assert after.rules == {"0.steps": "sum", "2.steps": "sum"}
+
+
+def test_a_combination_says_all_that_its_parts_say():
+    both = Combine(EWC(strength=1.0), Combine(EWC(strength=2.0), Replay(memory_size=5)), Rememberer(), Shifter())
+    assert both.asks == Asks(releases=2, references=1, reuses=True)
+    assert both.couples_records and both.not_vmappable_because == "it says so"
+    assert both.name == "EWC+EWC+Replay+Rememberer+Shifter"
+    assert repr(Combine(Naive(), Predictor())) == "Combine(Naive(), Predictor())"
+    assert both.uses("project") and not Combine(Naive()).uses("penalty")
+    assert Combine(EWC(strength=1.0)) == Combine(EWC(strength=1.0)) != Combine(EWC(strength=2.0))
+
+
+def test_states_of_eleven_parts_do_not_run_into_each_other(toy_stream, toy_model):
+    both = Combine(*[Shifter(times=float(i)) for i in range(11)])
+    after = both.after_step({}, {}, {}, both.init(spec(toy_model(toy_stream()))))
+    assert [float(after[f"{i}.steps"]) for i in range(11)] == [float(i) for i in range(11)]

@@ -1,0 +1,39 @@
+"""The tests themselves stand alone: no network, nothing of the user's home, data where there is none."""
+
+import os
+import pwd
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from perdure.datasets import cache_folder, load
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("adult", (105,))])
+def test_every_data_set_can_be_read(data_root, name, shape):
+    data = load(name, root=data_root)
+    assert data.input_shape == shape
+    for records in (data.train, data.test):
+        assert records.labels.unique().tolist() == list(range(data.num_classes)), "every class is there"
+
+
+def test_no_host_can_be_looked_up():
+    for host in ("example.org", "192.0.2.1"):
+        with pytest.raises(OSError, match="without a network"):
+            socket.create_connection((host, 80), timeout=1)
+
+
+def test_this_machine_can_be_reached():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5) as client:
+        assert client.getpeername() == server.getsockname()
+
+
+def test_the_home_is_not_the_users():
+    assert Path.home() != Path(pwd.getpwuid(os.getuid()).pw_dir)
+    assert cache_folder().is_relative_to(Path.home())
+
+
+def test_one_thread():
+    assert torch.get_num_threads() == 1
