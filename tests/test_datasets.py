@@ -22,8 +22,7 @@ ADULT_ROW = (
     "40, United-States, <=50K"
 )
 ADULT_TEST_ROW = (
-    "25, ?, 226802, 11th, 7, Never-married, ?, Own-child, Black, Female, 200000, 0, "
-    "40, Holand-Netherlands, >50K."
+    "25, ?, 226802, 11th, 7, Never-married, ?, Own-child, Black, Female, 200000, 0, 40, Holand-Netherlands, >50K."
 )
 
 

@@ -86,9 +86,7 @@ def test_the_domain_split_labels_the_position_within_the_slice():
     assert (stream.num_classes, stream[0].classes) == (2, (0, 1))
     original = dict(zip(data.train.ids.tolist(), data.train.labels.tolist(), strict=True))
     first = stream[0].train
-    assert {
-        (original[i], label) for i, label in zip(first.ids.tolist(), first.labels.tolist(), strict=True)
-    } == {
+    assert {(original[i], label) for i, label in zip(first.ids.tolist(), first.labels.tolist(), strict=True)} == {
         (8, 0),
         (3, 1),
     }
@@ -112,9 +110,7 @@ def test_experiences_of_a_split_are_partitions_of_their_own(toy):
 
 
 def test_a_seed_gives_a_random_class_order(toy):
-    orders = {
-        seed: [e.classes for e in split(toy, scenario="class", experiences=4, seed=seed)] for seed in range(5)
-    }
+    orders = {seed: [e.classes for e in split(toy, scenario="class", experiences=4, seed=seed)] for seed in range(5)}
     assert len({tuple(order) for order in orders.values()}) > 1
     assert orders[3] == [e.classes for e in split(toy, scenario="class", experiences=4, seed=3)]
 
@@ -179,9 +175,7 @@ def test_the_permutation_follows_the_seed_and_the_first_may_be_permuted_too(toy)
     same, other = (permuted(toy, experiences=2, seed=seed)[1].train.inputs for seed in (0, 1))
     assert torch.equal(same, permuted(toy, experiences=2)[1].train.inputs)
     assert not torch.equal(same, other)
-    assert not torch.equal(
-        permuted(toy, experiences=1, first_identity=False)[0].train.inputs, toy.train.inputs
-    )
+    assert not torch.equal(permuted(toy, experiences=1, first_identity=False)[0].train.inputs, toy.train.inputs)
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])
@@ -203,9 +197,7 @@ def test_a_table_can_be_permuted_but_not_rotated():
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_right_angles_are_exact(turns):
     images = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(
-        rotate(images, degrees=90 * turns), images.rot90(turns, (-2, -1)), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(rotate(images, degrees=90 * turns), images.rot90(turns, (-2, -1)), atol=1e-5, rtol=0)
 
 
 def test_an_oblong_image_is_turned_and_not_sheared():
@@ -326,9 +318,7 @@ def test_a_chunk_has_a_record(toy):
 @pytest.mark.statistical
 def test_blurry_moves_the_share_asked_for_and_keeps_every_record():
     n = 20_000
-    data = Dataset(
-        name="toy", train=records(n), test=records(80, first_id=n), num_classes=4, input_shape=(1, 4, 6)
-    )
+    data = Dataset(name="toy", train=records(n), test=records(80, first_id=n), num_classes=4, input_shape=(1, 4, 6))
     stream = blurry(data, experiences=4, blurry_share=0.3, class_order=[2, 0, 3, 1])
     assert set.union(*places(stream)) == set(range(n))
     assert sum(len(experience.train) for experience in stream) == n
@@ -363,8 +353,7 @@ def test_without_blur_it_is_the_split(toy):
 def test_one_record_changes_one_blurry_experience(toy, record_id, seed):
     """What makes the experiences disjoint partitions: all other records stay where they are."""
     whole, rest = (
-        places(blurry(data, experiences=4, blurry_share=0.5, seed=seed))
-        for data in (toy, without(toy, record_id))
+        places(blurry(data, experiences=4, blurry_share=0.5, seed=seed)) for data in (toy, without(toy, record_id))
     )
     assert [a - {record_id} for a in whole] == rest
 
@@ -385,9 +374,7 @@ def test_a_stream_is_a_short_readable_sequence(toy):
     stream = split(toy, scenario="class", experiences=2)
     assert list(stream) == [stream[0], stream[1]] == [*stream.experiences]
     assert stream[-1] is stream[1]
-    assert (
-        repr(stream) == "Stream('split-toy', class-incremental, 2 experiences, 4 classes, inputs (1, 4, 6))"
-    )
+    assert repr(stream) == "Stream('split-toy', class-incremental, 2 experiences, 4 classes, inputs (1, 4, 6))"
 
 
 def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
@@ -558,9 +545,7 @@ def test_several_sources_have_ids_of_their_own(toy, avalanche):
     one, two = toy.train.take(torch.arange(100)), toy.train.take(torch.arange(100, 160))
     joined = ConcatDataset([tensors(one), tensors(two)])
     joined.targets = one.labels.tolist() + two.labels.tolist()
-    stream = from_avalanche(
-        avalanche.nc_benchmark(joined, tensors(toy.test), 2, task_labels=False, shuffle=False)
-    )
+    stream = from_avalanche(avalanche.nc_benchmark(joined, tensors(toy.test), 2, task_labels=False, shuffle=False))
     assert set.union(*places(stream)) == set(range(160))
     for experience in stream:
         assert_same_rows(experience.train, toy.train)
@@ -572,8 +557,7 @@ def test_the_newer_generators_of_avalanche(toy, avalanche):
     from avalanche.benchmarks.utils import as_classification_dataset
 
     parts = {
-        name: as_classification_dataset(tensors(part))
-        for name, part in (("train", toy.train), ("test", toy.test))
+        name: as_classification_dataset(tensors(part)) for name, part in (("train", toy.train), ("test", toy.test))
     }
     stream = from_avalanche(class_incremental_benchmark(parts, num_experiences=2, class_order=[0, 3, 2, 1]))
     assert [e.classes for e in stream] == [(0, 3), (1, 2)]

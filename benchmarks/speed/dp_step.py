@@ -204,9 +204,7 @@ def main() -> None:
         print_peak(args.peak[0], args.peak[1], int(args.peak[2]))
         return
     torch.set_num_threads(1)
-    rows = [
-        row for model in MODELS for batch in (256, 1024) for row in measure(model, batch, args.repeats, args.steps)
-    ]
+    rows = [row for model in MODELS for batch in (256, 1024) for row in measure(model, batch, args.repeats, args.steps)]
     show(rows)
     if args.json:
         store_rows(args.json, rows, seed=0)

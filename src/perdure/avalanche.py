@@ -50,9 +50,7 @@ def from_avalanche(benchmark: Any) -> Stream:
         Experience(
             index=e,
             train=_shifted(part, offsets[e], f"experience-{e}" if disjoint else "avalanche"),
-            test=_shifted(
-                _of_classes(measured[min(e, len(test) - 1)], classes[e]), offsets[e], "avalanche-test"
-            ),
+            test=_shifted(_of_classes(measured[min(e, len(test) - 1)], classes[e]), offsets[e], "avalanche-test"),
             classes=tuple(label + offsets[e] for label in classes[e]),
         )
         for e, part in enumerate(parts)
@@ -70,9 +68,7 @@ def from_avalanche(benchmark: Any) -> Stream:
 def _streams(benchmark: Any) -> tuple[list[Any], list[Any]]:
     streams = getattr(benchmark, "streams", {})
     if not {"train", "test"} <= set(streams):
-        raise ConfigError.of(
-            "benchmark", type(benchmark).__name__, "an Avalanche benchmark with train and test"
-        )
+        raise ConfigError.of("benchmark", type(benchmark).__name__, "an Avalanche benchmark with train and test")
     train, test = list(streams["train"]), list(streams["test"])
     if len(test) not in (1, len(train)):
         raise DataError(f"{len(train)} training but {len(test)} test experiences; allowed: as many, or one")
@@ -83,9 +79,7 @@ def _task_of(experience: Any, index: int) -> int:
     labels = getattr(experience.dataset, "targets_task_labels", None)
     tasks = {0} if labels is None else {int(label) for label in labels.uniques}
     if len(tasks) > 1:
-        raise DataError(
-            f"experience {index} mixes the tasks {sorted(tasks)}; give each task its own experience"
-        )
+        raise DataError(f"experience {index} mixes the tasks {sorted(tasks)}; give each task its own experience")
     return tasks.pop()
 
 
@@ -97,18 +91,14 @@ def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scena
 
 def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[int]:
     """Find what to add to the labels of each experience so that no two tasks share an output."""
-    by_task = {
-        task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held} for task in tasks
-    }
+    by_task = {task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held} for task in tasks}
     width = 1 + max(label for held in classes for label in held)
     shared = sum(map(len, by_task.values())) > len(set().union(*by_task.values()))
     return [list(by_task).index(task) * width if shared else 0 for task in tasks]
 
 
 def _shifted(records: Records, offset: int, partition: str) -> Records:
-    return Records(
-        inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition
-    )
+    return Records(inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition)
 
 
 def _of_classes(records: Records, classes: tuple[int, ...]) -> Records:
@@ -165,9 +155,7 @@ def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[t
     return [(layer, int(row)) for row in rows]
 
 
-def _origins_of_parts(
-    parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]
-) -> list[tuple[Any, int]]:
+def _origins_of_parts(parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
     """Trace rows of data sets that are joined end to end."""
     ends = list(accumulate(len(part) for part in parts))
     which = [bisect_right(ends, row) for row in rows]
@@ -196,8 +184,6 @@ def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
     items = [dataset[position][:2] for position in range(len(dataset))]
     if not all(hasattr(x, "__array__") and hasattr(x, "dtype") for x, _ in items):
         given = type(items[0][0]).__name__
-        raise DataError(
-            f"items are {given} after the eval transforms; give the benchmark eval_transform=ToTensor()"
-        )
+        raise DataError(f"items are {given} after the eval transforms; give the benchmark eval_transform=ToTensor()")
     inputs = torch.stack([torch.as_tensor(x) for x, _ in items]).float().cpu()
     return inputs, torch.tensor([int(y) for _, y in items])

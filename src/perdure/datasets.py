@@ -269,9 +269,7 @@ def _mnist_part(folder: Path, stem: str) -> tuple[Tensor, Tensor]:
     content = formats.file_bytes(images_path)
     published_size = stem == "train" and len(content) == MNIST_TRAIN_IMAGES_BYTES
     if published_size and hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_TRAIN_IMAGES_MD5:
-        raise DataError(
-            f"{images_path} does not have the published MD5 {MNIST_TRAIN_IMAGES_MD5}; get it again"
-        )
+        raise DataError(f"{images_path} does not have the published MD5 {MNIST_TRAIN_IMAGES_MD5}; get it again")
     images = formats.parse_idx(content, str(images_path))
     labels = formats.parse_idx(formats.file_bytes(labels_path), str(labels_path))
     if images.dim() != 3 or labels.dim() != 1:

@@ -41,9 +41,7 @@ class Experience:
             strange = ~torch.isin(records.labels, records.labels.new_tensor(self.classes))
             if strange.any():
                 found = sorted(set(records.labels[strange].tolist()))
-                raise DataError(
-                    f"experience {self.index} has {part} labels {found}; declared: {self.classes}"
-                )
+                raise DataError(f"experience {self.index} has {part} labels {found}; declared: {self.classes}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

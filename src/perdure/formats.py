@@ -94,9 +94,7 @@ def parse_idx(content: bytes, source: str) -> Tensor:
     header = 4 + 4 * content[3]
     shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
     if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{source} holds {len(content)} bytes, not the {header} + {shape} of its head; get it again"
-        )
+        raise DataError(f"{source} holds {len(content)} bytes, not the {header} + {shape} of its head; get it again")
     body = np.frombuffer(content[header:], dtype=np.uint8)
     return torch.from_numpy(body.reshape(shape).copy())
 
@@ -114,9 +112,7 @@ def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
     content = [(path, file_bytes(path)) for path in paths]
     for path, data in content:
         if not data or len(data) % CIFAR_RECORD_BYTES:
-            raise DataError(
-                f"{path} has {len(data)} bytes, no multiple of {CIFAR_RECORD_BYTES}; get it again"
-            )
+            raise DataError(f"{path} has {len(data)} bytes, no multiple of {CIFAR_RECORD_BYTES}; get it again")
     joined = np.frombuffer(b"".join(data for _, data in content), dtype=np.uint8)
     rows = torch.from_numpy(joined.reshape(-1, CIFAR_RECORD_BYTES).copy())
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()

@@ -242,10 +242,11 @@ class Learner:
     # ------------------------------------------------------------------ stopping and going on
 
     def snapshot(self) -> Snapshot:
-        """Everything needed to go on; memory rows apart, because they are private."""
+        """Copy of everything needed to go on; memory rows apart, because they are private."""
         moments, facts = flatten_optimizer(self._optimizer)
-        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
-        tensors |= {f"state.{n}": t for n, t in self.state.items()} | moments
+        live = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        live |= {f"state.{n}": t for n, t in self.state.items()} | moments
+        tensors = {name: value.detach().clone() for name, value in live.items()}
         rows = self.curator.memory.rows
         private = {f"memory.{n}": t for n, t in rows.tensors().items()} if rows is not None else {}
         private["tags"] = self.curator.memory.tags
@@ -414,7 +415,7 @@ def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
 def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Undo `flatten_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
-    saved = {n: t for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
+    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
     for name, value in saved.items():
         _, index, entry = name.split(".", 2)
         state.setdefault(int(index), {})[entry] = value

@@ -242,6 +242,4 @@ def _check_probabilities(probabilities: Tensor, labels: Tensor, bins: int) -> No
         raise ConfigError.of("probabilities, labels", shapes, "shapes (n, classes) and (n,), n at least 1")
     off = (probabilities.double().sum(dim=1) - 1).abs().max().item()
     if not (probabilities.min() >= 0 and off <= 1e-4):
-        raise ConfigError.of(
-            "probabilities", f"rows that miss a sum of 1 by {off:.3g}", "softmax the logits first"
-        )
+        raise ConfigError.of("probabilities", f"rows that miss a sum of 1 by {off:.3g}", "softmax the logits first")

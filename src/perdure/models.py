@@ -153,9 +153,7 @@ def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module,
     if config.name == "mlp":
         return _mlp_body(config, math.prod(input_shape))
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
-        raise ConfigError.of(
-            "input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}"
-        )
+        raise ConfigError.of("input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}")
     return (_cnn_body if config.name == "cnn" else _resnet_body)(config, input_shape[0])
 
 

@@ -9,6 +9,7 @@ runs/NAME/arms/ARM/         the arm's own checkpoints, clients and `private/` (k
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,11 +221,13 @@ class ArmRun:
         self._clock = self.folder / "seconds.json"
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
+        self._shown = 0.0
 
     def run(self) -> dict[str, Any]:
         """Train if that is not done yet, and return the arm's row of the result."""
         done = self.folder / "arm.json"
         if not done.exists():
+            self.progress(self.arm.name, 0.0)
             row = self._train()
             write_json(done, row | {"seconds": self._seconds()})
         self.progress(self.arm.name, 1.0)
@@ -292,23 +295,30 @@ class ArmRun:
             callback(point, server.learner)
 
     def _listen(self, point: str, learner: Learner) -> None:
-        if point == "block.end":
-            self.progress(self.arm.name, min(0.99, self._share(learner)))
+        if point == "step.done":
+            self._show(self._share(learner))
         elif point == "evaluated" and learner.matrix:
             index = len(learner.matrix) - 1
             self._explain(learner, index)
             self.log.append({
                 "arm": self.arm.name, "experience": index, "accuracy": learner.matrix[index], "epsilon": self._spent(),
             })  # fmt: skip
-            self.progress(self.arm.name, min(0.99, (index + 1) / len(self.stream)))
+            self._show((index + 1) / len(self.stream))
             write_json(self._clock, self._seconds())
 
+    def _show(self, share: float) -> None:
+        """Tell of every percent once; the last one comes when the arm's row is written."""
+        if share >= self._shown + 0.01:
+            self._shown = share
+            self.progress(self.arm.name, min(0.99, share))
+
     def _share(self, learner: Learner) -> float:
-        """Share of the arm that is done when a learner has finished a block; clients go in ascending order."""
-        here, chosen = learner.position, self.config.federation
-        within = here.step / learner.steps(here.experience)
-        if chosen:
-            within -= (1 - (learner.client + 1) / chosen.clients) / chosen.rounds
+        """Share of the arm that is done after a learner's step; in a round, clients go in ascending order."""
+        here, blocks = learner.position, learner.blocks
+        clients = self.config.federation.clients if self.config.federation else 1
+        done = blocks * here.step / learner.steps(here.experience)
+        whole = math.ceil(done) - 1
+        within = (whole + (learner.client + done - whole) / clients) / blocks
         return (here.experience + within) / len(self.stream)
 
     def _seconds(self) -> float:

@@ -116,9 +116,7 @@ def permuted(
     orders = [torch.randperm(size, generator=generator) for _ in range(experiences)]
     if first_identity:
         orders[0] = torch.arange(size)
-    return _copies(
-        data, f"permuted-{data.name}", scenario, [partial(permute, order=order) for order in orders]
-    )
+    return _copies(data, f"permuted-{data.name}", scenario, [partial(permute, order=order) for order in orders])
 
 
 def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)) -> Stream:
@@ -166,9 +164,7 @@ def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> 
         raise ConfigError.of("chunk", chunk, "whole numbers from 1")
     cut = _exact_pieces if exact else _hashed_pieces
     pieces = [(parent, piece) for parent in stream for piece in cut(parent.train, chunk, seed)]
-    experiences = tuple(
-        replace(parent, index=index, train=piece) for index, (parent, piece) in enumerate(pieces)
-    )
+    experiences = tuple(replace(parent, index=index, train=piece) for index, (parent, piece) in enumerate(pieces))
     kept = stream.assigned_by_record and not exact
     return replace(stream, name=f"online-{stream.name}", experiences=experiences, assigned_by_record=kept)
 
@@ -286,9 +282,7 @@ def _slice_width(num_classes: int, experiences: int) -> int:
 
 
 def _slice_of(data: Dataset, index: int, classes: tuple[int, ...]) -> Experience:
-    train, test = (
-        torch.isin(part.labels, part.labels.new_tensor(classes)) for part in (data.train, data.test)
-    )
+    train, test = (torch.isin(part.labels, part.labels.new_tensor(classes)) for part in (data.train, data.test))
     return Experience(
         index=index,
         train=_partition(data.train, train, index),
@@ -304,15 +298,12 @@ def _partition(records: Records, rows: Tensor, index: int) -> Records:
 def _relabelled(part: Experience, table: Tensor, classes: tuple[int, ...]) -> Experience:
     """Give the experience the labels that `table` holds for its own."""
     train, test = (
-        replace(records, labels=table.to(records.labels.device)[records.labels])
-        for records in (part.train, part.test)
+        replace(records, labels=table.to(records.labels.device)[records.labels]) for records in (part.train, part.test)
     )
     return replace(part, train=train, test=test, classes=classes)
 
 
-def _copies(
-    data: Dataset, name: str, scenario: Scenario, changes: Sequence[Callable[[Tensor], Tensor]]
-) -> Stream:
+def _copies(data: Dataset, name: str, scenario: Scenario, changes: Sequence[Callable[[Tensor], Tensor]]) -> Stream:
     """One experience of all records for each change of the inputs."""
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)

@@ -137,9 +137,7 @@ def test_inputs_and_parameter_gradients_are_left_alone():
     inputs = torch.rand(4, 12, generator=seed())
     before = inputs.clone()
     with torch.no_grad():
-        moved = PGD(epsilon=0.1).perturb(
-            cross_entropy_of(model, torch.tensor([0, 1, 2, 0])), inputs, generator=seed()
-        )
+        moved = PGD(epsilon=0.1).perturb(cross_entropy_of(model, torch.tensor([0, 1, 2, 0])), inputs, generator=seed())
     assert torch.equal(inputs, before) and not inputs.requires_grad
     assert not moved.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -106,9 +106,7 @@ def run(tmp_path: Path, result: dict[str, Any]) -> Path:
     folder = tmp_path / "demo"
     folder.mkdir()
     write(folder, result)
-    (folder / "config.toml").write_text(
-        'name = "demo"\nseed = 1\n\n[stream]\ndataset = "digits"\nexperiences = 5\n'
-    )
+    (folder / "config.toml").write_text('name = "demo"\nseed = 1\n\n[stream]\ndataset = "digits"\nexperiences = 5\n')
     save_file(explanations(), folder / "explanations.safetensors")
     return folder
 

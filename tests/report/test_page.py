@@ -288,9 +288,7 @@ def test_a_missing_result_is_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("content", "word"), [("{", "not valid JSON"), ("[]", "list"), ('{"schema": 2}', "schema 2")]
-)
+@pytest.mark.parametrize(("content", "word"), [("{", "not valid JSON"), ("[]", "list"), ('{"schema": 2}', "schema 2")])
 def test_a_foreign_result_is_refused_and_the_old_page_stays(run: Path, content: str, word: str) -> None:
     (run / "report.html").write_text("old page")
     (run / "result.json").write_text(content)
@@ -335,7 +333,5 @@ def test_matplotlib_is_loaded_only_to_draw_and_pyplot_never(run: Path) -> None:
         "report.write_report(pathlib.Path(sys.argv[1]))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -29,16 +29,12 @@ def input_gradient(losses: Losses, inputs: Tensor) -> Tensor:
         ConfigError: when the inputs are not floating point or `losses` does not give one number per record.
     """
     if not inputs.is_floating_point():
-        raise ConfigError.of(
-            "inputs.dtype", inputs.dtype, "a floating-point type; attack the embeddings instead"
-        )
+        raise ConfigError.of("inputs.dtype", inputs.dtype, "a floating-point type; attack the embeddings instead")
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         values = losses(leaf)
         if values.shape != leaf.shape[:1]:
-            raise ConfigError.of(
-                "losses(inputs).shape", tuple(values.shape), f"({len(leaf)},), one per record"
-            )
+            raise ConfigError.of("losses(inputs).shape", tuple(values.shape), f"({len(leaf)},), one per record")
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient
 
@@ -180,9 +176,7 @@ class PGD(Attack):
         if self.steps < 1:
             raise ConfigError.of("steps", self.steps, "1 or more")
         if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ConfigError.of(
-                "step_size", self.step_size, "a positive number, or None for 2.5 * epsilon / steps"
-            )
+            raise ConfigError.of("step_size", self.step_size, "a positive number, or None for 2.5 * epsilon / steps")
 
     def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Climb `steps` times; `generator` is needed with a random start. See `Attack.perturb`."""

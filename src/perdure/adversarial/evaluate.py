@@ -73,9 +73,7 @@ def _survivors(
 
 def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> None:
     if len(inputs) == 0 or labels.shape != inputs.shape[:1]:
-        raise ConfigError.of(
-            "labels.shape", tuple(labels.shape), f"({len(inputs)},), one per record, and not none"
-        )
+        raise ConfigError.of("labels.shape", tuple(labels.shape), f"({len(inputs)},), one per record, and not none")
     if batch_size < 1:
         raise ConfigError.of("batch_size", batch_size, "1 or more")
     if attack.bounds is None:
@@ -83,6 +81,4 @@ def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> N
     low, high = inputs.min().item(), inputs.max().item()
     # An attack cannot move such entries freely; a robust accuracy computed anyway would flatter the model.
     if low < attack.bounds[0] or high > attack.bounds[1]:
-        raise ConfigError.of(
-            "attack.bounds", attack.bounds, f"bounds that hold the inputs ({low:.4g} to {high:.4g})"
-        )
+        raise ConfigError.of("attack.bounds", attack.bounds, f"bounds that hold the inputs ({low:.4g} to {high:.4g})")

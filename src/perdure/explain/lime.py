@@ -78,9 +78,7 @@ def lime(
     noise = torch.cat([half, -half])
     weights = torch.exp(noise.square().sum(1) / (-2 * width**2))
     if weights.sum() == 0:
-        raise ConfigError.of(
-            "kernel_width", width, f"about {math.sqrt(scale.numel()):.2g}; all weights are zero"
-        )
+        raise ConfigError.of("kernel_width", width, f"about {math.sqrt(scale.numel()):.2g}; all weights are zero")
     targets = chosen_targets(predict, inputs, targets, chunk)
     outputs = _perturbed_outputs(predict, inputs, noise.view(-1, *scale.shape) * scale, targets, chunk)
     slopes, base, fidelity = _local_model(outputs, noise, weights, ridge)
@@ -89,9 +87,7 @@ def lime(
     return LocalModel(targets=targets, **{name: value.to(inputs.dtype) for name, value in kept.items()})
 
 
-def _checked_scale(
-    inputs: Tensor, samples: int, width: float, noise_scale: float | Tensor, ridge: float
-) -> Tensor:
+def _checked_scale(inputs: Tensor, samples: int, width: float, noise_scale: float | Tensor, ridge: float) -> Tensor:
     """Noise scale of every feature, float64 on the CPU, once all values are known to be allowed."""
     if samples < 2 or samples % 2:
         raise ConfigError.of("samples", samples, "an even number, 2 or more")
@@ -108,24 +104,18 @@ def _checked_scale(
 
 
 @torch.no_grad()
-def _perturbed_outputs(
-    predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int
-) -> Tensor:
+def _perturbed_outputs(predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """Output of the model for every instance and perturbation, (n, samples) float64."""
     shifts = shifts.to(inputs)
     pairs = torch.arange(len(inputs) * len(shifts), device=inputs.device)
     values = [
-        scores(
-            predict, inputs[pair // len(shifts)] + shifts[pair % len(shifts)], targets[pair // len(shifts)]
-        )
+        scores(predict, inputs[pair // len(shifts)] + shifts[pair % len(shifts)], targets[pair // len(shifts)])
         for pair in torch.split(pairs, chunk)
     ]
     return torch.cat(values).view(len(inputs), len(shifts))
 
 
-def _local_model(
-    outputs: Tensor, noise: Tensor, weights: Tensor, ridge: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _local_model(outputs: Tensor, noise: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes per unit of noise (n, features), value at the instance (n,) and fidelity (n,), all float64."""
     operator = _ridge_operator(noise, weights, ridge).to(outputs.device)
     noise, weights = noise.to(outputs.device), weights.to(outputs.device)

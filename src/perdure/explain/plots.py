@@ -73,10 +73,7 @@ def _grid(rows: int, columns: int) -> tuple["Figure", list[list["Axes"]]]:
     size = (CELL_INCHES * columns + 0.5, CELL_INCHES * rows + 0.7)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = [
-        [figure.add_subplot(rows, columns, 1 + row * columns + c) for c in range(columns)]
-        for row in range(rows)
-    ]
+    axes = [[figure.add_subplot(rows, columns, 1 + row * columns + c) for c in range(columns)] for row in range(rows)]
     for axis in (axis for line in axes for axis in line):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color="#cccccc", linewidth=0.6)

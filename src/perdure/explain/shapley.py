@@ -109,15 +109,11 @@ def _players(inputs: Tensor, background: Tensor, groups: Tensor | None) -> Tenso
     """Player that each flattened feature belongs to, (features,) on the CPU, numbered 0 .. d-1."""
     shape = inputs.shape[1:]
     if len(background) == 0 or background.shape[1:] != shape:
-        raise ConfigError.of(
-            "background.shape", tuple(background.shape), f"(b, {', '.join(map(str, shape))})"
-        )
+        raise ConfigError.of("background.shape", tuple(background.shape), f"(b, {', '.join(map(str, shape))})")
     if groups is None:
         return torch.arange(shape.numel())
     if groups.shape != shape:
-        raise ConfigError.of(
-            "groups.shape", tuple(groups.shape), f"{tuple(shape)}, the shape of one instance"
-        )
+        raise ConfigError.of("groups.shape", tuple(groups.shape), f"{tuple(shape)}, the shape of one instance")
     players: Tensor = torch.unique(groups.flatten().cpu(), return_inverse=True)[1]
     return players
 
@@ -137,9 +133,7 @@ def _coalitions(count: int, samples: int, generator: torch.Generator) -> tuple[T
         each = share / torch.tensor([math.comb(count, size) for size in range(count + 1)])
         return masks, each[masks.sum(1)]
     if samples < 2 * count:
-        raise ConfigError.of(
-            "samples", samples, f"at least {2 * count} for {count} features, or fewer groups"
-        )
+        raise ConfigError.of("samples", samples, f"at least {2 * count} for {count} features, or fewer groups")
     drawn = _draw_pairs(share, samples // 2, generator)
     ends = torch.tensor([[False], [True]]).expand(2, count)
     # Sorting rows puts the empty coalition first and the full one last; repeated draws are evaluated once.

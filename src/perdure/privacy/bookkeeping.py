@@ -35,7 +35,7 @@ class Use:
 def clipped_gradient_sum(
     module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip_norm: float
 ) -> Params | None:
-    """Sum over records of clip(gradient of the record's loss, C), or None where a layer has no rule.
+    """Sum over records of clip(gradient of the record's loss, C); None without a rule or where a norm is not finite.
 
     Guarantee: adding or removing one record changes the result by at most `clip_norm` in L2 norm, provided that row i
     of `losses()` depends on record i only and every differentiable pass of the module covers all rows in row order.
@@ -62,11 +62,13 @@ def clipped_gradient_sum(
 
 def _clipped(
     layers: Mapping[str, nn.Module], tape: Mapping[str, list[Use]], params: Params, records: int, clip_norm: float
-) -> Params:
+) -> Params | None:
     rules = {name: RULES[type(layer)](layer, tape[name]) for name, layer in layers.items() if tape[name]}
     squares = [rule.squared_norms() for rule in rules.values()]
     device = next(iter(params.values())).device
     total = torch.stack(squares).sum(0) if squares else torch.zeros(records, device=device)
+    if not bool(torch.isfinite(total).all()):  # a factor of 0 would not silence a row of NaN in a matrix product
+        return None
     factors = clip_factors(total, clip_norm)
     sums = {f"{n}.{own}": value for n, rule in rules.items() for own, value in rule.weighted(factors).items()}
     return {name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()}

@@ -119,8 +119,7 @@ def _curves(result: Result) -> Picture:
         title="Every experience over time",
         caption="Each coloured line starts when its experience is learnt; a flat line is remembered, a "
         "falling one forgotten. The grey band is the mean over the experiences learnt so far.",
-        alternative="Lines of accuracy on every experience over time, one panel per arm. "
-        + _last_accuracies(result),
+        alternative="Lines of accuracy on every experience over time, one panel per arm. " + _last_accuracies(result),
         figure=figure,
     )
 
@@ -134,9 +133,7 @@ def _experience_lines(axes: "Axes", values: "np.ndarray[Any, Any]") -> None:
         for i, row in enumerate(values)
     ]
     when = range(1, moments + 1)
-    axes.plot(
-        when, seen, color="#aab4bf", linewidth=5, alpha=0.55, label="mean so far", solid_capstyle="round"
-    )
+    axes.plot(when, seen, color="#aab4bf", linewidth=5, alpha=0.55, label="mean so far", solid_capstyle="round")
     for j in range(min(experiences, moments)):
         axes.plot(
             when[j:], values[j:, j], color=LINES[j % len(LINES)], marker=MARKERS[j % len(MARKERS)],
@@ -194,9 +191,7 @@ def _epsilon_lines(axes: "Axes", title: str, lines: "list[Line]") -> None:
         )  # fmt: skip
     axes.set_title(title, fontsize=9)
     axes.set(xlim=(0.9, moments + 0.1), xlabel="after training on experience", ylabel="epsilon")
-    axes.set_ylim(
-        0, 1.08 * max([value for _, line in lines for value in line if 0 < value < 1e9], default=1.0)
-    )
+    axes.set_ylim(0, 1.08 * max([value for _, line in lines for value in line if 0 < value < 1e9], default=1.0))
     axes.set_xticks(range(1, moments + 1, 1 if moments <= MOST_CELLS else 5))
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.tick_params(length=0)
@@ -228,9 +223,7 @@ def _explanations(result: Result, run: Path) -> Picture | None:
     tensors = _read_tensors(run / told["file"])
     inputs, values = tensors["inputs"], tensors["values"]
     if len(values) != len(told["moments"]):
-        raise RunError(
-            f"{run / told['file']} explains {len(values)} moments, result.json names {told['moments']}"
-        )
+        raise RunError(f"{run / told['file']} explains {len(values)} moments, result.json names {told['moments']}")
     titles = [f"class {label}" for label in tensors["labels"].tolist()]
     with rc_context({"axes.spines.top": True, "axes.spines.right": True}):
         figure = heat_maps(inputs, list(zip(told["moments"], values, strict=True)), titles)
@@ -302,10 +295,7 @@ def array(rows: Sequence[Sequence[float | None]]) -> "np.ndarray[Any, Any]":
 
 def _last_accuracies(result: Result) -> str:
     arms = by_privacy(result["arms"])
-    told = [
-        f"{label}{' with privacy' * arm['private']} {decimal(arm['average_accuracy'])} %"
-        for arm, label in arms
-    ]
+    told = [f"{label}{' with privacy' * arm['private']} {decimal(arm['average_accuracy'])} %" for arm, label in arms]
     return f"Average accuracy at the end: {', '.join(told)}."
 
 

@@ -71,13 +71,10 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
     )
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-title">'
-        f'<h2 id="{name}-title">{title}</h2>\n{inside}\n</section>'
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>\n{inside}\n</section>'
         for name, title, inside in sections
     )
-    return _PAGE.format(
-        name=escape(result["name"]), style=_style(), lead=_lead(result), links=links, body=body
-    )
+    return _PAGE.format(name=escape(result["name"]), style=_style(), lead=_lead(result), links=links, body=body)
 
 
 _PAGE = """<!DOCTYPE html>
@@ -114,9 +111,7 @@ def _style() -> str:
 
 def _lead(result: Result) -> str:
     stream, federation = result["stream"], result["federation"]
-    clients = (
-        f" over {federation['clients']} federated clients" if federation and "clients" in federation else ""
-    )
+    clients = f" over {federation['clients']} federated clients" if federation and "clients" in federation else ""
     told = (
         f"{stream['name']}, {stream['scenario']}-incremental in {count(stream['experiences'], 'experience')}"
         f"{clients}; {count(len(result['arms']), 'arm')}, seed {result['seed']}"

@@ -123,9 +123,7 @@ def checked(content: object, source: str = "result") -> Result:
     if not isinstance(content, Mapping):
         raise RunError(f"{source} holds a {type(content).__name__}; allowed: an object of schema {SCHEMA}")
     if content.get("schema") != SCHEMA:
-        raise RunError(
-            f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}"
-        )
+        raise RunError(f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}")
     _require(content, Result, source)
     if not content["arms"]:
         raise RunError(f"{source} has no arms; a finished run has at least one")
@@ -159,9 +157,7 @@ def _require(content: object, shape: type, source: str) -> None:
 def labels(arms: Sequence[Arm]) -> list[str]:
     """Name each arm: its strategy, or its options where a strategy occurs twice at the same privacy."""
     count = Counter((arm["strategy"], arm["private"]) for arm in arms)
-    return [
-        arm["strategy"] if count[arm["strategy"], arm["private"]] == 1 else arm["options"] for arm in arms
-    ]
+    return [arm["strategy"] if count[arm["strategy"], arm["private"]] == 1 else arm["options"] for arm in arms]
 
 
 def by_privacy(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:

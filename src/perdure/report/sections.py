@@ -91,9 +91,7 @@ def _price(arm: Arm, free: tuple[Arm, str] | None) -> str:
 def arms_table(result: Result) -> str:
     """Return all arms with their numbers, grouped by privacy; the best of each group marked."""
     heads = [f"{name}<small>{unit}</small>" for _, name, unit in NUMBERS]
-    heads.append(
-        f"robust accuracy<small>%, {escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>"
-    )
+    heads.append(f"robust accuracy<small>%, {escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>")
     columns = ["strategy", *heads, "epsilon<small>rounded up</small>", "time<small>seconds</small>"]
     body = "".join(_group(result, private) for private in (False, True))
     caption = "Every arm of the run. The best average accuracy of each group is marked with a star."
@@ -152,9 +150,7 @@ def _numbers_behind(result: Result) -> str:
 def _matrix_table(arm: Arm, label: str) -> str:
     matrix = arm["accuracy_matrix"]
     columns = ["after", *(f"exp. {j + 1}" for j in range(len(matrix[0])))]
-    body = "".join(
-        _row(str(i + 1), [decimal(value) for value in row], "number") for i, row in enumerate(matrix)
-    )
+    body = "".join(_row(str(i + 1), [decimal(value) for value in row], "number") for i, row in enumerate(matrix))
     name = f"{label}{', private' * arm['private']}: accuracy in percent"
     return _table(escape(name), columns, f"<tbody>{body}</tbody>")
 

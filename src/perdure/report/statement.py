@@ -62,16 +62,13 @@ def _warning(result: Result) -> str:
 def _together(result: Result, private: int) -> str:
     joint, free = result["epsilon_of_all_arms"], len(result["arms"]) - private
     told = _stated(joint) if joint else _unstated(private)
-    return (
-        '<div class="together"><h3>All models of this run together</h3>'
-        f"<p>{told}</p>{_unprotected(free)}</div>"
-    )
+    return f'<div class="together"><h3>All models of this run together</h3><p>{told}</p>{_unprotected(free)}</div>'
 
 
 def _stated(joint: Epsilon) -> str:
     return (
-        f"Epsilon {escape(phrase(joint))}. {escape(joint['text'])} This is the number that counts as soon "
-        "as more than one of these models is shown, or the best is picked by comparing them."
+        f"Epsilon {escape(phrase(joint))}. This is the number that counts as soon as more than one of these models is "
+        "shown, or the best is picked by comparing them."
     )
 
 
@@ -99,8 +96,7 @@ def _meaning(private: list[tuple[Arm, str]]) -> str:
     stated = [arm["epsilon"] for arm, _ in private if arm["epsilon"]]
     units = {epsilon["unit"]: UNITS.get(epsilon["unit"], "") for epsilon in stated}
     relations = {
-        epsilon["relation"]: RELATIONS.get(epsilon["relation"], "").format(unit=epsilon["unit"])
-        for epsilon in stated
+        epsilon["relation"]: RELATIONS.get(epsilon["relation"], "").format(unit=epsilon["unit"]) for epsilon in stated
     }
     told = [("Unit", units), ("Relation", relations)]
     rows = "".join(

@@ -1,0 +1,270 @@
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perdure.errors import GuardError
+from perdure.learner import Learner
+from perdure.models import cnn, mlp, resnet18
+from perdure.privacy.guard import check_buffers, check_losses, check_model, quiet_training
+from perdure.privacy.policy import Privacy
+from perdure.strategies import EWC, LwF, Naive, Replay
+from perdure.strategy import Combine, Strategy
+from perdure.streams import online
+
+
+def frozen(module):
+    return module.requires_grad_(False)
+
+
+FORMS = {
+    "1d": nn.BatchNorm1d(6),
+    "2d": nn.BatchNorm2d(48),
+    "3d": nn.BatchNorm3d(6),
+    "without scale and shift": nn.BatchNorm2d(6, affine=False),
+    "without running statistics": nn.BatchNorm1d(6, track_running_stats=False),
+    "in evaluation mode": nn.BatchNorm2d(6).eval(),
+    "frozen": frozen(nn.BatchNorm2d(6)),
+    "frozen, in evaluation mode, without scale": frozen(nn.BatchNorm1d(6, affine=False)).eval(),
+    "synchronised": nn.SyncBatchNorm(6),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_normalisation_is_refused_in_every_form(form):
+    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"deep": nn.Sequential(nn.ReLU(), FORMS[form])}))
+    with pytest.raises(GuardError, match=r"1\.deep\.1 is (Sync)?BatchNorm.*replace it by torch.nn.GroupNorm"):
+        check_model(model)
+
+
+def test_the_model_itself_may_be_the_culprit_and_the_fix_works():
+    with pytest.raises(GuardError, match="model is BatchNorm2d") as refusal:
+        check_model(FORMS["2d"])
+    groups, channels = map(int, re.search(r"GroupNorm\((\d+), (\d+)\)", str(refusal.value)).groups())
+    assert nn.GroupNorm(groups, channels)(torch.rand(2, 48, 3, 3)).shape == (2, 48, 3, 3)
+
+
+@pytest.mark.parametrize("make", [nn.InstanceNorm1d, nn.InstanceNorm2d])
+def test_instance_normalisation_is_refused_with_running_statistics_only(make):
+    with pytest.raises(GuardError, match=r"0 is InstanceNorm\dd with running.*track_running_stats=False"):
+        check_model(nn.Sequential(make(6, track_running_stats=True)))
+    check_model(nn.Sequential(make(6)))
+
+
+@pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
+def test_our_models_pass_with_group_normalisation_and_fail_with_batch_normalisation(make):
+    options = {"input_shape": (1, 16, 16), "num_classes": 3, "seed": 0}
+    model = make(**options)
+    check_model(model)
+    check_buffers(model, torch.rand(4, 1, 16, 16))
+    with pytest.raises(GuardError, match="BatchNorm2d"):
+        check_model(make(**options, norm="batch"))
+
+
+def test_layer_normalisation_passes():
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.GroupNorm(2, 6))
+    check_model(model)
+    check_buffers(model, torch.rand(4, 5))
+
+
+# --------------------------------------------------------------------------- buffers
+
+
+class Centring(nn.Module):
+    """Subtracts a running mean that every forward pass in training mode moves."""
+
+    def __init__(self, grows=False):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.grows = grows
+
+    def forward(self, x):
+        if self.training and self.grows:
+            self.register_buffer(f"seen_{len(self._buffers)}", x.detach().clone())
+        elif self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+@pytest.mark.parametrize(("grows", "name"), [(False, "0.mean"), (True, "0.seen_1")])
+def test_a_buffer_that_a_forward_pass_changes_or_adds_is_refused_by_name(grows, name):
+    model = nn.Sequential(Centring(grows), nn.Linear(5, 3)).eval()
+    with pytest.raises(GuardError, match=f"buffer {name} of the model changes.*remove it, or compute it from public"):
+        check_buffers(model, torch.rand(4, 5))
+    assert float(model[0].mean.sum()) == 0 and not model.training and len(model[0]._buffers) == 1
+
+
+def test_a_constant_buffer_passes_and_no_random_number_is_used_up():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
+    model.register_buffer("scale", torch.ones(3))
+    before = torch.random.get_rng_state()
+    check_buffers(model, torch.rand(4, 5, generator=torch.Generator()))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# --------------------------------------------------------------------------- losses
+
+MODEL = mlp(input_shape=(5,), num_classes=3, hidden=(6,), seed=0)
+INPUTS, LABELS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
+
+
+def each(inputs, labels):
+    return F.cross_entropy(MODEL(inputs), labels, reduction="none")
+
+
+def class_weighted_mean(inputs, labels):
+    """What CrossEntropyLoss(weight=...) does: divide by the weights that are in the batch."""
+    return len(labels) * WEIGHTS[labels] * each(inputs, labels) / WEIGHTS[labels].sum()
+
+
+def in_batch_masking(inputs, labels):
+    """ER-ACE as published: only the classes present in the batch compete."""
+    present = torch.isin(torch.arange(3), labels)
+    return F.cross_entropy(torch.where(present, MODEL(inputs), -1e9), labels, reduction="none")
+
+
+def in_batch_negatives(inputs, labels):
+    logits = MODEL(inputs)
+    return F.cross_entropy(logits @ logits.T, torch.arange(len(labels)), reduction="none")
+
+
+def batch_centred(inputs, labels):
+    return each(inputs - inputs.mean(0), labels)
+
+
+COUPLED = [class_weighted_mean, in_batch_masking, in_batch_negatives, batch_centred]
+
+
+@pytest.mark.parametrize("losses", COUPLED)
+def test_losses_that_couple_records_are_refused_with_name_and_fix(losses):
+    with pytest.raises(
+        GuardError, match=r"Mine.losses\(\) couples records: dropping one.*compute each row from that row"
+    ):
+        check_losses(losses, INPUTS, LABELS, "Mine.losses()")
+
+
+def test_a_loss_that_is_not_a_number_is_refused():
+    with pytest.raises(GuardError, match="couples records"):
+        check_losses(lambda inputs, labels: each(inputs, labels) * float("nan"), INPUTS, LABELS, "Mine.losses()")
+
+
+@pytest.mark.parametrize("losses", [F.cross_entropy, partial(F.cross_entropy, weight=WEIGHTS)])
+def test_a_mean_is_refused_because_it_is_no_loss_per_record(losses):
+    with pytest.raises(GuardError, match=r"gives shape \(\) for 6 records.*reduction='none'"):
+        check_losses(lambda inputs, labels: losses(MODEL(inputs), labels), INPUTS, LABELS, "Mine.losses()")
+
+
+def test_losses_of_one_record_each_pass():
+    check_losses(each, INPUTS, LABELS, "plain")
+    check_losses(lambda inputs, labels: WEIGHTS[labels] * each(inputs, labels), INPUTS, LABELS, "weighted")
+    check_losses(lambda inputs, labels: 1e6 * each(inputs, labels), INPUTS, LABELS, "large")
+
+
+def test_quiet_training_is_training_without_dropout():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Sequential(nn.Dropout2d(0.5))).eval()
+    quiet_training(model)
+    assert model.training and model[0].training and not model[1].training and not model[2][0].training
+
+
+# --------------------------------------------------------------------------- through the learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Strategy):
+    couples_records: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secretly(Strategy):
+    """Couples records without saying so."""
+
+    def losses(self, forward, batch, context, state):
+        losses = super().losses(forward, batch, context, state)
+        return losses * len(batch) / (1.0 + batch.labels.float()).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Strategy):
+    def after_experience(self, curator, params, state):
+        curator.raw("to look at them")
+        return state
+
+
+class OnlyInTraining(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0) if self.training else x
+
+
+def private(model, strategy=None):
+    privacy = Privacy(noise_multiplier=1.0, seed=0)
+    return Learner(
+        model=model,
+        strategy=strategy or Naive(),
+        optimizer=torch.optim.SGD,
+        iterations=2,
+        batch_size=4,
+        privacy=privacy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (Contrastive(), "Contrastive couples the records of a batch"),
+        (Combine(EWC(strength=1.0), Contrastive()), r"EWC\+Contrastive couples the records of a batch"),
+        (Secretly(), r"Secretly.losses\(\) couples records"),
+    ],
+)
+def test_a_strategy_that_couples_records_is_refused_before_anything_is_drawn(toy_stream, toy_model, strategy, message):
+    stream = toy_stream()
+    learner = private(toy_model(stream), strategy)
+    with pytest.raises(GuardError, match=message):
+        learner.prepare(stream)
+    assert learner.mechanism is None
+
+
+@pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0), LwF(), Replay(memory_size=8)])
+def test_our_strategies_pass_with_a_model_that_drops_out(toy_stream, toy_model, strategy):
+    stream = toy_stream()
+    model = toy_model(stream)
+    model.body.append(nn.Dropout(0.5))
+    private(model, strategy).prepare(stream)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.BatchNorm1d(6).eval(), "body.3 is BatchNorm1d"),
+        (Centring(), "buffer body.0.mean"),
+        (OnlyInTraining(), r"Naive.losses\(\) couples records"),
+    ],
+)
+def test_a_model_that_mixes_records_is_refused(toy_stream, toy_model, layer, message):
+    stream = toy_stream()
+    model = toy_model(stream)
+    if isinstance(layer, Centring):
+        model.body.insert(0, layer)
+    else:
+        model.body.append(layer)
+    with pytest.raises(GuardError, match=message):
+        private(model).fit(stream)
+
+
+def test_a_strategy_that_reads_raw_records_is_stopped(toy_stream, toy_model):
+    stream = toy_stream()
+    from perdure.errors import PrivacyError
+
+    with pytest.raises(PrivacyError, match=r"raw records were asked for \(to look at them\).*curator.release"):
+        private(toy_model(stream), Reader()).fit(stream)
+
+
+def test_a_stream_whose_places_depend_on_other_records_is_refused(toy_stream, toy_model):
+    stream = online(toy_stream(), chunk=10)
+    with pytest.raises(GuardError, match=r"places records by their position.*exact=False"):
+        private(toy_model(stream)).prepare(stream)

@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from perdure.curator import Curator
+from perdure.errors import ConfigError
+from perdure.learner import contexts
+from perdure.models import mlp
+from perdure.privacy.ledger import Ledger
+from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.noise import NoiseKey
+from perdure.privacy.policy import Privacy
+from perdure.strategies import EWC
+from perdure.strategies.ewc import weighted_mean
+from perdure.strategy import Forward, Plan, Spec
+
+
+class Past:
+    """Three times consolidated at three unrelated points, every Fisher matrix kept beside the strategy's state."""
+
+    def __init__(self, strategy, stream, curator):
+        self.strategy, self.stream = strategy, stream
+        self.models = [mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=s, activation="tanh") for s in range(3)]
+        self.points = [{n: v.detach().clone() for n, v in m.named_parameters()} for m in self.models]
+        spec = Spec(params=self.points[0], num_classes=4, num_experiences=3, feature_size=6, scenario="class")
+        self.empty = self.state = strategy.init(spec)
+        self.fishers = []
+        for index, (model, point) in enumerate(zip(self.models, self.points, strict=True)):
+            part = min(index, 1)
+            at = contexts(stream, "cpu")(part)
+            curator.open(stream.experiences[: part + 1], Plan(), at, Forward(model.eval()))
+            alone = strategy.after_experience(curator, point, self.empty)  # an EWC with no past: this Fisher matrix
+            self.fishers.append(alone.group("fisher"))
+            self.state = strategy.after_experience(curator, point, self.state)
+
+    def gradient(self, penalty, at):
+        leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
+        return dict(zip(at, torch.autograd.grad(penalty(leaves), list(leaves.values())), strict=True))
+
+
+def somewhere():
+    model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=9)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def quadratic(strength, fisher, anchor):
+    return lambda params: 0.5 * strength * sum((fisher[n] * (params[n] - anchor[n]) ** 2).sum() for n in params)
+
+
+def same(mine, theirs):
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.reference
+def test_one_merged_penalty_is_the_sum_of_all_penalties_up_to_a_constant(toy_stream):
+    past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
+    separate = [quadratic(7.0, fisher, point) for fisher, point in zip(past.fishers, past.points, strict=True)]
+    points = [somewhere(), past.points[2]]
+    for point in points:
+        mine = past.gradient(lambda p: past.strategy.penalty(p, past.state), point)
+        theirs = past.gradient(lambda p: sum(penalty(p) for penalty in separate), point)
+        assert max(float(value.abs().max()) for value in theirs.values()) > 1e-3
+        same(mine, theirs)
+    gap = [past.strategy.penalty(p, past.state) - sum(penalty(p) for penalty in separate) for p in points]
+    torch.testing.assert_close(gap[0], gap[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.reference
+def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
+    past = Past(EWC(strength=7.0, mode="online", decay=0.5), toy_stream(), Curator(seed=0, batch_size=8))
+    first, second, third = past.fishers
+    decayed = {name: 0.25 * first[name] + 0.5 * second[name] + third[name] for name in first}
+    same(past.state.group("fisher"), decayed)
+    same(past.state.group("anchor"), past.points[2])
+    expected = quadratic(7.0, decayed, past.points[2])(somewhere())
+    torch.testing.assert_close(past.strategy.penalty(somewhere(), past.state), expected)
+
+
+def test_without_a_past_there_is_no_penalty(toy_stream):
+    past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
+    assert float(past.strategy.penalty(somewhere(), past.empty)) == 0
+    assert set(past.state.rules.values()) == {"mean"} and len(past.state) == 2 * len(past.points[0])
+
+
+def private_curator(stream, privacy):
+    key = NoiseKey.simulated(0)
+    ledger = Ledger.open(None, key=key)
+    for e in stream:
+        ledger.declare(e.train.partition, e.train.declared_size)
+    mechanism = Mechanism(privacy=privacy, noise_multiplier=privacy.noise_multiplier, ledger=ledger, key=key)
+    return Curator(seed=0, batch_size=8, mechanism=mechanism), ledger
+
+
+def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(toy_stream):
+    stream = toy_stream()
+    privacy = Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=0)
+    curator, ledger = private_curator(stream, privacy)
+    model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0).eval()
+    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
+    strategy = EWC(strength=1.0)
+    curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
+    state = strategy.after_experience(curator, params, strategy.init(spec))
+    (entry,) = ledger.entries
+    assert entry.purpose == "release:fisher" and entry.clip_norm == pytest.approx(0.04)
+    assert entry.noise_multiplier == 4.0 and len(ledger.entries) == strategy.asks.releases
+    values = torch.cat([value.flatten() for value in state.group("fisher").values()])
+    assert float(values.min()) == 0.0 and 0.3 < float((values == 0).float().mean()) < 0.7  # noise, cut at 0
+
+
+def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_squared(toy_stream):
+    """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie within C."""
+    from perdure.queries import SquaredGradient
+    from perdure.records import Batch
+
+    stream, strategy = toy_stream(), EWC(strength=1.0)
+    model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0)
+    curator = Curator(seed=0, batch_size=8)
+    curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
+    batch = Batch.current(stream[0].train, 0)
+    rows = SquaredGradient(lambda f, b: strategy._terms(curator, f, b))(Forward(model), batch)
+    lengths = torch.cat([row.flatten(1) for row in rows.values()], dim=1).norm(dim=1)
+    for i, length in enumerate(lengths):
+        terms, _ = strategy._terms(curator, Forward(model), batch.take(slice(i, i + 1)))
+        norms = [
+            sum(g.square().sum() for g in torch.autograd.grad(t, list(model.parameters()), retain_graph=True))
+            for t in terms[0]
+        ]
+        assert 0 < float(length.detach()) <= float(max(norms)) * (1 + 1e-5)
+
+
+def test_a_weighted_mean_where_nothing_weighs_is_the_second():
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert weighted_mean(zero, zero, one, zero).tolist() == [1.0, 1.0]
+    assert weighted_mean(zero, one, one, 3 * one).tolist() == [0.75, 0.75]
+    assert weighted_mean(zero, one, one, zero).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": -1.0}, "ewc.strength = -1.0"),
+        ({"strength": float("inf")}, "ewc.strength = inf"),
+        ({"strength": float("nan")}, "ewc.strength = nan"),
+        ({"strength": 1.0, "decay": 1.5}, "ewc.decay = 1.5"),
+        ({"strength": 1.0, "mode": "both"}, "ewc.mode = 'both'.*separate, online"),
+        ({"strength": 1.0, "fisher": "batch"}, "ewc.fisher = 'batch'.*exact, empirical"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EWC(**options)

@@ -1,0 +1,107 @@
+import math
+
+import pytest
+import torch
+
+from perdure.errors import ConfigError
+from perdure.learner import Learner, contexts
+from perdure.records import Batch
+from perdure.strategies import LwF
+from perdure.strategy import Forward, Spec
+
+T = 3.0
+
+
+def softmax(logits, classes, temperature):
+    scaled = [math.exp(logits[c] / temperature) for c in classes]
+    return {c: value / sum(scaled) for c, value in zip(classes, scaled, strict=True)}
+
+
+def by_hand(scenario, student, teacher, label, strength):
+    """One record's loss in the second experience, in plain Python; classes 0, 1 came before, 2, 3 are new."""
+    before, new, width = [0, 1], [2, 3], len(student)
+    compete = {"task": new, "class": before + new, "domain": list(range(width))}[scenario]
+    cross_entropy = -math.log(softmax(student, compete, 1.0)[label])
+    asked = before if scenario != "domain" else list(range(width))
+    answering = {"task": before, "class": before + new, "domain": asked}[scenario]
+    q, p = softmax(teacher, asked, T), softmax(student, answering, T)
+    return cross_entropy - strength * sum(q[c] * math.log(p[c]) for c in asked)
+
+
+@pytest.fixture
+def problem(toy_stream, toy_model):
+    def make(scenario):
+        stream = toy_stream(scenario)
+        student = toy_model(stream).eval()
+        teacher = {name: value.detach() + 0.3 for name, value in student.named_parameters()}
+        teacher["head.weight"] = teacher["head.weight"].flip(0)
+        width = stream.num_classes
+        return stream, student, teacher, Spec(
+            params=teacher, num_classes=width, num_experiences=2, feature_size=6, scenario=scenario
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_the_loss_is_the_formula(problem, scenario):
+    stream, student, teacher, spec = problem(scenario)
+    strategy = LwF(temperature=T, strength=0.7)
+    state = strategy.init(spec)
+    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    mine = strategy.losses(Forward(student), batch, at, state)
+    students, teachers = student(batch.inputs).tolist(), Forward(student, teacher)(batch.inputs).tolist()
+    for i, label in enumerate(batch.labels.tolist()):
+        expected = by_hand(scenario, students[i], teachers[i], label, 0.7)
+        assert mine[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_in_the_first_experience_there_is_no_teacher(problem, scenario):
+    stream, student, _, spec = problem(scenario)
+    strategy = LwF(temperature=T)
+    batch, at = Batch.current(stream[0].train, 0), contexts(stream, "cpu")(0)
+    poisoned = strategy.init(spec).replace({n: torch.full_like(t, math.nan) for n, t in strategy.init(spec).items()})
+    plain = torch.nn.functional.cross_entropy(at.mask(student(batch.inputs), batch), batch.labels, reduction="none")
+    torch.testing.assert_close(strategy.losses(Forward(student), batch, at, poisoned), plain)
+
+
+def test_the_gradient_does_not_flow_into_the_teacher(problem):
+    stream, student, _, spec = problem("class")
+    strategy = LwF()
+    state = strategy.init(spec)
+    leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
+    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    loss = strategy.losses(Forward(student), batch, at, state.replace(leaves)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    assert grads == (None,) * len(leaves)
+
+
+def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, toy_model):
+    stream, ends, seen = toy_stream(), [], []
+
+    def look(point, learner):
+        teacher = {name: value.clone() for name, value in learner.state.group("teacher").items()}
+        if point == "experience.end":
+            ends.append({name: value.detach().clone() for name, value in learner.model.named_parameters()})
+        elif point == "step.done":
+            seen.append(teacher)
+
+    model = toy_model(stream)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    Learner(
+        model=model, strategy=LwF(), optimizer=torch.optim.Adam, iterations=3, batch_size=8, callbacks=[look]
+    ).fit(stream)  # fmt: skip
+    for moment, expected in zip(seen, [start] * 3 + [ends[0]] * 3, strict=True):
+        assert all(torch.equal(moment[name], value) for name, value in expected.items())
+    assert any(not torch.equal(start[name], value) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"temperature": 0.0}, "lwf.temperature = 0.0"), ({"strength": -0.1}, "lwf.strength = -0.1")],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LwF(**options)

@@ -1,0 +1,64 @@
+"""What `import perdure` loads, what the engine needs, and what the package promises by name."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import perdure
+from perdure import strategies
+
+HEAVY = ("flwr", "avalanche", "opacus", "ray", "matplotlib", "sklearn", "torchvision", "dp_accounting", "typer")
+
+
+def python(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
+
+
+def test_import_perdure_loads_nothing_heavy():
+    done = python("-c", "import sys, perdure; print(*{name.partition('.')[0] for name in sys.modules})")
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"perdure", "torch"} <= loaded
+    assert loaded & set(HEAVY) == set()
+
+
+@pytest.mark.slow
+def test_the_engine_works_without_the_heavy_libraries():
+    done = python("-W", "error", str(Path(__file__).with_name("engine_alone.py")))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in strategies.names():
+        assert f"trained {name} without privacy" in lines
+        [private] = [line for line in lines if line.startswith(f"trained {name} epsilon")]
+        assert "simulation: not a private release" in private
+    assert [line.split()[0] for line in lines[-2:]] == ["trained", "explained"]
+
+
+def test_public_names_are_sorted_there_and_documented():
+    assert list(perdure.__all__) == sorted(perdure.__all__)
+    for name in perdure.__all__:
+        value = getattr(perdure, name)
+        assert inspect.isclass(value), name
+        assert vars(value).get("__doc__"), f"{name} has no docstring of its own"
+        assert not value.__doc__.startswith(f"{name}("), f"the docstring of {name} is the one dataclass makes up"
+        assert value.__module__.startswith("perdure."), f"{name} belongs to another library"
+
+
+@pytest.mark.parametrize("package", ["adversarial", "explain", "federated", "report", "strategies"])
+def test_what_a_package_offers_is_there_and_documented(package):
+    module = __import__(f"perdure.{package}", fromlist=["__all__"])
+    assert module.__doc__
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, f"perdure.{package}.{name} has no docstring"
+            assert value.__module__.startswith("perdure."), f"{name} belongs to another library"
+
+
+def test_the_version_is_that_of_the_installed_package():
+    from importlib.metadata import version
+
+    assert perdure.__version__ == version("perdure")
