@@ -490,11 +490,6 @@ def undisturbed(tmp_path_factory):
     return whole
 
 
-def moments(passes):
-    """The first, the middle and the last time of `passes`."""
-    return sorted({1, passes // 2 + 1, passes})
-
-
 FREE = [point for point in POINTS if not point.startswith(("ledger.", "noise."))]
 
 
@@ -505,7 +500,7 @@ FREE = [point for point in POINTS if not point.startswith(("ledger.", "noise."))
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp_path, name, point):
     result, _, passed = undisturbed(start, name, None)
     assert passed[point] >= 2
-    for k in moments(passed[point]):
+    for k in (1, passed[point] // 2 + 1):
         folder = tmp_path / str(k)
         with pytest.raises(Stop):
             start(folder, name, None, Cut(point, k))
@@ -517,7 +512,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp
 def test_a_private_run_stopped_anywhere_goes_on_to_the_same_bits_and_charges(start, undisturbed, tmp_path, name, point):
     result, ledger, passed = undisturbed(start, name, SIMULATED)
     assert passed[point] >= 2
-    for k in moments(passed[point]):
+    for k in sorted({passed[point] // 2 + 1, passed[point]}):
         folder, cut = tmp_path / str(k), Cut(point, k)
         with pytest.raises(Stop):
             start(folder, name, SIMULATED, cut)

@@ -88,6 +88,7 @@ class Curator:
             refuse_shared_ids(experiences[-1].train)
             self._mechanism.lapse()
             self._copies = copies(self._rows.ids)
+            self._fingerprint = self._mechanism.fingerprint(self._rows.tensors())
         rate = self._mechanism.privacy.sampling_rate if self._mechanism else None
         self.exposure = exposure(experiences, plan, batch_size=self._batch_size, rate=rate)
         self._orders: dict[str, tuple[int, Tensor]] = {}
@@ -100,7 +101,7 @@ class Curator:
             start: digest of everything but the records that determines what the steps do.
         """
         if self._mechanism:
-            self._mechanism.reserve(scope=self.exposure.scope, steps=steps, start=start, data=self._pool.tensors())
+            self._mechanism.reserve(scope=self.exposure.scope, steps=steps, start=start, data=self._fingerprint)
 
     def sample(self, step: int) -> Batch:
         """Rows of one step: Poisson over the whole pool under privacy, else shuffled, new and stored side by side."""

@@ -131,15 +131,15 @@ class LinearRule:
 
     def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
         self.has_bias = layer.bias is not None
-        self.entered = torch.cat([_positions(use.entered) for use in uses], 1)
-        self.back = torch.cat([_positions(use.back) for use in uses], 1)
+        self.entered = joined([_positions(use.entered) for use in uses])
+        self.back = joined([_positions(use.back) for use in uses])
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""
         a, d = self.entered.float(), self.back.float()
         bias = d.sum(1).square().sum(1) if self.has_bias else 0.0
         if a.shape[1] == 1:
-            return a.square().sum((1, 2)) * d.square().sum((1, 2)) + bias
+            return (torch.linalg.vector_norm(a, dim=(1, 2)) * torch.linalg.vector_norm(d, dim=(1, 2))).square() + bias
         positions, entries = a.shape[1] ** 2, a.shape[2] * d.shape[2]
         if positions <= entries:
             return ((a @ a.mT) * (d @ d.mT)).sum((1, 2)) + bias
@@ -249,6 +249,11 @@ RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[Use]], Rule]] = {
 def sum_of(parts: list[Tensor]) -> Tensor:
     """Sum of equally shaped tensors."""
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The uses' positions (n, positions, k) side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _positions(x: Tensor) -> Tensor:

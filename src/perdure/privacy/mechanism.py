@@ -31,11 +31,15 @@ class Mechanism:
         self.privacy, self.noise_multiplier, self.ledger, self._key = privacy, noise_multiplier, ledger, key
         self._reserved, self._steps = "", range(0)
 
-    def reserve(self, *, scope: Mapping[str, float], steps: range, start: str, data: Tensors) -> None:
+    def fingerprint(self, data: Tensors) -> str:
+        """Keyed fingerprint of private records; without the key it says nothing about them."""
+        return self._key.mac(digest(data))
+
+    def reserve(self, *, scope: Mapping[str, float], steps: range, start: str, data: str) -> None:
         """Write ahead: charge a block of steps to everyone exposed, on disk before this returns.
 
         Args:
-            scope: partition to sampling rate. steps: the block. data: the pooled records.
+            scope: partition to sampling rate. steps: the block. data: fingerprint of the pooled records.
             start: digest of everything else that determines the steps; a change of it never meets the same noise.
         """
         multiplier, clip_norm = self.noise_multiplier, self.privacy.clip_norm
@@ -85,7 +89,7 @@ class Mechanism:
         """
         name, multiplier = f"release:{purpose}", self.noise_multiplier * self.privacy.release_noise
         steps = range(number, number + 1)
-        entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, steps, start, data)
+        entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, steps, start, self.fingerprint(data))
         total = clipped_sum(rows, params, data, clip_norm, per_pass(params))
         device = next(iter(data.values())).device
         return self._noised(total, shapes, multiplier * clip_norm, name, entry, number, device)
@@ -107,12 +111,12 @@ class Mechanism:
 
     def _charge(
         self, purpose: str, multiplier: float, clip_norm: float, scope: Mapping[str, float], steps: range, start: str,
-        data: Tensors,
+        data: str,
     ) -> str:  # fmt: skip
         return self.ledger.charge(Entry(
             purpose=purpose, mechanism="gaussian", noise_multiplier=multiplier, clip_norm=clip_norm,
             first_step=steps.start, steps=len(steps), sampling="poisson" if purpose == "gradient" else "none",
-            scope=dict(scope), data=self._key.mac(digest(data)), start=start, simulated=self._key.simulated,
+            scope=dict(scope), data=data, start=start, simulated=self._key.simulated,
         ))  # fmt: skip
 
 
