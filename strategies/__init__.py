@@ -10,8 +10,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from perdure.combine import Combine
 from perdure.errors import ConfigError
-from perdure.strategy import Combine, Strategy
+from perdure.strategy import Strategy
 
 if __name__ != "perdure.strategies":
     raise ImportError(f"import this package as perdure.strategies, not as {__name__}")

@@ -9,7 +9,8 @@ experience); Schwarz et al., Progress & Compress, ICML 2018, section 3.2 (online
 A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the Fisher-weighted mean
 of the anchors (up to a constant without gradient). So the separate form, too, needs memory for one experience only.
 
-State: `fisher`, `anchor` (two tensors a parameter; combined over clients by the mean weighted with declared sizes).
+State: `fisher` and `pull`, the Fisher information times the anchor (two tensors a parameter). Both add up over
+experiences and average over clients by declared sizes, so a federation holds what one party with all records would.
 Memory cost: twice the parameters, whatever the number of experiences.
 Privacy cost: one release an experience. The row of a record is its squared gradient, whose L2 norm is at most the
 square of the gradient's, so it is clipped to C^2; the sum is divided by the declared size and clamped at 0.
@@ -59,15 +60,14 @@ class EWC(Strategy):
             raise ConfigError.of("ewc.fisher", self.fisher, ("exact", "empirical"))
 
     def init(self, spec: Spec) -> State:
-        """Start with no importance; where there is none, the anchor has no effect."""
+        """Start with no importance, and so with no pull."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
-        return State().declare_group("fisher", zeros, "mean").declare_group("anchor", zeros, "mean")
+        return State().declare_group("fisher", zeros, "mean").declare_group("pull", zeros, "mean")
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Half the strength times the Fisher-weighted squared distance from the anchor."""
         terms = [
-            (state[f"fisher/{name}"] * (value - state[f"anchor/{name}"]).square()).sum()
-            for name, value in params.items()
+            (state[f"fisher/{name}"] * (value - anchor(state, name)).square()).sum() for name, value in params.items()
         ]
         return 0.5 * self.strength * torch.stack(terms).sum()
 
@@ -75,14 +75,14 @@ class EWC(Strategy):
         """Release the Fisher information of the experience and merge it into the penalty."""
         query = SquaredGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
-        new = {name: (value / curator.declared_size).clamp(min=0) for name, value in total.items()}
-        old, anchor = state.group("fisher"), state.group("anchor")
+        new = {name: (total[name] / curator.declared_size).clamp(min=0) for name in params}
         if self.mode == "online":
-            fisher = {name: self.decay * old[name] + new[name] for name in params}
-            return state.replace_group("fisher", fisher).replace_group("anchor", params)
-        fisher = {name: old[name] + new[name] for name in params}
-        merged = {n: weighted_mean(anchor[n], old[n], params[n], new[n]) for n in params}
-        return state.replace_group("fisher", fisher).replace_group("anchor", merged)
+            fisher = {name: self.decay * state[f"fisher/{name}"] + new[name] for name in new}
+            pull = {name: fisher[name] * params[name] for name in new}
+        else:
+            fisher = {name: state[f"fisher/{name}"] + new[name] for name in new}
+            pull = {name: state[f"pull/{name}"] + new[name] * params[name] for name in new}
+        return state.replace_group("fisher", fisher).replace_group("pull", pull)
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = curator.context.mask(forward(batch.inputs), batch)
@@ -93,8 +93,7 @@ class EWC(Strategy):
         return -log_p[:, possible], log_p[:, possible].exp().detach()
 
 
-def weighted_mean(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor) -> Tensor:
-    """Elementwise mean of a and b; b where both weights are 0."""
-    total = weight_a + weight_b
-    share = torch.where(total > 0, weight_b / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0)
-    return a + share * (b - a)
+def anchor(state: State, name: str) -> Tensor:
+    """Where parameter `name` is pulled to: the Fisher-weighted mean of the anchors, 0 where nothing pulls."""
+    fisher = state[f"fisher/{name}"]
+    return state[f"pull/{name}"] / fisher.clamp(min=torch.finfo(fisher.dtype).tiny)

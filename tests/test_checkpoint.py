@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from perdure.checkpoint import Snapshot, Store, write_atomically
+from perdure.checkpoint import Snapshot, Store
 from perdure.errors import RunError
+from perdure.files import write_atomically
 
 
 def snapshot(k):

@@ -149,7 +149,7 @@ def test_options_reach_the_optimiser():
 
 # --------------------------------------------------------------------------- what is wrong with a field
 
-COUNTS = ("0", "-1", "true", "1.5", '"2"', "[1]")
+COUNTS = ("0", "-1", "true", "1.5", '"2"', "[1]", "1000000001")
 POSITIVE = ("0", "0.0", "-0.5", "nan", "inf", "-inf", "true", '"1"')
 CHOICES = ('"none of these"', "3", "true", '""', "[]")
 TEXT = ("3", "true", "[]", "{}", "1979-05-27")
@@ -171,9 +171,9 @@ WRONG = {
     ("model", "hidden"): ("64", "[0]", "[-4]", "[1.5]", "[true]", '["a"]', "[[4]]", "[nan]"),
     ("model", "activation"): CHOICES,
     ("model", "norm"): CHOICES,
-    ("model", "width"): (*COUNTS, "3"),
+    ("model", "width"): ("0", "-2", "true", "2.0", "3"),
     ("training", "optimizer"): (*CHOICES, '"Optimizer"', '"LBFGS"', '"SparseAdam"', '"Muon"', '"lr_scheduler"'),
-    ("training", "learning_rate"): POSITIVE,
+    ("training", "learning_rate"): (*POSITIVE, "1e7"),
     ("training", "momentum"): ("-0.1", "1.0", "nan", "inf", "true", "0.5"),
     ("training", "epochs"): COUNTS,
     ("training", "iterations"): COUNTS,
@@ -184,14 +184,14 @@ WRONG = {
     ("federation", "clients"): COUNTS,
     ("federation", "rounds"): COUNTS,
     ("federation", "fraction"): (*POSITIVE, "1.01"),
-    ("federation", "alpha"): POSITIVE,
+    ("federation", "alpha"): (*POSITIVE, "1e10"),
     ("federation", "min_size"): COUNTS,
     ("federation", "engine"): CHOICES,
-    ("privacy", "epsilon"): POSITIVE,
+    ("privacy", "epsilon"): (*POSITIVE, "1e-7", "1e5"),
     ("privacy", "delta"): (*POSITIVE, "1.0"),
-    ("privacy", "clip_norm"): POSITIVE,
-    ("privacy", "sampling_rate"): (*POSITIVE, "1.5"),
-    ("privacy", "release_noise"): POSITIVE,
+    ("privacy", "clip_norm"): (*POSITIVE, "1e-300", "1e300"),
+    ("privacy", "sampling_rate"): (*POSITIVE, "1.5", "1e-300"),
+    ("privacy", "release_noise"): (*POSITIVE, "1e-4", "1e7"),
     ("privacy", "seed"): ("1.5", "true", '"0"'),
     ("privacy", "unit"): CHOICES,
     ("privacy", "relation"): CHOICES,

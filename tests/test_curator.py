@@ -235,21 +235,22 @@ def flat(params):
 
 def test_the_normaliser_is_the_declared_expectation(bench, toy_stream):
     """The same batch, noise nearly off, declared once as 24 and once as 48 records: half the step, whatever came."""
-    tiny = simulated(noise_multiplier=1e-9, sampling_rate=0.5, clip_norm=0.5)
+    tiny = simulated(noise_multiplier=1e-3, sampling_rate=0.5, clip_norm=0.5)
     steps = []
     for size in (24, 48):
         test = bench(tiny, declared(toy_stream(), size, size))
         curator = test.open(0, steps=range(1))
         steps.append(flat(test.gradient(curator._pool.take(slice(5)))))
-        assert float(steps[-1].norm()) > 0.01
-    torch.testing.assert_close(steps[1], steps[0] / 2)
+        assert float(steps[-1].norm()) > 0.05
+    noise = {"rtol": 1e-4, "atol": 3e-4}  # seven standard deviations of 1e-3 * 0.5 / 12
+    torch.testing.assert_close(steps[1], steps[0] / 2, **noise)
     rows = bench()
     batch = rows.open().raw("a test").take(slice(5))
     by_hand = torch.zeros_like(steps[0])
     for i in range(5):
         one = flat(rows.gradient(batch.take(slice(i, i + 1))))
         by_hand += one * min(1.0, 0.5 / float(one.norm()))
-    torch.testing.assert_close(steps[0], by_hand / 12, rtol=1e-4, atol=1e-6)  # 0.5 * 24
+    torch.testing.assert_close(steps[0], by_hand / 12, **noise)  # 0.5 * 24
 
 
 def big_model(stream):
@@ -400,7 +401,7 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
     torch.testing.assert_close(batch.stored["logits"][replayed], expected)
     assert batch.stored["logits"][~replayed].abs().sum() == 0 and len(expected) == 6
     test.curator.close(lambda forward, batch: {"logits": forward(batch.inputs) + 1})
-    rows = test.curator.memory.rows
+    rows = test.curator._memory.rows
     torch.testing.assert_close(rows.stored["logits"], test.model(rows.inputs).detach() + (rows.tasks == 1)[:, None])
 
 
@@ -410,17 +411,17 @@ def test_under_privacy_memory_is_by_coin_at_the_declared_threshold(bench, toy_st
     tags = {int(i): float(test.mechanism.tags(torch.tensor([i]))) for i in range(48)}
     for index, threshold in ((0, 30 / 40), (1, 30 / 100)):
         test.open(index, plan).close(lambda forward, batch: {})
-        kept = set(test.curator.memory.rows.ids.tolist())
+        kept = set(test.curator._memory.rows.ids.tolist())
         offered = torch.cat([e.train.ids for e in test.stream.experiences[: index + 1]]).tolist()
         assert kept == {i for i in offered if tags[i] < threshold}
-    assert test.curator.memory.offered == 100
+    assert test.curator._memory.offered == 100
 
 
 def test_class_balance_of_memory_without_privacy(bench):
     test = bench()
     for index in range(2):
         test.open(index, Plan(memory=MemoryPlan(capacity=12))).close(lambda forward, batch: {})
-    assert torch.bincount(test.curator.memory.rows.labels).tolist() == [3, 3, 3, 3]
+    assert torch.bincount(test.curator._memory.rows.labels).tolist() == [3, 3, 3, 3]
 
 
 def test_split_streams_have_disjoint_partitions(toy_data):

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
 
 from perdure.adversarial import FGSM, PGD, robust_accuracy
 from perdure.checkpoint import Store
+from perdure.combine import Combine
 from perdure.errors import ConfigError, LedgerError, StrategyError
 from perdure.learner import POINTS, Learner, accuracy, numbered
 from perdure.models import mlp
@@ -20,7 +21,7 @@ from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch
 from perdure.strategies import EWC, Joint, LwF, Naive, Replay
-from perdure.strategy import Asks, Combine, Plan, State, Strategy
+from perdure.strategy import Asks, Plan, State, Strategy
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
 SECRET = Privacy(noise_multiplier=1.0)
@@ -386,7 +387,7 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner
     for experience, copy in zip(stream, copies, strict=True):
         assert torch.equal(experience.train.inputs, copy["inputs"])
         assert torch.equal(experience.test.inputs, copy["test"])
-    rows = learner.curator.memory.rows
+    rows = learner.curator._memory.rows
     originals = torch.cat([e.train.inputs for e in stream])[torch.cat([e.train.ids for e in stream]).argsort()]
     order = torch.cat([e.train.ids for e in stream]).sort().values
     assert torch.equal(rows.inputs, originals[torch.searchsorted(order, rows.ids)])  # memory keeps what was seen

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from perdure.combine import Combine
 from perdure.errors import StrategyError
 from perdure.learner import contexts
 from perdure.memory import MemoryPlan
 from perdure.records import Batch
 from perdure.strategies import EWC, LwF, Naive, Replay
-from perdure.strategy import MASKED, Asks, Combine, Context, Forward, Plan, Spec, State, Strategy
+from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
 
 
 def spec(model, scenario="class"):

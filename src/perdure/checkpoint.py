@@ -1,15 +1,16 @@
 """Checkpoints: safetensors and JSON, written atomically, private rows apart; never pickle."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from perdure.errors import RunError
+from perdure.files import save_tensors, write_json
 
 KEEP = 2
 """Checkpoints kept, so that the one before the last survives a crash while the last is written."""
@@ -30,27 +31,6 @@ class Snapshot:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file in one step and see it through to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, keys in the order given."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
-
-
 class Store:
     """Numbered checkpoints of one run or client in a folder: `checkpoint/` and `private/`.
 
@@ -63,12 +43,9 @@ class Store:
 
     def save(self, number: int, snapshot: Snapshot) -> None:
         """Write checkpoint `number`, then point to it, then drop old ones."""
-        from safetensors.torch import save
-
         self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
         for folder, tensors in ((self.private, snapshot.private), (self.public, snapshot.tensors)):
-            whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-            write_atomically(folder / f"{number:06d}.safetensors", save(whole))
+            save_tensors(folder / f"{number:06d}.safetensors", tensors)
         write_json(self.public / f"{number:06d}.json", dict(snapshot.facts))
         write_json(self._latest, {"number": number})
         self._drop(number - KEEP)
@@ -116,3 +93,35 @@ class Store:
             for path in folder.glob("[0-9]*.*"):
                 if int(path.stem) <= up_to:
                     path.unlink()
+
+
+def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON facts of an optimiser's state."""
+    state = optimizer.state_dict()
+    entries = {f"optimizer.{i}.{name}": value for i, e in state["state"].items() for name, value in e.items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in entries.items() if name not in tensors}
+    return tensors, {"optimizer": numbers, "groups": state["param_groups"]}
+
+
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Undo `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
+    for name, value in saved.items():
+        _, index, entry = name.split(".", 2)
+        state.setdefault(int(index), {})[entry] = value
+    groups = [{name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _as_saved(name: str, value: Any) -> Any:
+    """JSON turns the tuples of a parameter group, such as Adam's betas, into lists."""
+    return tuple(value) if isinstance(value, list) and name != "params" else value
+
+
+def numbered(value: Any) -> Any:
+    """JSON turns whole-number keys, such as a scheduler's milestones, into strings; turn them back."""
+    if not isinstance(value, dict):
+        return [numbered(item) for item in value] if isinstance(value, list) else value
+    return {int(key) if str(key).isdecimal() else key: numbered(item) for key, item in value.items()}

@@ -81,14 +81,9 @@ def check(config: object, names: str, good: Callable[[Any], bool], allowed: str)
             raise ConfigError.of(name, value, allowed)
 
 
-def at_least_one(value: float) -> bool:
-    """Whether a count counts something."""
-    return value >= 1
-
-
-def positive(value: float) -> bool:
-    """Whether a number is finite and above 0."""
-    return math.isfinite(value) and value > 0
+def counts(value: int) -> bool:
+    """Whether a count counts something that a run can come to the end of."""
+    return 1 <= value <= 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +103,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self, "name", NAMES.__contains__, ", ".join(NAMES))
-        check(self, "experiences", at_least_one, "1 or more")
+        check(self, "experiences", counts, "1 to 1000000000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +126,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
-        check(self, "learning_rate", positive, "a finite number above 0")
+        check(self, "learning_rate", lambda value: 0 < value <= 1e6, "a number above 0 and at most 1e6")
         check(self, "momentum", lambda value: 0 <= value < 1, "a number from 0 to below 1")
-        check(self, "epochs iterations batch_size", at_least_one, "1 or more")
+        check(self, "epochs iterations batch_size", counts, "1 to 1000000000")
         if self.momentum is not None and "momentum" not in inspect.signature(self._class).parameters:
             known = [name for name in OPTIMIZERS if "momentum" in inspect.signature(vars(torch.optim)[name]).parameters]
             raise ConfigError.of(
@@ -172,9 +167,9 @@ class FederationConfig:
     engine: Literal["inprocess", "ray"] = "inprocess"
 
     def __post_init__(self) -> None:
-        check(self, "clients rounds min_size", at_least_one, "1 or more")
+        check(self, "clients rounds min_size", counts, "1 to 1000000000")
         check(self, "fraction", lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-        check(self, "alpha", positive, "a finite number above 0")
+        check(self, "alpha", lambda value: 0 < value <= 1e9, "a number above 0 and at most 1e9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +187,7 @@ class AttackConfig:
 
     def __post_init__(self) -> None:
         check(self, "epsilon", lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
-        check(self, "steps", at_least_one, "1 or more")
+        check(self, "steps", counts, "1 to 1000000000")
 
 
 @dataclass(frozen=True, kw_only=True)

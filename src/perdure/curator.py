@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from perdure.errors import PrivacyError
+from perdure.errors import DataError, PrivacyError
 from perdure.memory import Memory, concatenate
 from perdure.privacy.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping import clipped_sum, per_pass
@@ -68,7 +68,7 @@ class Curator:
     """
 
     def __init__(self, *, seed: int, client: int = 0, batch_size: int, mechanism: Mechanism | None = None) -> None:
-        self.memory = Memory()
+        self._memory = Memory()
         self.private = mechanism is not None
         self._seed, self._client, self._batch_size, self._mechanism = seed, client, batch_size, mechanism
         self._rows: Batch | None = None
@@ -80,10 +80,12 @@ class Curator:
         self.context, self._plan, self._experience, self._forward = context, plan, experiences[-1], forward
         first = 0 if plan.pool == "all" else len(experiences) - 1
         self._new = concatenate([Batch.current(e.train, e.index) for e in experiences[first:]])
-        self._stored = self.memory.rows if plan.memory and len(self.memory) else None
+        self._stored = self._memory.rows if plan.memory and len(self._memory) else None
         if self._stored is not None:
             self._new = with_blanks(self._new, self._stored.stored)
         self._rows = self._new if self._stored is None else concatenate([self._new, _replayed(self._stored)])
+        if not len(self._rows) and not self._mechanism:
+            raise DataError(f"experience {experiences[-1].index} has no training records; leave it out of the stream")
         if self._mechanism:
             refuse_shared_ids(experiences[-1].train)
             self._mechanism.lapse()
@@ -124,13 +126,30 @@ class Curator:
                 stored = {f"stored.{name}": value for name, value in remember(self._forward, new).items()}
             new = Batch.from_tensors(new.tensors() | stored)
             if self._mechanism:
-                offered = self.memory.offered + self._experience.train.declared_size
+                offered = self._memory.offered + self._experience.train.declared_size
                 tags = self._mechanism.tags(new.ids)
-                self.memory.offer_by_coin(new, tags, min(1.0, plan.capacity / offered))
-                self.memory.offered = offered
+                self._memory.offer_by_coin(new, tags, min(1.0, plan.capacity / offered))
+                self._memory.offered = offered
             else:
-                self.memory.offer(new, plan, generator(self._seed, "memory", self._client, index))
+                self._memory.offer(new, plan, generator(self._seed, "memory", self._client, index))
         self._rows = self._stored = None
+
+    @property
+    def stored(self) -> int:
+        """Number of rows in memory; private under privacy, where nothing outside asks for it."""
+        return len(self._memory)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], int]:
+        """Memory for a checkpoint's `private/` folder, and how many records it was offered by declared sizes."""
+        rows = self._memory.rows
+        kept = {f"memory.{name}": value for name, value in rows.tensors().items()} if rows is not None else {}
+        return kept | {"tags": self._memory.tags}, self._memory.offered
+
+    def restore(self, private: Mapping[str, Tensor], offered: int, device: str | torch.device) -> None:
+        """Undo `snapshot`."""
+        rows = {n.removeprefix("memory."): t.to(device) for n, t in private.items() if n != "tags"}
+        kept = Batch.from_tensors(rows) if rows else None
+        self._memory = Memory(rows=kept, offered=offered, tags=private["tags"])
 
     # ------------------------------------------------------------------ releases
 

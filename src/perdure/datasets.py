@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perdure import formats
 from perdure.errors import ConfigError, DataError
+from perdure.files import save_tensors
 from perdure.records import Records
 
 NAMES = ("digits", "breast-cancer", "mnist", "cifar10", "adult")
@@ -330,17 +331,5 @@ def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
         return load_file(path)
     tensors = make()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, never the data
-        _write_atomically(path, tensors)
+        save_tensors(path, tensors)
     return tensors
-
-
-def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from perdure.checkpoint import write_json
+from perdure.files import write_json
 
 PACKAGES = ("perdure", "torch", "torchvision", "flwr", "opacus", "avalanche-lib", "dp-accounting", "numpy")
 

@@ -3,20 +3,19 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from perdure.checkpoint import Snapshot, Store
+from perdure.checkpoint import Snapshot, Store, flatten_optimizer, load_optimizer, numbered
 from perdure.curator import Curator
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import Memory
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
@@ -247,11 +246,9 @@ class Learner:
         live = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         live |= {f"state.{n}": t for n, t in self.state.items()} | moments
         tensors = {name: value.detach().clone() for name, value in live.items()}
-        rows = self.curator.memory.rows
-        private = {f"memory.{n}": t for n, t in rows.tensors().items()} if rows is not None else {}
-        private["tags"] = self.curator.memory.tags
+        private, offered = self.curator.snapshot()
         facts |= {
-            "position": vars(self.position), "matrix": self.matrix, "offered": self.curator.memory.offered,
+            "position": vars(self.position), "matrix": self.matrix, "offered": offered,
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
         }  # fmt: skip
         return Snapshot(tensors=tensors, private=private, facts=facts)
@@ -264,10 +261,7 @@ class Learner:
         self.state = self.state.replace({name: value.to(self.device) for name, value in states.items()})
         facts = snapshot.facts
         self.position, self.matrix = Position(**facts["position"]), [list(row) for row in facts["matrix"]]
-        rows = {n.removeprefix("memory."): t.to(self.device) for n, t in snapshot.private.items() if n != "tags"}
-        self.curator.memory = Memory(
-            rows=Batch.from_tensors(rows) if rows else None, offered=facts["offered"], tags=snapshot.private["tags"]
-        )
+        self.curator.restore(snapshot.private, facts["offered"], self.device)
         self._select(self.plan(self.stream[min(self.position.experience, len(self.stream) - 1)]))
         load_optimizer(self._optimizer, snapshot.tensors, facts)
         if self._scheduler and facts["scheduler"]:
@@ -359,9 +353,9 @@ class Learner:
         return derive(seed, what, self.client, self.position.experience, step)
 
     def _memory_share(self, plan: Plan) -> float:
-        if not plan.memory or not len(self.curator.memory) or self.mechanism:
+        if not plan.memory or not self.curator.stored or self.mechanism:
             return 0.0
-        size = min(plan.memory.batch_size or self.batch_size, len(self.curator.memory))
+        size = min(plan.memory.batch_size or self.batch_size, self.curator.stored)
         return size / (size + min(self.batch_size, self.stream[self.position.experience].train.declared_size))
 
     def _start(self) -> str:
@@ -401,35 +395,3 @@ def accuracy(predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor
     pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
     right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
     return 100.0 * right / len(labels) if len(labels) else math.nan
-
-
-def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON facts of an optimiser's state."""
-    state = optimizer.state_dict()
-    entries = {f"optimizer.{i}.{name}": value for i, e in state["state"].items() for name, value in e.items()}
-    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in entries.items() if name not in tensors}
-    return tensors, {"optimizer": numbers, "groups": state["param_groups"]}
-
-
-def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Undo `flatten_optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
-    for name, value in saved.items():
-        _, index, entry = name.split(".", 2)
-        state.setdefault(int(index), {})[entry] = value
-    groups = [{name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _as_saved(name: str, value: Any) -> Any:
-    """JSON turns the tuples of a parameter group, such as Adam's betas, into lists."""
-    return tuple(value) if isinstance(value, list) and name != "params" else value
-
-
-def numbered(value: Any) -> Any:
-    """JSON turns whole-number keys, such as a scheduler's milestones, into strings; turn them back."""
-    if not isinstance(value, dict):
-        return [numbered(item) for item in value] if isinstance(value, list) else value
-    return {int(key) if str(key).isdecimal() else key: numbered(item) for key, item in value.items()}

@@ -1,18 +1,16 @@
 """The pieces of a run's result: privacy statements, federation, explanations, put together in schema 1."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from perdure.adversarial.attacks import FGSM, PGD, Attack
-from perdure.checkpoint import write_atomically
 from perdure.config import Arm, AttackConfig, Config
 from perdure.environment import machine, versions
+from perdure.files import save_tensors
 from perdure.privacy.account import Account, Statement
 from perdure.privacy.ledger import Merged
 from perdure.streams import Stream
@@ -121,10 +119,3 @@ def collect_explanations(config: Config, folder: Path) -> dict[str, Any] | None:
     save_tensors(folder / EXPLAINED, joined | {"values": torch.stack([part["values"] for part in parts])})
     moments = [f"after experience {int(path.stem.split('-')[1]) + 1}" for path in files]
     return {"file": EXPLAINED, "moments": moments, "arm": arm.file}
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors atomically."""
-    from safetensors.torch import save
-
-    write_atomically(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))

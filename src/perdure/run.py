@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from perdure.adversarial.evaluate import robust_accuracy
-from perdure.checkpoint import write_atomically, write_json
 from perdure.config import Arm, Config, read
 from perdure.datasets import load
-from perdure.errors import RunError
+from perdure.errors import ConfigError, RunError
+from perdure.files import save_tensors, write_atomically, write_json
 from perdure.learner import Callback, Learner
 from perdure.metrics import summarise
 from perdure.models import build
@@ -36,7 +36,6 @@ from perdure.outcome import (
     epsilon_row,
     explained_arm,
     ledger_files,
-    save_tensors,
     spending,
     summary,
 )
@@ -96,9 +95,9 @@ def run(
         merged = merge(ledgers) if ledgers else None
         if merged:
             merged.export(folder / "ledger.jsonl")
-        result = summary(config, stream, rows, merged, collect_explanations(config, folder))
-        write_json(folder / "result.json", result)
-        return result
+        explanations = collect_explanations(config, folder)
+        write_json(folder / "result.json", summary(config, stream, rows, merged, explanations))
+        return cast(dict[str, Any], read_result(folder))
 
 
 def trained(folder: Path, arm: str) -> Learner:
@@ -145,29 +144,39 @@ def occupied(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunError(f"{folder} is in use by another process; let it finish, or give another --out") from None
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}); give another --out") from None
     with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder} is in use by another process; let it finish, or give another --out") from None
         yield
 
 
 def keep_config(folder: Path, text: str) -> None:
-    """Write the config, or see that the folder's is the same."""
+    """Write the config, or see that the folder's is the same; where nothing was run yet, it may change."""
     path = folder / "config.toml"
-    if not path.exists():
-        write_atomically(path, text.encode())
-    elif path.read_bytes() != text.encode():
+    if path.exists() and path.read_bytes() == text.encode():
+        return
+    if (folder / "arms").exists():
         raise RunError(f"{folder} holds a run of another config; give another --out, or remove the folder")
+    write_atomically(path, text.encode())
 
 
 def open_stream(config: Config) -> Stream:
-    """Load the data and split it into experiences."""
+    """Load the data and split it into experiences.
+
+    Raises:
+        ConfigError: when they cannot be split so, or explained. DataError: when they are missing or damaged.
+    """
     data = load(config.data.name, config.data.root, seed=config.seed)
     order = config.seed if config.data.shuffle_classes else None
-    return split(data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order)
+    stream = split(data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order)
+    if config.explain and len(stream.input_shape) < 2:
+        allowed = f"0 for inputs of shape {stream.input_shape}, which make no picture"
+        raise ConfigError.of("explain", config.explain, allowed)
+    return stream
 
 
 # --------------------------------------------------------------------------- metrics.jsonl
@@ -178,10 +187,10 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in kept if line.endswith("\n")]
+        kept = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in kept if line.endswith(b"\n")]
         if whole != kept:
-            write_atomically(path, "".join(whole).encode())
+            write_atomically(path, b"".join(whole))
         try:
             rows = [json.loads(line) for line in whole]
             self.rows: dict[tuple[str, int], dict[str, Any]] = {(row["arm"], row["experience"]): row for row in rows}

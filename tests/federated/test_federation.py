@@ -187,7 +187,8 @@ def test_fisher_information_is_the_weighted_mean_over_clients(stream):
         expected = expected + own[0].train.declared_size / total * learner.state["fisher/head.weight"].double()
     torch.testing.assert_close(server.learner.state["fisher/head.weight"], expected.float(), atol=1e-8, rtol=1e-4)
     for name, value in server.learner.model.named_parameters():
-        torch.testing.assert_close(server.learner.state[f"anchor/{name}"], value.detach(), atol=1e-6, rtol=1e-5)
+        fisher = server.learner.state[f"fisher/{name}"]
+        torch.testing.assert_close(server.learner.state[f"pull/{name}"], fisher * value.detach(), atol=1e-9, rtol=1e-4)
 
 
 @pytest.mark.parametrize("aggregator", [FedAvg(), FedAdam(eta=0.05), FedAvgM(server_momentum=0.5), FedMedian()])
@@ -345,7 +346,7 @@ def test_under_privacy_a_reply_holds_releases_and_declared_numbers_only(stream, 
     assert dict(reply.content["metrics"]) == {"num-examples": 300}
     assert len(stream[0].train) != 300
     if "state" in reply.content:
-        assert {name.split("/")[0] for name in reply.content["state"]} == {"0.fisher", "0.anchor"}
+        assert {name.split("/")[0] for name in reply.content["state"]} == {"0.fisher", "0.pull"}
     else:
         assert list(reply.content["arrays"]) == [name for name, _ in make(0).model.named_parameters()]
 

@@ -8,13 +8,14 @@ from torch import nn
 
 from perdure import strategies
 from perdure.budget import planned
+from perdure.combine import Combine
 from perdure.learner import Learner
 from perdure.privacy.accounting import merged
 from perdure.privacy.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping import clipped_sum
 from perdure.privacy.policy import Privacy
 from perdure.queries import gradient_rows
-from perdure.strategy import Combine, Forward, State
+from perdure.strategy import Forward, State
 
 EXAMPLES = {
     "ewc": {"strength": 50.0},

@@ -10,8 +10,8 @@ from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.strategies import EWC
-from perdure.strategies.ewc import weighted_mean
-from perdure.strategy import Forward, Plan, Spec
+from perdure.strategies.ewc import anchor
+from perdure.strategy import Forward, Plan, Spec, State
 
 
 class Past:
@@ -71,7 +71,9 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
     first, second, third = past.fishers
     decayed = {name: 0.25 * first[name] + 0.5 * second[name] + third[name] for name in first}
     same(past.state.group("fisher"), decayed)
-    same(past.state.group("anchor"), past.points[2])
+    for name, point in past.points[2].items():
+        held = decayed[name] > 1e-12
+        torch.testing.assert_close(anchor(past.state, name)[held], point[held])
     expected = quadratic(7.0, decayed, past.points[2])(somewhere())
     torch.testing.assert_close(past.strategy.penalty(somewhere(), past.state), expected)
 
@@ -129,11 +131,26 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
         assert 0 < float(length.detach()) <= float(max(norms)) * (1 + 1e-5)
 
 
-def test_a_weighted_mean_where_nothing_weighs_is_the_second():
-    zero, one = torch.zeros(2), torch.ones(2)
-    assert weighted_mean(zero, zero, one, zero).tolist() == [1.0, 1.0]
-    assert weighted_mean(zero, one, one, 3 * one).tolist() == [0.75, 0.75]
-    assert weighted_mean(zero, one, one, zero).tolist() == [0.0, 0.0]
+def test_an_anchor_is_the_mean_weighted_by_fisher_and_finite_where_nothing_pulls():
+    state = State().declare("fisher/w", torch.tensor([4.0, 0.0]), "mean")
+    state = state.declare("pull/w", torch.tensor([1.0 * 2.0 + 3.0 * 6.0, 0.0]), "mean")
+    assert anchor(state, "w").tolist() == [5.0, 0.0]
+
+
+def test_clients_average_to_what_one_party_would_hold():
+    """Two experiences, two clients of sizes 1 and 3: the combined penalty is the sum of the global ones."""
+    fishers = torch.tensor([[[2.0], [1.0]], [[6.0], [5.0]]])  # client, experience
+    points, weights = torch.tensor([[1.0], [-2.0]]), torch.tensor([0.25, 0.75])
+    held = (weights[:, None, None] * fishers).sum(0)
+    states = [
+        State().declare("fisher/w", own.sum(0), "mean").declare("pull/w", (own * points).sum(0), "mean")
+        for own in fishers
+    ]
+    combined = states[0].replace({n: 0.25 * states[0][n] + 0.75 * states[1][n] for n in states[0]})
+    at = torch.tensor([0.3], requires_grad=True)
+    mine = torch.autograd.grad(EWC(strength=2.0).penalty({"w": at}, combined), at)[0]
+    theirs = torch.autograd.grad((held * (at - points).square()).sum(), at)[0]
+    torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize(

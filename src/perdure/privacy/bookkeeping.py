@@ -139,7 +139,8 @@ class LinearRule:
         a, d = self.entered.float(), self.back.float()
         bias = d.sum(1).square().sum(1) if self.has_bias else 0.0
         if a.shape[1] == 1:
-            return (torch.linalg.vector_norm(a, dim=(1, 2)) * torch.linalg.vector_norm(d, dim=(1, 2))).square() + bias
+            norms: Tensor = torch.linalg.vector_norm(a, dim=(1, 2)) * torch.linalg.vector_norm(d, dim=(1, 2))
+            return norms.square() + bias
         positions, entries = a.shape[1] ** 2, a.shape[2] * d.shape[2]
         if positions <= entries:
             return ((a @ a.mT) * (d @ d.mT)).sum((1, 2)) + bias

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from perdure.errors import BudgetError, ConfigError, LedgerError
+from perdure.files import write_atomically
 from perdure.privacy import accounting
 from perdure.privacy.account import SCHEMA, Account, Entry, Statement, Unit, header
 from perdure.privacy.accounting import Charge, Relation, check_target, merged
@@ -18,7 +19,6 @@ from perdure.privacy.ledger_file import (
     head_path,
     load,
     read_lines,
-    write_atomically,
 )
 from perdure.privacy.noise import NoiseKey
 
@@ -292,7 +292,7 @@ class Merged(Account):
         lines = [_title(len(self.parts))]
         for part in self.parts:
             lines += [part.head.text(), *part.lines]
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
+        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def merge(ledgers: Iterable[Path | Ledger]) -> Merged:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.errors import LedgerError
+from perdure.files import write_atomically
 from perdure.privacy.noise import NoiseKey
 
 Body = dict[str, Any]
@@ -189,7 +190,7 @@ class Chain:
             self._drop_uncovered(path)
         elif path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(head_path(path), self.head.text())
+            write_atomically(head_path(path), self.head.text().encode())
 
     @property
     def head(self) -> Head:
@@ -211,7 +212,7 @@ class Chain:
         self.trace("ledger.appended")
         head = Head.seal(len(self.lines) + 1, own, self._key)
         if self._path is not None:
-            write_atomically(head_path(self._path), head.text())
+            write_atomically(head_path(self._path), head.text().encode())
         self.lines.append(line)
         self.bodies.append(body)
         self.last, self._interrupted = own, False
@@ -225,21 +226,6 @@ class Chain:
         if size > self._size:
             os.truncate(path, self._size)
         self._interrupted = False
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by `text`, whole or not at all, and sync it with its folder."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _append(path: Path, text: str) -> None:

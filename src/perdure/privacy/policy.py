@@ -1,10 +1,15 @@
 """What a user asks of privacy, validated once."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from perdure.errors import ConfigError
+
+RANGES = {
+    "epsilon": (1e-6, 1e4), "noise_multiplier": (1e-3, 1e6), "clip_norm": (1e-9, 1e9), "release_noise": (1e-3, 1e6),
+    "sampling_rate": (1e-9, 1.0),
+}  # fmt: skip
+"""Least and greatest value: beyond them floating-point numbers overflow, in the accountant or in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +48,12 @@ class Privacy:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             given = f"epsilon={self.epsilon}, noise_multiplier={self.noise_multiplier}"
             raise ConfigError.of("privacy", given, "exactly one of epsilon and noise_multiplier")
-        for name in ("epsilon", "noise_multiplier", "clip_norm", "release_noise"):
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError.of(f"privacy.{name}", value, "a finite number above 0")
+            if value is not None and not least <= value <= most:
+                raise ConfigError.of(f"privacy.{name}", value, f"a number from {least:g} to {most:g}")
         if not 0 < self.delta < 1:
             raise ConfigError.of("privacy.delta", self.delta, "a number between 0 and 1, below 1 / number of records")
-        if self.sampling_rate is not None and not 0 < self.sampling_rate <= 1:
-            raise ConfigError.of("privacy.sampling_rate", self.sampling_rate, "a number above 0 and at most 1")
         if self.unit != "record":
             raise ConfigError.of("privacy.unit", self.unit, ("record",))
         if self.relation != "add-remove":

@@ -1,0 +1,144 @@
+"""MNIST under record-level differential privacy, from scratch: scattering features and a linear model.
+
+Wavelets that are not learned, group normalisation of every record by itself, then logistic regression by private SGD.
+
+What is inside the accounting: all that looks at more than one record, which is every step of the gradient (PLD,
+add/remove, Poisson sampling); the ledger holds nothing else. Features and normalisation are functions of one record.
+Declared public: the number of training records, the ten classes, the range of pixels, and the test set.
+
+Where the settings come from: from another data set. They are those published for Fashion-MNIST (27 groups, batch 8,192,
+learning rate 16, momentum 0.9, clip norm 0.1, 40 epochs, a constant rate, the last iterate), used as they are at both
+values of epsilon; no search was made on MNIST. The recipe was tried once on 50,000 training records and measured on the
+other 10,000, with and without averaging the second half of the iterates, and stayed as published. Noise is simulated
+from the seed, so that the numbers can be had again.
+
+Published value: 98.7 at epsilon 3, with settings chosen on MNIST. Tramer and Boneh 2021, "Differentially private
+learning needs better features (or much more data)".
+
+    python benchmarks/dp_mnist.py --seeds 3 --json benchmarks/results/dp_mnist.json
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from perdure import Experience, Learner, Privacy, Records, Stream
+from perdure.datasets import Dataset, mnist
+from perdure.environment import store_rows
+from perdure.features import Scattering
+from perdure.models import mlp
+from perdure.strategies.naive import Naive
+
+DELTA = 1e-5
+GROUPS, BATCH, LEARNING_RATE, MOMENTUM, CLIP_NORM, EPOCHS = 27, 8192, 16.0, 0.9, 0.1, 40
+PUBLISHED = {3.0: 98.7}
+"""Accuracy in percent by epsilon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One seed: accuracy on the test set in percent, noise multiplier, epsilon by the ledger, seconds."""
+
+    accuracy: float
+    noise_multiplier: float
+    spent: float
+    seconds: float
+
+
+def scattered(data: Dataset) -> Stream:
+    """One experience of all classes, every image replaced by its features (81, 7, 7), normalised by itself."""
+    train, test = (features(records) for records in (data.train, data.test))
+    whole = Experience(index=0, train=train, test=test, classes=tuple(range(data.num_classes)))
+    return Stream(
+        name="mnist-scattered", scenario="class", experiences=(whole,),
+        num_classes=data.num_classes, input_shape=tuple(train.inputs.shape[1:]),
+    )  # fmt: skip
+
+
+def features(records: Records) -> Records:
+    """Return the same records, their images seen through the scattering transform."""
+    seen: Tensor = F.group_norm(Scattering()(records.inputs), GROUPS)
+    return Records(inputs=seen, labels=records.labels, ids=records.ids, partition=records.partition)
+
+
+def run(stream: Stream, epsilon: float, seed: int) -> Outcome:
+    """Train one private linear model."""
+    start = time.perf_counter()
+    learner = Learner(
+        model=mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(), seed=seed),
+        strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM),
+        epochs=EPOCHS, batch_size=BATCH, seed=seed,
+        privacy=Privacy(epsilon=epsilon, delta=DELTA, clip_norm=CLIP_NORM, seed=seed),
+    )  # fmt: skip
+    accuracy = float(learner.fit(stream)[-1, -1])
+    assert learner.mechanism is not None
+    mechanism, seconds = learner.mechanism, time.perf_counter() - start
+    _, spent = mechanism.ledger.worst(DELTA)
+    return Outcome(accuracy=accuracy, noise_multiplier=mechanism.noise_multiplier, spent=spent, seconds=seconds)
+
+
+def row(epsilon: float, outcomes: list[Outcome], preparing: float) -> dict[str, object]:
+    """One stored row; a seed's seconds hold the features too, as if it ran alone."""
+    accuracies = [outcome.accuracy for outcome in outcomes]
+    error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
+    return {
+        "benchmark": "dp_mnist", "epsilon": epsilon, "delta": DELTA, "seeds": len(outcomes),
+        "accuracy": statistics.mean(accuracies), "standard_error": error, "accuracies": accuracies,
+        "noise_multiplier": outcomes[0].noise_multiplier, "spent": max(outcome.spent for outcome in outcomes),
+        "seconds": preparing + statistics.mean(outcome.seconds for outcome in outcomes),
+        "seconds_for_features": preparing, "published": PUBLISHED.get(epsilon),
+    }  # fmt: skip
+
+
+def show(rows: Iterable[dict[str, object]]) -> None:
+    """Print the rows as a table."""
+    table = Table(title=f"MNIST, delta {DELTA:g}, record level, add/remove, PLD; simulated noise")
+    columns = ("epsilon", "spent", "seeds", "accuracy", "standard_error", "noise_multiplier", "seconds", "published")
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for entry in rows:
+        cells = [entry[column] for column in columns]
+        table.add_row(*[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[3.0, 1.0], help="targets (default 3 and 1)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
+    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
+    parser.add_argument("--json", type=Path, help="store the rows in this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows, start = [], time.perf_counter()
+    stream = scattered(mnist(args.data))
+    preparing = time.perf_counter() - start
+    with Progress() as progress:
+        task = progress.add_task("seeds", total=len(args.epsilon) * args.seeds)
+        for epsilon in args.epsilon:
+            outcomes = []
+            for seed in range(args.seeds):
+                progress.update(task, description=f"epsilon {epsilon:g}, seed {seed}")
+                outcomes.append(run(stream, epsilon, seed))
+                progress.advance(task)
+            rows.append(row(epsilon, outcomes, preparing))
+    show(rows)
+    if args.json:
+        store_rows(args.json, rows, seed=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The audit in both directions: a correct mechanism passes, and each of several broken ones is caught."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+
+from perdure import Combine, Context, Forward, Learner, Privacy, State, Strategy
+from perdure.auditing import Audited, AuditResult, Probed, audit, audit_run, joined, with_canaries
+from perdure.config import parse
+from perdure.curator import Curator
+from perdure.errors import ConfigError
+from perdure.privacy.audit import lower_bound
+from perdure.privacy.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping import clipped_sum
+from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.noise import NoiseKey
+from perdure.queries import gradient_rows
+from perdure.records import Batch
+from perdure.strategies.ewc import EWC
+from perdure.strategies.lwf import LwF
+from perdure.strategies.naive import Naive
+from perdure.strategies.replay import Replay
+
+PRIVACY = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=0)
+"""About epsilon 4 over 25 steps."""
+
+
+@pytest.fixture
+def learner(toy_model, toy_stream):
+    """A private learner of 25 steps an experience; `kind` may be a broken one."""
+
+    def build(kind=Learner, strategy=None, **changes):
+        options = {"privacy": PRIVACY, "iterations": 25, "seed": 0} | changes
+        return kind(
+            model=toy_model(toy_stream()), strategy=strategy or Naive(),
+            optimizer=partial(torch.optim.SGD, lr=0.5), **options,
+        )  # fmt: skip
+
+    return build
+
+
+def broken(key=NoiseKey, mechanism=Mechanism):
+    """Class of learners with another key or mechanism than `prepare` gave them, and the ledger of an honest one."""
+
+    class Broken(Learner):
+        def prepare(self, stream):
+            super().prepare(stream)
+            honest = self.mechanism
+            self.mechanism = mechanism(
+                privacy=honest.privacy, noise_multiplier=honest.noise_multiplier, ledger=honest.ledger,
+                key=key.simulated(honest.privacy.seed, "client", 0),
+            )  # fmt: skip
+            self.curator = Curator(seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism)
+
+    return Broken
+
+
+class HalfKey(NoiseKey):
+    """Draws half the noise."""
+
+    def normal(self, shapes, **place):
+        return {name: value / 2 for name, value in super().normal(shapes, **place).items()}
+
+
+class LoadedCoins(NoiseKey):
+    """Puts every record into every step."""
+
+    def uniform(self, n, **place):
+        return super().uniform(n, **place) * 1e-3
+
+
+class Unclipped(Mechanism):
+    """Forgets to clip."""
+
+    def gradient(self, clipped, params, *, step):
+        return super().gradient(lambda clip_norm: clipped(1e6), params, step=step)
+
+
+# ---- canaries
+
+
+def canary_batch(stream, learner, canaries=(0, 3), of=4):
+    model, strategy = Probed(learner.model, of), Audited(inner=Naive(), first=1000, canaries=of, loudness=10.0)
+    mixed = with_canaries(stream, 0, 1000 + torch.tensor(canaries))[0]
+    table = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    context = Context(scenario="class", experience=0, task_classes=table, seen=table[0])
+    losses = lambda forward, batch: strategy.losses(forward, batch, context, State())  # noqa: E731
+    return model, losses, Batch.current(mixed.train, 0)
+
+
+@pytest.mark.parametrize("way", ["book-keeping", "record by record"])
+def test_a_canary_fills_its_own_coordinate_to_the_clip_norm_and_nothing_else(way, learner, toy_stream):
+    clip_norm = 0.3
+    model, losses, batch = canary_batch(toy_stream(), learner())
+    params = dict(model.named_parameters())
+
+    def total(rows):
+        if way == "book-keeping":
+            return clipped_gradient_sum(model, params, lambda: losses(Forward(model), rows), len(rows), clip_norm)
+        return clipped_sum(gradient_rows(losses, model), params, rows.tensors(), clip_norm, 64)
+
+    mixed, real = total(batch), total(batch.take(batch.ids < 1000))
+    torch.testing.assert_close(mixed["probe.weight"][:, 0], torch.tensor([clip_norm, 0, 0, clip_norm]))
+    assert not real["probe.weight"].any()
+    for name in params.keys() - {"probe.weight"}:
+        assert real[name].any()
+        torch.testing.assert_close(mixed[name], real[name])
+
+
+def test_canaries_join_without_changing_what_is_declared(toy_stream):
+    stream = toy_stream()
+    mixed = with_canaries(stream, 1, torch.tensor([500, 501, 502]))
+    assert len(mixed[1].train) == len(stream[1].train) + 3
+    assert mixed[1].train.declared_size == stream[1].train.declared_size
+    assert mixed[1].train.partition == stream[1].train.partition
+    assert mixed[0] is stream[0]
+    assert joined(stream[0], torch.tensor([], dtype=torch.int64)).labels.tolist() == stream[0].train.labels.tolist()
+
+
+def test_every_hook_of_a_strategy_reaches_the_one_under_audit():
+    hooks = {name for name, value in vars(Strategy).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert {name for name in hooks if Audited.overrides(name)} == hooks
+
+
+# ---- the claim under audit is that of the learner
+
+
+def test_the_claim_is_what_the_same_learner_spends_without_canaries(learner, toy_stream):
+    plain, stream = learner(strategy=EWC(strength=1.0)), toy_stream()
+    result = audit(plain, stream, canaries=20)
+    assert plain.mechanism is None
+    plain.fit(stream)
+    assert result.claimed == plain.mechanism.ledger.epsilon(["experience-0"], delta=PRIVACY.delta)
+    assert (result.sampling_rate, result.steps, result.partition) == (0.4, 25, "experience-0")
+
+
+def test_an_audit_leaves_the_learner_and_its_folder_alone(learner, toy_stream, tmp_path):
+    secret = Privacy(noise_multiplier=2.0, sampling_rate=0.4)
+    plain = learner(folder=tmp_path, privacy=secret)
+    before = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    audit(plain, toy_stream(), canaries=20)
+    assert torch.equal(torch.rand(3), expected)
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
+    assert plain.privacy is secret
+
+
+def test_the_same_audit_finds_the_same(learner, toy_stream):
+    first, again, other = (audit(learner(seed=seed), toy_stream(), canaries=100) for seed in (0, 0, 1))
+    assert first == again
+    assert first.lower_bound != other.lower_bound
+
+
+# ---- both directions
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("seed", range(5))
+def test_a_correct_mechanism_passes(seed, learner, toy_stream):
+    """At 99.9 % confidence one honest audit in 1,000 would be flagged, were the seeds not fixed."""
+    privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
+    result = audit(learner(seed=seed, privacy=privacy), toy_stream(), canaries=2000, confidence=0.999)
+    assert 3 < result.claimed < 5
+    assert not result.flagged
+    assert result.lower_bound > 0.6 * result.claimed
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("kind", [broken(HalfKey), broken(LoadedCoins), broken(mechanism=Unclipped)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):
+    """The lower bounds are ten and more standard errors above the claim."""
+    privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
+    result = audit(learner(kind, seed=seed, privacy=privacy), toy_stream(), canaries=1000, confidence=0.999)
+    assert 3 < result.claimed < 5
+    assert result.flagged
+    assert result.lower_bound > 1.4 * result.claimed
+
+
+@pytest.mark.statistical
+def test_without_sampling_half_the_noise_is_caught_by_every_method(learner, toy_stream):
+    privacy = Privacy(noise_multiplier=5.0, delta=1e-5, sampling_rate=1.0, seed=0)
+    options = {"privacy": privacy, "iterations": 20}
+    for method in ("gaussian", "one-run-f-dp"):
+        find = partial(audit, stream=toy_stream(), canaries=10_000, confidence=0.999, method=method)
+        assert not find(learner(**options)).flagged
+        assert find(learner(broken(HalfKey), **options)).flagged
+    bounds = [audit(learner(kind, **options), toy_stream(), canaries=4000, method="one-run").lower_bound
+              for kind in (Learner, broken(HalfKey))]  # fmt: skip
+    assert 1 < bounds[0] < bounds[1] - 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [(EWC(strength=10.0), 25), (LwF(), 25), (Replay(memory_size=40), 50),
+     (Combine(EWC(strength=1.0), Replay(memory_size=40)), 50)],
+)  # fmt: skip
+def test_strategies_are_audited_as_they_are(strategy, steps, learner, toy_stream):
+    result = audit(learner(strategy=strategy), toy_stream(), canaries=500)
+    assert result.steps == steps
+    assert 0.5 < result.lower_bound < result.claimed
+
+
+def test_canaries_may_join_a_later_experience(learner, toy_stream):
+    result = audit(learner(), toy_stream(), canaries=500, experience=1)
+    assert result.partition == "experience-1"
+    assert 0.5 < result.lower_bound < result.claimed
+
+
+# ---- what is said and refused
+
+
+def result_of(bound):
+    return AuditResult(
+        lower_bound=bound, claimed=3.996, confidence=0.999, delta=1e-5, canaries=1000, method="gaussian",
+        partition="experience-0", sampling_rate=0.1, steps=300,
+    )  # fmt: skip
+
+
+def test_the_result_reads_well():
+    assert str(result_of(3.459)) == (
+        "epsilon is at least 3.45 with 99.9 % confidence; claimed: 4.00 (record, add/remove, delta 1e-5)\n"
+        "not contradicted: the audit saw no more leak than is claimed\n"
+        "1000 canaries, each in experience-0 with probability 1/2; 300 steps, Poisson sampling at rate 0.1; "
+        "gaussian bound; simulated noise"
+    )
+    assert not result_of(3.459).flagged
+    assert result_of(4.1).flagged
+    assert "CONTRADICTED: more leaks than is claimed" in str(result_of(4.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "field"),
+    [({"privacy": None}, {}, "privacy"), ({}, {"canaries": 9}, "canaries"), ({}, {"experience": 2}, "experience")],
+)
+def test_an_audit_that_cannot_be_is_refused(changes, options, field, learner, toy_stream):
+    with pytest.raises(ConfigError, match=field):
+        audit(learner(**changes), toy_stream(), **options)
+
+
+CONFIG = """
+name = "audited"
+[data]
+name = "digits"
+experiences = 2
+[model]
+hidden = [8]
+[training]
+optimizer = "SGD"
+learning_rate = 0.5
+iterations = 10
+{federation}
+[privacy]
+noise_multiplier = 3.0
+sampling_rate = 0.5
+seed = 0
+[[arms]]
+strategy = "naive"
+{arms}
+"""
+PRIVATE_ARMS = '[[arms]]\nstrategy = "naive"\nprivate = true\n[[arms]]\nstrategy = "lwf"\nprivate = true'
+FEDERATION = "[federation]\nclients = 3\nrounds = 2\nmin_size = 5"
+
+
+@pytest.mark.parametrize("federation", ["", FEDERATION])
+def test_every_private_arm_of_a_config_is_audited(federation, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = audit_run(parse(CONFIG.format(federation=federation, arms=PRIVATE_ARMS)), canaries=400)
+    assert list(found) == ["naive-private", "lwf-private"]
+    assert all(0 < result.lower_bound < result.claimed for result in found.values())
+    assert {result.steps for result in found.values()} == {10}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_without_a_private_arm_is_refused():
+    with pytest.raises(ConfigError, match="private = true"):
+        audit_run(parse(CONFIG.format(federation="", arms="")))
+
+
+def test_a_bound_is_on_what_was_released_not_on_the_coins_alone(learner, toy_stream):
+    """Scores of one audit say nothing about the coins of another."""
+    scores = torch.randn(1000, generator=torch.Generator().manual_seed(5))
+    included = torch.rand(1000, generator=torch.Generator().manual_seed(6)) < 0.5
+    assert lower_bound(scores, included, delta=1e-5, confidence=0.99) < 0.5

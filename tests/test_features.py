@@ -1,0 +1,160 @@
+"""Scattering: a brute-force reference, the wavelets' properties, one record at a time, and what is refused."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from perdure.errors import ConfigError, DataError
+from perdure.features import Scattering, low_pass, modulus, morlet
+
+
+def images(n=3, channels=1, side=28, seed=0):
+    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def stripes(angle, side=28):
+    """(1, 1, side, side): a wave of the finest wavelet's frequency that runs in direction `angle`."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cos(3 * math.pi / 4 * (x * math.cos(angle) + y * math.sin(angle)))[None, None]
+
+
+def plain_wavelet(scale, direction, orientations):
+    """The formula of `morlet`, entry by entry."""
+    sigma, slant, xi = 0.8 * 2**scale, 4 / orientations, 0.75 * math.pi / 2**scale
+    reach, theta = math.ceil(3 * sigma / slant), math.pi * direction / orientations
+    wave, envelope = {}, {}
+    for y in range(-reach, reach + 1):
+        for x in range(-reach, reach + 1):
+            along, across = x * math.cos(theta) + y * math.sin(theta), y * math.cos(theta) - x * math.sin(theta)
+            bump = math.exp(-(along**2 + slant**2 * across**2) / (2 * sigma**2)) * slant / (2 * math.pi * sigma**2)
+            envelope[y, x], wave[y, x] = bump, bump * complex(math.cos(xi * along), math.sin(xi * along))
+    balance = sum(wave.values()) / sum(envelope.values())
+    return {place: wave[place] - balance * envelope[place] for place in wave}
+
+
+def plain_modulus(plane, wavelet, step):
+    """|convolution| on a ring, term by term, at every step-th pixel."""
+    total = sum(value * plane.roll(place, (0, 1)).to(torch.complex128) for place, value in wavelet.items())
+    return total.abs()[::step, ::step]
+
+
+def plain_average(plane, resolution, scales):
+    """Gaussian means of what lies around every 2^J-th pixel inside the margin, term by term."""
+    margin, step = 2**scales, 2**resolution
+    sigma, side = 0.8 * 2 ** (scales - 1), len(plane) * step
+    centres = range(margin, side - margin, margin)
+
+    def weights(centre):
+        bumps = torch.tensor([math.exp(-((p * step - centre) ** 2) / (2 * sigma**2)) for p in range(len(plane))])
+        return (bumps / bumps.sum()).double()
+
+    return torch.stack([torch.stack([weights(r) @ plane @ weights(c) for c in centres]) for r in centres])
+
+
+@pytest.mark.reference
+def test_the_transform_is_the_formula_written_out():
+    scales, orientations, image = 2, 4, images(n=1, side=12)
+    plane = F.pad(image, (4,) * 4, mode="reflect")[0, 0].double()
+    fine, coarse = ([plain_wavelet(j, k, orientations) for k in range(orientations)] for j in range(scales))
+    first = [plain_modulus(plane, wavelet, 1) for wavelet in fine]
+    expected = [plain_average(plane, 0, scales)]
+    expected += [plain_average(moduli, 0, scales) for moduli in first]
+    expected += [plain_average(plain_modulus(plane, wavelet, 2), 1, scales) for wavelet in coarse]
+    second = [plain_modulus(moduli, wavelet, 2) for moduli in first for wavelet in coarse]
+    expected += [plain_average(moduli, 1, scales) for moduli in second]
+    found = Scattering(scales=scales, orientations=orientations)(image)[0].double()
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scales", "orientations", "channels"), [(1, 1, 2), (2, 8, 81), (2, 4, 25), (3, 2, 19)])
+def test_shapes(scales, orientations, channels):
+    transform = Scattering(scales=scales, orientations=orientations)
+    small = 32 // 2**scales
+    assert transform.channels == channels
+    assert transform(images(side=32)).shape == (3, channels, small, small)
+    assert transform(images(n=0, side=32)).shape == (0, channels, small, small)
+
+
+def test_sides_may_differ():
+    turned = Scattering(orientations=4)(images().mT[..., :20, :].mT)
+    assert turned.shape == (3, 25, 7, 5)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_wavelets_see_no_constant_and_peak_at_their_frequency(scale):
+    wavelets = morlet(scale, 8)
+    assert wavelets.sum((1, 2)).abs().max() < 1e-6
+    response = torch.fft.fft2(wavelets, s=(64, 64)).abs()
+    for direction, plane in enumerate(response):
+        fy, fx = (2 * math.pi * (k - 64 * (k >= 32)) / 64 for k in divmod(int(plane.argmax()), 64))
+        centre, angle = 0.75 * math.pi / 2**scale, math.pi * direction / 8
+        assert math.hypot(fx - centre * math.cos(angle), fy - centre * math.sin(angle)) < 0.2
+
+
+def test_a_quarter_turn_of_a_wavelet_is_another_wavelet():
+    wavelets = morlet(1, 8)
+    torch.testing.assert_close(wavelets[4:], wavelets[:4].rot90(-1, (1, 2)))
+
+
+@pytest.mark.parametrize("direction", range(8))
+def test_stripes_show_in_the_channel_of_their_direction(direction):
+    finest = Scattering()(stripes(math.pi * direction / 8))[0, 1:9].mean((1, 2))
+    assert int(finest.argmax()) == direction
+
+
+def test_a_constant_image_has_itself_as_mean_and_nothing_else():
+    features = Scattering()(torch.full((1, 1, 16, 16), 0.7))
+    torch.testing.assert_close(features[:, 0], torch.full((1, 4, 4), 0.7))
+    assert features[:, 1:].abs().max() < 1e-6
+
+
+def test_means_are_means():
+    for resolution in range(3):
+        weights = low_pass(32, 2, resolution)
+        assert weights.shape == (6, 32 >> resolution)
+        torch.testing.assert_close(weights.sum(1), torch.ones(6))
+        assert torch.equal(weights.argmax(1), torch.arange(4, 28, 4) >> resolution)
+
+
+def test_a_record_has_the_same_features_alone_and_among_others():
+    x, transform = images(n=5), Scattering()
+    together = transform(x)
+    torch.testing.assert_close(torch.cat([transform(x[i : i + 1]) for i in range(5)]), together)
+    torch.testing.assert_close(transform(x, batch_size=2), together)
+
+
+def test_channels_of_an_image_do_not_mix():
+    x, transform = images(channels=3, side=16), Scattering(orientations=2)
+    apart = torch.cat([transform(x[:, k : k + 1]) for k in range(3)], 1)
+    torch.testing.assert_close(transform(x), apart)
+
+
+def test_a_step_to_the_side_moves_features_much_less_than_pixels():
+    x = images(side=32, n=8)[:, :, 8:24, 8:24]
+    x = F.pad(F.interpolate(x, scale_factor=2, mode="bilinear"), (8, 8, 8, 8))
+    moved = x.roll(1, 3)
+
+    def change(a, b):
+        return float((a - b).norm() / a.norm())
+
+    transform = Scattering()
+    assert change(transform(x), transform(moved)) < 0.5 * change(x, moved)
+
+
+def test_moduli_go_round_at_the_borders():
+    x = images(side=16)
+    torch.testing.assert_close(modulus(x.roll(4, 2), 1, 4), modulus(x, 1, 4).roll(2, 2))
+
+
+@pytest.mark.parametrize("field", ["scales", "orientations"])
+def test_settings_below_one_are_refused(field):
+    with pytest.raises(ConfigError, match=f"{field} is 0"):
+        Scattering(**{field: 0})
+
+
+@pytest.mark.parametrize("shape", [(2, 28, 28), (2, 1, 30, 28), (2, 1, 28, 4)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(DataError, match="sides above 4 and divisible by it"):
+        Scattering()(torch.zeros(shape))
