@@ -132,7 +132,7 @@ def test_the_one_run_bound_is_exact_for_randomised_response(eps):
     assert chance <= tail < chance + mass[first - 1]
 
 
-@pytest.mark.parametrize("mu", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("mu", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("tail", [0.05, 0.001])
 def test_what_a_gaussian_mechanism_does_is_not_called_impossible(mu, tail):
     """Guessing every canary by the sign of its own coordinate is right with probability Phi(mu/2), independently."""

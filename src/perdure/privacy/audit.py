@@ -6,8 +6,9 @@ the coins from the scores better than (epsilon, delta) allows has shown that the
 
 Three bounds, from the tightest to the one that assumes least:
 
-gaussian        scores of canaries in and out of the data are two samples of Gaussians of one variance (those of many
-                noisy sums are); a confidence bound on their distance mu is one on the mu of Gaussian DP.
+gaussian        scores of canaries in and out of the data are two samples of Gaussians of one variance; a confidence
+                bound on their distance mu is one on the mu of Gaussian DP. Exact without sampling; with Poisson
+                sampling a limit of many steps, below the PLD: over few steps at a low rate the bound is far too low.
 one-run-f-dp    nothing about the scores; epsilon is that of the smallest mu for which the mechanism could be mu-GDP.
 one-run         nothing about scores or mechanism: any (epsilon, delta)-DP mechanism would pass.
 """
