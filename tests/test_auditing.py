@@ -1,13 +1,14 @@
 """The audit in both directions: a correct mechanism passes, and each of several broken ones is caught."""
 
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from perdure import Combine, Context, Forward, Learner, Privacy, State, Strategy
-from perdure.auditing import Audited, AuditResult, Probed, audit, audit_run, joined, with_canaries
+from perdure.auditing import Audited, AuditResult, Listener, Probed, audit, audit_run, joined, with_canaries
 from perdure.config import parse
 from perdure.curator import Curator
 from perdure.errors import ConfigError
@@ -122,6 +123,19 @@ def test_canaries_join_without_changing_what_is_declared(toy_stream):
 def test_every_hook_of_a_strategy_reaches_the_one_under_audit():
     hooks = {name for name, value in vars(Strategy).items() if inspect.isfunction(value) and name[0] != "_"}
     assert {name for name in hooks if Audited.overrides(name)} == hooks
+
+
+@pytest.mark.statistical
+def test_scores_lie_as_far_apart_as_noise_and_steps_say(learner, toy_stream):
+    """In units of its noise s, T steps move the mean score by T / s^2 = 0.8; its standard error is 0.04. Seeded."""
+    privacy = Privacy(noise_multiplier=5.0, sampling_rate=1.0, clip_norm=0.2, seed=0)
+    chosen, ear = learner(privacy=privacy, iterations=20), Listener("experience-0", 2000)
+    strategy = Audited(inner=Naive(), first=1000, canaries=2000, loudness=10.0)
+    trial = replace(chosen, model=Probed(chosen.model, 2000), strategy=strategy, callbacks=(ear,))
+    trial.fit(with_canaries(toy_stream(), 0, 1000 + torch.arange(1000)))
+    assert ear.rates == [1.0] * 20
+    assert ear.scores[:1000].mean() - ear.scores[1000:].mean() == pytest.approx(0.8, abs=0.16)
+    assert ear.scores.mean() == pytest.approx(0.0, abs=0.08)
 
 
 # ---- the claim under audit is that of the learner

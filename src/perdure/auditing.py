@@ -99,8 +99,8 @@ def audit(
     Args:
         learner: not yet trained, with `privacy`. Its class is kept, so that a mechanism of one's own is audited.
         stream: what it would be trained on.
-        canaries: in all; each is in the data with probability 1/2. Without sampling 1,000 get within about 0.5 of a true
-            epsilon of 4 at 95 % confidence, 10,000 within 0.2; few steps at a low sampling rate show less.
+        canaries: in all; each is in the data with probability 1/2. Without sampling 1,000 get within about 0.5 of a
+            true epsilon of 4 at 95 % confidence, 10,000 within 0.2; few steps at a low sampling rate show less.
         confidence: that an honest mechanism is not flagged. method: see `perdure.privacy.audit`.
         experience: whose partition the canaries join.
 

@@ -33,11 +33,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; defa
 
 
 @app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="TOML file; `perdure demo --show-config` prints an example.")],
-    out: Out = None,
-) -> None:
-    """Run the experiment that CONFIG describes, or go on with it."""
+def run(config: Path, out: Out = None) -> None:
+    """Run the experiment that CONFIG describes, or go on with it.
+
+    CONFIG is a TOML file; `perdure demo --show-config` prints an example.
+    """
     with resumable():
         from perdure.config import read_text
 
@@ -59,8 +59,11 @@ def demo(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a finished run, such as runs/demo.")]) -> None:
-    """Print the table of a finished run and write its report.html again."""
+def report(run: Path) -> None:
+    """Print the table of a finished run and write its report.html again.
+
+    RUN is the folder of the run, such as runs/demo.
+    """
     from perdure.report import write_report
     from perdure.report.result import read_result
     from perdure.report.table import table
@@ -124,7 +127,7 @@ def wide_console() -> Console:
 def main() -> None:
     """Entry point: an error that perdure raises on purpose is one line and exit code 2."""
     try:
-        app()
+        app(prog_name="perdure")
     except PerdureError as error:
         _complain(str(error))
         sys.exit(2)

@@ -1,0 +1,261 @@
+"""The command: what it teaches, what it prints, and how it refuses."""
+
+import io
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from importlib import resources
+
+import pytest
+from rich.console import Console
+
+with warnings.catch_warnings():
+    # typer takes names from click that click is about to move
+    warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
+    from perdure import cli
+
+CONFIG = """
+name = "small"
+[data]
+experiences = 2
+[model]
+hidden = [4]
+[training]
+optimizer = "SGD"
+learning_rate = 0.1
+epochs = 1
+[[arms]]
+strategy = "naive"
+"""
+
+
+@pytest.fixture
+def perdure(monkeypatch, capfd, tmp_path):
+    """Call the command in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["perdure", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capfd.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def assert_refused(answer, *words):
+    """Exit code 2 and one line on standard error that holds `words`."""
+    code, out, err = answer
+    assert code == 2
+    assert out == ""
+    assert err.startswith("perdure: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+# --------------------------------------------------------------------------- what it teaches
+
+
+def plain(text):
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("words", [["--help"], []])
+def test_help_teaches_the_first_steps(perdure, words):
+    _, out, err = perdure(*words)
+    told = plain(out + err)
+    for sentence in (
+        "perdure demo runs the built-in experiment and writes runs/demo/report.html",
+        "perdure demo --show-config > mine.toml gives you its config to change; perdure run mine.toml runs it",
+        "A run that was stopped goes on where it was: give the same command again.",
+        "run Run the experiment that CONFIG describes, or go on with it.",
+        "report Print the table of a finished run and write its report.html again.",
+    ):
+        assert sentence in told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("run", "CONFIG is a TOML file; perdure demo --show-config prints an example."),
+        ("run", "Folder of the run; default runs/NAME."),
+        ("demo", "Print the demo's config and stop."),
+        ("report", "RUN is the folder of the run, such as runs/demo."),
+    ],
+)
+def test_help_of_a_command_names_its_arguments(perdure, command, told):
+    code, out, _ = perdure(command, "--help")
+    assert code == 0
+    assert told in plain(out)
+
+
+def test_show_config_prints_the_packaged_file_to_the_letter(perdure):
+    code, out, err = perdure("demo", "--show-config")
+    assert (code, err) == (0, "")
+    assert out == resources.files("perdure").joinpath("demo.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(out)["name"] == "demo"
+
+
+# --------------------------------------------------------------------------- a run
+
+
+def test_a_run_prints_plain_lines_into_a_pipe_and_a_table(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(CONFIG)
+    code, out, err = perdure("run", "mine.toml")
+    assert (code, err) == (0, "")
+    assert out.startswith("naive-plain 50 %\nnaive-plain 75 %\nnaive-plain 100 %\n") or "naive-plain 25 %\n" in out
+    assert out.endswith("report: runs/small/report.html\n")
+    assert "accuracy" in out
+    assert "\x1b" not in out
+    assert "\r" not in out
+    for name in ("result.json", "report.html", "config.toml", "figures"):
+        assert (tmp_path / "runs" / "small" / name).exists()
+
+    first = (tmp_path / "runs" / "small" / "result.json").read_bytes()
+    code, again, _ = perdure("run", "mine.toml")
+    assert code == 0
+    assert again.splitlines()[-7:] == out.splitlines()[-7:]
+    assert (tmp_path / "runs" / "small" / "result.json").read_bytes() == first
+
+    page = tmp_path / "runs" / "small" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    code, shown, err = perdure("report", "runs/small")
+    assert (code, err) == (0, "")
+    assert page.read_bytes() == before
+    assert shown.splitlines()[-7:] == out.splitlines()[-7:]
+
+
+def test_the_folder_can_be_chosen_and_is_not_shared_by_two_configs(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(CONFIG)
+    code, out, _ = perdure("run", "mine.toml", "--out", "here")
+    assert code == 0
+    assert out.endswith("report: here/report.html\n")
+    assert not (tmp_path / "runs").exists()
+    assert_refused(perdure("demo", "--out", "here"), "here holds a run of another config; give another --out")
+
+
+def test_a_terminal_gets_bars_and_a_pipe_gets_a_line_a_quarter():
+    for terminal in (True, False):
+        written = io.StringIO()
+        with cli._progress(Console(file=written, force_terminal=terminal, width=80)) as progress:
+            for hundredth in (0, 10, 26, 27, 80, 100):
+                progress("naive-plain", hundredth / 100)
+            progress("ewc-plain", 1.0)
+        if terminal:
+            assert "━" in written.getvalue()
+            assert "100%" in written.getvalue()
+        else:
+            assert written.getvalue() == "naive-plain 25 %\nnaive-plain 75 %\nnaive-plain 100 %\newc-plain 100 %\n"
+
+
+# --------------------------------------------------------------------------- what it refuses
+
+WRONG = {
+    "syntax": ("name = ", "mine.toml is not TOML: "),
+    "field": (CONFIG + "colour = 3\n", "arms[0].colour = 3", "one of the fields"),
+    "type": (CONFIG.replace("0.1", '"fast"'), "training.learning_rate = 'fast'", "a finite number"),
+    "range": (CONFIG.replace("0.1", "nan"), "training.learning_rate = nan"),
+    "option": (CONFIG.replace("0.1", "0.1\nmomentum = -1.0"), "training.momentum = -1.0"),
+    "optimizer": (CONFIG.replace('"SGD"', '"Sgd"'), "training.optimizer = 'Sgd'", "Adam, "),
+    "strategy": (CONFIG.replace("naive", "nave"), "arms[0].strategy = 'nave'", "naive"),
+    "escape": (CONFIG.replace("small", "../small"), "name = '../small'"),
+    "markup": (CONFIG.replace("small", "[red]"), "name = '[red]'"),
+    "slices": (CONFIG.replace("experiences = 2", "experiences = 3"), "experiences = 3", "1, 2, 5, 10"),
+    "shape": (CONFIG.replace("[data]", '[data]\nname = "breast-cancer"').replace("[4]", '[4]\nname = "cnn"'), "(30,)"),
+    "guard": (
+        CONFIG.replace("[4]", '[4]\nname = "cnn"\nwidth = 2\nnorm = "batch"')
+        + "private = true\n[privacy]\nnoise_multiplier = 1.0\n",
+        "BatchNorm2d",
+        "GroupNorm",
+    ),
+    "budget": (CONFIG + "private = true\n[privacy]\nepsilon = 1e-6\ndelta = 1e-9\n", "epsilon"),
+    "clients": (CONFIG + "[federation]\nclients = 1000\n", "min_size = 10", "1000 clients"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_bad_config_is_one_line_and_exit_code_2(perdure, tmp_path, name):
+    text, *words = WRONG[name]
+    (tmp_path / "mine.toml").write_text(text)
+    assert_refused(perdure("run", "mine.toml"), *words)
+
+
+def test_a_config_that_is_refused_at_once_leaves_nothing_behind(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(WRONG["field"][0])
+    perdure("run", "mine.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_a_config_that_was_mended_runs_in_the_same_folder(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(WRONG["slices"][0])
+    assert_refused(perdure("run", "mine.toml"))
+    (tmp_path / "mine.toml").write_text(CONFIG)
+    assert perdure("run", "mine.toml")[0] == 0
+
+
+@pytest.mark.parametrize("path", ["no.toml", ".", "bad.toml", "bad.toml/x.toml"])
+def test_a_path_that_cannot_be_read_is_one_line(perdure, tmp_path, path):
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
+    assert_refused(perdure("run", path), f"config {path} cannot be read")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(CONFIG)
+    assert_refused(perdure("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written")
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
+def test_data_that_are_not_there_are_one_line(perdure, tmp_path, monkeypatch, data):
+    for name in ("http_proxy", "https_proxy"):
+        # a port that nobody listens at: a download fails at once, with or without a network
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PERDURE_DATA", str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.toml").write_text(CONFIG.replace("[data]", f'[data]\nname = "{data}"'))
+    assert_refused(perdure("run", "mine.toml"), str(tmp_path / "empty"))
+
+
+def test_a_report_needs_a_finished_run(perdure, tmp_path):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "result.json").write_text('{"schema": 1')
+    for folder, words in ((".", "let the run finish first"), ("no", "cannot be read"), ("torn", "not valid JSON")):
+        assert_refused(perdure("report", folder), words)
+
+
+def test_an_unknown_command_is_refused_without_a_traceback(perdure):
+    code, out, err = perdure("rnu")
+    assert (code, out) == (2, "")
+    assert "No such command 'rnu'" in err
+    assert "Traceback" not in err
+
+
+# --------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n")
+    words = [sys.executable, "-m", "perdure.cli", "run", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "run" / "arms" / "naive-plain" / "checkpoint" / "latest.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "perdure: stopped; the same command goes on where it was\n"
