@@ -10,12 +10,12 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+if __name__ != "perdure.strategies":
+    raise ImportError(f"import this package as perdure.strategies, not as {__name__}")
+
 from perdure.combine import Combine
 from perdure.errors import ConfigError
 from perdure.strategy import Strategy
-
-if __name__ != "perdure.strategies":
-    raise ImportError(f"import this package as perdure.strategies, not as {__name__}")
 
 __all__ = ["Combine", "find", "names"]
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from perdure.curator import Curator
     from perdure.streams import Experience
 
+
 @dataclass(frozen=True, kw_only=True, init=False)
 class Combine(Strategy):
     """Several strategies as one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.

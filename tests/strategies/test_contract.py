@@ -86,7 +86,7 @@ def test_every_file_has_an_example_and_every_example_a_file():
 @every
 def test_it_runs_alone(learner_of, toy_stream, name):
     matrix = learner_of(name, iterations=150).fit(toy_stream())
-    assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 50
+    assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 40
     assert name.replace("_", "") == example(name).name.lower() and isinstance(hash(example(name)), int)
     assert example(name) == eval(repr(example(name)), {n: getattr(strategies, n) for n in dir(strategies)})
 

@@ -1,0 +1,209 @@
+"""A run that is stopped at any moment, and started again, ends with the same bits."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from perdure.config import parse
+from perdure.learner import POINTS
+from perdure.run import run, untimed
+
+ARMS = ("replay-plain", "ewc-private")
+CONFIG = """
+name = "stopped"
+explain = 1
+[data]
+experiences = 2
+[model]
+hidden = [4]
+[training]
+learning_rate = 0.01
+epochs = 1
+[privacy]
+noise_multiplier = 1.0
+delta = 0.001
+sampling_rate = 0.25
+seed = 0
+[[arms]]
+strategy = "replay"
+memory_size = 20
+[[arms]]
+strategy = "ewc"
+strength = 10.0
+private = true
+"""
+FEDERATED = CONFIG + "[federation]\nclients = 2\nrounds = 2\n"
+
+
+class Stopped(BaseException):
+    """Stands for the end of the process, which nobody catches."""
+
+
+class Watch:
+    """Counts the points that are passed and stops the run at one of them.
+
+    Args:
+        point: its name. at: how often it may be passed before; None to go on to the end.
+    """
+
+    def __init__(self, point=None, at=None):
+        self.passed, self._point, self._at = Counter(), point, at
+
+    def __call__(self, point, learner):
+        if point == self._point and self.passed[point] == self._at:
+            raise Stopped(point)
+        self.passed[point] += 1
+
+
+def started(folder, text, watch):
+    """Start, or go on with, the run; whether it came to its end."""
+    try:
+        run(parse(text), text, folder, callbacks=[watch])
+    except Stopped:
+        return False
+    return True
+
+
+def outputs(folder):
+    """All that a run gives away, timings aside."""
+    names = ["metrics.jsonl", "ledger.jsonl", "explanations.safetensors", "config.toml"]
+    names += [f"checkpoint/{arm}/model.safetensors" for arm in ARMS]
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    return files | {"result": untimed(json.loads((folder / "result.json").read_text()))}
+
+
+@pytest.fixture(scope="module", params=["alone", "federated"])
+def undisturbed(request, tmp_path_factory):
+    """Text of a config, what its undisturbed run gives away, how often each point is passed, and its folder."""
+    text, folder, watch = (
+        {"alone": CONFIG, "federated": FEDERATED}[request.param],
+        tmp_path_factory.mktemp("u"),
+        Watch(),
+    )
+    assert started(folder, text, watch)
+    return text, outputs(folder), watch.passed, folder
+
+
+# --------------------------------------------------------------------------- stops at the named points
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_a_stop_at_the_last_pass_of_a_point_changes_nothing(undisturbed, tmp_path, point):
+    text, expected, passed, _ = undisturbed
+    assert not started(tmp_path, text, Watch(point, passed[point] - 1))
+    assert not (tmp_path / "result.json").exists()
+    assert started(tmp_path, text, Watch())
+    assert outputs(tmp_path) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_several_stops_at_a_point_change_nothing(undisturbed, tmp_path, point):
+    text, expected, passed, _ = undisturbed
+    for at in (0, passed[point] // 2, passed[point] // 3):
+        ended = started(tmp_path, text, Watch(point, at))
+        assert not (ended and at == 0)
+    assert started(tmp_path, text, Watch())
+    assert outputs(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_a_stop_at_every_experience_of_every_arm_changes_nothing(undisturbed, tmp_path):
+    text, expected, passed, _ = undisturbed
+    stops = 0
+    while not started(tmp_path, text, Watch("experience.end", 1)):
+        stops += 1
+    assert stops > 1
+    assert stops < passed["experience.end"]
+    assert outputs(tmp_path) == expected
+
+
+# --------------------------------------------------------------------------- stops between the files of the end
+
+LAST_WRITTEN = (
+    "result.json", "explanations.safetensors", "ledger.jsonl", "arms/ewc-private/arm.json",
+    "checkpoint/ewc-private/model.safetensors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", range(1, len(LAST_WRITTEN) + 1))
+def test_a_stop_between_the_last_files_changes_nothing(undisturbed, tmp_path, count):
+    text, expected, _, folder = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    for name in LAST_WRITTEN[:count]:
+        (tmp_path / "run" / name).unlink()
+    watch = Watch()
+    assert started(tmp_path / "run", text, watch)
+    assert outputs(tmp_path / "run") == expected
+    assert not watch.passed["step.done"]
+
+
+def test_a_line_of_metrics_that_was_cut_is_written_again(undisturbed, tmp_path):
+    text, expected, passed, _ = undisturbed
+    assert not started(tmp_path, text, Watch("evaluated", passed["evaluated"] - 1))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    assert started(tmp_path, text, Watch())
+    assert path.read_bytes() == whole
+    assert outputs(tmp_path) == expected
+
+
+def test_drafts_that_were_left_behind_do_no_harm(undisturbed, tmp_path):
+    text, expected, passed, _ = undisturbed
+    assert not started(tmp_path, text, Watch("checkpoint.end", passed["checkpoint.end"] // 2))
+    for folder in {path.parent for path in tmp_path.rglob("*") if path.is_file()}:
+        for name in (".result.json.draft", ".000099.json.draft", "ledger.head.json.tmp", ".latest.json.draft"):
+            (folder / name).write_bytes(b"torn")
+    assert started(tmp_path, text, Watch())
+    assert outputs(tmp_path) == expected
+
+
+# --------------------------------------------------------------------------- three real kills
+
+LONG = FEDERATED.replace("epochs = 1", "epochs = 40").replace("rounds = 2", "rounds = 6").replace("[4]", "[32]")
+EXCHANGES = len(ARMS) * 2 * (6 + 1)
+
+
+def exchanges(folder):
+    """Exchanges of all arms whose end is on disk."""
+    found = folder.glob("arms/*/checkpoint/latest.json")
+    return sum(json.loads(path.read_text())["number"] for path in found)
+
+
+def killed_after(process, folder, target):
+    """Kill the process as soon as `target` exchanges are on disk."""
+    while exchanges(folder) < target:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_three_kills_of_a_federated_run_change_nothing(tmp_path):
+    config, folder, seeded = tmp_path / "config.toml", tmp_path / "killed", random.Random(0)
+    config.write_text(LONG)
+    words = [sys.executable, "-m", "perdure.cli", "run", str(config), "--out", str(folder)]
+    # within each third of the first two arms' way, at a moment that is not tied to a file
+    targets = [seeded.randrange(1 + third * EXCHANGES // 4, 1 + (third + 1) * EXCHANGES // 4) for third in range(3)]
+    for target in targets:
+        before = exchanges(folder)
+        assert before < EXCHANGES - 2
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+            killed_after(process, folder, max(target, before + 1))
+        assert not (folder / "result.json").exists()
+    subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
+    assert exchanges(folder) == EXCHANGES
+
+    run(parse(LONG), LONG, tmp_path / "undisturbed")
+    assert outputs(folder) == outputs(tmp_path / "undisturbed")
