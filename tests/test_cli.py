@@ -259,3 +259,25 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert out == ""
     assert err == "perdure: stopped; the same command goes on where it was\n"
+
+
+# --------------------------------------------------------------------------- the audit
+
+
+def test_audit_prints_the_bound_beside_the_claim(perdure, tmp_path):
+    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.001\nsampling_rate = 0.5\nseed = 0\n"
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
+    code, out, err = perdure("audit", path, "--canaries", 200)
+    assert (code, err) == (0, "")
+    told = plain(out)
+    assert "naive-private: epsilon is at least" in told
+    assert "with 99 % confidence; claimed:" in told
+    assert "(record, add/remove, delta 0.001)" in told
+    assert "simulated noise" in told
+
+
+def test_audit_refuses_a_config_without_private_arms(perdure, tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG)
+    assert_refused(perdure("audit", path), "arms", "at least one with private = true")

@@ -23,6 +23,8 @@ app = typer.Typer(
 
 `perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` runs it.
 
+`perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
+
 A run that was stopped goes on where it was: give the same command again.""",
 )  # fmt: skip
 
@@ -71,6 +73,29 @@ def report(run: Path) -> None:
     console = wide_console()
     console.print(table(read_result(run)))
     console.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def audit(
+    config: Path,
+    canaries: Annotated[int, typer.Option(help="Planted records, each in or out by a coin.")] = 1000,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound, between 0 and 1.")] = 0.99,
+) -> None:
+    """Measure how much the private arms of CONFIG really give away, beside the epsilon they claim.
+
+    CONFIG is a TOML file, or the folder of a run. The arms are trained anew, with canaries and simulated noise; nothing
+    on disk is touched. Exit code 1 when a claim is refuted.
+    """
+    from perdure.auditing import audit_run
+    from perdure.config import read
+
+    console = wide_console()
+    results = audit_run(
+        read(config / "config.toml" if config.is_dir() else config), canaries=canaries, confidence=confidence
+    )
+    for arm, result in results.items():
+        console.print(f"{arm}: {result}", highlight=False)
+    raise typer.Exit(int(any(result.flagged for result in results.values())))
 
 
 def _run(source: str, text: str, out: Path | None) -> None:
