@@ -51,7 +51,7 @@ def broken(key=NoiseKey, mechanism=Mechanism):
             honest = self.mechanism
             self.mechanism = mechanism(
                 privacy=honest.privacy, noise_multiplier=honest.noise_multiplier, ledger=honest.ledger,
-                key=key.simulated(honest.privacy.seed, "client", 0),
+                key=key.from_seed(honest.privacy.seed, "client", 0),
             )  # fmt: skip
             self.curator = Curator(seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism)
 

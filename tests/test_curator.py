@@ -37,7 +37,7 @@ class Bench:
         self.curator = Curator(seed=seed, batch_size=batch_size, mechanism=self.mechanism)
 
     def _mechanism(self, privacy):
-        key = NoiseKey.simulated(privacy.seed)
+        key = NoiseKey.from_seed(privacy.seed)
         self.ledger = Ledger.open(None, key=key, trace=self.trace.append)
         for e in self.stream:
             self.ledger.declare(e.train.partition, e.train.declared_size)

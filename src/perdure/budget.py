@@ -111,7 +111,7 @@ def _losses(learner: "Learner", index: int, inputs: Tensor, labels: Tensor) -> T
 def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
     """Secret key of this curator, or a simulated one from the seed that the user chose."""
     if seed is not None:
-        return NoiseKey.simulated(seed, "client", client)
+        return NoiseKey.from_seed(seed, "client", client)
     if folder is None:
         raise PrivacyError(
             "secret noise needs a folder to keep its key and ledger in; give Learner(folder=...), or "

@@ -14,7 +14,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -253,7 +254,7 @@ class ArmRun:
             strategy=self.arm.strategy, optimizer=training.factory(), epochs=training.epochs,
             iterations=training.iterations, batch_size=training.batch_size, seed=config.seed, blocks=rounds,
             privacy=config.privacy if private else None, reset_optimizer=training.reset_optimizer,
-            client=client, owner=f"{self.arm.name}/client-{client}", folder=folder, callbacks=self._watchers(),
+            client=client, owner=f"{self.arm.name}/client-{client}", folder=folder, callbacks=[self._listen, *self.callbacks],
         )  # fmt: skip
 
     def untrained(self) -> Learner:
@@ -286,18 +287,14 @@ class ArmRun:
 
         chosen, seed = self.config.federation, self.config.seed
         federation = Federation(clients=chosen.clients, rounds=chosen.rounds, fraction=chosen.fraction, seed=seed)
+        # what watches a run cannot be sent to Ray's processes
+        party = self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
         server = run_federation(
-            lambda client: self.learner(self.stream, client), client_streams(self.config, self.stream), federation,
-            folder=self.folder, engine=chosen.engine, callbacks=[self._hear],
+            partial(party.learner, self.stream), client_streams(self.config, self.stream), federation, folder=self.folder, engine=chosen.engine, callbacks=[self._hear],
         )  # fmt: skip
         return server.learner
 
     # ------------------------------------------------------------------ what is watched while it trains
-
-    def _watchers(self) -> list[Callback]:
-        """Callbacks of a learner; Ray's processes have none, because what watches cannot be sent there."""
-        elsewhere = self.config.federation is not None and self.config.federation.engine == "ray"
-        return [] if elsewhere else [self._listen, *self.callbacks]
 
     def _hear(self, point: str, server: "Server") -> None:
         for callback in (self._listen, *self.callbacks):

@@ -16,7 +16,7 @@ from perdure.privacy.noise import NoiseKey
 DELTA = 1e-5
 N, STEPS, NOISE = 12_000, 469, 1.1
 Q = 256 / N
-KEY = NoiseKey.simulated(0, "ledger")
+KEY = NoiseKey.from_seed(0, "ledger")
 POINTS = ("ledger.before-append", "ledger.appended", "ledger.head-written")
 
 
@@ -377,7 +377,7 @@ def test_a_ledger_rewritten_as_a_whole_is_refused(path):
 
 def test_a_head_of_another_key_or_a_missing_one_is_refused(path):
     with pytest.raises(LedgerError, match="key"):
-        Ledger.open(path, key=NoiseKey.simulated(1))
+        Ledger.open(path, key=NoiseKey.from_seed(1))
     path.with_suffix(".head.json").unlink()
     with pytest.raises(LedgerError, match="missing"):
         Ledger.open(path, key=KEY)
@@ -511,7 +511,7 @@ def test_the_key_is_in_no_file_that_is_written(tmp_path):
 @pytest.fixture
 def clients(tmp_path):
     for i in (1, 2, 3):
-        ledger = opened(tmp_path / f"{i}.jsonl", 2, key=NoiseKey.simulated(i), owner=f"client {i}")
+        ledger = opened(tmp_path / f"{i}.jsonl", 2, key=NoiseKey.from_seed(i), owner=f"client {i}")
         ledger.charge(entry({"e1": Q}, steps=100 * i))
     return [tmp_path / f"{i}.jsonl" for i in (1, 2, 3)]
 
@@ -529,17 +529,17 @@ def test_merged_ledgers_stand_side_by_side(clients, tmp_path):
 
 def test_export_keeps_every_chain_and_head(clients, tmp_path):
     out = tmp_path / "all.jsonl"
-    merge([clients[0], Ledger.open(clients[1], key=NoiseKey.simulated(2), owner="client 2")]).export(out)
+    merge([clients[0], Ledger.open(clients[1], key=NoiseKey.from_seed(2), owner="client 2")]).export(out)
     merge([out, clients[2]]).export(out)
     text = out.read_text()
     for file in clients:
         assert file.read_text() in text and file.with_suffix(".head.json").read_text() in text
-    keys = {f"client {i}": NoiseKey.simulated(i) for i in (1, 2, 3)}
+    keys = {f"client {i}": NoiseKey.from_seed(i) for i in (1, 2, 3)}
     assert read(out, keys).verified == "chains and keyed heads verified"
     assert "heads not" in read(out).verified and "heads not" in read(clients[0]).verified
     assert read(out).per_client(DELTA) == merge(clients).per_client(DELTA)
     with pytest.raises(LedgerError, match="key"):
-        read(out, keys | {"client 2": NoiseKey.simulated(9)})
+        read(out, keys | {"client 2": NoiseKey.from_seed(9)})
 
 
 def test_reading_changes_nothing(clients):
@@ -564,7 +564,7 @@ def test_any_damage_of_an_export_is_refused(clients, tmp_path, data):
         value = data.draw(st.integers(0, 255).filter(lambda v: v != original[position]))
         out.write_bytes(original[:position] + bytes([value]) + original[position + 1 :])
     with pytest.raises(LedgerError, match="line"):
-        keys = {f"client {i}": NoiseKey.simulated(i) for i in (1, 2, 3)}
+        keys = {f"client {i}": NoiseKey.from_seed(i) for i in (1, 2, 3)}
         read(out, keys)
 
 

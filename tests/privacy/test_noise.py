@@ -18,7 +18,7 @@ N = 40_000
 
 
 def draw(key=None, n=N, **changes):
-    key = key or NoiseKey.simulated(0)
+    key = key or NoiseKey.from_seed(0)
     return key.normal({"w": (n,)}, **(STREAM | changes))["w"].double()
 
 
@@ -76,16 +76,16 @@ def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
 
 
 def test_simulated_keys_say_so_and_depend_on_every_part():
-    keys = [NoiseKey.simulated(*p) for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]]
+    keys = [NoiseKey.from_seed(*p) for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]]
     assert all(key.simulated for key in keys)
     assert repr(keys[0]) == "NoiseKey(simulated)"
     assert len({key.mac(b"x") for key in keys}) == len(keys)
-    assert NoiseKey.simulated(0, "a").mac(b"x") == keys[3].mac(b"x")
+    assert NoiseKey.from_seed(0, "a").mac(b"x") == keys[3].mac(b"x")
 
 
 def test_a_simulated_key_from_an_object_without_stable_name_is_refused():
     with pytest.raises(ConfigError):
-        NoiseKey.simulated(object())
+        NoiseKey.from_seed(object())
 
 
 def test_mac_is_domain_separated_from_every_stream():
@@ -113,7 +113,7 @@ def test_keystream_is_aes_256_ctr():
 def test_equal_requests_give_equal_noise_and_pinned_values():
     """Pinned: a simulated run stays reproducible from one version to the next."""
     assert torch.equal(draw(), draw())
-    key = NoiseKey.simulated(0, "client 3")
+    key = NoiseKey.from_seed(0, "client 3")
     u = key.uniform(2, **STREAM)
     z = key.normal({"a": (2,)}, **STREAM)["a"]
     t = key.tags(torch.tensor([0, -1]), "memory")
@@ -127,7 +127,7 @@ def test_equal_requests_give_equal_noise_and_pinned_values():
 
 @pytest.mark.parametrize(
     "change",
-    [{"purpose": "reference"}, {"entry": "e1"}, {"step": 1}, {"key": NoiseKey.simulated(1)}, {"n": N - 1}],
+    [{"purpose": "reference"}, {"entry": "e1"}, {"step": 1}, {"key": NoiseKey.from_seed(1)}, {"n": N - 1}],
 )
 def test_any_change_of_the_request_shares_no_value(change):
     base, other = draw(), draw(**change)
@@ -137,12 +137,12 @@ def test_any_change_of_the_request_shares_no_value(change):
 
 
 def test_shapes_names_and_odd_sizes():
-    noise = NoiseKey.simulated(0).normal({"a": (3, 5), "b": torch.Size([]), "c": (0, 4), "d": (7,)}, **STREAM)
+    noise = NoiseKey.from_seed(0).normal({"a": (3, 5), "b": torch.Size([]), "c": (0, 4), "d": (7,)}, **STREAM)
     assert {n: tuple(t.shape) for n, t in noise.items()} == {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,)}
     assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in noise.values())
     values = torch.cat([t.flatten() for t in noise.values()])
     assert len(values.unique()) == 23
-    assert NoiseKey.simulated(0).normal({}, **STREAM) == {}
+    assert NoiseKey.from_seed(0).normal({}, **STREAM) == {}
 
 
 def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
@@ -155,16 +155,16 @@ def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
 
 
 def test_uniform_is_in_the_half_open_interval_with_53_bits():
-    u = NoiseKey.simulated(0).uniform(N, **STREAM)
+    u = NoiseKey.from_seed(0).uniform(N, **STREAM)
     assert u.dtype == torch.float64 and u.shape == (N,)
     assert u.min() >= 0 and u.max() < 1
     assert len(u.unique()) == N  # 32-bit values would collide here with probability 0.17, 24-bit ones surely
     assert (u * 2**53 == (u * 2**53).round()).all() and ((u * 2**40) % 1 != 0).any()
-    assert NoiseKey.simulated(0).uniform(0, **STREAM).shape == (0,)
+    assert NoiseKey.from_seed(0).uniform(0, **STREAM).shape == (0,)
 
 
 def test_tags_depend_on_the_id_alone():
-    key, ids = NoiseKey.simulated(0), torch.arange(-500, 500)
+    key, ids = NoiseKey.from_seed(0), torch.arange(-500, 500)
     tags = key.tags(ids, "memory")
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(key.tags(ids[order], "memory"), tags[order])
@@ -188,7 +188,7 @@ def scale_p_value(z, scale):
 @pytest.mark.parametrize("seed", range(5))
 def test_scale_is_one_and_not_two_thirds_or_three_halves(seed):
     """Flakiness 1e-6 per seed; the wrong scales are rejected with power 1 - 1e-100."""
-    z = draw(NoiseKey.simulated(seed), n=4001)
+    z = draw(NoiseKey.from_seed(seed), n=4001)
     assert scale_p_value(z, 1) > 1e-6
     assert scale_p_value(z, 2 / 3) < 1e-12 and scale_p_value(z, 3 / 2) < 1e-12
 
@@ -197,7 +197,7 @@ def test_scale_is_one_and_not_two_thirds_or_three_halves(seed):
 @pytest.mark.parametrize("seed", [0])
 def test_normals_are_normal(seed):
     """Flakiness 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
-    z = draw(NoiseKey.simulated(seed), n=400_000).numpy()
+    z = draw(NoiseKey.from_seed(seed), n=400_000).numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-6
     assert stats.kstest(1.02 * z, "norm").pvalue < 1e-6 and stats.kstest(z + 0.02, "norm").pvalue < 1e-6
     beyond = int((np.abs(z) > 4).sum())  # 25 expected
@@ -208,7 +208,7 @@ def test_normals_are_normal(seed):
 @pytest.mark.parametrize("source", ["uniform", "tags"])
 def test_uniforms_are_uniform(source):
     """Flakiness 1e-6; a coin that is 1 % too likely is rejected at n = 200,000."""
-    key, n = NoiseKey.simulated(1), 200_000
+    key, n = NoiseKey.from_seed(1), 200_000
     u = (key.uniform(n, **STREAM) if source == "uniform" else key.tags(torch.arange(n), "memory")).numpy()
     assert stats.kstest(u, "uniform").pvalue > 1e-6
     assert stats.kstest(u**1.02, "uniform").pvalue < 1e-6
@@ -231,7 +231,7 @@ def test_streams_are_independent_of_each_other_and_of_themselves_shifted():
 @pytest.mark.statistical
 def test_a_coin_lands_independently_over_steps():
     """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial. Flakiness 1e-6 per comparison."""
-    key = NoiseKey.simulated(2)
+    key = NoiseKey.from_seed(2)
     coins = torch.stack([key.uniform(2000, purpose="sample", entry="e", step=s) < 0.1 for s in range(100)])
     for counts, trials in ((coins.sum(0), 100), (coins.sum(1), 2000)):
         spread = ((counts - 0.1 * trials) ** 2).sum().item() / (0.09 * trials)

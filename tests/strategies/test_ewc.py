@@ -85,7 +85,7 @@ def test_without_a_past_there_is_no_penalty(toy_stream):
 
 
 def private_curator(stream, privacy):
-    key = NoiseKey.simulated(0)
+    key = NoiseKey.from_seed(0)
     ledger = Ledger.open(None, key=key)
     for e in stream:
         ledger.declare(e.train.partition, e.train.declared_size)

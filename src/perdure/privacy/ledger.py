@@ -35,7 +35,7 @@ class Ledger(Account):
     Guarantee: when `charge` returns, its entry is on disk, so that noise drawn afterwards is always accounted
     for. A grant, once written, binds all later charges, also after a restart.
 
-    >>> ledger = Ledger.open(None, key=NoiseKey.simulated(0))
+    >>> ledger = Ledger.open(None, key=NoiseKey.from_seed(0))
     >>> ledger.declare("task 0", 12_000)
     >>> entry = Entry(
     ...     purpose="gradient", mechanism="gaussian", noise_multiplier=1.1, clip_norm=1.0, first_step=0,

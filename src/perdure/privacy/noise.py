@@ -13,9 +13,9 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, overload
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -28,40 +28,27 @@ KEY_BYTES = 32
 BLOCK_BYTES = 16
 
 
-class _Simulated:
-    """On the class a constructor, `NoiseKey.simulated(0, "client 3")`; on a key a fact, `key.simulated`."""
-
-    @overload
-    def __get__(self, key: None, owner: type["NoiseKey"]) -> Callable[..., "NoiseKey"]: ...
-    @overload
-    def __get__(self, key: "NoiseKey", owner: type["NoiseKey"]) -> bool: ...
-    def __get__(self, key: "NoiseKey | None", owner: type["NoiseKey"]) -> "bool | Callable[..., NoiseKey]":
-        return owner._derived if key is None else key._is_simulated
-
-
 class NoiseKey:
     """The secret from which one curator draws all its noise and coins.
 
     Guarantee: to whoever lacks the 256 bits, the streams look like independent uniform bits (AES-256 and
-    HMAC-SHA256 as pseudo-random functions). A key made by `NoiseKey.simulated(seed, name, ...)` comes from a
+    HMAC-SHA256 as pseudo-random functions). A key made by `NoiseKey.from_seed(seed, name, ...)` comes from a
     seed that anyone may know and guarantees nothing: what is drawn from it is a simulation, not a release.
 
-    >>> key = NoiseKey.simulated(0, "client 3")
+    >>> key = NoiseKey.from_seed(0, "client 3")
     >>> key, key.simulated
     (NoiseKey(simulated), True)
     >>> key.normal({"weight": (2, 3)}, purpose="gradient", entry="e0", step=0)["weight"].shape
     torch.Size([2, 3])
     """
 
-    __slots__ = ("_is_simulated", "_secret")
-
-    simulated = _Simulated()
+    __slots__ = ("_secret", "simulated")
 
     def __init__(self, secret: bytes, *, simulated: bool) -> None:
         if len(secret) != KEY_BYTES:
             raise PrivacyError(f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file")
         self._secret = secret
-        self._is_simulated = simulated
+        self.simulated = simulated
 
     @classmethod
     def from_os(cls, path: Path) -> "NoiseKey":
@@ -78,9 +65,14 @@ class NoiseKey:
         return cls(path.read_bytes(), simulated=False)
 
     @classmethod
-    def _derived(cls, *parts: object) -> "NoiseKey":
+    def from_seed(cls, *parts: object) -> "NoiseKey":
+        """Derive a key from a seed that anyone may know and from names, such as the client's: a simulation.
+
+        Raises:
+            ConfigError: for parts that are neither strings nor numbers.
+        """
         if not all(isinstance(part, str | int | float) for part in parts):
-            raise ConfigError.of("NoiseKey.simulated", parts, "strings and numbers")
+            raise ConfigError.of("NoiseKey.from_seed", parts, "strings and numbers")
         return cls(hashlib.sha256(_encode("perdure simulated key", *parts)).digest(), simulated=True)
 
     def __repr__(self) -> str:
