@@ -48,12 +48,17 @@ PUBLISHED = {3.0: 98.7}
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One seed: accuracy on the test set in percent, noise multiplier, epsilon by the ledger, seconds."""
+    """One seed: test accuracy in percent, noise multiplier, epsilon by the ledger, and `clocks` passed."""
 
     accuracy: float
     noise_multiplier: float
     spent: float
-    seconds: float
+    times: Tensor
+
+
+def clocks() -> Tensor:
+    """(2,) seconds by the wall clock and by the processors (all threads together)."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 def scattered(data: Dataset) -> Stream:
@@ -74,7 +79,7 @@ def features(records: Records) -> Records:
 
 def run(stream: Stream, epsilon: float, seed: int) -> Outcome:
     """Train one private linear model."""
-    start = time.perf_counter()
+    start = clocks()
     learner = Learner(
         model=mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(), seed=seed),
         strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM),
@@ -83,28 +88,32 @@ def run(stream: Stream, epsilon: float, seed: int) -> Outcome:
     )  # fmt: skip
     accuracy = float(learner.fit(stream)[-1, -1])
     assert learner.mechanism is not None
-    mechanism, seconds = learner.mechanism, time.perf_counter() - start
+    mechanism, times = learner.mechanism, clocks() - start
     _, spent = mechanism.ledger.worst(DELTA)
-    return Outcome(accuracy=accuracy, noise_multiplier=mechanism.noise_multiplier, spent=spent, seconds=seconds)
+    return Outcome(accuracy=accuracy, noise_multiplier=mechanism.noise_multiplier, spent=spent, times=times)
 
 
-def row(epsilon: float, outcomes: list[Outcome], preparing: float) -> dict[str, object]:
+def row(epsilon: float, outcomes: list[Outcome], preparing: Tensor) -> dict[str, object]:
     """One stored row; a seed's seconds hold the features too, as if it ran alone."""
     accuracies = [outcome.accuracy for outcome in outcomes]
+    seconds, processor = (preparing + sum(outcome.times for outcome in outcomes) / len(outcomes)).tolist()
     error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
     return {
         "benchmark": "dp_mnist", "epsilon": epsilon, "delta": DELTA, "seeds": len(outcomes),
         "accuracy": statistics.mean(accuracies), "standard_error": error, "accuracies": accuracies,
         "noise_multiplier": outcomes[0].noise_multiplier, "spent": max(outcome.spent for outcome in outcomes),
-        "seconds": preparing + statistics.mean(outcome.seconds for outcome in outcomes),
-        "seconds_for_features": preparing, "published": PUBLISHED.get(epsilon),
+        "seconds": seconds, "processor_seconds": processor, "seconds_for_features": preparing[0].item(),
+        "published": PUBLISHED.get(epsilon),
     }  # fmt: skip
 
 
 def show(rows: Iterable[dict[str, object]]) -> None:
     """Print the rows as a table."""
     table = Table(title=f"MNIST, delta {DELTA:g}, record level, add/remove, PLD; simulated noise")
-    columns = ("epsilon", "spent", "seeds", "accuracy", "standard_error", "noise_multiplier", "seconds", "published")
+    columns = (
+        "epsilon", "spent", "seeds", "accuracy", "standard_error", "published", "noise_multiplier", "seconds",
+        "processor_seconds",
+    )  # fmt: skip
     for column in columns:
         table.add_column(column.replace("_", " "))
     for entry in rows:
@@ -123,9 +132,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows, start = [], time.perf_counter()
+    rows, start = [], clocks()
     stream = scattered(mnist(args.data))
-    preparing = time.perf_counter() - start
+    preparing = clocks() - start
     with Progress() as progress:
         task = progress.add_task("seeds", total=len(args.epsilon) * args.seeds)
         for epsilon in args.epsilon:

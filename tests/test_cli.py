@@ -241,12 +241,19 @@ def test_an_unknown_command_is_refused_without_a_traceback(perdure):
 # --------------------------------------------------------------------------- Ctrl-C
 
 
+def heed_interrupts():
+    """A shell lets its background jobs ignore Ctrl-C, and their children inherit that; a person's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n")
     words = [sys.executable, "-m", "perdure.cli", "run", str(path), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     try:
         while not (tmp_path / "run" / "arms" / "naive-plain" / "checkpoint" / "latest.json").exists():
             assert process.poll() is None

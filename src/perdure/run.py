@@ -254,7 +254,8 @@ class ArmRun:
             strategy=self.arm.strategy, optimizer=training.factory(), epochs=training.epochs,
             iterations=training.iterations, batch_size=training.batch_size, seed=config.seed, blocks=rounds,
             privacy=config.privacy if private else None, reset_optimizer=training.reset_optimizer,
-            client=client, owner=f"{self.arm.name}/client-{client}", folder=folder, callbacks=[self._listen, *self.callbacks],
+            client=client, owner=f"{self.arm.name}/client-{client}", folder=folder,
+            callbacks=[self._listen, *self.callbacks],
         )  # fmt: skip
 
     def untrained(self) -> Learner:
@@ -290,7 +291,8 @@ class ArmRun:
         # what watches a run cannot be sent to Ray's processes
         party = self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
         server = run_federation(
-            partial(party.learner, self.stream), client_streams(self.config, self.stream), federation, folder=self.folder, engine=chosen.engine, callbacks=[self._hear],
+            partial(party.learner, self.stream), client_streams(self.config, self.stream), federation,
+            folder=self.folder, engine=chosen.engine, callbacks=[self._hear],
         )  # fmt: skip
         return server.learner
 
