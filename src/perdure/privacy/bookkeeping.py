@@ -22,6 +22,9 @@ from perdure.records import Params
 ROWS_AT_ONCE = 128
 """Records whose convolution gradients are formed at a time: they stay in the processor's cache."""
 
+KEPT_NUMBERS = 2**24
+"""Numbers (64 MiB) of one convolution's per-record gradients that are kept instead of computed again."""
+
 
 @dataclass
 class Use:
@@ -158,30 +161,47 @@ class ConvRule:
 
     def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-        self.layer, self.uses = layer, uses
+        self.layer, self.uses, self.has_bias = layer, uses, layer.bias is not None
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def squared_norms(self) -> Tensor:
-        """See `Rule`."""
-        rows = len(self.uses[0].left)
-        return torch.cat([self._norms(slice(i, i + ROWS_AT_ONCE)) for i in range(0, rows, ROWS_AT_ONCE)])
+        """See `Rule`; the rows are kept for `weighted` where they are few."""
+        n = len(self.uses[0].left)
+        keep = n * self.layer.weight.numel() <= KEPT_NUMBERS
+        squared = []
+        for start in range(0, n, ROWS_AT_ONCE):
+            weight, bias = self._rows(slice(start, start + ROWS_AT_ONCE))
+            squared.append(weight.square().sum((1, 2)) + (bias.square().sum(1) if self.has_bias else 0.0))
+            self.kept += [(weight, bias)] if keep else []
+        return torch.cat(squared)
 
     def weighted(self, factors: Tensor) -> Params:
         """See `Rule`."""
-        shape = factors.shape + (1,) * (self.uses[0].back.dim() - 1)
-        scaled = [use.back * factors.to(use.back.dtype).view(shape) for use in self.uses]
-        pairs = [(self._weight_gradient(use.entered, back)) for use, back in zip(self.uses, scaled, strict=True)]
-        sums = {"weight": torch.stack(pairs).sum(0)}
-        over = (0, *range(2, scaled[0].dim()))
-        return sums | ({"bias": sum_of([back.sum(over) for back in scaled])} if self.layer.bias is not None else {})
+        weight, bias = self._of_kept(factors) if self.kept else self._once_more(factors)
+        dtype = self.layer.weight.dtype
+        return {"weight": weight.to(dtype)} | ({"bias": bias.to(dtype)} if self.has_bias else {})
 
-    def _norms(self, rows: slice) -> Tensor:
+    def _rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(n, out, in x kernel) and (n, out): gradients of some records, summed over the layer's uses."""
         parts = [self._gradients(use, rows) for use in self.uses]
-        squared = sum_of([weight for weight, _ in parts]).square().sum((1, 2))
-        return squared + (sum_of([bias for _, bias in parts]).square().sum(1) if self.layer.bias is not None else 0.0)
+        return sum_of([weight for weight, _ in parts]), sum_of([bias for _, bias in parts])
 
     def _gradients(self, use: Use, rows: slice) -> tuple[Tensor, Tensor]:
         back = use.back[rows].float().flatten(2)
         return back @ self._patches(use.entered[rows].float()).mT, back.sum(2)
+
+    def _of_kept(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = list(zip(factors.split(ROWS_AT_ONCE), self.kept, strict=True))  # type: ignore[no-untyped-call]
+        weight = sum_of([torch.tensordot(f, weight, dims=1) for f, (weight, _) in pieces])
+        return weight.view_as(self.layer.weight), sum_of([f @ bias for f, (_, bias) in pieces])
+
+    def _once_more(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The same sums by an ordinary backward pass of the scaled gradients."""
+        shape = factors.shape + (1,) * (self.uses[0].back.dim() - 1)
+        scaled = [use.back * factors.to(use.back.dtype).view(shape) for use in self.uses]
+        over = (0, *range(2, scaled[0].dim()))
+        weights = [self._weight_gradient(use.entered, back) for use, back in zip(self.uses, scaled, strict=True)]
+        return sum_of(weights), sum_of([back.sum(over) for back in scaled])
 
     def _patches(self, x: Tensor) -> Tensor:
         """(n, channels in x kernel, places)."""
