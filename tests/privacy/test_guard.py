@@ -235,7 +235,9 @@ def test_our_strategies_pass_with_a_model_that_drops_out(toy_stream, toy_model, 
     stream = toy_stream()
     model = toy_model(stream)
     model.body.append(nn.Dropout(0.5))
-    private(model, strategy).prepare(stream)
+    learner = private(model, strategy)
+    learner.prepare(stream)
+    assert learner.mechanism is not None
 
 
 @pytest.mark.parametrize(
