@@ -14,7 +14,7 @@ from perdure.curator import Curator
 from perdure.errors import ConfigError
 from perdure.privacy.audit import lower_bound
 from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import clipped_sum
+from perdure.privacy.clipping import Clip, clipped_sum
 from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.noise import NoiseKey
 from perdure.queries import gradient_rows
@@ -76,7 +76,7 @@ class Unclipped(Mechanism):
     """Forgets to clip."""
 
     def gradient(self, clipped, params, *, step):
-        return super().gradient(lambda clip_norm: clipped(1e6), params, step=step)
+        return super().gradient(lambda clip: clipped(replace(clip, norm=1e6)), params, step=step)
 
 
 # ---- canaries
@@ -94,13 +94,14 @@ def canary_batch(stream, learner, canaries=(0, 3), of=4):
 @pytest.mark.parametrize("way", ["book-keeping", "record by record"])
 def test_a_canary_fills_its_own_coordinate_to_the_clip_norm_and_nothing_else(way, learner, toy_stream):
     clip_norm = 0.3
+    clip = Clip(norm=clip_norm)
     model, losses, batch = canary_batch(toy_stream(), learner())
     params = dict(model.named_parameters())
 
     def total(rows):
         if way == "book-keeping":
-            return clipped_gradient_sum(model, params, lambda: losses(Forward(model), rows), len(rows), clip_norm)
-        return clipped_sum(gradient_rows(losses, model), params, rows.tensors(), clip_norm, 64)
+            return clipped_gradient_sum(model, params, lambda: losses(Forward(model), rows), len(rows), clip)
+        return clipped_sum(gradient_rows(losses, model), params, rows.tensors(), clip, 64)
 
     mixed, real = total(batch), total(batch.take(batch.ids < 1000))
     torch.testing.assert_close(mixed["probe.weight"][:, 0], torch.tensor([clip_norm, 0, 0, clip_norm]))

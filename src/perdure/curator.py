@@ -14,7 +14,7 @@ from torch import Tensor
 from perdure.errors import DataError, PrivacyError
 from perdure.memory import Memory, concatenate
 from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import clipped_sum, per_pass
+from perdure.privacy.clipping import Clip, clipped_sum, per_pass
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.queries import Query, as_params, exact_sum, gradient_rows, rows_of
 from perdure.records import Batch, Params, Records
@@ -228,11 +228,11 @@ class Curator:
             self._orders[what] = (epoch, torch.randperm(n, generator=generator(self._seed, *place)))
         return self._orders[what][1][i * size : (i + 1) * size]
 
-    def _clipped(self, losses: Losses, params: Params, batch: Batch, clip_norm: float) -> Params | None:
+    def _clipped(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
         """Clipped sum by book-keeping where every layer has a rule, else record by record."""
         module, forward = self._forward.module, self._forward
-        fast = clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), clip_norm)
-        return fast or clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip_norm, per_pass(params))
+        fast = clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), clip)
+        return fast or clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params))
 
     def _current(self) -> Batch:
         """Return the rows of the current experience alone, also where earlier ones are pooled with it."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from perdure.models import cnn, mlp, resnet18
 from perdure.privacy import clipping
 from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import chunks, clip_factors, clip_rows, clipped_sum, per_pass
+from perdure.privacy.clipping import WITHIN, Clip, chunks, clip_factors, clip_rows, clipped_sum, per_pass, squared_norms
 from perdure.queries import gradient_rows
 from perdure.records import Batch, Records
 from perdure.strategy import Forward
@@ -28,7 +28,7 @@ def norms(rows):
 def test_no_row_exceeds_the_bound_whatever_it_holds(values, bound):
     table = torch.tensor(values, dtype=torch.float32)
     rows = {"weight": table[:, :6].reshape(-1, 2, 3), "scale": table[:, 6]}
-    clipped = clip_rows(rows, bound)
+    clipped = clip_rows(rows, Clip(norm=bound))
     assert float(norms(clipped).max()) <= bound * ROUNDING
     assert all(value.shape == rows[name].shape and bool(value.isfinite().all()) for name, value in clipped.items())
     inside = norms(rows) <= bound / ROUNDING  # NaN is not
@@ -37,7 +37,7 @@ def test_no_row_exceeds_the_bound_whatever_it_holds(values, bound):
 
 
 def test_a_long_row_keeps_its_direction_over_all_names_together():
-    clipped = clip_rows({"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0]])}, 1.0)
+    clipped = clip_rows({"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0]])}, Clip(norm=1.0))
     torch.testing.assert_close(clipped["a"], torch.tensor([[0.6, 0.0]]))
     torch.testing.assert_close(clipped["b"], torch.tensor([[0.0, 0.8]]))
 
@@ -45,14 +45,16 @@ def test_a_long_row_keeps_its_direction_over_all_names_together():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_a_row_without_a_finite_norm_counts_as_zero(poison):
     rows = {"value": torch.tensor([[poison, 1.0], [0.3, 0.4]])}
-    assert clip_rows(rows, 1.0)["value"].tolist() == [[0.0, 0.0], pytest.approx([0.3, 0.4])]
+    assert clip_rows(rows, Clip(norm=1.0))["value"].tolist() == [[0.0, 0.0], pytest.approx([0.3, 0.4])]
     assert clip_factors(torch.tensor([poison**2, 0.0]), 1.0).tolist() == [0.0, 1.0]
 
 
 def test_norms_of_half_precision_rows_are_taken_in_single_precision():
     """65,536 entries of 1/64 have norm 4; bfloat16 would lose the sum of squares at 256 equal terms."""
     rows = torch.full((1, 65_536), 1 / 64, dtype=torch.bfloat16)
-    assert float(norms({"value": clip_rows({"value": rows}, 1.0)["value"].float()})) == pytest.approx(1.0, rel=1e-2)
+    assert float(norms({"value": clip_rows({"value": rows}, Clip(norm=1.0))["value"].float()})) == pytest.approx(
+        1.0, rel=1e-2
+    )
 
 
 # --------------------------------------------------------------------------- sums over records
@@ -67,16 +69,16 @@ def given_rows(params, tensors):
 @given(st.lists(st.lists(entries, min_size=3, max_size=3), min_size=1, max_size=9), st.integers(1, 10), st.data())
 def test_pieces_do_not_change_the_sum_and_one_record_moves_it_by_at_most_c(values, size, data):
     table, one = torch.tensor(values, dtype=torch.float32), {"one": torch.ones(())}
-    whole = clipped_sum(given_rows, one, {"value": table}, 2.0, 100)["value"]
-    torch.testing.assert_close(clipped_sum(given_rows, one, {"value": table}, 2.0, size)["value"], whole)
+    whole = clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), 100)["value"]
+    torch.testing.assert_close(clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), size)["value"], whole)
     dropped = data.draw(st.integers(0, len(table) - 1))
     kept = table[torch.arange(len(table)) != dropped]
-    neighbour = clipped_sum(given_rows, one, {"value": kept}, 2.0, size)
+    neighbour = clipped_sum(given_rows, one, {"value": kept}, Clip(norm=2.0), size)
     assert float((whole - (neighbour["value"] if neighbour else 0)).norm()) <= 2.0 * ROUNDING + 1e-5
 
 
 def test_the_sum_over_nobody_is_none():
-    assert clipped_sum(given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, 1.0, 4) is None
+    assert clipped_sum(given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, Clip(norm=1.0), 4) is None
 
 
 def test_pieces_hold_every_row_once_and_in_order():
@@ -132,12 +134,12 @@ def loop(module, batch, bound):
 
 def by_rows(module, batch, bound, chunk=4):
     params = dict(module.named_parameters())
-    return clipped_sum(gradient_rows(losses, module), params, batch.tensors(), bound, chunk)
+    return clipped_sum(gradient_rows(losses, module), params, batch.tensors(), Clip(norm=bound), chunk)
 
 
 def by_bookkeeping(module, batch, bound):
     params, forward = dict(module.named_parameters()), Forward(module)
-    return clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), bound)
+    return clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), Clip(norm=bound))
 
 
 @pytest.mark.reference
@@ -183,9 +185,46 @@ def test_a_part_of_the_parameters_is_clipped_by_itself():
     module, shape = problem("mlp")
     batch = records(shape)
     head = {name: value for name, value in module.named_parameters() if name.startswith("head")}
-    rows = clipped_sum(gradient_rows(losses, module), head, batch.tensors(), 1.0, 3)
+    rows = clipped_sum(gradient_rows(losses, module), head, batch.tensors(), Clip(norm=1.0), 3)
     forward = Forward(module)
-    fast = clipped_gradient_sum(module, head, lambda: losses(forward, batch), N, 1.0)
+    fast = clipped_gradient_sum(module, head, lambda: losses(forward, batch), N, Clip(norm=1.0))
     assert list(rows) == list(fast) == ["head.weight", "head.bias"]
     for key, value in rows.items():
         torch.testing.assert_close(fast[key], value, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- ways to bound a record
+
+
+@pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
+def test_per_layer_clipping_bounds_every_layer_by_its_share(how):
+    """With a bound so small that every layer of every record is clipped, one record is C / sqrt(L) in each layer."""
+    module, shape = problem("mlp")
+    batch, params = records(shape), dict(module.named_parameters())
+    clip = Clip(norm=1e-3, per_layer=True)
+    for i in range(N):
+        one = batch.take(slice(i, i + 1))
+        if how is by_rows:
+            total = clipped_sum(gradient_rows(losses, module), params, one.tensors(), clip, 4)
+        else:
+            total = clipped_gradient_sum(module, params, lambda one=one: losses(Forward(module), one), 1, clip)
+        lengths = {layer: float(square.sqrt()) for layer, square in squared_norms(as_rows(total)).items()}
+        assert len(lengths) == 2 and lengths == pytest.approx(dict.fromkeys(lengths, 1e-3 / 2**0.5), rel=1e-4)
+
+
+def as_rows(total):
+    return {name: value[None] for name, value in total.items()}
+
+
+@pytest.mark.parametrize("how", ["rows", "book-keeping"])
+def test_a_counted_clip_adds_up_who_was_within(how):
+    module, shape = problem("mlp")
+    batch, params = records(shape), dict(module.named_parameters())
+    _, lengths = loop(module, batch, 1.0)
+    clip = Clip(norm=BOUNDS["mlp"], counted=True)
+    if how == "rows":
+        total = clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, 4)
+    else:
+        total = clipped_gradient_sum(module, params, lambda: losses(Forward(module), batch), N, clip)
+    assert float(total[WITHIN]) == sum(0.5 if length <= BOUNDS["mlp"] else -0.5 for length in lengths)
+    assert [name for name in total if name != WITHIN] == list(params)

@@ -13,7 +13,7 @@ from perdure.combine import Combine
 from perdure.learner import Learner
 from perdure.privacy.accounting import merged
 from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import clipped_sum
+from perdure.privacy.clipping import Clip, clipped_sum
 from perdure.privacy.policy import Privacy
 from perdure.queries import gradient_rows
 from perdure.strategy import Forward, State
@@ -116,11 +116,11 @@ def test_one_record_moves_the_clipped_sum_by_at_most_c(second, name):
     batch, losses, params = whole_batch(learner), losses_of(learner), learner.params
 
     def by_rows(rows):
-        return clipped_sum(gradient_rows(losses, learner.model), params, rows.tensors(), CLIP_NORM, 10)
+        return clipped_sum(gradient_rows(losses, learner.model), params, rows.tensors(), Clip(norm=CLIP_NORM), 10)
 
     def by_bookkeeping(rows):
         return clipped_gradient_sum(
-            learner.model, params, lambda: losses(learner.forward, rows), len(rows), CLIP_NORM
+            learner.model, params, lambda: losses(learner.forward, rows), len(rows), Clip(norm=CLIP_NORM)
         )  # fmt: skip
 
     for clipped in (by_rows, by_bookkeeping):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-from perdure.privacy.clipping import clip_factors
+from perdure.privacy.clipping import Clip, layer_of, sum_of
 from perdure.records import Params
 
 ROWS_AT_ONCE = 128
@@ -36,17 +36,17 @@ class Use:
 
 
 def clipped_gradient_sum(
-    module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip_norm: float
+    module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip: Clip
 ) -> Params | None:
     """Sum over records of clip(gradient of the record's loss, C); None without a rule or where a norm is not finite.
 
-    Guarantee: adding or removing one record changes the result by at most `clip_norm` in L2 norm, provided that row i
+    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm, provided that row i
     of `losses()` depends on record i only and every differentiable pass of the module covers all rows in row order.
 
     Args:
         module: the model, at its own parameters. params: those to differentiate.
         losses: runs the module and returns (n,) losses. records: n.
-        clip_norm: bound C.
+        clip: the bound C.
     """
     layers = ruled_layers(module, params)
     if layers is None or records == 0:
@@ -60,26 +60,25 @@ def clipped_gradient_sum(
     for (_, use), back in zip(uses, backs, strict=True):
         use.back = back
     with torch.no_grad():
-        return _clipped(layers, tape, params, records, clip_norm)
+        return _clipped(layers, tape, params, records, clip)
 
 
 def _clipped(
-    layers: Mapping[str, nn.Module], tape: Mapping[str, list[Use]], params: Params, records: int, clip_norm: float
+    layers: Mapping[str, nn.Module], tape: Mapping[str, list[Use]], params: Params, records: int, clip: Clip
 ) -> Params | None:
     rules = {name: RULES[type(layer)](layer, tape[name]) for name, layer in layers.items() if tape[name]}
-    squares = [rule.squared_norms() for rule in rules.values()]
-    device = next(iter(params.values())).device
-    total = torch.stack(squares).sum(0) if squares else torch.zeros(records, device=device)
-    if not bool(torch.isfinite(total).all()):  # a factor of 0 would not silence a row of NaN in a matrix product
-        return None
-    factors = clip_factors(total, clip_norm)
-    sums = {f"{n}.{own}": value for n, rule in rules.items() for own, value in rule.weighted(factors).items()}
-    return {name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()}
+    squares = {name: torch.zeros(records, device=next(iter(params.values())).device) for name in layers}
+    squares |= {name: rule.squared_norms() for name, rule in rules.items()}
+    if not bool(torch.isfinite(sum_of(list(squares.values()))).all()):
+        return None  # a factor of 0 would not silence a row of NaN in a matrix product
+    factors = clip.factors(squares)
+    sums = {f"{n}.{own}": value for n, rule in rules.items() for own, value in rule.weighted(factors[n]).items()}
+    return {name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()} | clip.count(squares)
 
 
 def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | None:
     """Layers that own the parameters, by name; None where one has no rule, is shared or is only partly trained."""
-    owners = {name.rpartition(".")[0] for name in params}
+    owners = {layer_of(name) for name in params}
     layers = {name: layer for name, layer in module.named_modules(remove_duplicate=False) if name in owners}
     owned = {f"{n}.{own}" for n, layer in layers.items() for own, _ in layer.named_parameters(recurse=False)}
     shared = len(list(module.parameters())) != len(list(module.named_parameters(remove_duplicate=False)))
@@ -265,11 +264,6 @@ RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[Use]], Rule]] = {
     nn.Linear: LinearRule, nn.Conv1d: ConvRule, nn.Conv2d: ConvRule, nn.Embedding: EmbeddingRule,
     nn.LayerNorm: RowsRule, nn.GroupNorm: RowsRule,
 }  # fmt: skip
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    """Sum of equally shaped tensors."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping import Rows, clipped_sum, per_pass
+from perdure.privacy.clipping import Clip, Rows, clipped_sum, per_pass
 from perdure.privacy.ledger import Entry, Ledger
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
@@ -66,17 +66,17 @@ class Mechanism:
         """
         return self._key.mac(f"seed of {purpose}".encode())
 
-    def gradient(self, clipped: Callable[[float], Params | None], params: Params, *, step: int) -> Params:
+    def gradient(self, clipped: Callable[[Clip], Params | None], params: Params, *, step: int) -> Params:
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.
 
         Args:
-            clipped: from the clip norm to the clipped sum, from this package's `clipping` or `bookkeeping`.
+            clipped: from the bound to the clipped sum, from this package's `clipping` or `bookkeeping`.
         """
         entry, clip_norm = self._block(step), self.privacy.clip_norm
         shapes = {name: value.shape for name, value in params.items()}
         device = next(iter(params.values())).device
         scale = self.noise_multiplier * clip_norm
-        return self._noised(clipped(clip_norm), shapes, scale, "gradient", entry, step, device)
+        return self._noised(clipped(Clip(norm=clip_norm)), shapes, scale, "gradient", entry, step, device)
 
     def release(
         self, rows: Rows, params: Params, data: Tensors, *,
@@ -90,7 +90,7 @@ class Mechanism:
         name, multiplier = f"release:{purpose}", self.noise_multiplier * self.privacy.release_noise
         steps = range(number, number + 1)
         entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, steps, start, self.fingerprint(data))
-        total = clipped_sum(rows, params, data, clip_norm, per_pass(params))
+        total = clipped_sum(rows, params, data, Clip(norm=clip_norm), per_pass(params))
         device = next(iter(data.values())).device
         return self._noised(total, shapes, multiplier * clip_norm, name, entry, number, device)
 
