@@ -63,7 +63,7 @@ class HalfNoise(Learner):
         honest = self.mechanism
         assert honest is not None
         self.mechanism = Mechanism(
-            privacy=honest.privacy, noise_multiplier=honest.noise_multiplier, ledger=honest.ledger,
+            privacy=honest.privacy, schedule=honest.schedule, ledger=honest.ledger,
             key=HalfKey.from_seed(honest.privacy.seed, "client", self.client),
         )  # fmt: skip
         self.curator = Curator(seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism)

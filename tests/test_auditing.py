@@ -50,7 +50,7 @@ def broken(key=NoiseKey, mechanism=Mechanism):
             super().prepare(stream)
             honest = self.mechanism
             self.mechanism = mechanism(
-                privacy=honest.privacy, noise_multiplier=honest.noise_multiplier, ledger=honest.ledger,
+                privacy=honest.privacy, schedule=honest.schedule, ledger=honest.ledger,
                 key=key.from_seed(honest.privacy.seed, "client", 0),
             )  # fmt: skip
             self.curator = Curator(seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism)

@@ -195,6 +195,11 @@ WRONG = {
     ("privacy", "seed"): ("1.5", "true", '"0"'),
     ("privacy", "unit"): CHOICES,
     ("privacy", "relation"): CHOICES,
+    ("privacy", "clipping"): (*CHOICES, "{quantile = 2.0}", "{count_noise = 0.0}"),
+    ("privacy", "diagnostics"): CHOICES,
+    ("privacy", "bands"): COUNTS,
+    ("privacy", "horizon"): COUNTS,
+    ("privacy", "spent"): ("1", "[{sampling_rate = 2.0, noise_multiplier = 1.0, steps = 1}]"),
     ("attack", "name"): CHOICES,
     ("attack", "epsilon"): ("-0.1", "nan", "inf", "true"),
     ("attack", "norm"): CHOICES,
@@ -270,8 +275,8 @@ def test_an_experience_has_one_length(table, lengths):
     assert message.endswith("exactly one of the two")
 
 
-@pytest.mark.parametrize("budget", ["", "epsilon = 1.0\nnoise_multiplier = 1.0\n", "noise_multiplier = -1.0\n"])
-def test_privacy_is_given_by_epsilon_or_by_noise(budget):
+@pytest.mark.parametrize("budget", ["", "epsilon = [1.0, 2.0]\nnoise_multiplier = 1.0\n", "noise_multiplier = -1.0\n"])
+def test_privacy_is_given_by_epsilon_or_by_noise_or_both(budget):
     assert refusal(f"{HEAD}[privacy]\n{budget}{ARM}").startswith("privacy")
 
 

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.curator import Curator, copies, exposure
+from perdure.curator import Curator, copies
 from perdure.errors import PrivacyError
-from perdure.learner import contexts
+from perdure.facts import contexts, exposure
 from perdure.memory import MemoryPlan
 from perdure.privacy.ledger import Ledger
-from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.mechanism import Mechanism, Schedule
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.records import Records
@@ -42,7 +42,8 @@ class Bench:
         for e in self.stream:
             self.ledger.declare(e.train.partition, e.train.declared_size)
         self.trace.clear()
-        return Mechanism(privacy=privacy, noise_multiplier=privacy.noise_multiplier, ledger=self.ledger, key=key)
+        schedule = Schedule(noise=(privacy.noise_multiplier,))
+        return Mechanism(privacy=privacy, schedule=schedule, ledger=self.ledger, key=key)
 
     def open(self, index=0, plan=None, steps=range(0)):
         past = self.stream.experiences[: index + 1]
@@ -169,13 +170,13 @@ def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
     grouped = copies(rows)
     assert sorted(grouped.order.tolist()) == list(range(len(ids)))
     coins = torch.rand(len(grouped.counts), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    drawn = rows[grouped.drawn(coins, rate)]
+    drawn = rows[grouped.rows(coins < rate, coins[coins < rate] / rate)]
     assert drawn.tolist() == rows.unique()[coins < rate].tolist()
 
 
 def test_the_largest_coin_below_the_rate_picks_the_last_row():
     coin = torch.tensor([torch.nextafter(torch.tensor(1.0).double(), torch.tensor(0.0).double())])
-    assert copies(torch.tensor([5, 5, 5])).drawn(coin, 1.0).tolist() == [2]
+    assert copies(torch.tensor([5, 5, 5])).rows(coin < 1.0, coin).tolist() == [2]
 
 
 @pytest.mark.statistical

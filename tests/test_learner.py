@@ -563,7 +563,7 @@ def test_a_changed_request_meets_fresh_noise_and_is_charged_again(learner_of, to
 
         def look(point, learner, drawn=drawn):
             if point == "step.gradient":
-                drawn.append(learner.mechanism._block(learner.position.step))
+                drawn.append(learner.mechanism._paid(learner.position.step))
                 raise Stop
 
         settings = {"scheduler": schedule} | options

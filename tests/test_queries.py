@@ -74,7 +74,7 @@ def test_squared_gradients_equal_one_backward_pass_a_record_and_term(model, term
 def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_stream, toy_model):
     """Over the classes that may be predicted; not the square of the batch's mean gradient."""
     from perdure.curator import Curator
-    from perdure.learner import contexts
+    from perdure.facts import contexts
 
     stream = toy_stream()
     module = toy_model(stream).eval()

@@ -7,7 +7,7 @@ from torch import nn
 
 from perdure.combine import Combine
 from perdure.errors import StrategyError
-from perdure.learner import contexts
+from perdure.facts import contexts
 from perdure.memory import MemoryPlan
 from perdure.records import Batch
 from perdure.strategies import EWC, LwF, Naive, Replay

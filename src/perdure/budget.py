@@ -1,6 +1,7 @@
 """From what a run will do to the noise it needs: exposure of every partition, calibration, ledger and grant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,36 +9,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perdure.curator import exposure
-from perdure.errors import GuardError, PrivacyError
-from perdure.privacy.accounting import Charge, calibrate
+from perdure.errors import BudgetError, ConfigError, GuardError, PrivacyError
+from perdure.facts import pieces
+from perdure.privacy.accounting import Charge, calibrate, within
 from perdure.privacy.guard import check_buffers, check_losses, check_model, quiet_training
-from perdure.privacy.ledger import Ledger
-from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.ledger import Entry, Ledger
+from perdure.privacy.mechanism import Mechanism, Schedule
 from perdure.privacy.noise import NoiseKey
 from perdure.records import Batch, Records
 from perdure.seeds import generator
+from perdure.streams import Experience
 
 if TYPE_CHECKING:
     from perdure.learner import Learner
 
 Histories = dict[str, list[Charge]]
-
-
-def planned(learner: "Learner", noise_multiplier: float) -> Histories:
-    """Charges of every partition over the whole declared stream, from public facts only."""
-    privacy, asks, stream = learner.privacy, learner.strategy.asks, learner.stream
-    assert privacy is not None
-    histories: Histories = {e.train.partition: [] for e in stream}
-    for experience in stream:
-        past = stream.experiences[: experience.index + 1]
-        exposed = exposure(past, learner.plan(experience), batch_size=learner.batch_size, rate=privacy.sampling_rate)
-        for partition, rate in exposed.scope.items():
-            histories[partition].append(Charge(rate, noise_multiplier, learner.steps(experience.index)))
-        if asks.releases:
-            charge = Charge(1.0, noise_multiplier * privacy.release_noise, asks.releases)
-            histories[experience.train.partition].append(charge)
-    return histories
+NOBODY: frozenset[str] = frozenset()
 
 
 def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mechanism:
@@ -55,20 +42,147 @@ def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mecha
             f"{learner.strategy.name} asks for reference gradients at every step, which are not accounted yet; "
             "use Naive, EWC, LwF or Replay under privacy"
         )
-    multiplier = privacy.noise_multiplier
-    if multiplier is None:
-        assert privacy.epsilon is not None
-        multiplier = calibrate(
-            lambda sigma: list(planned(learner, sigma).values()), epsilon=privacy.epsilon, delta=privacy.delta
-        )
+    schedule = scheduled(learner)
     key = noise_key(learner.folder, privacy.seed, learner.client)
     path = learner.folder / "ledger.jsonl" if learner.folder else None
     ledger = Ledger.open(path, key=key, trace=trace, owner=learner.owner)
     for experience in learner.stream:
         ledger.declare(experience.train.partition, experience.train.declared_size)
-    if privacy.epsilon is not None:
-        ledger.grant(planned(learner, multiplier), epsilon=privacy.epsilon, delta=privacy.delta)
-    return Mechanism(privacy=privacy, noise_multiplier=multiplier, ledger=ledger, key=key)
+        for charge in privacy.spent:
+            ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
+    if privacy.epsilons and privacy.diagnostics == "released":
+        plan = planned(learner, schedule)
+        granted = {name: plan[name][len(privacy.spent) :] for name in ledger.partitions if name in plan}
+        ledger.grant(granted, epsilon=max(privacy.epsilons), delta=privacy.delta)
+    return Mechanism(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
+
+
+# --------------------------------------------------------------------------- the plan of a whole stream
+
+
+def planned(learner: "Learner", schedule: Schedule) -> Histories:
+    """Charges of every partition over the whole declared stream, spent elsewhere included; from public facts only."""
+    privacy, stages = learner.privacy, horizon(learner)
+    assert privacy is not None
+    histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
+    for stage in stages:
+        noise, left = schedule.noise_in(stage.index), schedule.left_in(stage.index)
+        for partition, new in charges(learner, stages[: stage.index + 1], noise, left).items():
+            histories[partition] += new
+    return histories
+
+
+def charges(
+    learner: "Learner", stages: Sequence[Experience], noise_multiplier: float, left: frozenset[str] = NOBODY
+) -> Histories:
+    """What the last of `stages` costs every partition that it exposes."""
+    privacy, asks, current = learner.privacy, learner.strategy.asks, stages[-1].train.partition
+    assert privacy is not None
+    exposed = learner.exposure(stages, left)
+    total = learner.steps_of(stages, left)
+    blocks = [exposed.times(len(block)) for block in pieces(total, learner.blocks)]
+    spent: Histories = {p: [Charge(rate, noise_multiplier, sum(blocks))] for p, rate in exposed.scope.items()}
+    if asks.releases:
+        spent[current].append(Charge(1.0, noise_multiplier * privacy.release_noise, asks.releases))
+    return spent
+
+
+def scheduled(learner: "Learner") -> Schedule:
+    """Noise multipliers that meet the budget, or who leaves the pools where the noise is given and the budget a cap.
+
+    Raises:
+        BudgetError: when no noise is enough, or new records could not be used once.
+        ConfigError: for budgets that do not fit the stream.
+    """
+    privacy = learner.privacy
+    assert privacy is not None
+    if privacy.noise_multiplier is not None:
+        noise = (privacy.noise_multiplier,)
+        return Schedule(noise=noise, left=leaving(learner, noise[0]) if privacy.epsilons else ())
+    if isinstance(privacy.epsilon, tuple):
+        return Schedule(noise=one_by_one(learner, privacy.epsilon))
+    (target,) = privacy.epsilons
+    noise_multiplier = calibrate(
+        lambda sigma: list(planned(learner, Schedule(noise=(sigma,))).values()), epsilon=target, delta=privacy.delta
+    )
+    return Schedule(noise=(noise_multiplier,))
+
+
+def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...]:
+    """A noise multiplier for every experience, where its records are used in no other one."""
+    privacy, stages = learner.privacy, horizon(learner)
+    assert privacy is not None
+    if learner.strategy.asks.reuses:
+        raise ConfigError.of(
+            "privacy.epsilon", targets, f"one number with {learner.strategy.name}, which uses records again later"
+        )
+    if len(targets) != len(stages):
+        raise ConfigError.of("privacy.epsilon", targets, f"{len(stages)} numbers, one an experience")
+
+    def history(index: int, sigma: float) -> list[list[Charge]]:
+        new = charges(learner, stages[: index + 1], sigma)
+        return [[*privacy.spent, *new[stages[index].train.partition]]]
+
+    found = [calibrate(partial(history, i), epsilon=e, delta=privacy.delta) for i, e in enumerate(targets)]
+    return tuple(found)
+
+
+def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str], ...]:
+    """Partitions out of the pools in every experience: those whose records would exceed the cap by one more use."""
+    privacy, stages = learner.privacy, horizon(learner)
+    assert privacy is not None
+    (cap,) = privacy.epsilons
+    histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
+    out: list[frozenset[str]] = []
+    for stage in stages:
+        gone, own = out[-1] if out else NOBODY, stage.train.partition
+        while True:
+            new = charges(learner, stages[: stage.index + 1], noise_multiplier, gone)
+            over = {p for p, c in new.items() if not within([*histories[p], *c], cap, delta=privacy.delta)}
+            if not over:
+                break
+            if own in over:
+                raise BudgetError(
+                    f"experience {stage.index} alone would take its records beyond epsilon {cap:g} at delta "
+                    f"{privacy.delta:g}; plan fewer steps, a larger noise_multiplier or a larger epsilon"
+                )
+            gone |= over
+        for partition, more in new.items():
+            histories[partition] += more
+        out.append(gone)
+    return tuple(out)
+
+
+def horizon(learner: "Learner") -> list[Experience]:
+    """Experiences to plan for: those of the stream, and as many more like the last as were declared to come.
+
+    Raises:
+        ConfigError: when the stream is longer than what was declared.
+    """
+    known, privacy = list(learner.stream.experiences), learner.privacy
+    asked = privacy.horizon if privacy and privacy.horizon is not None else len(known)
+    if asked < len(known):
+        raise ConfigError.of("privacy.horizon", asked, f"at least {len(known)}, the experiences of the stream")
+    last, own = known[-1], known[-1].train.partition
+    shared = any(experience.train.partition == own for experience in known[:-1])
+    later = [own if shared else f"{own}, {i - last.index} later" for i in range(len(known), asked)]
+    return known + [
+        replace(last, index=last.index + i, train=replace(last.train, partition=name))
+        for i, name in enumerate(later, 1)
+    ]
+
+
+def elsewhere(charge: Charge, partition: str, simulated: bool) -> Entry:
+    """Ledger entry of what the records of a partition were exposed to before, outside this ledger."""
+    sampled = charge.sampling_rate < 1
+    return Entry(
+        purpose="spent elsewhere", mechanism=charge.noise, noise_multiplier=charge.noise_multiplier, clip_norm=1.0,
+        first_step=0, steps=charge.steps, sampling="poisson" if sampled else "none",
+        scope={partition: charge.sampling_rate}, data="", start="", simulated=simulated,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- checks and keys
 
 
 def inspect(learner: "Learner") -> None:

@@ -16,6 +16,15 @@ KEEP = 2
 """Checkpoints kept, so that the one before the last survives a crash while the last is written."""
 
 
+@dataclass
+class Position:
+    """How far the run has come; `step` counts within the experience."""
+
+    experience: int = 0
+    step: int = 0
+    begun: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """Everything that a run needs to go on.

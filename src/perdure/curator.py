@@ -5,16 +5,17 @@ and only then noise is drawn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from perdure.errors import DataError, PrivacyError
+from perdure.facts import exposure
 from perdure.memory import Memory, concatenate
 from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import Clip, clipped_sum, per_pass
+from perdure.privacy.clipping import WITHIN, Clip, clipped_sum, per_pass
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.queries import Query, as_params, exact_sum, gradient_rows, rows_of
 from perdure.records import Batch, Params, Records
@@ -24,37 +25,6 @@ from perdure.streams import Experience
 
 Losses = Callable[[Forward, Batch], Tensor]
 RELEASE_CHUNK = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exposure:
-    """Who is exposed in one experience, and how often: a function of public facts.
-
-    Args:
-        scope: partition name to the probability that one of its records enters a step.
-        rate: that probability. pool_size: declared number of records in the pool.
-    """
-
-    scope: Mapping[str, float]
-    rate: float
-    pool_size: int
-
-
-def exposure(experiences: Sequence[Experience], plan: Plan, *, batch_size: int, rate: float | None) -> Exposure:
-    """Exposure in the last of `experiences`, from declared sizes only.
-
-    One rate over new records and memory (joint pooling). Records of earlier experiences that may be in memory are
-    charged whether or not they were kept.
-    """
-    *past, current = [experience.train for experience in experiences]
-    pooled = [*past, current] if plan.pool == "all" else [current]
-    size = sum(records.declared_size for records in pooled)
-    exposed = {records.partition for records in pooled}
-    if plan.memory and past:
-        size += min(plan.memory.capacity, sum(records.declared_size for records in past))
-        exposed |= {records.partition for records in past}
-    chosen = min(1.0, batch_size / size) if rate is None else rate
-    return Exposure(scope=dict.fromkeys(sorted(exposed), chosen), rate=chosen, pool_size=size)
 
 
 class Curator:
@@ -72,27 +42,33 @@ class Curator:
         self.private = mechanism is not None
         self._seed, self._client, self._batch_size, self._mechanism = seed, client, batch_size, mechanism
         self._rows: Batch | None = None
+        self._seen: Diagnostics | None = None
 
     # ------------------------------------------------------------------ an experience
 
     def open(self, experiences: Sequence[Experience], plan: Plan, context: Context, forward: Forward) -> None:
         """Pool the records of the current experience (the last given), earlier ones and memory as planned."""
         self.context, self._plan, self._experience, self._forward = context, plan, experiences[-1], forward
+        mechanism, index = self._mechanism, experiences[-1].index
+        left = mechanism.schedule.left_in(index) if mechanism else frozenset()
         first = 0 if plan.pool == "all" else len(experiences) - 1
-        self._new = concatenate([Batch.current(e.train, e.index) for e in experiences[first:]])
+        pooled = [e for e in experiences[first:] if e.train.partition not in left]
+        self._new = concatenate([Batch.current(e.train, e.index) for e in pooled])
         self._stored = self._memory.rows if plan.memory and len(self._memory) else None
+        if self._stored is not None and left:
+            self._stored = without(self._stored, [e.index for e in experiences if e.train.partition in left])
         if self._stored is not None:
             self._new = with_blanks(self._new, self._stored.stored)
         self._rows = self._new if self._stored is None else concatenate([self._new, _replayed(self._stored)])
-        if not len(self._rows) and not self._mechanism:
-            raise DataError(f"experience {experiences[-1].index} has no training records; leave it out of the stream")
-        if self._mechanism:
+        if not len(self._rows) and not mechanism:
+            raise DataError(f"experience {index} has no training records; leave it out of the stream")
+        rate, bands = (mechanism.privacy.sampling_rate, mechanism.privacy.bands) if mechanism else (None, None)
+        self.exposure = exposure(experiences, plan, batch_size=self._batch_size, rate=rate, bands=bands, left=left)
+        if mechanism:
             refuse_shared_ids(experiences[-1].train)
-            self._mechanism.lapse()
+            mechanism.open(index)
             self._copies = copies(self._rows.ids)
-            self._fingerprint = self._mechanism.fingerprint(self._rows.tensors())
-        rate = self._mechanism.privacy.sampling_rate if self._mechanism else None
-        self.exposure = exposure(experiences, plan, batch_size=self._batch_size, rate=rate)
+            self._fingerprint = mechanism.fingerprint(self._rows.tensors())
         self._orders: dict[str, tuple[int, Tensor]] = {}
         self._releases = 0
 
@@ -103,13 +79,16 @@ class Curator:
             start: digest of everything but the records that determines what the steps do.
         """
         if self._mechanism:
-            self._mechanism.reserve(scope=self.exposure.scope, steps=steps, start=start, data=self._fingerprint)
+            exposed = self.exposure
+            self._mechanism.reserve(
+                scope=exposed.scope, steps=steps, start=start, data=self._fingerprint, expected=exposed.expected,
+                slots=exposed.slots,
+            )  # fmt: skip
 
     def sample(self, step: int) -> Batch:
-        """Rows of one step: Poisson over the whole pool under privacy, else shuffled, new and stored side by side."""
+        """Rows of one step: by coins over the whole pool under privacy, else shuffled, new and stored side by side."""
         if self._mechanism:
-            coins = self._mechanism.coins(len(self._copies.counts), step)
-            return self._pool.take(self._copies.drawn(coins, self.exposure.rate).to(self._device))
+            return self._pool.take(self._drawn(self._mechanism, step).to(self._device))
         index = self._shuffled("new", len(self._new), self._batch_size, step)
         if self._stored is not None and self._plan.memory:
             size = self._plan.memory.batch_size or self._batch_size
@@ -136,8 +115,23 @@ class Curator:
 
     @property
     def stored(self) -> int:
-        """Number of rows in memory; private under privacy, where nothing outside asks for it."""
+        """Number of rows in memory.
+
+        Raises:
+            PrivacyError: under privacy, where the number depends on the records.
+        """
+        self._open_to("the number of stored records")
         return len(self._memory)
+
+    @property
+    def diagnostics(self) -> "Diagnostics | None":
+        """Statistics of the last step; None before the first.
+
+        Raises:
+            PrivacyError: under privacy, unless `Privacy(diagnostics="raw")` gave up the guarantee.
+        """
+        self._open_to("the loss, size and clipped share of a batch")
+        return self._seen
 
     def snapshot(self) -> tuple[dict[str, Tensor], int]:
         """Memory for a checkpoint's `private/` folder, and how many records it was offered by declared sizes."""
@@ -160,10 +154,10 @@ class Curator:
         `reserve` before its noise is drawn.
         """
         if self._mechanism:
-            expected = self.exposure.rate * self.exposure.pool_size
             total = self._mechanism.gradient(partial(self._clipped, losses, params, batch), params, step=step)
-            return {name: value / expected for name, value in total.items()}
+            return {name: value / self.exposure.expected for name, value in total.items()}
         mean = (losses(self._forward, batch) * batch.valid).sum() / batch.valid.sum()
+        self._seen = Diagnostics(rows=len(batch), loss=mean.detach())
         grads = torch.autograd.grad(mean, list(params.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(params, grads, strict=True))
 
@@ -179,10 +173,11 @@ class Curator:
             return exact_sum(query, self._forward, current, RELEASE_CHUNK)
         params = {name: value.detach() for name, value in module.named_parameters()}
         self._releases += 1
+        rows, data = rows_of(query, module), current.tensors()
         return self._mechanism.release(
-            rows_of(query, module), params, current.tensors(), clip_norm=clip_norm, purpose=purpose,
-            number=self._releases - 1, partition=self._experience.train.partition, shapes=self._shapes(query, current),
-            start=digest(params).hex(),
+            lambda clip: clipped_sum(rows, params, data, clip, per_pass(params)),
+            clip_norm=clip_norm, purpose=purpose, number=self._releases - 1, start=digest(params).hex(), data=data,
+            partition=self._experience.train.partition, shapes=self._shapes(query, current),
         )  # fmt: skip
 
     def raw(self, reason: str) -> Batch:
@@ -199,9 +194,14 @@ class Curator:
         return self._pool
 
     @property
+    def signal_to_noise(self) -> float:
+        """Estimated energy of the last gradient over that of its noise; a function of what was released."""
+        return self._mechanism.signal_to_noise if self._mechanism else float("inf")
+
+    @property
     def clip_norm(self) -> float:
         """The bound C on one record's gradient; infinite without privacy."""
-        return self._mechanism.privacy.clip_norm if self._mechanism else float("inf")
+        return self._mechanism.clip_norm if self._mechanism else float("inf")
 
     @property
     def declared_size(self) -> int:
@@ -220,6 +220,17 @@ class Curator:
     def _device(self) -> torch.device:
         return self._pool.inputs.device
 
+    def _drawn(self, mechanism: Mechanism, step: int) -> Tensor:
+        """Positions of a private step's rows: each record by its own coin, or at its own place of the epoch."""
+        records, exposed = self._copies, self.exposure
+        coins = mechanism.coins(len(records.counts), step)
+        if exposed.slots is None:
+            hit = coins < exposed.rate
+            return records.rows(hit, coins[hit] / exposed.rate)  # below the rate, divided by it: uniform again
+        place = (mechanism.tags(records.ids, "place in an epoch") * exposed.slots).long()
+        hit = place == step % exposed.slots
+        return records.rows(hit, coins[hit])
+
     def _shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
         """Positions of one batch in a fresh order every epoch; the last batch of an epoch may be smaller."""
         epoch, i = divmod(step, -(-n // size))
@@ -230,9 +241,30 @@ class Curator:
 
     def _clipped(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
         """Clipped sum by book-keeping where every layer has a rule, else record by record."""
+        if not self._shows:
+            return self._sum(losses, params, batch, clip)
+        total = self._sum(losses, params, batch, replace(clip, counted=True)) or {}
+        within = float(total.get(WITHIN, 0.0)) if clip.counted else float(total.pop(WITHIN, 0.0))
+        with torch.no_grad():
+            loss = losses(self._forward, batch).sum() / max(1, len(batch))
+        self._seen = Diagnostics(rows=len(batch), loss=loss, clipped=0.5 - within / max(1, len(batch)))
+        return total or None
+
+    def _sum(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
         module, forward = self._forward.module, self._forward
         fast = clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), clip)
         return fast or clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params))
+
+    @property
+    def _shows(self) -> bool:
+        return self._mechanism is not None and self._mechanism.privacy.diagnostics == "raw"
+
+    def _open_to(self, what: str) -> None:
+        if self._mechanism and not self._shows:
+            raise PrivacyError(
+                f"{what} would leave the curator without noise; signal_to_noise is free, a release is paid for, and "
+                "Privacy(diagnostics='raw') shows it and labels the run as not private"
+            )
 
     def _current(self) -> Batch:
         """Return the rows of the current experience alone, also where earlier ones are pooled with it."""
@@ -247,34 +279,54 @@ class Curator:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Diagnostics:
+    """What one step saw of the records.
+
+    Args:
+        rows: how many. loss: () their mean loss. clipped: share of them that was clipped; 0 without privacy.
+    """
+
+    rows: int
+    loss: Tensor
+    clipped: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Copies:
     """Rows of a pool by record: permuted copies of an image, or a stored row beside a new one, are one record.
 
     Args:
+        ids: (r,) of the records.
         order: (n,) positions of the rows, those of one record side by side.
         starts: (r,) where each record's rows begin in `order`. counts: (r,) how many it has.
     """
 
+    ids: Tensor
     order: Tensor
     starts: Tensor
     counts: Tensor
 
-    def drawn(self, coins: Tensor, rate: float) -> Tensor:
-        """Positions of the rows in a step whose records' coins (r,), uniform in [0, 1), lie below `rate`.
+    def rows(self, hit: Tensor, pick: Tensor) -> Tensor:
+        """Positions of one row for every record where `hit` (r,) is true, chosen by its `pick`, uniform in [0, 1).
 
-        Guarantee: a record enters at most once, with probability `rate`, whatever the number of its rows. A coin below
-        the rate, divided by it, is uniform again: it picks the row.
+        Guarantee: a record enters a step at most once, whatever the number of its rows.
         """
-        hit = torch.nonzero(coins < rate).flatten()
         counts = self.counts[hit]
-        row = torch.minimum((coins[hit] / rate * counts).long(), counts - 1)
+        row = torch.minimum((pick * counts).long(), counts - 1)
         return self.order[self.starts[hit] + row]
 
 
 def copies(ids: Tensor) -> Copies:
     """Group rows by their record ids (n,)."""
-    _, counts = torch.unique(ids.cpu(), return_counts=True)
-    return Copies(order=torch.argsort(ids.cpu(), stable=True), starts=counts.cumsum(0) - counts, counts=counts)
+    own, counts = torch.unique(ids.cpu(), return_counts=True)
+    return Copies(
+        ids=own, order=torch.argsort(ids.cpu(), stable=True), starts=counts.cumsum(0) - counts, counts=counts
+    )  # fmt: skip
+
+
+def without(rows: Batch, tasks: Sequence[int]) -> Batch:
+    """Rows of other experiences than `tasks`."""
+    return rows.take(~torch.isin(rows.tasks, torch.tensor(tasks, device=rows.tasks.device)))
 
 
 def refuse_shared_ids(records: Records) -> None:

@@ -3,28 +3,31 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from perdure.checkpoint import Snapshot, Store, flatten_optimizer, load_optimizer, numbered
+from perdure.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
 from perdure.curator import Curator
 from perdure.errors import ConfigError, StrategyError
+from perdure.facts import Exposure, contexts, exposure, pieces
+from perdure.metrics import accuracy
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
 from perdure.seeds import derive
-from perdure.strategy import Context, Forward, Plan, Spec, State, Strategy
+from perdure.strategy import Forward, Plan, Spec, State, Strategy
 from perdure.streams import Experience, Stream
 
 if TYPE_CHECKING:
     from perdure.adversarial.attacks import Attack
+    from perdure.augment import Views
 
 Callback = Callable[[str, "Learner"], None]
 """Called at every named point of the loop; the names are `POINTS`."""
@@ -35,15 +38,6 @@ POINTS = (
     "ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn",
 )  # fmt: skip
 """Where a callback is called, and where the tests stop a run to see that it resumes to the same bits."""
-
-
-@dataclass
-class Position:
-    """How far the run has come; `step` counts within the experience."""
-
-    experience: int = 0
-    step: int = 0
-    begun: bool = False
 
 
 @dataclass(kw_only=True)
@@ -63,6 +57,8 @@ class Learner:
         batch_size: new records a step. seed: of everything but private noise. device: where records and model live.
         privacy: None, or record-level differential privacy.
         adversary: an attack applied to every batch before its gradient (adversarial training).
+        views: random versions of every record, averaged inside its loss (augmentation).
+        precision: of the passes through the model while training; parameters, norms and sums stay in float32.
         reset_optimizer: begin every experience with a fresh optimiser.
         callbacks: called as callback(point, learner).
         client: number of the party, 0 when there is only one. owner: its name in the ledger.
@@ -81,6 +77,8 @@ class Learner:
     device: str | torch.device = "cpu"
     privacy: Privacy | None = None
     adversary: "Attack | None" = None
+    views: "Views | None" = None
+    precision: Literal["float32", "bfloat16"] = "float32"
     reset_optimizer: bool = False
     callbacks: Sequence[Callback] = ()
     client: int = 0
@@ -96,6 +94,14 @@ class Learner:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError.of(name, value, "1 or more")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError.of("precision", self.precision, ("float32", "bfloat16"))
+        if self.views and self.adversary:
+            raise ConfigError.of("views", self.views, "none with an adversary, which perturbs the record itself")
+        if type(self.model).__module__.startswith("opacus."):
+            from perdure.privacy.opacus import unwrapped
+
+            self.model = unwrapped(self.model)
         self.model.to(self.device)
         self._leaves = [param for param in self.model.parameters() if param.requires_grad]
         self.params: Params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -163,24 +169,33 @@ class Learner:
         """Plan of the experience by the strategy."""
         return self.strategy.plan(experience)
 
-    def steps(self, index: int) -> int:
-        """Optimiser steps in experience `index`; a function of declared sizes only."""
+    def exposure(self, experiences: Sequence[Experience], left: Set[str] = frozenset()) -> Exposure:
+        """Who is exposed in the last of `experiences`, and how often, where the partitions `left` are out."""
+        rate, bands = (self.privacy.sampling_rate, self.privacy.bands) if self.privacy else (None, None)
+        plan = self.plan(experiences[-1])
+        return exposure(experiences, plan, batch_size=self.batch_size, rate=rate, bands=bands, left=left)
+
+    def steps_of(self, experiences: Sequence[Experience], left: Set[str] = frozenset()) -> int:
+        """Optimiser steps in the last of `experiences`; a function of declared sizes only."""
         if self.iterations is not None:
             return self.iterations
-        experiences = self.stream.experiences
-        pooled = experiences[: index + 1] if self.plan(experiences[index]).pool == "all" else [experiences[index]]
-        size = sum(experience.train.declared_size for experience in pooled)
+        pooled = experiences if self.plan(experiences[-1]).pool == "all" else experiences[-1:]
+        size = sum(e.train.declared_size for e in pooled if e.train.partition not in left)
         rate = self.privacy.sampling_rate if self.privacy else None
         return math.ceil((self.epochs or 1) * (1 / rate if rate else max(1.0, size / self.batch_size)))
 
+    def steps(self, index: int) -> int:
+        """Optimiser steps in experience `index`."""
+        left = self.mechanism.schedule.left_in(index) if self.mechanism else frozenset()
+        return self.steps_of(self.stream.experiences[: index + 1], left)
+
     def block(self, number: int, of: int) -> range:
         """Steps of piece `number` when the current experience is done in `of` pieces."""
-        total = self.steps(self.position.experience)
-        return range(number * total // of, (number + 1) * total // of)
+        return pieces(self.steps(self.position.experience), of)[number]
 
     def remaining_blocks(self) -> list[range]:
         """Blocks of the current experience that are not done yet."""
-        all_blocks = [self.block(number, self.blocks) for number in range(self.blocks)]
+        all_blocks = pieces(self.steps(self.position.experience), self.blocks)
         return [block for block in all_blocks if block.stop > self.position.step]
 
     def train(self, steps: range) -> None:
@@ -199,6 +214,8 @@ class Learner:
             self._at("step.sampled")
             if self.adversary:
                 batch = self._perturbed(batch, step)
+            if self.views:
+                batch = self.views.attach(batch, self._seed_of("views", step))
             references = strategy.references(curator, params, self.state) if self._uses["references"] else ()
             gradient = curator.gradient(self._losses, params, batch, step)
             self._at("step.gradient")
@@ -250,6 +267,7 @@ class Learner:
         facts |= {
             "position": vars(self.position), "matrix": self.matrix, "offered": offered,
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "clip_norm": self.mechanism.clip_norm if self.mechanism else None,
         }  # fmt: skip
         return Snapshot(tensors=tensors, private=private, facts=facts)
 
@@ -262,6 +280,8 @@ class Learner:
         facts = snapshot.facts
         self.position, self.matrix = Position(**facts["position"]), [list(row) for row in facts["matrix"]]
         self.curator.restore(snapshot.private, facts["offered"], self.device)
+        if self.mechanism:
+            self.mechanism.clip_norm = facts["clip_norm"]
         self._select(self.plan(self.stream[min(self.position.experience, len(self.stream) - 1)]))
         load_optimizer(self._optimizer, snapshot.tensors, facts)
         if self._scheduler and facts["scheduler"]:
@@ -285,7 +305,11 @@ class Learner:
     # ------------------------------------------------------------------ inside
 
     def _losses(self, forward: Forward, batch: Batch) -> Tensor:
-        return self.strategy.losses(forward, batch, self.curator.context, self.state)
+        def losses(rows: Batch) -> Tensor:
+            return self.strategy.losses(forward, rows, self.curator.context, self.state)
+
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return (self.views.losses(losses, batch) if self.views else losses(batch)).float()
 
     def _with_penalty(self, gradient: Params) -> Params:
         if not self._uses["penalty"]:
@@ -353,7 +377,7 @@ class Learner:
         return derive(seed, what, self.client, self.position.experience, step)
 
     def _memory_share(self, plan: Plan) -> float:
-        if not plan.memory or not self.curator.stored or self.mechanism:
+        if not plan.memory or self.mechanism or not self.curator.stored:
             return 0.0
         size = min(plan.memory.batch_size or self.batch_size, self.curator.stored)
         return size / (size + min(self.batch_size, self.stream[self.position.experience].train.declared_size))
@@ -366,6 +390,7 @@ class Learner:
         facts = {name: value for name, value in snapshot.facts.items() if name != "matrix"}  # what was, not what comes
         settings = (
             repr(self.strategy), repr(self.model), repr(self.adversary), repr(self._optimizer), self.seed,
+            self.precision, self.views and self.views.count,
             type(self._scheduler).__name__, json.dumps(facts, default=str), self.stream.scenario, classes,
         )  # fmt: skip
         return hashlib.sha256(repr(settings).encode() + digest(snapshot.tensors)).hexdigest()
@@ -373,25 +398,3 @@ class Learner:
     def _at(self, point: str) -> None:
         for callback in self.callbacks:
             callback(point, self)
-
-
-def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
-    """Return a function from an experience's index to its public facts."""
-    table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
-    for experience in stream:
-        table[experience.index, list(experience.classes)] = True
-
-    def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
-        return Context(
-            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
-            declared_size=declared_size, memory_share=memory_share,
-        )  # fmt: skip
-
-    return context
-
-
-def accuracy(predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int) -> float:
-    """Share of the records whose largest logit is the label's, in percent; NaN without records."""
-    pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
-    right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
-    return 100.0 * right / len(labels) if len(labels) else math.nan

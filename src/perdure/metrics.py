@@ -7,6 +7,8 @@ was not evaluated: it is left out of every mean, and a mean over nothing is NaN.
 forgotten or transferred: forgetting and both transfers are 0.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,13 @@ from torch import Tensor
 from perdure.errors import ConfigError
 
 _SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
+
+
+def accuracy(predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int) -> float:
+    """Share of the records whose largest logit is the label's, in percent; NaN without records."""
+    pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+    right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
+    return 100.0 * right / len(labels) if len(labels) else math.nan
 
 
 def average_accuracy(matrix: Tensor) -> float:

@@ -14,6 +14,7 @@ from perdure.learner import Learner
 from perdure.privacy.accounting import merged
 from perdure.privacy.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping import Clip, clipped_sum
+from perdure.privacy.mechanism import Schedule
 from perdure.privacy.policy import Privacy
 from perdure.queries import gradient_rows
 from perdure.strategy import Forward, State
@@ -201,7 +202,7 @@ def test_under_privacy_every_touch_is_in_the_ledger(learner_of, toy_stream, name
     ledger = learner.mechanism.ledger
     draws = sum(entry.steps for entry in ledger.entries)
     assert trace.count("noise.drawn") == draws == 2 * 6 + 2 * planned_asks.releases
-    for partition, history in planned(learner, 1.0).items():
+    for partition, history in planned(learner, Schedule(noise=(1.0,))).items():
         assert merged(ledger.charges(partition)) == merged(history)
     touched = {partition for entry in ledger.entries[len(ledger.entries) // 2 :] for partition in entry.scope}
     assert ("experience-0" in touched) == planned_asks.reuses

@@ -3,10 +3,10 @@ import torch
 
 from perdure.curator import Curator
 from perdure.errors import ConfigError
-from perdure.learner import contexts
+from perdure.facts import contexts
 from perdure.models import mlp
 from perdure.privacy.ledger import Ledger
-from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.mechanism import Mechanism, Schedule
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.strategies import EWC
@@ -89,7 +89,7 @@ def private_curator(stream, privacy):
     ledger = Ledger.open(None, key=key)
     for e in stream:
         ledger.declare(e.train.partition, e.train.declared_size)
-    mechanism = Mechanism(privacy=privacy, noise_multiplier=privacy.noise_multiplier, ledger=ledger, key=key)
+    mechanism = Mechanism(privacy=privacy, schedule=Schedule(noise=(privacy.noise_multiplier,)), ledger=ledger, key=key)
     return Curator(seed=0, batch_size=8, mechanism=mechanism), ledger
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from perdure.errors import ConfigError
-from perdure.learner import Learner, contexts
+from perdure.facts import contexts
+from perdure.learner import Learner
 from perdure.records import Batch
 from perdure.strategies import LwF
 from perdure.strategy import Forward, Spec

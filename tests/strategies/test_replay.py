@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from perdure.errors import ConfigError
-from perdure.learner import Learner, contexts
+from perdure.facts import contexts
+from perdure.learner import Learner
 from perdure.memory import MemoryPlan
 from perdure.privacy.policy import Privacy
 from perdure.strategies import Replay

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as aggregators
 from torch import Tensor
 
-from perdure.checkpoint import Store
+from perdure.checkpoint import Position, Store
 from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
 from perdure.federated.client import client_app
 from perdure.federated.grid import Cohort, InProcessGrid, Progress, answers, contained, meet, simulate
@@ -33,7 +33,7 @@ from perdure.federated.state import (
     shared,
     to_record,
 )
-from perdure.learner import Learner, Position
+from perdure.learner import Learner
 from perdure.seeds import generator
 from perdure.strategy import State
 from perdure.streams import Stream

@@ -10,12 +10,19 @@ from typing import Any, Literal, get_args
 from perdure.errors import ConfigError, LedgerError
 from perdure.privacy import accounting
 from perdure.privacy.accounting import Accountant, Charge, Relation
+from perdure.privacy.composition import Noise
 from perdure.privacy.ledger_file import Body, canonical, sha256
 
 SCHEMA = 1
 
 Unit = Literal["record", "client"]
 Sampling = Literal["poisson", "none"]
+Mechanism = Literal["gaussian", "discrete-gaussian", "exponential", "banded-gaussian", "none"]
+CHARGED: Mapping[str, Noise] = {
+    "gaussian": "gaussian", "discrete-gaussian": "discrete-gaussian", "exponential": "exponential",
+    "banded-gaussian": "gaussian", "none": "gaussian",
+}  # fmt: skip
+"""How a mechanism is accounted: correlated noise as the Gaussian of its strategy matrix, raw data as no noise."""
 
 
 def _one_of(field: str, value: object, literal: Any) -> None:
@@ -29,13 +36,17 @@ class Entry:
 
     Args:
         purpose: what for ("gradient", "reference", "release:fisher").
-        mechanism: "gaussian", or "none" for data handed out raw (noise multiplier 0, epsilon infinite).
+        mechanism: "gaussian"; "discrete-gaussian" of integer counts; "exponential", a selection (see `Charge`);
+            "banded-gaussian", whose noise is correlated over the steps (see `perdure.privacy.correlated`); "none" for
+            data handed out raw (noise multiplier 0, epsilon infinite).
         noise_multiplier: standard deviation of the noise divided by the clip norm.
         clip_norm: bound on the L2 norm of one unit's contribution.
         first_step: first step of the block in the run.
         steps: how many steps are reserved; unused ones stay charged.
         sampling: "poisson" where it really ran and stayed secret, else "none".
         scope: origin partition to the probability that one of its units is in a step.
+        participations: in how many of the steps one unit takes part at most, where their order is fixed; None for
+            all of them.
         unit: what the entry protects.
         relation: how neighbouring data sets differ.
         trust: who sees raw data.
@@ -57,6 +68,7 @@ class Entry:
     steps: int
     sampling: Sampling
     scope: Mapping[str, float]
+    participations: int | None = None
     unit: Unit = "record"
     relation: Relation = "add-remove"
     trust: str = "curator"
@@ -72,14 +84,18 @@ class Entry:
             ("clip_norm", float(self.clip_norm)),
         ):
             object.__setattr__(self, field, value)
-        for field, literal in (("sampling", Sampling), ("unit", Unit), ("relation", Relation)):
+        for field, literal in (
+            ("mechanism", Mechanism), ("sampling", Sampling), ("unit", Unit), ("relation", Relation)
+        ):  # fmt: skip
             _one_of(field, getattr(self, field), literal)
-        if self.mechanism not in ("gaussian", "none") or (self.mechanism == "none" and self.noise_multiplier):
-            raise ConfigError.of("mechanism", self.mechanism, "gaussian, or none with noise multiplier 0")
+        if self.mechanism == "none" and self.noise_multiplier:
+            raise ConfigError.of("noise_multiplier", self.noise_multiplier, "0 where data is handed out raw")
         if not 0 < self.clip_norm < math.inf:
             raise ConfigError.of("clip_norm", self.clip_norm, "finite and above 0")
         if self.steps < 1 or self.first_step < 0:
             raise ConfigError.of("steps", (self.first_step, self.steps), "first_step >= 0 and steps >= 1")
+        if self.participations is not None and not 1 <= self.participations <= self.steps:
+            raise ConfigError.of("participations", self.participations, f"from 1 to the {self.steps} steps")
         if not self.scope or (self.sampling == "none" and set(self.scope.values()) != {1.0}):
             raise ConfigError.of("scope", self.scope, "at least one partition, at rate 1.0 without sampling")
         for partition in self.scope:
@@ -97,7 +113,8 @@ class Entry:
         """
         rates = [self.scope[partition] for partition in partitions if partition in self.scope]
         rate = rates[0] if len(rates) == 1 else min(1.0, sum(rates))
-        return Charge(rate, self.noise_multiplier, self.steps) if rates else None
+        times = self.steps if self.participations is None else self.participations
+        return Charge(rate, self.noise_multiplier, times, CHARGED[self.mechanism]) if rates else None
 
 
 @dataclass(frozen=True)

@@ -1,64 +1,22 @@
 """From charges to epsilon, and from epsilon to a noise multiplier.
 
-Numbers come from dp-accounting: privacy loss distributions (PLD) decide, on a coarse grid first, which bounds
-epsilon as surely as the fine one, takes no longer than Renyi DP (RDP) and is far tighter. RDP is there to be
-shown beside it. The central-limit approximation of Gaussian DP is left out: it claims less than was spent.
+Privacy loss distributions (PLD) decide, on a coarse grid first, which bounds epsilon as surely as the fine one, takes
+no longer than Renyi DP (RDP) and is far tighter. RDP is there to be shown beside it. The central-limit approximation
+of Gaussian DP is left out: it claims less than was spent.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
-from perdure.errors import BudgetError, ConfigError, PrivacyError
+from perdure.errors import BudgetError, ConfigError
+from perdure.privacy.composition import Accountant, Charge, History, Relation, merged, pld_epsilon, rdp_epsilon
 
-Accountant = Literal["pld", "rdp"]
-Relation = Literal["add-remove", "replace-one"]
-History = tuple["Charge", ...]
-"""What one record was exposed to, merged by `merged`."""
+__all__ = ["Accountant", "Charge", "Relation", "calibrate", "check_target", "epsilon", "merged", "within", "worst"]
 
 INTERVAL = 1e-4
 COARSE_INTERVAL = 1e-3
-WIDEST = 1e7
 NOISE_RANGE = (0.05, 1e4)
-
-
-@dataclass(frozen=True, order=True)
-class Charge:
-    """Some steps of one Gaussian mechanism, as seen by one record.
-
-    Args:
-        sampling_rate: probability in (0, 1] that the record is in a step (Poisson); 1.0 means no sampling.
-        noise_multiplier: standard deviation of the noise divided by the clip norm; 0 means none.
-        steps: how often.
-
-    Raises:
-        ConfigError: for a value outside these ranges.
-    """
-
-    sampling_rate: float
-    noise_multiplier: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sampling_rate <= 1:
-            raise ConfigError.of("sampling_rate", self.sampling_rate, "0 < rate <= 1")
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise ConfigError.of("noise_multiplier", self.noise_multiplier, "finite and at least 0")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ConfigError.of("steps", self.steps, "integers from 0")
-
-
-def merged(charges: Iterable[Charge]) -> History:
-    """Add up the steps of equal mechanisms and sort: composition does not depend on the order."""
-    steps: dict[tuple[float, float], int] = {}
-    for charge in charges:
-        kind = (float(charge.sampling_rate), float(charge.noise_multiplier))
-        steps[kind] = steps.get(kind, 0) + charge.steps
-    return tuple(sorted(Charge(rate, noise, n) for (rate, noise), n in steps.items() if n))
 
 
 def epsilon(
@@ -104,8 +62,8 @@ def epsilon(
             raise ConfigError.of(field, value, allowed)
     history = merged(charges)
     if accountant == "rdp":
-        return _rdp(history, delta, relation)
-    return _pld(history, delta, relation, INTERVAL)
+        return rdp_epsilon(history, delta, relation)
+    return pld_epsilon(history, delta, relation, INTERVAL)
 
 
 def check_target(epsilon: float, delta: float) -> None:
@@ -128,7 +86,7 @@ def worst(
     for name, charges in histories.items():
         names.setdefault(merged(charges), name)
     found = ("none", 0.0)
-    bounds = [(_pld(history, delta, relation, COARSE_INTERVAL), history) for history in _undominated(names)]
+    bounds = [(pld_epsilon(history, delta, relation, COARSE_INTERVAL), history) for history in _undominated(names)]
     for bound, history in sorted(bounds, reverse=True):
         if found[0] != "none" and bound <= found[1]:
             break  # the coarse grid bounds all that follow
@@ -142,7 +100,7 @@ def within(charges: Iterable[Charge], target: float, *, delta: float, relation: 
     """Whether `charges` cost at most `target`: a coarse grid accepts, and else the fine one decides."""
     history = merged(charges)
     # the margin keeps the verdict the same as that of the fine grid
-    coarse = _pld(history, delta, relation, COARSE_INTERVAL)
+    coarse = pld_epsilon(history, delta, relation, COARSE_INTERVAL)
     return coarse <= 0.998 * target or epsilon(history, delta=delta, relation=relation) <= target
 
 
@@ -175,7 +133,7 @@ def calibrate(
     """
     check_target(epsilon, delta)
     histories = [merged(history) for history in charges_at(1.0)]
-    cost = partial(_pld, delta=delta, relation=relation, interval=COARSE_INTERVAL)
+    cost = partial(pld_epsilon, delta=delta, relation=relation, interval=COARSE_INTERVAL)
     over = histories.index(max(_undominated(histories), key=cost)) if histories else None
     noise = NOISE_RANGE[0]
     while over is not None:
@@ -203,8 +161,8 @@ def _undominated(histories: Iterable[History]) -> list[History]:
 
 
 def _contains(large: History, small: History) -> bool:
-    steps = {(c.sampling_rate, c.noise_multiplier): c.steps for c in large}
-    return all(c.steps <= steps.get((c.sampling_rate, c.noise_multiplier), 0) for c in small)
+    steps = {charge.kind: charge.steps for charge in large}
+    return all(charge.steps <= steps.get(charge.kind, 0) for charge in small)
 
 
 def _solve(history_at: Callable[[float], History], target: float, delta: float, relation: Relation) -> float:
@@ -213,7 +171,7 @@ def _solve(history_at: Callable[[float], History], target: float, delta: float, 
 
     def excess(log_noise: float) -> float:
         history = history_at(math.exp(log_noise))
-        spent = _pld(history, delta, relation, interval)
+        spent = pld_epsilon(history, delta, relation, interval)
         return math.log(min(max(spent, 1e-9), 1e9) / target)
 
     low, high = _bracket(excess)
@@ -266,97 +224,3 @@ def _round_up(noise: float) -> float:
     """`noise` rounded up to four significant digits."""
     unit = 10.0 ** (math.floor(math.log10(noise)) - 3)
     return float(f"{math.ceil(noise / unit - 1e-9) * unit:.4g}")
-
-
-@lru_cache(maxsize=4096)
-def _rdp(history: History, delta: float, relation: Relation) -> float:
-    import dp_accounting
-    from dp_accounting.rdp import RdpAccountant
-
-    if not history or any(charge.noise_multiplier == 0 for charge in history):
-        return math.inf if history else 0.0
-    accountant = RdpAccountant()
-    with _quiet_absl():
-        for charge in history:
-            accountant.compose(_event(charge, relation, dp_accounting), charge.steps)
-        return float(accountant.get_epsilon(delta))
-
-
-def _event(charge: Charge, relation: Relation, library: Any) -> Any:
-    """Build the event for the RDP accountant, which ignores the relation of an unsampled Gaussian."""
-    if relation == "replace-one" and charge.sampling_rate < 1:
-        raise PrivacyError("RDP has no bound for Poisson sampling under replace-one; use accountant='pld'")
-    sensitivity = 2.0 if relation == "replace-one" else 1.0
-    gaussian = library.GaussianDpEvent(charge.noise_multiplier / sensitivity)
-    sampled = charge.sampling_rate < 1
-    return library.PoissonSampledDpEvent(charge.sampling_rate, gaussian) if sampled else gaussian
-
-
-@lru_cache(maxsize=4096)
-def _pld(history: History, delta: float, relation: Relation, interval: float) -> float:
-    if not history:
-        return 0.0
-    if any(charge.noise_multiplier == 0 for charge in history):
-        return math.inf
-    spread = _spread(history, relation)
-    if spread > WIDEST:
-        return math.inf
-    interval *= 10 ** max(0, math.ceil(math.log10(spread / 200)))
-    total: Any = None
-    for charge in history:
-        part = _steps(charge, relation, interval)
-        total = part if total is None else total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))
-
-
-def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
-    """PLD of all steps of `charge`; n unsampled steps are exactly one at noise / sqrt(n)."""
-    if charge.sampling_rate == 1:
-        return _single(1.0, charge.noise_multiplier / math.sqrt(charge.steps), relation, interval)
-    one = _single(charge.sampling_rate, charge.noise_multiplier, relation, interval)
-    return one.self_compose(charge.steps)
-
-
-def _spread(history: History, relation: Relation) -> float:
-    """Size of the losses that matter, by which the grid is widened to fit into memory.
-
-    Those of one step reach 1/(2 s^2) + 10/s; the sum of all has mean at most
-    k = sum n min(q / (2 s^2), q^2 (exp(1/s^2) - 1)), a bound on the KL divergence, give or take 10 sqrt(2k).
-    """
-    shift = 2.0 if relation == "replace-one" else 1.0
-    reach, mean = 0.0, 0.0
-    for charge in history:
-        n, q, s = charge.steps, charge.sampling_rate, charge.noise_multiplier / shift
-        ratio = math.sqrt(n) / s if q == 1 else 1 / s
-        reach = max(reach, ratio**2 / 2 + 10 * ratio)
-        mean += n * min(q / (2 * s**2), q**2 * math.expm1(min(1 / s**2, 700)))
-    return max(reach, mean + 10 * math.sqrt(2 * mean))
-
-
-@lru_cache(maxsize=8)
-def _single(rate: float, noise: float, relation: Relation, interval: float) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    relations = {
-        "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "replace-one": NeighboringRelation.REPLACE_ONE,
-    }
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise,
-        sampling_prob=rate,
-        value_discretization_interval=interval,
-        neighboring_relation=relations[relation],
-    )
-
-
-@contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Silence the warnings about orders that RDP leaves out: that only loosens the bound."""
-    logger = logging.getLogger("absl")
-    was = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = was

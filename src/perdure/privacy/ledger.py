@@ -54,7 +54,7 @@ class Ledger(Account):
         self._key = key
         self._digests: set[str] = set()
         self._plans: list[str] = []
-        self._allowance: dict[tuple[str, float, float], int] = {}
+        self._allowance: dict[tuple[str, float, float, str], int] = {}
         self._lapsed = False
 
     @classmethod
@@ -182,13 +182,15 @@ class Ledger(Account):
         if body["kind"] == "grant":
             self._plans.append(canonical(body))
             self._allowance = {
-                (name, rate, noise): steps for name, plan in body["charges"].items() for rate, noise, steps in plan
+                (name, rate, sigma, noise): steps
+                for name, plan in body["charges"].items()
+                for rate, sigma, steps, noise in plan
             }
         elif body["kind"] == "entry":
             entry = self.entries[-1]
             self._digests.add(entry.digest)
-            for partition, rate in entry.scope.items() if self._plans else ():
-                self._allowance[partition, rate, entry.noise_multiplier] -= entry.steps
+            for partition, charge in self._each(entry) if self._plans else ():
+                self._allowance[partition, *charge.kind] -= charge.steps
 
     def _write(self, body: Body) -> None:
         self.chain.append(body)
@@ -204,14 +206,22 @@ class Ledger(Account):
     def _allow(self, entry: Entry) -> None:
         if not self._plans:
             return
-        noise, allowance = entry.noise_multiplier, {} if self._lapsed else self._allowance
-        for partition, rate in entry.scope.items():
-            left = allowance.get((partition, rate, noise), 0)
-            if left < entry.steps:
+        allowance = {} if self._lapsed else self._allowance
+        for partition, charge in self._each(entry):
+            left = allowance.get((partition, *charge.kind), 0)
+            if left < charge.steps:
+                rate, sigma, noise = charge.kind
                 raise BudgetError(
-                    f"partition {partition!r}: given {entry.steps} steps at sampling rate {rate:g} and noise "
-                    f"multiplier {noise:g}, allowed {left} by the grant; grant a plan that contains them"
+                    f"partition {partition!r}: given {charge.steps} steps of {noise} noise at sampling rate {rate:g} "
+                    f"and noise multiplier {sigma:g}, allowed {left} by the grant; grant a plan that contains them"
                 )
+
+    def _each(self, entry: Entry) -> Iterator[tuple[str, Charge]]:
+        """What the entry costs a record of each partition it touches."""
+        for partition in entry.scope:
+            charge = entry.charge([partition])
+            assert charge is not None
+            yield partition, charge
 
     def _check(self, charges: Mapping[str, Sequence[Charge]], epsilon: float, delta: float) -> None:
         plans = {

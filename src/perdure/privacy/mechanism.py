@@ -1,62 +1,117 @@
-"""The private sum: charge the ledger, clip every record, add Gaussian noise. It knows nothing of learning."""
+"""The private sum: charge the ledger, clip every record, add noise. It knows nothing of learning."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping import Clip, Rows, clipped_sum, per_pass
+from perdure.privacy.adaptive import Adaptive
+from perdure.privacy.clipping import WITHIN, Clip
+from perdure.privacy.correlated import Chain
 from perdure.privacy.ledger import Entry, Ledger
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.records import Params
 
 Tensors = Mapping[str, Tensor]
+Clipped = Callable[[Clip], Params | None]
+"""From the bound on a record to the clipped sum over records; None where there is no record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What is fixed before the first draw, experience by experience.
+
+    Args:
+        noise: noise multiplier of a step; the last one holds for all that follow.
+        left: partitions that are out of every pool; empty where none ever leaves.
+    """
+
+    noise: tuple[float, ...]
+    left: tuple[frozenset[str], ...] = ()
+
+    def noise_in(self, index: int) -> float:
+        """Noise multiplier of a step in experience `index`."""
+        return self.noise[min(index, len(self.noise) - 1)]
+
+    def left_in(self, index: int) -> frozenset[str]:
+        """Partitions out of the pools in experience `index`."""
+        return self.left[min(index, len(self.left) - 1)] if self.left else frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Steps that a ledger entry pays for.
+
+    Args:
+        entry: its digest. steps: which. expected: declared number of records in one of them.
+    """
+
+    entry: str = ""
+    steps: range = range(0)
+    expected: float = 1.0
 
 
 class Mechanism:
-    """Gaussian mechanism on sums over records, with its ledger.
+    """Sums over records with noise, and the ledger that they are charged to.
 
     Guarantee: every sum that leaves was charged to the ledger, on disk, before its noise was drawn; one record moves
     it by at most the clip norm before noise.
 
     Args:
-        privacy: what was asked. noise_multiplier: the calibrated one, of a step.
+        privacy: what was asked. schedule: what was calibrated.
         ledger: where it is charged. key: of noise and coins.
     """
 
-    def __init__(self, *, privacy: Privacy, noise_multiplier: float, ledger: Ledger, key: NoiseKey) -> None:
-        self.privacy, self.noise_multiplier, self.ledger, self._key = privacy, noise_multiplier, ledger, key
-        self._reserved, self._steps = "", range(0)
+    def __init__(self, *, privacy: Privacy, schedule: Schedule, ledger: Ledger, key: NoiseKey) -> None:
+        self.privacy, self.schedule, self.ledger, self._key = privacy, schedule, ledger, key
+        self.clip_norm = privacy.clip_norm
+        self._chain: Chain | None = None
+        self._drawn = 0
+        self._last: tuple[Params, float] | None = None
+        self.open(0)
+
+    def open(self, index: int) -> None:
+        """Go to experience `index`; what was reserved pays for nothing more."""
+        self.noise_multiplier, self._block = self.schedule.noise_in(index), Block()
 
     def fingerprint(self, data: Tensors) -> str:
         """Keyed fingerprint of private records; without the key it says nothing about them."""
         return self._key.mac(digest(data))
 
-    def reserve(self, *, scope: Mapping[str, float], steps: range, start: str, data: str) -> None:
+    def reserve(
+        self, *, scope: Mapping[str, float], steps: range, start: str, data: str, expected: float,
+        slots: int | None = None,
+    ) -> None:  # fmt: skip
         """Write ahead: charge a block of steps to everyone exposed, on disk before this returns.
 
         Args:
             scope: partition to sampling rate. steps: the block. data: fingerprint of the pooled records.
             start: digest of everything else that determines the steps; a change of it never meets the same noise.
+            expected: declared number of records in a step. slots: steps an epoch where the order is fixed.
         """
-        multiplier, clip_norm = self.noise_multiplier, self.privacy.clip_norm
-        self._reserved = self._charge("gradient", multiplier, clip_norm, scope, steps, start, data)
-        self._steps = steps
-
-    def lapse(self) -> None:
-        """What was reserved pays for nothing more: the curator opens other records."""
-        self._reserved, self._steps = "", range(0)
+        entry = self._charge(
+            "gradient", "gaussian" if slots is None else "banded-gaussian", self.noise_multiplier, self.clip_norm,
+            scope, steps, start, data, participations=slots and math.ceil(len(steps) / slots),
+        )  # fmt: skip
+        if self.privacy.diagnostics == "raw":
+            everyone = dict.fromkeys(scope, 1.0)
+            self._charge("diagnostics", "none", 0.0, self.clip_norm, everyone, steps, start, data)
+        self._block = Block(entry=entry, steps=steps, expected=expected)
+        self._chain = None if self.privacy.bands is None else Chain(self.privacy.bands)
+        self._drawn = steps.start
 
     def coins(self, n: int, step: int) -> Tensor:
         """(n,) secret uniform numbers that decide who enters the step."""
-        return self._key.uniform(n, purpose="coins", entry=self._block(step), step=step)
+        return self._key.uniform(n, purpose="coins", entry=self._paid(step), step=step)
 
-    def tags(self, ids: Tensor) -> Tensor:
-        """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it."""
-        return self._key.tags(ids, purpose="memory")
+    def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
+        """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it, or its place."""
+        return self._key.tags(ids, purpose=purpose)
 
     def secret(self, purpose: str) -> str:
         """Seed of what records draw at random inside a step (dropout, the start of an attack).
@@ -66,57 +121,87 @@ class Mechanism:
         """
         return self._key.mac(f"seed of {purpose}".encode())
 
-    def gradient(self, clipped: Callable[[Clip], Params | None], params: Params, *, step: int) -> Params:
+    def gradient(self, clipped: Clipped, params: Params, *, step: int) -> Params:
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.
 
         Args:
-            clipped: from the bound to the clipped sum, from this package's `clipping` or `bookkeeping`.
+            clipped: from this package's `clipping` or `bookkeeping`.
         """
-        entry, clip_norm = self._block(step), self.privacy.clip_norm
+        entry, clipping, expected = self._paid(step), self.privacy.clipping, self._block.expected
+        adaptive = clipping if isinstance(clipping, Adaptive) else None
+        noise = adaptive.gradient_noise(self.noise_multiplier, expected) if adaptive else self.noise_multiplier
         shapes = {name: value.shape for name, value in params.items()}
+        scales = dict.fromkeys(shapes, noise * self.clip_norm)
+        if adaptive:
+            shapes[WITHIN], scales[WITHIN] = torch.Size(), adaptive.count_noise * expected
+        clip = Clip(norm=self.clip_norm, per_layer=clipping == "per-layer", counted=adaptive is not None)
         device = next(iter(params.values())).device
-        scale = self.noise_multiplier * clip_norm
-        return self._noised(clipped(Clip(norm=clip_norm)), shapes, scale, "gradient", entry, step, device)
+        released = self._noised(clipped(clip), shapes, scales, "gradient", entry, step, device)
+        if adaptive:
+            counted = float(released.pop(WITHIN))
+            self.clip_norm = adaptive.updated(self.clip_norm, counted, expected)
+        self._last = released, scales[next(iter(params))] * (self._chain.deviation if self._chain else 1.0)
+        return released
+
+    @property
+    def signal_to_noise(self) -> float:
+        """Energy of the last gradient sum over that of its noise, estimated from what was released: free.
+
+        (|released|^2 - d s^2) / (d s^2), with d coordinates and noise of standard deviation s; it may be negative.
+        """
+        if self._last is None:
+            return math.nan
+        released, scale = self._last
+        energy = sum(float(value.double().square().sum()) for value in released.values())
+        noise = scale**2 * sum(value.numel() for value in released.values())
+        return energy / noise - 1
 
     def release(
-        self, rows: Rows, params: Params, data: Tensors, *,
-        shapes: Mapping[str, torch.Size], clip_norm: float, purpose: str, number: int, partition: str, start: str,
+        self, clipped: Clipped, *, shapes: Mapping[str, torch.Size], clip_norm: float, purpose: str, number: int,
+        partition: str, start: str, data: Tensors,
     ) -> Params:  # fmt: skip
         """Noised sum of one clipped row per record, every record once (sampling rate 1).
 
         Args:
             number: which release of the experience it is; two of one purpose are two entries with noise of their own.
+            data: the records, for the entry's keyed fingerprint.
         """
         name, multiplier = f"release:{purpose}", self.noise_multiplier * self.privacy.release_noise
         steps = range(number, number + 1)
-        entry = self._charge(name, multiplier, clip_norm, {partition: 1.0}, steps, start, self.fingerprint(data))
-        total = clipped_sum(rows, params, data, Clip(norm=clip_norm), per_pass(params))
-        device = next(iter(data.values())).device
-        return self._noised(total, shapes, multiplier * clip_norm, name, entry, number, device)
+        fingerprint = self.fingerprint(data)
+        entry = self._charge(name, "gaussian", multiplier, clip_norm, {partition: 1.0}, steps, start, fingerprint)
+        scales, device = dict.fromkeys(shapes, multiplier * clip_norm), next(iter(data.values())).device
+        return self._noised(clipped(Clip(norm=clip_norm)), shapes, scales, name, entry, number, device, chained=False)
 
     def _noised(
-        self, total: Params | None, shapes: Mapping[str, torch.Size], scale: float, purpose: str, entry: str, step: int,
-        device: torch.device,
+        self, total: Params | None, shapes: Mapping[str, torch.Size], scales: Mapping[str, float], purpose: str,
+        entry: str, step: int, device: torch.device, chained: bool = True,
     ) -> Params:  # fmt: skip
         noise = self._key.normal(shapes, purpose=purpose, entry=entry, step=step, device=device)
         self.ledger.trace("noise.drawn")
+        if self._chain and chained:
+            if step != self._drawn:
+                raise PrivacyError(f"step {step} is out of turn: correlated noise goes on with step {self._drawn}")
+            self._drawn, noise = step + 1, self._chain.next(noise)
         if total is None:
-            return {name: scale * value for name, value in noise.items()}
-        return {name: total[name].detach() + scale * value for name, value in noise.items()}
+            return {name: scales[name] * value for name, value in noise.items()}
+        return {name: total[name].detach() + scales[name] * value for name, value in noise.items()}
 
-    def _block(self, step: int) -> str:
-        if step not in self._steps:
+    def _paid(self, step: int) -> str:
+        if step not in self._block.steps:
             raise PrivacyError(f"step {step} was not charged to the ledger; call reserve() for it first")
-        return self._reserved
+        return self._block.entry
 
     def _charge(
-        self, purpose: str, multiplier: float, clip_norm: float, scope: Mapping[str, float], steps: range, start: str,
-        data: str,
+        self, purpose: str, mechanism: str, multiplier: float, clip_norm: float, scope: Mapping[str, float],
+        steps: range, start: str, data: str, participations: int | None = None,
     ) -> str:  # fmt: skip
+        sampled = mechanism == "gaussian" and purpose == "gradient"
         return self.ledger.charge(Entry(
-            purpose=purpose, mechanism="gaussian", noise_multiplier=multiplier, clip_norm=clip_norm,
-            first_step=steps.start, steps=len(steps), sampling="poisson" if purpose == "gradient" else "none",
-            scope=dict(scope), data=data, start=start, simulated=self._key.simulated,
+            purpose=purpose, mechanism=mechanism, noise_multiplier=multiplier, clip_norm=clip_norm,
+            first_step=steps.start, steps=len(steps), sampling="poisson" if sampled else "none",
+            scope=dict(scope), participations=participations, data=data, start=start,
+            simulated=self._key.simulated,
         ))  # fmt: skip
 
 

@@ -1,0 +1,92 @@
+"""Public facts of a stream: what a loss may know, who is exposed how often, how many steps. No record is looked at."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+
+from perdure.errors import ConfigError
+from perdure.experience import Experience, Stream
+from perdure.strategy import Context, Plan
+
+
+def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
+    """Return a function from an experience's index to its public facts."""
+    table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
+    for experience in stream:
+        table[experience.index, list(experience.classes)] = True
+
+    def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
+        return Context(
+            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
+            declared_size=declared_size, memory_share=memory_share,
+        )  # fmt: skip
+
+    return context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure:
+    """Who is exposed in one experience, and how often: a function of public facts.
+
+    Args:
+        scope: partition name to the probability that one of its records may enter a step.
+        rate: expected share of the pool in a step. pool_size: declared number of records in the pool.
+        slots: steps an epoch where every record has a place of its own in it; None for Poisson sampling.
+    """
+
+    scope: Mapping[str, float]
+    rate: float
+    pool_size: float
+    slots: int | None = None
+
+    @property
+    def expected(self) -> float:
+        """Declared number of records in a step."""
+        return self.rate * self.pool_size
+
+    def times(self, steps: int) -> int:
+        """In how many of `steps` one record may take part."""
+        return steps if self.slots is None else -(-steps // self.slots)
+
+
+def exposure(
+    experiences: Sequence[Experience], plan: Plan, *, batch_size: int, rate: float | None = None,
+    bands: int | None = None, left: Set[str] = frozenset(),
+) -> Exposure:  # fmt: skip
+    """Exposure in the last of `experiences`, from declared sizes only.
+
+    One rate over new records and memory (joint pooling). Records of earlier experiences that may be in memory are
+    charged whether or not they were kept.
+
+    Args:
+        plan: of the strategy. batch_size: expected records a step. rate: sampling rate, instead of that.
+        bands: least distance of a record's steps, where they are in a fixed order.
+        left: partitions out of every pool.
+
+    Raises:
+        ConfigError: for an epoch shorter than `bands`.
+    """
+    *past, current = [experience.train for experience in experiences]
+    staying = [records for records in past if records.partition not in left]
+    pooled = [*staying, current] if plan.pool == "all" else [current]
+    size: float = sum(records.declared_size for records in pooled)
+    exposed = {records.partition for records in pooled}
+    if plan.memory and staying:
+        seen = sum(records.declared_size for records in past)
+        size += min(plan.memory.capacity, seen) * sum(records.declared_size for records in staying) / seen
+        exposed |= {records.partition for records in staying}
+    chosen, slots = min(1.0, batch_size / size) if rate is None else rate, None
+    if bands is not None:
+        slots = max(1, math.ceil(size / batch_size))
+        chosen = 1 / slots
+        if slots < bands:
+            raise ConfigError.of("privacy.bands", bands, f"up to {slots}, the steps of an epoch here")
+    scope = dict.fromkeys(sorted(exposed), chosen if slots is None else 1.0)
+    return Exposure(scope=scope, rate=chosen, pool_size=size, slots=slots)
+
+
+def pieces(steps: int, blocks: int) -> list[range]:
+    """Cut the steps of an experience into blocks of nearly equal length."""
+    return [range(number * steps // blocks, (number + 1) * steps // blocks) for number in range(blocks)]
