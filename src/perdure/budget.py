@@ -52,8 +52,7 @@ def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mecha
             ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
     if privacy.epsilons and privacy.diagnostics == "released":
         plan = planned(learner, schedule)
-        granted = {name: plan[name][len(privacy.spent) :] for name in ledger.partitions if name in plan}
-        ledger.grant(granted, epsilon=max(privacy.epsilons), delta=privacy.delta)
+        ledger.grant({name: plan[name] for name in ledger.partitions if name in plan}, epsilon=max(privacy.epsilons), delta=privacy.delta)
     return Mechanism(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
 
 

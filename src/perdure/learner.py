@@ -117,7 +117,7 @@ class Learner:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
         Row i is measured after experience i, on the test records of every experience. With a `folder`, a run that was
-        stopped goes on where it was, to the bit-identical end.
+        stopped goes on where it was, to the bit-identical end; a stream that has grown since goes on with what is new.
         """
         self.prepare(stream)
         self.resume()
@@ -130,7 +130,8 @@ class Learner:
             self.matrix.append(self.evaluate(stream))
             self._at("evaluated")
             self.save()
-        return torch.tensor(self.matrix, dtype=torch.float64)
+        rows = [row + [math.nan] * (len(stream) - len(row)) for row in self.matrix]  # of a stream that grew
+        return torch.tensor(rows, dtype=torch.float64)
 
     def prepare(self, stream: Stream) -> None:
         """Lay out state, curator and, under privacy, the calibrated plan of the whole stream."""

@@ -250,10 +250,24 @@ def test_the_verdict_is_that_of_pld():
 
 def test_what_was_spent_before_counts():
     ledger = opened()
-    ledger.charge(entry())
-    with pytest.raises(BudgetError, match=r"'e1' would reach epsilon 3\.\d+ \(2\.384 of it spent before\)"):
+    ledger.charge(entry(noise_multiplier=1.2))
+    with pytest.raises(BudgetError, match=r"'e1' would reach epsilon 3\.\d+ \(2\.\d+ of it spent before\)"):
         ledger.grant(PLAN, epsilon=2.5, delta=DELTA)
     ledger.grant({"e2": PLAN["e2"]}, epsilon=2.5, delta=DELTA)
+
+
+def test_what_of_a_plan_was_charged_already_is_not_charged_again():
+    """A run that goes on with a new partition grants its whole plan anew; the part that is done is done."""
+    ledger = opened()
+    ledger.grant({"e1": PLAN["e1"]}, epsilon=2.5, delta=DELTA)
+    ledger.charge(entry(steps=400))
+    ledger.grant(PLAN, epsilon=2.5, delta=DELTA)
+    with pytest.raises(BudgetError, match="allowed 69"):
+        ledger.charge(entry(first_step=400, steps=70))
+    ledger.charge(entry(first_step=400, steps=69))
+    ledger.charge(entry({"e2": Q}))
+    with pytest.raises(BudgetError, match="allowed 0"):
+        ledger.charge(entry(first_step=800, steps=1))
 
 
 def test_only_what_was_granted_may_be_charged(tmp_path):

@@ -118,14 +118,15 @@ class Ledger(Account):
     def grant(self, charges: Mapping[str, Sequence[Charge]], *, epsilon: float, delta: float) -> None:
         """Check a whole plan once and reserve it; from then on only what it contains may be charged.
 
-        Guarantee: no partition's epsilon, spent before and planned together, exceeds `epsilon` at `delta`
-        (under replace-one, no two partitions' together).
+        Guarantee: no partition's epsilon, spent and planned together, exceeds `epsilon` at `delta` (under replace-one,
+        no two partitions' together).
 
-        A plan replaces the one before, whose unused part lapses. The plan in force may be granted again, as a
-        resumed run does: its remaining allowance is what was left.
+        A plan is that of the partitions' whole lives: what of it was charged already is not charged again, so a run
+        that is resumed, or goes on with new partitions, grants what it would have granted at once. A plan replaces
+        the one before, whose unused part lapses.
 
         Args:
-            charges: partition to what will be charged to it.
+            charges: partition to all that is to be charged to it, from the beginning.
             epsilon: the most that may be spent, above 0.
             delta: in (0, 1).
 
@@ -182,9 +183,9 @@ class Ledger(Account):
         if body["kind"] == "grant":
             self._plans.append(canonical(body))
             self._allowance = {
-                (name, rate, sigma, noise): steps
+                (name, *charge.kind): max(0, charge.steps - self._charged(name).get(charge.kind, 0))
                 for name, plan in body["charges"].items()
-                for rate, sigma, steps, noise in plan
+                for charge in (Charge(*values) for values in plan)
             }
         elif body["kind"] == "entry":
             entry = self.entries[-1]
@@ -216,6 +217,16 @@ class Ledger(Account):
                     f"and noise multiplier {sigma:g}, allowed {left} by the grant; grant a plan that contains them"
                 )
 
+    def _charged(self, partition: str) -> dict[object, int]:
+        """How often each kind of mechanism was charged to the partition so far."""
+        return {charge.kind: charge.steps for charge in merged(self.charges(partition))}
+
+    def _new(self, partition: str, plan: Iterable[Charge]) -> Iterator[Charge]:
+        """What of the plan is still to be charged."""
+        done = self._charged(partition)
+        for charge in merged(plan):
+            yield replace(charge, steps=max(0, charge.steps - done.get(charge.kind, 0)))
+
     def _each(self, entry: Entry) -> Iterator[tuple[str, Charge]]:
         """What the entry costs a record of each partition it touches."""
         for partition in entry.scope:
@@ -225,7 +236,7 @@ class Ledger(Account):
 
     def _check(self, charges: Mapping[str, Sequence[Charge]], epsilon: float, delta: float) -> None:
         plans = {
-            name: merged([*self.exposure(group), *(c for p in group for c in charges.get(p, ()))])
+            name: merged([*self.exposure(group), *(c for p in group for c in self._new(p, charges.get(p, ())))])
             for name, group in self.groups().items()
             if not charges.keys().isdisjoint(group)
         }

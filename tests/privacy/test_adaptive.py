@@ -1,0 +1,119 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from perdure.errors import ConfigError, PrivacyError
+from perdure.learner import Learner
+from perdure.privacy.accounting import Charge, epsilon
+from perdure.privacy.adaptive import Adaptive
+from perdure.privacy.clipping import WITHIN, Clip, sum_of_clipped
+from perdure.privacy.ledger import Ledger
+from perdure.privacy.mechanism import Mechanism, Schedule
+from perdure.privacy.noise import NoiseKey
+from perdure.privacy.policy import Privacy
+from perdure.strategies.ewc import EWC
+from perdure.strategies.naive import Naive
+
+SHAPE = {"w": torch.zeros(20_000)}
+
+
+def mechanism(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
+    privacy = Privacy(noise_multiplier=noise_multiplier, clipping=Adaptive(**changes), seed=0)
+    key = NoiseKey.from_seed(0)
+    ledger = Ledger.open(None, key=key)
+    ledger.declare("p", 1000)
+    made = Mechanism(privacy=privacy, schedule=Schedule(noise=(noise_multiplier,)), ledger=ledger, key=key)
+    made.reserve(scope={"p": 0.256}, steps=range(steps), start="", data="", expected=expected)
+    return made
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("noise_multiplier", [0.7, 1.0, 3.0])
+def test_gradient_and_count_together_cost_what_is_charged(noise_multiplier):
+    adaptive, expected = Adaptive(), 64.0
+    of_gradient = adaptive.gradient_noise(noise_multiplier, expected)
+    both = [Charge(1.0, of_gradient, 1), Charge(1.0, 2 * adaptive.count_noise * expected, 1)]
+    assert of_gradient > noise_multiplier
+    charged = epsilon([Charge(1.0, noise_multiplier, 1)], delta=1e-5)
+    assert epsilon(both, delta=1e-5) == pytest.approx(charged, abs=2e-3)
+
+
+def test_a_count_that_would_spend_everything_is_refused():
+    with pytest.raises(PrivacyError, match=r"count_noise = 0.05 .* 10 records a step .* allowed: more than 0.05"):
+        Adaptive().gradient_noise(1.0, 10.0)
+    for wrong in ({"quantile": 0.0}, {"quantile": 1.5}, {"learning_rate": 0.0}, {"count_noise": math.inf}):
+        with pytest.raises(ConfigError, match=f"adaptive.{next(iter(wrong))}"):
+            Adaptive(**wrong)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
+def test_the_clip_norm_finds_the_quantile(quantile):
+    """Norms 1 to 256 of the 256 records of every step; the count's noise moves the share by 0.05, averaged out."""
+    made, norms = mechanism(noise_multiplier=0.5, quantile=quantile), torch.arange(1.0, 257.0)
+
+    def clipped(clip):
+        return {"w": torch.zeros(1), **clip.count({"w": norms**2})}
+
+    seen = []
+    for step in range(400):
+        made.gradient(clipped, {"w": torch.zeros(1)}, step=step)
+        seen.append(made.clip_norm)
+    assert sum(seen[200:]) / 200 == pytest.approx(256 * quantile, rel=0.1)
+
+
+@pytest.mark.statistical
+def test_the_noise_has_the_larger_multiplier_and_follows_the_clip_norm():
+    """Standard deviations of 20,000 draws: 0.5 % off on average, 3 % never."""
+    made = mechanism(count_noise=0.05, expected=20.0)
+    of_gradient = Adaptive().gradient_noise(1.0, 20.0)
+    assert of_gradient > 1.15
+    for step in range(3):
+        before = made.clip_norm
+        released = made.gradient(lambda clip: None, SHAPE, step=step)
+        assert released.keys() == {"w"} and made.clip_norm != before
+        assert float(released["w"].std()) == pytest.approx(of_gradient * before, rel=0.03)
+    assert made.ledger.entries[-1].noise_multiplier == 1.0
+
+
+def test_one_record_moves_the_count_by_a_half_and_the_rest_by_the_bound():
+    rows = {"a": torch.tensor([[3.0], [0.1], [0.2]]), "b": torch.tensor([[4.0], [0.1], [0.1]])}
+    clip = Clip(norm=1.0, counted=True)
+    whole = sum_of_clipped(rows, clip)
+    for i in range(3):
+        kept = torch.arange(3) != i
+        fewer = sum_of_clipped({name: value[kept] for name, value in rows.items()}, clip)
+        assert abs(float(whole[WITHIN] - fewer[WITHIN])) == 0.5
+        assert float(torch.cat([whole[n] - fewer[n] for n in rows]).norm()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0)])
+def test_an_adaptive_run_goes_on_to_the_same_bits(toy_stream, toy_model, strategy):
+    privacy = Privacy(noise_multiplier=1.0, clipping=Adaptive(count_noise=0.2), clip_norm=0.1, seed=0)
+
+    def fresh():
+        made = Learner(
+            model=toy_model(toy_stream()), strategy=strategy, optimizer=partial(torch.optim.SGD, lr=0.5), iterations=6,
+            batch_size=8, blocks=2, privacy=privacy,
+        )  # fmt: skip
+        made.prepare(toy_stream())
+        made.begin(0)
+        return made
+
+    whole, first, second = fresh(), fresh(), fresh()
+    for part in (0, 1):
+        whole.train(whole.block(part, 2))
+    first.train(first.block(0, 2))
+    second.restore(first.snapshot())
+    assert second.curator.clip_norm == first.curator.clip_norm != 0.1
+    second.begin(0)
+    second.train(second.block(1, 2))
+    for learner in (whole, second):
+        learner.finish()
+    assert second.curator.clip_norm == whole.curator.clip_norm
+    theirs = whole.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items())
+    releases = [entry for entry in whole.mechanism.ledger.entries if entry.purpose == "release:fisher"]
+    assert all(entry.clip_norm == pytest.approx(whole.curator.clip_norm**2) for entry in releases)
