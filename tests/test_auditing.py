@@ -12,6 +12,7 @@ from perdure.auditing import Audited, AuditResult, Listener, Probed, audit, audi
 from perdure.config import parse
 from perdure.curator import Curator
 from perdure.errors import ConfigError
+from perdure.privacy.adaptive import Adaptive
 from perdure.privacy.audit import lower_bound
 from perdure.privacy.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping import Clip, clipped_sum
@@ -119,6 +120,14 @@ def test_canaries_join_without_changing_what_is_declared(toy_stream):
     assert mixed[1].train.partition == stream[1].train.partition
     assert mixed[0] is stream[0]
     assert joined(stream[0], torch.tensor([], dtype=torch.int64)).labels.tolist() == stream[0].train.labels.tolist()
+
+
+@pytest.mark.parametrize("changes", [{"bands": 2}, {"clipping": Adaptive()}])
+def test_what_the_score_does_not_fit_is_refused(learner, toy_stream, changes):
+    private = learner()
+    private.privacy = Privacy(noise_multiplier=1.0, seed=0, **changes)
+    with pytest.raises(ConfigError, match="independent noise and a fixed clip norm, for an audit"):
+        audit(private, toy_stream())
 
 
 def test_every_hook_of_a_strategy_reaches_the_one_under_audit():

@@ -179,6 +179,7 @@ WRONG = {
     ("training", "iterations"): COUNTS,
     ("training", "batch_size"): COUNTS,
     ("training", "reset_optimizer"): SWITCH,
+    ("training", "precision"): CHOICES,
     ("private_training", "learning_rate"): POSITIVE,
     ("private_training", "optimizer"): CHOICES,
     ("federation", "clients"): COUNTS,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from perdure.errors import ConfigError
 from perdure.learner import Learner
+from perdure.privacy.adaptive import Adaptive
 from perdure.privacy.audit import Method, log_likelihood_ratio, lower_bound
 from perdure.records import Batch, Params, Records
 from perdure.seeds import derive, generator
@@ -105,11 +106,15 @@ def audit(
         experience: whose partition the canaries join.
 
     Raises:
-        ConfigError: without privacy, for an experience the stream lacks, or fewer than 10 canaries.
+        ConfigError: without privacy, with correlated noise or adaptive clipping (the score takes every step's noise to
+            be independent and of one known size), for an experience the stream lacks, or fewer than 10 canaries.
     """
     privacy = learner.privacy
     if privacy is None:
         raise ConfigError.of("learner.privacy", None, "Privacy(...): without it there is no claim to audit")
+    if privacy.bands is not None or isinstance(privacy.clipping, Adaptive):
+        given = f"bands={privacy.bands}, clipping={privacy.clipping}"
+        raise ConfigError.of("learner.privacy", given, "independent noise and a fixed clip norm, for an audit")
     if canaries < 10:
         raise ConfigError.of("canaries", canaries, "10 or more; 1000 say something")
     if not 0 <= experience < len(stream):
@@ -120,7 +125,10 @@ def audit(
     trial = replace(
         learner, model=Probed(copy.deepcopy(learner.model), canaries), folder=None, callbacks=(ear,), matrix=[],
         strategy=Audited(inner=learner.strategy, first=first, canaries=canaries, loudness=LOUDNESS * privacy.clip_norm),
-        privacy=replace(privacy, seed=derive(learner.seed, "audit noise") if privacy.seed is None else privacy.seed),
+        privacy=replace(
+            privacy, diagnostics="released",
+            seed=derive(learner.seed, "audit noise") if privacy.seed is None else privacy.seed,
+        ),
     )  # fmt: skip
     trial.fit(with_canaries(stream, experience, first + torch.nonzero(included).flatten()))
     assert trial.mechanism is not None

@@ -114,6 +114,7 @@ class TrainingConfig:
         optimizer: any class of torch.optim. momentum: for those that have one; None for its default.
         epochs, iterations: length of an experience; give one. In a federation, spread over its rounds.
         batch_size: records a step. reset_optimizer: start every experience with a fresh optimiser.
+        precision: of the passes through the model while training.
     """
 
     optimizer: str = "Adam"
@@ -123,6 +124,7 @@ class TrainingConfig:
     iterations: int | None = None
     batch_size: int = 32
     reset_optimizer: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))

@@ -254,6 +254,7 @@ class ArmRun:
             strategy=self.arm.strategy, optimizer=training.factory(), epochs=training.epochs,
             iterations=training.iterations, batch_size=training.batch_size, seed=config.seed, blocks=rounds,
             privacy=config.privacy if private else None, reset_optimizer=training.reset_optimizer,
+            precision=training.precision,
             client=client, owner=f"{self.arm.name}/client-{client}", folder=folder,
             callbacks=[self._listen, *self.callbacks],
         )  # fmt: skip
