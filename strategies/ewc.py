@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.queries import SquaredGradient
+from perdure.fisher import SquaredGradient
 from perdure.records import Batch, Params
 from perdure.strategy import Asks, Forward, Spec, State, Strategy
 

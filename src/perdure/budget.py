@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.errors import BudgetError, ConfigError, GuardError, PrivacyError
 from perdure.facts import pieces
 from perdure.privacy.accounting import Charge, calibrate, within
-from perdure.privacy.guard import check_buffers, check_losses, check_model, quiet_training
+from perdure.privacy.guard import (
+    check_buffers,
+    check_losses,
+    check_model,
+    check_optimizer,
+    check_rows,
+    quiet_training,
+)
 from perdure.privacy.ledger import Entry, Ledger
 from perdure.privacy.mechanism import Mechanism, Schedule
 from perdure.privacy.noise import NoiseKey
@@ -52,7 +59,8 @@ def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mecha
             ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
     if privacy.epsilons and privacy.diagnostics == "released":
         plan = planned(learner, schedule)
-        ledger.grant({name: plan[name] for name in ledger.partitions if name in plan}, epsilon=max(privacy.epsilons), delta=privacy.delta)
+        known = {name: plan[name] for name in ledger.partitions if name in plan}
+        ledger.grant(known, epsilon=max(privacy.epsilons), delta=privacy.delta)
     return Mechanism(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
 
 
@@ -81,8 +89,12 @@ def charges(
     total = learner.steps_of(stages, left)
     blocks = [exposed.times(len(block)) for block in pieces(total, learner.blocks)]
     spent: Histories = {p: [Charge(rate, noise_multiplier, sum(blocks))] for p, rate in exposed.scope.items()}
-    if asks.releases:
-        spent[current].append(Charge(1.0, noise_multiplier * privacy.release_noise, asks.releases))
+    noise = noise_multiplier * privacy.release_noise
+    asked = (
+        Charge(1.0, noise, asks.releases), Charge(1.0, noise, asks.histograms, "discrete-gaussian"),
+        Charge(1.0, noise / 2, asks.selections, "exponential"),
+    )  # fmt: skip
+    spent[current] += [charge for charge in asked if charge.steps]
     return spent
 
 
@@ -201,10 +213,12 @@ def inspect(learner: "Learner") -> None:
     check_model(model)
     inputs, labels = synthetic(learner, records=6)
     check_buffers(model, inputs)
+    check_optimizer(learner.optimizer([nn.Parameter(value.detach().clone()) for value in learner.params.values()]))
     for mode in (model.eval, partial(quiet_training, model)):
         mode()
         for index in range(min(2, len(stream))):
             check_losses(partial(_losses, learner, index), inputs, labels[index], f"{strategy.name}.losses()")
+    check_rows(model, partial(_losses, learner, 0), inputs, labels[0], f"{strategy.name}.losses()")
 
 
 def synthetic(learner: "Learner", records: int) -> tuple[Tensor, list[Tensor]]:

@@ -35,7 +35,8 @@ class Combine(Strategy):
             self._only(hook)
         total = [part.asks for part in parts]
         object.__setattr__(self, "asks", Asks(
-            releases=sum(a.releases for a in total), references=sum(a.references for a in total),
+            releases=sum(a.releases for a in total), histograms=sum(a.histograms for a in total),
+            selections=sum(a.selections for a in total), references=sum(a.references for a in total),
             reuses=any(a.reuses for a in total),
         ))  # fmt: skip
         object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))

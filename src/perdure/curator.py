@@ -13,18 +13,17 @@ from torch import Tensor
 
 from perdure.errors import DataError, PrivacyError
 from perdure.facts import exposure
+from perdure.fisher import CHUNK
+from perdure.gradients import Losses, clipped_gradient, mean_gradient
 from perdure.memory import Memory, concatenate
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import WITHIN, Clip, clipped_sum, per_pass
-from perdure.privacy.mechanism import Mechanism, digest
-from perdure.queries import Query, as_params, exact_sum, gradient_rows, rows_of
+from perdure.privacy.clipping import WITHIN, Clip
+from perdure.privacy.discrete import Frequency, Quantile, Utility, best, counted
+from perdure.privacy.mechanism import Mechanism, Occasion, digest
+from perdure.queries import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of
 from perdure.records import Batch, Params, Records
 from perdure.seeds import generator
 from perdure.strategy import Context, Forward, Plan
 from perdure.streams import Experience
-
-Losses = Callable[[Forward, Batch], Tensor]
-RELEASE_CHUNK = 1024
 
 
 class Curator:
@@ -35,13 +34,18 @@ class Curator:
         client: the party's number; 0 when there is only one.
         batch_size: new records a step.
         mechanism: clips, charges and noises; None for exact sums.
+        micro_batch_size: rows of one pass through the model; None for a whole batch.
     """
 
-    def __init__(self, *, seed: int, client: int = 0, batch_size: int, mechanism: Mechanism | None = None) -> None:
+    def __init__(
+        self, *, seed: int, client: int = 0, batch_size: int, mechanism: Mechanism | None = None,
+        micro_batch_size: int | None = None,
+    ) -> None:  # fmt: skip
         self._memory = Memory()
         self.private = mechanism is not None
         self._seed, self._client, self._batch_size, self._mechanism = seed, client, batch_size, mechanism
         self._rows: Batch | None = None
+        self._at_once = micro_batch_size
         self._seen: Diagnostics | None = None
 
     # ------------------------------------------------------------------ an experience
@@ -156,10 +160,9 @@ class Curator:
         if self._mechanism:
             total = self._mechanism.gradient(partial(self._clipped, losses, params, batch), params, step=step)
             return {name: value / self.exposure.expected for name, value in total.items()}
-        mean = (losses(self._forward, batch) * batch.valid).sum() / batch.valid.sum()
-        self._seen = Diagnostics(rows=len(batch), loss=mean.detach())
-        grads = torch.autograd.grad(mean, list(params.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(params, grads, strict=True))
+        mean, loss = mean_gradient(self._forward, losses, params, batch, self._at_once)
+        self._seen = Diagnostics(rows=len(batch), loss=loss)
+        return mean
 
     def release(self, query: Query, *, clip_norm: float, purpose: str) -> Params:
         """Sum over the current experience's records of clip(query(record), clip_norm), plus noise under privacy.
@@ -170,15 +173,37 @@ class Curator:
         """
         current, module = self._current(), self._forward.module
         if self._mechanism is None:
-            return exact_sum(query, self._forward, current, RELEASE_CHUNK)
-        params = {name: value.detach() for name, value in module.named_parameters()}
-        self._releases += 1
-        rows, data = rows_of(query, module), current.tensors()
-        return self._mechanism.release(
-            lambda clip: clipped_sum(rows, params, data, clip, per_pass(params)),
-            clip_norm=clip_norm, purpose=purpose, number=self._releases - 1, start=digest(params).hex(), data=data,
-            partition=self._experience.train.partition, shapes=self._shapes(query, current),
+            return exact_sum(query, self._forward, current, CHUNK)
+        data, params = current.tensors(), {name: value.detach() for name, value in module.named_parameters()}
+        released = self._mechanism.release(
+            lambda clip: bounded_sum(query, module, params, data, clip), purpose=purpose, occasion=self._occasion(),
+            shapes=shapes_of(query, self._forward, data), clip_norm=clip_norm,
         )  # fmt: skip
+        return query.unpacked(released) if isinstance(query, Gram) else released
+
+    def count(self, of: Of, *, bins: int, purpose: str) -> Tensor:
+        """(bins,) int64: how many records of the current experience are in each bin, plus integer noise under privacy.
+
+        Args:
+            of: batch -> (n,) bins from 0 on, whole numbers; a record outside is in none. purpose: as in `release`.
+        """
+        counts = counted(numbers_of(of, self._current(), alone=self.private), bins, strict=not self.private)
+        if self._mechanism is None:
+            return counts
+        return self._mechanism.count(counts, purpose=purpose, occasion=self._occasion())
+
+    def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
+        """(k,) int64: the places of the best scores, best first; drawn by the exponential mechanism under privacy.
+
+        Args:
+            of: batch -> (n,) numbers, of which `utility` makes scores. purpose: as in `release`.
+        """
+        if type(utility) not in (Frequency, Quantile):
+            raise PrivacyError(f"{type(utility).__name__} has no known sensitivity; allowed: Frequency, Quantile")
+        scores = utility.scores(numbers_of(of, self._current(), alone=self.private), strict=not self.private)
+        if self._mechanism is None:
+            return best(scores, utility.k)
+        return self._mechanism.select(scores, purpose=purpose, occasion=self._occasion(utility.k))
 
     def raw(self, reason: str) -> Batch:
         """Hand out the pooled records themselves; refused under privacy.
@@ -251,9 +276,7 @@ class Curator:
         return total or None
 
     def _sum(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
-        module, forward = self._forward.module, self._forward
-        fast = clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), clip)
-        return fast or clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params))
+        return clipped_gradient(self._forward, losses, params, batch, clip, self._at_once)
 
     @property
     def _shows(self) -> bool:
@@ -271,11 +294,14 @@ class Curator:
         mine = self._new.tasks == self._experience.index
         return self._new if bool(mine.all()) else self._new.take(mine)
 
-    def _shapes(self, query: Query, batch: Batch) -> dict[str, torch.Size]:
-        """Shapes of one row, from a synthetic record: an empty partition still gets its noise."""
-        blank = {n: torch.zeros(1, *t.shape[1:], dtype=t.dtype, device=t.device) for n, t in batch.tensors().items()}
-        answer = as_params(query(self._forward, Batch.from_tensors(blank)))
-        return {name: rows.shape[1:] for name, rows in answer.items()}
+    def _occasion(self, releases: int = 1) -> Occasion:
+        """The next release (or releases) of the experience."""
+        self._releases += releases
+        return Occasion(
+            partition=self._experience.train.partition, data=self._current().tensors(),
+            numbers=range(self._releases - releases, self._releases),
+            start=digest(dict(self._forward.module.named_parameters())).hex(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -54,7 +54,9 @@ class Learner:
         scheduler: from the optimiser to a scheduler that is stepped after every step; None for a constant rate.
         epochs, iterations: length of an experience; give one. blocks: pieces an experience is done in; each is
             charged to the ledger as one, and ends with a checkpoint (in a federation: with a round).
-        batch_size: new records a step. seed: of everything but private noise. device: where records and model live.
+        batch_size: new records a step. micro_batch_size: rows of one pass through the model, to bound memory; what is
+            learnt and charged does not change, up to rounding.
+        seed: of everything but private noise. device: where records and model live.
         privacy: None, or record-level differential privacy.
         adversary: an attack applied to every batch before its gradient (adversarial training).
         views: random versions of every record, averaged inside its loss (augmentation).
@@ -73,6 +75,7 @@ class Learner:
     iterations: int | None = None
     blocks: int = 1
     batch_size: int = 128
+    micro_batch_size: int | None = None
     seed: int = 0
     device: str | torch.device = "cpu"
     privacy: Privacy | None = None
@@ -90,7 +93,7 @@ class Learner:
         if (self.epochs is None) == (self.iterations is None):
             given = f"epochs={self.epochs}, iterations={self.iterations}"
             raise ConfigError.of("length of an experience", given, "exactly one of epochs and iterations")
-        for name in ("epochs", "iterations", "blocks", "batch_size"):
+        for name in ("epochs", "iterations", "blocks", "batch_size", "micro_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError.of(name, value, "1 or more")
@@ -147,7 +150,10 @@ class Learner:
             from perdure.budget import private_mechanism
 
             self.mechanism = private_mechanism(self, self._at)
-        self.curator = Curator(seed=self.seed, client=self.client, batch_size=self.batch_size, mechanism=self.mechanism)
+        self.curator = Curator(
+            seed=self.seed, client=self.client, batch_size=self.batch_size, mechanism=self.mechanism,
+            micro_batch_size=self.micro_batch_size,
+        )  # fmt: skip
         self._new_optimizer()
 
     # ------------------------------------------------------------------ one experience

@@ -120,3 +120,8 @@ class Batch:
     def take(self, index: Tensor | slice) -> "Batch":
         """Rows at `index`."""
         return self.map(lambda rows: rows[index])
+
+
+def batch_of_one(tensors: Mapping[str, Tensor]) -> Batch:
+    """Wrap the tensors of one record (no batch dimension) as a batch of one row."""
+    return Batch.from_tensors({name: value.unsqueeze(0) for name, value in tensors.items()})

@@ -174,11 +174,15 @@ class Asks:
 
     Args:
         releases: noisy sums after every experience.
+        histograms: counts after every experience, with integer noise.
+        selections: choices of one public answer after every experience; a top-k is k of them.
         references: reference gradients at every step.
         reuses: whether records of earlier experiences go on being used.
     """
 
     releases: int = 0
+    histograms: int = 0
+    selections: int = 0
     references: int = 0
     reuses: bool = False
 

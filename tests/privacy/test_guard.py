@@ -1,4 +1,5 @@
 import re
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -106,6 +107,64 @@ def test_a_constant_buffer_passes_and_no_random_number_is_used_up():
     before = torch.random.get_rng_state()
     check_buffers(model, torch.rand(4, 5, generator=torch.Generator()))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+class Keeping(nn.Module):
+    """Keeps what `what` makes of its inputs as an attribute, not as a buffer."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.kept, self.seen = what, {"list": [], "queue": deque(maxlen=3)}, 0
+
+    def forward(self, x):
+        self.what(self, x)
+        return x
+
+
+def in_attribute(module, x):
+    module.last = x.detach()
+
+
+def in_list(module, x):
+    module.kept["list"].append(x.detach().mean(0))
+
+
+def in_queue(module, x):
+    module.kept["queue"].append(x[0].detach())
+
+
+def as_number(module, x):
+    module.scale = 0.9 + 0.1 * float(x.abs().max())
+
+
+def as_key(module, x):
+    module.kept[float(x.max())] = 1
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        (as_key, r"0\.kept\[0\.\d+\]"),
+        (in_attribute, r"0\.last"),
+        (in_list, r"0\.kept\['list'\]\[0\]"),
+        (in_queue, r"0\.kept\['queue'\]\[0\]"),
+        (as_number, r"0\.scale"),
+    ],
+)
+def test_what_a_module_keeps_of_its_inputs_outside_buffers_is_refused_by_name(what, name):
+    model = nn.Sequential(Keeping(what), nn.Linear(5, 3))
+    with pytest.raises(GuardError, match=f"attribute {name} of the model depends on the records.*return it instead"):
+        check_buffers(model, torch.rand(4, 5, generator=torch.Generator().manual_seed(0)))
+    assert model[0].seen == 0 and not model[0].kept["list"]
+
+
+def as_cache(module, x):
+    module.positions = torch.arange(x.shape[1])
+    module.seen += 1
+
+
+def test_a_cache_and_a_counter_that_owe_nothing_to_the_records_pass():
+    check_buffers(nn.Sequential(Keeping(as_cache), nn.Linear(5, 3)), torch.rand(4, 5))
 
 
 # --------------------------------------------------------------------------- losses

@@ -1,10 +1,11 @@
-"""What every strategy promises, whatever it does. A new file in strategies/ is tested once it is listed here."""
+"""What every strategy promises, whatever it does. A new file in strategies/ is tested once examples.py lists it."""
 
 import dataclasses
 from functools import partial
 
 import pytest
 import torch
+from examples import EXAMPLES, example
 from torch import nn
 
 from perdure import strategies
@@ -19,21 +20,7 @@ from perdure.privacy.policy import Privacy
 from perdure.queries import gradient_rows
 from perdure.strategy import Forward, State
 
-EXAMPLES = {
-    "ewc": {"strength": 50.0},
-    "joint": {},
-    "lwf": {"strength": 0.5},
-    "naive": {},
-    "replay": {"memory_size": 16},
-}
-"""Hyper-parameters of one example for each file."""
-
 CLIP_NORM = 0.5
-
-
-def example(name):
-    assert name in EXAMPLES, f"strategies/{name}.py has no example; add one to EXAMPLES in {__file__}"
-    return strategies.find(name)(**EXAMPLES[name])
 
 
 every = pytest.mark.parametrize("name", strategies.names())

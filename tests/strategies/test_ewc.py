@@ -112,7 +112,7 @@ def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and
 
 def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_squared(toy_stream):
     """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie within C."""
-    from perdure.queries import SquaredGradient
+    from perdure.fisher import SquaredGradient
     from perdure.records import Batch
 
     stream, strategy = toy_stream(), EWC(strength=1.0)

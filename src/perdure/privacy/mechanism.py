@@ -12,6 +12,7 @@ from perdure.errors import PrivacyError
 from perdure.privacy.adaptive import Adaptive
 from perdure.privacy.clipping import WITHIN, Clip
 from perdure.privacy.correlated import Chain
+from perdure.privacy.discrete import discrete_gaussian, exponential
 from perdure.privacy.ledger import Entry, Ledger
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
@@ -54,6 +55,22 @@ class Block:
     entry: str = ""
     steps: range = range(0)
     expected: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Occasion:
+    """Which of an experience's releases an answer is, and what its noise is keyed by.
+
+    Args:
+        partition: whose records are exposed, each once (sampling rate 1).
+        numbers: its places among the releases, so that two of one purpose are two entries with noise of their own.
+        start: digest of the model. data: the records, for the entry's keyed fingerprint.
+    """
+
+    partition: str
+    numbers: range
+    start: str
+    data: Tensors
 
 
 class Mechanism:
@@ -156,22 +173,48 @@ class Mechanism:
         noise = scale**2 * sum(value.numel() for value in released.values())
         return energy / noise - 1
 
+    @property
+    def release_noise(self) -> float:
+        """Noise multiplier of a release in this experience."""
+        return self.noise_multiplier * self.privacy.release_noise
+
     def release(
-        self, clipped: Clipped, *, shapes: Mapping[str, torch.Size], clip_norm: float, purpose: str, number: int,
-        partition: str, start: str, data: Tensors,
-    ) -> Params:  # fmt: skip
-        """Noised sum of one clipped row per record, every record once (sampling rate 1).
+        self, clipped: Clipped, *, purpose: str, occasion: Occasion, shapes: Mapping[str, torch.Size], clip_norm: float
+    ) -> Params:
+        """Noised sum of one clipped row per record.
 
         Args:
-            number: which release of the experience it is; two of one purpose are two entries with noise of their own.
-            data: the records, for the entry's keyed fingerprint.
+            clipped: from this package's `queries`. shapes: of the sum, also where there is no record.
         """
-        name, multiplier = f"release:{purpose}", self.noise_multiplier * self.privacy.release_noise
-        steps = range(number, number + 1)
-        fingerprint = self.fingerprint(data)
-        entry = self._charge(name, "gaussian", multiplier, clip_norm, {partition: 1.0}, steps, start, fingerprint)
-        scales, device = dict.fromkeys(shapes, multiplier * clip_norm), next(iter(data.values())).device
-        return self._noised(clipped(Clip(norm=clip_norm)), shapes, scales, name, entry, number, device, chained=False)
+        name, noise = f"release:{purpose}", self.release_noise
+        entry = self._charge_once(name, occasion, "gaussian", noise, clip_norm)
+        scales, device = dict.fromkeys(shapes, noise * clip_norm), next(iter(occasion.data.values())).device
+        total, step = clipped(Clip(norm=clip_norm)), occasion.numbers.start
+        return self._noised(total, shapes, scales, name, entry, step, device, chained=False)
+
+    def count(self, counts: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
+        """Counts (bins,) int64 plus integer noise; a record is in one bin at most, which it moves by 1."""
+        name, noise = f"release:{purpose}", self.release_noise
+        entry = self._charge_once(name, occasion, "discrete-gaussian", noise, answer=counts)
+        stream = self._key.stream(purpose=name, entry=entry, step=occasion.numbers.start)
+        drawn = discrete_gaussian(len(counts), noise, stream)
+        self.ledger.trace("noise.drawn")
+        return counts + drawn.to(counts.device)
+
+    def select(self, scores: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
+        """Places of high scores (m,), as many as the occasion has numbers, each a draw of the exponential mechanism.
+
+        With `release_noise` s a draw is 2/s-DP and of bounded range, so at most (2/s)^2 / 8 = 1 / (2 s^2) of
+        zero-concentrated privacy: as much as a Gaussian release.
+
+        Args:
+            scores: one record moves any two by at most 1 against each other.
+        """
+        name, noise, numbers = f"release:{purpose}", self.release_noise / 2, occasion.numbers
+        entry = self._charge_once(name, occasion, "exponential", noise, answer=scores)
+        uniform = self._key.uniform(len(scores), purpose=name, entry=entry, step=numbers.start)
+        self.ledger.trace("noise.drawn")
+        return exponential(scores, len(numbers), noise_multiplier=noise, uniform=uniform)
 
     def _noised(
         self, total: Params | None, shapes: Mapping[str, torch.Size], scales: Mapping[str, float], purpose: str,
@@ -191,6 +234,20 @@ class Mechanism:
         if step not in self._block.steps:
             raise PrivacyError(f"step {step} was not charged to the ledger; call reserve() for it first")
         return self._block.entry
+
+    def _charge_once(
+        self, name: str, occasion: Occasion, mechanism: str, multiplier: float, clip_norm: float = 1.0,
+        answer: Tensor | None = None,
+    ) -> str:  # fmt: skip
+        """Charge a release. An exact `answer` keys its noise too: after a restart, another question gets other noise.
+
+        It goes in under its own name and number, or the ledger would tell which answers are equal.
+        """
+        exact = {} if answer is None else {f"answer {occasion.numbers.start} to {name}": answer}
+        return self._charge(
+            name, mechanism, multiplier, clip_norm, {occasion.partition: 1.0}, occasion.numbers, occasion.start,
+            self.fingerprint({**occasion.data, **exact}),
+        )  # fmt: skip
 
     def _charge(
         self, purpose: str, mechanism: str, multiplier: float, clip_norm: float, scope: Mapping[str, float],

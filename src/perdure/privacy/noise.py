@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -135,6 +135,14 @@ class NoiseKey:
 
     def _subkey(self, *context: object) -> bytes:
         return hmac.new(self._secret, _encode("perdure", *context), hashlib.sha256).digest()
+
+    def stream(self, *, purpose: str, entry: str, step: int) -> Callable[[int], bytes]:
+        """Hand out uniform random bytes, so many at every call: a stream without end, for samplers that reject."""
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        key = self._subkey("bytes", purpose, entry, step)
+        cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
+        return lambda n: cipher.update(bytes(n))
 
 
 def _encode(*parts: object) -> bytes:

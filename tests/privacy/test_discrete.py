@@ -1,0 +1,404 @@
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from perdure.errors import ConfigError, DataError
+from perdure.privacy.accounting import Charge, epsilon
+from perdure.privacy.discrete import (
+    Frequency,
+    Integers,
+    Quantile,
+    _bernoulli_exp,
+    best,
+    counted,
+    discrete_gaussian,
+    exponential,
+)
+from perdure.privacy.noise import NoiseKey
+
+PLACE = {"purpose": "release:test", "entry": "e0"}
+
+
+def stream(step=0, seed=0):
+    return NoiseKey.from_seed(seed).stream(**PLACE, step=step)
+
+
+def words(*values):
+    """A stream whose 64-bit words come out as `values`, again and again (a buffer is read from its end)."""
+    return lambda n: np.resize(np.array(values, dtype="<u8"), n // 8)[::-1].tobytes()
+
+
+# --------------------------------------------------------------------------- uniform integers
+
+
+def test_integers_take_the_leading_bits_and_draw_again_beyond_the_range():
+    top = [value << 61 for value in (7, 5, 2)]  # three leading bits
+    assert [Integers(words(*top)).below(n) for n in (8, 7, 5)] == [7, 5, 2]
+    one = Integers(words(*top))
+    assert [one.below(6), one.below(6), one.below(6)] == [5, 2, 5]
+    assert one.below(1) == 0
+
+
+def test_integers_wider_than_a_word_join_words():
+    wide = Integers(words(1 << 63, 3))
+    assert wide.below(1 << 128) == (1 << 127) + 3
+    assert wide.below(1 << 65) == 1 << 64  # the 65 leading bits of the same two
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("n", [2, 3, 7, 10, 3 * 2**70])
+def test_integers_are_uniform(n):
+    """Flakiness 1e-6 each; a tenth more of the lower half is rejected."""
+    draws, source = 20_000, Integers(stream(seed=n % 97))
+    bins = min(n, 12)
+    got = np.bincount([source.below(n) * bins // n for _ in range(draws)], minlength=bins)
+    assert got.sum() == draws and len(got) == bins
+    assert stats.chisquare(got).pvalue > 1e-6
+    tilted = np.where(np.arange(bins) < bins / 2, 1.1, 1.0)
+    assert stats.chisquare(got, draws * tilted / tilted.sum()).pvalue < 1e-3
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("rate", [Fraction(0), Fraction(1, 7), Fraction(1), Fraction(5, 2), Fraction(10**38, 3**80)])
+def test_a_coin_of_rate_exp_minus_gamma(rate):
+    """Flakiness 1e-6 each; a fifth more or less often is rejected."""
+    n, source = 20_000, Integers(stream(seed=1))
+    hits = sum(_bernoulli_exp(rate.numerator, rate.denominator, source) for _ in range(n))
+    p = math.exp(-rate)
+    assert stats.binomtest(hits, n, p).pvalue > 1e-6
+    for wrong in (p * 0.8, min(p * 1.2, 1 - 1e-9)):
+        assert p == 1 or stats.binomtest(hits, n, wrong).pvalue < 1e-9
+
+
+# --------------------------------------------------------------------------- the discrete Gaussian
+
+
+def mass(sigma, reach=None):
+    """Support and exact probabilities, far beyond what ever comes up."""
+    reach = reach or math.ceil(40 * sigma) + 2
+    z = np.arange(-reach, reach + 1)
+    weights = np.exp(-((z / sigma) ** 2) / 2)
+    return z, weights / weights.sum()
+
+
+def fit(draws, sigma):
+    """p-value of the draws under the exact law, rare values pooled into the tails."""
+    z, p = mass(sigma, math.ceil(40 * max(sigma, 1)))
+    limit = int(z[p * len(draws) > 5].max())
+    got = np.bincount(np.clip(draws, -limit - 1, limit + 1) + limit + 1, minlength=2 * limit + 3)
+    expected = np.array([p[z < -limit].sum(), *p[abs(z) <= limit], p[z > limit].sum()]) * len(draws)
+    if expected[0] < 1e-3:  # nothing can be said of tails that thin
+        assert got[0] == got[-1] == 0
+        got, expected = got[1:-1], expected[1:-1]
+    return stats.chisquare(got, expected * got.sum() / expected.sum()).pvalue
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 4.4, 30.0])
+def test_draws_follow_the_exact_law_and_not_that_of_two_thirds_or_three_halves(sigma):
+    """Chi-square, flakiness 1e-6 each; the wrong scales are rejected at 1e-12."""
+    draws = discrete_gaussian(10_000, sigma, stream(seed=3)).numpy()
+    assert draws.dtype == np.int64
+    assert fit(draws, sigma) > 1e-6
+    assert fit(draws, sigma * 3 / 2) < 1e-12 and fit(draws, sigma * 2 / 3) < 1e-12
+
+
+@pytest.mark.statistical
+def test_it_is_not_a_rounded_gaussian():
+    """At s = 0.4 the discrete law has 0 in 92 of 100 draws, a rounded normal in 79; rejected at 1e-12."""
+    zeros = int((discrete_gaussian(10_000, 0.4, stream(seed=4)) == 0).sum())
+    z, p = mass(0.4)
+    assert stats.binomtest(zeros, 10_000, float(p[z == 0][0])).pvalue > 1e-6
+    assert stats.binomtest(zeros, 10_000, 2 * stats.norm.cdf(0.5 / 0.4) - 1).pvalue < 1e-12
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("sigma", "n"), [(0.7, 40_000), (4.4, 40_000)])
+def test_parities_signs_and_tails(sigma, n):
+    """Each share is binomial, flakiness 1e-6 each; a fifth more or less (in the tail, half as many) is rejected."""
+    draws, (z, p) = discrete_gaussian(n, sigma, stream(seed=5)).numpy(), mass(sigma)
+    events = {
+        "odd": lambda v: v % 2 == 1, "odd and positive": lambda v: (v % 2 == 1) & (v > 0),
+        "even and negative": lambda v: (v % 2 == 0) & (v < 0), "tail": lambda v: abs(v) > 2.5 * sigma,
+        "zero": lambda v: v == 0,
+    }  # fmt: skip
+    for name, event in events.items():
+        share, hits = float(p[event(z)].sum()), int(event(draws).sum())
+        assert stats.binomtest(hits, n, share).pvalue > 1e-6, name
+        for factor in (0.5, 2.0) if name == "tail" else (0.8, 1.2):
+            assert stats.binomtest(hits, n, share * factor).pvalue < 1e-3, name
+    assert abs(int((draws > 0).sum()) - int((draws < 0).sum())) < 5 * math.sqrt((draws != 0).sum())
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("sigma", [1e6 + 0.1, 12345.678])
+def test_wide_noise_is_normal_to_the_eye(sigma):
+    """Flakiness 1e-6; a scale of 1.2 is rejected."""
+    draws = discrete_gaussian(10_000, sigma, stream(seed=6)).numpy() / sigma
+    assert stats.kstest(draws, "norm").pvalue > 1e-6 > stats.kstest(1.2 * draws, "norm").pvalue
+
+
+def test_noise_that_is_nearly_off_is_off():
+    assert discrete_gaussian(2000, 1e-6, stream()).abs().max() == 0
+    assert discrete_gaussian(0, 1.0, stream()).shape == (0,)
+
+
+def test_equal_places_give_equal_noise_and_others_do_not():
+    first, again, other = (discrete_gaussian(50, 9.0, stream(step)) for step in (0, 0, 1))
+    assert torch.equal(first, again) and (first == other).sum() < 15
+    assert discrete_gaussian(8, 4.0, stream()).tolist() == PINNED
+
+
+PINNED = [-2, -7, 6, 4, 0, 5, -4, 9]
+"""A simulated run stays reproducible from one version to the next."""
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_that_is_none_is_refused(sigma):
+    with pytest.raises(ConfigError, match="sigma"):
+        discrete_gaussian(1, sigma, stream())
+
+
+def test_bytes_of_a_stream_go_on_and_differ_by_place():
+    """Two calls continue one keystream, which is not that of coins, normals or another place."""
+    key = NoiseKey.from_seed(0)
+    whole, parts = stream()(96), stream()
+    assert parts(1) + parts(32) + parts(63) == whole
+    changes = [{"purpose": "x"}, {"entry": "e1"}, {"step": 1}]
+    others = [key.stream(**({**PLACE, "step": 0} | change))(96) for change in changes]
+    assert len({whole, *others, NoiseKey.from_seed(1).stream(**PLACE, step=0)(96)}) == 5
+    coins = key.uniform(12, **PLACE, step=0)
+    mine = torch.from_numpy((np.frombuffer(whole, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    assert not (coins == mine).any()
+
+
+def hockey_stick(sigma, times, eps):
+    """delta of `times` counts with noise, by summing max(0, P - exp(eps) Q) over the lattice of joint losses."""
+    z, p = mass(sigma, math.ceil(12 * sigma) + 4)
+    up = np.exp(((z - 1) / sigma) ** 2 / -2) / np.exp(-((z / sigma) ** 2) / 2).sum()
+    # the joint loss is a function of the sum of the draws: loss = sum (1 - 2 z) / (2 s^2)
+    joint_p, joint_q = p, up
+    for _ in range(times - 1):
+        joint_p, joint_q = np.convolve(joint_p, p), np.convolve(joint_q, up)
+    forth = np.maximum(joint_p - math.exp(eps) * joint_q, 0).sum()
+    return max(forth, np.maximum(joint_q - math.exp(eps) * joint_p, 0).sum())
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("sigma", "times"), [(1.0, 1), (1.0, 3), (4.4, 1), (4.4, 5), (20.0, 2)])
+def test_epsilon_of_counts_equals_a_sum_over_the_exact_law(sigma, times):
+    """PLD is an upper bound and tight to half a percent; RDP lies above it; 2/3 of the noise would cost more."""
+    delta = 1e-5
+    low, high = 0.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if hockey_stick(sigma, times, middle) > delta else (low, middle)
+    charge = [Charge(1.0, sigma, times, "discrete-gaussian")]
+    pld = epsilon(charge, delta=delta)
+    assert high * (1 - 1e-9) <= pld <= high * 1.005 + 1e-3
+    assert epsilon(charge, delta=delta, accountant="rdp") >= pld
+    assert epsilon([Charge(1.0, sigma * 2 / 3, times, "discrete-gaussian")], delta=delta) > 1.2 * high
+
+
+# --------------------------------------------------------------------------- counts
+
+
+def test_counts_and_what_is_in_no_bin():
+    values = torch.tensor([0, 2, 2, 5, -1, 3])
+    assert counted(values, 4, strict=False).tolist() == [1, 0, 2, 1]
+    assert counted(torch.zeros(0, dtype=torch.int64), 3, strict=True).tolist() == [0, 0, 0]
+    assert counted(torch.tensor([True, False, True]), 2, strict=True).tolist() == [1, 2]
+    for wrong in (values[:4], values[4:]):
+        with pytest.raises(DataError, match=r"a record is in bin (5|-1); allowed: 0 to 3"):
+            counted(wrong, 4, strict=True)
+
+
+@pytest.mark.parametrize("bins", [0, -3])
+def test_no_bins_are_refused(bins):
+    with pytest.raises(ConfigError, match="bins"):
+        counted(torch.zeros(1, dtype=torch.int64), bins, strict=False)
+    with pytest.raises(ConfigError, match="bins"):
+        Frequency(bins=bins)
+
+
+def test_bins_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(DataError, match=r"torch.float32; give whole numbers from 0 to 3"):
+        counted(torch.zeros(3), 4, strict=False)
+
+
+@pytest.mark.property
+@settings(deadline=None)
+@given(st.lists(st.integers(-3, 8), max_size=12), st.integers(-3, 8))
+def test_one_record_moves_one_count_by_one(values, more):
+    before, after = (counted(torch.tensor(v, dtype=torch.int64), 5, strict=False) for v in (values, [*values, more]))
+    moved = (after - before).tolist()
+    assert sorted(moved) == ([0, 0, 0, 0, 1] if 0 <= more < 5 else [0] * 5)
+
+
+# --------------------------------------------------------------------------- the exponential mechanism
+
+
+def chances(scores, k, noise_multiplier):
+    """Exact probability of every ordered choice of k: one after another, without those chosen before."""
+    weights = torch.softmax(scores / noise_multiplier, 0).tolist()
+    found = {}
+    for order in itertools.permutations(range(len(weights)), k):
+        left, chance = 1.0, 1.0
+        for place in order:
+            chance *= weights[place] / left
+            left -= weights[place]
+        found[order] = chance
+    return found
+
+
+def neighbours(universe, largest):
+    """All data sets of up to `largest` records, each with one record more."""
+    for n in range(largest + 1):
+        for values in itertools.combinations_with_replacement(universe, n):
+            for more in universe:
+                yield torch.tensor(values, dtype=torch.float64), torch.tensor([*values, more], dtype=torch.float64)
+
+
+def worst_ratio(pairs, scores, k, noise_multiplier):
+    """Largest |log P(output | D) / P(output | D')|, in units of epsilon = 1 / noise multiplier."""
+    worst = 0.0
+    for without, within in pairs:
+        mine, theirs = (chances(scores(data), k, noise_multiplier) for data in (without, within))
+        worst = max(worst, *(abs(math.log(mine[order] / theirs[order])) for order in mine))
+    return worst * noise_multiplier
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.4, 2.0])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_top_k_is_more_than_k_epsilon_likelier_with_one_record_more(k, noise_multiplier):
+    """Exact, over all data sets of up to 4 records, some of them in no bin; a whole epsilon is nearly used."""
+
+    def scores(values):
+        return Frequency(bins=4, k=k).scores(values.long(), strict=False)
+
+    worst = worst_ratio(neighbours((0, 1, 2, 3, 9), 4), scores, k, noise_multiplier)
+    assert worst <= k * (1 + 1e-9)
+    assert worst > 0.5 * k
+    sharper = worst_ratio(neighbours((0, 1, 2, 3, 9), 4), lambda v: 2 * scores(v), k, noise_multiplier)
+    assert sharper > k  # at twice the scores the bound would be broken
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.75])
+def test_no_quantile_is_more_than_epsilon_likelier_with_one_record_more(q, noise_multiplier):
+    """Exact, over all data sets of up to 5 records, on candidates, between them, beyond them and NaN."""
+    universe, grid = (-1.0, 1.0, 2.0, 2.5, 9.0, math.nan), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    utility = Quantile(q=q, candidates=grid)
+
+    def scores(values):
+        return utility.scores(values, strict=False)
+
+    worst = worst_ratio(neighbours(universe, 5), scores, 1, noise_multiplier)
+    assert worst <= 1 + 1e-9
+    doubled = worst_ratio(neighbours(universe, 5), lambda v: 2 * scores(v), 1, noise_multiplier)
+    assert doubled > 1  # without the half of a score that is not monotone, it would be broken
+    moves = [scores(more) - scores(less) for less, more in neighbours(universe, 5)]
+    assert max(float(move.abs().max()) for move in moves) <= 0.5 + 1e-12
+    assert any(float(move.max()) > 0.01 and float(move.min()) < -0.01 for move in moves)  # not monotone
+
+
+@pytest.mark.property
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.floats(-5, 5) | st.just(math.nan), max_size=9), st.floats(-5, 5), st.floats(0.02, 0.98),
+    st.lists(st.floats(-6, 6), min_size=1, max_size=6, unique=True),
+)  # fmt: skip
+def test_scores_of_candidates_move_by_half_at_most(values, more, q, grid):
+    utility = Quantile(q=q, candidates=torch.tensor(sorted(grid), dtype=torch.float64))
+    before, after = (
+        utility.scores(torch.tensor(v, dtype=torch.float64), strict=False) for v in (values, [*values, more])
+    )
+    assert float((after - before).abs().max()) <= 0.5 + 1e-9
+
+
+def test_the_score_of_a_candidate_is_its_distance_from_the_rank():
+    values, grid = torch.tensor([1.5, 2.5, 2.6, 7.0]), [0.0, 2.0, 3.0, 9.0]
+    below = torch.tensor([0.0, 1.0, 3.0, 4.0])  # no record equals a candidate
+    for q in (0.25, 0.5, 0.9):
+        scores = Quantile(q=q, candidates=torch.tensor(grid)).scores(values, strict=True)
+        torch.testing.assert_close(scores, -(below - 4 * q).abs().double() / (2 * max(q, 1 - q)))
+
+
+def test_a_value_that_many_have_is_told_from_its_neighbours():
+    """100 records at 5: the median is 5, which #{x < c} alone would not say."""
+    utility = Quantile(q=0.5, candidates=torch.arange(11.0))
+    scores = utility.scores(torch.full((100,), 5.0), strict=True)
+    assert scores.tolist() == [-50.0] * 5 + [0.0] + [-50.0] * 5
+    numbers = torch.cat([torch.full((30,), 1.0), torch.full((50,), 4.0), torch.full((20,), 9.0)])
+    chosen = [
+        int(Quantile(q=q, candidates=torch.arange(11.0)).scores(numbers, strict=True).argmax())
+        for q in (0.1, 0.5, 0.79, 0.9)
+    ]
+    assert chosen == [1, 4, 4, 9]
+
+
+def test_what_is_not_a_number_lies_above_all_or_is_refused():
+    values, utility = torch.tensor([math.nan, 0.0, math.inf]), Quantile(q=0.5, candidates=torch.tensor([1.0, 2.0]))
+    assert torch.equal(
+        utility.scores(values, strict=False), utility.scores(torch.tensor([math.inf, 0.0, 5.0]), strict=True)
+    )
+    with pytest.raises(DataError, match="1 records have NaN"):
+        utility.scores(values, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": 0.0}, "q = 0.0"), ({"q": 1.0}, "q = 1.0"), ({"q": math.nan}, "q = nan"),
+        ({"candidates": torch.tensor([1.0, 1.0])}, "candidates"), ({"candidates": torch.tensor([2.0, 1.0])}, "above"),
+        ({"candidates": torch.tensor([])}, "candidates"), ({"candidates": torch.tensor([[1.0]])}, "one row"),
+        ({"candidates": torch.tensor([0.0, math.inf])}, "finite"),
+    ],
+)  # fmt: skip
+def test_quantiles_that_are_none_are_refused_in_one_line(change, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Quantile(**{"q": 0.5, "candidates": torch.tensor([0.0, 1.0])} | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("k", [0, 5, -1])
+def test_more_bins_than_there_are_cannot_be_chosen(k):
+    with pytest.raises(ConfigError, match=r"k = .*1 to 4, the number of bins"):
+        Frequency(bins=4, k=k)
+
+
+def test_the_best_are_in_order_and_of_equals_the_first():
+    assert best(torch.tensor([1.0, 3.0, 3.0, 0.0]), 3).tolist() == [1, 2, 0]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("k", [1, 2])
+def test_choices_come_as_often_as_the_exponential_mechanism_says(k):
+    """Chi-square over 10,000 draws, flakiness 1e-6; noise of 2/3 and 3/2 is rejected at 1e-6."""
+    key, n = NoiseKey.from_seed(8), 10_000
+    scores, noise = torch.tensor([0.0, 2.0, 3.0, 1.0], dtype=torch.float64), 1.5
+    drawn = [
+        tuple(exponential(scores, k, noise_multiplier=noise, uniform=key.uniform(4, **PLACE, step=i)).tolist())
+        for i in range(n)
+    ]
+
+    def p_value(multiplier):
+        law = chances(scores, k, multiplier)
+        return stats.chisquare([drawn.count(order) for order in law], [n * p for p in law.values()]).pvalue
+
+    assert p_value(noise) > 1e-6
+    assert p_value(noise * 2 / 3) < 1e-6 > p_value(noise * 3 / 2)
+
+
+def test_gumbel_noise_is_finite_at_both_ends():
+    ends = torch.tensor([0.0, 1 - 2.0**-53, 0.5], dtype=torch.float64)
+    for far in (33.0, 41.2):
+        chosen = exponential(torch.tensor([far, 0.0, -99.0]).double(), 1, noise_multiplier=1.0, uniform=ends)
+        assert chosen.tolist() == [1 if far < 41 else 0]  # -3.60 is the least there is, 37.43 the greatest

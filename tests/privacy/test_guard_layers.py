@@ -1,0 +1,219 @@
+"""The guard's test of every layer, and of the optimiser."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perdure.errors import GuardError
+from perdure.models import cnn, resnet18
+from perdure.privacy.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping import Clip, sum_of_clipped
+from perdure.privacy.guard import check_losses, check_optimizer, check_rows, quiet_training
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+# --------------------------------------------------------------------------- rows of layers
+
+
+class Reading(nn.Module):
+    """Embeds a sequence (n, length, 5) with positions given in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.embed, self.head = way, nn.Linear(5, 8), nn.Linear(8, 3)
+        if "position" in way:
+            self.position = nn.Embedding(9, 8)
+
+    def forward(self, x):
+        if self.way == "length first":
+            return self.head(torch.tanh(self.embed(x.transpose(0, 1))).mean(0))
+        x, at = self.embed(x), torch.arange(x.shape[1])
+        if self.way != "plain":
+            x = x + self.position({"1 position": at[None], "n positions": at.expand(len(x), -1)}.get(self.way, at))
+        return self.head(torch.tanh(x).mean(1))
+
+
+class Normalised(torch.autograd.Function):
+    """The identity, whose gradient is divided by its norm over the batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / gradient.norm()
+
+
+class Averaged(Normalised):
+    """The identity, whose gradient is divided by the number of records."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / len(gradient)
+
+
+class Backwards(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.embed, self.head = function, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.function.apply(torch.tanh(self.embed(x.mean(1)))))
+
+
+SEQUENCES = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(1))
+
+
+def row_test(model, losses=None):
+    plain = lambda x, y: F.cross_entropy(model(x), y, reduction="none")  # noqa: E731
+    check_rows(model, partial(losses, plain) if losses else plain, SEQUENCES, LABELS, "Mine.losses()")
+
+
+@pytest.mark.parametrize("way", ["plain", "1 position", "n positions"])
+def test_layers_whose_rows_are_the_records_pass(way):
+    row_test(Reading(way))
+
+
+@pytest.mark.parametrize(("way", "layer"), [("length first", "embed"), ("length positions", "position")])
+def test_a_layer_whose_rows_are_something_else_is_refused(way, layer):
+    with pytest.raises(GuardError, match=f"layer {layer} gives 4 rows for 6 records and 4 for 5 in Mine.*batch_first"):
+        row_test(Reading(way))
+
+
+def test_without_that_refusal_the_bound_breaks_where_length_and_batch_are_equal():
+    torch.manual_seed(0)
+    model, clip = Reading("length first"), Clip(norm=0.1)
+    params, x, y = dict(model.named_parameters()), 5 * torch.rand(16, 16, 5), torch.randint(3, (16,))
+
+    def losses(n):
+        return F.cross_entropy(model(x[:n]), y[:n], reduction="none")
+
+    rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses(15)]
+    exact = sum_of_clipped({n: torch.stack(g) for n, g in zip(params, zip(*rows, strict=True), strict=True)}, clip)
+    mixed = clipped_gradient_sum(model, params, lambda: losses(16), 16, clip)
+    assert clipped_gradient_sum(model, params, lambda: losses(15), 15, clip) is None
+    assert sum((mixed[n] - exact[n]).square().sum() for n in params).sqrt() > 2 * clip.norm
+
+
+@pytest.mark.parametrize("function", [Normalised, Averaged])
+def test_a_backward_pass_that_mixes_records_is_refused_although_the_losses_do_not(function):
+    model = Backwards(function)
+    check_losses(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), SEQUENCES, LABELS, "Mine.losses()")
+    with pytest.raises(GuardError, match=r"layer embed mixes records in Mine.losses\(\).*another one's gradient"):
+        row_test(model)
+
+
+class Centred(Backwards):
+    """What enters the layer is centred over the batch and what that changes is undone: the loss does not show it."""
+
+    def forward(self, x):
+        x = x.mean(1)
+        mean = x.detach().mean(0, keepdim=True)
+        return self.head(torch.tanh(self.embed(x - mean) + (mean @ self.embed.weight.T).detach()))
+
+
+def test_inputs_that_mix_records_are_refused_although_the_losses_do_not():
+    model = Centred(None)
+    check_losses(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), SEQUENCES, LABELS, "Mine.losses()")
+    with pytest.raises(GuardError, match=r"layer embed mixes records in Mine.losses\(\).*another one's input"):
+        row_test(model)
+
+
+def halves(plain, x, y):
+    n = len(x) // 2
+    return torch.cat([plain(x[:n], y[:n]), plain(x[n:], y[n:])])
+
+
+def out_of_order(plain, x, y):
+    return plain(x.flip(0), y.flip(0)).flip(0)
+
+
+def exchanged(plain, x, y):
+    """The first two records in each other's place, which leaving out the last one does not show."""
+    order = torch.arange(len(x))
+    order[:2] = torch.tensor([1, 0])
+    return plain(x[order], y[order])[order]
+
+
+def twice(plain, x, y):
+    return plain(x, y) + plain(0.5 * x, y)
+
+
+def side_by_side(plain, x, y):
+    return plain(torch.cat([x, 0.5 * x]), torch.cat([y, y])).view(2, -1).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (halves, "layer embed gives 3 rows for 6 records"),
+        (out_of_order, "layer embed mixes"),
+        (exchanged, "layer embed mixes"),
+    ],
+)
+def test_losses_that_pass_rows_in_pieces_or_out_of_order_are_refused(losses, message):
+    with pytest.raises(GuardError, match=message):
+        row_test(Reading("plain"), losses)
+
+
+@pytest.mark.parametrize("losses", [twice, side_by_side])
+def test_several_passes_of_every_record_pass(losses):
+    row_test(Reading("plain"), losses)
+
+
+@pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
+def test_the_rows_of_our_models_are_the_records(make):
+    model = make(input_shape=(1, 16, 16), num_classes=3, seed=0)
+    before, x = torch.random.get_rng_state(), torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    quiet_training(model)
+    check_rows(model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, LABELS, "Mine.losses()")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# --------------------------------------------------------------------------- optimisers
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """As published: step() wants a closure, although its signature does not say so."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        assert closure is not None, "sharpness-aware minimisation needs a closure"
+
+
+class TwoSteps(SharpnessAware):
+    def first_step(self):
+        """Climb."""
+
+
+LINEAR = nn.Linear(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.LBFGS, "LBFGS, which does not step from one gradient: every"),
+        (SharpnessAware, r"SharpnessAware, .* \(sharpness-aware minimisation needs a closure\)"),
+        (TwoSteps, r"TwoSteps, .* \(it has a first_step\)"),
+        (torch.optim.SparseAdam, r"SparseAdam, .* \(.*dense gradients"),
+    ],
+)
+def test_optimisers_that_need_more_than_one_gradient_a_step_are_refused(make, message):
+    with pytest.raises(GuardError, match=message):
+        check_optimizer(make(LINEAR.parameters()))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adadelta", "ASGD"])
+def test_optimisers_that_need_one_gradient_pass_and_are_left_as_they_are(name):
+    optimizer = getattr(torch.optim, name)(LINEAR.parameters(), lr=0.1)
+    before, state = LINEAR.weight.detach().clone(), repr(optimizer.state_dict())
+    check_optimizer(optimizer)
+    assert torch.equal(LINEAR.weight, before) and LINEAR.weight.grad is None
+    assert repr(optimizer.state_dict()) == state

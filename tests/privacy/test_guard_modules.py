@@ -1,0 +1,160 @@
+"""Which modules the guard refuses, and that the reasons it gives hold."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from perdure.errors import GuardError
+from perdure.privacy.guard import check_buffers, check_losses, check_model, check_rows
+
+INPUTS, LABELS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+
+RECURRENT = {"LSTM": nn.LSTM(5, 6), "GRU": nn.GRU(5, 6), "RNN": nn.RNN(5, 6)}
+CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": nn.RNNCell(5, 6)}
+
+
+@pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
+def test_recurrent_layers_of_torch_are_refused_with_their_counterpart(kind):
+    ending = r", or call perdure.privacy.guard.fix\(model\)$" if kind in RECURRENT else "$"
+    with pytest.raises(GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"):
+        check_model(nn.Sequential(nn.ReLU(), (RECURRENT | CELLS)[kind]))
+
+
+@pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
+def test_the_reason_holds_torch_cannot_differentiate_them_record_by_record(kind):
+    layer = (RECURRENT | CELLS)[kind]
+    layer, x = copy.deepcopy(layer).double(), torch.rand(3, 1 if kind in CELLS else 4, 5, dtype=torch.float64)
+
+    def loss(params, x):
+        answer = torch.func.functional_call(layer, params, (x,))
+        return (answer[0] if isinstance(answer, tuple) else answer).sum()
+
+    with pytest.raises(RuntimeError, match="broadcast shape"):
+        torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
+
+
+def test_an_lstm_with_a_projection_has_no_counterpart_to_call():
+    with pytest.raises(GuardError, match=r"DPLSTM, which has no proj_size$"):
+        check_model(nn.LSTM(5, 6, proj_size=2))
+
+
+class Attending(nn.Module):
+    """Attention over (n, length, 8); `rearrange` hands torch's other layout the right dimensions."""
+
+    def __init__(self, batch_first, rearrange=True, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
+        self.turn, self.head = rearrange and not batch_first, nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turn else x
+        x, _ = self.attention(x, x, x)
+        return self.head((x.transpose(0, 1) if self.turn else x).mean(1))
+
+
+def test_attention_with_dropout_is_refused():
+    with pytest.raises(GuardError, match=r"attention is MultiheadAttention with dropout.*dropout=0.0, or call perdure"):
+        check_model(Attending(True, dropout=0.1))
+    with pytest.raises(GuardError, match=r"dropout=0.0$"):
+        check_model(Attending(True, dropout=0.1, add_bias_kv=True))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_without_dropout_has_right_gradients_per_record(batch_first):
+    model, x = Attending(batch_first), torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
+    check_model(model)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(params, x):
+        return torch.func.functional_call(model, params, (x[None],)).square().sum()
+
+    rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    for i in range(5):
+        one = torch.autograd.grad(model(x[i : i + 1]).square().sum(), list(model.parameters()))
+        for value, row in zip(one, rows.values(), strict=True):
+            assert torch.allclose(row[i], value, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_over_the_records_is_seen_by_the_drop_one_test():
+    model, labels = Attending(False, rearrange=False), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(GuardError, match="couples records"):
+        check_losses(
+            lambda x, y: F.cross_entropy(model(x), y, reduction="none"), torch.randn(6, 4, 8), labels, "Mine.losses()"
+        )
+
+
+class Louder(nn.Dropout):
+    def forward(self, x):
+        return x - x.mean(0) if self.training else x
+
+
+def hooked(make, **options):
+    return make(nn.Linear(5, 3), "weight", **options)
+
+
+def test_spectral_normalisation_is_refused_because_its_buffers_count_the_passes():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(40, 30), n_power_iterations=1))
+    with pytest.raises(GuardError, match=r"0.parametrizations.weight.0 is _SpectralNorm.*remove_parametrizations"):
+        check_model(model)
+    assert not torch.equal(model(torch.ones(1, 40)), model(torch.ones(1, 40)))  # one pass more, another weight
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "make", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm, partial(prune.l1_unstructured, amount=0.3)]
+)
+def test_weights_that_a_hook_computes_are_refused(make):
+    with pytest.raises(
+        GuardError, match=r"0 is Linear with a weight that a hook computes.*parametrizations.weight_norm"
+    ):
+        check_model(nn.Sequential(hooked(make)))
+
+
+def test_weight_normalisation_as_a_parametrisation_passes():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
+    check_model(model)
+    check_buffers(model, INPUTS)
+    check_rows(model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), INPUTS, LABELS, "plain")
+
+
+def test_a_changed_dropout_is_refused_because_the_tests_switch_it_off():
+    with pytest.raises(GuardError, match=r"1 is Louder, a Dropout that somebody changed.*use torch.nn.Dropout"):
+        check_model(nn.Sequential(nn.Linear(5, 3), Louder()))
+    check_model(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)))
+
+
+@pytest.mark.parametrize("make", [partial(nn.LazyLinear, 3), nn.LazyBatchNorm1d])
+def test_lazy_layers_are_refused_until_they_have_their_parameters(make):
+    model = nn.Sequential(make())
+    with pytest.raises(GuardError, match=r"0 is Lazy.*first private batch would shape.*run synthetic inputs"):
+        check_model(model)
+
+
+def test_a_lazy_layer_that_was_run_passes():
+    model = nn.Sequential(nn.LazyLinear(3))
+    model(INPUTS)
+    check_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_in_half_precision_are_refused_because_their_sums_are_rounded(dtype):
+    with pytest.raises(GuardError, match=rf"parameter 0.weight is {dtype}.*call model.float\(\)"):
+        check_model(nn.Sequential(nn.Linear(5, 3).to(dtype)))
+    one_more = torch.tensor(1000.0, dtype=dtype) + torch.tensor(3.0, dtype=dtype)
+    assert dtype == torch.float16 or abs(float(one_more) - 1003) >= 1  # a record's share lost or grown by a third
+    check_model(nn.Sequential(nn.Linear(5, 3).double()))
+
+
+def test_instance_statistics_are_refused_where_only_the_flag_was_switched_off():
+    layer = nn.InstanceNorm2d(6, track_running_stats=True)
+    layer.track_running_stats = False
+    with pytest.raises(GuardError, match="with running statistics"):
+        check_model(layer)
+    layer(torch.rand(2, 6, 3, 3))
+    assert float(layer.running_mean.abs().sum()) > 0  # torch moves them all the same

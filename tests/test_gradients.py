@@ -1,0 +1,81 @@
+from functools import partial
+
+import pytest
+import torch
+
+from perdure.gradients import clipped_gradient, mean_gradient, pieces
+from perdure.learner import Learner
+from perdure.privacy.clipping import Clip
+from perdure.privacy.policy import Privacy
+from perdure.records import Batch
+from perdure.strategies.naive import Naive
+from perdure.strategy import Forward, cross_entropy_of
+
+
+def losses(forward, batch):
+    return cross_entropy_of(forward(batch.inputs), batch.labels)
+
+
+@pytest.fixture
+def problem(toy_stream, toy_model):
+    stream = toy_stream()
+    model = toy_model(stream)
+    return Forward(model), dict(model.named_parameters()), Batch.current(stream[0].train, 0)
+
+
+def test_pieces_hold_every_row_once(problem):
+    _, _, batch = problem
+    assert [len(piece) for piece in pieces(batch, 7)] == [7, 7, 7, 3]
+    assert torch.equal(torch.cat([piece.ids for piece in pieces(batch, 7)]), batch.ids)
+    assert [len(piece) for size in (None, 24, 100) for piece in pieces(batch, size)] == [24, 24, 24]
+    nobody = batch.take(slice(0, 0))
+    assert [len(piece) for piece in pieces(nobody, 7)] == [0]
+
+
+@pytest.mark.parametrize("size", [1, 5, 24])
+def test_micro_batches_do_not_change_the_gradient(problem, size):
+    forward, params, batch = problem
+    valid = Batch.from_tensors(batch.tensors() | {"valid": torch.arange(24) % 3 != 0})
+    for rows in (batch, valid):
+        whole, loss = mean_gradient(forward, losses, params, rows, None)
+        parts, same = mean_gradient(forward, losses, params, rows, size)
+        torch.testing.assert_close(parts, whole)
+        torch.testing.assert_close(same, loss)
+    for clip in (Clip(norm=0.1), Clip(norm=0.1, per_layer=True), Clip(norm=0.5, counted=True)):
+        whole = clipped_gradient(forward, losses, params, batch, clip, None)
+        parts = clipped_gradient(forward, losses, params, batch, clip, size)
+        assert whole.keys() == parts.keys()
+        torch.testing.assert_close(parts, whole)
+    assert clipped_gradient(forward, losses, params, batch.take(slice(0, 0)), Clip(norm=1.0), size) is None
+
+
+def test_no_pass_is_larger_than_a_micro_batch(problem):
+    forward, params, batch = problem
+    seen = []
+
+    def watched(forward, rows):
+        seen.append(len(rows))
+        return losses(forward, rows)
+
+    mean_gradient(forward, watched, params, batch, 10)
+    clipped_gradient(forward, watched, params, batch, Clip(norm=1.0), 10)
+    assert seen == [10, 10, 4, 10, 10, 4]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_an_experience_in_micro_batches_learns_and_charges_the_same(toy_stream, toy_model, private):
+    """Up to rounding; so the second experience of a private run has other noise, which is keyed by the bits."""
+    ends, charged = [], []
+    for size in (None, 3):
+        stream = toy_stream()
+        learner = Learner(
+            model=toy_model(stream), strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=0.5), iterations=10,
+            batch_size=8, micro_batch_size=size, privacy=Privacy(noise_multiplier=1.0, seed=0) if private else None,
+        )  # fmt: skip
+        learner.prepare(stream)
+        learner.begin(0)
+        learner.train(learner.block(0, 1))
+        ends.append(learner.model.state_dict())
+        charged.append(learner.mechanism.ledger.charges("experience-0") if private else ())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+    assert charged[0] == charged[1] and bool(charged[0]) == private
