@@ -11,6 +11,7 @@ strategies' own settings are round numbers. Noise is simulated from the seed, so
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Iterable
@@ -150,19 +151,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows, data = [], scattered(mnist(args.data))
+    data = scattered(mnist(args.data))
     with Progress() as progress:
-        task = progress.add_task("", total=len(args.strategy) * len(args.epsilon) * args.seeds)
-        for name in args.strategy:
-            strategy = catalogue.find(name)(**SETTINGS.get(name, {}))
-            for epsilon in args.epsilon:
-                outcomes = []
-                for seed in range(args.seeds):
-                    progress.update(task, description=f"{name}, epsilon {epsilon:g}, seed {seed}")
-                    stream = split(data, scenario="class", experiences=5, seed=seed or None)
-                    outcomes.append(run(stream, strategy, epsilon, seed))
-                    progress.advance(task)
-                rows.append(row(name, strategy, epsilon, outcomes))
+        chosen = {name: catalogue.find(name)(**SETTINGS.get(name, {})) for name in args.strategy}
+        arms = {(name, epsilon): strategy for name, strategy in chosen.items() for epsilon in args.epsilon}
+        outcomes: dict[tuple[str, float], list[Outcome]] = {arm: [] for arm in arms}
+        task = progress.add_task("", total=len(arms) * args.seeds)
+        for seed in range(args.seeds):
+            stream = split(data, scenario="class", experiences=5, seed=seed or None)
+            for (name, epsilon), strategy in arms.items():
+                progress.update(task, description=f"seed {seed}, {name}, epsilon {epsilon:g}")
+                outcomes[name, epsilon].append(run(stream, strategy, epsilon, seed))
+                gc.collect()  # the last learner holds a pool of records, in a cycle of references
+                progress.advance(task)
+        rows = [row(name, strategy, epsilon, outcomes[name, epsilon]) for (name, epsilon), strategy in arms.items()]
     show(rows)
     if args.json:
         store_rows(args.json, rows, seed=0)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(learner_
     learner.fit(stream)
     left = learner.mechanism.schedule.left
     assert left[0] == frozenset() and "experience-0" in left[3] and "experience-3" not in left[3]
-    assert all(earlier <= later for earlier, later in zip(left, left[1:], strict=False))
+    assert all(earlier <= later for earlier, later in pairwise(left))
     assert 0 not in seen[3] and 3 in seen[3] and 0 in seen[1] | {0}
     assert max(spent(learner).values()) <= cap
     touched = {i: set() for i in range(4)}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
 
 from perdure.adversarial import FGSM, PGD, robust_accuracy
+from perdure.augment import Views
 from perdure.checkpoint import Store
 from perdure.combine import Combine
 from perdure.errors import ConfigError, LedgerError, StrategyError
@@ -695,3 +696,40 @@ def test_a_batch_of_nobody_still_takes_a_step(learner_of, toy_stream):
 def test_batches_are_rows_of_the_stream(toy_stream):
     batch = Batch.current(toy_stream()[1].train, 1)
     assert len(batch) == 24 and batch.tasks.unique().tolist() == [1] and not batch.from_memory.any()
+
+
+def test_another_loss_or_view_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
+    """Names and settings alike; only the code differs. The start of a block is keyed by what it does."""
+
+    def start(factor, scale):
+        @dataclass(frozen=True, kw_only=True)
+        class Scaled(Strategy):
+            def losses(self, forward, batch, context, state):
+                return factor * super().losses(forward, batch, context, state)
+
+        views = Views(count=1, change=lambda record: scale * record)
+        learner = learner_of(Scaled(), privacy=SIMULATED, views=views)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        return learner._start()
+
+    assert start(1.0, 0.9) == start(1.0, 0.9)
+    assert len({start(1.0, 0.9), start(2.0, 0.9), start(1.0, 0.8)}) == 3
+
+
+def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
+    """Once more from the same checkpoint with another query: the answers must not differ by the records alone."""
+
+    def answer(query):
+        learner = learner_of(privacy=SIMULATED)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        return learner.curator.release(query, clip_norm=100.0, purpose="mean")["value"], learner.mechanism.ledger
+
+    (one, ledger), (same, _), (other, others) = (
+        answer(lambda f, b, k=k: k * b.inputs) for k in (1.0, 1.0, 2.0)
+    )  # fmt: skip
+    assert torch.equal(one, same)
+    records = toy_stream()[0].train.inputs.sum(0)
+    assert not torch.allclose(other - one, records, atol=1e-2)
+    assert ledger.entries[-1].digest != others.entries[-1].digest

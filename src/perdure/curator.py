@@ -116,6 +116,7 @@ class Curator:
             else:
                 self._memory.offer(new, plan, generator(self._seed, "memory", self._client, index))
         self._rows = self._stored = None
+        self._new = self._new.take(slice(0, 0))
 
     @property
     def stored(self) -> int:
@@ -148,6 +149,17 @@ class Curator:
         rows = {n.removeprefix("memory."): t.to(device) for n, t in private.items() if n != "tags"}
         kept = Batch.from_tensors(rows) if rows else None
         self._memory = Memory(rows=kept, offered=offered, tags=private["tags"])
+
+    def synthetic(self, place: torch.Generator, n: int = 4) -> Batch:
+        """(n) rows like those of the open pool that owe nothing to any record."""
+        rows = {name: torch.zeros(n, *t.shape[1:], dtype=t.dtype) for name, t in self._pool.tensors().items()}
+        classes = torch.nonzero(self.context.current).flatten().cpu()
+        rows |= {
+            "inputs": torch.rand(rows["inputs"].shape, generator=place).to(rows["inputs"].dtype),
+            "labels": classes[torch.arange(n) % len(classes)], "valid": torch.ones(n, dtype=torch.bool),
+            "tasks": torch.full((n,), self._experience.index),
+        }  # fmt: skip
+        return Batch.from_tensors(rows).map(lambda t: t.to(self._device))
 
     # ------------------------------------------------------------------ releases
 

@@ -21,7 +21,7 @@ from perdure.metrics import accuracy
 from perdure.privacy.mechanism import Mechanism, digest
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
-from perdure.seeds import derive
+from perdure.seeds import derive, generator
 from perdure.strategy import Forward, Plan, Spec, State, Strategy
 from perdure.streams import Experience, Stream
 
@@ -397,10 +397,19 @@ class Learner:
         facts = {name: value for name, value in snapshot.facts.items() if name != "matrix"}  # what was, not what comes
         settings = (
             repr(self.strategy), repr(self.model), repr(self.adversary), repr(self._optimizer), self.seed,
-            self.precision, self.views and self.views.count,
+            self.precision,
             type(self._scheduler).__name__, json.dumps(facts, default=str), self.stream.scenario, classes,
         )  # fmt: skip
-        return hashlib.sha256(repr(settings).encode() + digest(snapshot.tensors)).hexdigest()
+        shown = digest({**snapshot.tensors, **self._behaviour()})
+        return hashlib.sha256(repr(settings).encode() + shown).hexdigest()
+
+    def _behaviour(self) -> dict[str, Tensor]:
+        """What views, model and strategy make of synthetic records: other code under the same names shows here."""
+        batch = self.curator.synthetic(generator(self.seed, "behaviour"))
+        batch = self.views.attach(batch, 0) if self.views else batch
+        self.model.eval()
+        with torch.no_grad():
+            return {**batch.stored, "losses": self._losses(self.forward, batch)}
 
     def _at(self, point: str) -> None:
         for callback in self.callbacks:

@@ -186,16 +186,16 @@ class Mechanism:
         Args:
             clipped: from this package's `queries`. shapes: of the sum, also where there is no record.
         """
-        name, noise = f"release:{purpose}", self.release_noise
-        entry = self._charge_once(name, occasion, "gaussian", noise, clip_norm)
+        name, noise, total = f"release:{purpose}", self.release_noise, clipped(Clip(norm=clip_norm))
+        entry = self._charge_once(name, occasion, "gaussian", noise, total or {}, clip_norm)
         scales, device = dict.fromkeys(shapes, noise * clip_norm), next(iter(occasion.data.values())).device
-        total, step = clipped(Clip(norm=clip_norm)), occasion.numbers.start
+        step = occasion.numbers.start
         return self._noised(total, shapes, scales, name, entry, step, device, chained=False)
 
     def count(self, counts: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
         """Counts (bins,) int64 plus integer noise; a record is in one bin at most, which it moves by 1."""
         name, noise = f"release:{purpose}", self.release_noise
-        entry = self._charge_once(name, occasion, "discrete-gaussian", noise, answer=counts)
+        entry = self._charge_once(name, occasion, "discrete-gaussian", noise, {"counts": counts})
         stream = self._key.stream(purpose=name, entry=entry, step=occasion.numbers.start)
         drawn = discrete_gaussian(len(counts), noise, stream)
         self.ledger.trace("noise.drawn")
@@ -211,7 +211,7 @@ class Mechanism:
             scores: one record moves any two by at most 1 against each other.
         """
         name, noise, numbers = f"release:{purpose}", self.release_noise / 2, occasion.numbers
-        entry = self._charge_once(name, occasion, "exponential", noise, answer=scores)
+        entry = self._charge_once(name, occasion, "exponential", noise, {"scores": scores})
         uniform = self._key.uniform(len(scores), purpose=name, entry=entry, step=numbers.start)
         self.ledger.trace("noise.drawn")
         return exponential(scores, len(numbers), noise_multiplier=noise, uniform=uniform)
@@ -236,14 +236,13 @@ class Mechanism:
         return self._block.entry
 
     def _charge_once(
-        self, name: str, occasion: Occasion, mechanism: str, multiplier: float, clip_norm: float = 1.0,
-        answer: Tensor | None = None,
-    ) -> str:  # fmt: skip
-        """Charge a release. An exact `answer` keys its noise too: after a restart, another question gets other noise.
+        self, name: str, occasion: Occasion, mechanism: str, multiplier: float, answer: Tensors, clip_norm: float = 1.0
+    ) -> str:
+        """Charge a release. The exact `answer` keys its noise too: after a restart, another question gets other noise.
 
         It goes in under its own name and number, or the ledger would tell which answers are equal.
         """
-        exact = {} if answer is None else {f"answer {occasion.numbers.start} to {name}": answer}
+        exact = {f"answer {occasion.numbers.start} to {name}, {part}": value for part, value in answer.items()}
         return self._charge(
             name, mechanism, multiplier, clip_norm, {occasion.partition: 1.0}, occasion.numbers, occasion.start,
             self.fingerprint({**occasion.data, **exact}),
@@ -267,5 +266,5 @@ def digest(tensors: Tensors) -> bytes:
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.digest()
