@@ -1,7 +1,5 @@
 """The learner and its one loop. Every strategy, client and privacy mode goes through here."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
@@ -18,10 +16,10 @@ from perdure.curator import Curator
 from perdure.errors import ConfigError, StrategyError
 from perdure.facts import Exposure, contexts, exposure, pieces
 from perdure.metrics import accuracy
-from perdure.privacy.mechanism import Mechanism, digest
+from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
-from perdure.seeds import derive, generator
+from perdure.seeds import derive
 from perdure.strategy import Forward, Plan, Spec, State, Strategy
 from perdure.streams import Experience, Stream
 
@@ -393,23 +391,9 @@ class Learner:
         """Digest of all that determines the next steps apart from the records; only needed under privacy."""
         if not self.mechanism:
             return ""
-        snapshot, classes = self.snapshot(), [experience.classes for experience in self.stream]
-        facts = {name: value for name, value in snapshot.facts.items() if name != "matrix"}  # what was, not what comes
-        settings = (
-            repr(self.strategy), repr(self.model), repr(self.adversary), repr(self._optimizer), self.seed,
-            self.precision,
-            type(self._scheduler).__name__, json.dumps(facts, default=str), self.stream.scenario, classes,
-        )  # fmt: skip
-        shown = digest({**snapshot.tensors, **self._behaviour()})
-        return hashlib.sha256(repr(settings).encode() + shown).hexdigest()
+        from perdure.start import start
 
-    def _behaviour(self) -> dict[str, Tensor]:
-        """What views, model and strategy make of synthetic records: other code under the same names shows here."""
-        batch = self.curator.synthetic(generator(self.seed, "behaviour"))
-        batch = self.views.attach(batch, 0) if self.views else batch
-        self.model.eval()
-        with torch.no_grad():
-            return {**batch.stored, "losses": self._losses(self.forward, batch)}
+        return start(self)
 
     def _at(self, point: str) -> None:
         for callback in self.callbacks:
