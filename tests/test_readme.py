@@ -12,12 +12,13 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     namespace: dict[str, object] = {"__name__": "readme"}
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     printed = capsys.readouterr().out
     assert "average accuracy" in printed
     assert "simulation: not a private release" in printed
+    assert "1: BatchNorm2d -> GroupNorm(8, 8" in printed
     assert tuple(namespace["matrix"].shape) == (5, 5)
 
 

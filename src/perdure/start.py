@@ -1,7 +1,7 @@
 """What determines a block of steps apart from the records: the noise of the block is keyed by it.
 
-If anything here changes, a block that is run again draws fresh noise and is charged again. Otherwise two sums could meet
-the same noise, and their difference would be free of it.
+If anything here changes, a block that is run again draws fresh noise and is charged again. Otherwise two sums could
+meet the same noise, and their difference would be free of it.
 """
 
 import hashlib
