@@ -284,6 +284,17 @@ def test_audit_prints_the_bound_beside_the_claim(perdure, tmp_path):
     assert "simulated noise" in told
 
 
+def test_audit_of_a_finished_run_attacks_its_models_too(perdure, tmp_path):
+    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.001\nsampling_rate = 0.5\nseed = 0\n"
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
+    assert_refused(perdure("audit", path, "--shadows", 4), "--shadows", "the folder of a finished run")
+    assert perdure("run", path)[0] == 0
+    code, out, err = perdure("audit", "runs/small", "--canaries", 200, "--shadows", 4)
+    assert (code, err) == (0, "")
+    assert "naive-private: membership inference (LiRA, 4 shadow models," in plain(out)
+
+
 def test_audit_refuses_a_config_without_private_arms(perdure, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(CONFIG)

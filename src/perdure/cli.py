@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from perdure.errors import PerdureError
+from perdure import ledger_cli
+from perdure.errors import ConfigError, PerdureError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -25,8 +26,12 @@ app = typer.Typer(
 
 `perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
 
+`perdure ledger show runs/demo` says which records were exposed to what, how often, and the epsilon that follows.
+
 A run that was stopped goes on where it was: give the same command again.""",
 )  # fmt: skip
+
+app.add_typer(ledger_cli.app, name="ledger")
 
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C ended, by custom of the shells."""
@@ -80,21 +85,32 @@ def audit(
     config: Path,
     canaries: Annotated[int, typer.Option(help="Planted records, each in or out by a coin.")] = 1000,
     confidence: Annotated[float, typer.Option(help="Of the lower bound, between 0 and 1.")] = 0.99,
+    shadows: Annotated[int, typer.Option(help="Shadow models an arm, to attack a finished run's models too.")] = 0,
 ) -> None:
     """Measure how much the private arms of CONFIG really give away, beside the epsilon they claim.
 
     CONFIG is a TOML file, or the folder of a run. The arms are trained anew, with canaries and simulated noise; nothing
-    on disk is touched. Exit code 1 when a claim is refuted.
+    on disk is touched. Exit code 1 when a claim is refuted. With `--shadows 8`, and the folder of a finished run, its
+    final models are attacked too: which of the records of the first experience have they seen (LiRA)?
     """
     from perdure.auditing import audit_run
     from perdure.config import read
 
+    if shadows and not config.is_dir():
+        raise ConfigError.of("--shadows", config, "with the folder of a finished run, such as runs/demo")
     console = wide_console()
     results = audit_run(
         read(config / "config.toml" if config.is_dir() else config), canaries=canaries, confidence=confidence
     )
     for arm, result in results.items():
         console.print(f"{arm}: {result}", highlight=False)
+    if shadows:
+        from perdure.attacked import attack_run
+
+        with _progress(console) as progress:
+            attacks = attack_run(config, shadows=shadows, progress=progress)
+        for arm, attack in attacks.items():
+            console.print(f"{arm}: {attack}", highlight=False)
     raise typer.Exit(int(any(result.flagged for result in results.values())))
 
 

@@ -1,0 +1,71 @@
+"""Membership inference on the models of a finished run, with and without privacy."""
+
+import pytest
+import torch
+
+from perdure.attacked import attack_run, mixed, population
+from perdure.config import parse
+from perdure.errors import ConfigError, RunError
+from perdure.run import run
+from perdure.streams import split
+
+CONFIG = """
+name = "attacked"
+[data]
+experiences = 2
+[model]
+hidden = [256]
+[training]
+learning_rate = 0.003
+epochs = 60
+batch_size = 64
+[private_training]
+learning_rate = 0.01
+epochs = 4
+batch_size = 64
+[privacy]
+epsilon = 1.0
+delta = 1e-3
+seed = 0
+[[arms]]
+strategy = "joint"
+[[arms]]
+strategy = "joint"
+private = true
+"""
+
+
+def test_members_and_others_are_told_apart_by_construction(toy_data):
+    stream = split(toy_data, scenario="class", experiences=2)
+    records, members, known = population(stream, 0, seed=0)
+    train, test = stream[0].train, stream[0].test
+    assert int(members.sum()) == len(records) // 2 == 12 and len(known) == 12
+    assert set(records.ids[members].tolist()) | set(known.ids.tolist()) == set(train.ids.tolist())
+    assert not set(records.ids[~members].tolist()) & set(train.ids.tolist())
+    assert torch.equal(records.inputs[~members], test.inputs[:12])
+    half = records.take(torch.arange(24) % 2 == 0)
+    shown = mixed(stream, 0, known, half)
+    assert len(shown[0].train) == 24 and shown[0].train.declared_size == train.declared_size
+    assert shown[0].train.partition == train.partition and shown[1] is stream[1]
+
+
+@pytest.mark.slow
+def test_a_model_that_learnt_by_heart_is_found_out_and_a_private_one_is_not(tmp_path):
+    run(parse(CONFIG), CONFIG, tmp_path)
+    seen = []
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    attacks = attack_run(tmp_path, shadows=8, progress=lambda arm, share: seen.append((arm, share)))
+    assert list(attacks) == ["joint-plain", "joint-private"]
+    plain, private = attacks.values()
+    assert plain.auc > 0.5 + 3 * plain.auc_error
+    assert abs(private.auc - 0.5) < 3 * private.auc_error
+    assert [share for arm, share in seen if arm == "joint-plain"][-1] == 1.0
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_unfinished_run_or_an_unknown_experience_is_refused(tmp_path):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    with pytest.raises(RunError, match="let the run finish first"):
+        attack_run(tmp_path, shadows=4)
+    with pytest.raises(ConfigError, match="experience = 2 is not allowed; allowed: 0 to 1"):
+        attack_run(tmp_path, experience=2)

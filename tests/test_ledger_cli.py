@@ -1,0 +1,541 @@
+"""What a privacy officer asks of a ledger: who was exposed, whether the account is whole, what more would cost."""
+
+import json
+import shutil
+import sys
+import warnings
+from dataclasses import asdict
+
+import pytest
+
+from perdure.config import parse
+from perdure.privacy import accounting
+from perdure.privacy.accounting import Charge
+from perdure.privacy.ledger import Entry, Ledger
+from perdure.privacy.ledger import read as read_ledger
+from perdure.privacy.ledger_file import Head, head_path, link
+from perdure.privacy.noise import NoiseKey
+from perdure.report.result import epsilon_number
+from perdure.report.spending import exposures
+from perdure.run import run
+
+with warnings.catch_warnings():
+    # typer takes names from click that click is about to move
+    warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
+    from perdure import cli
+
+CONFIG = """
+name = "small"
+[data]
+experiences = 2
+[model]
+hidden = [4]
+[training]
+optimizer = "SGD"
+learning_rate = 0.1
+epochs = 1
+[privacy]
+noise_multiplier = 1.5
+delta = 0.001
+sampling_rate = 0.25
+[[arms]]
+strategy = "naive"
+[[arms]]
+strategy = "ewc"
+strength = 1.0
+private = true
+[[arms]]
+strategy = "replay"
+memory_size = 20
+private = true
+"""
+FEDERATED = CONFIG.replace("delta", "seed = 3\ndelta") + "[federation]\nclients = 2\nrounds = 2\n"
+ARMS = ("ewc-private", "replay-private")
+LABEL = "simulation: not a private release"
+KEY = NoiseKey.from_seed(0)
+
+
+@pytest.fixture
+def perdure(monkeypatch, capfd):
+    """Call `perdure ledger`: (exit code, standard output, standard error)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["perdure", "ledger", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capfd.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def shown(answer):
+    code, out, err = answer
+    assert (code, err) == (0, "")
+    return out
+
+
+def as_json(answer):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(shown(answer), parse_constant=refuse)
+
+
+def assert_refused(answer, *words):
+    code, out, err = answer
+    assert (code, out) == (2, "")
+    assert err.startswith("perdure: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A finished run with secret noise: two private arms, one without privacy. For reading only."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(parse(CONFIG), CONFIG, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def federated(tmp_path_factory):
+    """A finished federated run with simulated noise. For reading only."""
+    folder = tmp_path_factory.mktemp("federated") / "run"
+    run(parse(FEDERATED), FEDERATED, folder)
+    return folder
+
+
+@pytest.fixture(params=["alone", "federated"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def mine(alone, tmp_path):
+    """A copy of the finished run, to be spoilt."""
+    shutil.copytree(alone, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """A run that was stopped in the second private arm."""
+
+    def stop(point, learner):
+        if learner.owner.startswith("replay-private") and point == "evaluated":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(parse(CONFIG), CONFIG, tmp_path / "stopped", callbacks=[stop])
+    return tmp_path / "stopped"
+
+
+def contents(folder):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# --------------------------------------------------------------------------- show
+
+
+def test_show_says_who_was_exposed_to_what(perdure, alone):
+    out = shown(perdure("show", alone))
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert max(map(len, lines[: lines.index("replay-private/client-0")])) <= 120
+    first, second = lines.index("ewc-private/client-0"), lines.index("replay-private/client-0")
+    ewc, replay = lines[first + 1 : second - 1], lines[second + 1 : second + 3]
+    sizes = [part.account.sizes for part in read_ledger(alone / "ledger.jsonl").parts]
+    for index in (0, 1):
+        gradient, fisher = (line.split() for line in ewc[2 * index : 2 * index + 2])
+        assert gradient[:2] == [f"experience-{index}", str(sizes[0][f"experience-{index}"])]
+        assert " ".join(gradient[2:]).startswith("4 x gradient (gaussian) at q 0.25, sigma 1.5, C 1 ")
+        assert " ".join(fisher) == "1 x release:fisher (gaussian) at sigma 6, C 1"
+    assert "8 x gradient (gaussian) at q 0.25, sigma 1.5, C 1" in replay[0]
+    assert "4 x gradient (gaussian) at q 0.25, sigma 1.5, C 1" in replay[1]
+    assert [line.split()[-1] == "worst" for line in (*ewc[::2], *replay)].count(True) == (2 if "worst" in ewc[0] else 1)
+
+
+def test_show_states_what_the_result_states(perdure, either):
+    out, result = shown(perdure("show", either)), result_of(either)
+    private = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
+    worst = max(private, key=lambda epsilon: epsilon["value"])
+    assert f"epsilon {epsilon_number(worst['value'])} (record, add/remove, delta 0.001, PLD, Poisson sampling" in out
+    assert f"all arms together, for whoever sees more than one: {result['epsilon_of_all_arms']['text']}\n" in out
+    assert "trained without privacy, so in no ledger and with no promise: naive-plain\n" in out
+    assert "chains and keyed heads verified" in out
+    assert (LABEL in out) == ("federated" in str(either))
+    assert ("anyone can make such heads" in out) == ("federated" in str(either))
+    assert "not finished" not in out
+
+
+def test_the_epsilon_of_an_arm_is_that_of_its_result(perdure, either):
+    for arm in result_of(either)["arms"]:
+        name = f"{arm['strategy']}-private"
+        if arm["private"]:
+            facts = as_json(perdure("show", either, "--arm", name, "--json"))
+            assert {k: v for k, v in facts["statement"].items() if k not in ("text", "sampling")} == {
+                k: v for k, v in arm["epsilon"].items() if k not in ("text", "sampling")
+            }
+            assert max(row["epsilon_pld"] for row in facts["partitions"]) == arm["epsilon"]["value"]
+            assert facts["all_arms_together"] is None
+
+
+def test_json_holds_every_charge_of_every_partition(perdure, either):
+    facts, account = as_json(perdure("show", either, "--json")), read_ledger(either / "ledger.jsonl")
+    assert [f"{row['owner']}/{row['partition']}" for row in facts["partitions"]] == list(account.partitions)
+    spent = {}
+    for name, row in zip(account.partitions, facts["partitions"], strict=True):
+        charges = [Charge(u["sampling_rate"], u["noise_multiplier"], u["participations"]) for u in row["uses"]]
+        assert accounting.merged(charges) == accounting.merged(account.charges(name))
+        assert row["declared_size"] == account.sizes[name]
+        assert row["epsilon_pld"] == accounting.epsilon(charges, delta=0.001)
+        assert row["epsilon_rdp"] == accounting.epsilon(charges, delta=0.001, accountant="rdp") > row["epsilon_pld"]
+        assert {(u["mechanism"], u["clip_norm"]) for u in row["uses"]} == {("gaussian", 1.0)}
+        spent[name] = row["epsilon_pld"]
+    worst = [name for name, row in zip(spent, facts["partitions"], strict=True) if row["worst"]]
+    assert worst == [name for name, epsilon in spent.items() if epsilon == max(spent.values())]
+    assert facts["statement"]["value"] == max(spent.values())
+    assert facts["finished"] and facts["without_privacy"] == ["naive-plain"] and facts["delta"] == 0.001
+    assert all(ledger["head_verified"] for ledger in facts["ledgers"])
+    assert facts["all_arms_together"] == result_of(either)["epsilon_of_all_arms"]
+
+
+def test_the_delta_is_the_runs_the_users_or_the_usual_one(perdure, alone, tmp_path):
+    own, asked = (as_json(perdure("show", alone, "--json", *more)) for more in ((), ("--delta", 1e-6)))
+    assert (own["delta"], asked["delta"]) == (0.001, 1e-6)
+    assert asked["statement"]["value"] > own["statement"]["value"]
+    shutil.copy(alone / "ledger.jsonl", tmp_path / "sent.jsonl")
+    sent = as_json(perdure("show", tmp_path / "sent.jsonl", "--json"))
+    assert sent["delta"] == 1e-5
+    assert_refused(perdure("show", alone, "--delta", 1), "delta = 1.0 is not allowed")
+
+
+def test_arms_and_owners_can_be_chosen(perdure, federated):
+    def owners(*more):
+        facts = as_json(perdure("show", federated, "--json", *more))
+        return sorted({row["owner"] for row in facts["partitions"]})
+
+    every = [f"{arm}/client-{client}" for arm in ARMS for client in (0, 1)]
+    assert owners() == every
+    assert owners("--arm", "ewc-private") == every[:2]
+    assert owners("--owner", every[1], "--owner", every[2]) == every[1:3]
+    assert owners("--arm", "ewc-private", "--owner", every[1]) == every[1:2]
+    out = shown(perdure("show", federated, "--owner", every[1]))
+    assert "shown: 1 of 4 ledgers; the others are not in these numbers" in out
+    assert "all arms together" not in out and every[0] not in out
+    assert_refused(perdure("show", federated, "--arm", "lwf-private"), "arm = 'lwf-private'", "ewc-private")
+    assert_refused(perdure("show", federated, "--owner", "client-0"), "owner = 'client-0'", every[0])
+
+
+def test_an_unfinished_run_shows_what_it_was_charged_so_far(perdure, unfinished, alone):
+    out = shown(perdure("show", unfinished))
+    assert "the run is not finished: this is what it was charged so far" in out
+    assert "chains and keyed heads verified" in out
+    facts = as_json(perdure("show", unfinished, "--json"))
+    assert [row["uses"][0]["steps"] for row in facts["partitions"][:3]] == [4, 4, 4]
+    assert facts["partitions"][3]["uses"] == [] and facts["partitions"][3]["epsilon_pld"] == 0
+    assert not facts["finished"]
+    assert "nothing yet" in out
+    assert shown(perdure("verify", unfinished)).count("\n") == 3
+
+
+def test_an_arm_a_client_or_a_file_can_be_asked_for(perdure, federated):
+    client = federated / "arms" / "ewc-private" / "clients" / "001"
+    for path in (client, client / "ledger.jsonl"):
+        facts = as_json(perdure("show", path, "--json"))
+        assert [row["owner"] for row in facts["partitions"]] == ["ewc-private/client-1"] * 2
+        assert facts["delta"] == 0.001 and facts["ledgers"][0]["head_verified"]
+    facts = as_json(perdure("show", client.parent.parent, "--json"))
+    assert [part["owner"] for part in facts["ledgers"]] == ["ewc-private/client-0", "ewc-private/client-1"]
+
+
+def test_clients_of_one_name_are_all_shown(perdure, tmp_path):
+    for client in (0, 1):
+        ledger = Ledger.open(tmp_path / "clients" / f"{client:03d}" / "ledger.jsonl", key=KEY, owner="curator")
+        ledger.declare(f"client-{client}/experience-0", 12)
+    for words in ((), ("--owner", "curator")):
+        facts = as_json(perdure("show", tmp_path, "--json", *words))
+        assert [row["partition"] for row in facts["partitions"]] == ["client-0/experience-0", "client-1/experience-0"]
+
+
+def test_a_run_without_a_ledger_is_refused(perdure, tmp_path):
+    for command in ("show", "verify"):
+        for path in (tmp_path, tmp_path / "no"):
+            assert_refused(perdure(command, path), f"{path} holds no ledger; give the folder of a run")
+
+
+def test_looking_changes_nothing(perdure, mine):
+    (mine / "arms" / "ewc-private" / "private" / "key").unlink()
+    before = contents(mine)
+    for words in (("show",), ("verify",), ("project", "--noise-multiplier", 1, "--sampling-rate", 0.5, "--steps", 3)):
+        shown(perdure(words[0], mine, *words[1:]))
+    assert contents(mine) == before
+
+
+# --------------------------------------------------------------------------- show: other accounts
+
+
+def entry(**changes):
+    facts = {
+        "purpose": "gradient", "mechanism": "gaussian", "noise_multiplier": 2.0, "clip_norm": 0.5, "first_step": 0,
+        "steps": 10, "sampling": "poisson", "scope": {"a": 0.25}, "data": "", "start": "", "simulated": True,
+    }  # fmt: skip
+    return Entry(**facts | changes)
+
+
+def test_what_rdp_has_no_bound_for_is_a_dash(perdure, tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY, relation="replace-one")
+    for name in "abc":
+        ledger.declare(name, 12)
+    for name, steps in (("a", 10), ("b", 20), ("c", 1)):
+        ledger.charge(entry(relation="replace-one", scope={name: 0.25}, steps=steps))
+    out = shown(perdure("show", tmp_path))
+    assert [line.split()[-2:] for line in out.splitlines() if line[:3] in ("  a", "  b")] == [["–", "worst"]] * 2
+    assert "(record, replace-one, delta 1e-5, PLD, Poisson sampling" in out
+    facts = as_json(perdure("show", tmp_path, "--json"))
+    assert [(row["epsilon_rdp"], row["worst"]) for row in facts["partitions"]] == [
+        (None, True), (None, True), (None, False),
+    ]  # fmt: skip
+    assert facts["statement"]["value"] > max(row["epsilon_pld"] for row in facts["partitions"])
+
+
+def test_raw_data_is_infinite_and_null_for_machines(perdure, tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
+    ledger.declare("a", 12)
+    ledger.charge(entry(mechanism="none", noise_multiplier=0.0, sampling="none", scope={"a": 1.0}, purpose="raw"))
+    out = shown(perdure("show", tmp_path))
+    assert "10 x raw (none) at sigma 0, C 0.5" in out and "∞" in out and "epsilon infinite (" in out
+    facts = as_json(perdure("show", tmp_path, "--json"))
+    assert facts["partitions"][0]["epsilon_pld"] is None and facts["statement"]["value"] is None
+    assert "infinite" in facts["statement"]["text"]
+
+
+def test_many_partitions_take_one_line_each_and_no_name_steers_the_terminal(perdure, tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY, owner="\x1b[31mred")
+    names = [f"client-3/experience-{i}" for i in range(40)]
+    for name in names:
+        ledger.declare(name, 12_000)
+    ledger.charge(entry(scope=dict.fromkeys(names, 256 / 12_000), steps=300))
+    ledger.charge(entry(scope=dict.fromkeys(names, 256 / 12_000), steps=200, first_step=300))
+    out = shown(perdure("show", tmp_path))
+    assert "\x1b" not in out and "\\x1b[31mred" in out
+    lines = [line for line in out.splitlines() if line.startswith("  client-3/experience-")]
+    assert len(lines) == 40
+    for line in lines:
+        assert "12000  500 x gradient (gaussian) at q 0.02133, sigma 2, C 0.5" in line
+
+
+def test_equal_charges_are_added_up_and_others_are_not(tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
+    ledger.declare("a", 12)
+    for first, changes in enumerate(({}, {}, {"clip_norm": 1.0}, {"noise_multiplier": 3.0}, {"scope": {"a": 0.5}})):
+        ledger.charge(entry(first_step=first, **changes))
+    (exposed,) = exposures(read_ledger(tmp_path / "ledger.jsonl"), 1e-5)
+    assert [use.steps for use in exposed.uses] == [20, 10, 10, 10]
+    assert len({str(asdict(use)) for use in exposed.uses}) == 4
+
+
+def test_steps_that_a_record_has_no_part_in_are_not_charged_to_it(perdure, tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
+    ledger.declare("a", 12)
+    for first in (0, 10):
+        changes = {"mechanism": "banded-gaussian", "sampling": "none", "scope": {"a": 1.0}, "participations": 3}
+        ledger.charge(entry(first_step=first, **changes))
+    (told,) = [line for line in shown(perdure("show", tmp_path)).splitlines() if line.startswith("  a ")]
+    assert "20 x gradient (banded-gaussian, a record in 6 of them) at sigma 2, C" in told
+    (row,) = as_json(perdure("show", tmp_path, "--json"))["partitions"]
+    assert row["epsilon_pld"] == accounting.epsilon([Charge(1.0, 2.0, 6)], delta=1e-5)
+
+
+# --------------------------------------------------------------------------- verify
+
+
+def test_verify_prints_one_line_a_ledger_and_what_it_cannot_see(perdure, either):
+    out = shown(perdure("verify", either))
+    own = sorted(either.glob("arms/*/**/ledger.jsonl"))
+    *lines, last = out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(path) for path in (either / "ledger.jsonl", *own)]
+    count = {path: len(path.read_text().splitlines()) for path in own}
+    assert lines[0].startswith(f"{either / 'ledger.jsonl'}: {len(own)} ledgers, {sum(count.values())} lines; ")
+    for path, line in zip(own, lines[1:], strict=True):
+        assert line.startswith(f"{path}: {count[path]} lines; chain verified, head verified with its key")
+    assert last.startswith("not covered: whoever can write here can put back an older ledger together with its older")
+
+
+def spoilt(lines, how):
+    """Lines after somebody was at them, and the number of the first that is wrong."""
+    changed = list(lines)
+    if how == "edited":
+        changed[3] = lines[3].replace('"steps":4', '"steps":3')
+    elif how == "reordered":
+        changed[3], changed[4] = lines[4], lines[3]
+    elif how == "cut out":
+        del changed[3]
+    elif how == "inserted":
+        changed.insert(3, lines[2])
+    elif how == "shortened":
+        del changed[-1]
+    assert changed != lines
+    return changed, len(lines) if how == "shortened" else 4
+
+
+@pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened"])
+def test_what_was_changed_is_found_with_file_and_line(perdure, mine, how):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    before = path.read_text().splitlines()
+    lines, number = spoilt(before, how)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    code, out, err = perdure("verify", mine)
+    assert (code, err) == (1, "")
+    (wrong,) = [line for line in out.splitlines() if line.startswith("WRONG: ")]
+    assert wrong.startswith(f"WRONG: {path}, line {number}: ")
+    assert f"{mine / 'arms' / 'replay-private' / 'ledger.jsonl'}: " in out  # the others are checked all the same
+
+    assert_refused(perdure("show", path.parent), f"{path}, line {number}: ")
+
+
+@pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened", "torn"])
+def test_the_merged_file_is_checked_line_by_line_too(perdure, mine, how):
+    path = mine / "ledger.jsonl"
+    title, head, *chain = path.read_text().splitlines()
+    count = json.loads(head)["count"]
+    if how == "torn":
+        text, number = path.read_text()[:-9], len(chain)
+    else:
+        own, number = spoilt(chain[:count], how)
+        text = "".join(f"{line}\n" for line in (title, head, *own, *chain[count:]))
+    path.write_text(text)
+    code, out, _ = perdure("verify", mine)
+    assert code == 1
+    (wrong,) = [line for line in out.splitlines() if line.startswith("WRONG: ")]
+    assert wrong.startswith(f"WRONG: {path}, line {number + 2}: ")
+
+
+def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    with path.open("a") as file:
+        file.write('{"kind":"entry","torn')
+    out = shown(perdure("verify", mine))
+    assert f"{path}: 7 lines; chain verified, head verified with its key; 21 bytes beyond the head do not count" in out
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json"])
+def test_half_a_ledger_is_wrong(perdure, mine, name):
+    (mine / "arms" / "ewc-private" / name).unlink()
+    code, out, _ = perdure("verify", mine)
+    assert code == 1
+    told = {"ledger.jsonl": "ledger.jsonl, line 1: missing", "ledger.head.json": "line 1: not an exported ledger"}
+    assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
+
+
+def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, mine):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    last, lines = "0" * 64, []
+    for line in path.read_text().splitlines():
+        body = {name: value for name, value in json.loads(line).items() if name not in ("prev", "hash")}
+        if body["kind"] == "entry":
+            body["noise_multiplier"] = 99.0
+        new, last = link(body, last)
+        lines.append(new)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    head_path(path).write_text(Head(len(lines), last, "0" * 64).text())
+    (mine / "ledger.jsonl").unlink()
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and f"WRONG: {head_path(path)}: the head was not sealed with this key" in out
+
+    (path.parent / "private" / "key").unlink()
+    out = shown(perdure("verify", mine))
+    assert f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history may be another" in out
+    assert "chains verified; 1 of 2 heads verified with their keys, the others not" in shown(perdure("show", mine))
+
+
+def test_another_key_and_an_open_key_are_wrong(perdure, mine):
+    keys = [mine / "arms" / arm / "private" / "key" for arm in ARMS]
+    keys[0].write_bytes(keys[1].read_bytes())
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and out.count("the head was not sealed with this key") == 2  # of the arm's ledger and its copy
+    assert_refused(perdure("show", mine), "the head was not sealed with this key")
+    keys[0].chmod(0o644)
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and "has mode 0644, allowed: 0600" in out
+
+
+def test_a_simulated_ledger_of_another_seed_is_wrong(perdure, federated, tmp_path):
+    shutil.copytree(federated, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("seed = 3", "seed = 4"))
+    code, out, _ = perdure("verify", tmp_path / "run")
+    assert code == 1 and out.count("the head was not sealed with this key") == 5
+
+
+def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    key = NoiseKey.from_os(path.parent / "private" / "key")
+    lines = path.read_text().splitlines()[:-1]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    head_path(path).write_text(Head.seal(len(lines), json.loads(lines[-1])["hash"], key).text())
+    assert perdure("verify", path)[0] == 0  # nothing else is there to compare it with: as the last line says
+    code, out, _ = perdure("verify", mine)
+    assert code == 1
+    assert f"WRONG: {path} is not what {mine / 'ledger.jsonl'} holds of 'ewc-private/client-0'" in out
+
+
+def test_a_ledger_before_its_first_line_is_sound(perdure, tmp_path):
+    class Stopped(BaseException):
+        pass
+
+    def stop(point):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        Ledger.open(tmp_path / "ledger.jsonl", key=KEY, trace=stop)
+    assert "ledger.jsonl: 0 lines; nothing was charged yet" in shown(perdure("verify", tmp_path))
+    assert "epsilon 0.00" in shown(perdure("show", tmp_path))
+
+
+# --------------------------------------------------------------------------- project
+
+MORE = ("--noise-multiplier", 1.1, "--sampling-rate", 0.1, "--steps", 50)
+
+
+def test_project_adds_a_charge_to_what_was_spent(perdure, alone):
+    account, charge = read_ledger(alone / "ledger.jsonl"), Charge(0.1, 1.1, 50)
+    out = shown(perdure("project", alone, *MORE))
+    rows = [line.split() for line in out.splitlines() if line.startswith("  experience-")]
+    assert len(rows) == len(account.partitions) == 4
+    for name, (own, before, after) in zip(account.partitions, rows, strict=True):
+        assert name.endswith(own)
+        assert before == epsilon_number(account.epsilon([name], delta=0.001))
+        assert after == epsilon_number(accounting.epsilon([*account.charges(name), charge], delta=0.001))
+        assert float(after) > float(before)
+    assert "after 50 more steps at sampling rate 0.1 and noise multiplier 1.1" in out
+    assert "record, add-remove, delta 0.001, PLD; nothing was written" in out
+
+
+def test_project_takes_one_partition_or_all_of_a_name(perdure, alone):
+    def count(*names):
+        words = [word for name in names for word in ("--partition", name)]
+        return shown(perdure("project", alone, *MORE, *words)).count("  experience-")
+
+    assert count("ewc-private/client-0/experience-1") == 1
+    assert count("experience-1") == 2
+    assert count("experience-1", "ewc-private/client-0/experience-0") == 3
+    assert_refused(perdure("project", alone, *MORE, "--partition", "nobody"), "partition = 'nobody'", "ledger show")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--sampling-rate", 0), ("--steps", -1), ("--noise-multiplier", "inf")])
+def test_project_refuses_what_is_no_charge(perdure, alone, option, value):
+    words = list(MORE)
+    words[words.index(option) + 1] = value
+    assert_refused(perdure("project", alone, *words), option.removeprefix("--").replace("-", "_"))
+
+
+def test_help_names_the_three(perdure):
+    out = " ".join(shown(perdure("--help")).replace("│", " ").split())
+    for sentence in ("show Who was exposed to what", "verify Check every chain", "Nothing is written."):
+        assert sentence in out
