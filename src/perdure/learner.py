@@ -102,7 +102,7 @@ class Learner:
         if type(self.model).__module__.startswith("opacus."):
             from perdure.privacy.opacus import unwrapped
 
-            self.model = unwrapped(self.model)
+            self.model = unwrapped(self.model, known=not self.privacy or bool(self.privacy.spent))
         self.model.to(self.device)
         self._leaves = [param for param in self.model.parameters() if param.requires_grad]
         self.params: Params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

@@ -316,3 +316,13 @@ tried(torch.nn.Conv1d(2, 2, 1, groups=2), (x[:, :, None],))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split("\n")[:3] == ["True False", "True False", "False True"], done.stderr
+
+
+def test_a_wrapped_model_without_its_history_is_taken_with_a_statement_of_what_is_accounted():
+    _, wrapped, _, _ = engine_for(small())
+    with pytest.warns(UserWarning, match=r"releases from now on.*Privacy\.from_opacus"):
+        learner = Learner(
+            model=wrapped, strategy=Naive(), optimizer=torch.optim.SGD, epochs=1,
+            privacy=Privacy(noise_multiplier=1.0, seed=0),
+        )  # fmt: skip
+    assert not isinstance(learner.model, GradSampleModule)

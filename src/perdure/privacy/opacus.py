@@ -9,6 +9,7 @@ Opacus is imported where it is used.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -348,12 +349,16 @@ def accountant(account: Account, partitions: Sequence[str], *, mechanism: Litera
     return result
 
 
-def unwrapped(model: Any) -> nn.Module:
+def unwrapped(model: Any, *, known: bool = True) -> nn.Module:
     """The model inside Opacus's wrapper (hooks or ghost) and any data-parallel one, with the same parameters.
 
-    Hooks and what Opacus left on parameters and modules are removed, so the wrapper is of no further use. `STATEMENT`
-    says what is accounted from then on.
+    Hooks and what Opacus left on parameters and modules are removed, so the wrapper is of no further use.
+
+    Args:
+        known: whether what Opacus spent on the model is accounted; else `STATEMENT` is a warning.
     """
+    if not known:
+        warnings.warn(STATEMENT, stacklevel=4)
     from opacus.grad_sample.gsm_base import OPACUS_PARAM_MONKEYPATCH_ATTRS, AbstractGradSampleHooks
 
     while (inner := _inside(model)) is not None:
