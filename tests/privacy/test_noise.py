@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.privacy.noise import NoiseKey, _keystream
+from perdure.privacy.noise import DRAWN_AT_ONCE, NoiseKey, _keystream, _reader
 
 STREAM = {"purpose": "gradient", "entry": "e0", "step": 0}
 N = 40_000
@@ -108,6 +108,26 @@ def test_keystream_is_aes_256_ctr():
     block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     expected = b"".join(block.update(i.to_bytes(16, "big")) for i in range(300))
     assert _keystream(key, 16 * 300 - 3).tobytes() == expected[:-3]
+    assert _keystream(key, 0).tobytes() == b""
+
+
+def test_a_reader_goes_on_where_it_stopped():
+    read = _reader(bytes(32), 40)
+    assert b"".join(read(n).tobytes() for n in (40, 5, 0, 16, 39)) == _keystream(bytes(32), 100).tobytes()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("n", [1, 2, 4001, DRAWN_AT_ONCE + 3])
+def test_normals_are_those_of_the_formula_whatever_the_pieces(n):
+    key = NoiseKey.from_seed(0)
+    words = _keystream(key._subkey("normal", *STREAM.values(), [["w", n]]), 4 * (n + 1)).view("<u4").astype(np.float32)
+    pieces = []
+    for start in range(0, n, DRAWN_AT_ONCE):
+        u, t = np.split(words[start : min(start + DRAWN_AT_ONCE, n + n % 2)], 2)
+        radius = np.sqrt(-2 * np.log((u + np.float32(1)) / 2.0**32, dtype=np.float64))
+        angle = 2 * np.pi * t.astype(np.float64) / 2**32
+        pieces += [radius * np.cos(angle), radius * np.sin(angle)]
+    assert np.allclose(draw(key, n=n).numpy(), np.concatenate(pieces)[:n], rtol=0, atol=5e-6)
 
 
 def test_equal_requests_give_equal_noise_and_pinned_values():
@@ -147,10 +167,10 @@ def test_shapes_names_and_odd_sizes():
 
 def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
     extreme = np.zeros(16, dtype=np.uint8)
-    monkeypatch.setattr("perdure.privacy.noise._keystream", lambda key, n: extreme)
+    monkeypatch.setattr("perdure.privacy.noise._reader", lambda key, most: lambda n: extreme)
     peak = draw(n=4).abs().max().item()
     assert peak == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
-    monkeypatch.setattr("perdure.privacy.noise._keystream", lambda key, n: extreme + 255)
+    monkeypatch.setattr("perdure.privacy.noise._reader", lambda key, most: lambda n: extreme + 255)
     assert torch.isfinite(draw(n=4)).all()
 
 

@@ -26,6 +26,8 @@ from perdure.errors import ConfigError, PrivacyError
 
 KEY_BYTES = 32
 BLOCK_BYTES = 16
+DRAWN_AT_ONCE = 2**16
+"""Normals, an even number, drawn at a time: they stay in the processor's cache. The values drawn depend on it."""
 
 
 class NoiseKey:
@@ -167,11 +169,26 @@ def _create(path: Path, secret: bytes) -> None:
 
 
 def _keystream(key: bytes, n_bytes: int) -> npt.NDArray[np.uint8]:
-    """AES-256 in counter mode; each key is used for one stream only, so the counter starts at zero."""
+    return _reader(key, n_bytes)(n_bytes)
+
+
+def _reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.uint8]]:
+    """AES-256 in counter mode; each key is used for one stream only, so the counter starts at zero.
+
+    Returns:
+        A function that reads on, at most `most` bytes at a time; what it gives is good until the next call.
+    """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
-    return np.frombuffer(stream.update(bytes(n_bytes)), dtype=np.uint8)
+    cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
+    zeros = memoryview(bytes(most))
+    out = np.empty(most + BLOCK_BYTES - 1, dtype=np.uint8)  # the cipher asks for room for a block more
+
+    def read(n_bytes: int) -> npt.NDArray[np.uint8]:
+        cipher.update_into(zeros[:n_bytes], out.data)
+        return out[:n_bytes]
+
+    return read
 
 
 def _permute(key: bytes, blocks: bytes) -> npt.NDArray[np.uint8]:
@@ -187,9 +204,30 @@ def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
 
 
 def _normals(key: bytes, n: int) -> Tensor:
-    """(n,) float32; the words are read unsigned, since small u, the tail, needs their full precision."""
-    half = (n + 1) // 2
-    words = torch.from_numpy(_keystream(key, 8 * half).view("<u4").astype(np.float32))
-    radius = words[:half].add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = words[half:].mul_(2.0 * math.pi * 2.0**-32)
-    return torch.cat((torch.cos(angle).mul_(radius), torch.sin(angle).mul_(radius)))[:n]
+    """(n,) float32, by NumPy, whose logarithm, sine and cosine are three times as fast as torch's on the processor.
+
+    The words are read unsigned, since small u, the tail, needs their full precision.
+    """
+    even = n + n % 2
+    numbers = np.empty(even, dtype=np.float32)
+    read = _reader(key, 4 * min(even, DRAWN_AT_ONCE))
+    for start in range(0, even, DRAWN_AT_ONCE):
+        piece = numbers[start : start + DRAWN_AT_ONCE]
+        piece[:] = read(4 * len(piece)).view("<u4")
+        half = len(piece) // 2
+        _box_muller(piece[:half], piece[half:])
+    return torch.from_numpy(numbers)[:n]
+
+
+def _box_muller(u: npt.NDArray[np.float32], t: npt.NDArray[np.float32]) -> None:
+    """Words, as numbers, into normals, in place."""
+    u += np.float32(1.0)
+    u *= np.float32(2.0**-32)
+    np.log(u, out=u)
+    u *= np.float32(-2.0)
+    np.sqrt(u, out=u)
+    t *= np.float32(2.0 * math.pi * 2.0**-32)
+    cosine = np.cos(t)
+    np.sin(t, out=t)
+    t *= u
+    u *= cosine
