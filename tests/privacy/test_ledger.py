@@ -606,3 +606,16 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
         (tmp_path / "x.jsonl").write_bytes(content)
         with pytest.raises(PerdureError, match="line 1"):
             read(tmp_path / "x.jsonl")
+
+
+def test_a_ledger_that_was_stopped_before_its_first_line_holds_nothing(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(point):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        Ledger.open(tmp_path / "ledger.jsonl", key=KEY, trace=stop)
+    assert read(tmp_path / "ledger.jsonl").entries == [] and merge([tmp_path / "ledger.jsonl"]).partitions == ()
+    assert Ledger.open(tmp_path / "ledger.jsonl", key=KEY).chain.lines

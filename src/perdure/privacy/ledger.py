@@ -345,6 +345,8 @@ def read(path: Path, keys: Mapping[str, NoiseKey] | None = None) -> Merged:
     if not head_path(path).exists():
         return Merged(list(_parts(path, keys or {})))
     lines, bodies, head = load(path, None)
+    if not bodies:  # stopped before its first line: nothing was charged
+        return Merged([])
     return Merged([_part(lines, bodies, head, keys or {}, str(path))])
 
 
