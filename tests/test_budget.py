@@ -110,7 +110,7 @@ def test_every_experience_has_its_own_budget_where_records_are_used_once(learner
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=4), Joint()])
 def test_budgets_by_experience_are_refused_where_records_are_used_again(learner_of, stream, strategy):
-    with pytest.raises(ConfigError, match=f"one number with {strategy.name}, which uses records again later"):
+    with pytest.raises(ConfigError, match=f"one number with {strategy.name} on split-blobs, which uses records again"):
         learner_of(stream, strategy, privacy=Privacy(epsilon=(1, 1, 1, 1), seed=0))
 
 
@@ -192,6 +192,25 @@ def test_what_was_spent_elsewhere_counts_and_is_written_down_once(learner_of, st
     plan = planned(again, Schedule(noise=(again.mechanism.noise_multiplier,)))
     for partition, history in plan.items():
         assert spent(again)[partition] == pytest.approx(epsilon(history, delta=DELTA))
+
+
+def test_equal_charges_spent_elsewhere_count_as_often_as_they_came(learner_of, stream):
+    one = Charge(0.01, 1.1, 500)
+    once, twice = (
+        learner_of(stream, privacy=Privacy(noise_multiplier=9.0, spent=s, seed=0)) for s in ((one,), (one, one))
+    )
+    assert max(spent(once).values()) == pytest.approx(epsilon([one], delta=DELTA))
+    assert max(spent(twice).values()) == pytest.approx(epsilon([one, one], delta=DELTA))
+
+
+def test_a_budget_of_an_experience_holds_when_the_run_is_asked_for_more(learner_of, stream, tmp_path):
+    """Another plan in the same folder: what the first one spent counts against each experience's own budget."""
+    privacy = Privacy(epsilon=(1.0, 8.0, 8.0, 8.0), seed=0)
+    first = learner_of(stream, privacy=privacy, folder=tmp_path)
+    first.begin(0)
+    first.train(first.block(0, 1))
+    with pytest.raises(BudgetError, match=r"'experience-0' would reach epsilon 1\.\d+ .* above the 1 granted"):
+        learner_of(stream, privacy=privacy, folder=tmp_path, epochs=None, iterations=20)
 
 
 def test_an_empty_budget_is_refused(learner_of, stream):

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.curator import Curator, copies
+from perdure.curator import Curator
 from perdure.errors import PrivacyError
 from perdure.facts import contexts, exposure
+from perdure.identity import copies
 from perdure.memory import MemoryPlan
 from perdure.privacy.ledger import Ledger
 from perdure.privacy.mechanism import Mechanism, Schedule
@@ -167,7 +168,7 @@ def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=25), st.floats(0.01, 1.0), st.integers(0, 99))
 def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
     rows = torch.tensor(ids)
-    grouped = copies(rows)
+    grouped = copies(rows, torch.zeros_like(rows))
     assert sorted(grouped.order.tolist()) == list(range(len(ids)))
     coins = torch.rand(len(grouped.counts), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     drawn = rows[grouped.rows(coins < rate, coins[coins < rate] / rate)]
@@ -176,7 +177,7 @@ def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
 
 def test_the_largest_coin_below_the_rate_picks_the_last_row():
     coin = torch.tensor([torch.nextafter(torch.tensor(1.0).double(), torch.tensor(0.0).double())])
-    assert copies(torch.tensor([5, 5, 5])).rows(coin < 1.0, coin).tolist() == [2]
+    assert copies(torch.tensor([5, 5, 5]), torch.zeros(3)).rows(coin < 1.0, coin).tolist() == [2]
 
 
 @pytest.mark.statistical
@@ -429,3 +430,11 @@ def test_split_streams_have_disjoint_partitions(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
     assert isinstance(stream[0].train, Records)
     assert not set(stream[0].train.ids.tolist()) & set(stream[1].train.ids.tolist())
+
+
+def test_equal_ids_in_two_partitions_are_two_records():
+    """One of them missing must not hand its place to the other, which is another record."""
+    ids, owner = torch.tensor([7, 7, 8, 7]), torch.tensor([0, 1, 0, 0])
+    grouped = copies(ids, owner)
+    assert grouped.ids.tolist() == [7, 7, 8] and grouped.counts.tolist() == [2, 1, 1]
+    assert sorted(grouped.order[:2].tolist()) == [0, 3] and grouped.order[2:].tolist() == [1, 2]

@@ -14,9 +14,10 @@ from perdure.adversarial import FGSM, PGD, robust_accuracy
 from perdure.augment import Views
 from perdure.checkpoint import Store
 from perdure.combine import Combine
-from perdure.errors import ConfigError, LedgerError, StrategyError
+from perdure.errors import ConfigError, LedgerError, PrivacyError, StrategyError
 from perdure.learner import POINTS, Learner, accuracy, numbered
 from perdure.models import mlp
+from perdure.privacy.adaptive import Adaptive
 from perdure.privacy.ledger import read
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
@@ -286,6 +287,8 @@ def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_
     for privacy in (SIMULATED, replace(SIMULATED, seed=1), replace(SIMULATED, seed=1)):
         learner = learner_of(seed=5, privacy=privacy)
         learner.prepare(toy_stream())
+        learner.begin(0)
+        learner.curator.reserve(range(9), "start")
         seeds.append(learner._seed_of("layers", 0))
     assert len(set(seeds)) == 3 and seeds[2] == seeds[3] and len({learner._seed_of("layers", s) for s in range(9)}) == 9
 
@@ -733,3 +736,42 @@ def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_s
     records = toy_stream()[0].train.inputs.sum(0)
     assert not torch.allclose(other - one, records, atol=1e-2)
     assert ledger.entries[-1].digest != others.entries[-1].digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"privacy": replace(SIMULATED, clipping="per-layer")}, {"privacy": replace(SIMULATED, bands=2)},
+        {"privacy": replace(SIMULATED, bands=3)}, {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.5))},
+        {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.6))}, {"micro_batch_size": 2},
+        {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.5)},
+        {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.4)},
+    ],
+)  # fmt: skip
+def test_whatever_shapes_a_sum_or_its_noise_keys_it(learner_of, toy_stream, changes):
+    """The ledger's entry, under whose digest noise is drawn, differs from that of every other setting."""
+
+    def entry(**options):
+        learner = learner_of(**{"privacy": SIMULATED} | options)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        learner.curator.reserve(range(2), learner._start())
+        return learner.mechanism.ledger.entries[-1]
+
+    others = [{}, {"privacy": replace(SIMULATED, bands=2)}, {"privacy": replace(SIMULATED, bands=3)},
+              {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.5))},
+              {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.4)}]  # fmt: skip
+    mine = entry(**changes)
+    assert mine.digest == entry(**changes).digest
+    same = [other for other in others if entry(**other).digest == mine.digest]
+    assert [repr(other)[:40] for other in same] in ([], [repr(changes)[:40]])
+
+
+def test_a_step_is_drawn_once(learner_of, toy_stream):
+    """Another sum must not meet its noise: the difference of the two would be free of it."""
+    learner = learner_of(privacy=SIMULATED)
+    learner.prepare(toy_stream())
+    learner.begin(0)
+    learner.train(learner.block(0, 1))
+    with pytest.raises(PrivacyError, match="step 0 is out of turn: every step is drawn once"):
+        learner.curator.gradient(learner._losses, learner.params, learner.curator._pool, 0)

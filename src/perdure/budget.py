@@ -1,6 +1,6 @@
 """From what a run will do to the noise it needs: exposure of every partition, calibration, ledger and grant."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perdure.errors import BudgetError, ConfigError, GuardError, PrivacyError
 from perdure.facts import pieces
-from perdure.privacy.accounting import Charge, calibrate, within
+from perdure.privacy.accounting import Charge, calibrate, merged, within
 from perdure.privacy.guard import (
     check_buffers,
     check_losses,
@@ -55,12 +55,12 @@ def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mecha
     ledger = Ledger.open(path, key=key, trace=trace, owner=learner.owner)
     for experience in learner.stream:
         ledger.declare(experience.train.partition, experience.train.declared_size)
-        for charge in privacy.spent:
+        for charge in merged(privacy.spent):
             ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
     if privacy.epsilons and privacy.diagnostics == "released":
         plan = planned(learner, schedule)
         known = {name: plan[name] for name in ledger.partitions if name in plan}
-        ledger.grant(known, epsilon=max(privacy.epsilons), delta=privacy.delta)
+        ledger.grant(known, epsilon=targets(learner, known), delta=privacy.delta)
     return Mechanism(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
 
 
@@ -123,9 +123,13 @@ def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...
     """A noise multiplier for every experience, where its records are used in no other one."""
     privacy, stages = learner.privacy, horizon(learner)
     assert privacy is not None
-    if learner.strategy.asks.reuses:
+    scopes = [learner.exposure(stages[: i + 1]).scope.keys() for i in range(len(stages))]
+    alone = all(scope == {stage.train.partition} for scope, stage in zip(scopes, stages, strict=True))
+    if learner.strategy.asks.reuses or not alone or len({s.train.partition for s in stages}) < len(stages):
         raise ConfigError.of(
-            "privacy.epsilon", targets, f"one number with {learner.strategy.name}, which uses records again later"
+            "privacy.epsilon",
+            targets,
+            f"one number with {learner.strategy.name} on {learner.stream.name}, which uses records again later",
         )
     if len(targets) != len(stages):
         raise ConfigError.of("privacy.epsilon", targets, f"{len(stages)} numbers, one an experience")
@@ -136,6 +140,16 @@ def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...
 
     found = [calibrate(partial(history, i), epsilon=e, delta=privacy.delta) for i, e in enumerate(targets)]
     return tuple(found)
+
+
+def targets(learner: "Learner", partitions: Iterable[str]) -> float | dict[str, float]:
+    """Epsilon of every partition: one for all, or that of its experience."""
+    assert learner.privacy is not None
+    epsilons = learner.privacy.epsilons
+    if len(epsilons) == 1:
+        return epsilons[0]
+    own = {stage.train.partition: epsilon for stage, epsilon in zip(learner.stream, epsilons, strict=True)}
+    return {name: own[name] for name in partitions}
 
 
 def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str], ...]:

@@ -15,15 +15,19 @@ from perdure.errors import DataError, PrivacyError
 from perdure.facts import exposure
 from perdure.fisher import CHUNK
 from perdure.gradients import Losses, clipped_gradient, mean_gradient
+from perdure.identity import copies, owners
 from perdure.memory import Memory, concatenate
 from perdure.privacy.clipping import WITHIN, Clip
 from perdure.privacy.discrete import Frequency, Quantile, Utility, best, counted
 from perdure.privacy.mechanism import Mechanism, Occasion, digest
-from perdure.queries import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of
+from perdure.queries import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of, tried
 from perdure.records import Batch, Params, Records
 from perdure.seeds import generator
 from perdure.strategy import Context, Forward, Plan
 from perdure.streams import Experience
+
+QUESTIONS = 16
+"""Synthetic records that a question is tried on."""
 
 
 class Curator:
@@ -71,7 +75,7 @@ class Curator:
         if mechanism:
             refuse_shared_ids(experiences[-1].train)
             mechanism.open(index)
-            self._copies = copies(self._rows.ids)
+            self._copies = copies(self._rows.ids, owners(self._rows.tasks, experiences))
             self._fingerprint = mechanism.fingerprint(self._rows.tensors())
         self._orders: dict[str, tuple[int, Tensor]] = {}
         self._releases = 0
@@ -150,8 +154,9 @@ class Curator:
         kept = Batch.from_tensors(rows) if rows else None
         self._memory = Memory(rows=kept, offered=offered, tags=private["tags"])
 
-    def synthetic(self, place: torch.Generator, n: int = 4) -> Batch:
-        """(n) rows like those of the open pool that owe nothing to any record."""
+    def synthetic(self, n: int) -> Batch:
+        """Return n rows like those of the open pool that owe nothing to any record."""
+        place = generator(self._seed, "synthetic")
         rows = {name: torch.zeros(n, *t.shape[1:], dtype=t.dtype) for name, t in self._pool.tensors().items()}
         classes = torch.nonzero(self.context.current).flatten().cpu()
         rows |= {
@@ -188,7 +193,8 @@ class Curator:
             return exact_sum(query, self._forward, current, CHUNK)
         data, params = current.tensors(), {name: value.detach() for name, value in module.named_parameters()}
         released = self._mechanism.release(
-            lambda clip: bounded_sum(query, module, params, data, clip), purpose=purpose, occasion=self._occasion(),
+            lambda clip: bounded_sum(query, module, params, data, clip), purpose=purpose,
+            occasion=self._occasion(tried(query, self._forward, self.synthetic(QUESTIONS))),
             shapes=shapes_of(query, self._forward, data), clip_norm=clip_norm,
         )  # fmt: skip
         return query.unpacked(released) if isinstance(query, Gram) else released
@@ -202,7 +208,8 @@ class Curator:
         counts = counted(numbers_of(of, self._current(), alone=self.private), bins, strict=not self.private)
         if self._mechanism is None:
             return counts
-        return self._mechanism.count(counts, purpose=purpose, occasion=self._occasion())
+        shown = {"bins": numbers_of(of, self.synthetic(QUESTIONS), alone=True)}
+        return self._mechanism.count(counts, purpose=purpose, occasion=self._occasion(shown))
 
     def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
         """(k,) int64: the places of the best scores, best first; drawn by the exponential mechanism under privacy.
@@ -215,7 +222,8 @@ class Curator:
         scores = utility.scores(numbers_of(of, self._current(), alone=self.private), strict=not self.private)
         if self._mechanism is None:
             return best(scores, utility.k)
-        return self._mechanism.select(scores, purpose=purpose, occasion=self._occasion(utility.k))
+        shown = {"numbers": numbers_of(of, self.synthetic(QUESTIONS), alone=True)}
+        return self._mechanism.select(scores, purpose=purpose, occasion=self._occasion(shown, utility.k))
 
     def raw(self, reason: str) -> Batch:
         """Hand out the pooled records themselves; refused under privacy.
@@ -306,13 +314,18 @@ class Curator:
         mine = self._new.tasks == self._experience.index
         return self._new if bool(mine.all()) else self._new.take(mine)
 
-    def _occasion(self, releases: int = 1) -> Occasion:
-        """The next release (or releases) of the experience."""
+    def _occasion(self, shown: Params, releases: int = 1) -> Occasion:
+        """The next release (or releases) of the experience.
+
+        Args:
+            shown: what the question makes of synthetic records. It keys the noise: another question is another entry,
+                also where its answer happens to be the same, which would tell that it is.
+        """
         self._releases += releases
         return Occasion(
             partition=self._experience.train.partition, data=self._current().tensors(),
             numbers=range(self._releases - releases, self._releases),
-            start=digest(dict(self._forward.module.named_parameters())).hex(),
+            start=digest({**dict(self._forward.module.named_parameters()), **prefixed(shown)}).hex(),
         )  # fmt: skip
 
 
@@ -329,37 +342,9 @@ class Diagnostics:
     clipped: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Copies:
-    """Rows of a pool by record: permuted copies of an image, or a stored row beside a new one, are one record.
-
-    Args:
-        ids: (r,) of the records.
-        order: (n,) positions of the rows, those of one record side by side.
-        starts: (r,) where each record's rows begin in `order`. counts: (r,) how many it has.
-    """
-
-    ids: Tensor
-    order: Tensor
-    starts: Tensor
-    counts: Tensor
-
-    def rows(self, hit: Tensor, pick: Tensor) -> Tensor:
-        """Positions of one row for every record where `hit` (r,) is true, chosen by its `pick`, uniform in [0, 1).
-
-        Guarantee: a record enters a step at most once, whatever the number of its rows.
-        """
-        counts = self.counts[hit]
-        row = torch.minimum((pick * counts).long(), counts - 1)
-        return self.order[self.starts[hit] + row]
-
-
-def copies(ids: Tensor) -> Copies:
-    """Group rows by their record ids (n,)."""
-    own, counts = torch.unique(ids.cpu(), return_counts=True)
-    return Copies(
-        ids=own, order=torch.argsort(ids.cpu(), stable=True), starts=counts.cumsum(0) - counts, counts=counts
-    )  # fmt: skip
+def prefixed(shown: Params) -> Params:
+    """The same under names that no parameter has."""
+    return {f"shown {name}": value.detach() for name, value in shown.items()}
 
 
 def without(rows: Batch, tasks: Sequence[int]) -> Batch:

@@ -378,7 +378,7 @@ class Learner:
 
     def _seed_of(self, what: str, step: int) -> int:
         """Seed of what records draw at random in a step; secret under privacy (see `Mechanism.secret`)."""
-        seed = self.mechanism.secret(what) if self.mechanism else self.seed
+        seed = self.mechanism.secret(what, step) if self.mechanism else self.seed
         return derive(seed, what, self.client, self.position.experience, step)
 
     def _memory_share(self, plan: Plan) -> float:

@@ -257,6 +257,11 @@ def shapes_of(query: Query, forward: Forward, tensors: Mapping[str, Tensor]) -> 
     return {name: rows.shape[1:] for name, rows in answer.items()}
 
 
+def tried(query: Query, forward: Forward, batch: Batch) -> Params:
+    """What the query makes of synthetic records, without rows of d^2 numbers: it tells one question from another."""
+    return query.parts(forward, batch) if isinstance(query, Gram) else exact_sum(query, forward, batch, CHUNK)
+
+
 @torch.no_grad()
 def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
     """(n,) what `of` says of each record.

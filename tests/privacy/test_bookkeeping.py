@@ -62,7 +62,7 @@ LAYERS = {
     ),
     "conv2d, kernel 1": (partial(nn.Conv2d, 3, 5, 1, stride=2), floats(3, 5, 5), ConvRows),
     "conv2d, by lines": (partial(nn.Conv2d, 1, 4, 8, stride=2, padding=3), floats(1, 13, 12), ConvRows),
-    "conv2d, by flat lines": (partial(nn.Conv2d, 2, 3, (3, 8), stride=(1, 2)), floats(2, 6, 13), ConvRows),
+    "conv2d, by upright lines": (partial(nn.Conv2d, 2, 3, (8, 3), stride=(2, 1)), floats(2, 13, 6), ConvRows),
     "conv2d, few places": (partial(nn.Conv2d, 8, 16, 3, stride=2, padding=1, dilation=2), floats(8, 5, 5), ConvGhost),
     "layer norm": (lambda bias: nn.LayerNorm(6, bias=bias), floats(6), None),
     "layer norm, positions": (lambda bias: nn.LayerNorm(6, bias=bias), floats(4, 6), None),
@@ -442,6 +442,6 @@ def test_lines_are_another_way_to_write_a_convolution():
     layer, x = nn.Conv2d(1, 4, 8, stride=2, padding=3, bias=False), floats(1, 13, 12)
     geometry = convolution_rules.Geometry.of(layer)
     y = layer(x)
-    weight = layer.weight.view(4, 1, 4, 2, 8).permute(0, 1, 3, 4, 2).reshape(4, 16, 4, 1)
-    assert torch.allclose(F.conv2d(geometry.to_lines(x, y.shape[2]), weight), y, atol=1e-5)
+    weight = layer.weight.view(4, 1, 8, 4, 2).permute(0, 1, 4, 2, 3).reshape(4, 16, 1, 4)
+    assert torch.allclose(F.conv2d(geometry.to_lines(x, y.shape[3]), weight), y, atol=1e-5)
     assert torch.equal(geometry.from_lines(weight).reshape(layer.weight.shape), layer.weight)

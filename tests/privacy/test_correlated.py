@@ -144,7 +144,7 @@ def test_noise_follows_the_steps_in_turn_and_a_block_again_is_the_same(learner_o
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     learner.curator.reserve(range(6), "start")
     learner.mechanism.gradient(none, learner.params, step=0)
-    with pytest.raises(PrivacyError, match="step 2 is out of turn: correlated noise goes on with step 1"):
+    with pytest.raises(PrivacyError, match="step 2 is out of turn: every step is drawn once, next is step 1"):
         learner.mechanism.gradient(none, learner.params, step=2)
 
 

@@ -609,13 +609,13 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
 
 
 def test_a_ledger_that_was_stopped_before_its_first_line_holds_nothing(tmp_path):
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(point):
-        raise Stopped
+        raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         Ledger.open(tmp_path / "ledger.jsonl", key=KEY, trace=stop)
     assert read(tmp_path / "ledger.jsonl").entries == [] and merge([tmp_path / "ledger.jsonl"]).partitions == ()
     assert Ledger.open(tmp_path / "ledger.jsonl", key=KEY).chain.lines

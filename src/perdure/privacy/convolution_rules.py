@@ -65,29 +65,30 @@ class Geometry:
 
     @property
     def lines_up(self) -> bool:
-        """Whether one row of the kernel's taps, as channels, fills the vector registers that the channels do not."""
-        (height, width), (rows, _) = self.kernel, self.stride
-        fills = self.ins % CHANNELS > 0 and self.ins * rows * width % CHANNELS == 0
-        return fills and height % rows == 0 and self.dilation == (1, 1)
+        """Whether a column of the kernel's taps, as channels, fills the vector registers that the channels do not."""
+        (height, width), (_, columns) = self.kernel, self.stride
+        fills = self.ins % CHANNELS > 0 and self.ins * columns * height % CHANNELS == 0
+        return fills and width % columns == 0 and self.dilation == (1, 1)
 
     @property
     def lines(self) -> "Geometry":
-        """The same convolution with a row of taps, for every row that the stride steps over, as its channels."""
-        (height, width), (rows, _) = self.kernel, self.stride
-        return Geometry(self.ins * rows * width, self.outs, (height // rows, 1), (1, 1), (0, 0), (1, 1))
+        """The same convolution with a column of taps, for every column that the stride steps over, as its channels."""
+        (height, width), (_, columns) = self.kernel, self.stride
+        return Geometry(self.ins * columns * height, self.outs, (1, width // columns), (1, 1), (0, 0), (1, 1))
 
     def to_lines(self, x: Tensor, places: int) -> Tensor:
-        """(n, ins x rows x width, ., .): the input of `lines`, for an output of `places` rows."""
+        """(n, ins x columns x height, ., .): the input of `lines`, for an output of `places` columns."""
         (height, width), (rows, columns), (top, left) = self.kernel, self.stride, self.padding
-        bottom = rows * (places - 1) + height - x.shape[2] - top  # below 0 where no place sees the last rows
-        taps: Tensor = F.pad(x, (left, left, top, bottom)).unfold(3, width, columns)
-        split = taps.view(*taps.shape[:2], -1, rows, *taps.shape[3:])
-        return split.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        right = columns * (places - 1) + width - x.shape[3] - left  # below 0 where no place sees the last columns
+        padded = F.pad(x, (left, right, top, top))
+        split = padded.view(*padded.shape[:3], -1, columns).permute(0, 1, 4, 2, 3).contiguous()
+        taps: Tensor = split.unfold(3, height, rows)
+        return taps.permute(0, 1, 2, 5, 3, 4).flatten(1, 3)
 
     def from_lines(self, weight: Tensor) -> Tensor:
         """(outs, ins, *kernel) from a weight of `lines`."""
-        (height, width), (rows, _) = self.kernel, self.stride
-        return weight.view(self.outs, self.ins, rows, width, height // rows).permute(0, 1, 4, 2, 3)
+        (height, width), (_, columns) = self.kernel, self.stride
+        return weight.view(self.outs, self.ins, columns, height, width // columns).permute(0, 1, 3, 4, 2)
 
 
 def conv_rule(layer: nn.Module, uses: list[Use]) -> Rule:
@@ -126,7 +127,7 @@ class ConvRows(FormedRule):
     def _weights(self, x: Tensor, back: Tensor) -> Tensor:
         """(m, out, fan_in): rows of the weight, in an order of their own where the convolution is by lines."""
         if self.lined:
-            return self.geometry.lines.gradients(self.geometry.to_lines(x, back.shape[2]), back)
+            return self.geometry.lines.gradients(self.geometry.to_lines(x, back.shape[3]), back)
         return self.geometry.gradients(x, back) if self.on_cpu else back.flatten(2) @ self.geometry.patches(x).mT
 
 

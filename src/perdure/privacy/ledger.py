@@ -115,7 +115,9 @@ class Ledger(Account):
         elif known != size:
             raise LedgerError(f"partition {partition!r} was declared with {known} records, now {size}")
 
-    def grant(self, charges: Mapping[str, Sequence[Charge]], *, epsilon: float, delta: float) -> None:
+    def grant(
+        self, charges: Mapping[str, Sequence[Charge]], *, epsilon: float | Mapping[str, float], delta: float
+    ) -> None:
         """Check a whole plan once and reserve it; from then on only what it contains may be charged.
 
         Guarantee: no partition's epsilon, spent and planned together, exceeds `epsilon` at `delta` (under replace-one,
@@ -127,20 +129,27 @@ class Ledger(Account):
 
         Args:
             charges: partition to all that is to be charged to it, from the beginning.
-            epsilon: the most that may be spent, above 0.
+            epsilon: the most that may be spent, above 0; one for all, or one for each partition (add/remove only).
             delta: in (0, 1).
 
         Raises:
             BudgetError: when it would cost more.
             LedgerError: for a partition that was not declared.
         """
-        check_target(epsilon, delta)
-        self._known(charges)
+        each = dict(epsilon) if isinstance(epsilon, Mapping) else dict.fromkeys(self.groups(), epsilon)
+        for target in epsilon.values() if isinstance(epsilon, Mapping) else [epsilon]:
+            check_target(target, delta)
+        self._known([*charges, *(epsilon if isinstance(epsilon, Mapping) else ())])
         plan = {name: [list(asdict(c).values()) for c in merged(planned)] for name, planned in charges.items()}
-        body: Body = {"kind": "grant", "charges": plan, "epsilon": float(epsilon), "delta": float(delta)}
+        body: Body = {
+            "kind": "grant",
+            "charges": plan,
+            "epsilon": each if isinstance(epsilon, Mapping) else float(epsilon),
+            "delta": float(delta),
+        }
         text = canonical(body)
         if text not in self._plans:
-            self._check(charges, epsilon, delta)
+            self._check(charges, each, delta)
             self._write(body)
         self._lapsed = text != self._plans[-1]
 
@@ -234,15 +243,19 @@ class Ledger(Account):
             assert charge is not None
             yield partition, charge
 
-    def _check(self, charges: Mapping[str, Sequence[Charge]], epsilon: float, delta: float) -> None:
+    def _check(self, charges: Mapping[str, Sequence[Charge]], targets: Mapping[str, float], delta: float) -> None:
         plans = {
             name: merged([*self.exposure(group), *(c for p in group for c in self._new(p, charges.get(p, ())))])
             for name, group in self.groups().items()
             if not charges.keys().isdisjoint(group)
         }
-        if all(accounting.within(p, epsilon, delta=delta, relation=self.relation) for p in set(plans.values())):
+        asked = {(plan, targets[name]) for name, plan in plans.items()}
+        over = {each for each in asked if not accounting.within(*each, delta=delta, relation=self.relation)}
+        if not over:
             return
-        name, cost = accounting.worst(plans, delta=delta, relation=self.relation)
+        beyond = {name: plan for name, plan in plans.items() if (plan, targets[name]) in over}
+        name, cost = accounting.worst(beyond, delta=delta, relation=self.relation)
+        epsilon = targets[name]
         before = self.epsilon(self.groups()[name], delta=delta)
         raise BudgetError(
             f"partition {name!r} would reach epsilon {cost:.4g} ({before:.4g} of it spent before), which is "

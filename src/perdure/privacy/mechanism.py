@@ -111,6 +111,8 @@ class Mechanism:
             start: digest of everything else that determines the steps; a change of it never meets the same noise.
             expected: declared number of records in a step. slots: steps an epoch where the order is fixed.
         """
+        chosen = (start, self.privacy.clipping, self.privacy.bands, slots, expected)  # they shape the noise, or the sum
+        start = hashlib.sha256(repr(chosen).encode()).hexdigest()
         entry = self._charge(
             "gradient", "gaussian" if slots is None else "banded-gaussian", self.noise_multiplier, self.clip_norm,
             scope, steps, start, data, participations=slots and math.ceil(len(steps) / slots),
@@ -130,13 +132,13 @@ class Mechanism:
         """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it, or its place."""
         return self._key.tags(ids, purpose=purpose)
 
-    def secret(self, purpose: str) -> str:
-        """Seed of what records draw at random inside a step (dropout, the start of an attack).
+    def secret(self, purpose: str, step: int) -> str:
+        """Seed of what records draw at random inside a step (dropout, views, the start of an attack).
 
         Such draws go by a row's place in the batch. Were they public, one record more would hand the others known,
         other draws, and the sum would move by more than the clip norm.
         """
-        return self._key.mac(f"seed of {purpose}".encode())
+        return self._key.mac(f"seed of {purpose} for {self._paid(step)}".encode())
 
     def gradient(self, clipped: Clipped, params: Params, *, step: int) -> Params:
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.
@@ -144,7 +146,7 @@ class Mechanism:
         Args:
             clipped: from this package's `clipping` or `bookkeeping`.
         """
-        entry, clipping, expected = self._paid(step), self.privacy.clipping, self._block.expected
+        entry, clipping, expected = self._in_turn(step), self.privacy.clipping, self._block.expected
         adaptive = clipping if isinstance(clipping, Adaptive) else None
         noise = adaptive.gradient_noise(self.noise_multiplier, expected) if adaptive else self.noise_multiplier
         shapes = {name: value.shape for name, value in params.items()}
@@ -223,12 +225,18 @@ class Mechanism:
         noise = self._key.normal(shapes, purpose=purpose, entry=entry, step=step, device=device)
         self.ledger.trace("noise.drawn")
         if self._chain and chained:
-            if step != self._drawn:
-                raise PrivacyError(f"step {step} is out of turn: correlated noise goes on with step {self._drawn}")
-            self._drawn, noise = step + 1, self._chain.next(noise)
+            noise = self._chain.next(noise)
         if total is None:
             return {name: scales[name] * value for name, value in noise.items()}
         return {name: total[name].detach() + scales[name] * value for name, value in noise.items()}
+
+    def _in_turn(self, step: int) -> str:
+        """Entry that pays for the step, which is drawn once: another sum must not meet its noise again."""
+        entry = self._paid(step)
+        if step != self._drawn:
+            raise PrivacyError(f"step {step} is out of turn: every step is drawn once, next is step {self._drawn}")
+        self._drawn = step + 1
+        return entry
 
     def _paid(self, step: int) -> str:
         if step not in self._block.steps:
