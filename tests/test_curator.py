@@ -53,6 +53,15 @@ class Bench:
             self.curator.reserve(steps, "start")
         return self.curator
 
+    def whole(self, index=0, plan=None, remember=lambda forward, batch: {}, **options):
+        """An experience from beginning to end."""
+        self.open(index, plan, **options)
+        self.finish(remember)
+
+    def finish(self, remember=lambda forward, batch: {}):
+        self.curator.store(remember)
+        self.curator.close()
+
     def gradient(self, batch, step=0):
         losses = lambda forward, rows: cross_entropy(forward, rows, self.curator.context)  # noqa: E731
         return self.curator.gradient(losses, self.params, batch, step)
@@ -124,7 +133,7 @@ def test_a_batch_is_a_function_of_seed_and_step(bench):
 def test_memory_has_rows_of_its_own_in_every_batch(bench):
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=10, batch_size=4))
-    test.open(0, plan).close(lambda forward, batch: {})
+    test.whole(0, plan)
     curator = test.open(1, plan)
     batch = curator.sample(0)
     assert batch.from_memory.tolist() == [False] * 6 + [True] * 4
@@ -135,7 +144,7 @@ def test_memory_has_rows_of_its_own_in_every_batch(bench):
 def test_joint_pools_all_records_of_all_experiences(bench):
     curator = bench().open(1, Plan(pool="all"))
     assert torch.bincount(curator.raw("a test").tasks).tolist() == [24, 24]
-    assert curator._current().tasks.unique().tolist() == [1]
+    assert curator._held.pool.current.tasks.unique().tolist() == [1]
 
 
 @pytest.mark.statistical
@@ -188,7 +197,7 @@ def test_copies_of_one_image_are_one_record(bench, toy_data, plan):
     400 steps over 48 records at rate 1/8: scores within 4 (6e-5 each).
     """
     test = bench(simulated(sampling_rate=0.125), permuted(toy_data, experiences=2))
-    test.open(0, plan).close(lambda forward, batch: {})
+    test.whole(0, plan)
     curator = test.open(1, plan, steps=range(400))
     assert len(curator._pool) == 96 and len(curator._pool.ids.unique()) == 48
     tasks = []
@@ -330,7 +339,7 @@ def test_a_step_that_was_not_charged_is_refused(bench):
 
 def test_the_reservation_of_one_experience_does_not_pay_for_the_next(bench):
     test = bench(simulated())
-    test.open(0, REPLAY, steps=range(2)).close(lambda forward, batch: {})
+    test.whole(0, REPLAY, steps=range(2))
     curator = test.open(1, REPLAY)
     with pytest.raises(PrivacyError, match="step 0 was not charged"):
         test.gradient(curator._pool, 0)
@@ -387,7 +396,7 @@ def test_raw_records_are_refused_under_privacy(bench):
     closed = bench()
     with pytest.raises(PrivacyError, match="no open experience; call open"):
         closed.curator.raw("nothing")
-    closed.open().close(lambda forward, batch: {})
+    closed.open().close()
     with pytest.raises(PrivacyError, match="no open experience"):
         closed.curator.raw("the past")
 
@@ -396,14 +405,14 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
     """The model's logits at the time, as DER stores them; new rows have zeros in their place."""
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=8))
-    test.open(0, plan).close(lambda forward, batch: {"logits": forward(batch.inputs)})
+    test.whole(0, plan, remember=lambda forward, batch: {"logits": forward(batch.inputs)})
     batch = test.open(1, plan).sample(0)
     replayed = batch.from_memory
     expected = test.model(batch.inputs[replayed]).detach()
     torch.testing.assert_close(batch.stored["logits"][replayed], expected)
     assert batch.stored["logits"][~replayed].abs().sum() == 0 and len(expected) == 6
-    test.curator.close(lambda forward, batch: {"logits": forward(batch.inputs) + 1})
-    rows = test.curator._memory.rows
+    test.finish(lambda forward, batch: {"logits": forward(batch.inputs) + 1})
+    rows = test.curator._held.memory.rows
     torch.testing.assert_close(rows.stored["logits"], test.model(rows.inputs).detach() + (rows.tasks == 1)[:, None])
 
 
@@ -412,18 +421,18 @@ def test_under_privacy_memory_is_by_coin_at_the_declared_threshold(bench, toy_st
     test = bench(simulated(), declared(toy_stream(), 40, 60))
     tags = {int(i): float(test.mechanism.tags(torch.tensor([i]))) for i in range(48)}
     for index, threshold in ((0, 30 / 40), (1, 30 / 100)):
-        test.open(index, plan).close(lambda forward, batch: {})
-        kept = set(test.curator._memory.rows.ids.tolist())
+        test.whole(index, plan)
+        kept = set(test.curator._held.memory.rows.ids.tolist())
         offered = torch.cat([e.train.ids for e in test.stream.experiences[: index + 1]]).tolist()
         assert kept == {i for i in offered if tags[i] < threshold}
-    assert test.curator._memory.offered == 100
+    assert test.curator._held.memory.offered == 100
 
 
 def test_class_balance_of_memory_without_privacy(bench):
     test = bench()
     for index in range(2):
-        test.open(index, Plan(memory=MemoryPlan(capacity=12))).close(lambda forward, batch: {})
-    assert torch.bincount(test.curator._memory.rows.labels).tolist() == [3, 3, 3, 3]
+        test.whole(index, Plan(memory=MemoryPlan(capacity=12)))
+    assert torch.bincount(test.curator._held.memory.rows.labels).tolist() == [3, 3, 3, 3]
 
 
 def test_split_streams_have_disjoint_partitions(toy_data):

@@ -391,7 +391,7 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner
     for experience, copy in zip(stream, copies, strict=True):
         assert torch.equal(experience.train.inputs, copy["inputs"])
         assert torch.equal(experience.test.inputs, copy["test"])
-    rows = learner.curator._memory.rows
+    rows = learner.curator._held.memory.rows
     originals = torch.cat([e.train.inputs for e in stream])[torch.cat([e.train.ids for e in stream]).argsort()]
     order = torch.cat([e.train.ids for e in stream]).sort().values
     assert torch.equal(rows.inputs, originals[torch.searchsorted(order, rows.ids)])  # memory keeps what was seen
@@ -672,17 +672,6 @@ def test_two_fisher_matrices_are_paid_for_twice(learner_of, toy_stream):
     learner.fit(toy_stream())
     purposes = [entry.purpose for entry in learner.mechanism.ledger.entries]
     assert purposes == ["gradient", "release:fisher", "release:fisher"] * 2
-
-
-def test_references_are_refused_until_they_are_accounted(learner_of, toy_stream):
-    from perdure.errors import PrivacyError
-
-    @dataclass(frozen=True, kw_only=True)
-    class Referring(Strategy):
-        asks = Asks(references=1)
-
-    with pytest.raises(PrivacyError, match=r"Referring asks for reference gradients.*use Naive"):
-        learner_of(Referring(), privacy=SIMULATED).prepare(toy_stream())
 
 
 def test_a_batch_of_nobody_still_takes_a_step(learner_of, toy_stream):

@@ -178,7 +178,7 @@ def test_concatenation_keeps_order_and_what_is_stored():
     ("options", "field"),
     [
         ({"capacity": 0}, "memory capacity = 0"),
-        ({"capacity": 5, "selection": "herding"}, "memory selection = 'herding'"),
+        ({"capacity": 5, "selection": "best"}, "memory selection = 'best'"),
         ({"capacity": 5, "per_class": 0}, "memory per_class = 0"),
         ({"capacity": 5, "batch_size": -1}, "memory batch_size = -1"),
     ],

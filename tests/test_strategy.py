@@ -230,13 +230,9 @@ class Shifter(Strategy):
 
     add: float = 0.0
     times: float = 1.0
-    asks: ClassVar[Asks] = Asks(references=1)
 
     def init(self, spec):
         return State().declare("steps", torch.zeros(()), "sum")
-
-    def references(self, curator, params, state):
-        return ({"w": torch.full((1,), self.add)},)
 
     def project(self, gradient, references, state):
         return {name: self.times * value + self.add for name, value in gradient.items()}
@@ -245,9 +241,23 @@ class Shifter(Strategy):
         return state.replace({"steps": state["steps"] + self.times})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Referrer(Strategy):
+    """Adds what it was given, and refuses what others asked for."""
+
+    asks: ClassVar[Asks] = Asks(references=1, recalls=2)
+
+    def references(self, curator, params, state):
+        return ({"w": torch.full((1,), 5.0)},)
+
+    def project(self, gradient, references, state):
+        return {name: value + references[0][name] for name, value in gradient.items()}
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
+        ((Referrer(), Referrer()), r"Referrer and Referrer both override references\(\)"),
         ((LwF(), Naive(), Replay(memory_size=5)), r"LwF and Replay both override losses\(\)"),
         ((Predictor(), Predictor()), r"Predictor and Predictor both override predict\(\)"),
         ((Rememberer(), EWC(strength=1.0), Rememberer()), r"Rememberer and Rememberer both override remember\(\)"),
@@ -294,19 +304,22 @@ def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
 def test_projections_run_in_the_order_given_and_every_part_follows_the_path(toy_stream, toy_model):
     both = Combine(Shifter(add=1.0), Naive(), Shifter(times=2.0))
     state = both.init(spec(toy_model(toy_stream())))
-    references = both.references(None, {}, state)
-    assert [float(reference["w"]) for reference in references] == [1.0, 0.0]
-    assert float(both.project({"w": torch.ones(1)}, references, state)["w"]) == 4.0  # (1 + 1) * 2
+    assert float(both.project({"w": torch.ones(1)}, (), state)["w"]) == 4.0  # (1 + 1) * 2
+    asking = Combine(Shifter(add=1.0), Referrer(), Shifter(times=2.0))
+    references = asking.references(None, {}, state)
+    assert (
+        float(asking.project({"w": torch.ones(1)}, references, asking.init(spec(toy_model(toy_stream()))))["w"]) == 14.0
+    )
     after = both.after_step({}, {}, {}, state)
     assert {name: float(value) for name, value in after.items()} == {"0.steps": 1.0, "2.steps": 2.0}
     assert after.rules == {"0.steps": "sum", "2.steps": "sum"}
 
 
 def test_a_combination_says_all_that_its_parts_say():
-    both = Combine(EWC(strength=1.0), Combine(EWC(strength=2.0), Replay(memory_size=5)), Rememberer(), Shifter())
-    assert both.asks == Asks(releases=2, references=1, reuses=True)
+    both = Combine(EWC(strength=1.0), Combine(EWC(strength=2.0), Replay(memory_size=5)), Rememberer(), Referrer())
+    assert both.asks == Asks(releases=2, references=1, recalls=2, reuses=True)
     assert both.couples_records and both.not_vmappable_because == "it says so"
-    assert both.name == "EWC+EWC+Replay+Rememberer+Shifter"
+    assert both.name == "EWC+EWC+Replay+Rememberer+Referrer"
     assert repr(Combine(Naive(), Predictor())) == "Combine(Naive(), Predictor())"
     assert both.uses("project") and not Combine(Naive()).uses("penalty")
     assert Combine(EWC(strength=1.0)) == Combine(EWC(strength=1.0)) != Combine(EWC(strength=2.0))

@@ -306,6 +306,10 @@ class Audited(Strategy):
         """See the strategy."""
         return self.inner.after_experience(curator, params, state)
 
+    def derive(self, state: State) -> State:
+        """See the strategy."""
+        return self.inner.derive(state)
+
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """See the strategy."""
         return self.inner.predict(forward, x, context, state)

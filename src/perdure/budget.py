@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import BudgetError, ConfigError, GuardError, PrivacyError
-from perdure.facts import pieces
+from perdure.facts import pieces, references
 from perdure.privacy.accounting import Charge, calibrate, merged, within
 from perdure.privacy.guard import (
     check_buffers,
@@ -44,11 +44,6 @@ def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mecha
     privacy = learner.privacy
     assert privacy is not None
     inspect(learner)
-    if learner.strategy.asks.references:
-        raise PrivacyError(
-            f"{learner.strategy.name} asks for reference gradients at every step, which are not accounted yet; "
-            "use Naive, EWC, LwF or Replay under privacy"
-        )
     schedule = scheduled(learner)
     key = noise_key(learner.folder, privacy.seed, learner.client)
     path = learner.folder / "ledger.jsonl" if learner.folder else None
@@ -88,13 +83,18 @@ def charges(
     exposed = learner.exposure(stages, left)
     total = learner.steps_of(stages, left)
     blocks = [exposed.times(len(block)) for block in pieces(total, learner.blocks)]
-    spent: Histories = {p: [Charge(rate, noise_multiplier, sum(blocks))] for p, rate in exposed.scope.items()}
+    spent: Histories = {p: [Charge(rate, noise_multiplier, sum(blocks))] for p, rate in exposed.scope.items() if total}
+    for beside in references(stages, learner.plan(stages[-1]), batch_size=learner.batch_size, left=left).values():
+        for partition, rate in beside.scope.items():
+            spent.setdefault(partition, []).extend([Charge(rate, noise_multiplier, total)] if total else [])
     noise = noise_multiplier * privacy.release_noise
+    for partition in {stage.train.partition for stage in stages} - left if asks.recalls else ():
+        spent.setdefault(partition, []).append(Charge(1.0, noise, asks.recalls))
     asked = (
         Charge(1.0, noise, asks.releases), Charge(1.0, noise, asks.histograms, "discrete-gaussian"),
         Charge(1.0, noise / 2, asks.selections, "exponential"),
     )  # fmt: skip
-    spent[current] += [charge for charge in asked if charge.steps]
+    spent.setdefault(current, []).extend(charge for charge in asked if charge.steps)
     return spent
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from perdure.errors import StrategyError
 from perdure.records import Batch, Params
-from perdure.strategy import Asks, Context, Forward, Plan, Spec, State, Strategy
+from perdure.strategy import Asks, Context, Forward, Plan, Pooled, Spec, State, Strategy
 
 if TYPE_CHECKING:
     from perdure.curator import Curator
@@ -31,13 +31,13 @@ class Combine(Strategy):
 
     def __init__(self, *parts: Strategy) -> None:
         object.__setattr__(self, "parts", parts)
-        for hook in ("losses", "predict", "remember"):
+        for hook in ("losses", "predict", "remember", "references"):
             self._only(hook)
         total = [part.asks for part in parts]
         object.__setattr__(self, "asks", Asks(
             releases=sum(a.releases for a in total), histograms=sum(a.histograms for a in total),
-            selections=sum(a.selections for a in total), references=sum(a.references for a in total),
-            reuses=any(a.reuses for a in total),
+            selections=sum(a.selections for a in total), recalls=sum(a.recalls for a in total),
+            references=sum(a.references for a in total), reuses=any(a.reuses for a in total),
         ))  # fmt: skip
         object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))
         reasons = [part.not_vmappable_because for part in parts if part.not_vmappable_because]
@@ -93,9 +93,12 @@ class Combine(Strategy):
                 raise StrategyError(f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them")
             return given[0][1] if given else None
 
-        pool: Literal["experience", "all"] = "all" if any(p.pool == "all" for _, p in plans) else "experience"
+        pools: set[Pooled] = {plan.pool for _, plan in plans} - {"experience"}
+        if len(pools) > 1:
+            raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
         return Plan(
-            pool=pool, memory=one("memory"), restart=any(p.restart for _, p in plans), trainable=one("trainable")  # type: ignore[arg-type]
+            pool=pools.pop() if pools else "experience", memory=one("memory"), restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
+            trainable=one("trainable"), train=any(p.train for _, p in plans),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
@@ -110,14 +113,15 @@ class Combine(Strategy):
         return torch.stack(given).sum() if given else None
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """References of all parts, one after another."""
-        own = [part.references(curator, params, self._own(state, i)) for i, part in enumerate(self.parts)]
-        return tuple(reference for references in own for reference in references)
+        """References of the one part that asks for some."""
+        i, part = self._only("references")
+        return part.references(curator, params, self._own(state, i))
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Projections in the order of the parts; each sees all references."""
+        """Projections in the order of the parts; references are for the part that asked for them."""
+        asking, _ = self._only("references")
         for i, part in enumerate(self.parts):
-            gradient = part.project(gradient, references, self._own(state, i))
+            gradient = part.project(gradient, references if i == asking else (), self._own(state, i))
         return gradient
 
     def after_step(self, before: Params, after: Params, gradient: Params, state: State) -> State:
@@ -132,6 +136,10 @@ class Combine(Strategy):
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Every part consolidates."""
         return self._each(state, lambda part, own: part.after_experience(curator, params, own))
+
+    def derive(self, state: State) -> State:
+        """Every part derives from its own state."""
+        return self._each(state, lambda part, own: part.derive(own))
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """Prediction of the one part that overrides it, else the head."""

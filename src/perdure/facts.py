@@ -68,15 +68,11 @@ def exposure(
     Raises:
         ConfigError: for an epoch shorter than `bands`.
     """
-    *past, current = [experience.train for experience in experiences]
-    staying = [records for records in past if records.partition not in left]
-    pooled = [*staying, current] if plan.pool == "all" else [current]
-    size: float = sum(records.declared_size for records in pooled)
-    exposed = {records.partition for records in pooled}
-    if plan.memory and staying:
-        seen = sum(records.declared_size for records in past)
-        size += min(plan.memory.capacity, seen) * sum(records.declared_size for records in staying) / seen
-        exposed |= {records.partition for records in staying}
+    size, exposed = drawn_from(experiences, plan, left)
+    past = experiences[:-1]
+    if plan.memory and plan.memory.use == "rehearsal" and plan.pool != "memory":
+        size += stored_of(past, plan.memory.capacity, left)
+        exposed |= {e.train.partition for e in past} - left
     chosen, slots = min(1.0, batch_size / size) if rate is None else rate, None
     if bands is not None:
         slots = max(1, math.ceil(size / batch_size))
@@ -85,6 +81,51 @@ def exposure(
             raise ConfigError.of("privacy.bands", bands, f"up to {slots}, the steps of an epoch here")
     scope = dict.fromkeys(sorted(exposed), chosen if slots is None else 1.0)
     return Exposure(scope=scope, rate=chosen, pool_size=size, slots=slots)
+
+
+def drawn_from(experiences: Sequence[Experience], plan: Plan, left: Set[str] = frozenset()) -> tuple[float, set[str]]:
+    """Declared number of records in the pool without what is rehearsed beside it, and their partitions."""
+    pooled = experiences[-1:] if plan.pool == "experience" else experiences
+    staying = [e.train for e in pooled if e.train.partition not in left]
+    partitions = {records.partition for records in staying}
+    if plan.pool == "memory" and plan.memory:
+        return stored_of(experiences, plan.memory.capacity, left), partitions
+    return sum(records.declared_size for records in staying), partitions
+
+
+def stored_of(seen: Sequence[Experience], capacity: int, left: Set[str] = frozenset()) -> float:
+    """Declared number of records that a memory holds of what was seen, without the partitions `left`."""
+    everything = sum(e.train.declared_size for e in seen)
+    staying = sum(e.train.declared_size for e in seen if e.train.partition not in left)
+    return min(capacity, everything) * staying / everything if everything else 0.0
+
+
+def references(
+    experiences: Sequence[Experience], plan: Plan, *, batch_size: int, left: Set[str] = frozenset()
+) -> dict[str, Exposure]:
+    """Exposure by each reference gradient of a step in the last of `experiences`, by name.
+
+    One over all that is stored (`reference`), or one for every earlier experience (`reference 0`, ...).
+    """
+    past = [e for e in experiences[:-1] if e.train.partition not in left]
+    if not plan.memory or plan.memory.use == "rehearsal" or not past:
+        return {}
+    whole = stored_of(experiences[:-1], plan.memory.capacity, left)
+    sizes = {f"reference {e.index}": (whole * share(e, past), {e.train.partition}) for e in past}
+    if plan.memory.use == "reference":
+        sizes = {"reference": (whole, {e.train.partition for e in past})}
+    rows = plan.memory.batch_size or batch_size
+    return {
+        name: Exposure(
+            scope=dict.fromkeys(sorted(exposed), min(1.0, rows / size)), rate=min(1.0, rows / size), pool_size=size
+        )
+        for name, (size, exposed) in sizes.items()
+    }
+
+
+def share(experience: Experience, among: Sequence[Experience]) -> float:
+    """Declared size of the experience over that of all."""
+    return experience.train.declared_size / sum(e.train.declared_size for e in among)
 
 
 def pieces(steps: int, blocks: int) -> list[range]:

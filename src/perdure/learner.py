@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from perdure.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
 from perdure.curator import Curator
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import Exposure, contexts, exposure, pieces
+from perdure.facts import Exposure, contexts, drawn_from, exposure, pieces
 from perdure.metrics import accuracy
 from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.policy import Privacy
@@ -163,10 +163,8 @@ class Learner:
         if not self.position.begun or self.position.experience != index:
             self.position = Position(experience=index, begun=True)
             self._start_afresh(plan)
-        past = self.stream.experiences[: index + 1]
-        share = self._memory_share(plan)
-        context = self.context(index, declared_size=experience.train.declared_size, memory_share=share)
-        self.curator.open(past, plan, context, self.forward)
+        context = self.context(index, declared_size=experience.train.declared_size)
+        self.curator.open(self.stream.experiences[: index + 1], plan, context, self.forward)
         self._select(plan)
         self._at("experience.begin")
 
@@ -182,10 +180,10 @@ class Learner:
 
     def steps_of(self, experiences: Sequence[Experience], left: Set[str] = frozenset()) -> int:
         """Optimiser steps in the last of `experiences`; a function of declared sizes only."""
-        if self.iterations is not None:
-            return self.iterations
-        pooled = experiences if self.plan(experiences[-1]).pool == "all" else experiences[-1:]
-        size = sum(e.train.declared_size for e in pooled if e.train.partition not in left)
+        plan = self.plan(experiences[-1])
+        if self.iterations is not None or not plan.train:
+            return (self.iterations or 0) if plan.train else 0
+        size, _ = drawn_from(experiences, plan, left)
         rate = self.privacy.sampling_rate if self.privacy else None
         return math.ceil((self.epochs or 1) * (1 / rate if rate else max(1.0, size / self.batch_size)))
 
@@ -224,6 +222,8 @@ class Learner:
             references = strategy.references(curator, params, self.state) if self._uses["references"] else ()
             gradient = curator.gradient(self._losses, params, batch, step)
             self._at("step.gradient")
+            if self._observes:
+                curator.observe(batch, self._remember)
             total = self._with_penalty(gradient)
             if self._uses["project"]:
                 total = strategy.project(total, references, self.state)
@@ -235,10 +235,11 @@ class Learner:
     def finish(self) -> None:
         """Consolidate at the present parameters, offer the records to memory and go to the next experience."""
         self.model.eval()
+        self.curator.store(self._remember)
         detached = {name: value.detach().clone() for name, value in self.params.items()}
-        self.state = self.strategy.after_experience(self.curator, detached, self.state)
+        self.state = self.strategy.derive(self.strategy.after_experience(self.curator, detached, self.state))
         self._at("experience.consolidated")
-        self.curator.close(lambda forward, batch: self.strategy.remember(forward, batch, self.state))
+        self.curator.close()
         self.position = Position(experience=self.position.experience + 1)
         self._at("experience.end")
 
@@ -268,9 +269,9 @@ class Learner:
         live = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         live |= {f"state.{n}": t for n, t in self.state.items()} | moments
         tensors = {name: value.detach().clone() for name, value in live.items()}
-        private, offered = self.curator.snapshot()
+        private, memory = self.curator.snapshot()
         facts |= {
-            "position": vars(self.position), "matrix": self.matrix, "offered": offered,
+            "position": vars(self.position), "matrix": self.matrix, "memory": memory,
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
             "clip_norm": self.mechanism.clip_norm if self.mechanism else None,
         }  # fmt: skip
@@ -284,7 +285,7 @@ class Learner:
         self.state = self.state.replace({name: value.to(self.device) for name, value in states.items()})
         facts = snapshot.facts
         self.position, self.matrix = Position(**facts["position"]), [list(row) for row in facts["matrix"]]
-        self.curator.restore(snapshot.private, facts["offered"], self.device)
+        self.curator.restore(snapshot.private, facts["memory"], self.device)
         if self.mechanism:
             self.mechanism.clip_norm = facts["clip_norm"]
         self._select(self.plan(self.stream[min(self.position.experience, len(self.stream) - 1)]))
@@ -315,6 +316,9 @@ class Learner:
 
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return (self.views.losses(losses, batch) if self.views else losses(batch)).float()
+
+    def _remember(self, forward: Forward, batch: Batch) -> Params:
+        return self.strategy.remember(forward, batch, self.state)
 
     def _with_penalty(self, gradient: Params) -> Params:
         if not self._uses["penalty"]:
@@ -359,6 +363,7 @@ class Learner:
             param.grad = None  # the optimiser must not go on with what an earlier experience left
         hooks = ("references", "penalty", "project", "after_step")
         self._uses = {hook: self.strategy.uses(hook) for hook in hooks}
+        self._observes = plan.memory is not None and plan.memory.update == "step"
         self._stochastic = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
 
     def _start_afresh(self, plan: Plan) -> None:
@@ -380,12 +385,6 @@ class Learner:
         """Seed of what records draw at random in a step; secret under privacy (see `Mechanism.secret`)."""
         seed = self.mechanism.secret(what, step) if self.mechanism else self.seed
         return derive(seed, what, self.client, self.position.experience, step)
-
-    def _memory_share(self, plan: Plan) -> float:
-        if not plan.memory or self.mechanism or not self.curator.stored:
-            return 0.0
-        size = min(plan.memory.batch_size or self.batch_size, self.curator.stored)
-        return size / (size + min(self.batch_size, self.stream[self.position.experience].train.declared_size))
 
     def _start(self) -> str:
         """Digest of all that determines the next steps apart from the records; only needed under privacy."""

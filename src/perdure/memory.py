@@ -4,7 +4,7 @@ Memory is storage, not a partition: using it is charged to the partitions its ro
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ from torch import Tensor
 from perdure.errors import ConfigError
 from perdure.records import Batch
 
-Selection = Literal["reservoir", "class-balanced"]
+if TYPE_CHECKING:
+    from perdure.experience import Experience
+
+Selection = Literal["reservoir", "class-balanced", "ring", "herding"]
+Update = Literal["experience", "step"]
+Use = Literal["rehearsal", "reference", "references"]
+ALLOWED = {"selection": get_args(Selection), "update": get_args(Update), "use": get_args(Use)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,28 +27,60 @@ class MemoryPlan:
 
     Args:
         capacity: number of records kept in all.
-        selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R) or `class-balanced` (equal
-            quotas for every pair of experience and class, filled at random). Under differential privacy both become
-            membership by each record's own coin, because a memory that swaps records doubles their influence.
+        selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal quotas for every pair
+            of experience and class, filled at random (`class-balanced`), by the latest (`ring`; Chaudhry et al. 2019)
+            or by the records whose mean feature follows the class mean best (`herding`; Rebuffi et al. 2017, algorithm
+            4). Under differential privacy all become membership by each record's own coin, because a memory that swaps
+            records doubles their influence.
         per_class: fixed quota for every pair of experience and class instead of a share of `capacity`.
         batch_size: rows drawn from memory at every step; None for as many as new ones. Under differential privacy
             new and stored records are one pool.
+        update: offer records at the end of an `experience`, or every `step` those that were in it. What a strategy
+            remembers of a row is computed when it is offered; under differential privacy, when it was in a step last.
+        use: `rehearsal` beside the new records, or only for one `reference` gradient a step, or for one a step of
+            every earlier experience (`references`).
     """
 
     capacity: int
     selection: Selection = "class-balanced"
     per_class: int | None = None
     batch_size: int | None = None
+    update: Update = "experience"
+    use: Use = "rehearsal"
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ConfigError.of("memory capacity", self.capacity, "1 or more records")
-        if self.selection not in ("reservoir", "class-balanced"):
-            raise ConfigError.of("memory selection", self.selection, ("reservoir", "class-balanced"))
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError.of(f"memory {name}", getattr(self, name), allowed)
         for name in ("per_class", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
+        if self.selection == "herding" and self.update == "step":
+            raise ConfigError.of("memory selection", "herding", "with update='experience': it needs the class mean")
+
+
+def records_in(size: int | str, experience: "Experience") -> int:
+    """How many records `size` is: a number of them, or a text such as "2 MB" for inputs, labels and ids.
+
+    What a strategy remembers beside a row comes on top.
+
+    Raises:
+        ConfigError: for another text.
+    """
+    if isinstance(size, int):
+        return size
+    number, _, unit = size.partition(" ")
+    if unit not in UNITS or not number.replace(".", "", 1).isdecimal():
+        raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
+    inputs = experience.train.inputs
+    row = inputs[:0].new_empty(inputs.shape[1:]).nbytes + 2 * experience.train.ids.element_size()
+    return max(1, int(float(number) * UNITS[unit]) // row)
+
+
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def concatenate(parts: list[Batch]) -> Batch:
@@ -55,29 +93,32 @@ def concatenate(parts: list[Batch]) -> Batch:
 
 @dataclass
 class Memory:
-    """Rows kept so far and how many records were offered in all."""
+    """Rows kept so far, how many records were offered in all, and the last experience that was offered whole."""
 
     rows: Batch | None = None
     offered: int = 0
+    latest: int = -1
     tags: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
     def __len__(self) -> int:
         return 0 if self.rows is None else len(self.rows)
 
-    def offer(self, new: Batch, plan: MemoryPlan, generator: torch.Generator) -> None:
-        """Take in the records of a finished experience, each once (no privacy)."""
+    def offer(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, features: Tensor | None = None) -> None:
+        """Take in records, each once (no privacy).
+
+        Args:
+            features: (n, f) of the new rows, where they are herded.
+        """
         if plan.selection == "reservoir":
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
+            self._keep([new], kept)
         else:
-            order = torch.randperm(len(new), generator=generator)
-            groups = torch.stack([new.tasks.cpu(), new.labels.cpu()], dim=1)[order]
-            if self.rows is not None:
-                old = torch.stack([self.rows.tasks.cpu(), self.rows.labels.cpu()], dim=1)
-                groups = torch.cat([old, groups])
-            places = balanced(groups, plan.capacity, plan.per_class)
-            offset = len(self)
-            kept = torch.where(places < offset, places, offset + order[(places - offset).clamp(min=0)])
-        self._keep(new, kept)
+            order = self._order(new, plan, generator, features)
+            parts = [new.take(order.to(new.inputs.device))]
+            old = [self.rows] if self.rows is not None else []
+            parts = parts + old if plan.selection == "ring" else old + parts
+            groups = torch.cat([torch.stack([part.tasks.cpu(), part.labels.cpu()], dim=1) for part in parts])
+            self._take(parts, balanced(groups, plan.capacity, plan.per_class))
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
@@ -87,14 +128,47 @@ class Memory:
         """
         all_tags = torch.cat([self.tags, tags])
         kept = torch.nonzero(all_tags < threshold).flatten()
-        self._keep(new, kept)
+        self._keep([new], kept)
         self.tags = all_tags[kept]
         self.offered += len(new)
 
-    def _keep(self, new: Batch, kept: Tensor) -> None:
-        everything = new if self.rows is None else concatenate([self.rows, new])
-        rows = everything.take(kept.to(everything.inputs.device))
-        self.rows = rows.map(lambda t: t.clone())
+    def _order(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, features: Tensor | None) -> Tensor:
+        """Order in which the new rows fill their quotas."""
+        if plan.selection == "class-balanced":
+            return torch.randperm(len(new), generator=generator)
+        if plan.selection == "ring":
+            return torch.arange(len(new)).flip(0)
+        assert features is not None
+        most = plan.capacity if plan.per_class is None else plan.per_class
+        places = [torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)]
+        return torch.cat([where[herded(features[where], most)] for where in places]).cpu()
+
+    def _keep(self, new: list[Batch], kept: Tensor) -> None:
+        if self.rows is not None and len(kept) == len(self) and bool((kept < len(self)).all()):
+            return  # nothing came in, and so nothing went
+        self._take(([self.rows] if self.rows is not None else []) + new, kept)
+
+    def _take(self, parts: list[Batch], kept: Tensor) -> None:
+        everything = concatenate(parts)
+        self.rows = everything.take(kept.to(everything.inputs.device)).map(lambda t: t.clone())
+
+
+@torch.no_grad()
+def herded(features: Tensor, most: int) -> Tensor:
+    """(min(n, most),) places of rows (n, f) whose running mean stays closest to the mean of all, the best first.
+
+    Features are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
+    """
+    rows = torch.nn.functional.normalize(features.double(), dim=1)
+    mean, total = rows.mean(0), torch.zeros_like(rows[0])
+    free, chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device), []
+    for k in range(1, min(len(rows), most) + 1):
+        gap = (mean - (total + rows) / k).square().sum(1)
+        best = torch.where(free, gap, torch.inf).argmin()
+        chosen.append(best)
+        free[best] = False
+        total = total + rows[best]
+    return torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=rows.device)
 
 
 def reservoir(stored: int, offered: int, new: int, capacity: int, generator: torch.Generator) -> Tensor:

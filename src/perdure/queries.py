@@ -206,6 +206,15 @@ def rows_of(query: Query, module: nn.Module) -> Rows:
     return rows
 
 
+def asked_alone(query: Query, forward: Forward, batch: Batch) -> Params:
+    """Rows of the query, each record asked about by itself under `torch.func.vmap`."""
+    params = {name: value.detach() for name, value in forward.module.named_parameters()}
+    ask = torch.func.vmap(rows_of(query, forward.module), in_dims=(None, 0))
+    with _explained():
+        parts = [ask(params, piece) for piece in chunks(batch.tensors(), CHUNK)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def gradient_rows(losses: Callable[[Forward, Batch], Tensor], module: nn.Module) -> Rows:
     """Gradient of one record's loss, the record alone in its batch."""
 

@@ -62,8 +62,9 @@ def hooks(learner: "Learner", params: Params) -> dict[str, Tensor]:
     later = {name: value + 1 for name, value in params.items()}
     if strategy.uses("penalty") and (penalty := strategy.penalty(params, state)) is not None:
         shown["penalty"] = penalty
-    if strategy.uses("project") and not strategy.uses("references"):
-        shown |= {f"projected {name}": value for name, value in strategy.project(later, (), state).items()}
+    if strategy.uses("project"):
+        references = (params,) if strategy.uses("references") else ()
+        shown |= {f"projected {name}": value for name, value in strategy.project(later, references, state).items()}
     if strategy.uses("after_step"):
         shown |= {f"followed {name}": value for name, value in strategy.after_step(params, later, later, state).items()}
     return shown

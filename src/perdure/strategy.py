@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Scenario = Literal["task", "domain", "class"]
 Rule = Literal["sum", "mean", "local"]
+Pooled = Literal["experience", "all", "memory"]
 MASKED = -1e9
 """Logit of a class that may not be predicted: its probability underflows to exactly zero."""
 
@@ -120,8 +121,8 @@ class Context:
         task_classes: (T, C) bool, the declared classes of every experience.
         seen: (C,) bool, the classes of this and all earlier experiences.
         declared_size: public number of records of this experience.
-        memory_share: public share of the rows of a batch that come from memory when it has a batch of its own;
-            0 without memory or where new and stored records are pooled.
+        memory_share: share of the rows of the present batch that come from memory, where they were drawn apart;
+            0 without memory and where new and stored records are pooled, as they are under privacy.
     """
 
     scenario: Scenario
@@ -156,16 +157,19 @@ class Plan:
     """What one experience is trained on; a function of public facts only.
 
     Args:
-        pool: records that batches are drawn from: those of this `experience`, or of `all` experiences so far.
+        pool: records that batches are drawn from: those of this `experience`, of `all` experiences so far, or what
+            `memory` holds once those of this experience were offered to it.
         memory: what is kept for replay, or None.
         restart: begin with the initial parameters and a fresh optimiser.
         trainable: prefixes of the parameter names that are trained; None for all.
+        train: False where no gradient is taken at all, because everything that is learnt is a release.
     """
 
-    pool: Literal["experience", "all"] = "experience"
+    pool: Pooled = "experience"
     memory: "MemoryPlan | None" = None
     restart: bool = False
     trainable: tuple[str, ...] | None = None
+    train: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +177,17 @@ class Asks:
     """What a strategy asks of private data beyond the gradient; its declared privacy cost.
 
     Args:
-        releases: noisy sums after every experience.
+        releases: noisy sums over the experience, after it. recalls: noisy sums over memory, after every experience.
         histograms: counts after every experience, with integer noise.
         selections: choices of one public answer after every experience; a top-k is k of them.
-        references: reference gradients at every step.
+        references: reference gradients that one stored record takes part in at every step: 0 or 1.
         reuses: whether records of earlier experiences go on being used.
     """
 
     releases: int = 0
     histograms: int = 0
     selections: int = 0
+    recalls: int = 0
     references: int = 0
     reuses: bool = False
 
@@ -230,12 +235,12 @@ class Forward:
             return module(x)  # type: ignore[no-any-return]
         if not self._frozen:
             return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
-        with torch.no_grad(), _evaluating(module):
+        with torch.no_grad(), evaluating(module):
             return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode, and each back into the mode it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -310,11 +315,23 @@ class Strategy:
         return state
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """What memory stores beside each row, name to (n, ...); goes to the curator, never to the state."""
+        """What memory stores beside each row, name to (n, ...); goes to the curator, never to the state.
+
+        Row i depends on row i, parameters and state only. Stored rows come back with it in `batch.stored`; in rows that
+        were not stored, and where nothing was stored yet, it is zero or missing.
+        """
         return {}
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Consolidate at the final (in a federation: global) parameters; may ask for releases."""
+        return state
+
+    def derive(self, state: State) -> State:
+        """What follows from the state alone, such as a solved head; free.
+
+        Called after `after_experience`, and again where the states of clients were combined. Write to names that are
+        declared `local` only.
+        """
         return state
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:

@@ -16,6 +16,7 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from perdure.facts import drawn_from
 from perdure.federated.grid import error_reply
 from perdure.federated.state import (
     FRESH,
@@ -121,9 +122,9 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
 
 def declared_size(learner: Learner, index: int) -> int:
     """Public number of records that experience `index` is trained on."""
-    experiences = learner.stream.experiences
-    first = 0 if learner.plan(experiences[index]).pool == "all" else index
-    return sum(experience.train.declared_size for experience in experiences[first : index + 1])
+    experiences = learner.stream.experiences[: index + 1]
+    size, _ = drawn_from(experiences, learner.plan(experiences[-1]))
+    return round(size)
 
 
 def _opened(message: Message, context: Context, seats: Seats) -> tuple[dict[str, int], Seat]:
@@ -136,7 +137,8 @@ def _opened(message: Message, context: Context, seats: Seats) -> tuple[dict[str,
     load_shared(learner.model, from_record(cast(ArrayRecord, content["arrays"])))
     if "state" in content:
         new = from_record(cast(ArrayRecord, content["state"]))
-        learner.state = learner.state.replace({name: value.to(learner.device) for name, value in new.items()})
+        combined = learner.state.replace({name: value.to(learner.device) for name, value in new.items()})
+        learner.state = learner.strategy.derive(combined)
     return task, seat
 
 

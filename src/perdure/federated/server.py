@@ -207,7 +207,9 @@ class Server:
         states = [State(_tensors(reply, "state"), rules) for reply in replies]
         weights = [_number(reply, "num-examples") for reply in replies]
         combined = combine(learner.state, states, weights)
-        learner.state = learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
+        learner.state = learner.strategy.derive(
+            learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
+        )
         learner.position = Position(experience=self.experience + 1)
         self._at("experience.combined")
         learner.matrix.append(learner.evaluate(self.stream))

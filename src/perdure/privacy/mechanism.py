@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,11 +50,13 @@ class Block:
 
     Args:
         entry: its digest. steps: which. expected: declared number of records in one of them.
+        drawn: the step that is drawn next.
     """
 
     entry: str = ""
     steps: range = range(0)
     expected: float = 1.0
+    drawn: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,12 +64,12 @@ class Occasion:
     """Which of an experience's releases an answer is, and what its noise is keyed by.
 
     Args:
-        partition: whose records are exposed, each once (sampling rate 1).
+        partitions: whose records are exposed, each once (sampling rate 1).
         numbers: its places among the releases, so that two of one purpose are two entries with noise of their own.
         start: digest of the model. data: the records, for the entry's keyed fingerprint.
     """
 
-    partition: str
+    partitions: tuple[str, ...]
     numbers: range
     start: str
     data: Tensors
@@ -88,13 +90,13 @@ class Mechanism:
         self.privacy, self.schedule, self.ledger, self._key = privacy, schedule, ledger, key
         self.clip_norm = privacy.clip_norm
         self._chain: Chain | None = None
-        self._drawn = 0
         self._last: tuple[Params, float] | None = None
         self.open(0)
 
     def open(self, index: int) -> None:
         """Go to experience `index`; what was reserved pays for nothing more."""
-        self.noise_multiplier, self._block = self.schedule.noise_in(index), Block()
+        self.noise_multiplier = self.schedule.noise_in(index)
+        self._blocks: dict[str, Block] = {}
 
     def fingerprint(self, data: Tensors) -> str:
         """Keyed fingerprint of private records; without the key it says nothing about them."""
@@ -102,31 +104,49 @@ class Mechanism:
 
     def reserve(
         self, *, scope: Mapping[str, float], steps: range, start: str, data: str, expected: float,
-        slots: int | None = None,
+        slots: int | None = None, purpose: str = "gradient",
     ) -> None:  # fmt: skip
         """Write ahead: charge a block of steps to everyone exposed, on disk before this returns.
+
+        To reserve gradients ends the blocks of every other purpose.
 
         Args:
             scope: partition to sampling rate. steps: the block. data: fingerprint of the pooled records.
             start: digest of everything else that determines the steps; a change of it never meets the same noise.
             expected: declared number of records in a step. slots: steps an epoch where the order is fixed.
+            purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
         """
-        chosen = (start, self.privacy.clipping, self.privacy.bands, slots, expected)  # they shape the noise, or the sum
+        beside = "" if purpose == "gradient" else self._blocks["gradient"].entry  # whose noise shapes the parameters
+        chosen = (
+            start,
+            beside,
+            self.privacy.clipping,
+            self.privacy.bands,
+            slots,
+            expected,
+        )  # they shape the noise, or the sum
         start = hashlib.sha256(repr(chosen).encode()).hexdigest()
         entry = self._charge(
-            "gradient", "gaussian" if slots is None else "banded-gaussian", self.noise_multiplier, self.clip_norm,
+            purpose, "gaussian" if slots is None else "banded-gaussian", self.noise_multiplier, self.clip_norm,
             scope, steps, start, data, participations=slots and math.ceil(len(steps) / slots),
         )  # fmt: skip
+        block = Block(entry=entry, steps=steps, expected=expected, drawn=steps.start)
+        if purpose != "gradient":
+            self._blocks[purpose] = block
+            return
         if self.privacy.diagnostics == "raw":
             everyone = dict.fromkeys(scope, 1.0)
             self._charge("diagnostics", "none", 0.0, self.clip_norm, everyone, steps, start, data)
-        self._block = Block(entry=entry, steps=steps, expected=expected)
+        self._blocks = {purpose: block}
         self._chain = None if self.privacy.bands is None else Chain(self.privacy.bands)
-        self._drawn = steps.start
 
-    def coins(self, n: int, step: int) -> Tensor:
+    def reserved(self, purpose: str) -> bool:
+        """Whether the present block of gradients has one of this purpose beside it."""
+        return purpose in self._blocks
+
+    def coins(self, n: int, step: int, purpose: str = "gradient") -> Tensor:
         """(n,) secret uniform numbers that decide who enters the step."""
-        return self._key.uniform(n, purpose="coins", entry=self._paid(step), step=step)
+        return self._key.uniform(n, purpose="coins", entry=self._paid(step, purpose).entry, step=step)
 
     def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
         """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it, or its place."""
@@ -138,7 +158,7 @@ class Mechanism:
         Such draws go by a row's place in the batch. Were they public, one record more would hand the others known,
         other draws, and the sum would move by more than the clip norm.
         """
-        return self._key.mac(f"seed of {purpose} for {self._paid(step)}".encode())
+        return self._key.mac(f"seed of {purpose} for {self._paid(step).entry}".encode())
 
     def gradient(self, clipped: Clipped, params: Params, *, step: int) -> Params:
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.
@@ -146,7 +166,8 @@ class Mechanism:
         Args:
             clipped: from this package's `clipping` or `bookkeeping`.
         """
-        entry, clipping, expected = self._in_turn(step), self.privacy.clipping, self._block.expected
+        block, clipping = self._in_turn(step), self.privacy.clipping
+        entry, expected = block.entry, block.expected
         adaptive = clipping if isinstance(clipping, Adaptive) else None
         noise = adaptive.gradient_noise(self.noise_multiplier, expected) if adaptive else self.noise_multiplier
         shapes = {name: value.shape for name, value in params.items()}
@@ -161,6 +182,14 @@ class Mechanism:
             self.clip_norm = adaptive.updated(self.clip_norm, counted, expected)
         self._last = released, scales[next(iter(params))] * (self._chain.deviation if self._chain else 1.0)
         return released
+
+    def reference(self, clipped: Clipped, params: Params, *, step: int, purpose: str) -> Params:
+        """Noised sum of clipped per-record gradients beside the gradient of a step; both were charged by `reserve`."""
+        block = self._in_turn(step, purpose)
+        shapes = {name: value.shape for name, value in params.items()}
+        scales = dict.fromkeys(shapes, self.noise_multiplier * self.clip_norm)
+        total, device = clipped(Clip(norm=self.clip_norm)), next(iter(params.values())).device
+        return self._noised(total, shapes, scales, purpose, block.entry, step, device, chained=False)
 
     @property
     def signal_to_noise(self) -> float:
@@ -230,18 +259,19 @@ class Mechanism:
             return {name: scales[name] * value for name, value in noise.items()}
         return {name: total[name].detach() + scales[name] * value for name, value in noise.items()}
 
-    def _in_turn(self, step: int) -> str:
-        """Entry that pays for the step, which is drawn once: another sum must not meet its noise again."""
-        entry = self._paid(step)
-        if step != self._drawn:
-            raise PrivacyError(f"step {step} is out of turn: every step is drawn once, next is step {self._drawn}")
-        self._drawn = step + 1
-        return entry
+    def _in_turn(self, step: int, purpose: str = "gradient") -> Block:
+        """Block that pays for the step, which is drawn once: another sum must not meet its noise again."""
+        block = self._paid(step, purpose)
+        if step < block.drawn or (step > block.drawn and purpose == "gradient"):
+            raise PrivacyError(f"step {step} is out of turn: every step is drawn once, next is step {block.drawn}")
+        self._blocks[purpose] = replace(block, drawn=step + 1)
+        return block
 
-    def _paid(self, step: int) -> str:
-        if step not in self._block.steps:
+    def _paid(self, step: int, purpose: str = "gradient") -> Block:
+        block = self._blocks.get(purpose, Block())
+        if step not in block.steps:
             raise PrivacyError(f"step {step} was not charged to the ledger; call reserve() for it first")
-        return self._block.entry
+        return block
 
     def _charge_once(
         self, name: str, occasion: Occasion, mechanism: str, multiplier: float, answer: Tensors, clip_norm: float = 1.0
@@ -251,8 +281,9 @@ class Mechanism:
         It goes in under its own name and number, or the ledger would tell which answers are equal.
         """
         exact = {f"answer {occasion.numbers.start} to {name}, {part}": value for part, value in answer.items()}
+        scope = dict.fromkeys(occasion.partitions, 1.0)
         return self._charge(
-            name, mechanism, multiplier, clip_norm, {occasion.partition: 1.0}, occasion.numbers, occasion.start,
+            name, mechanism, multiplier, clip_norm, scope, occasion.numbers, occasion.start,
             self.fingerprint({**occasion.data, **exact}),
         )  # fmt: skip
 
@@ -260,7 +291,7 @@ class Mechanism:
         self, purpose: str, mechanism: str, multiplier: float, clip_norm: float, scope: Mapping[str, float],
         steps: range, start: str, data: str, participations: int | None = None,
     ) -> str:  # fmt: skip
-        sampled = mechanism == "gaussian" and purpose == "gradient"
+        sampled = mechanism == "gaussian" and not purpose.startswith("release:")
         return self.ledger.charge(Entry(
             purpose=purpose, mechanism=mechanism, noise_multiplier=multiplier, clip_norm=clip_norm,
             first_step=steps.start, steps=len(steps), sampling="poisson" if sampled else "none",

@@ -1,0 +1,250 @@
+"""What a party holds: the rows of the open experience, memory, and which of them a step draws.
+
+Nothing here adds noise or leaves the curator, who answers for it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from perdure.errors import DataError, PrivacyError, StrategyError
+from perdure.experience import Experience
+from perdure.facts import Exposure, exposure, references
+from perdure.fisher import CHUNK
+from perdure.memory import Memory, concatenate
+from perdure.pool import Drawing, Pool, refuse_shared_ids, refuse_shared_partitions, replayed, without
+from perdure.privacy.mechanism import Mechanism
+from perdure.queries import asked_alone
+from perdure.records import Batch, Params
+from perdure.seeds import generator
+from perdure.strategy import Context, Forward, Plan, evaluating
+
+Remember = Callable[[Forward, Batch], Params]
+"""What memory stores beside each row, name to (n, ...)."""
+
+
+class Holding:
+    """Records of one party.
+
+    Args:
+        seed, client: of sampling and memory selection (without privacy). batch_size: new records a step.
+        mechanism: its coins decide who is drawn and kept; None without privacy.
+    """
+
+    def __init__(self, *, seed: int, client: int, batch_size: int, mechanism: Mechanism | None) -> None:
+        self._seed, self._client, self._batch_size, self._mechanism = seed, client, batch_size, mechanism
+        self.memory = Memory()
+        self.exposure: Exposure
+        self.fingerprint = ""
+        self.drawings: dict[str, Drawing] = {}
+        self._pool: Pool | None = None
+        self._noted: Params = {}
+
+    # ------------------------------------------------------------------ an experience
+
+    def open(self, experiences: Sequence[Experience], plan: Plan, forward: Forward) -> None:
+        """Pool the records of the current experience (the last given), earlier ones and memory as planned."""
+        self.experiences, self._plan, self._forward = experiences, plan, forward
+        mechanism, experience, size = self._mechanism, experiences[-1], self._batch_size
+        if plan.memory and plan.memory.update == "step" and plan.pool != "experience":
+            raise StrategyError(f"a memory updated every step needs pool='experience'; given pool={plan.pool!r}")
+        self.left = mechanism.schedule.left_in(experience.index) if mechanism else frozenset()
+        current = Batch.current(experience.train, experience.index)
+        if plan.pool == "memory":
+            self._offer(current)
+        self._pool = Pool(
+            current=current, new=self._pooled(current), stored=self.back, plan=plan.memory, batch_size=size,
+            place=(self._seed, self._client, experience.index),
+        )  # fmt: skip
+        if not len(self._pool.new) and not mechanism:
+            raise DataError(f"experience {experience.index} has no training records; leave it out of the stream")
+        rate, bands = (mechanism.privacy.sampling_rate, mechanism.privacy.bands) if mechanism else (None, None)
+        self.exposure = exposure(experiences, plan, batch_size=size, rate=rate, bands=bands, left=self.left)
+        if mechanism:
+            refuse_shared_ids(experience.train)
+            self._by_coin(mechanism, references(experiences, plan, batch_size=size, left=self.left))
+
+    def sample(self, step: int) -> tuple[Batch, float]:
+        """Rows of one step, and the share of those that came from memory where they were drawn apart."""
+        self.step = step
+        if self._mechanism is None:
+            return self.pool.side_by_side(step)
+        drawing = self.drawings["gradient"]
+        self._drawn = drawing.positions(self._mechanism, step)
+        return drawing.rows.take(self._drawn), 0.0
+
+    def recalled(self, of: int | None) -> Batch:
+        """Stored rows of one step's reference gradient (without privacy): of an earlier experience, or of all."""
+        back = self.pool.stored
+        if back is None:
+            raise StrategyError("memory is empty: there is no reference gradient before the second experience")
+        back = back if of is None else back.take(back.tasks == of)
+        return replayed(self.pool.recalled(back, f"reference {of}", self.step))
+
+    def observe(self, batch: Batch, remember: Remember) -> None:
+        """Offer the new rows of a step to memory; under privacy only note what is to be stored beside them."""
+        if self._mechanism:
+            self._note(remember)
+            return
+        plan, place = self._plan.memory, ("memory", self._client, self.experiences[-1].index, self.step)
+        assert plan is not None
+        new = remembered(batch.take(~batch.from_memory), remember, self._forward)
+        self.memory.offer(new, plan, generator(self._seed, *place))
+        self.pool.stored = self.memory.rows
+
+    def store(self, remember: Remember) -> None:
+        """Offer the finished experience to memory, where it was not offered before."""
+        plan, index, private = self._plan.memory, self.experiences[-1].index, self._mechanism is not None
+        if plan and self.memory.latest < index and (private or plan.update == "experience"):
+            self._offer(self._as_noted(remembered(self.pool.current, remember, self._forward, alone=private)))
+        if plan:
+            self.memory.latest = index
+
+    def close(self) -> None:
+        """Let go of the records of the experience."""
+        self._pool, self.drawings, self._noted = None, {}, {}
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Memory for a checkpoint's `private/` folder, and the public numbers of what it was offered."""
+        rows = self.memory.rows
+        kept = {f"memory.{name}": value for name, value in rows.tensors().items()} if rows is not None else {}
+        noted = {f"noted.{name}": value for name, value in self._noted.items()}
+        facts = {"offered": self.memory.offered, "latest": self.memory.latest}
+        return kept | noted | {"tags": self.memory.tags}, facts
+
+    def restore(self, private: Mapping[str, Tensor], facts: Mapping[str, int], device: str | torch.device) -> None:
+        """Undo `snapshot`."""
+        rows, noted = (
+            {n.removeprefix(prefix): t.to(device) for n, t in private.items() if n.startswith(prefix)}
+            for prefix in ("memory.", "noted.")
+        )
+        self._noted = noted
+        self.memory = Memory(rows=Batch.from_tensors(rows) if rows else None, tags=private["tags"], **facts)
+
+    # ------------------------------------------------------------------ its rows
+
+    @property
+    def pool(self) -> Pool:
+        """Rows of the open experience.
+
+        Raises:
+            PrivacyError: when none is open.
+        """
+        if self._pool is None:
+            raise PrivacyError("the curator holds no open experience; call open() first")
+        return self._pool
+
+    @property
+    def rows(self) -> Batch:
+        """All rows that a step may draw."""
+        return self.drawings["gradient"].rows if self.drawings else self.pool.rows
+
+    @property
+    def back(self) -> Batch | None:
+        """Rows of memory that may be drawn, those of partitions that left excepted."""
+        rows = self.memory.rows
+        if not self._plan.memory or rows is None or not len(rows):
+            return None
+        gone = [e.index for e in self.experiences if e.train.partition in self.left]
+        return without(rows, gone) if gone else rows
+
+    def in_memory(self) -> tuple[Batch, tuple[str, ...]]:
+        """Rows of memory for a sum over them, and the partitions that it exposes.
+
+        Raises:
+            PrivacyError: under privacy, where a record may be stored twice.
+        """
+        if self._mechanism:
+            refuse_shared_partitions(self.experiences)
+        back, names = self.back, [experience.train.partition for experience in self.experiences]
+        rows = self.pool.current.take(slice(0, 0)) if back is None else back
+        return rows, tuple(name for name in names if name not in self.left)
+
+    def synthetic(self, n: int, context: Context) -> Batch:
+        """Return n rows like those of the open pool that owe nothing to any record."""
+        place = generator(self._seed, "synthetic")
+        rows = {name: torch.zeros(n, *t.shape[1:], dtype=t.dtype) for name, t in self.rows.tensors().items()}
+        classes = torch.nonzero(context.current).flatten().cpu()
+        rows |= {
+            "inputs": torch.rand(rows["inputs"].shape, generator=place).to(rows["inputs"].dtype),
+            "labels": classes[torch.arange(n) % len(classes)], "valid": torch.ones(n, dtype=torch.bool),
+            "tasks": torch.full((n,), self.experiences[-1].index),
+        }  # fmt: skip
+        return Batch.from_tensors(rows).map(lambda t: t.to(self.pool.device))
+
+    def _pooled(self, current: Batch) -> Batch:
+        """Rows that batches are drawn from in the role of new ones."""
+        if self._plan.pool == "memory":
+            return current.take(slice(0, 0)) if self.back is None else self.back
+        if self._plan.pool == "experience":
+            return current
+        pooled = [e for e in self.experiences if e.train.partition not in self.left]
+        return concatenate([Batch.current(e.train, e.index) for e in pooled])
+
+    def _by_coin(self, mechanism: Mechanism, asked: Mapping[str, Exposure]) -> None:
+        """Lay out what is drawn by coins: the pool, and the stored rows of every reference gradient."""
+        mechanism.open(self.experiences[-1].index)
+        seen, rows, back = self.experiences, self.pool.rows, self.back
+        self.drawings = {"gradient": Drawing.of(rows, seen, self.exposure, "gradient")}
+        for name, exposed in asked.items():
+            stored = self.pool.current.take(slice(0, 0)) if back is None else back
+            others = [e.index for e in seen if e.train.partition not in exposed.scope]
+            self.drawings[name] = Drawing.of(without(stored, others), seen, exposed, name)
+        kept = {f"reference {n}": t for n, t in back.tensors().items()} if asked and back is not None else {}
+        self.fingerprint = mechanism.fingerprint({**rows.tensors(), **kept})
+
+    # ------------------------------------------------------------------ its memory
+
+    def _offer(self, new: Batch) -> None:
+        """Offer the whole experience to memory, once."""
+        plan, memory, experience = self._plan.memory, self.memory, self.experiences[-1]
+        if plan is None or memory.latest >= experience.index:
+            return
+        if self._mechanism:
+            offered = memory.offered + experience.train.declared_size
+            memory.offer_by_coin(new, self._mechanism.tags(new.ids), min(1.0, plan.capacity / offered))
+            memory.offered = offered
+        else:
+            features = self._features(new) if plan.selection == "herding" else None
+            memory.offer(new, plan, generator(self._seed, "memory", self._client, experience.index), features)
+        memory.latest = experience.index
+
+    def _features(self, rows: Batch) -> Tensor:
+        with torch.no_grad(), evaluating(self._forward.module):
+            return torch.cat([self._forward.features(piece) for piece in torch.split(rows.inputs, CHUNK)])
+
+    def _note(self, remember: Remember) -> None:
+        """Keep what is to be stored beside the new rows of the last step, at the parameters of the moment."""
+        current = self.pool.current
+        at = self._drawn[self._drawn < len(current)]
+        new = remembered(current.take(at), remember, self._forward, alone=True)
+        if not self._noted:
+            self._noted = {n: t.new_zeros(len(current), *t.shape[1:]) for n, t in new.stored.items()}
+            self._noted["when"] = torch.zeros(len(current), dtype=torch.bool, device=current.inputs.device)
+        for name, value in new.stored.items():
+            self._noted[name][at] = value
+        self._noted["when"][at] = True
+
+    def _as_noted(self, new: Batch) -> Batch:
+        """Rows with what was noted of them, where anything was."""
+        if not self._noted:
+            return new
+        when = self._noted["when"]
+        stored = {
+            name: torch.where(when.view(-1, *[1] * (value.dim() - 1)), self._noted[name], value)
+            for name, value in new.stored.items()
+        }
+        return replace(new, stored=stored)
+
+
+def remembered(rows: Batch, remember: Remember, forward: Forward, *, alone: bool = False) -> Batch:
+    """Rows with what `remember` says beside them, in evaluation mode.
+
+    Args:
+        alone: ask it about each row by itself, so that what is stored beside a record depends on no other.
+    """
+    with torch.no_grad(), evaluating(forward.module):
+        stored = asked_alone(remember, forward, rows) if alone and len(rows) else remember(forward, rows)
+    return replace(rows, stored={name: value.detach() for name, value in stored.items()})
