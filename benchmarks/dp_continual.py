@@ -40,8 +40,13 @@ DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
 GROUPS, BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, CLIP_NORM = 27, 2048, 10, 4.0, 0.9, 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 1.0},
+    "feature_distillation": {"strength": 1.0},
+    "l2": {"strength": 0.01},
     "lwf": {"strength": 1.0},
+    "mas": {"strength": 1.0},
     "replay": {"memory_size": 6000, "weighting": "equal"},
+    "rwalk": {"strength": 1.0},
+    "si": {"strength": 1.0},
 }
 """Settings of the strategies that need some, by file."""
 

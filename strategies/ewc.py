@@ -62,12 +62,14 @@ class EWC(Strategy):
     def init(self, spec: Spec) -> State:
         """Start with no importance, and so with no pull."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
-        return State().declare_group("fisher", zeros, "mean").declare_group("pull", zeros, "mean")
+        state = State().declare_group("fisher", zeros, "mean").declare_group("pull", zeros, "mean")
+        return state.declare_group("anchor", zeros, "local")
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Half the strength times the Fisher-weighted squared distance from the anchor."""
         terms = [
-            (state[f"fisher/{name}"] * (value - anchor(state, name)).square()).sum() for name, value in params.items()
+            (state[f"fisher/{name}"] * (value - state[f"anchor/{name}"]).square()).sum()
+            for name, value in params.items()
         ]
         return 0.5 * self.strength * torch.stack(terms).sum()
 
@@ -83,6 +85,10 @@ class EWC(Strategy):
             fisher = {name: state[f"fisher/{name}"] + new[name] for name in new}
             pull = {name: state[f"pull/{name}"] + new[name] * params[name] for name in new}
         return state.replace_group("fisher", fisher).replace_group("pull", pull)
+
+    def derive(self, state: State) -> State:
+        """Find where every parameter is pulled to."""
+        return state.replace_group("anchor", {name: anchor(state, name) for name in state.group("fisher")})
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = curator.context.mask(forward(batch.inputs), batch)

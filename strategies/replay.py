@@ -6,6 +6,9 @@ Continual Learning, 2019 (reservoir and class-balanced memories); weights as in 
     loss = 1/t * mean over new records + (1 - 1/t) * mean over stored records         (weighting = "experiences")
     loss = mean over new and stored records together                                  (weighting = "equal")
 
+With `Replay(selection="reservoir", weighting="equal", update="step")` it is the ER of the literature on buffers, with a
+memory that takes in every step's records.
+
 State: none; the rows live with the curator. Memory cost: the stored records.
 Privacy cost: records that may be stored go on being used in all later experiences. Under differential privacy a
 record is stored by its own coin, new and stored records are one pool at one rate, and all weights are equal.
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.memory import MemoryPlan, Selection
+from perdure.memory import MemoryPlan, Selection, Update, records_in
 from perdure.records import Batch
 from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy
 
@@ -31,27 +34,30 @@ class Replay(Strategy):
     """Rehearse stored records.
 
     Args:
-        memory_size: records stored in all. selection: `reservoir` or `class-balanced`.
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.memory.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
         batch_size: stored records a step; None for as many as new ones.
         weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row the same.
+        update: offer records to memory at the end of an `experience`, or at every `step` those that were in it.
     """
 
-    memory_size: int
+    memory_size: int | str
     selection: Selection = "class-balanced"
     per_class: int | None = None
     batch_size: int | None = None
     weighting: Literal["experiences", "equal"] = "experiences"
+    update: Update = "experience"
     asks: ClassVar[Asks] = Asks(reuses=True)
 
     def __post_init__(self) -> None:
-        self._memory()
+        if isinstance(self.memory_size, int):
+            self._memory(self.memory_size)
         if self.weighting not in ("experiences", "equal"):
             raise ConfigError.of("replay.weighting", self.weighting, ("experiences", "equal"))
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory."""
-        return Plan(memory=self._memory())
+        return Plan(memory=self._memory(records_in(self.memory_size, experience)))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy, weighted by the role of the row."""
@@ -62,7 +68,8 @@ class Replay(Strategy):
         of_new, of_memory = new_share / (1 - context.memory_share), (1 - new_share) / context.memory_share
         return losses * torch.where(batch.from_memory, of_memory, of_new)
 
-    def _memory(self) -> MemoryPlan:
+    def _memory(self, capacity: int) -> MemoryPlan:
         return MemoryPlan(
-            capacity=self.memory_size, selection=self.selection, per_class=self.per_class, batch_size=self.batch_size
-        )
+            capacity=capacity, selection=self.selection, per_class=self.per_class, batch_size=self.batch_size,
+            update=self.update,
+        )  # fmt: skip

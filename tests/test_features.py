@@ -1,4 +1,4 @@
-"""Scattering: a brute-force reference, the wavelets' properties, one record at a time, and what is refused."""
+"""Scattering and random convolutions: brute-force references, properties, one record at a time, what is refused."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from perdure.errors import ConfigError, DataError
-from perdure.features import Scattering, low_pass, modulus, morlet
+from perdure.features import RandomConvolutions, Scattering, low_pass, modulus, morlet, random_filters
 
 
 def images(n=3, channels=1, side=28, seed=0):
@@ -159,3 +159,74 @@ def test_settings_below_one_are_refused(field):
 def test_other_shapes_are_refused(shape):
     with pytest.raises(DataError, match="sides above 4 and divisible by it"):
         Scattering()(torch.zeros(shape))
+
+
+# --------------------------------------------------------------------------- random convolutions
+
+
+def test_random_filters_have_mean_zero_and_norm_one():
+    for channels, size, smoothing in ((1, 7, 1.0), (3, 5, 0.0), (2, 1, 0.0)):
+        kernels = random_filters(9, channels, size, smoothing, torch.Generator().manual_seed(1))
+        assert kernels.shape == (9, channels, size, size)
+        assert kernels.mean((1, 2, 3)).abs().max() < 1e-6
+        torch.testing.assert_close(kernels.square().sum((1, 2, 3)), torch.ones(9))
+
+
+def test_smoothing_leaves_low_frequencies():
+    def roughness(smoothing):
+        kernels = random_filters(200, 1, 7, smoothing, torch.Generator().manual_seed(1))
+        return float(kernels.diff(dim=3).square().sum((1, 2, 3)).mean())
+
+    assert roughness(2.0) < 0.5 * roughness(1.0) < 0.25 * roughness(0.0)
+
+
+@pytest.mark.reference
+def test_random_convolutions_are_the_formula_written_out():
+    x, features = images(n=2, channels=2, side=6), RandomConvolutions(channels=2, filters=3, size=3, pool=2, seed=5)
+    around = F.pad(x, (1, 1, 1, 1))
+    found = features(x)
+    for k, kernel in enumerate(features.kernels):
+        plane = torch.stack([
+            torch.stack([(around[:, :, r : r + 3, c : c + 3] * kernel).sum((1, 2, 3)) for c in range(6)], 1)
+            for r in range(6)
+        ], 1)  # fmt: skip
+        for channel, sign in ((k, 1), (k + 3, -1)):
+            rectified = (sign * plane).clamp(min=0)
+            means = rectified.view(2, 3, 2, 3, 2).mean((2, 4))
+            torch.testing.assert_close(found[:, channel], means, rtol=1e-4, atol=1e-6)
+
+
+def test_random_convolutions_are_a_function_of_the_seed_and_of_one_image():
+    x = images(n=5)
+    first, again, other = (RandomConvolutions(filters=4, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first(x), again(x)) and not torch.allclose(first(x), other(x))
+    torch.testing.assert_close(torch.cat([first(x[i : i + 1]) for i in range(5)]), first(x))
+    assert first(x).shape == (5, 8, 4, 4) and list(first.parameters()) == [] == list(first.state_dict())
+    assert repr(first) == "RandomConvolutions(channels=1, filters=4, size=7, pool=7, smoothing=1.5, seed=0)"
+
+
+def test_a_constant_image_has_nothing_but_its_borders():
+    inner = RandomConvolutions(filters=4, size=3, pool=4)(torch.full((1, 1, 12, 12), 0.7))[:, :, 1, 1]
+    assert inner.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 0}, "channels = 0"),
+        ({"filters": 0}, "filters = 0"),
+        ({"pool": 0}, "pool = 0"),
+        ({"size": 4}, "size = 4 .*odd numbers"),
+        ({"size": 1}, "size = 1"),
+        ({"smoothing": -1.0}, "smoothing = -1.0"),
+    ],
+)
+def test_settings_of_random_convolutions_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        RandomConvolutions(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 28, 28), (2, 3, 28, 28), (2, 1, 28, 6)])
+def test_random_convolutions_refuse_other_shapes(shape):
+    with pytest.raises(DataError, match="sides from 7"):
+        RandomConvolutions()(torch.zeros(shape))

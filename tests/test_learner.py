@@ -23,7 +23,7 @@ from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch
 from perdure.strategies import EWC, Joint, LwF, Naive, Replay
-from perdure.strategy import Asks, Plan, State, Strategy
+from perdure.strategy import Plan, State, Strategy
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
 SECRET = Privacy(noise_multiplier=1.0)
@@ -131,7 +131,7 @@ class Tracing(Strategy):
         HANDED.append(("project", bits(gradient), references))
         return {name: 2 * value for name, value in gradient.items()}
 
-    def after_step(self, before, after, gradient, state):
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
         HANDED.append(("after_step", bits(before), bits(after), bits(gradient)))
         return state.replace({"steps": state["steps"] + 1})
 

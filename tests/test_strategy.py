@@ -237,7 +237,7 @@ class Shifter(Strategy):
     def project(self, gradient, references, state):
         return {name: self.times * value + self.add for name, value in gradient.items()}
 
-    def after_step(self, before, after, gradient, state):
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
         return state.replace({"steps": state["steps"] + self.times})
 
 

@@ -293,10 +293,12 @@ class Audited(Strategy):
         """See the strategy."""
         return self.inner.project(gradient, references, state)
 
-    def after_step(self, before: Params, after: Params, gradient: Params, state: State) -> State:
+    def after_step(
+        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+    ) -> State:
         """Keep the probe's part of the release, then do as the strategy does."""
         heard = state.replace({RELEASED: gradient["probe.weight"][:, 0]})
-        return self.inner.after_step(before, after, gradient, heard)
+        return self.inner.after_step(before, after, gradient, heard, noise_variance)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
         """See the strategy."""

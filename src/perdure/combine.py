@@ -98,7 +98,7 @@ class Combine(Strategy):
             raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
         return Plan(
             pool=pools.pop() if pools else "experience", memory=one("memory"), restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
-            trainable=one("trainable"), train=any(p.train for _, p in plans),  # type: ignore[arg-type]
+            trainable=one("trainable"), train=all(p.train for _, p in plans),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
@@ -124,9 +124,11 @@ class Combine(Strategy):
             gradient = part.project(gradient, references if i == asking else (), self._own(state, i))
         return gradient
 
-    def after_step(self, before: Params, after: Params, gradient: Params, state: State) -> State:
+    def after_step(
+        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+    ) -> State:
         """Every part follows the path."""
-        return self._each(state, lambda part, own: part.after_step(before, after, gradient, own))
+        return self._each(state, lambda part, own: part.after_step(before, after, gradient, own, noise_variance))
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
         """What the one part that stores something stores."""

@@ -64,7 +64,7 @@ class Curator:
             start: digest of everything but the records that determines what the steps do.
         """
         self._block = steps, start
-        if self._mechanism:
+        if self._mechanism and len(steps):
             exposed = self._held.exposure
             self._mechanism.reserve(
                 scope=exposed.scope, steps=steps, start=start, data=self._held.fingerprint, expected=exposed.expected,
@@ -230,6 +230,11 @@ class Curator:
     def signal_to_noise(self) -> float:
         """Estimated energy of the last gradient over that of its noise; a function of what was released."""
         return self._mechanism.signal_to_noise if self._mechanism else float("inf")
+
+    @property
+    def noise_variance(self) -> float:
+        """Variance of the noise in one coordinate of the last gradient, as `gradient` gave it; 0 without privacy."""
+        return (self._mechanism.deviation / self.exposure.expected) ** 2 if self._mechanism else 0.0
 
     @property
     def clip_norm(self) -> float:

@@ -70,7 +70,7 @@ def exposure(
     """
     size, exposed = drawn_from(experiences, plan, left)
     past = experiences[:-1]
-    if plan.memory and plan.memory.use == "rehearsal" and plan.pool != "memory":
+    if plan.memory and plan.memory.rehearsed and plan.pool != "memory":
         size += stored_of(past, plan.memory.capacity, left)
         exposed |= {e.train.partition for e in past} - left
     chosen, slots = min(1.0, batch_size / size) if rate is None else rate, None
@@ -108,7 +108,7 @@ def references(
     One over all that is stored (`reference`), or one for every earlier experience (`reference 0`, ...).
     """
     past = [e for e in experiences[:-1] if e.train.partition not in left]
-    if not plan.memory or plan.memory.use == "rehearsal" or not past:
+    if not plan.memory or plan.memory.rehearsed or not past:
         return {}
     whole = stored_of(experiences[:-1], plan.memory.capacity, left)
     sizes = {f"reference {e.index}": (whole * share(e, past), {e.train.partition}) for e in past}

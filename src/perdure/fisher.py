@@ -1,8 +1,8 @@
-"""Squared gradients of every record: the diagonal Fisher information, summed without rows where layers are linear.
+"""Squared or absolute gradients of every record: what Fisher information and memory aware synapses add up.
 
-The gradient of a linear layer is d a^T, with d what comes back to its output and a what entered it. So its square is
-the outer product of d^2 and a^2, the sum over terms is one over d^2 alone, and a record's norm is
-|sum_k w_k d_k^2| |a^2|.
+They are summed without rows where layers are linear. The gradient of a linear layer is d a^T, with d what comes back
+to its output and a what entered it. So its square is the outer product of d^2 and a^2, the sum over terms is one over
+d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The same holds for the absolute value, |d| and |a|.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,10 +41,14 @@ class SquaredGradient:
         params = forward.params or dict(forward.module.named_parameters())
 
         def one(tensors: Mapping[str, Tensor]) -> Params:
-            rows, _ = self._squares(lambda p: (Forward(forward.module, p), {}), params, tensors)
+            rows, _ = self._sizes(lambda p: (Forward(forward.module, p), {}), params, tensors)
             return rows
 
         return torch.func.vmap(one)(batch.tensors())
+
+    def size_of(self, values: Tensor) -> Tensor:
+        """Size of each number, which of a product is the product of the factors' sizes: the square."""
+        return values.square()
 
     def summed(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None = None
@@ -60,10 +64,10 @@ class SquaredGradient:
             total = part if total is None else {name: total[name] + value for name, value in part.items()}
         return total and {name: total[name] for name in params}
 
-    def _squares(
+    def _sizes(
         self, at: Callable[[Params], tuple[Forward, Params]], point: Params, tensors: Mapping[str, Tensor]
     ) -> tuple[Params, Params]:
-        """sum_k w_k (d l_k / d point)^2 of one record, and what `at` kept aside.
+        """sum_k w_k size(d l_k / d point) of one record, and what `at` kept aside.
 
         Args:
             at: from the point to the model there, and a mapping that fills while it runs.
@@ -77,7 +81,7 @@ class SquaredGradient:
         losses, pull, (weights, kept) = torch.func.vjp(alone, point, has_aux=True)  # type: ignore[misc]
         sums = {name: torch.zeros_like(value) for name, value in point.items()}
         for weight, term in zip(weights, torch.eye(len(losses)).to(losses), strict=True):
-            sums = {name: sums[name] + weight * gradient.square() for name, gradient in pull(term)[0].items()}
+            sums = {name: sums[name] + weight * self.size_of(gradient) for name, gradient in pull(term)[0].items()}
         return sums, kept
 
     def _outer(
@@ -88,12 +92,25 @@ class SquaredGradient:
 
             def one(params: Params, tensors: Mapping[str, Tensor]) -> tuple[Params, Params]:
                 shifts = {name: layer.weight.new_zeros(1, layer.out_features) for name, layer in layers.items()}
-                return self._squares(lambda p: (Forward(module, params), tap.with_shifts(p)), shifts, tensors)
+                return self._sizes(lambda p: (Forward(module, params), tap.with_shifts(p)), shifts, tensors)
 
             backs, entered = torch.func.vmap(one, in_dims=(None, 0))(params, dict(tensors))
         if tap.calls != dict.fromkeys(layers, 1) or any(value.dim() != 3 for value in entered.values()):
             return None
-        return {name: (backs[name][:, 0], entered[name][:, 0].square()) for name in layers}
+        return {name: (backs[name][:, 0], self.size_of(entered[name][:, 0])) for name in layers}
+
+
+class AbsoluteGradient(SquaredGradient):
+    """Per record, the weighted sum over terms k of the absolute gradient: sum_k w_k |d l_k / d theta|.
+
+    With one term its norm is the gradient's.
+
+    Guarantee: that of `SquaredGradient`.
+    """
+
+    def size_of(self, values: Tensor) -> Tensor:
+        """Absolute value."""
+        return values.abs()
 
 
 class Tap:

@@ -3,11 +3,12 @@
 Nothing here adds noise or leaves the curator, who answers for it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.experience import Experience
@@ -90,7 +91,9 @@ class Holding:
             return
         plan, place = self._plan.memory, ("memory", self._client, self.experiences[-1].index, self.step)
         assert plan is not None
-        new = remembered(batch.take(~batch.from_memory), remember, self._forward)
+        with untouched(self._forward.module), torch.no_grad():  # in training mode, as the loss sees these rows
+            stored = remember(self._forward, new := batch.take(~batch.from_memory))
+        new = replace(new, stored={name: value.detach() for name, value in stored.items()})
         self.memory.offer(new, plan, generator(self._seed, *place))
         self.pool.stored = self.memory.rows
 
@@ -237,6 +240,17 @@ class Holding:
             for name, value in new.stored.items()
         }
         return replace(new, stored=stored)
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put the running statistics of BatchNorm back to what they were."""
+    before = {buffer: buffer.clone() for buffer in module.buffers()}
+    try:
+        yield
+    finally:
+        for buffer, value in before.items():
+            buffer.copy_(value)
 
 
 def remembered(rows: Batch, remember: Remember, forward: Forward, *, alone: bool = False) -> Batch:

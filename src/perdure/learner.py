@@ -340,7 +340,8 @@ class Learner:
             self._scheduler.step()
         if before:
             after = {name: param.detach() for name, param in self._trained.items()}
-            self.state = self.strategy.after_step(before, after, gradient, self.state)
+            noise = self.curator.noise_variance
+            self.state = self.strategy.after_step(before, after, gradient, self.state, noise)
 
     def _perturbed(self, batch: Batch, step: int) -> Batch:
         """Each record's own worst case at the present parameters, on an unhooked copy of the model."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Selection = Literal["reservoir", "class-balanced", "ring", "herding"]
 Update = Literal["experience", "step"]
-Use = Literal["rehearsal", "reference", "references"]
+Use = Literal["rehearsal", "pooled", "reference", "references"]
 ALLOWED = {"selection": get_args(Selection), "update": get_args(Update), "use": get_args(Use)}
 
 
@@ -37,8 +37,8 @@ class MemoryPlan:
             new and stored records are one pool.
         update: offer records at the end of an `experience`, or every `step` those that were in it. What a strategy
             remembers of a row is computed when it is offered; under differential privacy, when it was in a step last.
-        use: `rehearsal` beside the new records, or only for one `reference` gradient a step, or for one a step of
-            every earlier experience (`references`).
+        use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with them; or only for one
+            `reference` gradient a step, or for one a step of every earlier experience (`references`).
     """
 
     capacity: int
@@ -58,8 +58,15 @@ class MemoryPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
+        if self.use == "pooled" and self.update == "step":
+            raise ConfigError.of("memory use", "pooled", "with update='experience': a pool is shuffled whole")
         if self.selection == "herding" and self.update == "step":
             raise ConfigError.of("memory selection", "herding", "with update='experience': it needs the class mean")
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether stored rows take part in the gradient itself."""
+        return self.use in ("rehearsal", "pooled")
 
 
 def records_in(size: int | str, experience: "Experience") -> int:
@@ -157,10 +164,10 @@ class Memory:
 def herded(features: Tensor, most: int) -> Tensor:
     """(min(n, most),) places of rows (n, f) whose running mean stays closest to the mean of all, the best first.
 
-    Features are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
+    Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
     rows = torch.nn.functional.normalize(features.double(), dim=1)
-    mean, total = rows.mean(0), torch.zeros_like(rows[0])
+    mean, total = torch.nn.functional.normalize(rows.mean(0), dim=0), torch.zeros_like(rows[0])
     free, chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device), []
     for k in range(1, min(len(rows), most) + 1):
         gap = (mean - (total + rows) / k).square().sum(1)

@@ -1,4 +1,4 @@
-"""Models with a fixed full-width head and `features`: a multilayer perceptron, a small CNN, ResNet-18.
+"""Models with a fixed full-width head and `features`: a multilayer perceptron, a small CNN, ResNet-18, a frozen body.
 
 The head never grows: growing it from labels that turned up would leak them. Normalisation is by group, which
 looks at one record at a time; BatchNorm is there for runs without privacy and only when asked for. Nothing
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError
+from perdure.frozen import Frozen, Transform, width
 
 Norm = Literal["none", "group", "batch"]
 ModelName = Literal["mlp", "cnn", "resnet18"]
@@ -146,6 +147,34 @@ def resnet18(
     """
     config = ModelConfig(name="resnet18", norm=norm, width=width)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
+
+
+def frozen(
+    features: nn.Module | Transform, *, input_shape: Sequence[int], num_classes: int, seed: int = 0
+) -> Classifier:
+    """Make a classifier of features that are never trained; only its linear head has parameters.
+
+        frozen(RandomConvolutions(seed=0), input_shape=(1, 28, 28), num_classes=10)
+        frozen(Scattering(), input_shape=(1, 28, 28), num_classes=10)
+        frozen(backbone, input_shape=(3, 224, 224), num_classes=10)     # of timm or torchvision, without its head
+
+    Guarantee: the features owe nothing to the records of the stream, and no step, round or checkpoint changes them.
+    What a backbone learnt elsewhere, from other records, is not accounted.
+
+    Args:
+        features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into evaluation mode.
+        input_shape: of one input. num_classes: full width of the head. seed: of the head's initialisation.
+
+    Raises:
+        ConfigError: when the features do not take that input, or mix records.
+    """
+    if num_classes < 1:
+        raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
+    body = Frozen(features)
+    feature_size = width(body, tuple(input_shape))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return Classifier(body, feature_size, num_classes)
 
 
 def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ class Pool:
     @property
     def rehearsed(self) -> Batch | None:
         """Rows of memory that join the new ones in a batch."""
-        return self.stored if self.plan and self.plan.use == "rehearsal" else None
+        return self.stored if self.plan and self.plan.rehearsed else None
 
-    @property
+    @cached_property
     def rows(self) -> Batch:
-        """New and rehearsed rows as one pool."""
+        """New and rehearsed rows as one pool, of a memory that does not move."""
         back = self.rehearsed
         return self.new if back is None else beside(self.new, back)
 
@@ -52,6 +53,8 @@ class Pool:
 
     def side_by_side(self, step: int) -> tuple[Batch, float]:
         """Rows of one step without privacy, shuffled new ones and then stored ones, and the share of the latter."""
+        if self.plan and self.plan.use == "pooled":
+            return self.rows.take(self.shuffled("pool", len(self.rows), self.batch_size, step).to(self.device)), 0.0
         new = self.new.take(self.shuffled("new", len(self.new), self.batch_size, step).to(self.device))
         if self.rehearsed is None:
             return new, 0.0

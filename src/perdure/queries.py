@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError, DataError, PrivacyError
-from perdure.fisher import CHUNK, SquaredGradient
+from perdure.fisher import CHUNK, AbsoluteGradient, SquaredGradient
 from perdure.privacy.clipping import Clip, Rows, chunks, clip_factors, clipped_sum, per_pass
 from perdure.records import Batch, Params, batch_of_one
 from perdure.strategy import Forward
@@ -252,8 +252,10 @@ def bounded_sum(
     """
     if type(query) is Gram:  # not isinstance: a class of the user's could clip otherwise; its rows are clipped here
         return query.clipped(module, params, tensors, clip)
-    if type(query) is SquaredGradient and (total := query.summed(module, params, tensors, clip)):
-        return total
+    if type(query) is SquaredGradient or type(query) is AbsoluteGradient:
+        total = query.summed(module, params, tensors, clip)
+        if total:
+            return total
     return clipped_sum(rows_of(query, module), params, tensors, clip, per_pass(params))
 
 

@@ -310,8 +310,15 @@ class Strategy:
         """Change the released gradient; touches no data."""
         return gradient
 
-    def after_step(self, before: Params, after: Params, gradient: Params, state: State) -> State:
-        """Follow the training path; `gradient` is the released one, before penalty and projection."""
+    def after_step(
+        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+    ) -> State:
+        """Follow the training path.
+
+        Args:
+            gradient: the released one, before penalty and projection.
+            noise_variance: of the noise in every coordinate of it; public, 0 without privacy.
+        """
         return state
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:

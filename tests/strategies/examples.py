@@ -3,11 +3,25 @@
 from perdure import strategies
 
 EXAMPLES = {
+    "agem": {"memory_size": 16},
+    "der": {"memory_size": 16, "beta": 0.5},
+    "er_ace": {"memory_size": 16},
+    "gdumb": {"memory_size": 16},
+    "gem": {"memory_size": 16},
+    "icarl": {"memory_size": 16},
     "ewc": {"strength": 50.0},
+    "feature_distillation": {"strength": 0.5},
     "joint": {},
+    "l2": {"strength": 0.05},
     "lwf": {"strength": 0.5},
+    "mas": {"strength": 0.1},
     "naive": {},
+    "ncm": {},
+    "ranpac": {"ridge": 0.01, "bias": 0.5, "projection": 12},
     "replay": {"memory_size": 16},
+    "rwalk": {"strength": 0.5, "window": 2},
+    "si": {"strength": 0.5},
+    "slda": {"shrinkage": 0.01},
 }
 
 

@@ -30,7 +30,7 @@ class Past:
             curator.open(stream.experiences[: part + 1], Plan(), at, Forward(model.eval()))
             alone = strategy.after_experience(curator, point, self.empty)  # an EWC with no past: this Fisher matrix
             self.fishers.append(alone.group("fisher"))
-            self.state = strategy.after_experience(curator, point, self.state)
+            self.state = strategy.derive(strategy.after_experience(curator, point, self.state))
 
     def gradient(self, penalty, at):
         leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
@@ -81,7 +81,7 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
 def test_without_a_past_there_is_no_penalty(toy_stream):
     past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
     assert float(past.strategy.penalty(somewhere(), past.empty)) == 0
-    assert set(past.state.rules.values()) == {"mean"} and len(past.state) == 2 * len(past.points[0])
+    assert set(past.state.rules.values()) == {"mean", "local"} and len(past.state) == 3 * len(past.points[0])
 
 
 def private_curator(stream, privacy):
@@ -144,9 +144,11 @@ def test_clients_average_to_what_one_party_would_hold():
     held = (weights[:, None, None] * fishers).sum(0)
     states = [
         State().declare("fisher/w", own.sum(0), "mean").declare("pull/w", (own * points).sum(0), "mean")
+        .declare("anchor/w", torch.zeros(1), "local")
         for own in fishers
-    ]
+    ]  # fmt: skip
     combined = states[0].replace({n: 0.25 * states[0][n] + 0.75 * states[1][n] for n in states[0]})
+    combined = EWC(strength=2.0).derive(combined)
     at = torch.tensor([0.3], requires_grad=True)
     mine = torch.autograd.grad(EWC(strength=2.0).penalty({"w": at}, combined), at)[0]
     theirs = torch.autograd.grad((held * (at - points).square()).sum(), at)[0]

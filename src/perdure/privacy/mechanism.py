@@ -192,6 +192,11 @@ class Mechanism:
         return self._noised(total, shapes, scales, purpose, block.entry, step, device, chained=False)
 
     @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise in one coordinate of the last gradient sum; 0 before the first."""
+        return self._last[1] if self._last else 0.0
+
+    @property
     def signal_to_noise(self) -> float:
         """Energy of the last gradient sum over that of its noise, estimated from what was released: free.
 

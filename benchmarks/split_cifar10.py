@@ -1,0 +1,173 @@
+"""Split CIFAR-10, class-incremental: DER++ against plain rehearsal (ER), five experiences of two classes.
+
+The published comparison is that of Buzzega et al., Dark Experience for General Continual Learning, NeurIPS 2020, table
+2: ResNet-18 with BatchNorm, 50 epochs, batches of 32 and 32 stored records, random shifts and mirrors, plain SGD. Buffer
+200: DER++ 64.9, ER 44.8; buffer 500: 72.7 and 57.7. `--scale published` runs that; it needs a graphics processor.
+
+`--scale small` (the default) is a scaled-down comparison for two processor cores, and is labelled so in its rows: a
+ResNet-18 of an eighth of the width, a tenth of the training records and 5 epochs. Its accuracies are not comparable
+with the published ones; what is compared is whether DER++ stands above ER by more than its error, in the same setting.
+
+Learning rates and DER++'s weights are those of the authors' code (aimagelab/mammoth): ER 0.1; DER++ 0.03 with alpha 0.1
+and beta 0.5 at buffer 200, alpha 0.2 and beta 0.5 at 500. Nothing was tuned here.
+
+    python benchmarks/split_cifar10.py --scale small --seeds 3
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from perdure import Learner, Records, Strategy, Stream
+from perdure.augment import Views, shift_and_flip
+from perdure.datasets import Dataset, cifar10
+from perdure.environment import command, store_rows
+from perdure.metrics import average_accuracy, forgetting
+from perdure.models import resnet18
+from perdure.strategies.der import DER
+from perdure.strategies.replay import Replay
+from perdure.streams import split
+
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
+BATCH, BUFFERS = 32, (200, 500)
+PUBLISHED = {("der++", 200): 64.9, ("der++", 500): 72.7, ("er", 200): 44.8, ("er", 500): 57.7}
+"""Average accuracy in percent, mean of ten seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of the published set-up is run.
+
+    Args:
+        width: channels of the first stage. epochs: of every experience. records: of training a class; None for all.
+    """
+
+    width: int
+    epochs: int
+    records: int | None
+
+
+SCALES = {"published": Scale(width=64, epochs=50, records=None), "small": Scale(width=8, epochs=5, records=500)}
+
+
+def arms(buffer: int) -> dict[str, tuple[Strategy, float]]:
+    """Strategy and learning rate by name."""
+    alpha = 0.1 if buffer == 200 else 0.2
+    er = Replay(
+        memory_size=buffer, batch_size=BATCH, selection="reservoir", weighting="equal", update="step"
+    )  # fmt: skip
+    return {
+        "er": (er, 0.1),
+        "der++": (DER(memory_size=buffer, alpha=alpha, beta=0.5, batch_size=BATCH), 0.03),
+    }
+
+
+def prepared(data: Dataset, scale: Scale) -> Dataset:
+    """Standardise the images and keep the first records of every class."""
+    train = data.train if scale.records is None else data.train.take(first(data.train.labels, scale.records))
+    return replace(data, train=standard(train), test=standard(data.test))
+
+
+def first(labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the first `count` records of every class, ascending."""
+    places = [torch.nonzero(labels == label).flatten()[:count] for label in range(int(labels.max()) + 1)]
+    return torch.cat(places).sort().values
+
+
+def standard(records: Records) -> Records:
+    """Return the records with channels of mean 0 and deviation 1, by the data set's declared moments."""
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    return replace(records, inputs=(records.inputs - mean) / deviation)
+
+
+def run(stream: Stream, strategy: Strategy, rate: float, scale: Scale, seed: int, device: str) -> tuple[float, float]:
+    """Average accuracy and forgetting, in percent, of one seed."""
+    model = resnet18(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, norm="batch", width=scale.width, seed=seed
+    )
+    learner = Learner(
+        model=model, strategy=strategy, optimizer=partial(torch.optim.SGD, lr=rate), epochs=scale.epochs,
+        batch_size=BATCH, views=Views(count=1, change=shift_and_flip(pixels=4, flip=True)), seed=seed, device=device,
+    )  # fmt: skip
+    matrix = learner.fit(stream)
+    return float(average_accuracy(matrix)), float(forgetting(matrix))
+
+
+def row(name: str, buffer: int, scale: str, results: list[tuple[float, float]], seconds: float) -> dict[str, Any]:
+    """One stored row; the published value stands beside runs of the published scale only."""
+    accuracies, forgettings = (list(column) for column in zip(*results, strict=True))
+    error = statistics.stdev(accuracies) / len(results) ** 0.5 if len(results) > 1 else None
+    strategy, rate = arms(buffer)[name]
+    return {
+        "benchmark": "split_cifar10", "scale": scale, "scenario": "class", "strategy": name, "buffer": buffer,
+        "options": repr(strategy), "learning_rate": rate, "seeds": len(results),
+        "average_accuracy": statistics.mean(accuracies), "standard_error": error, "accuracies": accuracies,
+        "forgetting": statistics.mean(forgettings), "published": PUBLISHED[name, buffer],
+        "comparable_with_published": scale == "published", "seconds": seconds, "command": command(),
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]], scale: str) -> None:
+    """Print the rows as a table."""
+    note = "" if scale == "published" else "; scaled down, not comparable with the published values"
+    table = Table(title=f"Split CIFAR-10, class-incremental, accuracy in percent, seconds per seed{note}")
+    columns = (
+        "strategy",
+        "buffer",
+        "seeds",
+        "average_accuracy",
+        "standard_error",
+        "forgetting",
+        "published",
+        "seconds",
+    )
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for entry in rows:
+        cells = [entry[column] for column in columns]
+        table.add_row(*[f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(SCALES), default="small")
+    parser.add_argument("--buffer", type=int, nargs="+", choices=BUFFERS, default=list(BUFFERS))
+    parser.add_argument("--strategy", nargs="+", choices=["er", "der++"], default=["er", "der++"])
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
+    parser.add_argument("--json", type=Path, help="store the rows in this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    scale, rows = SCALES[args.scale], []
+    stream = split(prepared(cifar10(args.data), scale), scenario="class", experiences=5)
+    with Progress() as progress:
+        task = progress.add_task("seeds", total=len(args.buffer) * len(args.strategy) * args.seeds)
+        for buffer in args.buffer:
+            for name in args.strategy:
+                strategy, rate = arms(buffer)[name]
+                start, results = time.perf_counter(), []
+                for seed in range(args.seeds):
+                    progress.update(task, description=f"{name}, buffer {buffer}, seed {seed}")
+                    results.append(run(stream, strategy, rate, scale, seed, args.device))
+                    progress.advance(task)
+                rows.append(row(name, buffer, args.scale, results, (time.perf_counter() - start) / args.seeds))
+                if args.json:
+                    store_rows(args.json, rows, seed=0)
+    show(rows, args.scale)
+
+
+if __name__ == "__main__":
+    main()

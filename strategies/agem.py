@@ -1,0 +1,67 @@
+"""Averaged gradient episodic memory: never step against the mean gradient of stored records.
+
+Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019, equations 10 and 11.
+
+    g' = g                                      where <g, r> >= 0
+    g' = g - <g, r> / <r, r> r                  otherwise,  r = mean gradient of stored records
+
+State: none. Memory cost: the stored records, and one more gradient a step.
+Privacy cost: one reference gradient a step over the stored records, beside the gradient of the new ones, charged to
+every partition that may be in memory; the projection is free.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from perdure.memory import MemoryPlan, Selection, records_in
+from perdure.records import Params
+from perdure.strategy import Asks, Plan, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class AGEM(Strategy):
+    """Project the gradient on the half-space in which the loss of stored records does not grow.
+
+    Args:
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.memory.MemoryPlan`.
+        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        batch_size: stored records in the reference gradient of a step; None for as many as new ones.
+    """
+
+    memory_size: int | str
+    selection: Selection = "class-balanced"
+    per_class: int | None = None
+    batch_size: int | None = None
+    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep a memory that is not rehearsed."""
+        return Plan(memory=MemoryPlan(
+            capacity=records_in(self.memory_size, experience), selection=self.selection, per_class=self.per_class,
+            batch_size=self.batch_size, use="reference",
+        ))  # fmt: skip
+
+    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+        """Mean gradient of stored records; none in the first experience."""
+        if curator.context.experience == 0:
+            return ()
+        losses = lambda forward, batch: self.losses(forward, batch, curator.context, state)  # noqa: E731
+        return (curator.reference(losses, params),)
+
+    def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
+        """Take away what points against the reference."""
+        return against(gradient, references[0]) if references else gradient
+
+
+def against(gradient: Params, reference: Params) -> Params:
+    """The gradient without its part along the reference, where they point apart."""
+    along = torch.stack([(gradient[name] * reference[name]).sum() for name in gradient]).sum()
+    length = torch.stack([reference[name].square().sum() for name in gradient]).sum()
+    part = along.clamp(max=0) / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return {name: value - part * reference[name] for name, value in gradient.items()}

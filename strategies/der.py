@@ -1,0 +1,73 @@
+"""Dark experience replay: rehearse stored records with the answers that the model gave when it saw them.
+
+Buzzega, Boschini, Porrello, Abati and Calderara, Dark Experience for General Continual Learning: a Strong, Simple
+Baseline, NeurIPS 2020, equations 5 and 6, algorithms 1 and 2.
+
+    loss = mean over new of CE(x, y) + alpha * mean over stored of mean_c (z_c - h_c(x))^2
+           + beta * mean over stored of CE(x, y)                                                     (DER++: beta > 0)
+
+z are the logits of the moment at which the row was in a step, not those at the end of its experience. The paper draws
+the two stored terms apart; here one batch of stored rows serves both, twice as many where `batch_size` says so.
+
+State: none. Memory cost: the stored records and C numbers for each, and one more forward pass of the new rows.
+Privacy cost: records that may be stored go on being used in all later experiences. Under differential privacy a
+record is stored by its own coin with the logits of the last step it was in, and all rows weigh the same.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.memory import MemoryPlan, records_in
+from perdure.records import Batch
+from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
+
+if TYPE_CHECKING:
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class DER(Strategy):
+    """Rehearse logits: `DER(memory_size=200)`; with labels too, DER++: `DER(memory_size=200, beta=0.5)`.
+
+    Args:
+        memory_size: records stored in all, or bytes such as "2 MB" (without logits).
+        alpha: weight of the distance to the stored logits. beta: weight of the stored labels; above 0 it is DER++.
+        batch_size: stored records a step; None for as many as new ones.
+    """
+
+    memory_size: int | str
+    alpha: float = 0.5
+    beta: float = 0.0
+    batch_size: int | None = None
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError.of(f"der.{name}", getattr(self, name), "0 or more")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep a reservoir that takes in the rows of every step."""
+        capacity = records_in(self.memory_size, experience)
+        memory = MemoryPlan(capacity=capacity, selection="reservoir", batch_size=self.batch_size, update="step")
+        return Plan(memory=memory)
+
+    def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
+        """The logits of the moment, over all classes."""
+        return {"logits": forward(batch.inputs)}
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy of new rows; of stored ones the distance to their logits, and `beta` times cross entropy."""
+        logits = forward(batch.inputs)
+        entropy = cross_entropy_of(context.mask(logits, batch), batch.labels)
+        if "logits" not in batch.stored:
+            return entropy
+        apart = (logits - batch.stored["logits"]).square().mean(1)
+        share = context.memory_share
+        of_new, of_stored = (1 / (1 - share), 1 / share) if share else (1.0, 1.0)
+        stored = of_stored * (self.alpha * apart + self.beta * entropy)
+        return torch.where(batch.from_memory, stored, of_new * entropy)

@@ -1,0 +1,58 @@
+"""Experience replay with asymmetric cross entropy: new records do not push the old classes away.
+
+Caccia, Aljundi, Asadi, Tuytelaars, Pineau and Belilovsky, New Insights on Reducing Abrupt Representation Change in
+Online Continual Learning, ICLR 2022, section 4.1 and algorithm 1.
+
+    loss = mean over new of CE over the classes of this experience + mean over stored of CE over all classes seen
+
+The paper masks new rows by the classes that turn up in their batch; here it is by the declared classes of the
+experience, so that the loss of a row depends on that row alone.
+
+State: none. Memory cost: the stored records. Privacy cost: records that may be stored go on being used in all later
+experiences. Under differential privacy a record is stored by its own coin, and all rows weigh the same.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from perdure.memory import MemoryPlan, Update, records_in
+from perdure.records import Batch
+from perdure.strategy import MASKED, Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
+
+if TYPE_CHECKING:
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class ERACE(Strategy):
+    """Rehearse stored records, with the loss of new ones kept to their own classes.
+
+    Args:
+        memory_size: records stored in all, or bytes such as "2 MB".
+        batch_size: stored records a step; None for as many as new ones.
+        update: take in the records of every `step`, as in the paper, or of a whole `experience` at its end.
+    """
+
+    memory_size: int | str
+    batch_size: int | None = None
+    update: Update = "step"
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep a reservoir."""
+        return Plan(memory=MemoryPlan(
+            capacity=records_in(self.memory_size, experience), selection="reservoir", batch_size=self.batch_size,
+            update=self.update,
+        ))  # fmt: skip
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy over the classes of the experience for new rows, over all seen for stored ones."""
+        logits = context.mask(forward(batch.inputs), batch)
+        own = torch.where(context.current, logits, MASKED)
+        losses = cross_entropy_of(torch.where(batch.from_memory[:, None], logits, own), batch.labels)
+        share = context.memory_share
+        of_new, of_stored = (1 / (1 - share), 1 / share) if share else (1.0, 1.0)
+        return losses * torch.where(batch.from_memory, of_stored, of_new)

@@ -1,0 +1,60 @@
+"""Less-forgetting learning: keep the features of new inputs where the previous model had them.
+
+Jung, Ju, Jung and Kim, Less-forgetting learning in deep neural networks, arXiv:1607.00122, 2016, section 3.
+
+    loss_i = CE(x_i, y_i) + strength / 2 * |h(x_i; theta) - h(x_i; theta*)|^2
+
+h is what enters the head, theta* the parameters after the last experience. The paper also freezes the head, which fits
+new domains of the same classes. Here the head goes on learning, as it must where classes are new, so old answers may
+drift although the features stay.
+
+State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each).
+Memory cost: once the parameters. A step takes three passes forward instead of one, since features and logits of the
+present model are two passes.
+Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.records import Batch, Params
+from perdure.strategy import Context, Forward, Spec, State, Strategy, cross_entropy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureDistillation(Strategy):
+    """Penalise each record's distance between its features and those of the previous model.
+
+    Args:
+        strength: weight of half the squared distance (lambda_e over lambda_c).
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise ConfigError.of("feature_distillation.strength", self.strength, "a finite number, 0 or more")
+
+    def init(self, spec: Spec) -> State:
+        """Lay out the teacher; it is used from the second experience on."""
+        return State().declare_group("teacher", spec.params, "local")
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy and half the squared distance of the features, per record."""
+        new = cross_entropy(forward, batch, context)
+        if context.experience == 0:
+            return new
+        before = forward.at(state.group("teacher")).features(batch.inputs)
+        distance = (forward.features(batch.inputs) - before).square().flatten(1).sum(1)
+        return new + 0.5 * self.strength * distance
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Take the present model as the next teacher."""
+        return state.replace_group("teacher", params)

@@ -1,0 +1,97 @@
+"""Gradient episodic memory: never step against the gradient of any earlier experience.
+
+Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, equations 8 to 12.
+
+    g' = argmin |g' - g|^2   with   <g', r_k> >= 0 for every earlier experience k,   r_k = mean gradient of its records
+
+solved by its dual, a quadratic program of as many variables as there are earlier experiences:
+
+    v = argmin v^T R R^T v / 2 + g^T R^T v   with   v >= margin,     g' = R^T v + g
+
+State: none. Memory cost: the stored records, and one more gradient a step for every earlier experience.
+Privacy cost: one reference gradient a step for every earlier experience, each over the stored records of that
+experience alone and charged to its partition; the projection is free.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.memory import MemoryPlan, Selection, records_in
+from perdure.records import Params
+from perdure.strategy import Asks, Plan, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.streams import Experience
+
+RIDGE = 1e-3
+"""Added to the diagonal of the quadratic program, so that it has one solution; the value of the authors' code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GEM(Strategy):
+    """Project the gradient on the cone in which no earlier experience's loss grows.
+
+    Args:
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.memory.MemoryPlan`.
+        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        batch_size: stored records in each reference gradient of a step; None for as many as new ones.
+        margin: lower bound of the dual variables; above 0 steps lean towards the earlier experiences (gamma).
+    """
+
+    memory_size: int | str
+    selection: Selection = "ring"
+    per_class: int | None = None
+    batch_size: int | None = None
+    margin: float = 0.5
+    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+    not_vmappable_because: ClassVar[str | None] = "its quadratic program is solved on the host, one at a time"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < math.inf:
+            raise ConfigError.of("gem.margin", self.margin, "a finite number, 0 or more")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep a memory that is not rehearsed."""
+        return Plan(memory=MemoryPlan(
+            capacity=records_in(self.memory_size, experience), selection=self.selection, per_class=self.per_class,
+            batch_size=self.batch_size, use="references",
+        ))  # fmt: skip
+
+    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+        """Mean gradient of the stored records of every earlier experience."""
+        losses = lambda forward, batch: self.losses(forward, batch, curator.context, state)  # noqa: E731
+        return tuple(curator.reference(losses, params, of=k) for k in range(curator.context.experience))
+
+    def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
+        """Solve the quadratic program, where any reference points against the gradient."""
+        if not references:
+            return gradient
+        own, others = flat(gradient), torch.stack([flat(reference) for reference in references])
+        along = others @ own
+        if bool((along >= 0).all()):
+            return gradient
+        nearest = own + others.T @ dual(others @ others.T, along, self.margin)
+        pieces = torch.split(nearest, [value.numel() for value in gradient.values()])
+        return {name: piece.view_as(value) for (name, value), piece in zip(gradient.items(), pieces, strict=True)}
+
+
+def flat(gradient: Params) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([value.flatten() for value in gradient.values()])
+
+
+def dual(gram: Tensor, along: Tensor, margin: float) -> Tensor:
+    """(k,) the dual variables, from R R^T (k, k) and R g (k,)."""
+    import numpy as np
+    import quadprog  # itself, because qpsolvers imports every solver it finds, JAX among them
+
+    matrix, vector = (value.detach().double().cpu().numpy() for value in (gram, along))
+    unit = np.eye(len(vector))
+    found = quadprog.solve_qp(matrix + RIDGE * unit, -vector, unit, np.full(len(vector), margin))[0]
+    return torch.from_numpy(found).to(gram)

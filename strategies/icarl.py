@@ -1,0 +1,111 @@
+"""iCaRL: rehearse herded exemplars, distil the old outputs, and classify by the nearest mean of exemplars.
+
+Rebuffi, Kolesnikov, Sperl and Lampert, iCaRL: Incremental Classifier and Representation Learning, CVPR 2017,
+algorithms 1 to 4; temperature as in van de Ven, Tuytelaars and Tolias, Three types of incremental learning, Nature
+Machine Intelligence 2022.
+
+    loss_i = sum over classes c seen of BCE(f_c(x_i), t_ic)
+    t_ic = sigmoid(teacher_c(x_i) / T) for classes of earlier experiences,  [y_i = c] for those of this one
+    predict the c whose mean of |.|-normalised exemplar features is nearest to the normalised features of x
+
+New records and exemplars are one pool. Exemplars follow the class mean (herding).
+
+State: `teacher`, the parameters at the end of the last experience; `sums` and `counts` of the exemplars' normalised
+features by class, and their normalised `means`. Over clients sums and counts are averaged by declared sizes.
+Memory cost: the stored records, once the parameters, and a vector of features for every class.
+Privacy cost: records that may be stored go on being used, and one sum over memory after every experience. Under
+differential privacy exemplars are chosen by their own coins instead of herding, and the means are noisy.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perdure.errors import ConfigError, StrategyError
+from perdure.memory import MemoryPlan, records_in
+from perdure.records import Batch, Params
+from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class ICaRL(Strategy):
+    """Nearest mean of exemplars on features that binary cross entropy and distillation have trained.
+
+    Args:
+        memory_size: exemplars stored in all, or bytes such as "2 MB".
+        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        temperature: softens the teacher's outputs (T); 1 in the original, 2 in van de Ven et al.
+    """
+
+    memory_size: int | str
+    per_class: int | None = None
+    temperature: float = 2.0
+    asks: ClassVar[Asks] = Asks(recalls=1, reuses=True)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError.of("icarl.temperature", self.temperature, "a number above 0")
+
+    def init(self, spec: Spec) -> State:
+        """Lay out teacher and class means.
+
+        Raises:
+            StrategyError: where all experiences have the same classes, and the teacher would know every answer.
+        """
+        if spec.scenario == "domain":
+            raise StrategyError("ICaRL needs new classes in every experience; use Replay in domain-incremental streams")
+        device = next(iter(spec.params.values())).device
+        sums = torch.zeros(spec.num_classes, spec.feature_size, device=device)
+        state = State().declare_group("teacher", spec.params, "local").declare("means", sums, "local")
+        return state.declare("sums", sums, "mean").declare("counts", sums[:, 0], "mean")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep exemplars in one pool with the new records."""
+        capacity = records_in(self.memory_size, experience)
+        memory = MemoryPlan(capacity=capacity, selection="herding", per_class=self.per_class, use="pooled")
+        return Plan(memory=memory)
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Binary cross entropy over the classes seen, towards labels and the teacher's outputs."""
+        logits, targets = forward(batch.inputs), one_hot(batch.labels, len(context.seen))
+        if context.experience > 0:
+            known = context.task_classes[: context.experience].any(0)
+            teacher = forward.at(state.group("teacher"))(batch.inputs)
+            targets = torch.where(known, torch.sigmoid(teacher / self.temperature), targets)
+        each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return (each * context.seen).sum(1)
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Take the present model as the next teacher, and the class means of the exemplars under it."""
+
+        def query(forward: Forward, batch: Batch) -> Params:
+            classes = one_hot(batch.labels, len(state["counts"]))
+            features = F.normalize(forward.features(batch.inputs), dim=1)
+            return {"sums": classes[:, :, None] * features[:, None, :], "counts": classes}
+
+        found = curator.release(query, clip_norm=math.sqrt(2), purpose="class means", over="memory")
+        return state.replace_group("teacher", params).replace(found)
+
+    def derive(self, state: State) -> State:
+        """Normalised class means."""
+        means = state["sums"] / state["counts"].clamp(min=1e-6)[:, None]
+        return state.replace({"means": F.normalize(means, dim=1)})
+
+    def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
+        """Minus the squared distance of the normalised features from every class mean."""
+        features = F.normalize(forward.features(x), dim=1)
+        near = -(features[:, None, :] - state["means"]).square().sum(2)
+        return torch.where(context.allowed, near, MASKED)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(n, classes) float32; torch's own looks at values, which vmap does not allow."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()

@@ -1,0 +1,54 @@
+"""L2 anchoring: hold every parameter to where the last experience left it, all equally.
+
+The baseline of Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, figure 2, and of
+Hsu et al., Re-evaluating continual learning scenarios, NeurIPS continual learning workshop 2018, table 2.
+
+    penalty = strength * sum_j (theta_j - theta*_j)^2        theta* = the parameters after the last experience
+
+State: `anchor`, identical on all clients and kept by each, and `held`, which is 0 until there is a past to hold.
+Memory cost: once the parameters.
+Privacy cost: none: the anchor is a released model.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.records import Params
+from perdure.strategy import Spec, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2(Strategy):
+    """Quadratic penalty with the same weight for every parameter.
+
+    Args:
+        strength: weight of the penalty.
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise ConfigError.of("l2.strength", self.strength, "a finite number, 0 or more")
+
+    def init(self, spec: Spec) -> State:
+        """Lay out the anchor; it pulls from the second experience on."""
+        held = torch.zeros((), device=next(iter(spec.params.values())).device)
+        return State().declare_group("anchor", spec.params, "local").declare("held", held, "local")
+
+    def penalty(self, params: Params, state: State) -> Tensor:
+        """Strength times the squared distance from the anchor."""
+        distances = [(value - state[f"anchor/{name}"]).square().sum() for name, value in params.items()]
+        return self.strength * state["held"] * torch.stack(distances).sum()
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Take the present parameters as the next anchor."""
+        return state.replace_group("anchor", params).replace({"held": torch.ones_like(state["held"])})

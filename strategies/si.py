@@ -1,0 +1,105 @@
+"""Synaptic intelligence: hold back the parameters whose movement brought the loss down.
+
+Zenke, Poole and Ganguli, Continual Learning Through Synaptic Intelligence, ICML 2017, section 3, equations 3 to 5.
+
+    path_j       = sum over the steps of an experience of -g_j (theta_j after - theta_j before)
+    importance_j = sum over experiences of path_j / ((theta_j at the end - theta_j at the start)^2 + damping)
+    penalty      = strength * sum_j max(0, importance_j) (theta_j - theta*_j)^2
+
+g is the released gradient of the loss, without the penalty, as in the paper; the movement is that of the optimiser,
+penalty and momentum included. (The reference code of van de Ven et al. 2022 takes the gradient with the penalty.)
+
+State: `importance`, which adds up over experiences and is averaged over clients by declared sizes; `path` and `anchor`,
+kept by each client. All clients divide by the same distance, that of the global parameters from the common anchor, so
+the average of importances is the importance of the averaged path. What a server's averaging moves is on nobody's path.
+Memory cost: three times the parameters, and a copy of them while a step is taken.
+Privacy cost: none: the released gradient and the parameters are all it sees.
+
+Under privacy the released gradient holds noise of known variance s^2, which also moves the parameters: under SGD with
+learning rate r it adds r s^2 to every coordinate of the path at every step, an importance that is the same for all and
+says nothing. `progress` takes it off: exactly in expectation for plain SGD, too much with momentum.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+from perdure.records import Params
+from perdure.strategy import Spec, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SI(Strategy):
+    """Quadratic penalty weighted by each parameter's share in the loss that was won, over the way it went.
+
+    Args:
+        strength: weight of the penalty (c).
+        damping: added to the squared distance (xi); it bounds the importance of what hardly moved.
+    """
+
+    strength: float
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise ConfigError.of("si.strength", self.strength, "a finite number, 0 or more")
+        if not 0 < self.damping < math.inf:
+            raise ConfigError.of("si.damping", self.damping, "a finite number above 0")
+
+    def init(self, spec: Spec) -> State:
+        """Start with no importance, at the beginning of a path."""
+        zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
+        state = State().declare_group("importance", zeros, "mean").declare_group("path", zeros, "local")
+        return state.declare_group("anchor", spec.params, "local")
+
+    def penalty(self, params: Params, state: State) -> Tensor:
+        """Strength times the importance-weighted squared distance from the anchor."""
+        terms = [
+            (state[f"importance/{name}"].clamp(min=0) * (value - state[f"anchor/{name}"]).square()).sum()
+            for name, value in params.items()
+        ]
+        return self.strength * torch.stack(terms).sum()
+
+    def after_step(
+        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+    ) -> State:
+        """Follow the path."""
+        won = progress(before, after, gradient, noise_variance)
+        return state.replace_group("path", {name: state[f"path/{name}"] + value for name, value in won.items()})
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Turn the path into importance, and begin another one here."""
+        new = {
+            name: state[f"importance/{name}"]
+            + state[f"path/{name}"] / ((value - state[f"anchor/{name}"]).square() + self.damping)
+            for name, value in params.items()
+        }
+        fresh = {name: torch.zeros_like(value) for name, value in params.items()}
+        return state.replace_group("importance", new).replace_group("path", fresh).replace_group("anchor", params)
+
+
+def progress(before: Params, after: Params, gradient: Params, noise_variance: float = 0.0) -> Params:
+    """Each coordinate's part in what a step takes off the loss, to first order: -g (after - before).
+
+    Noise of variance s^2 in every coordinate of g moves the parameters along itself, which adds r s^2 where the step is
+    r g. It is taken off, with the rate r of each tensor read from the step: r = -<g, after - before> / |g|^2. That is
+    exact in expectation for SGD without a penalty, and an average over the tensor for optimisers with a rate for each
+    coordinate.
+
+    Args:
+        before, after: parameters around the step. gradient: the released one.
+        noise_variance: s^2 of the mean gradient; 0 without privacy.
+    """
+    won = {name: -gradient[name] * (after[name] - value) for name, value in before.items()}
+    if not noise_variance:
+        return won
+    tiny = torch.finfo(torch.float32).tiny
+    rates = {n: (value.sum() / gradient[n].square().sum().clamp(min=tiny)).clamp(min=0) for n, value in won.items()}
+    return {name: value - rates[name] * noise_variance for name, value in won.items()}

@@ -1,0 +1,80 @@
+"""Linear discriminant analysis from sums: class means and one shared covariance.
+
+Hayes and Kanan, Lifelong machine learning with deep streaming linear discriminant analysis, CVPR Workshops 2020,
+section 3, equations 1 to 4.
+
+    logit_c(x) = f(x) . L mean_c - 1/2 mean_c . L mean_c,    L = ((1 - e) S + e m I)^-1
+    S = 1/n (sum_i f_i f_i^T - sum_c n_c mean_c mean_c^T)
+
+The paper updates S record by record, each around the mean that its class had at that moment, so that S depends on the
+order; here it is the covariance around the final means, which does not. The shrinkage e is towards m I with m the mean
+variance, so that it means the same for features of any length; the paper has m = 1 (`scaled=False`).
+
+Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen`).
+State: Gram matrix, class sums and counts, which add up over experiences and clients, and the solved head.
+Memory cost: a matrix of features x features and two tables of classes x features, in float64.
+Privacy cost: one release an experience, of the joint vector (svec(f f^T), w f y^T, v y) of `perdure.queries.Gram`; with
+|f| = 1 it is clipped to sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the
+noise that they show is added as a ridge (`perdure.analytic.denoised`): free.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from perdure.analytic import (
+    Analytic,
+    WideGram,
+    absent,
+    class_means,
+    denoised,
+    discriminant_head,
+    layout,
+    shrunk,
+    within_covariance,
+)
+from perdure.errors import ConfigError
+from perdure.queries import Gram
+from perdure.strategy import Spec, State
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+
+WEIGHT, COUNT_WEIGHT = 0.7, 0.5
+"""w and v: the matrix, which is inverted, bears noise worst."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLDA(Analytic):
+    """Linear discriminant analysis with a shared covariance; nothing is trained.
+
+    Guarantee: see `perdure.analytic.Analytic`.
+
+    Args:
+        shrinkage: e, above 0 and at most 1. scaled: shrink towards the mean variance, else towards the identity.
+        normalise: divide every record's features by their L2 norm.
+        bound: declared L2 norm of features that are not normalised; used under privacy only.
+    """
+
+    shrinkage: float = 1e-4
+    scaled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.shrinkage <= 1:
+            raise ConfigError.of("slda.shrinkage", self.shrinkage, "a number above 0 and at most 1")
+
+    def init(self, spec: Spec) -> State:
+        """Start with no records."""
+        return layout(spec, spec.feature_size, matrix=True)
+
+    def query(self, curator: "Curator", state: State) -> Gram:
+        """Gram matrix, class sums and counts."""
+        return self.asking(state, Gram if curator.private else WideGram, weight=WEIGHT, totals=COUNT_WEIGHT)
+
+    def derive(self, state: State) -> State:
+        """Covariance, shrunk, and the head that is solved with it."""
+        covariance = within_covariance(state["gram"], state["cross"], state["totals"])
+        covariance = denoised(covariance) if bool(state["noisy"]) else covariance
+        means = class_means(state["cross"], state["totals"])
+        weight, bias = discriminant_head(shrunk(covariance, self.shrinkage, scaled=self.scaled), means)
+        return state.replace({"weight": weight, "bias": absent(state["totals"]) + bias})

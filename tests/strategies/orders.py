@@ -1,0 +1,77 @@
+"""Digits in several orders, and over several clients: what an analytic head must not notice."""
+
+from functools import cache
+
+import torch
+
+import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
+from perdure.datasets import digits
+from perdure.features import RandomConvolutions
+from perdure.federated import Federation, dirichlet, iid, run_federation
+from perdure.learner import Learner
+from perdure.models import frozen
+from perdure.privacy.policy import Privacy
+from perdure.streams import split
+
+FIRST, SECOND = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), (7, 3, 9, 0, 5, 2, 8, 6, 1, 4)
+
+
+@cache
+def data():
+    return digits()
+
+
+def stream_of(order=FIRST, experiences=5):
+    return split(data(), scenario="class", experiences=experiences, class_order=order)
+
+
+def learner_of(strategy, privacy=None, **changes):
+    model = frozen(RandomConvolutions(filters=12, size=3, pool=2), input_shape=(1, 8, 8), num_classes=10)
+    options = {"optimizer": torch.optim.SGD, "iterations": 3, "privacy": privacy} | changes
+    return Learner(model=model, strategy=strategy, **options)
+
+
+def alone(strategy, stream=None, **changes):
+    """A learner that has seen the whole stream."""
+    learner = learner_of(strategy, **changes)
+    learner.fit(stream or stream_of())
+    return learner
+
+
+def logits(learner):
+    """Of all test records, after the last experience."""
+    last = len(learner.stream) - 1
+    with torch.no_grad():
+        return learner.predictor(0, after=last)(data().test.inputs)
+
+
+def accuracy(learner):
+    return float((logits(learner).argmax(1) == data().test.labels).double().mean())
+
+
+def everything():
+    """(features, labels) of all training records at once, as the frozen model makes them."""
+    learner, records = learner_of(None), data().train
+    with torch.no_grad():
+        return learner.model.features(records.inputs).double(), records.labels
+
+
+def features_of_tests():
+    with torch.no_grad():
+        return learner_of(None).model.features(data().test.inputs).double()
+
+
+def difference(strategy):
+    """Largest relative difference of the logits between one learner and other orders, splits and federations."""
+    base = logits(alone(strategy))
+    learners = [
+        alone(strategy, stream_of(SECOND)), alone(strategy, stream_of(SECOND, experiences=2)),
+        alone(strategy, stream_of(experiences=10)),
+    ]  # fmt: skip
+    for streams in (iid(stream_of(), clients=3), dirichlet(stream_of(SECOND), clients=4, alpha=0.3)):
+        federation = Federation(clients=len(streams), rounds=2)
+        learners.append(run_federation(lambda _: learner_of(strategy, blocks=2), streams, federation).learner)
+    return max(float((logits(learner) - base).abs().max() / base.abs().max()) for learner in learners)
+
+
+SIMULATED = Privacy(epsilon=8.0, seed=1)

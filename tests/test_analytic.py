@@ -1,0 +1,221 @@
+"""Solved heads: sums in float64, the mathematics against scikit-learn and brute force, and what is made of noise."""
+
+import math
+
+import pytest
+import torch
+
+from perdure.analytic import (
+    BLOCK,
+    ClassSums,
+    WideGram,
+    absent,
+    class_means,
+    denoised,
+    discriminant_head,
+    mirrored,
+    ridge_head,
+    shrunk,
+    unit,
+    within_covariance,
+)
+from perdure.errors import StrategyError
+from perdure.privacy.clipping import Clip
+from perdure.queries import Gram, bounded_sum, exact_sum, unsvec
+from perdure.records import Batch, Records
+from perdure.strategy import Forward
+
+
+def rows(n=60, d=5, classes=3, seed=0):
+    """(features, labels) with correlated features."""
+    place = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(n, d, generator=place) @ torch.randn(d, d, generator=place)
+    labels = torch.arange(n) % classes
+    return mixed + labels[:, None], labels
+
+
+def batch_of(features, labels):
+    return Batch.current(Records(inputs=features, labels=labels), 0)
+
+
+def asked(kind, classes=3, **weights):
+    return kind(
+        lambda forward, batch: batch.inputs,
+        lambda forward, batch: (batch.labels[:, None] == torch.arange(classes)).float(),
+        **weights,
+    )
+
+
+MODULE = torch.nn.Identity()
+
+# --------------------------------------------------------------------------- sums
+
+
+@pytest.mark.parametrize("d", [5, BLOCK - 1, BLOCK, BLOCK + 3])
+def test_wide_sums_are_those_of_gram_in_float64(d):
+    f, y = rows(n=40, d=d)
+    found = exact_sum(asked(WideGram), Forward(MODULE), batch_of(f, y), 7)
+    assert {value.dtype for value in found.values()} == {torch.float64}
+    wide, targets = f.double(), torch.eye(3, dtype=torch.float64)[y]
+    expected = {"gram": wide.T @ wide, "cross": wide.T @ targets, "totals": targets.sum(0)}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found["gram"], found["gram"].T)
+
+
+def test_wide_sums_do_not_know_their_order_where_narrow_ones_do():
+    f, y = rows(n=3000, d=8)
+    order = torch.randperm(len(f), generator=torch.Generator().manual_seed(1))
+
+    def gap(kind):
+        here, there = (
+            exact_sum(asked(kind), Forward(MODULE), b, 100) for b in (batch_of(f, y), batch_of(f[order], y[order]))
+        )
+        return float((here["gram"] - there["gram"]).abs().max() / here["gram"].abs().max())
+
+    assert gap(WideGram) < 1e-14 < 1e-8 < gap(Gram)
+
+
+def test_class_sums_are_gram_without_its_matrix_with_and_without_clipping():
+    f, y = rows()
+    narrow = asked(ClassSums, weight=0.5, totals=0.25)
+    found = exact_sum(narrow, Forward(MODULE), batch_of(f, y), 7)
+    expected = exact_sum(asked(WideGram), Forward(MODULE), batch_of(f, y), 7)
+    expected.pop("gram")
+    assert found.keys() == expected.keys() == narrow.shapes(Forward(MODULE), batch_of(f, y)).keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    bound, lengths = 1.5, (0.25 * f.square().sum(1) + 0.0625).sqrt()
+    factors = (bound / lengths).clamp(max=1.0)
+    assert int((factors < 1).sum()) > 5 and narrow.norm(2.0) == pytest.approx(math.sqrt(1 + 0.0625))
+    clipped = bounded_sum(narrow, MODULE, {}, batch_of(f, y).tensors(), Clip(norm=bound))
+    targets = torch.eye(3)[y]
+    torch.testing.assert_close(clipped["cross"], 0.5 * (f * factors[:, None]).T @ targets)
+    torch.testing.assert_close(narrow.unpacked(clipped)["totals"], factors @ targets)
+
+
+def test_one_record_moves_class_sums_by_its_clip_norm_at_most():
+    f, y = rows()
+    narrow = asked(ClassSums, totals=0.5)
+
+    def clipped(keep):
+        return bounded_sum(narrow, MODULE, {}, batch_of(f[keep], y[keep]).tensors(), Clip(norm=1.0))
+
+    everyone = torch.ones(len(f), dtype=torch.bool)
+    for dropped in range(0, len(f), 6):
+        keep = everyone.clone()
+        keep[dropped] = False
+        here, there = clipped(everyone), clipped(keep)
+        moved = torch.cat([(here[name] - there[name]).flatten() for name in here]).norm()
+        assert 0.9 < float(moved) <= 1 + 1e-4
+
+
+def test_the_upper_triangle_is_mirrored():
+    assert mirrored(torch.tensor([[1.0, 2.0], [9.0, 3.0]])).tolist() == [[1.0, 2.0], [2.0, 3.0]]
+
+
+# --------------------------------------------------------------------------- heads
+
+
+@pytest.mark.reference
+def test_the_ridge_head_is_that_of_scikit_learn():
+    from sklearn.linear_model import Ridge
+
+    f, y = (value.double() for value in rows())
+    targets = torch.eye(3, dtype=torch.float64)[y.long()]
+    reference = Ridge(alpha=0.3, fit_intercept=False).fit(f.numpy(), targets.numpy())
+    torch.testing.assert_close(ridge_head(f.T @ f, f.T @ targets, 0.3), torch.from_numpy(reference.coef_.T))
+
+
+def test_a_singular_matrix_is_refused_with_its_ridge():
+    with pytest.raises(StrategyError, match="width 3 with a ridge of 0 is singular"):
+        ridge_head(torch.zeros(3, 3), torch.zeros(3, 2), 0.0)
+
+
+def test_the_covariance_is_that_around_the_means_of_the_classes():
+    f, y = rows()
+    f = f.double()
+    targets = torch.eye(3, dtype=torch.float64)[y]
+    means = torch.stack([f[y == c].mean(0) for c in range(3)])
+    found = within_covariance(f.T @ f, f.T @ targets, targets.sum(0))
+    around = f - means[y]
+    torch.testing.assert_close(found, around.T @ around / len(f))
+    torch.testing.assert_close(class_means(f.T @ targets, targets.sum(0)), means.T)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("shrinkage", [0.05, 1.0])
+def test_shrinking_is_that_of_scikit_learn(shrinkage):
+    from sklearn.covariance import shrunk_covariance
+
+    matrix = torch.cov(rows()[0].T).double()
+    expected = torch.from_numpy(shrunk_covariance(matrix.numpy(), shrinkage))
+    torch.testing.assert_close(shrunk(matrix, shrinkage, scaled=True), expected)
+    towards_one = shrunk(matrix, shrinkage, scaled=False)
+    torch.testing.assert_close(towards_one, (1 - shrinkage) * matrix + shrinkage * torch.eye(5, dtype=torch.float64))
+
+
+def test_no_records_give_a_head_all_the_same():
+    """A federation derives before the first record was seen."""
+    empty = within_covariance(torch.zeros(3, 3), torch.zeros(3, 2), torch.zeros(2))
+    weight, bias = discriminant_head(shrunk(empty, 0.1, scaled=True), class_means(torch.zeros(3, 2), torch.zeros(2)))
+    assert torch.equal(weight, torch.zeros(3, 2)) and torch.equal(bias, torch.zeros(2))
+    assert float(absent(torch.zeros(2)).max()) < -1e8
+
+
+@pytest.mark.reference
+def test_the_discriminant_head_is_gauss_log_density_up_to_a_constant():
+    f, _ = rows()
+    covariance, means = torch.cov(f.T) + torch.eye(5), torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    weight, bias = discriminant_head(covariance, means)
+    logs = torch.stack([torch.distributions.MultivariateNormal(m, covariance).log_prob(f) for m in means.T], 1)
+    gap = f @ weight + bias - logs
+    torch.testing.assert_close(gap, gap[:, :1].expand_as(gap), rtol=1e-3, atol=1e-3)
+
+
+def test_units_have_norm_one_and_nothing_stays_nothing():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    torch.testing.assert_close(unit(x), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+# --------------------------------------------------------------------------- noise
+
+
+def noise(d, scale, seed):
+    """As a release of `Gram` holds it: `scale` on the diagonal, scale / sqrt(2) off it."""
+    drawn = torch.randn(d * (d + 1) // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return unsvec(scale * drawn)
+
+
+def test_without_negative_eigenvalues_a_matrix_stays_as_it_is():
+    f = rows()[0].double()
+    torch.testing.assert_close(denoised(f.T @ f), f.T @ f)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("seed", range(3))
+def test_the_floor_reads_the_noise_off_a_matrix_with_weak_directions(seed):
+    """Wigner: the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % but for one matrix in a million."""
+    strong = torch.zeros(200, 200, dtype=torch.float64)
+    strong[:3, :3] = 1e4 * torch.eye(3)
+    found = torch.linalg.eigvalsh(denoised(strong + noise(200, 2.0, seed), share=1.0))
+    assert float(found[0]) == pytest.approx(2.0 * math.sqrt(400), rel=0.05)
+
+
+@pytest.mark.statistical
+def test_a_noisy_head_is_better_denoised():
+    """Squared error of the ridge head against the true one, over ten draws; the worse way is off by orders."""
+    f = torch.randn(2000, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f[:, 10:] *= 0.01
+    truth = torch.randn(40, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    truth[10:] = 0
+    gram = f.T @ f
+
+    def error(share, seed):
+        noisy = gram + noise(40, 20.0, seed)
+        used = denoised(noisy, share=share) if share else noisy
+        return float((torch.linalg.solve(used + 1e-3 * torch.eye(40), gram @ truth) - truth).square().sum())
+
+    better = [error(0.5, seed) < 0.5 * error(0.0, seed) for seed in range(10)]
+    assert sum(better) >= 8

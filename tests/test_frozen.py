@@ -1,0 +1,139 @@
+"""Frozen bodies: nothing trains, moves, travels or is stored, and a backbone computes what it did."""
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.errors import ConfigError, GuardError
+from perdure.features import RandomConvolutions, Scattering
+from perdure.frozen import Fixed, FixedNorm, Frozen
+from perdure.learner import Learner
+from perdure.models import frozen, resnet18
+from perdure.privacy.guard import check_buffers, check_model
+from perdure.privacy.policy import Privacy
+from perdure.strategies import NCM, Naive
+from perdure.streams import split
+
+SHAPE = (1, 8, 8)
+
+
+def images(n=5, seed=0):
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def backbone():
+    """A network with BatchNorm that has seen other data, and dropout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = resnet18(input_shape=SHAPE, num_classes=4, seed=0, norm="batch", width=4).body
+        model = nn.Sequential(model, nn.Dropout(0.5))
+        for _ in range(3):
+            model(torch.rand(16, *SHAPE))
+    return model
+
+
+BODIES = {
+    "random convolutions": RandomConvolutions(filters=3, size=3, pool=2),
+    "scattering": Scattering(orientations=2),
+    "scattering, normalised": nn.Sequential(Fixed(Scattering(orientations=2)), nn.GroupNorm(1, 9, affine=False)),
+    "backbone": backbone(),
+    "a function": torch.abs,
+}
+
+
+@pytest.fixture(params=BODIES.values(), ids=BODIES.keys())
+def model(request):
+    return frozen(request.param, input_shape=SHAPE, num_classes=10)
+
+
+def test_only_the_head_has_parameters_and_only_it_is_stored(model):
+    assert {name for name, _ in model.named_parameters()} == {"head.weight", "head.bias"} == set(model.state_dict())
+    x = images()
+    assert model.features(x).shape == (5, model.feature_size)
+    torch.testing.assert_close(model(x), model.head(model.features(x)))
+
+
+def test_the_guard_takes_it_and_training_mode_changes_nothing(model):
+    x = images()
+    before = model.features(x)
+    check_model(model)
+    check_buffers(model, x)
+    assert torch.equal(model.train().features(x), before)
+    assert not any(part.training for part in model.body.modules())
+
+
+def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(model):
+    x, params = images(), dict(model.named_parameters())
+    alone = torch.func.vmap(lambda row: torch.func.functional_call(model, params, (row[None],))[0])(x)
+    torch.testing.assert_close(alone, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_computes_what_it_did_in_evaluation_mode_and_is_left_as_it_was():
+    given = backbone()
+    names = [name for name, _ in given.named_parameters()]
+    model = frozen(given, input_shape=SHAPE, num_classes=4)
+    assert given.training and names == [name for name, _ in given.named_parameters()] and len(names) > 20
+    torch.testing.assert_close(model.features(images()), given.eval()(images()), rtol=1e-4, atol=1e-5)
+    assert any(isinstance(part, FixedNorm) for part in model.body.modules())
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_fixed_norms_are_what_they_stand_for(make, affine):
+    norm = make(3, affine=affine, track_running_stats=True)
+    x = torch.randn(6, 3, 4, 4)[(...,) if make is not nn.BatchNorm1d else (..., 0)]
+    for value in [*norm.parameters(), norm.running_mean]:
+        nn.init.normal_(value)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    torch.testing.assert_close(FixedNorm(norm)(x), norm.eval()(x))
+
+
+def test_a_norm_that_mixes_records_even_in_evaluation_mode_is_refused():
+    with pytest.raises(ConfigError, match=r"features hold BatchNorm2d.*mixes records"):
+        Frozen(nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)))
+
+
+def test_in_private_training_the_backbone_is_accepted_where_the_open_one_is_not():
+    from perdure.datasets import digits
+
+    stream = split(digits(), scenario="class", experiences=5)
+    options = {
+        "optimizer": torch.optim.SGD, "iterations": 1, "privacy": Privacy(noise_multiplier=1.0, seed=0),
+    }  # fmt: skip
+    with pytest.raises(GuardError, match="BatchNorm2d"):
+        open_one = resnet18(input_shape=SHAPE, num_classes=10, seed=0, norm="batch", width=4)
+        Learner(model=open_one, strategy=Naive(), **options).prepare(stream)
+    for strategy in (NCM(), Naive()):
+        learner = Learner(model=frozen(backbone(), input_shape=SHAPE, num_classes=10), strategy=strategy, **options)
+        before = learner.model.features(images())
+        assert learner.fit(stream).isfinite().all()
+        assert torch.equal(learner.model.features(images()), before)
+
+
+def test_gradients_reach_the_images_through_a_backbone():
+    x = images().requires_grad_()
+    frozen(backbone(), input_shape=SHAPE, num_classes=4)(x).sum().backward()
+    assert float(x.grad.abs().max()) > 0
+
+
+def test_the_head_is_a_function_of_the_seed():
+    heads = [frozen(torch.abs, input_shape=SHAPE, num_classes=4, seed=s).head.weight for s in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (Scattering(scales=3), "input_shape = .* what the features take .*sides above 8"),
+        (nn.Conv2d(3, 4, 3), "input_shape = "),
+        (lambda x: x.sum(0), "features of two inputs have shape"),
+    ],
+)
+def test_features_that_do_not_take_the_input_are_refused(features, message):
+    with pytest.raises(ConfigError, match=message):
+        frozen(features, input_shape=SHAPE, num_classes=4)
+
+
+def test_a_head_without_classes_is_refused():
+    with pytest.raises(ConfigError, match="num_classes = 0"):
+        frozen(torch.abs, input_shape=SHAPE, num_classes=0)
