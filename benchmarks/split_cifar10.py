@@ -1,8 +1,8 @@
 """Split CIFAR-10, class-incremental: DER++ against plain rehearsal (ER), five experiences of two classes.
 
 The published comparison is that of Buzzega et al., Dark Experience for General Continual Learning, NeurIPS 2020, table
-2: ResNet-18 with BatchNorm, 50 epochs, batches of 32 and 32 stored records, random shifts and mirrors, plain SGD. Buffer
-200: DER++ 64.9, ER 44.8; buffer 500: 72.7 and 57.7. `--scale published` runs that; it needs a graphics processor.
+2: ResNet-18 with BatchNorm, 50 epochs, batches of 32 and 32 stored records, random shifts and mirrors, plain SGD. With
+200 stored records DER++ has 64.9 and ER 44.8, with 500 72.7 and 57.7. `--scale published` runs that, on a GPU.
 
 `--scale small` (the default) is a scaled-down comparison for two processor cores, and is labelled so in its rows: a
 ResNet-18 of an eighth of the width, a tenth of the training records and 5 epochs. Its accuracies are not comparable

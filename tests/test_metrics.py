@@ -12,6 +12,7 @@ from torch import Tensor
 from perdure.errors import ConfigError
 from perdure.metrics import (
     Summary,
+    area_under_accuracy,
     average_accuracy,
     backward_transfer,
     expected_calibration_error,
@@ -43,6 +44,7 @@ def test_hand_computed_values() -> None:
     assert backward_transfer(HAND) == pytest.approx(((50 - 90) + (60 - 80)) / 2)
     assert forward_transfer(HAND, BASELINE) == pytest.approx(((10 - 20) + (30 - 10)) / 2)
     assert worst_experience_accuracy(HAND) == 50
+    assert area_under_accuracy(HAND) == pytest.approx((90 + (95 + 80) / 2 + (50 + 60 + 70) / 3) / 3)
 
 
 def test_forgetting_ignores_accuracy_from_before_the_experience_was_learnt() -> None:
@@ -58,7 +60,7 @@ def test_one_experience_cannot_be_forgotten_or_transferred() -> None:
     one = torch.tensor([[87.5]])
     assert summarise(one, torch.tensor([10.0])) == Summary(
         average_accuracy=87.5, learning_accuracy=87.5, forgetting=0.0, backward_transfer=0.0,
-        forward_transfer=0.0, worst_experience_accuracy=87.5,
+        forward_transfer=0.0, worst_experience_accuracy=87.5, area_under_accuracy=87.5,
     )  # fmt: skip
 
 

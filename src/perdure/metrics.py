@@ -141,6 +141,26 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
     return _mean_of_past(ahead - baseline.to(R)[1 : 1 + ahead.numel()], len(R))
 
 
+def area_under_accuracy(matrix: Tensor) -> float:
+    """Mean, over the whole stream, of the accuracy on what was met so far: how good the model was all along.
+
+    AUC = 1/T sum_i 1/(i+1) sum_{j <= i} R[i, j]
+
+    Args:
+        matrix: R, the (T, E) accuracy matrix in percent.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies.
+
+    Source: the average incremental accuracy of Rebuffi et al. 2017 (iCaRL), section 4.1.
+
+    >>> area_under_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
+    87.5
+    """
+    R = _checked(matrix)
+    return torch.stack([row[: i + 1].nanmean() for i, row in enumerate(R)]).mean().item()
+
+
 def worst_experience_accuracy(matrix: Tensor) -> float:
     """Accuracy at the end of the stream on the experience that fares worst: min_j R[T-1, j].
 
@@ -195,6 +215,7 @@ class Summary:
         backward_transfer: change since learning.
         forward_transfer: head start before learning; None without a baseline.
         worst_experience_accuracy: the experience that fares worst at the end.
+        area_under_accuracy: accuracy on what was met so far, over the whole stream.
     """
 
     average_accuracy: float
@@ -203,6 +224,7 @@ class Summary:
     backward_transfer: float
     forward_transfer: float | None
     worst_experience_accuracy: float
+    area_under_accuracy: float
 
 
 def summarise(matrix: Tensor, baseline: Tensor | None = None) -> Summary:
@@ -222,6 +244,7 @@ def summarise(matrix: Tensor, baseline: Tensor | None = None) -> Summary:
         backward_transfer=backward_transfer(matrix),
         forward_transfer=None if baseline is None else forward_transfer(matrix, baseline),
         worst_experience_accuracy=worst_experience_accuracy(matrix),
+        area_under_accuracy=area_under_accuracy(matrix),
     )
 
 

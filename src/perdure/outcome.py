@@ -11,6 +11,8 @@ from perdure.adversarial.attacks import FGSM, PGD, Attack
 from perdure.config import Arm, AttackConfig, Config
 from perdure.environment import machine, versions
 from perdure.files import save_tensors
+from perdure.learner import Learner
+from perdure.metrics import expected_calibration_error
 from perdure.privacy.account import Account, Statement
 from perdure.privacy.ledger import Merged
 from perdure.streams import Stream
@@ -38,6 +40,18 @@ def summary(
         "epsilon_of_all_arms": together(merged, config.privacy.delta) if merged and config.privacy else None,
         "explanations": explanations,
     }  # fmt: skip
+
+
+def calibration(learner: Learner, stream: Stream) -> list[float]:
+    """Expected calibration error on the test records of every experience, at the end of the stream."""
+    after = max(0, learner.position.experience - 1)
+    with torch.no_grad():
+        return [
+            expected_calibration_error(
+                torch.softmax(learner.predictor(e.index, after=after)(e.test.inputs), dim=1), e.test.labels
+            )
+            for e in stream.to(learner.device)
+        ]
 
 
 def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from perdure.metrics import summarise
 from perdure.models import build
 from perdure.outcome import (
     attack_of,
+    calibration,
     client_streams,
     collect_explanations,
     epsilon_row,
@@ -273,10 +274,10 @@ class ArmRun:
         save_tensors(self.run_folder / "checkpoint" / self.arm.name / "model.safetensors", final)
         start = torch.tensor(self.untrained().evaluate(self.stream), dtype=torch.float64)
         measures = asdict(summarise(torch.tensor(learner.matrix, dtype=torch.float64), start))
-        names = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer", "forward_transfer")
         return {
             "strategy": self.arm.file, "options": repr(self.arm.strategy), "private": self.arm.private,
-            "accuracy_matrix": learner.matrix, **{name: measures[name] for name in names},
+            "accuracy_matrix": learner.matrix, **measures, "calibration_error": calibration(learner, self.stream),
+            "state_bytes": sum(value.nbytes for value in learner.state.values()),
             "robust_accuracy": self._robust(learner), **self._privacy(),
         }  # fmt: skip
 

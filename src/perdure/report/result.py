@@ -49,6 +49,10 @@ class Arm(TypedDict):
     forgetting: float | None
     backward_transfer: float | None
     forward_transfer: float | None
+    worst_experience_accuracy: float | None
+    area_under_accuracy: float | None
+    calibration_error: list[float]
+    state_bytes: int
     robust_accuracy: float | None
     epsilon: Epsilon | None
     epsilon_over_time: list[float | None] | None

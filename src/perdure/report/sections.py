@@ -27,11 +27,15 @@ NUMBERS = (
     ("forgetting", "forgetting", "points"),
     ("backward_transfer", "backward transfer", "points"),
     ("forward_transfer", "forward transfer", "points"),
+    ("worst_experience_accuracy", "worst experience", "%"),
+    ("area_under_accuracy", "area under the curve", "%"),
 )
 GLOSSARY = (
     ("arm", "One strategy in one mode, with or without privacy. All arms of a run see the same stream."),
+    ("area under the curve", "Percent right on what was met so far, averaged over all moments of the stream."),
     ("average accuracy", "Percent answered right at the very end, averaged over all experiences."),
     ("backward transfer", "Change on past experiences since they were learnt; negative if forgotten."),
+    ("worst experience", "Percent right at the very end on the experience that fares worst."),
     ("experience", "One stage of the stream: the data that arrive together and are not there afterwards."),
     ("forgetting", "Points lost on past experiences between their best moment and the end; lower is better."),
     ("forward transfer", "Head start on experiences not yet learnt, over an untrained model, in points."),
