@@ -190,7 +190,7 @@ class RandomConvolutions(nn.Module):
     kernels: Tensor
 
     def __init__(
-        self, *, channels: int = 1, filters: int = 128, size: int = 7, pool: int = 7, smoothing: float = 1.5,
+        self, *, channels: int = 1, filters: int = 128, size: int = 7, pool: int = 7, smoothing: float = 1.0,
         seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
