@@ -39,11 +39,18 @@ from perdure.streams import split
 DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
 GROUPS, BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, CLIP_NORM = 27, 2048, 10, 4.0, 0.9, 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
+    "agem": {"memory_size": 6000},
+    "der": {"memory_size": 6000},
+    "er_ace": {"memory_size": 6000},
     "ewc": {"strength": 1.0},
     "feature_distillation": {"strength": 1.0},
+    "gdumb": {"memory_size": 6000},
+    "gem": {"memory_size": 6000},
+    "icarl": {"memory_size": 6000},
     "l2": {"strength": 0.01},
     "lwf": {"strength": 1.0},
     "mas": {"strength": 1.0},
+    "ranpac": {"projection": 500},
     "replay": {"memory_size": 6000, "weighting": "equal"},
     "rwalk": {"strength": 1.0},
     "si": {"strength": 1.0},

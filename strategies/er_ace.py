@@ -9,7 +9,9 @@ The paper masks new rows by the classes that turn up in their batch; here it is 
 experience, so that the loss of a row depends on that row alone.
 
 State: none. Memory cost: the stored records. Privacy cost: records that may be stored go on being used in all later
-experiences. Under differential privacy a record is stored by its own coin, and all rows weigh the same.
+experiences. Under differential privacy a record is stored by its own coin, and all rows weigh the same; memory then
+holds earlier experiences only, so that nothing sets the new classes against the old ones before the next experience:
+the newest classes are answered badly, and `Replay` is the better choice.
 """
 
 from dataclasses import dataclass

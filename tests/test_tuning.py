@@ -23,7 +23,7 @@ def stream(toy_data):
 def make(stream, toy_model):
     def build(values, **options):
         return Learner(
-            model=toy_model(stream), strategy=EWC(strength=values.get("strength", 1.0)), iterations=4, batch_size=8,
+            model=toy_model(stream), strategy=EWC(strength=values.get("strength", 1.0)), iterations=30, batch_size=8,
             optimizer=partial(torch.optim.Adam, lr=values.get("rate", 0.01)), **options,
         )  # fmt: skip
 
