@@ -202,7 +202,9 @@ def test_random_convolutions_are_a_function_of_the_seed_and_of_one_image():
     assert torch.equal(first(x), again(x)) and not torch.allclose(first(x), other(x))
     torch.testing.assert_close(torch.cat([first(x[i : i + 1]) for i in range(5)]), first(x))
     assert first(x).shape == (5, 8, 4, 4) and list(first.parameters()) == [] == list(first.state_dict())
-    assert repr(first) == "RandomConvolutions(channels=1, filters=4, size=7, pool=7, smoothing=1.0, seed=0)"
+    assert repr(first) == "RandomConvolutions(channels=1, filters=4, size=7, pool=7, smoothing=1.0, root=False, seed=0)"
+    x = images(n=2, channels=1, side=14)
+    torch.testing.assert_close(RandomConvolutions(filters=4, root=True)(x).square(), first(x))
 
 
 def test_a_constant_image_has_nothing_but_its_borders():

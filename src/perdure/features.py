@@ -178,7 +178,7 @@ class RandomConvolutions(nn.Module):
         channels: of the images. filters: how many; each gives two channels.
         size: side of a filter in pixels, odd. pool: side of the squares in pixels; rows and columns left over are cut.
         smoothing: standard deviation in pixels of the Gaussian that filters are smoothed with; 0 for none.
-        seed: of the filters.
+        root: take the square root of every average, which evens out its spread. seed: of the filters.
 
     Raises:
         ConfigError: naming the argument.
@@ -191,7 +191,7 @@ class RandomConvolutions(nn.Module):
 
     def __init__(
         self, *, channels: int = 1, filters: int = 128, size: int = 7, pool: int = 7, smoothing: float = 1.0,
-        seed: int = 0,
+        root: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("channels", channels), ("filters", filters), ("pool", pool)):
@@ -201,7 +201,7 @@ class RandomConvolutions(nn.Module):
             raise ConfigError.of("size", size, "odd numbers, above 1 for images of one channel")
         if not 0 <= smoothing < math.inf:
             raise ConfigError.of("smoothing", smoothing, "a finite number, 0 or more")
-        self.channels, self.pool, self.smoothing, self.seed = channels, pool, smoothing, seed
+        self.channels, self.pool, self.smoothing, self.root, self.seed = channels, pool, smoothing, root, seed
         kernels = random_filters(filters, channels, size, smoothing, generator(seed, "random convolutions"))
         self.register_buffer("kernels", kernels, persistent=False)
 
@@ -215,14 +215,15 @@ class RandomConvolutions(nn.Module):
             allowed = f"(n, {self.channels}, h, w) with sides from {self.pool}"
             raise DataError(f"images have shape {tuple(images.shape)}; allowed: {allowed}")
         responses = F.conv2d(images, self.kernels, padding=self.kernels.shape[-1] // 2)
-        return torch.cat([F.avg_pool2d(F.relu(sign * responses), self.pool) for sign in (1, -1)], 1)
+        pooled = torch.cat([F.avg_pool2d(F.relu(sign * responses), self.pool) for sign in (1, -1)], 1)
+        return pooled.sqrt() if self.root else pooled
 
     def extra_repr(self) -> str:
         """Show the arguments."""
         filters, channels, size, _ = self.kernels.shape
         return (
             f"channels={channels}, filters={filters}, size={size}, pool={self.pool}, smoothing={self.smoothing}, "
-            f"seed={self.seed}"
+            f"root={self.root}, seed={self.seed}"
         )
 
 
