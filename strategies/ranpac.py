@@ -23,7 +23,7 @@ eigenvalues of the noisy matrix are cut, and half of the noise that they show is
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class RanPAC(Analytic):
     bias: float = 0.0
     projection: int = 0
     seed: int = 0
+    not_vmappable_because: ClassVar[str | None] = "its head is solved by a factorisation that is checked for success"
 
     def __post_init__(self) -> None:
         super().__post_init__()

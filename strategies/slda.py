@@ -19,7 +19,7 @@ noise that they show is added as a ridge (`perdure.analytic.denoised`): free.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from perdure.analytic import (
     Analytic,
@@ -57,6 +57,7 @@ class SLDA(Analytic):
 
     shrinkage: float = 1e-4
     scaled: bool = True
+    not_vmappable_because: ClassVar[str | None] = "its head is solved by a factorisation that is checked for success"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,7 @@
 """The command: what it teaches, what it prints, and how it refuses."""
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -299,3 +300,84 @@ def test_audit_refuses_a_config_without_private_arms(perdure, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(CONFIG)
     assert_refused(perdure("audit", path), "arms", "at least one with private = true")
+
+
+# --------------------------------------------------------------------------- the list of strategies
+
+
+def test_bench_lists_every_strategy_with_its_costs(perdure):
+    from perdure.strategies import names
+
+    code, out, err = perdure("bench", "--list", "--json")
+    assert (code, err) == (0, "")
+    listed = {row["name"]: row for row in json.loads(out)}
+    assert tuple(listed) == names()
+    assert all(row["summary"] and row["privacy"] and row["memory"] for row in listed.values())
+    ewc, replay, naive, joint = (listed[name] for name in ("ewc", "replay", "naive", "joint"))
+    assert ewc["paper"].startswith("Kirkpatrick et al., Overcoming catastrophic forgetting")
+    assert ewc["paper"].endswith("PNAS 2017")
+    assert ewc["privacy"] == "gradient; 1 release an experience"
+    assert (ewc["memory"], ewc["state_multiple"]) == ("3 x parameters", 3.0)
+    assert replay["privacy"] == joint["privacy"] == "gradient; records go on being used"
+    assert (replay["memory"], replay["state_multiple"]) == ("memory_size records", 0.0)
+    assert (naive["privacy"], naive["memory"], joint["memory"]) == ("gradient", "none", "all records")
+    assert (listed["der"]["memory"], naive["paper"]) == ("memory_size records with logits (classes)", "")
+    assert listed["agem"]["privacy"].startswith("gradient; 1 reference gradient of stored records a step;")
+    assert listed["icarl"]["privacy"].startswith("gradient; 1 release over memory an experience;")
+    assert listed["ncm"]["privacy"] == "no gradient; 1 release an experience"
+    assert "features x features" in listed["slda"]["memory"]
+    assert "quadratic program" in listed["gem"]["not_vmappable_because"]
+    assert ewc["not_vmappable_because"] is None
+
+
+def test_bench_lists_as_a_table_too(perdure):
+    from perdure.strategies import names
+
+    code, out, err = perdure("bench", "--list")
+    assert (code, err) == (0, "")
+    rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()]
+    assert set(names()) <= set(rows)
+    assert "3 x parameters" in out
+    assert max(map(len, out.splitlines())) <= 120
+    assert_refused(perdure("bench"), "perdure bench --list")
+
+
+def test_a_cost_says_all_that_is_asked():
+    from perdure.bench import privacy_cost
+    from perdure.strategy import Asks, Plan
+
+    everything = Asks(releases=2, histograms=1, selections=3, recalls=2, references=1, reuses=True)
+    assert privacy_cost(everything, Plan(), False) == (
+        "gradient; 1 reference gradient of stored records a step; 2 releases an experience; 2 releases over memory an "
+        "experience; 1 histogram an experience; 3 selections an experience; records go on being used"
+    )
+    assert privacy_cost(Asks(references=2), Plan(train=False), False).startswith(
+        "no gradient; 2 reference gradients of"
+    )
+    assert privacy_cost(Asks(), Plan(), True) == "refused: it couples records"
+
+
+def test_an_argument_without_a_simplest_value_needs_a_default():
+    from dataclasses import dataclass
+    from pathlib import Path
+    from typing import Literal
+
+    from perdure.bench import simplest
+    from perdure.errors import ConfigError
+    from perdure.strategy import Strategy
+
+    @dataclass(frozen=True, kw_only=True)
+    class Simple(Strategy):
+        strength: float
+        size: int | str
+        mode: Literal["a", "b"]
+        more: float = 3.0
+
+    assert repr(simplest(Simple)).endswith("Simple(strength=1.0, size=100, mode='a', more=3.0)")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Odd(Strategy):
+        where: Path
+
+    with pytest.raises(ConfigError, match=r"Odd.where has no default .* give it a default"):
+        simplest(Odd)

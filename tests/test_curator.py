@@ -380,10 +380,13 @@ def test_an_empty_partition_still_gives_noise(bench, toy_stream):
     nobody = replace(stream[0].train.take(torch.zeros(0, dtype=torch.int64)), declared_size=24)
     test = bench(simulated(), replace(stream, experiences=(replace(stream[0], train=nobody), stream[1])))
     curator = test.open(0, steps=range(1))
-    assert len(curator.sample(0)) == 0
+    batch = curator.sample(0)
+    assert len(batch) == 0
+    with pytest.raises(PrivacyError, match="step 0 was drawn already; rows of a step are for the loop"):
+        curator.sample(0)
     released = curator.release(lambda f, b: {"x": b.inputs, "n": b.labels.float()}, clip_norm=1.0, purpose="sums")
     assert released["x"].shape == (5,) and released["n"].shape == () and bool((released["x"] != 0).all())
-    assert float(flat(test.gradient(curator.sample(0), 0)).abs().min()) > 0
+    assert float(flat(test.gradient(batch, 0)).abs().min()) > 0
 
 
 # --------------------------------------------------------------------------- raw records and memory

@@ -47,7 +47,7 @@ def test_public_names_are_sorted_there_and_documented():
         assert value.__module__.startswith("perdure."), f"{name} belongs to another library"
 
 
-@pytest.mark.parametrize("package", ["adversarial", "explain", "federated", "report", "strategies"])
+@pytest.mark.parametrize("package", ["adversarial", "explain", "federated", "report", "strategies", "testing"])
 def test_what_a_package_offers_is_there_and_documented(package):
     module = __import__(f"perdure.{package}", fromlist=["__all__"])
     assert module.__doc__

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.errors import ConfigError
-from perdure.memory import Memory, MemoryPlan, balanced, concatenate, reservoir
+from perdure.memory import Memory, MemoryPlan, balanced, concatenate, herded, records_in, reservoir
 from perdure.records import Batch
 
 
@@ -186,3 +186,166 @@ def test_concatenation_keeps_order_and_what_is_stored():
 def test_a_plan_that_is_none_is_refused(options, field):
     with pytest.raises(ConfigError, match=field):
         MemoryPlan(**options)
+
+
+# --------------------------------------------------------------------------- ring
+
+
+@pytest.mark.property
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=6), st.integers(1, 12))
+def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
+    """Against lists: the last rows of each class, as many as its share is."""
+    memory, seen, first = Memory(), {}, 0
+    for labels in offers:
+        memory.offer(rows(labels, first_id=first), MemoryPlan(capacity=capacity, selection="ring"), place())
+        for i, label in enumerate(labels):
+            seen.setdefault(label, []).append(first + i)
+        first += len(labels)
+        shares = [capacity // len(seen) + (i < capacity % len(seen)) for i in range(len(seen))] if seen else []
+        for label, share in zip(sorted(seen), shares, strict=True):
+            seen[label] = seen[label][-share:] if share else []
+            assert sorted(memory.rows.ids[memory.rows.labels == label].tolist()) == seen[label]
+    assert memory.offered == first and len(memory) <= capacity
+
+
+def test_a_ring_of_fixed_quotas_turns_for_every_experience_by_itself():
+    memory, plan = Memory(), MemoryPlan(capacity=1, selection="ring", per_class=2)
+    for start in (0, 3, 6):
+        memory.offer(rows([0, 0, 1], first_id=start), plan, place())
+    memory.offer(rows([0, 0, 0], task=1, first_id=20), plan, place())
+    kept = {(t, y): [] for t, y in ((0, 0), (0, 1), (1, 0))}
+    for i, task, label in zip(*(t.tolist() for t in (memory.rows.ids, memory.rows.tasks, memory.rows.labels))):  # noqa: B905
+        kept[task, label].append(i)
+    assert {name: sorted(ids) for name, ids in kept.items()} == {(0, 0): [6, 7], (0, 1): [5, 8], (1, 0): [21, 22]}
+
+
+# --------------------------------------------------------------------------- herding
+
+
+@pytest.mark.property
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 999))
+def test_every_herded_row_is_the_best_that_is_left(n, most, seed):
+    features = torch.randn(n, 3, generator=place(seed))
+    chosen = herded(features, most).tolist()
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
+    assert len(chosen) == min(n, most) == len(set(chosen))
+    for k in range(1, len(chosen) + 1):
+        gaps = {
+            i: float((mean - unit[[*chosen[: k - 1], i]].mean(0)).norm()) for i in set(range(n)) - {*chosen[: k - 1]}
+        }
+        assert gaps[chosen[k - 1]] <= min(gaps.values()) + 1e-9
+    assert herded(features, max(1, most - 1)).tolist() == chosen[: max(1, most - 1)]  # a shorter list is a prefix
+
+
+def test_herding_keeps_prefixes_when_quotas_shrink():
+    memory, plan, first = Memory(), MemoryPlan(capacity=12, selection="herding"), {}
+    for task in range(3):
+        new = rows([2 * task, 2 * task + 1] * 8, task=task, first_id=100 * task)
+        features = torch.randn(16, 4, generator=place(task))
+        memory.offer(new, plan, place(), features)
+        for label in (2 * task, 2 * task + 1):
+            own = torch.nonzero(new.labels == label).flatten()
+            first[label] = new.ids[own[herded(features[own], 12)]].tolist()
+        quota = 12 // (2 * task + 2)
+        assert {label: memory.rows.ids[memory.rows.labels == label].tolist() for label in first} == {
+            label: ids[:quota] for label, ids in first.items()
+        }
+
+
+def test_herding_fewer_rows_than_there_is_room_for_keeps_them_all():
+    memory = Memory()
+    memory.offer(rows([0, 0]), MemoryPlan(capacity=4, selection="herding"), place(), torch.eye(2))
+    assert len(memory) == 2 and memory.offered == 2
+
+
+# --------------------------------------------------------------------------- every step
+
+
+@pytest.mark.statistical
+def test_a_reservoir_that_is_offered_single_rows_is_as_even():
+    """40 offers of one row each; the score is that of `unevenness`, out of (18, 70) with probability 0.004."""
+
+    def one_by_one(generator):
+        memory, plan = Memory(), MemoryPlan(capacity=CAPACITY, selection="reservoir")
+        for i in range(sum(PIECES)):
+            memory.offer(rows([0], first_id=i), plan, generator)
+        return memory.rows.ids.tolist()
+
+    counts = torch.zeros(sum(PIECES), dtype=torch.float64)
+    trials = 400
+    for trial in range(trials):
+        kept = one_by_one(place(trial))
+        assert len(set(kept)) == len(kept) == CAPACITY
+        counts[kept] += 1
+    share = CAPACITY / sum(PIECES)
+    assert 18 < float(((counts - trials * share).square() / (trials * share * (1 - share))).sum()) < 70
+
+
+def test_a_memory_that_takes_nothing_in_keeps_its_rows():
+    memory, plan = Memory(), MemoryPlan(capacity=1, selection="reservoir")
+    memory.offer(rows([0]), plan, place())
+    memory.offered, before = 10**12, memory.rows
+    memory.offer(rows([1, 2], first_id=5), plan, place())
+    assert memory.rows is before and memory.offered == 10**12 + 2
+
+
+# --------------------------------------------------------------------------- sizes
+
+
+def test_a_size_is_records_or_bytes(toy_stream):
+    """A toy record has 5 numbers of 4 bytes, and label and id of 8 each: 36."""
+    first = toy_stream()[0]
+    assert records_in(7, first) == 7
+    sizes = {"0.036 kB": 1, "0.359 kB": 9, "0.36 kB": 10, "1 kB": 27, "3.6 MB": 100_000, "1.8 GB": 50_000_000}
+    assert {size: records_in(size, first) for size in sizes} == sizes
+    assert records_in("0.001 kB", first) == 1  # at least one
+
+
+@pytest.mark.parametrize(
+    "size", ["2MB", "MB", "2 mb", "2 KB", "two MB", "-2 MB", "1e3 kB", "1.2.3 kB", "2  MB", ". kB", ""]
+)
+def test_another_text_is_refused(toy_stream, size):
+    with pytest.raises(ConfigError, match=r"memory_size = .* is not allowed; allowed: a number of records, or bytes"):
+        records_in(size, toy_stream()[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"update": "daily"}, "memory update = 'daily'"),
+        ({"use": "lookup"}, "memory use = 'lookup'"),
+        (
+            {"use": "pooled", "update": "step"},
+            "memory use = 'pooled' is not allowed; allowed: with update='experience'",
+        ),
+        ({"selection": "herding", "update": "step"}, "memory selection = 'herding' .*it ranks them all"),
+    ],
+)
+def test_plans_that_do_not_go_together_are_refused(options, field):
+    with pytest.raises(ConfigError, match=field):
+        MemoryPlan(capacity=5, **options)
+
+
+def test_what_is_rehearsed():
+    uses = {
+        use: MemoryPlan(capacity=5, use=use).rehearsed for use in ("rehearsal", "pooled", "reference", "references")
+    }
+    assert uses == {"rehearsal": True, "pooled": True, "reference": False, "references": False}
+
+
+def test_the_highest_losses_fill_a_loss_aware_quota():
+    memory, plan = Memory(), MemoryPlan(capacity=4, selection="loss-aware")
+    losses = torch.tensor([0.1, 3.0, 2.0, 0.5, 0.2, 9.0])
+    memory.offer(rows([0, 0, 0, 1, 1, 1]), plan, place(), losses)
+    assert sorted(memory.rows.ids.tolist()) == [1, 2, 3, 5]
+    memory.offer(rows([2, 2], task=1, first_id=50), MemoryPlan(capacity=3, selection="loss-aware"), place(), losses[:2])
+    assert sorted(memory.rows.ids.tolist()) == [1, 5, 51]
+
+
+@pytest.mark.parametrize("selection", ["herding", "loss-aware"])
+def test_what_ranks_all_records_waits_for_the_end(selection):
+    with pytest.raises(ConfigError, match=f"memory selection = '{selection}'.*update='experience'"):
+        MemoryPlan(capacity=4, selection=selection, update="step")

@@ -1,8 +1,10 @@
 """The command `perdure`."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +27,8 @@ app = typer.Typer(
 `perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` runs it.
 
 `perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
+
+`perdure bench --list` lists the strategies, and what each costs in privacy and memory.
 
 `perdure ledger show runs/demo` says which records were exposed to what, how often, and the epsilon that follows.
 
@@ -112,6 +116,26 @@ def audit(
         for arm, attack in attacks.items():
             console.print(f"{arm}: {attack}", highlight=False)
     raise typer.Exit(int(any(result.flagged for result in results.values())))
+
+
+@app.command()
+def bench(
+    listing: Annotated[bool, typer.Option("--list", help="List the strategies and what each costs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
+) -> None:
+    """List every strategy: its paper, what it asks of private data, what it keeps, and whether it runs under vmap.
+
+    Costs are not written down anywhere: they are read from the strategies themselves.
+    """
+    if not listing:
+        raise ConfigError.of("perdure bench", "without --list", "perdure bench --list, with or without --json")
+    from perdure.bench import entries, table
+
+    listed = entries()
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in listed], indent=2) + "\n")
+    else:
+        wide_console().print(table(listed))
 
 
 def _run(source: str, text: str, out: Path | None) -> None:

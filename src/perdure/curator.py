@@ -20,6 +20,7 @@ from perdure.holding import Holding, Remember
 from perdure.pool import Drawing
 from perdure.privacy.clipping import WITHIN, Clip
 from perdure.privacy.discrete import Frequency, Quantile, Utility, best, counted
+from perdure.privacy.guard import check_losses
 from perdure.privacy.mechanism import Mechanism, Occasion, digest
 from perdure.queries import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of, tried
 from perdure.records import Batch, Params
@@ -262,9 +263,15 @@ class Curator:
         """Charge the block's reference gradients before the first is drawn; another loss is another entry."""
         if mechanism.reserved(drawing.purpose):
             return
-        (steps, start), exposed = self._block, drawing.exposure
+        (steps, start), exposed, tried = self._block, drawing.exposure, self.synthetic(QUESTIONS)
+
+        def of(inputs: Tensor, labels: Tensor) -> Tensor:
+            rows = tried.take(slice(0, len(inputs)))
+            return losses(self._forward, replace(rows, inputs=inputs, labels=labels))
+
         with torch.no_grad(), evaluating(self._forward.module):
-            shown = digest({"losses": losses(self._forward, self.synthetic(QUESTIONS))}).hex()
+            check_losses(of, tried.inputs, tried.labels, f"the losses of {drawing.purpose!r}")
+            shown = digest({"losses": losses(self._forward, tried)}).hex()
         mechanism.reserve(
             scope=exposed.scope, steps=steps, start=start + shown, data=self._held.fingerprint,
             expected=exposed.expected, purpose=drawing.purpose,

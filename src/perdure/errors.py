@@ -8,6 +8,7 @@
     │   ├── GuardError      a model, loss or sampler that breaks the sensitivity bound
     │   └── LedgerError     a ledger that was edited, shortened or does not match its head
     ├── StrategyError       a strategy that breaks its contract
+    │   └── ConformanceError  found so by `perdure.testing.check_strategy`, which names the check
     ├── FederationError     a client or server that cannot go on
     └── RunError            a run on disk that cannot be read or resumed
 
@@ -53,6 +54,10 @@ class LedgerError(PrivacyError):
 
 class StrategyError(PerdureError):
     """A strategy breaks its contract."""
+
+
+class ConformanceError(StrategyError):
+    """A strategy failed a check of `perdure.testing.check_strategy`."""
 
 
 class FederationError(PerdureError):

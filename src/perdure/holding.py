@@ -14,13 +14,13 @@ from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.experience import Experience
 from perdure.facts import Exposure, exposure, references
 from perdure.fisher import CHUNK
-from perdure.memory import Memory, concatenate
+from perdure.memory import MODELLED, Memory, concatenate
 from perdure.pool import Drawing, Pool, refuse_shared_ids, refuse_shared_partitions, replayed, without
 from perdure.privacy.mechanism import Mechanism
 from perdure.queries import asked_alone
 from perdure.records import Batch, Params
 from perdure.seeds import generator
-from perdure.strategy import Context, Forward, Plan, evaluating
+from perdure.strategy import Context, Forward, Plan, cross_entropy_of, evaluating
 
 Remember = Callable[[Forward, Batch], Params]
 """What memory stores beside each row, name to (n, ...)."""
@@ -47,7 +47,7 @@ class Holding:
 
     def open(self, experiences: Sequence[Experience], plan: Plan, forward: Forward) -> None:
         """Pool the records of the current experience (the last given), earlier ones and memory as planned."""
-        self.experiences, self._plan, self._forward = experiences, plan, forward
+        self.experiences, self._plan, self._forward, self.step = experiences, plan, forward, -1
         mechanism, experience, size = self._mechanism, experiences[-1], self._batch_size
         if plan.memory and plan.memory.update == "step" and plan.pool != "experience":
             raise StrategyError(f"a memory updated every step needs pool='experience'; given pool={plan.pool!r}")
@@ -69,9 +69,12 @@ class Holding:
 
     def sample(self, step: int) -> tuple[Batch, float]:
         """Rows of one step, and the share of those that came from memory where they were drawn apart."""
-        self.step = step
         if self._mechanism is None:
+            self.step = step
             return self.pool.side_by_side(step)
+        if step <= self.step:
+            raise PrivacyError(f"step {step} was drawn already; rows of a step are for the loop, ask for a release")
+        self.step = step
         drawing = self.drawings["gradient"]
         self._drawn = drawing.positions(self._mechanism, step)
         return drawing.rows.take(self._drawn), 0.0
@@ -210,13 +213,16 @@ class Holding:
             memory.offer_by_coin(new, self._mechanism.tags(new.ids), min(1.0, plan.capacity / offered))
             memory.offered = offered
         else:
-            features = self._features(new) if plan.selection == "herding" else None
-            memory.offer(new, plan, generator(self._seed, "memory", self._client, experience.index), features)
+            known = self._known(new, plan.selection) if plan.selection in MODELLED else None
+            memory.offer(new, plan, generator(self._seed, "memory", self._client, experience.index), known)
         memory.latest = experience.index
 
-    def _features(self, rows: Batch) -> Tensor:
+    def _known(self, rows: Batch, selection: str) -> Tensor:
+        """Features (n, f) of the rows, or their cross entropy (n,) over all classes."""
+        ask = self._forward.features if selection == "herding" else self._forward
         with torch.no_grad(), evaluating(self._forward.module):
-            return torch.cat([self._forward.features(piece) for piece in torch.split(rows.inputs, CHUNK)])
+            answers = torch.cat([ask(piece) for piece in torch.split(rows.inputs, CHUNK)])
+        return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)
 
     def _note(self, remember: Remember) -> None:
         """Keep what is to be stored beside the new rows of the last step, at the parameters of the moment."""

@@ -15,9 +15,11 @@ from perdure.records import Batch
 if TYPE_CHECKING:
     from perdure.experience import Experience
 
-Selection = Literal["reservoir", "class-balanced", "ring", "herding"]
+Selection = Literal["reservoir", "class-balanced", "ring", "herding", "loss-aware"]
 Update = Literal["experience", "step"]
 Use = Literal["rehearsal", "pooled", "reference", "references"]
+MODELLED = ("herding", "loss-aware")
+"""Selections that depend on what the model makes of the records."""
 ALLOWED = {"selection": get_args(Selection), "update": get_args(Update), "use": get_args(Use)}
 
 
@@ -28,10 +30,11 @@ class MemoryPlan:
     Args:
         capacity: number of records kept in all.
         selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal quotas for every pair
-            of experience and class, filled at random (`class-balanced`), by the latest (`ring`; Chaudhry et al. 2019)
-            or by the records whose mean feature follows the class mean best (`herding`; Rebuffi et al. 2017, algorithm
-            4). Under differential privacy all become membership by each record's own coin, because a memory that swaps
-            records doubles their influence.
+            of experience and class, filled at random (`class-balanced`), by the latest (`ring`; Chaudhry et al. 2019),
+            by the records whose mean feature follows the class mean best (`herding`; Rebuffi et al. 2017, algorithm 4)
+            or by those of the highest loss (`loss-aware`; after Buzzega et al. 2020, "Rethinking experience replay",
+            section 3.4, who drop those of low loss). Under differential privacy all become membership by each record's
+            own coin, because a memory that swaps records doubles their influence.
         per_class: fixed quota for every pair of experience and class instead of a share of `capacity`.
         batch_size: rows drawn from memory at every step; None for as many as new ones. Under differential privacy
             new and stored records are one pool.
@@ -60,8 +63,8 @@ class MemoryPlan:
                 raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
         if self.use == "pooled" and self.update == "step":
             raise ConfigError.of("memory use", "pooled", "with update='experience': a pool is shuffled whole")
-        if self.selection == "herding" and self.update == "step":
-            raise ConfigError.of("memory selection", "herding", "with update='experience': it needs the class mean")
+        if self.selection in MODELLED and self.update == "step":
+            raise ConfigError.of("memory selection", self.selection, "with update='experience': it ranks them all")
 
     @property
     def rehearsed(self) -> bool:
@@ -110,17 +113,17 @@ class Memory:
     def __len__(self) -> int:
         return 0 if self.rows is None else len(self.rows)
 
-    def offer(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, features: Tensor | None = None) -> None:
+    def offer(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None = None) -> None:
         """Take in records, each once (no privacy).
 
         Args:
-            features: (n, f) of the new rows, where they are herded.
+            known: what the model makes of the new rows: features (n, f) to herd, or losses (n,).
         """
         if plan.selection == "reservoir":
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
             self._keep([new], kept)
         else:
-            order = self._order(new, plan, generator, features)
+            order = self._order(new, plan, generator, known)
             parts = [new.take(order.to(new.inputs.device))]
             old = [self.rows] if self.rows is not None else []
             parts = parts + old if plan.selection == "ring" else old + parts
@@ -139,16 +142,18 @@ class Memory:
         self.tags = all_tags[kept]
         self.offered += len(new)
 
-    def _order(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, features: Tensor | None) -> Tensor:
+    def _order(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None) -> Tensor:
         """Order in which the new rows fill their quotas."""
         if plan.selection == "class-balanced":
             return torch.randperm(len(new), generator=generator)
         if plan.selection == "ring":
             return torch.arange(len(new)).flip(0)
-        assert features is not None
+        assert known is not None
+        if plan.selection == "loss-aware":
+            return known.argsort(descending=True, stable=True).cpu()
         most = plan.capacity if plan.per_class is None else plan.per_class
         places = [torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)]
-        return torch.cat([where[herded(features[where], most)] for where in places]).cpu()
+        return torch.cat([where[herded(known[where], most)] for where in places]).cpu()
 
     def _keep(self, new: list[Batch], kept: Tensor) -> None:
         if self.rows is not None and len(kept) == len(self) and bool((kept < len(self)).all()):

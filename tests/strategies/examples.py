@@ -4,6 +4,8 @@ from perdure import strategies
 
 EXAMPLES = {
     "agem": {"memory_size": 16},
+    "bic": {"memory_size": 16},
+    "cwr_star": {},
     "der": {"memory_size": 16, "beta": 0.5},
     "er_ace": {"memory_size": 16},
     "gdumb": {"memory_size": 16},
@@ -17,6 +19,7 @@ EXAMPLES = {
     "mas": {"strength": 0.1},
     "naive": {},
     "ncm": {},
+    "packnet": {"pruned_share": 0.5, "dense_steps": 4},
     "ranpac": {"ridge": 0.01, "bias": 0.5, "projection": 12},
     "replay": {"memory_size": 16},
     "rwalk": {"strength": 0.5, "window": 2},

@@ -1,7 +1,8 @@
 """Two data sets that differ in one record, through the whole path: no sum that leaves moves by more than its bound.
 
 A second learner holds the neighbour. It follows the first one's parameters and state step by step, so that the two only
-differ in the record; noise is off. What is compared is everything that a curator is about to release.
+differ in the record; noise is off. What is compared is everything that a curator is about to release: gradients,
+reference gradients, and sums over the experience or over memory.
 """
 
 from dataclasses import replace
@@ -77,29 +78,41 @@ def follow(whole, fewer):
     fewer.state, fewer.mechanism.clip_norm = whole.state, whole.mechanism.clip_norm
 
 
-def same_rows(fewer, batch):
-    """The neighbour's rows of the records in `batch`: where a record has several rows, the same one."""
-    pool = fewer.curator._pool
+def same_rows(pool, batch):
+    """Places in the neighbour's pool of the records in `batch`: where a record has several rows, of the same one."""
     keys = {key: i for i, key in enumerate(zip(pool.ids.tolist(), pool.tasks.tolist(), strict=True))}
     wanted = list(zip(batch.ids.tolist(), batch.tasks.tolist(), strict=True))
-    return pool.take(torch.tensor([keys[key] for key in wanted if key in keys], dtype=torch.int64))
+    return torch.tensor([keys[key] for key in wanted if key in keys], dtype=torch.int64)
 
 
 def compared(whole, fewer):
     """Run both; yields (what, bound, how far the record moved it) for everything that is released."""
     found, here, there = [], [], []
 
-    def gradient(clipped, params, *, step, real=whole.mechanism.gradient):
-        *_, batch = clipped.args
+    def beside(clipped, what, losses=None):
+        """The clipped sum of one, which notes how far it is from the other's over the same records."""
+        own, trained, batch = clipped.args
         follow(whole, fewer)
+        held, params = fewer.curator._held, {name: fewer.params[name] for name in trained}
+        pool = held.drawings[what].rows
+        places = same_rows(pool, batch)
 
         def both(clip):
             total = clipped(clip)
-            theirs = fewer.curator._clipped(fewer._losses, fewer.params, same_rows(fewer, batch), clip)
-            found.append(("gradient", clip.norm, distance(total or theirs or {}, theirs if total else None)))
+            theirs = fewer.curator._clipped(losses or own, params, pool.take(places), clip)
+            found.append((what, clip.norm, distance(total or theirs or {}, theirs if total else None)))
             return total
 
-        return real(both, params, step=step)
+        if what == "gradient" and whole._observes:  # what memory stores beside the rows of a step is of that step
+            held._drawn = places
+            fewer.curator.observe(pool.take(places), fewer._remember)
+        return both
+
+    def gradient(clipped, params, *, step, real=whole.mechanism.gradient):
+        return real(beside(clipped, "gradient", fewer._losses), params, step=step)
+
+    def reference(clipped, params, *, step, purpose, real=whole.mechanism.reference):
+        return real(beside(clipped, purpose), params, step=step, purpose=purpose)
 
     def listening(learner, seen):
         def release(clipped, real=learner.mechanism.release, **facts):
@@ -112,7 +125,7 @@ def compared(whole, fewer):
 
         return release
 
-    whole.mechanism.gradient = gradient
+    whole.mechanism.gradient, whole.mechanism.reference = gradient, reference
     for learner, seen in ((whole, here), (fewer, there)):
         learner.mechanism.release = listening(learner, seen)
     for index in range(len(whole.stream)):
@@ -139,8 +152,14 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair, 
     moved = [row for row in found if row[2] > 0]
     assert moved and max(row[2] / row[1] for row in moved) > 0.9
     asked = example(name).asks
-    assert len([row for row in found if row[0] != "gradient"]) == 2 * asked.releases
-    assert any(row[0] != "gradient" for row in moved) == bool(asked.releases)
+    gradients = [row for row in found if row[0] == "gradient"]
+    beside = [row for row in found if row[0].startswith("reference")]
+    once = asked.releases + asked.recalls
+    assert len(gradients) == (12 if example(name).plan(whole.stream[0]).train else 0)
+    assert len(beside) == 6 * asked.references
+    assert len(found) - len(gradients) - len(beside) == 2 * once
+    assert any(row[0].startswith("reference") for row in moved) == bool(asked.references)
+    assert any(row not in gradients and row not in beside for row in moved) == bool(once)
 
 
 @pytest.mark.parametrize("name", strategies.names())

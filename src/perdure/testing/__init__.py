@@ -1,0 +1,109 @@
+"""Put a strategy to the test: ours, or one of your own.
+
+>>> from perdure.testing import check_strategy
+>>> print(check_strategy(Replay(memory_size=20)))
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from perdure.errors import ConformanceError
+from perdure.strategy import Scenario, Strategy
+from perdure.testing.hooks import bounds, pure, rows, vmap
+from perdure.testing.private import private
+from perdure.testing.running import alone, declared, federated, resume
+from perdure.testing.stand import NotApplicable, Stand
+
+__all__ = ["CHECKS", "Report", "check_strategy"]
+
+CHECKS: Mapping[str, Callable[[Stand], str | None]] = {
+    "declared": declared, "alone": alone, "pure": pure, "rows": rows, "bounds": bounds, "vmap": vmap,
+    "private": private, "resume": resume, "federated": federated,
+}  # fmt: skip
+"""Name to check, in order. A check raises ConformanceError, or gives the reason why a part of it does not apply."""
+ON_CUDA = ("alone", "rows", "vmap", "private")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a strategy passed.
+
+    Args:
+        strategy: its repr. scenario: of the stream it ran on.
+        passed: names of the checks that ran. skipped: name to the reason why a check, or a part of it, does not apply.
+    """
+
+    strategy: str
+    scenario: Scenario
+    passed: tuple[str, ...]
+    skipped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.strategy}, {self.scenario}-incremental", f"  passed: {', '.join(self.passed)}"]
+        return "\n".join(lines + [f"  not applicable: {name}: {why}" for name, why in self.skipped.items()])
+
+
+def check_strategy(strategy: Strategy, *, scenario: Scenario = "class") -> Report:
+    """Run a strategy alone, in a federation, under privacy and under `vmap`, on small synthetic streams.
+
+    In order, each stopping at its first failure:
+
+        declared    a frozen, hashable dataclass of hyper-parameters
+        alone       a whole stream: names, shapes, types and devices of the state as `init` laid them out; finite
+                    numbers; no probability for a class that may not be predicted
+        pure        a hook changes neither parameters nor state nor rows nor the strategy, and says the same twice;
+                    `derive` writes to `local` names only
+        rows        loss, prediction, what memory stores and every row of every question: the same alone, in the batch,
+                    and among other or fewer neighbours
+        bounds      one record moves the clipped gradient, and the sum of every question, by at most its clip norm
+        vmap        the hooks on tensors give for stacked parameters and states what they give one by one
+        private     records are reached through a curator's releases only; what was asked is what `asks` declares, what
+                    the plan reserves and what the ledger holds; on other records, with the same answers, the same
+                    model and state come out to the bit
+        resume      stopped in the middle, saved and loaded, it ends in the same bits, without and with privacy
+        federated   the only client of a federation ends where the learner alone does, to the bit; states of two
+                    clients are combined as declared
+
+    Where there is a CUDA device, the checks in `ON_CUDA` run there too.
+
+    Args:
+        strategy: an instance; a copy of it is tested. scenario: of the streams.
+
+    Raises:
+        ConformanceError: naming the check, what was found, what is allowed and the fix.
+    """
+    stand, passed, skipped = Stand(strategy=strategy, scenario=scenario), list[str](), dict[str, str]()
+    for name, check in CHECKS.items():
+        _run(name, check, stand, passed, skipped)
+    if not torch.cuda.is_available():
+        skipped["cuda"] = "there is no CUDA device here"
+        return Report(strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped)
+    there = Stand(strategy=strategy, scenario=scenario, device="cuda")
+    for name in ON_CUDA:
+        _run(f"{name} on cuda", CHECKS[name], there, passed, skipped)
+    return Report(strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped)
+
+
+def _run(
+    name: str, check: Callable[[Stand], str | None], stand: Stand, passed: list[str], skipped: dict[str, str]
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            reason = check(stand)
+        except NotApplicable as reason_of_all:
+            skipped[name] = str(reason_of_all)
+            return
+        except ConformanceError as error:
+            raise ConformanceError(f"{stand.name} fails the check {name!r}: {error}") from error
+        except Exception as error:  # whatever a strategy of somebody else raises
+            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            raise ConformanceError(
+                f"{stand.name} fails the check {name!r}: it raised {told}; allowed: no error on a small "
+                f"{stand.scenario}-incremental stream; see the traceback above for the line to mend"
+            ) from error
+    passed.append(name)
+    if reason:
+        skipped[f"{name}, a part"] = reason

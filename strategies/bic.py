@@ -1,0 +1,163 @@
+"""BiC: rehearse and distil, then correct how much the classifier prefers the newest classes.
+
+Wu, Chen, Wang, Ye, Liu, Guo and Fu, Large Scale Incremental Learning, CVPR 2019, section 4, equations 1 to 5.
+
+    z_c(x)  = alpha_c o_c(x) + beta_c                                  o the model's logits
+    loss_i  = (1 - l) CE(z(x_i), y_i) + l sum over old c of -q_c log p_c,    l = old classes / classes seen
+    q = softmax(teacher's z(x_i) / T), p = softmax(z(x_i) / T),              both over the old classes
+
+The classes of one experience share alpha and beta, 1 and 0 while it is trained. When it is over they are fitted on
+records that were held out, equally many of every class, to
+
+    sum_i CE(z(x_i), y_i) over all classes seen + PRIOR / 2 ((alpha - 1)^2 + beta^2)
+
+and then stay; in the first experience there is nothing to correct. The second term is not of the paper (whose authors'
+code has 0.05 beta^2 a record): it keeps a fit to a handful of records near no correction, and fades with their number.
+
+What is held out: a tenth of all records, by a hash of the record's id, which never get a gradient; those of them that
+are in memory make the validation set. The fit, two numbers of a convex function, is by Newton's method: each of its
+`ROUNDS` steps is one sum over memory of 5 numbers a record (slope and curvature).
+
+State: `teacher`, the parameters at the end of the last experience, `alpha` and `beta`. In a federation every client
+fits its own and the fits are averaged by declared sizes, which is not the fit of all records together.
+Memory cost: the stored records and once the parameters.
+Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every experience.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError, StrategyError
+from perdure.memory import MemoryPlan, records_in
+from perdure.records import Batch, Params
+from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.streams import Experience
+
+ROUNDS = 6
+PRIOR = 1.0
+"""Curvature that holds a fit at alpha = 1 and beta = 0: of the order of one record's."""
+CLIP_NORM = 10.0
+"""Of one record's 5 numbers under privacy; with logits of a few units they stay below."""
+ONE_IN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiC(Strategy):
+    """Rescale and shift the logits of new classes until they are even with those of old ones.
+
+    Args:
+        memory_size: records stored in all, or bytes such as "2 MB", held-out ones included.
+        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        temperature: softens both distributions of the distillation (T).
+    """
+
+    memory_size: int | str
+    per_class: int | None = None
+    temperature: float = 2.0
+    asks: ClassVar[Asks] = Asks(recalls=ROUNDS, reuses=True)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError.of("bic.temperature", self.temperature, "a number above 0")
+
+    def init(self, spec: Spec) -> State:
+        """Start without correction.
+
+        Raises:
+            StrategyError: where old and new classes are not told apart by one model.
+        """
+        if spec.scenario != "class":
+            raise StrategyError("BiC evens out new and old classes of class-incremental streams; use Replay elsewhere")
+        ones = torch.ones(spec.num_classes, device=next(iter(spec.params.values())).device)
+        state = State().declare_group("teacher", spec.params, "local")
+        return state.declare("alpha", ones, "mean").declare("beta", torch.zeros_like(ones), "mean")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Keep equally many records of every class, in one pool with the new ones."""
+        capacity = records_in(self.memory_size, experience)
+        return Plan(memory=MemoryPlan(capacity=capacity, per_class=self.per_class, use="pooled"))
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy and distillation of corrected logits; 0 for what is held out."""
+        logits, old = corrected(forward(batch.inputs), state), context.task_classes[: context.experience].any(0)
+        losses = cross_entropy_of(context.mask(logits, batch), batch.labels)
+        if context.experience > 0:
+            share = old.sum() / context.seen.sum()
+            teacher = corrected(forward.at(state.group("teacher"))(batch.inputs), state)
+            losses = (1 - share) * losses + share * self._distil(logits, teacher, old)
+        return torch.where(held_out(batch.ids), 0.0, losses) * ONE_IN / (ONE_IN - 1)
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Fit the correction of the new classes, and take the present model as the next teacher."""
+        context, fit = curator.context, state["alpha"].new_tensor([1.0, 0.0])
+        new = context.current & ~context.task_classes[: context.experience].any(0)
+        for number in range(ROUNDS):
+            rows = Curvature(state, context, new, fit)
+            found = curator.release(rows, clip_norm=CLIP_NORM, purpose=f"bias correction {number}", over="memory")
+            fit = fit + newton(found["value"], fit) * (context.experience > 0)
+        alpha, beta = (torch.where(new, fit[k], state[name]) for k, name in enumerate(("alpha", "beta")))
+        return state.replace_group("teacher", params).replace({"alpha": alpha, "beta": beta})
+
+    def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
+        """Corrected logits."""
+        return torch.where(context.allowed, corrected(forward(x), state), MASKED)
+
+    def _distil(self, logits: Tensor, teacher: Tensor, old: Tensor) -> Tensor:
+        targets = torch.softmax(torch.where(old, teacher, MASKED) / self.temperature, dim=1)
+        log_p = torch.log_softmax(torch.where(old, logits, MASKED) / self.temperature, dim=1)
+        return -(targets * log_p).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Query: first and second derivatives of each held-out record's cross entropy by alpha and beta.
+
+    Args:
+        state: corrections of the other classes. context: of the experience.
+        new: (C,) bool, the classes that are corrected. fit: alpha and beta now.
+    """
+
+    state: State
+    context: Context
+    new: Tensor
+    fit: Tensor
+
+    def __call__(self, forward: Forward, batch: Batch) -> Tensor:
+        """(n, 5) rows: by alpha, by beta, twice by alpha, by both, twice by beta."""
+        raw = forward(batch.inputs)
+        logits = torch.where(self.new, self.fit[0] * raw + self.fit[1], corrected(raw, self.state))
+        p = torch.softmax(self.context.mask(logits, batch), dim=1)
+        true = (batch.labels[:, None] == torch.arange(p.shape[1], device=p.device)).to(p)
+        a, b = raw * self.new, self.new.to(p).expand_as(p)
+        mean_a, mean_b = (p * a).sum(1), (p * b).sum(1)
+        first = [mean_a - (true * a).sum(1), mean_b - (true * b).sum(1)]
+        second = [(p * x * y).sum(1) - m * k for x, y, m, k in
+                  ((a, a, mean_a, mean_a), (a, b, mean_a, mean_b), (b, b, mean_b, mean_b))]  # fmt: skip
+        rows = torch.stack([*first, *second], dim=1)
+        return torch.where(held_out(batch.ids)[:, None], rows, 0.0)
+
+
+def newton(sums: Tensor, fit: Tensor) -> Tensor:
+    """(2,) step of alpha and beta, at most 1 long, from the sums (5,); noise may make them anything."""
+    slope, curvature = sums[:2].double(), sums[[2, 3, 3, 4]].double().view(2, 2)
+    values, vectors = torch.linalg.eigh(curvature)
+    slope = slope + PRIOR * (fit - fit.new_tensor([1.0, 0.0]))
+    step = -vectors @ ((vectors.T @ slope) / (values.clamp(min=0) + PRIOR))
+    short: Tensor = step / step.norm().clamp(min=1)
+    return short.to(fit)
+
+
+def corrected(logits: Tensor, state: State) -> Tensor:
+    """(n, C) logits times alpha plus beta."""
+    return state["alpha"] * logits + state["beta"]
+
+
+def held_out(ids: Tensor) -> Tensor:
+    """(n,) bool, one record in ten, by its id alone."""
+    return ((ids * 2654435761 + 97) >> 16) % ONE_IN == 1

@@ -1,0 +1,139 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perdure.errors import ConfigError
+from perdure.learner import Learner
+from perdure.memory import MemoryPlan
+from perdure.privacy.policy import Privacy
+from perdure.strategies import AGEM
+from perdure.strategies.agem import against
+from perdure.strategy import State
+
+
+def flat(params):
+    return torch.cat([value.flatten() for value in params.values()])
+
+
+def pair(seed):
+    place = torch.Generator().manual_seed(seed)
+    shapes = {"a": (3, 2), "b": (4,)}
+    return [{name: torch.randn(shape, generator=place) for name, shape in shapes.items()} for _ in "gr"]
+
+
+@pytest.mark.property
+@settings(deadline=None)
+@given(st.integers(0, 10_000))
+def test_the_projection_is_the_formula_and_leaves_what_agrees_untouched(seed):
+    gradient, reference = pair(seed)
+    g, r = flat(gradient), flat(reference)
+    mine = AGEM(memory_size=5).project(gradient, (reference,), State())
+    assert [value.shape for value in mine.values()] == [(3, 2), (4,)]
+    if float(g @ r) >= 0:
+        assert all(torch.equal(mine[name], value) for name, value in gradient.items())
+    else:
+        torch.testing.assert_close(flat(mine), g - (g @ r) / (r @ r) * r)
+        assert abs(float(flat(mine) @ r)) < 1e-4
+    nearest = g.double() - min(0.0, float(g.double() @ r.double())) / float(r.double() @ r.double()) * r.double()
+    assert float((flat(mine).double() - nearest).norm()) < 1e-4  # nearest point of the half-space
+
+
+def test_without_reference_and_with_one_of_zero_nothing_changes():
+    gradient, _ = pair(0)
+    assert AGEM(memory_size=5).project(gradient, (), State()) is gradient
+    nothing = {name: torch.zeros_like(value) for name, value in gradient.items()}
+    mine = against(gradient, nothing)
+    assert all(torch.equal(mine[name], value) for name, value in gradient.items())
+
+
+@pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"])
+def test_a_step_goes_along_the_projected_gradient(toy_stream, toy_model, privacy):
+    """Plain gradient descent at rate 0.5 with everything that left the curator in view."""
+    stream, model = toy_stream(), toy_model(toy_stream())
+    learner = Learner(
+        model=model, strategy=AGEM(memory_size=12), optimizer=partial(torch.optim.SGD, lr=0.5), iterations=12,
+        batch_size=8, privacy=privacy,
+    )  # fmt: skip
+    learner.prepare(stream)
+    learner.begin(0)
+    learner.train(range(12))
+    learner.finish()
+    learner.begin(1)
+    asked, kinds = {}, []
+
+    def spy(name, ask):
+        def answer(*arguments, **options):
+            asked[name] = ask(*arguments, **options)
+            return asked[name]
+
+        return answer
+
+    learner.curator.gradient = spy("gradient", learner.curator.gradient)
+    learner.curator.reference = spy("reference", learner.curator.reference)
+    before = flat(learner.params).detach().clone()
+    moved = []
+    learner.callbacks = [lambda point, _: point == "step.done" and moved.append(flat(learner.params).detach().clone())]
+    for step in range(12):
+        learner.train(range(step, step + 1))
+        g, r = flat(asked["gradient"]), flat(asked["reference"])
+        kinds.append(float(g @ r) < 0)
+        expected = g - (g @ r) / (r @ r) * r if kinds[-1] else g
+        torch.testing.assert_close(moved[-1], before - 0.5 * expected, rtol=1e-4, atol=1e-5)
+        before = moved[-1]
+    assert any(kinds) and (privacy is None or not all(kinds))
+
+
+def test_the_first_experience_is_plain_training(toy_stream, toy_model):
+    from perdure.strategies import Naive
+
+    ends = []
+    for strategy in (AGEM(memory_size=12), Naive()):
+        stream = toy_stream()
+        learner = Learner(
+            model=toy_model(stream), strategy=strategy, optimizer=torch.optim.Adam, iterations=5, batch_size=8
+        )
+        learner.prepare(stream)
+        learner.begin(0)
+        learner.train(range(5))
+        ends.append(flat(learner.params))
+    assert torch.equal(*ends)
+
+
+def test_stored_rows_are_not_in_the_batches(toy_stream, toy_model):
+    stream, roles = toy_stream(), []
+
+    def look(point, learner):
+        if point == "step.done":
+            batch = learner.curator.sample(learner.position.step - 1)
+            roles.append((bool(batch.from_memory.any()), set(batch.tasks.tolist())))
+
+    Learner(
+        model=toy_model(stream), strategy=AGEM(memory_size=12), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
+        callbacks=[look],
+    ).fit(stream)  # fmt: skip
+    assert roles == [(False, {0})] * 2 + [(False, {1})] * 2
+
+
+def test_plans_ask_for_a_memory_for_one_reference(toy_stream):
+    first = toy_stream()[0]
+    assert AGEM(memory_size=9, selection="ring", per_class=2, batch_size=3).plan(first).memory == MemoryPlan(
+        capacity=9, selection="ring", per_class=2, batch_size=3, use="reference"
+    )
+    assert AGEM(memory_size="0.36 kB").plan(first).memory.capacity == 10
+    assert AGEM.asks.references == 1 and AGEM.asks.reuses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": 5, "selection": "best"}, "memory selection = 'best'"),
+        ({"memory_size": "5 records"}, "memory_size = '5 records'"),
+    ],
+)
+def test_options_are_checked(toy_stream, options, message):
+    with pytest.raises(ConfigError, match=message):
+        AGEM(**options).plan(toy_stream()[0])

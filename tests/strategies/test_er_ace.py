@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+
+from perdure.errors import ConfigError
+from perdure.facts import contexts
+from perdure.learner import Learner
+from perdure.memory import MemoryPlan
+from perdure.privacy.policy import Privacy
+from perdure.records import Batch
+from perdure.strategies import ERACE
+from perdure.strategy import Context, Forward, State
+
+
+def entropy(logits, classes, label):
+    """-log of the softmax over `classes`, in plain Python."""
+    return -logits[label] + math.log(sum(math.exp(logits[c]) for c in classes))
+
+
+@pytest.fixture
+def mixed(toy_stream):
+    """From a scenario to a stream and a batch of 6 new rows of the second experience and 3 stored ones of the first."""
+
+    def make(scenario):
+        stream = toy_stream(scenario)
+        new, old = Batch.current(stream[1].train, 1).take(slice(6)), Batch.current(stream[0].train, 0).take(slice(3))
+        tensors = {name: torch.cat([value, old.tensors()[name]]) for name, value in new.tensors().items()}
+        return stream, Batch.from_tensors(tensors | {"from_memory": torch.arange(9) >= 6})
+
+    return make
+
+
+CLASSES = {  # of a new row, and of a stored one
+    "class": ((2, 3), (0, 1, 2, 3)),
+    "task": ((2, 3), (0, 1)),
+    "domain": ((0, 1), (0, 1)),
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("scenario", CLASSES)
+@pytest.mark.parametrize("share", [0.0, 1 / 3])
+def test_new_rows_compete_among_their_own_classes_stored_ones_among_all_seen(mixed, toy_model, scenario, share):
+    stream, batch = mixed(scenario)
+    model, at = toy_model(stream), contexts(stream, "cpu")(1, memory_share=share)
+    mine = ERACE(memory_size=5).losses(Forward(model), batch, at, State())
+    of_new, of_stored = CLASSES[scenario]
+    each = [
+        entropy(row, of_stored if stored else of_new, label)
+        for row, stored, label in zip(
+            model(batch.inputs).tolist(), batch.from_memory.tolist(), batch.labels.tolist(), strict=True
+        )
+    ]
+    if share:
+        assert mine.mean().item() == pytest.approx(sum(each[:6]) / 6 + sum(each[6:]) / 3, rel=1e-5)
+    else:
+        assert mine.tolist() == pytest.approx(each, rel=1e-5)
+
+
+def test_new_rows_do_not_push_the_old_classes_away(mixed, toy_model):
+    stream, batch = mixed("class")
+    model, at = toy_model(stream), contexts(stream, "cpu")(1)
+    losses = ERACE(memory_size=5).losses(Forward(model), batch, at, State())
+    of_new, of_stored = (
+        torch.autograd.grad(part.sum(), model.head.weight, retain_graph=True)[0] for part in (losses[:6], losses[6:])
+    )
+    assert not of_new[:2].any() and bool((of_new[2:].abs().sum(1) > 0).all())
+    assert bool((of_stored.abs().sum(1) > 0).all())
+
+
+def test_masks_are_those_of_the_declared_classes_not_of_the_batch():
+    """A batch with one class of the two: the other competes all the same."""
+    table = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    at = Context(scenario="class", experience=1, task_classes=table, seen=table.any(0))
+    logits = torch.tensor([[5.0, 5.0, 1.0, 1.0]] * 2)
+    batch = Batch(
+        inputs=logits, labels=torch.tensor([2, 2]), ids=torch.arange(2), tasks=torch.ones(2).long(),
+        from_memory=torch.zeros(2).bool(), valid=torch.ones(2).bool(),
+    )  # fmt: skip
+    losses = ERACE(memory_size=5).losses(lambda x: x, batch, at, State())
+    torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
+
+
+def test_in_the_first_experience_it_is_plain_cross_entropy(toy_stream, toy_model):
+    stream = toy_stream()
+    model, at = toy_model(stream), contexts(stream, "cpu")(0)
+    batch = Batch.current(stream[0].train, 0)
+    expected = torch.nn.functional.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none")
+    torch.testing.assert_close(ERACE(memory_size=5).losses(Forward(model), batch, at, State()), expected)
+
+
+def test_under_privacy_masks_stay_and_all_rows_weigh_the_same(toy_stream, toy_model):
+    stream, seen = toy_stream(), []
+
+    def look(point, learner):
+        if point == "step.gradient":
+            seen.append(learner.curator.context.memory_share)
+
+    privacy = Privacy(noise_multiplier=1.0, seed=0, sampling_rate=0.5)
+    learner = Learner(
+        model=toy_model(stream), strategy=ERACE(memory_size=16), optimizer=torch.optim.SGD, iterations=4,
+        batch_size=6, privacy=privacy, callbacks=[look],
+    )  # fmt: skip
+    learner.fit(stream)
+    assert seen == [0.0] * 8
+    assert [entry.scope for entry in learner.mechanism.ledger.entries] == [
+        {"experience-0": 0.5}, {"experience-0": 0.5, "experience-1": 0.5}
+    ]  # fmt: skip
+
+
+def test_plans_ask_for_a_reservoir(toy_stream):
+    first = toy_stream()[0]
+    assert ERACE(memory_size=9, batch_size=3).plan(first).memory == MemoryPlan(
+        capacity=9, selection="reservoir", batch_size=3, update="step"
+    )
+    assert ERACE(memory_size="0.36 kB", update="experience").plan(first).memory == MemoryPlan(
+        capacity=10, selection="reservoir"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": "much"}, "memory_size = 'much'"),
+        ({"memory_size": 5, "update": "daily"}, "memory update = 'daily' is not allowed; allowed: experience, step"),
+    ],
+)
+def test_options_are_checked(toy_stream, options, message):
+    with pytest.raises(ConfigError, match=message):
+        ERACE(**options).plan(toy_stream()[0])

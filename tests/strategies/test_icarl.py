@@ -1,0 +1,242 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from perdure.errors import ConfigError, StrategyError
+from perdure.facts import contexts
+from perdure.learner import Learner
+from perdure.memory import MemoryPlan
+from perdure.privacy.policy import Privacy
+from perdure.records import Batch
+from perdure.strategies import ICaRL
+from perdure.strategy import MASKED, Forward, Spec
+
+
+def learner_of(model, strategy, **changes):
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 6, "batch_size": 8} | changes
+    return Learner(model=model, strategy=strategy, **options)
+
+
+def finished(learner, stream, experiences=2):
+    learner.prepare(stream)
+    for index in range(experiences):
+        learner.begin(index)
+        learner.train(range(learner.steps(index)))
+        learner.finish()
+    return learner
+
+
+def spec_of(model, scenario="class"):
+    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario=scenario)
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+# --------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("scenario", ["class", "task"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_is_the_formula(toy_stream, toy_model, scenario, temperature):
+    """Rows of both experiences in the second: teacher's answers for classes 0 and 1, labels for 2 and 3."""
+    stream = toy_stream(scenario)
+    model = toy_model(stream)
+    strategy = ICaRL(memory_size=8, temperature=temperature)
+    state = strategy.init(spec_of(model, scenario))
+    teacher = {name: value + 0.3 * torch.randn_like(value) for name, value in state.group("teacher").items()}
+    state, at = state.replace_group("teacher", teacher), contexts(stream, "cpu")(1)
+    for index in (0, 1):
+        batch = Batch.current(stream[index].train, index)
+        mine = strategy.losses(Forward(model), batch, at, state)
+        students, teachers = model(batch.inputs).tolist(), Forward(model, teacher)(batch.inputs).tolist()
+        for i, label in enumerate(batch.labels.tolist()):
+            targets = [sigmoid(teachers[i][c] / temperature) for c in (0, 1)] + [float(label == c) for c in (2, 3)]
+            pairs = zip(students[i], targets, strict=True)
+            expected = -sum(t * math.log(sigmoid(z)) + (1 - t) * math.log(1 - sigmoid(z)) for z, t in pairs)
+            assert mine[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_in_the_first_experience_there_is_no_teacher_and_classes_to_come_do_not_count(toy_stream, toy_model):
+    stream = toy_stream()
+    model, strategy = toy_model(stream), ICaRL(memory_size=8)
+    state = strategy.init(spec_of(model))
+    poisoned = state.replace({name: torch.full_like(value, math.nan) for name, value in state.items()})
+    batch, at = Batch.current(stream[0].train, 0), contexts(stream, "cpu")(0)
+    mine = strategy.losses(Forward(model), batch, at, poisoned)
+    own = torch.nn.functional.one_hot(batch.labels, 4)[:, :2].float()
+    each = torch.nn.functional.binary_cross_entropy_with_logits(model(batch.inputs)[:, :2], own, reduction="none")
+    torch.testing.assert_close(mine, each.sum(1))
+    grad = torch.autograd.grad(mine.sum(), model.head.weight)[0]
+    assert not grad[2:].any() and bool((grad[:2].abs().sum(1) > 0).all())
+
+
+def test_the_gradient_does_not_flow_into_the_teacher(toy_stream, toy_model):
+    stream = toy_stream()
+    model, strategy = toy_model(stream), ICaRL(memory_size=8)
+    state = strategy.init(spec_of(model))
+    leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
+    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    loss = strategy.losses(Forward(model), batch, at, state.replace(leaves)).sum()
+    assert torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) == (None,) * len(leaves)
+
+
+def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=8)), stream, 1)
+    end = {name: value.detach().clone() for name, value in learner.model.named_parameters()}
+    learner.begin(1)
+    learner.train(range(3))
+    assert all(torch.equal(value, end[name]) for name, value in learner.state.group("teacher").items())
+
+
+# --------------------------------------------------------------------------- exemplars
+
+
+def herded_by_hand(features, most):
+    """Algorithm 4 in plain loops: rows and their mean at norm 1, one row after another."""
+    rows = [row / row.norm() for row in features.double()]
+    mean = sum(rows) / len(rows)
+    mean, chosen = mean / mean.norm(), []
+    while len(chosen) < min(most, len(rows)):
+        gaps = {
+            i: float((mean - (sum((rows[j] for j in chosen), torch.zeros_like(mean)) + row) / (len(chosen) + 1)).norm())
+            for i, row in enumerate(rows) if i not in chosen
+        }  # fmt: skip
+        chosen.append(min(gaps, key=gaps.get))
+    return chosen
+
+
+@pytest.mark.reference
+def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, toy_model):
+    """Eight exemplars after the first experience; the best four of each two stay after the second."""
+    stream = toy_stream()
+    learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
+
+    def best(index, label, most):
+        train = stream[index].train
+        own = train.ids[train.labels == label]
+        with torch.no_grad():
+            chosen = herded_by_hand(learner.model.features(train.inputs[train.labels == label]), most)
+        return own[torch.tensor(chosen)].tolist()
+
+    expected = {label: best(0, label, 8) for label in (0, 1)}
+    rows = learner.curator._held.memory.rows
+    assert {label: rows.ids[rows.labels == label].tolist() for label in (0, 1)} == expected
+    learner.begin(1)
+    learner.train(range(6))
+    learner.finish()
+    expected = {label: ids[:4] for label, ids in expected.items()} | {label: best(1, label, 4) for label in (2, 3)}
+    rows = learner.curator._held.memory.rows
+    assert {label: rows.ids[rows.labels == label].tolist() for label in range(4)} == expected
+
+
+def test_exemplars_and_new_records_are_one_pool(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
+    learner.begin(1)
+    batches = [learner.curator.sample(step) for step in range(5)]  # 24 + 16 rows, 8 a step
+    assert [len(batch) for batch in batches] == [8] * 5 and learner.curator.context.memory_share == 0
+    assert torch.cat([batch.tasks for batch in batches]).bincount().tolist() == [16, 24]
+
+
+# --------------------------------------------------------------------------- means and prediction
+
+
+@pytest.mark.reference
+def test_prediction_is_the_nearest_mean_of_exemplars_under_the_model_at_the_end(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
+    rows, model = learner.curator._held.memory.rows, learner.model
+    unit = lambda x: x / x.norm(dim=-1, keepdim=True)  # noqa: E731
+    with torch.no_grad():
+        exemplars = unit(model.features(rows.inputs))
+        means = unit(torch.stack([exemplars[rows.labels == label].mean(0) for label in range(4)]))
+        torch.testing.assert_close(learner.state["means"], means)
+        assert learner.state["counts"].tolist() == [4.0] * 4
+        for experience in stream:
+            x = experience.test.inputs
+            nearest = torch.cdist(unit(model.features(x)), means)
+            predicted = learner.predictor(0, after=1)(x)
+            torch.testing.assert_close(predicted, -nearest.square(), rtol=1e-4, atol=1e-5)
+            assert torch.equal(predicted.argmax(1), nearest.argmin(1))
+
+
+@pytest.mark.parametrize(("scenario", "allowed"), [("class", {0, 1}), ("task", {2, 3})])
+def test_classes_out_of_question_are_not_predicted(toy_stream, toy_model, scenario, allowed):
+    stream = toy_stream(scenario)
+    learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
+    predicted = learner.predictor(1 if scenario == "task" else 0, after=0)(stream[1].test.inputs)
+    assert set(predicted.argmax(1).tolist()) <= allowed
+    others = sorted(set(range(4)) - allowed)
+    assert bool((predicted[:, others] == MASKED).all())
+
+
+@pytest.mark.parametrize("stretch", [1e-3, 1.0, 1e3])
+def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped(toy_stream, toy_model, stretch):
+    """Features of any length: a row is a unit vector and a one, of norm sqrt(2) together."""
+    stream, asked = toy_stream(), {}
+    learner = learner_of(toy_model(stream), ICaRL(memory_size=16))
+    learner.prepare(stream)
+    learner.begin(0)
+    with torch.no_grad():
+        for value in learner.params.values():
+            value.mul_(stretch)
+    learner.curator.store(lambda forward, batch: {})
+
+    class Asked:
+        def release(self, query, **options):
+            asked.update(options, rows=query(learner.forward, Batch.current(stream[0].train, 0)))
+            return learner.curator.release(query, **options)
+
+    params = {name: value.detach() for name, value in learner.params.items()}
+    learner.strategy.after_experience(Asked(), params, learner.state)
+    rows = torch.cat([value.flatten(1) for value in asked["rows"].values()], dim=1)
+    torch.testing.assert_close(rows.norm(dim=1), torch.full((24,), math.sqrt(2)))
+    assert asked["clip_norm"] == math.sqrt(2) and asked["over"] == "memory"
+
+
+def test_under_privacy_exemplars_are_chosen_by_their_own_coins_and_means_are_noisy(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = finished(
+        learner_of(toy_model(stream), ICaRL(memory_size=16), privacy=Privacy(noise_multiplier=1.0, seed=0)), stream
+    )
+    rows, tags = learner.curator._held.memory.rows, learner.mechanism.tags
+    ids = torch.cat([experience.train.ids for experience in stream])
+    assert set(rows.ids.tolist()) == set(ids[tags(ids) < 16 / 48].tolist())
+    counts, means = learner.state["counts"], learner.state["means"]
+    assert not torch.allclose(counts, rows.labels.bincount(minlength=4).float(), atol=0.1)
+    torch.testing.assert_close(means.norm(dim=1), torch.ones(4))
+    purposes = [entry.purpose for entry in learner.mechanism.ledger.entries]
+    assert purposes == ["gradient", "release:class means"] * 2
+
+
+# --------------------------------------------------------------------------- options
+
+
+def test_a_stream_without_new_classes_is_refused(toy_stream, toy_model):
+    stream = toy_stream("domain")
+    with pytest.raises(StrategyError, match="needs new classes in every experience; use Replay"):
+        learner_of(toy_model(stream), ICaRL(memory_size=8)).prepare(stream)
+
+
+def test_plans_ask_for_herded_exemplars_in_the_pool(toy_stream):
+    first = toy_stream()[0]
+    assert ICaRL(memory_size=9, per_class=2).plan(first).memory == MemoryPlan(
+        capacity=9, selection="herding", per_class=2, use="pooled"
+    )
+    assert ICaRL(memory_size="0.36 kB").plan(first).memory.capacity == 10
+    assert ICaRL.asks.recalls == 1 and ICaRL.asks.reuses
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_options_are_checked(toy_stream, temperature):
+    with pytest.raises(ConfigError, match=r"icarl\.temperature = .* is not allowed; allowed: a number above 0"):
+        ICaRL(memory_size=5, temperature=temperature)
+    with pytest.raises(ConfigError, match="memory capacity = 0"):
+        ICaRL(memory_size=0).plan(toy_stream()[0])

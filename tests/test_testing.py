@@ -1,0 +1,465 @@
+"""The conformance suite: what keeps the contract passes, and every check finds the strategy that breaks it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from perdure.errors import ConformanceError, StrategyError
+from perdure.memory import MemoryPlan
+from perdure.releases import histogram, top_k
+from perdure.strategies import EWC, Combine, ICaRL, Naive, Replay
+from perdure.strategy import Asks, Plan, State, Strategy, cross_entropy, cross_entropy_of
+from perdure.testing import CHECKS, check_strategy
+
+BROKEN = {}
+
+
+def broken(check, *words, **arguments):
+    """List a strategy that `check` must refuse with these words."""
+
+    def listed(kind):
+        kind = dataclass(frozen=True, kw_only=True)(kind)
+        BROKEN[kind.__name__] = (lambda: kind(**arguments)), check, words
+        return kind
+
+    return listed
+
+
+# --------------------------------------------------------------------------- declared
+
+
+class Loose(Strategy):
+    strength: float = 1.0
+
+
+BROKEN["Loose"] = Loose, "declared", ("strength of Loose is no field", "@dataclass(frozen=True, kw_only=True)")
+
+
+@broken("declared", "no hash", "tuples", sizes=[1, 2])
+class Unhashable(Strategy):
+    sizes: list
+
+
+# --------------------------------------------------------------------------- alone
+
+
+class Remembering(Strategy):
+    """A number in the state."""
+
+    def init(self, spec):
+        return State().declare("seen", torch.zeros(2, device=next(iter(spec.params.values())).device), "local")
+
+
+@broken("alone", "after_experience()", "'seen' as (3,)", "'seen' as (2,)", "state.replace")
+class Growing(Remembering):
+    def after_experience(self, curator, params, state):
+        return State({"seen": torch.zeros(3)}, state.rules)
+
+
+@broken("alone", "after_step()", "torch.float64", "torch.float32")
+class Widening(Remembering):
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
+        return state.replace({"seen": state["seen"].double()})
+
+
+@broken("alone", "'news' as (2,)", "as None")
+class Inventing(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.declare("news", torch.zeros(2), "local")
+
+
+@broken("alone", "NaN", "seen")
+class Dividing(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": state["seen"] / 0})
+
+
+@broken("alone", "predict()", "may not be predicted", "context.allowed")
+class Unmasked(Strategy):
+    def predict(self, forward, x, context, state):
+        return forward(x)
+
+
+@broken("alone", "predict() gives shape (4, 2)", "(4, 6)")
+class Narrow(Strategy):
+    def predict(self, forward, x, context, state):
+        return forward(x)[:, :2]
+
+
+@broken("alone", "it raised ZeroDivisionError: division by zero", "allowed: no error")
+class Failing(Strategy):
+    def penalty(self, params, state):
+        return 1 / 0
+
+
+# --------------------------------------------------------------------------- pure
+
+
+@broken("pure", "after_step() changes state seen in place", "clone")
+class WritingToState(Remembering):
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
+        state["seen"].add_(1)
+        return state
+
+
+@broken("pure", "after_experience() changes parameter", "in place")
+class WritingToParameters(Strategy):
+    def after_experience(self, curator, params, state):
+        for value in params.values():
+            value.mul_(0.5)
+        return state
+
+
+@broken("pure", "losses() changes row tensor inputs in place")
+class WritingToRows(Strategy):
+    def losses(self, forward, batch, context, state):
+        batch.inputs.mul_(0.99)
+        return cross_entropy(forward, batch, context)
+
+
+@broken("pure", "project() changes gradient", "in place")
+class WritingToGradient(Strategy):
+    def project(self, gradient, references, state):
+        next(iter(gradient.values())).add_(1e-3)
+        return gradient
+
+
+@broken("pure", "penalty() changes the strategy object itself", "State")
+class Counting(Strategy):
+    def penalty(self, params, state):
+        object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
+
+
+@broken("pure", "changes the strategy object itself")
+class CountingInAList(Strategy):
+    calls: tuple = ([],)
+
+    def __hash__(self):
+        return 0
+
+    def losses(self, forward, batch, context, state):
+        self.calls[0].append(len(batch))
+        return cross_entropy(forward, batch, context)
+
+
+@broken("pure", "losses() gives value anew at every call", "generator")
+class Rolling(Strategy):
+    def losses(self, forward, batch, context, state):
+        return cross_entropy(forward, batch, context) * torch.rand(len(batch), device=batch.inputs.device)
+
+
+@broken("pure", "derive() changes seen", "'local'")
+class DerivingShared(Strategy):
+    def init(self, spec):
+        return State().declare("seen", torch.zeros(2), "mean")
+
+    def derive(self, state):
+        return state.replace({"seen": state["seen"] + 1})
+
+
+# --------------------------------------------------------------------------- rows
+
+
+@broken("rows", "losses() gives a record another loss", "couples_records")
+class Centred(Strategy):
+    def losses(self, forward, batch, context, state):
+        each = cross_entropy(forward, batch, context)
+        return each - 0.5 * each.mean()
+
+
+@broken("rows", "losses() gives a record another loss with no", "no classes seen in the batch")
+class MaskedByBatch(Strategy):
+    """Masks by the classes present in the batch, as ER-ACE was published."""
+
+    def losses(self, forward, batch, context, state):
+        present = torch.zeros_like(context.seen)
+        present[batch.labels] = True
+        return cross_entropy_of(torch.where(present, forward(batch.inputs), -1e9), batch.labels)
+
+
+@broken("rows", "remember() gives a record another logits", memory_size=16)
+class RememberingOthers(Replay):
+    def remember(self, forward, batch, state):
+        logits = forward(batch.inputs)
+        return {"logits": logits - logits.mean(0)}
+
+
+@broken("rows", "losses() gives loss of shape ()", "(n, ...)", "reduction='none'")
+class Averaging(Strategy):
+    def losses(self, forward, batch, context, state):
+        return cross_entropy(forward, batch, context).mean()
+
+
+@broken("rows", "predict() gives a record another logits")
+class PredictingByCompany(Strategy):
+    def predict(self, forward, x, context, state):
+        logits = forward(x)
+        return torch.where(context.allowed, logits - logits.mean(0), -1e9)
+
+
+@broken("rows", "question 0 (centred) gives a record another value")
+class AskingByCompany(Strategy):
+    asks: ClassVar[Asks] = Asks(releases=1)
+
+    def after_experience(self, curator, params, state):
+        curator.release(lambda f, b: b.inputs - b.inputs.mean(0), clip_norm=1.0, purpose="centred")
+        return state
+
+
+@broken("rows", "question 0 (reference) gives a record another value", memory_size=16)
+class ReferringByCompany(Strategy):
+    memory_size: int
+    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+
+    def plan(self, experience):
+        return Plan(memory=MemoryPlan(capacity=self.memory_size, use="reference"))
+
+    def references(self, curator, params, state):
+        def losses(forward, batch):
+            each = cross_entropy(forward, batch, curator.context)
+            return each - 0.5 * each.mean()
+
+        return (curator.reference(losses, params),) if curator.context.experience else ()
+
+
+# --------------------------------------------------------------------------- bounds
+
+
+@broken("bounds", "one record moves the gradient of a batch by", "its clip norm, 0.5", "in their order")
+class TwoOrders(Strategy):
+    """Right losses, but two passes for one record are in different rows."""
+
+    def losses(self, forward, batch, context, state):
+        mirrored = forward(batch.inputs.flip(0)).flip(0)
+        logits = 4 * forward(batch.inputs) + 4 * mirrored
+        return cross_entropy_of(context.mask(logits, batch), batch.labels)
+
+
+# --------------------------------------------------------------------------- vmap
+
+
+@broken("vmap", "penalty() fails under torch.func.vmap", "not_vmappable_because")
+class Branching(Strategy):
+    def penalty(self, params, state):
+        size = torch.stack([value.square().sum() for value in params.values()]).sum()
+        return size if bool(size > 1) else 0 * size
+
+
+@broken("vmap", "derive() fails under torch.func.vmap")
+class DerivingByNumbers(Remembering):
+    def derive(self, state):
+        return state.replace({"seen": torch.full_like(state["seen"], state["seen"].sum().item())})
+
+
+@broken("vmap", "not_vmappable_because = 'no'", "a sentence")
+class Curt(Branching):
+    not_vmappable_because: ClassVar[str | None] = "no"
+
+
+# --------------------------------------------------------------------------- private
+
+
+@broken("pure", "curator._pool", "curator.release")
+class Peeping(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": curator._pool.inputs.mean(0)[:2]})
+
+
+@broken("pure", "curator.sample", "no charge covers")
+class Drawing(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": curator.sample(0).inputs.mean(0)[:2]})
+
+
+@broken("private", "PrivacyError: raw records were asked for")
+class AskingForRaw(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": curator.raw("to see them").inputs.mean(0)[:2]})
+
+
+@broken("private", "asked for 1 releases in experience 0 and declares 0", "Asks(releases=1)", strength=1.0)
+class Undeclared(EWC):
+    asks: ClassVar[Asks] = Asks()
+
+
+@broken("private", "asked for 0 releases in experience 0 and declares 1")
+class Overdeclared(Strategy):
+    asks: ClassVar[Asks] = Asks(releases=1)
+
+
+@broken("private", "asked for 1 recalls in experience 0 and declares 0", memory_size=16)
+class UndeclaredRecall(ICaRL):
+    asks: ClassVar[Asks] = Asks(releases=1, reuses=True)
+
+    def after_experience(self, curator, params, state):
+        curator.release(lambda f, b: b.inputs, clip_norm=1.0, purpose="sum")
+        return super().after_experience(curator, params, state)
+
+
+@broken("private", "asked for 1 histograms")
+class UndeclaredHistogram(Strategy):
+    def after_experience(self, curator, params, state):
+        histogram(curator, lambda batch: batch.labels, bins=6, purpose="classes")
+        return state
+
+
+@broken("private", "asked for 2 selections in experience 0 and declares 1")
+class TooManySelections(Strategy):
+    asks: ClassVar[Asks] = Asks(selections=1)
+
+    def after_experience(self, curator, params, state):
+        top_k(curator, lambda batch: batch.labels, bins=6, k=2, purpose="classes")
+        return state
+
+
+@broken("private", "0 of experience 1 asked for 1 reference gradients of experience 0 and declares 0", memory_size=16)
+class UndeclaredReference(Strategy):
+    memory_size: int
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def plan(self, experience):
+        return Plan(memory=MemoryPlan(capacity=self.memory_size, use="reference"))
+
+    def references(self, curator, params, state):
+        losses = lambda forward, batch: cross_entropy(forward, batch, curator.context)  # noqa: E731
+        return (curator.reference(losses, params),) if curator.context.experience else ()
+
+
+@broken("private", "asked for reference gradients in 0 steps and declares 1", memory_size=16)
+class OverdeclaredReference(Replay):
+    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+
+
+@broken("private", "records of experience 0 are used later and reuses=False", "reuses=True", memory_size=16)
+class Reusing(Replay):
+    asks: ClassVar[Asks] = Asks()
+
+
+@broken("private", "records of experience 0 are not used later and reuses=True")
+class NotReusing(Strategy):
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+
+@broken("private", "changes with its records", "declared_size")
+class PlanningByRecords(Strategy):
+    def plan(self, experience):
+        return Plan(trainable=("",) if experience.train.inputs.mean() > 0.5 else ("body", "head"))
+
+
+SIGHTS = []
+
+
+@broken("private", "state seen changes with the records although every release is the same")
+class Smuggling(Remembering):
+    """Keeps rows where nobody looks for them."""
+
+    def losses(self, forward, batch, context, state):
+        SIGHTS[:] = [batch.inputs.detach().sum(0)[:2]]
+        return cross_entropy(forward, batch, context)
+
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": SIGHTS[0]}) if type(SIGHTS[0]) is torch.Tensor else state
+
+
+@broken("private", "GuardError: CouplingInTraining.losses() couples records")
+class CouplingInTraining(Strategy):
+    """Couples records only while the model trains, where nothing but the guard of a private run looks."""
+
+    def losses(self, forward, batch, context, state):
+        each = cross_entropy(forward, batch, context)
+        return each - 0.5 * each.mean() if forward.module.training else each
+
+
+# --------------------------------------------------------------------------- resume
+
+ANCHORS = {}
+
+
+@broken("resume", "stopped and resumed without privacy", "State")
+class Elsewhere(Strategy):
+    """Remembers outside the State, cleanly: begun anew by `init`, so that whole runs repeat."""
+
+    def init(self, spec):
+        ANCHORS.clear()
+        return State()
+
+    def penalty(self, params, state):
+        terms = [(value - ANCHORS[name]).square().sum() for name, value in params.items() if name in ANCHORS]
+        return torch.stack(terms).sum() if terms else None
+
+    def after_experience(self, curator, params, state):
+        ANCHORS.update({name: value.clone() for name, value in params.items()})
+        return state
+
+
+# --------------------------------------------------------------------------- federated
+
+
+@broken("federated", "a server predicts otherwise than its only client", "derive()")
+class PredictingLocally(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": torch.ones_like(state["seen"])})
+
+    def predict(self, forward, x, context, state):
+        return torch.where(context.allowed, forward(x) * state["seen"][0], -1e9)
+
+
+@broken("federated", "StrategyError", "has no mean")
+class AveragingIntegers(Strategy):
+    def init(self, spec):
+        return State().declare("count", torch.zeros(2, dtype=torch.int64), "mean")
+
+
+# --------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_strategy_is_found_out(name):
+    make, check, words = BROKEN[name]
+    with pytest.raises(ConformanceError) as caught:
+        check_strategy(make())
+    told = str(caught.value)
+    assert told.startswith(f"{name} fails the check {check!r}: ")
+    assert "; allowed: " in told
+    for word in words:
+        assert word in told
+    assert isinstance(caught.value, StrategyError)
+
+
+def test_every_check_has_a_broken_strategy():
+    assert {check for _, check, _ in BROKEN.values()} == set(CHECKS)
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_what_keeps_the_contract_passes_in_every_scenario(scenario):
+    report = check_strategy(Combine(EWC(strength=5.0), Replay(memory_size=12)), scenario=scenario)
+    assert report.passed[: len(CHECKS)] == tuple(CHECKS)
+    assert set(report.skipped) <= {"cuda"}
+    assert f"{scenario}-incremental" in str(report)
+    assert "passed: declared, alone" in str(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Honest(Centred):
+    """Couples records, and says so."""
+
+    couples_records: ClassVar[bool] = True
+    not_vmappable_because: ClassVar[str | None] = "it was never tried"
+
+
+def test_what_a_strategy_says_of_itself_is_left_out_and_reported():
+    report = check_strategy(Honest())
+    assert {"declared", "alone", "pure", "rows", "resume", "federated"} <= set(report.passed)
+    assert not {"bounds", "vmap", "private"} & set(report.passed)
+    assert report.skipped["vmap"] == "it was never tried"
+    assert "couples_records" in report.skipped["private"]
+    assert "not applicable: bounds: it declares couples_records" in str(report)
+
+
+def test_the_instance_and_the_generator_of_the_caller_are_left_alone():
+    strategy, before = Naive(), torch.get_rng_state()
+    check_strategy(strategy)
+    assert vars(strategy) == {}
+    assert torch.equal(torch.get_rng_state(), before)
