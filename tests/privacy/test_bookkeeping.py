@@ -445,3 +445,17 @@ def test_lines_are_another_way_to_write_a_convolution():
     weight = layer.weight.view(4, 1, 8, 4, 2).permute(0, 1, 4, 2, 3).reshape(4, 16, 1, 4)
     assert torch.allclose(F.conv2d(geometry.to_lines(x, y.shape[3]), weight), y, atol=1e-5)
     assert torch.equal(geometry.from_lines(weight).reshape(layer.weight.shape), layer.weight)
+
+
+def test_weights_computed_from_parameters_are_left_to_the_gradients_of_records():
+    """A layer that runs with twice its weight: the tape would give the gradient of the doubled weight, half the true one."""
+    layer, inputs = nn.Linear(3, 2), torch.rand(4, 3)
+    params = dict(layer.named_parameters())
+
+    def losses():
+        doubled = {name: 2 * value for name, value in params.items()}
+        return torch.func.functional_call(layer, doubled, (inputs,)).square().sum(1)
+
+    assert clipped_gradient_sum(layer, params, losses, 4, Clip(norm=0.1)) is None
+    plain = lambda: torch.func.functional_call(layer, params, (inputs,)).square().sum(1)  # noqa: E731
+    assert clipped_gradient_sum(layer, params, plain, 4, Clip(norm=0.1)) is not None

@@ -38,7 +38,7 @@ class Call:
     Args:
         layer: its name. entered: the input, detached. version: how often that tensor had been written to by then.
         edge: the output's gradient. before: where the graph goes on below the layer; None at its end.
-        shape: of the output.
+        shape: of the output. derived: whether its weights were computed from others, whose gradients no rule gives.
     """
 
     layer: str
@@ -47,6 +47,7 @@ class Call:
     edge: GradientEdge
     before: Node | None
     shape: torch.Size
+    derived: bool
 
 
 def clipped_gradient_sum(
@@ -54,7 +55,8 @@ def clipped_gradient_sum(
 ) -> Params | None:
     """Sum over records of clip(gradient of the record's loss, C); None where it cannot be had this way.
 
-    That is: for a parameter without a rule, shared, or used outside its layer's own call; for a pass that does not
+    That is: for a parameter without a rule, shared, or used outside its layer's own call (as in a layer that runs with
+    weights computed from the parameters); for a pass that does not
     cover all records; and where a norm is not finite. `clipping.clipped_sum` does without such conditions.
 
     Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm, provided that row i
@@ -138,10 +140,11 @@ def _taped(layers: Layers) -> Iterator[list[Call]]:
     tape: list[Call] = []
 
     def listen(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], left: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], left: Tensor) -> None:
             if left.requires_grad:
                 entered: Tensor = args[0] if args else named["input"]
-                place = (get_gradient_edge(left), entered.grad_fn, left.shape)
+                derived = any(value is not None and value.grad_fn for value in layer._parameters.values())
+                place = (get_gradient_edge(left), entered.grad_fn, left.shape, derived)
                 tape.append(Call(name, entered.detach(), entered._version, *place))
 
         return hook
@@ -158,7 +161,7 @@ def _covers(layer: nn.Module, call: Call, records: int) -> bool:
     """Whether the call gave one row a record and its input is still what it was."""
     unbatched = isinstance(layer, nn.Conv1d | nn.Conv2d) and len(call.shape) < layer.weight.dim()
     whole = len(call.shape) > 1 and call.shape[0] == records and not unbatched
-    return whole and call.entered._version == call.version
+    return whole and call.entered._version == call.version and not call.derived
 
 
 def _escapes(total: Tensor, tape: list[Call], params: Params) -> bool:
