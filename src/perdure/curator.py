@@ -17,7 +17,7 @@ from perdure.facts import Exposure
 from perdure.fisher import CHUNK
 from perdure.gradients import Losses, clipped_gradient, mean_gradient
 from perdure.holding import Holding, Remember
-from perdure.pool import Drawing
+from perdure.pool import Drawing, replayed
 from perdure.privacy.clipping import WITHIN, Clip
 from perdure.privacy.discrete import Frequency, Quantile, Utility, best, counted
 from perdure.privacy.guard import check_losses
@@ -153,13 +153,21 @@ class Curator:
         Guarantee: that of `gradient`; every step of a block is charged before the first of its references is drawn.
 
         Args:
-            of: the earlier experience whose rows are drawn; None for all, as the plan's `use` says.
+            of: the earlier experience whose rows are drawn; None for all, as the plan's `use` says. The gradient is 0
+                where there are none, because nothing was stored or the partitions left every pool.
         """
         name = "reference" if of is None else f"reference {of}"
         if self._mechanism is None:
-            return mean_gradient(self._forward, losses, params, self._held.recalled(of), self._at_once)[0]
+            rows = self._held.recalled(of)
+            return (
+                nothing(params)
+                if rows is None
+                else mean_gradient(self._forward, losses, params, rows, self._at_once)[0]
+            )
         if name not in self._held.drawings:
-            raise PrivacyError(f"{name} was not planned; see MemoryPlan.use for what a memory may be kept for")
+            if not self._held.planned(of):
+                raise PrivacyError(f"{name} was not planned; see MemoryPlan.use for what a memory may be kept for")
+            return nothing(params)
         drawing, step = self._held.drawings[name], self._held.step
         self._reserve_reference(self._mechanism, drawing, losses)
         batch = drawing.rows.take(drawing.positions(self._mechanism, step))
@@ -266,12 +274,12 @@ class Curator:
         (steps, start), exposed, tried = self._block, drawing.exposure, self.synthetic(QUESTIONS)
 
         def of(inputs: Tensor, labels: Tensor) -> Tensor:
-            rows = tried.take(slice(0, len(inputs)))
+            rows = replayed(tried).take(slice(0, len(inputs)))
             return losses(self._forward, replace(rows, inputs=inputs, labels=labels))
 
         with torch.no_grad(), evaluating(self._forward.module):
             check_losses(of, tried.inputs, tried.labels, f"the losses of {drawing.purpose!r}")
-            shown = digest({"losses": losses(self._forward, tried)}).hex()
+            shown = digest({"losses": losses(self._forward, replayed(tried))}).hex()
         mechanism.reserve(
             scope=exposed.scope, steps=steps, start=start + shown, data=self._held.fingerprint,
             expected=exposed.expected, purpose=drawing.purpose,
@@ -328,6 +336,11 @@ class Diagnostics:
     rows: int
     loss: Tensor
     clipped: float = 0.0
+
+
+def nothing(params: Params) -> Params:
+    """A gradient of 0."""
+    return {name: torch.zeros_like(value) for name, value in params.items()}
 
 
 def prefixed(shown: Params) -> Params:

@@ -26,6 +26,10 @@ Remember = Callable[[Forward, Batch], Params]
 """What memory stores beside each row, name to (n, ...)."""
 
 
+WHEN = "(whether it was noted)"
+"""Name beside those that `remember` gives; none of them has brackets."""
+
+
 class Holding:
     """Records of one party.
 
@@ -56,7 +60,8 @@ class Holding:
         if plan.pool == "memory":
             self._offer(current)
         self._pool = Pool(
-            current=current, new=self._pooled(current), stored=self.back, plan=plan.memory, batch_size=size,
+            current=current, new=self._pooled(current), stored=None if plan.pool == "memory" else self.back,
+            plan=plan.memory, batch_size=size,
             place=(self._seed, self._client, experience.index),
         )  # fmt: skip
         if not len(self._pool.new) and not mechanism:
@@ -79,13 +84,21 @@ class Holding:
         self._drawn = drawing.positions(self._mechanism, step)
         return drawing.rows.take(self._drawn), 0.0
 
-    def recalled(self, of: int | None) -> Batch:
-        """Stored rows of one step's reference gradient (without privacy): of an earlier experience, or of all."""
+    def recalled(self, of: int | None) -> Batch | None:
+        """Stored rows of one step's reference gradient (without privacy): of an earlier experience, or of all.
+
+        None where nothing of that experience was stored.
+        """
         back = self.pool.stored
         if back is None:
             raise StrategyError("memory is empty: there is no reference gradient before the second experience")
         back = back if of is None else back.take(back.tasks == of)
-        return replayed(self.pool.recalled(back, f"reference {of}", self.step))
+        return replayed(self.pool.recalled(back, f"reference {of}", self.step)) if len(back) else None
+
+    def planned(self, of: int | None) -> bool:
+        """Whether the plan keeps memory for a reference gradient of that name, be there anyone left to draw or not."""
+        use = self._plan.memory.use if self._plan.memory else ""
+        return use == "reference" if of is None else use == "references" and 0 <= of < len(self.experiences) - 1
 
     def observe(self, batch: Batch, remember: Remember) -> None:
         """Offer the new rows of a step to memory; under privacy only note what is to be stored beside them."""
@@ -195,9 +208,9 @@ class Holding:
         seen, rows, back = self.experiences, self.pool.rows, self.back
         self.drawings = {"gradient": Drawing.of(rows, seen, self.exposure, "gradient")}
         for name, exposed in asked.items():
-            stored = self.pool.current.take(slice(0, 0)) if back is None else back
-            others = [e.index for e in seen if e.train.partition not in exposed.scope]
-            self.drawings[name] = Drawing.of(without(stored, others), seen, exposed, name)
+            stored = self.pool.current.take(slice(0, 0)) if back is None else replayed(back)
+            own = stored.tasks == int(name.split()[-1]) if " " in name else torch.ones_like(stored.valid)
+            self.drawings[name] = Drawing.of(stored.take(own), seen, exposed, name)
         kept = {f"reference {n}": t for n, t in back.tensors().items()} if asked and back is not None else {}
         self.fingerprint = mechanism.fingerprint({**rows.tensors(), **kept})
 
@@ -231,16 +244,16 @@ class Holding:
         new = remembered(current.take(at), remember, self._forward, alone=True)
         if not self._noted:
             self._noted = {n: t.new_zeros(len(current), *t.shape[1:]) for n, t in new.stored.items()}
-            self._noted["when"] = torch.zeros(len(current), dtype=torch.bool, device=current.inputs.device)
+            self._noted[WHEN] = torch.zeros(len(current), dtype=torch.bool, device=current.inputs.device)
         for name, value in new.stored.items():
             self._noted[name][at] = value
-        self._noted["when"][at] = True
+        self._noted[WHEN][at] = True
 
     def _as_noted(self, new: Batch) -> Batch:
         """Rows with what was noted of them, where anything was."""
         if not self._noted:
             return new
-        when = self._noted["when"]
+        when = self._noted[WHEN]
         stored = {
             name: torch.where(when.view(-1, *[1] * (value.dim() - 1)), self._noted[name], value)
             for name, value in new.stored.items()

@@ -82,8 +82,8 @@ def records_in(size: int | str, experience: "Experience") -> int:
     """
     if isinstance(size, int):
         return size
-    number, _, unit = size.partition(" ")
-    if unit not in UNITS or not number.replace(".", "", 1).isdecimal():
+    number, _, unit = str(size).partition(" ")
+    if unit not in UNITS or not number.replace(".", "", 1).isdecimal() or not float(number):
         raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
     inputs = experience.train.inputs
     row = inputs[:0].new_empty(inputs.shape[1:]).nbytes + 2 * experience.train.ids.element_size()
@@ -153,7 +153,8 @@ class Memory:
             return known.argsort(descending=True, stable=True).cpu()
         most = plan.capacity if plan.per_class is None else plan.per_class
         places = [torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)]
-        return torch.cat([where[herded(known[where], most)] for where in places]).cpu()
+        herds = [where[herded(known[where], most)] for where in places]
+        return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
 
     def _keep(self, new: list[Batch], kept: Tensor) -> None:
         if self.rows is not None and len(kept) == len(self) and bool((kept < len(self)).all()):

@@ -448,7 +448,7 @@ def test_lines_are_another_way_to_write_a_convolution():
 
 
 def test_weights_computed_from_parameters_are_left_to_the_gradients_of_records():
-    """A layer that runs with twice its weight: the tape would give the gradient of the doubled weight, half the true one."""
+    """A layer that runs with twice its weight: the tape would give the gradient of the doubled weight, half of it."""
     layer, inputs = nn.Linear(3, 2), torch.rand(4, 3)
     params = dict(layer.named_parameters())
 
