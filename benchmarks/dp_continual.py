@@ -40,6 +40,7 @@ DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
 GROUPS, BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, CLIP_NORM = 27, 2048, 10, 4.0, 0.9, 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
     "agem": {"memory_size": 6000},
+    "bic": {"memory_size": 6000},
     "der": {"memory_size": 6000},
     "er_ace": {"memory_size": 6000},
     "ewc": {"strength": 1.0},

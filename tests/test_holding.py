@@ -9,7 +9,7 @@ from torch import nn
 
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.facts import exposure
-from perdure.holding import untouched
+from perdure.holding import WHEN, untouched
 from perdure.learner import Learner
 from perdure.memory import MemoryPlan
 from perdure.models import Classifier
@@ -224,7 +224,7 @@ def test_under_privacy_stored_rows_in_a_step_do_not_change_what_is_noted(toy_str
     kept = curator._held.memory.rows.ids.tolist()
     for step in range(4):
         curator.observe(curator.sample(step), lambda forward, rows: {})
-    drawn = curator._held._noted["when"]
+    drawn = curator._held._noted[WHEN]
     assert len(drawn) == 24 and 0 < int(drawn.sum()) < 24
     curator.store(lambda forward, rows: {})
     ids = curator._held.memory.rows.ids.tolist()
@@ -337,5 +337,5 @@ def test_copies_of_one_record_are_noted_at_the_row_that_was_drawn(toy_data, toy_
         batch = curator.sample(step)
         curator.observe(batch, lambda forward, rows: {})
         noted |= set(batch.ids[~batch.from_memory].tolist())
-    when = curator._held._noted["when"]
+    when = curator._held._noted[WHEN]
     assert set(stream[1].train.ids[when].tolist()) == noted and 0 < len(noted) < 48

@@ -379,7 +379,9 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner
 
     def look(point, learner):
         if point == "step.sampled":
-            trained.append(learner.curator.sample(learner.position.step))
+            held = learner.curator._held
+            drawn = held.rows.take(held._drawn) if privacy else learner.curator.sample(learner.position.step)
+            trained.append(drawn)
 
     attack = Watched(epsilon=0.05)
     learner = learner_of(Replay(memory_size=12), adversary=attack, callbacks=[look], privacy=privacy)
