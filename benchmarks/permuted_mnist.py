@@ -1,9 +1,9 @@
 """Permuted MNIST: ten experiences, each with its own fixed order of the pixels; domain-incremental, one head of ten.
 
-The published values are those of van de Ven and Tolias, Three scenarios for continual learning, arXiv:1904.07734, 2019,
-table 5: an MLP of 2 x 1,000 units, Adam 1e-4, 5,000 iterations of 256 images an experience, means over 20 seeds. Here
-it is less, so that a processor can bear it: an MLP of 2 x 400 units, Adam 1e-3 begun anew with every experience, 4
-epochs of batches of 128, pixels in [0, 1]. A seed sets the permutations (all ten), the model and the order of images.
+An MLP of 2 x 400 units, Adam 1e-3 begun anew with every experience, 4 epochs of batches of 128, pixels in [0, 1]: less
+than the literature uses (2 x 1,000 units and more, 10 to 20 epochs), so that a processor can bear it. It does not reach
+the targets, EWC 94 and SI 95 %: one seed gave EWC 93.9 and SI 93.0. A seed sets the permutations (all ten), the model
+and the order of images.
 
 The strengths were chosen on the first three experiences only, with seed 0, by average accuracy on the test images,
 since MNIST has no validation part; `SEARCHED` has every one that was tried, and the second command repeats one.
@@ -40,8 +40,8 @@ SEARCHED: dict[str, dict[float, float]] = {
     "si": {1.0: 96.94, 3.0: 96.90, 10.0: 96.61},
 }
 """Average accuracy in percent after three experiences, by strength; seed 0."""
-PUBLISHED = {"none": 78.51, "ewc": 94.31, "si": 95.33}
-"""Average accuracy in percent, from the table of the paper."""
+TARGET = {"ewc": 94.0, "si": 95.0}
+"""Average accuracy in percent that is aimed at."""
 
 
 def strategies(strength: float | None) -> dict[str, Strategy]:
@@ -75,7 +75,7 @@ def row(
         "strength": getattr(strategy, "strength", None), "seeds": len(results),
         "average_accuracy": float(accuracies.mean()), "forgetting": float(forgettings.mean()),
         "standard_error": error, "epsilon": None, "seconds": seconds,
-        "published": PUBLISHED[name] if experiences == EXPERIENCES else None,
+        "target": TARGET.get(name) if experiences == EXPERIENCES else None,
         "searched_on": "3 experiences, seed 0, test images" if name in SEARCHED else None,
         "searched": {str(strength): found for strength, found in SEARCHED.get(name, {}).items()},
     }  # fmt: skip
@@ -84,7 +84,7 @@ def row(
 def show(rows: list[dict[str, object]]) -> None:
     """Print the rows as a table."""
     table = Table(title="Permuted MNIST, accuracy and forgetting in percent, seconds per seed")
-    columns = ("strategy", "strength", "seeds", "average_accuracy", "standard_error", "forgetting", "published", "s")
+    columns = ("strategy", "strength", "seeds", "average_accuracy", "standard_error", "forgetting", "target", "s")
     for column in columns:
         table.add_column(column.replace("_", " "))
     for entry in rows:
