@@ -1,9 +1,9 @@
 """Permuted MNIST: ten experiences, each with its own fixed order of the pixels; domain-incremental, one head of ten.
 
 An MLP of 2 x 400 units, Adam 1e-3 begun anew with every experience, 4 epochs of batches of 128, pixels in [0, 1]: less
-than the scripts of Hsu et al. 2018 use (2 x 1,000 units, Adam 1e-4 kept, 10 epochs), so that a processor can bear it. It
-does not reach the targets, EWC 94 and SI 95 %: one seed gave EWC 93.9 and SI 93.0. A seed sets the permutations (all ten), the model
-and the order of images.
+than the scripts of Hsu et al. 2018 use (2 x 1,000 units, Adam 1e-4 kept, 10 epochs), so that a processor can bear it.
+It does not reach the targets, EWC 94 and SI 95 %: one seed gave EWC 93.9 and SI 93.0. A seed sets the permutations (all
+ten), the model and the order of images.
 
 The strengths were chosen on the first three experiences only, with seed 0, by average accuracy on the test images,
 since MNIST has no validation part; `SEARCHED` has every one that was tried, and the second command repeats one.
