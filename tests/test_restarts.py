@@ -95,7 +95,11 @@ def test_a_loss_of_equal_value_and_other_gradient(twice, meetings):
 @pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
 def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
     privacy = replace(PRIVATE, epsilon=8, delta=1e-5)
-    learner_of(toy_model(four), strategy, privacy=privacy, iterations=6).fit(four)
+    learner = learner_of(toy_model(four), strategy, privacy=privacy, iterations=6)
+    assert learner.fit(four).isfinite().all()
+    ledger, left = learner.mechanism.ledger, learner.mechanism.schedule.left
+    assert left[-1] and ledger.worst(1e-5)[1] <= 8
+    assert ledger.entries[-1].scope.keys() == {"experience-3"}
 
 
 def test_a_reference_is_of_its_own_experience_where_partitions_are_shared(copies, toy_model):
@@ -112,7 +116,10 @@ def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):
 
 @pytest.mark.parametrize("private", [False, True])
 def test_an_experience_that_left_nothing_in_memory_is_no_reference(four, toy_model, private):
-    learner_of(toy_model(four), GEM(memory_size=2), privacy=PRIVATE if private else None).fit(four)
+    learner = learner_of(toy_model(four), GEM(memory_size=2), privacy=PRIVATE if private else None)
+    assert learner.fit(four).isfinite().all()
+    kept = learner.curator._held.memory.rows.tasks.unique().tolist()
+    assert len(kept) < 4  # some experience left nothing
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -138,7 +145,9 @@ def test_any_name_may_be_remembered(four, toy_model):
         def remember(self, forward, batch, state):
             return {"when": batch.ids.float()}
 
-    until(learner_of(toy_model(four), W(memory_size=12)), four, 1)
+    learner = until(learner_of(toy_model(four), W(memory_size=12)), four, 1)
+    rows = learner.curator._held.memory.rows
+    assert len(rows) and torch.equal(rows.stored["when"], rows.ids.float())
 
 
 def test_a_schedule_that_changes_late(twice, meetings):
@@ -153,3 +162,4 @@ def test_other_parameters_to_train(twice, meetings):
     from perdure.strategy import Plan
 
     twice(Naive(), other(Naive, plan=lambda self, experience: Plan(trainable=("head",)))())
+    assert meetings.reused == 0

@@ -7,6 +7,7 @@ the weakest directions of a Gram matrix are lost in the rounding of the stronges
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -202,7 +203,7 @@ def unit(features: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analytic(Strategy):
+class Analytic(Strategy, ABC):
     """A strategy whose head follows from sums of features; nothing is trained.
 
     Guarantee: exactly one release an experience. Without privacy the head is the same, up to the rounding of float64,
@@ -247,9 +248,9 @@ class Analytic(Strategy):
         changes = {name: state[name] + released[name].to(state[name].dtype) for name in released if name in state}
         return state.replace(changes | {"noisy": state["noisy"] + float(curator.private)})
 
+    @abstractmethod
     def query(self, curator: "Curator", state: State) -> Gram:
         """What is asked of the records of an experience."""
-        raise NotImplementedError
 
     def asking(self, state: State, kind: type[Gram], *, weight: float = 1.0, totals: float = 0.0) -> Gram:
         """Query of this kind over the features that the head sees, with one-hot targets."""

@@ -113,6 +113,11 @@ class Curator:
         return self._held.exposure
 
     @property
+    def exposures(self) -> dict[str, Exposure]:
+        """By what is drawn in a private step: the gradient, and every reference beside it; none without privacy."""
+        return {name: drawing.exposure for name, drawing in self._held.drawings.items()}
+
+    @property
     def stored(self) -> int:
         """Number of rows in memory.
 

@@ -24,10 +24,10 @@ def start(learner: "Learner") -> str:
     """SHA-256 of model, state, optimiser, position and settings, and of what the code does to synthetic records."""
     snapshot, stream = learner.snapshot(), learner.stream
     facts = {name: value for name, value in snapshot.facts.items() if name != "matrix"}  # what was, not what comes
-    drawn = {name: drawing.exposure for name, drawing in learner.curator._held.drawings.items()}
     settings = (
-        repr(learner.strategy), repr(drawn), repr(learner.plan(stream[learner.position.experience])),
-        repr(learner.model), repr(learner.adversary), repr(learner._optimizer), learner.seed,
+        repr(learner.strategy), repr(learner.plan(stream[learner.position.experience])),
+        repr(learner.curator.exposures), repr(learner.model), repr(learner.adversary), repr(learner._optimizer),
+        learner.seed,
         learner.precision, learner.micro_batch_size, str(learner.device), torch.__version__,
         type(learner._scheduler).__name__, learning_rates(learner), json.dumps(facts, default=str), stream.scenario,
         [experience.classes for experience in stream],

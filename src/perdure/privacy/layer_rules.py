@@ -13,6 +13,7 @@ Whatever flowed, norms and sums are taken in float32, or in float64 where it was
 used as they flowed; but a sum rounded to half precision would move by more than the clip norm.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -108,7 +109,7 @@ class RowsRule:
         return {n: (factors.to(r.dtype) @ r.flatten(1)).view(r.shape[1:]) for n, r in wider.items()}
 
 
-class FormedRule:
+class FormedRule(ABC):
     """Rows formed a piece at a time: what is summed is, number by number, what was measured.
 
     Args:
@@ -119,9 +120,9 @@ class FormedRule:
         self.n, self.numbers = n, numbers
         self.kept: list[RowsRule] = []
 
+    @abstractmethod
     def formed(self, piece: slice) -> Params:
         """Rows of a piece of the records."""
-        raise NotImplementedError
 
     def finished(self, sums: Params) -> Params:
         """Sums of rows in the shapes of the parameters."""
