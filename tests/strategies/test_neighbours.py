@@ -25,7 +25,10 @@ ROUNDING = 1 + 1e-4
 
 
 class Silent:
-    """A noise key that draws no noise; all else is the key's."""
+    """A noise key that draws no noise, and whose coins are those of the step, whatever bits led to it.
+
+    So all machines draw alike; all else is the key's.
+    """
 
     def __init__(self, key):
         self._key = key
@@ -35,6 +38,9 @@ class Silent:
 
     def normal(self, shapes, **place):
         return {name: torch.zeros_like(value) for name, value in self._key.normal(shapes, **place).items()}
+
+    def uniform(self, n, *, purpose, entry, step):
+        return self._key.uniform(n, purpose=purpose, entry="", step=step)
 
 
 def without_record(stream, record):
