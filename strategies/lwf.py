@@ -4,11 +4,15 @@ Li and Hoiem, Learning without Forgetting, TPAMI 2018, section 3 and equations 1
 class-incremental streams is that of van de Ven et al., Three types of incremental learning, Nature Machine
 Intelligence 2022.
 
-    loss_i = CE(x_i, y_i) + strength * k * sum_c -q_c log p_c
-    q = softmax(teacher(x_i) / T),  p = softmax(model(x_i) / T)
+    loss_i = CE(x_i, y_i) + strength * k * KD_i                                            (weighting = "sum")
+    loss_i = 1/t CE(x_i, y_i) + (1 - 1/t) * strength * T^2 * mean of KD_i                  (weighting = "experiences")
+    KD_i   = sum_c -q_c log p_c,  q = softmax(teacher(x_i) / T),  p = softmax(model(x_i) / T)
 
-Task-incremental: the second term is summed over the k earlier tasks' heads. Class-incremental: q is over the earlier
+Task-incremental: KD is summed, or averaged, over the k earlier tasks' heads. Class-incremental: q is over the earlier
 classes, p over all seen so far, k = 1. Domain-incremental: over all classes, with k the number of earlier experiences.
+The second form, with t the number of the experience from 1, is that of van de Ven and Tolias, Three scenarios for
+continual learning, 2019, and of the LwF in Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios,
+2018; `strength` is 1 there.
 
 State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each).
 Memory cost: once the parameters, and one more forward pass a step.
@@ -16,7 +20,7 @@ Privacy cost: none beyond the gradient: the teacher is a released model, and the
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -36,16 +40,20 @@ class LwF(Strategy):
     Args:
         temperature: softens both distributions (T).
         strength: weight of the distillation term (lambda_o).
+        weighting: `sum` adds it to the cross entropy; `experiences` gives the new experience the weight 1/t.
     """
 
     temperature: float = 2.0
     strength: float = 1.0
+    weighting: Literal["sum", "experiences"] = "sum"
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ConfigError.of("lwf.temperature", self.temperature, "a number above 0")
         if not self.strength >= 0:
             raise ConfigError.of("lwf.strength", self.strength, "0 or more")
+        if self.weighting not in ("sum", "experiences"):
+            raise ConfigError.of("lwf.weighting", self.weighting, ("sum", "experiences"))
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on."""
@@ -58,9 +66,12 @@ class LwF(Strategy):
         if context.experience == 0:
             return new
         teacher = forward.at(state.group("teacher"))(batch.inputs)
-        old = torch.stack([self._distil(logits, teacher, *pair) for pair in answered(context)]).sum(0)
+        old = torch.stack([self._distil(logits, teacher, *pair) for pair in answered(context)])
+        if self.weighting == "experiences":
+            share = 1 / (context.experience + 1)
+            return share * new + (1 - share) * self.strength * self.temperature**2 * old.mean(0)
         times = context.experience if context.scenario == "domain" else 1
-        return new + self.strength * times * old
+        return new + self.strength * times * old.sum(0)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model as the next teacher."""

@@ -6,9 +6,11 @@ import torch
 from perdure.errors import ConfigError
 from perdure.facts import contexts
 from perdure.learner import Learner
+from perdure.models import mlp
 from perdure.records import Batch
 from perdure.strategies import LwF
 from perdure.strategy import Forward, Spec
+from perdure.testing.stand import small_stream
 
 T = 3.0
 
@@ -58,10 +60,47 @@ def test_the_loss_is_the_formula(problem, scenario):
         assert mine[i].item() == pytest.approx(expected, rel=1e-4)
 
 
+def third_by_hand(scenario, weighting, student, teacher, label, strength):
+    """One record's loss in the third experience of two classes each, in plain Python."""
+    heads, width = [[0, 1], [2, 3], [4, 5]], len(student)
+    compete = {"task": heads[2], "class": range(width), "domain": range(width)}[scenario]
+    pairs = {"task": [(h, h) for h in heads[:2]], "class": [(range(4), range(6))], "domain": [(range(2), range(2))]}
+    distilled = []
+    for asked, answering in pairs[scenario]:
+        q, p = softmax(teacher, asked, T), softmax(student, answering, T)
+        distilled.append(-sum(q[c] * math.log(p[c]) for c in asked))
+    cross_entropy = -math.log(softmax(student, compete, 1.0)[label])
+    if weighting == "experiences":
+        return cross_entropy / 3 + 2 / 3 * strength * T**2 * sum(distilled) / len(distilled)
+    return cross_entropy + strength * (2 if scenario == "domain" else 1) * sum(distilled)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("weighting", ["sum", "experiences"])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_in_the_first_experience_there_is_no_teacher(problem, scenario):
+def test_in_the_third_experience_heads_add_up_or_are_averaged(scenario, weighting):
+    stream = small_stream(scenario)
+    student, other = (
+        mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(6,), seed=s).eval() for s in (0, 1)
+    )
+    strategy = LwF(temperature=T, strength=0.7, weighting=weighting)
+    teacher = {name: 3 * value.detach() for name, value in other.named_parameters()}
+    state = strategy.init(
+        Spec(params=teacher, num_classes=stream.num_classes, num_experiences=3, feature_size=6, scenario=scenario)
+    )
+    batch, at = Batch.current(stream[2].train, 2), contexts(stream, "cpu")(2)
+    mine = strategy.losses(Forward(student), batch, at, state)
+    students, teachers = student(batch.inputs).tolist(), Forward(student, teacher)(batch.inputs).tolist()
+    for i, label in enumerate(batch.labels.tolist()):
+        expected = third_by_hand(scenario, weighting, students[i], teachers[i], label, 0.7)
+        assert mine[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["sum", "experiences"])
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_in_the_first_experience_there_is_no_teacher(problem, scenario, weighting):
     stream, student, _, spec = problem(scenario)
-    strategy = LwF(temperature=T)
+    strategy = LwF(temperature=T, weighting=weighting)
     batch, at = Batch.current(stream[0].train, 0), contexts(stream, "cpu")(0)
     poisoned = strategy.init(spec).replace({n: torch.full_like(t, math.nan) for n, t in strategy.init(spec).items()})
     plain = torch.nn.functional.cross_entropy(at.mask(student(batch.inputs), batch), batch.labels, reduction="none")
@@ -101,7 +140,11 @@ def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": 0.0}, "lwf.temperature = 0.0"), ({"strength": -0.1}, "lwf.strength = -0.1")],
+    [
+        ({"temperature": 0.0}, "lwf.temperature = 0.0"),
+        ({"strength": -0.1}, "lwf.strength = -0.1"),
+        ({"weighting": "equal"}, "lwf.weighting = 'equal'.*sum, experiences"),
+    ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ConfigError, match=message):
