@@ -17,16 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from perdure.avalanche import from_avalanche
 from perdure.datasets import Dataset
 from perdure.errors import ConfigError
 from perdure.experience import SCENARIOS, Experience, Scenario, Stream
+from perdure.hashing import hashed, shifted
 from perdure.records import Records
 
 __all__ = [
@@ -246,19 +245,9 @@ def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
     Guarantee: none; everyone can compute it. It says which experience a record belongs to, and is never used
     for noise or for membership that must stay secret.
 
-    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators" (the mixing function).
+    Source: see `perdure.hashing`.
     """
-    salt = _mix(_mix(np.array([seed], dtype=np.int64).astype(np.uint64)) + np.uint64(purpose))
-    mixed = _mix(_mix(ids.cpu().numpy().astype(np.uint64)) ^ salt)
-    return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix 64-bit words so that each output bit depends on all input bits; arithmetic is modulo 2^64."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    return shifted(hashed(ids.cpu(), seed, purpose), 11).double() * 2.0**-53
 
 
 def _class_order(num_classes: int, class_order: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:

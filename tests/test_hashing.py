@@ -1,0 +1,91 @@
+"""Numbers that belong to records: the published mixing function, uniform, normal, apart, and the same under vmap."""
+
+import pytest
+import torch
+
+from perdure.hashing import hashed, normals, uniforms
+from perdure.seeds import derive
+from perdure.streams import public_coin
+
+MANY = torch.arange(100_000)
+
+
+def mixed(word):
+    """SplitMix64's next word after the state `word`, in Python's whole numbers."""
+    word = (word + 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+@pytest.mark.reference
+def test_the_mixing_function_is_splitmix64():
+    assert mixed(0) == 0xE220A8397B1DCDAF  # first output of the reference implementation at seed 0
+    ids = [0, 1, 12_345, 2**62 + 7, -1, -(2**63)]
+    for stream in ((), (3,), (3, -5), (derive("label", 0), 2**63 - 1)):
+        salt = 0
+        for part in stream:
+            salt = mixed((salt + part) % 2**64)
+        expected = [mixed(mixed(i % 2**64) ^ salt) for i in ids]
+        assert [word % 2**64 for word in hashed(torch.tensor(ids), *stream).tolist()] == expected
+
+
+@pytest.mark.reference
+def test_the_public_coin_is_the_upper_bits_of_the_same_word():
+    expected = [(word % 2**64 >> 11) * 2.0**-53 for word in hashed(MANY[:50], 7, 2).tolist()]
+    assert public_coin(MANY[:50], seed=7, purpose=2).tolist() == expected
+
+
+def test_they_are_uniform_in_the_open_interval():
+    """No flakiness: a fixed hash. The gap to the uniform distribution is 1.36 / sqrt(n) in one of 20 samples."""
+    for stream in ((), (0,), (1,), (derive("label", 0), 1)):
+        drawn = uniforms(MANY, *stream).double().sort().values
+        assert drawn[0] > 0 and drawn[-1] < 1
+        gap = (drawn - (MANY + 0.5) / len(MANY)).abs().max()
+        assert gap < 2 / len(MANY) ** 0.5
+
+
+def unmixed(word):
+    """Inverse of `mixed`: every step of it can be undone."""
+    word ^= word >> 31 ^ word >> 62
+    word = word * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+    word ^= word >> 27 ^ word >> 54
+    word = word * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
+    word ^= word >> 30 ^ word >> 60
+    return (word - 0x9E3779B97F4A7C15) % 2**64
+
+
+def test_the_ends_are_never_reached():
+    """By the ids whose words are the smallest and the largest; the inverse of a distribution function is finite."""
+    ids = [unmixed(unmixed(word)) for word in (0, 2**64 - 1)]
+    ends = torch.tensor([i - 2**64 if i >= 2**63 else i for i in ids])
+    assert hashed(ends).tolist() == [0, -1]
+    assert uniforms(ends).tolist() == [2.0**-24, 1 - 2.0**-24]
+    assert normals(ends).tolist() == pytest.approx([-5.29, 5.29], abs=0.02)
+
+
+def test_normals_are_normal():
+    """No flakiness: a fixed hash. Bounds are four standard errors of the moments of 100,000 numbers."""
+    for stream in ((), (5,), (derive("noise"), 3)):
+        drawn = normals(MANY, *stream).double()
+        error = len(MANY) ** -0.5
+        assert abs(drawn.mean()) < 4 * error
+        assert abs(drawn.square().mean() - 1) < 4 * 2**0.5 * error
+        assert abs(drawn.pow(4).mean() - 3) < 4 * 96**0.5 * error
+
+
+def test_streams_and_neighbouring_ids_go_apart():
+    rows = [uniforms(MANY), uniforms(MANY, 0), uniforms(MANY, 1), uniforms(MANY, 0, 1), uniforms(MANY, 1, 0)]
+    rows += [uniforms(MANY + 1), uniforms(MANY + 1, 0)]
+    apart = torch.corrcoef(torch.stack(rows)) - torch.eye(len(rows))
+    assert float(apart.abs().max()) < 4 / len(MANY) ** 0.5
+
+
+def test_a_number_belongs_to_its_id_alone_and_tensors_make_tables():
+    table = uniforms(MANY[:20, None], 9, torch.arange(4))
+    assert table.shape == (20, 4)
+    for i in (0, 7):
+        for j in range(4):
+            assert float(table[i, j]) == float(uniforms(torch.tensor(i), 9, j))
+    assert torch.equal(torch.func.vmap(lambda i: uniforms(i, 9, torch.arange(4)))(MANY[:20]), table)
+    assert torch.equal(torch.func.vmap(lambda i: normals(i[None], 9)[0])(MANY[:20]), normals(MANY[:20], 9))
