@@ -1,17 +1,24 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from perdure.curator import Curator
 from perdure.errors import ConfigError
 from perdure.facts import contexts
+from perdure.fisher import SquaredGradient
+from perdure.hashing import uniforms
 from perdure.models import mlp
 from perdure.privacy.ledger import Ledger
 from perdure.privacy.mechanism import Mechanism, Schedule
 from perdure.privacy.noise import NoiseKey
 from perdure.privacy.policy import Privacy
+from perdure.records import Batch
+from perdure.seeds import derive
 from perdure.strategies import EWC
-from perdure.strategies.ewc import anchor
+from perdure.strategies.ewc import anchor, drawn
 from perdure.strategy import Forward, Plan, Spec, State
+from perdure.testing import check_strategy
 
 
 class Past:
@@ -112,9 +119,6 @@ def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and
 
 def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_squared(toy_stream):
     """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie within C."""
-    from perdure.fisher import SquaredGradient
-    from perdure.records import Batch
-
     stream, strategy = toy_stream(), EWC(strength=1.0)
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0)
     curator = Curator(seed=0, batch_size=8)
@@ -129,6 +133,60 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
             for t in terms[0]
         ]
         assert 0 < float(length.detach()) <= float(max(norms)) * (1 + 1e-5)
+
+
+def opened(stream, experience):
+    model = mlp(input_shape=(5,), num_classes=stream.num_classes, hidden=(6,), seed=0).eval()
+    curator = Curator(seed=0, batch_size=8)
+    curator.open(stream.experiences[: experience + 1], Plan(), contexts(stream, "cpu")(experience), Forward(model))
+    return model, curator
+
+
+def rows_of(fisher, model, curator, batch):
+    strategy = EWC(strength=1.0, fisher=fisher)
+    rows = SquaredGradient(lambda f, b: strategy._terms(curator, f, b))(Forward(model), batch)
+    return torch.cat([row.detach().flatten(1) for row in rows.values()], dim=1)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)])
+def test_over_many_ids_the_sampled_fisher_matrix_is_the_exact_one(toy_stream, scenario, experience):
+    """Four standard errors of each of at most 64 numbers, by a fixed hash: it always passes, or the draw is wrong."""
+    stream, n = toy_stream(scenario), 4000
+    model, curator = opened(stream, experience)
+    one = Batch.current(stream[experience].train, experience).take(slice(3, 4))
+    many = replace(one.take(torch.zeros(n, dtype=torch.int64)), ids=10_000 + torch.arange(n))
+    [exact] = rows_of("exact", model, curator, one)
+    sampled = rows_of("sampled", model, curator, many)
+    errors = sampled.double().std(0) / n**0.5
+    assert ((sampled.double().mean(0) - exact).abs() <= 4 * errors + 1e-7).all()
+    assert len(sampled.unique(dim=0)) == int(curator.context.allowed.sum())
+    [empirical] = rows_of("empirical", model, curator, one)
+    assert ((empirical - exact).abs() > 8 * errors).any(), "a test that could not tell them apart"
+
+
+def test_the_draw_of_a_record_is_its_own_and_another_in_every_experience(toy_stream):
+    stream = toy_stream()
+    batch = Batch.current(stream[1].train, 1)
+    model, curator = opened(stream, 1)
+    rows = rows_of("sampled", model, curator, batch)
+    torch.testing.assert_close(rows_of("sampled", model, curator, batch.take(slice(0, None, 3))), rows[::3])
+    assert torch.equal(rows, rows_of("sampled", model, curator, batch))
+    ids, p = torch.arange(1000), torch.full((1000, 4), 0.25)
+    labels = [drawn(p, uniforms(ids, derive("fisher", experience))) for experience in (0, 1)]
+    assert 150 < int((labels[0] == labels[1]).sum()) < 350
+
+
+def test_a_class_is_drawn_by_its_share_of_the_unit_interval_and_never_at_probability_0():
+    p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    ends = torch.tensor([2.0**-24, 0.2499, 0.2501, 1 - 2.0**-24])
+    assert drawn(p.expand(4, 5), ends).tolist() == [1, 1, 3, 3]
+    for total in (0.9999, 1.0, 1.0001):  # a sum of probabilities is 1 up to rounding
+        assert drawn((total * p).expand(4, 5), ends).tolist()[::3] == [1, 3]
+
+
+def test_the_sampled_form_keeps_the_contract():
+    assert "vmap" in check_strategy(EWC(strength=50.0, fisher="sampled")).passed
 
 
 def test_an_anchor_is_the_mean_weighted_by_fisher_and_finite_where_nothing_pulls():
@@ -163,7 +221,7 @@ def test_clients_average_to_what_one_party_would_hold():
         ({"strength": float("nan")}, "ewc.strength = nan"),
         ({"strength": 1.0, "decay": 1.5}, "ewc.decay = 1.5"),
         ({"strength": 1.0, "mode": "both"}, "ewc.mode = 'both'.*separate, online"),
-        ({"strength": 1.0, "fisher": "batch"}, "ewc.fisher = 'batch'.*exact, empirical"),
+        ({"strength": 1.0, "fisher": "batch"}, "ewc.fisher = 'batch'.*exact, sampled, empirical"),
     ],
 )
 def test_options_are_checked(options, message):
