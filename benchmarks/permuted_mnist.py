@@ -1,11 +1,11 @@
 """Permuted MNIST: ten experiences, each with its own fixed order of the pixels; domain-incremental, one head of ten.
 
 The network is that of Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios, 2018, and of van de Ven
-and Tolias, Three scenarios for continual learning, 2019: an MLP of 2 x 1,000 units, batches of 128. What is shorter here,
-so that a processor can bear it: 1,200 steps an experience instead of 4,690 or 5,000, at Adam 1e-3, begun anew with every
-experience, instead of 1e-4. Pixels are in [0, 1]. A seed sets the permutations (all ten), the model and the order of
-images. These settings were chosen by looking at whole streams of seed 10, measured on held-out training records: 2 x 400
-units and 2,500 steps at 1e-4 gave SI 88.4 %, 1,876 steps at 1e-3 91.8 %, 2 x 800 units and 1,200 steps 94.8 %.
+and Tolias, Three scenarios for continual learning, 2019: an MLP of 2 x 1,000 units, batches of 128. What is shorter, so
+that a processor can bear it: 1,200 steps an experience instead of 4,690 or 5,000, at Adam 1e-3 instead of 1e-4, begun
+anew with every experience. Pixels are in [0, 1]. A seed sets the permutations (all ten), the model and the order of
+images. These settings were chosen by looking at whole streams of seed 10, measured on held-out training records: SI had
+88.4 % with 2 x 400 units and 2,500 steps at 1e-4, 91.8 % with 1,876 steps at 1e-3, 94.8 % with 2 x 800 units and 1,200.
 
 Strengths are tuned, not given: by `perdure.tuning.tune` on the training records of the first three experiences of seed
 0, a fifth of which is held out to be measured on. No test record and no later experience has a say. Every trial is
