@@ -42,7 +42,9 @@ def strategy(name):
 
 
 def train(stream, name, privacy=None, adversary=None):
-    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(16,), seed=0)
+    shapes = {"input_shape": stream.input_shape, "num_classes": stream.num_classes}
+    own = strategy(name).small_model(**shapes)
+    model = mlp(**shapes, hidden=(16,), seed=0) if own is None else own
     learner = Learner(
         model=model, strategy=strategy(name), optimizer=partial(torch.optim.SGD, lr=0.5), iterations=40,
         batch_size=30, privacy=privacy, adversary=adversary,

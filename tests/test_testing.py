@@ -5,13 +5,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from perdure.errors import ConformanceError, StrategyError
 from perdure.memory import MemoryPlan
+from perdure.models import Classifier, mlp
 from perdure.releases import histogram, top_k
 from perdure.strategies import EWC, Combine, ICaRL, Naive, Replay
 from perdure.strategy import Asks, Plan, State, Strategy, cross_entropy, cross_entropy_of
 from perdure.testing import CHECKS, check_strategy
+from perdure.testing.stand import Stand
 
 BROKEN = {}
 
@@ -40,6 +43,12 @@ BROKEN["Loose"] = Loose, "declared", ("strength of Loose is no field", "@datacla
 @broken("declared", "no hash", "tuples", sizes=[1, 2])
 class Unhashable(Strategy):
     sizes: list
+
+
+@broken("declared", "its model is made with another", "seed the initialisation")
+class Unseeded(Strategy):
+    def small_model(self, *, input_shape, num_classes):
+        return nn.Linear(*input_shape, num_classes)
 
 
 # --------------------------------------------------------------------------- alone
@@ -456,6 +465,58 @@ def test_what_a_strategy_says_of_itself_is_left_out_and_reported():
     assert report.skipped["vmap"] == "it was never tried"
     assert "couples_records" in report.skipped["private"]
     assert "not applicable: bounds: it declares couples_records" in str(report)
+
+
+class Gated(Classifier):
+    """A classifier with a part more than others have."""
+
+    def __init__(self, plain):
+        super().__init__(plain.body, plain.feature_size, plain.head.out_features)
+        self.load_state_dict(plain.state_dict())
+        self.gate = nn.Linear(self.feature_size, self.feature_size, bias=False)
+        nn.init.eye_(self.gate.weight)
+
+    def features(self, x):
+        return self.gate(super().features(x))
+
+
+def gated(stream, hidden=(3,)):
+    return Gated(mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gating(Strategy):
+    """Needs that part."""
+
+    def init(self, spec):
+        if "gate.weight" not in spec.params:
+            raise StrategyError("Gating needs a model with a gate")
+        return State().declare("opened", spec.params["gate.weight"], "local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingAtHome(Gating):
+    """Brings a model of its own, of four hidden units."""
+
+    def small_model(self, *, input_shape, num_classes):
+        return Gated(mlp(input_shape=input_shape, num_classes=num_classes, hidden=(4,), seed=0))
+
+
+def test_a_strategy_that_needs_another_model_is_tested_on_one():
+    with pytest.raises(ConformanceError, match="'alone': it raised StrategyError: Gating needs a model with a gate"):
+        check_strategy(Gating())
+    for report in (check_strategy(Gating(), model=gated), check_strategy(GatingAtHome())):
+        assert report.passed[: len(CHECKS)] == tuple(CHECKS)
+
+
+def test_the_model_that_is_given_goes_before_the_strategys_own():
+    shapes = {"input_shape": (4,), "num_classes": 6}
+    assert Stand(strategy=Naive(), scenario="class").build().feature_size == 5
+    for strategy in (GatingAtHome(), Combine(Naive(), GatingAtHome())):
+        assert strategy.small_model(**shapes).feature_size == 4
+        assert Stand(strategy=strategy, scenario="class").build().feature_size == 4
+        assert Stand(strategy=strategy, scenario="class", model=gated).build().feature_size == 3
+    assert Combine(Naive(), Gating()).small_model(**shapes) is None
 
 
 def test_the_instance_and_the_generator_of_the_caller_are_left_alone():

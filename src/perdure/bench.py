@@ -17,10 +17,10 @@ import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.errors import ConfigError
-from perdure.models import Classifier, mlp
+from perdure.models import mlp
 from perdure.records import Batch, Records
 from perdure.strategies import find, names
 from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy
@@ -66,7 +66,8 @@ def entry(name: str) -> Entry:
     Raises:
         ConfigError: for an argument without a default that has no simplest value.
     """
-    strategy, stage, model = simplest(find(name)), _stage(), _model()
+    strategy, stage = simplest(find(name)), _stage()
+    model = _model(strategy)
     summary, paper = described(type(strategy))
     state, plan = strategy.init(_spec(model)), strategy.plan(stage)
     numbers = sum(value.numel() for value in state.values())
@@ -151,7 +152,7 @@ def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
     return found
 
 
-def _stored(strategy: Strategy, plan: Plan, stage: Experience, model: Classifier, state: State) -> Iterator[str]:
+def _stored(strategy: Strategy, plan: Plan, stage: Experience, model: nn.Module, state: State) -> Iterator[str]:
     """Rows that are kept: all of them, or as many as the plan says, with what is remembered beside each."""
     if plan.pool == "all":
         yield "all records"
@@ -169,18 +170,20 @@ def _stored(strategy: Strategy, plan: Plan, stage: Experience, model: Classifier
 # --------------------------------------------------------------------------- what it is laid out for
 
 
-def _model() -> Classifier:
-    return mlp(input_shape=(INPUTS,), num_classes=CLASSES, hidden=(HIDDEN, FEATURES), seed=0)
+def _model(strategy: Strategy) -> nn.Module:
+    plain = mlp(input_shape=(INPUTS,), num_classes=CLASSES, hidden=(HIDDEN, FEATURES), seed=0)
+    own = strategy.small_model(input_shape=(INPUTS,), num_classes=CLASSES)
+    return plain if own is None else own
 
 
-def _parameters(model: Classifier) -> dict[str, Tensor]:
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def _spec(model: Classifier) -> Spec:
+def _spec(model: nn.Module) -> Spec:
     return Spec(
-        params=_parameters(model), num_classes=CLASSES, num_experiences=EXPERIENCES, feature_size=FEATURES,
-        scenario="class",
+        params=_parameters(model), num_classes=CLASSES, num_experiences=EXPERIENCES,
+        feature_size=getattr(model, "feature_size", 0), scenario="class",
     )  # fmt: skip
 
 

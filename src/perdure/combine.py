@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.errors import StrategyError
 from perdure.records import Batch, Params
@@ -73,6 +73,11 @@ class Combine(Strategy):
         for i, part in enumerate(self.parts):
             tensors |= {f"{i}.{n}": t for n, t in change(part, self._own(state, i)).items()}
         return state.replace(tensors)
+
+    def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
+        """That of the first part that needs one of its own."""
+        models = (part.small_model(input_shape=input_shape, num_classes=num_classes) for part in self.parts)
+        return next((model for model in models if model is not None), None)
 
     def init(self, spec: Spec) -> State:
         """Lay out the parts' states side by side."""

@@ -286,6 +286,13 @@ class Strategy:
         """The strategy's name in tables."""
         return type(self).__name__
 
+    def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
+        """A small model that it can work on, the same every time; None where any classifier will do.
+
+        Checks and lists use it. A strategy that needs more of a model refuses others in `init`.
+        """
+        return None
+
     def init(self, spec: Spec) -> State:
         """Lay out the state; called once, before the first experience."""
         return State()

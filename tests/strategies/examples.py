@@ -31,3 +31,9 @@ EXAMPLES = {
 def example(name):
     assert name in EXAMPLES, f"strategies/{name}.py has no example; add one to EXAMPLES in {__file__}"
     return strategies.find(name)(**EXAMPLES[name])
+
+
+def model_of(name, stream, otherwise):
+    """The small model that the strategy needs, else what `otherwise` makes of the stream."""
+    own = example(name).small_model(input_shape=stream.input_shape, num_classes=stream.num_classes)
+    return otherwise(stream) if own is None else own

@@ -14,7 +14,7 @@ from perdure.strategy import Scenario, Strategy
 from perdure.testing.hooks import bounds, pure, rows, vmap
 from perdure.testing.private import private
 from perdure.testing.running import alone, declared, federated, resume
-from perdure.testing.stand import NotApplicable, Stand
+from perdure.testing.stand import Builder, NotApplicable, Stand
 
 __all__ = ["CHECKS", "Report", "check_strategy"]
 
@@ -45,12 +45,12 @@ class Report:
         return "\n".join(lines + [f"  not applicable: {name}: {why}" for name, why in self.skipped.items()])
 
 
-def check_strategy(strategy: Strategy, *, scenario: Scenario = "class") -> Report:
+def check_strategy(strategy: Strategy, *, scenario: Scenario = "class", model: Builder | None = None) -> Report:
     """Run a strategy alone, in a federation, under privacy and under `vmap`, on small synthetic streams.
 
     In order, each stopping at its first failure:
 
-        declared    a frozen, hashable dataclass of hyper-parameters
+        declared    a frozen, hashable dataclass of hyper-parameters; a model that is the same every time
         alone       a whole stream: names, shapes, types and devices of the state as `init` laid them out; finite
                     numbers; no probability for a class that may not be predicted
         pure        a hook changes neither parameters nor state nor rows nor the strategy, and says the same twice;
@@ -70,17 +70,19 @@ def check_strategy(strategy: Strategy, *, scenario: Scenario = "class") -> Repor
 
     Args:
         strategy: an instance; a copy of it is tested. scenario: of the streams.
+        model: from a stream (inputs of 4 numbers in [0, 1], 6 classes) to the model to test it on, the same every time;
+            None for the strategy's `small_model`, else a small perceptron.
 
     Raises:
         ConformanceError: naming the check, what was found, what is allowed and the fix.
     """
-    stand, passed, skipped = Stand(strategy=strategy, scenario=scenario), list[str](), dict[str, str]()
+    stand, passed, skipped = Stand(strategy=strategy, scenario=scenario, model=model), list[str](), dict[str, str]()
     for name, check in CHECKS.items():
         _run(name, check, stand, passed, skipped)
     if not torch.cuda.is_available():
         skipped["cuda"] = "there is no CUDA device here"
         return Report(strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped)
-    there = Stand(strategy=strategy, scenario=scenario, device="cuda")
+    there = Stand(strategy=strategy, scenario=scenario, model=model, device="cuda")
     for name in ON_CUDA:
         _run(f"{name} on cuda", CHECKS[name], there, passed, skipped)
     return Report(strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped)

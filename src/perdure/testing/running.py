@@ -19,7 +19,7 @@ from perdure.testing.stand import BLOCKS, SIMULATED, Stand, copied, differing, r
 
 
 def declared(stand: Stand) -> None:
-    """A frozen, hashable dataclass."""
+    """A frozen, hashable dataclass, and a model that does not change from one learner to the next."""
     kind, fix = type(stand.strategy), "write @dataclass(frozen=True, kw_only=True) above the class"
     parameters = getattr(kind, "__dataclass_params__", None)
     require(
@@ -35,6 +35,11 @@ def declared(stand: Stand) -> None:
         hash(stand.strategy)
     except TypeError as error:
         require(False, f"it has no hash ({error})", allowed="hashable fields", fix="use tuples instead of lists")
+    moved = differing(stand.build().state_dict(), stand.build().state_dict())
+    require(
+        not moved, f"its model is made with another {', '.join(moved[:3])} every time", allowed="the same model",
+        fix="seed the initialisation, as perdure.models.build does",
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------- alone

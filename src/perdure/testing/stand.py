@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.datasets import Dataset
 from perdure.errors import ConformanceError
@@ -78,17 +78,23 @@ def run(learner: Learner, stream: Stream) -> None:
         learner.matrix.append(learner.evaluate(stream))
 
 
+Builder = Callable[[Stream], nn.Module]
+"""Makes a model for a stream, the same every time."""
+
+
 @dataclass(kw_only=True)
 class Stand:
     """What a check needs: copies of the strategy as it was given, and learners for them.
 
     Args:
         strategy: an instance, copied before anything runs. scenario: of the stream. device: where everything lives.
+        model: from the stream to a model; None for the strategy's own small one, else a small perceptron.
     """
 
     strategy: Strategy
     scenario: Scenario
     device: str = "cpu"
+    model: Builder | None = None
     stream: Stream = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +110,15 @@ class Stand:
         """A copy of the strategy as it was before anything ran."""
         return copy.deepcopy(self.strategy)
 
+    def build(self) -> nn.Module:
+        """A small model, the same every time."""
+        if self.model:
+            return self.model(self.stream)
+        inputs, classes = self.stream.input_shape, self.stream.num_classes
+        plain = mlp(input_shape=inputs, num_classes=classes, hidden=(5,), seed=1, activation="tanh")
+        own = self.fresh().small_model(input_shape=inputs, num_classes=classes)
+        return plain if own is None else own
+
     def learner(
         self, privacy: Privacy | None = None, strategy: Strategy | None = None, callbacks: Sequence[Callback] = ()
     ) -> Learner:
@@ -112,13 +127,10 @@ class Stand:
         Args:
             strategy: None for a fresh copy.
         """
-        model = mlp(
-            input_shape=self.stream.input_shape, num_classes=self.stream.num_classes, hidden=(5,), seed=1,
-            activation="tanh",
-        )  # fmt: skip
         return Learner(
-            model=model, strategy=strategy or self.fresh(), optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.5),
-            iterations=STEPS, blocks=BLOCKS, batch_size=BATCH, device=self.device, privacy=privacy, callbacks=callbacks,
+            model=self.build(), strategy=strategy or self.fresh(), iterations=STEPS, blocks=BLOCKS, batch_size=BATCH,
+            optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.5), device=self.device, privacy=privacy,
+            callbacks=callbacks,
         )  # fmt: skip
 
     def prepared(self, privacy: Privacy | None = None, stream: Stream | None = None) -> Learner:
