@@ -8,11 +8,10 @@ learns nothing from canaries, and no score depends on a real record.
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -203,10 +202,12 @@ class Probed(nn.Module):
         logits: Tensor = self.model(x)
         return logits
 
-    def features(self, x: Tensor) -> Tensor:
-        """Features of the model."""
-        features: Callable[[Tensor], Tensor] = self.model.features  # type: ignore[assignment]
-        return features(x)
+    def __getattr__(self, name: str) -> Any:
+        """What else the model can do, such as `features`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
 
 
 class Listener:

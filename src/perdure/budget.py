@@ -225,27 +225,31 @@ def inspect(learner: "Learner") -> None:
     if strategy.couples_records:
         raise GuardError(f"{strategy.name} couples the records of a batch in its loss; use a strategy that does not")
     check_model(model)
-    inputs, labels = synthetic(learner, records=6)
+    inputs, facts = synthetic(learner, records=6)
     check_buffers(model, inputs)
     check_optimizer(learner.optimizer([nn.Parameter(value.detach().clone()) for value in learner.params.values()]))
     for mode in (model.eval, partial(quiet_training, model)):
         mode()
         for index in range(min(2, len(stream))):
-            check_losses(partial(_losses, learner, index), inputs, labels[index], f"{strategy.name}.losses()")
-    check_rows(model, partial(_losses, learner, 0), inputs, labels[0], f"{strategy.name}.losses()")
+            check_losses(partial(_losses, learner, index), inputs, facts[index], f"{strategy.name}.losses()")
+    check_rows(model, partial(_losses, learner, 0), inputs, facts[0], f"{strategy.name}.losses()")
 
 
 def synthetic(learner: "Learner", records: int) -> tuple[Tensor, list[Tensor]]:
-    """Random inputs, and labels of every experience's declared classes, that owe nothing to any record."""
+    """Random inputs (n, ...) that owe nothing to any record, and for every experience what goes with them (n, 2).
+
+    That is a label of its declared classes and an id, which a row keeps whatever stands beside it.
+    """
     stream = learner.stream
     place = generator(learner.seed, "guard")
     inputs = torch.rand(records, *stream.input_shape, generator=place).to(learner.device)
-    labels = [torch.tensor([e.classes[i % len(e.classes)] for i in range(records)]) for e in stream]
-    return inputs, [label.to(learner.device) for label in labels]
+    facts = [torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream]
+    return inputs, [fact.to(learner.device) for fact in facts]
 
 
-def _losses(learner: "Learner", index: int, inputs: Tensor, labels: Tensor) -> Tensor:
-    batch = Batch.current(Records(inputs=inputs, labels=labels), index)
+def _losses(learner: "Learner", index: int, inputs: Tensor, facts: Tensor) -> Tensor:
+    labels, ids = facts.unbind(1)
+    batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
     return learner.strategy.losses(learner.forward, batch, learner.context(index), learner.state)
 
 

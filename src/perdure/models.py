@@ -1,12 +1,15 @@
 """Models with a fixed full-width head and `features`: a multilayer perceptron, a small CNN, ResNet-18, a frozen body.
 
+Any of them may have a generator beside it (`generative`).
+
 The head never grows: growing it from labels that turned up would leak them. Normalisation is by group, which
 looks at one record at a time; BatchNorm is there for runs without privacy and only when asked for. Nothing
 works in place on what autograd or vmap needs, so `torch.func.functional_call`, `vmap` and `grad` all work.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -17,13 +20,14 @@ from torch import Tensor, nn
 
 from perdure.errors import ConfigError
 from perdure.frozen import Frozen, Transform, width
+from perdure.seeds import derive
 
 Norm = Literal["none", "group", "batch"]
-ModelName = Literal["mlp", "cnn", "resnet18"]
+ModelName = Literal["mlp", "cnn", "resnet18", "generative"]
 Activation = Literal["relu", "tanh", "gelu"]
 
 NORMS: tuple[Norm, ...] = ("none", "group", "batch")
-MODELS: tuple[ModelName, ...] = ("mlp", "cnn", "resnet18")
+MODELS: tuple[ModelName, ...] = ("mlp", "cnn", "resnet18", "generative")
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 LARGEST_GROUP_COUNT = 16
 
@@ -54,16 +58,57 @@ class Classifier(nn.Module):
         return logits
 
 
+class Generative(Classifier):
+    """A classifier with a variational autoencoder beside it; the two share no parameter.
+
+    Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, with fully connected layers on the flattened input.
+
+    Args:
+        classifier: whose body and head these are from now on; they keep their names.
+        input_shape: of one input, whose numbers lie in [0, 1].
+        latent: length of a latent vector. hidden: units of each hidden layer of the encoder, and of the decoder.
+    """
+
+    def __init__(
+        self, classifier: Classifier, input_shape: tuple[int, ...], latent: int, hidden: tuple[int, ...]
+    ) -> None:
+        super().__init__(classifier.body, classifier.feature_size, classifier.head.out_features)
+        self.head, self.input_shape, self.latent = classifier.head, input_shape, latent
+        pixels = math.prod(input_shape)
+        down, up = (pixels, *hidden), (latent, *reversed(hidden))
+        self.encoder = nn.Sequential(nn.Flatten(), *_layers(down), nn.Linear(down[-1], 2 * latent))
+        self.decoder = nn.Sequential(*_layers(up), nn.Linear(up[-1], pixels))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (n, latent) of the latent vectors that inputs (n, ...) may come from.
+
+        Raises:
+            ConfigError: for inputs of another shape than the generator was made for.
+        """
+        if tuple(x.shape[1:]) != self.input_shape:
+            raise ConfigError.of(
+                "input shape", tuple(x.shape[1:]), f"{self.input_shape}, as the generator was made for"
+            )
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Logits (n, ...) of the numbers of an input, each in [0, 1], from latent vectors (n, latent)."""
+        logits: Tensor = self.decoder(z).unflatten(1, self.input_shape)
+        return logits
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model, and its shape.
 
     Args:
-        name: mlp, cnn or resnet18.
-        hidden: units of each hidden layer (mlp).
-        activation: relu, tanh or gelu (mlp, cnn).
+        name: mlp, cnn, resnet18, or generative: an mlp with a variational autoencoder beside it.
+        hidden: units of each hidden layer (mlp; of encoder and decoder too).
+        activation: relu, tanh or gelu (mlp, cnn); encoder and decoder have relu.
         norm: none, group or batch (cnn, resnet18). Batch is refused under differential privacy.
         width: channels of ResNet-18's first stage; the CNN's layers have width/2, width and 2*width.
+        latent: length of a latent vector (generative).
 
     Raises:
         ConfigError: naming the field.
@@ -74,6 +119,7 @@ class ModelConfig:
     activation: Activation = "relu"
     norm: Norm = "group"
     width: int = 64
+    latent: int = 100
 
     def __post_init__(self) -> None:
         choices = (("name", MODELS), ("activation", ACTIVATIONS), ("norm", NORMS))
@@ -85,6 +131,8 @@ class ModelConfig:
             raise ConfigError.of("hidden", self.hidden, "positive whole numbers")
         if self.width < 2 or self.width % 2:
             raise ConfigError.of("width", self.width, "even numbers from 2")
+        if self.latent < 1:
+            raise ConfigError.of("latent", self.latent, "whole numbers from 1")
 
 
 def build(config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, seed: int) -> Classifier:
@@ -104,11 +152,14 @@ def build(config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, 
     """
     if num_classes < 1:
         raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # not torch.manual_seed, which would also reseed every accelerator of the caller
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         body, feature_size = _body(config, tuple(input_shape))
-        return Classifier(body, feature_size, num_classes)
+        classifier = Classifier(body, feature_size, num_classes)
+    if config.name == "generative":
+        return generative(
+            classifier, input_shape=input_shape, latent=config.latent, hidden=config.hidden, seed=seed
+        )  # fmt: skip
+    return classifier
 
 
 def mlp(
@@ -172,14 +223,51 @@ def frozen(
         raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
     body = Frozen(features)
     feature_size = width(body, tuple(input_shape))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         return Classifier(body, feature_size, num_classes)
+
+
+def generative(
+    classifier: Classifier,
+    *,
+    input_shape: Sequence[int],
+    latent: int = 100,
+    hidden: tuple[int, ...] = (400, 400),
+    seed: int = 0,
+) -> Generative:
+    """Put a generator beside a classifier, which keeps its parameters and their names.
+
+        generative(mlp(input_shape=(1, 28, 28), num_classes=10, seed=0), input_shape=(1, 28, 28))
+
+    Args:
+        classifier: becomes a part of the model, not a copy of it.
+        input_shape: of one input, whose numbers lie in [0, 1].
+        latent: length of a latent vector. hidden: units of each hidden layer of the encoder; the decoder mirrors them.
+        seed: of the generator's initialisation.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if latent < 1:
+        raise ConfigError.of("latent", latent, "whole numbers from 1")
+    if any(units < 1 for units in hidden):
+        raise ConfigError.of("hidden", hidden, "positive whole numbers")
+    with _seeded(derive(seed, "generator")):  # not that of the classifier's own layers, which may have the same shapes
+        return Generative(classifier, tuple(input_shape), latent, hidden)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initialise modules on the CPU from a seed, and leave the caller's generators as they are."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # not torch.manual_seed, which would also reseed every accelerator of the caller
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     """Body and the length of its features."""
-    if config.name == "mlp":
+    if config.name in ("mlp", "generative"):
         return _mlp_body(config, math.prod(input_shape))
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
         raise ConfigError.of("input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}")
@@ -188,10 +276,12 @@ def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module,
 
 def _mlp_body(config: ModelConfig, inputs: int) -> tuple[nn.Module, int]:
     sizes = (inputs, *config.hidden)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), ACTIVATIONS[config.activation]()]
-    return nn.Sequential(*layers), sizes[-1]
+    return nn.Sequential(nn.Flatten(), *_layers(sizes, ACTIVATIONS[config.activation])), sizes[-1]
+
+
+def _layers(sizes: tuple[int, ...], activation: type[nn.Module] = nn.ReLU) -> list[nn.Module]:
+    """Fully connected layers between these sizes, each with its activation."""
+    return [part for before, after in pairwise(sizes) for part in (nn.Linear(before, after), activation())]
 
 
 def _cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:

@@ -6,7 +6,8 @@ Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and t
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -195,23 +196,23 @@ class Asks:
 # --------------------------------------------------------------------------- running the model
 
 
-class _Features(nn.Module):
-    """Lets `functional_call` reach `features` of the wrapped model."""
+class _Method(nn.Module):
+    """Lets `functional_call` reach another method of the wrapped model than `forward`."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.name = module, name
 
-    def forward(self, x: Tensor) -> Tensor:
-        features: Callable[[Tensor], Tensor] = self.module.features  # type: ignore[assignment]
-        return features(x)
+    def forward(self, *inputs: Tensor) -> Any:
+        return getattr(self.module, self.name)(*inputs)
 
 
 class Forward:
     """The model as a function of its input at given parameters.
 
-    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.at(params)` the same model
-    at other parameters, unhooked and without gradients: a teacher.
+    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.method("decode")(z)` what
+    another method of the model makes of its inputs, `forward.at(params)` the same model at other parameters, unhooked
+    and without gradients: a teacher.
     """
 
     def __init__(self, module: nn.Module, params: Params | None = None, *, frozen: bool = False) -> None:
@@ -219,24 +220,33 @@ class Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, C) logits."""
-        return self._run(self.module, self.params, x)
+        logits: Tensor = self._run(self.module, self.params, x)
+        return logits
 
     def features(self, x: Tensor) -> Tensor:
         """(n, f): the input of the head."""
-        params = self.params and {f"module.{name}": value for name, value in self.params.items()}
-        return self._run(_Features(self.module), params, x)
+        features: Tensor = self.method("features")(x)
+        return features
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """Another method of the model, of tensors with one row a record, at the same parameters as `forward`.
+
+        The layers that it calls are hooked as those of `forward` are, and its passes are counted like them.
+        """
+        params = self.params and {f"module.{own}": value for own, value in self.params.items()}
+        return partial(self._run, _Method(self.module, name), params)
 
     def at(self, params: Params) -> "Forward":
         """Return a teacher: the model at `params`, without gradients."""
         return Forward(self.module, params, frozen=True)
 
-    def _run(self, module: nn.Module, params: Params | None, x: Tensor) -> Tensor:
+    def _run(self, module: nn.Module, params: Params | None, *inputs: Tensor) -> Any:
         if params is None:
-            return module(x)  # type: ignore[no-any-return]
+            return module(*inputs)
         if not self._frozen:
-            return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
+            return torch.func.functional_call(module, params, inputs)
         with torch.no_grad(), evaluating(module):
-            return torch.func.functional_call(module, params, (x,))  # type: ignore[no-any-return]
+            return torch.func.functional_call(module, params, inputs)
 
 
 @contextmanager

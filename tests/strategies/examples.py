@@ -10,6 +10,7 @@ EXAMPLES = {
     "er_ace": {"memory_size": 16},
     "gdumb": {"memory_size": 16},
     "gem": {"memory_size": 16},
+    "generative_replay": {"temperature": 2.0},
     "icarl": {"memory_size": 16},
     "ewc": {"strength": 50.0},
     "feature_distillation": {"strength": 0.5},

@@ -18,7 +18,7 @@ from perdure.errors import GuardError
 from perdure.privacy.repair import groups, repaired, replacements
 
 Losses = Callable[[Tensor, Tensor], Tensor]
-"""(inputs (n, ...), labels (n,)) -> (n,) one loss per record."""
+"""(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per record."""
 
 TOLERANCE = 1e-4
 """Relative change of a record's loss that rounding in another batch shape may explain."""

@@ -1,0 +1,147 @@
+"""Generative replay: train a generator beside the classifier, and rehearse what the previous one makes up.
+
+Shin, Lee, Kim and Kim, Continual Learning with Deep Generative Replay, NeurIPS 2017, section 3 and algorithm 1; the
+generator is the variational autoencoder of Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, appendix B
+and C.1, and weights and scale are those of van de Ven, Tuytelaars and Tolias, Three types of incremental learning,
+Nature Machine Intelligence 2022.
+
+    loss_i  = 1/t (CE(x_i, y_i) + vae(x_i)) + (1 - 1/t) (distil(x~_i) + vae(x~_i))
+    vae(x)  = 1/d (sum over the d pixels of BCE(decode(m + s e), x) + 1/2 sum_k (m_k^2 + s_k^2 - 1 - log s_k^2))
+    x~_i    = sigmoid(teacher's decode(z_i)),    (m, log s^2) = encode(x),    e, z_i standard normal
+    distil  = CE(x~, the teacher's most probable class), or with a temperature sum_c -q_c log p_c as in LwF
+
+t is the number of the experience, and there is no teacher in the first. The teacher answers over the classes that
+`perdure.strategies.lwf.answered` gives, in task-incremental streams over those of every earlier task, averaged.
+
+Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the record's id and of the
+step (`perdure.seeds.normals`). Classifier and generator are trained by one loss; they share no parameter, so that
+without privacy each goes its own way, as in the paper.
+
+State: `teacher`, the parameters at the end of the last experience, generator included, and the number of `steps`.
+Memory cost: once the parameters; a generator beside the classifier; four times the passes through the model.
+Privacy cost: none beyond the gradient. The generator is trained by the same released gradients as the classifier, and
+so whatever it makes up is post-processing: no record is stored and none is used again after its experience. The loss of
+a row bounds both: they share its clip norm. Without privacy nothing keeps a generator from making up what it was shown.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError, StrategyError
+from perdure.models import generative, mlp
+from perdure.records import Batch, Params
+from perdure.seeds import normals
+from perdure.strategies.lwf import answered
+from perdure.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy, cross_entropy_of
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativeReplay(Strategy):
+    """Rehearse samples of the previous generator, with the previous classifier's answers.
+
+    It needs a model with a generator, by `perdure.models.generative` or `model.name = "generative"`: with `encode`,
+    `decode` and `latent`, and parameters under `encoder.` and `decoder.`. Inputs lie in [0, 1].
+
+    Args:
+        temperature: softens the answers of the old classifier and of the new (T); None for its most probable class
+            alone, as in Shin et al.
+        seed: of latent vectors and of the noise of the autoencoder.
+    """
+
+    temperature: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError.of("generative_replay.temperature", self.temperature, "a number above 0, or none")
+
+    def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """A perceptron with a generator of two latent numbers."""
+        classifier = mlp(input_shape=input_shape, num_classes=num_classes, hidden=(8,), seed=1)
+        return generative(classifier, input_shape=input_shape, latent=2, hidden=(6,), seed=1)
+
+    def init(self, spec: Spec) -> State:
+        """Lay out the teacher, which is used from the second experience on.
+
+        Raises:
+            StrategyError: for a model without a generator.
+        """
+        if not all(any(part in name for name in spec.params) for part in ("encoder.", "decoder.")):
+            raise StrategyError(
+                "GenerativeReplay needs a model with a generator; make it by perdure.models.generative(classifier, "
+                'input_shape=...), or set model.name = "generative"'
+            )
+        steps = torch.zeros((), dtype=torch.int64, device=next(iter(spec.params.values())).device)
+        return State().declare_group("teacher", spec.params, "local").declare("steps", steps, "local")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Train on the experience alone.
+
+        Raises:
+            StrategyError: for inputs outside [0, 1], as the test records, which are public, show them.
+        """
+        shown = experience.test.inputs
+        if len(shown) and not (shown.amin() >= 0 and shown.amax() <= 1):
+            raise StrategyError(
+                f"inputs reach from {shown.amin():.3g} to {shown.amax():.3g}; GenerativeReplay makes up inputs in "
+                "[0, 1]: scale them into it, and standardise inside the model"
+            )
+        return Plan()
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy and reconstruction of the row, distillation and reconstruction of the made-up one."""
+        latent: int = forward.module.latent  # type: ignore[assignment]
+        e, z, e_made = normals(batch.ids, state["steps"], 3 * latent, seed=self.seed).chunk(3, dim=1)
+        new = cross_entropy(forward, batch, context) + vae_loss(forward, batch.inputs, e)
+        if context.experience == 0:
+            return new
+        teacher = forward.at(state.group("teacher"))
+        made = torch.sigmoid(teacher.method("decode")(z))
+        old = self._distil(forward(made), teacher(made), context) + vae_loss(forward, made, e_made)
+        return torch.lerp(old, new, 1 / (context.experience + 1))
+
+    def after_step(
+        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+    ) -> State:
+        """Count, so that every step draws anew."""
+        return state.replace({"steps": state["steps"] + 1})
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Take the present model, generator and all, as the next teacher."""
+        return state.replace_group("teacher", params)
+
+    def _distil(self, logits: Tensor, teacher: Tensor, context: Context) -> Tensor:
+        """(n,) how far the answers are from the teacher's."""
+        each = [
+            self._apart(torch.where(allowed, logits, MASKED), torch.where(known, teacher, MASKED))
+            for known, allowed in answered(context)
+        ]
+        return torch.stack(each).mean(0)
+
+    def _apart(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        if self.temperature is None:
+            return cross_entropy_of(logits, teacher.argmax(1))
+        targets = torch.softmax(teacher / self.temperature, dim=1)
+        return -(targets * torch.log_softmax(logits / self.temperature, dim=1)).sum(1)
+
+
+def vae_loss(forward: Forward, x: Tensor, noise: Tensor) -> Tensor:
+    """(n,) minus the evidence lower bound of each row, in nats a pixel, by one sample.
+
+    Args:
+        x: (n, ...); what lies outside [0, 1] is cut off where it is to be made up. noise: (n, latent) standard normal.
+    """
+    mean, log_variance = forward.method("encode")(x)
+    logits = forward.method("decode")(mean + torch.exp(log_variance / 2) * noise)
+    apart = F.binary_cross_entropy_with_logits(logits, x.clamp(0, 1), reduction="none").flatten(1)
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+    loss: Tensor = (apart.sum(1) + divergence) / apart.shape[1]
+    return loss
