@@ -172,6 +172,7 @@ WRONG = {
     ("model", "activation"): CHOICES,
     ("model", "norm"): CHOICES,
     ("model", "width"): ("0", "-2", "true", "2.0", "3"),
+    ("model", "latent"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
     ("training", "optimizer"): (*CHOICES, '"Optimizer"', '"LBFGS"', '"SparseAdam"', '"Muon"', '"lr_scheduler"'),
     ("training", "learning_rate"): (*POSITIVE, "1e7"),
     ("training", "momentum"): ("-0.1", "1.0", "nan", "inf", "true", "0.5"),

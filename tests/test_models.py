@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from perdure.errors import ConfigError
-from perdure.models import Classifier, ModelConfig, build, cnn, mlp, resnet18
+from perdure.models import Classifier, Generative, ModelConfig, build, cnn, generative, mlp, resnet18
 
 DIGITS = (1, 8, 8)
 CONFIGS = {
@@ -15,6 +15,7 @@ CONFIGS = {
     "cnn": ModelConfig(name="cnn", width=8),
     "cnn without norm": ModelConfig(name="cnn", width=8, norm="none", activation="gelu"),
     "resnet18": ModelConfig(name="resnet18", width=4),
+    "generative": ModelConfig(name="generative", hidden=(16, 8), latent=3),
 }
 
 
@@ -120,7 +121,7 @@ def test_default_sizes():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "vgg"), ("norm", "layer"), ("activation", "swish"), ("hidden", (4, 0)), ("width", 5)],
+    [("name", "vgg"), ("norm", "layer"), ("activation", "swish"), ("hidden", (4, 0)), ("width", 5), ("latent", 0)],
 )
 def test_a_bad_value_is_named(field, value):
     with pytest.raises(ConfigError, match=rf"^{field} = .* is not allowed; allowed: [^\n]*$"):
@@ -132,3 +133,57 @@ def test_a_convolution_refuses_a_table():
         cnn(input_shape=(30,), num_classes=2, seed=0)
     with pytest.raises(ConfigError, match="num_classes"):
         mlp(input_shape=(30,), num_classes=0, seed=0)
+
+
+# --------------------------------------------------------------------------- a generator beside it
+
+
+def test_a_generator_encodes_and_decodes_beside_any_classifier():
+    x = torch.rand(3, *DIGITS)
+    for plain in (mlp(input_shape=DIGITS, num_classes=10, hidden=(5,), seed=0), cnn(
+        input_shape=DIGITS, num_classes=10, width=8, seed=0
+    )):  # fmt: skip
+        expected = plain(x)
+        model = generative(plain, input_shape=DIGITS, latent=4, hidden=(7, 6), seed=0)
+        mean, log_variance = model.encode(x)
+        assert mean.shape == log_variance.shape == (3, model.latent) == (3, 4)
+        assert model.decode(mean).shape == x.shape
+        assert torch.equal(model(x), expected) and model.feature_size == plain.feature_size
+        own = {name: value for name, value in model.named_parameters() if not name.startswith(("encoder.", "decoder."))}
+        assert own.keys() == dict(plain.named_parameters()).keys()
+        assert all(value is own[name] for name, value in plain.named_parameters()), "it is the same classifier"
+
+
+def test_the_decoder_mirrors_the_encoder_and_both_may_be_linear():
+    plain = mlp(input_shape=(11,), num_classes=2, hidden=(5,), seed=0)
+    model = generative(plain, input_shape=(11,), latent=3, hidden=(7, 6))
+    shapes = [tuple(v.shape) for n, v in model.named_parameters() if n.endswith("weight") and "coder" in n]
+    assert shapes == [(7, 11), (6, 7), (6, 6), (6, 3), (7, 6), (11, 7)]
+    linear = generative(plain, input_shape=(11,), latent=3, hidden=())
+    assert linear.encode(torch.rand(2, 11))[0].shape == (2, 3) and linear.decode(torch.rand(2, 3)).shape == (2, 11)
+
+
+def test_the_generators_parameters_are_a_function_of_its_seed():
+    def made(seed):
+        config = ModelConfig(name="generative", hidden=(6,), latent=2)
+        return build(config, input_shape=(9,), num_classes=2, seed=seed)
+
+    one, again, other = made(0).state_dict(), made(0).state_dict(), made(1).state_dict()
+    assert isinstance(made(0), Generative)
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    assert not torch.equal(one["decoder.0.weight"], other["decoder.0.weight"])
+    plain = mlp(input_shape=(9,), num_classes=2, hidden=(6,), seed=0).state_dict()
+    assert all(torch.equal(value, one[name]) for name, value in plain.items()), (
+        "the classifier begins as it would alone"
+    )
+    assert not torch.equal(one["encoder.1.weight"], one["body.1.weight"])
+
+
+def test_a_generator_names_what_it_cannot_take():
+    plain = mlp(input_shape=DIGITS, num_classes=2, hidden=(5,), seed=0)
+    with pytest.raises(ConfigError, match=r"input shape = \(8, 8\).*\(1, 8, 8\), as the generator was made for"):
+        generative(plain, input_shape=DIGITS, latent=2).encode(torch.rand(3, 8, 8))
+    with pytest.raises(ConfigError, match="latent = 0 is not allowed"):
+        generative(plain, input_shape=DIGITS, latent=0)
+    with pytest.raises(ConfigError, match=r"hidden = \(0,\) is not allowed"):
+        generative(plain, input_shape=DIGITS, hidden=(0,))

@@ -115,6 +115,9 @@ class Tower(nn.Module):
     def features(self, x):
         return self.body(x)
 
+    def both(self, x, y):
+        return self.body(x + y), self.head(self.body(x))
+
     def forward(self, x):
         return self.head(self.features(x))
 
@@ -138,6 +141,32 @@ def test_forward_runs_the_model_at_its_own_or_at_given_parameters(tower):
     shifted = zeros(tower) | {"head.bias": torch.arange(4.0)}
     assert Forward(tower, shifted)(x).tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
     assert Forward(tower, zeros(tower)).features(x).abs().sum() == 0
+
+
+def test_any_method_runs_at_its_own_or_at_given_parameters(tower):
+    tower.eval()
+    x, y = torch.rand(3, 5), torch.rand(3, 5)
+    sums, logits = Forward(tower).method("both")(x, y)
+    assert torch.equal(sums, tower.body(x + y)) and torch.equal(logits, tower(x))
+    shifted = zeros(tower) | {"body.0.weight": torch.ones(6, 5), "head.bias": torch.arange(4.0)}
+    sums, logits = Forward(tower, shifted).method("both")(x, y)
+    torch.testing.assert_close(sums, (x + y).sum(1, keepdim=True).expand(3, 6))
+    assert logits.tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
+    with pytest.raises(AttributeError, match="neither"):
+        Forward(tower, shifted).method("neither")(x)
+
+
+def test_the_layers_that_a_method_calls_are_hooked_and_a_teachers_run_without_gradients(tower):
+    calls = []
+    tower.body[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    x = torch.rand(3, 5)
+    for forward in (Forward(tower), Forward(tower, zeros(tower)), Forward(tower).at(zeros(tower))):
+        forward.method("both")(x, x)
+    assert calls == [True] * 4 + [False] * 2
+    tower.train()
+    sums, logits = Forward(tower).at(dict(tower.named_parameters())).method("both")(x, x)
+    assert not sums.requires_grad and not logits.requires_grad
+    assert torch.equal(sums, tower.eval().body(2 * x)), "a teacher has no dropout"
 
 
 def test_only_a_teacher_runs_without_gradients_and_without_dropout(tower):

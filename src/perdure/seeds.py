@@ -42,7 +42,7 @@ def normals(ids: Tensor, step: Tensor, count: int, *, seed: int = 0) -> Tensor:
     start = scrambled(scrambled(scrambled(torch.full_like(ids, seed) + GOLDEN) + ids) + step)
     bits = scrambled(start[:, None] + GOLDEN * torch.arange(1, count + 1, device=ids.device))
     odd = 2 * ((bits >> 41) & (2**23 - 1)) + 1 - 2**23  # never 0 and below 2^23: exact in float32, symmetric, no inf
-    return torch.erfinv(odd.float() / 2**23) * math.sqrt(2)
+    return math.sqrt(2) * torch.erfinv(odd.float() / 2**23)
 
 
 def scrambled(numbers: Tensor) -> Tensor:
@@ -54,4 +54,4 @@ def scrambled(numbers: Tensor) -> Tensor:
 
 def shifted(numbers: Tensor, places: int) -> Tensor:
     """Shift to the right with zeros coming in; torch's own brings in the sign."""
-    return (numbers >> places) & (2 ** (64 - places) - 1)
+    return torch.bitwise_and(numbers >> places, 2 ** (64 - places) - 1)
