@@ -264,6 +264,10 @@ class Audited(Strategy):
         """Whether the strategy does; after a step, the probe is read in any case."""
         return hook == "after_step" or self.inner.uses(hook)
 
+    def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
+        """See the strategy; without a probe."""
+        return self.inner.small_model(input_shape=input_shape, num_classes=num_classes)
+
     def init(self, spec: Spec) -> State:
         """Beside the strategy's state, what was last released of the probe."""
         return self.inner.init(spec).declare(RELEASED, torch.zeros_like(spec.params["probe.weight"][:, 0]), "local")
