@@ -18,10 +18,12 @@ step (`perdure.seeds.normals`). Classifier and generator are trained by one loss
 without privacy each goes its own way, as in the paper.
 
 State: `teacher`, the parameters at the end of the last experience, generator included, and the number of `steps`.
-Memory cost: once the parameters; a generator beside the classifier; four times the passes through the model.
+Memory cost: once the parameters, a generator beside the classifier, and a made-up row for every row of a step.
 Privacy cost: none beyond the gradient. The generator is trained by the same released gradients as the classifier, and
-so whatever it makes up is post-processing: no record is stored and none is used again after its experience. The loss of
-a row bounds both: they share its clip norm. Without privacy nothing keeps a generator from making up what it was shown.
+so whatever it makes up is post-processing: no record is stored, and none is used again after its experience. The two
+share the clip norm of a row, and the generator's gradient, in nats a pixel, is the smaller: under a clip norm of 1 it
+is lost in the noise, and a much smaller one serves both. Without privacy nothing keeps a generator from giving back
+what it was shown.
 """
 
 from dataclasses import dataclass
