@@ -14,7 +14,7 @@ t is the number of the experience, and there is no teacher in the first. The tea
 `perdure.strategies.lwf.answered` gives, in task-incremental streams over those of every earlier task, averaged.
 
 Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the record's id and of the
-step (`perdure.seeds.normals`). Classifier and generator are trained by one loss; they share no parameter, so that
+step (`perdure.hashing`). Classifier and generator are trained by one loss; they share no parameter, so that
 without privacy each goes its own way, as in the paper.
 
 State: `teacher`, the parameters at the end of the last experience, generator included, and the number of `steps`.
@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError, StrategyError
+from perdure.hashing import normals
 from perdure.models import generative, mlp
 from perdure.records import Batch, Params
-from perdure.seeds import normals
+from perdure.seeds import derive
 from perdure.strategies.lwf import answered
 from perdure.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy, cross_entropy_of
 
@@ -101,7 +102,7 @@ class GenerativeReplay(Strategy):
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and reconstruction of the row, distillation and reconstruction of the made-up one."""
         latent: int = forward.module.latent  # type: ignore[assignment]
-        e, z, e_made = normals(batch.ids, state["steps"], 3 * latent, seed=self.seed).chunk(3, dim=1)
+        e, z, e_made = drawn(batch.ids, state["steps"], 3 * latent, self.seed).chunk(3, dim=1)
         new = cross_entropy(forward, batch, context) + vae_loss(forward, batch.inputs, e)
         if context.experience == 0:
             return new
@@ -133,6 +134,12 @@ class GenerativeReplay(Strategy):
             return cross_entropy_of(logits, teacher.argmax(1))
         targets = torch.softmax(teacher / self.temperature, dim=1)
         return -(targets * torch.log_softmax(logits / self.temperature, dim=1)).sum(1)
+
+
+def drawn(ids: Tensor, step: Tensor, count: int, seed: int) -> Tensor:
+    """(n, count) standard normal numbers of the records (n,) in a step ()."""
+    places = torch.arange(count, device=ids.device)
+    return normals(ids[:, None], derive(seed, "generative replay"), step, places)
 
 
 def vae_loss(forward: Forward, x: Tensor, noise: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from perdure.privacy.policy import Privacy
 from perdure.queries import gradient_rows
 from perdure.records import Batch
 from perdure.run import run
-from perdure.seeds import normals
 from perdure.strategies import GenerativeReplay, Naive
-from perdure.strategies.generative_replay import vae_loss
+from perdure.strategies.generative_replay import drawn, vae_loss
 from perdure.strategy import Forward, Spec, State
 from perdure.streams import split
 
@@ -53,7 +52,7 @@ class Scene:
 
     def made(self):
         """Latent noise of the rows, the rows that are made up, and the latent noise of those."""
-        e, z, e_made = normals(self.batch.ids, torch.tensor(11), 3 * LATENT, seed=4).chunk(3, dim=1)
+        e, z, e_made = drawn(self.batch.ids, torch.tensor(11), 3 * LATENT, 4).chunk(3, dim=1)
         old = Forward(self.model, self.teacher)
         return e, torch.sigmoid(old.method("decode")(z)).detach(), e_made
 
@@ -139,7 +138,7 @@ def test_what_the_autoencoder_minimises_is_minus_a_bound_on_the_evidence(toy_str
         for value in model.decoder.parameters():
             value.mul_(4)  # so that the latent number matters, and the bound is far from the evidence
         logits = model.decode(z.float()[:, None]).double()
-        noise = normals(torch.arange(draws), torch.tensor(0), 1)
+        noise = drawn(torch.arange(draws), torch.tensor(0), 1, 0)
         for x in rows:
             given = -F.binary_cross_entropy_with_logits(logits, x.double().expand_as(logits), reduction="none").sum(1)
             prior = -(z**2) / 2 - math.log(2 * math.pi) / 2
@@ -159,7 +158,7 @@ def test_in_the_first_experience_there_is_no_teacher(scene):
     it = scene()
     at, batch = contexts(it.stream, "cpu")(0), Batch.current(it.stream[0].train, 0)
     poisoned = it.state.replace_group("teacher", {n: torch.full_like(t, math.nan) for n, t in it.teacher.items()})
-    e = normals(batch.ids, torch.tensor(11), 3 * LATENT, seed=4)[:, :LATENT]
+    e = drawn(batch.ids, torch.tensor(11), 3 * LATENT, 4)[:, :LATENT]
     entropy = F.cross_entropy(at.mask(it.model(batch.inputs), batch), batch.labels, reduction="none")
     mine = it.strategy.losses(Forward(it.model), batch, at, poisoned)
     torch.testing.assert_close(mine, entropy + vae_loss(Forward(it.model), batch.inputs, e))
@@ -297,7 +296,7 @@ def test_it_keeps_old_classes_where_plain_training_forgets_them():
         learner, accuracy = digits_of(GenerativeReplay(), seed)
         assert accuracy > digits_of(Naive(), seed)[1] + 20
         with torch.no_grad():
-            made = torch.sigmoid(learner.model.decode(normals(torch.arange(600), torch.tensor(-1), 10)))
+            made = torch.sigmoid(learner.model.decode(drawn(torch.arange(600), torch.tensor(-1), 10, 0)))
             named = learner.predictor(0, after=1)(made).argmax(1)
         train = [experience.train for experience in learner.stream]
         assert min(int(torch.isin(named, records.labels).sum()) for records in train) > 100, "both halves are made up"
