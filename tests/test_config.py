@@ -86,6 +86,7 @@ def test_every_table_is_read():
     [model]
     name = "cnn"
     hidden = [3, 4]
+    head = "cosine"
     [training]
     optimizer = "SGD"
     learning_rate = 1
@@ -112,7 +113,7 @@ def test_every_table_is_read():
     assert (config.name, config.seed, config.threads, config.explain) == ("all", 7, 2, 3)
     assert config.data.root == "/somewhere"
     assert config.data.shuffle_classes is True
-    assert config.model.hidden == (3, 4)
+    assert (config.model.hidden, config.model.head) == ((3, 4), "cosine")
     assert (config.training.learning_rate, config.training.iterations, config.training.epochs) == (1.0, 9, None)
     assert config.private_training == TrainingConfig(epochs=2)
     assert config.federation == FederationConfig(clients=4, fraction=0.5)
@@ -171,6 +172,7 @@ WRONG = {
     ("model", "hidden"): ("64", "[0]", "[-4]", "[1.5]", "[true]", '["a"]', "[[4]]", "[nan]"),
     ("model", "activation"): CHOICES,
     ("model", "norm"): CHOICES,
+    ("model", "head"): CHOICES,
     ("model", "width"): ("0", "-2", "true", "2.0", "3"),
     ("model", "latent"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
     ("training", "optimizer"): (*CHOICES, '"Optimizer"', '"LBFGS"', '"SparseAdam"', '"Muon"', '"lr_scheduler"'),

@@ -16,6 +16,9 @@ CONFIGS = {
     "cnn without norm": ModelConfig(name="cnn", width=8, norm="none", activation="gelu"),
     "resnet18": ModelConfig(name="resnet18", width=4),
     "generative": ModelConfig(name="generative", hidden=(16, 8), latent=3),
+    "generative, cosine head": ModelConfig(name="generative", hidden=(16, 8), latent=3, head="cosine"),
+    "mlp, cosine head": ModelConfig(hidden=(16, 8), activation="tanh", head="cosine"),
+    "cnn, cosine head": ModelConfig(name="cnn", width=8, head="cosine"),
 }
 
 
@@ -121,7 +124,15 @@ def test_default_sizes():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "vgg"), ("norm", "layer"), ("activation", "swish"), ("hidden", (4, 0)), ("width", 5), ("latent", 0)],
+    [
+        ("name", "vgg"),
+        ("norm", "layer"),
+        ("activation", "swish"),
+        ("hidden", (4, 0)),
+        ("width", 5),
+        ("latent", 0),
+        ("head", "cone"),
+    ],
 )
 def test_a_bad_value_is_named(field, value):
     with pytest.raises(ConfigError, match=rf"^{field} = .* is not allowed; allowed: [^\n]*$"):

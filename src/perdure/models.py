@@ -8,7 +8,7 @@ works in place on what autograd or vmap needs, so `torch.func.functional_call`, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,32 +20,38 @@ from torch import Tensor, nn
 
 from perdure.errors import ConfigError
 from perdure.frozen import Frozen, Transform, width
+from perdure.heads import CosineHead
 from perdure.seeds import derive
 
 Norm = Literal["none", "group", "batch"]
 ModelName = Literal["mlp", "cnn", "resnet18", "generative"]
 Activation = Literal["relu", "tanh", "gelu"]
+Head = Literal["linear", "cosine"]
 
 NORMS: tuple[Norm, ...] = ("none", "group", "batch")
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn", "resnet18", "generative")
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+HEADS: dict[Head, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "cosine": CosineHead}
 LARGEST_GROUP_COUNT = 16
 
 
 class Classifier(nn.Module):
-    """A body that makes features and a linear head over all classes: forward(x) = head(features(x)).
+    """A body that makes features and a head over all classes: forward(x) = head(features(x)).
 
     Args:
         body: (n, ...) to (n, feature_size).
         feature_size: length of one feature vector.
         num_classes: full width of the head, public and fixed in advance.
+        head: linear, or cosine (see `perdure.heads.CosineHead`).
     """
 
-    def __init__(self, body: nn.Module, feature_size: int, num_classes: int) -> None:
+    def __init__(self, body: nn.Module, feature_size: int, num_classes: int, head: Head = "linear") -> None:
         super().__init__()
         self.body = body
-        self.feature_size = feature_size
-        self.head = nn.Linear(feature_size, num_classes)
+        self.feature_size, self.num_classes = feature_size, num_classes
+        if head not in HEADS:
+            raise ConfigError.of("head", head, HEADS)
+        self.head = HEADS[head](feature_size, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Feature vectors (n, feature_size) of inputs (n, ...): all but the head."""
@@ -72,7 +78,7 @@ class Generative(Classifier):
     def __init__(
         self, classifier: Classifier, input_shape: tuple[int, ...], latent: int, hidden: tuple[int, ...]
     ) -> None:
-        super().__init__(classifier.body, classifier.feature_size, classifier.head.out_features)
+        super().__init__(classifier.body, classifier.feature_size, classifier.num_classes)
         self.head, self.input_shape, self.latent = classifier.head, input_shape, latent
         pixels = math.prod(input_shape)
         down, up = (pixels, *hidden), (latent, *reversed(hidden))
@@ -109,6 +115,7 @@ class ModelConfig:
         norm: none, group or batch (cnn, resnet18). Batch is refused under differential privacy.
         width: channels of ResNet-18's first stage; the CNN's layers have width/2, width and 2*width.
         latent: length of a latent vector (generative).
+        head: linear, or cosine: logits by the angles between features and classes, without bias.
 
     Raises:
         ConfigError: naming the field.
@@ -120,9 +127,10 @@ class ModelConfig:
     norm: Norm = "group"
     width: int = 64
     latent: int = 100
+    head: Head = "linear"
 
     def __post_init__(self) -> None:
-        choices = (("name", MODELS), ("activation", ACTIVATIONS), ("norm", NORMS))
+        choices = (("name", MODELS), ("activation", ACTIVATIONS), ("norm", NORMS), ("head", HEADS))
         for field, allowed in choices:
             value = getattr(self, field)
             if value not in allowed:
@@ -154,7 +162,7 @@ def build(config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, 
         raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
     with _seeded(seed):
         body, feature_size = _body(config, tuple(input_shape))
-        classifier = Classifier(body, feature_size, num_classes)
+        classifier = Classifier(body, feature_size, num_classes, config.head)
     if config.name == "generative":
         return generative(
             classifier, input_shape=input_shape, latent=config.latent, hidden=config.hidden, seed=seed
@@ -169,9 +177,10 @@ def mlp(
     seed: int,
     hidden: tuple[int, ...] = (400, 400),
     activation: Activation = "relu",
+    head: Head = "linear",
 ) -> Classifier:
     """Fully connected layers on the flattened input, PyTorch's initialisation. See `build`."""
-    config = ModelConfig(name="mlp", hidden=hidden, activation=activation)
+    config = ModelConfig(name="mlp", hidden=hidden, activation=activation, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
 
 
@@ -183,27 +192,39 @@ def cnn(
     norm: Norm = "group",
     activation: Activation = "relu",
     width: int = 64,
+    head: Head = "linear",
 ) -> Classifier:
     """Three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters. See `build`."""
-    config = ModelConfig(name="cnn", norm=norm, activation=activation, width=width)
+    config = ModelConfig(name="cnn", norm=norm, activation=activation, width=width, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
 
 
 def resnet18(
-    *, input_shape: Sequence[int], num_classes: int, seed: int, norm: Norm = "group", width: int = 64
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    norm: Norm = "group",
+    width: int = 64,
+    head: Head = "linear",
 ) -> Classifier:
     """ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling. See `build`.
 
     Source: He, Zhang, Ren, Sun 2016, "Deep residual learning", section 4.2 for the stem.
     """
-    config = ModelConfig(name="resnet18", norm=norm, width=width)
+    config = ModelConfig(name="resnet18", norm=norm, width=width, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
 
 
 def frozen(
-    features: nn.Module | Transform, *, input_shape: Sequence[int], num_classes: int, seed: int = 0
+    features: nn.Module | Transform,
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int = 0,
+    head: Head = "linear",
 ) -> Classifier:
-    """Make a classifier of features that are never trained; only its linear head has parameters.
+    """Make a classifier of features that are never trained; only its head has parameters.
 
         frozen(RandomConvolutions(seed=0), input_shape=(1, 28, 28), num_classes=10)
         frozen(Scattering(), input_shape=(1, 28, 28), num_classes=10)
@@ -215,6 +236,7 @@ def frozen(
     Args:
         features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into evaluation mode.
         input_shape: of one input. num_classes: full width of the head. seed: of the head's initialisation.
+        head: linear, or cosine.
 
     Raises:
         ConfigError: when the features do not take that input, or mix records.
@@ -224,7 +246,7 @@ def frozen(
     body = Frozen(features)
     feature_size = width(body, tuple(input_shape))
     with _seeded(seed):
-        return Classifier(body, feature_size, num_classes)
+        return Classifier(body, feature_size, num_classes, head)
 
 
 def generative(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perdure.heads import CosineHead
 from perdure.privacy import convolution_rules, layer_rules
 from perdure.privacy.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping import Clip, clipped_sum, squared_norms
@@ -74,6 +75,8 @@ NO_BIAS = {
     "embedding": (lambda bias: nn.Embedding(WORDS, 4), words(8), None),
     "embedding, one word": (lambda bias: nn.Embedding(WORDS, 4), words(), None),
     "embedding, padding": (lambda bias: nn.Embedding(WORDS, 4, padding_idx=1), words(2, 4), None),
+    "cosine head": (lambda bias: CosineHead(6, 5), floats(6), None),
+    "cosine head, positions": (lambda bias: CosineHead(4, 5), floats(7, 4), None),
 }
 CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [(name, True) for name in NO_BIAS]
 
@@ -144,7 +147,7 @@ def assert_equal(module, x):
 @pytest.mark.parametrize(("name", "bias"), CASES)
 def test_the_clipped_sum_is_that_of_records_one_by_one(name, bias, times):
     module, x, _ = made(name, bias, times)
-    assert ("layer.bias" in dict(module.named_parameters())) == (bias and not name.startswith("embedding"))
+    assert ("layer.bias" in dict(module.named_parameters())) == (bias and not name.startswith(("embedding", "cosine")))
     assert_equal(module, x)
 
 

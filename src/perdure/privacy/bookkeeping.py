@@ -15,9 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from perdure.heads import CosineHead
 from perdure.privacy.clipping import Clip, layer_of, sum_of
 from perdure.privacy.convolution_rules import conv_rule
-from perdure.privacy.layer_rules import EmbeddingRule, RowsRule, Rule, Use, linear_rule, normalisation_rule
+from perdure.privacy.layer_rules import (
+    CosineRows,
+    EmbeddingRule,
+    RowsRule,
+    Rule,
+    Use,
+    linear_rule,
+    normalisation_rule,
+)
 from perdure.records import Params
 
 __all__ = ["RULES", "LinearRule", "RowsRule", "Rule", "Use", "clipped_gradient_sum", "ruled_layers"]
@@ -26,8 +35,10 @@ Layers = Mapping[str, nn.Module]
 
 RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[Use]], Rule]] = {
     nn.Linear: linear_rule, nn.Conv1d: conv_rule, nn.Conv2d: conv_rule, nn.Embedding: EmbeddingRule,
-    nn.LayerNorm: normalisation_rule, nn.GroupNorm: normalisation_rule,
+    nn.LayerNorm: normalisation_rule, nn.GroupNorm: normalisation_rule, CosineHead: CosineRows,
 }  # fmt: skip
+OWN = {"weight", "bias", "scale"}
+"""Parameters that rules know of, by their names in a layer."""
 LinearRule = linear_rule
 
 
@@ -122,7 +133,7 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
 
 def _ruled(layer: nn.Module) -> bool:
     """Whether a rule covers the layer and its settings."""
-    if type(layer) not in RULES or not layer._parameters.keys() <= {"weight", "bias"}:
+    if type(layer) not in RULES or not layer._parameters.keys() <= OWN:
         return False
     if isinstance(layer, nn.Embedding):
         return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perdure.heads import CosineHead, directions, reciprocal_lengths
 from perdure.privacy.clipping import sum_of
 from perdure.records import Params
 
@@ -237,6 +238,33 @@ class LinearGhost:
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
         a, d = self.use.of(piece).flowed()
         return a @ a.mT, d @ d.mT
+
+
+# --------------------------------------------------------------------------- cosine heads
+
+
+class CosineRows(FormedRule):
+    """Rows of a head that looks at angles: logits s <a, w_c>, with a and w_c of norm 1.
+
+    With d what came back, a record's gradient of w_c before it was scaled to norm 1 is s d_c (a - <a, w_c> w_c) over
+    its length, and that of s is sum_c d_c <a, w_c>; both add up over positions and uses.
+    """
+
+    def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
+        assert isinstance(layer, CosineHead)
+        self.use, self.layer = _joined(uses), layer
+        super().__init__(len(self.use.back), layer.weight.numel())
+
+    def formed(self, piece: slice) -> Params:
+        """See `FormedRule`."""
+        entered, back = self.use.of(piece).flowed()
+        a, w = directions(entered), directions(self.layer.weight)
+        angles = back * (a @ w.mT)
+        rows = back.mT @ a - angles.sum(1)[:, :, None] * w
+        return {
+            "weight": self.layer.scale * reciprocal_lengths(self.layer.weight) * rows,
+            "scale": angles.sum((1, 2))[:, None],
+        }
 
 
 # --------------------------------------------------------------------------- embeddings and normalisations

@@ -1,0 +1,59 @@
+"""A head that looks at angles only: a class cannot win by the length of its weights.
+
+Rows of logits depend on the same rows of features, and on nothing else: no statistic is taken or kept.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SCALE = 10.0
+"""Where eta starts; Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting, CVPR 2018."""
+SHORTEST = 1e-6
+"""Added to lengths, in squares, so that a vector of zeros has a direction (none) and a gradient."""
+
+
+class CosineHead(nn.Module):
+    """Logits eta <f / |f|, w_c / |w_c|> of features f, with eta learnt, and no bias.
+
+    Args:
+        feature_size: of f. num_classes: rows w_c, all classes there will ever be.
+
+    Source: Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019,
+    section 3.2, equation 4.
+
+    >>> head = CosineHead(8, 10)
+    >>> [name for name, _ in head.named_parameters()]
+    ['weight', 'scale']
+    """
+
+    def __init__(self, feature_size: int, num_classes: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(max(1, feature_size))
+        self.weight = nn.Parameter(torch.empty(num_classes, feature_size).uniform_(-bound, bound))
+        self.scale = nn.Parameter(torch.full((1,), SCALE))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., num_classes) logits of features (..., feature_size)."""
+        return self.scale * cosines(features, self.weight)
+
+    def extra_repr(self) -> str:
+        """Sizes, as torch's own layers show them."""
+        classes, size = self.weight.shape
+        return f"feature_size={size}, num_classes={classes}"
+
+
+def cosines(features: Tensor, weight: Tensor) -> Tensor:
+    """(..., C) cosines of the angles between features (..., f) and the rows of weight (C, f)."""
+    return directions(features) @ directions(weight).mT
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Vectors (..., f) divided by their length."""
+    return vectors * reciprocal_lengths(vectors)
+
+
+def reciprocal_lengths(vectors: Tensor) -> Tensor:
+    """(..., 1) one over the length of vectors (..., f)."""
+    return (vectors.square().sum(-1, keepdim=True) + SHORTEST**2).rsqrt()
