@@ -28,7 +28,7 @@ from perdure.strategy import Asks, Plan, Strategy
 
 sys.path.insert(0, str(Path(__file__).with_name("strategies")))
 
-from examples import EXAMPLES, example
+from examples import EXAMPLES, example, model_of
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
 BATCH, EPOCHS = 10, 2
@@ -167,10 +167,10 @@ def comparable():
 
 @pytest.mark.parametrize(("name", "scenario"), comparable())
 def test_a_plugin_trains_what_the_learner_trains(name, scenario, benchmark, toy_model, template):
-    strategy, made = example(name), benchmark(scenario)
-    learner, matrix = learnt(strategy, made, toy_model)
+    strategy, made, make = example(name), benchmark(scenario), partial(model_of, name, otherwise=toy_model)
+    learner, matrix = learnt(strategy, made, make)
     plugin = as_plugin(strategy)
-    model, rows = taught(plugin, made, toy_model, template)
+    model, rows = taught(plugin, made, make, template)
     assert_close(dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=2e-5, rtol=1e-4)
     assert_close(dict(plugin.state), dict(learner.state), atol=2e-4, rtol=2e-3)
     assert rows == [pytest.approx(row, abs=1e-4) for row in matrix.tolist()]
@@ -212,11 +212,11 @@ def test_a_plan_with_a_pool_of_its_own_is_given_its_rows(name, benchmark, toy_mo
     made = benchmark("class" if strategy.uses("losses") else "domain")
     stream, seen = from_avalanche(made), []
     learner = Learner(
-        model=toy_model(stream), strategy=strategy, optimizer=adam, iterations=3, batch_size=100,
+        model=model_of(name, stream, toy_model), strategy=strategy, optimizer=adam, iterations=3, batch_size=100,
         callbacks=[lambda point, learner: seen.append(rows_in(learner)) if point == "step.gradient" else None],
     )  # fmt: skip
     matrix = learner.fit(stream)
-    model, plugin, given = toy_model(stream), as_plugin(strategy), []
+    model, plugin, given = model_of(name, stream, toy_model), as_plugin(strategy), []
     whole = {"train_mb_size": 100, "train_epochs": 3, "evaluator": accuracies()}
     teacher = template(model, plugin, Watch(after_forward=lambda t: given.append(len(t.mb_y))), **whole)
     rows = []

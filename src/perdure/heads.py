@@ -18,7 +18,7 @@ class CosineHead(nn.Module):
     """Logits eta <f / |f|, w_c / |w_c|> of features f, with eta learnt, and no bias.
 
     Args:
-        feature_size: of f. num_classes: rows w_c, all classes there will ever be.
+        in_features: length of f. out_features: rows w_c, all classes that there will ever be.
 
     Source: Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019,
     section 3.2, equation 4.
@@ -28,20 +28,20 @@ class CosineHead(nn.Module):
     ['weight', 'scale']
     """
 
-    def __init__(self, feature_size: int, num_classes: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(max(1, feature_size))
-        self.weight = nn.Parameter(torch.empty(num_classes, feature_size).uniform_(-bound, bound))
+        self.in_features, self.out_features = in_features, out_features
+        bound = 1 / math.sqrt(max(1, in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
         self.scale = nn.Parameter(torch.full((1,), SCALE))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., num_classes) logits of features (..., feature_size)."""
+        """(..., out_features) logits of features (..., in_features)."""
         return self.scale * cosines(features, self.weight)
 
     def extra_repr(self) -> str:
         """Sizes, as torch's own layers show them."""
-        classes, size = self.weight.shape
-        return f"feature_size={size}, num_classes={classes}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def cosines(features: Tensor, weight: Tensor) -> Tensor:

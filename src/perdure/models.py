@@ -31,7 +31,7 @@ Head = Literal["linear", "cosine"]
 NORMS: tuple[Norm, ...] = ("none", "group", "batch")
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn", "resnet18", "generative")
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
-HEADS: dict[Head, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "cosine": CosineHead}
+HEADS: dict[Head, Callable[[int, int], nn.Linear | CosineHead]] = {"linear": nn.Linear, "cosine": CosineHead}
 LARGEST_GROUP_COUNT = 16
 
 

@@ -16,6 +16,7 @@ EXAMPLES = {
     "feature_distillation": {"strength": 0.5},
     "joint": {},
     "l2": {"strength": 0.05},
+    "lucir": {"memory_size": 16},
     "lwf": {"strength": 0.5},
     "mas": {"strength": 0.1},
     "naive": {},
