@@ -169,6 +169,32 @@ def test_penalty_projection_and_path_are_handed_the_right_things(learner_of, toy
     assert same_bits(place, bits(dict(learner.model.named_parameters())))
 
 
+class Tied(Strategy):
+    def plan(self, experience):
+        return Plan(trainable=("head.",))
+
+
+class Tying(Tied):
+    """Pulls the head towards what is not trained."""
+
+    def penalty(self, params, state):
+        return (params["head.weight"] * params["body.1.weight"].mean()).sum()
+
+
+def test_a_penalty_is_handed_all_parameters_and_moves_what_is_trained(learner_of, toy_stream):
+    ends = []
+    for strategy in (Tying(), Tied()):
+        learner = learner_of(strategy, iterations=1, optimizer=partial(torch.optim.SGD, lr=0.1))
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        learner.train(range(1))
+        ends.append(bits(dict(learner.model.named_parameters())))
+    pull = ends[0]["body.1.weight"].mean()
+    torch.testing.assert_close(ends[0]["head.weight"], ends[1]["head.weight"] - 0.1 * pull)
+    assert torch.equal(ends[0]["body.1.weight"], ends[1]["body.1.weight"]) and float(pull.abs()) > 1e-3
+    assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()  # its digest calls it too
+
+
 def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
     rates = []
 

@@ -107,7 +107,7 @@ class StrategyPlugin:
             given = _Given(template.model, template.mb_x, template.mb_output)
             template.loss = learner._losses(given, self._batch).mean()
         if learner._uses["penalty"]:
-            self._penalty = self.strategy.penalty(learner._trained, learner.state)
+            self._penalty = self.strategy.penalty(learner.params, learner.state)
         if self._penalty is not None:
             template.loss = template.loss + self._penalty.detach()
 

@@ -323,7 +323,7 @@ class Learner:
     def _with_penalty(self, gradient: Params) -> Params:
         if not self._uses["penalty"]:
             return gradient
-        penalty = self.strategy.penalty(self._trained, self.state)
+        penalty = self.strategy.penalty(self.params, self.state)
         if penalty is None:
             return gradient
         extra = torch.autograd.grad(penalty, list(self._trained.values()), allow_unused=True)

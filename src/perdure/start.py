@@ -79,7 +79,8 @@ def hooks(learner: "Learner", params: Params) -> dict[str, Tensor]:
     """What the strategy makes of parameters and of a gradient, where it does anything."""
     strategy, state, shown = learner.strategy, learner.state, {}
     later = {name: value + 1 for name, value in params.items()}
-    if strategy.uses("penalty") and (penalty := strategy.penalty(params, state)) is not None:
+    whole = {name: value.detach() for name, value in learner.params.items()}
+    if strategy.uses("penalty") and (penalty := strategy.penalty(whole, state)) is not None:
         shown["penalty"] = penalty
     if strategy.uses("project"):
         against = {name: -value for name, value in later.items()}

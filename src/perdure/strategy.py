@@ -316,7 +316,11 @@ class Strategy:
         return cross_entropy(forward, batch, context)
 
     def penalty(self, params: Params, state: State) -> Tensor | None:
-        """Scalar added to the mean loss; touches no data."""
+        """Scalar added to the mean loss; touches no data.
+
+        Args:
+            params: all of the model's; its gradient is taken by those that the experience trains.
+        """
         return None
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
