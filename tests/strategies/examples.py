@@ -5,6 +5,7 @@ from perdure import strategies
 EXAMPLES = {
     "agem": {"memory_size": 16},
     "bic": {"memory_size": 16},
+    "coda_prompt": {"strength": 0.1},
     "cwr_star": {},
     "der": {"memory_size": 16, "beta": 0.5},
     "er_ace": {"memory_size": 16},
@@ -16,6 +17,8 @@ EXAMPLES = {
     "feature_distillation": {"strength": 0.5},
     "joint": {},
     "l2": {"strength": 0.05},
+    "l2p": {"strength": 0.5},
+    "lora": {"strength": 0.5},
     "lucir": {"memory_size": 16},
     "lwf": {"strength": 0.5},
     "mas": {"strength": 0.1},

@@ -1,0 +1,116 @@
+"""LoRA: learn every experience in low-rank adapters of its own, orthogonal to those before, on a frozen transformer.
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1; one set an experience and the
+penalty are those of Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning (O-LoRA), Findings
+of EMNLP 2023, section 3.
+
+    projection  W x + sum over experiences i of B_i A_i x        A_i (rank, width), B_i = 0 until it is trained
+    loss_i      = CE(x_i, y_i) over the classes of the record's own experience
+    penalty     = strength * sum over projections and earlier i of |A_i A_t^T|^2
+
+In experience t only A_t, B_t and the head are trained. What earlier sets add depends on A_i x alone, so that a set
+orthogonal to them changes what the model does with other directions of x. The sum over all experiences is the merged
+model: tasks are not told apart when it predicts. The square is the paper's; the authors' code sums |A_i A_t^T|.
+
+The papers adapt language models, which have no head. Here the logits of all other classes are left out of the loss, as
+L2P and CODA-Prompt do, so that the rows of old classes in the head have no gradient; what an optimiser remembers moves
+them still, unless it starts afresh with every experience (`Learner(reset_optimizer=True)`).
+
+The model is `perdure.adapters.adapted(backbone, experiences=...)`.
+
+State: `done`, the number of experiences that are over.
+Memory cost: 2 * rank * width numbers a projection and experience; two projections a block.
+Privacy cost: none beyond the gradient, and that is of the trained set and the head alone; the penalty touches no data.
+In a federation A_t and B_t are averaged each by itself, which is not the mean of their products.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adapters import adapted
+from perdure.errors import ConfigError, StrategyError
+from perdure.records import Batch, Params
+from perdure.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.transformers import tiny
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+    from perdure.streams import Experience
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Strategy):
+    """Adapters for every experience, the earlier ones frozen.
+
+    Args:
+        strength: weight of the orthogonality penalty (lambda_1); 0 for plain LoRA, one set an experience.
+        adapters, head: what the names of their parameters begin with.
+    """
+
+    strength: float = 0.5
+    adapters: str = "body.adapters."
+    head: str = "head."
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ConfigError.of("lora.strength", self.strength, "0 or more")
+
+    def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """A set of rank 2 for each of up to eight experiences, on a transformer of one block."""
+        return adapted(tiny(input_shape), num_classes=num_classes, experiences=8, rank=2)
+
+    def init(self, spec: Spec) -> State:
+        """Start with no experience over.
+
+        Raises:
+            StrategyError: where the model has no set of adapters for every experience.
+        """
+        sets, builder = spec.num_experiences, "perdure.adapters.adapted"
+        for prefix in (*(f"{self.adapters}{number}." for number in range(sets)), self.head):
+            if not any(name.startswith(prefix) for name in spec.params):
+                raise StrategyError(
+                    f"the model has no parameters {prefix!r}; LoRA needs adapters for each of {sets} experiences: "
+                    f"{builder}(backbone, num_classes={spec.num_classes}, experiences={sets})"
+                )
+        return State().declare("done", torch.zeros((), device=next(iter(spec.params.values())).device), "mean")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Train the experience's own set, and the head."""
+        return Plan(trainable=(f"{self.adapters}{experience.index}.", self.head))
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Cross entropy over the classes of the record's experience."""
+        own = context.task_classes[batch.tasks]
+        return cross_entropy_of(torch.where(own, forward(batch.inputs), MASKED), batch.labels)
+
+    def penalty(self, params: Params, state: State) -> Tensor:
+        """Strength times the squared inner products of the rows of A_t with those of every earlier A_i."""
+        return self.strength * torch.stack([overlap(sets, state["done"]) for sets in self._downs(params)]).sum()
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Count the experience."""
+        return state.replace({"done": state["done"] + 1})
+
+    def _downs(self, params: Params) -> list[Tensor]:
+        """(experiences, rank, width), the A of all experiences, for each projection."""
+        found: dict[str, dict[int, Tensor]] = {}
+        for name, value in params.items():
+            if name.startswith(self.adapters) and name.endswith(".down.weight"):
+                number, _, projection = name.removeprefix(self.adapters).partition(".")
+                found.setdefault(projection, {})[int(number)] = value
+        return [torch.stack([sets[number] for number in sorted(sets)]) for sets in found.values()]
+
+
+def overlap(sets: Tensor, now: Tensor) -> Tensor:
+    """Sum over i < t of |A_i A_t^T|^2.
+
+    Args:
+        sets: (experiences, rank, width). now: (), the number t.
+    """
+    numbers = torch.arange(len(sets), device=sets.device)
+    present = torch.where((numbers == now)[:, None, None], sets, 0.0).sum(0)
+    earlier = torch.where((numbers < now)[:, None, None], sets, 0.0).flatten(0, 1)
+    return (earlier @ present.mT).square().sum()
