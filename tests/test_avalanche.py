@@ -152,7 +152,7 @@ def taught(plugin, benchmark, toy_model, template, **options):
 
 def pools(strategy):
     """Whether batches are drawn from more than the experience."""
-    plan = strategy.plan(SimpleNamespace(index=0))
+    plan = strategy.plan(SimpleNamespace(index=0, test=SimpleNamespace(inputs=torch.zeros(0, 5))))
     return plan.pool != "experience" or (plan.memory is not None and plan.memory.use == "pooled")
 
 
