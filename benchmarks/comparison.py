@@ -1,0 +1,314 @@
+"""How a claim is put to the test: arms trained on the same streams, seed by seed, and the differences between them.
+
+A seed sets the stream (the order of the classes, the permutations), the initial model and the order of records, for all
+arms alike, so that differences are taken within a seed. Hyper-parameters that are searched are searched once, on
+held-out training records of the first experiences of seed 0 (`perdure.tuning`), each arm with as many trials.
+Arms that a paper does not compare its method with may stand beside, and do not decide whether its claim is shown.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from perdure import Learner, Strategy
+from perdure.environment import command, store_rows
+from perdure.metrics import area_under_accuracy, average_accuracy, forgetting, learning_accuracy
+from perdure.models import mlp
+from perdure.streams import Stream
+from perdure.tuning import Space, Tuned, Values, tune
+
+PAPER, FIXED, NOTHING = "paper", "fixed, one value tried", "nothing to choose"
+RULE = "shown: the mean over seeds of the difference in favour, within a seed, is above two standard errors of it"
+SEARCH_SEED = 3
+"""Chosen for its first eight samples, which lie all over a range; those of 0 leave out its lower two fifths."""
+RATE = "learning_rate"
+"""A searched value of this name goes to the optimiser, all others to the strategy."""
+
+
+def old_and_new_apart(matrix: Tensor) -> float:
+    """How far accuracy on the last experience is from the mean over the earlier ones, at the end: bias either way."""
+    last = matrix[-1]
+    return float((last[-1] - last[:-1].mean()).abs())
+
+
+MEASURES: dict[str, Callable[[Tensor], float]] = {
+    "average_accuracy": average_accuracy, "forgetting": forgetting, "learning_accuracy": learning_accuracy,
+    "anytime_accuracy": area_under_accuracy, "old_and_new_apart": old_and_new_apart,
+}  # fmt: skip
+LOWER = ("forgetting", "old_and_new_apart")
+"""Of these less is better."""
+
+
+def small(stream: Stream, seed: int) -> nn.Module:
+    """Perceptron of 2 x 100 units."""
+    return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(100, 100), seed=seed)
+
+
+ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of learning the stream.
+
+    Args:
+        name: in the table. strategy: makes it, from the values of `search`.
+        search: lowest and highest value of each hyper-parameter that is tuned. chosen: where the others are from.
+        model: from stream and seed. optimizer: from parameters. training: of the learner; empty for the claim's.
+        beside: whether it is no part of the claim: compared and stored, but the claim does not hang on it.
+    """
+
+    name: str
+    strategy: Callable[..., Strategy]
+    search: Space = field(default_factory=dict)
+    chosen: str = FIXED
+    model: Callable[[Stream, int], nn.Module] = small
+    optimizer: Callable[..., torch.optim.Optimizer] = ADAM
+    training: Mapping[str, Any] = field(default_factory=dict)
+    beside: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a paper says of its method, and a comparison that would show it.
+
+    Args:
+        name: of the strategy's file. sentence: the claim. paper: author, venue and year, and where in it.
+        stream: from seed. training: of the learner; all that is no arm's own. arms: the method first, then what it is
+            compared with.
+        note: what a reader of the row must know of its setting.
+        measures: in which the method is to be better than every other arm; names of `MEASURES`.
+        exactly: a value that the method's first measure has to have in every seed, or None.
+        tuned_on: first experiences that searches may see. trials: of each search.
+    """
+
+    name: str
+    sentence: str
+    paper: str
+    stream: Callable[[int], Stream]
+    training: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+    note: str = ""
+    measures: tuple[str, ...] = ("average_accuracy",)
+    exactly: float | None = None
+    tuned_on: int = 3
+    trials: int = 8
+
+
+# --------------------------------------------------------------------------- one run
+
+
+def learner(claim: Claim, arm: Arm, values: Values, stream: Stream, seed: int) -> Learner:
+    """A fresh learner of the arm."""
+    own = {name: value for name, value in values.items() if name != RATE}
+    optimizer = partial(arm.optimizer, lr=values[RATE]) if RATE in values else arm.optimizer
+    return Learner(
+        model=arm.model(stream, seed), strategy=arm.strategy(**own), optimizer=optimizer, seed=seed,
+        **(arm.training or claim.training),
+    )  # fmt: skip
+
+
+def search(claim: Claim, arm: Arm) -> Tuned:
+    """Tune the arm on the beginning of the stream of seed 0."""
+    torch.set_num_threads(1)
+    stream = claim.stream(0)
+
+    def make(values: Values) -> Learner:
+        return learner(claim, arm, values, stream, 0)
+
+    return tune(make, arm.search, stream, experiences=claim.tuned_on, trials=claim.trials, seed=SEARCH_SEED)
+
+
+def run(claim: Claim, arm: Arm, values: Values, seed: int) -> dict[str, float]:
+    """Every measure of one seed, in percent, and its seconds; in a process of its own."""
+    torch.set_num_threads(1)
+    stream, start = claim.stream(seed), time.perf_counter()
+    matrix = learner(claim, arm, values, stream, seed).fit(stream)
+    return {name: measure(matrix) for name, measure in MEASURES.items()} | {"seconds": time.perf_counter() - start}
+
+
+# --------------------------------------------------------------------------- what is stored
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def arm_row(arm: Arm, tuned: Tuned | None, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What is stored of one arm."""
+    values = tuned.values if tuned else {}
+    own = {name: value for name, value in values.items() if name != RATE}
+    mean, error = spread([result["average_accuracy"] for result in results])
+    return {
+        "strategy": repr(arm.strategy(**own)), "values": values,
+        "chosen": chosen(arm, tuned), "search": tuned.row() if tuned else None,
+        "average_accuracy": mean, "standard_error": error,
+        **{name: statistics.mean(result[name] for result in results) for name in MEASURES},
+        "by_seed": {name: [result[name] for result in results] for name in MEASURES},
+        "seconds": statistics.mean(result["seconds"] for result in results),
+    }  # fmt: skip
+
+
+def chosen(arm: Arm, tuned: Tuned | None) -> str:
+    """Where the hyper-parameters are from."""
+    if not tuned:
+        return arm.chosen
+    return f"{', '.join(tuned.values)}: tuned on {tuned.row()['tuned_on']}; the rest: {arm.chosen}"
+
+
+def compared(measure: str, other: Arm, arms: Mapping[str, dict[str, Any]], method: str) -> dict[str, Any]:
+    """The method against another arm in one measure; a positive difference speaks for the method."""
+    sign = -1 if measure in LOWER else 1
+    pairs = zip(arms[method]["by_seed"][measure], arms[other.name]["by_seed"][measure], strict=True)
+    differences = [sign * (own - its) for own, its in pairs]
+    mean, error = spread(differences)
+    return {
+        "measure": measure, "method": method, "against": other.name, "beside": other.beside, "difference": mean,
+        "standard_error": error, "differences": differences, "shown": mean > 2 * error,
+    }  # fmt: skip
+
+
+def row(
+    claim: Claim, tuned: Mapping[str, Tuned], results: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, Any]:
+    """What is stored of a claim."""
+    arms = {arm.name: arm_row(arm, tuned.get(arm.name), results[arm.name]) for arm in claim.arms}
+    method = claim.arms[0].name
+    found = [compared(measure, other, arms, method) for measure in claim.measures for other in claim.arms[1:]]
+    own = arms[method]["by_seed"][claim.measures[0]]
+    exact = claim.exactly is None or all(value == claim.exactly for value in own)
+    shown = exact and all(comparison["shown"] for comparison in found if not comparison["beside"])
+    return {
+        "benchmark": "claims", "claim": claim.name, **words(claim), "options": options(claim), "seeds": len(own),
+        "arms": arms, "compared": found, "exactly": claim.exactly, "rule": RULE,
+        "shown": shown, "command": command(),
+    }  # fmt: skip
+
+
+def words(claim: Claim) -> dict[str, str]:
+    """What is said of a claim; it may be put better without a run."""
+    return {"sentence": claim.sentence, "paper": claim.paper, "note": claim.note}
+
+
+def options(claim: Claim) -> dict[str, Any]:
+    """All that a row depends on, in words: with other options it is run again."""
+    arms = {
+        arm.name: {
+            "strategy": described(arm.strategy), "search": {name: list(bounds) for name, bounds in arm.search.items()},
+            "model": described(arm.model), "optimizer": described(arm.optimizer),
+            "training": dict(arm.training or claim.training), "beside": arm.beside,
+        }
+        for arm in claim.arms
+    }  # fmt: skip
+    return {
+        "stream": described(claim.stream), "arms": arms, "measures": list(claim.measures), "exactly": claim.exactly,
+        "tuned_on": claim.tuned_on, "trials": claim.trials, "search_seed": SEARCH_SEED,
+    }  # fmt: skip
+
+
+def described(thing: object) -> str:
+    """How a callable, or an argument that is bound to it, would be written; never by an address."""
+    if not isinstance(thing, partial):
+        return str(getattr(thing, "__qualname__", repr(thing)))
+    named = [f"{name}={described(value)}" for name, value in thing.keywords.items()]
+    return f"{described(thing.func)}({', '.join([*map(described, thing.args), *named])})"
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line a comparison."""
+    table = Table(title="What papers claim, in percent; a positive difference speaks for the method", caption=RULE)
+    for column in ("claim", "measure", "method", "", "against", "", "difference", "error", "shown"):
+        table.add_column(column, justify="right" if column in ("", "difference", "error") else "left")
+    for entry in rows:
+        arms = entry["arms"]
+        for found in entry["compared"]:
+            ours, theirs = (arms[found[side]][found["measure"]] for side in ("method", "against"))
+            shown = ("yes" if found["shown"] else "no") + (" (beside)" if found["beside"] else "")
+            table.add_row(
+                entry["claim"], found["measure"], found["method"], f"{ours:.1f}", found["against"], f"{theirs:.1f}",
+                f"{found['difference']:.1f}", f"{found['standard_error']:.1f}", shown,
+            )  # fmt: skip
+        table.add_section()
+    Console(width=150).print(table)
+
+
+# --------------------------------------------------------------------------- all of it
+
+
+def tested(claim: Claim, seeds: int, submit: Callable[..., Future[Any]]) -> dict[str, Any]:
+    """The row of a claim: all searches, then all seeds of all arms."""
+    searches: dict[str, Future[Tuned]] = {arm.name: submit(search, claim, arm) for arm in claim.arms if arm.search}
+    tuned = {name: future.result() for name, future in searches.items()}
+    values = {arm.name: tuned[arm.name].values if arm.search else {} for arm in claim.arms}
+    runs: dict[str, list[Future[dict[str, float]]]] = {
+        arm.name: [submit(run, claim, arm, values[arm.name], seed) for seed in range(seeds)] for arm in claim.arms
+    }
+    return row(claim, tuned, {name: [future.result() for future in column] for name, column in runs.items()})
+
+
+def same(entry: dict[str, Any], claim: Claim, seeds: int) -> bool:
+    """Whether the stored row is this claim with these settings and seeds."""
+    return (entry["claim"], entry["options"], entry["seeds"]) == (claim.name, options(claim), seeds)
+
+
+def stored(path: Path | None) -> list[dict[str, Any]]:
+    """Rows of an earlier run."""
+    return list(json.loads(path.read_text())["rows"]) if path and path.exists() else []
+
+
+def store(path: Path | None, rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> None:
+    """Write the rows, if there is a path, with what is said of their claims now."""
+    said = {claim.name: words(claim) for claim in claims}
+    if path:
+        store_rows(path, [{**entry, **said.get(entry["claim"], {})} for entry in rows], seed=0)
+
+
+def main(claims: Sequence[Claim], text: str) -> None:
+    """Run what the command line asks for, of these claims; `text` explains them."""
+    names = [claim.name for claim in claims]
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claim", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0; 2 or more (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default %(default)s)")
+    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
+    parser.add_argument("--json", type=Path, help="add the rows to this file; those that are there are not run again")
+    args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds {args.seeds}: allowed: 2 or more, as a difference of one seed has no error")
+    if args.data:
+        os.environ["PERDURE_DATA"] = str(args.data)  # for the processes that train
+    torch.set_num_threads(1)
+    asked, rows = [claim for claim in claims if claim.name in args.claim], stored(args.json)
+    waiting = [claim for claim in asked if not any(same(entry, claim, args.seeds) for entry in rows)]
+    with Progress() as progress, ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        total = sum(args.seeds + bool(arm.search) for claim in waiting for arm in claim.arms)
+        task = progress.add_task("searches and runs", total=total)
+
+        def submit(*work: Any) -> Future[Any]:
+            future = pool.submit(*work)
+            future.add_done_callback(lambda _: progress.advance(task))
+            return future
+
+        for claim in waiting:
+            progress.update(task, description=claim.name)
+            new = tested(claim, args.seeds, submit)
+            rows = [entry for entry in rows if entry["claim"] != claim.name] + [new]
+            store(args.json, rows, claims)
+    store(args.json, rows, claims)
+    show([entry for entry in rows if any(same(entry, claim, args.seeds) for claim in asked)])
