@@ -105,6 +105,7 @@ MORE = {"iterations": 300, "batch_size": 32}
 POOLED = {"iterations": 150, "batch_size": 64}
 """Where new and stored records are one pool: as many rows a step as 32 new and 32 stored ones."""
 DOUBLED = "twice the length of the class-incremental ones, after fine-tuning had been seen to forget little (2 seeds)"
+RAISED = "rates up to 1, after searches up to 0.3 had ended there"
 ONE_PASS = {"epochs": 1, "batch_size": 10}
 TASKS, CLASSES = partial(split_mnist, scenario="task"), partial(split_mnist, scenario="class")
 ONLINE = partial(split_mnist, scenario="class", train=500)
@@ -153,9 +154,11 @@ class Uncorrected(BiC):
 CLAIMS = (
     Claim(
         name="l2", sentence="Holding all parameters alike keeps more of earlier tasks than fine-tuning",
-        paper="Hsu et al. 2018 (NeurIPS continual learning workshop), table 2: Split MNIST, incremental task", stream=TASKS, training=MORE,
+        paper="Hsu et al. 2018 (NeurIPS continual learning workshop), table 2: Split MNIST, incremental task",
+        stream=TASKS, training=MORE,
         arms=(Arm(name="l2", strategy=L2, search={"strength": (1e-4, 1.0)}, chosen=NOTHING), NAIVE),
-        note=DOUBLED, measures=("average_accuracy", "forgetting"),
+        note=f"{DOUBLED}; another seed of the search had found 0.038, and accuracy 2.2 points above (error 1.9)",
+        measures=("average_accuracy", "forgetting"),
     ),
     Claim(
         name="mas", sentence="Holding back what the outputs depend on keeps more of earlier tasks than fine-tuning",
@@ -173,10 +176,13 @@ CLAIMS = (
             Arm(name="si", strategy=partial(rehearsing, SI, 50), search={"strength": (0.1, 1000.0)}),
             Arm(name="replay", strategy=partial(Replay, memory_size=50)),
         ),
+        note="another seed of the search had found 5.0, 157 and 38 for the three, and RWalk 0.3 above EWC (error 0.6) "
+        "and 0.2 below SI (0.5)",
     ),
     Claim(
         name="feature_distillation", sentence="Keeping the features of the previous model keeps the old domains",
-        paper="Jung et al. 2016 (arXiv:1607.00122)", stream=partial(rotated_mnist, angles=(0.0, 60.0, 120.0)), training=MORE,
+        paper="Jung et al. 2016 (arXiv:1607.00122)", stream=partial(rotated_mnist, angles=(0.0, 60.0, 120.0)),
+        training=MORE,
         arms=(
             Arm(
                 name="feature_distillation", strategy=FeatureDistillation, search={"strength": (1e-4, 1.0)},
@@ -184,6 +190,7 @@ CLAIMS = (
             ),
             NAIVE,
         ),
+        note="twice the length, after 78 % just after learning had been seen (1 seed)",
         measures=("average_accuracy", "forgetting"), tuned_on=2,
     ),
     Claim(
@@ -211,9 +218,9 @@ CLAIMS = (
             Arm(name="pooled replay", strategy=partial(PooledReplay, memory_size=200), training=POOLED),
             Arm(name="replay", strategy=partial(Replay, memory_size=200), beside=True),
         ),
-        note="20 stored records a class as in the paper, after 10 had been seen (5 seeds; BiC then stood 8 points below "
-        "replay): a tenth of them is what the correction is fitted to. The paper has new and stored records in one "
-        "pool; replay draws as many stored as new ones at every step, which by itself evens classes out",
+        note="20 stored records a class as in the paper, after 10 had been seen (5 seeds; BiC then stood 8 points "
+        "below replay): a tenth of them is what the correction is fitted to. The paper has new and stored records in "
+        "one pool; replay draws as many stored as new ones at every step, which by itself evens classes out",
         measures=("average_accuracy", "old_and_new_apart"),
     ),
     Claim(
@@ -223,11 +230,12 @@ CLAIMS = (
             Arm(name="er_ace", strategy=partial(ERACE, memory_size=100, batch_size=10), optimizer=SGD, search=RATES),
             er(100),
         ),
+        note=f"{RAISED}, and ER-ACE above by 6.2 at the end (error 2.5) and 4.4 all along (1.0)",
         measures=("average_accuracy", "anytime_accuracy"),
     ),
     Claim(
         name="der", sentence="DER++ is above plain rehearsal with as large a buffer",
-        paper="Buzzega et al. 2020 (NeurIPS); alpha and beta of the authors' code for sequential MNIST and a buffer of 200",
+        paper="Buzzega et al. 2020 (NeurIPS); alpha and beta of the authors' code for sequential MNIST, buffer 200",
         stream=ONLINE, training=ONE_PASS,
         arms=(
             Arm(
@@ -236,6 +244,7 @@ CLAIMS = (
             ),
             er(200),
         ),
+        note=f"{RAISED}, and DER++ above by 6.3 (error 0.6)",
     ),
     Claim(
         name="gdumb", sentence="A model trained on a balanced memory alone is above online learners with that memory",
@@ -246,6 +255,7 @@ CLAIMS = (
             ),
             er(200), Arm(name="naive", strategy=Naive, optimizer=SGD, search=RATES),
         ),
+        note=f"{RAISED}, and GDumb above ER by 4.6 (error 1.5)",
     ),
     Claim(
         name="icarl", sentence="Exemplars and nearest class means learn classes that distillation alone cannot",

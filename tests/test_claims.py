@@ -138,6 +138,7 @@ def test_a_value_that_has_to_be_met_exactly_decides_too(claims, comparison):
         assert row["compared"][0]["shown"] and row["shown"] is shown
 
 
+@pytest.mark.slow
 def test_a_seed_says_everything_and_packnet_forgets_nothing(comparison, tiny):
     claim = tiny("packnet")
     method, naive = claim.arms
@@ -148,6 +149,7 @@ def test_a_seed_says_everything_and_packnet_forgets_nothing(comparison, tiny):
     assert comparison.run(claim, method, {}, 0)["forgetting"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_run_stores_its_rows_and_takes_up_those_that_are_there(comparison, tiny, tmp_path, monkeypatch, capsys):
     path, claim = tmp_path / "claims.json", tiny("l2")
     monkeypatch.setattr("sys.argv", ["benchmarks/claims.py", "--seeds", "2", "--json", str(path)])
