@@ -158,7 +158,8 @@ def pools(strategy):
 
 def comparable():
     """Pairs of a strategy and a scenario where Avalanche's criterion, which masks no class to come, does no harm."""
-    names = [name for name in sorted(EXAMPLES) if not pools(example(name))]
+    by_id = ["generative_replay"]  # what it makes up goes by the record, which Avalanche does not name
+    names = [name for name in sorted(EXAMPLES) if not pools(example(name)) and name not in by_id]
     everywhere = [name for name in names if name != "packnet"]  # it needs tasks, or classes of their own
     return [(name, "domain") for name in everywhere] + [
         (name, "class") for name in names if example(name).uses("losses")
@@ -174,6 +175,19 @@ def test_a_plugin_trains_what_the_learner_trains(name, scenario, benchmark, toy_
     assert_close(dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=2e-5, rtol=1e-4)
     assert_close(dict(plugin.state), dict(learner.state), atol=2e-4, rtol=2e-3)
     assert rows == [pytest.approx(row, abs=1e-4) for row in matrix.tolist()]
+
+
+def test_rows_of_a_step_have_ids_of_their_own(benchmark, toy_model, template):
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listening(Strategy):
+        def losses(self, forward, batch, context, state):
+            seen.append(batch.ids.tolist())
+            return super().losses(forward, batch, context, state)
+
+    taught(as_plugin(Listening()), benchmark("domain"), toy_model, template)
+    assert seen and all(len(set(ids)) == len(ids) > 1 for ids in seen)
 
 
 @dataclass(frozen=True, kw_only=True)

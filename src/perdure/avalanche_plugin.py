@@ -179,12 +179,16 @@ class StrategyPlugin:
         return learner
 
     def _rows(self, template: Any) -> Batch:
-        """The mini-batch as Avalanche drew it; of the experience's own rows it does not say which records they are."""
+        """The mini-batch as Avalanche drew it.
+
+        Of the experience's own rows it does not say which records they are: each has an id of its own in the step.
+        """
         x, y = template.mb_x, template.mb_y
         if self._pool is not None:
             return replace(self._pool.take(template.mbatch[2]), inputs=x)
         return Batch(
-            inputs=x, labels=y, ids=torch.full_like(y, -1), tasks=torch.full_like(y, self.learner.position.experience),
+            inputs=x, labels=y, ids=-1 - torch.arange(len(y), device=y.device),
+            tasks=torch.full_like(y, self.learner.position.experience),
             from_memory=torch.zeros_like(y, dtype=torch.bool), valid=torch.ones_like(y, dtype=torch.bool),
         )  # fmt: skip
 

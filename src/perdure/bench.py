@@ -144,7 +144,8 @@ def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
     groups = Counter(name.partition("/")[0] for name in state if name.partition("/")[2] in params)
     whole = [group for group, count in groups.items() if count == len(params)]
     others = [value for name, value in state.items() if name.partition("/")[0] not in whole]
-    found = [f"{len(whole)} x parameters"] if whole else []
+    numbers = sum(value.numel() for name, value in state.items() if name.partition("/")[0] in whole)
+    found = [f"{numbers // sum(value.numel() for value in params.values())} x parameters"] if whole else []
     shapes = Counter(tuple(value.shape) for value in others)
     for shape, count in sorted(shapes.items(), key=lambda item: -len(item[0])):
         size = " x ".join(WORDS.get(d, str(d)) for d in shape) or ("number" if count == 1 else "numbers")

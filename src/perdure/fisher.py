@@ -149,16 +149,22 @@ def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[Tap]:
 
 
 def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Params:
-    if clip is not None:
-        biased = {name: float(layer.bias is not None) for name, layer in layers.items()}
-        squares = {n: u.square().sum(1) * (v.square().sum(1) + biased[n]) for n, (u, v) in outer.items()}
-        factors, known = clip.factors(squares), torch.isfinite(sum_of(list(squares.values())))[:, None]
-        outer = {
-            name: (torch.where(known, u, 0.0) * factors[name][:, None], torch.where(known, v, 0.0))
-            for name, (u, v) in outer.items()
-        }
+    outer = clipped_outer(layers, outer, clip)
     sums = {f"{name}.weight": u.T @ v for name, (u, v) in outer.items()}
     return sums | {f"{name}.bias": u.sum(0) for name, (u, _) in outer.items() if layers[name].bias is not None}
+
+
+def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Outer:
+    """Outer products that make each record's clipped row; as they are where there is no clip."""
+    if clip is None:
+        return outer
+    biased = {name: float(layer.bias is not None) for name, layer in layers.items()}
+    squares = {n: u.square().sum(1) * (v.square().sum(1) + biased[n]) for n, (u, v) in outer.items()}
+    factors, known = clip.factors(squares), torch.isfinite(sum_of(list(squares.values())))[:, None]
+    return {
+        name: (torch.where(known, u, 0.0) * factors[name][:, None], torch.where(known, v, 0.0))
+        for name, (u, v) in outer.items()
+    }
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:

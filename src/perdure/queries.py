@@ -1,7 +1,7 @@
 """What may be asked of a curator: functions that give one row per record.
 
-A function of the user's gives rows, and the curator clips them. `SquaredGradient` and `Gram` know a faster way to their
-sum, clipped or not. Only they may clip for themselves, and they do so with the curator's own factors.
+A function of the user's gives rows, and the curator clips them. `Gram`, `SquaredGradient` and its kin know a faster way
+to their sum, clipped or not. Only they may clip for themselves, and they do so with the curator's own factors.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perdure.errors import ConfigError, DataError, PrivacyError
 from perdure.fisher import CHUNK, AbsoluteGradient, SquaredGradient
+from perdure.grouped import GroupedGradient
 from perdure.privacy.clipping import Clip, Rows, chunks, clip_factors, clipped_sum, per_pass
 from perdure.records import Batch, Params, batch_of_one
 from perdure.strategy import Forward
@@ -24,6 +25,8 @@ Table = Callable[[Forward, Batch], Tensor]
 """(forward, batch) -> (n, width)."""
 Of = Callable[[Batch], Tensor]
 """batch -> (n,) one number of each record."""
+SUMMED = (SquaredGradient, AbsoluteGradient, GroupedGradient)
+"""Queries that may clip for themselves, besides `Gram`; not their subclasses, which could clip otherwise."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def bounded_sum(
     """
     if type(query) is Gram:  # not isinstance: a class of the user's could clip otherwise; its rows are clipped here
         return query.clipped(module, params, tensors, clip)
-    if type(query) is SquaredGradient or type(query) is AbsoluteGradient:
+    if isinstance(query, SquaredGradient) and type(query) in SUMMED:
         total = query.summed(module, params, tensors, clip)
         if total:
             return total

@@ -22,8 +22,10 @@ EXAMPLES = {
     "lucir": {"memory_size": 16},
     "lwf": {"strength": 0.5},
     "mas": {"strength": 0.1},
+    "mir": {"memory_size": 16, "candidates": 12},
     "naive": {},
     "ncm": {},
+    "ogd": {"directions": 4},
     "packnet": {"pruned_share": 0.5, "dense_steps": 4},
     "ranpac": {"ridge": 0.01, "bias": 0.5, "projection": 12},
     "replay": {"memory_size": 16},
@@ -42,3 +44,8 @@ def model_of(name, stream, otherwise):
     """The small model that the strategy needs, else what `otherwise` makes of the stream."""
     own = example(name).small_model(input_shape=stream.input_shape, num_classes=stream.num_classes)
     return otherwise(stream) if own is None else own
+
+
+def private():
+    """Names of those that may run under privacy: no loss of theirs couples records."""
+    return [name for name in EXAMPLES if not example(name).couples_records]

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from examples import EXAMPLES, example, model_of
+from examples import EXAMPLES, example, model_of, private
 from torch import nn
 
 from perdure import strategies
 from perdure.combine import Combine
+from perdure.errors import PrivacyError
 from perdure.learner import Learner
 from perdure.models import Classifier
 from perdure.privacy.policy import Privacy
@@ -49,7 +50,8 @@ def test_it_keeps_the_contract(name):
     """Alone, as a Flower client, under privacy, under vmap, stopped and resumed: see `perdure.testing`."""
     report = check_strategy(example(name))
     skipped = {"vmap"} if example(name).not_vmappable_because else set()
-    assert {*CHECKS} - {*report.passed} == skipped, "its example declares that it couples records"
+    skipped |= {"bounds", "private"} if example(name).couples_records else set()
+    assert {*CHECKS} - {*report.passed} == skipped
 
 
 @every
@@ -68,6 +70,12 @@ def test_it_works_with_a_model_that_normalises_and_drops_out(toy_stream, name):
     body = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     learner = Learner(
         model=Classifier(body, 8, 4), strategy=example(name), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
-        privacy=Privacy(noise_multiplier=1.0, seed=0),
+        privacy=Privacy(noise_multiplier=1.0, seed=0) if name in private() else None,
     )  # fmt: skip
     assert learner.fit(stream).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted({*EXAMPLES} - {*private()}))
+def test_what_couples_records_says_why_and_is_refused_under_privacy(learner_of, name):
+    with pytest.raises(PrivacyError, match=f"{example(name).name} couples the records"):
+        learner_of(name, privacy=Privacy(noise_multiplier=1.0, seed=0))

@@ -10,9 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from examples import example, model_of
+from examples import example, model_of, private
 
-from perdure import strategies
 from perdure.learner import Learner
 from perdure.privacy.adaptive import Adaptive
 from perdure.privacy.clipping import WITHIN
@@ -156,7 +155,7 @@ def compared(whole, fewer):
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per-layer", Adaptive(count_noise=0.5)])
-@pytest.mark.parametrize("name", strategies.names())
+@pytest.mark.parametrize("name", private())
 def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_of, name, clipping):
     whole, fewer = pair_of(name, clipping=clipping)
     found = compared(whole, fewer)
@@ -175,7 +174,7 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_o
     assert once_moved == bool(once) or (asked.recalls and not once_moved)  # memory may lack the record by its coin
 
 
-@pytest.mark.parametrize("name", strategies.names())
+@pytest.mark.parametrize("name", private())
 def test_with_noise_in_a_fixed_order_too(pair_of, name):
     whole, fewer = pair_of(name, bands=2)
     found = compared(whole, fewer)

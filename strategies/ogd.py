@@ -1,0 +1,145 @@
+"""Orthogonal gradient descent: step only where, to first order, earlier records keep their answers.
+
+Farajtabar, Azizan, Mott and Li, Orthogonal Gradient Descent for Continual Learning, AISTATS 2020, algorithm 1.
+
+    g' = g - V^T (V V^T)^+ V g,    the rows of V: mean of grad f(x) over a group of records, for every group
+
+f is the logit of the record's own class (OGD-GTL, the paper's choice) or the mean of the logits that may be predicted
+(OGD-AVE). V has `directions` rows for every experience that is over, taken at the parameters where it ended.
+
+The paper keeps the gradients of 200 single records of a task and makes them orthonormal one by one (Gram-Schmidt). Here
+a direction is a mean, because all that is taken from records is a sum over them. A record's group follows from its
+class and its id: every class has an equal share of the directions, and a hash of the id says which of them. So V spans
+the mean gradient of every class, and with more groups more of how its records differ; with one record a group it is the
+paper's with all records. The pseudo-inverse projects on the same complement as Gram-Schmidt, and leaves out rows of 0
+and what depends on others up to `DEPENDENT`. OGD-ALL, with a direction for every logit, is left out: a record would
+fill as many places as there are classes.
+
+It holds for steps along g': plain SGD, at a rate small enough for first order. Adam rescales every number of g'; weight
+decay, and momentum from before, add to it. In task-incremental streams the loss has no gradient in the rows of other
+tasks' heads, but g' has: there it undoes what the body's move does to their logits. (Directions without the head did as
+well.) In class-incremental streams nothing keeps the logits of new classes low for old records: it forgets as SGD does.
+
+State: `directions`, averaged over clients by declared sizes, so that a federation holds what one party with all
+records and the same model would; `inverse`, of their inner products. They are as long as the stream: one that has
+grown since does not fit.
+Memory cost: experiences x `directions` times the parameters, read twice in every step. The release takes `directions`
+times the parameters, since a record's row of that length is never formed (`perdure.grouped`).
+Privacy cost: one release an experience. A record adds the gradient of one number to one direction, clipped as its
+gradient is; the rest is free. Directions are then as noisy as they come: the noise of one is noise multiplier x clip
+norm x sqrt(parameters) long, the sum itself at most clip norm x records of the group. So few groups of many records; a
+direction of noise alone protects nothing, and hardly changes g' either.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError, StrategyError
+from perdure.grouped import GroupedGradient
+from perdure.hashing import uniforms
+from perdure.records import Batch, Params
+from perdure.seeds import derive
+from perdure.strategy import Asks, Context, Forward, Spec, State, Strategy
+
+if TYPE_CHECKING:
+    from perdure.curator import Curator
+
+DEPENDENT = 1e-6
+"""Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the rounding of float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OGD(Strategy):
+    """Project the gradient on what is orthogonal to the logit gradients of earlier experiences.
+
+    Args:
+        directions: kept of every experience; the more, the more is protected and the less is left to move in.
+        logit: `true`, of the record's class (OGD-GTL), or the `mean` over the classes that may be predicted (OGD-AVE).
+    """
+
+    directions: int = 20
+    logit: Literal["true", "mean"] = "true"
+    asks: ClassVar[Asks] = Asks(releases=1)
+
+    def __post_init__(self) -> None:
+        if not self.directions >= 1:
+            raise ConfigError.of("ogd.directions", self.directions, "1 or more")
+        if self.logit not in ("true", "mean"):
+            raise ConfigError.of("ogd.logit", self.logit, ("true", "mean"))
+
+    def init(self, spec: Spec) -> State:
+        """Start with no direction to keep clear of."""
+        rows = spec.num_experiences * self.directions
+        zeros = {name: value.new_zeros(rows, *value.shape) for name, value in spec.params.items()}
+        inverse = next(iter(zeros.values())).new_zeros(rows, rows, dtype=torch.float64)
+        return State().declare_group("directions", zeros, "mean").declare("inverse", inverse, "local")
+
+    def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
+        """Take away what lies in the span of the directions.
+
+        Raises:
+            StrategyError: where only some of the parameters are trained.
+        """
+        rows = {name: value.flatten(1) for name, value in state.group("directions").items()}
+        if rows.keys() != gradient.keys():
+            raise StrategyError("OGD's directions are of all parameters; combine it with nothing that trains only some")
+        along = torch.stack([rows[name] @ value.flatten() for name, value in gradient.items()]).sum(0)
+        shares = (state["inverse"] @ along.double()).to(along)
+        return {name: value - (shares @ rows[name]).view_as(value) for name, value in gradient.items()}
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Release the directions of the experience, in one sum over its records."""
+        at, k = curator.context, self.directions
+        query = GroupedGradient(
+            terms=lambda forward, batch: self._logits(at, forward, batch),
+            group=lambda batch: group_of(batch, at, k), groups=k,
+        )  # fmt: skip
+        total = curator.release(query, clip_norm=curator.clip_norm, purpose="logit gradients")
+        first = at.experience * k
+        changes = {
+            name: torch.cat([rows[:first], total[name] / curator.declared_size, rows[first + k :]])
+            for name, rows in state.group("directions").items()
+        }
+        return state.replace_group("directions", changes)
+
+    def derive(self, state: State) -> State:
+        """Pseudo-inverse of the directions' inner products."""
+        products = [
+            rows.flatten(1).double() @ rows.flatten(1).double().T for rows in state.group("directions").values()
+        ]
+        return state.replace({"inverse": inverse_of(torch.stack(products).sum(0))})
+
+    def _logits(self, context: Context, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = forward(batch.inputs)
+        if self.logit == "true":
+            chosen = logits.gather(1, batch.labels[:, None])
+        else:
+            chosen = (logits * context.allowed).sum(1, keepdim=True) / context.allowed.sum()
+        return chosen, torch.ones_like(chosen)
+
+
+def group_of(batch: Batch, context: Context, groups: int) -> Tensor:
+    """(n,) group of each record, by its class and its id alone: every class of the experience has an equal share.
+
+    Where there are fewer groups than classes, classes share.
+    """
+    share = max(1, groups // len(torch.nonzero(context.current)))
+    rank = context.current.cumsum(0)[batch.labels] - 1
+    return (rank * share + scattered(batch.ids, share)) % groups
+
+
+def scattered(ids: Tensor, into: int) -> Tensor:
+    """(n,) numbers from 0 to `into` - 1, by each record's id alone."""
+    return (uniforms(ids, derive("ogd")) * into).long()
+
+
+def inverse_of(products: Tensor) -> Tensor:
+    """(K, K) pseudo-inverse of inner products (K, K), found of unit directions; those of length 0 stay out."""
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(lengths > 0, 1 / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
+    units = products * scale[:, None] * scale
+    inverse: Tensor = torch.linalg.pinv(units, atol=DEPENDENT, rtol=0.0, hermitian=True)
+    return inverse * scale[:, None] * scale
