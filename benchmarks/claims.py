@@ -1,4 +1,4 @@
-"""What the papers of the strategies claim, each in one small comparison on parts of MNIST: a perceptron, one core.
+"""What the papers of the strategies claim, each in one small comparison on parts of MNIST, or on digits, on one core.
 
 These are not the papers' benchmarks, and their accuracies are not comparable with those; what is compared is whether
 the method stands above what its paper sets it against, in the same setting. A claim that does not show here is stored
@@ -6,8 +6,8 @@ as not shown. How arms are compared and hyper-parameters chosen is said in `comp
 and lengths were set by hand, so that all of it takes minutes; where one was changed after test accuracies had been
 seen, the entry's note says so.
 
-Adding a claim is adding one entry to `CLAIMS`. Rows are added to the file as they are done; those that are there with
-the same options and number of seeds are not run again.
+Adding a claim is adding one entry, here or in `claims_digits.py`. Rows are added to the file as they are done; those
+that are there with the same options and number of seeds are not run again.
 
     python benchmarks/claims.py --seeds 5 --json benchmarks/results/claims.json
     python benchmarks/claims.py --claim l2 packnet --seeds 3 --jobs 2
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
+from claims_digits import DIGITS
 from comparison import NOTHING, PAPER, RATE, Arm, Claim, main
 from torch import nn
 from torch.optim import SGD
@@ -40,6 +41,7 @@ from perdure.strategies.icarl import ICaRL
 from perdure.strategies.l2 import L2
 from perdure.strategies.lwf import LwF
 from perdure.strategies.mas import MAS
+from perdure.strategies.mir import MIR
 from perdure.strategies.naive import Naive
 from perdure.strategies.packnet import PackNet
 from perdure.strategies.replay import Replay
@@ -64,10 +66,22 @@ def small_mnist(train: int, test: int) -> Dataset:
 
 def shrunk(records: Records, count: int) -> Records:
     """The first `count` records of every class, each square of four pixels averaged."""
+    kept = first(records, count)
+    return replace(kept, inputs=F.avg_pool2d(kept.inputs, 2))
+
+
+def first(records: Records, count: int) -> Records:
+    """The first `count` records of every class."""
     labels = records.labels
     places = [torch.nonzero(labels == label).flatten()[:count] for label in range(int(labels.max()) + 1)]
-    kept = records.take(torch.cat(places).sort().values)
-    return replace(kept, inputs=F.avg_pool2d(kept.inputs, 2))
+    return records.take(torch.cat(places).sort().values)
+
+
+@cache
+def first_mnist(train: int, test: int) -> Dataset:
+    """The first so many records of every class of MNIST as they are."""
+    whole = mnist()
+    return replace(whole, train=first(whole.train, train), test=first(whole.test, test))
 
 
 @cache
@@ -90,6 +104,11 @@ def rotated_mnist(seed: int, *, angles: tuple[float, ...], train: int = 200, tes
     """The same images turned by one angle after another, in an order that is the seed's."""
     order = torch.randperm(len(angles), generator=torch.Generator().manual_seed(seed)).tolist()
     return rotated(small_mnist(train, test), angles=[angles[place] for place in order])
+
+
+def wide(stream: Stream, seed: int) -> nn.Module:
+    """2 x 400 units."""
+    return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(400, 400), seed=seed)
 
 
 def linear(stream: Stream, seed: int) -> nn.Module:
@@ -151,7 +170,7 @@ class Uncorrected(BiC):
 
 # --------------------------------------------------------------------------- the claims
 
-CLAIMS = (
+MNIST = (
     Claim(
         name="l2", sentence="Holding all parameters alike keeps more of earlier tasks than fine-tuning",
         paper="Hsu et al. 2018 (NeurIPS continual learning workshop), table 2: Split MNIST, incremental task",
@@ -247,6 +266,22 @@ CLAIMS = (
         note=f"{RAISED}, and DER++ above by 6.3 (error 0.6)",
     ),
     Claim(
+        name="mir", sentence="In one pass, rehearsing what the step would hurt most is above rehearsing at random",
+        paper="Aljundi et al. 2019 (NeurIPS): 50 records a class, 50 candidates, batches of 10",
+        stream=partial(CLASSES, source=first_mnist, train=500), training=ONE_PASS,
+        arms=(
+            Arm(
+                name="mir", strategy=partial(MIR, memory_size=500, candidates=50, batch_size=10, rate=0.05),
+                optimizer=partial(SGD, lr=0.05), model=wide, chosen=PAPER,
+            ),
+            Arm(
+                name="random", strategy=partial(MIR, memory_size=500, candidates=10, batch_size=10, rate=0.05),
+                optimizer=partial(SGD, lr=0.05), model=wide, chosen=PAPER,
+            ),
+        ),
+        note="as many candidates as are rehearsed is random replay, with the same weights; 1,000 records an experience",
+    ),
+    Claim(
         name="gdumb", sentence="A model trained on a balanced memory alone is above online learners with that memory",
         paper="Prabhu et al. 2020 (ECCV)", stream=ONLINE, training=ONE_PASS,
         arms=(
@@ -267,6 +302,7 @@ CLAIMS = (
         measures=("average_accuracy", "anytime_accuracy"),
     ),
 )  # fmt: skip
+CLAIMS = MNIST + DIGITS
 
 
 if __name__ == "__main__":
