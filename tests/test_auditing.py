@@ -211,9 +211,9 @@ def test_without_sampling_half_the_noise_is_caught_by_every_method(learner, toy_
     privacy = Privacy(noise_multiplier=5.0, delta=1e-5, sampling_rate=1.0, seed=1)
     options = {"privacy": privacy, "iterations": 20}
     for method in ("gaussian", "one-run-f-dp"):
-        find = partial(audit, stream=toy_stream(), canaries=10_000, confidence=0.999, method=method)
+        find = partial(audit, stream=toy_stream(), canaries=20_000, confidence=0.999, method=method)
         assert not find(learner(**options)).flagged
-        assert find(learner(broken(HalfKey), **options)).flagged
+        assert find(learner(broken(HalfKey), **options)).flagged  # f-DP: 4.1 to 4.2 in three seeds, claimed 3.8
     bounds = [audit(learner(kind, **options), toy_stream(), canaries=4000, method="one-run").lower_bound
               for kind in (Learner, broken(HalfKey))]  # fmt: skip
     assert 1 < bounds[0] < bounds[1] - 1
