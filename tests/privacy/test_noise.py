@@ -60,7 +60,7 @@ def test_a_damaged_key_is_refused(tmp_path):
 def test_a_key_written_first_by_another_process_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "noise.key"
     first = NoiseKey.from_os(path)
-    monkeypatch.setattr(type(path), "exists", lambda self: False)
+    monkeypatch.setattr(type(path), "exists", lambda self: False)  # as for one that looked before the file was there
     assert NoiseKey.from_os(path).mac(b"x") == first.mac(b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["noise.key"]
 

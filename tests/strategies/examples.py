@@ -1,5 +1,7 @@
 """One example of every strategy, by the name of its file; a new file in strategies/ is tested once it is here."""
 
+import torch
+
 from perdure import strategies
 
 EXAMPLES = {
@@ -49,3 +51,12 @@ def model_of(name, stream, otherwise):
 def private():
     """Names of those that may run under privacy: no loss of theirs couples records."""
     return [name for name in EXAMPLES if not example(name).couples_records]
+
+
+def moved(model):
+    """The model with every parameter off its start, so that what begins at 0 counts."""
+    place = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.3 * torch.randn(value.shape, generator=place))
+    return model

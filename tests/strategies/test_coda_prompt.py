@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import moved
 
 from perdure.errors import ConfigError, StrategyError
 from perdure.facts import contexts
@@ -25,14 +26,6 @@ def model_of(stream, experiences=2):
 def learner_of(stream, strategy=None, model=None, **changes):
     options = {"optimizer": partial(torch.optim.Adam, lr=0.02), "iterations": 10, "batch_size": 8}
     return Learner(model=model or model_of(stream), strategy=strategy or CODAPrompt(), **options | changes)
-
-
-def moved(model):
-    place = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(0.3 * torch.randn(value.shape, generator=place))
-    return model
 
 
 def state_of(done):

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import moved
 
 from perdure.adapters import adapted
 from perdure.errors import ConfigError, StrategyError
@@ -37,14 +38,6 @@ def spec_of(model, experiences, scenario="class"):
         params=dict(model.named_parameters()), num_classes=4, num_experiences=experiences, scenario=scenario,
         feature_size=WIDTH,
     )  # fmt: skip
-
-
-def moved(model):
-    place = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(0.3 * torch.randn(value.shape, generator=place))
-    return model
 
 
 def bits(model):
