@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
 from perdure.curator import Curator
+from perdure.denormals import flushed
 from perdure.errors import ConfigError, StrategyError
 from perdure.facts import Exposure, contexts, drawn_from, exposure, pieces
 from perdure.metrics import accuracy
@@ -20,6 +21,7 @@ from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
 from perdure.seeds import derive
+from perdure.start import start
 from perdure.strategy import Forward, Plan, Spec, State, Strategy
 from perdure.streams import Experience, Stream
 
@@ -201,6 +203,7 @@ class Learner:
         all_blocks = pieces(self.steps(self.position.experience), self.blocks)
         return [block for block in all_blocks if block.stop > self.position.step]
 
+    @flushed()
     def train(self, steps: range) -> None:
         """THE loop: sample, perturb, gradient, penalty, project, step, follow.
 
@@ -232,6 +235,7 @@ class Learner:
             self._at("step.done")
         self._at("block.end")
 
+    @flushed()
     def finish(self) -> None:
         """Consolidate at the present parameters, offer the records to memory and go to the next experience."""
         self.model.eval()
@@ -389,11 +393,7 @@ class Learner:
 
     def _start(self) -> str:
         """Digest of all that determines the next steps apart from the records; only needed under privacy."""
-        if not self.mechanism:
-            return ""
-        from perdure.start import start
-
-        return start(self)
+        return start(self) if self.mechanism else ""
 
     def _at(self, point: str) -> None:
         for callback in self.callbacks:

@@ -1,0 +1,61 @@
+"""Numbers that have lost their mantissa are 0 while training, and what a caller had set holds afterwards."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from perdure.denormals import flushed
+from perdure.learner import Learner
+from perdure.strategies import Naive
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """One thread, and denormals kept, as torch begins."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+def denormal() -> float:
+    return float(torch.tensor(1e-30) * 1e-10)
+
+
+def test_inside_they_are_zero_and_outside_they_are_not() -> None:
+    with flushed():
+        assert denormal() == 0.0
+    assert denormal() > 0.0
+
+
+def test_it_ends_with_an_error_too() -> None:
+    with pytest.raises(KeyError), flushed():
+        raise KeyError
+    assert denormal() > 0.0
+
+
+def test_a_caller_that_flushes_them_itself_still_does_afterwards() -> None:
+    torch.set_flush_denormal(True)
+    with flushed():
+        assert denormal() == 0.0
+    assert denormal() == 0.0
+
+
+def test_with_several_threads_nothing_hangs_on_which_of_them_worked() -> None:
+    torch.set_num_threads(2)
+    with flushed():
+        assert denormal() > 0.0
+
+
+def test_the_loop_runs_inside(toy_stream, toy_model) -> None:
+    seen: dict[str, float] = {}
+    learner = Learner(
+        model=toy_model(toy_stream()), strategy=Naive(), optimizer=partial(torch.optim.Adam, lr=0.01), iterations=1,
+        callbacks=[lambda point, _: seen.update({point: denormal()})],
+    )  # fmt: skip
+    learner.fit(toy_stream())
+    assert seen["step.done"] == seen["experience.consolidated"] == 0.0
+    assert seen["evaluated"] > 0.0
