@@ -35,10 +35,11 @@ from perdure.fisher import SquaredGradient
 from perdure.hashing import uniforms
 from perdure.records import Batch, Params
 from perdure.seeds import derive
-from perdure.strategy import Asks, Forward, Spec, State, Strategy
+from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy
 
 if TYPE_CHECKING:
     from perdure.curator import Curator
+    from perdure.streams import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,10 @@ class EWC(Strategy):
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         state = State().declare_group("fisher", zeros, "mean").declare_group("pull", zeros, "mean")
         return state.declare_group("anchor", zeros, "local")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """There is nothing to hold on to in the first experience."""
+        return Plan(penalised=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Half the strength times the Fisher-weighted squared distance from the anchor."""

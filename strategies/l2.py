@@ -19,10 +19,11 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.records import Params
-from perdure.strategy import Spec, State, Strategy
+from perdure.strategy import Plan, Spec, State, Strategy
 
 if TYPE_CHECKING:
     from perdure.curator import Curator
+    from perdure.streams import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class L2(Strategy):
         """Lay out the anchor; it pulls from the second experience on."""
         held = torch.zeros((), device=next(iter(spec.params.values())).device)
         return State().declare_group("anchor", spec.params, "local").declare("held", held, "local")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """There is nothing to hold on to in the first experience."""
+        return Plan(penalised=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the squared distance from the anchor."""

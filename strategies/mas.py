@@ -27,10 +27,11 @@ from torch import Tensor
 from perdure.errors import ConfigError
 from perdure.fisher import AbsoluteGradient
 from perdure.records import Batch, Params
-from perdure.strategy import Asks, Forward, Spec, State, Strategy
+from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy
 
 if TYPE_CHECKING:
     from perdure.curator import Curator
+    from perdure.streams import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,10 @@ class MAS(Strategy):
         """Start with no importance, and so with no pull."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         return State().declare_group("importance", zeros, "mean").declare_group("anchor", spec.params, "local")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """There is nothing to hold on to in the first experience."""
+        return Plan(penalised=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""

@@ -34,10 +34,11 @@ from perdure.errors import ConfigError
 from perdure.fisher import SquaredGradient
 from perdure.records import Batch, Params
 from perdure.strategies.si import progress
-from perdure.strategy import Asks, Forward, Spec, State, Strategy, cross_entropy
+from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy, cross_entropy
 
 if TYPE_CHECKING:
     from perdure.curator import Curator
+    from perdure.streams import Experience
 
 NUMBERS = ("steps", "past", "fisher_scale", "score_scale")
 
@@ -78,6 +79,10 @@ class RWalk(Strategy):
         for name in NUMBERS:
             state = state.declare(name, torch.zeros((), device=next(iter(zeros.values())).device), "local")
         return state.declare_group("anchor", spec.params, "local")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """There is nothing to hold on to in the first experience."""
+        return Plan(penalised=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""

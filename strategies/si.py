@@ -29,10 +29,11 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.records import Params
-from perdure.strategy import Spec, State, Strategy
+from perdure.strategy import Plan, Spec, State, Strategy
 
 if TYPE_CHECKING:
     from perdure.curator import Curator
+    from perdure.streams import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,10 @@ class SI(Strategy):
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         state = State().declare_group("importance", zeros, "mean").declare_group("path", zeros, "local")
         return state.declare_group("anchor", spec.params, "local")
+
+    def plan(self, experience: "Experience") -> Plan:
+        """There is nothing to hold on to in the first experience."""
+        return Plan(penalised=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""

@@ -195,6 +195,20 @@ def test_a_penalty_is_handed_all_parameters_and_moves_what_is_trained(learner_of
     assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()  # its digest calls it too
 
 
+def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_stream):
+    asked = []
+
+    class Watched(EWC):
+        def penalty(self, params, state):
+            asked.append(len(asked))
+            return super().penalty(params, state)
+
+    stream, quiet, loud = toy_stream(), Watched(strength=1.0), Combine(Watched(strength=1.0), Tying())
+    learner_of(quiet, iterations=3, privacy=None).fit(stream)
+    assert len(asked) == 3 * (len(stream) - 1)  # not in the first experience
+    assert [loud.plan(e).penalised for e in stream] == [True] * len(stream)  # of the part that always pulls
+
+
 def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
     rates = []
 

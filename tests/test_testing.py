@@ -85,6 +85,17 @@ class Dividing(Remembering):
         return state.replace({"seen": state["seen"] / 0})
 
 
+@broken("alone", "penalty() pulls", "in experience 0", "penalised=False")
+class Decaying(Strategy):
+    """Weight decay that is declared away."""
+
+    def plan(self, experience):
+        return Plan(penalised=False)
+
+    def penalty(self, params, state):
+        return torch.stack([value.square().sum() for value in params.values()]).sum()
+
+
 @broken("alone", "predict()", "may not be predicted", "context.allowed")
 class Unmasked(Strategy):
     def predict(self, forward, x, context, state):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perdure.avalanche import from_avalanche, task_labels
 from perdure.errors import ConfigError, PrivacyError
+from perdure.gradients import with_penalty
 from perdure.learner import Learner
 from perdure.pool import beside
 from perdure.records import Batch, Params
@@ -119,7 +120,7 @@ class StrategyPlugin:
             learner.curator.observe(self._batch, learner._remember)
         if learner._uses["after_step"]:
             self._gradient = {name: value.clone() for name, value in gradient.items()}
-        total = _with_penalty(gradient, self._penalty, learner._trained)
+        total = with_penalty(gradient, self._penalty, learner._trained)
         if learner._uses["project"]:
             total = self.strategy.project(total, self._references, learner.state)
         for name, param in learner.params.items():
@@ -228,13 +229,6 @@ def _plain(criterion: Any) -> bool:
     if type(criterion) is not nn.CrossEntropyLoss:
         return False
     return criterion.weight is None and criterion.reduction == "mean" and not criterion.label_smoothing
-
-
-def _with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Params:
-    if penalty is None:
-        return gradient
-    extra = torch.autograd.grad(penalty, list(params.values()), allow_unused=True)
-    return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
 
 
 def _dataset(rows: Batch, labels: Tensor) -> Any:

@@ -104,6 +104,7 @@ class Combine(Strategy):
         return Plan(
             pool=pools.pop() if pools else "experience", memory=one("memory"), restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
             trainable=one("trainable"), train=all(p.train for _, p in plans),  # type: ignore[arg-type]
+            penalised=any(p.penalised for _, p in plans),
         )  # fmt: skip
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

@@ -42,6 +42,14 @@ def mean_gradient(
     return dict(zip(params, total, strict=True)), loss
 
 
+def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Params:
+    """The gradient of loss and penalty, of that of the loss; the penalty touches no record."""
+    if penalty is None:
+        return gradient
+    extra = torch.autograd.grad(penalty, list(params.values()), allow_unused=True)
+    return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
+
+
 def clipped_gradient(
     forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip, at_once: int | None
 ) -> Params | None:

@@ -16,6 +16,7 @@ from perdure.curator import Curator
 from perdure.denormals import flushed
 from perdure.errors import ConfigError, StrategyError
 from perdure.facts import Exposure, contexts, drawn_from, exposure, pieces
+from perdure.gradients import with_penalty
 from perdure.metrics import accuracy
 from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.policy import Privacy
@@ -227,7 +228,8 @@ class Learner:
             self._at("step.gradient")
             if self._observes:
                 curator.observe(batch, self._remember)
-            total = self._with_penalty(gradient)
+            penalty = strategy.penalty(self.params, self.state) if self._uses["penalty"] else None
+            total = with_penalty(gradient, penalty, params)
             if self._uses["project"]:
                 total = strategy.project(total, references, self.state)
             self._step(total, gradient)
@@ -324,15 +326,6 @@ class Learner:
     def _remember(self, forward: Forward, batch: Batch) -> Params:
         return self.strategy.remember(forward, batch, self.state)
 
-    def _with_penalty(self, gradient: Params) -> Params:
-        if not self._uses["penalty"]:
-            return gradient
-        penalty = self.strategy.penalty(self.params, self.state)
-        if penalty is None:
-            return gradient
-        extra = torch.autograd.grad(penalty, list(self._trained.values()), allow_unused=True)
-        return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
-
     def _step(self, total: Params, gradient: Params) -> None:
         before = {n: p.detach().clone() for n, p in self._trained.items()} if self._uses["after_step"] else {}
         if before:
@@ -368,6 +361,7 @@ class Learner:
             param.grad = None  # the optimiser must not go on with what an earlier experience left
         hooks = ("references", "penalty", "project", "after_step")
         self._uses = {hook: self.strategy.uses(hook) for hook in hooks}
+        self._uses["penalty"] &= plan.penalised
         self._observes = plan.memory is not None and plan.memory.update == "step"
         self._stochastic = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
 

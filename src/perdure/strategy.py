@@ -164,6 +164,7 @@ class Plan:
         restart: begin with the initial parameters and a fresh optimiser.
         trainable: prefixes of the parameter names that are trained; None for all.
         train: False where no gradient is taken at all, because everything that is learnt is a release.
+        penalised: False where the penalty is known to be 0 all the time, so that it need not be computed.
     """
 
     pool: Pooled = "experience"
@@ -171,6 +172,7 @@ class Plan:
     restart: bool = False
     trainable: tuple[str, ...] | None = None
     train: bool = True
+    penalised: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def check_strategy(strategy: Strategy, *, scenario: Scenario = "class", model: B
 
         declared    a frozen, hashable dataclass of hyper-parameters; a model that is the same every time
         alone       a whole stream: names, shapes, types and devices of the state as `init` laid them out; finite
-                    numbers; no probability for a class that may not be predicted
+                    numbers; no probability for a class that may not be predicted; no penalty where the plan says so
         pure        a hook changes neither parameters nor state nor rows nor the strategy, and says the same twice;
                     `derive` writes to `local` names only
         rows        loss, prediction, what memory stores and every row of every question: the same alone, in the batch,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perdure.checkpoint import Store
+from perdure.gradients import with_penalty
 from perdure.learner import Learner
 from perdure.privacy.policy import Privacy
 from perdure.strategy import State
@@ -46,18 +47,33 @@ def declared(stand: Stand) -> None:
 
 
 def alone(stand: Stand) -> None:
-    """A whole stream: the state keeps its layout, numbers are finite, and masks are respected."""
+    """A whole stream: the state keeps its layout, numbers are finite, and masks and the plan are respected."""
     learner = stand.prepared()
     as_laid_out = layout(learner.state)
 
     def watch(point: str, learner: Learner) -> None:
         if point in ("step.done", "experience.consolidated"):
             _kept(learner, as_laid_out, "after_step()" if point == "step.done" else "after_experience() or derive()")
+        if point == "step.done" and stand.strategy.uses("penalty"):
+            _free_of_penalty(learner)
         if point == "experience.end":
             _predictions(learner)
 
     learner.callbacks = [watch]
     run(learner, stand.stream)
+
+
+def _free_of_penalty(learner: Learner) -> None:
+    experience, params = learner.stream[learner.position.experience], learner.params
+    if learner.plan(experience).penalised:
+        return
+    none = {name: torch.zeros_like(value) for name, value in params.items()}
+    pull = with_penalty(none, learner.strategy.penalty(params, learner.state), params)
+    pulled = [name for name, value in pull.items() if bool(value.any())]
+    require(
+        not pulled, f"penalty() pulls {', '.join(pulled[:3])} in experience {experience.index}",
+        allowed="none where plan() says penalised=False", fix="leave penalised out of the plan of that experience",
+    )  # fmt: skip
 
 
 def layout(state: State) -> dict[str, str]:
