@@ -22,21 +22,19 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rows import Row, options, show, spread, store
 from torch import Tensor, nn
 
 from perdure import Learner, Privacy, Strategy, Stream
 from perdure.datasets import Dataset, mnist
-from perdure.environment import store_rows
 from perdure.features import RandomConvolutions, Scattering
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models import frozen
@@ -46,6 +44,7 @@ from perdure.strategies.slda import SLDA
 from perdure.streams import split
 
 DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
+COLUMNS = ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error", "releases", "seconds")
 FILTERS, GROUPS, PROJECTION, CLIENTS, PIECE = 128, 27, 500, 3, 500
 RIDGE = RanPAC(ridge=0.1, bias=1.0, normalise=False)
 OPEN: dict[str, Strategy] = {"ncm": NCM(), "slda": SLDA(), "ranpac": RIDGE}
@@ -113,11 +112,11 @@ def row(
 ) -> dict[str, Any]:
     """One stored row: means over the seeds with the standard error of the accuracy."""
     accuracies = [outcome.accuracy for outcome in outcomes]
-    error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
+    mean, error = spread(accuracies)
     return {
         "benchmark": "analytic_mnist", "strategy": name, "options": repr(strategy), "epsilon": epsilon,
         "delta": DELTA if epsilon else None, "spent": max(outcome.spent or 0.0 for outcome in outcomes) or None,
-        "seeds": len(outcomes), "average_accuracy": statistics.mean(accuracies), "standard_error": error,
+        "seeds": len(outcomes), "average_accuracy": mean, "standard_error": error,
         "accuracies": accuracies, "forgetting": statistics.mean(outcome.forgetting for outcome in outcomes),
         "releases": outcomes[0].releases, "noise_multiplier": outcomes[0].noise_multiplier, "stored_records": 0,
         "seconds": statistics.mean(outcome.seconds for outcome in outcomes), "seconds_for_features": preparing,
@@ -227,44 +226,31 @@ def measured(
     return rows + extra
 
 
-def show(rows: Iterable[dict[str, Any]]) -> None:
-    """Print the rows as a table, and the differences below it."""
-    title = (
-        f"Split MNIST, class-incremental, solved heads; delta {DELTA:g}, record level, add/remove, PLD; simulated noise"
-    )
-    table = Table(title=title)
-    columns = ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error", "releases", "seconds")
-    for column in columns:
-        table.add_column(column.replace("_", " "))
+def shown(rows: list[Row]) -> None:
+    """Print the rows as a table, and the differences above it."""
     console = Console(width=140)
     for entry in rows:
         if "difference" in entry:
-            console.print(
-                {name: f"{gap:.2g}" for name, gap in entry["difference"].items()}, entry["predictions_changed"]
-            )
-            continue
-        cells = [entry[column] for column in columns]
-        table.add_row(*[f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
-    console.print(table)
+            gaps = {name: f"{gap:.2g}" for name, gap in entry["difference"].items()}
+            console.print(gaps, entry["predictions_changed"])
+    of = f"delta {DELTA:g}, record level, add/remove, PLD; simulated noise"
+    title = f"Split MNIST, class-incremental, solved heads; {of}"
+    show(title, [entry for entry in rows if "difference" not in entry], COLUMNS)
 
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", seeds=3)
     parser.add_argument("--epsilon", type=float, nargs="+", default=list(EPSILONS), help="targets (default 1, 3, 8)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default %(default)s)")
     parser.add_argument("--orders", action=argparse.BooleanOptionalAction, default=True, help="measure the invariance")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = mnist(args.data)
     with Progress() as progress:
         rows = measured(data, args.seeds, args.epsilon, progress, orders=args.orders)
-    show(rows)
-    if args.json:
-        store_rows(args.json, rows, seed=0)
+    shown(rows)
+    store(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ held-out training records of the first experiences of seed 0 (`perdure.tuning`),
 Arms that a paper does not compare its method with may stand beside, and do not decide whether its claim is shown.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -16,17 +14,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rows import Row, origin, spread, store, stored
+from rows import options as command_line
 from torch import Tensor, nn
 
 from perdure import Learner, Strategy
-from perdure.environment import command, store_rows
 from perdure.metrics import area_under_accuracy, average_accuracy, forgetting, learning_accuracy
 from perdure.models import mlp
 from perdure.streams import Stream
@@ -145,11 +143,6 @@ def run(claim: Claim, arm: Arm, values: Values, seed: int) -> dict[str, float]:
 # --------------------------------------------------------------------------- what is stored
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-
-
 def arm_row(arm: Arm, tuned: Tuned | None, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """What is stored of one arm."""
     values = tuned.values if tuned else {}
@@ -180,7 +173,7 @@ def compared(measure: str, other: Arm, arms: Mapping[str, dict[str, Any]], metho
     mean, error = spread(differences)
     return {
         "measure": measure, "method": method, "against": other.name, "beside": other.beside, "difference": mean,
-        "standard_error": error, "differences": differences, "shown": mean > 2 * error,
+        "standard_error": error, "differences": differences, "shown": error is not None and mean > 2 * error,
     }  # fmt: skip
 
 
@@ -197,7 +190,7 @@ def row(
     return {
         "benchmark": "claims", "claim": claim.name, **words(claim), "options": options(claim), "seeds": len(own),
         "arms": arms, "compared": found, "exactly": claim.exactly, "rule": RULE,
-        "shown": shown, "command": command(),
+        "shown": shown, **origin(),
     }  # fmt: skip
 
 
@@ -267,27 +260,18 @@ def same(entry: dict[str, Any], claim: Claim, seeds: int) -> bool:
     return (entry["claim"], entry["options"], entry["seeds"]) == (claim.name, options(claim), seeds)
 
 
-def stored(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run."""
-    return list(json.loads(path.read_text())["rows"]) if path and path.exists() else []
-
-
-def store(path: Path | None, rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> None:
-    """Write the rows, if there is a path, with what is said of their claims now."""
+def said_now(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Row]:
+    """The rows, with what is said of their claims now."""
     said = {claim.name: words(claim) for claim in claims}
-    if path:
-        store_rows(path, [{**entry, **said.get(entry["claim"], {})} for entry in rows], seed=0)
+    return [{**entry, **said.get(entry["claim"], {})} for entry in rows]
 
 
 def main(claims: Sequence[Claim], text: str) -> None:
     """Run what the command line asks for, of these claims; `text` explains them."""
     names = [claim.name for claim in claims]
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(text, seeds=5, resumed=True)
     parser.add_argument("--claim", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0; 2 or more (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="add the rows to this file; those that are there are not run again")
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: allowed: 2 or more, as a difference of one seed has no error")
@@ -309,6 +293,6 @@ def main(claims: Sequence[Claim], text: str) -> None:
             progress.update(task, description=claim.name)
             new = tested(claim, args.seeds, submit)
             rows = [entry for entry in rows if entry["claim"] != claim.name] + [new]
-            store(args.json, rows, claims)
-    store(args.json, rows, claims)
+            store(args.json, said_now(rows, claims))
+    store(args.json, said_now(rows, claims))
     show([entry for entry in rows if any(same(entry, claim, args.seeds) for claim in asked)])

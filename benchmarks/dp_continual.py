@@ -10,27 +10,22 @@ strategies' own settings are round numbers. Noise is simulated from the seed, so
     python benchmarks/dp_continual.py --seeds 3 --json benchmarks/results/dp_continual.json
 """
 
-import argparse
 import gc
 import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rows import Row, options, show, spread, store
 
 from perdure import Learner, Privacy, Records, Strategy, Stream
 from perdure import strategies as catalogue
 from perdure.bench import simplest
 from perdure.datasets import Dataset, mnist
-from perdure.environment import store_rows
 from perdure.features import Scattering
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models import mlp
@@ -38,6 +33,8 @@ from perdure.outcome import spending
 from perdure.streams import split
 
 DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
+COLUMNS = ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error", "forgetting",
+           "noise_multiplier", "paid_for", "seconds")  # fmt: skip
 GROUPS, BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, CLIP_NORM = 27, 2048, 10, 4.0, 0.9, 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
     "agem": {"memory_size": 6000},
@@ -112,14 +109,14 @@ def run(stream: Stream, strategy: Strategy, epsilon: float, seed: int) -> Outcom
     )  # fmt: skip
 
 
-def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) -> dict[str, object]:
+def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) -> Row:
     """One stored row: means over the seeds with the standard error of the accuracy."""
     accuracies = [outcome.accuracy for outcome in outcomes]
-    error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
+    mean, error = spread(accuracies)
     return {
         "benchmark": "dp_continual", "strategy": name, "options": repr(strategy), "epsilon": epsilon, "delta": DELTA,
         "spent": max(outcome.spent for outcome in outcomes), "seeds": len(outcomes),
-        "average_accuracy": statistics.mean(accuracies), "standard_error": error,
+        "average_accuracy": mean, "standard_error": error,
         "forgetting": statistics.mean(outcome.forgetting for outcome in outcomes),
         "noise_multiplier": outcomes[0].noise_multiplier, "paid_by_the_worst_record": outcomes[0].paid,
         "seconds": statistics.mean(outcome.seconds for outcome in outcomes),
@@ -134,45 +131,12 @@ def paid(spent: list[dict[str, Any]]) -> str:
     return ", ".join(f"{count} {purpose}" for purpose, count in counts.items())
 
 
-def show(rows: Iterable[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    table = Table(
-        title=f"Split MNIST, class-incremental, delta {DELTA:g}, record level, add/remove, PLD; simulated noise"
-    )
-    columns = (
-        "strategy",
-        "epsilon",
-        "spent",
-        "seeds",
-        "accuracy",
-        "error",
-        "forgetting",
-        "noise",
-        "paid for",
-        "seconds",
-    )
-    for column in columns:
-        table.add_column(column)
-    for entry in rows:
-        cells = [
-            entry[name] for name in ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error")
-        ]
-        cells += [entry["forgetting"], entry["noise_multiplier"], paid(entry["paid_by_the_worst_record"])]
-        table.add_row(*[
-            f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in [*cells, entry["seconds"]]
-        ])  # fmt: skip
-    Console(width=140).print(table)
-
-
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", seeds=3)
     parser.add_argument("--epsilon", type=float, nargs="+", default=list(EPSILONS), help="targets (default 1, 3, 8)")
     parser.add_argument("--strategy", nargs="+", choices=fitting(), default=fitting())
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = scattered(mnist(args.data))
@@ -189,9 +153,9 @@ def main() -> None:
                 gc.collect()  # the last learner holds a pool of records, in a cycle of references
                 progress.advance(task)
         rows = [row(name, strategy, epsilon, outcomes[name, epsilon]) for (name, epsilon), strategy in arms.items()]
-    show(rows)
-    if args.json:
-        store_rows(args.json, rows, seed=0)
+    title = f"Split MNIST, class-incremental, delta {DELTA:g}, record level, add/remove, PLD; simulated noise"
+    show(title, [entry | {"paid_for": paid(entry["paid_by_the_worst_record"])} for entry in rows], COLUMNS)
+    store(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -18,29 +18,25 @@ learning needs better features (or much more data)".
     python benchmarks/dp_mnist.py --seeds 3 --json benchmarks/results/dp_mnist.json
 """
 
-import argparse
-import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rows import options, show, spread, store
 from torch import Tensor
 
 from perdure import Experience, Learner, Privacy, Records, Stream
 from perdure.datasets import Dataset, mnist
-from perdure.environment import store_rows
 from perdure.features import Scattering
 from perdure.models import mlp
 from perdure.strategies.naive import Naive
 
 DELTA = 1e-5
+COLUMNS = ("epsilon", "spent", "seeds", "accuracy", "standard_error", "published", "noise_multiplier", "seconds",
+           "processor_seconds")  # fmt: skip
 GROUPS, BATCH, LEARNING_RATE, MOMENTUM, CLIP_NORM, EPOCHS = 27, 8192, 16.0, 0.9, 0.1, 40
 PUBLISHED = {3.0: 98.7}
 """Accuracy in percent by epsilon."""
@@ -97,39 +93,21 @@ def row(epsilon: float, outcomes: list[Outcome], preparing: Tensor) -> dict[str,
     """One stored row; a seed's seconds hold the features too, as if it ran alone."""
     accuracies = [outcome.accuracy for outcome in outcomes]
     seconds, processor = (preparing + sum(outcome.times for outcome in outcomes) / len(outcomes)).tolist()
-    error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None
+    mean, error = spread(accuracies)
     return {
         "benchmark": "dp_mnist", "epsilon": epsilon, "delta": DELTA, "seeds": len(outcomes),
-        "accuracy": statistics.mean(accuracies), "standard_error": error, "accuracies": accuracies,
+        "accuracy": mean, "standard_error": error, "accuracies": accuracies,
         "noise_multiplier": outcomes[0].noise_multiplier, "spent": max(outcome.spent for outcome in outcomes),
         "seconds": seconds, "processor_seconds": processor, "seconds_for_features": preparing[0].item(),
         "published": PUBLISHED.get(epsilon),
     }  # fmt: skip
 
 
-def show(rows: Iterable[dict[str, object]]) -> None:
-    """Print the rows as a table."""
-    table = Table(title=f"MNIST, delta {DELTA:g}, record level, add/remove, PLD; simulated noise")
-    columns = (
-        "epsilon", "spent", "seeds", "accuracy", "standard_error", "published", "noise_multiplier", "seconds",
-        "processor_seconds",
-    )  # fmt: skip
-    for column in columns:
-        table.add_column(column.replace("_", " "))
-    for entry in rows:
-        cells = [entry[column] for column in columns]
-        table.add_row(*[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
-    Console(width=120).print(table)
-
-
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", seeds=3)
     parser.add_argument("--epsilon", type=float, nargs="+", default=[3.0, 1.0], help="targets (default 3 and 1)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows, start = [], clocks()
@@ -144,9 +122,9 @@ def main() -> None:
                 outcomes.append(run(stream, epsilon, seed))
                 progress.advance(task)
             rows.append(row(epsilon, outcomes, preparing))
-    show(rows)
-    if args.json:
-        store_rows(args.json, rows, seed=0)
+    title = f"MNIST, delta {DELTA:g}, record level, add/remove, PLD; simulated noise"
+    show(title, rows, COLUMNS, digits=3)
+    store(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ The targets are those of a table of results: EWC at least 94 and SI at least 95 
     python benchmarks/permuted_mnist.py --strategy all --seeds 5 --json benchmarks/results/permuted_mnist.json
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,12 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rows import options, origin, show, spread, store, stored
 
 from perdure.datasets import mnist
-from perdure.environment import command, store_rows
 from perdure.learner import Learner
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models import mlp
@@ -50,6 +46,8 @@ MAKERS: dict[str, Callable[..., Strategy]] = {"none": Naive, "ewc": EWC, "si": S
 SPACE: dict[str, Space] = {"ewc": {"strength": (30.0, 1000.0)}, "si": {"strength": (0.5, 5.0)}}
 TARGET = {"ewc": 94.0, "si": 95.0}
 """Average accuracy in percent that is aimed at."""
+COLUMNS = ("strategy", "options", "seeds", "average_accuracy", "standard_error", "forgetting", "target", "met",
+           "seconds")  # fmt: skip
 
 
 def stream_of(root: Path | None, experiences: int, seed: int) -> Stream:
@@ -92,34 +90,15 @@ def run(
 def row(name: str, tuned: Tuned | None, results: list[tuple[float, float, float]], asked: Values) -> dict[str, Any]:
     """One stored row: means over the seeds with the standard error of the accuracy, and how the strength was found."""
     accuracies, forgettings, seconds = (list(column) for column in zip(*results, strict=True))
-    mean, target = statistics.mean(accuracies), TARGET.get(name) if asked["experiences"] == EXPERIENCES else None
+    (mean, error), target = spread(accuracies), TARGET.get(name) if asked["experiences"] == EXPERIENCES else None
     return {
         "benchmark": "permuted_mnist", "scenario": "domain", "strategy": name, **asked,
         "options": repr(MAKERS[name](**(tuned.values if tuned else {}))), "tuned": tuned.row() if tuned else None,
-        "average_accuracy": mean,
-        "standard_error": statistics.stdev(accuracies) / len(results) ** 0.5 if len(results) > 1 else None,
+        "average_accuracy": mean, "standard_error": error,
         "target": target, "met": None if target is None else mean >= target, "accuracies": accuracies,
         "forgetting": statistics.mean(forgettings), "epsilon": None, "seconds": statistics.mean(seconds),
-        "command": command(),
+        **origin(),
     }  # fmt: skip
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    table = Table(title="Permuted MNIST, accuracy and forgetting in percent, seconds per seed")
-    columns = ("strategy", "options", "seeds", "average_accuracy", "standard_error", "forgetting", "target", "met",
-               "seconds")  # fmt: skip
-    for column in columns:
-        table.add_column(column.replace("average_", "").replace("standard_", ""))
-    for entry in rows:
-        cells = [entry[column] for column in columns]
-        table.add_row(*[f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
-    Console(width=130).print(table)
-
-
-def stored(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run."""
-    return list(json.loads(path.read_text())["rows"]) if path and path.exists() else []
 
 
 def same(entry: dict[str, Any], name: str, asked: Values) -> bool:
@@ -129,14 +108,11 @@ def same(entry: dict[str, Any], name: str, asked: Values) -> bool:
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--strategy", nargs="+", choices=(*MAKERS, "all"), default=["all"])
     parser.add_argument("--experiences", type=int, default=EXPERIENCES, help="(default %(default)s)")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="per experience (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, one thread each (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="add the rows to this file; those that are there are not run again")
     args = parser.parse_args()
     asked = {"experiences": args.experiences, "iterations": args.iterations, "seeds": args.seeds}
     rows, names = stored(args.json), list(MAKERS) if "all" in args.strategy else args.strategy
@@ -157,9 +133,9 @@ def main() -> None:
                 results.append(future.result())
                 progress.advance(task)
             rows = [entry for entry in rows if entry["strategy"] != name] + [row(name, tuned, results, asked)]
-            if args.json:
-                store_rows(args.json, rows, seed=0)
-    show([entry for entry in rows if entry["strategy"] in names])
+            store(args.json, rows)
+    title = "Permuted MNIST, accuracy and forgetting in percent, seconds per seed"
+    show(title, [entry for entry in rows if entry["strategy"] in names], COLUMNS)
 
 
 if __name__ == "__main__":

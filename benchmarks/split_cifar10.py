@@ -15,23 +15,18 @@ seeds there was no difference (DER++ 31.9, ER 30.6); the published ones have 50.
     python benchmarks/split_cifar10.py --scale small --seeds 3
 """
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rows import Row, options, origin, show, spread, store, stored
 
 from perdure import Learner, Records, Strategy, Stream
 from perdure.augment import Views, shift_and_flip
 from perdure.datasets import Dataset, cifar10
-from perdure.environment import command, store_rows
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models import resnet18
 from perdure.strategies.der import DER
@@ -42,6 +37,7 @@ MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
 BATCH, BUFFERS = 32, (200, 500)
 PUBLISHED = {("der++", 200): 64.9, ("der++", 500): 72.7, ("er", 200): 44.8, ("er", 500): 57.7}
 """Average accuracy in percent, mean of ten seeds."""
+COLUMNS = ("strategy", "buffer", "seeds", "average_accuracy", "standard_error", "forgetting", "published", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,71 +99,62 @@ def run(stream: Stream, strategy: Strategy, rate: float, scale: Scale, seed: int
     return float(average_accuracy(matrix)), float(forgetting(matrix))
 
 
-def row(name: str, buffer: int, scale: str, results: list[tuple[float, float]], seconds: float) -> dict[str, Any]:
+def row(name: str, buffer: int, scale: str, results: list[tuple[float, float]], seconds: float) -> Row:
     """One stored row; the published value stands beside runs of the published scale only."""
     accuracies, forgettings = (list(column) for column in zip(*results, strict=True))
-    error = statistics.stdev(accuracies) / len(results) ** 0.5 if len(results) > 1 else None
-    strategy, rate = arms(buffer)[name]
+    mean, error = spread(accuracies)
     return {
-        "benchmark": "split_cifar10", "scale": scale, "scenario": "class", "strategy": name, "buffer": buffer,
-        "options": repr(strategy), "learning_rate": rate, "seeds": len(results),
-        "average_accuracy": statistics.mean(accuracies), "standard_error": error, "accuracies": accuracies,
+        "benchmark": "split_cifar10", "scale": scale, **settings(name, buffer, scale), "scenario": "class",
+        "seeds": len(results), "average_accuracy": mean, "standard_error": error, "accuracies": accuracies,
         "forgetting": statistics.mean(forgettings), "published": PUBLISHED[name, buffer],
-        "comparable_with_published": scale == "published", "seconds": seconds, "command": command(),
+        "comparable_with_published": scale == "published", "seconds": seconds, **origin(),
     }  # fmt: skip
 
 
-def show(rows: list[dict[str, Any]], scale: str) -> None:
-    """Print the rows as a table."""
-    note = "" if scale == "published" else "; scaled down, not comparable with the published values"
-    table = Table(title=f"Split CIFAR-10, class-incremental, accuracy in percent, seconds per seed{note}")
-    columns = (
-        "strategy",
-        "buffer",
-        "seeds",
-        "average_accuracy",
-        "standard_error",
-        "forgetting",
-        "published",
-        "seconds",
-    )
-    for column in columns:
-        table.add_column(column.replace("_", " "))
-    for entry in rows:
-        cells = [entry[column] for column in columns]
-        table.add_row(*[f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
-    Console(width=110).print(table)
+def settings(name: str, buffer: int, scale: str) -> Row:
+    """All that a row depends on but its seeds: with other settings it is run again."""
+    strategy, rate = arms(buffer)[name]
+    return {
+        "strategy": name, "buffer": buffer, "options": repr(strategy), "learning_rate": rate,
+        "training": repr(SCALES[scale]),
+    }  # fmt: skip
+
+
+def same(entry: Row, asked: Row) -> bool:
+    """Whether a stored row answers what is asked."""
+    return all(entry.get(name) == value for name, value in asked.items())
 
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--scale", choices=list(SCALES), default="small")
     parser.add_argument("--buffer", type=int, nargs="+", choices=BUFFERS, default=list(BUFFERS))
     parser.add_argument("--strategy", nargs="+", choices=["er", "der++"], default=["er", "der++"])
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    scale, rows = SCALES[args.scale], []
+    scale, rows = SCALES[args.scale], stored(args.json)
     stream = split(prepared(cifar10(args.data), scale), scenario="class", experiences=5)
+    asked = [settings(n, b, args.scale) | {"seeds": args.seeds} for b in args.buffer for n in args.strategy]
+    waiting = [want for want in asked if not any(same(entry, want) for entry in rows)]
     with Progress() as progress:
-        task = progress.add_task("seeds", total=len(args.buffer) * len(args.strategy) * args.seeds)
-        for buffer in args.buffer:
-            for name in args.strategy:
-                strategy, rate = arms(buffer)[name]
-                start, results = time.perf_counter(), []
-                for seed in range(args.seeds):
-                    progress.update(task, description=f"{name}, buffer {buffer}, seed {seed}")
-                    results.append(run(stream, strategy, rate, scale, seed, args.device))
-                    progress.advance(task)
-                rows.append(row(name, buffer, args.scale, results, (time.perf_counter() - start) / args.seeds))
-                if args.json:
-                    store_rows(args.json, rows, seed=0)
-    show(rows, args.scale)
+        task = progress.add_task("seeds", total=len(waiting) * args.seeds)
+        for want in waiting:
+            name, buffer = want["strategy"], want["buffer"]
+            start, results = time.perf_counter(), []
+            for seed in range(args.seeds):
+                progress.update(task, description=f"{name}, buffer {buffer}, seed {seed}")
+                results.append(run(stream, *arms(buffer)[name], scale, seed, args.device))
+                progress.advance(task)
+            seconds, key = (time.perf_counter() - start) / args.seeds, ("scale", "strategy", "buffer")
+            new = row(name, buffer, args.scale, results, seconds)
+            rows = [entry for entry in rows if any(entry[part] != new[part] for part in key)] + [new]
+            store(args.json, rows)
+    note = "" if args.scale == "published" else "; scaled down, not comparable with the published values"
+    title = f"Split CIFAR-10, class-incremental, accuracy in percent, seconds per seed{note}"
+    show(title, [entry for entry in rows if any(same(entry, want) for want in asked)], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ are done, and a run that was stopped goes on with those that are missing.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,18 +34,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rows import Row, options, origin, show, spread, store, stored
 from torch.optim import SGD, Adam
 
 from perdure import Learner, Records, Strategy
 from perdure.datasets import Dataset, mnist
-from perdure.environment import command, store_rows
 from perdure.features import RandomConvolutions
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models import Classifier, frozen, mlp
@@ -69,6 +66,8 @@ Key = tuple[str, str, str]
 """Protocol, scenario, strategy."""
 BATCH, HIDDEN = 128, (400, 400)
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+COLUMNS = ("protocol", "scenario", "strategy", "seeds", "average_accuracy", "standard_error", "published", "reference",
+           "met", "forgetting", "seconds")  # fmt: skip
 
 PUBLISHED: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("vandeven", "none"): (None, None, 19.9), ("vandeven", "joint"): (None, None, 98.2),
@@ -141,11 +140,12 @@ class Arm:
     """One cell of a table.
 
     Args:
-        key: protocol, scenario and strategy. strategy: with its hyper-parameters. optimizer: from parameters.
-        model: from stream and seed.
+        key: protocol, scenario and strategy. rules: of the protocol. strategy: with its hyper-parameters.
+        optimizer: from parameters. model: from stream and seed.
     """
 
     key: Key
+    rules: Protocol
     strategy: Strategy
     optimizer: Callable[..., torch.optim.Optimizer]
     model: Callable[[Stream, int], Classifier] | None = None
@@ -171,13 +171,15 @@ def strategies(protocol: str, scenario: Scenario) -> dict[str, Strategy]:
 RIDGE = RanPAC(ridge=0.1, bias=1.0, normalise=False)
 
 
-def arm(protocol: str, scenario: Scenario, name: str) -> Arm:
-    """The cell of that name."""
-    key, strategy = (protocol, scenario, name), strategies(protocol, scenario)[name]
-    if name == "gem":
-        return Arm(key=key, strategy=strategy, optimizer=partial(SGD, lr=0.01))
-    adam = partial(Adam, lr=1e-3, fused=True)
-    return Arm(key=key, strategy=strategy, optimizer=adam, model=convolutions if name == "ranpac" else None)
+def arm(protocol: str, scenario: Scenario, name: str, iterations: int | None) -> Arm:
+    """The cell of that name; with `iterations` an experience is that long instead of as the protocol has it."""
+    rules = PROTOCOLS[protocol]
+    rules = replace(rules, iterations=iterations, epochs=None) if iterations else rules
+    return Arm(
+        key=(protocol, scenario, name), rules=rules, strategy=strategies(protocol, scenario)[name],
+        optimizer=partial(SGD, lr=0.01) if name == "gem" else partial(Adam, lr=1e-3, fused=True),
+        model=convolutions if name == "ranpac" else None,
+    )  # fmt: skip
 
 
 def convolutions(stream: Stream, seed: int) -> Classifier:
@@ -191,11 +193,10 @@ def padded(records: Records) -> Records:
     return replace(records, inputs=(F.pad(records.inputs, (2, 2, 2, 2)) - 0.1) / 0.2752)
 
 
-def run(chosen: Arm, seed: int, root: Path | None, iterations: int | None) -> tuple[float, float, float]:
+def run(chosen: Arm, seed: int, root: Path | None) -> tuple[float, float, float]:
     """Average accuracy and forgetting in percent, and seconds, of one seed; in a process of its own."""
     torch.set_num_threads(1)
-    protocol, scenario, name = chosen.key
-    rules = PROTOCOLS[protocol]
+    (_, scenario, name), rules = chosen.key, chosen.rules
     stream = rules.stream(mnist(root), scenario, name, seed)  # type: ignore[arg-type]
     shape, start = stream.input_shape, time.perf_counter()
     model = chosen.model(stream, seed) if chosen.model else mlp(
@@ -203,42 +204,28 @@ def run(chosen: Arm, seed: int, root: Path | None, iterations: int | None) -> tu
     )  # fmt: skip
     learner = Learner(
         model=model, strategy=chosen.strategy, optimizer=chosen.optimizer, batch_size=BATCH, seed=seed,
-        iterations=iterations or rules.iterations, epochs=None if iterations else rules.epochs,
+        iterations=rules.iterations, epochs=rules.epochs,
     )  # fmt: skip
     matrix = learner.fit(stream)
     return float(average_accuracy(matrix)), float(forgetting(matrix)), time.perf_counter() - start
 
 
-def row(chosen: Arm, results: list[tuple[float, float, float]]) -> dict[str, Any]:
+def row(chosen: Arm, results: list[tuple[float, float, float]]) -> Row:
     """One stored row: mean over the seeds with its standard error, and how far it is from the published value."""
     accuracies, forgettings, seconds = (list(column) for column in zip(*results, strict=True))
     protocol, scenario, name = chosen.key
-    mean, published = statistics.mean(accuracies), PUBLISHED.get((protocol, name), (None,) * 3)
-    error = statistics.stdev(accuracies) / len(results) ** 0.5 if len(results) > 1 else None
+    (mean, error), published = spread(accuracies), PUBLISHED.get((protocol, name), (None,) * 3)
     value, reference = published[SCENARIOS.index(scenario)], REFERENCE.get(chosen.key)
     allowed = max(1.0, 2 * (error or 0.0))
     met = [abs(mean - target) <= allowed for target in (value, reference) if target is not None]
     return {
         "benchmark": "split_mnist", "protocol": protocol, "scenario": scenario, "strategy": name,
-        "options": repr(chosen.strategy), "rules": repr(PROTOCOLS[protocol]), "seeds": len(results),
+        "options": repr(chosen.strategy), "rules": repr(chosen.rules), "seeds": len(results),
         "average_accuracy": mean, "standard_error": error,
         "published": value, "reference": reference, "met": any(met) if met else None,
         "forgetting": statistics.mean(forgettings), "accuracies": accuracies, "epsilon": None,
-        "seconds": statistics.mean(seconds), "command": command(),
+        "seconds": statistics.mean(seconds), **origin(),
     }  # fmt: skip
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    table = Table(title="Split MNIST, average accuracy and forgetting in percent, seconds per seed")
-    columns = ("protocol", "scenario", "strategy", "seeds", "average_accuracy", "standard_error", "published",
-               "reference", "met", "forgetting", "seconds")  # fmt: skip
-    for column in columns:
-        table.add_column(column.replace("average_", "").replace("standard_", ""))
-    for entry in rows:
-        cells = [entry[column] for column in columns]
-        table.add_row(*[f"{c:.2f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
-    Console(width=130).print(table)
 
 
 def asked(args: argparse.Namespace) -> Iterator[Arm]:
@@ -246,32 +233,28 @@ def asked(args: argparse.Namespace) -> Iterator[Arm]:
     for scenario in SCENARIOS if args.scenario == "all" else [args.scenario]:
         for name in strategies(args.protocol, scenario):
             if "all" in args.strategy or name in args.strategy:
-                yield arm(args.protocol, scenario, name)
+                yield arm(args.protocol, scenario, name, args.iterations)
 
 
-def stored(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run."""
-    return list(json.loads(path.read_text())["rows"]) if path and path.exists() else []
+def key_of(entry: Row) -> Key:
+    """The cell that a stored row is of."""
+    return entry["protocol"], entry["scenario"], entry["strategy"]
 
 
-def same(entry: dict[str, Any], chosen: Arm, seeds: int) -> bool:
+def same(entry: Row, chosen: Arm, seeds: int) -> bool:
     """Whether the stored row is this cell with these settings and seeds."""
-    key = tuple(entry.get(name) for name in ("protocol", "scenario", "strategy"))
-    settings = {"options": repr(chosen.strategy), "rules": repr(PROTOCOLS[chosen.key[0]]), "seeds": seeds}
-    return key == chosen.key and all(entry.get(name) == value for name, value in settings.items())
+    settings = {"options": repr(chosen.strategy), "rules": repr(chosen.rules), "seeds": seeds}
+    return key_of(entry) == chosen.key and all(entry.get(name) == value for name, value in settings.items())
 
 
 def main() -> None:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="vandeven")
     parser.add_argument("--scenario", choices=(*SCENARIOS, "all"), default="class")
     parser.add_argument("--strategy", nargs="+", default=["all"], help="names of the table, or all (default)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     parser.add_argument("--iterations", type=int, help="per experience, instead of the protocol's")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, one thread each (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="add the rows to this file; those that are there are not run again")
     args = parser.parse_args()
     arms, rows = list(asked(args)), stored(args.json)
     if not arms:
@@ -280,22 +263,16 @@ def main() -> None:
     with Progress() as progress, ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         task = progress.add_task("cells", total=len(waiting))
         futures = {
-            chosen.key: [pool.submit(run, chosen, seed, args.data, args.iterations) for seed in range(args.seeds)]
-            for chosen in waiting
+            chosen.key: [pool.submit(run, chosen, seed, args.data) for seed in range(args.seeds)] for chosen in waiting
         }
         for chosen in waiting:
             progress.update(task, description=" ".join(chosen.key))
             new = row(chosen, [future.result() for future in futures[chosen.key]])
-            rows = [
-                entry
-                for entry in rows
-                if tuple(entry.get(n) for n in ("protocol", "scenario", "strategy")) != chosen.key
-            ]
-            rows.append(new)
+            rows = [entry for entry in rows if key_of(entry) != chosen.key] + [new]
             progress.advance(task)
-            if args.json:
-                store_rows(args.json, rows, seed=0)
-    show([entry for entry in rows if any(same(entry, chosen, args.seeds) for chosen in arms)])
+            store(args.json, rows)
+    title = "Split MNIST, average accuracy and forgetting in percent, seconds per seed"
+    show(title, [entry for entry in rows if any(same(entry, chosen, args.seeds) for chosen in arms)], COLUMNS)
 
 
 if __name__ == "__main__":
