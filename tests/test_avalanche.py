@@ -1,8 +1,6 @@
-"""Our strategies as plugins of Avalanche, and our metrics through its loggers."""
+"""Our strategies as plugins of Avalanche: they train what the learner trains, and what a plugin refuses."""
 
-import io
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plugging import SameBatches, accuracies, adam, assert_close, avalanche, benchmark, learnt, template  # noqa: F401
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from perdure.avalanche import as_plugin, from_avalanche, log, log_to
-from perdure.curator import Curator
+from perdure.avalanche import as_plugin, from_avalanche
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner import Learner
 from perdure.memory import MemoryPlan
@@ -26,113 +24,18 @@ from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
 from perdure.strategy import Asks, Plan, Strategy
 
+# ruff: noqa: F811 - fixtures of another file are parameters here
+
 sys.path.insert(0, str(Path(__file__).with_name("strategies")))
 
 from examples import EXAMPLES, example, model_of
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
-BATCH, EPOCHS = 10, 2
-
-
-@pytest.fixture(scope="module")
-def avalanche():
-    """The package; importing it warns about packages of its own that are no longer maintained."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import avalanche.training
-    return avalanche
-
-
-@pytest.fixture
-def benchmark(avalanche, toy_data):
-    """From a scenario to a benchmark of Avalanche with two experiences of 24 records."""
-    options = {
-        "class": {"task_labels": False},
-        "task": {"task_labels": True},
-        "domain": {"task_labels": False, "class_ids_from_zero_in_each_exp": True},
-    }
-
-    def make(scenario):
-        parts = []
-        for records in (toy_data.train, toy_data.test):
-            parts.append(TensorDataset(records.inputs, records.labels))
-            parts[-1].targets = records.labels.tolist()
-        from avalanche.benchmarks import nc_benchmark
-
-        return nc_benchmark(*parts, 2, shuffle=False, **options[scenario])
-
-    return make
-
-
-class SameBatches:
-    """Gives Avalanche, in every experience, the new rows that a learner draws."""
-
-    def __init__(self, stream, model, epochs=EPOCHS):
-        self.learner = Learner(
-            model=model, strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=0.1), epochs=epochs, batch_size=BATCH
-        )
-        self.learner.prepare(stream)
-
-    def before_training_exp(self, template, **_):
-        learner, index = self.learner, template.experience.current_experience
-        curator = Curator(seed=0, batch_size=BATCH)
-        curator.open(learner.stream.experiences[: index + 1], Plan(), learner.context(index), learner.forward)
-        drawn = [curator.sample(step) for step in range(learner.steps(index))]
-        template.dataloader = [[rows.inputs, rows.labels, torch.zeros_like(rows.labels)] for rows in drawn]
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.02)
-
-
-@pytest.fixture
-def template(avalanche):
-    """From a model and plugins to an Avalanche strategy."""
-
-    def make(model, *plugins, kind=None, evaluator=None, **options):
-        options = {"train_mb_size": BATCH, "train_epochs": 1, "eval_mb_size": 64} | options
-        kind = kind or avalanche.training.templates.SupervisedTemplate
-        return kind(
-            model=model, optimizer=adam(model.parameters()), criterion=options.pop("criterion", nn.CrossEntropyLoss()),
-            plugins=list(plugins), evaluator=evaluator or quiet(), **options,
-        )  # fmt: skip
-
-    return make
-
-
-def quiet(*metrics):
-    """An evaluator without loggers."""
-    from avalanche.training.plugins import EvaluationPlugin
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return EvaluationPlugin(*metrics)
-
-
-def accuracies():
-    from avalanche.evaluation.metrics import accuracy_metrics
-
-    return quiet(accuracy_metrics(experience=True))
 
 
 def shown(results):
     """Accuracy in percent by experience."""
     return [100 * value for name, value in sorted(results.items()) if name.startswith("Top1_Acc_Exp")]
-
-
-def assert_close(left, right, **tolerance):
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        torch.testing.assert_close(value, right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
-def learnt(strategy, benchmark, toy_model):
-    """A learner that was trained on the benchmark, and its accuracy matrix."""
-    stream = from_avalanche(benchmark)
-    learner = Learner(
-        model=toy_model(stream), strategy=strategy, optimizer=adam, epochs=EPOCHS, batch_size=BATCH, seed=0
-    )
-    return learner, learner.fit(stream)
 
 
 def taught(plugin, benchmark, toy_model, template, **options):
@@ -423,84 +326,3 @@ def test_privacy_is_refused(benchmark, toy_model, template):
     teacher = template(GradSampleModule(toy_model(from_avalanche(made))), as_plugin(Naive()))
     with pytest.raises(PrivacyError, match="no differential privacy"):
         teacher.train(made.train_stream[0])
-
-
-# ---------------------------------------------------------------- metrics through their loggers
-
-
-def logger(kind, *args):
-    import avalanche.logging
-
-    return getattr(avalanche.logging, kind)(*args)
-
-
-def evaluator(*loggers):
-    from avalanche.training.plugins import EvaluationPlugin
-
-    return EvaluationPlugin(loggers=list(loggers))
-
-
-@pytest.mark.parametrize("scenario", ["class", "task"])
-def test_names_values_and_lines_are_those_of_an_avalanche_run(scenario, benchmark, toy_model, template):
-    from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
-    from avalanche.training.plugins import EvaluationPlugin
-
-    made, ours, theirs = benchmark(scenario), io.StringIO(), io.StringIO()
-    plugged = EvaluationPlugin(
-        accuracy_metrics(experience=True), forgetting_metrics(experience=True), loggers=[logger("TextLogger", theirs)]
-    )
-    stream = from_avalanche(made)
-    strategy = Replay(memory_size=8)
-    teacher = template(
-        toy_model(stream), SameBatches(stream, toy_model(stream)), as_plugin(strategy), evaluator=plugged
-    )
-    for experience in made.train_stream:
-        teacher.train(experience)
-        teacher.eval(made.test_stream)
-    shown = evaluator(logger("TextLogger", ours))
-    learner = Learner(
-        model=toy_model(stream), strategy=strategy, optimizer=adam, epochs=EPOCHS, batch_size=BATCH,
-        callbacks=[log_to(shown)],
-    )  # fmt: skip
-    learner.fit(stream)
-    expected, given = plugged.get_last_metrics(), shown.get_last_metrics()
-    assert {name: given[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert shown.get_all_metrics()["average_accuracy/eval_phase/test_stream"][0] == [5, 10], "steps"
-    kept = [line for line in theirs.getvalue().splitlines() if not line.startswith("Epoch")]
-    own = [line for line in ours.getvalue().splitlines() if "/eval_phase/test_stream =" not in line]
-    assert own == kept
-
-
-def test_a_csv_file_has_the_whole_matrix(avalanche, tmp_path):
-    file = logger("CSVLogger", str(tmp_path))
-    log(torch.tensor([[100.0, 0.0, float("nan")], [60.0, 90.0, 10.0]]), evaluator(file))
-    file.close()
-    rows = (tmp_path / "eval_results.csv").read_text().splitlines()
-    assert rows == [
-        "eval_exp,training_exp,eval_accuracy,eval_loss,forgetting",
-        "0,0,1.0000,0,0", "1,0,0.0000,0,0",
-        "0,1,0.6000,0,0.4000", "1,1,0.9000,0,0", "2,1,0.1000,0,0",
-    ]  # fmt: skip
-
-
-def test_a_stored_matrix_gives_every_metric_as_a_fraction(avalanche, capsys):
-    last = log(torch.tensor([[100.0, 0.0], [60.0, 90.0]]), evaluator(logger("InteractiveLogger")))
-    assert last == pytest.approx({
-        "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp000": 0.6,
-        "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001": 0.9,
-        "ExperienceForgetting/eval_phase/test_stream/Task000/Exp000": 0.4,
-        "average_accuracy/eval_phase/test_stream": 0.75, "area_under_accuracy/eval_phase/test_stream": 0.875,
-        "learning_accuracy/eval_phase/test_stream": 0.95,
-        "forgetting/eval_phase/test_stream": 0.4, "backward_transfer/eval_phase/test_stream": -0.4,
-        "worst_experience_accuracy/eval_phase/test_stream": 0.6,
-    })  # fmt: skip
-    assert "backward_transfer/eval_phase/test_stream = -0.4000" in capsys.readouterr().out
-
-
-def test_what_cannot_be_logged_is_refused(avalanche):
-    with pytest.raises(ConfigError, match="EvaluationPlugin"):
-        log_to(logger("TextLogger"))
-    with pytest.raises(ConfigError, match="without metrics"):
-        log_to(accuracies())
-    with pytest.raises(ConfigError, match="accuracy_matrix"):
-        log(torch.tensor([101.0]), quiet())

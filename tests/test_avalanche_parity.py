@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_avalanche import (  # noqa: F401
+from plugging import (  # noqa: F401
     BATCH,
     SameBatches,
     adam,

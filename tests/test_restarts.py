@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 # ruff: noqa: F811 - fixtures of another file are parameters here
 import pytest
 import torch
-from test_references import (  # noqa: F401
+from referring import (  # noqa: F401
     PRIVATE,
     Stopped,
     copies,

@@ -1,0 +1,141 @@
+"""Whoever asks: a curator with its ledger, what it may be asked about, and streams with one record less or changed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from perdure.curator import Curator
+from perdure.facts import contexts
+from perdure.privacy.ledger import Ledger
+from perdure.privacy.mechanism import Mechanism, Schedule
+from perdure.privacy.noise import NoiseKey
+from perdure.privacy.policy import Privacy
+from perdure.queries import Gram
+from perdure.strategy import Forward, Plan
+
+ROUNDING = 1 + 1e-5
+NOISY = {"noise_multiplier": 1.0, "release_noise": 3.0, "seed": 0}
+SILENT = {"noise_multiplier": 1e-3, "release_noise": 1e-3, "seed": 0}
+GRID = [0.1 * i for i in range(11)]
+
+
+class Listening(Mechanism):
+    """Keeps what it is about to put noise on."""
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.heard = []
+
+    def release(self, clipped, **facts):
+        def kept(clip):
+            self.heard.append(clipped(clip))
+            return self.heard[-1]
+
+        return super().release(kept, **facts)
+
+    def count(self, counts, **facts):
+        self.heard.append({"counts": counts})
+        return super().count(counts, **facts)
+
+    def select(self, scores, **facts):
+        self.heard.append({"scores": scores})
+        return super().select(scores, **facts)
+
+
+class Party:
+    """A curator on the toy stream's first experience, and the ledger behind it."""
+
+    def __init__(self, stream, model, *, trace=None, **privacy):
+        self.trace, self.mechanism = [], None
+        if privacy:
+            key = NoiseKey.from_seed(0)
+            self.ledger = Ledger.open(None, key=key, trace=self.trace.append)
+            for e in stream:
+                self.ledger.declare(e.train.partition, e.train.declared_size)
+            asked = Privacy(**privacy)
+            schedule = Schedule(noise=(asked.noise_multiplier,))
+            self.mechanism = Listening(privacy=asked, schedule=schedule, ledger=self.ledger, key=key)
+            self.trace.clear()
+        self.stream, self.model = stream, model
+        self.curator = Curator(seed=0, batch_size=8, mechanism=self.mechanism)
+        self.open()
+
+    def open(self):
+        at = contexts(self.stream, "cpu")(0)
+        self.curator.open(self.stream.experiences[:1], Plan(), at, Forward(self.model))
+        return self.curator
+
+
+@pytest.fixture
+def party(toy_stream, toy_model):
+    def make(stream=None, model=None, **privacy):
+        stream = stream or toy_stream()
+        return Party(stream, model or toy_model(stream).eval(), **privacy)
+
+    return make
+
+
+def changed(stream, change):
+    """The stream with other records in its first experience; what is declared stays."""
+    first = stream[0]
+    records = replace(change(first.train), declared_size=first.train.declared_size)
+    return replace(stream, experiences=(replace(first, train=records), *stream.experiences[1:]))
+
+
+def without(stream, place):
+    return changed(stream, lambda records: records.take(torch.arange(len(records)) != place))
+
+
+def nobody(stream):
+    return changed(stream, lambda records: records.take(torch.zeros(0, dtype=torch.int64)))
+
+
+def labels(batch):
+    return batch.labels
+
+
+def brightness(batch):
+    return batch.inputs.mean(1)
+
+
+def features(forward, batch):
+    return forward.features(batch.inputs)
+
+
+def one_hot(forward, batch):
+    return F.one_hot(batch.labels, 4).float()
+
+
+JOINT = Gram(features, one_hot, weight=2.0, totals=0.5)
+
+
+def flat(answer):
+    parts = answer.values() if isinstance(answer, dict) else [torch.as_tensor(answer)]
+    return torch.cat([part.detach().double().flatten() for part in parts])
+
+
+def moved(party, stream, place, ask, **privacy):
+    """How far dropping one record moves what is summed, name by name, before noise."""
+    heard = []
+    for each in (stream, without(stream, place)):
+        test = party(each, **(SILENT | privacy))
+        ask(test.curator)
+        heard.append(test.mechanism.heard[-1])
+    return {name: heard[0][name].double() - heard[1][name].double() for name in heard[0]}
+
+
+def poisoned(stream, place, value):
+    def change(records):
+        inputs = records.inputs.clone()
+        inputs[place, :2] = value
+        return replace(records, inputs=inputs)
+
+    return changed(stream, change)
+
+
+def has_scale(noise, scale):
+    """Whether the standard deviation of the normals is `scale`, within 5.5 standard errors (4e-8)."""
+    return abs(float(noise.std()) / scale - 1) < 5.5 / math.sqrt(2 * noise.numel())

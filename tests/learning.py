@@ -1,0 +1,31 @@
+"""Learners on the toy problem, and whether two sets of tensors are the same to the bit."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from perdure.learner import Learner
+from perdure.privacy.policy import Privacy
+from perdure.strategies import Naive
+
+SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
+adam = partial(torch.optim.Adam, lr=0.02)
+
+
+@pytest.fixture
+def learner_of(toy_stream, toy_model):
+    def make(strategy=None, stream=None, **changes):
+        options = {"optimizer": adam, "iterations": 4, "batch_size": 8, "seed": 5} | changes
+        model = options.pop("model", None) or toy_model(stream or toy_stream())
+        return Learner(model=model, strategy=strategy or Naive(), **options)
+
+    return make
+
+
+def bits(tensors):
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def same_bits(mine, theirs):
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

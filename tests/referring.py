@@ -1,0 +1,113 @@
+"""Learners that refer to their memory, and every stream of noise with the sums that it met."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from perdure.learner import Learner
+from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.noise import NoiseKey
+from perdure.privacy.policy import Privacy
+from perdure.strategies import AGEM, GEM
+from perdure.strategy import cross_entropy
+from perdure.streams import permuted, split
+
+BOTH = pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)], ids=["agem", "gem"])
+PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
+
+
+def learner_of(model, strategy, **changes):
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 4, "batch_size": 4, "privacy": PRIVATE}
+    return Learner(model=model, strategy=strategy, **options | changes)
+
+
+def until(learner, stream, index):
+    """Train the experiences before `index` and open that one."""
+    learner.prepare(stream)
+    for before in range(index):
+        learner.begin(before)
+        learner.train(range(learner.steps(before)))
+        learner.finish()
+    learner.begin(index)
+    return learner
+
+
+def reserved(learner, steps=range(4)):
+    """The curator of an open experience, with these steps charged and the first sampled."""
+    learner.curator.reserve(steps, "start")
+    learner.curator.sample(steps.start)
+    return learner.curator
+
+
+def loss_of(learner, scale=1.0):
+    return lambda forward, batch: scale * cross_entropy(forward, batch, learner.curator.context)
+
+
+def flat(params):
+    return torch.cat([value.detach().flatten() for value in params.values()])
+
+
+@pytest.fixture
+def four(toy_data):
+    """Four experiences of 12 records, one class each."""
+    return split(toy_data, scenario="class", experiences=4)
+
+
+@pytest.fixture
+def copies(toy_data):
+    """Three permuted copies of the same 48 records."""
+    return permuted(toy_data, experiences=3)
+
+
+class Meetings:
+    """Every stream of noise that was drawn, and the sums that it met."""
+
+    def __init__(self, monkeypatch):
+        self.sums, self.of, self._last = {}, {}, {}
+        normal, noised = NoiseKey.normal, Mechanism._noised
+
+        def drawn(key, shapes, **of):
+            self._last = normal(key, shapes, **of)
+            return self._last
+
+        def met(mechanism, total, shapes, scales, purpose, entry, step, *rest, **more):
+            released = noised(mechanism, total, shapes, scales, purpose, entry, step, *rest, **more)
+            noise = flat(self._last)
+            exact = torch.zeros_like(noise) if total is None else flat(total).clone()
+            self.sums.setdefault(noise.numpy().tobytes(), []).append(exact)
+            self.of[entry, purpose, step] = noise, exact
+            return released
+
+        monkeypatch.setattr(NoiseKey, "normal", drawn)
+        monkeypatch.setattr(Mechanism, "_noised", met)
+
+    @property
+    def reused(self):
+        """How many streams of noise met two sums that differ."""
+        return sum(any(not torch.equal(sums[0], other) for other in sums) for sums in self.sums.values())
+
+    def noises(self, prefix):
+        return [noise for (_, purpose, _), (noise, _) in self.of.items() if purpose.startswith(prefix)]
+
+    def exact(self, purpose):
+        return [exact for (_, own, _), (_, exact) in self.of.items() if own == purpose]
+
+
+@pytest.fixture
+def meetings(monkeypatch):
+    return Meetings(monkeypatch)
+
+
+class Stopped(BaseException):
+    """Stands for the end of the process."""
+
+
+def stopping(at):
+    """Stop after step `at` of the second experience."""
+
+    def look(point, learner):
+        if point == "step.done" and (learner.position.experience, learner.position.step) == (1, at):
+            raise Stopped
+
+    return look

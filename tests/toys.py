@@ -1,0 +1,35 @@
+"""A toy data set whose records are told apart by their ids, and which of them is in which experience."""
+
+import pytest
+import torch
+
+from perdure.datasets import Dataset
+from perdure.records import Records
+from perdure.streams import Stream
+
+
+def records(n: int, *, classes: int = 4, first_id: int = 0, partition: str = "toy") -> Records:
+    """Random records with every class in turn, ids from `first_id`."""
+    generator = torch.Generator().manual_seed(first_id)
+    return Records(
+        inputs=torch.rand(n, 1, 4, 6, generator=generator),
+        labels=torch.arange(n) % classes,
+        ids=torch.arange(n) + first_id,
+        partition=partition,
+    )
+
+
+@pytest.fixture(scope="module")
+def toy() -> Dataset:
+    return Dataset(
+        name="toy",
+        train=records(400),
+        test=records(80, first_id=400, partition="toy-test"),
+        num_classes=4,
+        input_shape=(1, 4, 6),
+    )
+
+
+def places(stream: Stream) -> list[set[int]]:
+    """Ids in each experience."""
+    return [set(experience.train.ids.tolist()) for experience in stream]
