@@ -161,7 +161,7 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_o
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
     moved = [row for row in found if row[2] > 0]
-    assert moved and max(row[2] / row[1] for row in moved) > 0.9
+    assert moved and max(row[2] / row[1] for row in moved) > 0.5  # by layers, one of three may be at its bound
     asked = example(name).asks
     gradients = [row for row in found if row[0] == "gradient"]
     beside = [row for row in found if row[0].startswith("reference")]
