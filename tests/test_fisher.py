@@ -52,7 +52,7 @@ def by_hand(module, terms, batch, size=torch.square):
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
-def close(mine, theirs, atol=1e-7):
+def assert_same(mine, theirs, atol=1e-7):
     assert list(mine) == list(theirs)
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=atol)
@@ -72,14 +72,14 @@ def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind)
     data = batch(shape=(1, 8, 8)) if model == "cnn" else batch()
     expected = by_hand(module, terms, data, SIZES[kind])
     atol = 1e-7 if kind is SquaredGradient else 1e-6  # what is 0 but for rounding, as before a normalisation
-    close({name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, atol)
+    assert_same({name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, atol)
     total = {name: rows.sum(0) for name, rows in expected.items()}
     for chunk in (2, 100):
-        close(exact_sum(query, Forward(module), data, chunk), total, atol)
+        assert_same(exact_sum(query, Forward(module), data, chunk), total, atol)
     fast = summed(query, module, data)
     assert (fast is not None) == (model == "mlp")
     if fast:
-        close(fast, total)
+        assert_same(fast, total)
 
 
 @pytest.mark.reference
@@ -107,7 +107,7 @@ def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_st
             gradients = torch.autograd.grad(log_p[label], list(module.parameters()), retain_graph=True)
             for name, gradient in zip(sums, gradients, strict=True):
                 sums[name] += weight * gradient**2 / len(records)
-    close(state.group("fisher"), sums)
+    assert_same(state.group("fisher"), sums)
 
 
 # --------------------------------------------------------------------------- when the fast total must not be used
@@ -150,7 +150,7 @@ def test_the_fast_sum_steps_back_where_it_would_be_wrong(make, kind):
     query, data = kind(fisher_terms), batch()
     assert summed(query, module, data) is None
     expected = {name: rows.sum(0) for name, rows in by_hand(module, fisher_terms, data, SIZES[kind]).items()}
-    close(exact_sum(query, Forward(module), data, 4), expected)
+    assert_same(exact_sum(query, Forward(module), data, 4), expected)
 
 
 def test_frozen_parameters_do_not_stop_the_sum():
@@ -158,7 +158,7 @@ def test_frozen_parameters_do_not_stop_the_sum():
     expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100)
     module.body[1].weight.requires_grad_(False)
     assert linear_layers(module) is None
-    close(exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100), expected)
+    assert_same(exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100), expected)
 
 
 def test_given_parameters_are_the_ones_that_count():
@@ -168,7 +168,7 @@ def test_given_parameters_are_the_ones_that_count():
         batch(),
     )
     query, params = SquaredGradient(fisher_terms), {n: v.detach() for n, v in other.named_parameters()}
-    close(exact_sum(query, Forward(module, params), data, 3), exact_sum(query, Forward(other), data, 3))
+    assert_same(exact_sum(query, Forward(module, params), data, 3), exact_sum(query, Forward(other), data, 3))
 
 
 def test_hooks_do_not_outlive_the_fast_sum():
@@ -193,8 +193,8 @@ def test_the_clipped_sum_equals_that_of_clipped_rows(terms, clip, kind):
     module, data, query = small(), batch(n=20), kind(terms)
     params = {name: value.detach() for name, value in module.named_parameters()}
     expected = clipped_sum(rows_of(query, module), params, data.tensors(), clip, 3)
-    close(summed(query, module, data, clip), expected)
-    close(bounded_sum(query, module, params, data.tensors(), clip), expected)
+    assert_same(summed(query, module, data, clip), expected)
+    assert_same(bounded_sum(query, module, params, data.tensors(), clip), expected)
 
 
 @both

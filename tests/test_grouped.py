@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_fisher import Sequence, Twice, batch, close, fisher_terms, small, summed, tied
+from test_fisher import Sequence, Twice, assert_same, batch, fisher_terms, small, summed, tied
 
 from perdure.grouped import GroupedGradient
 from perdure.privacy.clipping import Clip, clipped_sum
@@ -43,10 +43,10 @@ def problem(model, n=20):
 def test_rows_and_sums_equal_one_backward_pass_a_record(model, terms):
     (module, data), query = problem(model), query_of(terms)
     expected = by_hand(module, terms, data, by_label, 3)
-    close({name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, 1e-6)
+    assert_same({name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, 1e-6)
     total = {name: rows.sum(0) for name, rows in expected.items()}
-    close(summed(query, module, data), total, 1e-5)
-    close(exact_sum(query, Forward(module), data, 3), total, 1e-5)
+    assert_same(summed(query, module, data), total, 1e-5)
+    assert_same(exact_sum(query, Forward(module), data, 3), total, 1e-5)
     assert all(bool(value.any(dim=0).any()) for value in total.values())
 
 
@@ -57,7 +57,7 @@ def test_models_whose_layers_are_used_otherwise_are_summed_by_record(make):
         module = make()
     data = batch()
     expected = {name: rows.sum(0) for name, rows in by_hand(module, logit, data, by_label, 3).items()}
-    close(summed(query_of(), module, data), expected, 1e-6)
+    assert_same(summed(query_of(), module, data), expected, 1e-6)
 
 
 @pytest.mark.parametrize("clip", [Clip(norm=0.3), Clip(norm=3.0), Clip(norm=0.5, per_layer=True)])
@@ -66,7 +66,7 @@ def test_the_clipped_sum_equals_that_of_clipped_rows(model, clip):
     (module, data), query = problem(model), query_of()
     params = {name: value.detach() for name, value in module.named_parameters()}
     expected = clipped_sum(rows_of(query, module), params, data.tensors(), clip, 3)
-    close(bounded_sum(query, module, params, data.tensors(), clip), expected, 1e-5)
+    assert_same(bounded_sum(query, module, params, data.tensors(), clip), expected, 1e-5)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
@@ -129,4 +129,4 @@ def test_a_class_of_somebody_else_may_not_clip_for_itself():
     params = {name: value.detach() for name, value in module.named_parameters()}
     honest = bounded_sum(query_of(), module, params, data.tensors(), Clip(norm=0.3))
     cheating = Cheating(terms=logit, group=by_label, groups=3)
-    close(bounded_sum(cheating, module, params, data.tensors(), Clip(norm=0.3)), honest, 1e-5)
+    assert_same(bounded_sum(cheating, module, params, data.tensors(), Clip(norm=0.3)), honest, 1e-5)

@@ -76,16 +76,19 @@ def test_importance_adds_up_and_the_anchor_moves_on(toy_stream, toy_model):
 
 
 def test_under_privacy_it_is_one_release_clipped_to_c_and_clamped(toy_stream, toy_model):
-    stream = toy_stream()
-    learner = Learner(
-        model=toy_model(stream), strategy=MAS(strength=1.0), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
-        privacy=Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=0),
-    )  # fmt: skip
-    learner.fit(stream)
-    released = [entry for entry in learner.mechanism.ledger.entries if entry.purpose == "release:importance"]
-    assert [entry.clip_norm for entry in released] == [0.2, 0.2]
-    values = torch.cat([value.flatten() for value in learner.state.group("importance").values()])
-    assert float(values.min()) == 0.0 and float((values == 0).float().mean()) < 0.5  # noise twice, cut at 0
+    """The share of zeros is over 16 keys: that of one, 64 numbers, hangs on the noise that is drawn (0.14 +- 0.04)."""
+    stream, values = toy_stream(), []
+    for seed in range(16):
+        learner = Learner(
+            model=toy_model(stream), strategy=MAS(strength=1.0), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
+            privacy=Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=seed),
+        )  # fmt: skip
+        learner.fit(stream)
+        released = [entry for entry in learner.mechanism.ledger.entries if entry.purpose == "release:importance"]
+        assert [entry.clip_norm for entry in released] == [0.2, 0.2]
+        values += [value.flatten() for value in learner.state.group("importance").values()]
+    values = torch.cat(values)
+    assert float(values.min()) == 0.0 and 0.1 < float((values == 0).float().mean()) < 0.5  # noise twice, cut at 0
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])

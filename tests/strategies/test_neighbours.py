@@ -161,7 +161,8 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_o
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
     moved = [row for row in found if row[2] > 0]
-    assert moved and max(row[2] / row[1] for row in moved) > 0.5  # by layers, one of three may be at its bound
+    nearly = 0.5 if clipping == "per-layer" else 0.9  # by layers it may be one of two or three that is at its bound
+    assert moved and max(row[2] / row[1] for row in moved) > nearly
     asked = example(name).asks
     gradients = [row for row in found if row[0] == "gradient"]
     beside = [row for row in found if row[0].startswith("reference")]
