@@ -294,10 +294,9 @@ FEDERATION = "[federation]\nclients = 3\nrounds = 2\nmin_size = 5"
 @pytest.mark.parametrize("federation", ["", FEDERATION])
 def test_every_private_arm_of_a_config_is_audited(federation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = audit_run(parse(CONFIG.format(federation=federation, arms=PRIVATE_ARMS)), canaries=400)
+    found = audit_run(parse(CONFIG.format(federation=federation, arms=PRIVATE_ARMS)), canaries=1000)
     assert list(found) == ["naive-private", "lwf-private"]
-    assert all(0 <= result.lower_bound < result.claimed for result in found.values())
-    assert any(result.lower_bound > 0 for result in found.values())  # that it is so for each hangs on the noise drawn
+    assert all(0 < result.lower_bound < result.claimed for result in found.values())
     assert {result.steps for result in found.values()} == {10}
     assert list(tmp_path.iterdir()) == []
 
