@@ -22,7 +22,7 @@ def learner_of(model, strategy, **changes):
     return Learner(model=model, strategy=strategy, **options | changes)
 
 
-def until(learner, stream, index):
+def opened(learner, stream, index=0):
     """Train the experiences before `index` and open that one."""
     learner.prepare(stream)
     for before in range(index):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from referring import opened
 from torch import nn
 
 from perdure.errors import DataError, PrivacyError, StrategyError
@@ -25,17 +26,6 @@ EITHER = pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "priv
 def learner_of(model, strategy, **changes):
     options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 6, "batch_size": 8} | changes
     return Learner(model=model, strategy=strategy, **options)
-
-
-def opened(learner, stream, index=0):
-    """Train the experiences before `index` and open that one."""
-    learner.prepare(stream)
-    for before in range(index):
-        learner.begin(before)
-        learner.train(range(learner.steps(before)))
-        learner.finish()
-    learner.begin(index)
-    return learner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from referring import PRIVATE, copies, four, learner_of, meetings, until  # noqa: F401
+from referring import PRIVATE, copies, four, learner_of, meetings, opened  # noqa: F401
 
 from perdure.budget import charges, planned
 from perdure.errors import PrivacyError
@@ -21,7 +21,7 @@ def ones(forward, batch):
 
 
 def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
-    learner = until(learner_of(toy_model(four), Replay(memory_size=8), privacy=None), four, 1)
+    learner = opened(learner_of(toy_model(four), Replay(memory_size=8), privacy=None), four, 1)
     rows = learner.curator._held.memory.rows
     total = learner.curator.release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="x", over="memory")
     torch.testing.assert_close(total["value"], rows.inputs.sum(0))
@@ -30,7 +30,7 @@ def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
 
 
 def test_a_private_sum_over_memory_exposes_all_that_was_seen(four, toy_model, meetings):
-    learner = until(learner_of(toy_model(four), Replay(memory_size=24)), four, 2)
+    learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 2)
     rows = learner.curator._held.memory.rows
     learner.curator.release(ones, clip_norm=0.5, purpose="x", over="memory")
     entry = learner.mechanism.ledger.entries[-1]
@@ -41,7 +41,7 @@ def test_a_private_sum_over_memory_exposes_all_that_was_seen(four, toy_model, me
 
 def test_another_memory_gives_another_entry(four, toy_model, meetings):
     """Also where the sum happens to be the same."""
-    learner = until(learner_of(toy_model(four), Replay(memory_size=24)), four, 1)
+    learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 1)
     held, scope = learner.curator._held, []
     for shift in (0.0, 0.0, 1e-3):
         learner.begin(1)
@@ -82,12 +82,12 @@ def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
 
 
 def test_where_experiences_share_records_a_private_sum_over_memory_is_refused(copies, toy_model):
-    learner = until(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 0)
+    learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 0)
     learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")  # there is one experience so far
-    learner = until(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 1)
+    learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 1)
     entries = len(learner.mechanism.ledger.entries)
     with pytest.raises(PrivacyError, match="experiences share records, so a sum over memory would count one record tw"):
         learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")
     assert len(learner.mechanism.ledger.entries) == entries
-    plain = until(learner_of(toy_model(copies), Replay(memory_size=24), privacy=None), copies, 1)
+    plain = opened(learner_of(toy_model(copies), Replay(memory_size=24), privacy=None), copies, 1)
     assert float(plain.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")["value"]) == 24

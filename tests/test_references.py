@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from referring import BOTH, PRIVATE, copies, flat, four, learner_of, loss_of, meetings, reserved, until  # noqa: F401
+from referring import BOTH, PRIVATE, copies, flat, four, learner_of, loss_of, meetings, opened, reserved  # noqa: F401
 
 from perdure.budget import charges, planned
 from perdure.errors import BudgetError, PrivacyError, StrategyError
@@ -106,7 +106,7 @@ def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, s
 
 
 def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
-    learner = until(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6), privacy=None), four, 2)
+    learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6), privacy=None), four, 2)
     curator, rows = learner.curator, learner.curator._held.memory.rows
     curator.sample(0)
     for k in (0, 1):
@@ -119,7 +119,7 @@ def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
 
 
 def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_model):
-    learner = until(learner_of(toy_model(four), AGEM(memory_size=10), privacy=None), four, 2)
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=10), privacy=None), four, 2)
     met = []
 
     def losses(forward, batch):
@@ -136,7 +136,7 @@ def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_mod
 
 def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy_model, meetings):
     """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were kept."""
-    learner = until(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6)), four, 2)
+    learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6)), four, 2)
     curator, rows = reserved(learner), learner.curator._held.memory.rows
     for k in (0, 1):
         mine = flat(curator.reference(loss_of(learner, 5.0), learner.params, of=k))
@@ -154,7 +154,7 @@ def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy
 @BOTH
 def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(four, toy_model, meetings, strategy):
     strategy = replace(strategy, batch_size=100)  # all that is stored, at rate 1
-    learner = until(learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2)
+    learner = opened(learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2)
     whole, held = learner.curator._held.memory.rows, learner.curator._held
     names = ["reference"] if strategy.name == "AGEM" else ["reference 0", "reference 1"]
 
@@ -176,7 +176,7 @@ def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(four
 
 
 def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meetings):
-    learner = until(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
     learner.curator._held.memory.rows = None
     learner.begin(1)
     curator = reserved(learner)
@@ -219,7 +219,7 @@ def test_a_budget_that_new_records_alone_exceed_is_refused(four, toy_model, stra
 def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_model, strategy):
     trace = []
     learner = learner_of(toy_model(four), strategy, callbacks=[lambda point, _: trace.append(point)])
-    until(learner, four, 1)
+    opened(learner, four, 1)
     before = len(learner.mechanism.ledger.entries)
     curator = reserved(learner)
     trace.clear()
@@ -238,7 +238,7 @@ def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_m
 
 @BOTH
 def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(four, toy_model, strategy):
-    learner = until(learner_of(toy_model(four), strategy), four, 1)
+    learner = opened(learner_of(toy_model(four), strategy), four, 1)
     curator, of = reserved(learner, range(2)), None if strategy.name == "AGEM" else 0
     ask = partial(curator.reference, loss_of(learner), learner.params, of=of)
     ask()
@@ -257,13 +257,13 @@ def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(fo
     [(AGEM(memory_size=12), 0), (GEM(memory_size=12), None), (GEM(memory_size=12), 1), (Replay(memory_size=12), None)],
 )
 def test_what_was_not_planned_is_refused(four, toy_model, strategy, of):
-    learner = until(learner_of(toy_model(four), strategy), four, 1)
+    learner = opened(learner_of(toy_model(four), strategy), four, 1)
     with pytest.raises(PrivacyError, match=r"was not planned; see MemoryPlan\.use"):
         reserved(learner).reference(loss_of(learner), learner.params, of=of)
 
 
 def test_without_memory_there_is_no_reference(four, toy_model):
-    learner = until(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
     learner.curator.sample(0)
     with pytest.raises(StrategyError, match="no reference gradient before the second experience"):
         learner.curator.reference(loss_of(learner), learner.params)
@@ -278,7 +278,7 @@ def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scal
 
     The scale is measured on 6 x 400 x 64 normals within 2 % (7 standard errors and more).
     """
-    learner = until(learner_of(toy_model(four), GEM(memory_size=12), iterations=1), four, 2)
+    learner = opened(learner_of(toy_model(four), GEM(memory_size=12), iterations=1), four, 2)
     meetings.of.clear()
     learner.curator.reserve(steps := range(400), "start")
     for step in steps:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from referring import BOTH, PRIVATE, Stopped, four, learner_of, loss_of, meetings, reserved, stopping, until  # noqa: F401
+from referring import BOTH, PRIVATE, Stopped, four, learner_of, loss_of, meetings, opened, reserved, stopping  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from perdure.privacy.mechanism import Mechanism
@@ -100,7 +100,7 @@ def test_another_sampling_rate_after_a_restart_gives_references_other_noise_too(
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings, strategy, scale):
     """Asked anew in the same block, whose gradients are the same: only the reference's entry can tell."""
-    learner, of = until(learner_of(toy_model(four), strategy), four, 1), None if strategy.name == "AGEM" else 0
+    learner, of = opened(learner_of(toy_model(four), strategy), four, 1), None if strategy.name == "AGEM" else 0
     for loss in (loss_of(learner), loss_of(learner, scale)):
         learner.begin(1)
         reserved(learner).reference(loss, learner.params, of=of)
@@ -114,7 +114,7 @@ def test_noise_that_met_two_sums_would_be_seen(four, toy_model, meetings, monkey
     """A gradient by hand under the start of another; were the sum not in the key of its noise, both would meet it."""
     if blind:
         monkeypatch.setattr(Mechanism, "fingerprint", lambda mechanism, data: "all alike")
-    learner = until(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
     for scale in (1.0, 0.01):
         learner.begin(1)
         curator = reserved(learner)

@@ -13,9 +13,9 @@ from referring import (  # noqa: F401
     learner_of,
     loss_of,
     meetings,
+    opened,
     reserved,
     stopping,
-    until,
 )
 
 from perdure.strategies import AGEM, DER, GEM, GDumb, Naive
@@ -103,13 +103,13 @@ def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
 
 
 def test_a_reference_is_of_its_own_experience_where_partitions_are_shared(copies, toy_model):
-    learner = until(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
+    learner = opened(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
     for k in (0, 1):
         assert learner.curator._held.drawings[f"reference {k}"].rows.tasks.unique().tolist() == [k]
 
 
 def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):
-    learner = until(learner_of(toy_model(four), GDumb(memory_size=12), privacy=None), four, 1)
+    learner = opened(learner_of(toy_model(four), GDumb(memory_size=12), privacy=None), four, 1)
     assert len(learner.curator._pool) == 12
     assert len(learner.curator.sample(0)) == 4
 
@@ -124,7 +124,7 @@ def test_an_experience_that_left_nothing_in_memory_is_no_reference(four, toy_mod
 
 @pytest.mark.parametrize("private", [False, True])
 def test_rows_of_a_reference_have_the_role_of_stored_ones(four, toy_model, private):
-    learner = until(learner_of(toy_model(four), AGEM(memory_size=12), privacy=PRIVATE if private else None), four, 1)
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=PRIVATE if private else None), four, 1)
     roles = []
 
     def losses(forward, batch):
@@ -145,7 +145,7 @@ def test_any_name_may_be_remembered(four, toy_model):
         def remember(self, forward, batch, state):
             return {"when": batch.ids.float()}
 
-    learner = until(learner_of(toy_model(four), W(memory_size=12)), four, 1)
+    learner = opened(learner_of(toy_model(four), W(memory_size=12)), four, 1)
     rows = learner.curator._held.memory.rows
     assert len(rows) and torch.equal(rows.stored["when"], rows.ids.float())
 

@@ -42,8 +42,8 @@ def test_each_case_goes_the_way_that_it_is_a_case_of(name):
 
 @pytest.mark.parametrize("name", ["linear, many positions", "conv1d", "conv2d", "conv2d, by lines"])
 def test_rows_that_are_not_kept_are_formed_again(name, monkeypatch):
-    monkeypatch.setattr(layer_rules, "KEPT_NUMBERS", 0)
-    monkeypatch.setattr(layer_rules, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(layer_rules, "KEPT_NUMBERS", 0)  # as where they would not fit
+    monkeypatch.setattr(layer_rules, "ROWS_AT_ONCE", 4)  # several pieces of few rows
     module, x, _ = made(name)
     assert_equal(module, x)
 

@@ -325,7 +325,7 @@ def test_no_records_values_that_are_no_numbers_and_rows_too_many_are_left_to_the
     assert by_bridge(model, params, x[:0], y[:0], CLIP) is None
     assert by_bridge(model, params, torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x), y, CLIP) is None
     assert by_bridge(model, params, x, y, CLIP) is not None
-    monkeypatch.setattr(bridge, "PASS_NUMBERS", 100)
+    monkeypatch.setattr(bridge, "PASS_NUMBERS", 100)  # small, so that few rows are too many
     assert by_bridge(model, params, x, y, CLIP) is None
 
 
