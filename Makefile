@@ -19,8 +19,9 @@ setup: $(STAMP) ## install into .venv, again only when pyproject.toml or constra
 demo: setup ## continual, federated and private learning on real digits; ends with runs/demo/report.html
 	$(BIN)/perdure demo
 
+# Every test uses one thread, so the files are shared out over the cores. A worker needs up to 1.5 GB: four at most.
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: setup ## ruff, mypy, and whether the installed packages fit together
 	$(BIN)/ruff check
