@@ -4,6 +4,7 @@ Wu, Chen, Wang, Ye, Liu, Guo and Fu, Large Scale Incremental Learning, CVPR 2019
 
     z_c(x)  = alpha_c o_c(x) + beta_c                                  o the model's logits
     loss_i  = (1 - l) CE(z(x_i), y_i) + l sum over old c of -q_c log p_c,    l = old classes / classes seen
+    old classes: of earlier experiences, but not of this one; the teacher does not answer for those that come again
     q = softmax(teacher's z(x_i) / T), p = softmax(z(x_i) / T),              both over the old classes
 
 The classes of one experience share alpha and beta, 1 and 0 while it is trained. When it is over they are fitted on
@@ -21,7 +22,8 @@ are in memory make the validation set. The fit, two numbers of a convex function
 State: `teacher`, the parameters at the end of the last experience, `alpha` and `beta`. In a federation every client
 fits its own and the fits are averaged by declared sizes, which is not the fit of all records together.
 Memory cost: the stored records and once the parameters.
-Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every experience.
+Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every experience that
+brought new classes; a plan counts them for every one.
 """
 
 from dataclasses import dataclass
@@ -85,7 +87,7 @@ class BiC(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and distillation of corrected logits; 0 for what is held out."""
-        logits, old = corrected(forward(batch.inputs), state), context.task_classes[: context.experience].any(0)
+        logits, old = corrected(forward(batch.inputs), state), context.earlier
         losses = cross_entropy_of(context.mask(logits, batch), batch.labels)
         if context.experience > 0:
             share = old.sum() / context.seen.sum()
@@ -97,10 +99,12 @@ class BiC(Strategy):
         """Fit the correction of the new classes, and take the present model as the next teacher."""
         context, fit = curator.context, state["alpha"].new_tensor([1.0, 0.0])
         new = context.current & ~context.task_classes[: context.experience].any(0)
+        if context.experience == 0 or not bool(new.any()):
+            return state.replace_group("teacher", params)  # nothing to correct, and so nothing to ask
         for number in range(ROUNDS):
             rows = Curvature(state, context, new, fit)
             found = curator.release(rows, clip_norm=CLIP_NORM, purpose=f"bias correction {number}", over="memory")
-            fit = fit + newton(found["value"], fit) * (context.experience > 0)
+            fit = fit + newton(found["value"], fit)
         alpha, beta = (torch.where(new, fit[k], state[name]) for k, name in enumerate(("alpha", "beta")))
         return state.replace_group("teacher", params).replace({"alpha": alpha, "beta": beta})
 

@@ -10,10 +10,13 @@ scenarios, Neural Networks 2019, section 3.2 (CWR+).
     predict    with cw
 
 for the c of the experience; mean(tw) is one number over their weights (and one over their biases), past_c and now_c
-are how many records of c were there before and in this experience. A class that is met once has w_c = 0.
+are how many records of c were there before and in this experience. A class that is met once has w_c = 0. Counts of
+classes that the experience does not have are 0, whatever noise makes of them.
 
 A strategy does not write parameters, so tw is the model's head plus a shift that is constant during an experience: it
 starts where it should, and has the gradient of the head. Weight decay pulls the model's head, not tw, towards 0.
+Running statistics of BatchNorm are not parameters and go on moving with the frozen body; dropout draws twice, once for
+the model's head and once for the shift. A body with neither is what this is made for.
 
 State: the model's head where the experience before ended (`base`), and for the formula `kept`, `trained`, `totals`,
 `before` and `latest`; these are combined over clients, and `cw` follows from them, so that a federation holds what one
@@ -78,6 +81,7 @@ class CWRStar(Strategy):
         """Take the mean off the classes just trained, and count their records."""
         now = curator.count(lambda batch: batch.labels, bins=len(state["totals"]), purpose="class counts")
         current, kept = curator.context.current, state.group("cw")
+        now = torch.where(current, now, 0)
         base = {name: params[name] for name in kept}
         trained = {name: base[name] - state[f"base/{name}"] + start(kept[name], current) for name in kept}
         trained = {name: start(value - value[current].mean(), current) for name, value in trained.items()}

@@ -16,9 +16,9 @@ Continual Learning, ICLR Blogposts 2025.
 A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the Fisher-weighted mean
 of the anchors (up to a constant without gradient). So the separate form, too, needs memory for one experience only.
 
-State: `fisher` and `pull`, the Fisher information times the anchor (two tensors a parameter). Both add up over
-experiences and average over clients by declared sizes, so a federation holds what one party with all records would.
-Memory cost: twice the parameters, whatever the number of experiences.
+State: `fisher` and `pull`, the Fisher information times the anchor, which both add up over experiences and average over
+clients by declared sizes, so a federation holds what one party with all records would; and `anchor`, their quotient.
+Memory cost: three times the parameters, whatever the number of experiences.
 Privacy cost: one release an experience. The row of a record is its squared gradient, whose L2 norm is at most the
 square of the gradient's, so it is clipped to C^2; the sum is divided by the declared size and clamped at 0.
 """

@@ -8,7 +8,8 @@ h is what enters the head, theta* the parameters after the last experience. The 
 new domains of the same classes. Here the head goes on learning, as it must where classes are new, so old answers may
 drift although the features stay.
 
-State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each).
+State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each). Running
+statistics of BatchNorm are not among them: the teacher has those of now, so normalise by groups.
 Memory cost: once the parameters. A step takes three passes forward instead of one, since features and logits of the
 present model are two passes.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.

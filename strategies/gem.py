@@ -4,6 +4,7 @@ Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 
 
     g' = argmin |g' - g|^2   with   <g', r_k> >= 0 for every earlier experience k,   r_k = mean gradient of its records
 
+of which `batch_size` are drawn at every step (the authors' code takes all that are stored: give as many as a task has);
 solved by its dual, a quadratic program of as many variables as there are earlier experiences:
 
     v = argmin v^T R R^T v / 2 + g^T R^T v   with   v >= margin,     g' = R^T v + g

@@ -5,19 +5,19 @@ algorithms 1 to 4; temperature as in van de Ven, Tuytelaars and Tolias, Three ty
 Machine Intelligence 2022.
 
     loss_i = sum over classes c seen of BCE(f_c(x_i), t_ic)
-    t_ic = sigmoid(teacher_c(x_i) / T) for classes of earlier experiences,  [y_i = c] for those of this one
+    t_ic = sigmoid(teacher_c(x_i) / T) for classes of earlier experiences,  [y_i = c] for those of this one, also
+           where they come again
     predict the c whose mean of |.|-normalised exemplar features is nearest to the normalised features of x
 
 New records and exemplars are one pool. Exemplars follow the class mean (herding).
 
-State: `teacher`, the parameters at the end of the last experience; `sums` and `counts` of the exemplars' normalised
-features by class, and their normalised `means`. Over clients sums and counts are averaged by declared sizes.
+State: `teacher`, the parameters at the end of the last experience; `sums` of the exemplars' normalised features by
+class, and their directions, the normalised `means`. Over clients the sums are averaged by declared sizes.
 Memory cost: the stored records, once the parameters, and a vector of features for every class.
 Privacy cost: records that may be stored go on being used, and one sum over memory after every experience. Under
 differential privacy exemplars are chosen by their own coins instead of herding, and the means are noisy.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,7 +65,7 @@ class ICaRL(Strategy):
         device = next(iter(spec.params.values())).device
         sums = torch.zeros(spec.num_classes, spec.feature_size, device=device)
         state = State().declare_group("teacher", spec.params, "local").declare("means", sums, "local")
-        return state.declare("sums", sums, "mean").declare("counts", sums[:, 0], "mean")
+        return state.declare("sums", sums, "mean")
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep exemplars in one pool with the new records."""
@@ -77,9 +77,8 @@ class ICaRL(Strategy):
         """Binary cross entropy over the classes seen, towards labels and the teacher's outputs."""
         logits, targets = forward(batch.inputs), one_hot(batch.labels, len(context.seen))
         if context.experience > 0:
-            known = context.task_classes[: context.experience].any(0)
             teacher = forward.at(state.group("teacher"))(batch.inputs)
-            targets = torch.where(known, torch.sigmoid(teacher / self.temperature), targets)
+            targets = torch.where(context.earlier, torch.sigmoid(teacher / self.temperature), targets)
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return (each * context.seen).sum(1)
 
@@ -87,17 +86,16 @@ class ICaRL(Strategy):
         """Take the present model as the next teacher, and the class means of the exemplars under it."""
 
         def query(forward: Forward, batch: Batch) -> Params:
-            classes = one_hot(batch.labels, len(state["counts"]))
+            classes = one_hot(batch.labels, len(state["sums"]))
             features = F.normalize(forward.features(batch.inputs), dim=1)
-            return {"sums": classes[:, :, None] * features[:, None, :], "counts": classes}
+            return {"sums": classes[:, :, None] * features[:, None, :]}
 
-        found = curator.release(query, clip_norm=math.sqrt(2), purpose="class means", over="memory")
+        found = curator.release(query, clip_norm=1.0, purpose="class means", over="memory")
         return state.replace_group("teacher", params).replace(found)
 
     def derive(self, state: State) -> State:
         """Normalised class means."""
-        means = state["sums"] / state["counts"].clamp(min=1e-6)[:, None]
-        return state.replace({"means": F.normalize(means, dim=1)})
+        return state.replace({"means": F.normalize(state["sums"], dim=1)})
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """Minus the squared distance of the normalised features from every class mean."""

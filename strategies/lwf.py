@@ -14,7 +14,8 @@ The second form, with t the number of the experience from 1, is that of van de V
 continual learning, 2019, and of the LwF in Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios,
 2018; `strength` is 1 there.
 
-State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each).
+State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each). Running
+statistics of BatchNorm are not among them: the teacher has those of now, so normalise by groups.
 Memory cost: once the parameters, and one more forward pass a step.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
 """

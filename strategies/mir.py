@@ -42,14 +42,14 @@ class MIR(Strategy):
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB".
-        candidates: stored records of a step that are looked at (C). batch_size: how many of them are rehearsed; None
-            for as many as new ones.
+        candidates: stored records of a step that are looked at (C). batch_size: how many of them are rehearsed, 50 and
+            10 in the paper; None for as many as new ones.
         rate: of the virtual step; that of the optimiser in the paper.
     """
 
     memory_size: int | str
     candidates: int = 50
-    batch_size: int | None = None
+    batch_size: int | None = 10
     rate: float = 0.1
     asks: ClassVar[Asks] = Asks(reuses=True)
     couples_records: ClassVar[bool] = True
@@ -73,7 +73,7 @@ class MIR(Strategy):
         """Cross entropy of new rows and of the chosen candidates; 0 for the other candidates.
 
         Raises:
-            StrategyError: where the batch was cut.
+            StrategyError: where the batch was cut, or there are no more candidates than are rehearsed.
         """
         losses = cross_entropy(forward, batch, context)
         if context.memory_share == 0:
@@ -82,6 +82,9 @@ class MIR(Strategy):
         if not bool(old.any() & new.any()):
             raise StrategyError("MIR ranks all rows of a step together; give Learner(micro_batch_size=None)")
         wanted = new.sum() if self.batch_size is None else torch.as_tensor(self.batch_size)
+        if self.batch_size is None and int(wanted) >= self.candidates:
+            raise StrategyError(f"MIR looks at {self.candidates} stored rows to rehearse {int(wanted)}: it leaves out "
+                                "none; give more candidates or a batch_size")  # fmt: skip
         chosen = highest(self._scores(forward, batch, context, new), old, wanted)
         return losses * batch.valid.sum() * (new / new.sum() + chosen / chosen.sum())
 

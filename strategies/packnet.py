@@ -11,7 +11,8 @@ Of every layer's free weights the share `pruned_share` of least |w| is left to l
 held_j is then where theta_j stood. Biases and normalisation are the first task's and stay, rows of the head belong to
 the task that first has their class: neither is pruned. A task is predicted with the weights of the tasks up to it, as
 they were when it ended: exactly, whatever optimiser moves the parameters (momentum and weight decay move theta_j where
-the gradient is 0, so frozen weights are copies). The bare model is therefore not the network: ask `predict`.
+the gradient is 0, so frozen weights are copies). The bare model is therefore not the network: ask `predict`. Weight
+decay pulls theta_j, and so a later task's w_j towards -held_j instead of 0: leave it out.
 
 The paper retrains what is kept after pruning. Here this is the part of an experience after its first `dense_steps`
 steps; with None weights are pruned when the experience is over and not retrained, which costs accuracy.

@@ -11,7 +11,9 @@ penalty and momentum included. (The reference code of van de Ven et al. 2022 tak
 
 State: `importance`, which adds up over experiences and is averaged over clients by declared sizes; `path` and `anchor`,
 kept by each client. All clients divide by the same distance, that of the global parameters from the common anchor, so
-the average of importances is the importance of the averaged path. What a server's averaging moves is on nobody's path.
+the average of importances is the importance of the averaged path. What a server's averaging moves is on nobody's path,
+nor are rounds that a client sits out: where a fraction of the clients trains in a round, importances are that fraction
+of what they are where all do, so divide `strength` by it.
 Memory cost: three times the parameters, and a copy of them while a step is taken.
 Privacy cost: none: the released gradient and the parameters are all it sees.
 

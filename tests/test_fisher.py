@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from perdure.fisher import AbsoluteGradient, SquaredGradient, linear_layers
-from perdure.models import cnn, mlp
+from perdure.models import cnn, frozen, mlp
 from perdure.privacy.clipping import Clip, clipped_sum
 from perdure.queries import bounded_sum, exact_sum, rows_of
 from perdure.records import Batch, Records
@@ -159,6 +159,31 @@ def test_frozen_parameters_do_not_stop_the_sum():
     module.body[1].weight.requires_grad_(False)
     assert linear_layers(module) is None
     assert_same(exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100), expected)
+
+
+@both
+def test_a_body_without_parameters_is_no_layer(kind):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.Tanh())
+    module, data = frozen(body, input_shape=(5,), num_classes=3), batch()
+    assert list(linear_layers(module)) == ["head"]
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    expected = clipped_sum(rows_of(kind(fisher_terms), module), params, data.tensors(), Clip(norm=0.02), 3)
+    assert_same(bounded_sum(kind(fisher_terms), module, params, data.tensors(), Clip(norm=0.02)), expected)
+
+
+def test_no_more_rows_are_formed_at_once_than_fit(monkeypatch):
+    module, data, seen = small("cnn"), batch(40, (1, 8, 8)), []
+    expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100)
+
+    class Watched(SquaredGradient):
+        def __call__(self, forward, batch):
+            seen.append(len(batch))
+            return super().__call__(forward, batch)
+
+    size = sum(value.numel() for value in module.parameters())
+    monkeypatch.setattr("perdure.privacy.clipping.PASS_NUMBERS", 16 * size)
+    assert_same(exact_sum(Watched(fisher_terms), Forward(module), data, 100), expected)
+    assert seen == [16, 16, 8]
 
 
 def test_given_parameters_are_the_ones_that_count():

@@ -37,8 +37,8 @@ class Watched(FGSM):
 SEEN = []
 
 
-@pytest.mark.parametrize("privacy", [None, SIMULATED])
-def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner_of, toy_stream, privacy):
+@pytest.mark.parametrize(("privacy", "update"), [(None, "experience"), (None, "step"), (SIMULATED, "experience")])
+def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner_of, toy_stream, privacy, update):
     SEEN.clear()
     stream, trained = toy_stream(), []
     copies = [bits({"inputs": e.train.inputs, "test": e.test.inputs}) for e in stream]
@@ -50,7 +50,7 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner
             trained.append(drawn)
 
     attack = Watched(epsilon=0.05)
-    learner = learner_of(Replay(memory_size=12), adversary=attack, callbacks=[look], privacy=privacy)
+    learner = learner_of(Replay(memory_size=12, update=update), adversary=attack, callbacks=[look], privacy=privacy)
     learner.fit(stream)
     assert len(SEEN) == len(trained) == 8
     for (inputs, moved, before, after), batch in zip(SEEN, trained, strict=True):

@@ -14,7 +14,8 @@ def rows(labels, task=0, first_id=0, stored=None):
     n = len(labels)
     ids = first_id + torch.arange(n)
     return Batch(
-        inputs=ids[:, None].float(), labels=torch.tensor(labels), ids=ids, tasks=torch.full((n,), task),
+        inputs=ids[:, None].float(), labels=torch.tensor(labels, dtype=torch.int64), ids=ids,
+        tasks=torch.full((n,), task),
         from_memory=torch.zeros(n, dtype=torch.bool), valid=torch.ones(n, dtype=torch.bool), stored=stored or {},
     )  # fmt: skip
 
@@ -93,10 +94,30 @@ def test_every_group_keeps_its_first_rows_up_to_its_share(groups, capacity, per_
     kept = balanced(torch.tensor(groups, dtype=torch.int64).reshape(-1, 2), capacity, per_class).tolist()
     names = sorted(set(groups))
     shares = [capacity // len(names) + (i < capacity % len(names)) for i in range(len(names))]
+    if len(names) > capacity and not per_class:  # a hash says which have their one place
+        shares = [int(name in {groups[i] for i in kept}) for name in names]
+        assert sum(shares) == capacity
     for name, share in zip(names, shares, strict=True):
         places = [i for i, group in enumerate(groups) if group == name]
         assert [i for i in kept if groups[i] == name] == places[: per_class or share]
     assert kept == sorted(kept) and (per_class or len(kept) <= capacity)
+
+
+def test_where_groups_outnumber_places_late_ones_have_the_same_chance():
+    kept = balanced(torch.arange(3000)[:, None], 300, None)
+    assert len(kept) == 300
+    for third in range(3):
+        assert 70 < int(((kept >= 1000 * third) & (kept < 1000 * third + 1000)).sum()) < 130
+
+
+@pytest.mark.parametrize("selection", ["class-balanced", "ring"])
+def test_the_pieces_of_a_stage_share_its_quotas(selection):
+    memory, plan, stages = Memory(), MemoryPlan(capacity=12, selection=selection), torch.arange(60) // 30
+    for piece in range(60):
+        stage = int(stages[piece])
+        new = rows([2 * stage, 2 * stage + 1] * 2, task=piece, first_id=100 * piece)
+        memory.offer(new, plan, place(piece), stages=stages[: piece + 1])
+    assert torch.bincount(memory.rows.labels).tolist() == [3, 3, 3, 3]
 
 
 @pytest.mark.property
@@ -203,6 +224,9 @@ def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
             seen.setdefault(label, []).append(first + i)
         first += len(labels)
         shares = [capacity // len(seen) + (i < capacity % len(seen)) for i in range(len(seen))] if seen else []
+        if len(seen) > capacity:  # a hash says which have their one place
+            shares = [int(label in memory.rows.labels) for label in sorted(seen)]
+            assert sum(shares) <= capacity
         for label, share in zip(sorted(seen), shares, strict=True):
             seen[label] = seen[label][-share:] if share else []
             assert sorted(memory.rows.ids[memory.rows.labels == label].tolist()) == seen[label]

@@ -10,7 +10,7 @@ from perdure.errors import StrategyError
 from perdure.facts import contexts
 from perdure.memory import MemoryPlan
 from perdure.records import Batch
-from perdure.strategies import EWC, LwF, Naive, Replay
+from perdure.strategies import EWC, GEM, NCM, LwF, Naive, Replay
 from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
 
 
@@ -304,6 +304,14 @@ def test_two_memories_or_two_ideas_of_what_is_trained_are_an_error_that_names_bo
         Combine(Replay(memory_size=5), Rememberer()).plan(experience)
     with pytest.raises(StrategyError, match="Rememberer and Freezer both set trainable"):
         Combine(Rememberer(), Freezer()).plan(experience)
+
+
+@pytest.mark.parametrize("other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)])
+def test_a_part_that_trains_nothing_leaves_no_other_without_effect(toy_stream, other):
+    message = f"NCM takes no gradient, so {other.name} would have no effect; drop one of them"
+    with pytest.raises(StrategyError, match=message):
+        Combine(NCM(), other).plan(toy_stream()[0])
+    assert not Combine(NCM(), Naive()).plan(toy_stream()[0]).train
 
 
 def test_plans_are_merged(toy_stream):

@@ -24,7 +24,8 @@ class Combine(Strategy):
     the part's position, projections run in the order given.
 
     Raises:
-        StrategyError: where two parts would override the loss, the prediction or the memory; it names both.
+        StrategyError: where two parts would override the loss, the prediction or the memory, or one part trains
+            nothing and so leaves another without effect; it names both.
     """
 
     parts: tuple[Strategy, ...] = field(default=())
@@ -98,6 +99,10 @@ class Combine(Strategy):
                 raise StrategyError(f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them")
             return given[0][1] if given else None
 
+        idle = [part.name for part, (_, plan) in zip(self.parts, plans, strict=True) if not plan.train]
+        busy = [part.name for part, (_, plan) in zip(self.parts, plans, strict=True) if plan.memory or shapes(part)]
+        if idle and busy:
+            raise StrategyError(f"{idle[0]} takes no gradient, so {busy[0]} would have no effect; drop one of them")
         pools: set[Pooled] = {plan.pool for _, plan in plans} - {"experience"}
         if len(pools) > 1:
             raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
@@ -153,3 +158,8 @@ class Combine(Strategy):
         """Prediction of the one part that overrides it, else the head."""
         i, part = self._only("predict")
         return part.predict(forward, x, context, self._own(state, i))
+
+
+def shapes(part: Strategy) -> bool:
+    """Whether the part changes what a step of training does."""
+    return any(part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step"))

@@ -169,7 +169,8 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
     """Return the linear layers by name, or None when a parameter belongs to anything else, is shared or frozen."""
-    layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}  # not those of a frozen body
     owned = {f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()}
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
     return layers if owned == trained == {name for name, _ in module.named_parameters()} else None

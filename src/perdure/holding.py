@@ -110,7 +110,7 @@ class Holding:
         with untouched(self._forward.module), torch.no_grad():  # in training mode, as the loss sees these rows
             stored = remember(self._forward, new := batch.take(~batch.from_memory))
         new = replace(new, stored={name: value.detach() for name, value in stored.items()})
-        self.memory.offer(new, plan, generator(self._seed, *place))
+        self.memory.offer(new, plan, generator(self._seed, *place), stages=self._stages())
         self.pool.stored = self.memory.rows
 
     def store(self, remember: Remember) -> None:
@@ -227,8 +227,13 @@ class Holding:
             memory.offered = offered
         else:
             known = self._known(new, plan.selection) if plan.selection in MODELLED else None
-            memory.offer(new, plan, generator(self._seed, "memory", self._client, experience.index), known)
+            place = generator(self._seed, "memory", self._client, experience.index)
+            memory.offer(new, plan, place, known, self._stages())
         memory.latest = experience.index
+
+    def _stages(self) -> Tensor:
+        """(T,) stage of every experience so far; the pieces of one stage share its quotas."""
+        return torch.tensor([experience.task for experience in self.experiences])
 
     def _known(self, rows: Batch, selection: str) -> Tensor:
         """Features (n, f) of the rows, or their cross entropy (n,) over all classes."""

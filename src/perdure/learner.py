@@ -217,7 +217,7 @@ class Learner:
         self.model.train()
         for step in steps:
             self._seed_layers(step)
-            batch = curator.sample(step)
+            drawn = batch = curator.sample(step)
             self._at("step.sampled")
             if self.adversary:
                 batch = self._perturbed(batch, step)
@@ -227,7 +227,7 @@ class Learner:
             gradient = curator.gradient(self._losses, params, batch, step)
             self._at("step.gradient")
             if self._observes:
-                curator.observe(batch, self._remember)
+                curator.observe(drawn, self._remember)
             penalty = strategy.penalty(self.params, self.state) if self._uses["penalty"] else None
             total = with_penalty(gradient, penalty, params)
             if self._uses["project"]:

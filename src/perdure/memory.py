@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.hashing import hashed
 from perdure.records import Batch
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class MemoryPlan:
     Args:
         capacity: number of records kept in all.
         selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal quotas for every pair
-            of experience and class, filled at random (`class-balanced`), by the latest (`ring`; Chaudhry et al. 2019),
-            by the records whose mean feature follows the class mean best (`herding`; Rebuffi et al. 2017, algorithm 4)
-            or by those of the highest loss (`loss-aware`; after Buzzega et al. 2020, "Rethinking experience replay",
-            section 3.4, who drop those of low loss). Under differential privacy all become membership by each record's
-            own coin, because a memory that swaps records doubles their influence.
-        per_class: fixed quota for every pair of experience and class instead of a share of `capacity`.
+            of stage and class (the pieces of an `online` stream are one stage), filled at random (`class-balanced`), by
+            the latest (`ring`; Chaudhry et al. 2019), by the records whose mean feature follows the class mean best
+            (`herding`; Rebuffi et al. 2017, algorithm 4) or by those of the highest loss (`loss-aware`; after Buzzega
+            et al. 2020, "Rethinking experience replay", section 3.4, who drop those of low loss). Under differential
+            privacy all become membership by each record's own coin, because a memory that swaps records doubles their
+            influence.
+        per_class: fixed quota for every pair of stage and class instead of a share of `capacity`, which is no limit
+            then. Under differential privacy `capacity` alone counts.
         batch_size: rows drawn from memory at every step; None for as many as new ones. Under differential privacy
             new and stored records are one pool.
         update: offer records at the end of an `experience`, or every `step` those that were in it. What a strategy
@@ -113,11 +116,19 @@ class Memory:
     def __len__(self) -> int:
         return 0 if self.rows is None else len(self.rows)
 
-    def offer(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None = None) -> None:
+    def offer(
+        self,
+        new: Batch,
+        plan: MemoryPlan,
+        generator: torch.Generator,
+        known: Tensor | None = None,
+        stages: Tensor | None = None,
+    ) -> None:
         """Take in records, each once (no privacy).
 
         Args:
             known: what the model makes of the new rows: features (n, f) to herd, or losses (n,).
+            stages: (T,) int64, the stage of every experience so far; None where each is its own.
         """
         if plan.selection == "reservoir":
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
@@ -127,7 +138,9 @@ class Memory:
             parts = [new.take(order.to(new.inputs.device))]
             old = [self.rows] if self.rows is not None else []
             parts = parts + old if plan.selection == "ring" else old + parts
-            groups = torch.cat([torch.stack([part.tasks.cpu(), part.labels.cpu()], dim=1) for part in parts])
+            tasks, labels = (torch.cat([rows.cpu() for rows in column]) for column in
+                             ([part.tasks for part in parts], [part.labels for part in parts]))  # fmt: skip
+            groups = torch.stack([tasks if stages is None else stages[tasks], labels], dim=1)
             self._take(parts, balanced(groups, plan.capacity, plan.per_class))
         self.offered += len(new)
 
@@ -204,11 +217,15 @@ def reservoir(stored: int, offered: int, new: int, capacity: int, generator: tor
 def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
     """Positions of the first rows of every group (n, k) int64: `per_class`, else an equal share of `capacity`.
 
-    What does not divide goes to the first groups, one more each; a share never grows when groups are added.
+    What does not divide goes to the first groups, one more each; where there are more groups than places, to those that
+    a hash puts first, so that late groups have the same chance. A share never grows when groups are added.
     """
-    _, group = torch.unique(groups, dim=0, return_inverse=True)
-    n_groups = int(group.max()) + 1 if len(group) else 1
-    share = (capacity + n_groups - 1 - torch.arange(n_groups)) // n_groups
+    found, group = torch.unique(groups, dim=0, return_inverse=True)
+    n_groups = max(1, len(found))
+    place = torch.arange(n_groups)
+    if n_groups > capacity:
+        place[hashed(found[:, -1], *found[:, :-1].T).argsort()] = torch.arange(n_groups)
+    share = (capacity + n_groups - 1 - place) // n_groups
     quota = share if per_class is None else torch.full_like(share, per_class)
     order = torch.argsort(group, stable=True)
     starts = torch.cumsum(torch.bincount(group, minlength=n_groups), 0) - torch.bincount(group, minlength=n_groups)

@@ -240,6 +240,7 @@ def exact_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Param
     if isinstance(query, SquaredGradient):
         params = forward.params or {name: value.detach() for name, value in forward.module.named_parameters()}
         total = query.summed(forward.module, params, batch.tensors()) or {}
+        chunk = min(chunk, per_pass(params))  # each row is as large as the parameters
     for piece in () if total else chunks(batch.tensors(), chunk):
         for name, rows in as_params(query(forward, Batch.from_tensors(piece))).items():
             _add(total, name, rows.sum(0).detach())

@@ -139,6 +139,11 @@ class Context:
         return self.task_classes[self.experience]
 
     @property
+    def earlier(self) -> Tensor:
+        """(C,) bool, the classes of earlier experiences that are not of this one: a teacher may answer for them."""
+        return self.task_classes[: self.experience].any(0) & ~self.current
+
+    @property
     def allowed(self) -> Tensor:
         """(C,) bool, the classes that a record of this experience may be predicted as."""
         if self.scenario == "task":
@@ -214,7 +219,7 @@ class Forward:
 
     `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.method("decode")(z)` what
     another method of the model makes of its inputs, `forward.at(params)` the same model at other parameters, unhooked
-    and without gradients: a teacher.
+    and without gradients: a teacher. Running statistics of BatchNorm are no parameters: a teacher has those of now.
     """
 
     def __init__(self, module: nn.Module, params: Params | None = None, *, frozen: bool = False) -> None:

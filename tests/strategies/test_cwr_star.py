@@ -128,6 +128,7 @@ def test_under_privacy_counts_are_a_histogram_and_noise_below_zero_does_no_harm(
     assert learner.fit(stream).isfinite().all()
     asked = [entry.purpose for entry in learner.mechanism.ledger.entries if "class counts" in entry.purpose]
     assert len(asked) == 2
+    assert learner.state["before"][2:].tolist() == [0, 0]  # classes of the second experience had no past to be noisy
     low = torch.full((4,), -3.0, dtype=torch.float64)
     noisy = strategy.derive(learner.state.replace({"before": low, "totals": low - 1}))
     assert torch.equal(noisy["cw/head.bias"][2:], learner.state["trained/head.bias"][2:])

@@ -77,6 +77,13 @@ def test_the_loss_is_that_of_new_rows_and_of_the_stored_ones_that_lose_most(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_as_many_candidates_as_are_rehearsed_are_refused(mixed, toy_model):
+    batch, at, stream = mixed()
+    message = f"MIR looks at {NEW} stored rows to rehearse {NEW}: it leaves out none"
+    with pytest.raises(StrategyError, match=message):
+        MIR(memory_size=50, candidates=NEW, batch_size=None).losses(Forward(toy_model(stream)), batch, at, State())
+
+
 def test_given_parameters_are_those_that_the_virtual_step_starts_from(mixed, toy_model):
     batch, at, stream = mixed()
     model, strategy = toy_model(stream), MIR(memory_size=50, batch_size=3)
@@ -150,7 +157,8 @@ def test_with_as_many_candidates_as_chosen_it_is_experience_replay(toy_stream, t
     """Replay gives all rows the same weight: half of the sum of both means, so it steps alike at twice the rate."""
     ends, stream = [], toy_stream()
     replay = Replay(memory_size=12, selection="reservoir", weighting="equal", update="step", batch_size=4)
-    for strategy, factor in ((MIR(memory_size=12, candidates=4), 1), (replay, 2), (MIR(memory_size=12), 1)):
+    chosen = (MIR(memory_size=12, candidates=candidates, batch_size=4) for candidates in (4, 12))
+    for strategy, factor in ((next(chosen), 1), (replay, 2), (next(chosen), 1)):
         rates = iter([1] + [factor] * 11)  # in the first step memory is empty
         learner = learner_of(
             strategy, toy_model(stream),

@@ -77,7 +77,8 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
     Guarantee: under privacy a reply holds released parameters, released state and declared numbers, nothing else.
 
     Args:
-        make: from a client's number to its freshly built learner and its stream; number and folder are set here.
+        make: from a client's number to its freshly built learner and its stream; number and folder are set here. Models
+            must start alike on all parties, from one seed: restarts, SI's anchor and CWR*'s base are a client's own.
         folder: of the run; clients keep their state in `clients/003` below it. None keeps it in this process only.
     """
     app, seats = ClientApp(), Seats(make, folder)

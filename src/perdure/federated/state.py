@@ -93,7 +93,7 @@ def combine(old: State | None, states: Sequence[State], weights: Sequence[float]
 
 def _sum(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
     wide = torch.float64 if before.is_floating_point() else before.dtype
-    start = before.to(wide)
+    start = before.to(values[0].device, wide)  # clients answer on the CPU, the server may stand on a GPU
     return (start + sum(value.to(wide) - start for value in values)).to(before.dtype)
 
 
