@@ -19,11 +19,11 @@ What is held out: a tenth of all records, by a hash of the record's id, which ne
 are in memory make the validation set. The fit, two numbers of a convex function, is by Newton's method: each of its
 `ROUNDS` steps is one sum over memory of 5 numbers a record (slope and curvature).
 
-State: `teacher`, the parameters at the end of the last experience, `alpha` and `beta`. In a federation every client
+State: `teacher`, the model at the end of the last experience, `alpha` and `beta`. In a federation every client
 fits its own and the fits are averaged by declared sizes, which is not the fit of all records together.
 Memory cost: the stored records and once the parameters.
-Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every experience that
-brought new classes; a plan counts them for every one.
+Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every experience, the
+first one and those without new classes too: what a strategy asks is declared once for all.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class BiC(Strategy):
         if spec.scenario != "class":
             raise StrategyError("BiC evens out new and old classes of class-incremental streams; use Replay elsewhere")
         ones = torch.ones(spec.num_classes, device=next(iter(spec.params.values())).device)
-        state = State().declare_group("teacher", spec.params, "local")
+        state = State().declare_group("teacher", spec.teacher, "local")
         return state.declare("alpha", ones, "mean").declare("beta", torch.zeros_like(ones), "mean")
 
     def plan(self, experience: "Experience") -> Plan:
@@ -99,14 +99,13 @@ class BiC(Strategy):
         """Fit the correction of the new classes, and take the present model as the next teacher."""
         context, fit = curator.context, state["alpha"].new_tensor([1.0, 0.0])
         new = context.current & ~context.task_classes[: context.experience].any(0)
-        if context.experience == 0 or not bool(new.any()):
-            return state.replace_group("teacher", params)  # nothing to correct, and so nothing to ask
+        state = state.replace_group("teacher", params | curator.statistics)
         for number in range(ROUNDS):
             rows = Curvature(state, context, new, fit)
             found = curator.release(rows, clip_norm=CLIP_NORM, purpose=f"bias correction {number}", over="memory")
-            fit = fit + newton(found["value"], fit)
+            fit = fit + newton(found["value"], fit) * (context.experience > 0)
         alpha, beta = (torch.where(new, fit[k], state[name]) for k, name in enumerate(("alpha", "beta")))
-        return state.replace_group("teacher", params).replace({"alpha": alpha, "beta": beta})
+        return state.replace({"alpha": alpha, "beta": beta})
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """Corrected logits."""

@@ -8,8 +8,8 @@ h is what enters the head, theta* the parameters after the last experience. The 
 new domains of the same classes. Here the head goes on learning, as it must where classes are new, so old answers may
 drift although the features stay.
 
-State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each). Running
-statistics of BatchNorm are not among them: the teacher has those of now, so normalise by groups.
+State: `teacher`, parameters and running statistics at the end of the last experience (identical on all clients, kept
+by each).
 Memory cost: once the parameters. A step takes three passes forward instead of one, since features and logits of the
 present model are two passes.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
@@ -45,7 +45,7 @@ class FeatureDistillation(Strategy):
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on."""
-        return State().declare_group("teacher", spec.params, "local")
+        return State().declare_group("teacher", spec.teacher, "local")
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and half the squared distance of the features, per record."""
@@ -58,4 +58,4 @@ class FeatureDistillation(Strategy):
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model as the next teacher."""
-        return state.replace_group("teacher", params)
+        return state.replace_group("teacher", params | curator.statistics)

@@ -17,7 +17,7 @@ Every row brings one made-up row, so that its loss is its own. e and z_i are a f
 step (`perdure.hashing`). Classifier and generator are trained by one loss; they share no parameter, so that
 without privacy each goes its own way, as in the paper.
 
-State: `teacher`, the parameters at the end of the last experience, generator included, and the number of `steps`.
+State: `teacher`, the model at the end of the last experience, generator included, and the number of `steps`.
 Memory cost: once the parameters, a generator beside the classifier, and a made-up row for every row of a step.
 Privacy cost: none beyond the gradient. The generator is trained by the same released gradients as the classifier, and
 so whatever it makes up is post-processing: no record is stored, and none is used again after its experience. The two
@@ -83,7 +83,7 @@ class GenerativeReplay(Strategy):
                 'input_shape=...), or set model.name = "generative"'
             )
         steps = torch.zeros((), dtype=torch.int64, device=next(iter(spec.params.values())).device)
-        return State().declare_group("teacher", spec.params, "local").declare("steps", steps, "local")
+        return State().declare_group("teacher", spec.teacher, "local").declare("steps", steps, "local")
 
     def plan(self, experience: "Experience") -> Plan:
         """Train on the experience alone.
@@ -119,7 +119,7 @@ class GenerativeReplay(Strategy):
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model, generator and all, as the next teacher."""
-        return state.replace_group("teacher", params)
+        return state.replace_group("teacher", params | curator.statistics)
 
     def _distil(self, logits: Tensor, teacher: Tensor, context: Context) -> Tensor:
         """(n,) how far the answers are from the teacher's."""

@@ -11,7 +11,7 @@ Machine Intelligence 2022.
 
 New records and exemplars are one pool. Exemplars follow the class mean (herding).
 
-State: `teacher`, the parameters at the end of the last experience; `sums` of the exemplars' normalised features by
+State: `teacher`, the model at the end of the last experience; `sums` of the exemplars' normalised features by
 class, and their directions, the normalised `means`. Over clients the sums are averaged by declared sizes.
 Memory cost: the stored records, once the parameters, and a vector of features for every class.
 Privacy cost: records that may be stored go on being used, and one sum over memory after every experience. Under
@@ -64,7 +64,7 @@ class ICaRL(Strategy):
             raise StrategyError("ICaRL needs new classes in every experience; use Replay in domain-incremental streams")
         device = next(iter(spec.params.values())).device
         sums = torch.zeros(spec.num_classes, spec.feature_size, device=device)
-        state = State().declare_group("teacher", spec.params, "local").declare("means", sums, "local")
+        state = State().declare_group("teacher", spec.teacher, "local").declare("means", sums, "local")
         return state.declare("sums", sums, "mean")
 
     def plan(self, experience: "Experience") -> Plan:
@@ -91,7 +91,7 @@ class ICaRL(Strategy):
             return {"sums": classes[:, :, None] * features[:, None, :]}
 
         found = curator.release(query, clip_norm=1.0, purpose="class means", over="memory")
-        return state.replace_group("teacher", params).replace(found)
+        return state.replace_group("teacher", params | curator.statistics).replace(found)
 
     def derive(self, state: State) -> State:
         """Normalised class means."""

@@ -19,7 +19,7 @@ bare model is not the classifier: ask `predict`. The paper takes the last ReLU o
 both signs; here the body is the user's: with `activation="tanh"` they have. Left out is what the authors' code adds:
 fine-tuning on equally many records of every class, and new embeddings that start from class means.
 
-State: `teacher`, the parameters at the end of the last experience; `held`, the embeddings; `records`, how many were
+State: `teacher`, the model at the end of the last experience; `held`, the embeddings; `records`, how many were
 declared so far. Over clients embeddings are averaged, which leaves them as they are.
 Memory cost: the stored records, once the parameters and once the head.
 Privacy cost: records that may be stored go on being used. Under differential privacy exemplars are chosen by their own
@@ -94,7 +94,7 @@ class LUCIR(Strategy):
         if {name for name in spec.params if name.startswith("head.")} != {WEIGHT, SCALE}:
             raise StrategyError('LUCIR needs a cosine head; build the model with head="cosine", as mlp(head="cosine")')
         held = torch.zeros_like(spec.params[WEIGHT])
-        state = State().declare_group("teacher", spec.params, "local").declare("held", held, "mean")
+        state = State().declare_group("teacher", spec.teacher, "local").declare("held", held, "mean")
         return state.declare("records", held.new_zeros(()), "local")
 
     def plan(self, experience: "Experience") -> Plan:
@@ -121,7 +121,7 @@ class LUCIR(Strategy):
         new = curator.context.current & ~before(curator.context)
         held = torch.where(new[:, None], params[WEIGHT], state["held"])
         found = {"held": held, "records": state["records"] + curator.declared_size}
-        return state.replace_group("teacher", params).replace(found)
+        return state.replace_group("teacher", params | curator.statistics).replace(found)
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """Scaled cosines with the embeddings, those of earlier experiences as they were."""

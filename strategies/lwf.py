@@ -14,8 +14,8 @@ The second form, with t the number of the experience from 1, is that of van de V
 continual learning, 2019, and of the LwF in Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios,
 2018; `strength` is 1 there.
 
-State: `teacher`, the parameters at the end of the last experience (identical on all clients, kept by each). Running
-statistics of BatchNorm are not among them: the teacher has those of now, so normalise by groups.
+State: `teacher`, parameters and running statistics at the end of the last experience (identical on all clients, kept
+by each).
 Memory cost: once the parameters, and one more forward pass a step.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
 """
@@ -58,7 +58,7 @@ class LwF(Strategy):
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on."""
-        return State().declare_group("teacher", spec.params, "local")
+        return State().declare_group("teacher", spec.teacher, "local")
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and distillation, per record."""
@@ -76,7 +76,7 @@ class LwF(Strategy):
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model as the next teacher."""
-        return state.replace_group("teacher", params)
+        return state.replace_group("teacher", params | curator.statistics)
 
     def _distil(self, logits: Tensor, teacher: Tensor, known: Tensor, allowed: Tensor) -> Tensor:
         targets = torch.softmax(torch.where(known, teacher, MASKED) / self.temperature, dim=1)

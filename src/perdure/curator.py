@@ -24,7 +24,7 @@ from perdure.privacy.guard import check_losses
 from perdure.privacy.mechanism import Mechanism, Occasion, digest
 from perdure.queries import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of, tried
 from perdure.records import Batch, Params
-from perdure.strategy import Context, Forward, Plan, evaluating
+from perdure.strategy import Context, Forward, Plan, evaluating, statistics_of
 from perdure.streams import Experience
 
 QUESTIONS = 16
@@ -106,6 +106,11 @@ class Curator:
     def synthetic(self, n: int) -> Batch:
         """Return n rows like those of the open pool that owe nothing to any record."""
         return self._held.synthetic(n, self.context)
+
+    @property
+    def statistics(self) -> Params:
+        """Running means and variances of the model now; none under privacy, where the guard allows no such layer."""
+        return {} if self._mechanism else statistics_of(self._forward.module)
 
     @property
     def exposure(self) -> Exposure:

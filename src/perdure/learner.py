@@ -23,7 +23,7 @@ from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
 from perdure.seeds import derive
 from perdure.start import start
-from perdure.strategy import Forward, Plan, Spec, State, Strategy
+from perdure.strategy import Forward, Plan, Spec, State, Strategy, statistics_of
 from perdure.streams import Experience, Stream
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class Learner:
         self.state = self.strategy.init(Spec(
             params=initial, num_classes=stream.num_classes, num_experiences=len(stream),
             feature_size=getattr(self.model, "feature_size", 0), scenario=stream.scenario,
+            statistics={} if self.privacy else statistics_of(self.model),
         ))  # fmt: skip
         if self.privacy:
             from perdure.budget import private_mechanism

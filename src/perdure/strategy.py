@@ -5,7 +5,7 @@ Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and t
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -103,6 +103,7 @@ class Spec:
         params: the model's parameters (for their shapes, device and initial values).
         num_classes: width of the head. num_experiences: declared length of the stream.
         feature_size: width of `model.features`. scenario: task-, domain- or class-incremental.
+        statistics: running means and variances of the model's layers; a teacher keeps them beside its parameters.
     """
 
     params: Params
@@ -110,6 +111,12 @@ class Spec:
     num_experiences: int
     feature_size: int
     scenario: Scenario
+    statistics: Params = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> Params:
+        """All that makes the model answer as it does."""
+        return {**self.params, **self.statistics}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,7 +226,7 @@ class Forward:
 
     `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.method("decode")(z)` what
     another method of the model makes of its inputs, `forward.at(params)` the same model at other parameters, unhooked
-    and without gradients: a teacher. Running statistics of BatchNorm are no parameters: a teacher has those of now.
+    and without gradients: a teacher, which keeps running statistics too where `params` has some.
     """
 
     def __init__(self, module: nn.Module, params: Params | None = None, *, frozen: bool = False) -> None:
@@ -254,6 +261,12 @@ class Forward:
             return torch.func.functional_call(module, params, inputs)
         with torch.no_grad(), evaluating(module):
             return torch.func.functional_call(module, params, inputs)
+
+
+def statistics_of(module: nn.Module) -> Params:
+    """Copies of the running means and variances of normalisation layers, by name."""
+    own = ("running_mean", "running_var")
+    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def test_classes_out_of_question_are_not_predicted(toy_stream, toy_model, scenar
 
 @pytest.mark.parametrize("stretch", [1e-3, 1.0, 1e3])
 def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped(toy_stream, toy_model, stretch):
-    """Features of any length: a row is a unit vector and a one, of norm sqrt(2) together."""
+    """Features of any length: a row is a unit vector."""
     stream, asked = toy_stream(), {}
     learner = learner_of(toy_model(stream), ICaRL(memory_size=16))
     learner.prepare(stream)
@@ -202,6 +202,8 @@ def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped
     learner.curator.store(lambda forward, batch: {})
 
     class Asked:
+        statistics = learner.curator.statistics
+
         def release(self, query, **options):
             asked.update(options, rows=query(learner.forward, Batch.current(stream[0].train, 0)))
             return learner.curator.release(query, **options)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["releases", "recalls", "histograms", "selections", "references"]
 """What is asked, by its name in `Asks`."""
-FACTS = ("context", "declared_size", "private", "clip_norm", "signal_to_noise", "synthetic", "exposure")
+FACTS = ("context", "declared_size", "private", "clip_norm", "signal_to_noise", "synthetic", "exposure", "statistics")
 REFUSING = ("raw", "stored", "diagnostics")
 """What the curator itself refuses under privacy."""
 

@@ -14,7 +14,7 @@ from perdure.learner import Callback, Learner
 from perdure.models import mlp
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params, Records
-from perdure.strategy import Context, Forward, Scenario, Spec, State, Strategy
+from perdure.strategy import Context, Forward, Scenario, Spec, State, Strategy, statistics_of
 from perdure.streams import Stream, split
 from perdure.testing.door import Door, Question
 
@@ -200,6 +200,7 @@ class Scene:
         spec = Spec(
             params=params, num_classes=self.stand.stream.num_classes, num_experiences=EXPERIENCES,
             feature_size=getattr(self.learner.model, "feature_size", 0), scenario=self.stand.scenario,
+            statistics=statistics_of(self.learner.model),
         )  # fmt: skip
         return {
             "init": lambda: strategy.init(spec),
