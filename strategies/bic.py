@@ -26,6 +26,7 @@ Privacy cost: records that may be stored go on being used, and `ROUNDS` sums ove
 first one and those without new classes too: what a strategy asks is declared once for all.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,7 +66,7 @@ class BiC(Strategy):
     asks: ClassVar[Asks] = Asks(recalls=ROUNDS, reuses=True)
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError.of("bic.temperature", self.temperature, "a number above 0")
 
     def init(self, spec: Spec) -> State:

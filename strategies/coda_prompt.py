@@ -30,6 +30,7 @@ Privacy cost: none beyond the gradient, and that is of the experience's own comp
 of a record depend on it and the parameters, and the penalty touches no data.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ class CODAPrompt(Strategy):
     strength: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
+        if not 0 <= self.strength < math.inf:
             raise ConfigError.of("coda_prompt.strength", self.strength, "0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -14,6 +14,7 @@ Privacy cost: records that may be stored go on being used in all later experienc
 record is stored by its own coin with the logits of the last step it was in, and all rows weigh the same.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -47,7 +48,7 @@ class DER(Strategy):
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError.of(f"der.{name}", getattr(self, name), "0 or more")
 
     def plan(self, experience: "Experience") -> Plan:

@@ -44,7 +44,12 @@ class FeatureDistillation(Strategy):
             raise ConfigError.of("feature_distillation.strength", self.strength, "a finite number, 0 or more")
 
     def init(self, spec: Spec) -> State:
-        """Lay out the teacher; it is used from the second experience on."""
+        """Lay out the teacher; it is used from the second experience on.
+
+        Raises:
+            StrategyError: for a model without features.
+        """
+        spec.require_features()
         return State().declare_group("teacher", spec.teacher, "local")
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

@@ -26,6 +26,7 @@ is lost in the noise, and a much smaller one serves both. Without privacy nothin
 what it was shown.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ class GenerativeReplay(Strategy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not self.temperature > 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ConfigError.of("generative_replay.temperature", self.temperature, "a number above 0, or none")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

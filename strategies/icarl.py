@@ -18,6 +18,7 @@ Privacy cost: records that may be stored go on being used, and one sum over memo
 differential privacy exemplars are chosen by their own coins instead of herding, and the means are noisy.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -51,17 +52,19 @@ class ICaRL(Strategy):
     asks: ClassVar[Asks] = Asks(recalls=1, reuses=True)
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError.of("icarl.temperature", self.temperature, "a number above 0")
 
     def init(self, spec: Spec) -> State:
         """Lay out teacher and class means.
 
         Raises:
-            StrategyError: where all experiences have the same classes, and the teacher would know every answer.
+            StrategyError: where all experiences have the same classes, and the teacher would know every answer, or
+                the model has no features.
         """
         if spec.scenario == "domain":
             raise StrategyError("ICaRL needs new classes in every experience; use Replay in domain-incremental streams")
+        spec.require_features()
         device = next(iter(spec.params.values())).device
         sums = torch.zeros(spec.num_classes, spec.feature_size, device=device)
         state = State().declare_group("teacher", spec.teacher, "local").declare("means", sums, "local")

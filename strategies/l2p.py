@@ -23,6 +23,7 @@ State: none. Memory cost: the pool. A step and a prediction take two passes thro
 Privacy cost: none beyond the gradient: what a record picks depends on the record and the parameters alone.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class L2P(Strategy):
     strength: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
+        if not 0 <= self.strength < math.inf:
             raise ConfigError.of("l2p.strength", self.strength, "0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -24,6 +24,7 @@ Privacy cost: none beyond the gradient, and that is of the trained set and the h
 In a federation A_t and B_t are averaged each by itself, which is not the mean of their products.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ class LoRA(Strategy):
     head: str = "head."
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
+        if not 0 <= self.strength < math.inf:
             raise ConfigError.of("lora.strength", self.strength, "0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

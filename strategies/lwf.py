@@ -20,6 +20,7 @@ Memory cost: once the parameters, and one more forward pass a step.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -49,9 +50,9 @@ class LwF(Strategy):
     weighting: Literal["sum", "experiences"] = "sum"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError.of("lwf.temperature", self.temperature, "a number above 0")
-        if not self.strength >= 0:
+        if not 0 <= self.strength < math.inf:
             raise ConfigError.of("lwf.strength", self.strength, "0 or more")
         if self.weighting not in ("sum", "experiences"):
             raise ConfigError.of("lwf.weighting", self.weighting, ("sum", "experiences"))

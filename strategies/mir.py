@@ -21,6 +21,7 @@ new rows and all candidates.
 Privacy cost: refused under differential privacy.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -55,7 +56,7 @@ class MIR(Strategy):
     couples_records: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
+        if not 0 < self.rate < math.inf:
             raise ConfigError.of("mir.rate", self.rate, "a number above 0")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError.of("mir.batch_size", self.batch_size, "1 or more records, or none")

@@ -45,6 +45,12 @@ class Unseeded(Strategy):
         return nn.Linear(*input_shape, num_classes)
 
 
+@broken("declared", "penality() is no hook", "did you mean penalty()?")
+class Misspelled(Strategy):
+    def penality(self, params, state):
+        return None
+
+
 # --------------------------------------------------------------------------- alone
 
 

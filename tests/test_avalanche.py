@@ -299,14 +299,27 @@ def test_experiences_are_trained_on_once_and_in_order(benchmark, toy_model, temp
 
 
 def test_models_without_one_lasting_output_a_class_are_refused(avalanche, benchmark, template):
-    from avalanche.models import IncrementalClassifier
+    from avalanche.models import DynamicModule, IncrementalClassifier
+
+    class Growing(DynamicModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def adaptation(self, experience):
+            self.more = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.layer(x)
 
     made = benchmark("class")
     with pytest.raises(ConfigError, match="outputs of the model = 2"):
         template(nn.Linear(5, 2), as_plugin(Naive())).train(made.train_stream[0])
-    growing = nn.Sequential(nn.Linear(5, 3), IncrementalClassifier(3, initial_out_features=1))
+    narrow = nn.Sequential(nn.Linear(5, 3), IncrementalClassifier(3, initial_out_features=1))
+    with pytest.raises(ConfigError, match="outputs of the model = 1"):
+        template(narrow, as_plugin(Naive())).train(made.train_stream[0])
     with pytest.raises(ConfigError, match="no growing heads"):
-        template(growing, as_plugin(Naive())).train(made.train_stream[0])
+        template(Growing(), as_plugin(Naive())).train(made.train_stream[0])
 
 
 def test_tasks_that_count_their_classes_from_zero_are_refused(avalanche, toy_data, toy_model, template):

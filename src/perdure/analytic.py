@@ -287,8 +287,7 @@ def layout(spec: Spec, d: int, *, matrix: bool, counts: bool = True) -> State:
     Raises:
         StrategyError: for a model that does not say how long its features are.
     """
-    if d < 1:
-        raise StrategyError("the model has no feature_size; give it one, and `features`, as perdure.models.Classifier")
+    spec.require_features()
     device = next((value.device for value in spec.params.values()), torch.device("cpu"))
     c, state = spec.num_classes, State()
     sums = {"gram": (d, d) if matrix else None, "cross": (d, c), "totals": (c,) if counts else None, "noisy": ()}

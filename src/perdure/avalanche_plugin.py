@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.avalanche import from_avalanche, task_labels
-from perdure.errors import ConfigError, PrivacyError
+from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.gradients import with_penalty
 from perdure.learner import Learner
 from perdure.pool import beside
@@ -101,9 +101,7 @@ class StrategyPlugin:
 
     def before_backward(self, template: Any, **_: Any) -> None:
         """Give the strategy's own loss in place of the criterion's, and show the penalty."""
-        learner, width = self.learner, template.mb_output.shape[1]
-        if width != learner.stream.num_classes:
-            raise ConfigError.of("outputs of the model", width, f"{learner.stream.num_classes}: one for every class")
+        learner = self.learner
         if self.strategy.uses("losses"):
             given = _Given(template.model, template.mb_x, template.mb_output)
             template.loss = learner._losses(given, self._batch).mean()
@@ -222,7 +220,12 @@ def _check(template: Any, strategy: Strategy) -> None:
         )
     criterion = template._criterion
     if strategy.uses("losses") and not _plain(criterion):
-        raise ConfigError.of("criterion", criterion, f"CrossEntropyLoss(): {strategy.name} has a loss of its own")
+        allowed = "CrossEntropyLoss() without weight, label smoothing or another reduction"
+        raise ConfigError.of("criterion", criterion, f"{allowed}: {strategy.name} has a loss of its own")
+    others = [part.strategy for part in template.plugins if isinstance(part, StrategyPlugin)]
+    rivals = [other.name for other in others if other.uses("losses") and strategy.uses("losses")]
+    if len(rivals) > 1:
+        raise StrategyError(f"{' and '.join(rivals)} both override losses(); at most one may: drop one of them")
 
 
 def _plain(criterion: Any) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
 from perdure.facts import Exposure
@@ -24,7 +24,7 @@ from perdure.privacy.guard import check_losses
 from perdure.privacy.mechanism import Mechanism, Occasion, digest
 from perdure.queries import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of, tried
 from perdure.records import Batch, Params
-from perdure.strategy import Context, Forward, Plan, evaluating, statistics_of
+from perdure.strategy import Context, Forward, Plan, evaluating
 from perdure.streams import Experience
 
 QUESTIONS = 16
@@ -356,3 +356,9 @@ def nothing(params: Params) -> Params:
 def prefixed(shown: Params) -> Params:
     """The same under names that no parameter has."""
     return {f"shown {name}": value.detach() for name, value in shown.items()}
+
+
+def statistics_of(module: nn.Module) -> Params:
+    """Copies of the running means and variances of normalisation layers, by name."""
+    own = ("running_mean", "running_var")
+    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}

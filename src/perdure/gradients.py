@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from perdure.errors import StrategyError
 from perdure.privacy.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping import Clip, clipped_sum, per_pass
 from perdure.privacy.opacus import grad_sample_sum
@@ -46,6 +47,8 @@ def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Pa
     """The gradient of loss and penalty, of that of the loss; the penalty touches no record."""
     if penalty is None:
         return gradient
+    if not isinstance(penalty, Tensor) or penalty.dim():
+        raise StrategyError(f"penalty() returned {penalty!r}; allowed: a tensor with one number, or None")
     extra = torch.autograd.grad(penalty, list(params.values()), allow_unused=True)
     return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
-from perdure.curator import Curator
+from perdure.curator import Curator, statistics_of
 from perdure.denormals import flushed
-from perdure.errors import ConfigError, StrategyError
+from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.facts import Exposure, contexts, drawn_from, exposure, pieces
 from perdure.gradients import with_penalty
 from perdure.metrics import accuracy
@@ -22,8 +22,9 @@ from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
 from perdure.seeds import derive
+from perdure.sound import a_state, refuse_outputs, refuse_runaway
 from perdure.start import start
-from perdure.strategy import Forward, Plan, Spec, State, Strategy, statistics_of
+from perdure.strategy import Forward, Plan, Spec, State, Strategy
 from perdure.streams import Experience, Stream
 
 if TYPE_CHECKING:
@@ -138,16 +139,24 @@ class Learner:
         return torch.tensor(rows, dtype=torch.float64)
 
     def prepare(self, stream: Stream) -> None:
-        """Lay out state, curator and, under privacy, the calibrated plan of the whole stream."""
+        """Lay out state, curator and, under privacy, the calibrated plan of the whole stream.
+
+        Raises:
+            ConfigError: for a model whose outputs are not one for every class.
+            PrivacyError: for a private learner that has trained and keeps no folder: its ledger would begin anew.
+        """
+        if self.privacy and self.position != Position() and not self.folder:
+            raise PrivacyError("this Learner has spent on this model; make a new one of both, or give it a folder")
         self.stream = stream.to(self.device)
         self.context = contexts(self.stream, self.device)
         self.position, self.matrix = Position(), []
         initial = {name: value.detach().clone() for name, value in self.params.items()}
-        self.state = self.strategy.init(Spec(
+        refuse_outputs(self.model, self.stream)
+        self.state = a_state("init", self.strategy, self.strategy.init(Spec(
             params=initial, num_classes=stream.num_classes, num_experiences=len(stream),
             feature_size=getattr(self.model, "feature_size", 0), scenario=stream.scenario,
             statistics={} if self.privacy else statistics_of(self.model),
-        ))  # fmt: skip
+        )))  # fmt: skip
         if self.privacy:
             from perdure.budget import private_mechanism
 
@@ -240,11 +249,17 @@ class Learner:
 
     @flushed()
     def finish(self) -> None:
-        """Consolidate at the present parameters, offer the records to memory and go to the next experience."""
+        """Consolidate at the present parameters, offer the records to memory and go to the next experience.
+
+        Raises:
+            StrategyError: where training ran away, and parameters are no numbers any more.
+        """
+        refuse_runaway(self.params, self.strategy, self.position.experience)
         self.model.eval()
         self.curator.store(self._remember)
         detached = {name: value.detach().clone() for name, value in self.params.items()}
-        self.state = self.strategy.derive(self.strategy.after_experience(self.curator, detached, self.state))
+        new = self.strategy.after_experience(self.curator, detached, self.state)
+        self.state = self.strategy.derive(a_state("after_experience", self.strategy, new))
         self._at("experience.consolidated")
         self.curator.close()
         self.position = Position(experience=self.position.experience + 1)
@@ -260,7 +275,7 @@ class Learner:
         return lambda x: self.strategy.predict(self.forward, x, context, self.state)
 
     def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
-        """Accuracy in percent on the test records of every experience."""
+        """Accuracy in percent on the test records of every experience; `prepare` comes first."""
         after = max(0, self.position.experience - 1)
         with torch.no_grad():
             return [

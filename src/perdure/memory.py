@@ -4,6 +4,7 @@ Memory is storage, not a partition: using it is charged to the partitions its ro
 """
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -55,14 +56,14 @@ class MemoryPlan:
     use: Use = "rehearsal"
 
     def __post_init__(self) -> None:
-        if self.capacity < 1:
+        if not whole(self.capacity):
             raise ConfigError.of("memory capacity", self.capacity, "1 or more records")
         for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError.of(f"memory {name}", getattr(self, name), allowed)
         for name in ("per_class", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not whole(value):
                 raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
         if self.use == "pooled" and self.update == "step":
             raise ConfigError.of("memory use", "pooled", "with update='experience': a pool is shuffled whole")
@@ -83,14 +84,19 @@ def records_in(size: int | str, experience: "Experience") -> int:
     Raises:
         ConfigError: for another text.
     """
-    if isinstance(size, int):
-        return size
+    if not isinstance(size, str):
+        return int(size)
     number, _, unit = str(size).partition(" ")
     if unit not in UNITS or not number.replace(".", "", 1).isdecimal() or not float(number):
         raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
     inputs = experience.train.inputs
     row = inputs[:0].new_empty(inputs.shape[1:]).nbytes + 2 * experience.train.ids.element_size()
     return max(1, int(float(number) * UNITS[unit]) // row)
+
+
+def whole(value: object) -> bool:
+    """Whether it is a whole number, 1 or more."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}

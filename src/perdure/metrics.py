@@ -134,7 +134,7 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
     >>> forward_transfer(torch.tensor([[100.0, 30.0], [60.0, 90.0]]), torch.tensor([50.0, 20.0]))
     10.0
     """
-    R = _checked(matrix)
+    R, baseline = _checked(matrix), torch.as_tensor(baseline)
     if baseline.shape != R.shape[1:]:
         raise ConfigError.of("baseline", tuple(baseline.shape), f"one value per experience, ({R.shape[1]},)")
     ahead = R.diagonal(offset=1)
@@ -158,7 +158,7 @@ def area_under_accuracy(matrix: Tensor) -> float:
     87.5
     """
     R = _checked(matrix)
-    return torch.stack([row[: i + 1].nanmean() for i, row in enumerate(R)]).mean().item()
+    return torch.stack([row[: i + 1].nanmean() for i, row in enumerate(R)]).nanmean().item()
 
 
 def worst_experience_accuracy(matrix: Tensor) -> float:
@@ -249,7 +249,8 @@ def summarise(matrix: Tensor, baseline: Tensor | None = None) -> Summary:
 
 
 def _checked(matrix: Tensor) -> Tensor:
-    """Return the matrix in float64, or say what is wrong with it."""
+    """Return the matrix, a tensor or rows of numbers, in float64, or say what is wrong with it."""
+    matrix = torch.as_tensor(matrix)
     if matrix.ndim != 2 or matrix.numel() == 0:
         shape = tuple(matrix.shape)
         raise ConfigError.of("accuracy_matrix", shape, "shape (moments, experiences), both at least 1")

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perdure.errors import StrategyError
+from perdure.errors import ConfigError, StrategyError
 from perdure.records import Batch, Params
 
 if TYPE_CHECKING:
@@ -113,6 +113,13 @@ class Spec:
     scenario: Scenario
     statistics: Params = field(default_factory=dict)
 
+    def require_features(self) -> None:
+        """Refuse a model that does not say how long its features are."""
+        if self.feature_size < 1:
+            raise StrategyError(
+                "the model has no feature_size; give it one, and `features`, as perdure.models.Classifier"
+            )
+
     @property
     def teacher(self) -> Params:
         """All that makes the model answer as it does."""
@@ -185,6 +192,10 @@ class Plan:
     trainable: tuple[str, ...] | None = None
     train: bool = True
     penalised: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pool not in get_args(Pooled):
+            raise ConfigError.of("plan.pool", self.pool, get_args(Pooled))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,12 +272,6 @@ class Forward:
             return torch.func.functional_call(module, params, inputs)
         with torch.no_grad(), evaluating(module):
             return torch.func.functional_call(module, params, inputs)
-
-
-def statistics_of(module: nn.Module) -> Params:
-    """Copies of the running means and variances of normalisation layers, by name."""
-    own = ("running_mean", "running_var")
-    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +14,7 @@ from perdure.checkpoint import Store
 from perdure.gradients import with_penalty
 from perdure.learner import Learner
 from perdure.privacy.policy import Privacy
-from perdure.strategy import State
+from perdure.strategy import State, Strategy
 from perdure.testing.stand import BLOCKS, SIMULATED, Stand, copied, differing, require, run
 
 # --------------------------------------------------------------------------- what it is
@@ -27,6 +28,13 @@ def declared(stand: Stand) -> None:
         parameters is not None and parameters.frozen, f"{kind.__name__} is no frozen dataclass",
         allowed="frozen dataclasses", fix=fix,
     )  # fmt: skip
+    hooks = [name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")]
+    for name in vars(kind):
+        meant = get_close_matches(name, hooks, 1, 0.8) if name not in hooks and callable(getattr(kind, name)) else []
+        require(
+            not meant or stand.strategy.uses(meant[0]), f"{name}() is no hook", allowed=", ".join(hooks),
+            fix=f"did you mean {meant[0] if meant else ''}()? Rename it, or give a helper another name",
+        )  # fmt: skip
     known = {field.name for field in dataclasses.fields(stand.strategy)}
     own = [
         name for name, of in inspect.get_annotations(kind).items() if name not in known and "ClassVar" not in str(of)

@@ -8,13 +8,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
+from perdure.curator import statistics_of
 from perdure.datasets import Dataset
 from perdure.errors import ConformanceError
 from perdure.learner import Callback, Learner
 from perdure.models import mlp
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params, Records
-from perdure.strategy import Context, Forward, Scenario, Spec, State, Strategy, statistics_of
+from perdure.strategy import Context, Forward, Scenario, Spec, State, Strategy
 from perdure.streams import Stream, split
 from perdure.testing.door import Door, Question
 
