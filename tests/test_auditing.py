@@ -221,7 +221,7 @@ def test_without_sampling_half_the_noise_is_caught_by_every_method(learner, toy_
 
 @pytest.mark.parametrize(
     ("strategy", "steps"),
-    [(EWC(strength=10.0), 25), (LwF(), 25), (Replay(memory_size=40), 50),
+    [(EWC(strength=0.1), 25), (LwF(), 25), (Replay(memory_size=40), 50),
      (Combine(EWC(strength=1.0), Replay(memory_size=40)), 50)],
 )  # fmt: skip
 def test_strategies_are_audited_as_they_are(strategy, steps, learner, toy_stream):
