@@ -9,7 +9,7 @@ import torch
 from learning import SIMULATED, learner_of  # noqa: F401
 from torch import nn
 
-from perdure.errors import ConfigError, PrivacyError, StrategyError
+from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
 from perdure.memory import MemoryPlan
 from perdure.strategies import DER, EWC, MIR, FeatureDistillation, ICaRL, LwF, Naive
 from perdure.strategy import Plan, Strategy
@@ -43,7 +43,7 @@ def test_a_private_learner_is_not_fitted_twice_as_its_ledger_would_begin_anew(le
 
 def test_training_that_ran_away_is_no_result(learner_of, toy_stream):
     sgd = partial(torch.optim.SGD, lr=0.1)
-    with pytest.raises(StrategyError, match=r"EWC: .* is NaN or infinite at the end of experience 1; lower"):
+    with pytest.raises(RunawayError, match=r"EWC: .* is NaN or infinite at the end of experience 1; lower"):
         learner_of(EWC(strength=1e6), optimizer=sgd, iterations=60).fit(toy_stream())
 
 

@@ -71,6 +71,12 @@ def test_an_impossible_search_is_refused(stream, make, options, message):
         tune(make, given.pop("space"), stream, **given)
 
 
+def test_a_trial_that_runs_away_scores_nothing_and_the_search_goes_on(stream, make):
+    chosen = tune(make, {"rate": (1e-3, 1e38)}, stream, experiences=1, trials=8)
+    lost = [values["rate"] for values, accuracy in chosen.trials if accuracy == 0]
+    assert 0 < len(lost) < 8 and chosen.score > 0 and chosen.values["rate"] < min(lost)
+
+
 def test_private_records_are_not_tuned_on(stream, make):
     private = partial(make, privacy=Privacy(noise_multiplier=1.0, seed=0))
     with pytest.raises(PrivacyError, match="every trial spends"):

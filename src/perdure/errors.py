@@ -8,6 +8,7 @@
     │   ├── GuardError      a model, loss or sampler that breaks the sensitivity bound
     │   └── LedgerError     a ledger that was edited, shortened or does not match its head
     ├── StrategyError       a strategy that breaks its contract
+    │   ├── RunawayError    training that ended in NaN or infinity
     │   └── ConformanceError  found so by `perdure.testing.check_strategy`, which names the check
     ├── FederationError     a client or server that cannot go on
     └── RunError            a run on disk that cannot be read or resumed
@@ -54,6 +55,10 @@ class LedgerError(PrivacyError):
 
 class StrategyError(PerdureError):
     """A strategy breaks its contract."""
+
+
+class RunawayError(StrategyError):
+    """Training ran away: parameters are NaN or infinite."""
 
 
 class ConformanceError(StrategyError):

@@ -252,7 +252,7 @@ class Learner:
         """Consolidate at the present parameters, offer the records to memory and go to the next experience.
 
         Raises:
-            StrategyError: where training ran away, and parameters are no numbers any more.
+            RunawayError: where training ran away, and parameters are no numbers any more.
         """
         refuse_runaway(self.params, self.strategy, self.position.experience)
         self.model.eval()

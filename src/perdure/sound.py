@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from perdure.errors import ConfigError, StrategyError
+from perdure.errors import ConfigError, RunawayError, StrategyError
 from perdure.records import Params
 from perdure.strategy import State, Strategy, evaluating
 from perdure.streams import Stream
@@ -31,7 +31,7 @@ def refuse_runaway(params: Params, strategy: Strategy, experience: int) -> None:
     """Refuse to go on where training ran away: NaN predicts class 0, which looks like an accuracy."""
     lost = [name for name, value in params.items() if not bool(value.isfinite().all())]
     if lost:
-        raise StrategyError(
+        raise RunawayError(
             f"{strategy.name}: {', '.join(lost[:2])} is NaN or infinite at the end of experience {experience}; "
             "lower the learning rate or the strength of the strategy"
         )

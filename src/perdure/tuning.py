@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from perdure.errors import ConfigError, PrivacyError
+from perdure.errors import ConfigError, PrivacyError, RunawayError
 from perdure.experience import Experience, Stream
 from perdure.learner import Learner
 from perdure.metrics import average_accuracy
@@ -54,7 +54,7 @@ def tune(
     """Search for hyper-parameters on the first experiences of a stream, by Optuna's tree-structured Parzen estimator.
 
     Args:
-        make: from hyper-parameters to a fresh learner. space: what is searched.
+        make: from hyper-parameters to a fresh learner; one that runs away scores 0. space: what is searched.
         stream: of which only the training records of the first `experiences` are looked at.
         held_out: share of those records that is measured on. trials: learners trained. seed: of cut and search.
 
@@ -76,13 +76,20 @@ def tune(
                 "hyper-parameters cannot be tuned on private records: every trial spends, and so does the choice; tune "
                 "on public records, or take published settings"
             )
-        tried.append((values, average_accuracy(learner.fit(first))))
+        tried.append((values, _accuracy(learner, first)))
         return tried[-1][1]
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     study.optimize(score, n_trials=trials)
     best, found = max(tried, key=lambda pair: pair[1])
     return Tuned(values=best, score=found, experiences=experiences, trials=tuple(tried))
+
+
+def _accuracy(learner: Learner, stream: Stream) -> float:
+    try:
+        return average_accuracy(learner.fit(stream))
+    except RunawayError:
+        return 0.0
 
 
 def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> Stream:
