@@ -1,5 +1,6 @@
 """Tuning looks at the training records of the first experiences, and at nothing else."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -72,9 +73,15 @@ def test_an_impossible_search_is_refused(stream, make, options, message):
 
 
 def test_a_trial_that_runs_away_scores_nothing_and_the_search_goes_on(stream, make):
-    chosen = tune(make, {"rate": (1e-3, 1e38)}, stream, experiences=1, trials=8)
+    def run_away(values):
+        learner = make(values)
+        if values["rate"] > 0.01:
+            learner.optimizer = partial(torch.optim.SGD, lr=math.inf)
+        return learner
+
+    chosen = tune(run_away, {"rate": (1e-3, 0.1)}, stream, experiences=1, trials=8)
     lost = [values["rate"] for values, accuracy in chosen.trials if accuracy == 0]
-    assert 0 < len(lost) < 8 and chosen.score > 0 and chosen.values["rate"] < min(lost)
+    assert 0 < len(lost) < 8 and chosen.score > 0 and chosen.values["rate"] < 0.01 < min(lost)
 
 
 def test_private_records_are_not_tuned_on(stream, make):
