@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from perdure.memory import MemoryPlan, Selection, records_in
+from perdure.memory import MemoryPlan, Selection, records_in, refuse_size
 from perdure.records import Params
 from perdure.strategy import Asks, Plan, State, Strategy
 
@@ -39,6 +39,9 @@ class AGEM(Strategy):
     per_class: int | None = None
     batch_size: int | None = None
     asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+
+    def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory that is not rehearsed."""

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import MemoryPlan, records_in
+from perdure.memory import MemoryPlan, records_in, refuse_size
 from perdure.records import Batch, Params
 from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
 
@@ -66,6 +66,7 @@ class BiC(Strategy):
     asks: ClassVar[Asks] = Asks(recalls=ROUNDS, reuses=True)
 
     def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
         if not 0 < self.temperature < math.inf:
             raise ConfigError.of("bic.temperature", self.temperature, "a number above 0")
 

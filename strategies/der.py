@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.memory import MemoryPlan, records_in
+from perdure.memory import MemoryPlan, records_in, refuse_size
 from perdure.records import Batch
 from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
 
@@ -47,6 +47,7 @@ class DER(Strategy):
     asks: ClassVar[Asks] = Asks(reuses=True)
 
     def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError.of(f"der.{name}", getattr(self, name), "0 or more")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.memory import MemoryPlan, Update, records_in
+from perdure.memory import MemoryPlan, Update, records_in, refuse_size
 from perdure.records import Batch
 from perdure.strategy import MASKED, Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
 
@@ -42,6 +42,9 @@ class ERACE(Strategy):
     batch_size: int | None = None
     update: Update = "step"
     asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir."""

@@ -15,7 +15,7 @@ experiences; under differential privacy a record is stored by its own coin, so q
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.memory import MemoryPlan, records_in
+from perdure.memory import MemoryPlan, records_in, refuse_size
 from perdure.strategy import Asks, Plan, Strategy
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ class GDumb(Strategy):
 
     memory_size: int | str
     asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
 
     def plan(self, experience: "Experience") -> Plan:
         """Offer the experience to memory first, then start afresh on what it holds."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.memory import MemoryPlan, Selection, records_in
+from perdure.memory import MemoryPlan, Selection, records_in, refuse_size
 from perdure.records import Params
 from perdure.strategy import Asks, Plan, State, Strategy
 
@@ -54,6 +54,7 @@ class GEM(Strategy):
     not_vmappable_because: ClassVar[str | None] = "its quadratic program is solved on the host, one at a time"
 
     def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
         if not 0 <= self.margin < math.inf:
             raise ConfigError.of("gem.margin", self.margin, "a finite number, 0 or more")
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import MemoryPlan, records_in
+from perdure.memory import MemoryPlan, records_in, refuse_size
 from perdure.records import Batch, Params
 from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
 
@@ -52,6 +52,7 @@ class ICaRL(Strategy):
     asks: ClassVar[Asks] = Asks(recalls=1, reuses=True)
 
     def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
         if not 0 < self.temperature < math.inf:
             raise ConfigError.of("icarl.temperature", self.temperature, "a number above 0")
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import MemoryPlan, records_in
+from perdure.memory import MemoryPlan, records_in, refuse_size
 from perdure.records import Batch, Params
 from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy, evaluating
 
@@ -56,6 +56,7 @@ class MIR(Strategy):
     couples_records: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        refuse_size(self.memory_size)
         if not 0 < self.rate < math.inf:
             raise ConfigError.of("mir.rate", self.rate, "a number above 0")
         if self.batch_size is not None and self.batch_size < 1:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.memory import MemoryPlan, Selection, Update, records_in
+from perdure.memory import MemoryPlan, Selection, Update, records_in, refuse_size
 from perdure.records import Batch
 from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy
 
@@ -50,8 +50,8 @@ class Replay(Strategy):
     asks: ClassVar[Asks] = Asks(reuses=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.memory_size, int):
-            self._memory(self.memory_size)
+        refuse_size(self.memory_size)
+        self._memory(1 if isinstance(self.memory_size, str) else self.memory_size)
         if self.weighting not in ("experiences", "equal"):
             raise ConfigError.of("replay.weighting", self.weighting, ("experiences", "equal"))
 

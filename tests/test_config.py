@@ -126,7 +126,7 @@ def test_arms_are_a_list_of_tables(arms):
         (f'{ARM}[[arms]]\nstrategy = "ewc"\nstrength = true\n', "arms[1].strength = True"),
         ('[[arms]]\nstrategy = "ewc"\nstrength = -1.0\n', "arms[0]: ewc.strength = -1.0"),
         ('[[arms]]\nstrategy = "ewc"\nstrength = inf\n', "arms[0].strength = inf"),
-        ('[[arms]]\nstrategy = "replay"\nmemory_size = 0\n', "arms[0]: memory capacity = 0"),
+        ('[[arms]]\nstrategy = "replay"\nmemory_size = 0\n', "arms[0].memory_size = 0"),
         ('[[arms]]\nstrategy = "replay"\nmemory_size = 5\nselection = "best"\n', "arms[0].selection = 'best'"),
         ('[[arms]]\nstrategy = "naive"\nprivate = true\n', "an arm says private = true without a [privacy] table"),
         (ARM + ARM, "arms = ['naive-plain']"),

@@ -11,7 +11,21 @@ from torch import nn
 
 from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
 from perdure.memory import MemoryPlan
-from perdure.strategies import DER, EWC, MIR, FeatureDistillation, ICaRL, LwF, Naive
+from perdure.strategies import (
+    AGEM,
+    DER,
+    ERACE,
+    EWC,
+    GEM,
+    MIR,
+    BiC,
+    FeatureDistillation,
+    GDumb,
+    ICaRL,
+    LwF,
+    Naive,
+    Replay,
+)  # fmt: skip
 from perdure.strategy import Plan, Strategy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
@@ -98,6 +112,13 @@ def test_infinity_is_no_setting(make):
     for value in (math.inf, math.nan, -1.0):
         with pytest.raises(ConfigError, match="is not allowed"):
             make(value)
+
+
+@pytest.mark.parametrize("kind", [AGEM, BiC, DER, ERACE, GDumb, GEM, ICaRL, MIR, Replay])
+@pytest.mark.parametrize("size", ["2 XB", "0 MB", "", -1, 0, 2.5, math.nan, True])
+def test_a_memory_size_is_refused_where_it_is_given(kind, size):
+    with pytest.raises(ConfigError, match=r"memory_size = .*; allowed: a number of records, or bytes such as '500 kB'"):
+        kind(memory_size=size)
 
 
 def test_the_right_width_trains(learner_of, toy_stream):

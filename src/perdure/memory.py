@@ -82,16 +82,23 @@ def records_in(size: int | str, experience: "Experience") -> int:
     What a strategy remembers beside a row comes on top.
 
     Raises:
-        ConfigError: for another text.
+        ConfigError: for anything else.
     """
+    refuse_size(size)
     if not isinstance(size, str):
         return int(size)
-    number, _, unit = str(size).partition(" ")
-    if unit not in UNITS or not number.replace(".", "", 1).isdecimal() or not float(number):
-        raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
+    number, _, unit = size.partition(" ")
     inputs = experience.train.inputs
     row = inputs[:0].new_empty(inputs.shape[1:]).nbytes + 2 * experience.train.ids.element_size()
     return max(1, int(float(number) * UNITS[unit]) // row)
+
+
+def refuse_size(size: int | str) -> None:
+    """Refuse what is neither a number of records nor a text such as "2 MB"."""
+    number, _, unit = str(size).partition(" ")
+    text = unit in UNITS and number.replace(".", "", 1).isdecimal() and float(number) > 0
+    if not (text if isinstance(size, str) else whole(size)):
+        raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
 
 
 def whole(value: object) -> bool:

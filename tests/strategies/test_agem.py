@@ -131,7 +131,7 @@ def test_plans_ask_for_a_memory_for_one_reference(toy_stream):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": 0}, "memory_size = 0"),
         ({"memory_size": 5, "selection": "best"}, "memory selection = 'best'"),
         ({"memory_size": "5 records"}, "memory_size = '5 records'"),
     ],

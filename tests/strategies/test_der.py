@@ -185,7 +185,7 @@ def test_options_are_checked(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": 0}, "memory_size = 0"),
         ({"memory_size": "2MB"}, "memory_size = '2MB' is not allowed.*'2 MB'"),
         ({"memory_size": 5, "batch_size": 0}, "memory batch_size = 0"),
     ],

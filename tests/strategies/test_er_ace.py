@@ -122,7 +122,7 @@ def test_plans_ask_for_a_reservoir(toy_stream):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": 0}, "memory_size = 0"),
         ({"memory_size": "much"}, "memory_size = 'much'"),
         ({"memory_size": 5, "update": "daily"}, "memory update = 'daily' is not allowed; allowed: experience, step"),
     ],

@@ -118,7 +118,7 @@ def test_plans_ask_for_a_fresh_start_on_memory(four):
 
 
 @pytest.mark.parametrize(
-    ("size", "message"), [(0, "memory capacity = 0"), ("2 TB", r"memory_size = '2 TB' is not allowed.*'1 GB'")]
+    ("size", "message"), [(0, "memory_size = 0"), ("2 TB", r"memory_size = '2 TB' is not allowed.*'1 GB'")]
 )
 def test_options_are_checked(four, size, message):
     with pytest.raises(ConfigError, match=message):

@@ -135,5 +135,5 @@ def test_plans_ask_for_a_memory_for_references(toy_stream):
 def test_options_are_checked(toy_stream, margin):
     with pytest.raises(ConfigError, match=r"gem\.margin = .* is not allowed; allowed: a finite number, 0 or more"):
         GEM(memory_size=5, margin=margin)
-    with pytest.raises(ConfigError, match="memory capacity = 0"):
+    with pytest.raises(ConfigError, match="memory_size = 0"):
         GEM(memory_size=0).plan(toy_stream()[0])

@@ -199,7 +199,7 @@ def test_plans_ask_for_the_candidates(toy_stream):
         ({"memory_size": 5, "candidates": 0}, "mir.candidates = 0"),
         ({"memory_size": 5, "candidates": 3, "batch_size": 4}, "mir.candidates = 3"),
         ({"memory_size": 5, "batch_size": 0}, "mir.batch_size = 0"),
-        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": 0}, "memory_size = 0"),
     ],
 )
 def test_options_are_checked(toy_stream, options, message):

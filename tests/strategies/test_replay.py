@@ -99,7 +99,7 @@ def test_plans_ask_for_the_memory(toy_stream):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory_size": 0}, "memory capacity = 0"),
+        ({"memory_size": 0}, "memory_size = 0"),
         ({"memory_size": 5, "selection": "best"}, "memory selection = 'best'"),
         ({"memory_size": 5, "weighting": "mine"}, "replay.weighting = 'mine'"),
         ({"memory_size": 5, "batch_size": 0}, "memory batch_size = 0"),
