@@ -10,10 +10,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perdure.errors import PrivacyError
-from perdure.facts import Exposure
+from perdure.facts import Exposure, statistics_of
 from perdure.fisher import CHUNK
 from perdure.gradients import Losses, clipped_gradient, mean_gradient
 from perdure.holding import Holding, Remember
@@ -356,9 +356,3 @@ def nothing(params: Params) -> Params:
 def prefixed(shown: Params) -> Params:
     """The same under names that no parameter has."""
     return {f"shown {name}": value.detach() for name, value in shown.items()}
-
-
-def statistics_of(module: nn.Module) -> Params:
-    """Copies of the running means and variances of normalisation layers, by name."""
-    own = ("running_mean", "running_var")
-    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from perdure.errors import ConfigError
 from perdure.experience import Experience, Stream
-from perdure.strategy import Context, Plan
+from perdure.records import Params
+from perdure.strategy import Context, Plan, Spec
 
 
 def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
@@ -24,6 +26,20 @@ def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Contex
         )  # fmt: skip
 
     return context
+
+
+def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
+    """What a strategy needs to lay out its state; running statistics owe too much to records where they are private."""
+    return Spec(
+        params=params, num_classes=stream.num_classes, num_experiences=len(stream), scenario=stream.scenario,
+        feature_size=getattr(model, "feature_size", 0), statistics={} if private else statistics_of(model),
+    )  # fmt: skip
+
+
+def statistics_of(module: nn.Module) -> Params:
+    """Copies of the running means and variances of normalisation layers, by name."""
+    own = ("running_mean", "running_var")
+    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,19 +12,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
-from perdure.curator import Curator, statistics_of
+from perdure.curator import Curator
 from perdure.denormals import flushed
-from perdure.errors import ConfigError, PrivacyError, StrategyError
-from perdure.facts import Exposure, contexts, drawn_from, exposure, pieces
+from perdure.errors import ConfigError, StrategyError
+from perdure.facts import Exposure, contexts, drawn_from, exposure, pieces, spec_of
 from perdure.gradients import with_penalty
 from perdure.metrics import accuracy
 from perdure.privacy.mechanism import Mechanism
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
 from perdure.seeds import derive
-from perdure.sound import a_state, refuse_outputs, refuse_runaway
+from perdure.sound import a_state, refuse_outputs, refuse_runaway, refuse_second_ledger
 from perdure.start import start
-from perdure.strategy import Forward, Plan, Spec, State, Strategy
+from perdure.strategy import Forward, Plan, State, Strategy
 from perdure.streams import Experience, Stream
 
 if TYPE_CHECKING:
@@ -145,18 +145,15 @@ class Learner:
             ConfigError: for a model whose outputs are not one for every class.
             PrivacyError: for a private learner that has trained and keeps no folder: its ledger would begin anew.
         """
-        if self.privacy and self.position != Position() and not self.folder:
-            raise PrivacyError("this Learner has spent on this model; make a new one of both, or give it a folder")
+        if self.privacy and not self.folder:
+            refuse_second_ledger(self.position)
         self.stream = stream.to(self.device)
         self.context = contexts(self.stream, self.device)
         self.position, self.matrix = Position(), []
         initial = {name: value.detach().clone() for name, value in self.params.items()}
         refuse_outputs(self.model, self.stream)
-        self.state = a_state("init", self.strategy, self.strategy.init(Spec(
-            params=initial, num_classes=stream.num_classes, num_experiences=len(stream),
-            feature_size=getattr(self.model, "feature_size", 0), scenario=stream.scenario,
-            statistics={} if self.privacy else statistics_of(self.model),
-        )))  # fmt: skip
+        spec = spec_of(self.model, initial, stream, private=self.privacy is not None)
+        self.state = a_state("init", self.strategy, self.strategy.init(spec))
         if self.privacy:
             from perdure.budget import private_mechanism
 

@@ -1,9 +1,10 @@
-"""What a learner refuses of model, strategy and training: outputs that do not fit, no state, numbers that ran away."""
+"""What a learner refuses: outputs that do not fit, a ledger begun anew, no state, numbers that ran away."""
 
 import torch
 from torch import nn
 
-from perdure.errors import ConfigError, RunawayError, StrategyError
+from perdure.checkpoint import Position
+from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
 from perdure.records import Params
 from perdure.strategy import State, Strategy, evaluating
 from perdure.streams import Stream
@@ -17,6 +18,12 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
     if shape != (1, stream.num_classes):
         given = shape[1] if len(shape) == 2 else shape
         raise ConfigError.of("outputs of the model", given, f"{stream.num_classes}: one for every class")
+
+
+def refuse_second_ledger(position: Position) -> None:
+    """Refuse to begin a ledger anew for a model that private records have trained already."""
+    if position != Position():
+        raise PrivacyError("this Learner has spent on this model; make a new one of both, or give it a folder")
 
 
 def a_state(hook: str, strategy: Strategy, answer: object) -> State:

@@ -116,9 +116,7 @@ class Spec:
     def require_features(self) -> None:
         """Refuse a model that does not say how long its features are."""
         if self.feature_size < 1:
-            raise StrategyError(
-                "the model has no feature_size; give it one, and `features`, as perdure.models.Classifier"
-            )
+            raise StrategyError("the model has no feature_size; give it and `features`, as perdure.models.Classifier")
 
     @property
     def teacher(self) -> Params:

@@ -8,14 +8,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from perdure.curator import statistics_of
 from perdure.datasets import Dataset
 from perdure.errors import ConformanceError
+from perdure.facts import spec_of
 from perdure.learner import Callback, Learner
 from perdure.models import mlp
 from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params, Records
-from perdure.strategy import Context, Forward, Scenario, Spec, State, Strategy
+from perdure.strategy import Context, Forward, Scenario, State, Strategy
 from perdure.streams import Stream, split
 from perdure.testing.door import Door, Question
 
@@ -198,11 +198,7 @@ class Scene:
     def calls(self) -> Mapping[str, Callable[[], object]]:
         """Every hook of the strategy, called on what the scene holds."""
         strategy, state, params = self.strategy, self.state, self.params
-        spec = Spec(
-            params=params, num_classes=self.stand.stream.num_classes, num_experiences=EXPERIENCES,
-            feature_size=getattr(self.learner.model, "feature_size", 0), scenario=self.stand.scenario,
-            statistics=statistics_of(self.learner.model),
-        )  # fmt: skip
+        spec = spec_of(self.learner.model, params, self.stand.stream)
         return {
             "init": lambda: strategy.init(spec),
             "losses": lambda: self.losses(self.forward, self.batch),
