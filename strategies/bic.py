@@ -68,7 +68,7 @@ class BiC(Strategy):
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
         if not 0 < self.temperature < math.inf:
-            raise ConfigError.of("bic.temperature", self.temperature, "a number above 0")
+            raise ConfigError.of("bic.temperature", self.temperature, "a finite number above 0")
 
     def init(self, spec: Spec) -> State:
         """Start without correction.

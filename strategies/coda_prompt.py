@@ -63,7 +63,7 @@ class CODAPrompt(Strategy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
-            raise ConfigError.of("coda_prompt.strength", self.strength, "0 or more")
+            raise ConfigError.of("coda_prompt.strength", self.strength, "a finite number, 0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """One component for each of up to eight experiences, on a transformer of one block."""

@@ -50,7 +50,7 @@ class DER(Strategy):
         refuse_size(self.memory_size)
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError.of(f"der.{name}", getattr(self, name), "0 or more")
+                raise ConfigError.of(f"der.{name}", getattr(self, name), "a finite number, 0 or more")
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir that takes in the rows of every step."""

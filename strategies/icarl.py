@@ -54,7 +54,7 @@ class ICaRL(Strategy):
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
         if not 0 < self.temperature < math.inf:
-            raise ConfigError.of("icarl.temperature", self.temperature, "a number above 0")
+            raise ConfigError.of("icarl.temperature", self.temperature, "a finite number above 0")
 
     def init(self, spec: Spec) -> State:
         """Lay out teacher and class means.

@@ -48,7 +48,7 @@ class L2P(Strategy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
-            raise ConfigError.of("l2p.strength", self.strength, "0 or more")
+            raise ConfigError.of("l2p.strength", self.strength, "a finite number, 0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A pool of three prompts on a transformer of one block."""

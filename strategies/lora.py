@@ -57,7 +57,7 @@ class LoRA(Strategy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
-            raise ConfigError.of("lora.strength", self.strength, "0 or more")
+            raise ConfigError.of("lora.strength", self.strength, "a finite number, 0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A set of rank 2 for each of up to eight experiences, on a transformer of one block."""

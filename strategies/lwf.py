@@ -51,9 +51,9 @@ class LwF(Strategy):
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise ConfigError.of("lwf.temperature", self.temperature, "a number above 0")
+            raise ConfigError.of("lwf.temperature", self.temperature, "a finite number above 0")
         if not 0 <= self.strength < math.inf:
-            raise ConfigError.of("lwf.strength", self.strength, "0 or more")
+            raise ConfigError.of("lwf.strength", self.strength, "a finite number, 0 or more")
         if self.weighting not in ("sum", "experiences"):
             raise ConfigError.of("lwf.weighting", self.weighting, ("sum", "experiences"))
 

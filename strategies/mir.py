@@ -58,7 +58,7 @@ class MIR(Strategy):
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
         if not 0 < self.rate < math.inf:
-            raise ConfigError.of("mir.rate", self.rate, "a number above 0")
+            raise ConfigError.of("mir.rate", self.rate, "a finite number above 0")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError.of("mir.batch_size", self.batch_size, "1 or more records, or none")
         if self.candidates < (self.batch_size or 1):

@@ -47,7 +47,11 @@ KEY = NoiseKey.from_seed(0)
 
 @pytest.fixture
 def perdure(monkeypatch, capfd):
-    """Call `perdure ledger`: (exit code, standard output, standard error)."""
+    """Call `perdure ledger`: (exit code, standard output, standard error).
+
+    The real entry point, given its words where a shell gives them; a process for each of some 60 calls would take
+    seconds to start.
+    """
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["perdure", "ledger", *map(str, words)])

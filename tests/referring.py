@@ -79,6 +79,7 @@ class Meetings:
             self.of[entry, purpose, step] = noise, exact
             return released
 
+        # both call the real one and write down what went through: noise and exact sum are seen nowhere else
         monkeypatch.setattr(NoiseKey, "normal", drawn)
         monkeypatch.setattr(Mechanism, "_noised", met)
 

@@ -99,8 +99,8 @@ class Combine(Strategy):
                 raise StrategyError(f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them")
             return given[0][1] if given else None
 
-        idle = [part.name for part, (_, plan) in zip(self.parts, plans, strict=True) if not plan.train]
-        busy = [part.name for part, (_, plan) in zip(self.parts, plans, strict=True) if plan.memory or shapes(part)]
+        idle = [name for name, plan in plans if not plan.train]
+        busy = [name for part, (name, plan) in zip(self.parts, plans, strict=True) if plan.memory or steps(part)]
         if idle and busy:
             raise StrategyError(f"{idle[0]} takes no gradient, so {busy[0]} would have no effect; drop one of them")
         pools: set[Pooled] = {plan.pool for _, plan in plans} - {"experience"}
@@ -160,6 +160,6 @@ class Combine(Strategy):
         return part.predict(forward, x, context, self._own(state, i))
 
 
-def shapes(part: Strategy) -> bool:
-    """Whether the part changes what a step of training does."""
+def steps(part: Strategy) -> bool:
+    """Whether the part has a hand in the steps of training."""
     return any(part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step"))

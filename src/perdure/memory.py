@@ -151,8 +151,8 @@ class Memory:
             parts = [new.take(order.to(new.inputs.device))]
             old = [self.rows] if self.rows is not None else []
             parts = parts + old if plan.selection == "ring" else old + parts
-            tasks, labels = (torch.cat([rows.cpu() for rows in column]) for column in
-                             ([part.tasks for part in parts], [part.labels for part in parts]))  # fmt: skip
+            tasks = torch.cat([part.tasks for part in parts]).cpu()
+            labels = torch.cat([part.labels for part in parts]).cpu()
             groups = torch.stack([tasks if stages is None else stages[tasks], labels], dim=1)
             self._take(parts, balanced(groups, plan.capacity, plan.per_class))
         self.offered += len(new)

@@ -70,6 +70,7 @@ def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
     secret = (tmp_path / "noise.key").read_bytes()
     assert repr(key) == str(key) == "NoiseKey(secret)"
     assert secret.hex() not in key.mac(b"")
+    # writing is what must fail; nothing is ever loaded
     for leak in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(PrivacyError):
             leak(key)
@@ -166,7 +167,7 @@ def test_shapes_names_and_odd_sizes():
 
 
 def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
-    extreme = np.zeros(16, dtype=np.uint8)
+    extreme = np.zeros(16, dtype=np.uint8)  # no key can be found whose stream begins with 128 zeros, or ones
     monkeypatch.setattr("perdure.privacy.noise._reader", lambda key, most: lambda n: extreme)
     peak = draw(n=4).abs().max().item()
     assert peak == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)

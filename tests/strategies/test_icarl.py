@@ -252,7 +252,7 @@ def test_plans_ask_for_herded_exemplars_in_the_pool(toy_stream):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_options_are_checked(toy_stream, temperature):
-    with pytest.raises(ConfigError, match=r"icarl\.temperature = .* is not allowed; allowed: a number above 0"):
+    with pytest.raises(ConfigError, match=r"icarl\.temperature = .* is not allowed; allowed: a finite number above 0"):
         ICaRL(memory_size=5, temperature=temperature)
     with pytest.raises(ConfigError, match="memory_size = 0"):
         ICaRL(memory_size=0).plan(toy_stream()[0])
