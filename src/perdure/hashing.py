@@ -8,10 +8,19 @@ Guarantee: none; everyone can compute these numbers. They are never used for noi
 Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (the mixing function).
 """
 
+import dataclasses
+import json
 import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from perdure.errors import ConfigError
+
+JSONValue = None | bool | int | float | str | list["JSONValue"] | dict[str, "JSONValue"]
 
 STEP, FIRST, SECOND = (word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -55,3 +64,55 @@ def _mixed(words: Tensor) -> Tensor:
     words = (words ^ shifted(words, 30)) * FIRST
     words = (words ^ shifted(words, 27)) * SECOND
     return words ^ shifted(words, 31)
+
+
+# --------------------------------------------------------------------------- settings as text
+
+
+def canonical(value: object) -> JSONValue:
+    """Describe a value in JSON, the same for equal values in every process.
+
+    A dataclass becomes its class's name and its fields, a function its name and what it closes over, a set is sorted,
+    and a tensor becomes its dtype, shape and numbers.
+
+    Raises:
+        ConfigError: for a value of another kind, of which no process could tell that it is equal to another.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [canonical(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((canonical(item) for item in value), key=canonical_text)
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: canonical(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return [type(value).__name__, fields]
+    return _canonical_object(value)
+
+
+def _canonical_object(value: object) -> JSONValue:
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), value.detach().reshape(-1).tolist()]
+    if isinstance(value, torch.dtype | torch.device | Path):
+        return str(value)
+    if isinstance(value, partial):
+        return [canonical(value.func), canonical(value.args), canonical(value.keywords)]
+    if name := getattr(value, "__qualname__", None):
+        closed = getattr(value, "__closure__", None) or ()
+        return [name, *[canonical(cell.cell_contents) for cell in closed]]
+    allowed = "numbers, text, tensors, functions, dataclasses, and lists, sets and mappings of these"
+    raise ConfigError.of("a setting", f"{type(value).__name__} {value!r}", allowed)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value consists of numbers and text only."""
+    if isinstance(value, tuple | list):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def canonical_text(value: object) -> str:
+    """`canonical` as text with sorted keys, for a digest."""
+    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))

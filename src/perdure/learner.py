@@ -23,7 +23,7 @@ from perdure.privacy.policy import Privacy
 from perdure.records import Batch, Params
 from perdure.seeds import derive
 from perdure.sound import a_state, refuse_outputs, refuse_runaway, refuse_second_ledger
-from perdure.start import start
+from perdure.start import NoiseDigestInputs, learning_rates, noise_digest
 from perdure.strategy import Forward, Plan, State, Strategy
 from perdure.streams import Experience, Stream
 
@@ -400,7 +400,21 @@ class Learner:
 
     def _start(self) -> str:
         """Digest of all that determines the next steps apart from the records; only needed under privacy."""
-        return start(self) if self.mechanism else ""
+        if self.mechanism is None:
+            return ""
+        rates = []
+        if self.scheduler:
+            steps = sum(self.steps(index) for index in range(self.position.experience + 1))
+            rates = learning_rates(self.optimizer, self.scheduler, steps)
+        inputs = NoiseDigestInputs(
+            snapshot=self.snapshot(), strategy=self.strategy, plan=self.plan(self.stream[self.position.experience]),
+            exposures=self.curator.exposures, model=self.model, params=self.params, trained=self._trained,
+            state=self.state, losses=self._losses, synthetic=self.curator.synthetic, optimizer=self._optimizer,
+            scheduler=self._scheduler, rates=rates, adversary=self.adversary, views=self.views, seed=self.seed,
+            precision=self.precision, micro_batch_size=self.micro_batch_size, device=str(self.device),
+            stream=self.stream,
+        )  # fmt: skip
+        return noise_digest(inputs)
 
     def _at(self, point: str) -> None:
         for callback in self.callbacks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import PrivacyError
+from perdure.hashing import JSONValue, canonical_text
 from perdure.privacy.adaptive import Adaptive
 from perdure.privacy.clipping import WITHIN, Clip
 from perdure.privacy.correlated import Chain
@@ -117,15 +118,17 @@ class Mechanism:
             purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
         """
         beside = "" if purpose == "gradient" else self._blocks["gradient"].entry  # whose noise shapes the parameters
-        chosen = (
-            start,
-            beside,
-            self.privacy.clipping,
-            self.privacy.bands,
-            slots,
-            expected,
-        )  # they shape the noise, or the sum
-        start = hashlib.sha256(repr(chosen).encode()).hexdigest()
+        # Everything here shapes the noise or the sum.
+        chosen = {
+            "version": 1,
+            "start": start,
+            "beside": beside,
+            "clipping": clipping_settings(self.privacy.clipping),
+            "bands": self.privacy.bands,
+            "slots": slots,
+            "expected": expected,
+        }
+        start = hashlib.sha256(canonical_text(chosen).encode()).hexdigest()
         entry = self._charge(
             purpose, "gaussian" if slots is None else "banded-gaussian", self.noise_multiplier, self.clip_norm,
             scope, steps, start, data, participations=slots and math.ceil(len(steps) / slots),
@@ -306,6 +309,13 @@ class Mechanism:
             scope=dict(scope), participations=participations, data=data, start=start,
             simulated=self._key.simulated,
         ))  # fmt: skip
+
+
+def clipping_settings(clipping: str | Adaptive) -> JSONValue:
+    """Every setting of clipping, under no name of a class or field."""
+    if isinstance(clipping, Adaptive):
+        return [clipping.quantile, clipping.learning_rate, clipping.count_noise]
+    return clipping
 
 
 def digest(tensors: Tensors) -> bytes:

@@ -1,0 +1,90 @@
+"""The digest that keys simulated noise: an explicit list of fields, whole, and independent of how objects print."""
+
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.augment import shift_and_flip
+from perdure.errors import ConfigError
+from perdure.facts import Exposure
+from perdure.hashing import canonical, canonical_text
+from perdure.memory import MemoryPlan
+from perdure.privacy.adaptive import Adaptive
+from perdure.privacy.mechanism import clipping_settings
+from perdure.start import exposure_settings, memory_settings, module_settings, plan_settings
+from perdure.strategies import EWC, Replay
+from perdure.strategy import Plan
+
+PLAN = Plan(memory=MemoryPlan(capacity=10))
+OTHER_PLANS = {
+    "pool": "all",
+    "memory": MemoryPlan(capacity=11),
+    "restart": True,
+    "trainable": ("head.",),
+    "train": False,
+    "penalised": False,
+}
+OTHER_MEMORIES = {
+    "capacity": 12,
+    "selection": "ring",
+    "per_class": 2,
+    "batch_size": 3,
+    "update": "step",
+    "use": "reference",
+}
+EXPOSURE = Exposure(scope={"a": 0.5}, rate=0.5, pool_size=10.0)
+OTHER_EXPOSURES = {"scope": {"b": 0.5}, "rate": 0.25, "pool_size": 11.0, "slots": 2}
+OTHER_CLIPPINGS = {"quantile": 0.4, "learning_rate": 0.1, "count_noise": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "others"),
+    [
+        (plan_settings, PLAN, OTHER_PLANS),
+        (memory_settings, MemoryPlan(capacity=10), OTHER_MEMORIES),
+        (exposure_settings, EXPOSURE, OTHER_EXPOSURES),
+        (clipping_settings, Adaptive(), OTHER_CLIPPINGS),
+    ],
+    ids=["plan", "memory", "exposure", "adaptive"],
+)
+def test_every_field_changes_the_digest(settings, value, others):
+    assert {own.name for own in fields(value)} == set(others), "a new field belongs into the digest and into this test"
+    texts = {canonical_text(settings(replace(value, **{name: other}))) for name, other in others.items()}
+    assert len(texts | {canonical_text(settings(value))}) == len(others) + 1
+
+
+def test_canonical_is_equal_for_equal_values_and_for_no_others():
+    values = [
+        1, 2, 1.5, "1", True, None, (1, 2), (2, 1), {"a": 1}, {"a": 2}, {3}, torch.tensor([1.0]), torch.tensor([2.0]),
+        EWC(strength=1.0), EWC(strength=2.0), Replay(memory_size=5), Replay(memory_size=6), partial(int, base=2),
+        partial(int, base=3), shift_and_flip(pixels=1), shift_and_flip(pixels=2), torch.device("cpu"), torch.float32,
+    ]  # fmt: skip
+    texts = [canonical_text(value) for value in values]
+    assert len(set(texts)) == len(values)
+    assert canonical_text(EWC(strength=1.0)) == texts[13]
+    assert canonical_text({"b": 1, "a": {2, 1}}) == canonical_text({"a": {1, 2}, "b": 1})
+
+
+def test_canonical_ignores_how_a_value_prints():
+    @dataclass(frozen=True)
+    class Quiet:
+        size: int = field(default=1, repr=False)
+
+        def __repr__(self):
+            return "always the same"
+
+    assert canonical(Quiet(size=1)) != canonical(Quiet(size=2))
+
+
+def test_canonical_refuses_what_no_process_could_compare():
+    with pytest.raises(ConfigError, match="object"):
+        canonical(object())
+
+
+def test_a_module_shows_its_settings_and_not_its_printed_form():
+    assert module_settings("a", nn.Dropout(0.1)) != module_settings("a", nn.Dropout(0.2))
+    assert module_settings("a", nn.ReLU()) != module_settings("a", nn.Tanh())
+    assert module_settings("a", nn.Linear(2, 3)) == module_settings("a", nn.Linear(2, 3))
