@@ -34,14 +34,14 @@ from rows import Row, options, show, spread, store
 from torch import Tensor, nn
 
 from perdure import Learner, Privacy, Strategy, Stream
-from perdure.datasets import Dataset, mnist
-from perdure.features import RandomConvolutions, Scattering
+from perdure.data.datasets.base import Dataset, mnist
+from perdure.data.scenarios import split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models import frozen
+from perdure.models.classifiers import frozen
+from perdure.models.scattering import RandomConvolutions, Scattering
 from perdure.strategies.ncm import NCM
 from perdure.strategies.ranpac import RanPAC
 from perdure.strategies.slda import SLDA
-from perdure.streams import split
 
 DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
 COLUMNS = ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error", "releases", "seconds")

@@ -26,18 +26,18 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from perdure.auditing import audit
-from perdure.curator import Curator
-from perdure.datasets import digits
-from perdure.environment import store_rows
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.privacy.audit import Method
-from perdure.privacy.mechanism import Mechanism
-from perdure.privacy.noise import NoiseKey
-from perdure.privacy.policy import Privacy
+from perdure.auditing.bounds import Method
+from perdure.auditing.canaries import audit
+from perdure.curator.local_curator import Curator
+from perdure.data.datasets.base import digits
+from perdure.data.scenarios import Stream, split
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
-from perdure.streams import Stream, split
+from perdure.utils.environment import store_rows
 
 EPSILON, DELTA, HIDDEN, LEARNING_RATE = 4.0, 1e-5, (32,), 0.5
 

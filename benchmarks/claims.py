@@ -26,10 +26,12 @@ from comparison import NOTHING, PAPER, RATE, Arm, Claim, main
 from torch import nn
 from torch.optim import SGD
 
-from perdure.datasets import Dataset, mnist
-from perdure.features import RandomConvolutions
-from perdure.models import mlp
-from perdure.records import Params, Records
+from perdure.contract.strategy import Plan, Scenario, State, Strategy
+from perdure.data.datasets.base import Dataset, mnist
+from perdure.data.records import Params, Records
+from perdure.data.scenarios import Experience, Stream, rotated, split
+from perdure.models.classifiers import mlp
+from perdure.models.scattering import RandomConvolutions
 from perdure.strategies import Combine
 from perdure.strategies.bic import BiC
 from perdure.strategies.cwr_star import CWRStar
@@ -48,11 +50,9 @@ from perdure.strategies.packnet import PackNet
 from perdure.strategies.replay import Replay
 from perdure.strategies.rwalk import RWalk
 from perdure.strategies.si import SI
-from perdure.strategy import Plan, Scenario, State, Strategy
-from perdure.streams import Experience, Stream, rotated, split
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
+    from perdure.curator.local_curator import Curator
 
 # --------------------------------------------------------------------------- data
 

@@ -14,11 +14,14 @@ from comparison import PAPER, Arm, Claim
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from perdure.adapters import adapted
-from perdure.datasets import digits, mnist
-from perdure.models import Classifier, frozen, generative, mlp
-from perdure.prompts import composed, prompted
-from perdure.records import Batch
+from perdure.contract.strategy import MASKED, Context, Forward, State, Strategy, cross_entropy_of
+from perdure.data.datasets.base import digits, mnist
+from perdure.data.records import Batch
+from perdure.data.scenarios import Stream, rotated, split
+from perdure.models.classifiers import Classifier, frozen, generative, mlp
+from perdure.models.low_rank_adapters import adapted
+from perdure.models.prompts import composed, prompted
+from perdure.models.vision_transformer import Transformer, seeded, transformer
 from perdure.strategies.coda_prompt import CODAPrompt
 from perdure.strategies.generative_replay import GenerativeReplay
 from perdure.strategies.icarl import ICaRL
@@ -29,9 +32,6 @@ from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive
 from perdure.strategies.ogd import OGD
 from perdure.strategies.replay import Replay
-from perdure.strategy import MASKED, Context, Forward, State, Strategy, cross_entropy_of
-from perdure.streams import Stream, rotated, split
-from perdure.transformers import Transformer, seeded, transformer
 
 ADAM = partial(torch.optim.Adam, lr=3e-3, fused=True)
 LONG = {"iterations": 200, "batch_size": 64}

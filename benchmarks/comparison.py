@@ -2,7 +2,7 @@
 
 A seed sets the stream (the order of the classes, the permutations), the initial model and the order of records, for all
 arms alike, so that differences are taken within a seed. Hyper-parameters that are searched are searched once, on
-held-out training records of the first experiences of seed 0 (`perdure.tuning`), each arm with as many trials.
+held-out training records of the first experiences of seed 0 (`perdure.experiment.tuning`), each arm with as many trials.
 Arms that a paper does not compare its method with may stand beside, and do not decide whether its claim is shown.
 """
 
@@ -25,10 +25,10 @@ from rows import options as command_line
 from torch import Tensor, nn
 
 from perdure import Learner, Strategy
+from perdure.data.scenarios import Stream
+from perdure.experiment.tuning import Space, Tuned, Values, tune
 from perdure.metrics import area_under_accuracy, average_accuracy, forgetting, learning_accuracy
-from perdure.models import mlp
-from perdure.streams import Stream
-from perdure.tuning import Space, Tuned, Values, tune
+from perdure.models.classifiers import mlp
 
 PAPER, FIXED, NOTHING = "paper", "fixed, one value tried", "nothing to choose"
 RULE = "shown: the mean over seeds of the difference in favour, within a seed, is above two standard errors of it"

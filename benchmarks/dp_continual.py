@@ -24,13 +24,13 @@ from rows import Row, options, show, spread, store
 
 from perdure import Learner, Privacy, Records, Strategy, Stream
 from perdure import strategies as catalogue
-from perdure.bench import simplest
-from perdure.datasets import Dataset, mnist
-from perdure.features import Scattering
+from perdure.data.datasets.base import Dataset, mnist
+from perdure.data.scenarios import split
+from perdure.experiment.results import spending
+from perdure.experiment.strategy_catalogue import simplest
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models import mlp
-from perdure.outcome import spending
-from perdure.streams import split
+from perdure.models.classifiers import mlp
+from perdure.models.scattering import Scattering
 
 DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
 COLUMNS = ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error", "forgetting",

@@ -29,9 +29,9 @@ from rows import options, show, spread, store
 from torch import Tensor
 
 from perdure import Experience, Learner, Privacy, Records, Stream
-from perdure.datasets import Dataset, mnist
-from perdure.features import Scattering
-from perdure.models import mlp
+from perdure.data.datasets.base import Dataset, mnist
+from perdure.models.classifiers import mlp
+from perdure.models.scattering import Scattering
 from perdure.strategies.naive import Naive
 
 DELTA = 1e-5

@@ -8,7 +8,7 @@ of simulated ones. A quarter of the moments is uniform over the time that a proc
 that the run's remaining draws will take and a quarter more, so that a process may also come to its end. Times are
 measured on the processes before; what comes after the end is no kill.
 
-The process appends a line to a journal beside the run at every traced point of the loop (`perdure.learner.POINTS`): the
+The process appends a line to a journal beside the run at every traced point of the loop (`perdure.learner.learner.POINTS`): the
 point, the time, and at "noise.drawn" which entry of the ledger the noise was drawn for, at which step, and a digest of
 the values.
 A written line survives the process, so nothing is synced. After every kill:
@@ -48,15 +48,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from perdure.budget import noise_key
-from perdure.config import parse
-from perdure.environment import store_rows
-from perdure.learner import Learner
-from perdure.privacy.account import Entry
-from perdure.privacy.ledger_file import head_path, load
-from perdure.privacy.noise import NoiseKey
-from perdure.run import run, untimed
-from perdure.seeds import generator
+from perdure.experiment.config import parse
+from perdure.experiment.run import run, untimed
+from perdure.learner.learner import Learner
+from perdure.planning.budget import noise_key
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.storage import head_path, load
+from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.environment import store_rows
+from perdure.utils.seeding import generator
 
 CONFIG = """
 name = "killed"

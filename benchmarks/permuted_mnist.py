@@ -7,7 +7,7 @@ anew with every experience. Pixels are in [0, 1]. A seed sets the permutations (
 images. These settings were chosen by looking at whole streams of seed 10, measured on held-out training records: SI had
 88.4 % with 2 x 400 units and 2,500 steps at 1e-4, 91.8 % with 1,876 steps at 1e-3, 94.8 % with 2 x 800 units and 1,200.
 
-Strengths are tuned, not given: by `perdure.tuning.tune` on the training records of the first three experiences of seed
+Strengths are tuned, not given: by `perdure.experiment.tuning.tune` on the training records of the first three experiences of seed
 0, a fifth of which is held out to be measured on. No test record and no later experience has a say. Every trial is
 stored beside the result.
 
@@ -29,16 +29,16 @@ import torch
 from rich.progress import Progress
 from rows import options, origin, show, spread, store, stored
 
-from perdure.datasets import mnist
-from perdure.learner import Learner
+from perdure.contract.strategy import Strategy
+from perdure.data.datasets.base import mnist
+from perdure.data.scenarios import Stream, permuted
+from perdure.experiment.tuning import Space, Tuned, Values, tune
+from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models import mlp
+from perdure.models.classifiers import mlp
 from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
 from perdure.strategies.si import SI
-from perdure.strategy import Strategy
-from perdure.streams import Stream, permuted
-from perdure.tuning import Space, Tuned, Values, tune
 
 EXPERIENCES, ITERATIONS, BATCH, LEARNING_RATE, HIDDEN = 10, 1200, 128, 1e-3, (1000, 1000)
 TUNED_ON, TRIALS = 3, 5

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from perdure.environment import command, machine, store_rows
+from perdure.utils.environment import command, machine, store_rows
 
 Row = dict[str, Any]
 

@@ -25,13 +25,13 @@ from rich.progress import Progress
 from rows import Row, options, origin, show, spread, store, stored
 
 from perdure import Learner, Records, Strategy, Stream
-from perdure.augment import Views, shift_and_flip
-from perdure.datasets import Dataset, cifar10
+from perdure.data.augmentation import Views, shift_and_flip
+from perdure.data.datasets.base import Dataset, cifar10
+from perdure.data.scenarios import split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models import resnet18
+from perdure.models.classifiers import resnet18
 from perdure.strategies.der import DER
 from perdure.strategies.replay import Replay
-from perdure.streams import split
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
 BATCH, BUFFERS = 32, (200, 500)

@@ -46,10 +46,12 @@ from rows import Row, options, origin, show, spread, store, stored
 from torch.optim import SGD, Adam
 
 from perdure import Learner, Records, Strategy
-from perdure.datasets import Dataset, mnist
-from perdure.features import RandomConvolutions
+from perdure.contract.strategy import Scenario
+from perdure.data.datasets.base import Dataset, mnist
+from perdure.data.scenarios import Experience, Stream, split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models import Classifier, frozen, mlp
+from perdure.models.classifiers import Classifier, frozen, mlp
+from perdure.models.scattering import RandomConvolutions
 from perdure.strategies.agem import AGEM
 from perdure.strategies.ewc import EWC
 from perdure.strategies.gem import GEM
@@ -61,8 +63,6 @@ from perdure.strategies.naive import Naive
 from perdure.strategies.ranpac import RanPAC
 from perdure.strategies.replay import Replay
 from perdure.strategies.si import SI
-from perdure.strategy import Scenario
-from perdure.streams import Experience, Stream, split
 
 Name = Literal["vandeven", "hsu"]
 Key = tuple[str, str, str]

@@ -13,9 +13,9 @@ from typing import Any
 if __name__ != "perdure.strategies":
     raise ImportError(f"import this package as perdure.strategies, not as {__name__}")
 
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError
-from perdure.strategy import Strategy
 
 __all__ = ["Combine", "find", "names"]
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from perdure.memory import MemoryPlan, Selection, records_in, refuse_size
-from perdure.records import Params
-from perdure.strategy import Asks, Plan, State, Strategy
+from perdure.contract.strategy import Asks, Plan, State, Strategy
+from perdure.curator.memory import MemoryPlan, Selection, records_in, refuse_size
+from perdure.data.records import Params
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class AGEM(Strategy):
     """Project the gradient on the half-space in which the loss of stored records does not grow.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.memory.MemoryPlan`.
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.curator.memory.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
         batch_size: stored records in the reference gradient of a step; None for as many as new ones.
     """

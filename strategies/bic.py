@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.curator.memory import MemoryPlan, records_in, refuse_size
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import MemoryPlan, records_in, refuse_size
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 ROUNDS = 6
 PRIOR = 1.0
@@ -167,6 +167,6 @@ def held_out(ids: Tensor) -> Tensor:
     """(n,) bool, one record in ten, by its id alone.
 
     Ids that follow one another are held out in even steps, so that a small memory has its tenth. With independent draws
-    (`perdure.hashing`) the correction of 100 records lost accuracy in one of eight runs on digits; so it gains in all.
+    (`perdure.utils.hashing`) the correction of 100 records lost accuracy in one of eight runs on digits; so it gains in all.
     """
     return ((ids * 2654435761 + 97) >> 16) % ONE_IN == 1

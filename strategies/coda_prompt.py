@@ -21,7 +21,7 @@ have no gradient; what an optimiser remembers moves them still, unless it starts
 A record of experience k is predicted, where it says so (task-incremental), by the components up to k; else by those of
 all experiences so far. The bare model uses all components, trained or not: ask `predict`.
 
-The model is `perdure.prompts.composed(backbone, experiences=...)`.
+The model is `perdure.models.prompts.composed(backbone, experiences=...)`.
 
 State: `done`, the number of experiences that are over.
 Memory cost: components * (2 * length + 2) * width numbers a block and experience. A step and a prediction take two
@@ -37,15 +37,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from perdure.contract.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.prompts import composed
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
-from perdure.transformers import tiny
+from perdure.models.prompts import composed
+from perdure.models.vision_transformer import tiny
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 COMPONENTS = "body.components."
 HEAD = "head."
@@ -78,7 +78,7 @@ class CODAPrompt(Strategy):
         wanted = {f"{COMPONENTS}{number}.0.attention.weight" for number in range(spec.num_experiences)}
         if not wanted <= spec.params.keys():
             raise StrategyError(
-                f"the model has no {sorted(wanted - spec.params.keys())[0]}; CODAPrompt needs perdure.prompts.composed("
+                f"the model has no {sorted(wanted - spec.params.keys())[0]}; CODAPrompt needs perdure.models.prompts.composed("
                 f"backbone, num_classes={spec.num_classes}, experiences={spec.num_experiences})"
             )
         return State().declare("done", torch.zeros((), device=next(iter(spec.params.values())).device), "mean")

@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.data.records import Batch, Params
 from perdure.errors import StrategyError
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

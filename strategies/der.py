@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
+from perdure.curator.memory import MemoryPlan, records_in, refuse_size
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.memory import MemoryPlan, records_in, refuse_size
-from perdure.records import Batch
-from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
 
 if TYPE_CHECKING:
-    from perdure.streams import Experience
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

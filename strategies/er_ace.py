@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.memory import MemoryPlan, Update, records_in, refuse_size
-from perdure.records import Batch
-from perdure.strategy import MASKED, Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
+from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
+from perdure.curator.memory import MemoryPlan, Update, records_in, refuse_size
+from perdure.data.records import Batch
 
 if TYPE_CHECKING:
-    from perdure.streams import Experience
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

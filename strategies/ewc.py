@@ -30,16 +30,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Forward, Plan, Spec, State, Strategy
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError
-from perdure.fisher import SquaredGradient
-from perdure.hashing import uniforms
-from perdure.records import Batch, Params
-from perdure.seeds import derive
-from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy
+from perdure.queries.squared_gradients import SquaredGradient
+from perdure.utils.hashing import uniforms
+from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

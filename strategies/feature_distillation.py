@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from perdure.contract.strategy import Context, Forward, Spec, State, Strategy, cross_entropy
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError
-from perdure.records import Batch, Params
-from perdure.strategy import Context, Forward, Spec, State, Strategy, cross_entropy
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
+    from perdure.curator.local_curator import Curator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ t is the number of the experience, and there is no teacher in the first. The tea
 `perdure.strategies.lwf.answered` gives, in task-incremental streams over those of every earlier task, averaged.
 
 Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the record's id and of the
-step (`perdure.hashing`). Classifier and generator are trained by one loss; they share no parameter, so that
+step (`perdure.utils.hashing`). Classifier and generator are trained by one loss; they share no parameter, so that
 without privacy each goes its own way, as in the paper.
 
 State: `teacher`, the model at the end of the last experience, generator included, and the number of `steps`.
@@ -34,24 +34,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perdure.contract.strategy import (
+    MASKED,
+    Context,
+    Forward,
+    Plan,
+    Spec,
+    State,
+    Strategy,
+    cross_entropy,
+    cross_entropy_of,
+)
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.hashing import normals
-from perdure.models import generative, mlp
-from perdure.records import Batch, Params
-from perdure.seeds import derive
+from perdure.models.classifiers import generative, mlp
 from perdure.strategies.lwf import answered
-from perdure.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy, cross_entropy_of
+from perdure.utils.hashing import normals
+from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeReplay(Strategy):
     """Rehearse samples of the previous generator, with the previous classifier's answers.
 
-    It needs a model with a generator, by `perdure.models.generative` or `model.name = "generative"`: with `encode`,
+    It needs a model with a generator, by `perdure.models.classifiers.generative` or `model.name = "generative"`: with `encode`,
     `decode` and `latent`, and parameters under `encoder.` and `decoder.`. Inputs lie in [0, 1].
 
     Args:
@@ -80,7 +90,7 @@ class GenerativeReplay(Strategy):
         """
         if not all(any(part in name for name in spec.params) for part in ("encoder.", "decoder.")):
             raise StrategyError(
-                "GenerativeReplay needs a model with a generator; make it by perdure.models.generative(classifier, "
+                "GenerativeReplay needs a model with a generator; make it by perdure.models.classifiers.generative(classifier, "
                 'input_shape=...), or set model.name = "generative"'
             )
         steps = torch.zeros((), dtype=torch.int64, device=next(iter(spec.params.values())).device)

@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
+from perdure.curator.memory import MemoryPlan, records_in, refuse_size
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import MemoryPlan, records_in, refuse_size
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ experiences, at the sampling rate of the growing pool.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.strategy import Asks, Plan, Strategy
+from perdure.contract.strategy import Asks, Plan, Strategy
 
 if TYPE_CHECKING:
-    from perdure.streams import Experience
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Plan, Spec, State, Strategy
+from perdure.data.records import Params
 from perdure.errors import ConfigError
-from perdure.records import Params
-from perdure.strategy import Plan, Spec, State, Strategy
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ Two things of the authors' are left out because they are statistics over records
 picked, by which section 4.2 makes frequent ones less likely (optional there), and one choice of prompts for a whole
 batch, by vote (an option of the code): here every record has its own, trained and tested alike.
 
-The model is `perdure.prompts.prompted(backbone)`.
+The model is `perdure.models.prompts.prompted(backbone)`.
 
 State: none. Memory cost: the pool. A step and a prediction take two passes through the transformer.
 Privacy cost: none beyond the gradient: what a record picks depends on the record and the parameters alone.
@@ -29,11 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from perdure.contract.strategy import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.prompts import prompted
-from perdure.records import Batch
-from perdure.strategy import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
-from perdure.transformers import tiny
+from perdure.models.prompts import prompted
+from perdure.models.vision_transformer import tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class L2P(Strategy):
         if not {"body.prompts.weight", "body.keys.weight"} <= spec.params.keys():
             raise StrategyError(
                 "the model has no pool of prompts; L2P needs "
-                f"perdure.prompts.prompted(backbone, num_classes={spec.num_classes})"
+                f"perdure.models.prompts.prompted(backbone, num_classes={spec.num_classes})"
             )
         return State()
 

@@ -16,7 +16,7 @@ The papers adapt language models, which have no head. Here the logits of all oth
 L2P and CODA-Prompt do, so that the rows of old classes in the head have no gradient; what an optimiser remembers moves
 them still, unless it starts afresh with every experience (`Learner(reset_optimizer=True)`).
 
-The model is `perdure.adapters.adapted(backbone, experiences=...)`.
+The model is `perdure.models.low_rank_adapters.adapted(backbone, experiences=...)`.
 
 State: `done`, the number of experiences that are over.
 Memory cost: 2 * rank * width numbers a projection and experience; two projections a block.
@@ -31,15 +31,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters import adapted
+from perdure.contract.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
-from perdure.transformers import tiny
+from perdure.models.low_rank_adapters import adapted
+from perdure.models.vision_transformer import tiny
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class LoRA(Strategy):
         Raises:
             StrategyError: where the model has no set of adapters for every experience.
         """
-        sets, builder = spec.num_experiences, "perdure.adapters.adapted"
+        sets, builder = spec.num_experiences, "perdure.models.low_rank_adapters.adapted"
         for prefix in (*(f"{self.adapters}{number}." for number in range(sets)), self.head):
             if not any(name.startswith(prefix) for name in spec.params):
                 raise StrategyError(

@@ -34,16 +34,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.heads import cosines, directions
-from perdure.memory import MemoryPlan
-from perdure.models import mlp
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.models.classifiers import mlp
+from perdure.models.cosine_head import cosines, directions
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 WEIGHT, SCALE = "head.weight", "head.scale"
 

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError
-from perdure.records import Batch, Params
-from perdure.strategy import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
+    from perdure.curator.local_curator import Curator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Forward, Plan, Spec, State, Strategy
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError
-from perdure.fisher import AbsoluteGradient
-from perdure.records import Batch, Params
-from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy
+from perdure.queries.squared_gradients import AbsoluteGradient
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

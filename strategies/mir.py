@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy, evaluating
+from perdure.curator.memory import MemoryPlan, records_in, refuse_size
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.memory import MemoryPlan, records_in, refuse_size
-from perdure.records import Batch, Params
-from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy, evaluating
 
 if TYPE_CHECKING:
-    from perdure.streams import Experience
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ State: `directions`, averaged over clients by declared sizes, so that a federati
 records and the same model would; `inverse`, of their inner products. They are as long as the stream: one that has
 grown since does not fit.
 Memory cost: experiences x `directions` times the parameters, read twice in every step. The release takes `directions`
-times the parameters, since a record's row of that length is never formed (`perdure.grouped`).
+times the parameters, since a record's row of that length is never formed (`perdure.queries.grouped_gradients`).
 Privacy cost: one release an experience. A record adds the gradient of one number to one direction, clipped as its
 gradient is; the rest is free. Directions are then as noisy as they come: the noise of one is noise multiplier x clip
 norm x sqrt(parameters) long, the sum itself at most clip norm x records of the group. So few groups of many records; a
@@ -37,15 +37,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Context, Forward, Spec, State, Strategy
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError, StrategyError
-from perdure.grouped import GroupedGradient
-from perdure.hashing import uniforms
-from perdure.records import Batch, Params
-from perdure.seeds import derive
-from perdure.strategy import Asks, Context, Forward, Spec, State, Strategy
+from perdure.queries.grouped_gradients import GroupedGradient
+from perdure.utils.hashing import uniforms
+from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
+    from perdure.curator.local_curator import Curator
 
 DEPENDENT = 1e-6
 """Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the rounding of float32."""

@@ -11,14 +11,14 @@ Woodbury identity; AFL (He et al., Analytic federated learning, CVPR 2025) merge
 the W of all records. Both are `RanPAC` as it is: the sums add up over experiences (ACIL) and clients (AFL). ACIL's
 expansion of the features is `projection`.
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen`).
+Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.classifiers.frozen`).
 State: Gram matrix and class sums, which add up over experiences and clients, the projection, drawn from `seed` by every
 party alike, and the solved head.
 Memory cost: a matrix of features x features and two tables of classes x features, in float64; the projection.
-Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of `perdure.queries.Gram`; with
+Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of `perdure.queries.evaluation.Gram`; with
 |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 + w^2 (1 + b^2)), so leave the bias feature out. Negative
 eigenvalues of the noisy matrix are cut, and half of the noise that they show is added to the ridge: free (see
-`perdure.analytic.denoised`). Noise grows with the number of features: some hundreds do best, thousands without privacy.
+`perdure.queries.analytic.denoised`). Noise grows with the number of features: some hundreds do best, thousands without privacy.
 """
 
 import math
@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.analytic import Analytic, WideGram, denoised, layout, ridge_head, unit
+from perdure.contract.strategy import Forward, Spec, State
 from perdure.errors import ConfigError
-from perdure.queries import Gram
-from perdure.seeds import generator
-from perdure.strategy import Forward, Spec, State
+from perdure.queries.analytic import Analytic, WideGram, denoised, layout, ridge_head, unit
+from perdure.queries.evaluation import Gram
+from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
+    from perdure.curator.local_curator import Curator
 
 WEIGHT = 0.7
 """w: the matrix, which is inverted, bears noise worse than the class sums."""
@@ -45,7 +45,7 @@ WEIGHT = 0.7
 class RanPAC(Analytic):
     """Ridge regression on features; nothing is trained.
 
-    Guarantee: see `perdure.analytic.Analytic`.
+    Guarantee: see `perdure.queries.analytic.Analytic`.
 
     Args:
         ridge: added to the Gram matrix; choose it for the length of the features (1 where they are normalised).

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy
+from perdure.curator.memory import MemoryPlan, Selection, Update, records_in, refuse_size
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.memory import MemoryPlan, Selection, Update, records_in, refuse_size
-from perdure.records import Batch
-from perdure.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy
 
 if TYPE_CHECKING:
-    from perdure.streams import Experience
+    from perdure.data.scenarios import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Replay(Strategy):
     """Rehearse stored records.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.memory.MemoryPlan`.
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.curator.memory.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
         batch_size: stored records a step; None for as many as new ones.
         weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row the same.

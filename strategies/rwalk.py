@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from perdure.contract.strategy import Asks, Forward, Plan, Spec, State, Strategy, cross_entropy
+from perdure.data.records import Batch, Params
 from perdure.errors import ConfigError
-from perdure.fisher import SquaredGradient
-from perdure.records import Batch, Params
+from perdure.queries.squared_gradients import SquaredGradient
 from perdure.strategies.si import progress
-from perdure.strategy import Asks, Forward, Plan, Spec, State, Strategy, cross_entropy
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
-    from perdure.streams import Experience
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
 
 NUMBERS = ("steps", "past", "fisher_scale", "score_scale")
 

@@ -10,18 +10,20 @@ The paper updates S record by record, each around the mean that its class had at
 order; here it is the covariance around the final means, which does not. The shrinkage e is towards m I with m the mean
 variance, so that it means the same for features of any length; the paper has m = 1 (`scaled=False`).
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen`).
+Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.classifiers.frozen`).
 State: Gram matrix, class sums and counts, which add up over experiences and clients, and the solved head.
 Memory cost: a matrix of features x features and two tables of classes x features, in float64.
-Privacy cost: one release an experience, of the joint vector (svec(f f^T), w f y^T, v y) of `perdure.queries.Gram`; with
+Privacy cost: one release an experience, of the joint vector (svec(f f^T), w f y^T, v y) of `perdure.queries.evaluation.Gram`; with
 |f| = 1 it is clipped to sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the
-noise that they show is added as a ridge (`perdure.analytic.denoised`): free.
+noise that they show is added as a ridge (`perdure.queries.analytic.denoised`): free.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.analytic import (
+from perdure.contract.strategy import Spec, State
+from perdure.errors import ConfigError
+from perdure.queries.analytic import (
     Analytic,
     WideGram,
     absent,
@@ -32,12 +34,10 @@ from perdure.analytic import (
     shrunk,
     within_covariance,
 )
-from perdure.errors import ConfigError
-from perdure.queries import Gram
-from perdure.strategy import Spec, State
+from perdure.queries.evaluation import Gram
 
 if TYPE_CHECKING:
-    from perdure.curator import Curator
+    from perdure.curator.local_curator import Curator
 
 WEIGHT, COUNT_WEIGHT = 0.7, 0.5
 """w and v: the matrix, which is inverted, bears noise worst."""
@@ -47,7 +47,7 @@ WEIGHT, COUNT_WEIGHT = 0.7, 0.5
 class SLDA(Analytic):
     """Linear discriminant analysis with a shared covariance; nothing is trained.
 
-    Guarantee: see `perdure.analytic.Analytic`.
+    Guarantee: see `perdure.queries.analytic.Analytic`.
 
     Args:
         shrinkage: e, above 0 and at most 1. scaled: shrink towards the mean variance, else towards the identity.

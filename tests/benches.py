@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from perdure.curator import Curator
-from perdure.facts import contexts
-from perdure.memory import MemoryPlan
-from perdure.privacy.ledger import Ledger
-from perdure.privacy.mechanism import Mechanism, Schedule
-from perdure.privacy.noise import NoiseKey
-from perdure.privacy.policy import Privacy
-from perdure.strategy import Forward, Plan, cross_entropy
+from perdure.contract.strategy import Forward, Plan, cross_entropy
+from perdure.curator.local_curator import Curator
+from perdure.curator.memory import MemoryPlan
+from perdure.planning.exposure import contexts
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.settings import Privacy
 
 REPLAY = Plan(memory=MemoryPlan(capacity=1000))
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from perdure.memory import MemoryPlan
+from perdure.contract.strategy import Asks, Plan, State, Strategy, cross_entropy, cross_entropy_of
+from perdure.curator.memory import MemoryPlan
 from perdure.strategies import Replay
-from perdure.strategy import Asks, Plan, State, Strategy, cross_entropy, cross_entropy_of
 
 BROKEN = {}
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from perdure.datasets import Dataset
-from perdure.formats import CIFAR_CLASSES
-from perdure.models import mlp
-from perdure.records import Records
-from perdure.streams import split
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.formats import CIFAR_CLASSES
+from perdure.data.records import Records
+from perdure.data.scenarios import split
+from perdure.models.classifiers import mlp
 
 
 def pytest_configure(config):

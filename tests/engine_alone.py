@@ -17,11 +17,11 @@ import torch  # noqa: E402
 
 from perdure import Learner, Privacy, Records  # noqa: E402
 from perdure.adversarial import PGD, robust_accuracy  # noqa: E402
-from perdure.datasets import Dataset  # noqa: E402
+from perdure.data.datasets.base import Dataset  # noqa: E402
+from perdure.data.scenarios import split  # noqa: E402
 from perdure.explain import kernel_shap  # noqa: E402
-from perdure.models import mlp  # noqa: E402
+from perdure.models.classifiers import mlp  # noqa: E402
 from perdure.strategies import find, names  # noqa: E402
-from perdure.streams import split  # noqa: E402
 
 REQUIRED = {int: 20, int | str: 100, float: 0.01}
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.learner import Learner
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)

@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 
-from perdure.config import parse
-from perdure.privacy.noise import NoiseKey
-from perdure.run import run
+from perdure.experiment.config import parse
+from perdure.experiment.run import run
+from perdure.privacy.noise.key import NoiseKey
 
 with warnings.catch_warnings():
     # typer takes names from click that click is about to move
     warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
-    from perdure import cli
+    from perdure.cli import main as cli
 
 CONFIG = """
 name = "small"

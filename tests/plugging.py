@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from perdure.avalanche import from_avalanche
-from perdure.curator import Curator
-from perdure.learner import Learner
+from perdure.avalanche.benchmarks import from_avalanche
+from perdure.contract.strategy import Plan
+from perdure.curator.local_curator import Curator
+from perdure.learner.learner import Learner
 from perdure.strategies.naive import Naive
-from perdure.strategy import Plan
 
 BATCH, EPOCHS = 10, 2
 

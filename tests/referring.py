@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.learner import Learner
-from perdure.privacy.mechanism import Mechanism
-from perdure.privacy.noise import NoiseKey
-from perdure.privacy.policy import Privacy
+from perdure.contract.strategy import cross_entropy
+from perdure.data.scenarios import permuted, split
+from perdure.learner.learner import Learner
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, GEM
-from perdure.strategy import cross_entropy
-from perdure.streams import permuted, split
 
 BOTH = pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)], ids=["agem", "gem"])
 PRIVATE = Privacy(noise_multiplier=1.0, seed=0)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from perdure.config import parse
 from perdure.errors import ConfigError
+from perdure.experiment.config import parse
 
 ARM = '[[arms]]\nstrategy = "naive"\n'
 HEAD = 'name = "x"\n'

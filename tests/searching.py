@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from perdure.federated.grid import InProcessGrid
-from perdure.federated.state import from_record
-from perdure.memory import Memory
-from perdure.privacy.noise import NoiseKey
+from perdure.curator.memory import Memory
+from perdure.federated.flower_adapter import InProcessGrid
+from perdure.federated.messages import from_record
+from perdure.privacy.noise.key import NoiseKey
 
 with warnings.catch_warnings():
     # typer takes names from click that click is about to move
     warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
-    from perdure import cli
+    from perdure.cli import main as cli
 
 # --------------------------------------------------------------------------- what is looked for
 

@@ -19,10 +19,10 @@ USING = """
 from functools import partial
 import torch
 from perdure import Learner, Privacy
-from perdure.datasets import digits
-from perdure.models import mlp
+from perdure.data.datasets.base import digits
+from perdure.models.classifiers import mlp
 from perdure.strategies import Combine, Replay, Tether, find, names
-from perdure.streams import split
+from perdure.data.scenarios import split
 from perdure.testing import check_strategy
 
 assert "tether" in names() and find("tether") is Tether
@@ -80,7 +80,7 @@ def test_a_new_file_is_found_and_keeps_the_contract_and_learns(package):
 
 @pytest.mark.slow
 def test_a_new_file_is_listed_with_its_costs(package):
-    printed = python(package, "-m", "perdure.cli", "bench", "--list", "--json")
+    printed = python(package, "-m", "perdure.cli.main", "bench", "--list", "--json")
     [row] = [row for row in json.loads(printed) if row["name"] == "tether"]
     assert row["strategy"] == "Tether(strength=1.0)"
     assert row["summary"]

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from perdure.analytic import (
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Records
+from perdure.errors import StrategyError
+from perdure.privacy.clipping.clip import Clip
+from perdure.queries.analytic import (
     BLOCK,
     ClassSums,
     WideGram,
@@ -19,11 +23,7 @@ from perdure.analytic import (
     unit,
     within_covariance,
 )
-from perdure.errors import StrategyError
-from perdure.privacy.clipping import Clip
-from perdure.queries import Gram, bounded_sum, exact_sum, unsvec
-from perdure.records import Batch, Records
-from perdure.strategy import Forward
+from perdure.queries.evaluation import Gram, bounded_sum, exact_sum, unsvec
 
 
 def rows(n=60, d=5, classes=3, seed=0):

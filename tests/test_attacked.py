@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from perdure.attacked import attack_run, mixed, population
-from perdure.config import parse
+from perdure.data.scenarios import split
 from perdure.errors import ConfigError, RunError
-from perdure.run import run
-from perdure.streams import split
+from perdure.experiment.audits import attack_run, mixed, population
+from perdure.experiment.config import parse
+from perdure.experiment.run import run
 
 CONFIG = """
 name = "attacked"

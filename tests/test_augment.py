@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from perdure.adversarial import PGD
-from perdure.augment import Views, shift_and_flip
+from perdure.data.augmentation import Views, shift_and_flip
+from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
-from perdure.learner import Learner
-from perdure.models import cnn
-from perdure.privacy.clipping import Clip
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch, Records
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import cnn
+from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.settings import Privacy
 from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay

@@ -13,16 +13,16 @@ from plugging import SameBatches, accuracies, adam, assert_close, avalanche, ben
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from perdure.avalanche import as_plugin, from_avalanche
+from perdure.avalanche.benchmarks import as_plugin, from_avalanche
+from perdure.contract.strategy import Asks, Plan, Strategy
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
+from perdure.learner.learner import Learner
 from perdure.strategies.ewc import EWC
 from perdure.strategies.joint import Joint
 from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
-from perdure.strategy import Asks, Plan, Strategy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

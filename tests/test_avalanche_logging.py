@@ -6,9 +6,9 @@ import pytest
 import torch
 from plugging import BATCH, EPOCHS, SameBatches, accuracies, adam, avalanche, benchmark, quiet, template  # noqa: F401
 
-from perdure.avalanche import as_plugin, from_avalanche, log, log_to
+from perdure.avalanche.benchmarks import as_plugin, from_avalanche, log, log_to
 from perdure.errors import ConfigError
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.strategies.replay import Replay
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

@@ -21,9 +21,10 @@ from plugging import (  # noqa: F401
 )
 from torch import nn
 
-from perdure.avalanche import from_avalanche
-from perdure.learner import Learner
-from perdure.records import Batch
+from perdure.avalanche.benchmarks import from_avalanche
+from perdure.contract.strategy import Context, Forward, State
+from perdure.data.records import Batch
+from perdure.learner.learner import Learner
 from perdure.strategies.agem import AGEM
 from perdure.strategies.er_ace import ERACE
 from perdure.strategies.ewc import EWC
@@ -34,7 +35,6 @@ from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
 from perdure.strategies.si import SI
 from perdure.strategies.slda import SLDA
-from perdure.strategy import Context, Forward, State
 
 # ruff: noqa: F811
 pytestmark = [pytest.mark.reference, pytest.mark.slow]

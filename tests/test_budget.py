@@ -7,17 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from perdure.budget import horizon, planned
+from perdure.data.scenarios import permuted, split
 from perdure.errors import BudgetError, ConfigError, PrivacyError
-from perdure.learner import Learner
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.mechanism import Schedule
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.planning.budget import horizon, planned
+from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.private_sum import Schedule
+from perdure.privacy.settings import Privacy
 from perdure.strategies.ewc import EWC
 from perdure.strategies.joint import Joint
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
-from perdure.streams import permuted, split
 
 DELTA = 1e-5
 
@@ -69,7 +69,7 @@ def test_what_is_expected_to_come_is_like_the_last_experience(learner_of, stream
 
 
 def permuted_stream(stream):
-    from perdure.datasets import Dataset
+    from perdure.data.datasets.base import Dataset
 
     train, test = stream[0].train, stream[0].test
     data = Dataset(name="one", train=train, test=test, num_classes=4, input_shape=(5,))

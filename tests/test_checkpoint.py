@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from perdure.checkpoint import Snapshot, Store
 from perdure.errors import RunError
-from perdure.files import write_atomically
+from perdure.learner.checkpoint import Snapshot, Store
+from perdure.utils.atomic_files import write_atomically
 
 
 def snapshot(k):

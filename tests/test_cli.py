@@ -16,7 +16,7 @@ from rich.console import Console
 with warnings.catch_warnings():
     # typer takes names from click that click is about to move
     warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
-    from perdure import cli
+    from perdure.cli import main as cli
 
 CONFIG = """
 name = "small"
@@ -99,7 +99,7 @@ def test_help_of_a_command_names_its_arguments(perdure, command, told):
 def test_show_config_prints_the_packaged_file_to_the_letter(perdure):
     code, out, err = perdure("demo", "--show-config")
     assert (code, err) == (0, "")
-    assert out == resources.files("perdure").joinpath("demo.toml").read_text(encoding="utf-8")
+    assert out == resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8")
     assert tomllib.loads(out)["name"] == "demo"
 
 
@@ -251,7 +251,7 @@ def heed_interrupts():
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n")
-    words = [sys.executable, "-m", "perdure.cli", "run", str(path), "--out", str(tmp_path / "run")]
+    words = [sys.executable, "-m", "perdure.cli.main", "run", str(path), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
@@ -345,8 +345,8 @@ def test_bench_lists_as_a_table_too(perdure):
 
 
 def test_a_cost_says_all_that_is_asked():
-    from perdure.bench import privacy_cost
-    from perdure.strategy import Asks, Plan
+    from perdure.contract.strategy import Asks, Plan
+    from perdure.experiment.strategy_catalogue import privacy_cost
 
     everything = Asks(releases=2, histograms=1, selections=3, recalls=2, references=1, reuses=True)
     assert privacy_cost(everything, Plan(), False) == (
@@ -364,9 +364,9 @@ def test_an_argument_without_a_simplest_value_needs_a_default():
     from pathlib import Path
     from typing import Literal
 
-    from perdure.bench import simplest
+    from perdure.contract.strategy import Strategy
     from perdure.errors import ConfigError
-    from perdure.strategy import Strategy
+    from perdure.experiment.strategy_catalogue import simplest
 
     @dataclass(frozen=True, kw_only=True)
     class Simple(Strategy):

@@ -8,9 +8,19 @@ import pytest
 import torch
 from refusals import ARM, HEAD, refusal
 
-from perdure.config import OPTIMIZERS, Arm, AttackConfig, Config, FederationConfig, TrainingConfig, build, parse, read
 from perdure.errors import ConfigError
-from perdure.privacy.policy import Privacy
+from perdure.experiment.config import (
+    OPTIMIZERS,
+    Arm,
+    AttackConfig,
+    Config,
+    FederationConfig,
+    TrainingConfig,
+    build,
+    parse,
+    read,
+)
+from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names
 
 # --------------------------------------------------------------------------- what is right
@@ -76,7 +86,7 @@ def test_every_table_is_read():
 
 
 def test_the_demo_is_right():
-    config = parse(resources.files("perdure").joinpath("demo.toml").read_text(encoding="utf-8"))
+    config = parse(resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8"))
     assert config.name == "demo"
     assert {arm.file for arm in config.arms} == {"naive", "ewc", "lwf", "replay"}
     assert [arm.private for arm in config.arms] == [False] * 4 + [True] * 4

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import ARM, HEAD, refusal
 
-from perdure.config import AttackConfig, Config, DataConfig, FederationConfig, TrainingConfig, build, parse
 from perdure.errors import ConfigError
-from perdure.models import ModelConfig
-from perdure.privacy.policy import Privacy
+from perdure.experiment.config import AttackConfig, Config, DataConfig, FederationConfig, TrainingConfig, build, parse
+from perdure.models.classifiers import ModelConfig
+from perdure.privacy.settings import Privacy
 
 TABLES = {
     "data": "",

@@ -8,13 +8,13 @@ from benches import REPLAY, bench, declared, simulated  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perdure.contract.strategy import Plan
+from perdure.curator.memory import MemoryPlan
+from perdure.curator.record_groups import copies
+from perdure.data.records import Records
+from perdure.data.scenarios import permuted, split
 from perdure.errors import PrivacyError
-from perdure.facts import exposure
-from perdure.identity import copies
-from perdure.memory import MemoryPlan
-from perdure.records import Records
-from perdure.strategy import Plan
-from perdure.streams import permuted, split
+from perdure.planning.exposure import exposure
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

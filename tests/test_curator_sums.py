@@ -6,8 +6,8 @@ import pytest
 import torch
 from benches import REPLAY, bench, declared, simulated  # noqa: F401
 
+from perdure.contract.strategy import Forward, cross_entropy
 from perdure.errors import PrivacyError
-from perdure.strategy import Forward, cross_entropy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 
@@ -56,7 +56,7 @@ def test_the_normaliser_is_the_declared_expectation(bench, toy_stream):
 
 
 def big_model(stream):
-    from perdure.models import mlp
+    from perdure.models.classifiers import mlp
 
     return mlp(input_shape=stream.input_shape, num_classes=4, hidden=(1000,), seed=0)
 

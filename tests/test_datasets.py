@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from perdure import datasets, formats
-from perdure.datasets import Dataset, load
+from perdure.data.datasets import base as datasets
+from perdure.data.datasets import formats
+from perdure.data.datasets.base import Dataset, load
+from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
-from perdure.records import Records
 
 ADULT_HEADER = "age, workclass, fnlwgt, education, education-num, marital-status, ..."
 ADULT_ROW = (

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.denormals import flushed
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.strategies import Naive
+from perdure.utils.denormals import flushed
 
 
 @pytest.fixture(autouse=True)

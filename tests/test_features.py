@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from perdure.errors import ConfigError, DataError
-from perdure.features import RandomConvolutions, Scattering, low_pass, modulus, morlet, random_filters
+from perdure.models.scattering import RandomConvolutions, Scattering, low_pass, modulus, morlet, random_filters
 
 
 def images(n=3, channels=1, side=28, seed=0):

@@ -3,13 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.fisher import AbsoluteGradient, SquaredGradient, linear_layers
-from perdure.models import cnn, frozen, mlp
-from perdure.privacy.clipping import Clip, clipped_sum
-from perdure.queries import bounded_sum, exact_sum, rows_of
-from perdure.records import Batch, Records
+from perdure.contract.strategy import Forward, Spec
+from perdure.data.records import Batch, Records
+from perdure.models.classifiers import cnn, frozen, mlp
+from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.queries.evaluation import bounded_sum, exact_sum, rows_of
+from perdure.queries.squared_gradients import AbsoluteGradient, SquaredGradient, linear_layers
 from perdure.strategies import EWC
-from perdure.strategy import Forward, Spec
 
 
 def batch(n=7, shape=(5,), classes=3):
@@ -86,8 +86,8 @@ def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind)
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_stream, toy_model):
     """Over the classes that may be predicted; not the square of the batch's mean gradient."""
-    from perdure.curator import Curator
-    from perdure.facts import contexts
+    from perdure.curator.local_curator import Curator
+    from perdure.planning.exposure import contexts
 
     stream = toy_stream()
     module = toy_model(stream).eval()
@@ -181,7 +181,7 @@ def test_no_more_rows_are_formed_at_once_than_fit(monkeypatch):
             return super().__call__(forward, batch)
 
     size = sum(value.numel() for value in module.parameters())
-    monkeypatch.setattr("perdure.privacy.clipping.PASS_NUMBERS", 16 * size)
+    monkeypatch.setattr("perdure.privacy.clipping.clip.PASS_NUMBERS", 16 * size)
     assert_same(exact_sum(Watched(fisher_terms), Forward(module), data, 100), expected)
     assert seen == [16, 16, 8]
 

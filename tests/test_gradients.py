@@ -3,13 +3,13 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.gradients import clipped_gradient, mean_gradient, pieces
-from perdure.learner import Learner
-from perdure.privacy.clipping import Clip
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.contract.strategy import Forward, cross_entropy_of
+from perdure.data.records import Batch
+from perdure.learner.learner import Learner
+from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.settings import Privacy
+from perdure.queries.batch_gradients import clipped_gradient, mean_gradient, pieces
 from perdure.strategies.naive import Naive
-from perdure.strategy import Forward, cross_entropy_of
 
 
 def losses(forward, batch):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from test_fisher import Sequence, Twice, assert_same, batch, fisher_terms, small, summed, tied
 
-from perdure.grouped import GroupedGradient
-from perdure.privacy.clipping import Clip, clipped_sum
-from perdure.queries import bounded_sum, exact_sum, rows_of, shapes_of
-from perdure.strategy import Forward
+from perdure.contract.strategy import Forward
+from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.queries.evaluation import bounded_sum, exact_sum, rows_of, shapes_of
+from perdure.queries.grouped_gradients import GroupedGradient
 
 
 def logit(forward, rows):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from perdure.hashing import hashed, normals, uniforms
-from perdure.seeds import derive
-from perdure.streams import public_coin
+from perdure.data.scenarios import public_coin
+from perdure.utils.hashing import hashed, normals, uniforms
+from perdure.utils.seeding import derive
 
 MANY = torch.arange(100_000)
 

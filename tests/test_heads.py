@@ -6,19 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perdure.contract.strategy import Forward, cross_entropy_of
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.heads import SCALE, SHORTEST, CosineHead, cosines, directions
-from perdure.learner import Learner
-from perdure.models import Classifier, cnn, frozen, mlp, resnet18
-from perdure.privacy import bookkeeping
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import Clip, clipped_sum
-from perdure.privacy.guard import check_buffers, check_model
-from perdure.privacy.policy import Privacy
-from perdure.queries import gradient_rows
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import Classifier, cnn, frozen, mlp, resnet18
+from perdure.models.cosine_head import SCALE, SHORTEST, CosineHead, cosines, directions
+from perdure.privacy.clipping import bookkeeping
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.privacy.guard.model_checks import check_buffers, check_model
+from perdure.privacy.settings import Privacy
+from perdure.queries.evaluation import gradient_rows
 from perdure.strategies import Replay
-from perdure.strategy import Forward, cross_entropy_of
 
 DIGITS = (1, 8, 8)
 

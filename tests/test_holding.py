@@ -8,16 +8,16 @@ import torch
 from referring import opened
 from torch import nn
 
+from perdure.contract.strategy import Plan, Strategy
+from perdure.curator.held_records import WHEN, untouched
+from perdure.curator.memory import MemoryPlan
+from perdure.data.scenarios import permuted, split
 from perdure.errors import DataError, PrivacyError, StrategyError
-from perdure.facts import exposure
-from perdure.holding import WHEN, untouched
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.models import Classifier
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import Classifier
+from perdure.planning.exposure import exposure
+from perdure.privacy.settings import Privacy
 from perdure.strategies import DER, ERACE, GDumb, Naive, Replay
-from perdure.strategy import Plan, Strategy
-from perdure.streams import permuted, split
 
 PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
 EITHER = pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])

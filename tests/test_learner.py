@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from learning import SIMULATED, adam, bits, learner_of, same_bits  # noqa: F401
 from torch.optim.lr_scheduler import StepLR
 
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Plan, State, Strategy
 from perdure.errors import ConfigError, StrategyError
-from perdure.learner import POINTS, accuracy
+from perdure.learner.learner import POINTS, accuracy
 from perdure.strategies import EWC, LwF, Naive, Replay
-from perdure.strategy import Plan, State, Strategy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

@@ -9,16 +9,16 @@ from learning import SIMULATED, bits, learner_of  # noqa: F401
 from torch.optim.lr_scheduler import LambdaLR
 
 from perdure.adversarial import FGSM, PGD, robust_accuracy
-from perdure.augment import Views
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Strategy
+from perdure.data.augmentation import Views
+from perdure.data.records import Batch
 from perdure.errors import PrivacyError
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.privacy.adaptive import Adaptive
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, Naive, Replay
-from perdure.strategy import Strategy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 
@@ -66,8 +66,8 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner
 
 
 def test_adversarial_training_raises_robust_accuracy_on_digits():
-    from perdure.datasets import digits
-    from perdure.streams import split
+    from perdure.data.datasets.base import digits
+    from perdure.data.scenarios import split
 
     stream = split(digits(), scenario="domain", experiences=1)
     attack = PGD(epsilon=0.15, steps=4)

@@ -12,14 +12,14 @@ from learning import SIMULATED, bits, learner_of, same_bits  # noqa: F401
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
 
-from perdure.checkpoint import Store
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
 from perdure.errors import LedgerError
-from perdure.learner import POINTS, numbered
-from perdure.models import mlp
-from perdure.privacy.ledger import read
-from perdure.privacy.noise import NoiseKey
-from perdure.privacy.policy import Privacy
+from perdure.learner.checkpoint import Store
+from perdure.learner.learner import POINTS, numbered
+from perdure.models.classifiers import mlp
+from perdure.privacy.ledger.ledger import read
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, Joint, LwF, Replay
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

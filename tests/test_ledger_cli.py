@@ -7,14 +7,14 @@ from dataclasses import asdict
 import pytest
 from ledger_command import ARMS, CONFIG, KEY, alone, assert_refused, either, federated, mine, perdure, shown  # noqa: F401
 
-from perdure.config import parse
-from perdure.privacy import accounting
-from perdure.privacy.accounting import Charge
-from perdure.privacy.ledger import Entry, Ledger
-from perdure.privacy.ledger import read as read_ledger
-from perdure.report.result import epsilon_number
-from perdure.report.spending import exposures
-from perdure.run import run
+from perdure.experiment.config import parse
+from perdure.experiment.run import run
+from perdure.privacy.accounting import calibration as accounting
+from perdure.privacy.accounting.calibration import Charge
+from perdure.privacy.ledger.ledger import Entry, Ledger
+from perdure.privacy.ledger.ledger import read as read_ledger
+from perdure.report.ledger_tables import exposures
+from perdure.report.wording import epsilon_number
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from ledger_command import ARMS, KEY, alone, assert_refused, either, federated, mine, perdure, shown  # noqa: F401
 
-from perdure.privacy.ledger import Ledger
-from perdure.privacy.ledger_file import Head, head_path, link
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.storage import Head, head_path, link
+from perdure.privacy.noise.key import NoiseKey
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

@@ -5,10 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from perdure import Learner, Privacy, Records
-from perdure.datasets import digits
-from perdure.errors import ConfigError
-from perdure.experience import Experience, Stream
-from perdure.membership import (
+from perdure.auditing.membership import (
     MembershipResult,
     area_under_curve,
     halves,
@@ -17,7 +14,10 @@ from perdure.membership import (
     logit_confidence,
     true_positives,
 )
-from perdure.models import mlp
+from perdure.data.datasets.base import digits
+from perdure.data.experience import Experience, Stream
+from perdure.errors import ConfigError
+from perdure.models.classifiers import mlp
 from perdure.strategies.naive import Naive
 
 

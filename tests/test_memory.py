@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perdure.curator.memory import Memory, MemoryPlan, balanced, concatenate, herded, records_in, reservoir
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.memory import Memory, MemoryPlan, balanced, concatenate, herded, records_in, reservoir
-from perdure.records import Batch
 
 
 def rows(labels, task=0, first_id=0, stored=None):

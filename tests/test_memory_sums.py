@@ -6,9 +6,9 @@ import pytest
 import torch
 from referring import PRIVATE, copies, four, learner_of, meetings, opened  # noqa: F401
 
-from perdure.budget import charges, planned
 from perdure.errors import PrivacyError
-from perdure.privacy.accounting import Charge, merged
+from perdure.planning.budget import charges, planned
+from perdure.privacy.accounting.calibration import Charge, merged
 from perdure.strategies import ICaRL, Replay
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from perdure.errors import ConfigError
-from perdure.models import Classifier, Generative, ModelConfig, build, cnn, generative, mlp, resnet18
+from perdure.models.classifiers import Classifier, Generative, ModelConfig, build, cnn, generative, mlp, resnet18
 
 DIGITS = (1, 8, 8)
 CONFIGS = {

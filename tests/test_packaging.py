@@ -77,7 +77,7 @@ def test_the_wheel_holds_every_file_of_both_packages(names):
         if path.is_file() and path.suffix != ".pyc"
     }
     assert {name for name in names if name.startswith("perdure/")} == expected
-    assert {"perdure/py.typed", "perdure/demo.toml", "perdure/report/page.css", "perdure/strategies/ewc.py"} <= expected
+    assert {"perdure/py.typed", "perdure/experiment/demo.toml", "perdure/report/page.css", "perdure/strategies/ewc.py"} <= expected
 
 
 def test_the_licence_travels_with_it(names):

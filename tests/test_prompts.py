@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from perdure.contract.strategy import Forward
 from perdure.errors import ConfigError
-from perdure.prompts import composed, prompted
-from perdure.strategy import Forward
-from perdure.transformers import Addition, transformer
+from perdure.models.prompts import composed, prompted
+from perdure.models.vision_transformer import Addition, transformer
 
 WIDTH, N = 8, 6
 

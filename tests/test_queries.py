@@ -1,10 +1,10 @@
 import torch
 import torch.nn.functional as F
 
-from perdure.models import mlp
-from perdure.queries import as_params, exact_sum, gradient_rows, rows_of
-from perdure.records import Batch, Records
-from perdure.strategy import Forward
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Records
+from perdure.models.classifiers import mlp
+from perdure.queries.evaluation import as_params, exact_sum, gradient_rows, rows_of
 
 
 def batch(n=7, shape=(5,), classes=3):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from referring import BOTH, PRIVATE, copies, flat, four, learner_of, loss_of, meetings, opened, reserved  # noqa: F401
 
-from perdure.budget import charges, planned
+from perdure.contract.strategy import Plan
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import BudgetError, PrivacyError, StrategyError
-from perdure.facts import references
-from perdure.memory import MemoryPlan
-from perdure.privacy.accounting import Charge, merged
-from perdure.privacy.policy import Privacy
+from perdure.planning.budget import charges, planned
+from perdure.planning.exposure import references
+from perdure.privacy.accounting.calibration import Charge, merged
+from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, GEM, Replay
-from perdure.strategy import Plan
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

@@ -8,7 +8,7 @@ import pytest
 from referring import BOTH, PRIVATE, Stopped, four, learner_of, loss_of, meetings, opened, reserved, stopping  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.private_sum import Mechanism
 from perdure.strategies import AGEM
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

@@ -26,19 +26,19 @@ from asking import (  # noqa: F401
 )
 from torch import nn
 
-from perdure import releases
-from perdure.budget import planned
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Asks, Forward, Strategy
+from perdure.data.records import Batch
 from perdure.errors import BudgetError, PrivacyError
-from perdure.learner import Learner
-from perdure.privacy.accounting import Charge, merged
-from perdure.privacy.clipping import Clip, clip_rows
-from perdure.privacy.mechanism import Schedule
-from perdure.privacy.policy import Privacy
-from perdure.queries import Gram
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.planning.budget import planned
+from perdure.privacy.accounting.calibration import Charge, merged
+from perdure.privacy.clipping.clip import Clip, clip_rows
+from perdure.privacy.private_sum import Schedule
+from perdure.privacy.settings import Privacy
+from perdure.queries import releases
+from perdure.queries.evaluation import Gram
 from perdure.strategies import EWC
-from perdure.strategy import Asks, Forward, Strategy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

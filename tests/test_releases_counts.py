@@ -8,10 +8,10 @@ import pytest
 import torch
 from asking import GRID, NOISY, SILENT, brightness, has_scale, labels, party, poisoned  # noqa: F401
 
-from perdure import releases
 from perdure.errors import ConfigError, DataError, PerdureError, PrivacyError
-from perdure.privacy.discrete import Frequency, Quantile
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.noise.discrete import Frequency, Quantile
+from perdure.privacy.noise.key import NoiseKey
+from perdure.queries import releases
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 
@@ -81,7 +81,7 @@ def test_quantiles_of_many_records_are_near(q):
     values = torch.randn(1000, generator=place)
     grid = torch.linspace(-5, 5, 500)
     utility = Quantile(q=q, candidates=grid)
-    from perdure.privacy.discrete import exponential
+    from perdure.privacy.noise.discrete import exponential
 
     uniform = NoiseKey.from_seed(1).uniform(500, purpose="p", entry="e", step=0)
     (chosen,) = exponential(utility.scores(values, strict=True), 1, noise_multiplier=2.0, uniform=uniform).tolist()

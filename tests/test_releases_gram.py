@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError, DataError
-from perdure.models import mlp
-from perdure.privacy.clipping import Clip, clip_rows
-from perdure.queries import Gram, bounded_sum, svec, unsvec
-from perdure.records import Batch, Records
-from perdure.strategy import Forward
+from perdure.models.classifiers import mlp
+from perdure.privacy.clipping.clip import Clip, clip_rows
+from perdure.queries.evaluation import Gram, bounded_sum, svec, unsvec
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

@@ -11,9 +11,9 @@ from collections import Counter
 
 import pytest
 
-from perdure.config import parse
-from perdure.learner import POINTS
-from perdure.run import run, untimed
+from perdure.experiment.config import parse
+from perdure.experiment.run import run, untimed
+from perdure.learner.learner import POINTS
 
 ARMS = ("replay-plain", "ewc-private")
 CONFIG = """
@@ -196,7 +196,7 @@ def kill(process, folder, target, pause):
 def test_three_kills_of_a_federated_run_change_nothing(tmp_path):
     config, folder, seeded = tmp_path / "config.toml", tmp_path / "killed", random.Random(0)
     config.write_text(LONG)
-    words = [sys.executable, "-m", "perdure.cli", "run", str(config), "--out", str(folder)]
+    words = [sys.executable, "-m", "perdure.cli.main", "run", str(config), "--out", str(folder)]
     quarter = EXCHANGES // 4
     for first in (1, 1 + quarter, 1 + 2 * quarter):
         target = max(seeded.randrange(first, first + quarter), exchanges(folder) + 1)

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from perdure.config import parse
-from perdure.datasets import load
+from perdure.data.datasets.base import load
 from perdure.errors import ConfigError, RunError
-from perdure.learner import POINTS
-from perdure.outcome import attack_of
-from perdure.privacy.ledger import read as read_ledger
-from perdure.privacy.noise import NoiseKey
+from perdure.experiment.config import parse
+from perdure.experiment.results import attack_of
+from perdure.experiment.run import TIMINGS, MetricsLog, occupied, open_stream, run, trained, untimed
+from perdure.learner.learner import POINTS
+from perdure.privacy.ledger.ledger import read as read_ledger
+from perdure.privacy.noise.key import NoiseKey
 from perdure.report import write_figures, write_report
-from perdure.report.result import checked, epsilon_number
-from perdure.run import TIMINGS, MetricsLog, occupied, open_stream, run, trained, untimed
+from perdure.report.wording import checked, epsilon_number
 
 SMALL = """
 name = "small"

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from searching import Searcher, Secrets, as_values, command, files, hearing, ran, told
 
-from perdure.federated.grid import InProcessGrid
-from perdure.learner import Learner
-from perdure.privacy.policy import Privacy
+from perdure.federated.flower_adapter import InProcessGrid
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, Replay
 
 CONFIG = """
@@ -173,7 +173,7 @@ def test_what_is_printed_logged_and_sent_is_searched(federated):
     with told() as surface:
         print(min(secrets.keys).hex())
         print(secrets.ids[0], file=sys.stderr)
-        logging.getLogger("perdure.curator").debug("coins %s", secrets.coins[0].tolist())
+        logging.getLogger("perdure.curator.local_curator").debug("coins %s", secrets.coins[0].tolist())
     assert federated.searcher.found(surface) == {"stdout": {"key"}, "stderr": {"record ids"}, "log": {"coin"}}
 
 
@@ -182,7 +182,7 @@ def test_a_secret_in_a_message_is_found(toy_stream, toy_model):
     from flwr.app import ConfigRecord, Message, RecordDict
 
     from perdure.federated import client_app
-    from perdure.federated.state import to_record
+    from perdure.federated.messages import to_record
 
     def make(number):
         return learner_of(toy_model(toy_stream()), SAME), toy_stream()

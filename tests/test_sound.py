@@ -9,8 +9,9 @@ import torch
 from learning import SIMULATED, learner_of  # noqa: F401
 from torch import nn
 
+from perdure.contract.strategy import Plan, Strategy
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
-from perdure.memory import MemoryPlan
 from perdure.strategies import (
     AGEM,
     DER,
@@ -26,7 +27,6 @@ from perdure.strategies import (
     Naive,
     Replay,
 )  # fmt: skip
-from perdure.strategy import Plan, Strategy
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

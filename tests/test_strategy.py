@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch
 from perdure.errors import StrategyError
-from perdure.facts import contexts
-from perdure.memory import MemoryPlan
-from perdure.records import Batch
+from perdure.planning.exposure import contexts
 from perdure.strategies import EWC, GEM, NCM, LwF, Naive, Replay
-from perdure.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
 
 
 def spec(model, scenario="class"):

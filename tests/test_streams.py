@@ -6,10 +6,10 @@ import pytest
 import torch
 from toys import places, toy  # noqa: F401
 
-from perdure.datasets import Dataset, breast_cancer, digits
+from perdure.data.datasets.base import Dataset, breast_cancer, digits
+from perdure.data.records import Records
+from perdure.data.scenarios import Experience, Stream, online, permute, permuted, rotate, rotated, split
 from perdure.errors import ConfigError, DataError
-from perdure.records import Records
-from perdure.streams import Experience, Stream, online, permute, permuted, rotate, rotated, split
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

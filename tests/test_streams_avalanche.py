@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 from toys import places, toy  # noqa: F401
 
+from perdure.data.records import Records
+from perdure.data.scenarios import from_avalanche, split
 from perdure.errors import ConfigError, DataError
-from perdure.records import Records
-from perdure.streams import from_avalanche, split
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

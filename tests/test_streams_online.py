@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import places, records, toy  # noqa: F401
 
-from perdure.datasets import Dataset
+from perdure.data.datasets.base import Dataset
+from perdure.data.records import Records
+from perdure.data.scenarios import blurry, online, permuted, public_coin, split
 from perdure.errors import ConfigError
-from perdure.records import Records
-from perdure.streams import blurry, online, permuted, public_coin, split
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

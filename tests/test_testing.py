@@ -8,14 +8,14 @@ import torch
 from broken import BROKEN, Centred, Remembering, broken
 from torch import nn
 
+from perdure.contract.strategy import Asks, Plan, State, Strategy, cross_entropy
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import ConformanceError, StrategyError
-from perdure.memory import MemoryPlan
-from perdure.models import Classifier, mlp
-from perdure.releases import histogram, top_k
+from perdure.models.classifiers import Classifier, mlp
+from perdure.queries.releases import histogram, top_k
 from perdure.strategies import EWC, Combine, ICaRL, Naive, Replay
-from perdure.strategy import Asks, Plan, State, Strategy, cross_entropy
 from perdure.testing import CHECKS, check_strategy
-from perdure.testing.stand import Stand
+from perdure.testing.fixtures import Stand
 
 # --------------------------------------------------------------------------- private
 

@@ -5,19 +5,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.adapters import adapted
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
-from perdure.learner import Learner
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import Clip, clipped_sum
-from perdure.privacy.guard import check_buffers, check_model
-from perdure.privacy.policy import Privacy
-from perdure.prompts import Prompted, composed, prompted
-from perdure.queries import gradient_rows
-from perdure.records import Batch, Records
+from perdure.learner.learner import Learner
+from perdure.models.low_rank_adapters import adapted
+from perdure.models.prompts import Prompted, composed, prompted
+from perdure.models.vision_transformer import (
+    Addition,
+    Attention,
+    Block,
+    Transformer,
+    fixed,
+    from_timm,
+    patches,
+    tiny,
+    transformer,
+)
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.privacy.guard.model_checks import check_buffers, check_model
+from perdure.privacy.settings import Privacy
+from perdure.queries.evaluation import gradient_rows
 from perdure.strategies import Naive
-from perdure.strategy import Forward
-from perdure.transformers import Addition, Attention, Block, Transformer, fixed, from_timm, patches, tiny, transformer
 
 SHAPE, N = (2, 8, 12), 5
 
@@ -259,5 +269,5 @@ def test_shapes_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize("make", [adapted, prompted, composed])
 def test_a_backbone_without_the_places_is_refused(make):
     more = {} if make is prompted else {"experiences": 2}
-    with pytest.raises(ConfigError, match=r"backbone = 'Linear' .*perdure.transformers.Transformer.*from_timm"):
+    with pytest.raises(ConfigError, match=r"backbone = 'Linear' .*perdure.models.vision_transformer.Transformer.*from_timm"):
         make(nn.Linear(3, 3), num_classes=4, **more)

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from perdure.data.scenarios import split
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner import Learner
+from perdure.experiment.tuning import beginning, tune
+from perdure.learner.learner import Learner
 from perdure.privacy import Privacy
 from perdure.strategies import EWC
-from perdure.streams import split
-from perdure.tuning import beginning, tune
 
 
 @pytest.fixture

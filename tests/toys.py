@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from perdure.datasets import Dataset
-from perdure.records import Records
-from perdure.streams import Stream
+from perdure.data.datasets.base import Dataset
+from perdure.data.records import Records
+from perdure.data.scenarios import Stream
 
 
 def records(n: int, *, classes: int = 4, first_id: int = 0, partition: str = "toy") -> Records:

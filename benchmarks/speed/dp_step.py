@@ -29,9 +29,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from perdure import Experience, Learner, Privacy, Records, Stream
-from perdure.environment import store_rows
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.noise.key import NoiseKey
 from perdure.strategies.naive import Naive
+from perdure.utils.environment import store_rows
 
 METHODS = ("plain", "perdure", "opacus_ghost", "opacus_hooks")
 POOL, CLASSES, CLIP_NORM, NOISE, RATE = 12_000, 10, 1.0, 1.1, 0.1

@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from perdure.datasets import mnist
-from perdure.denormals import flushed
-from perdure.environment import store_rows
-from perdure.learner import Learner
-from perdure.models import mlp
+from perdure.contract.strategy import Strategy
+from perdure.data.datasets.base import mnist
+from perdure.data.scenarios import Stream, split
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
 from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
-from perdure.strategy import Strategy
-from perdure.streams import Stream, split
+from perdure.utils.denormals import flushed
+from perdure.utils.environment import store_rows
 
 BATCH, LEARNING_RATE, HIDDEN, PER_CLASS, STRENGTH = 128, 1e-3, (400, 400), 100, 1e9
 

@@ -32,17 +32,17 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from perdure.datasets import mnist
-from perdure.environment import store_rows
-from perdure.learner import Learner
-from perdure.models import Classifier, mlp
-from perdure.records import Records
+from perdure.contract.strategy import Strategy
+from perdure.data.datasets.base import mnist
+from perdure.data.records import Records
+from perdure.data.scenarios import Stream, split
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import Classifier, mlp
 from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
 from perdure.strategies.slda import SLDA
-from perdure.strategy import Strategy
-from perdure.streams import Stream, split
+from perdure.utils.environment import store_rows
 
 BATCH, LEARNING_RATE, HIDDEN, MEMORY, STRENGTH, SHRINKAGE = 128, 1e-3, (400, 400), 1000, 100.0, 1e-4
 KINDS = ("tensors", "images")

@@ -1,17 +1,17 @@
 """perdure: continual, federated and private learning in one library.
 
 Start with `Learner` (one model on a stream), a strategy from `perdure.strategies`, and a stream from
-`perdure.streams`. `perdure.federated` runs the same learner in Flower clients; `Privacy` makes every release private.
+`perdure.data.scenarios`. `perdure.federated` runs the same learner in Flower clients; `Privacy` makes every release private.
 """
 
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Asks, Context, Forward, Plan, Spec, State, Strategy
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch, Records
+from perdure.data.scenarios import Experience, Stream
 from perdure.errors import PerdureError
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch, Records
-from perdure.strategy import Asks, Context, Forward, Plan, Spec, State, Strategy
-from perdure.streams import Experience, Stream
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
 
 __version__ = "0.1.0"
 __all__ = [

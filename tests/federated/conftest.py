@@ -3,8 +3,8 @@ import torch
 
 # first, because it knows which warnings of Flower's dependencies to let pass
 import perdure.federated  # noqa: F401
-from perdure.datasets import digits
-from perdure.streams import split
+from perdure.data.datasets.base import digits
+from perdure.data.scenarios import split
 
 
 @pytest.fixture(scope="session", autouse=True)

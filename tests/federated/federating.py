@@ -7,9 +7,9 @@ import torch
 from flwr.serverapp.strategy import FedAdam
 
 from perdure.federated import Federation, dirichlet
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.privacy.settings import Privacy
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=5)
 

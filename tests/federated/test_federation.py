@@ -22,8 +22,8 @@ from torch import nn
 
 from perdure.errors import ConfigError, FederationError, PrivacyError
 from perdure.federated import Federation, Server, dirichlet, fit_federated, run_federation
-from perdure.federated.state import FRESH, load_shared, shared
-from perdure.learner import Learner
+from perdure.federated.messages import FRESH, load_shared, shared
+from perdure.learner.learner import Learner
 from perdure.strategies import EWC, Combine, Joint, LwF, Naive, Replay
 
 # --------------------------------------------------------------------------- one client is the learner alone

@@ -7,7 +7,7 @@ from federating import SIMULATED, hard, maker, outcome
 
 from perdure.errors import FederationError, RunError
 from perdure.federated import Server, client_app, run_federation
-from perdure.federated.grid import InProcessGrid
+from perdure.federated.flower_adapter import InProcessGrid
 from perdure.federated.server import POINTS
 from perdure.strategies import EWC, Combine, Naive, Replay
 

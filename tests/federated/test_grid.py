@@ -14,7 +14,16 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from perdure.errors import BudgetError, FederationError, PrivacyError
-from perdure.federated.grid import Cohort, InProcessGrid, answers, contained, error_reply, failure, meet, simulate
+from perdure.federated.flower_adapter import (
+    Cohort,
+    InProcessGrid,
+    answers,
+    contained,
+    error_reply,
+    failure,
+    meet,
+    simulate,
+)
 
 
 def echo(change=lambda message, context: None):

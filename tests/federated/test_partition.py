@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perdure.datasets import digits
+from perdure.data.datasets.base import digits
+from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError
 from perdure.federated import dirichlet, iid
-from perdure.streams import permuted, split
 
 
 def sizes(streams):

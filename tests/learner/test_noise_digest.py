@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.augment import shift_and_flip
+from perdure.contract.strategy import Plan
+from perdure.curator.memory import MemoryPlan
+from perdure.data.augmentation import shift_and_flip
 from perdure.errors import ConfigError
-from perdure.facts import Exposure
-from perdure.hashing import canonical, canonical_text
-from perdure.memory import MemoryPlan
-from perdure.privacy.adaptive import Adaptive
-from perdure.privacy.mechanism import clipping_settings
-from perdure.start import exposure_settings, memory_settings, module_settings, plan_settings
+from perdure.learner.noise_digest import exposure_settings, memory_settings, module_settings, plan_settings
+from perdure.planning.exposure import Exposure
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.private_sum import clipping_settings
 from perdure.strategies import EWC, Replay
-from perdure.strategy import Plan
+from perdure.utils.hashing import canonical, canonical_text
 
 PLAN = Plan(memory=MemoryPlan(capacity=10))
 OTHER_PLANS = {

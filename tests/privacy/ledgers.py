@@ -1,7 +1,7 @@
 """Ledgers of up to five partitions of 12,000 records, and entries to charge them with."""
 
-from perdure.privacy.ledger import Entry, Ledger
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.ledger.ledger import Entry, Ledger
+from perdure.privacy.noise.key import NoiseKey
 
 DELTA = 1e-5
 N, STEPS, NOISE = 12_000, 469, 1.1

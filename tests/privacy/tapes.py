@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.heads import CosineHead
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import Clip, clipped_sum
-from perdure.privacy.convolution_rules import ConvGhost, ConvRows
-from perdure.privacy.layer_rules import LinearGhost, LinearOuter, LinearRows
-from perdure.queries import gradient_rows
-from perdure.records import Batch, Records
-from perdure.strategy import Forward
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Records
+from perdure.models.cosine_head import CosineHead
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.privacy.clipping.convolution_rules import ConvGhost, ConvRows
+from perdure.privacy.clipping.layer_rules import LinearGhost, LinearOuter, LinearRows
+from perdure.queries.evaluation import gradient_rows
 
 N, WORDS = 9, 5
 SHARES = torch.logspace(-1.5, 1.5, N)

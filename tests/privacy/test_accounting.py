@@ -9,7 +9,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy import stats
 
 from perdure.errors import BudgetError, ConfigError, PrivacyError
-from perdure.privacy.accounting import Charge, calibrate, epsilon, merged, within, worst
+from perdure.privacy.accounting.calibration import Charge, calibrate, epsilon, merged, within, worst
 
 DELTA = 1e-5
 Q = 256 / 12_000

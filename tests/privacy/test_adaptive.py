@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner import Learner
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.adaptive import Adaptive
-from perdure.privacy.clipping import WITHIN, Clip, sum_of_clipped
-from perdure.privacy.ledger import Ledger
-from perdure.privacy.mechanism import Mechanism, Schedule
-from perdure.privacy.noise import NoiseKey
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.clipping.clip import WITHIN, Clip, sum_of_clipped
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.settings import Privacy
 from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
 

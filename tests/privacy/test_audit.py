@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from perdure.errors import ConfigError
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.audit import (
+from perdure.auditing.bounds import (
     GUESSED,
     could_be_gaussian,
     epsilon_of,
@@ -19,6 +17,8 @@ from perdure.privacy.audit import (
     one_run_p_value,
     separation,
 )
+from perdure.errors import ConfigError
+from perdure.privacy.accounting.calibration import Charge, epsilon
 
 DELTA = 1e-5
 MU_AT_4 = 0.92493

@@ -10,10 +10,10 @@ from tapes import LAYERS, NO_BIAS, SHARES, N, assert_equal, by_tape, distance, e
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perdure.privacy import layer_rules
-from perdure.privacy.clipping import Clip, squared_norms
-from perdure.privacy.convolution_rules import ConvGhost, conv_rule
-from perdure.privacy.layer_rules import LinearGhost, Use, linear_rule
+from perdure.privacy.clipping import layer_rules
+from perdure.privacy.clipping.clip import Clip, squared_norms
+from perdure.privacy.clipping.convolution_rules import ConvGhost, conv_rule
+from perdure.privacy.clipping.layer_rules import LinearGhost, Use, linear_rule
 
 ROUNDING = 1 + 1e-4
 CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [(name, True) for name in NO_BIAS]

@@ -6,13 +6,22 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.models import cnn, mlp, resnet18
-from perdure.privacy import clipping
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import WITHIN, Clip, chunks, clip_factors, clip_rows, clipped_sum, per_pass, squared_norms
-from perdure.queries import gradient_rows
-from perdure.records import Batch, Records
-from perdure.strategy import Forward
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Records
+from perdure.models.classifiers import cnn, mlp, resnet18
+from perdure.privacy.clipping import clip as clipping
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import (
+    WITHIN,
+    Clip,
+    chunks,
+    clip_factors,
+    clip_rows,
+    clipped_sum,
+    per_pass,
+    squared_norms,
+)
+from perdure.queries.evaluation import gradient_rows
 
 ROUNDING = 1 + 1e-5
 entries = st.floats(width=32, allow_nan=True, allow_infinity=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner import Learner
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.correlated import Chain, coefficients
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.noise.banded import Chain, coefficients
+from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
 

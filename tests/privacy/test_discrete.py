@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from perdure.errors import ConfigError, DataError
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.discrete import (
+from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.noise.discrete import (
     Frequency,
     Integers,
     _bernoulli_exp,
     counted,
     discrete_gaussian,
 )
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.noise.key import NoiseKey
 
 PLACE = {"purpose": "release:test", "entry": "e0"}
 

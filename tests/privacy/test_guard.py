@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Strategy
+from perdure.data.scenarios import online
 from perdure.errors import GuardError
-from perdure.learner import Learner
-from perdure.models import cnn, mlp, resnet18
-from perdure.privacy.guard import check_buffers, check_losses, check_model, quiet_training
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import cnn, mlp, resnet18
+from perdure.privacy.guard.model_checks import check_buffers, check_losses, check_model, quiet_training
+from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, LwF, Naive, Replay
-from perdure.strategy import Strategy
-from perdure.streams import online
 
 
 def frozen(module):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from perdure.errors import GuardError
-from perdure.models import cnn, resnet18
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import Clip, sum_of_clipped
-from perdure.privacy.guard import check_losses, check_optimizer, check_rows, quiet_training
+from perdure.models.classifiers import cnn, resnet18
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import Clip, sum_of_clipped
+from perdure.privacy.guard.model_checks import check_losses, check_optimizer, check_rows, quiet_training
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from perdure.errors import GuardError
-from perdure.privacy.guard import check_buffers, check_losses, check_model, check_rows
+from perdure.privacy.guard.model_checks import check_buffers, check_losses, check_model, check_rows
 
 INPUTS, LABELS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -20,7 +20,7 @@ CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
 def test_recurrent_layers_of_torch_are_refused_with_their_counterpart(kind):
-    ending = r", or call perdure.privacy.guard.fix\(model\)$" if kind in RECURRENT else "$"
+    ending = r", or call perdure.privacy.guard.model_checks.fix\(model\)$" if kind in RECURRENT else "$"
     with pytest.raises(GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"):
         check_model(nn.Sequential(nn.ReLU(), (RECURRENT | CELLS)[kind]))
 

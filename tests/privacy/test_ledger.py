@@ -7,9 +7,9 @@ import pytest
 from ledgers import DELTA, KEY, NOISE, STEPS, N, Q, entry, filled, opened
 
 from perdure.errors import BudgetError, ConfigError, LedgerError
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.ledger import Ledger
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.key import NoiseKey
 
 # ---- reference values
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from ledgers import DELTA, KEY, NOISE, Q, entry, filled, opened
 
 from perdure.errors import LedgerError, PerdureError
-from perdure.privacy.accounting import Charge, epsilon
-from perdure.privacy.ledger import Ledger, merge, read
-from perdure.privacy.ledger_file import link
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.ledger.ledger import Ledger, merge, read
+from perdure.privacy.ledger.storage import link
+from perdure.privacy.noise.key import NoiseKey
 
 POINTS = ("ledger.before-append", "ledger.appended", "ledger.head-written")
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.privacy.noise import DRAWN_AT_ONCE, NoiseKey, _keystream, _reader
+from perdure.privacy.noise.key import DRAWN_AT_ONCE, NoiseKey, _keystream, _reader
 
 STREAM = {"purpose": "gradient", "entry": "e0", "step": 0}
 N = 40_000
@@ -168,10 +168,10 @@ def test_shapes_names_and_odd_sizes():
 
 def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
     extreme = np.zeros(16, dtype=np.uint8)  # no key can be found whose stream begins with 128 zeros, or ones
-    monkeypatch.setattr("perdure.privacy.noise._reader", lambda key, most: lambda n: extreme)
+    monkeypatch.setattr("perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme)
     peak = draw(n=4).abs().max().item()
     assert peak == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
-    monkeypatch.setattr("perdure.privacy.noise._reader", lambda key, most: lambda n: extreme + 255)
+    monkeypatch.setattr("perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme + 255)
     assert torch.isfinite(draw(n=4)).all()
 
 

@@ -8,11 +8,11 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from torch import nn
 
 from perdure.errors import PrivacyError
-from perdure.privacy import opacus as bridge
-from perdure.privacy.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping import WITHIN, Clip, clipped_sum, sum_of_clipped
-from perdure.privacy.guard import check_rows, fix
-from perdure.privacy.opacus import grad_sample_sum
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import WITHIN, Clip, clipped_sum, sum_of_clipped
+from perdure.privacy.guard.model_checks import check_rows, fix
+from perdure.privacy.opacus import samplers as bridge
+from perdure.privacy.opacus.samplers import grad_sample_sum
 
 LENGTH, RECORDS, CLIP = 4, 7, Clip(norm=0.5)
 COUNTED = Clip(norm=0.5, per_layer=True, counted=True)

@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from perdure.errors import ConfigError, GuardError, PrivacyError
-from perdure.learner import Learner
-from perdure.privacy.account import Account, Entry
-from perdure.privacy.accounting import Charge, epsilon, merged
-from perdure.privacy.guard import check_model, check_optimizer
-from perdure.privacy.opacus import STATEMENT, accountant, sampling_rate, settings, spent, unwrapped
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.privacy.accounting.calibration import Charge, epsilon, merged
+from perdure.privacy.guard.model_checks import check_model, check_optimizer
+from perdure.privacy.ledger.entries import Account, Entry
+from perdure.privacy.opacus.samplers import STATEMENT, accountant, sampling_rate, settings, spent, unwrapped
+from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 
 pytestmark = pytest.mark.filterwarnings(
@@ -302,9 +302,10 @@ def test_noise_of_another_kind_is_refused(noise):
 def test_opacus_is_imported_only_where_it_can_help():
     code = """
 import sys, torch
-from perdure.privacy import guard, repair
-from perdure.privacy.clipping import Clip
-from perdure.privacy.opacus import grad_sample_sum
+from perdure.privacy.guard import model_checks as guard
+from perdure.privacy.guard import repair
+from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.opacus.samplers import grad_sample_sum
 def tried(model, x):
     losses = lambda: model(*x).flatten(1).sum(1)
     total = grad_sample_sum(model, dict(model.named_parameters()), losses, 3, Clip(norm=1.0))

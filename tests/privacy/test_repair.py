@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from perdure.errors import GuardError
-from perdure.privacy.bookkeeping import ruled_layers
-from perdure.privacy.guard import check_model, fix, fixes
-from perdure.privacy.repair import Attention, replacements
+from perdure.privacy.clipping.bookkeeping import ruled_layers
+from perdure.privacy.guard.model_checks import check_model, fix, fixes
+from perdure.privacy.guard.repair import Attention, replacements
 
 
 def randomised(module, seed=0):

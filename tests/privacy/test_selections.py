@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from perdure.errors import ConfigError, DataError
-from perdure.privacy.discrete import Frequency, Quantile, best, exponential
-from perdure.privacy.noise import NoiseKey
+from perdure.privacy.noise.discrete import Frequency, Quantile, best, exponential
+from perdure.privacy.noise.key import NoiseKey
 
 PLACE = {"purpose": "release:test", "entry": "e0"}
 

@@ -18,8 +18,8 @@ from perdure.errors import RunError
 from perdure.report import write_figures, write_report
 from perdure.report.figures import pictures
 from perdure.report.page import html
-from perdure.report.result import SIMULATION, checked
 from perdure.report.statement import guess_limit
+from perdure.report.wording import SIMULATION, checked
 
 VOID = {"meta", "link", "br"}
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from perdure.errors import RunError
-from perdure.report.result import SIMULATION, epsilon_number
 from perdure.report.table import table
+from perdure.report.wording import SIMULATION, epsilon_number
 
 COLUMNS = 100
 

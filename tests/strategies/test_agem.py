@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perdure.contract.strategy import State
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import ConfigError
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM
 from perdure.strategies.agem import against
-from perdure.strategy import State
 
 
 def flat(params):

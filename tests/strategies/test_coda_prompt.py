@@ -5,16 +5,16 @@ import torch
 import torch.nn.functional as F
 from examples import moved
 
+from perdure.contract.strategy import Forward, State
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.prompts import composed, prompted
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.models.prompts import composed, prompted
+from perdure.models.vision_transformer import tiny
+from perdure.planning.exposure import contexts
 from perdure.strategies import CODAPrompt
-from perdure.strategy import Forward, State
 from perdure.testing import check_strategy
-from perdure.transformers import tiny
 
 
 def model_of(stream, experiences=2):

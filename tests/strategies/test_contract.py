@@ -9,11 +9,11 @@ from examples import EXAMPLES, example, model_of, private
 from torch import nn
 
 from perdure import strategies
-from perdure.combine import Combine
+from perdure.contract.combine import Combine
 from perdure.errors import PrivacyError
-from perdure.learner import Learner
-from perdure.models import Classifier
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import Classifier
+from perdure.privacy.settings import Privacy
 from perdure.testing import CHECKS, check_strategy
 
 every = pytest.mark.parametrize("name", strategies.names())

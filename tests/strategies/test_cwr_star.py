@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.datasets import digits
+from perdure.contract.strategy import Spec
+from perdure.data.datasets.base import digits
+from perdure.data.scenarios import split
 from perdure.errors import StrategyError
-from perdure.features import RandomConvolutions
 from perdure.federated import Federation, dirichlet, run_federation
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.models import frozen, mlp
-from perdure.privacy.policy import Privacy
+from perdure.models.classifiers import frozen, mlp
+from perdure.models.scattering import RandomConvolutions
+from perdure.privacy.settings import Privacy
 from perdure.strategies import CWRStar, Naive
-from perdure.strategy import Spec
-from perdure.streams import split
 
 STEPS = 6
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perdure.contract.strategy import Forward, State
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import DER
-from perdure.strategy import Forward, State
 
 PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
 

@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 
+from perdure.contract.strategy import Context, Forward, State
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import ERACE
-from perdure.strategy import Context, Forward, State
 
 
 def entropy(logits, classes, label):

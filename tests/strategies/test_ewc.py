@@ -4,22 +4,22 @@ import pytest
 import torch
 from learning import distinct_rows
 
-from perdure.curator import Curator
+from perdure.contract.strategy import Forward, Plan, Spec, State
+from perdure.curator.local_curator import Curator
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.fisher import SquaredGradient
-from perdure.hashing import uniforms
-from perdure.models import mlp
-from perdure.privacy.ledger import Ledger
-from perdure.privacy.mechanism import Mechanism, Schedule
-from perdure.privacy.noise import NoiseKey
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
-from perdure.seeds import derive
+from perdure.models.classifiers import mlp
+from perdure.planning.exposure import contexts
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.settings import Privacy
+from perdure.queries.squared_gradients import SquaredGradient
 from perdure.strategies import EWC
 from perdure.strategies.ewc import anchor, drawn
-from perdure.strategy import Forward, Plan, Spec, State
 from perdure.testing import check_strategy
+from perdure.utils.hashing import uniforms
+from perdure.utils.seeding import derive
 
 
 class Past:

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perdure.contract.strategy import Forward, Spec
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import contexts
 from perdure.strategies import FeatureDistillation, Naive
-from perdure.strategy import Forward, Spec
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import lsq_linear, minimize
 
+from perdure.contract.strategy import State
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import ConfigError
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
+from perdure.learner.learner import Learner
 from perdure.strategies import GEM
 from perdure.strategies.agem import against
 from perdure.strategies.gem import RIDGE, dual, flat
-from perdure.strategy import State
 
 
 def problem(seed, references, width=7):
@@ -99,7 +99,7 @@ def test_what_agrees_with_all_is_untouched_and_a_margin_leans_towards_them():
 
 
 def test_every_earlier_experience_has_a_reference_of_its_own(toy_data, toy_model):
-    from perdure.streams import split
+    from perdure.data.scenarios import split
 
     stream, seen = split(toy_data, scenario="class", experiences=4), []
     learner = Learner(

@@ -5,14 +5,14 @@ from functools import partial
 import pytest
 import torch
 
+from perdure.contract.strategy import MASKED, Forward, Spec
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import ICaRL
-from perdure.strategy import MASKED, Forward, Spec
 
 
 def learner_of(model, strategy, **changes):

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from perdure.contract.strategy import Spec
 from perdure.errors import ConfigError
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.strategies import L2, Naive
-from perdure.strategy import Spec
 
 
 def spec(params):

@@ -4,16 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perdure.contract.strategy import Forward, State
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.prompts import prompted
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.models.prompts import prompted
+from perdure.models.vision_transformer import tiny
+from perdure.planning.exposure import contexts
 from perdure.strategies import L2P
-from perdure.strategy import Forward, State
 from perdure.testing import check_strategy
-from perdure.transformers import tiny
 
 
 def model_of(stream, **changes):
@@ -73,7 +73,7 @@ def test_it_keeps_the_contract_where_tasks_are_told():
 
 def test_a_model_without_a_pool_is_refused(toy_stream):
     stream = toy_stream()
-    with pytest.raises(StrategyError, match=r"L2P needs perdure.prompts.prompted\(backbone, num_classes=4\)"):
+    with pytest.raises(StrategyError, match=r"L2P needs perdure.models.prompts.prompted\(backbone, num_classes=4\)"):
         learner_of(stream, model=mlp(input_shape=(5,), num_classes=4, seed=0)).prepare(stream)
 
 

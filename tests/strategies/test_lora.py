@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from examples import moved
 
-from perdure.adapters import adapted
+from perdure.contract.strategy import Forward, Spec, State
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.models.low_rank_adapters import adapted
+from perdure.models.vision_transformer import transformer
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import LoRA
-from perdure.strategy import Forward, Spec, State
-from perdure.transformers import transformer
 
 WIDTH, RANK = 8, 3
 

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.datasets import digits
+from perdure.contract.strategy import MASKED, Asks, Forward, Plan, Spec, Strategy
+from perdure.curator.memory import MemoryPlan
+from perdure.data.datasets.base import digits
+from perdure.data.records import Batch
+from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
+from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.models import Classifier, mlp
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.models.classifiers import Classifier, mlp
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import LUCIR
-from perdure.strategy import MASKED, Asks, Forward, Plan, Spec, Strategy
-from perdure.streams import split
-from perdure.testing.stand import small_stream
+from perdure.testing.fixtures import small_stream
 
 STRENGTH, RANKING, MARGIN = 3.0, 0.7, 0.4
 

@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 
+from perdure.contract.strategy import Forward, Spec
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.models import mlp
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.planning.exposure import contexts
 from perdure.strategies import LwF
-from perdure.strategy import Forward, Spec
-from perdure.testing.stand import small_stream
+from perdure.testing.fixtures import small_stream
 
 T = 3.0
 

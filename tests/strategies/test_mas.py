@@ -3,13 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perdure.curator import Curator
+from perdure.contract.strategy import Forward, Plan, Spec
+from perdure.curator.local_curator import Curator
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import MAS
-from perdure.strategy import Forward, Plan, Spec
 
 
 def consolidated(strategy, stream, model, index, state=None):

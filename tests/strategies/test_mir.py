@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from perdure.contract.strategy import Context, Forward, State
+from perdure.curator.memory import MemoryPlan
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.models import Classifier
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import Classifier
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import MIR, Replay
 from perdure.strategies.mir import highest
-from perdure.strategy import Context, Forward, State
 
 NEW, OLD = 6, 9
 SHARE = OLD / (NEW + OLD)

@@ -3,7 +3,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.strategies import Joint, Naive
 
 

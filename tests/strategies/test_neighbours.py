@@ -12,11 +12,11 @@ import pytest
 import torch
 from examples import example, model_of, private
 
-from perdure.learner import Learner
-from perdure.privacy.adaptive import Adaptive
-from perdure.privacy.clipping import WITHIN
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.data.records import Batch
+from perdure.learner.learner import Learner
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.clipping.clip import WITHIN
+from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
 
 BOUND, DROPPED = 0.05, 3
@@ -205,14 +205,14 @@ class Masked(Naive):
 
 def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds it."""
-    monkeypatch.setattr("perdure.budget.inspect", lambda learner: None)
+    monkeypatch.setattr("perdure.planning.budget.inspect", lambda learner: None)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))
     lonely = Batch.current(records.take(torch.cat([first[:8], second[:1]])), 0)  # one of its class, dropped below
     for learner in (whole, fewer):
         learner.begin(0)
-    from perdure.privacy.clipping import Clip
+    from perdure.privacy.clipping.clip import Clip
 
     clip = Clip(norm=BOUND)
     sums = [

@@ -6,19 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.curator import Curator
-from perdure.datasets import digits
+from perdure.contract.strategy import Forward, Plan, Spec
+from perdure.curator.local_curator import Curator
+from perdure.data.datasets.base import digits
+from perdure.data.records import Batch
+from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError, StrategyError
-from perdure.facts import contexts
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.models import mlp
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.models.classifiers import mlp
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import OGD, Naive
 from perdure.strategies.ogd import group_of, scattered
-from perdure.strategy import Forward, Plan, Spec
-from perdure.streams import permuted, split
 
 SHAPES = {"a": (3, 2), "b": (4,)}
 

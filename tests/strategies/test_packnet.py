@@ -5,18 +5,18 @@ import torch
 import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.datasets import digits
+from perdure.contract.strategy import Forward, Spec
+from perdure.data.datasets.base import digits
+from perdure.data.records import Batch
+from perdure.data.scenarios import split
 from perdure.errors import ConfigError, FederationError, StrategyError
-from perdure.facts import contexts
 from perdure.federated import Federation, iid, run_federation
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models import mlp
-from perdure.privacy.policy import Privacy
-from perdure.records import Batch
+from perdure.models.classifiers import mlp
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive, PackNet
-from perdure.strategy import Forward, Spec
-from perdure.streams import split
 
 OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, lr=0.01),

@@ -4,10 +4,10 @@ import pytest
 import torch
 from orders import SIMULATED, accuracy, alone, difference, everything, features_of_tests, learner_of, logits, stream_of
 
+from perdure.contract.strategy import Spec
 from perdure.errors import ConfigError, PrivacyError, StrategyError
-from perdure.privacy.policy import Privacy
+from perdure.privacy.settings import Privacy
 from perdure.strategies import RanPAC
-from perdure.strategy import Spec
 
 RAW = RanPAC(ridge=0.5, normalise=False)
 

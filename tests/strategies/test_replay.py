@@ -2,13 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perdure.contract.strategy import State
+from perdure.curator.memory import MemoryPlan
 from perdure.errors import ConfigError
-from perdure.facts import contexts
-from perdure.learner import Learner
-from perdure.memory import MemoryPlan
-from perdure.privacy.policy import Privacy
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import contexts
+from perdure.privacy.settings import Privacy
 from perdure.strategies import Replay
-from perdure.strategy import State
 
 
 def learner_of(model, strategy, **changes):
@@ -52,8 +52,8 @@ def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(toy_strea
 
 def test_in_the_third_experience_it_is_a_third():
     table = torch.eye(3, dtype=torch.bool)
-    from perdure.records import Batch
-    from perdure.strategy import Context
+    from perdure.contract.strategy import Context
+    from perdure.data.records import Batch
 
     at = Context(scenario="class", experience=2, task_classes=table, seen=table.any(0), memory_share=0.25)
     batch = Batch(

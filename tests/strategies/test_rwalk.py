@@ -3,11 +3,11 @@ from functools import partial
 import pytest
 import torch
 
+from perdure.contract.strategy import Spec
 from perdure.errors import ConfigError
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.strategies import RWalk
 from perdure.strategies.rwalk import scale
-from perdure.strategy import Spec
 
 DECAY, DAMPING, WINDOW = 0.3, 1e-3, 4
 

@@ -3,11 +3,11 @@ from functools import partial
 import pytest
 import torch
 
+from perdure.contract.strategy import Plan, Spec
 from perdure.errors import ConfigError
-from perdure.learner import Learner
+from perdure.learner.learner import Learner
 from perdure.strategies import SI, Naive
 from perdure.strategies.si import progress
-from perdure.strategy import Plan, Spec
 
 
 class Path:

@@ -3,11 +3,11 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.datasets import digits
-from perdure.learner import Learner
-from perdure.models import cnn
+from perdure.data.datasets.base import digits
+from perdure.data.scenarios import split
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import cnn
 from perdure.strategies import LUCIR, BiC, FeatureDistillation, ICaRL, LwF
-from perdure.streams import split
 
 TEACHERS = [
     LwF(), FeatureDistillation(strength=0.1), ICaRL(memory_size=20), BiC(memory_size=20), LUCIR(memory_size=20),

@@ -1,6 +1,6 @@
 """Attacks that raise each record's own loss, as a step of training and as an evaluation."""
 
-from perdure.adversarial.attacks import FGSM, PGD, Attack, Losses, Norm
-from perdure.adversarial.evaluate import robust_accuracy
+from perdure.adversarial.base import FGSM, PGD, Attack, Losses, Norm
+from perdure.adversarial.robust_accuracy import robust_accuracy
 
 __all__ = ["FGSM", "PGD", "Attack", "Losses", "Norm", "robust_accuracy"]

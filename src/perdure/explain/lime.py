@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.explain.attribution import Attribution, Predict, chosen_targets, scores, seeded
+from perdure.explain.base import Attribution, Predict, chosen_targets, scores, seeded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.explain.attribution import Attribution, Predict, chosen_targets, scores, seeded
+from perdure.explain.base import Attribution, Predict, chosen_targets, scores, seeded
 
 MOST_EXACT = 16
 """Most features (or groups) for which all 2^d subsets are walked by `exact_shapley`."""

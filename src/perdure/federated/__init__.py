@@ -10,11 +10,11 @@ import warnings
 with warnings.catch_warnings():
     # Flower loads typer, which reads names that click has marked
     warnings.filterwarnings("ignore", "'click.utils", DeprecationWarning)
+    from perdure.data.client_splits import dirichlet, iid
     from perdure.federated.client import client_app
-    from perdure.federated.grid import InProcessGrid
-    from perdure.federated.partition import dirichlet, iid
+    from perdure.federated.flower_adapter import InProcessGrid
+    from perdure.federated.messages import combine
     from perdure.federated.server import Federation, Server, fit_federated, run_federation, server_app
-    from perdure.federated.state import combine
 
 __all__ = [
     "Federation", "InProcessGrid", "Server", "client_app", "combine", "dirichlet", "fit_federated", "iid",

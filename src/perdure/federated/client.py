@@ -16,9 +16,9 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from perdure.facts import drawn_from
-from perdure.federated.grid import error_reply
-from perdure.federated.state import (
+from perdure.data.scenarios import Stream
+from perdure.federated.flower_adapter import error_reply
+from perdure.federated.messages import (
     FRESH,
     Seat,
     client_folder,
@@ -30,8 +30,8 @@ from perdure.federated.state import (
     shared,
     to_record,
 )
-from perdure.learner import Learner
-from perdure.streams import Stream
+from perdure.learner.learner import Learner
+from perdure.planning.exposure import drawn_from
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
 """From a client's number to its freshly built learner and its own stream."""

@@ -18,11 +18,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as aggregators
 from torch import Tensor
 
-from perdure.checkpoint import Position, Store
+from perdure.contract.strategy import State
+from perdure.data.scenarios import Stream
 from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
 from perdure.federated.client import client_app
-from perdure.federated.grid import Cohort, InProcessGrid, Progress, answers, contained, meet, simulate
-from perdure.federated.state import (
+from perdure.federated.flower_adapter import Cohort, InProcessGrid, Progress, answers, contained, meet, simulate
+from perdure.federated.messages import (
     FRESH,
     combine,
     from_record,
@@ -33,10 +34,9 @@ from perdure.federated.state import (
     shared,
     to_record,
 )
-from perdure.learner import Learner
-from perdure.seeds import generator
-from perdure.strategy import State
-from perdure.streams import Stream
+from perdure.learner.checkpoint import Position, Store
+from perdure.learner.learner import Learner
+from perdure.utils.seeding import generator
 
 Engine = Literal["inprocess", "ray"]
 Callback = Callable[[str, "Server"], None]
@@ -290,7 +290,7 @@ def run_federation(
 
     Args:
         make_learner: from a client's number to a fresh learner, alike but for what the number changes. streams: one a
-            client, with the same experiences (see `perdure.federated.partition`).
+            client, with the same experiences (see `perdure.data.client_splits`).
         federation: clients, rounds, aggregator. folder: of the run. callbacks: called as callback(point, server).
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         progress: called as progress(replies, expected) in process.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from perdure.errors import RunError
 from perdure.report.picture import INK, MUTED, STYLE, Picture
-from perdure.report.result import SIMULATION, Arm, Result, by_privacy, decimal, epsilon_number, terms
+from perdure.report.wording import SIMULATION, Arm, Result, by_privacy, decimal, epsilon_number, terms
 
 if TYPE_CHECKING:
     import numpy as np

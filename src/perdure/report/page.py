@@ -8,9 +8,9 @@ from pathlib import Path
 
 from perdure.report.figures import pictures
 from perdure.report.picture import Picture
-from perdure.report.result import Result, count, read_result
 from perdure.report.sections import answer, arms_table, facts, gallery, glossary
 from perdure.report.statement import statement
+from perdure.report.wording import Result, count, read_result
 
 
 def write_report(run: Path) -> Path:

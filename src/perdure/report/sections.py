@@ -6,7 +6,7 @@ from html import escape
 from typing import Any, cast
 
 from perdure.report.picture import Picture
-from perdure.report.result import (
+from perdure.report.wording import (
     MISSING,
     SIMULATION,
     Arm,

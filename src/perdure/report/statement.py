@@ -3,8 +3,8 @@
 import math
 from html import escape
 
-from perdure.report.result import SIMULATION, Arm, Epsilon, Result, by_privacy, epsilon_number, phrase, small
 from perdure.report.sections import spending_table
+from perdure.report.wording import SIMULATION, Arm, Epsilon, Result, by_privacy, epsilon_number, phrase, small
 
 UNITS = {
     "record": "One record is one row of data as it was at its source. All its copies, rotations and "

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from perdure.report.result import (
+from perdure.report.wording import (
     MISSING,
     SIMULATION,
     Arm,

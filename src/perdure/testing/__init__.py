@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from perdure.contract.strategy import Scenario, Strategy
 from perdure.errors import ConformanceError
-from perdure.strategy import Scenario, Strategy
-from perdure.testing.hooks import bounds, pure, rows, vmap
-from perdure.testing.private import private
-from perdure.testing.running import alone, declared, federated, resume
-from perdure.testing.stand import Builder, NotApplicable, Stand
+from perdure.testing.fixtures import Builder, NotApplicable, Stand
+from perdure.testing.hook_checks import bounds, pure, rows, vmap
+from perdure.testing.privacy_checks import private
+from perdure.testing.run_checks import alone, declared, federated, resume
 
 __all__ = ["CHECKS", "Report", "check_strategy"]
 

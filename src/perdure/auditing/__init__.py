@@ -1,0 +1,1 @@
+"""Empirical audits of privacy: canaries, membership inference and their bounds."""

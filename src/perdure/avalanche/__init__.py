@@ -1,0 +1,1 @@
+"""Adapters to and from Avalanche: benchmarks, plugin and loggers."""

@@ -1,0 +1,359 @@
+"""Avalanche both ways: its benchmarks as streams, our strategies as its plugins, our metrics through its loggers."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from perdure.data.experience import Experience, Scenario, Stream
+from perdure.data.records import Records
+from perdure.errors import ConfigError, DataError
+from perdure.metrics import summarise
+
+if TYPE_CHECKING:
+    from perdure.avalanche.plugin import StrategyPlugin
+    from perdure.contract.strategy import Strategy
+    from perdure.learner.learner import Callback, Learner
+
+
+def from_avalanche(benchmark: Any) -> Stream:
+    """Take any Avalanche benchmark of classification with a train and a test stream.
+
+    Inputs are what Avalanche's *eval* transforms give, for both streams: a tensor that stays on its device is
+    made once, and one frozen random crop would be no augmentation. A data set of tensors without input
+    transforms is taken over by one index selection, any other item by item.
+
+    The scenario is task where task labels differ between experiences, domain where all experiences have the
+    same classes, else class. Where tasks share classes (each counts from zero), every task gets outputs of
+    its own in the head. Of the test stream, experience e keeps its e-th part (its only part, where there is
+    one) and, of it, the classes of training experience e.
+
+    Guarantee: ids are indices into the source, so a record keeps its identity in whatever experiences it
+    turns up. Experiences are disjoint partitions where their classes are disjoint; otherwise all share one
+    partition and their uses compose. A random cut of the records themselves is not `assigned_by_record`. The
+    classes that the benchmark lists count as declared public.
+
+    Args:
+        benchmark: of Avalanche 0.6, with `streams["train"]` and `streams["test"]`.
+
+    Raises:
+        ConfigError: for something else.
+        DataError: when the items are no (tensor, label), or the streams do not match.
+    """
+    train, test = _streams(benchmark)
+    sources = _Sources()
+    tasks = task_labels(benchmark)
+    parts = [sources.records(part.dataset) for part in train]
+    measured = [sources.records(part.dataset) for part in test]
+    classes = [tuple(sorted(int(label) for label in part.dataset.targets.uniques)) for part in train]
+    offsets = _offsets(tasks, classes)
+    disjoint = sum(map(len, classes)) == len(set().union(*classes))
+    experiences = tuple(
+        Experience(
+            index=e,
+            train=_shifted(part, offsets[e], f"experience-{e}" if disjoint else "avalanche"),
+            test=_shifted(_of_classes(measured[min(e, len(test) - 1)], classes[e]), offsets[e], "avalanche-test"),
+            classes=tuple(label + offsets[e] for label in classes[e]),
+        )
+        for e, part in enumerate(parts)
+    )
+    return Stream(
+        name="avalanche",
+        scenario=_scenario(tasks, classes),
+        experiences=experiences,
+        num_classes=1 + max(label for experience in experiences for label in experience.classes),
+        input_shape=tuple(parts[0].inputs.shape[1:]),
+        assigned_by_record=disjoint or _same_records(parts),
+    )
+
+
+def task_labels(benchmark: Any) -> list[int]:
+    """Avalanche's task label of every training experience; 0 where it has none."""
+    return [_task_of(part, index) for index, part in enumerate(_streams(benchmark)[0])]
+
+
+def _streams(benchmark: Any) -> tuple[list[Any], list[Any]]:
+    streams = getattr(benchmark, "streams", {})
+    if not {"train", "test"} <= set(streams):
+        raise ConfigError.of("benchmark", type(benchmark).__name__, "an Avalanche benchmark with train and test")
+    train, test = list(streams["train"]), list(streams["test"])
+    if len(test) not in (1, len(train)):
+        raise DataError(f"{len(train)} training but {len(test)} test experiences; allowed: as many, or one")
+    return train, test
+
+
+def _task_of(experience: Any, index: int) -> int:
+    labels = getattr(experience.dataset, "targets_task_labels", None)
+    tasks = {0} if labels is None else {int(label) for label in labels.uniques}
+    if len(tasks) > 1:
+        raise DataError(f"experience {index} mixes the tasks {sorted(tasks)}; give each task its own experience")
+    return tasks.pop()
+
+
+def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scenario:
+    if len(set(tasks)) > 1:
+        return "task"
+    return "domain" if len(classes) > 1 and len(set(classes)) == 1 else "class"
+
+
+def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Find what to add to the labels of each experience so that no two tasks share an output."""
+    by_task = {task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held} for task in tasks}
+    width = 1 + max(label for held in classes for label in held)
+    shared = sum(map(len, by_task.values())) > len(set().union(*by_task.values()))
+    return [list(by_task).index(task) * width if shared else 0 for task in tasks]
+
+
+def _shifted(records: Records, offset: int, partition: str) -> Records:
+    return Records(inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition)
+
+
+def _of_classes(records: Records, classes: tuple[int, ...]) -> Records:
+    return records.take(torch.isin(records.labels, torch.tensor(classes)))
+
+
+def _same_records(parts: Sequence[Records]) -> bool:
+    return all(torch.equal(part.ids.sort().values, parts[0].ids.sort().values) for part in parts)
+
+
+class _Sources:
+    """The data sets at the bottom of a benchmark; each has its own range of ids, in order of appearance."""
+
+    def __init__(self) -> None:
+        self._first_ids: list[tuple[Any, int]] = []
+        self._next = 0
+
+    def records(self, dataset: Any) -> Records:
+        """All records of an Avalanche data set, in its order."""
+        plain = dataset.eval()
+        transforms: list[Any] = []
+        origins = _origins(plain, range(len(plain)), transforms)
+        inputs, labels = _resident(plain, origins, transforms) or _item_by_item(plain)
+        ids = torch.tensor([self._first_id(source) + row for source, row in origins])
+        return Records(inputs=inputs, labels=labels, ids=ids)
+
+    def _first_id(self, source: Any) -> int:
+        for known, first in self._first_ids:
+            if known is source:
+                return first
+        self._first_ids.append((source, self._next))
+        self._next += len(source)
+        return self._first_ids[-1][1]
+
+
+def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
+    """Trace rows to the data set at the bottom and their index there; collect the transforms on the way.
+
+    Avalanche's own `leaf_datasets` loses the order across sources and fails where a source has no row.
+    """
+    from avalanche.benchmarks.utils.flat_data import FlatData
+
+    layer = getattr(dataset, "_flat_data", dataset)
+    for groups in ("_frozen_transform_groups", "_transform_groups"):
+        held = getattr(layer, groups, None)
+        transforms += [] if held is None else [held[held.current_group]]
+    if isinstance(layer, Subset):
+        return _origins(layer.dataset, [layer.indices[row] for row in rows], transforms)
+    if isinstance(layer, FlatData):
+        rows = rows if layer._indices is None else [layer._indices[row] for row in rows]
+        return _origins_of_parts(layer._datasets, rows, transforms)
+    if isinstance(layer, ConcatDataset):
+        return _origins_of_parts(layer.datasets, rows, transforms)
+    return [(layer, int(row)) for row in rows]
+
+
+def _origins_of_parts(parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
+    """Trace rows of data sets that are joined end to end."""
+    ends = list(accumulate(len(part) for part in parts))
+    which = [bisect_right(ends, row) for row in rows]
+    traced = []
+    for k, part in enumerate(parts):
+        start = ends[k] - len(part)
+        own = [row - start for row, owner in zip(rows, which, strict=True) if owner == k]
+        traced.append(iter(_origins(part, own, transforms) if own else []))
+    return [next(traced[owner]) for owner in which]
+
+
+def _resident(
+    dataset: Any, origins: Sequence[tuple[Any, int]], transforms: Sequence[Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Select inputs and labels at once, where one TensorDataset without input transforms lies beneath."""
+    source = origins[0][0]
+    changed = any(transform is not None and transform.flat_transforms(0) for transform in transforms)
+    mixed = any(other is not source for other, _ in origins)
+    if changed or mixed or not isinstance(source, TensorDataset):
+        return None
+    inputs: Tensor = source.tensors[0][[row for _, row in origins]]
+    return inputs.float().cpu(), torch.tensor([int(label) for label in dataset.targets])
+
+
+def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
+    items = [dataset[position][:2] for position in range(len(dataset))]
+    if not all(hasattr(x, "__array__") and hasattr(x, "dtype") for x, _ in items):
+        given = type(items[0][0]).__name__
+        raise DataError(f"items are {given} after the eval transforms; give the benchmark eval_transform=ToTensor()")
+    inputs = torch.stack([torch.as_tensor(x) for x, _ in items]).float().cpu()
+    return inputs, torch.tensor([int(y) for _, y in items])
+
+
+# --------------------------------------------------------------------------- our strategies as its plugins
+
+
+def as_plugin(strategy: "Strategy", *, benchmark: Any = None, seed: int = 0) -> "StrategyPlugin":
+    """Take any strategy, `Combine` included, as a plugin of an Avalanche `SupervisedTemplate`.
+
+    >>> template = SupervisedTemplate(..., plugins=[as_plugin(EWC(strength=100.0))])  # doctest: +SKIP
+
+    Avalanche goes on drawing the batches, with its train transforms, running the model and stepping the optimiser.
+
+    - Loss: a strategy with a loss of its own (Replay, LwF) replaces the criterion's, which then has to be
+      `CrossEntropyLoss()`, and what plugins before this one added; list it first. Else the criterion stays, as it is.
+      Penalties are added to the loss that Avalanche shows.
+    - Memory is perdure's: stored rows join the mini-batch, and so Avalanche's training metrics, as with its own replay.
+    - Prediction: in evaluation the strategy's `predict` replaces the output. A class that may not be predicted yet has
+      the logit -1e9, so Avalanche's *loss* on experiences not yet met is about 1e9; its accuracy is right.
+    - Pools: of a plan that draws from all experiences or from memory (Joint, GDumb, iCaRL), Avalanche is given the
+      rows. A plan that starts afresh resets model and optimiser state; one without gradients skips the epochs.
+    - Fisher information, memory and pooled rows come from `from_avalanche`: all resident, inputs as the eval transforms
+      give them.
+
+    Guarantee: none. A plugin carries no differential privacy, since Avalanche draws no Poisson sample.
+
+    Args:
+        strategy: of perdure.
+        benchmark: needed only where the experiences do not know theirs.
+        seed: of memory.
+
+    Raises:
+        ConfigError: when training begins, for experiences out of order, tasks that count their classes from zero, a
+            head that grows or has no output for every class, or a criterion that would be ignored.
+        PrivacyError: for a model or optimiser of Opacus.
+    """
+    from perdure.avalanche.plugin import StrategyPlugin
+
+    return StrategyPlugin(strategy, benchmark=benchmark, seed=seed)
+
+
+# --------------------------------------------------------------------------- our metrics through its loggers
+
+
+def log_to(evaluator: Any) -> "Callback":
+    """A callback of `Learner` that shows its accuracies and metrics through Avalanche's loggers.
+
+    >>> evaluator = EvaluationPlugin(loggers=[InteractiveLogger(), CSVLogger("logs")])  # doctest: +SKIP
+    >>> Learner(..., callbacks=[log_to(evaluator)]).fit(stream)  # doctest: +SKIP
+
+    After every experience the loggers see what they see of an Avalanche strategy that was trained on it and evaluated
+    on the test stream:
+
+    - `Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001` for every experience, under Avalanche's name;
+    - `ExperienceForgetting/...` for every earlier one, as Avalanche defines it: accuracy when learnt minus now;
+    - `average_accuracy/eval_phase/test_stream` and the other fields of `perdure.metrics.Summary`, at the end of the
+      stream. `forgetting` is measured from the best earlier accuracy, so it may exceed Avalanche's.
+
+    All are fractions, as everything in Avalanche; positions are optimiser steps since the start. `get_last_metrics()`
+    and `get_all_metrics()` of the evaluator answer as usual. Training metrics are not there: perdure shows none that
+    were not paid for.
+
+    Args:
+        evaluator: an `EvaluationPlugin` with loggers and without metrics of its own.
+
+    Raises:
+        ConfigError: for something else, or with metrics that would need Avalanche's own loop.
+    """
+    shown = _Shown(evaluator)
+
+    def listen(point: str, learner: "Learner") -> None:
+        rows = learner.matrix
+        if point == "experience.begin" and not learner.position.step:
+            shown.task_incremental = learner.stream.scenario == "task"
+            shown.training(learner.position.experience)
+        elif point == "evaluated":
+            steps = sum(learner.steps(index) for index in range(len(rows)))
+            shown.evaluation(torch.tensor(rows, dtype=torch.float64), steps)
+
+    return listen
+
+
+def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
+    """Show a finished accuracy matrix through Avalanche's loggers, row by row, and return the last value of each name.
+
+    Names as in `log_to`, without task labels other than 0; positions are rows.
+
+    Args:
+        matrix: (T, E) accuracy in percent; NaN is left out. evaluator: as in `log_to`.
+
+    Raises:
+        ConfigError: when the matrix is not one of accuracies, or for another evaluator.
+    """
+    summarise(matrix)
+    shown = _Shown(evaluator)
+    for row in range(len(matrix)):
+        shown.training(row)
+        shown.evaluation(matrix[: row + 1], row)
+    last: dict[str, Any] = evaluator.get_last_metrics()
+    return last
+
+
+class _Shown:
+    """Calls an evaluator as an Avalanche strategy would, and publishes values on the way."""
+
+    def __init__(self, evaluator: Any) -> None:
+        if not hasattr(evaluator, "publish_metric_value"):
+            raise ConfigError.of("evaluator", type(evaluator).__name__, "an EvaluationPlugin(loggers=[...])")
+        if evaluator.metrics:
+            raise ConfigError.of("evaluator", evaluator.metrics, "one without metrics: perdure measures")
+        self._evaluator = evaluator
+        self.task_incremental = False
+
+    def training(self, index: int) -> None:
+        """Say that the experience was trained on."""
+        moment = self._moment(index, "train")
+        for point in ("before_training", "before_training_exp", "after_training_exp", "after_training"):
+            getattr(self._evaluator, point)(moment)
+
+    def evaluation(self, rows: Tensor, position: int) -> None:
+        """Publish the last of the rows.
+
+        Args:
+            rows: (t, E) accuracies in percent after each experience so far. position: on the x axis.
+        """
+        evaluator, last = self._evaluator, len(rows) - 1
+        evaluator.before_eval(self._moment(0, "test"))
+        for index in [e for e in range(rows.shape[1]) if not rows[-1, e].isnan()]:
+            moment, now = self._moment(index, "test"), rows[-1, index]
+            evaluator.before_eval_exp(moment)
+            self._publish(_name("Top1_Acc_Exp", moment), now, position)
+            if index < last and not rows[index, index].isnan():
+                self._publish(_name("ExperienceForgetting", moment), rows[index, index] - now, position)
+            evaluator.after_eval_exp(moment)
+        for name, value in vars(summarise(rows)).items():
+            if value is not None:
+                self._publish(f"{name}/eval_phase/test_stream", value, position)
+        evaluator.after_eval(self._moment(last, "test"))
+
+    def _publish(self, name: str, percent: Tensor | float, position: int) -> None:
+        from avalanche.evaluation.metric_results import MetricValue
+
+        self._evaluator.publish_metric_value(MetricValue(self, name, float(percent) / 100, position))
+
+    def _moment(self, index: int, stream: str) -> Any:
+        """What loggers ask of an Avalanche strategy."""
+        training = stream == "train"
+        experience = SimpleNamespace(
+            current_experience=index, origin_stream=SimpleNamespace(name=stream),
+            task_labels=[index if self.task_incremental else 0],
+        )  # fmt: skip
+        experience.logging = lambda: experience
+        return SimpleNamespace(experience=experience, is_training=training, is_eval=not training, dataloader=())
+
+
+def _name(metric: str, moment: Any) -> str:
+    from avalanche.evaluation.metric_utils import get_metric_name
+
+    return str(get_metric_name(metric, moment, add_experience=True))

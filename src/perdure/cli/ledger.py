@@ -1,0 +1,373 @@
+"""The commands `perdure ledger`: what a run spent, whether its account is whole, what one more charge would cost."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from perdure.errors import ConfigError, PrivacyError, RunError
+from perdure.experiment.config import Config
+from perdure.experiment.config import read as read_config
+from perdure.experiment.results import epsilon_row, together
+from perdure.planning.budget import noise_key
+from perdure.privacy.accounting.calibration import Charge, check_target
+from perdure.privacy.ledger.ledger import Merged
+from perdure.privacy.ledger.ledger import read as read_ledger
+from perdure.privacy.ledger.storage import head_path, load
+from perdure.privacy.noise.key import NoiseKey
+from perdure.report.ledger_tables import (
+    document,
+    exposure_table,
+    exposures,
+    finite,
+    places,
+    projection_table,
+    projections,
+)
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown",
+    help="""What a run spent of its privacy, and whether the account of it is whole.
+
+RUN is the folder of a run, finished or not, or a ledger file.""",
+)  # fmt: skip
+
+DELTA = 1e-5
+LEDGER = "ledger.jsonl"
+BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
+"""Where the ledgers of single curators lie below a run's folder, or below an arm's."""
+OWNER = re.compile(r"(?:([A-Za-z0-9._-]+)/)?client-(\d{1,9})")
+NOT_COVERED = (
+    "not covered: whoever can write here can put back an older ledger together with its older head, or delete both; "
+    "keep copies elsewhere if that is a threat"
+)
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or a ledger file.")]
+Delta = Annotated[float | None, typer.Option(help="Of every epsilon; default: the run's, else 1e-5.")]
+Names = list[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a run's ledgers lie, and the config that they were written under, where there is one.
+
+    Args:
+        folder: of the run. merged: the file of a finished run. single: files of single curators.
+    """
+
+    folder: Path
+    config: Config | None
+    merged: Path | None
+    single: tuple[Path, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has a result."""
+        return (self.folder / "result.json").exists()
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of simulated noise; None where noise is secret, or nothing is known of it."""
+        return self.config.privacy.seed if self.config and self.config.privacy else None
+
+    def delta(self, asked: float | None) -> float:
+        """Delta that was asked for, else the run's, else 1e-5."""
+        own = self.config.privacy.delta if self.config and self.config.privacy else DELTA
+        chosen = own if asked is None else asked
+        check_target(1.0, chosen)
+        return chosen
+
+
+@app.command()
+def show(
+    run: Run,
+    delta: Delta = None,
+    arm: Annotated[Names, typer.Option(help="Only this arm; may be given again.")] = None,
+    owner: Annotated[Names, typer.Option(help="Only this owner, ARM/client-N; may be given again.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead; null is an infinite epsilon.")] = False,
+) -> None:
+    """Who was exposed to what, how often and how strongly, and the epsilon that follows."""
+    source = find(run)
+    account, spent = opened(source), source.delta(delta)
+    chosen = select(account, arm or (), owner or ())
+    with ticking(len(chosen.partitions)) as tick:
+        rows = exposures(chosen, spent, tick)
+    if as_json:
+        facts = summary(source, chosen, spent) | {"partitions": document(rows)}
+        typer.echo(json.dumps(facts, indent=1, allow_nan=False))
+        return
+    _console().print(exposure_table(rows))
+    for line in statements(source, account, chosen, spent):
+        typer.echo(line)
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Check every chain, and every head whose key is there. Exit code 1, with file and line, when one is wrong."""
+    source = find(run)
+    problems: list[str] = []
+    parts: dict[Path, Merged] = {}
+    for path in (*((source.merged,) if source.merged else ()), *source.single):
+        try:
+            parts[path] = open_file(path, source)
+            typer.echo(f"{path}: {sound(path, parts[path])}")
+        except PrivacyError as error:
+            problems.append(str(error))
+    problems += unlike(parts, source)
+    for problem in problems:
+        typer.echo(f"WRONG: {problem}")
+    typer.echo(NOT_COVERED)
+    raise typer.Exit(int(bool(problems)))
+
+
+@app.command()
+def project(
+    run: Run,
+    noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of the noise over the clip norm.")],
+    sampling_rate: Annotated[float, typer.Option(help="Probability that a record is in a step; 1 for no sampling.")],
+    steps: Annotated[int, typer.Option(help="How many.")],
+    partition: Annotated[Names, typer.Option(help="Only this one, OWNER/PARTITION; may be given again.")] = None,
+    delta: Delta = None,
+) -> None:
+    """Epsilon of every partition as it would be after so many more steps. Nothing is written."""
+    source = find(run)
+    account, spent = opened(source), source.delta(delta)
+    charge = Charge(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
+    chosen = named(account, partition or ())
+    with ticking(len(chosen)) as tick:
+        rows = projections(account, charge, spent, chosen, tick)
+    _console().print(projection_table(rows))
+    typer.echo(
+        f"after {steps} more steps at sampling rate {sampling_rate:g} and noise multiplier {noise_multiplier:g}, each "
+        f"partition by itself; {account.unit}, {account.relation}, delta {spent:g}, PLD; nothing was written"
+    )
+
+
+# --------------------------------------------------------------------------- finding and opening
+
+
+def find(run: Path) -> Source:
+    """Ledgers of a run's folder, of an arm's or client's folder inside it, or one file.
+
+    Raises:
+        RunError: when there is none. ConfigError: for a config beside it that cannot be read.
+    """
+    folder = home(run)
+    config = read_config(folder / "config.toml") if (folder / "config.toml").exists() else None
+    top = run / LEDGER if run.is_dir() else run
+    alone = run.is_file() or _there(top)
+    below = [] if run.is_file() else sorted({path for part in BELOW for path in _ledgers(run, part)})
+    if not alone and not below:
+        raise RunError(f"{run} holds no ledger; give the folder of a run with a private arm, or a {LEDGER}")
+    exported = alone and not head_path(top).exists()
+    single = (top, *below) if alone and not exported else tuple(below)
+    return Source(folder=folder, config=config, merged=top if exported else None, single=tuple(single))
+
+
+def home(path: Path) -> Path:
+    """Folder of the run that `path` belongs to; its arms lie in `arms/`."""
+    start = path.resolve() if path.is_dir() else path.resolve().parent
+    above = [folder.parent for folder in (start, *start.parents) if folder.name == "arms"]
+    return above[0] if above else start
+
+
+def opened(source: Source) -> Merged:
+    """The whole account: the merged file where there is one, else all ledgers as they stand.
+
+    Raises:
+        LedgerError: for a ledger that is damaged, or whose head another key has sealed.
+    """
+    paths = [source.merged] if source.merged else list(source.single)
+    return Merged([part for path in paths for part in open_file(path, source).parts])
+
+
+def open_file(path: Path, source: Source) -> Merged:
+    """Read one file and check its heads with the keys that are there.
+
+    A file of no lines is what a run leaves that was stopped before its first: an account of nobody.
+    """
+    try:
+        if head_path(path).exists() and load(path, key_in(path.parent))[2].count == 0:
+            return Merged([])
+        owners = [part.account.owner for part in read_ledger(path).parts]
+        keys = {owner: key for owner in owners if (key := key_of(owner, path, source))}
+        return read_ledger(path, keys)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
+    """Key of an owner: in `private/` beside its ledger, or in its folder of the run, or simulated from the seed."""
+    found = OWNER.fullmatch(owner)
+    arm, number = (found[1], int(found[2])) if found else (None, 0)
+    own = source.folder / "arms" / (arm or "")
+    folders = [path.parent] if head_path(path).exists() else [own / "clients" / f"{number:03d}", own] if arm else []
+    for folder in folders:
+        if key := key_in(folder):
+            return key
+    return None if source.seed is None else noise_key(None, source.seed, number)
+
+
+def key_in(folder: Path) -> NoiseKey | None:
+    """Secret key of a curator's folder, where it is there and readable; never made anew."""
+    file = folder / "private" / "key"
+    return NoiseKey.from_os(file) if os.access(file, os.R_OK) else None
+
+
+def _there(path: Path) -> bool:
+    """Whether a ledger is there, or what is left of it."""
+    return path.exists() or head_path(path).exists()
+
+
+def _ledgers(run: Path, part: str) -> Iterator[Path]:
+    """Ledgers in the folders that the pattern finds, also where only the head is left."""
+    return (folder / LEDGER for folder in run.glob(part) if _there(folder / LEDGER))
+
+
+# --------------------------------------------------------------------------- what is chosen of it
+
+
+def select(account: Merged, arms: Sequence[str], owners: Sequence[str]) -> Merged:
+    """Return the account of those owners only that were asked for.
+
+    Raises:
+        ConfigError: for an arm or owner that is not there.
+    """
+    known = {part.account.owner for part in account.parts}
+    for field, asked, allowed in (("arm", arms, set(map(arm_of, known))), ("owner", owners, known)):
+        for name in asked:
+            if name not in allowed:
+                raise ConfigError.of(field, name, sorted(allowed))
+    return Merged([
+        part for part in account.parts
+        if (not arms or arm_of(part.account.owner) in arms) and (not owners or part.account.owner in owners)
+    ])  # fmt: skip
+
+
+def arm_of(owner: str) -> str:
+    """Name of the arm that an owner of a run belongs to; that of the owner where there are no arms."""
+    found = OWNER.fullmatch(owner)
+    return (found and found[1]) or owner
+
+
+def named(account: Merged, asked: Sequence[str]) -> list[str]:
+    """Partitions of these names, with or without their owner's; all where none is asked for.
+
+    Raises:
+        ConfigError: for a name that no partition has.
+    """
+    own = {name: {name, partition} for name, (_, partition) in places(account).items()}
+    for name in asked:
+        if not any(name in names for names in own.values()):
+            raise ConfigError.of("partition", name, "OWNER/PARTITION, as `perdure ledger show` prints them")
+    return [name for name, names in own.items() if not asked or names.intersection(asked)]
+
+
+# --------------------------------------------------------------------------- what is said of it
+
+
+def statements(source: Source, account: Merged, chosen: Merged, delta: float) -> Iterator[str]:
+    """The lines below the table: what was spent, what it does not cover, what was checked."""
+    yield f"worst partition by itself: {chosen.statement(delta)}"
+    joint = all_arms(chosen, delta)
+    if joint:
+        yield f"all arms together, for whoever sees more than one: {joint['text']}"
+    if len(chosen.parts) < len(account.parts):
+        yield f"shown: {len(chosen.parts)} of {len(account.parts)} ledgers; the others are not in these numbers"
+    if source.config and not source.finished:
+        yield "the run is not finished: this is what it was charged so far"
+    if plain := without_privacy(source):
+        yield f"trained without privacy, so in no ledger and with no promise: {', '.join(plain)}"
+    yield checks(chosen)
+
+
+def summary(source: Source, chosen: Merged, delta: float) -> dict[str, object]:
+    """What `statements` says, for machines."""
+    joint = all_arms(chosen, delta)
+    return {
+        "schema": 1, "delta": delta, "statement": finite(epsilon_row(chosen.statement(delta))),
+        "all_arms_together": joint and finite(joint), "finished": source.finished,
+        "without_privacy": without_privacy(source), "verified": checks(chosen),
+        "ledgers": [
+            {"owner": part.account.owner, "lines": len(part.lines), "head_verified": part.keyed}
+            for part in chosen.parts
+        ],
+    }  # fmt: skip
+
+
+def all_arms(account: Merged, delta: float) -> dict[str, object] | None:
+    """Statement over several arms, in which the same records compose; None for one arm, or ledgers of no run."""
+    owners = [part.account.owner for part in account.parts]
+    arms = {found[1] for found in map(OWNER.fullmatch, owners) if found and found[1]}
+    of_a_run = all(arm_of(owner) in arms for owner in owners)
+    return together(account, delta) if of_a_run and len(arms) > 1 else None
+
+
+def without_privacy(source: Source) -> list[str]:
+    """Names of the run's arms without privacy."""
+    return [arm.name for arm in source.config.arms if not arm.private] if source.config else []
+
+
+def checks(account: Merged) -> str:
+    """What was verified when the account was opened."""
+    keyed, total = sum(part.keyed for part in account.parts), len(account.parts)
+    if 0 < keyed < total:
+        return f"chains verified; {keyed} of {total} heads verified with their keys, the others not"
+    return f"{account.verified}{anyone(account)}"
+
+
+def anyone(account: Merged) -> str:
+    """What a verified head is worth where its key comes from a seed."""
+    simulated = account.simulated and any(part.keyed for part in account.parts)
+    return " (simulated keys: anyone can make such heads)" if simulated else ""
+
+
+def sound(path: Path, account: Merged) -> str:
+    """What `verify` says of a file that is whole."""
+    lines = [line for part in account.parts for line in part.lines]
+    if not head_path(path).exists():
+        return f"{len(account.parts)} ledgers, {len(lines)} lines; {checks(account)}"
+    keyed = all(part.keyed for part in account.parts)
+    unsealed = "head not, for lack of its key: the whole history may be another"
+    told = f"chain verified, {f'head verified with its key{anyone(account)}' if keyed else unsealed}"
+    rest = (path.stat().st_size if path.exists() else 0) - sum(len(line) + 1 for line in lines)
+    beyond = f"; {rest} bytes beyond the head do not count" if rest else ""
+    return f"{len(lines)} lines; {told if lines else 'nothing was charged yet'}{beyond}"
+
+
+def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
+    """Ledgers of curators that are not what the merged file holds of them: one was put back from another time."""
+    if source.merged is None or source.merged not in accounts:
+        return []
+    copies = {part.account.owner: part.head for part in accounts[source.merged].parts}
+    return [
+        f"{path} is not what {source.merged} holds of {part.account.owner!r}; one of the two was put back from another "
+        "time: restore it from a backup"
+        for path, account in accounts.items() if path != source.merged
+        for part in account.parts if copies.get(part.account.owner) != part.head
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------- the terminal
+
+
+@contextmanager
+def ticking(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error while the accountant works, where somebody watches."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("accounting", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)

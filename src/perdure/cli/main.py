@@ -1,0 +1,206 @@
+"""The command `perdure`."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from perdure.cli import ledger as ledger_cli
+from perdure.errors import ConfigError, PerdureError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="""Continual, federated and private learning in one run.
+
+**First steps**
+
+`perdure demo` runs the built-in experiment and writes runs/demo/report.html.
+
+`perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` runs it.
+
+`perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
+
+`perdure bench --list` lists the strategies, and what each costs in privacy and memory.
+
+`perdure ledger show runs/demo` says which records were exposed to what, how often, and the epsilon that follows.
+
+A run that was stopped goes on where it was: give the same command again.""",
+)  # fmt: skip
+
+app.add_typer(ledger_cli.app, name="ledger")
+
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C ended, by custom of the shells."""
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
+
+
+@app.command()
+def run(config: Path, out: Out = None) -> None:
+    """Run the experiment that CONFIG describes, or go on with it.
+
+    CONFIG is a TOML file; `perdure demo --show-config` prints an example.
+    """
+    with resumable():
+        from perdure.experiment.config import read_text
+
+        _run(str(config), read_text(config), out)
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the demo's config and stop.")] = False,
+) -> None:
+    """Digits in five experiences over ten clients: four strategies, without and with differential privacy."""
+    text = resources.files("perdure.experiment").joinpath("demo.toml").read_text()
+    if show_config:
+        sys.stdout.write(text)
+        return
+    with resumable():
+        _run("demo", text, out)
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Print the table of a finished run and write its report.html again.
+
+    RUN is the folder of the run, such as runs/demo.
+    """
+    from perdure.report import write_report
+    from perdure.report.table import table
+    from perdure.report.wording import read_result
+
+    console = wide_console()
+    console.print(table(read_result(run)))
+    console.print(f"report: {write_report(run)}")
+
+
+@app.command()
+def audit(
+    config: Path,
+    canaries: Annotated[int, typer.Option(help="Planted records, each in or out by a coin.")] = 1000,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound, between 0 and 1.")] = 0.99,
+    shadows: Annotated[int, typer.Option(help="Shadow models an arm, to attack a finished run's models too.")] = 0,
+) -> None:
+    """Measure how much the private arms of CONFIG really give away, beside the epsilon they claim.
+
+    CONFIG is a TOML file, or the folder of a run. The arms are trained anew, with canaries and simulated noise; nothing
+    on disk is touched. Exit code 1 when a claim is refuted. With `--shadows 8`, and the folder of a finished run, its
+    final models are attacked too: which of the records of the first experience have they seen (LiRA)?
+    """
+    from perdure.auditing.canaries import audit_run
+    from perdure.experiment.config import read
+
+    if shadows and not config.is_dir():
+        raise ConfigError.of("--shadows", config, "with the folder of a finished run, such as runs/demo")
+    console = wide_console()
+    results = audit_run(
+        read(config / "config.toml" if config.is_dir() else config), canaries=canaries, confidence=confidence
+    )
+    for arm, result in results.items():
+        console.print(f"{arm}: {result}", highlight=False)
+    if shadows:
+        from perdure.experiment.audits import attack_run
+
+        with _progress(console) as progress:
+            attacks = attack_run(config, shadows=shadows, progress=progress)
+        for arm, attack in attacks.items():
+            console.print(f"{arm}: {attack}", highlight=False)
+    raise typer.Exit(int(any(result.flagged for result in results.values())))
+
+
+@app.command()
+def bench(
+    listing: Annotated[bool, typer.Option("--list", help="List the strategies and what each costs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
+) -> None:
+    """List every strategy: its paper, what it asks of private data, what it keeps, and whether it runs under vmap.
+
+    Costs are not written down anywhere: they are read from the strategies themselves.
+    """
+    if not listing:
+        raise ConfigError.of("perdure bench", "without --list", "perdure bench --list, with or without --json")
+    from perdure.experiment.strategy_catalogue import entries, table
+
+    listed = entries()
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in listed], indent=2) + "\n")
+    else:
+        wide_console().print(table(listed))
+
+
+def _run(source: str, text: str, out: Path | None) -> None:
+    from perdure.experiment.config import parse
+    from perdure.experiment.run import run as run_config
+    from perdure.report import write_figures, write_report
+    from perdure.report.table import table
+
+    config = parse(text, source=source)
+    folder, console = out or Path("runs") / config.name, wide_console()
+    with _progress(console) as progress:
+        result = run_config(config, text, folder, progress)
+    page = write_report(folder)
+    write_figures(folder)
+    console.print(table(result))
+    console.print(f"report: {page}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """A bar for every arm, or a line for every quarter of one where nobody watches a terminal."""
+    columns = (TextColumn("{task.description:16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+        told: dict[str, int] = {}
+
+        def progress(arm: str, share: float) -> None:
+            if arm not in tasks:
+                tasks[arm] = bars.add_task(arm, total=1.0)
+            bars.update(tasks[arm], completed=share)
+            quarter = int(4 * share)
+            if bars.disable and quarter > told.get(arm, 0):
+                console.print(f"{arm} {25 * quarter} %", highlight=False)
+                told[arm] = quarter
+
+        yield progress
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Answer Ctrl-C with one line instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("stopped; the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def wide_console() -> Console:
+    """A console that does not cut the table when its output goes to a file or pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def main() -> None:
+    """Entry point: an error that perdure raises on purpose is one line and exit code 2."""
+    try:
+        app(prog_name="perdure")
+    except PerdureError as error:
+        _complain(str(error))
+        sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"perdure: {message}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The contract between strategies and the learner: all that a strategy author reads."""

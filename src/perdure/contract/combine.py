@@ -1,0 +1,165 @@
+"""Several strategies at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.strategy import Asks, Context, Forward, Plan, Pooled, Spec, State, Strategy
+from perdure.data.records import Batch, Params
+from perdure.errors import StrategyError
+
+if TYPE_CHECKING:
+    from perdure.curator.local_curator import Curator
+    from perdure.data.scenarios import Experience
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class Combine(Strategy):
+    """Several strategies as one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.
+
+    The task loss counts once: at most one part overrides `losses`. Penalties add, state names are prefixed by
+    the part's position, projections run in the order given.
+
+    Raises:
+        StrategyError: where two parts would override the loss, the prediction or the memory, or one part trains
+            nothing and so leaves another without effect; it names both.
+    """
+
+    parts: tuple[Strategy, ...] = field(default=())
+
+    def __init__(self, *parts: Strategy) -> None:
+        object.__setattr__(self, "parts", parts)
+        for hook in ("losses", "predict", "remember", "references"):
+            self._only(hook)
+        total = [part.asks for part in parts]
+        object.__setattr__(self, "asks", Asks(
+            releases=sum(a.releases for a in total), histograms=sum(a.histograms for a in total),
+            selections=sum(a.selections for a in total), recalls=sum(a.recalls for a in total),
+            references=sum(a.references for a in total), reuses=any(a.reuses for a in total),
+        ))  # fmt: skip
+        object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))
+        reasons = [part.not_vmappable_because for part in parts if part.not_vmappable_because]
+        object.__setattr__(self, "not_vmappable_because", reasons[0] if reasons else None)
+
+    def __repr__(self) -> str:
+        return f"Combine({', '.join(map(repr, self.parts))})"
+
+    @property
+    def name(self) -> str:
+        """Names of the parts, joined."""
+        return "+".join(part.name for part in self.parts)
+
+    def uses(self, hook: str) -> bool:
+        """Whether any part changes `hook`."""
+        return any(part.uses(hook) for part in self.parts)
+
+    def _only(self, hook: str) -> tuple[int, Strategy]:
+        users = [(i, part) for i, part in enumerate(self.parts) if part.uses(hook)]
+        if len(users) > 1:
+            names = " and ".join(part.name for _, part in users)
+            raise StrategyError(f"{names} both override {hook}(); at most one part may, so drop one of them")
+        return users[0] if users else (-1, Strategy())
+
+    def _own(self, state: State, index: int) -> State:
+        prefix = f"{index}."
+        names = [name for name in state if name.startswith(prefix)]
+        cut = len(prefix)
+        return State({n[cut:]: state[n] for n in names}, {n[cut:]: state.rules[n] for n in names})
+
+    def _each(self, state: State, change: Callable[[Strategy, State], State]) -> State:
+        tensors: dict[str, Tensor] = {}
+        for i, part in enumerate(self.parts):
+            tensors |= {f"{i}.{n}": t for n, t in change(part, self._own(state, i)).items()}
+        return state.replace(tensors)
+
+    def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
+        """That of the first part that needs one of its own."""
+        models = (part.small_model(input_shape=input_shape, num_classes=num_classes) for part in self.parts)
+        return next((model for model in models if model is not None), None)
+
+    def init(self, spec: Spec) -> State:
+        """Lay out the parts' states side by side."""
+        state = State()
+        for i, part in enumerate(self.parts):
+            own = part.init(spec)
+            for name, value in own.items():
+                state = state.declare(f"{i}.{name}", value, own.rules[name])
+        return state
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Merge the parts' plans; two memories, or two ideas of what is trainable, are an error."""
+        plans = [(part.name, part.plan(experience)) for part in self.parts]
+
+        def one(what: str) -> object:
+            given = [(name, getattr(plan, what)) for name, plan in plans if getattr(plan, what) is not None]
+            if len(given) > 1:
+                raise StrategyError(f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them")
+            return given[0][1] if given else None
+
+        idle = [name for name, plan in plans if not plan.train]
+        busy = [name for part, (name, plan) in zip(self.parts, plans, strict=True) if plan.memory or steps(part)]
+        if idle and busy:
+            raise StrategyError(f"{idle[0]} takes no gradient, so {busy[0]} would have no effect; drop one of them")
+        pools: set[Pooled] = {plan.pool for _, plan in plans} - {"experience"}
+        if len(pools) > 1:
+            raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
+        return Plan(
+            pool=pools.pop() if pools else "experience", memory=one("memory"), restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
+            trainable=one("trainable"), train=all(p.train for _, p in plans),  # type: ignore[arg-type]
+            penalised=any(p.penalised for _, p in plans),
+        )  # fmt: skip
+
+    def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
+        """Loss of the one part that overrides it, else cross entropy."""
+        i, part = self._only("losses")
+        return part.losses(forward, batch, context, self._own(state, i))
+
+    def penalty(self, params: Params, state: State) -> Tensor | None:
+        """Sum of the parts' penalties."""
+        each = [part.penalty(params, self._own(state, i)) for i, part in enumerate(self.parts)]
+        given = [penalty for penalty in each if penalty is not None]
+        return torch.stack(given).sum() if given else None
+
+    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+        """References of the one part that asks for some."""
+        i, part = self._only("references")
+        return part.references(curator, params, self._own(state, i))
+
+    def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
+        """Projections in the order of the parts; references are for the part that asked for them."""
+        asking, _ = self._only("references")
+        for i, part in enumerate(self.parts):
+            gradient = part.project(gradient, references if i == asking else (), self._own(state, i))
+        return gradient
+
+    def after_step(
+        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+    ) -> State:
+        """Every part follows the path."""
+        return self._each(state, lambda part, own: part.after_step(before, after, gradient, own, noise_variance))
+
+    def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
+        """What the one part that stores something stores."""
+        i, part = self._only("remember")
+        return part.remember(forward, batch, self._own(state, i))
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """Every part consolidates."""
+        return self._each(state, lambda part, own: part.after_experience(curator, params, own))
+
+    def derive(self, state: State) -> State:
+        """Every part derives from its own state."""
+        return self._each(state, lambda part, own: part.derive(own))
+
+    def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
+        """Prediction of the one part that overrides it, else the head."""
+        i, part = self._only("predict")
+        return part.predict(forward, x, context, self._own(state, i))
+
+
+def steps(part: Strategy) -> bool:
+    """Whether the part has a hand in the steps of training."""
+    return any(part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step"))

@@ -1,0 +1,1 @@
+"""The curator: it holds private records and answers releases."""

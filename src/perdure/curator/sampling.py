@@ -1,0 +1,155 @@
+"""Rows that are open in an experience, and which of them a step draws. Nothing here leaves the curator."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from perdure.curator.memory import MemoryPlan, concatenate
+from perdure.curator.record_groups import Copies, copies, owners
+from perdure.data.experience import Experience
+from perdure.data.records import Batch, Records
+from perdure.errors import PrivacyError
+from perdure.planning.exposure import Exposure
+from perdure.privacy.private_sum import Mechanism
+from perdure.utils.seeding import generator
+
+
+@dataclass(kw_only=True, eq=False)
+class Pool:
+    """What batches are drawn from.
+
+    Args:
+        current: rows of the experience itself. new: rows that are drawn in the role of new ones.
+        stored: rows that memory brings back, for rehearsal or reference. plan: of the memory.
+        batch_size: new rows a step. place: where its shuffles are in the run: seed, client and experience.
+    """
+
+    current: Batch
+    new: Batch
+    stored: Batch | None
+    plan: MemoryPlan | None
+    batch_size: int
+    place: tuple[int, int, int]
+    _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+
+    @property
+    def rehearsed(self) -> Batch | None:
+        """Rows of memory that join the new ones in a batch."""
+        return self.stored if self.plan and self.plan.rehearsed else None
+
+    @cached_property
+    def rows(self) -> Batch:
+        """New and rehearsed rows as one pool, of a memory that does not move."""
+        back = self.rehearsed
+        return self.new if back is None else beside(self.new, back)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.new.inputs.device
+
+    def side_by_side(self, step: int) -> tuple[Batch, float]:
+        """Rows of one step without privacy, shuffled new ones and then stored ones, and the share of the latter."""
+        if self.plan and self.plan.use == "pooled":
+            return self.rows.take(self.shuffled("pool", len(self.rows), self.batch_size, step).to(self.device)), 0.0
+        new = self.new.take(self.shuffled("new", len(self.new), self.batch_size, step).to(self.device))
+        if self.rehearsed is None:
+            return new, 0.0
+        back = self.recalled(self.rehearsed, "memory", step)
+        return beside(new, back), len(back) / (len(new) + len(back))
+
+    def recalled(self, back: Batch, what: str, step: int) -> Batch:
+        """Stored rows of one step: in a fresh order every epoch, or where memory moves, drawn anew."""
+        assert self.plan is not None
+        size = self.plan.batch_size or self.batch_size
+        if self.plan.update == "experience":
+            return back.take(self.shuffled(what, len(back), size, step).to(self.device))
+        return back.take(torch.randperm(len(back), generator=self._drawn(what, step))[:size].to(self.device))
+
+    def shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
+        """Positions of one batch in a fresh order every epoch; the last batch of an epoch may be smaller."""
+        epoch, i = divmod(step, -(-n // size))
+        if self._orders.get(what, (-1,))[0] != epoch:
+            self._orders[what] = (epoch, torch.randperm(n, generator=self._drawn(what, epoch)))
+        return self._orders[what][1][i * size : (i + 1) * size]
+
+    def _drawn(self, what: str, number: int) -> torch.Generator:
+        seed, client, experience = self.place
+        return generator(seed, "order", what, client, experience, number)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawing:
+    """A pool under privacy: each record by its own coin, or at its own place of the epoch.
+
+    Args:
+        rows: to draw from. records: which of them are one record. exposure: how likely, or how often, one is drawn.
+        purpose: of the noised sum over what is drawn.
+    """
+
+    rows: Batch
+    records: Copies
+    exposure: Exposure
+    purpose: str = "gradient"
+
+    @classmethod
+    def of(cls, rows: Batch, experiences: Sequence[Experience], exposure: Exposure, purpose: str) -> "Drawing":
+        """A drawing from rows of these experiences."""
+        found = copies(rows.ids, owners(rows.tasks, experiences))
+        return cls(rows=rows, records=found, exposure=exposure, purpose=purpose)
+
+    def positions(self, mechanism: Mechanism, step: int) -> Tensor:
+        """Positions of a step's rows, on their device."""
+        records, exposed = self.records, self.exposure
+        coins = mechanism.coins(len(records.counts), step, self.purpose)
+        if exposed.slots is None:
+            hit = coins < exposed.rate
+            drawn = records.rows(hit, coins[hit] / exposed.rate)  # below the rate, divided by it: uniform again
+        else:
+            place = (mechanism.tags(records.ids, "place in an epoch") * exposed.slots).long()
+            hit = place == step % exposed.slots
+            drawn = records.rows(hit, coins[hit])
+        return drawn.to(self.rows.inputs.device)
+
+
+def beside(new: Batch, back: Batch) -> Batch:
+    """New rows, then stored ones in their role."""
+    return concatenate([with_blanks(new, back.stored), replayed(back)])
+
+
+def replayed(back: Batch) -> Batch:
+    """Stored rows in their role."""
+    return Batch.from_tensors(back.tensors() | {"from_memory": torch.ones_like(back.from_memory)})
+
+
+def without(rows: Batch, tasks: Sequence[int]) -> Batch:
+    """Rows of other experiences than `tasks`."""
+    return rows.take(~torch.isin(rows.tasks, torch.tensor(tasks, device=rows.tasks.device)))
+
+
+def with_blanks(new: Batch, stored: Mapping[str, Tensor]) -> Batch:
+    """New rows with zeros where memory rows have something stored, so that both fit into one batch."""
+    blanks = {f"stored.{name}": value.new_zeros(len(new), *value.shape[1:]) for name, value in stored.items()}
+    return Batch.from_tensors(new.tensors() | blanks)
+
+
+def refuse_shared_ids(records: Records) -> None:
+    """Refuse records that count as one record although a release has a row for each of them."""
+    if len(torch.unique(records.ids)) < len(records):
+        raise PrivacyError(
+            f"records of {records.partition!r} share an id: a release would count one record twice; "
+            "give every record of an experience its own id"
+        )
+
+
+def refuse_shared_partitions(experiences: Sequence[Experience]) -> None:
+    """Refuse a sum over memory where one record may be stored twice, once for each of two experiences."""
+    names = [experience.train.partition for experience in experiences]
+    if len(set(names)) < len(names):
+        raise PrivacyError(
+            "experiences share records, so a sum over memory would count one record twice; "
+            "use a strategy that asks for sums over the experience only"
+        )

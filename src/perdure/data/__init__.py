@@ -1,0 +1,1 @@
+"""Records, experiences and streams: what a learner is given."""

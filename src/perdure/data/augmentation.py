@@ -1,0 +1,77 @@
+"""Augmentation multiplicity: several random views of a record, averaged inside its loss before it is clipped.
+
+De, Berrada, Hayes, Smith and Balle, Unlocking High-Accuracy Differentially Private Image Classification through Scale,
+2022, section 3.2. A record has one gradient, that of its mean loss over K views, so views cost nothing in privacy.
+
+>>> learner = Learner(..., views=Views(count=8, change=shift_and_flip(pixels=2)), privacy=Privacy(epsilon=3))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perdure.data.records import Batch
+from perdure.errors import ConfigError
+
+Change = Callable[[Tensor], Tensor]
+"""One record's input, without batch dimension, to a random version of it; draws by `torch.rand` and its like."""
+
+NAME = "view."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """K views of every record.
+
+    Guarantee: a view depends on its record and on its own draws only: `change` sees one record at a time
+    (`torch.func.vmap`), so it cannot mix records.
+
+    Args:
+        count: K. change: makes one view; flow of control may not depend on values.
+    """
+
+    count: int
+    change: Change
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError.of("views.count", self.count, "1 or more")
+
+    def attach(self, batch: Batch, seed: int) -> Batch:
+        """Put the views beside the rows, where `losses` finds them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            each = torch.func.vmap(self.change, randomness="different")
+            views = {f"stored.{NAME}{k}": each(batch.inputs) for k in range(self.count)}
+        return Batch.from_tensors(batch.tensors() | views)
+
+    def losses(self, losses: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """(n,) mean loss of each row over its views; the plain loss where none are attached."""
+        if f"{NAME}0" not in batch.stored:
+            return losses(batch)
+        plain = {n: t for n, t in batch.tensors().items() if not n.startswith(f"stored.{NAME}")}
+        views = [plain | {"inputs": batch.stored[f"{NAME}{k}"]} for k in range(self.count)]
+        return torch.stack([losses(Batch.from_tensors(view)) for view in views]).mean(0)
+
+
+def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
+    """Random shift of a picture (c, h, w) by up to `pixels` in each direction, zeros coming in, and a random mirror.
+
+    Args:
+        pixels: largest shift. flip: mirror left and right with probability 1/2; not for digits.
+    """
+
+    def change(picture: Tensor) -> Tensor:
+        height, width = picture.shape[-2:]
+        wide = F.pad(picture, (pixels,) * 4)
+        offsets = (torch.rand(2, device=picture.device) * (2 * pixels + 1)).long()
+        across = torch.arange(width, device=picture.device)
+        if flip:
+            across = torch.where(torch.rand((), device=picture.device) < 0.5, across.flip(0), across)
+        rows = torch.arange(height, device=picture.device) + offsets[0]
+        return wide.index_select(-2, rows).index_select(-1, across + offsets[1])
+
+    return change

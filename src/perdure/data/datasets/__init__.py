@@ -1,0 +1,1 @@
+"""Data sets as tensors on one device; one data set a file."""

@@ -1,0 +1,113 @@
+"""Experiences and streams: what is learnt, in which order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from perdure.data.records import Records
+from perdure.errors import ConfigError, DataError
+
+Scenario = Literal["task", "domain", "class"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experience:
+    """One stage of a stream.
+
+    Args:
+        index: its place in the stream, from 0.
+        train: records to learn from.
+        test: records to be measured on, declared public.
+        classes: the declared classes, as labels of the full-width head. Public, whatever the records hold.
+        task: the stage this one is part of, where a stage was cut into pieces (`online`). Default: `index`.
+
+    Raises:
+        DataError: when a label is not among the declared classes.
+    """
+
+    index: int
+    train: Records
+    test: Records
+    classes: tuple[int, ...]
+    task: int = -1
+
+    def __post_init__(self) -> None:
+        if self.task < 0:
+            object.__setattr__(self, "task", self.index)
+        for part, records in (("train", self.train), ("test", self.test)):
+            strange = ~torch.isin(records.labels, records.labels.new_tensor(self.classes))
+            if strange.any():
+                found = sorted(set(records.labels[strange].tolist()))
+                raise DataError(f"experience {self.index} has {part} labels {found}; declared: {self.classes}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """Experiences in the order in which they are met.
+
+    Args:
+        name: for reports.
+        scenario: task (the learner is told the task), domain (same classes, other inputs) or class (classes
+            arrive over time and the learner must tell them all apart).
+        experiences: at least one, numbered from 0.
+        num_classes: full width of the head.
+        input_shape: shape of one input.
+        assigned_by_record: whether a record's place depends on the record and public facts alone. Where it
+            does not, a guarantee under add/remove adjacency does not hold.
+
+    Raises:
+        ConfigError: for another scenario, no experiences, wrong numbering or classes outside the head.
+
+    Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
+    """
+
+    name: str
+    scenario: Scenario
+    experiences: tuple[Experience, ...]
+    num_classes: int
+    input_shape: tuple[int, ...]
+    assigned_by_record: bool = True
+
+    def __post_init__(self) -> None:
+        if self.scenario not in SCENARIOS:
+            raise ConfigError.of("scenario", self.scenario, SCENARIOS)
+        if [experience.index for experience in self] != list(range(max(1, len(self)))):
+            indices = [experience.index for experience in self]
+            raise ConfigError.of("experiences", indices, "indices 0, 1, 2, ... and at least one")
+        declared = {label for experience in self for label in experience.classes}
+        if not declared <= set(range(self.num_classes)):
+            raise ConfigError.of("classes", sorted(declared), f"0 .. {self.num_classes - 1}")
+
+    def __iter__(self) -> Iterator[Experience]:
+        return iter(self.experiences)
+
+    def __len__(self) -> int:
+        return len(self.experiences)
+
+    def __getitem__(self, index: int) -> Experience:
+        return self.experiences[index]
+
+    def __repr__(self) -> str:
+        return (
+            f"Stream({self.name!r}, {self.scenario}-incremental, {len(self)} experiences, "
+            f"{self.num_classes} classes, inputs {self.input_shape})"
+        )
+
+    def to(self, device: torch.device | str) -> "Stream":
+        """Return the same stream on another device. Records that experiences share are moved once."""
+        moved: dict[int, Records] = {}
+        for records in (part for experience in self for part in (experience.train, experience.test)):
+            if id(records) not in moved:
+                there = records.to(device)
+                same = there.inputs is records.inputs and there.labels is records.labels
+                moved[id(records)] = records if same else there
+        if all(id(records) == key for key, records in moved.items()):
+            return self
+        experiences = (
+            replace(experience, train=moved[id(experience.train)], test=moved[id(experience.test)])
+            for experience in self
+        )
+        return replace(self, experiences=tuple(experiences))

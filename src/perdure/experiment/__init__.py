@@ -1,0 +1,1 @@
+"""Experiments on disk: configuration, runs, results, audits and tuning."""

@@ -1,0 +1,104 @@
+"""Membership inference on the finished model of a run: the attacker trains shadow models by the run's own config."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from perdure.auditing.canaries import first_free_id
+from perdure.auditing.membership import MembershipResult, Predictor, lira
+from perdure.data.records import Records
+from perdure.data.scenarios import Stream
+from perdure.errors import ConfigError
+from perdure.experiment.config import Config, read
+from perdure.experiment.run import ArmRun, MetricsLog, open_stream, trained
+from perdure.utils.seeding import generator
+
+Population = tuple[Records, Tensor, Records]
+"""Records under attack, which of them are members (n,) bool, and the members that the attacker knows already."""
+
+
+def attack_run(
+    folder: Path,
+    *,
+    shadows: int = 8,
+    experience: int = 0,
+    progress: Callable[[str, float], None] = lambda arm, share: None,
+) -> dict[str, MembershipResult]:
+    """Attack the final model of every arm with LiRA, for the records of one experience.
+
+    The attacker has the config, all other training records, and as many members as there are test records, mixed with
+    these; he trains shadow models on the whole stream, alone and with noise of his own, and asks which of the mixed
+    ones the model has seen. With privacy and without, so that the two can be compared.
+
+    Args:
+        folder: of a finished run. shadows: models an arm, an even number from 4. experience: whose records.
+        progress: called as progress(arm, share done).
+
+    Raises:
+        ConfigError: for an experience that the run lacks. RunError: when it is not finished.
+    """
+    config = read(folder / "config.toml")
+    stream = open_stream(config)
+    if not 0 <= experience < len(stream):
+        raise ConfigError.of("experience", experience, f"0 to {len(stream) - 1}")
+    records, members, known = population(stream, experience, config.seed)
+    results = {}
+    for number, name in enumerate(arm.name for arm in config.arms):
+        target, done = trained(folder, name).predictor(experience, after=len(stream) - 1), [0]
+
+        def train(half: Records, seed: int, arm: int = number, done: list[int] = done) -> Predictor:
+            done[0] += 1
+            progress(config.arms[arm].name, done[0] / (shadows + 1))
+            return shadow(config, arm, mixed(stream, experience, known, half), experience, seed)
+
+        results[name] = lira(target, train, records, members, shadows=shadows, seed=config.seed)
+        progress(name, 1.0)
+    return results
+
+
+def population(stream: Stream, experience: int, seed: int) -> Population:
+    """As many training records as test records, mixed with these, and the training records that are left."""
+    train, test = stream[experience].train, stream[experience].test
+    order = torch.randperm(len(train), generator=generator(seed, "attacked"))
+    size = min(len(train) // 2, len(test))
+    inside, known, outside = train.take(order[:size]), train.take(order[size:]), test.take(torch.arange(size))
+    return joined(inside, outside, first_free_id(stream)), torch.arange(2 * size) < size, known
+
+
+def joined(one: Records, other: Records, first_id: int) -> Records:
+    """Both sets under the partition of the first; the second one's ids begin at `first_id`."""
+    ids = first_id + torch.arange(len(other))
+    return Records(
+        inputs=torch.cat([one.inputs, other.inputs]), labels=torch.cat([one.labels, other.labels]),
+        ids=torch.cat([one.ids, ids]), partition=one.partition,
+    )  # fmt: skip
+
+
+def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Stream:
+    """Stream whose experience holds the known members and this half of those under attack."""
+    whole = Records(
+        inputs=torch.cat([known.inputs, half.inputs]), labels=torch.cat([known.labels, half.labels]),
+        ids=torch.cat([known.ids, half.ids]), partition=known.partition,
+        declared_size=stream[experience].train.declared_size,
+    )  # fmt: skip
+    parts = [replace(e, train=whole) if e.index == experience else e for e in stream]
+    return replace(stream, experiences=tuple(parts))
+
+
+def shadow(config: Config, arm: int, stream: Stream, experience: int, seed: int) -> Predictor:
+    """Train one shadow model, alone and with simulated noise."""
+    mine = replace(
+        config, seed=seed % 2**31, federation=None,
+        privacy=replace(config.privacy, seed=seed % 2**31) if config.privacy else None,
+    )  # fmt: skip
+    with TemporaryDirectory() as name:
+        learner = ArmRun(mine, mine.arms[arm], stream, Path(name), MetricsLog(Path(name, "metrics.jsonl"))).learner(
+            stream
+        )
+        learner.callbacks = ()
+        learner.fit(stream)
+    return learner.predictor(experience, after=len(stream) - 1)

@@ -1,0 +1,385 @@
+"""What a run is asked to do: a TOML file read into frozen dataclasses, every value checked once.
+
+name = "hospital"
+seed = 0
+
+[data]
+name = "digits"
+scenario = "class"
+experiences = 5
+
+[model]
+name = "mlp"
+hidden = [64]
+
+[training]
+optimizer = "Adam"
+learning_rate = 0.001
+epochs = 10
+
+[privacy]                      # optional; used by the arms that say private = true
+epsilon = 8.0
+delta = 1e-5
+
+[federation]                   # optional
+clients = 10
+rounds = 3
+
+[[arms]]
+strategy = "ewc"               # a file in strategies/
+strength = 100.0               # and its options
+private = false
+"""
+
+import inspect
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from perdure.contract.strategy import Scenario, Strategy
+from perdure.data.datasets.base import NAMES
+from perdure.errors import ConfigError
+from perdure.models.classifiers import ModelConfig
+from perdure.privacy.settings import Privacy
+
+T = TypeVar("T")
+
+NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
+"""Optimisers that need several gradients a step, sparse ones, or matrices only."""
+OPTIMIZERS = tuple(
+    name
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer and name not in NEED_MORE
+)
+LARGEST = 2**63 - 1
+"""Largest whole number of TOML; what is larger cannot even be printed at any length."""
+
+
+def check(config: object, names: str, good: Callable[[Any], bool], allowed: str) -> None:
+    """Refuse a field that is given but not good.
+
+    Args:
+        names: of the fields, separated by spaces.
+
+    Raises:
+        ConfigError: for the first such field.
+    """
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not good(value):
+            raise ConfigError.of(name, value, allowed)
+
+
+def counts(value: int) -> bool:
+    """Whether a count counts something that a run can come to the end of."""
+    return 1 <= value <= 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which stream.
+
+    Args:
+        name: digits, breast-cancer, mnist, cifar10 or adult. root: folder of the data; None for the usual places.
+        scenario: task, domain or class. experiences: how many. shuffle_classes: order classes by the run's seed.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    scenario: Scenario = "class"
+    experiences: int = 5
+    shuffle_classes: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "name", NAMES.__contains__, ", ".join(NAMES))
+        check(self, "experiences", counts, "1 to 1000000000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and with what an experience is trained.
+
+    Args:
+        optimizer: any class of torch.optim. momentum: for those that have one; None for its default.
+        epochs, iterations: length of an experience; give one. In a federation, spread over its rounds.
+        batch_size: records a step. reset_optimizer: start every experience with a fresh optimiser.
+        precision: of the passes through the model while training.
+    """
+
+    optimizer: str = "Adam"
+    learning_rate: float = 1e-3
+    momentum: float | None = None
+    epochs: int | None = None
+    iterations: int | None = None
+    batch_size: int = 32
+    reset_optimizer: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
+        check(self, "learning_rate", lambda value: 0 < value <= 1e6, "a number above 0 and at most 1e6")
+        check(self, "momentum", lambda value: 0 <= value < 1, "a number from 0 to below 1")
+        check(self, "epochs iterations batch_size", counts, "1 to 1000000000")
+        if self.momentum is not None and "momentum" not in inspect.signature(self._class).parameters:
+            known = [name for name in OPTIMIZERS if "momentum" in inspect.signature(vars(torch.optim)[name]).parameters]
+            raise ConfigError.of(
+                "momentum", self.momentum, f"nothing for {self.optimizer}; {', '.join(known)} take one"
+            )
+        if (self.epochs is None) == (self.iterations is None):
+            given = f"epochs = {self.epochs} with iterations = {self.iterations}"
+            raise ConfigError(f"{given} is not allowed; allowed: exactly one of the two")
+
+    def factory(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+        """Return a function from parameters to the optimiser."""
+        options = {"lr": self.learning_rate} | ({} if self.momentum is None else {"momentum": self.momentum})
+        return partial(self._class, **options)
+
+    @property
+    def _class(self) -> Callable[..., Optimizer]:
+        chosen: Callable[..., Optimizer] = getattr(torch.optim, self.optimizer)
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Who takes part.
+
+    Args:
+        clients: number of parties. rounds: per experience. fraction: share of the clients asked in a round.
+        alpha: of the Dirichlet split by class; small is uneven. min_size: fewest records of a client in an experience.
+        engine: `inprocess`, or `ray` for Flower's simulation engine.
+    """
+
+    clients: int = 10
+    rounds: int = 3
+    fraction: float = 1.0
+    alpha: float = 1.0
+    min_size: int = 10
+    engine: Literal["inprocess", "ray"] = "inprocess"
+
+    def __post_init__(self) -> None:
+        check(self, "clients rounds min_size", counts, "1 to 1000000000")
+        check(self, "fraction", lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+        check(self, "alpha", lambda value: 0 < value <= 1e9, "a number above 0 and at most 1e9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """The attack that robust accuracy is measured under.
+
+    Args:
+        name: pgd or fgsm. epsilon: radius in units of the inputs (pixels in [0, 1]). norm: linf or l2. steps: of pgd.
+    """
+
+    name: Literal["pgd", "fgsm"] = "pgd"
+    epsilon: float = 0.1
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        check(self, "epsilon", lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+        check(self, "steps", counts, "1 to 1000000000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One model of the run: a strategy, with or without privacy."""
+
+    strategy: Strategy
+    file: str
+    private: bool = False
+
+    @property
+    def name(self) -> str:
+        """Folder and row name."""
+        return f"{self.file}-{'private' if self.private else 'plain'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run; see the example at the head of this module.
+
+    Args:
+        name: of the run's folder: letters, digits, dots, dashes and underscores, beginning with a letter or digit.
+        seed: of everything but secret noise. threads: torch threads; results are bit-identical for the same number.
+        explain: test records explained by SHAP after the first and the last experience.
+        private_training: training of the private arms, where it differs.
+    """
+
+    name: str
+    seed: int = 0
+    threads: int = 1
+    explain: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=10))
+    private_training: TrainingConfig | None = None
+    federation: FederationConfig | None = None
+    privacy: Privacy | None = None
+    attack: AttackConfig | None = None
+    arms: tuple[Arm, ...] = ()
+
+    def __post_init__(self) -> None:
+        plain = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}").fullmatch
+        check(self, "name", lambda value: plain(value) is not None, "letters, digits, . - _, at most 100")
+        check(self, "seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
+        check(self, "threads", lambda value: 1 <= value <= 1024, "1 to 1024")
+        check(self, "explain", lambda value: value >= 0, "0 or more")
+        if not self.arms:
+            raise ConfigError("arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME")
+        if any(arm.private for arm in self.arms) and self.privacy is None:
+            raise ConfigError("an arm says private = true without a [privacy] table; add one with epsilon and delta")
+        twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
+        if twice:
+            raise ConfigError.of("arms", sorted(twice), "every strategy once with and once without private = true")
+
+
+def read(path: Path) -> Config:
+    """Read and check a TOML file.
+
+    Raises:
+        ConfigError: one line naming file, field, value and what is allowed.
+    """
+    return parse(read_text(path), source=str(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a config.
+
+    Raises:
+        ConfigError: when the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except ValueError as error:
+        reason = f"not UTF-8 text: {error}"
+    raise ConfigError(f"config {path} cannot be read ({reason}); give the path of a TOML file")
+
+
+def parse(text: str, source: str = "config") -> Config:
+    """Check the text of a TOML file.
+
+    Raises:
+        ConfigError: one line naming the field, its value and what is allowed.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from None
+    for where, value in _leaves(table):
+        if type(value) is int and abs(value) > LARGEST:
+            raise ConfigError(f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63")
+    arms = table.pop("arms", [])
+    if not isinstance(arms, list):
+        raise ConfigError.of("arms", arms, "[[arms]] tables with strategy = NAME")
+    return build(Config, table, "", arms=tuple(_arm(entry, f"arms[{i}]") for i, entry in enumerate(arms)))
+
+
+def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+    """All values that are neither table nor list, with where they stand."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{where}.{_key(name)}" if where else _key(name))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{where}[{i}]")
+    else:
+        yield where, value
+
+
+def _arm(entry: object, where: str) -> Arm:
+    from perdure.strategies import find, names
+
+    if not isinstance(entry, dict) or not isinstance(entry.get("strategy"), str):
+        raise ConfigError.of(where, entry, "a table with strategy = NAME, its options, and private = true or false")
+    options = dict(entry)
+    name, private = options.pop("strategy"), options.pop("private", False)
+    if name not in names():
+        raise ConfigError.of(f"{where}.strategy", name, names())
+    if not isinstance(private, bool):
+        raise ConfigError.of(f"{where}.private", private, "true or false")
+    return Arm(strategy=build(find(name), options, where), file=name, private=private)
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str, **ready: object) -> T:
+    """Make a dataclass from a TOML table: unknown fields, missing fields and wrong types are refused by name."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for name in table:
+        if name not in known or name in ready:
+            raise ConfigError.of(f"{prefix}{_key(name)}", table[name], f"one of the fields {', '.join(known)}")
+    required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in table and name not in ready]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]} is missing; allowed: {_describe(hints[missing[0]])}")
+    values = {name: _value(value, hints[name], f"{prefix}{name}") for name, value in table.items()}
+    try:
+        return cls(**values, **ready)
+    except ConfigError as error:
+        raise ConfigError(_placed(str(error), where, known)) from None
+
+
+def _placed(message: str, where: str, known: Iterable[str]) -> str:
+    """Say which table a dataclass complains of, unless its message does."""
+    if not where or message.startswith((f"{where}.", f"{where} ")):
+        return message
+    return f"{where}.{message}" if message.split(" ", 1)[0] in known else f"{where}: {message}"
+
+
+def _key(name: str) -> str:
+    """Write a key as TOML does: bare where it may be, else quoted, so that a message stays one line."""
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else repr(name)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Types that a field may have."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _value(value: object, hint: Any, where: str) -> object:
+    """Check one TOML value against a type: numbers, text, choices, lists as tuples, tables as dataclasses."""
+    for option in _options(hint):
+        if isinstance(option, type) and hasattr(option, "__dataclass_fields__") and isinstance(value, dict):
+            return build(option, value, where)
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_value(item, typing.get_args(option)[0], f"{where}[{i}]") for i, item in enumerate(value))
+        if option in (int, float, str, bool) and _fits(value, option):
+            return option(value)
+    raise ConfigError.of(where, value, _describe(hint))
+
+
+def _fits(value: object, kind: type) -> bool:
+    """Whether a TOML value is of a type: whole numbers are numbers, true and false are not, nor are nan and inf."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(typing.cast(float, value))
+    return type(value) is kind
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    options = [option for option in _options(hint) if option is not type(None)]
+    if len(options) > 1:
+        return " or ".join(map(_describe, options))
+    if typing.get_origin(options[0]) is Literal:
+        return ", ".join(map(str, typing.get_args(options[0])))
+    if typing.get_origin(options[0]) is tuple:
+        return f"a list of which each is {_describe(typing.get_args(options[0])[0])}"
+    if hasattr(options[0], "__dataclass_fields__"):
+        return f"a table with {', '.join(f.name for f in fields(options[0]) if f.init)}"
+    return names.get(options[0], "nothing that TOML can say")

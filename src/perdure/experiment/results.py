@@ -1,0 +1,135 @@
+"""The pieces of a run's result: privacy statements, federation, explanations, put together in schema 1."""
+
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.adversarial.base import FGSM, PGD, Attack
+from perdure.data.scenarios import Stream
+from perdure.experiment.config import Arm, AttackConfig, Config
+from perdure.learner.learner import Learner
+from perdure.metrics import expected_calibration_error
+from perdure.privacy.ledger.entries import Account, Statement
+from perdure.privacy.ledger.ledger import Merged
+from perdure.utils.atomic_files import save_tensors
+from perdure.utils.environment import machine, versions
+
+EXPLAINED = "explanations.safetensors"
+
+
+def summary(
+    config: Config,
+    stream: Stream,
+    rows: list[dict[str, Any]],
+    merged: Merged | None,
+    explanations: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Put the result together, schema 1."""
+    return {
+        "schema": 1, "name": config.name, "seed": config.seed,
+        "stream": {
+            "name": stream.name, "scenario": stream.scenario, "experiences": len(stream),
+            "classes": [list(e.classes) for e in stream],
+        },
+        "model": asdict(config.model), "federation": federation_row(config, stream),
+        "environment": versions() | {k: v for k, v in machine().items() if v is not None},
+        "attack": asdict(config.attack) if config.attack else None, "arms": rows,
+        "epsilon_of_all_arms": together(merged, config.privacy.delta) if merged and config.privacy else None,
+        "explanations": explanations,
+    }  # fmt: skip
+
+
+def calibration(learner: Learner, stream: Stream) -> list[float]:
+    """Expected calibration error on the test records of every experience, at the end of the stream."""
+    after = max(0, learner.position.experience - 1)
+    with torch.no_grad():
+        return [
+            expected_calibration_error(
+                torch.softmax(learner.predictor(e.index, after=after)(e.test.inputs), dim=1), e.test.labels
+            )
+            for e in stream.to(learner.device)
+        ]
+
+
+def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
+    """Federation's settings with the declared size of every client in every experience."""
+    if config.federation is None:
+        return None
+    clients = client_streams(config, stream)
+    return asdict(config.federation) | {"declared_sizes": [[e.train.declared_size for e in own] for own in clients]}
+
+
+def client_streams(config: Config, stream: Stream) -> list[Stream]:
+    """Split the stream over the clients."""
+    from perdure.data.client_splits import dirichlet
+
+    chosen = config.federation
+    assert chosen is not None
+    return dirichlet(stream, clients=chosen.clients, alpha=chosen.alpha, min_size=chosen.min_size, seed=config.seed)
+
+
+def epsilon_row(stated: Statement) -> dict[str, Any]:
+    """One privacy statement as the result keeps it."""
+    return {
+        "value": stated.epsilon, "delta": stated.delta, "unit": stated.unit, "relation": stated.relation,
+        "accountant": stated.accountant, "sampling": stated.sampling, "trust": stated.trust,
+        "simulated": stated.simulated, "text": str(stated),
+    }  # fmt: skip
+
+
+def together(merged: Merged, delta: float) -> dict[str, Any]:
+    """Statement for somebody who sees all private models: the same record's uses in all arms compose."""
+    record = {name: name.split("/client-", 1)[1] for name in merged.partitions}
+    same = groupby(sorted(record, key=lambda name: record[name]), key=lambda name: record[name])
+    worst = max(merged.epsilon(list(names), delta=delta) for _, names in same)
+    return epsilon_row(replace(merged.statement(delta), epsilon=worst))
+
+
+def spending(account: Account, delta: float) -> list[dict[str, Any]]:
+    """What the worst partition's budget went to, equal charges added up."""
+    worst, _ = account.worst(delta)
+    steps: dict[tuple[str, float, float], int] = {}
+    for entry in account.entries:
+        if worst in entry.scope:
+            key = (entry.purpose, entry.noise_multiplier, entry.scope[worst])
+            steps[key] = steps.get(key, 0) + entry.steps
+    names = ("purpose", "noise_multiplier", "sampling_rate")
+    return [dict(zip(names, key, strict=True)) | {"steps": count} for key, count in steps.items()]
+
+
+def ledger_files(arm: Path) -> list[Path]:
+    """Ledgers of an arm: its own, or its clients'."""
+    return sorted([*arm.glob("ledger.jsonl"), *arm.glob("clients/*/ledger.jsonl")])
+
+
+def attack_of(config: AttackConfig, stream: Stream) -> Attack:
+    """Make the attack that the config names; inputs stay in [0, 1] where all (public) test inputs lie there."""
+    unit = all(bool(((e.test.inputs >= 0) & (e.test.inputs <= 1)).all()) for e in stream)
+    bounds = (0.0, 1.0) if unit else None
+    if config.name == "fgsm":
+        return FGSM(epsilon=config.epsilon, norm=config.norm, bounds=bounds)
+    return PGD(epsilon=config.epsilon, norm=config.norm, steps=config.steps, bounds=bounds)
+
+
+def explained_arm(config: Config) -> Arm:
+    """Arm whose predictions are explained: the first with a memory, else the first."""
+    with_memory = [arm for arm in config.arms if arm.strategy.asks.reuses and not arm.private]
+    return (with_memory or list(config.arms))[0]
+
+
+def collect_explanations(config: Config, folder: Path) -> dict[str, Any] | None:
+    """Join the explanations of both moments into the run's file."""
+    if not config.explain:
+        return None
+    from safetensors.torch import load_file
+
+    arm = explained_arm(config)
+    files = sorted((folder / "arms" / arm.name).glob("explanation-*.safetensors"))
+    parts = [load_file(path) for path in files]
+    joined = {"inputs": parts[0]["inputs"], "labels": parts[0]["labels"]}
+    save_tensors(folder / EXPLAINED, joined | {"values": torch.stack([part["values"] for part in parts])})
+    moments = [f"after experience {int(path.stem.split('-')[1]) + 1}" for path in files]
+    return {"file": EXPLAINED, "moments": moments, "arm": arm.file}

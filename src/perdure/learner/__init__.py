@@ -1,0 +1,1 @@
+"""The learner: one model on a stream, in one loop."""

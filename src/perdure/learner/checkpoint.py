@@ -1,0 +1,136 @@
+"""Checkpoints: safetensors and JSON, written atomically, private rows apart; never pickle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from perdure.errors import RunError
+from perdure.utils.atomic_files import save_tensors, write_json
+
+KEEP = 2
+"""Checkpoints kept, so that the one before the last survives a crash while the last is written."""
+
+
+@dataclass
+class Position:
+    """How far the run has come; `step` counts within the experience."""
+
+    experience: int = 0
+    step: int = 0
+    begun: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Everything that a run needs to go on.
+
+    Args:
+        tensors: what may be published: parameters, optimiser, strategy state.
+        private: what stays in `private/`: memory rows.
+        facts: JSON values: position, rates, results so far.
+    """
+
+    tensors: Mapping[str, Tensor]
+    private: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Store:
+    """Numbered checkpoints of one run or client in a folder: `checkpoint/` and `private/`.
+
+    A checkpoint exists once `checkpoint/latest.json` names it; whatever else lies there is an unfinished draft.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.public, self.private = folder / "checkpoint", folder / "private"
+        self._latest = self.public / "latest.json"
+
+    def save(self, number: int, snapshot: Snapshot) -> None:
+        """Write checkpoint `number`, then point to it, then drop old ones."""
+        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder, tensors in ((self.private, snapshot.private), (self.public, snapshot.tensors)):
+            save_tensors(folder / f"{number:06d}.safetensors", tensors)
+        write_json(self.public / f"{number:06d}.json", dict(snapshot.facts))
+        write_json(self._latest, {"number": number})
+        self._drop(number - KEEP)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the complete checkpoints, ascending.
+
+        Raises:
+            RunError: when the file that names the last one is damaged.
+        """
+        if not self._latest.exists():
+            return []
+        try:
+            last = int(json.loads(self._latest.read_text())["number"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self._latest} cannot be read ({error!r}); restore it, or use another folder") from None
+        found = sorted(int(path.stem) for path in self.public.glob("[0-9]*.json"))
+        return [number for number in found if number <= last]
+
+    def load(self, number: int | None = None) -> Snapshot | None:
+        """Load checkpoint `number`, default the last; None when there is none.
+
+        Raises:
+            RunError: when the number asked for is gone or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        numbers = self.numbers()
+        if number is None and not numbers:
+            return None
+        name = f"{numbers[-1] if number is None else number:06d}"
+        try:
+            return Snapshot(
+                tensors=load_file(self.public / f"{name}.safetensors"),
+                private=load_file(self.private / f"{name}.safetensors"),
+                facts=json.loads((self.public / f"{name}.json").read_text()),
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            known = f"complete ones: {numbers or 'none'}"
+            raise RunError(f"checkpoint {name} in {self.public} cannot be read ({error}); {known}") from None
+
+    def _drop(self, up_to: int) -> None:
+        for folder in (self.public, self.private):
+            for path in folder.glob("[0-9]*.*"):
+                if int(path.stem) <= up_to:
+                    path.unlink()
+
+
+def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON facts of an optimiser's state."""
+    state = optimizer.state_dict()
+    entries = {f"optimizer.{i}.{name}": value for i, e in state["state"].items() for name, value in e.items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in entries.items() if name not in tensors}
+    return tensors, {"optimizer": numbers, "groups": state["param_groups"]}
+
+
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Undo `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
+    for name, value in saved.items():
+        _, index, entry = name.split(".", 2)
+        state.setdefault(int(index), {})[entry] = value
+    groups = [{name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _as_saved(name: str, value: Any) -> Any:
+    """JSON turns the tuples of a parameter group, such as Adam's betas, into lists."""
+    return tuple(value) if isinstance(value, list) and name != "params" else value
+
+
+def numbered(value: Any) -> Any:
+    """JSON turns whole-number keys, such as a scheduler's milestones, into strings; turn them back."""
+    if not isinstance(value, dict):
+        return [numbered(item) for item in value] if isinstance(value, list) else value
+    return {int(key) if str(key).isdecimal() else key: numbered(item) for key, item in value.items()}

@@ -1,0 +1,201 @@
+"""Digest of everything apart from the records that determines a block of steps; the noise of the block is keyed by it.
+
+If anything here changes, a block that is run again draws fresh noise and is charged again. Otherwise two different
+sums could be released with the same noise, and their difference would be free of it.
+
+The digest covers an explicit list of fields (`settings` below) and tensors (`behaviour`), never the `repr` of an
+object: renaming a class or a field of the library must not change which noise a simulation draws.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from perdure.adversarial.base import Attack
+from perdure.contract.strategy import Forward, Plan, State, Strategy
+from perdure.curator.memory import MemoryPlan
+from perdure.data.augmentation import Views
+from perdure.data.records import Batch, Params
+from perdure.data.scenarios import Stream
+from perdure.learner.checkpoint import Snapshot
+from perdure.planning.exposure import Exposure
+from perdure.privacy.private_sum import digest
+from perdure.utils.hashing import JSONValue, canonical, canonical_text, is_plain
+from perdure.utils.seeding import generator
+
+VERSION = 1
+"""Raise it when the list of fields changes: every simulation draws other noise from then on."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NoiseDigestInputs:
+    """Everything apart from the records that determines the next block of steps.
+
+    Args:
+        snapshot: parameters, strategy state, optimiser and position now.
+        strategy, plan: how forgetting is fought, and what the open experience trains on.
+        exposures: of the gradient and of every reference gradient of a step.
+        model: the module; params: its parameters that require gradients; trained: those that the experience trains.
+        state: what the strategy remembers.
+        losses: (forward, batch) to the loss of every row, views and precision included.
+        synthetic: number of rows to a batch of random rows, independent of every record.
+        optimizer, scheduler: as they stand; rates: learning rates of all steps up to the end of the experience.
+        adversary, views: what changes a batch before its gradient.
+        seed, precision, micro_batch_size, device: settings of the learner.
+        stream: its public facts are used, never its records.
+    """
+
+    snapshot: Snapshot
+    strategy: Strategy
+    plan: Plan
+    exposures: Mapping[str, Exposure]
+    model: nn.Module
+    params: Params
+    trained: Params
+    state: State
+    losses: Callable[[Forward, Batch], Tensor]
+    synthetic: Callable[[int], Batch]
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    rates: list[float]
+    adversary: Attack | None
+    views: Views | None
+    seed: int
+    precision: str
+    micro_batch_size: int | None
+    device: str
+    stream: Stream
+
+
+def noise_digest(inputs: NoiseDigestInputs) -> str:
+    """SHA-256 of the settings, the tensors of the snapshot, and what the code does to synthetic records."""
+    text = canonical_text({"version": VERSION, **settings(inputs)})
+    shown = digest({**inputs.snapshot.tensors, **behaviour(inputs)})
+    return hashlib.sha256(text.encode() + shown).hexdigest()
+
+
+# --------------------------------------------------------------------------- settings
+
+
+def settings(inputs: NoiseDigestInputs) -> dict[str, JSONValue]:
+    """Every setting that determines the steps, under names that belong to the digest alone.
+
+    Raises:
+        ConfigError: for a strategy or attack with a field that cannot be described.
+    """
+    facts = inputs.snapshot.facts
+    position = facts["position"]
+    stream = inputs.stream
+    return {
+        "strategy": canonical(inputs.strategy),
+        "plan": plan_settings(inputs.plan),
+        "exposures": {name: exposure_settings(value) for name, value in inputs.exposures.items()},
+        "model": [module_settings(path, module) for path, module in inputs.model.named_modules()],
+        "optimizer": [type(inputs.optimizer).__name__, canonical(facts["optimizer"]), canonical(facts["groups"])],
+        "scheduler": [type(inputs.scheduler).__name__, canonical(facts["scheduler"]), canonical(inputs.rates)],
+        "adversary": canonical(inputs.adversary),
+        "views": inputs.views and inputs.views.count,
+        "learner": [inputs.seed, inputs.precision, inputs.micro_batch_size, inputs.device, torch.__version__],
+        "position": [position["experience"], position["step"], position["begun"]],
+        "memory": [facts["memory"]["offered"], facts["memory"]["latest"]],
+        "clip norm": facts["clip_norm"],
+        "scenario": stream.scenario,
+        "classes": [list(experience.classes) for experience in stream],
+    }
+
+
+def plan_settings(plan: Plan) -> JSONValue:
+    """Every field of a plan."""
+    memory = memory_settings(plan.memory) if plan.memory else None
+    trainable = canonical(plan.trainable)
+    return [plan.pool, memory, plan.restart, trainable, plan.train, plan.penalised]
+
+
+def memory_settings(plan: MemoryPlan) -> JSONValue:
+    """Every field of a memory plan."""
+    return [plan.capacity, plan.selection, plan.per_class, plan.batch_size, plan.update, plan.use]
+
+
+def exposure_settings(exposure: Exposure) -> JSONValue:
+    """Every field of an exposure."""
+    return [dict(exposure.scope), exposure.rate, exposure.pool_size, exposure.slots]
+
+
+def module_settings(path: str, module: nn.Module) -> JSONValue:
+    """Place of a module, its class where it is not one of perdure's, and its settings in the order they were made.
+
+    A value of another kind (a transform, say) is left out: `behaviour` shows what it does.
+    """
+    kind = type(module).__name__ if not type(module).__module__.startswith("perdure.") else ""
+    own = [value for name, value in vars(module).items() if not name.startswith("_") and name != "training"]
+    return [path, kind, [canonical(value) for value in own if is_plain(value)]]
+
+
+# --------------------------------------------------------------------------- behaviour
+
+
+def learning_rates(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], scheduler: Callable[[Optimizer], LRScheduler], steps: int
+) -> list[float]:
+    """Learning rates of the first `steps` steps under a schedule, which may be a function that no state holds."""
+    own = optimizer([nn.Parameter(torch.zeros(1))])
+    schedule = scheduler(own)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(own.param_groups[0]["lr"]))
+        own.step()
+        schedule.step()
+    return rates
+
+
+def behaviour(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
+    """Results of views, model and strategy on synthetic records: other code under the same names shows here."""
+    batch = inputs.synthetic(4)
+    batch = inputs.views.attach(batch, 0) if inputs.views else batch
+    inputs.model.eval()
+    forward = Forward(inputs.model)
+    shown = {**batch.stored}
+    for role, rows in (("new", batch), ("stored", stored_like(batch, inputs.seed))):
+        losses = inputs.losses(forward, rows)
+        leaves = list(inputs.trained.values())
+        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+        shown |= {f"{role} losses": losses.detach()}
+        shown |= {f"{role} gradient {i}": gradient for i, gradient in enumerate(gradients)}
+    with torch.no_grad():
+        return shown | hooks(inputs)
+
+
+def stored_like(batch: Batch, seed: int) -> Batch:
+    """The same synthetic rows in the role of stored ones, with something stored beside them."""
+    place = generator(seed, "stored beside synthetic rows")
+    stored = {
+        name: torch.rand(value.shape, generator=place).to(value) if value.is_floating_point() else value
+        for name, value in batch.stored.items()
+    }
+    return replace(batch, from_memory=torch.ones_like(batch.from_memory), stored=stored)
+
+
+def hooks(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
+    """Results of the strategy's hooks on parameters and on a gradient, where it overrides any."""
+    strategy = inputs.strategy
+    state = inputs.state
+    params = {name: value.detach().clone() for name, value in inputs.trained.items()}
+    later = {name: value + 1 for name, value in params.items()}
+    whole = {name: value.detach() for name, value in inputs.params.items()}
+    shown = {}
+    if strategy.uses("penalty") and (penalty := strategy.penalty(whole, state)) is not None:
+        shown["penalty"] = penalty
+    if strategy.uses("project"):
+        against = {name: -value for name, value in later.items()}
+        for references in ((params,), (against, params), (against,)) if strategy.uses("references") else ((),):
+            answer = strategy.project(later, references, state)
+            shown |= {f"projected {len(shown)} {name}": value for name, value in answer.items()}
+    if strategy.uses("after_step"):
+        followed = strategy.after_step(params, later, later, state)
+        shown |= {f"after step {name}": value for name, value in followed.items()}
+    return shown

@@ -1,0 +1,1 @@
+"""Classifiers with a fixed full-width head, and the bodies and layers they are built from."""

@@ -1,0 +1,131 @@
+"""Bodies that are never trained: fixed transforms, or a backbone with the weights that the user has.
+
+What is frozen holds no parameters, only buffers that are neither stored nor sent: all parties build it alike, from a
+seed or from their own file of weights. It stays in evaluation mode, whatever mode the model is put into.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError
+
+Transform = Callable[[Tensor], Tensor]
+"""(n, ...) to (n, ...), row by row, such as `perdure.models.scattering.Scattering()`."""
+
+_RUNNING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class Fixed(nn.Module):
+    """A transform without parameters, as a module: to be put before or after others in `nn.Sequential`."""
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the transform to (n, ...)."""
+        return self.transform(x)
+
+    def extra_repr(self) -> str:
+        """Show the transform with its settings."""
+        return repr(self.transform)
+
+
+class FixedNorm(nn.Module):
+    """What normalisation by running statistics does in evaluation mode: one scale and one shift a channel.
+
+    scale = weight / sqrt(running_var + eps),    shift = bias - scale * running_mean
+
+    Guarantee: row i of the result is a fixed function of row i, and nothing moves.
+
+    Args:
+        norm: a BatchNorm or InstanceNorm with running statistics.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.modules.batchnorm._NormBase) -> None:
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale * norm.weight.detach().double() if norm.weight is not None else scale
+        shift = -scale * norm.running_mean.double()
+        shift = shift + norm.bias.detach().double() if norm.bias is not None else shift
+        self.register_buffer("scale", scale.to(norm.running_mean.dtype))
+        self.register_buffer("shift", shift.to(norm.running_mean.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to (n, channels, ...)."""
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return x * self.scale.view(shape) + self.shift.view(shape)
+
+
+class Frozen(nn.Module):
+    """A module or transform as a body (n, ...) -> (n, feature_size) that nothing trains.
+
+    Parameters become buffers, which stay out of `state_dict`, and so out of checkpoints and messages; BatchNorm with
+    its running statistics becomes the scale and shift that it is in evaluation mode. The module given is left as it is.
+
+    Guarantee: row i of the result is a fixed function of row i, if the module in evaluation mode is.
+
+    Raises:
+        ConfigError: for a BatchNorm without running statistics, which has no evaluation mode.
+    """
+
+    def __init__(self, features: nn.Module | Transform) -> None:
+        super().__init__()
+        module = features if isinstance(features, nn.Module) else Fixed(features)
+        self.features = without_parameters(without_statistics(copy.deepcopy(module)))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature vectors of inputs (n, ...), flattened."""
+        answer: Tensor = self.features(x)
+        return answer.flatten(1)
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+
+def without_statistics(module: nn.Module) -> nn.Module:
+    """Return the module with every normalisation by running statistics as `FixedNorm`; changed in place."""
+    if isinstance(module, _RUNNING) and module.running_mean is not None:
+        return FixedNorm(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        raise ConfigError(f"features hold {module}, which mixes records; give it running statistics, or use GroupNorm")
+    for name, child in module.named_children():
+        setattr(module, name, without_statistics(child))
+    return module
+
+
+def without_parameters(module: nn.Module) -> nn.Module:
+    """Return the module with its parameters as buffers, and no buffer in its `state_dict`; changed in place."""
+    for part in module.modules():
+        for name, value in [*part.named_parameters(recurse=False)]:
+            delattr(part, name)
+            part.register_buffer(name, value.detach())
+        for name, buffer in [*part.named_buffers(recurse=False)]:
+            part.register_buffer(name, buffer, persistent=False)
+    return module
+
+
+@torch.no_grad()
+def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Length of the feature vectors that the body makes of inputs of this shape.
+
+    Raises:
+        ConfigError: when it does not take them.
+    """
+    try:
+        shape = tuple(body(torch.zeros(2, *input_shape)).shape)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError.of("input_shape", input_shape, f"what the features take ({reason})") from error
+    if len(shape) != 2 or shape[0] != 2 or not shape[1]:
+        raise ConfigError(f"features of two inputs have shape {shape}; allowed: one row a record, (2, feature_size)")
+    return int(shape[1])

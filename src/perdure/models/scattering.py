@@ -1,0 +1,245 @@
+"""Feature extractors that are not learned: nothing of them comes from records, so they cost no privacy.
+
+The scattering transform cascades wavelets and moduli and averages what comes out:
+
+    S0 = x * phi,   S1 = |x * psi_a| * phi,   S2 = ||x * psi_a| * psi_b| * phi,   b at a coarser scale than a
+
+psi are Morlet wavelets of J scales and L orientations, phi is a Gaussian as wide as the widest of them, and averages
+are kept at every 2^J-th pixel. What an image shows may move or bend a little without changing them much.
+
+Random convolutions are responses to filters that were drawn at random, both signs apart, averaged over squares:
+
+    R+ = mean over a square of relu(w_k * x),   R- = mean over a square of relu(-w_k * x)
+
+Both make the body of a classifier by `perdure.models.classifiers.frozen`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError, DataError
+from perdure.utils.seeding import generator
+
+WIDTH = 0.8
+"""Standard deviation, in pixels, of the envelope at the finest scale; doubles with every scale."""
+FREQUENCY = 3 * math.pi / 4
+"""Centre frequency at the finest scale, in radians a pixel; halves with every scale."""
+CUT = 3.0
+"""Standard deviations at which wavelets are cut off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scattering:
+    """Scattering transform of second order.
+
+    Guarantee: row i of the result is a fixed function of image i alone, so it adds nothing to what a record costs.
+    The features of private records are themselves private records.
+
+    >>> Scattering()(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 81, 7, 7])
+
+    Args:
+        scales: J; the result is 2^J times smaller than the image in each direction.
+        orientations: L; one input channel gives 1 + J L + L^2 J (J - 1) / 2 channels.
+
+    Raises:
+        ConfigError: naming the field.
+
+    Source: Bruna and Mallat 2013, "Invariant scattering convolution networks"; Oyallon and Mallat 2015, "Deep
+    roto-translation scattering for object classification".
+    """
+
+    scales: int = 2
+    orientations: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("scales", "orientations"):
+            if getattr(self, name) < 1:
+                raise ConfigError.of(name, getattr(self, name), "whole numbers from 1")
+
+    @property
+    def channels(self) -> int:
+        """Channels made of one input channel."""
+        pairs = self.scales * (self.scales - 1) // 2
+        return 1 + self.scales * self.orientations + self.orientations**2 * pairs
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch_size: int = 32) -> Tensor:
+        """Features (n, c * channels, h / 2^J, w / 2^J), float32, of images (n, c, h, w); orders 0, 1, 2 in turn.
+
+        Args:
+            images: with sides above 2^J and divisible by it. batch_size: planes at a time; few enough that
+                what comes between stays in the processor's cache (256 take twice as long).
+
+        Raises:
+            DataError: for another shape.
+        """
+        margin = 2**self.scales
+        if images.dim() != 4 or any(side % margin or side <= margin for side in images.shape[2:]):
+            allowed = f"(n, c, h, w) with sides above {margin} and divisible by it"
+            raise DataError(f"images have shape {tuple(images.shape)}; allowed: {allowed}")
+        n, c, height, width = images.shape
+        shape = (n, c * self.channels, height // margin, width // margin)
+        planes = images.float().reshape(n * c, 1, height, width)
+        if 0 < n * c <= batch_size:  # under vmap there is one image, and nothing may be written into a plain tensor
+            return self._transformed(planes).reshape(shape)
+        answer = torch.empty(n * c, self.channels, *shape[2:], device=images.device)
+        for start in range(0, n * c, batch_size):
+            answer[start : start + batch_size] = self._transformed(planes[start : start + batch_size])
+        return answer.view(shape)
+
+    def _transformed(self, planes: Tensor) -> Tensor:
+        """Averages (n, channels, h / 2^J, w / 2^J) of planes (n, 1, h, w)."""
+        return torch.cat(list(self._orders(F.pad(planes, (2**self.scales,) * 4, mode="reflect"))), 1)
+
+    def _orders(self, planes: Tensor) -> Iterator[Tensor]:
+        """Averages of padded planes (n, 1, H, W): order 0, then 1 by scale, then 2 by both scales."""
+        scales = range(self.scales)
+        yield self._average(planes, 0)
+        first = [modulus(planes, scale, self.orientations) for scale in scales]
+        yield from (self._average(moduli, scale) for scale, moduli in zip(scales, first, strict=True))
+        for fine in scales:
+            for coarse in scales[fine + 1 :]:
+                yield self._average(modulus(first[fine], coarse - fine, self.orientations), coarse)
+
+    def _average(self, planes: Tensor, resolution: int) -> Tensor:
+        """Gaussian averages at every 2^J-th pixel of planes given at every 2^resolution-th."""
+        rows, columns = (
+            low_pass(side << resolution, self.scales, resolution).to(planes.device) for side in planes.shape[-2:]
+        )
+        return rows @ planes @ columns.mT
+
+
+def modulus(planes: Tensor, scale: int, orientations: int) -> Tensor:
+    """|x * psi| (n, c * L, h / 2^scale, w / 2^scale) of planes (n, c, h, w), which go round at their borders.
+
+    A coarse wavelet on planes given at every 2^j-th pixel is the wavelet that is j scales finer.
+    """
+    kernels = morlet(scale, orientations).to(planes.device)
+    reach = kernels.shape[-1] // 2
+    apart = F.pad(planes.flatten(0, 1)[:, None], (reach,) * 4, mode="circular")
+    parts = F.conv2d(apart, torch.cat([kernels.real, kernels.imag])[:, None], stride=2**scale)
+    real, imaginary = parts.chunk(2, dim=1)
+    return (real.square() + imaginary.square()).sqrt().view(len(planes), -1, *parts.shape[2:])
+
+
+def morlet(scale: int, orientations: int) -> Tensor:
+    """Morlet wavelets (L, k, k), complex64, of one scale; they sum to zero, and their envelopes to about one.
+
+        psi(u) = (exp(i xi u.e) - b) exp(-((u.e)^2 + s^2 (u.e')^2) / (2 sigma^2)) s / (2 pi sigma^2)
+
+    with e the direction pi l / L, e' across it, sigma = 0.8 * 2^scale, xi = 3 pi / 4 / 2^scale and s = 4 / L.
+    """
+    sigma, slant = WIDTH * 2**scale, min(1.0, 4 / orientations)
+    reach = math.ceil(CUT * sigma / slant)
+    line = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    angles = torch.arange(orientations, dtype=torch.float64)[:, None, None] * math.pi / orientations
+    along = line * angles.cos() + line[:, None] * angles.sin()
+    across = line[:, None] * angles.cos() - line * angles.sin()
+    envelope = torch.exp(-(along**2 + (slant * across) ** 2) / (2 * sigma**2)) * slant / (2 * math.pi * sigma**2)
+    wave = torch.exp(1j * FREQUENCY / 2**scale * along)
+    balance = (wave * envelope).sum((1, 2), keepdim=True) / envelope.sum((1, 2), keepdim=True)
+    balanced: Tensor = (wave - balance) * envelope
+    return balanced.to(torch.complex64)
+
+
+def low_pass(side: int, scales: int, resolution: int) -> Tensor:
+    """Matrix (side / 2^J - 2, side / 2^j): Gaussian averages around every 2^J-th pixel, the margins left out.
+
+    Args:
+        side: of the padded plane, in pixels. scales: J; the standard deviation is 0.8 * 2^(J-1) pixels.
+        resolution: j, where the plane is given at every 2^j-th pixel.
+    """
+    margin = 2**scales
+    centres = torch.arange(margin, side - margin, margin, dtype=torch.float64)
+    gap = (torch.arange(0, side, 2**resolution) - centres[:, None]) / (WIDTH * margin / 2)
+    weights = torch.exp(-gap.square() / 2)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+# --------------------------------------------------------------------------- random convolutions
+
+
+class RandomConvolutions(nn.Module):
+    """Responses to random filters, both signs apart, averaged over squares of pixels.
+
+    Guarantee: row i of the result is a fixed function of image i alone; the filters are drawn from the seed and owe
+    nothing to any record, and no training changes them.
+
+    >>> RandomConvolutions(filters=128)(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 256, 4, 4])
+
+    Args:
+        channels: of the images. filters: how many; each gives two channels.
+        size: side of a filter in pixels, odd. pool: side of the squares in pixels; rows and columns left over are cut.
+        smoothing: standard deviation in pixels of the Gaussian that filters are smoothed with; 0 for none.
+        root: take the square root of every average, which evens out its spread. seed: of the filters.
+
+    Raises:
+        ConfigError: naming the argument.
+
+    Source: Jarrett, Kavukcuoglu, Ranzato and LeCun 2009, "What is the best multi-stage architecture for object
+    recognition?" (random filters, rectification, average pooling).
+    """
+
+    kernels: Tensor
+
+    def __init__(
+        self, *, channels: int = 1, filters: int = 128, size: int = 7, pool: int = 7, smoothing: float = 1.0,
+        root: bool = False, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in (("channels", channels), ("filters", filters), ("pool", pool)):
+            if value < 1:
+                raise ConfigError.of(name, value, "whole numbers from 1")
+        if size < 1 or size % 2 == 0 or channels * size**2 < 2:
+            raise ConfigError.of("size", size, "odd numbers, above 1 for images of one channel")
+        if not 0 <= smoothing < math.inf:
+            raise ConfigError.of("smoothing", smoothing, "a finite number, 0 or more")
+        self.channels, self.pool, self.smoothing, self.root, self.seed = channels, pool, smoothing, root, seed
+        kernels = random_filters(filters, channels, size, smoothing, generator(seed, "random convolutions"))
+        self.register_buffer("kernels", kernels, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (n, 2 * filters, h / pool, w / pool) of images (n, channels, h, w).
+
+        Raises:
+            DataError: for another shape.
+        """
+        if images.dim() != 4 or images.shape[1] != self.channels or min(images.shape[2:]) < self.pool:
+            allowed = f"(n, {self.channels}, h, w) with sides from {self.pool}"
+            raise DataError(f"images have shape {tuple(images.shape)}; allowed: {allowed}")
+        responses = F.conv2d(images, self.kernels, padding=self.kernels.shape[-1] // 2)
+        pooled = torch.cat([F.avg_pool2d(F.relu(sign * responses), self.pool) for sign in (1, -1)], 1)
+        return pooled.sqrt() if self.root else pooled
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        filters, channels, size, _ = self.kernels.shape
+        return (
+            f"channels={channels}, filters={filters}, size={size}, pool={self.pool}, smoothing={self.smoothing}, "
+            f"root={self.root}, seed={self.seed}"
+        )
+
+
+def random_filters(filters: int, channels: int, size: int, smoothing: float, place: torch.Generator) -> Tensor:
+    """(filters, channels, size, size) float32: Gaussian noise, smoothed, of mean 0 and norm 1 each."""
+    noise = torch.randn(filters, channels, size, size, generator=place, dtype=torch.float64)
+    smooth = blur(size, smoothing)
+    noise = smooth @ noise @ smooth.T
+    noise = noise - noise.mean((1, 2, 3), keepdim=True)
+    return (noise / noise.square().sum((1, 2, 3), keepdim=True).sqrt()).float()
+
+
+def blur(size: int, deviation: float) -> Tensor:
+    """Matrix (size, size) float64 that smooths a line of pixels by a Gaussian, with zeros beyond its ends."""
+    if not deviation:
+        return torch.eye(size, dtype=torch.float64)
+    line = torch.arange(size, dtype=torch.float64)
+    weights = torch.exp(-((line - line[:, None]) ** 2) / (2 * deviation**2))
+    return weights / torch.exp(-((line - line[size // 2]) ** 2) / (2 * deviation**2)).sum()

@@ -1,0 +1,1 @@
+"""Exposure and noise of a whole stream, from declared sizes only."""

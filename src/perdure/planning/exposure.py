@@ -1,0 +1,149 @@
+"""Public facts of a stream: what a loss may know, who is exposed how often, how many steps. No record is looked at."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from perdure.contract.strategy import Context, Plan, Spec
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Params
+from perdure.errors import ConfigError
+
+
+def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
+    """Return a function from an experience's index to its public facts."""
+    table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
+    for experience in stream:
+        table[experience.index, list(experience.classes)] = True
+
+    def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
+        return Context(
+            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
+            declared_size=declared_size, memory_share=memory_share,
+        )  # fmt: skip
+
+    return context
+
+
+def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
+    """What a strategy needs to lay out its state; running statistics owe too much to records where they are private."""
+    return Spec(
+        params=params, num_classes=stream.num_classes, num_experiences=len(stream), scenario=stream.scenario,
+        feature_size=getattr(model, "feature_size", 0), statistics={} if private else statistics_of(model),
+    )  # fmt: skip
+
+
+def statistics_of(module: nn.Module) -> Params:
+    """Copies of the running means and variances of normalisation layers, by name."""
+    own = ("running_mean", "running_var")
+    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure:
+    """Who is exposed in one experience, and how often: a function of public facts.
+
+    Args:
+        scope: partition name to the probability that one of its records may enter a step.
+        rate: expected share of the pool in a step. pool_size: declared number of records in the pool.
+        slots: steps an epoch where every record has a place of its own in it; None for Poisson sampling.
+    """
+
+    scope: Mapping[str, float]
+    rate: float
+    pool_size: float
+    slots: int | None = None
+
+    @property
+    def expected(self) -> float:
+        """Declared number of records in a step."""
+        return self.rate * self.pool_size
+
+    def times(self, steps: int) -> int:
+        """In how many of `steps` one record may take part."""
+        return steps if self.slots is None else -(-steps // self.slots)
+
+
+def exposure(
+    experiences: Sequence[Experience], plan: Plan, *, batch_size: int, rate: float | None = None,
+    bands: int | None = None, left: Set[str] = frozenset(),
+) -> Exposure:  # fmt: skip
+    """Exposure in the last of `experiences`, from declared sizes only.
+
+    One rate over new records and memory (joint pooling). Records of earlier experiences that may be in memory are
+    charged whether or not they were kept.
+
+    Args:
+        plan: of the strategy. batch_size: expected records a step. rate: sampling rate, instead of that.
+        bands: least distance of a record's steps, where they are in a fixed order.
+        left: partitions out of every pool.
+
+    Raises:
+        ConfigError: for an epoch shorter than `bands`.
+    """
+    size, exposed = drawn_from(experiences, plan, left)
+    past = experiences[:-1]
+    if plan.memory and plan.memory.rehearsed and plan.pool != "memory":
+        size += stored_of(past, plan.memory.capacity, left)
+        exposed |= {e.train.partition for e in past} - left
+    chosen, slots = min(1.0, batch_size / size) if rate is None else rate, None
+    if bands is not None:
+        slots = max(1, math.ceil(size / batch_size))
+        chosen = 1 / slots
+        if slots < bands:
+            raise ConfigError.of("privacy.bands", bands, f"up to {slots}, the steps of an epoch here")
+    scope = dict.fromkeys(sorted(exposed), chosen if slots is None else 1.0)
+    return Exposure(scope=scope, rate=chosen, pool_size=size, slots=slots)
+
+
+def drawn_from(experiences: Sequence[Experience], plan: Plan, left: Set[str] = frozenset()) -> tuple[float, set[str]]:
+    """Declared number of records in the pool without what is rehearsed beside it, and their partitions."""
+    pooled = experiences[-1:] if plan.pool == "experience" else experiences
+    staying = [e.train for e in pooled if e.train.partition not in left]
+    partitions = {records.partition for records in staying}
+    if plan.pool == "memory" and plan.memory:
+        return stored_of(experiences, plan.memory.capacity, left), partitions
+    return sum(records.declared_size for records in staying), partitions
+
+
+def stored_of(seen: Sequence[Experience], capacity: int, left: Set[str] = frozenset()) -> float:
+    """Declared number of records that a memory holds of what was seen, without the partitions `left`."""
+    everything = sum(e.train.declared_size for e in seen)
+    staying = sum(e.train.declared_size for e in seen if e.train.partition not in left)
+    return min(capacity, everything) * staying / everything if everything else 0.0
+
+
+def references(
+    experiences: Sequence[Experience], plan: Plan, *, batch_size: int, left: Set[str] = frozenset()
+) -> dict[str, Exposure]:
+    """Exposure by each reference gradient of a step in the last of `experiences`, by name.
+
+    One over all that is stored (`reference`), or one for every earlier experience (`reference 0`, ...).
+    """
+    past = [e for e in experiences[:-1] if e.train.partition not in left]
+    if not plan.memory or plan.memory.rehearsed or not past:
+        return {}
+    whole = stored_of(experiences[:-1], plan.memory.capacity, left)
+    sizes = {f"reference {e.index}": (whole * share(e, past), {e.train.partition}) for e in past}
+    if plan.memory.use == "reference":
+        sizes = {"reference": (whole, {e.train.partition for e in past})}
+    rows = plan.memory.batch_size or batch_size
+    return {
+        name: Exposure(
+            scope=dict.fromkeys(sorted(exposed), min(1.0, rows / size)), rate=min(1.0, rows / size), pool_size=size
+        )
+        for name, (size, exposed) in sizes.items()
+    }
+
+
+def share(experience: Experience, among: Sequence[Experience]) -> float:
+    """Declared size of the experience over that of all."""
+    return experience.train.declared_size / sum(e.train.declared_size for e in among)
+
+
+def pieces(steps: int, blocks: int) -> list[range]:
+    """Cut the steps of an experience into blocks of nearly equal length."""
+    return [range(number * steps // blocks, (number + 1) * steps // blocks) for number in range(blocks)]

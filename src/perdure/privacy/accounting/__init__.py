@@ -1,0 +1,1 @@
+"""From charges to epsilon, and from epsilon to noise."""

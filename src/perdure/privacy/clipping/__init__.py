@@ -1,0 +1,1 @@
+"""Per-record clipping: bound the influence of one record on a sum."""

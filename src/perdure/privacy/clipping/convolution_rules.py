@@ -1,0 +1,159 @@
+"""Norms and clipped sums of per-record gradients of convolutions; positions (`layer_rules`) are places of the output.
+
+What entered a place is the patch of the input that it sees. All patches are much larger than the input; so rows are
+formed without them, as the weight gradient of one convolution that has a group for every record.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from perdure.data.records import Params
+from perdure.privacy.clipping.clip import sum_of
+from perdure.privacy.clipping.layer_rules import GHOST_COST, FormedRule, Rule, Use, ghost_norms, squared_lengths, wide
+
+CHANNELS = 16
+"""Input channels that a vectorised convolution takes at a time."""
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Settings of a convolution over images; one over sequences is one over images of height 1."""
+
+    ins: int
+    outs: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Geometry":
+        """Read them off a layer with numeric padding and one group."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+        settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        pairs = [(*high, *own)[-2:] for high, own in zip(((1,), (1,), (0,), (1,)), settings, strict=True)]
+        return cls(layer.in_channels, layer.out_channels, *pairs)
+
+    @property
+    def fan_in(self) -> int:
+        """Numbers of the input that one place of the output sees."""
+        return self.ins * self.kernel[0] * self.kernel[1]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(n, fan_in, places) of (n, ins, height, width)."""
+        return F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
+
+    def gradients(self, x: Tensor, back: Tensor) -> Tensor:
+        """(n, outs, fan_in): gradient of every record's weight, as one convolution with a group a record."""
+        n = len(x)
+        rows = self.gradient(x.flatten(0, 1)[None], back.flatten(0, 1)[None], n)
+        return rows.view(n, self.outs, self.fan_in)
+
+    def gradient(self, x: Tensor, back: Tensor, groups: int = 1) -> Tensor:
+        """(groups x outs, ins, *kernel): gradient of the weight, summed over records."""
+        size = (groups * self.outs, self.ins, *self.kernel)
+        answer: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            x, size, back, self.stride, self.padding, self.dilation, groups
+        )
+        return answer
+
+    @property
+    def lines_up(self) -> bool:
+        """Whether a column of the kernel's taps, as channels, fills the vector registers that the channels do not."""
+        (height, width), (_, columns) = self.kernel, self.stride
+        fills = self.ins % CHANNELS > 0 and self.ins * columns * height % CHANNELS == 0
+        return fills and width % columns == 0 and self.dilation == (1, 1)
+
+    @property
+    def lines(self) -> "Geometry":
+        """The same convolution with a column of taps, for every column that the stride steps over, as its channels."""
+        (height, width), (_, columns) = self.kernel, self.stride
+        return Geometry(self.ins * columns * height, self.outs, (1, width // columns), (1, 1), (0, 0), (1, 1))
+
+    def to_lines(self, x: Tensor, places: int) -> Tensor:
+        """(n, ins x columns x height, ., .): the input of `lines`, for an output of `places` columns."""
+        (height, width), (rows, columns), (top, left) = self.kernel, self.stride, self.padding
+        right = columns * (places - 1) + width - x.shape[3] - left  # below 0 where no place sees the last columns
+        padded = F.pad(x, (left, right, top, top))
+        split = padded.view(*padded.shape[:3], -1, columns).permute(0, 1, 4, 2, 3).contiguous()
+        taps: Tensor = split.unfold(3, height, rows)
+        return taps.permute(0, 1, 2, 5, 3, 4).flatten(1, 3)
+
+    def from_lines(self, weight: Tensor) -> Tensor:
+        """(outs, ins, *kernel) from a weight of `lines`."""
+        (height, width), (_, columns) = self.kernel, self.stride
+        return weight.view(self.outs, self.ins, columns, height, width // columns).permute(0, 1, 3, 4, 2)
+
+
+def conv_rule(layer: nn.Module, uses: list[Use]) -> Rule:
+    """(n, in, ...) to (n, out, ...) in one or two dimensions, the cheapest way; more uses are places side by side."""
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    geometry, places = Geometry.of(layer), sum(use.back[0, 0].numel() for use in uses)
+    ghost = GHOST_COST * places * (geometry.fan_in + geometry.outs) < geometry.fan_in * geometry.outs
+    images = [Use(_image(use.entered), use.left, _image(use.back)) for use in uses]
+    return (ConvGhost if ghost else ConvRows)(geometry, images, layer.bias is not None, layer.weight.shape)
+
+
+def _image(x: Tensor) -> Tensor:
+    return x.unsqueeze(2) if x.dim() == 3 else x
+
+
+class ConvRows(FormedRule):
+    """Small kernels, or many places."""
+
+    def __init__(self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size) -> None:
+        self.geometry, self.uses, self.has_bias, self.shape = geometry, uses, has_bias, shape
+        self.on_cpu = uses[0].back.device.type == "cpu"
+        self.lined = self.on_cpu and geometry.lines_up
+        super().__init__(len(uses[0].back), geometry.fan_in * geometry.outs)
+
+    def finished(self, sums: Params) -> Params:
+        """See `FormedRule`."""
+        weight = self.geometry.from_lines(sums["weight"]) if self.lined else sums["weight"]
+        return sums | {"weight": weight.reshape(self.shape)}
+
+    def formed(self, piece: slice) -> Params:
+        """See `FormedRule`."""
+        flowed = [use.of(piece).flowed() for use in self.uses]
+        rows = {"weight": sum_of([self._weights(x, back) for x, back in flowed])}
+        return rows | ({"bias": sum_of([back.sum((2, 3)) for _, back in flowed])} if self.has_bias else {})
+
+    def _weights(self, x: Tensor, back: Tensor) -> Tensor:
+        """(m, out, fan_in): rows of the weight, in an order of their own where the convolution is by lines."""
+        if self.lined:
+            return self.geometry.lines.gradients(self.geometry.to_lines(x, back.shape[3]), back)
+        return self.geometry.gradients(x, back) if self.on_cpu else back.flatten(2) @ self.geometry.patches(x).mT
+
+
+class ConvGhost:
+    """Large kernels over few places."""
+
+    def __init__(self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size) -> None:
+        self.geometry, self.uses, self.shape = geometry, uses, shape
+        self.bias = sum_of([wide(use.back).sum((2, 3)) for use in uses]) if has_bias else None
+
+    def squared_norms(self) -> Tensor:
+        """See `Rule`."""
+        places = sum(use.back[0, 0].numel() for use in self.uses)
+        norms = ghost_norms(self._grams, len(self.uses[0].back), places * (self.geometry.fan_in + places))
+        return norms if self.bias is None else norms + squared_lengths(self.bias)
+
+    def weighted(self, factors: Tensor) -> Params:
+        """See `Rule`."""
+        flowed = [use.flowed() for use in self.uses]
+        factors = factors.to(flowed[0][1].dtype)
+        parts = [self.geometry.gradient(x, d * factors[:, None, None, None]) for x, d in flowed]
+        sums = {"weight": sum_of(parts).view(self.shape)}
+        return sums if self.bias is None else sums | {"bias": factors @ self.bias}
+
+    def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+        flowed = [use.of(piece).flowed() for use in self.uses]
+        a = torch.cat([self.geometry.patches(x) for x, _ in flowed], 2)
+        d = torch.cat([back.flatten(2) for _, back in flowed], 2)
+        return a.mT @ a, d.mT @ d

@@ -1,0 +1,398 @@
+"""Refuse what breaks the bound on one record's influence, naming the part, the reason and the fix; repair what can be.
+
+The guard walks every module and buffer of a model, runs drop-one-record tests of the loss and of every layer on
+synthetic records, and tries the optimiser. `fix` replaces the layers that have a safe counterpart.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from perdure.errors import GuardError
+from perdure.privacy.guard.repair import groups, repaired, replacements
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per record."""
+
+TOLERANCE = 1e-4
+"""Relative change of a record's loss that rounding in another batch shape may explain."""
+
+ROUNDING = 1e-2
+"""Relative change of a layer's rows that ReLUs switched by such rounding may explain."""
+
+FIX = "or call perdure.privacy.guard.model_checks.fix(model)"
+
+_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
+_INSTANCE_STATISTICS = (nn.modules.instancenorm._InstanceNorm,)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+# --------------------------------------------------------------------------- modules
+
+
+def check_model(model: nn.Module) -> None:
+    """Walk all modules, buffers and parameters.
+
+    Raises:
+        GuardError: for BatchNorm in any form (also frozen, affine-free or in evaluation mode: its running statistics
+            move without noise), InstanceNorm with running statistics, recurrent layers of torch (no per-record
+            gradients), attention with dropout (its chance cannot be drawn in secret), spectral normalisation, weights
+            computed by a hook, subclasses of Dropout, lazy modules and half precision.
+    """
+    for name, module in model.named_modules():
+        for refusal in _REFUSALS:
+            if reason := refusal(module):
+                raise GuardError(f"{name or 'model'} is {type(module).__name__}{reason}")
+    for name, value in model.named_parameters():
+        if value.dtype.is_floating_point and value.dtype.itemsize < 4:
+            raise GuardError(
+                f"parameter {name} is {value.dtype}: a sum in half precision is rounded, and one record can move the "
+                "rounding by more than the clip norm; call model.float()"
+            )
+
+
+def _lazy(module: nn.Module) -> str | None:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return ": the first private batch would shape its parameters; run synthetic inputs through the model first"
+    return None
+
+
+def _statistics(module: nn.Module) -> str | None:
+    if isinstance(module, _INSTANCE_STATISTICS):
+        # torch moves them wherever they are there, whatever track_running_stats says
+        if not module.track_running_stats and module.running_mean is None:
+            return None
+        return (
+            " with running statistics, which record private inputs without noise; build it with "
+            f"track_running_stats=False, {FIX}"
+        )
+    if isinstance(module, _BATCH_STATISTICS):
+        return (
+            ": it mixes the records of a batch, so no record's influence is bounded; replace it by "
+            f"torch.nn.GroupNorm({groups(module)}, {module.num_features}), {FIX}"
+        )
+    return None
+
+
+def _recurrent(module: nn.Module) -> str | None:
+    if not isinstance(module, _RECURRENT):
+        return None
+    ways = ", which has no proj_size" if getattr(module, "proj_size", 0) else f", {FIX}"
+    return (
+        ": torch computes it in fused steps that have no gradients per record; replace it by "
+        f"opacus.layers.dp_rnn.DP{type(module).__name__}{ways if isinstance(module, nn.RNNBase) else ''}"
+    )
+
+
+def _attention(module: nn.Module) -> str | None:
+    if not isinstance(module, nn.MultiheadAttention) or not module.dropout:
+        return None
+    plain = module.bias_k is None and not module.add_zero_attn
+    return (
+        " with dropout inside, whose chance is not drawn in secret as that of torch.nn.Dropout is; build it with "
+        f"dropout=0.0{', ' + FIX if plain else ''}"
+    )
+
+
+def _computed_weight(module: nn.Module) -> str | None:
+    if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
+        return (
+            ": its buffers move at every forward pass, and how many passes a step takes depends on the size of the "
+            "private batch; remove it by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        )
+    if not isinstance(vars(module).get("weight"), Tensor):
+        return None
+    return (
+        " with a weight that a hook computes (torch.nn.utils.weight_norm, spectral_norm or prune), so gradients per "
+        "record would miss its parameters; use torch.nn.utils.parametrizations.weight_norm, or make the weight a "
+        "parameter again by remove_weight_norm, remove_spectral_norm or prune.remove"
+    )
+
+
+def _chance(module: nn.Module) -> str | None:
+    own = type(module).__module__ == nn.modules.dropout.__name__
+    if own or not isinstance(module, nn.modules.dropout._DropoutNd):
+        return None
+    return (
+        ", a Dropout that somebody changed: the tests of the guard run without dropout and would not see what it does; "
+        "use torch.nn.Dropout"
+    )
+
+
+_REFUSALS = (_lazy, _statistics, _recurrent, _attention, _computed_weight, _chance)
+
+
+# --------------------------------------------------------------------------- what a forward pass leaves behind
+
+
+def check_buffers(model: nn.Module, inputs: Tensor) -> None:
+    """Run synthetic inputs through copies of the model in training mode and refuse what they leave behind.
+
+    Raises:
+        GuardError: naming a buffer that changes, or an attribute (a tensor, a number, also inside a list or dict) whose
+            content depends on the records.
+    """
+    before, trial = dict(model.named_buffers()), _after(model, inputs)
+    for name, value in trial.named_buffers():
+        if name not in before or not torch.equal(before[name], value):
+            raise GuardError(
+                f"buffer {name} of the model changes in a forward pass: it records private inputs without noise; "
+                "remove it, or compute it from public data and freeze it"
+            )
+    one, other = _kept(trial), _kept(_after(model, inputs[len(inputs) // 2].expand_as(inputs).contiguous()))
+    for name in one.keys() | other.keys():
+        if name not in one or name not in other or not _equal(one[name], other[name]):
+            raise GuardError(
+                f"attribute {name} of the model depends on the records of the last forward pass: it keeps private "
+                "inputs without noise; return it instead of keeping it"
+            )
+
+
+def _after(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Copy of the model that has seen `inputs` in training mode."""
+    trial = copy.deepcopy(model).train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trial(inputs)
+    return trial
+
+
+def _kept(model: nn.Module) -> dict[str, object]:
+    """Tensors and numbers that the modules keep as attributes of their own, by dotted name."""
+    usual = vars(nn.Module()).keys()
+    return {
+        f"{name}.{path}" if name else path: leaf
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in usual
+        for path, leaf in _leaves(attribute, value)
+    }
+
+
+def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Tensor | int | float):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(f"{path}[{key!r}]", inner)
+    elif isinstance(value, list | tuple | deque):
+        for index, inner in enumerate(value):
+            yield from _leaves(f"{path}[{index}]", inner)
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return repr(one) == repr(other)  # nan is like nan
+
+
+# --------------------------------------------------------------------------- losses
+
+
+def quiet_training(model: nn.Module) -> None:
+    """Put the model into training mode with dropout off, so that what mixes records only while training shows."""
+    for module in model.train().modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+
+
+def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
+    """Drop-one-record test: each record's loss must be the same alone, in the batch, and among fewer neighbours.
+
+    Args:
+        inputs, labels: synthetic records. what: name for the message.
+
+    Raises:
+        GuardError: when the loss couples records or gives no loss per record.
+    """
+    n = len(inputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = losses(inputs, labels).detach()
+        if whole.shape != (n,):
+            raise GuardError(
+                f"{what} gives shape {tuple(whole.shape)} for {n} records; return one loss per record, "
+                "with reduction='none'"
+            )
+        torch.manual_seed(0)
+        fewer = losses(inputs[:-1], labels[:-1]).detach()
+        alone = torch.cat([losses(inputs[i : i + 1], labels[i : i + 1]).detach() for i in range(n)])
+    scale = whole.abs().clamp(min=1.0)
+    moved = torch.maximum(((whole - alone) / scale).abs(), ((whole[:-1] - fewer) / scale[:-1]).abs().max())
+    if not bool((moved < TOLERANCE).all()):
+        raise GuardError(
+            f"{what} couples records: dropping one record moved the loss of another by {float(moved.max()):.2g} of its "
+            "value; compute each row from that row only (no batch means, class-weighted means, in-batch negatives; no "
+            "chance but torch.nn.Dropout)"
+        )
+
+
+# --------------------------------------------------------------------------- layers
+
+
+def check_rows(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
+    """Change-one and drop-one test of every layer: its row i, and the gradient that comes back to it, are record i's.
+
+    Book-keeping reads per-record gradients off the rows of a layer, so this is what its bound rests on. A layer that
+    sees (length, n, features) fails it, and would mix records in the one batch whose size equals the length; so does a
+    backward pass that mixes records, which no test of the losses sees. One row in all, or k > 1 rows a record,
+    pass: they are never taken for several records.
+
+    Args:
+        losses: runs `model`, in training mode without dropout (see `quiet_training`).
+        inputs, labels: synthetic records, at least 3. what: name for the message.
+
+    Raises:
+        GuardError: naming the layer.
+    """
+    n, whole = len(inputs), _calls(model, losses, inputs, labels)
+    fewer = _calls(model, losses, inputs[:-1], labels[:-1])
+    if [call[0] for call in whole] != [call[0] for call in fewer]:
+        raise GuardError(f"{what} calls other layers when one record is left out; compute each row from that row only")
+    for (name, rows, _), (_, rows_of_fewer, _) in zip(whole, fewer, strict=True):
+        if rows * rows_of_fewer != 1 and (rows * (n - 1) != rows_of_fewer * n or rows < n):
+            raise GuardError(
+                f"layer {name} gives {rows} rows for {n} records and {rows_of_fewer} for {n - 1} in {what}; pass all "
+                "records at once and put them first: batch_first=True, positions as (n, length)"
+            )
+    kept = torch.arange(n)
+    _compare(whole, fewer, kept[:-1], what, ROUNDING)
+    for i in range(n):
+        changed = inputs.clone()
+        changed[i] = inputs[(i + 1) % n]
+        _compare(whole, _calls(model, losses, changed, labels), kept[kept != i], what, TOLERANCE)
+
+
+Call = tuple[str, int, dict[str, Tensor]]
+"""A layer's name; how many rows left it in one call; what entered it and what came back to it, records first."""
+
+
+def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> list[Call]:
+    """Differentiable calls of the innermost layers that have parameters, in order."""
+    heard: list[tuple[str, nn.Module, Tensor, Any]] = []
+    handles = [_listen(name, layer, heard) for name, layer in model.named_modules() if _innermost(layer)]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            total = losses(inputs, labels).sum()
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = [left for _, _, left, _ in heard]
+    backs = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True) if outputs else ()
+    return [_call(*call, back) for call, back in zip(heard, backs, strict=True)]
+
+
+def _call(name: str, layer: nn.Module, left: Tensor, entered: Any, back: Tensor) -> Call:
+    dim = 0 if getattr(layer, "batch_first", True) else 1
+    parts = {"gradient": back.movedim(dim, 0)}
+    if isinstance(entered, Tensor) and entered.shape[dim : dim + 1] == left.shape[dim : dim + 1]:
+        parts["input"] = entered.detach().movedim(dim, 0)
+    return name, left.shape[dim], parts
+
+
+def _innermost(layer: nn.Module) -> bool:
+    below = (param for child in layer.children() for param in child.parameters())
+    return any(True for _ in layer.parameters(recurse=False)) and not any(True for _ in below)
+
+
+def _listen(name: str, layer: nn.Module, heard: list[tuple[str, nn.Module, Tensor, Any]]) -> RemovableHandle:
+    def hook(_: nn.Module, entered: tuple[Any, ...], left: Any) -> None:
+        # a parametrisation is called without inputs; its output is a weight
+        if entered and isinstance(left, Tensor) and left.requires_grad and left.dim():
+            heard.append((name or "model", layer, left, entered[0]))
+
+    return layer.register_forward_hook(hook)
+
+
+def _compare(whole: list[Call], other: list[Call], rows: Tensor, what: str, tolerance: float) -> None:
+    """Refuse a layer whose `rows` differ between two runs that differ in another record only."""
+    for (name, n, parts), (_, _, others) in zip(whole, other, strict=True):
+        for part, value in parts.items() if n == len(rows) + 1 else ():
+            mine, theirs = value[rows].double(), others[part][rows].double()
+            moved = float((mine - theirs).norm() / mine.norm().clamp(min=1e-30))
+            if not moved < tolerance:
+                raise GuardError(
+                    f"layer {name} mixes records in {what}: changing one record moved another one's {part} by "
+                    f"{moved:.2g} of its size; compute each row from that row only, forwards and backwards, and keep "
+                    "the records first and in order"
+                )
+
+
+# --------------------------------------------------------------------------- optimiser
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimiser that cannot step from one released gradient; the one given is left as it is.
+
+    Raises:
+        GuardError: for an optimiser of Opacus, which adds noise of its own, and for one that needs a closure or more
+            gradients a step (LBFGS, sharpness-aware minimisation), or gradients of another kind (SparseAdam).
+    """
+    kind = type(optimizer).__name__
+    if any(base.__module__.startswith("opacus.") for base in type(optimizer).__mro__):
+        raise GuardError(
+            f"optimizer is {kind} of Opacus, which would add noise a second time and account for it elsewhere; give "
+            "the one inside, optimizer.original_optimizer, and its settings as Privacy(...)"
+        )
+    reason = "" if isinstance(optimizer, torch.optim.LBFGS) else _failure(optimizer)
+    if reason is not None:
+        raise GuardError(
+            f"optimizer is {kind}, which does not step from one gradient{reason}: every further gradient of a step is "
+            "another release of the private records; use torch.optim.SGD, Adam or another that needs one a step"
+        )
+
+
+def _failure(optimizer: Optimizer) -> str | None:
+    """Why a copy of the optimiser cannot step with one gradient, or None where it can."""
+    if hasattr(optimizer, "first_step"):
+        return " (it has a first_step)"
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    try:
+        trial.step()
+    except Exception as error:  # whatever an optimiser of somebody else raises
+        return f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None
+
+
+# --------------------------------------------------------------------------- repairs
+
+
+def fix(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that may be trained in private; the one given is left as it is.
+
+    BatchNorm becomes GroupNorm with the same scale and shift, InstanceNorm loses its running statistics, torch.nn.LSTM,
+    GRU and RNN become the layers of Opacus, and attention becomes `perdure.privacy.guard.repair.Attention`, out of linear
+    layers, which is faster. The last two keep their weights and what they compute, except that Opacus applies dropout
+    inside the recurrence too; GroupNorm computes something else than BatchNorm.
+
+    Guarantee: `check_model` accepts the result.
+
+    Raises:
+        GuardError: for what is left and has no safe counterpart, as `check_model` does.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    >>> fixes(model)
+    ('1: BatchNorm2d -> GroupNorm(8, 8, eps=1e-05, affine=True, bias=True)',)
+    >>> model = fix(model)
+    """
+    result = repaired(model)
+    check_model(result)
+    return result
+
+
+def fixes(model: nn.Module) -> tuple[str, ...]:
+    """What `fix` would replace, one line each: where, what, by what."""
+    return tuple(
+        f"{name or 'model'}: {type(old).__name__} -> {repr(new).splitlines()[0].rstrip('(')}"
+        for name, (old, new) in replacements(model).items()
+    )

@@ -1,0 +1,1 @@
+"""The ledger: every charge on disk before its noise is drawn."""

@@ -1,0 +1,394 @@
+"""The ledger: who was exposed to which mechanism how often, on disk before noise is drawn. Nothing resets."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from perdure.errors import BudgetError, ConfigError, LedgerError
+from perdure.privacy.accounting import calibration as accounting
+from perdure.privacy.accounting.calibration import Charge, Relation, check_target, merged
+from perdure.privacy.ledger.entries import SCHEMA, Account, Entry, Statement, Unit, header
+from perdure.privacy.ledger.storage import (
+    Body,
+    Chain,
+    Head,
+    canonical,
+    cover,
+    head_path,
+    load,
+    read_lines,
+)
+from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.atomic_files import write_atomically
+
+__all__ = ["Account", "Entry", "Ledger", "Merged", "Statement", "merge", "read"]
+
+
+def _silent(point: str) -> None:
+    """Trace nothing."""
+
+
+class Ledger(Account):
+    """Append-only account of one curator: hash-chained lines and a head sealed with the curator's key.
+
+    Guarantee: when `charge` returns, its entry is on disk, so that noise drawn afterwards is always accounted
+    for. A grant, once written, binds all later charges, also after a restart.
+
+    >>> ledger = Ledger.open(None, key=NoiseKey.from_seed(0))
+    >>> ledger.declare("task 0", 12_000)
+    >>> entry = Entry(
+    ...     purpose="gradient", mechanism="gaussian", noise_multiplier=1.1, clip_norm=1.0, first_step=0,
+    ...     steps=469, sampling="poisson", scope={"task 0": 256 / 12_000}, data="", start="", simulated=True,
+    ... )
+    >>> ledger.charge(entry) == entry.digest
+    True
+    >>> round(ledger.epsilon(delta=1e-5), 2)
+    2.38
+    """
+
+    def __init__(self, chain: Chain, key: NoiseKey, *, owner: str, unit: Unit, relation: Relation) -> None:
+        super().__init__(owner=owner, unit=unit, relation=relation)
+        self.chain = chain
+        self.trace = chain.trace
+        self._key = key
+        self._digests: set[str] = set()
+        self._plans: list[str] = []
+        self._allowance: dict[tuple[str, float, float, str], int] = {}
+        self._lapsed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | None,
+        *,
+        key: NoiseKey,
+        trace: Callable[[str], None] = _silent,
+        owner: str = "",
+        unit: Unit = "record",
+        relation: Relation = "add-remove",
+    ) -> "Ledger":
+        """Create the ledger at `path`, or verify and load it; None keeps it in memory.
+
+        Lines beyond the head are dropped: their noise was never drawn.
+
+        Args:
+            path: the file, by custom `ledger.jsonl`; its head lies beside it.
+            key: the curator's.
+            trace: called at "ledger.before-append", "ledger.appended" and "ledger.head-written".
+            owner: name of the curator, say of the client.
+            unit: what every entry must protect.
+            relation: which every entry must use.
+
+        Raises:
+            LedgerError: for a ledger that is damaged, sealed with another key, or of another owner, unit or
+                relation.
+        """
+        ledger = cls(Chain(path, key, trace), key, owner=owner, unit=unit, relation=relation)
+        asked = {"owner": owner, "unit": unit, "relation": relation}
+        if not ledger.chain.bodies:
+            ledger._write({"kind": "header", "schema": SCHEMA, **asked})
+        found = header(ledger.chain.bodies, str(path))
+        if found != asked:
+            raise LedgerError(f"{path} belongs to {found}, not to {asked}; open it so, or use another file")
+        for number, body in enumerate(ledger.chain.bodies[1:], 2):
+            ledger.read(body, f"{path}, line {number}")
+        return ledger
+
+    @property
+    def simulated(self) -> bool:
+        """Whether noise comes from a seed that the user chose."""
+        return self._key.simulated or super().simulated
+
+    def declare(self, partition: str, size: int) -> None:
+        """Make a partition and its public size known; saying the same again changes nothing.
+
+        Raises:
+            ConfigError: for a size below 1 or a partition without name.
+            LedgerError: for another size than was declared.
+        """
+        if size < 1 or not partition:
+            raise ConfigError.of("partition", (partition, size), "a name and a size of at least 1")
+        known = self.sizes.get(partition)
+        if known is None:
+            self._write({"kind": "partition", "name": partition, "size": int(size)})
+        elif known != size:
+            raise LedgerError(f"partition {partition!r} was declared with {known} records, now {size}")
+
+    def grant(
+        self, charges: Mapping[str, Sequence[Charge]], *, epsilon: float | Mapping[str, float], delta: float
+    ) -> None:
+        """Check a whole plan once and reserve it; from then on only what it contains may be charged.
+
+        Guarantee: no partition's epsilon, spent and planned together, exceeds `epsilon` at `delta` (under replace-one,
+        no two partitions' together).
+
+        A plan is that of the partitions' whole lives: what of it was charged already is not charged again, so a run
+        that is resumed, or goes on with new partitions, grants what it would have granted at once. A plan replaces
+        the one before, whose unused part lapses.
+
+        Args:
+            charges: partition to all that is to be charged to it, from the beginning.
+            epsilon: the most that may be spent, above 0; one for all, or one for each partition (add/remove only).
+            delta: in (0, 1).
+
+        Raises:
+            BudgetError: when it would cost more.
+            LedgerError: for a partition that was not declared.
+        """
+        each = dict(epsilon) if isinstance(epsilon, Mapping) else dict.fromkeys(self.groups(), epsilon)
+        for target in epsilon.values() if isinstance(epsilon, Mapping) else [epsilon]:
+            check_target(target, delta)
+        self._known([*charges, *(epsilon if isinstance(epsilon, Mapping) else ())])
+        plan = {name: [list(asdict(c).values()) for c in merged(planned)] for name, planned in charges.items()}
+        body: Body = {
+            "kind": "grant",
+            "charges": plan,
+            "epsilon": each if isinstance(epsilon, Mapping) else float(epsilon),
+            "delta": float(delta),
+        }
+        text = canonical(body)
+        if text not in self._plans:
+            self._check(charges, each, delta)
+            self._write(body)
+        self._lapsed = text != self._plans[-1]
+
+    def charge(self, entry: Entry) -> str:
+        """Put `entry` on disk and return its digest, under which its noise may now be drawn.
+
+        An entry that is already there is executed again with the same noise: nothing is appended.
+
+        Raises:
+            BudgetError: when a grant is in force and does not contain it.
+            LedgerError: for a partition that was not declared, or a unit, relation or kind of noise that is
+                not this ledger's.
+        """
+        for field, own in (
+            ("unit", self.unit),
+            ("relation", self.relation),
+            ("simulated", self._key.simulated),
+        ):
+            if getattr(entry, field) != own:
+                raise LedgerError(f"entry with {field} = {getattr(entry, field)!r}, but this ledger's is {own!r}")
+        self._known(entry.scope)
+        if entry.digest not in self._digests:
+            self._allow(entry)
+            self._write({"kind": "entry", **asdict(entry)})
+        return entry.digest
+
+    def project(self, entry: Entry, delta: float) -> dict[str, float]:
+        """Epsilon of each partition that `entry` touches, as it would be after it. Nothing is written."""
+        self._known(entry.scope)
+        spent = {}
+        for partition in entry.scope:
+            new = () if entry.digest in self._digests else (entry.charge([partition]),)
+            history = [*self.charges(partition), *(charge for charge in new if charge is not None)]
+            spent[partition] = accounting.epsilon(history, delta=delta, relation=self.relation)
+        return spent
+
+    def take(self, body: Body) -> None:
+        """Take in one line, and what it does to the allowance."""
+        super().take(body)
+        if body["kind"] == "grant":
+            self._plans.append(canonical(body))
+            self._allowance = {
+                (name, *charge.kind): max(0, charge.steps - self._charged(name).get(charge.kind, 0))
+                for name, plan in body["charges"].items()
+                for charge in (Charge(*values) for values in plan)
+            }
+        elif body["kind"] == "entry":
+            entry = self.entries[-1]
+            self._digests.add(entry.digest)
+            for partition, charge in self._each(entry) if self._plans else ():
+                self._allowance[partition, *charge.kind] -= charge.steps
+
+    def _write(self, body: Body) -> None:
+        self.chain.append(body)
+        if body["kind"] != "header":
+            self.take(body)
+        self.trace("ledger.head-written")
+
+    def _known(self, partitions: Iterable[str]) -> None:
+        for partition in partitions:
+            if partition not in self.sizes:
+                raise LedgerError(f"partition {partition!r} has no declared size; call declare() for it first")
+
+    def _allow(self, entry: Entry) -> None:
+        if not self._plans:
+            return
+        allowance = {} if self._lapsed else self._allowance
+        for partition, charge in self._each(entry):
+            left = allowance.get((partition, *charge.kind), 0)
+            if left < charge.steps:
+                rate, sigma, noise = charge.kind
+                raise BudgetError(
+                    f"partition {partition!r}: given {charge.steps} steps of {noise} noise at sampling rate {rate:g} "
+                    f"and noise multiplier {sigma:g}, allowed {left} by the grant; grant a plan that contains them"
+                )
+
+    def _charged(self, partition: str) -> dict[object, int]:
+        """How often each kind of mechanism was charged to the partition so far."""
+        return {charge.kind: charge.steps for charge in merged(self.charges(partition))}
+
+    def _new(self, partition: str, plan: Iterable[Charge]) -> Iterator[Charge]:
+        """What of the plan is still to be charged."""
+        done = self._charged(partition)
+        for charge in merged(plan):
+            yield replace(charge, steps=max(0, charge.steps - done.get(charge.kind, 0)))
+
+    def _each(self, entry: Entry) -> Iterator[tuple[str, Charge]]:
+        """What the entry costs a record of each partition it touches."""
+        for partition in entry.scope:
+            charge = entry.charge([partition])
+            assert charge is not None
+            yield partition, charge
+
+    def _check(self, charges: Mapping[str, Sequence[Charge]], targets: Mapping[str, float], delta: float) -> None:
+        plans = {
+            name: merged([*self.exposure(group), *(c for p in group for c in self._new(p, charges.get(p, ())))])
+            for name, group in self.groups().items()
+            if not charges.keys().isdisjoint(group)
+        }
+        asked = {(plan, targets[name]) for name, plan in plans.items()}
+        over = {each for each in asked if not accounting.within(*each, delta=delta, relation=self.relation)}
+        if not over:
+            return
+        beyond = {name: plan for name, plan in plans.items() if (plan, targets[name]) in over}
+        name, cost = accounting.worst(beyond, delta=delta, relation=self.relation)
+        epsilon = targets[name]
+        before = self.epsilon(self.groups()[name], delta=delta)
+        raise BudgetError(
+            f"partition {name!r} would reach epsilon {cost:.4g} ({before:.4g} of it spent before), which is "
+            f"{cost - epsilon:.2g} above the {epsilon:g} granted at delta {delta:g}; plan fewer steps, a "
+            "larger noise multiplier or a larger epsilon"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One curator's chain inside a merged account, line by line, with its head."""
+
+    account: Account
+    lines: tuple[str, ...]
+    head: Head
+    keyed: bool
+
+
+class Merged(Account):
+    """The accounts of several curators, with partitions named `owner/partition`.
+
+    Guarantee: the worst epsilon over all partitions of all owners, for records that stand in one of them.
+    A record that several owners hold is exposed to all of them: name its partitions in `epsilon(...)`.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        first = parts[0].account if parts else Account()
+        super().__init__(unit=first.unit, relation=first.relation)
+        self.parts = tuple(parts)
+        for part in parts:
+            self._join(part.account)
+
+    def _join(self, account: Account) -> None:
+        if (account.unit, account.relation) != (self.unit, self.relation):
+            raise LedgerError(
+                f"ledger of {account.owner!r} protects {account.unit} under {account.relation}, the others "
+                f"{self.unit} under {self.relation}; units and relations never mix"
+            )
+        names = {name: f"{account.owner}/{name}" if account.owner else name for name in account.sizes}
+        if not self.sizes.keys().isdisjoint(names.values()):
+            raise LedgerError(f"two ledgers hold partitions of {account.owner!r}; open each with its own owner=...")
+        self.sizes |= {names[name]: size for name, size in account.sizes.items()}
+        for entry in account.entries:
+            self.entries.append(replace(entry, scope={names[name]: rate for name, rate in entry.scope.items()}))
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the noise of any owner came from a seed that somebody chose."""
+        return any(part.account.simulated for part in self.parts)
+
+    @property
+    def verified(self) -> str:
+        """What was checked when the ledgers were read."""
+        if all(part.keyed for part in self.parts):
+            return "chains and keyed heads verified"
+        return "chains verified, heads not: without its key an owner's whole history may be another"
+
+    def per_client(self, delta: float) -> dict[str, float]:
+        """Worst epsilon of each owner."""
+        return {part.account.owner: part.account.epsilon(delta=delta) for part in self.parts}
+
+    def statement(self, delta: float) -> Statement:
+        """Worst epsilon over all owners; the trust model holds for each of them."""
+        return replace(super().statement(delta), trust=super().statement(delta).trust + " per client")
+
+    def export(self, path: Path) -> None:
+        """Write one file that keeps every chain and head line by line, so that each can be verified."""
+        lines = [_title(len(self.parts))]
+        for part in self.parts:
+            lines += [part.head.text(), *part.lines]
+        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def merge(ledgers: Iterable[Path | Ledger]) -> Merged:
+    """Put several ledgers (open ones, or files, also merged ones) side by side.
+
+    Raises:
+        LedgerError: for a damaged file, equal owners, or ledgers of different units or relations.
+    """
+    parts: list[Part] = []
+    for ledger in ledgers:
+        if isinstance(ledger, Path):
+            parts += read(ledger).parts
+        else:
+            account = Account.replay(ledger.chain.bodies, where=ledger.owner)
+            parts.append(Part(account, tuple(ledger.chain.lines), ledger.chain.head, keyed=True))
+    return Merged(parts)
+
+
+def read(path: Path, keys: Mapping[str, NoiseKey] | None = None) -> Merged:
+    """Read a ledger with its head beside it, or a file that `export` wrote, and change nothing.
+
+    Args:
+        path: the file.
+        keys: owner to key. Heads of owners without one are not verified, and `verified` says so.
+
+    Raises:
+        LedgerError: for damage, naming the line.
+    """
+    if not head_path(path).exists():
+        return Merged(list(_parts(path, keys or {})))
+    lines, bodies, head = load(path, None)
+    if not bodies:  # stopped before its first line: nothing was charged
+        return Merged([])
+    return Merged([_part(lines, bodies, head, keys or {}, str(path))])
+
+
+def _parts(path: Path, keys: Mapping[str, NoiseKey]) -> Iterator[Part]:
+    lines, start = read_lines(path), 1
+    for _ in range(_count(lines, path)):
+        head = Head.parse(lines[start] if start < len(lines) else "", where=f"{path}, line {start + 1}")
+        chain = lines[start + 1 : start + 1 + head.count]
+        bodies = cover(chain, head, where=str(path), first=start + 2)
+        yield _part(chain, bodies, head, keys, f"{path}, line {start + 1}")
+        start += 1 + head.count
+    if start != len(lines) or not path.read_bytes().endswith(b"\n"):
+        raise LedgerError(f"{path}, line {start + 1}: after the last ledger; restore the file from a backup")
+
+
+def _count(lines: Sequence[str], path: Path) -> int:
+    for count in re.findall(r'"ledgers":(\d{1,9}),', lines[0] if lines else ""):
+        if lines[0] == _title(int(count)):
+            return int(count)
+    raise LedgerError(f"{path}, line 1: not an exported ledger, and {head_path(path).name} is not beside it")
+
+
+def _title(count: int) -> str:
+    return canonical({"kind": "merged", "schema": SCHEMA, "ledgers": count})
+
+
+def _part(lines: Sequence[str], bodies: Sequence[Body], head: Head, keys: Mapping[str, NoiseKey], where: str) -> Part:
+    account = Account.replay(bodies, where=where)
+    key = keys.get(account.owner)
+    if key is not None:
+        head.check(key, where=where)
+    return Part(account, tuple(lines), head, keyed=key is not None)

@@ -1,0 +1,235 @@
+"""The ledger on disk: JSON lines in a hash chain, and a keyed head that says how many of them count.
+
+A line is appended and synced, then the head is replaced and synced, and only then may noise be drawn. So the
+noise of what stands beyond the head was never drawn, and it is dropped; what the head covers must be there.
+Not detected: putting back an older head, or deleting both files; keep copies elsewhere if that is a threat.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perdure.errors import LedgerError
+from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.atomic_files import write_atomically
+
+Body = dict[str, Any]
+"""What a line says, without its place in the chain."""
+
+GENESIS = "0" * 64
+HEX = re.compile("[0-9a-f]{64}")
+
+
+def canonical(value: object) -> str:
+    """Return the one JSON text of `value`: sorted keys, no spaces, no NaN, plain ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256(text: str) -> str:
+    """SHA-256 of `text` in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def link(body: Body, previous: str) -> tuple[str, str]:
+    """Line and hash of `body` after a line with hash `previous`."""
+    chained = {**body, "prev": previous}
+    own = sha256(canonical(chained))
+    return canonical({**chained, "hash": own}), own
+
+
+def unlink(line: str, previous: str) -> tuple[Body, str]:
+    """Undo `link`: body and hash of `line`.
+
+    Raises:
+        ValueError: when the line is not what `link` writes after `previous`.
+    """
+    body = json.loads(line)
+    if not isinstance(body, dict):
+        raise ValueError("not an object")
+    body = {name: value for name, value in body.items() if name not in ("prev", "hash")}
+    expected, own = link(body, previous)
+    if line != expected:
+        raise ValueError("not the line that was written")
+    return body, own
+
+
+def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Body], str]:
+    """Bodies of a whole chain and its last hash; `first` is the number of its first line in the file.
+
+    Raises:
+        LedgerError: naming the first line that was edited, moved, inserted or taken out.
+    """
+    bodies, last = [], GENESIS
+    for number, line in enumerate(lines, first):
+        try:
+            body, last = unlink(line, last)
+        except (ValueError, RecursionError) as error:
+            raise LedgerError(
+                f"{where}, line {number}: edited, moved or after a gap; restore the file from a backup"
+            ) from error
+        bodies.append(body)
+    return bodies, last
+
+
+@dataclass(frozen=True)
+class Head:
+    """How many lines count, the hash of the last one, and the curator's MAC over both."""
+
+    count: int
+    hash: str
+    mac: str
+
+    @classmethod
+    def seal(cls, count: int, last: str, key: NoiseKey) -> "Head":
+        """Make the head of a chain with `count` lines."""
+        return cls(count, last, key.mac(_sealed(count, last)))
+
+    @classmethod
+    def parse(cls, text: str, *, where: str) -> "Head":
+        """Read `text`.
+
+        Raises:
+            LedgerError: when it is not exactly what `text()` writes.
+        """
+        try:
+            head = cls(**json.loads(text))
+            sealed = all(isinstance(v, str) and HEX.fullmatch(v) for v in (head.hash, head.mac))
+            if sealed and type(head.count) is int and head.count >= 0 and head.text() == text:
+                return head
+        except (ValueError, TypeError, RecursionError):
+            pass
+        raise LedgerError(f"{where}: the ledger's head is damaged; restore it from a backup")
+
+    def text(self) -> str:
+        """One line of JSON."""
+        return canonical(asdict(self))
+
+    def check(self, key: NoiseKey, *, where: str) -> None:
+        """Refuse a head that another key made.
+
+        Raises:
+            LedgerError: when the MAC does not fit.
+        """
+        if not hmac.compare_digest(self.mac, key.mac(_sealed(self.count, self.hash))):
+            raise LedgerError(f"{where}: the head was not sealed with this key; it was edited, or the key is another")
+
+
+def _sealed(count: int, last: str) -> bytes:
+    return canonical({"count": count, "hash": last}).encode()
+
+
+def head_path(path: Path) -> Path:
+    """`ledger.jsonl` has its head in `ledger.head.json`."""
+    return path.with_suffix(".head.json")
+
+
+def read_lines(path: Path) -> list[str]:
+    """All complete lines of the file; bytes that are not text become something no line contains."""
+    data = path.read_bytes() if path.exists() else b""
+    return [line.decode("ascii", errors="replace") for line in data.split(b"\n")[:-1]]
+
+
+def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], Head]:
+    """Lines and bodies that the head covers, and the head; without a key only the chain is verified.
+
+    Raises:
+        LedgerError: for a file that was edited, reordered, rewritten or shortened, naming the line.
+    """
+    beside = head_path(path)
+    if not beside.exists():
+        raise LedgerError(f"{beside} is missing, so {path.name} cannot be trusted; restore it from a backup")
+    head = Head.parse(beside.read_bytes().decode("ascii", errors="replace"), where=str(beside))
+    if key is not None:
+        head.check(key, where=str(beside))
+    lines = read_lines(path)[: head.count]
+    return lines, cover(lines, head, where=str(path)), head
+
+
+def cover(lines: Sequence[str], head: Head, *, where: str, first: int = 1) -> list[Body]:
+    """Bodies of `lines`, which must be exactly the chain that `head` seals.
+
+    Raises:
+        LedgerError: naming the line where they differ.
+    """
+    bodies, last = verify(lines, where=where, first=first)
+    if len(lines) < head.count:
+        raise LedgerError(
+            f"{where}, line {first + len(lines)}: missing; {len(lines)} lines are there, the head counts "
+            f"{head.count}; restore the file from a backup"
+        )
+    if last != head.hash:
+        raise LedgerError(f"{where}, line {first + head.count - 1}: rewritten; it is not the line the head seals")
+    return bodies
+
+
+class Chain:
+    """An append-only chain of lines with its head, on disk or (path None) in memory.
+
+    Guarantee: when `append` returns, line and head survive a crash; when it raises, the next `open` takes the
+    line exactly if the head covers it.
+    """
+
+    def __init__(self, path: Path | None, key: NoiseKey, trace: Callable[[str], None]) -> None:
+        self.lines: list[str] = []
+        self.bodies: list[Body] = []
+        self.last = GENESIS
+        self.trace = trace
+        self._path, self._key = path, key
+        self._size = 0
+        self._interrupted = True
+        if path is not None and (path.exists() or head_path(path).exists()):
+            self.lines, self.bodies, head = load(path, key)
+            self.last = head.hash
+            self._size = sum(len(line) + 1 for line in self.lines)
+            self._drop_uncovered(path)
+        elif path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(head_path(path), self.head.text().encode())
+
+    @property
+    def head(self) -> Head:
+        """Head of the lines so far."""
+        return Head.seal(len(self.lines), self.last, self._key)
+
+    def append(self, body: Body) -> None:
+        """Add one line, write-ahead.
+
+        Raises:
+            LedgerError: when another process has written to the file.
+        """
+        line, own = link(body, self.last)
+        self.trace("ledger.before-append")
+        if self._path is not None:
+            self._drop_uncovered(self._path)
+            self._interrupted = True
+            _append(self._path, line + "\n")
+        self.trace("ledger.appended")
+        head = Head.seal(len(self.lines) + 1, own, self._key)
+        if self._path is not None:
+            write_atomically(head_path(self._path), head.text().encode())
+        self.lines.append(line)
+        self.bodies.append(body)
+        self.last, self._interrupted = own, False
+        self._size += len(line) + 1
+
+    def _drop_uncovered(self, path: Path) -> None:
+        """Cut what a crash left beyond the head: its noise was never drawn."""
+        size = path.stat().st_size if path.exists() else 0
+        if size != self._size and not self._interrupted:
+            raise LedgerError(f"{path}: another process wrote to this ledger; let one process at a time use it")
+        if size > self._size:
+            os.truncate(path, self._size)
+        self._interrupted = False
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())

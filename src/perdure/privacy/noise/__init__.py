@@ -1,0 +1,1 @@
+"""Noise behind private releases: keyed, discrete and correlated."""

@@ -1,0 +1,1 @@
+"""Questions to a curator, and their exact and clipped sums."""

@@ -1,0 +1,82 @@
+"""Gradients over the rows of a batch: their mean, or their clipped sum by the fastest way that fits the model."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Params
+from perdure.errors import StrategyError
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
+from perdure.privacy.opacus.samplers import grad_sample_sum
+from perdure.queries.evaluation import gradient_rows
+
+Losses = Callable[[Forward, Batch], Tensor]
+
+
+def pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """Micro-batches of at most `size` rows; the batch itself where it fits."""
+    if size is None or len(batch) <= size:
+        yield batch
+        return
+    for start in range(0, len(batch), size):
+        yield batch.take(slice(start, start + size))
+
+
+def mean_gradient(
+    forward: Forward, losses: Losses, params: Params, batch: Batch, at_once: int | None
+) -> tuple[Params, Tensor]:
+    """Gradient of the mean loss of the valid rows, and that loss ().
+
+    Args:
+        at_once: rows of one pass through the model; None for all.
+    """
+    count, total, loss = batch.valid.sum(), None, torch.zeros((), device=batch.inputs.device)
+    for piece in pieces(batch, at_once):
+        part = (losses(forward, piece) * piece.valid).sum() / count
+        grads = torch.autograd.grad(part, list(params.values()), allow_unused=True, materialize_grads=True)
+        total = grads if total is None else tuple(a + b for a, b in zip(total, grads, strict=True))
+        loss = loss + part.detach()
+    assert total is not None
+    return dict(zip(params, total, strict=True)), loss
+
+
+def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Params:
+    """The gradient of loss and penalty, of that of the loss; the penalty touches no record."""
+    if penalty is None:
+        return gradient
+    if not isinstance(penalty, Tensor) or penalty.dim():
+        raise StrategyError(f"penalty() returned {penalty!r}; allowed: a tensor with one number, or None")
+    extra = torch.autograd.grad(penalty, list(params.values()), allow_unused=True)
+    return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
+
+
+def clipped_gradient(
+    forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip, at_once: int | None
+) -> Params | None:
+    """Sum over the rows of clip(gradient of the row's loss); None without rows.
+
+    Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm; micro-batches change memory
+    only, since every row is clipped by itself.
+
+    Args:
+        at_once: rows of one pass through the model; None for all.
+    """
+    total: Params | None = None
+    for piece in pieces(batch, at_once):
+        part = _clipped(forward, losses, params, piece, clip)
+        if part is not None:
+            total = part if total is None else {name: total[name] + value for name, value in part.items()}
+    return total
+
+
+def _clipped(forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
+    """By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record."""
+    module = forward.module
+    for way in (clipped_gradient_sum, grad_sample_sum):
+        total = way(module, params, lambda: losses(forward, batch), len(batch), clip)
+        if total is not None:
+            return total
+    return clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params))

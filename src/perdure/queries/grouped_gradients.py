@@ -1,0 +1,105 @@
+"""Gradients of every record, added up by groups of records in one sum.
+
+A record fills the place of its own group and leaves all others 0, so its row has the norm of one gradient whatever the
+number of groups. Such rows, which are as many times a gradient as there are groups, are never formed: a gradient is
+clipped as it is and added to what its group has. Where all layers are linear the gradient is not formed either.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Params, batch_of_one
+from perdure.privacy.clipping.clip import Clip, chunks, per_pass, scaled, squared_norms
+from perdure.queries.squared_gradients import CHUNK, Outer, SquaredGradient, clipped_outer, linear_layers
+
+
+@dataclass(frozen=True)
+class GroupedGradient(SquaredGradient):
+    """Per record, the weighted sum of its terms' gradients in the place of its group: (groups, *parameter shape).
+
+    Guarantee: the row of a record depends on that record alone, its group included: it is evaluated in a batch of one,
+    under `torch.func.vmap`. Its norm is that of the gradient.
+
+    Args:
+        group: batch -> (n,) whole numbers from 0 on; a record outside is in no group, and counts as nothing.
+        groups: how many there are.
+    """
+
+    group: Callable[[Batch], Tensor]
+    groups: int
+
+    def __call__(self, forward: Forward, batch: Batch) -> Params:
+        """Rows by parameter name, (n, groups, *parameter shape). They are long; the sum below does without them."""
+        params = forward.params or dict(forward.module.named_parameters())
+
+        def one(tensors: Mapping[str, Tensor]) -> Params:
+            here = torch.arange(self.groups, device=tensors["labels"].device) == self._place(tensors)
+            row = self._row(forward.module, params, tensors)
+            return {n: torch.where(here.view(-1, *[1] * value.dim()), value, 0.0) for n, value in row.items()}
+
+        return torch.func.vmap(one)(batch.tensors())
+
+    def size_of(self, values: Tensor) -> Tensor:
+        """The value itself."""
+        return values
+
+    @torch.no_grad()
+    def summed(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None = None
+    ) -> Params | None:
+        """Sum of the rows, clipped where `clip` is given; None without records.
+
+        Memory is that of the sum, and of the gradients of a few records (see `per_pass`).
+        """
+        if not len(tensors["labels"]):
+            return None
+        layers = linear_layers(module)
+        sums = {
+            name: value.new_zeros(self.groups + 1, *value.shape) for name, value in params.items()
+        }  # one for others
+        for piece in chunks(tensors, CHUNK):
+            outer = self._outer(module, layers, params, piece) if layers else None
+            if layers and outer is not None:
+                _add_outer(sums, layers, clipped_outer(layers, outer, clip), self._places(piece))
+            else:
+                self._add_rows(sums, module, params, piece, clip)
+        return {name: value[: self.groups] for name, value in sums.items()}
+
+    def _add_rows(
+        self, sums: Params, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None
+    ) -> None:
+        """Add the gradients of the records, a few at a time, each in its place."""
+        for piece in chunks(tensors, per_pass(params)):
+            rows = torch.func.vmap(lambda record: self._row(module, params, record))(piece)
+            rows = rows if clip is None else scaled(rows, clip.factors(squared_norms(rows)))
+            places = self._places(piece)
+            for name, total in sums.items():
+                total.index_add_(0, places, rows[name])
+
+    def _row(self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]) -> Params:
+        """Gradient of one record."""
+        row, _ = self._sizes(lambda p: (Forward(module, p), {}), params, tensors)
+        return row
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Group of one record, and the number of groups where it is in none."""
+        number = self.group(batch_of_one(tensors))[0]
+        return torch.where((number >= 0) & (number < self.groups), number, self.groups).long()
+
+    def _places(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.func.vmap(self._place)(dict(tensors))
+
+
+def _add_outer(sums: Params, layers: Mapping[str, nn.Linear], outer: Outer, places: Tensor) -> None:
+    """Add the outer products of the records, all of a group at once."""
+    order, sizes = places.argsort(stable=True), places.bincount(minlength=len(next(iter(sums.values())))).tolist()
+    for name, (u, v) in outer.items():
+        parts = zip(torch.split(u[order], sizes), torch.split(v[order], sizes), strict=True)
+        for number, (left, right) in enumerate(parts):
+            sums[f"{name}.weight"][number].addmm_(left.T, right)
+            if layers[name].bias is not None:
+                sums[f"{name}.bias"][number].add_(left.sum(0))

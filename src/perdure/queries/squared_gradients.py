@@ -1,0 +1,176 @@
+"""Squared or absolute gradients of every record: what Fisher information and memory aware synapses add up.
+
+They are summed without rows where layers are linear. The gradient of a linear layer is d a^T, with d what comes back
+to its output and a what entered it. So its square is the outer product of d^2 and a^2, the sum over terms is one over
+d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The same holds for the absolute value, |d| and |a|.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.strategy import Forward
+from perdure.data.records import Batch, Params, batch_of_one
+from perdure.privacy.clipping.clip import Clip, chunks, sum_of
+
+Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
+"""(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
+Outer = dict[str, tuple[Tensor, Tensor]]
+"""Layer to (u (n, out), v (n, in)): record i's row of the layer's weight is u_i v_i^T, of its bias u_i."""
+CHUNK = 1024
+"""Records that are looked at together; it bounds memory only."""
+
+
+@dataclass(frozen=True)
+class SquaredGradient:
+    """Per record, the weighted sum over terms k of the squared gradient: sum_k w_k (d l_k / d theta)^2.
+
+    With l_k = -log p_k and w_k = p_k over the classes this is the record's share of the diagonal Fisher matrix.
+
+    Guarantee: the row of a record depends on that record alone: it is evaluated in a batch of one, under
+    `torch.func.vmap`.
+    """
+
+    terms: Terms
+
+    def __call__(self, forward: Forward, batch: Batch) -> Params:
+        """Rows by parameter name, (n, *parameter shape)."""
+        params = forward.params or dict(forward.module.named_parameters())
+
+        def one(tensors: Mapping[str, Tensor]) -> Params:
+            rows, _ = self._sizes(lambda p: (Forward(forward.module, p), {}), params, tensors)
+            return rows
+
+        return torch.func.vmap(one)(batch.tensors())
+
+    def size_of(self, values: Tensor) -> Tensor:
+        """Size of each number, which of a product is the product of the factors' sizes: the square."""
+        return values.square()
+
+    def summed(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None = None
+    ) -> Params | None:
+        """Sum of the rows, clipped where `clip` is given; None without records, or where not all layers are linear."""
+        layers, total = linear_layers(module), None
+        for piece in chunks(tensors, CHUNK) if layers else ():
+            assert layers is not None
+            outer = self._outer(module, layers, params, piece)
+            if outer is None:
+                return None
+            part = _sums(layers, outer, clip)
+            total = part if total is None else {name: total[name] + value for name, value in part.items()}
+        return total and {name: total[name] for name in params}
+
+    def _sizes(
+        self, at: Callable[[Params], tuple[Forward, Params]], point: Params, tensors: Mapping[str, Tensor]
+    ) -> tuple[Params, Params]:
+        """sum_k w_k size(d l_k / d point) of one record, and what `at` kept aside.
+
+        Args:
+            at: from the point to the model there, and a mapping that fills while it runs.
+        """
+
+        def alone(p: Params) -> tuple[Tensor, tuple[Tensor, Params]]:
+            forward, kept = at(p)
+            losses, weights = self.terms(forward, batch_of_one(tensors))
+            return losses[0], (weights[0].detach(), kept)
+
+        losses, pull, (weights, kept) = torch.func.vjp(alone, point, has_aux=True)  # type: ignore[misc]
+        sums = {name: torch.zeros_like(value) for name, value in point.items()}
+        for weight, term in zip(weights, torch.eye(len(losses)).to(losses), strict=True):
+            sums = {name: sums[name] + weight * self.size_of(gradient) for name, gradient in pull(term)[0].items()}
+        return sums, kept
+
+    def _outer(
+        self, module: nn.Module, layers: Mapping[str, nn.Linear], params: Params, tensors: Mapping[str, Tensor]
+    ) -> Outer | None:
+        """Rows as outer products; None where a layer is not called exactly once, on one vector a record."""
+        with _tapped(layers) as tap:
+
+            def one(params: Params, tensors: Mapping[str, Tensor]) -> tuple[Params, Params]:
+                shifts = {name: layer.weight.new_zeros(1, layer.out_features) for name, layer in layers.items()}
+                return self._sizes(lambda p: (Forward(module, params), tap.with_shifts(p)), shifts, tensors)
+
+            backs, entered = torch.func.vmap(one, in_dims=(None, 0))(params, dict(tensors))
+        if tap.calls != dict.fromkeys(layers, 1) or any(value.dim() != 3 for value in entered.values()):
+            return None
+        return {name: (backs[name][:, 0], self.size_of(entered[name][:, 0])) for name in layers}
+
+
+class AbsoluteGradient(SquaredGradient):
+    """Per record, the weighted sum over terms k of the absolute gradient: sum_k w_k |d l_k / d theta|.
+
+    With one term its norm is the gradient's.
+
+    Guarantee: that of `SquaredGradient`.
+    """
+
+    def size_of(self, values: Tensor) -> Tensor:
+        """Absolute value."""
+        return values.abs()
+
+
+class Tap:
+    """Hooks on layers: adds a shift to what leaves each of them, keeps what entered it, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self._shifts: Params = {}
+        self._entered: Params = {}
+
+    def with_shifts(self, shifts: Params) -> Params:
+        """Begin a pass with these shifts; what enters the layers will be in the mapping that is returned."""
+        self.calls, self._shifts, self._entered = {}, shifts, {}
+        return self._entered
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """Forward hook of the layer `name`."""
+
+        def listen(_: nn.Module, entered: tuple[Tensor, ...], left: Tensor) -> Tensor:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self._entered[name] = entered[0]
+            return left + self._shifts[name] if left.dim() == 2 else left
+
+        return listen
+
+
+@contextmanager
+def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[Tap]:
+    tap = Tap()
+    handles = [layer.register_forward_hook(tap.hook(name)) for name, layer in layers.items()]
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Params:
+    outer = clipped_outer(layers, outer, clip)
+    sums = {f"{name}.weight": u.T @ v for name, (u, v) in outer.items()}
+    return sums | {f"{name}.bias": u.sum(0) for name, (u, _) in outer.items() if layers[name].bias is not None}
+
+
+def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Outer:
+    """Outer products that make each record's clipped row; as they are where there is no clip."""
+    if clip is None:
+        return outer
+    biased = {name: float(layer.bias is not None) for name, layer in layers.items()}
+    squares = {n: u.square().sum(1) * (v.square().sum(1) + biased[n]) for n, (u, v) in outer.items()}
+    factors, known = clip.factors(squares), torch.isfinite(sum_of(list(squares.values())))[:, None]
+    return {
+        name: (torch.where(known, u, 0.0) * factors[name][:, None], torch.where(known, v, 0.0))
+        for name, (u, v) in outer.items()
+    }
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
+    """Return the linear layers by name, or None when a parameter belongs to anything else, is shared or frozen."""
+    linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}  # not those of a frozen body
+    owned = {f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()}
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    return layers if owned == trained == {name for name, _ in module.named_parameters()} else None

@@ -1,0 +1,213 @@
+"""A ledger for its reader: every partition, what its records were exposed to, and the epsilon that follows."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from perdure.errors import PrivacyError
+from perdure.privacy.accounting import calibration as accounting
+from perdure.privacy.accounting.calibration import Charge
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Merged
+from perdure.report.wording import epsilon_number
+
+TERMS = "q: sampling rate · sigma: noise multiplier · C: clip norm · epsilon of one record of the partition, rounded up"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One mechanism that the records of a partition were exposed to, equal ones added up.
+
+    Args:
+        purpose, mechanism, sampling, noise_multiplier, clip_norm: as in the ledger's entries.
+        sampling_rate: probability that a record was in a step. steps: how often.
+        participations: in how many of the steps one record was at most; all of them where it was drawn by chance.
+    """
+
+    purpose: str
+    mechanism: str
+    sampling: str
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps: int
+    participations: int
+
+    def __str__(self) -> str:
+        rate = "" if self.sampling == "none" else f"q {self.sampling_rate:.4g}, "
+        strength = f"{rate}sigma {self.noise_multiplier:.4g}, C {self.clip_norm:.4g}"
+        few = f", a record in {self.participations} of them" if self.participations < self.steps else ""
+        return f"{self.steps} x {self.purpose} ({self.mechanism}{few}) at {strength}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposed:
+    """One partition of one owner, and what its records spent.
+
+    Args:
+        epsilon_pld: what is reported. epsilon_rdp: looser, to compare; None where RDP knows no bound.
+        worst: whether no other partition spent more (under replace-one, whether it is one of the two that did).
+    """
+
+    owner: str
+    partition: str
+    declared_size: int
+    uses: tuple[Use, ...]
+    epsilon_pld: float
+    epsilon_rdp: float | None
+    worst: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """What one partition spent so far, and what it would have spent after one more charge."""
+
+    owner: str
+    partition: str
+    before: float
+    after: float
+
+
+def silent() -> None:
+    """Show nothing."""
+
+
+def places(account: Merged) -> dict[str, tuple[str, str]]:
+    """Name of every partition in the merged account to its owner and its own name there."""
+    own = [(part.account.owner, name) for part in account.parts for name in part.account.sizes]
+    return dict(zip(account.partitions, own, strict=True))
+
+
+def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) -> list[Exposed]:
+    """Return one row a partition, in the order of the ledgers.
+
+    Args:
+        account: what was spent. delta: in (0, 1). tick: called after every partition; each can take a second.
+    """
+    rows = []
+    for name, (owner, partition) in places(account).items():
+        rows.append(Exposed(
+            owner=owner, partition=partition, declared_size=account.sizes[name], uses=uses(account.entries, name),
+            epsilon_pld=account.epsilon([name], delta=delta), epsilon_rdp=renyi(account, name, delta),
+        ))  # fmt: skip
+        tick()
+    group, spent = account.worst(delta)
+    touched = account.groups()[group] if spent else ()
+    return [
+        replace(row, worst=name in touched or 0 < spent == row.epsilon_pld)
+        for name, row in zip(account.partitions, rows, strict=True)
+    ]
+
+
+def uses(entries: Iterable[Entry], partition: str) -> tuple[Use, ...]:
+    """What `entries` did to a partition, the steps of equal mechanisms added up, in the order of the ledger."""
+    found: dict[Use, Use] = {}
+    for entry in entries:
+        charge = entry.charge([partition])
+        if charge:
+            kind = Use(
+                purpose=entry.purpose, mechanism=entry.mechanism, sampling=entry.sampling, clip_norm=entry.clip_norm,
+                sampling_rate=charge.sampling_rate, noise_multiplier=entry.noise_multiplier, steps=0, participations=0,
+            )  # fmt: skip
+            sofar = found.get(kind, kind)
+            steps, participations = sofar.steps + entry.steps, sofar.participations + charge.steps
+            found[kind] = replace(kind, steps=steps, participations=participations)
+    return tuple(found.values())
+
+
+def renyi(account: Merged, partition: str, delta: float) -> float | None:
+    """Epsilon by RDP, or None where it has no bound."""
+    try:
+        return account.epsilon([partition], delta=delta, accountant="rdp")
+    except PrivacyError:
+        return None
+
+
+def projections(
+    account: Merged, charge: Charge, delta: float, chosen: Sequence[str], tick: Callable[[], None] = silent
+) -> list[Projected]:
+    """Epsilon of each chosen partition before and after one more charge. Nothing is written.
+
+    Args:
+        chosen: names in the merged account. tick: called after every partition.
+    """
+    rows, own = [], places(account)
+    for name in chosen:
+        history, relation = account.charges(name), account.relation
+        before = accounting.epsilon(history, delta=delta, relation=relation)
+        after = accounting.epsilon((*history, charge), delta=delta, relation=relation)
+        rows.append(Projected(owner=own[name][0], partition=own[name][1], before=before, after=after))
+        tick()
+    return rows
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def exposure_table(rows: Sequence[Exposed]) -> Table:
+    """One row a partition below its owner, the worst in bold."""
+    drawn = _empty("records", "exposed to", "epsilon\nby PLD", "by RDP", "")
+    drawn.caption = Text(TERMS)
+    for owner, own in groupby(rows, key=lambda row: row.owner):
+        _head(drawn, owner)
+        for row in own:
+            cells = (
+                f"  {printable(row.partition)}", str(row.declared_size), told(row.uses),
+                epsilon_number(row.epsilon_pld), epsilon_number(row.epsilon_rdp), "worst" if row.worst else "",
+            )  # fmt: skip
+            drawn.add_row(*map(Text, cells), style="bold" if row.worst else "")
+    return drawn
+
+
+def projection_table(rows: Sequence[Projected]) -> Table:
+    """One row a partition below its owner, the one that would have spent most in bold."""
+    drawn, most = _empty("epsilon now", "epsilon after"), max((row.after for row in rows), default=0.0)
+    for owner, own in groupby(rows, key=lambda row: row.owner):
+        _head(drawn, owner)
+        for row in own:
+            cells = (f"  {printable(row.partition)}", epsilon_number(row.before), epsilon_number(row.after))
+            drawn.add_row(*map(Text, cells), style="bold" if row.after == most else "")
+    return drawn
+
+
+def _empty(*columns: str) -> Table:
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption_justify="left")
+    drawn.add_column("owner, partition", overflow="fold")
+    for name in columns:
+        text = name == "exposed to"
+        drawn.add_column(name, overflow="fold", justify="left" if text else "right", no_wrap=not text)
+    return drawn
+
+
+def _head(drawn: Table, owner: str) -> None:
+    drawn.add_section()
+    drawn.add_row(Text(printable(owner)))
+
+
+def told(uses: Sequence[Use]) -> str:
+    """One line a mechanism."""
+    return "\n".join(printable(str(use)) for use in uses) or "nothing yet"
+
+
+def printable(text: str) -> str:
+    """Text of a ledger that may be anybody's: what could steer a terminal is written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# --------------------------------------------------------------------------- for machines
+
+
+def document(rows: Iterable[Exposed]) -> list[dict[str, Any]]:
+    """Rows as strict JSON can hold them: null stands for an infinite epsilon, or one that RDP has no bound for."""
+    return [finite(asdict(row)) for row in rows]
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Row with null for infinite numbers, which JSON does not have."""
+    return {n: None if isinstance(v, float) and math.isinf(v) else v for n, v in row.items()}

@@ -1,0 +1,246 @@
+"""Where a strategy is put to the test: a small stream, a small model, and a learner in the middle of its work."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.strategy import Context, Forward, Scenario, State, Strategy
+from perdure.data.datasets.base import Dataset
+from perdure.data.records import Batch, Params, Records
+from perdure.data.scenarios import Stream, split
+from perdure.errors import ConformanceError
+from perdure.learner.learner import Callback, Learner
+from perdure.models.classifiers import mlp
+from perdure.planning.exposure import spec_of
+from perdure.privacy.settings import Privacy
+from perdure.testing.recording_curator import Door, Question
+
+EXPERIENCES, CLASSES, PER_CLASS, FEATURES = 3, 6, 6, 4
+STEPS, BLOCKS, BATCH = 4, 2, 6
+CLIP_NORM = 0.5
+NOISE = 0.01
+"""Variance of the noise in a gradient, for `after_step`."""
+SIMULATED = Privacy(noise_multiplier=1.0, clip_norm=CLIP_NORM, seed=0)
+
+
+class NotApplicable(Exception):  # noqa: N818  # it is none of the errors that a user meets
+    """A check has nothing to look at; says why."""
+
+
+def require(ok: bool, found: str, *, allowed: str, fix: str) -> None:
+    """Refuse what was found.
+
+    Raises:
+        ConformanceError: saying what was found, what is allowed and how to mend it.
+    """
+    if not ok:
+        raise ConformanceError(f"{found}; allowed: {allowed}; {fix}")
+
+
+def small_stream(scenario: Scenario) -> Stream:
+    """Three experiences of two classes, six training records a class, which a linear model tells apart."""
+    place = torch.Generator().manual_seed(0)
+    centres = torch.rand(CLASSES, FEATURES, generator=place)
+
+    def records(per_class: int, first: int) -> Records:
+        labels = torch.arange(CLASSES).repeat(per_class)
+        inputs = centres[labels] + 0.1 * torch.randn(len(labels), FEATURES, generator=place)
+        return Records(inputs=inputs.clamp(0, 1), labels=labels, ids=first + torch.arange(len(labels)))
+
+    data = Dataset(
+        name="small", train=records(PER_CLASS, 0), test=records(2, 1000), num_classes=CLASSES, input_shape=(FEATURES,)
+    )
+    return split(data, scenario=scenario, experiences=EXPERIENCES)
+
+
+def other_records(stream: Stream) -> Stream:
+    """The same public facts with other records: other inputs, labels in another order, one record less."""
+
+    def other(records: Records) -> Records:
+        return replace(
+            records, inputs=1 - records.inputs[1:], labels=records.labels.flip(0)[1:], ids=records.ids[1:],
+            declared_size=records.declared_size,
+        )  # fmt: skip
+
+    return replace(stream, experiences=tuple(replace(e, train=other(e.train)) for e in stream))
+
+
+def run(learner: Learner, stream: Stream) -> None:
+    """Train a prepared learner to the end of the stream, and measure."""
+    for index in range(learner.position.experience, len(stream)):
+        learner.begin(index)
+        for block in learner.remaining_blocks():
+            learner.train(block)
+        learner.finish()
+        learner.matrix.append(learner.evaluate(stream))
+
+
+Builder = Callable[[Stream], nn.Module]
+"""Makes a model for a stream, the same every time."""
+
+
+@dataclass(kw_only=True)
+class Stand:
+    """What a check needs: copies of the strategy as it was given, and learners for them.
+
+    Args:
+        strategy: an instance, copied before anything runs. scenario: of the stream. device: where everything lives.
+        model: from the stream to a model; None for the strategy's own small one, else a small perceptron.
+    """
+
+    strategy: Strategy
+    scenario: Scenario
+    device: str = "cpu"
+    model: Builder | None = None
+    stream: Stream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strategy = copy.deepcopy(self.strategy)
+        self.stream = small_stream(self.scenario)
+
+    @property
+    def name(self) -> str:
+        """The strategy's name, for messages."""
+        return self.strategy.name
+
+    def fresh(self) -> Strategy:
+        """A copy of the strategy as it was before anything ran."""
+        return copy.deepcopy(self.strategy)
+
+    def build(self) -> nn.Module:
+        """A small model, the same every time."""
+        if self.model:
+            return self.model(self.stream)
+        inputs, classes = self.stream.input_shape, self.stream.num_classes
+        plain = mlp(input_shape=inputs, num_classes=classes, hidden=(5,), seed=1, activation="tanh")
+        own = self.fresh().small_model(input_shape=inputs, num_classes=classes)
+        return plain if own is None else own
+
+    def learner(
+        self, privacy: Privacy | None = None, strategy: Strategy | None = None, callbacks: Sequence[Callback] = ()
+    ) -> Learner:
+        """A learner of a small model; alike every time.
+
+        Args:
+            strategy: None for a fresh copy.
+        """
+        return Learner(
+            model=self.build(), strategy=strategy or self.fresh(), iterations=STEPS, blocks=BLOCKS, batch_size=BATCH,
+            optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.5), device=self.device, privacy=privacy,
+            callbacks=callbacks,
+        )  # fmt: skip
+
+    def prepared(self, privacy: Privacy | None = None, stream: Stream | None = None) -> Learner:
+        """The same, ready for the first experience."""
+        learner = self.learner(privacy)
+        learner.prepare(stream or self.stream)
+        return learner
+
+    def middle(self, privacy: Privacy | None = None) -> Learner:
+        """The same, in the middle of its second experience, with everything that it remembers in place."""
+        learner = self.prepared(privacy)
+        for index, blocks in ((0, BLOCKS), (1, 1)):
+            learner.begin(index)
+            for number in range(blocks):
+                learner.train(learner.block(number, BLOCKS))
+            if index == 0:
+                learner.finish()
+        return learner
+
+
+class Scene:
+    """A learner in the middle of its second experience, and every hook ready to be called there.
+
+    Questions are asked as under privacy, but answered without noise.
+    """
+
+    def __init__(self, stand: Stand) -> None:
+        self.stand, self.learner = stand, stand.middle()
+        self.learner.model.eval()
+        self.strategy: Strategy = self.learner.strategy
+        self.state: State = self.learner.state
+        self.batch: Batch = self.learner.curator._pool
+        share = 0.5 if bool(self.batch.from_memory.any()) else 0.0
+        self.context: Context = replace(self.learner.curator.context, memory_share=share)
+        self.params: Params = {name: value.detach().clone() for name, value in self.learner.params.items()}
+        place = torch.Generator().manual_seed(2)
+        self.gradient: Params = {
+            name: (0.1 * torch.randn(value.shape, generator=place)).to(value) for name, value in self.params.items()
+        }
+        self.later: Params = {name: value - 0.1 * self.gradient[name] for name, value in self.params.items()}
+
+    @property
+    def forward(self) -> Forward:
+        """The model at the parameters of the scene."""
+        return Forward(self.learner.model, self.params)
+
+    def door(self) -> Door:
+        """A door to the curator that looks like one under privacy and answers exactly."""
+        return Door(self.learner.curator, clip_norm=CLIP_NORM)
+
+    @cached_property
+    def references(self) -> tuple[Params, ...]:
+        """As many as the strategy asks for."""
+        return self.strategy.references(self.door().curator, self.learner.params, self.state)
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Everything that is asked of records beyond the gradient of a step."""
+        door = self.door()
+        self.strategy.references(door.curator, self.learner.params, self.state)
+        self.strategy.after_experience(door.curator, self.params, self.state)
+        return door.asked
+
+    def calls(self) -> Mapping[str, Callable[[], object]]:
+        """Every hook of the strategy, called on what the scene holds."""
+        strategy, state, params = self.strategy, self.state, self.params
+        spec = spec_of(self.learner.model, params, self.stand.stream)
+        return {
+            "init": lambda: strategy.init(spec),
+            "losses": lambda: self.losses(self.forward, self.batch),
+            "penalty": lambda: strategy.penalty(params, state),
+            "references": lambda: strategy.references(self.door().curator, self.learner.params, state),
+            "project": lambda: strategy.project(self.gradient, self.references, state),
+            "after_step": lambda: strategy.after_step(params, self.later, self.gradient, state, NOISE),
+            "remember": lambda: strategy.remember(self.forward, self.batch, state),
+            "after_experience": lambda: strategy.after_experience(self.door().curator, params, state),
+            "derive": lambda: strategy.derive(state),
+            "predict": lambda: strategy.predict(self.forward, self.batch.inputs, self.context, state),
+        }
+
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """(n,) the strategy's losses."""
+        return self.strategy.losses(forward, batch, self.context, self.state)
+
+
+def tensors_of(answer: object) -> dict[str, Tensor]:
+    """What a hook gave, as named tensors."""
+    if isinstance(answer, Tensor):
+        return {"value": answer.detach()}
+    if isinstance(answer, Mapping):
+        return {name: value.detach() for name, value in answer.items()}
+    if isinstance(answer, tuple):
+        return {f"{i}.{name}": value for i, part in enumerate(answer) for name, value in tensors_of(part).items()}
+    return {}
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one has, or whose tensors differ in any bit that counts."""
+    shared = one.keys() & other.keys()
+    return sorted((one.keys() ^ other.keys()) | {name for name in shared if not equal(one[name], other[name])})
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Same type, shape and values; NaN is like NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def copied(tensors: Mapping[str, Tensor]) -> Params:
+    """The same values elsewhere."""
+    return {name: value.detach().clone() for name, value in tensors.items()}

@@ -1,0 +1,129 @@
+"""A door between a strategy and the curator: only what a strategy may ask for passes, and every question is noted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import Tensor
+
+from perdure.contract.strategy import Asks, State, Strategy
+from perdure.data.records import Params
+from perdure.errors import ConformanceError
+
+if TYPE_CHECKING:
+    from perdure.curator.local_curator import Curator
+
+Kind = Literal["releases", "recalls", "histograms", "selections", "references"]
+"""What is asked, by its name in `Asks`."""
+FACTS = ("context", "declared_size", "private", "clip_norm", "signal_to_noise", "synthetic", "exposure", "statistics")
+REFUSING = ("raw", "stored", "diagnostics")
+"""What the curator itself refuses under privacy."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """One question to a curator.
+
+    Args:
+        kind: what it is. rows: the function of records that was asked about. clip_norm: its bound, where it has one.
+        purpose: its name. times: choices, of a selection. of: earlier experience, of a reference gradient.
+        place: experience and step.
+    """
+
+    kind: Kind
+    rows: Callable[..., Any]
+    purpose: str
+    place: tuple[int, int]
+    clip_norm: float | None = None
+    times: int = 1
+    of: int | None = None
+
+
+class Door:
+    """Stands before a curator.
+
+    Args:
+        real: the curator. clip_norm: None to be as the curator is; a number to look as one under privacy would.
+    """
+
+    def __init__(self, real: "Curator", clip_norm: float | None = None, asked: list[Question] | None = None) -> None:
+        self._real, self._clip_norm = real, clip_norm
+        self.asked: list[Question] = [] if asked is None else asked
+
+    @property
+    def curator(self) -> "Curator":
+        """The door, as what it stands for."""
+        return cast("Curator", self)
+
+    def release(self, query: Callable[..., Any], *, clip_norm: float, purpose: str, over: Any = "experience") -> Params:
+        """`Curator.release`, noted."""
+        kind: Kind = "recalls" if over == "memory" else "releases"
+        self.asked.append(Question(kind=kind, rows=query, purpose=purpose, place=self._place, clip_norm=clip_norm))
+        return self._real.release(query, clip_norm=clip_norm, purpose=purpose, over=over)
+
+    def count(self, of: Callable[..., Tensor], *, bins: int, purpose: str) -> Tensor:
+        """`Curator.count`, noted."""
+        self.asked.append(Question(kind="histograms", rows=of, purpose=purpose, place=self._place))
+        return self._real.count(of, bins=bins, purpose=purpose)
+
+    def select(self, of: Callable[..., Tensor], utility: Any, *, purpose: str) -> Tensor:
+        """`Curator.select`, noted."""
+        self.asked.append(Question(kind="selections", rows=of, purpose=purpose, place=self._place, times=utility.k))
+        return self._real.select(of, utility, purpose=purpose)
+
+    def reference(self, losses: Callable[..., Tensor], params: Params, *, of: int | None = None) -> Params:
+        """`Curator.reference`, noted."""
+        self.asked.append(Question(kind="references", rows=losses, purpose="reference", place=self._place, of=of))
+        return self._real.reference(losses, params, of=of)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._clip_norm is not None and name in ("private", "clip_norm"):
+            return True if name == "private" else self._clip_norm
+        if name in FACTS or name in REFUSING:
+            return getattr(self._real, name)
+        raise ConformanceError(
+            f"it reads curator.{name}, which no charge covers; allowed: "
+            f"{', '.join((*FACTS, 'release', 'count', 'select', 'reference'))}; ask curator.release(query, ...) instead"
+        )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._real.context.experience, getattr(self._real._held, "step", 0)
+
+
+class Watched:
+    """A strategy whose hooks reach the curator through a door; all else is the strategy's own."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy, self.asked = strategy, list[Question]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    def __repr__(self) -> str:
+        return repr(self._strategy)
+
+    @property
+    def strategy(self) -> Strategy:
+        """As what it stands for."""
+        return cast(Strategy, self)
+
+    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+        """`Strategy.references`, through a door."""
+        return self._strategy.references(Door(curator, asked=self.asked).curator, params, state)
+
+    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+        """`Strategy.after_experience`, through a door."""
+        return self._strategy.after_experience(Door(curator, asked=self.asked).curator, params, state)
+
+    def count_of(self, kind: Kind, experience: int) -> int:
+        """How often this was asked at an experience."""
+        return sum(q.times for q in self.asked if q.kind == kind and q.place[0] == experience)
+
+
+ONCE: tuple[Kind, ...] = ("releases", "recalls", "histograms", "selections")
+
+
+def declared(asks: Asks, kind: Kind) -> int:
+    """The number that `asks` gives for a kind."""
+    return int(getattr(asks, kind))

@@ -1,0 +1,1 @@
+"""Small helpers without knowledge of learning: files, seeds, hashing, the machine."""
