@@ -34,11 +34,13 @@ from rows import Row, options, show, spread, store
 from torch import Tensor, nn
 
 from perdure import Learner, Privacy, Strategy, Stream
-from perdure.data.datasets.base import Dataset, mnist
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.mnist import mnist
 from perdure.data.scenarios import split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.classifiers import frozen
-from perdure.models.scattering import RandomConvolutions, Scattering
+from perdure.models.frozen import frozen
+from perdure.models.random_convolutions import RandomConvolutions
+from perdure.models.scattering import Scattering
 from perdure.strategies.ncm import NCM
 from perdure.strategies.ranpac import RanPAC
 from perdure.strategies.slda import SLDA

@@ -29,8 +29,9 @@ from torch import Tensor
 from perdure.auditing.bounds import Method
 from perdure.auditing.canaries import audit
 from perdure.curator.local_curator import Curator
-from perdure.data.datasets.base import digits
-from perdure.data.scenarios import Stream, split
+from perdure.data.datasets.embedded import digits
+from perdure.data.experience import Stream
+from perdure.data.scenarios import split
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
 from perdure.privacy.noise.key import NoiseKey

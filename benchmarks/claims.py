@@ -26,12 +26,16 @@ from comparison import NOTHING, PAPER, RATE, Arm, Claim, main
 from torch import nn
 from torch.optim import SGD
 
-from perdure.contract.strategy import Plan, Scenario, State, Strategy
-from perdure.data.datasets.base import Dataset, mnist
-from perdure.data.records import Params, Records
-from perdure.data.scenarios import Experience, Stream, rotated, split
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.mnist import mnist
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Records
+from perdure.data.scenarios import rotated, split
 from perdure.models.classifiers import mlp
-from perdure.models.scattering import RandomConvolutions
+from perdure.models.random_convolutions import RandomConvolutions
 from perdure.strategies import Combine
 from perdure.strategies.bic import BiC
 from perdure.strategies.cwr_star import CWRStar
@@ -50,6 +54,7 @@ from perdure.strategies.packnet import PackNet
 from perdure.strategies.replay import Replay
 from perdure.strategies.rwalk import RWalk
 from perdure.strategies.si import SI
+from perdure.types import Params, Scenario
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator

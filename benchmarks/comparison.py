@@ -25,7 +25,7 @@ from rows import options as command_line
 from torch import Tensor, nn
 
 from perdure import Learner, Strategy
-from perdure.data.scenarios import Stream
+from perdure.data.experience import Stream
 from perdure.experiment.tuning import Space, Tuned, Values, tune
 from perdure.metrics import area_under_accuracy, average_accuracy, forgetting, learning_accuracy
 from perdure.models.classifiers import mlp

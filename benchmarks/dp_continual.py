@@ -24,7 +24,8 @@ from rows import Row, options, show, spread, store
 
 from perdure import Learner, Privacy, Records, Strategy, Stream
 from perdure import strategies as catalogue
-from perdure.data.datasets.base import Dataset, mnist
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.mnist import mnist
 from perdure.data.scenarios import split
 from perdure.experiment.results import spending
 from perdure.experiment.strategy_catalogue import simplest

@@ -51,10 +51,9 @@ from torch import Tensor
 from perdure.experiment.config import parse
 from perdure.experiment.run import run, untimed
 from perdure.learner.learner import Learner
-from perdure.planning.budget import noise_key
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.storage import head_path, load
-from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.noise.key import NoiseKey, noise_key
 from perdure.utils.environment import store_rows
 from perdure.utils.seeding import generator
 

@@ -30,8 +30,9 @@ from rich.progress import Progress
 from rows import options, origin, show, spread, store, stored
 
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.base import mnist
-from perdure.data.scenarios import Stream, permuted
+from perdure.data.datasets.mnist import mnist
+from perdure.data.experience import Stream
+from perdure.data.scenarios import permuted
 from perdure.experiment.tuning import Space, Tuned, Values, tune
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy, forgetting

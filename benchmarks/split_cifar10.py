@@ -26,7 +26,8 @@ from rows import Row, options, origin, show, spread, store, stored
 
 from perdure import Learner, Records, Strategy, Stream
 from perdure.data.augmentation import Views, shift_and_flip
-from perdure.data.datasets.base import Dataset, cifar10
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.cifar10 import cifar10
 from perdure.data.scenarios import split
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models.classifiers import resnet18

@@ -46,12 +46,15 @@ from rows import Row, options, origin, show, spread, store, stored
 from torch.optim import SGD, Adam
 
 from perdure import Learner, Records, Strategy
-from perdure.contract.strategy import Scenario
-from perdure.data.datasets.base import Dataset, mnist
-from perdure.data.scenarios import Experience, Stream, split
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.mnist import mnist
+from perdure.data.experience import Experience, Stream
+from perdure.data.scenarios import split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.classifiers import Classifier, frozen, mlp
-from perdure.models.scattering import RandomConvolutions
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import mlp
+from perdure.models.frozen import frozen
+from perdure.models.random_convolutions import RandomConvolutions
 from perdure.strategies.agem import AGEM
 from perdure.strategies.ewc import EWC
 from perdure.strategies.gem import GEM
@@ -63,6 +66,7 @@ from perdure.strategies.naive import Naive
 from perdure.strategies.ranpac import RanPAC
 from perdure.strategies.replay import Replay
 from perdure.strategies.si import SI
+from perdure.types import Scenario
 
 Name = Literal["vandeven", "hsu"]
 Key = tuple[str, str, str]

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from perdure.contract.strategy import Asks, Plan, State, Strategy
-from perdure.curator.memory import MemoryPlan, Selection, records_in, refuse_size
-from perdure.data.records import Params
+from perdure.contract.plan import Asks, MemoryPlan, Plan, Selection, records_in, refuse_size
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class AGEM(Strategy):
     """Project the gradient on the half-space in which the loss of stored records does not grow.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.curator.memory.MemoryPlan`.
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.contract.plan.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
         batch_size: stored records in the reference gradient of a step; None for as many as new ones.
     """

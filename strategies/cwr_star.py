@@ -32,13 +32,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.plan import Asks, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import StrategyError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, State, Strategy, cross_entropy_of
-from perdure.curator.memory import MemoryPlan, Update, records_in, refuse_size
+from perdure.contract.context import MASKED, Context
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.plan import Asks, MemoryPlan, Plan, Update, records_in, refuse_size
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 
 if TYPE_CHECKING:
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ experiences; under differential privacy a record is stored by its own coin, so q
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.strategy import Asks, Plan, Strategy
-from perdure.curator.memory import MemoryPlan, records_in, refuse_size
+from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.strategy import Strategy
 
 if TYPE_CHECKING:
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

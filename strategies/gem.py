@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Asks, Plan, State, Strategy
-from perdure.curator.memory import MemoryPlan, Selection, records_in, refuse_size
-from perdure.data.records import Params
+from perdure.contract.plan import Asks, MemoryPlan, Plan, Selection, records_in, refuse_size
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 RIDGE = 1e-3
 """Added to the diagonal of the quadratic program, so that it has one solution; the value of the authors' code."""
@@ -39,7 +40,7 @@ class GEM(Strategy):
     """Project the gradient on the cone in which no earlier experience's loss grows.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.curator.memory.MemoryPlan`.
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.contract.plan.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
         batch_size: stored records in each reference gradient of a step; None for as many as new ones.
         margin: lower bound of the dual variables; above 0 steps lean towards the earlier experiences (gamma).

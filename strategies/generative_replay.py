@@ -34,34 +34,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perdure.contract.strategy import (
-    MASKED,
-    Context,
-    Forward,
-    Plan,
-    Spec,
-    State,
-    Strategy,
-    cross_entropy,
-    cross_entropy_of,
-)
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward, cross_entropy, cross_entropy_of
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.models.classifiers import generative, mlp
+from perdure.models.classifiers import mlp
+from perdure.models.vae import generative
 from perdure.strategies.lwf import answered
+from perdure.types import Params
 from perdure.utils.hashing import normals
 from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeReplay(Strategy):
     """Rehearse samples of the previous generator, with the previous classifier's answers.
 
-    It needs a model with a generator, by `perdure.models.classifiers.generative` or `model.name = "generative"`: with `encode`,
+    It needs a model with a generator, by `perdure.models.vae.generative` or `model.name = "generative"`: with `encode`,
     `decode` and `latent`, and parameters under `encoder.` and `decoder.`. Inputs lie in [0, 1].
 
     Args:
@@ -90,7 +86,7 @@ class GenerativeReplay(Strategy):
         """
         if not all(any(part in name for name in spec.params) for part in ("encoder.", "decoder.")):
             raise StrategyError(
-                "GenerativeReplay needs a model with a generator; make it by perdure.models.classifiers.generative(classifier, "
+                "GenerativeReplay needs a model with a generator; make it by perdure.models.vae.generative(classifier, "
                 'input_shape=...), or set model.name = "generative"'
             )
         steps = torch.zeros((), dtype=torch.int64, device=next(iter(spec.params.values())).device)

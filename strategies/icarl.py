@@ -26,14 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
-from perdure.curator.memory import MemoryPlan, records_in, refuse_size
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

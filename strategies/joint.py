@@ -9,10 +9,11 @@ experiences, at the sampling rate of the growing pool.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.strategy import Asks, Plan, Strategy
+from perdure.contract.plan import Asks, Plan
+from perdure.contract.strategy import Strategy
 
 if TYPE_CHECKING:
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models.prompts import prompted

@@ -31,15 +31,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models.low_rank_adapters import adapted
 from perdure.models.vision_transformer import tiny
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,16 +34,20 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
-from perdure.curator.memory import MemoryPlan
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models.classifiers import mlp
 from perdure.models.cosine_head import cosines, directions
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 WEIGHT, SCALE = "head.weight", "head.scale"
 

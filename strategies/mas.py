@@ -24,14 +24,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Asks, Forward, Plan, Spec, State, Strategy
-from perdure.data.records import Batch, Params
+from perdure.contract.context import Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.queries.squared_gradients import AbsoluteGradient
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,18 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy, evaluating
-from perdure.curator.memory import MemoryPlan, records_in, refuse_size
-from perdure.data.records import Batch, Params
+from perdure.contract.context import Context
+from perdure.contract.forward import Forward, cross_entropy
+from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.types import Params
+from perdure.utils.modules import evaluating
 
 if TYPE_CHECKING:
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

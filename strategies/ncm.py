@@ -8,7 +8,7 @@ cost, TPAMI 2013, section 3.2:
 which differs from -|f(x) - mean_c|^2 / 2 by the same number for all classes. With `normalise`, features and then means
 are divided by their norm, as in Rebuffi et al., iCaRL, CVPR 2017, section 2.1: what counts is the angle.
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.classifiers.frozen`).
+Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen.frozen`).
 State: the classes' sums of features and counts, which add up over experiences and clients, and the means.
 Memory cost: two tables of classes x features, in float64.
 Privacy cost: one release an experience, of the joint vector (f y^T, v y); with |f| = 1 it is clipped to
@@ -19,9 +19,10 @@ for nothing else.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perdure.contract.strategy import Spec, State
-from perdure.queries.analytic import Analytic, ClassSums, absent, class_means, layout, unit
-from perdure.queries.evaluation import Gram
+from perdure.contract.context import Spec
+from perdure.contract.state import State
+from perdure.queries.gram import Gram
+from perdure.strategies._closed_form import Analytic, ClassSums, absent, class_means, layout, unit
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
@@ -34,7 +35,7 @@ COUNT_WEIGHT = 0.25
 class NCM(Analytic):
     """Predict the class with the nearest mean of features; nothing is trained.
 
-    Guarantee: see `perdure.queries.analytic.Analytic`.
+    Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
         normalise: divide every record's features, and the classes' means, by their L2 norm.

@@ -37,10 +37,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Asks, Context, Forward, Spec, State, Strategy
-from perdure.data.records import Batch, Params
+from perdure.contract.context import Context, Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.queries.grouped_gradients import GroupedGradient
+from perdure.types import Params
 from perdure.utils.hashing import uniforms
 from perdure.utils.seeding import derive
 

@@ -34,9 +34,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator

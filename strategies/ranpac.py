@@ -11,14 +11,14 @@ Woodbury identity; AFL (He et al., Analytic federated learning, CVPR 2025) merge
 the W of all records. Both are `RanPAC` as it is: the sums add up over experiences (ACIL) and clients (AFL). ACIL's
 expansion of the features is `projection`.
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.classifiers.frozen`).
+Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen.frozen`).
 State: Gram matrix and class sums, which add up over experiences and clients, the projection, drawn from `seed` by every
 party alike, and the solved head.
 Memory cost: a matrix of features x features and two tables of classes x features, in float64; the projection.
-Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of `perdure.queries.evaluation.Gram`; with
+Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of `perdure.queries.gram.Gram`; with
 |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 + w^2 (1 + b^2)), so leave the bias feature out. Negative
 eigenvalues of the noisy matrix are cut, and half of the noise that they show is added to the ridge: free (see
-`perdure.queries.analytic.denoised`). Noise grows with the number of features: some hundreds do best, thousands without privacy.
+`perdure.strategies._closed_form.denoised`). Noise grows with the number of features: some hundreds do best, thousands without privacy.
 """
 
 import math
@@ -28,10 +28,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Forward, Spec, State
+from perdure.contract.context import Spec
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
 from perdure.errors import ConfigError
-from perdure.queries.analytic import Analytic, WideGram, denoised, layout, ridge_head, unit
-from perdure.queries.evaluation import Gram
+from perdure.queries.gram import Gram
+from perdure.strategies._closed_form import Analytic, WideGram, denoised, layout, ridge_head, unit
 from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ WEIGHT = 0.7
 class RanPAC(Analytic):
     """Ridge regression on features; nothing is trained.
 
-    Guarantee: see `perdure.queries.analytic.Analytic`.
+    Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
         ridge: added to the Gram matrix; choose it for the length of the features (1 where they are normalised).

@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Asks, Context, Forward, Plan, State, Strategy, cross_entropy
-from perdure.curator.memory import MemoryPlan, Selection, Update, records_in, refuse_size
+from perdure.contract.context import Context
+from perdure.contract.forward import Forward, cross_entropy
+from perdure.contract.plan import Asks, MemoryPlan, Plan, Selection, Update, records_in, refuse_size
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 
 if TYPE_CHECKING:
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Replay(Strategy):
     """Rehearse stored records.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.curator.memory.MemoryPlan`.
+        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.contract.plan.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
         batch_size: stored records a step; None for as many as new ones.
         weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row the same.

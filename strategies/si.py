@@ -29,13 +29,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Plan, Spec, State, Strategy
-from perdure.data.records import Params
+from perdure.contract.context import Spec
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,20 +10,22 @@ The paper updates S record by record, each around the mean that its class had at
 order; here it is the covariance around the final means, which does not. The shrinkage e is towards m I with m the mean
 variance, so that it means the same for features of any length; the paper has m = 1 (`scaled=False`).
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.classifiers.frozen`).
+Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen.frozen`).
 State: Gram matrix, class sums and counts, which add up over experiences and clients, and the solved head.
 Memory cost: a matrix of features x features and two tables of classes x features, in float64.
-Privacy cost: one release an experience, of the joint vector (svec(f f^T), w f y^T, v y) of `perdure.queries.evaluation.Gram`; with
+Privacy cost: one release an experience, of the joint vector (svec(f f^T), w f y^T, v y) of `perdure.queries.gram.Gram`; with
 |f| = 1 it is clipped to sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the
-noise that they show is added as a ridge (`perdure.queries.analytic.denoised`): free.
+noise that they show is added as a ridge (`perdure.strategies._closed_form.denoised`): free.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.strategy import Spec, State
+from perdure.contract.context import Spec
+from perdure.contract.state import State
 from perdure.errors import ConfigError
-from perdure.queries.analytic import (
+from perdure.queries.gram import Gram
+from perdure.strategies._closed_form import (
     Analytic,
     WideGram,
     absent,
@@ -34,7 +36,6 @@ from perdure.queries.analytic import (
     shrunk,
     within_covariance,
 )
-from perdure.queries.evaluation import Gram
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
@@ -47,7 +48,7 @@ WEIGHT, COUNT_WEIGHT = 0.7, 0.5
 class SLDA(Analytic):
     """Linear discriminant analysis with a shared covariance; nothing is trained.
 
-    Guarantee: see `perdure.queries.analytic.Analytic`.
+    Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
         shrinkage: e, above 0 and at most 1. scaled: shrink towards the mean variance, else towards the identity.

@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward, Plan
+from perdure.contract.context import contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
 from perdure.curator.local_curator import Curator
-from perdure.planning.exposure import contexts
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.private_sum import Mechanism, Schedule
 from perdure.privacy.settings import Privacy
-from perdure.queries.evaluation import Gram
+from perdure.queries.gram import Gram
 
 ROUNDING = 1 + 1e-5
 NOISY = {"noise_multiplier": 1.0, "release_noise": 3.0, "seed": 0}

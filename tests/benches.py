@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from perdure.contract.strategy import Forward, Plan, cross_entropy
+from perdure.contract.context import contexts
+from perdure.contract.forward import Forward, cross_entropy
+from perdure.contract.plan import MemoryPlan, Plan
 from perdure.curator.local_curator import Curator
-from perdure.curator.memory import MemoryPlan
-from perdure.planning.exposure import contexts
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.private_sum import Mechanism, Schedule

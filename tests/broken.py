@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from perdure.contract.strategy import Asks, Plan, State, Strategy, cross_entropy, cross_entropy_of
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.forward import cross_entropy, cross_entropy_of
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.strategies import Replay
 
 BROKEN = {}

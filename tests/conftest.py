@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.formats import CIFAR_CLASSES
+from perdure.data.datasets.cifar10 import CIFAR_CLASSES
 from perdure.data.records import Records
 from perdure.data.scenarios import split
 from perdure.models.classifiers import mlp

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from perdure.avalanche.benchmarks import from_avalanche
-from perdure.contract.strategy import Plan
+from perdure.contract.plan import Plan
 from perdure.curator.local_curator import Curator
 from perdure.learner.learner import Learner
 from perdure.strategies.naive import Naive

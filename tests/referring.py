@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract.strategy import cross_entropy
+from perdure.contract.forward import cross_entropy
 from perdure.data.scenarios import permuted, split
 from perdure.learner.learner import Learner
 from perdure.privacy.noise.key import NoiseKey

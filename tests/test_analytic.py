@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.errors import StrategyError
 from perdure.privacy.clipping.clip import Clip
-from perdure.queries.analytic import (
+from perdure.queries.evaluation import bounded_sum, exact_sum
+from perdure.queries.gram import Gram, unsvec
+from perdure.strategies._closed_form import (
     BLOCK,
     ClassSums,
     WideGram,
@@ -23,7 +25,6 @@ from perdure.queries.analytic import (
     unit,
     within_covariance,
 )
-from perdure.queries.evaluation import Gram, bounded_sum, exact_sum, unsvec
 
 
 def rows(n=60, d=5, classes=3, seed=0):

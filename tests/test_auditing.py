@@ -9,17 +9,18 @@ import torch
 
 from perdure import Combine, Context, Forward, Learner, Privacy, State, Strategy
 from perdure.auditing.bounds import lower_bound
-from perdure.auditing.canaries import Audited, AuditResult, Listener, Probed, audit, audit_run, joined, with_canaries
+from perdure.auditing.canaries import Audited, AuditResult, Listener, Probed, audit, joined, with_canaries
 from perdure.curator.local_curator import Curator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
+from perdure.experiment.audits import audit_run
 from perdure.experiment.config import parse
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.private_sum import Mechanism
-from perdure.queries.evaluation import gradient_rows
+from perdure.queries.per_record import gradient_rows
 from perdure.strategies.ewc import EWC
 from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive

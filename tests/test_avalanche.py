@@ -13,9 +13,10 @@ from plugging import SameBatches, accuracies, adam, assert_close, avalanche, ben
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from perdure.avalanche.benchmarks import as_plugin, from_avalanche
-from perdure.contract.strategy import Asks, Plan, Strategy
-from perdure.curator.memory import MemoryPlan
+from perdure.avalanche.benchmarks import from_avalanche
+from perdure.avalanche.plugin import as_plugin
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.strategies.ewc import EWC

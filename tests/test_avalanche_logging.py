@@ -6,7 +6,9 @@ import pytest
 import torch
 from plugging import BATCH, EPOCHS, SameBatches, accuracies, adam, avalanche, benchmark, quiet, template  # noqa: F401
 
-from perdure.avalanche.benchmarks import as_plugin, from_avalanche, log, log_to
+from perdure.avalanche.benchmarks import from_avalanche
+from perdure.avalanche.loggers import log, log_to
+from perdure.avalanche.plugin import as_plugin
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.strategies.replay import Replay

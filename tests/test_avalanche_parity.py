@@ -22,7 +22,9 @@ from plugging import (  # noqa: F401
 from torch import nn
 
 from perdure.avalanche.benchmarks import from_avalanche
-from perdure.contract.strategy import Context, Forward, State
+from perdure.contract.context import Context
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.learner.learner import Learner
 from perdure.strategies.agem import AGEM

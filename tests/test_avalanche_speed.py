@@ -22,7 +22,7 @@ def script():
 
 @pytest.fixture
 def stream(script, data_root):
-    from perdure.data.datasets.base import mnist
+    from perdure.data.datasets.mnist import mnist
     from perdure.data.scenarios import split
 
     return script.first_records(split(mnist(data_root), scenario="class", experiences=5), 70)

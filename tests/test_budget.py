@@ -11,7 +11,8 @@ from perdure.data.scenarios import permuted, split
 from perdure.errors import BudgetError, ConfigError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.planning.budget import horizon, planned
-from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.private_sum import Schedule
 from perdure.privacy.settings import Privacy
 from perdure.strategies.ewc import EWC

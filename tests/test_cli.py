@@ -345,7 +345,7 @@ def test_bench_lists_as_a_table_too(perdure):
 
 
 def test_a_cost_says_all_that_is_asked():
-    from perdure.contract.strategy import Asks, Plan
+    from perdure.contract.plan import Asks, Plan
     from perdure.experiment.strategy_catalogue import privacy_cost
 
     everything = Asks(releases=2, histograms=1, selections=3, recalls=2, references=1, reuses=True)

@@ -9,7 +9,7 @@ from refusals import ARM, HEAD, refusal
 
 from perdure.errors import ConfigError
 from perdure.experiment.config import AttackConfig, Config, DataConfig, FederationConfig, TrainingConfig, build, parse
-from perdure.models.classifiers import ModelConfig
+from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
 
 TABLES = {

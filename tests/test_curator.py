@@ -8,8 +8,7 @@ from benches import REPLAY, bench, declared, simulated  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.contract.strategy import Plan
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan, Plan
 from perdure.curator.record_groups import copies
 from perdure.data.records import Records
 from perdure.data.scenarios import permuted, split

@@ -6,7 +6,7 @@ import pytest
 import torch
 from benches import REPLAY, bench, declared, simulated  # noqa: F401
 
-from perdure.contract.strategy import Forward, cross_entropy
+from perdure.contract.forward import Forward, cross_entropy
 from perdure.errors import PrivacyError
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from perdure.data.datasets import base as datasets
-from perdure.data.datasets import formats
-from perdure.data.datasets.base import Dataset, load
+from perdure.data.datasets import cifar10, embedded
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.registry import load
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
 
@@ -92,7 +93,7 @@ def test_embedded_sets(name, total, shape, classes):
 def test_digits_are_the_published_pixels_over_16():
     from sklearn.datasets import load_digits
 
-    data, source = datasets.digits(seed=4), load_digits()
+    data, source = embedded.digits(seed=4), load_digits()
     expected = torch.from_numpy(source.images).float()[data.train.ids]
     assert torch.equal(data.train.inputs[:, 0] * 16, expected)
     assert data.train.labels.tolist() == source.target[data.train.ids].tolist()
@@ -100,13 +101,13 @@ def test_digits_are_the_published_pixels_over_16():
 
 
 def test_the_split_is_a_function_of_the_seed():
-    first, again, other = (datasets.digits(seed=seed).test.ids for seed in (0, 0, 1))
+    first, again, other = (embedded.digits(seed=seed).test.ids for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_breast_cancer_is_standardised_over_the_published_table():
-    data = datasets.breast_cancer()
+    data = embedded.breast_cancer()
     whole = torch.cat([data.train.inputs, data.test.inputs])
     torch.testing.assert_close(whole.mean(0), torch.zeros(30), atol=1e-5, rtol=0)
     torch.testing.assert_close(whole.std(0, correction=0), torch.ones(30), atol=1e-5, rtol=0)
@@ -202,7 +203,7 @@ def test_cifar10_reads_zipped_jpeg_and_caches_it(small_zip, monkeypatch):
     torch.testing.assert_close(colours, torch.tensor([[0.0, 0, 1], [1, 0, 0]]), atol=0.02, rtol=0)
     (cached,) = (small_zip / "cache" / "perdure").iterdir()
     assert cached.suffix == ".safetensors"
-    monkeypatch.setattr(formats, "read_image_zip", None)
+    monkeypatch.setattr(cifar10, "read_image_zip", None)
     again = load("cifar10", root=small_zip)
     assert torch.equal(again.train.inputs, data.train.inputs)
 
@@ -251,7 +252,7 @@ def test_a_damaged_or_empty_archive_is_refused(tmp_path):
         load("cifar10", root=tmp_path)
     zipfile.ZipFile(archive, "w").close()
     with pytest.raises(DataError, match="holds no train"):
-        formats.read_image_zip(archive, "train")
+        cifar10.read_image_zip(archive, "train")
 
 
 # ---------------------------------------------------------------- Adult
@@ -327,7 +328,7 @@ def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ConfigError, match="digits, breast-cancer, mnist, cifar10, adult"):
         load("imagenet")
     with pytest.raises(ConfigError, match="test_share"):
-        datasets.digits(test_share=1.0)
+        embedded.digits(test_share=1.0)
 
 
 def test_a_data_set_checks_shape_and_labels():

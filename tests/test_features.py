@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from perdure.errors import ConfigError, DataError
-from perdure.models.scattering import RandomConvolutions, Scattering, low_pass, modulus, morlet, random_filters
+from perdure.models.random_convolutions import RandomConvolutions, random_filters
+from perdure.models.scattering import Scattering, low_pass, modulus, morlet
 
 
 def images(n=3, channels=1, side=28, seed=0):

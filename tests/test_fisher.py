@@ -3,11 +3,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.contract.strategy import Forward, Spec
+from perdure.contract.context import Spec
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
-from perdure.models.classifiers import cnn, frozen, mlp
+from perdure.models.classifiers import cnn, mlp
+from perdure.models.frozen import frozen
 from perdure.privacy.clipping.clip import Clip, clipped_sum
-from perdure.queries.evaluation import bounded_sum, exact_sum, rows_of
+from perdure.queries.evaluation import bounded_sum, exact_sum
+from perdure.queries.per_record import rows_of
 from perdure.queries.squared_gradients import AbsoluteGradient, SquaredGradient, linear_layers
 from perdure.strategies import EWC
 
@@ -86,8 +89,8 @@ def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind)
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_stream, toy_model):
     """Over the classes that may be predicted; not the square of the batch's mean gradient."""
+    from perdure.contract.context import contexts
     from perdure.curator.local_curator import Curator
-    from perdure.planning.exposure import contexts
 
     stream = toy_stream()
     module = toy_model(stream).eval()

@@ -7,9 +7,10 @@ from torch import nn
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, GuardError
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import frozen, resnet18
-from perdure.models.frozen import Fixed, FixedNorm, Frozen
-from perdure.models.scattering import RandomConvolutions, Scattering
+from perdure.models.classifiers import resnet18
+from perdure.models.frozen import Fixed, FixedNorm, Frozen, frozen
+from perdure.models.random_convolutions import RandomConvolutions
+from perdure.models.scattering import Scattering
 from perdure.privacy.guard.model_checks import check_buffers, check_model
 from perdure.privacy.settings import Privacy
 from perdure.strategies import NCM, Naive
@@ -94,7 +95,7 @@ def test_a_norm_that_mixes_records_even_in_evaluation_mode_is_refused():
 
 
 def test_in_private_training_the_backbone_is_accepted_where_the_open_one_is_not():
-    from perdure.data.datasets.base import digits
+    from perdure.data.datasets.embedded import digits
 
     stream = split(digits(), scenario="class", experiences=5)
     options = {

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract.strategy import Forward, cross_entropy_of
+from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.data.records import Batch
 from perdure.learner.learner import Learner
 from perdure.privacy.clipping.clip import Clip

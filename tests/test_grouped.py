@@ -2,10 +2,11 @@ import pytest
 import torch
 from test_fisher import Sequence, Twice, assert_same, batch, fisher_terms, small, summed, tied
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.privacy.clipping.clip import Clip, clipped_sum
-from perdure.queries.evaluation import bounded_sum, exact_sum, rows_of, shapes_of
+from perdure.queries.evaluation import bounded_sum, exact_sum, shapes_of
 from perdure.queries.grouped_gradients import GroupedGradient
+from perdure.queries.per_record import rows_of
 
 
 def logit(forward, rows):

@@ -6,18 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward, cross_entropy_of
+from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import Classifier, cnn, frozen, mlp, resnet18
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import cnn, mlp, resnet18
 from perdure.models.cosine_head import SCALE, SHORTEST, CosineHead, cosines, directions
+from perdure.models.frozen import frozen
 from perdure.privacy.clipping import bookkeeping
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.guard.model_checks import check_buffers, check_model
 from perdure.privacy.settings import Privacy
-from perdure.queries.evaluation import gradient_rows
+from perdure.queries.per_record import gradient_rows
 from perdure.strategies import Replay
 
 DIGITS = (1, 8, 8)

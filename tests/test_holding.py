@@ -8,16 +8,17 @@ import torch
 from referring import opened
 from torch import nn
 
-from perdure.contract.strategy import Plan, Strategy
-from perdure.curator.held_records import WHEN, untouched
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan, Plan
+from perdure.contract.strategy import Strategy
+from perdure.curator.held_records import WHEN
 from perdure.data.scenarios import permuted, split
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import Classifier
+from perdure.models.classifier import Classifier
 from perdure.planning.exposure import exposure
 from perdure.privacy.settings import Privacy
 from perdure.strategies import DER, ERACE, GDumb, Naive, Replay
+from perdure.utils.modules import untouched
 
 PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
 EITHER = pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])

@@ -10,9 +10,12 @@ from learning import SIMULATED, adam, bits, learner_of, same_bits  # noqa: F401
 from torch.optim.lr_scheduler import StepLR
 
 from perdure.contract.combine import Combine
-from perdure.contract.strategy import Plan, State, Strategy
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, StrategyError
-from perdure.learner.learner import POINTS, accuracy
+from perdure.learner.learner import POINTS
+from perdure.metrics import accuracy
 from perdure.strategies import EWC, LwF, Naive, Replay
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
 
 from perdure.contract.combine import Combine
 from perdure.errors import LedgerError
-from perdure.learner.checkpoint import Store
-from perdure.learner.learner import POINTS, numbered
+from perdure.learner.checkpoint import Store, numbered
+from perdure.learner.learner import POINTS
 from perdure.models.classifiers import mlp
-from perdure.privacy.ledger.ledger import read
+from perdure.privacy.ledger.merged import read
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, Joint, LwF, Replay

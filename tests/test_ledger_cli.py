@@ -10,9 +10,11 @@ from ledger_command import ARMS, CONFIG, KEY, alone, assert_refused, either, fed
 from perdure.experiment.config import parse
 from perdure.experiment.run import run
 from perdure.privacy.accounting import calibration as accounting
-from perdure.privacy.accounting.calibration import Charge
-from perdure.privacy.ledger.ledger import Entry, Ledger
-from perdure.privacy.ledger.ledger import read as read_ledger
+from perdure.privacy.accounting import charges as charges_module
+from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.report.ledger_tables import exposures
 from perdure.report.wording import epsilon_number
 
@@ -101,7 +103,7 @@ def test_json_holds_every_charge_of_every_partition(perdure, either):
     spent = {}
     for name, row in zip(account.partitions, facts["partitions"], strict=True):
         charges = [Charge(u["sampling_rate"], u["noise_multiplier"], u["participations"]) for u in row["uses"]]
-        assert accounting.merged(charges) == accounting.merged(account.charges(name))
+        assert charges_module.merged(charges) == charges_module.merged(account.charges(name))
         assert row["declared_size"] == account.sizes[name]
         assert row["epsilon_pld"] == accounting.epsilon(charges, delta=0.001)
         assert row["epsilon_rdp"] == accounting.epsilon(charges, delta=0.001, accountant="rdp") > row["epsilon_pld"]

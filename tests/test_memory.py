@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.curator.memory import Memory, MemoryPlan, balanced, concatenate, herded, records_in, reservoir
+from perdure.contract.plan import MemoryPlan, records_in
+from perdure.curator.memory import Memory, balanced, concatenate, herded, reservoir
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 

@@ -8,7 +8,7 @@ from referring import PRIVATE, copies, four, learner_of, meetings, opened  # noq
 
 from perdure.errors import PrivacyError
 from perdure.planning.budget import charges, planned
-from perdure.privacy.accounting.calibration import Charge, merged
+from perdure.privacy.accounting.charges import Charge, merged
 from perdure.strategies import ICaRL, Replay
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

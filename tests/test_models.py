@@ -7,7 +7,10 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from perdure.errors import ConfigError
-from perdure.models.classifiers import Classifier, Generative, ModelConfig, build, cnn, generative, mlp, resnet18
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import build, cnn, mlp, resnet18
+from perdure.models.config import ModelConfig
+from perdure.models.vae import Generative, generative
 
 DIGITS = (1, 8, 8)
 CONFIGS = {

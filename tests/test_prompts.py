@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.errors import ConfigError
 from perdure.models.prompts import composed, prompted
 from perdure.models.vision_transformer import Addition, transformer

@@ -1,10 +1,11 @@
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.models.classifiers import mlp
-from perdure.queries.evaluation import as_params, exact_sum, gradient_rows, rows_of
+from perdure.queries.evaluation import exact_sum
+from perdure.queries.per_record import as_params, gradient_rows, rows_of
 
 
 def batch(n=7, shape=(5,), classes=3):

@@ -8,12 +8,11 @@ import pytest
 import torch
 from referring import BOTH, PRIVATE, copies, flat, four, learner_of, loss_of, meetings, opened, reserved  # noqa: F401
 
-from perdure.contract.strategy import Plan
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan, Plan
 from perdure.errors import BudgetError, PrivacyError, StrategyError
 from perdure.planning.budget import charges, planned
 from perdure.planning.exposure import references
-from perdure.privacy.accounting.calibration import Charge, merged
+from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, GEM, Replay
 

@@ -27,17 +27,19 @@ from asking import (  # noqa: F401
 from torch import nn
 
 from perdure.contract.combine import Combine
-from perdure.contract.strategy import Asks, Forward, Strategy
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks
+from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import BudgetError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.planning.budget import planned
-from perdure.privacy.accounting.calibration import Charge, merged
+from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.clipping.clip import Clip, clip_rows
 from perdure.privacy.private_sum import Schedule
 from perdure.privacy.settings import Privacy
 from perdure.queries import releases
-from perdure.queries.evaluation import Gram
+from perdure.queries.gram import Gram
 from perdure.strategies import EWC
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

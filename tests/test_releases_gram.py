@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError, DataError
 from perdure.models.classifiers import mlp
 from perdure.privacy.clipping.clip import Clip, clip_rows
-from perdure.queries.evaluation import Gram, bounded_sum, svec, unsvec
+from perdure.queries.evaluation import bounded_sum
+from perdure.queries.gram import Gram, svec, unsvec
 
 # ruff: noqa: F811 - fixtures of another file are parameters here
 

@@ -18,7 +18,7 @@ from referring import (  # noqa: F401
     stopping,
 )
 
-from perdure.contract.strategy import cross_entropy
+from perdure.contract.forward import cross_entropy
 from perdure.strategies import AGEM, DER, GEM, GDumb, Naive
 from perdure.strategies.agem import against
 
@@ -159,7 +159,7 @@ def test_a_schedule_that_changes_late(twice, meetings):
 
 
 def test_other_parameters_to_train(twice, meetings):
-    from perdure.contract.strategy import Plan
+    from perdure.contract.plan import Plan
 
     twice(Naive(), other(Naive, plan=lambda self, experience: Plan(trainable=("head",)))())
     assert meetings.reused == 0

@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from perdure.data.datasets.base import load
+from perdure.data.datasets.registry import load
 from perdure.errors import ConfigError, RunError
+from perdure.experiment.arm import MetricsLog, open_stream
 from perdure.experiment.config import parse
+from perdure.experiment.result_schema import checked
 from perdure.experiment.results import attack_of
-from perdure.experiment.run import TIMINGS, MetricsLog, occupied, open_stream, run, trained, untimed
+from perdure.experiment.run import TIMINGS, occupied, run, trained, untimed
 from perdure.learner.learner import POINTS
-from perdure.privacy.ledger.ledger import read as read_ledger
+from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.privacy.noise.key import NoiseKey
 from perdure.report import write_figures, write_report
-from perdure.report.wording import checked, epsilon_number
+from perdure.report.wording import epsilon_number
 
 SMALL = """
 name = "small"

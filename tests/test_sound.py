@@ -9,8 +9,8 @@ import torch
 from learning import SIMULATED, learner_of  # noqa: F401
 from torch import nn
 
-from perdure.contract.strategy import Plan, Strategy
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan, Plan
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
 from perdure.strategies import (
     AGEM,

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from perdure.contract.combine import Combine
-from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import MASKED, Context, Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
-from perdure.planning.exposure import contexts
 from perdure.strategies import EWC, GEM, NCM, LwF, Naive, Replay
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from toys import places, toy  # noqa: F401
 
-from perdure.data.datasets.base import Dataset, breast_cancer, digits
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.embedded import breast_cancer, digits
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
-from perdure.data.scenarios import Experience, Stream, online, permute, permuted, rotate, rotated, split
+from perdure.data.scenarios import online, permute, permuted, rotate, rotated, split
 from perdure.errors import ConfigError, DataError
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

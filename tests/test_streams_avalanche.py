@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import ConcatDataset, TensorDataset
 from toys import places, toy  # noqa: F401
 
+from perdure.avalanche.benchmarks import from_avalanche
 from perdure.data.records import Records
-from perdure.data.scenarios import from_avalanche, split
+from perdure.data.scenarios import split
 from perdure.errors import ConfigError, DataError
 
 # ruff: noqa: F811 - fixtures of another file are parameters here

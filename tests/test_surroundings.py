@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from perdure.data.datasets.base import cache_folder, load
+from perdure.data.datasets.base import cache_folder
+from perdure.data.datasets.registry import load
 
 
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("adult", (105,))])

@@ -8,10 +8,13 @@ import torch
 from broken import BROKEN, Centred, Remembering, broken
 from torch import nn
 
-from perdure.contract.strategy import Asks, Plan, State, Strategy, cross_entropy
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.forward import cross_entropy
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConformanceError, StrategyError
-from perdure.models.classifiers import Classifier, mlp
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import mlp
 from perdure.queries.releases import histogram, top_k
 from perdure.strategies import EWC, Combine, ICaRL, Naive, Replay
 from perdure.testing import CHECKS, check_strategy

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
@@ -26,7 +26,7 @@ from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.guard.model_checks import check_buffers, check_model
 from perdure.privacy.settings import Privacy
-from perdure.queries.evaluation import gradient_rows
+from perdure.queries.per_record import gradient_rows
 from perdure.strategies import Naive
 
 SHAPE, N = (2, 8, 12), 5

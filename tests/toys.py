@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from perdure.data.datasets.base import Dataset
+from perdure.data.experience import Stream
 from perdure.data.records import Records
-from perdure.data.scenarios import Stream
 
 
 def records(n: int, *, classes: int = 4, first_id: int = 0, partition: str = "toy") -> Records:

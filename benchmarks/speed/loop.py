@@ -20,8 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.base import mnist
-from perdure.data.scenarios import Stream, split
+from perdure.data.datasets.mnist import mnist
+from perdure.data.experience import Stream
+from perdure.data.scenarios import split
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
 from perdure.strategies.ewc import EWC

@@ -33,11 +33,13 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.base import mnist
+from perdure.data.datasets.mnist import mnist
+from perdure.data.experience import Stream
 from perdure.data.records import Records
-from perdure.data.scenarios import Stream, split
+from perdure.data.scenarios import split
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import Classifier, mlp
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import mlp
 from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay

@@ -5,10 +5,13 @@ Start with `Learner` (one model on a stream), a strategy from `perdure.strategie
 """
 
 from perdure.contract.combine import Combine
-from perdure.contract.strategy import Asks, Context, Forward, Plan, Spec, State, Strategy
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import Context, Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
-from perdure.data.scenarios import Experience, Stream
 from perdure.errors import PerdureError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy

@@ -22,7 +22,8 @@ from torch import nn
 
 from perdure.errors import ConfigError, FederationError, PrivacyError
 from perdure.federated import Federation, Server, dirichlet, fit_federated, run_federation
-from perdure.federated.messages import FRESH, load_shared, shared
+from perdure.federated.client_store import FRESH
+from perdure.federated.messages import load_shared, shared
 from perdure.learner.learner import Learner
 from perdure.strategies import EWC, Combine, Joint, LwF, Naive, Replay
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from perdure.contract.strategy import State
+from perdure.contract.state import State
 from perdure.errors import FederationError, PrivacyError, StrategyError
 from perdure.federated import Server, client_app, combine, run_federation
-from perdure.federated.flower_adapter import InProcessGrid
-from perdure.federated.messages import FRESH, from_record, load_shared, recall, remind, shared, to_record
+from perdure.federated.client_store import FRESH
+from perdure.federated.flower_adapter import InProcessGrid, recall, remind
+from perdure.federated.messages import from_record, load_shared, shared, to_record
 from perdure.strategies import EWC, Combine, LwF, Naive
 
 # --------------------------------------------------------------------------- what a client says

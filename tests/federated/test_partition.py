@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perdure.data.datasets.base import digits
+from perdure.data.datasets.embedded import digits
 from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError
 from perdure.federated import dirichlet, iid

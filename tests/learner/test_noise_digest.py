@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.contract.strategy import Plan
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan, Plan
 from perdure.data.augmentation import shift_and_flip
 from perdure.errors import ConfigError
 from perdure.learner.noise_digest import exposure_settings, memory_settings, module_settings, plan_settings

@@ -1,6 +1,7 @@
 """Ledgers of up to five partitions of 12,000 records, and entries to charge them with."""
 
-from perdure.privacy.ledger.ledger import Entry, Ledger
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
 
 DELTA = 1e-5

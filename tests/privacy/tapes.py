@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.models.cosine_head import CosineHead
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.clipping.convolution_rules import ConvGhost, ConvRows
 from perdure.privacy.clipping.layer_rules import LinearGhost, LinearOuter, LinearRows
-from perdure.queries.evaluation import gradient_rows
+from perdure.queries.per_record import gradient_rows
 
 N, WORDS = 9, 5
 SHARES = torch.logspace(-1.5, 1.5, N)

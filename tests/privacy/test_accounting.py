@@ -9,7 +9,8 @@ from dp_accounting.rdp import RdpAccountant
 from scipy import stats
 
 from perdure.errors import BudgetError, ConfigError, PrivacyError
-from perdure.privacy.accounting.calibration import Charge, calibrate, epsilon, merged, within, worst
+from perdure.privacy.accounting.calibration import calibrate, epsilon, within, worst
+from perdure.privacy.accounting.charges import Charge, merged
 
 DELTA = 1e-5
 Q = 256 / 12_000

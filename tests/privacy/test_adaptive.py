@@ -6,7 +6,8 @@ import torch
 
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
-from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip, sum_of_clipped
 from perdure.privacy.ledger.ledger import Ledger

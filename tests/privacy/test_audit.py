@@ -18,7 +18,8 @@ from perdure.auditing.bounds import (
     separation,
 )
 from perdure.errors import ConfigError
-from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 
 DELTA = 1e-5
 MU_AT_4 = 0.92493

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tapes import WORDS, N, assert_equal, batch_of, by_tape, distance, floats, losses, made, words
 from torch import nn
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.privacy.clipping import convolution_rules
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip

@@ -6,22 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.contract.strategy import Forward
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.models.classifiers import cnn, mlp, resnet18
 from perdure.privacy.clipping import clip as clipping
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping.clip import (
-    WITHIN,
-    Clip,
-    chunks,
-    clip_factors,
-    clip_rows,
-    clipped_sum,
-    per_pass,
-    squared_norms,
-)
-from perdure.queries.evaluation import gradient_rows
+from perdure.privacy.clipping.clip import WITHIN, Clip, clip_factors, clip_rows, clipped_sum, per_pass, squared_norms
+from perdure.queries.per_record import gradient_rows
+from perdure.utils.chunking import chunks
 
 ROUNDING = 1 + 1e-5
 entries = st.floats(width=32, allow_nan=True, allow_infinity=True)

@@ -8,7 +8,8 @@ import torch
 
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
-from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.noise.banded import Chain, coefficients
 from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from perdure.errors import ConfigError, DataError
-from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.noise.discrete import (
     Frequency,
     Integers,

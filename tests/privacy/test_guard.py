@@ -15,7 +15,8 @@ from perdure.data.scenarios import online
 from perdure.errors import GuardError
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import cnn, mlp, resnet18
-from perdure.privacy.guard.model_checks import check_buffers, check_losses, check_model, quiet_training
+from perdure.privacy.guard.loss_checks import check_losses, quiet_training
+from perdure.privacy.guard.model_checks import check_buffers, check_model
 from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, LwF, Naive, Replay
 

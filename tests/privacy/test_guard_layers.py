@@ -11,7 +11,8 @@ from perdure.errors import GuardError
 from perdure.models.classifiers import cnn, resnet18
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, sum_of_clipped
-from perdure.privacy.guard.model_checks import check_losses, check_optimizer, check_rows, quiet_training
+from perdure.privacy.guard.loss_checks import check_losses, check_rows, quiet_training
+from perdure.privacy.guard.model_checks import check_optimizer
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from perdure.errors import GuardError
-from perdure.privacy.guard.model_checks import check_buffers, check_losses, check_model, check_rows
+from perdure.privacy.guard.loss_checks import check_losses, check_rows
+from perdure.privacy.guard.model_checks import check_buffers, check_model
 
 INPUTS, LABELS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -7,7 +7,8 @@ import pytest
 from ledgers import DELTA, KEY, NOISE, STEPS, N, Q, entry, filled, opened
 
 from perdure.errors import BudgetError, ConfigError, LedgerError
-from perdure.privacy.accounting.calibration import Charge, epsilon
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from ledgers import DELTA, KEY, NOISE, Q, entry, filled, opened
 
 from perdure.errors import LedgerError, PerdureError
-from perdure.privacy.accounting.calibration import Charge, epsilon
-from perdure.privacy.ledger.ledger import Ledger, merge, read
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.merged import merge, read
 from perdure.privacy.ledger.storage import link
 from perdure.privacy.noise.key import NoiseKey
 

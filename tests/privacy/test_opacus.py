@@ -10,7 +10,8 @@ from torch import nn
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import WITHIN, Clip, clipped_sum, sum_of_clipped
-from perdure.privacy.guard.model_checks import check_rows, fix
+from perdure.privacy.guard.loss_checks import check_rows
+from perdure.privacy.guard.model_checks import fix
 from perdure.privacy.opacus import samplers as bridge
 from perdure.privacy.opacus.samplers import grad_sample_sum
 

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from perdure.errors import ConfigError, GuardError, PrivacyError
 from perdure.learner.learner import Learner
-from perdure.privacy.accounting.calibration import Charge, epsilon, merged
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
-from perdure.privacy.ledger.entries import Account, Entry
-from perdure.privacy.opacus.samplers import STATEMENT, accountant, sampling_rate, settings, spent, unwrapped
+from perdure.privacy.ledger.account import Account
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.opacus.migration import STATEMENT, accountant, sampling_rate, settings, spent, unwrapped
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perdure.errors import RunError
+from perdure.experiment.result_schema import checked
 from perdure.report import write_figures, write_report
 from perdure.report.figures import pictures
 from perdure.report.page import html
 from perdure.report.statement import guess_limit
-from perdure.report.wording import SIMULATION, checked
+from perdure.report.wording import SIMULATION
 
 VOID = {"meta", "link", "br"}
 

@@ -5,12 +5,12 @@ from functools import cache
 import torch
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.data.datasets.base import digits
+from perdure.data.datasets.embedded import digits
 from perdure.data.scenarios import split
 from perdure.federated import Federation, dirichlet, iid, run_federation
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import frozen
-from perdure.models.scattering import RandomConvolutions
+from perdure.models.frozen import frozen
+from perdure.models.random_convolutions import RandomConvolutions
 from perdure.privacy.settings import Privacy
 
 FIRST, SECOND = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), (7, 3, 9, 0, 5, 2, 8, 6, 1, 4)

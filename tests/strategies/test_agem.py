@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.contract.strategy import State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan
+from perdure.contract.state import State
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.contract.strategy import Forward, Spec
-from perdure.data.datasets.base import digits
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.data.datasets.embedded import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError
@@ -15,7 +16,6 @@ from perdure.federated import Federation, iid, run_federation
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
 from perdure.models.classifiers import mlp
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import BiC
 from perdure.strategies.bic import ONE_IN, PRIOR, ROUNDS, Curvature, corrected, held_out, newton

@@ -12,7 +12,7 @@ from perdure import strategies
 from perdure.contract.combine import Combine
 from perdure.errors import PrivacyError
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import Classifier
+from perdure.models.classifier import Classifier
 from perdure.privacy.settings import Privacy
 from perdure.testing import CHECKS, check_strategy
 

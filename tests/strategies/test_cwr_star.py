@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.contract.strategy import Spec
-from perdure.data.datasets.base import digits
+from perdure.contract.context import Spec
+from perdure.data.datasets.embedded import digits
 from perdure.data.scenarios import split
 from perdure.errors import StrategyError
 from perdure.federated import Federation, dirichlet, run_federation
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.models.classifiers import frozen, mlp
-from perdure.models.scattering import RandomConvolutions
+from perdure.models.classifiers import mlp
+from perdure.models.frozen import frozen
+from perdure.models.random_convolutions import RandomConvolutions
 from perdure.privacy.settings import Privacy
 from perdure.strategies import CWRStar, Naive
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward, State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import MemoryPlan
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import DER
 

@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
-from perdure.contract.strategy import Context, Forward, State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import Context, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import MemoryPlan
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import ERACE
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 from learning import distinct_rows
 
-from perdure.contract.strategy import Forward, Plan, Spec, State
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
 from perdure.curator.local_curator import Curator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp
-from perdure.planning.exposure import contexts
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.private_sum import Mechanism, Schedule

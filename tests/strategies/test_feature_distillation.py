@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward, Spec
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.strategies import FeatureDistillation, Naive
 
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward, Plan, State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import MemoryPlan, Plan
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import GDumb
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import lsq_linear, minimize
 
-from perdure.contract.strategy import State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.plan import MemoryPlan
+from perdure.contract.state import State
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.strategies import GEM

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from perdure.auditing.canaries import audit
-from perdure.contract.strategy import Forward, Spec, State
-from perdure.data.datasets.base import digits
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
+from perdure.data.datasets.embedded import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError
@@ -16,12 +18,13 @@ from perdure.experiment.config import parse
 from perdure.experiment.run import run
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.models.classifiers import Classifier, Generative, cnn, generative, mlp
-from perdure.planning.exposure import contexts
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import cnn, mlp
+from perdure.models.vae import Generative, generative
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.settings import Privacy
-from perdure.queries.evaluation import gradient_rows
+from perdure.queries.per_record import gradient_rows
 from perdure.strategies import GenerativeReplay, Naive
 from perdure.strategies.generative_replay import drawn, vae_loss
 
@@ -336,7 +339,7 @@ def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
     learner = Learner(
         model=toy_model(stream), strategy=GenerativeReplay(), optimizer=torch.optim.SGD, iterations=1, batch_size=8
     )
-    with pytest.raises(StrategyError, match=r"needs a model with a generator.*perdure.models.classifiers.generative"):
+    with pytest.raises(StrategyError, match=r"needs a model with a generator.*perdure.models.vae.generative"):
         learner.fit(stream)
     small = GenerativeReplay().small_model(input_shape=(5,), num_classes=4)
     assert isinstance(small, Generative) and isinstance(GenerativeReplay().init(

@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract.strategy import MASKED, Forward, Spec
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import MASKED, Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import MemoryPlan
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import ICaRL
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from perdure.contract.strategy import Spec
+from perdure.contract.context import Spec
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.strategies import L2, Naive

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import Forward, State
+from perdure.contract.context import contexts
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
 from perdure.models.prompts import prompted
 from perdure.models.vision_transformer import tiny
-from perdure.planning.exposure import contexts
 from perdure.strategies import L2P
 from perdure.testing import check_strategy
 

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from examples import moved
 
-from perdure.contract.strategy import Forward, Spec, State
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
 from perdure.models.low_rank_adapters import adapted
 from perdure.models.vision_transformer import transformer
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import LoRA
 

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.contract.strategy import MASKED, Asks, Forward, Plan, Spec, Strategy
-from perdure.curator.memory import MemoryPlan
-from perdure.data.datasets.base import digits
+from perdure.contract.context import MASKED, Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.strategy import Strategy
+from perdure.data.datasets.embedded import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.models.classifiers import Classifier, mlp
-from perdure.planning.exposure import contexts
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
 from perdure.strategies import LUCIR
 from perdure.testing.fixtures import small_stream

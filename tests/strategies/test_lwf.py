@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from perdure.contract.strategy import Forward, Spec
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
-from perdure.planning.exposure import contexts
 from perdure.strategies import LwF
 from perdure.testing.fixtures import small_stream
 

@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perdure.contract.strategy import Forward, Plan, Spec
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
 from perdure.curator.local_curator import Curator
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import MAS
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.contract.strategy import Context, Forward, State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import Context, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import MemoryPlan
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import Classifier
-from perdure.planning.exposure import contexts
+from perdure.models.classifier import Classifier
 from perdure.privacy.settings import Privacy
 from perdure.strategies import MIR, Replay
 from perdure.strategies.mir import highest

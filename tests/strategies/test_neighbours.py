@@ -205,7 +205,7 @@ class Masked(Naive):
 
 def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds it."""
-    monkeypatch.setattr("perdure.planning.budget.inspect", lambda learner: None)
+    monkeypatch.setattr("perdure.learner.private_setup.inspect", lambda learner: None)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))

@@ -6,16 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.contract.strategy import Forward, Plan, Spec
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
 from perdure.curator.local_curator import Curator
-from perdure.data.datasets.base import digits
+from perdure.data.datasets.embedded import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError, StrategyError
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
 from perdure.models.classifiers import mlp
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import OGD, Naive
 from perdure.strategies.ogd import group_of, scattered

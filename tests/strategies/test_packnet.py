@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.contract.strategy import Forward, Spec
-from perdure.data.datasets.base import digits
+from perdure.contract.context import Spec, contexts
+from perdure.contract.forward import Forward
+from perdure.data.datasets.embedded import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, FederationError, StrategyError
@@ -14,7 +15,6 @@ from perdure.federated import Federation, iid, run_federation
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models.classifiers import mlp
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive, PackNet
 

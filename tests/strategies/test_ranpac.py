@@ -4,7 +4,7 @@ import pytest
 import torch
 from orders import SIMULATED, accuracy, alone, difference, everything, features_of_tests, learner_of, logits, stream_of
 
-from perdure.contract.strategy import Spec
+from perdure.contract.context import Spec
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.privacy.settings import Privacy
 from perdure.strategies import RanPAC

@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.strategy import State
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.context import contexts
+from perdure.contract.plan import MemoryPlan
+from perdure.contract.state import State
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import contexts
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Replay
 
@@ -52,7 +52,7 @@ def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(toy_strea
 
 def test_in_the_third_experience_it_is_a_third():
     table = torch.eye(3, dtype=torch.bool)
-    from perdure.contract.strategy import Context
+    from perdure.contract.context import Context
     from perdure.data.records import Batch
 
     at = Context(scenario="class", experience=2, task_classes=table, seen=table.any(0), memory_share=0.25)

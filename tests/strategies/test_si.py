@@ -3,7 +3,8 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract.strategy import Plan, Spec
+from perdure.contract.context import Spec
+from perdure.contract.plan import Plan
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.strategies import SI, Naive

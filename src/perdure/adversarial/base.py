@@ -1,4 +1,4 @@
-"""Gradient attacks on plain tensors: FGSM (Goodfellow et al. 2015) and PGD (Madry et al. 2018).
+"""Base of gradient attacks on plain tensors.
 
 An attack is handed a function `inputs (n, ...) -> losses (n,)` and moves every row uphill on its own loss.
 Because row i of the gradient of the summed losses involves row i alone, the perturbation of a record does not
@@ -127,71 +127,3 @@ class Attack(ABC):
             moved = origin + project_l2(moved - origin, self.epsilon)
         # Clamping last moves entries towards the origin only, so it cannot leave the ball again.
         return moved.clamp(*limits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FGSM(Attack):
-    """Fast gradient (sign) method: one step of length epsilon.
-
-        x' = clip(x + epsilon * sign(grad_x loss))            linf
-        x' = clip(x + epsilon * grad_x loss / |grad_x loss|)  l2
-
-    Args: see `Attack`.
-
-    >>> import torch
-    >>> FGSM(epsilon=0.25).perturb(lambda x: 3 * x[:, 0] - x[:, 1], torch.full((1, 2), 0.5))
-    tensor([[0.7500, 0.2500]])
-
-    Source: Goodfellow, Shlens, Szegedy 2015, "Explaining and harnessing adversarial examples", section 4.
-    """
-
-    def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """One step uphill; deterministic, so `generator` is not used. See `Attack.perturb`."""
-        origin = inputs.detach()
-        step = self.epsilon * steepest_direction(input_gradient(losses, origin), self.norm)
-        return self._feasible(origin, origin + step, self._limits(origin))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
-    """Projected gradient ascent from a random point of the ball; the last iterate is returned.
-
-        x' <- project(x' + step_size * direction(grad_x' loss)),  `steps` times
-
-    Args:
-        steps: number of gradient steps.
-        step_size: length of one step; None for 2.5 * epsilon / steps, which can cross the ball.
-        random_start: begin at a uniform point of the ball rather than at the record itself.
-        epsilon, norm, bounds: see `Attack`.
-
-    Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks", section 2.1.
-    """
-
-    steps: int = 10
-    step_size: float | None = None
-    random_start: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ConfigError.of("steps", self.steps, "1 or more")
-        if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ConfigError.of("step_size", self.step_size, "a positive number, or None for 2.5 * epsilon / steps")
-
-    def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Climb `steps` times; `generator` is needed with a random start. See `Attack.perturb`."""
-        origin = inputs.detach()
-        limits = self._limits(origin)
-        length = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
-        moved = self._feasible(origin, self._start(origin, generator), limits)
-        for _ in range(self.steps):
-            step = length * steepest_direction(input_gradient(losses, moved), self.norm)
-            moved = self._feasible(origin, moved + step, limits)
-        return moved
-
-    def _start(self, origin: Tensor, generator: torch.Generator | None) -> Tensor:
-        if not self.random_start:
-            return origin
-        if generator is None:
-            raise ConfigError.of("generator", None, "a torch.Generator, or PGD(random_start=False)")
-        return origin + uniform_in_ball(origin, self.epsilon, self.norm, generator)

@@ -9,25 +9,27 @@ learns nothing from canaries, and no score depends on a real record.
 import copy
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from perdure.auditing.bounds import Method, log_likelihood_ratio, lower_bound
-from perdure.contract.strategy import Context, Forward, Plan, Spec, State, Strategy
-from perdure.data.records import Batch, Params, Records
-from perdure.data.scenarios import Experience, Stream
+from perdure.contract.context import Context, Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.types import Params
 from perdure.utils.seeding import derive, generator
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.experiment.config import Config
 
 LOUDNESS = 10.0
 """Gradient norm of a canary before clipping, in units of the clip norm: clipping is on trial too."""
@@ -78,9 +80,6 @@ class AuditResult:
             f"(record, add/remove, delta {delta})\n{verdict}\n{self.canaries} canaries, each in {self.partition} with "
             f"probability 1/2; {self.steps} steps, {sampled}; {self.method} bound; simulated noise"
         )
-
-
-# --------------------------------------------------------------------------- canaries in a learner
 
 
 def audit(
@@ -137,31 +136,6 @@ def audit(
         delta=privacy.delta, canaries=canaries, method=method, partition=partition, sampling_rate=min(ear.rates),
         steps=len(ear.rates),
     )  # fmt: skip
-
-
-def audit_run(
-    config: "Config", *, canaries: int = 1000, confidence: float = 0.99, method: Method = "gaussian"
-) -> dict[str, AuditResult]:
-    """Audit every private arm of a config by name; of a federation, the learner of its first client, trained alone.
-
-    Raises:
-        ConfigError: when no arm is private.
-    """
-    from perdure.experiment.results import client_streams
-    from perdure.experiment.run import ArmRun, MetricsLog, open_stream
-
-    private = [arm for arm in config.arms if arm.private]
-    if not private:
-        raise ConfigError.of("arms", [arm.name for arm in config.arms], "at least one with private = true")
-    stream = open_stream(config)
-    mine = client_streams(config, stream)[0] if config.federation else stream
-    with TemporaryDirectory() as name:  # an arm reads what a run left in its folder: give it an empty one
-        log = MetricsLog(Path(name, "metrics.jsonl"))
-        learners = {arm.name: ArmRun(config, arm, stream, Path(name), log).learner(mine) for arm in private}
-        return {
-            arm: audit(learner, mine, canaries=canaries, confidence=confidence, method=method)
-            for arm, learner in learners.items()
-        }
 
 
 def first_free_id(stream: Stream) -> int:

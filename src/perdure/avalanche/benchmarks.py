@@ -1,24 +1,18 @@
-"""Avalanche both ways: its benchmarks as streams, our strategies as its plugins, our metrics through its loggers."""
+"""Benchmarks of Avalanche as streams of perdure."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from perdure.data.experience import Experience, Scenario, Stream
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
-from perdure.metrics import summarise
-
-if TYPE_CHECKING:
-    from perdure.avalanche.plugin import StrategyPlugin
-    from perdure.contract.strategy import Strategy
-    from perdure.learner.learner import Callback, Learner
+from perdure.types import Scenario
 
 
 def from_avalanche(benchmark: Any) -> Stream:
@@ -199,161 +193,3 @@ def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
         raise DataError(f"items are {given} after the eval transforms; give the benchmark eval_transform=ToTensor()")
     inputs = torch.stack([torch.as_tensor(x) for x, _ in items]).float().cpu()
     return inputs, torch.tensor([int(y) for _, y in items])
-
-
-# --------------------------------------------------------------------------- our strategies as its plugins
-
-
-def as_plugin(strategy: "Strategy", *, benchmark: Any = None, seed: int = 0) -> "StrategyPlugin":
-    """Take any strategy, `Combine` included, as a plugin of an Avalanche `SupervisedTemplate`.
-
-    >>> template = SupervisedTemplate(..., plugins=[as_plugin(EWC(strength=100.0))])  # doctest: +SKIP
-
-    Avalanche goes on drawing the batches, with its train transforms, running the model and stepping the optimiser.
-
-    - Loss: a strategy with a loss of its own (Replay, LwF) replaces the criterion's, which then has to be
-      `CrossEntropyLoss()`, and what plugins before this one added; list it first. Else the criterion stays, as it is.
-      Penalties are added to the loss that Avalanche shows.
-    - Memory is perdure's: stored rows join the mini-batch, and so Avalanche's training metrics, as with its own replay.
-    - Prediction: in evaluation the strategy's `predict` replaces the output. A class that may not be predicted yet has
-      the logit -1e9, so Avalanche's *loss* on experiences not yet met is about 1e9; its accuracy is right.
-    - Pools: of a plan that draws from all experiences or from memory (Joint, GDumb, iCaRL), Avalanche is given the
-      rows. A plan that starts afresh resets model and optimiser state; one without gradients skips the epochs.
-    - Fisher information, memory and pooled rows come from `from_avalanche`: all resident, inputs as the eval transforms
-      give them.
-
-    Guarantee: none. A plugin carries no differential privacy, since Avalanche draws no Poisson sample.
-
-    Args:
-        strategy: of perdure.
-        benchmark: needed only where the experiences do not know theirs.
-        seed: of memory.
-
-    Raises:
-        ConfigError: when training begins, for experiences out of order, tasks that count their classes from zero, a
-            head that grows or has no output for every class, or a criterion that would be ignored.
-        PrivacyError: for a model or optimiser of Opacus.
-    """
-    from perdure.avalanche.plugin import StrategyPlugin
-
-    return StrategyPlugin(strategy, benchmark=benchmark, seed=seed)
-
-
-# --------------------------------------------------------------------------- our metrics through its loggers
-
-
-def log_to(evaluator: Any) -> "Callback":
-    """A callback of `Learner` that shows its accuracies and metrics through Avalanche's loggers.
-
-    >>> evaluator = EvaluationPlugin(loggers=[InteractiveLogger(), CSVLogger("logs")])  # doctest: +SKIP
-    >>> Learner(..., callbacks=[log_to(evaluator)]).fit(stream)  # doctest: +SKIP
-
-    After every experience the loggers see what they see of an Avalanche strategy that was trained on it and evaluated
-    on the test stream:
-
-    - `Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001` for every experience, under Avalanche's name;
-    - `ExperienceForgetting/...` for every earlier one, as Avalanche defines it: accuracy when learnt minus now;
-    - `average_accuracy/eval_phase/test_stream` and the other fields of `perdure.metrics.Summary`, at the end of the
-      stream. `forgetting` is measured from the best earlier accuracy, so it may exceed Avalanche's.
-
-    All are fractions, as everything in Avalanche; positions are optimiser steps since the start. `get_last_metrics()`
-    and `get_all_metrics()` of the evaluator answer as usual. Training metrics are not there: perdure shows none that
-    were not paid for.
-
-    Args:
-        evaluator: an `EvaluationPlugin` with loggers and without metrics of its own.
-
-    Raises:
-        ConfigError: for something else, or with metrics that would need Avalanche's own loop.
-    """
-    shown = _Shown(evaluator)
-
-    def listen(point: str, learner: "Learner") -> None:
-        rows = learner.matrix
-        if point == "experience.begin" and not learner.position.step:
-            shown.task_incremental = learner.stream.scenario == "task"
-            shown.training(learner.position.experience)
-        elif point == "evaluated":
-            steps = sum(learner.steps(index) for index in range(len(rows)))
-            shown.evaluation(torch.tensor(rows, dtype=torch.float64), steps)
-
-    return listen
-
-
-def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
-    """Show a finished accuracy matrix through Avalanche's loggers, row by row, and return the last value of each name.
-
-    Names as in `log_to`, without task labels other than 0; positions are rows.
-
-    Args:
-        matrix: (T, E) accuracy in percent; NaN is left out. evaluator: as in `log_to`.
-
-    Raises:
-        ConfigError: when the matrix is not one of accuracies, or for another evaluator.
-    """
-    summarise(matrix)
-    shown = _Shown(evaluator)
-    for row in range(len(matrix)):
-        shown.training(row)
-        shown.evaluation(matrix[: row + 1], row)
-    last: dict[str, Any] = evaluator.get_last_metrics()
-    return last
-
-
-class _Shown:
-    """Calls an evaluator as an Avalanche strategy would, and publishes values on the way."""
-
-    def __init__(self, evaluator: Any) -> None:
-        if not hasattr(evaluator, "publish_metric_value"):
-            raise ConfigError.of("evaluator", type(evaluator).__name__, "an EvaluationPlugin(loggers=[...])")
-        if evaluator.metrics:
-            raise ConfigError.of("evaluator", evaluator.metrics, "one without metrics: perdure measures")
-        self._evaluator = evaluator
-        self.task_incremental = False
-
-    def training(self, index: int) -> None:
-        """Say that the experience was trained on."""
-        moment = self._moment(index, "train")
-        for point in ("before_training", "before_training_exp", "after_training_exp", "after_training"):
-            getattr(self._evaluator, point)(moment)
-
-    def evaluation(self, rows: Tensor, position: int) -> None:
-        """Publish the last of the rows.
-
-        Args:
-            rows: (t, E) accuracies in percent after each experience so far. position: on the x axis.
-        """
-        evaluator, last = self._evaluator, len(rows) - 1
-        evaluator.before_eval(self._moment(0, "test"))
-        for index in [e for e in range(rows.shape[1]) if not rows[-1, e].isnan()]:
-            moment, now = self._moment(index, "test"), rows[-1, index]
-            evaluator.before_eval_exp(moment)
-            self._publish(_name("Top1_Acc_Exp", moment), now, position)
-            if index < last and not rows[index, index].isnan():
-                self._publish(_name("ExperienceForgetting", moment), rows[index, index] - now, position)
-            evaluator.after_eval_exp(moment)
-        for name, value in vars(summarise(rows)).items():
-            if value is not None:
-                self._publish(f"{name}/eval_phase/test_stream", value, position)
-        evaluator.after_eval(self._moment(last, "test"))
-
-    def _publish(self, name: str, percent: Tensor | float, position: int) -> None:
-        from avalanche.evaluation.metric_results import MetricValue
-
-        self._evaluator.publish_metric_value(MetricValue(self, name, float(percent) / 100, position))
-
-    def _moment(self, index: int, stream: str) -> Any:
-        """What loggers ask of an Avalanche strategy."""
-        training = stream == "train"
-        experience = SimpleNamespace(
-            current_experience=index, origin_stream=SimpleNamespace(name=stream),
-            task_labels=[index if self.task_incremental else 0],
-        )  # fmt: skip
-        experience.logging = lambda: experience
-        return SimpleNamespace(experience=experience, is_training=training, is_eval=not training, dataloader=())
-
-
-def _name(metric: str, moment: Any) -> str:
-    from avalanche.evaluation.metric_utils import get_metric_name
-
-    return str(get_metric_name(metric, moment, add_experience=True))

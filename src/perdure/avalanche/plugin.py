@@ -1,4 +1,4 @@
-"""A perdure strategy as a plugin of an Avalanche training loop; `perdure.avalanche.benchmarks.as_plugin` makes one.
+"""A perdure strategy as a plugin of an Avalanche training loop; `perdure.avalanche.plugin.as_plugin` makes one.
 
 Avalanche draws the batches, runs the model and steps the optimiser. A learner stands beside it without a loop of its
 own: it holds records, memory and state, and answers what the strategy's hooks ask.
@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from perdure.avalanche.benchmarks import from_avalanche, task_labels
-from perdure.contract.strategy import Forward, Plan, State, Strategy, evaluating
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.curator.sampling import beside
-from perdure.data.records import Batch, Params
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.learner.learner import Learner
 from perdure.queries.batch_gradients import with_penalty
+from perdure.types import Params
+from perdure.utils.modules import evaluating
 
 
 class StrategyPlugin:
-    """See `perdure.avalanche.benchmarks.as_plugin`.
+    """See `perdure.avalanche.plugin.as_plugin`.
 
     Avalanche finds callbacks by name, so this needs no base class of Avalanche's.
     """
@@ -244,3 +249,37 @@ def _dataset(rows: Batch, labels: Tensor) -> Any:
     rows = rows.map(lambda t: t.cpu())
     marks = [DataAttribute(rows.labels.tolist(), "targets"), TaskLabels(labels.tolist())]
     return AvalancheDataset([TensorDataset(rows.inputs, rows.labels, torch.arange(len(rows)))], data_attributes=marks)
+
+
+def as_plugin(strategy: Strategy, *, benchmark: Any = None, seed: int = 0) -> StrategyPlugin:
+    """Take any strategy, `Combine` included, as a plugin of an Avalanche `SupervisedTemplate`.
+
+    >>> template = SupervisedTemplate(..., plugins=[as_plugin(EWC(strength=100.0))])  # doctest: +SKIP
+
+    Avalanche goes on drawing the batches, with its train transforms, running the model and stepping the optimiser.
+
+    - Loss: a strategy with a loss of its own (Replay, LwF) replaces the criterion's, which then has to be
+      `CrossEntropyLoss()`, and what plugins before this one added; list it first. Else the criterion stays, as it is.
+      Penalties are added to the loss that Avalanche shows.
+    - Memory is perdure's: stored rows join the mini-batch, and so Avalanche's training metrics, as with its own replay.
+    - Prediction: in evaluation the strategy's `predict` replaces the output. A class that may not be predicted yet has
+      the logit -1e9, so Avalanche's *loss* on experiences not yet met is about 1e9; its accuracy is right.
+    - Pools: of a plan that draws from all experiences or from memory (Joint, GDumb, iCaRL), Avalanche is given the
+      rows. A plan that starts afresh resets model and optimiser state; one without gradients skips the epochs.
+    - Fisher information, memory and pooled rows come from `from_avalanche`: all resident, inputs as the eval transforms
+      give them.
+
+    Guarantee: none. A plugin carries no differential privacy, since Avalanche draws no Poisson sample.
+
+    Args:
+        strategy: of perdure.
+        benchmark: needed only where the experiences do not know theirs.
+        seed: of memory.
+
+    Raises:
+        ConfigError: when training begins, for experiences out of order, tasks that count their classes from zero, a
+            head that grows or has no output for every class, or a criterion that would be ignored.
+        PrivacyError: for a model or optimiser of Opacus.
+    """
+
+    return StrategyPlugin(strategy, benchmark=benchmark, seed=seed)

@@ -18,12 +18,12 @@ from perdure.errors import ConfigError, PrivacyError, RunError
 from perdure.experiment.config import Config
 from perdure.experiment.config import read as read_config
 from perdure.experiment.results import epsilon_row, together
-from perdure.planning.budget import noise_key
-from perdure.privacy.accounting.calibration import Charge, check_target
-from perdure.privacy.ledger.ledger import Merged
-from perdure.privacy.ledger.ledger import read as read_ledger
+from perdure.privacy.accounting.calibration import check_target
+from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.ledger.merged import Merged
+from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.privacy.ledger.storage import head_path, load
-from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.noise.key import NoiseKey, noise_key
 from perdure.report.ledger_tables import (
     document,
     exposure_table,

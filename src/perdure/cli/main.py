@@ -75,9 +75,9 @@ def report(run: Path) -> None:
 
     RUN is the folder of the run, such as runs/demo.
     """
+    from perdure.experiment.result_schema import read_result
     from perdure.report import write_report
     from perdure.report.table import table
-    from perdure.report.wording import read_result
 
     console = wide_console()
     console.print(table(read_result(run)))
@@ -97,7 +97,7 @@ def audit(
     on disk is touched. Exit code 1 when a claim is refuted. With `--shadows 8`, and the folder of a finished run, its
     final models are attacked too: which of the records of the first experience have they seen (LiRA)?
     """
-    from perdure.auditing.canaries import audit_run
+    from perdure.experiment.audits import audit_run
     from perdure.experiment.config import read
 
     if shadows and not config.is_dir():

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Asks, Context, Forward, Plan, Pooled, Spec, State, Strategy
-from perdure.data.records import Batch, Params
+from perdure.contract.context import Context, Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, Plan, Pooled
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import StrategyError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True, init=False)

@@ -3,28 +3,29 @@
 Nothing here adds noise or leaves the curator, who answers for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from perdure.contract.strategy import Context, Forward, Plan, cross_entropy_of, evaluating
-from perdure.curator.memory import MODELLED, Memory, concatenate
+from perdure.contract.context import Context
+from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.plan import MODELLED, Plan
+from perdure.curator.memory import Memory, concatenate
 from perdure.curator.sampling import Drawing, Pool, refuse_shared_ids, refuse_shared_partitions, replayed, without
 from perdure.data.experience import Experience
-from perdure.data.records import Batch, Params
+from perdure.data.records import Batch
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.planning.exposure import Exposure, exposure, references
 from perdure.privacy.private_sum import Mechanism
-from perdure.queries.evaluation import asked_alone
-from perdure.queries.squared_gradients import CHUNK
+from perdure.queries.per_record import CHUNK, asked_alone
+from perdure.types import Params
+from perdure.utils.modules import evaluating, untouched
 from perdure.utils.seeding import generator
 
 Remember = Callable[[Forward, Batch], Params]
 """What memory stores beside each row, name to (n, ...)."""
-
 
 WHEN = "(whether it was noted)"
 """Name beside those that `remember` gives; none of them has brackets."""
@@ -264,17 +265,6 @@ class Holding:
             for name, value in new.stored.items()
         }
         return replace(new, stored=stored)
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Put the running statistics of BatchNorm back to what they were."""
-    before = {buffer: buffer.clone() for buffer in module.buffers()}
-    try:
-        yield
-    finally:
-        for buffer, value in before.items():
-            buffer.copy_(value)
 
 
 def remembered(rows: Batch, remember: Remember, forward: Forward, *, alone: bool = False) -> Batch:

@@ -12,20 +12,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Context, Forward, Plan, evaluating
+from perdure.contract.context import Context
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
 from perdure.curator.held_records import Holding, Remember
 from perdure.curator.sampling import Drawing, replayed
-from perdure.data.records import Batch, Params
-from perdure.data.scenarios import Experience
+from perdure.data.experience import Experience
+from perdure.data.records import Batch
 from perdure.errors import PrivacyError
-from perdure.planning.exposure import Exposure, statistics_of
+from perdure.planning.exposure import Exposure
 from perdure.privacy.clipping.clip import WITHIN, Clip
-from perdure.privacy.guard.model_checks import check_losses
+from perdure.privacy.guard.loss_checks import check_losses
 from perdure.privacy.noise.discrete import Frequency, Quantile, Utility, best, counted
-from perdure.privacy.private_sum import Mechanism, Occasion, digest
+from perdure.privacy.private_sum import Mechanism, Occasion
 from perdure.queries.batch_gradients import Losses, clipped_gradient, mean_gradient
-from perdure.queries.evaluation import Gram, Of, Query, bounded_sum, exact_sum, numbers_of, shapes_of, tried
-from perdure.queries.squared_gradients import CHUNK
+from perdure.queries.evaluation import bounded_sum, exact_sum, shapes_of, tried
+from perdure.queries.gram import Gram
+from perdure.queries.per_record import CHUNK, Of, Query, numbers_of
+from perdure.types import Params
+from perdure.utils.hashing import digest
+from perdure.utils.modules import evaluating, statistics_of
 
 QUESTIONS = 16
 """Synthetic records that a question is tried on."""

@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from perdure.curator.memory import MemoryPlan, concatenate
+from perdure.contract.plan import MemoryPlan
+from perdure.curator.memory import concatenate
 from perdure.curator.record_groups import Copies, copies, owners
 from perdure.data.experience import Experience
 from perdure.data.records import Batch, Records

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
-from perdure.data.scenarios import Experience, Stream, public_coin
+from perdure.data.scenarios import public_coin
 from perdure.errors import ConfigError
 from perdure.utils.seeding import derive
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
-
-Scenario = Literal["task", "domain", "class"]
-SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+from perdure.types import SCENARIOS, Scenario
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

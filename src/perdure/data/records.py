@@ -8,9 +8,6 @@ from torch import Tensor
 
 from perdure.errors import DataError
 
-Params = dict[str, Tensor]
-"""Named parameters of a model, in the order of `named_parameters()`."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Records:

@@ -21,17 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.avalanche.benchmarks import from_avalanche
 from perdure.data.datasets.base import Dataset
-from perdure.data.experience import SCENARIOS, Experience, Scenario, Stream
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.errors import ConfigError
+from perdure.types import SCENARIOS, Scenario
 from perdure.utils.hashing import hashed, shifted
-
-__all__ = [
-    "Experience", "Scenario", "Stream", "blurry", "from_avalanche", "online", "permute", "permuted",
-    "public_coin", "rotate", "rotated", "split",
-]  # fmt: skip
 
 
 def split(

@@ -1,4 +1,4 @@
-"""Membership inference on the finished model of a run: the attacker trains shadow models by the run's own config."""
+"""Audits of a run: canaries in its private arms, and membership inference on its finished models."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,13 +8,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from perdure.auditing.canaries import first_free_id
+from perdure.auditing.bounds import Method
+from perdure.auditing.canaries import AuditResult, audit, first_free_id
 from perdure.auditing.membership import MembershipResult, Predictor, lira
+from perdure.data.experience import Stream
 from perdure.data.records import Records
-from perdure.data.scenarios import Stream
 from perdure.errors import ConfigError
+from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import Config, read
-from perdure.experiment.run import ArmRun, MetricsLog, open_stream, trained
+from perdure.experiment.run import trained
 from perdure.utils.seeding import generator
 
 Population = tuple[Records, Tensor, Records]
@@ -102,3 +104,27 @@ def shadow(config: Config, arm: int, stream: Stream, experience: int, seed: int)
         learner.callbacks = ()
         learner.fit(stream)
     return learner.predictor(experience, after=len(stream) - 1)
+
+
+def audit_run(
+    config: Config, *, canaries: int = 1000, confidence: float = 0.99, method: Method = "gaussian"
+) -> dict[str, AuditResult]:
+    """Audit every private arm of a config by name; of a federation, the learner of its first client, trained alone.
+
+    Raises:
+        ConfigError: when no arm is private.
+    """
+    from perdure.experiment.results import client_streams
+
+    private = [arm for arm in config.arms if arm.private]
+    if not private:
+        raise ConfigError.of("arms", [arm.name for arm in config.arms], "at least one with private = true")
+    stream = open_stream(config)
+    mine = client_streams(config, stream)[0] if config.federation else stream
+    with TemporaryDirectory() as name:  # an arm reads what a run left in its folder: give it an empty one
+        log = MetricsLog(Path(name, "metrics.jsonl"))
+        learners = {arm.name: ArmRun(config, arm, stream, Path(name), log).learner(mine) for arm in private}
+        return {
+            arm: audit(learner, mine, canaries=canaries, confidence=confidence, method=method)
+            for arm, learner in learners.items()
+        }

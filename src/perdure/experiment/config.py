@@ -47,11 +47,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from perdure.contract.strategy import Scenario, Strategy
-from perdure.data.datasets.base import NAMES
+from perdure.contract.strategy import Strategy
+from perdure.data.datasets.registry import NAMES
 from perdure.errors import ConfigError
-from perdure.models.classifiers import ModelConfig
+from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
+from perdure.types import Scenario
 
 T = TypeVar("T")
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from perdure.adversarial.base import FGSM, PGD, Attack
-from perdure.data.scenarios import Stream
+from perdure.adversarial.base import Attack
+from perdure.adversarial.fgsm import FGSM
+from perdure.adversarial.pgd import PGD
+from perdure.data.experience import Stream
 from perdure.experiment.config import Arm, AttackConfig, Config
 from perdure.learner.learner import Learner
 from perdure.metrics import expected_calibration_error
-from perdure.privacy.ledger.entries import Account, Statement
-from perdure.privacy.ledger.ledger import Merged
+from perdure.privacy.ledger.account import Account, Statement
+from perdure.privacy.ledger.merged import Merged
 from perdure.utils.atomic_files import save_tensors
 from perdure.utils.environment import machine, versions
 

@@ -19,9 +19,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Asks, Forward, Plan, Spec, State, Strategy
+from perdure.contract.context import Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.experience import Experience
 from perdure.data.records import Batch, Records
-from perdure.data.scenarios import Experience
 from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp
 from perdure.strategies import find, names

@@ -13,8 +13,8 @@ with warnings.catch_warnings():
     from perdure.data.client_splits import dirichlet, iid
     from perdure.federated.client import client_app
     from perdure.federated.flower_adapter import InProcessGrid
-    from perdure.federated.messages import combine
     from perdure.federated.server import Federation, Server, fit_federated, run_federation, server_app
+    from perdure.federated.state_merging import combine
 
 __all__ = [
     "Federation", "InProcessGrid", "Server", "client_app", "combine", "dirichlet", "fit_federated", "iid",

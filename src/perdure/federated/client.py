@@ -16,20 +16,11 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from perdure.data.scenarios import Stream
+from perdure.data.experience import Stream
+from perdure.federated.client_store import FRESH, Seat, client_folder, restore, save
 from perdure.federated.flower_adapter import error_reply
-from perdure.federated.messages import (
-    FRESH,
-    Seat,
-    client_folder,
-    from_record,
-    load_shared,
-    restore,
-    save,
-    sent,
-    shared,
-    to_record,
-)
+from perdure.federated.messages import from_record, load_shared, shared, to_record
+from perdure.federated.state_merging import sent
 from perdure.learner.learner import Learner
 from perdure.planning.exposure import drawn_from
 

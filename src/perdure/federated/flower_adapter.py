@@ -1,4 +1,4 @@
-"""The one adapter to what Flower keeps private: engines, and what must be put back after a run.
+"""The one adapter to private parts of Flower: engines, aggregator memory, and cleaning up after a run.
 
 `Grid` is Flower's word for the server's view of the nodes. `InProcessGrid` calls the client app directly; `simulate`
 hands the same two apps to Flower's Ray engine. Written for Flower 1.41; a test pins the names used here.
@@ -14,14 +14,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy as Aggregator
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
 
 from perdure import errors
 from perdure.errors import FederationError, PerdureError, PrivacyError
+from perdure.federated.messages import to_record
+from perdure.types import Params
 
 Progress = Callable[[int, int], None]
 """Called as progress(replies so far, replies expected) after every reply."""
@@ -273,3 +279,41 @@ def _context(number: int, clients: int) -> Context:
 def _identify(identity: dict[str, int]) -> None:
     for name, value in identity.items():
         setattr(TaskIdentity, name, value)
+
+
+def recall(aggregator: Aggregator) -> tuple[Params, dict[str, str]]:
+    """Arrays that the aggregator keeps between rounds (FedAdam's moments, say) and the container of each attribute."""
+    tensors: Params = {}
+    kinds: dict[str, str] = {}
+    for name, value in vars(aggregator).items():
+        kind = _kind(value)
+        if kind:
+            kinds[name] = kind
+            tensors |= {f"{name}.{key}": torch.tensor(np.asarray(array)) for key, array in _entries(value)}
+    return tensors, kinds
+
+
+def remind(aggregator: Aggregator, tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> None:
+    """Undo `recall`."""
+    for name, kind in kinds.items():
+        own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        arrays = {key: value.numpy() for key, value in own.items()}
+        in_order = [arrays[str(i)] for i in range(len(arrays))] if kind == "list" else arrays
+        setattr(aggregator, name, to_record(own) if kind == "record" else in_order)
+
+
+def _kind(value: object) -> str | None:
+    if isinstance(value, ArrayRecord):
+        return "record"
+    kinds = {"dict": isinstance(value, dict) and value.values(), "list": isinstance(value, list) and value}
+    full = [kind for kind, arrays in kinds.items() if arrays]
+    return full[0] if full and all(isinstance(a, np.ndarray | np.generic) for a in kinds[full[0]] or ()) else None
+
+
+def _entries(value: ArrayRecord | dict[str, np.ndarray] | list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(value, list):
+        yield from ((str(i), array) for i, array in enumerate(value))
+    elif isinstance(value, ArrayRecord):
+        yield from ((key, array.numpy()) for key, array in value.items())
+    else:
+        yield from value.items()

@@ -18,22 +18,24 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as aggregators
 from torch import Tensor
 
-from perdure.contract.strategy import State
-from perdure.data.scenarios import Stream
+from perdure.contract.state import State
+from perdure.data.experience import Stream
 from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
 from perdure.federated.client import client_app
-from perdure.federated.flower_adapter import Cohort, InProcessGrid, Progress, answers, contained, meet, simulate
-from perdure.federated.messages import (
-    FRESH,
-    combine,
-    from_record,
-    load_shared,
+from perdure.federated.client_store import FRESH
+from perdure.federated.flower_adapter import (
+    Cohort,
+    InProcessGrid,
+    Progress,
+    answers,
+    contained,
+    meet,
     recall,
     remind,
-    sent,
-    shared,
-    to_record,
+    simulate,
 )
+from perdure.federated.messages import from_record, load_shared, shared, to_record
+from perdure.federated.state_merging import combine, sent
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.learner import Learner
 from perdure.utils.seeding import generator

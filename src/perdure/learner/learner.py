@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from perdure.contract.strategy import Forward, Plan, State, Strategy
+from perdure.contract.context import contexts, spec_of
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.curator.local_curator import Curator
-from perdure.data.records import Batch, Params
-from perdure.data.scenarios import Experience, Stream
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.learner.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
 from perdure.learner.noise_digest import NoiseDigestInputs, learning_rates, noise_digest
 from perdure.learner.sanity_checks import a_state, refuse_outputs, refuse_runaway, refuse_second_ledger
 from perdure.metrics import accuracy
-from perdure.planning.exposure import Exposure, contexts, drawn_from, exposure, pieces, spec_of
+from perdure.planning.exposure import Exposure, drawn_from, exposure, pieces
 from perdure.privacy.private_sum import Mechanism
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import with_penalty
+from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.seeding import derive
 
@@ -50,7 +55,7 @@ class Learner:
     >>> matrix = learner.fit(stream)       # (T, T) accuracy in percent
 
     Args:
-        model: a `perdure.models.classifiers.Classifier`, or any module with a full-width head and `features`.
+        model: a `perdure.models.classifier.Classifier`, or any module with a full-width head and `features`.
         strategy: how forgetting is fought.
         optimizer: from parameters to any torch optimiser that needs one gradient a step.
         scheduler: from the optimiser to a scheduler that is stepped after every step; None for a constant rate.
@@ -104,7 +109,7 @@ class Learner:
         if self.views and self.adversary:
             raise ConfigError.of("views", self.views, "none with an adversary, which perturbs the record itself")
         if type(self.model).__module__.startswith("opacus."):
-            from perdure.privacy.opacus.samplers import unwrapped
+            from perdure.privacy.opacus.migration import unwrapped
 
             self.model = unwrapped(self.model, known=not self.privacy or bool(self.privacy.spent))
         self.model.to(self.device)
@@ -155,7 +160,7 @@ class Learner:
         spec = spec_of(self.model, initial, stream, private=self.privacy is not None)
         self.state = a_state("init", self.strategy, self.strategy.init(spec))
         if self.privacy:
-            from perdure.planning.budget import private_mechanism
+            from perdure.learner.private_setup import private_mechanism
 
             self.mechanism = private_mechanism(self, self._at)
         self.curator = Curator(

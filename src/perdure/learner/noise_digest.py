@@ -17,15 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial.base import Attack
-from perdure.contract.strategy import Forward, Plan, State, Strategy
-from perdure.curator.memory import MemoryPlan
+from perdure.contract.forward import Forward
+from perdure.contract.plan import MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
-from perdure.data.records import Batch, Params
-from perdure.data.scenarios import Stream
+from perdure.data.experience import Stream
+from perdure.data.records import Batch
 from perdure.learner.checkpoint import Snapshot
 from perdure.planning.exposure import Exposure
-from perdure.privacy.private_sum import digest
-from perdure.utils.hashing import JSONValue, canonical, canonical_text, is_plain
+from perdure.types import Params
+from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
 from perdure.utils.seeding import generator
 
 VERSION = 1

@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
-from perdure.contract.strategy import State, Strategy, evaluating
-from perdure.data.records import Params
-from perdure.data.scenarios import Stream
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.experience import Stream
 from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
 from perdure.learner.checkpoint import Position
+from perdure.types import Params
+from perdure.utils.modules import evaluating
 
 
 def refuse_outputs(model: nn.Module, stream: Stream) -> None:

@@ -5,12 +5,14 @@ seed or from their own file of weights. It stays in evaluation mode, whatever mo
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError
+from perdure.models.classifier import Classifier, Head
+from perdure.utils.seeding import seeded
 
 Transform = Callable[[Tensor], Tensor]
 """(n, ...) to (n, ...), row by row, such as `perdure.models.scattering.Scattering()`."""
@@ -129,3 +131,36 @@ def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
     if len(shape) != 2 or shape[0] != 2 or not shape[1]:
         raise ConfigError(f"features of two inputs have shape {shape}; allowed: one row a record, (2, feature_size)")
     return int(shape[1])
+
+
+def frozen(
+    features: nn.Module | Transform,
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int = 0,
+    head: Head = "linear",
+) -> Classifier:
+    """Make a classifier of features that are never trained; only its head has parameters.
+
+        frozen(RandomConvolutions(seed=0), input_shape=(1, 28, 28), num_classes=10)
+        frozen(Scattering(), input_shape=(1, 28, 28), num_classes=10)
+        frozen(backbone, input_shape=(3, 224, 224), num_classes=10)     # of timm or torchvision, without its head
+
+    Guarantee: the features owe nothing to the records of the stream, and no step, round or checkpoint changes them.
+    What a backbone learnt elsewhere, from other records, is not accounted.
+
+    Args:
+        features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into evaluation mode.
+        input_shape: of one input. num_classes: full width of the head. seed: of the head's initialisation.
+        head: linear, or cosine.
+
+    Raises:
+        ConfigError: when the features do not take that input, or mix records.
+    """
+    if num_classes < 1:
+        raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
+    body = Frozen(features)
+    feature_size = width(body, tuple(input_shape))
+    with seeded(seed):
+        return Classifier(body, feature_size, num_classes, head)

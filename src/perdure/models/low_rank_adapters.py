@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError
-from perdure.models.classifiers import Classifier
-from perdure.models.vision_transformer import Addition, Transformer, fixed, seeded
+from perdure.models.classifier import Classifier
+from perdure.models.vision_transformer import Addition, Transformer, fixed
+from perdure.utils.seeding import seeded
 
 
 class LowRank(nn.Module):

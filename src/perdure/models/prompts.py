@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError
-from perdure.models.classifiers import Classifier
-from perdure.models.vision_transformer import POSITION_SCALE, Addition, Transformer, fixed, seeded
+from perdure.models.classifier import Classifier
+from perdure.models.vision_transformer import POSITION_SCALE, Addition, Transformer, fixed
+from perdure.utils.seeding import seeded
 
 # --------------------------------------------------------------------------- a pool
 

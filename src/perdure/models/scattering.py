@@ -1,4 +1,4 @@
-"""Feature extractors that are not learned: nothing of them comes from records, so they cost no privacy.
+"""The scattering transform: features that nobody trains, so they cost no privacy.
 
 The scattering transform cascades wavelets and moduli and averages what comes out:
 
@@ -7,11 +7,8 @@ The scattering transform cascades wavelets and moduli and averages what comes ou
 psi are Morlet wavelets of J scales and L orientations, phi is a Gaussian as wide as the widest of them, and averages
 are kept at every 2^J-th pixel. What an image shows may move or bend a little without changing them much.
 
-Random convolutions are responses to filters that were drawn at random, both signs apart, averaged over squares:
+It makes the body of a classifier by `perdure.models.frozen.frozen`.
 
-    R+ = mean over a square of relu(w_k * x),   R- = mean over a square of relu(-w_k * x)
-
-Both make the body of a classifier by `perdure.models.classifiers.frozen`.
 """
 
 import math
@@ -20,10 +17,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perdure.errors import ConfigError, DataError
-from perdure.utils.seeding import generator
 
 WIDTH = 0.8
 """Standard deviation, in pixels, of the envelope at the finest scale; doubles with every scale."""
@@ -160,80 +156,6 @@ def low_pass(side: int, scales: int, resolution: int) -> Tensor:
     gap = (torch.arange(0, side, 2**resolution) - centres[:, None]) / (WIDTH * margin / 2)
     weights = torch.exp(-gap.square() / 2)
     return (weights / weights.sum(1, keepdim=True)).float()
-
-
-# --------------------------------------------------------------------------- random convolutions
-
-
-class RandomConvolutions(nn.Module):
-    """Responses to random filters, both signs apart, averaged over squares of pixels.
-
-    Guarantee: row i of the result is a fixed function of image i alone; the filters are drawn from the seed and owe
-    nothing to any record, and no training changes them.
-
-    >>> RandomConvolutions(filters=128)(torch.rand(2, 1, 28, 28)).shape
-    torch.Size([2, 256, 4, 4])
-
-    Args:
-        channels: of the images. filters: how many; each gives two channels.
-        size: side of a filter in pixels, odd. pool: side of the squares in pixels; rows and columns left over are cut.
-        smoothing: standard deviation in pixels of the Gaussian that filters are smoothed with; 0 for none.
-        root: take the square root of every average, which evens out its spread. seed: of the filters.
-
-    Raises:
-        ConfigError: naming the argument.
-
-    Source: Jarrett, Kavukcuoglu, Ranzato and LeCun 2009, "What is the best multi-stage architecture for object
-    recognition?" (random filters, rectification, average pooling).
-    """
-
-    kernels: Tensor
-
-    def __init__(
-        self, *, channels: int = 1, filters: int = 128, size: int = 7, pool: int = 7, smoothing: float = 1.0,
-        root: bool = False, seed: int = 0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        for name, value in (("channels", channels), ("filters", filters), ("pool", pool)):
-            if value < 1:
-                raise ConfigError.of(name, value, "whole numbers from 1")
-        if size < 1 or size % 2 == 0 or channels * size**2 < 2:
-            raise ConfigError.of("size", size, "odd numbers, above 1 for images of one channel")
-        if not 0 <= smoothing < math.inf:
-            raise ConfigError.of("smoothing", smoothing, "a finite number, 0 or more")
-        self.channels, self.pool, self.smoothing, self.root, self.seed = channels, pool, smoothing, root, seed
-        kernels = random_filters(filters, channels, size, smoothing, generator(seed, "random convolutions"))
-        self.register_buffer("kernels", kernels, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (n, 2 * filters, h / pool, w / pool) of images (n, channels, h, w).
-
-        Raises:
-            DataError: for another shape.
-        """
-        if images.dim() != 4 or images.shape[1] != self.channels or min(images.shape[2:]) < self.pool:
-            allowed = f"(n, {self.channels}, h, w) with sides from {self.pool}"
-            raise DataError(f"images have shape {tuple(images.shape)}; allowed: {allowed}")
-        responses = F.conv2d(images, self.kernels, padding=self.kernels.shape[-1] // 2)
-        pooled = torch.cat([F.avg_pool2d(F.relu(sign * responses), self.pool) for sign in (1, -1)], 1)
-        return pooled.sqrt() if self.root else pooled
-
-    def extra_repr(self) -> str:
-        """Show the arguments."""
-        filters, channels, size, _ = self.kernels.shape
-        return (
-            f"channels={channels}, filters={filters}, size={size}, pool={self.pool}, smoothing={self.smoothing}, "
-            f"root={self.root}, seed={self.seed}"
-        )
-
-
-def random_filters(filters: int, channels: int, size: int, smoothing: float, place: torch.Generator) -> Tensor:
-    """(filters, channels, size, size) float32: Gaussian noise, smoothed, of mean 0 and norm 1 each."""
-    noise = torch.randn(filters, channels, size, size, generator=place, dtype=torch.float64)
-    smooth = blur(size, smoothing)
-    noise = smooth @ noise @ smooth.T
-    noise = noise - noise.mean((1, 2, 3), keepdim=True)
-    return (noise / noise.square().sum((1, 2, 3), keepdim=True).sqrt()).float()
 
 
 def blur(size: int, deviation: float) -> Tensor:

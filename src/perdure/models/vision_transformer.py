@@ -13,8 +13,7 @@ Source: Dosovitskiy et al., An image is worth 16 x 16 words, ICLR 2021, section 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.errors import ConfigError
-from perdure.models.classifiers import Classifier
+from perdure.models.classifier import Classifier
 from perdure.models.frozen import without_parameters
+from perdure.utils.seeding import seeded
 
 EPSILON = 1e-6
 """Of the normalisations; what weights of timm and torchvision were trained with."""
@@ -190,14 +190,6 @@ def tiny(input_shape: Sequence[int]) -> Transformer:
     return body
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let layers start as `seed` alone says, on the processor; the caller's generators are left as they are."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reseed every accelerator
-        yield
-
-
 def fixed(backbone: nn.Module) -> Transformer:
     """Copy of a backbone that nothing trains, stores or sends: its parameters are buffers, as in `perdure.models.frozen`.
 
@@ -211,8 +203,6 @@ def fixed(backbone: nn.Module) -> Transformer:
     assert isinstance(copied, Transformer)
     return copied
 
-
-# --------------------------------------------------------------------------- weights of others
 
 _OF_BLOCK = {
     "norm1": "norm1", "norm2": "norm2", "attention.output": "attn.proj", "expand": "mlp.fc1", "contract": "mlp.fc2",

@@ -1,65 +1,23 @@
 """From what a run will do to the noise it needs: exposure of every partition, calibration, ledger and grant."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from perdure.data.records import Batch, Records
-from perdure.data.scenarios import Experience
-from perdure.errors import BudgetError, ConfigError, GuardError, PrivacyError
+from perdure.data.experience import Experience
+from perdure.errors import BudgetError, ConfigError
 from perdure.planning.exposure import pieces, references
-from perdure.privacy.accounting.calibration import Charge, calibrate, merged, within
-from perdure.privacy.guard.model_checks import (
-    check_buffers,
-    check_losses,
-    check_model,
-    check_optimizer,
-    check_rows,
-    quiet_training,
-)
-from perdure.privacy.ledger.ledger import Entry, Ledger
-from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism, Schedule
-from perdure.utils.seeding import generator
+from perdure.privacy.accounting.calibration import calibrate, within
+from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.private_sum import Schedule
 
 if TYPE_CHECKING:
     from perdure.learner.learner import Learner
 
 Histories = dict[str, list[Charge]]
 NOBODY: frozenset[str] = frozenset()
-
-
-def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mechanism:
-    """Check model and strategy, calibrate the noise, open the ledger and reserve the plan in it.
-
-    Raises:
-        GuardError: for a model or strategy that breaks the sensitivity bound.
-        BudgetError: when the plan does not fit what was granted.
-    """
-    privacy = learner.privacy
-    assert privacy is not None
-    inspect(learner)
-    schedule = scheduled(learner)
-    key = noise_key(learner.folder, privacy.seed, learner.client)
-    path = learner.folder / "ledger.jsonl" if learner.folder else None
-    ledger = Ledger.open(path, key=key, trace=trace, owner=learner.owner)
-    for experience in learner.stream:
-        ledger.declare(experience.train.partition, experience.train.declared_size)
-        for charge in merged(privacy.spent):
-            ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
-    if privacy.epsilons and privacy.diagnostics == "released":
-        plan = planned(learner, schedule)
-        known = {name: plan[name] for name in ledger.partitions if name in plan}
-        ledger.grant(known, epsilon=targets(learner, known), delta=privacy.delta)
-    return Mechanism(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
-
-
-# --------------------------------------------------------------------------- the plan of a whole stream
 
 
 def planned(learner: "Learner", schedule: Schedule) -> Histories:
@@ -205,61 +163,3 @@ def elsewhere(charge: Charge, partition: str, simulated: bool) -> Entry:
         first_step=0, steps=charge.steps, sampling="poisson" if sampled else "none",
         scope={partition: charge.sampling_rate}, data="", start="", simulated=simulated,
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------- checks and keys
-
-
-def inspect(learner: "Learner") -> None:
-    """Guard model, stream and strategy, on synthetic records only.
-
-    Raises:
-        GuardError: naming the part that breaks the bound on one record's influence, and the fix.
-    """
-    strategy, stream, model = learner.strategy, learner.stream, learner.model
-    if not stream.assigned_by_record:
-        raise GuardError(
-            f"stream {stream.name} places records by their position among others, so one record moves others between "
-            "experiences; build it with exact=False, or from a split by class"
-        )
-    if strategy.couples_records:
-        raise GuardError(f"{strategy.name} couples the records of a batch in its loss; use a strategy that does not")
-    check_model(model)
-    inputs, facts = synthetic(learner, records=6)
-    check_buffers(model, inputs)
-    check_optimizer(learner.optimizer([nn.Parameter(value.detach().clone()) for value in learner.params.values()]))
-    for mode in (model.eval, partial(quiet_training, model)):
-        mode()
-        for index in range(min(2, len(stream))):
-            check_losses(partial(_losses, learner, index), inputs, facts[index], f"{strategy.name}.losses()")
-    check_rows(model, partial(_losses, learner, 0), inputs, facts[0], f"{strategy.name}.losses()")
-
-
-def synthetic(learner: "Learner", records: int) -> tuple[Tensor, list[Tensor]]:
-    """Random inputs (n, ...) that owe nothing to any record, and for every experience what goes with them (n, 2).
-
-    That is a label of its declared classes and an id, which a row keeps whatever stands beside it.
-    """
-    stream = learner.stream
-    place = generator(learner.seed, "guard")
-    inputs = torch.rand(records, *stream.input_shape, generator=place).to(learner.device)
-    facts = [torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream]
-    return inputs, [fact.to(learner.device) for fact in facts]
-
-
-def _losses(learner: "Learner", index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-    labels, ids = facts.unbind(1)
-    batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
-    return learner.strategy.losses(learner.forward, batch, learner.context(index), learner.state)
-
-
-def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
-    """Secret key of this curator, or a simulated one from the seed that the user chose."""
-    if seed is not None:
-        return NoiseKey.from_seed(seed, "client", client)
-    if folder is None:
-        raise PrivacyError(
-            "secret noise needs a folder to keep its key and ledger in; give Learner(folder=...), or "
-            "Privacy(seed=...) for a simulation"
-        )
-    return NoiseKey.from_os(folder / "private" / "key")

@@ -1,45 +1,12 @@
 """Public facts of a stream: what a loss may know, who is exposed how often, how many steps. No record is looked at."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from perdure.contract.strategy import Context, Plan, Spec
-from perdure.data.experience import Experience, Stream
-from perdure.data.records import Params
+from perdure.contract.plan import Plan
+from perdure.data.experience import Experience
 from perdure.errors import ConfigError
-
-
-def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
-    """Return a function from an experience's index to its public facts."""
-    table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
-    for experience in stream:
-        table[experience.index, list(experience.classes)] = True
-
-    def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
-        return Context(
-            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
-            declared_size=declared_size, memory_share=memory_share,
-        )  # fmt: skip
-
-    return context
-
-
-def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
-    """What a strategy needs to lay out its state; running statistics owe too much to records where they are private."""
-    return Spec(
-        params=params, num_classes=stream.num_classes, num_experiences=len(stream), scenario=stream.scenario,
-        feature_size=getattr(model, "feature_size", 0), statistics={} if private else statistics_of(model),
-    )  # fmt: skip
-
-
-def statistics_of(module: nn.Module) -> Params:
-    """Copies of the running means and variances of normalisation layers, by name."""
-    own = ("running_mean", "running_var")
-    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perdure.data.records import Params
 from perdure.errors import PrivacyError
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip
-from perdure.privacy.ledger.ledger import Entry, Ledger
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.banded import Chain
 from perdure.privacy.noise.discrete import discrete_gaussian, exponential
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.settings import Privacy
-from perdure.utils.hashing import JSONValue, canonical_text
+from perdure.types import Params, Tensors
+from perdure.utils.hashing import JSONValue, canonical_text, digest
 
-Tensors = Mapping[str, Tensor]
 Clipped = Callable[[Clip], Params | None]
 """From the bound on a record to the clipped sum over records; None where there is no record."""
 
@@ -316,12 +316,3 @@ def clipping_settings(clipping: str | Adaptive) -> JSONValue:
     if isinstance(clipping, Adaptive):
         return [clipping.quantile, clipping.learning_rate, clipping.count_noise]
     return clipping
-
-
-def digest(tensors: Tensors) -> bytes:
-    """SHA-256 that changes with any value. Of private records only its keyed MAC may leave the curator."""
-    total = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.digest()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from perdure.errors import ConfigError
-from perdure.privacy.accounting.accountants import Charge
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.adaptive_clipping import Adaptive
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Privacy:
         Raises:
             PrivacyError: for a history or an optimiser that cannot be stated so.
         """
-        from perdure.privacy.opacus.samplers import settings, spent
+        from perdure.privacy.opacus.migration import settings, spent
 
         noise_multiplier, clip_norm = settings(optimizer)
         return cls(noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=delta, spent=spent(engine))

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Forward
-from perdure.data.records import Batch, Params
+from perdure.contract.forward import Forward
+from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
 from perdure.privacy.opacus.samplers import grad_sample_sum
-from perdure.queries.evaluation import gradient_rows
+from perdure.queries.per_record import gradient_rows
+from perdure.types import Params
 
 Losses = Callable[[Forward, Batch], Tensor]
 

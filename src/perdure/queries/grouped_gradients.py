@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Forward
-from perdure.data.records import Batch, Params, batch_of_one
-from perdure.privacy.clipping.clip import Clip, chunks, per_pass, scaled, squared_norms
-from perdure.queries.squared_gradients import CHUNK, Outer, SquaredGradient, clipped_outer, linear_layers
+from perdure.contract.forward import Forward
+from perdure.data.records import Batch, batch_of_one
+from perdure.privacy.clipping.clip import Clip, per_pass, scaled, squared_norms
+from perdure.queries.per_record import CHUNK
+from perdure.queries.squared_gradients import Outer, SquaredGradient, clipped_outer, linear_layers
+from perdure.types import Params
+from perdure.utils.chunking import chunks
 
 
 @dataclass(frozen=True)

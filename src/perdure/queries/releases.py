@@ -32,14 +32,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perdure.data.records import Params
 from perdure.privacy.noise.discrete import Frequency, Quantile
-from perdure.queries.evaluation import Gram, Of, Query
+from perdure.queries.per_record import Of, Query
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-
-__all__ = ["Gram", "histogram", "mean", "quantile", "top_k"]
 
 
 def mean(curator: "Curator", query: Query, *, clip_norm: float, purpose: str) -> Params:

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Forward
-from perdure.data.records import Batch, Params, batch_of_one
-from perdure.privacy.clipping.clip import Clip, chunks, sum_of
+from perdure.contract.forward import Forward
+from perdure.data.records import Batch, batch_of_one
+from perdure.privacy.clipping.clip import Clip, sum_of
+from perdure.queries.per_record import CHUNK
+from perdure.types import Params
+from perdure.utils.chunking import chunks
 
 Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
 """(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
 Outer = dict[str, tuple[Tensor, Tensor]]
 """Layer to (u (n, out), v (n, in)): record i's row of the layer's weight is u_i v_i^T, of its bias u_i."""
-CHUNK = 1024
-"""Records that are looked at together; it bounds memory only."""
 
 
 @dataclass(frozen=True)

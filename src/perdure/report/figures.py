@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perdure.errors import RunError
+from perdure.experiment.result_schema import Arm, Result
 from perdure.report.picture import INK, MUTED, STYLE, Picture
-from perdure.report.wording import SIMULATION, Arm, Result, by_privacy, decimal, epsilon_number, terms
+from perdure.report.wording import SIMULATION, by_privacy, decimal, epsilon_number, terms
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from perdure.errors import PrivacyError
 from perdure.privacy.accounting import calibration as accounting
-from perdure.privacy.accounting.calibration import Charge
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.entries import Entry
-from perdure.privacy.ledger.ledger import Merged
+from perdure.privacy.ledger.merged import Merged
 from perdure.report.wording import epsilon_number
 
 TERMS = "q: sampling rate · sigma: noise multiplier · C: clip norm · epsilon of one record of the partition, rounded up"

@@ -6,11 +6,12 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from perdure.experiment.result_schema import Result, read_result
 from perdure.report.figures import pictures
 from perdure.report.picture import Picture
 from perdure.report.sections import answer, arms_table, facts, gallery, glossary
 from perdure.report.statement import statement
-from perdure.report.wording import Result, count, read_result
+from perdure.report.wording import count
 
 
 def write_report(run: Path) -> Path:

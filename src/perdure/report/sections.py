@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, cast
 
+from perdure.experiment.result_schema import Arm, Result
 from perdure.report.picture import Picture
 from perdure.report.wording import (
     MISSING,
     SIMULATION,
-    Arm,
-    Result,
     attack_name,
     best,
     by_privacy,

@@ -3,8 +3,9 @@
 import math
 from html import escape
 
+from perdure.experiment.result_schema import Arm, Epsilon, Result
 from perdure.report.sections import spending_table
-from perdure.report.wording import SIMULATION, Arm, Epsilon, Result, by_privacy, epsilon_number, phrase, small
+from perdure.report.wording import SIMULATION, by_privacy, epsilon_number, phrase, small
 
 UNITS = {
     "record": "One record is one row of data as it was at its source. All its copies, rotations and "

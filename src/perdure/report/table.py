@@ -7,19 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from perdure.report.wording import (
-    MISSING,
-    SIMULATION,
-    Arm,
-    Result,
-    attack_name,
-    best,
-    by_privacy,
-    checked,
-    decimal,
-    epsilon_number,
-    terms,
-)
+from perdure.experiment.result_schema import Arm, Result, checked
+from perdure.report.wording import MISSING, SIMULATION, attack_name, best, by_privacy, decimal, epsilon_number, terms
 
 UNITS = "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
 

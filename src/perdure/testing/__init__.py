@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from perdure.contract.strategy import Scenario, Strategy
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConformanceError
 from perdure.testing.fixtures import Builder, NotApplicable, Stand
 from perdure.testing.hook_checks import bounds, pure, rows, vmap
 from perdure.testing.privacy_checks import private
 from perdure.testing.run_checks import alone, declared, federated, resume
+from perdure.types import Scenario
 
 __all__ = ["CHECKS", "Report", "check_strategy"]
 

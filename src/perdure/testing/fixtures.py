@@ -8,16 +8,20 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Context, Forward, Scenario, State, Strategy
+from perdure.contract.context import Context, spec_of
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.data.datasets.base import Dataset
-from perdure.data.records import Batch, Params, Records
-from perdure.data.scenarios import Stream, split
+from perdure.data.experience import Stream
+from perdure.data.records import Batch, Records
+from perdure.data.scenarios import split
 from perdure.errors import ConformanceError
 from perdure.learner.learner import Callback, Learner
 from perdure.models.classifiers import mlp
-from perdure.planning.exposure import spec_of
 from perdure.privacy.settings import Privacy
 from perdure.testing.recording_curator import Door, Question
+from perdure.types import Params, Scenario
 
 EXPERIENCES, CLASSES, PER_CLASS, FEATURES = 3, 6, 6, 4
 STEPS, BLOCKS, BATCH = 4, 2, 6

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import Forward, State, Strategy
-from perdure.data.records import Batch, Params
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
-from perdure.queries.evaluation import Gram, as_params, bounded_sum, gradient_rows
+from perdure.queries.evaluation import bounded_sum
+from perdure.queries.gram import Gram
+from perdure.queries.per_record import as_params, gradient_rows
 from perdure.testing.fixtures import (
     CLIP_NORM,
     NOISE,
@@ -23,6 +27,7 @@ from perdure.testing.fixtures import (
     require,
     tensors_of,
 )
+from perdure.types import Params
 
 ROUNDING = 1 + 1e-4
 EVERY = 5

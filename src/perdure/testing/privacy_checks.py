@@ -9,7 +9,7 @@ from torch import Tensor
 from perdure.errors import ConformanceError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.planning.budget import planned
-from perdure.privacy.accounting.calibration import merged
+from perdure.privacy.accounting.charges import merged
 from perdure.privacy.private_sum import Mechanism, Schedule
 from perdure.testing.fixtures import SIMULATED, NotApplicable, Stand, copied, differing, other_records, require, run
 from perdure.testing.recording_curator import ONCE, Watched, declared

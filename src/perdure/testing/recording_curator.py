@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
-from perdure.contract.strategy import Asks, State, Strategy
-from perdure.data.records import Params
+from perdure.contract.plan import Asks
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.errors import ConformanceError
+from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import State, Strategy
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
 from perdure.learner.checkpoint import Store
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy

@@ -9,6 +9,7 @@ Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, O
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.types import Tensors
 
 JSONValue = None | bool | int | float | str | list["JSONValue"] | dict[str, "JSONValue"]
 
@@ -64,9 +66,6 @@ def _mixed(words: Tensor) -> Tensor:
     words = (words ^ shifted(words, 30)) * FIRST
     words = (words ^ shifted(words, 27)) * SECOND
     return words ^ shifted(words, 31)
-
-
-# --------------------------------------------------------------------------- settings as text
 
 
 def canonical(value: object) -> JSONValue:
@@ -116,3 +115,12 @@ def is_plain(value: object) -> bool:
 def canonical_text(value: object) -> str:
     """`canonical` as text with sorted keys, for a digest."""
     return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
+
+
+def digest(tensors: Tensors) -> bytes:
+    """SHA-256 that changes with any value. Of private records only its keyed MAC may leave the curator."""
+    total = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.digest()

@@ -5,6 +5,8 @@ Private noise and coins do not come from here: see `perdure.privacy.noise.key`.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,3 +20,11 @@ def derive(seed: int | str, *where: object) -> int:
 def generator(seed: int, *where: object) -> torch.Generator:
     """CPU generator for one place."""
     return torch.Generator().manual_seed(derive(seed, *where))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let layers start as `seed` alone says, on the processor; the caller's generators are left as they are."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reseed every accelerator
+        yield

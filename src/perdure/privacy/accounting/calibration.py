@@ -10,17 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from perdure.errors import BudgetError, ConfigError
-from perdure.privacy.accounting.accountants import (
-    Accountant,
-    Charge,
-    History,
-    Relation,
-    merged,
-    pld_epsilon,
-    rdp_epsilon,
-)
-
-__all__ = ["Accountant", "Charge", "Relation", "calibrate", "check_target", "epsilon", "merged", "within", "worst"]
+from perdure.privacy.accounting.accountants import Accountant, pld_epsilon, rdp_epsilon
+from perdure.privacy.accounting.charges import Charge, History, Relation, merged
 
 INTERVAL = 1e-4
 COARSE_INTERVAL = 1e-3

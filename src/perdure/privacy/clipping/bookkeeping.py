@@ -15,21 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from perdure.data.records import Params
 from perdure.models.cosine_head import CosineHead
 from perdure.privacy.clipping.clip import Clip, layer_of, sum_of
 from perdure.privacy.clipping.convolution_rules import conv_rule
 from perdure.privacy.clipping.layer_rules import (
     CosineRows,
     EmbeddingRule,
-    RowsRule,
     Rule,
     Use,
     linear_rule,
     normalisation_rule,
 )
-
-__all__ = ["RULES", "LinearRule", "RowsRule", "Rule", "Use", "clipped_gradient_sum", "ruled_layers"]
+from perdure.types import Params
 
 Layers = Mapping[str, nn.Module]
 

@@ -1,13 +1,14 @@
 """Per-record gradients and their clipped sum: the only place where a record's influence is bounded."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perdure.data.records import Params
+from perdure.types import Params
+from perdure.utils.chunking import chunks
 
 Rows = Callable[[Params, Mapping[str, Tensor]], Params]
 """(parameters, tensors of ONE record without batch dimension) -> that record's vector, by name."""
@@ -93,13 +94,6 @@ def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:
     """Rows times their layer's factors (n,); what is not a number becomes 0."""
     clean = {name: torch.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for name, row in rows.items()}
     return {n: r * factors[layer_of(n)].view(-1, *[1] * (r.dim() - 1)).to(r.dtype) for n, r in clean.items()}
-
-
-def chunks(tensors: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Cut the rows into pieces of at most `size`; clipping is per record, so the sum does not change."""
-    n = len(next(iter(tensors.values())))
-    for start in range(0, n, size):
-        yield {name: value[start : start + size] for name, value in tensors.items()}
 
 
 def per_pass(params: Params) -> int:

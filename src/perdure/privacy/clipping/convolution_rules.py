@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from perdure.data.records import Params
 from perdure.privacy.clipping.clip import sum_of
 from perdure.privacy.clipping.layer_rules import GHOST_COST, FormedRule, Rule, Use, ghost_norms, squared_lengths, wide
+from perdure.types import Params
 
 CHANNELS = 16
 """Input channels that a vectorised convolution takes at a time."""

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perdure.data.records import Params
 from perdure.models.cosine_head import CosineHead, directions, reciprocal_lengths
 from perdure.privacy.clipping.clip import sum_of
+from perdure.types import Params
 
 ROWS_AT_ONCE = 64
 """Largest number of records whose gradients are formed at a time."""

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-LARGEST_GROUP_COUNT = 16
-"""As in `perdure.models.classifiers` and in De et al. 2022 (High-Accuracy Differentially Private Image Classification)."""
+from perdure.models.bodies import LARGEST_GROUP_COUNT
 
 Replacements = dict[str, tuple[nn.Module, nn.Module]]
 """Dotted name to (what was there, what takes its place)."""

@@ -1,28 +1,22 @@
 """The ledger: who was exposed to which mechanism how often, on disk before noise is drawn. Nothing resets."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from perdure.errors import BudgetError, ConfigError, LedgerError
 from perdure.privacy.accounting import calibration as accounting
-from perdure.privacy.accounting.calibration import Charge, Relation, check_target, merged
-from perdure.privacy.ledger.entries import SCHEMA, Account, Entry, Statement, Unit, header
+from perdure.privacy.accounting.calibration import check_target
+from perdure.privacy.accounting.charges import Charge, Relation, merged
+from perdure.privacy.ledger.account import Account, header
+from perdure.privacy.ledger.entries import Entry, Unit
 from perdure.privacy.ledger.storage import (
+    SCHEMA,
     Body,
     Chain,
-    Head,
     canonical,
-    cover,
-    head_path,
-    load,
-    read_lines,
 )
 from perdure.privacy.noise.key import NoiseKey
-from perdure.utils.atomic_files import write_atomically
-
-__all__ = ["Account", "Entry", "Ledger", "Merged", "Statement", "merge", "read"]
 
 
 def _silent(point: str) -> None:
@@ -262,133 +256,3 @@ class Ledger(Account):
             f"{cost - epsilon:.2g} above the {epsilon:g} granted at delta {delta:g}; plan fewer steps, a "
             "larger noise multiplier or a larger epsilon"
         )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One curator's chain inside a merged account, line by line, with its head."""
-
-    account: Account
-    lines: tuple[str, ...]
-    head: Head
-    keyed: bool
-
-
-class Merged(Account):
-    """The accounts of several curators, with partitions named `owner/partition`.
-
-    Guarantee: the worst epsilon over all partitions of all owners, for records that stand in one of them.
-    A record that several owners hold is exposed to all of them: name its partitions in `epsilon(...)`.
-    """
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        first = parts[0].account if parts else Account()
-        super().__init__(unit=first.unit, relation=first.relation)
-        self.parts = tuple(parts)
-        for part in parts:
-            self._join(part.account)
-
-    def _join(self, account: Account) -> None:
-        if (account.unit, account.relation) != (self.unit, self.relation):
-            raise LedgerError(
-                f"ledger of {account.owner!r} protects {account.unit} under {account.relation}, the others "
-                f"{self.unit} under {self.relation}; units and relations never mix"
-            )
-        names = {name: f"{account.owner}/{name}" if account.owner else name for name in account.sizes}
-        if not self.sizes.keys().isdisjoint(names.values()):
-            raise LedgerError(f"two ledgers hold partitions of {account.owner!r}; open each with its own owner=...")
-        self.sizes |= {names[name]: size for name, size in account.sizes.items()}
-        for entry in account.entries:
-            self.entries.append(replace(entry, scope={names[name]: rate for name, rate in entry.scope.items()}))
-
-    @property
-    def simulated(self) -> bool:
-        """Whether the noise of any owner came from a seed that somebody chose."""
-        return any(part.account.simulated for part in self.parts)
-
-    @property
-    def verified(self) -> str:
-        """What was checked when the ledgers were read."""
-        if all(part.keyed for part in self.parts):
-            return "chains and keyed heads verified"
-        return "chains verified, heads not: without its key an owner's whole history may be another"
-
-    def per_client(self, delta: float) -> dict[str, float]:
-        """Worst epsilon of each owner."""
-        return {part.account.owner: part.account.epsilon(delta=delta) for part in self.parts}
-
-    def statement(self, delta: float) -> Statement:
-        """Worst epsilon over all owners; the trust model holds for each of them."""
-        return replace(super().statement(delta), trust=super().statement(delta).trust + " per client")
-
-    def export(self, path: Path) -> None:
-        """Write one file that keeps every chain and head line by line, so that each can be verified."""
-        lines = [_title(len(self.parts))]
-        for part in self.parts:
-            lines += [part.head.text(), *part.lines]
-        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-
-
-def merge(ledgers: Iterable[Path | Ledger]) -> Merged:
-    """Put several ledgers (open ones, or files, also merged ones) side by side.
-
-    Raises:
-        LedgerError: for a damaged file, equal owners, or ledgers of different units or relations.
-    """
-    parts: list[Part] = []
-    for ledger in ledgers:
-        if isinstance(ledger, Path):
-            parts += read(ledger).parts
-        else:
-            account = Account.replay(ledger.chain.bodies, where=ledger.owner)
-            parts.append(Part(account, tuple(ledger.chain.lines), ledger.chain.head, keyed=True))
-    return Merged(parts)
-
-
-def read(path: Path, keys: Mapping[str, NoiseKey] | None = None) -> Merged:
-    """Read a ledger with its head beside it, or a file that `export` wrote, and change nothing.
-
-    Args:
-        path: the file.
-        keys: owner to key. Heads of owners without one are not verified, and `verified` says so.
-
-    Raises:
-        LedgerError: for damage, naming the line.
-    """
-    if not head_path(path).exists():
-        return Merged(list(_parts(path, keys or {})))
-    lines, bodies, head = load(path, None)
-    if not bodies:  # stopped before its first line: nothing was charged
-        return Merged([])
-    return Merged([_part(lines, bodies, head, keys or {}, str(path))])
-
-
-def _parts(path: Path, keys: Mapping[str, NoiseKey]) -> Iterator[Part]:
-    lines, start = read_lines(path), 1
-    for _ in range(_count(lines, path)):
-        head = Head.parse(lines[start] if start < len(lines) else "", where=f"{path}, line {start + 1}")
-        chain = lines[start + 1 : start + 1 + head.count]
-        bodies = cover(chain, head, where=str(path), first=start + 2)
-        yield _part(chain, bodies, head, keys, f"{path}, line {start + 1}")
-        start += 1 + head.count
-    if start != len(lines) or not path.read_bytes().endswith(b"\n"):
-        raise LedgerError(f"{path}, line {start + 1}: after the last ledger; restore the file from a backup")
-
-
-def _count(lines: Sequence[str], path: Path) -> int:
-    for count in re.findall(r'"ledgers":(\d{1,9}),', lines[0] if lines else ""):
-        if lines[0] == _title(int(count)):
-            return int(count)
-    raise LedgerError(f"{path}, line 1: not an exported ledger, and {head_path(path).name} is not beside it")
-
-
-def _title(count: int) -> str:
-    return canonical({"kind": "merged", "schema": SCHEMA, "ledgers": count})
-
-
-def _part(lines: Sequence[str], bodies: Sequence[Body], head: Head, keys: Mapping[str, NoiseKey], where: str) -> Part:
-    account = Account.replay(bodies, where=where)
-    key = keys.get(account.owner)
-    if key is not None:
-        head.check(key, where=where)
-    return Part(account, tuple(lines), head, keyed=key is not None)

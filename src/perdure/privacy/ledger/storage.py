@@ -25,6 +25,8 @@ Body = dict[str, Any]
 GENESIS = "0" * 64
 HEX = re.compile("[0-9a-f]{64}")
 
+SCHEMA = 1
+
 
 def canonical(value: object) -> str:
     """Return the one JSON text of `value`: sorted keys, no spaces, no NaN, plain ASCII."""

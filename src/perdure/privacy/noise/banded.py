@@ -19,7 +19,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from perdure.data.records import Params
+from perdure.types import Params
 
 
 def coefficients(bands: int) -> tuple[float, ...]:

@@ -231,3 +231,15 @@ def _box_muller(u: npt.NDArray[np.float32], t: npt.NDArray[np.float32]) -> None:
     np.sin(t, out=t)
     t *= u
     u *= cosine
+
+
+def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
+    """Secret key of this curator, or a simulated one from the seed that the user chose."""
+    if seed is not None:
+        return NoiseKey.from_seed(seed, "client", client)
+    if folder is None:
+        raise PrivacyError(
+            "secret noise needs a folder to keep its key and ledger in; give Learner(folder=...), or "
+            "Privacy(seed=...) for a simulation"
+        )
+    return NoiseKey.from_os(folder / "private" / "key")

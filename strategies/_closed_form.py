@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.strategy import MASKED, Asks, Context, Forward, Plan, Spec, State, Strategy
-from perdure.data.records import Batch, Params
+from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Asks, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
-from perdure.privacy.clipping.clip import chunks
-from perdure.queries.evaluation import Gram
+from perdure.queries.gram import Gram
+from perdure.types import Params
+from perdure.utils.chunking import chunks
 
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
-    from perdure.data.scenarios import Experience
+    from perdure.data.experience import Experience
 
 BLOCK = 512
 """Rows of a Gram matrix that are added up at once; what lies below the diagonal is mirrored, not computed."""
@@ -141,7 +146,7 @@ def denoised(matrix: Tensor, share: float = SHARE) -> Tensor:
 
         V (max(values, 0) + share * floor) V^T,   floor = -(least eigenvalue)
 
-    Symmetric noise of standard deviation s on the diagonal and s / sqrt(2) off it (see `perdure.queries.evaluation.Gram`) moves
+    Symmetric noise of standard deviation s on the diagonal and s / sqrt(2) off it (see `perdure.queries.gram.Gram`) moves
     eigenvalues by up to about s sqrt(2 d). Where the true matrix has a weak direction, and wide ones do, the least
     eigenvalue shows that bound: nothing else takes it below 0. So the noise is read off the release itself, also where
     those of many experiences and clients were added up. Without noise the matrix comes back as it is.

@@ -1,0 +1,31 @@
+"""FGSM: one step uphill on each record's own loss (Goodfellow et al. 2015)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.adversarial.base import Attack, Losses, input_gradient, steepest_direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(Attack):
+    """Fast gradient (sign) method: one step of length epsilon.
+
+        x' = clip(x + epsilon * sign(grad_x loss))            linf
+        x' = clip(x + epsilon * grad_x loss / |grad_x loss|)  l2
+
+    Args: see `Attack`.
+
+    >>> import torch
+    >>> FGSM(epsilon=0.25).perturb(lambda x: 3 * x[:, 0] - x[:, 1], torch.full((1, 2), 0.5))
+    tensor([[0.7500, 0.2500]])
+
+    Source: Goodfellow, Shlens, Szegedy 2015, "Explaining and harnessing adversarial examples", section 4.
+    """
+
+    def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One step uphill; deterministic, so `generator` is not used. See `Attack.perturb`."""
+        origin = inputs.detach()
+        step = self.epsilon * steepest_direction(input_gradient(losses, origin), self.norm)
+        return self._feasible(origin, origin + step, self._limits(origin))

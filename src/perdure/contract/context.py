@@ -1,0 +1,116 @@
+"""Public facts that a strategy may use: shapes, declared sizes and declared classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from perdure.data.experience import Stream
+from perdure.data.records import Batch
+from perdure.errors import StrategyError
+from perdure.types import Params, Scenario
+from perdure.utils.modules import statistics_of
+
+MASKED = -1e9
+"""Logit of a class that may not be predicted: its probability underflows to exactly zero."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spec:
+    """Shapes and public sizes a strategy needs to lay out its state.
+
+    Args:
+        params: the model's parameters (for their shapes, device and initial values).
+        num_classes: width of the head. num_experiences: declared length of the stream.
+        feature_size: width of `model.features`. scenario: task-, domain- or class-incremental.
+        statistics: running means and variances of the model's layers; a teacher keeps them beside its parameters.
+    """
+
+    params: Params
+    num_classes: int
+    num_experiences: int
+    feature_size: int
+    scenario: Scenario
+    statistics: Params = field(default_factory=dict)
+
+    def require_features(self) -> None:
+        """Refuse a model that does not say how long its features are."""
+        if self.feature_size < 1:
+            raise StrategyError(
+                "the model has no feature_size; give it and `features`, as perdure.models.classifier.Classifier"
+            )
+
+    @property
+    def teacher(self) -> Params:
+        """All that makes the model answer as it does."""
+        return {**self.params, **self.statistics}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """Public facts of the moment; nothing here was observed on private data.
+
+    Args:
+        scenario: task-, domain- or class-incremental.
+        experience: index of the experience (when evaluating a task-incremental stream: the task being asked for).
+        task_classes: (T, C) bool, the declared classes of every experience.
+        seen: (C,) bool, the classes of this and all earlier experiences.
+        declared_size: public number of records of this experience.
+        memory_share: share of the rows of the present batch that come from memory, where they were drawn apart;
+            0 without memory and where new and stored records are pooled, as they are under privacy.
+    """
+
+    scenario: Scenario
+    experience: int
+    task_classes: Tensor
+    seen: Tensor
+    declared_size: int = 1
+    memory_share: float = 0.0
+
+    @property
+    def current(self) -> Tensor:
+        """(C,) bool, the declared classes of this experience."""
+        return self.task_classes[self.experience]
+
+    @property
+    def earlier(self) -> Tensor:
+        """(C,) bool, the classes of earlier experiences that are not of this one: a teacher may answer for them."""
+        return self.task_classes[: self.experience].any(0) & ~self.current
+
+    @property
+    def allowed(self) -> Tensor:
+        """(C,) bool, the classes that a record of this experience may be predicted as."""
+        if self.scenario == "task":
+            return self.current
+        return self.seen if self.scenario == "class" else torch.ones_like(self.seen)
+
+    def mask(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits (n, C) with the classes out of question for each row set to `MASKED`."""
+        if self.scenario == "domain":
+            return logits
+        allowed = self.task_classes[batch.tasks] if self.scenario == "task" else self.seen
+        return torch.where(allowed, logits, MASKED)
+
+
+def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
+    """Return a function from an experience's index to its public facts."""
+    table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
+    for experience in stream:
+        table[experience.index, list(experience.classes)] = True
+
+    def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
+        return Context(
+            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
+            declared_size=declared_size, memory_share=memory_share,
+        )  # fmt: skip
+
+    return context
+
+
+def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
+    """What a strategy needs to lay out its state; running statistics owe too much to records where they are private."""
+    return Spec(
+        params=params, num_classes=stream.num_classes, num_experiences=len(stream), scenario=stream.scenario,
+        feature_size=getattr(model, "feature_size", 0), statistics={} if private else statistics_of(model),
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""The model as a function of its input, at given parameters."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.contract.context import Context
+from perdure.data.records import Batch
+from perdure.types import Params
+from perdure.utils.modules import evaluating
+
+# --------------------------------------------------------------------------- running the model
+
+
+class _Method(nn.Module):
+    """Lets `functional_call` reach another method of the wrapped model than `forward`."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return getattr(self.module, self.name)(*inputs)
+
+
+class Forward:
+    """The model as a function of its input at given parameters.
+
+    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.method("decode")(z)` what
+    another method of the model makes of its inputs, `forward.at(params)` the same model at other parameters, unhooked
+    and without gradients: a teacher, which keeps running statistics too where `params` has some.
+    """
+
+    def __init__(self, module: nn.Module, params: Params | None = None, *, frozen: bool = False) -> None:
+        self.module, self.params, self._frozen = module, params, frozen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, C) logits."""
+        logits: Tensor = self._run(self.module, self.params, x)
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """(n, f): the input of the head."""
+        features: Tensor = self.method("features")(x)
+        return features
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """Another method of the model, of tensors with one row a record, at the same parameters as `forward`.
+
+        The layers that it calls are hooked as those of `forward` are, and its passes are counted like them.
+        """
+        params = self.params and {f"module.{own}": value for own, value in self.params.items()}
+        return partial(self._run, _Method(self.module, name), params)
+
+    def at(self, params: Params) -> "Forward":
+        """Return a teacher: the model at `params`, without gradients."""
+        return Forward(self.module, params, frozen=True)
+
+    def _run(self, module: nn.Module, params: Params | None, *inputs: Tensor) -> Any:
+        if params is None:
+            return module(*inputs)
+        if not self._frozen:
+            return torch.func.functional_call(module, params, inputs)
+        with torch.no_grad(), evaluating(module):
+            return torch.func.functional_call(module, params, inputs)
+
+
+# --------------------------------------------------------------------------- the contract
+
+
+def cross_entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) cross entropy of each row."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def cross_entropy(forward: Forward, batch: Batch, context: Context) -> Tensor:
+    """(n,) cross entropy of each row over the classes it may be predicted as."""
+    return cross_entropy_of(context.mask(forward(batch.inputs), batch), batch.labels)

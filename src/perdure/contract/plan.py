@@ -1,0 +1,148 @@
+"""Plans of an experience: its pool, its memory, and its declared privacy cost."""
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal, get_args
+
+from perdure.errors import ConfigError
+
+if TYPE_CHECKING:
+    from perdure.data.experience import Experience
+
+Selection = Literal["reservoir", "class-balanced", "ring", "herding", "loss-aware"]
+Update = Literal["experience", "step"]
+Use = Literal["rehearsal", "pooled", "reference", "references"]
+MODELLED = ("herding", "loss-aware")
+"""Selections that depend on what the model makes of the records."""
+ALLOWED = {"selection": get_args(Selection), "update": get_args(Update), "use": get_args(Use)}
+Pooled = Literal["experience", "all", "memory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What is kept for replay.
+
+    Args:
+        capacity: number of records kept in all.
+        selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal quotas for every pair
+            of stage and class (the pieces of an `online` stream are one stage), filled at random (`class-balanced`), by
+            the latest (`ring`; Chaudhry et al. 2019), by the records whose mean feature follows the class mean best
+            (`herding`; Rebuffi et al. 2017, algorithm 4) or by those of the highest loss (`loss-aware`; after Buzzega
+            et al. 2020, "Rethinking experience replay", section 3.4, who drop those of low loss). Under differential
+            privacy all become membership by each record's own coin, because a memory that swaps records doubles their
+            influence.
+        per_class: fixed quota for every pair of stage and class instead of a share of `capacity`, which is no limit
+            then. Under differential privacy `capacity` alone counts.
+        batch_size: rows drawn from memory at every step; None for as many as new ones. Under differential privacy
+            new and stored records are one pool.
+        update: offer records at the end of an `experience`, or every `step` those that were in it. What a strategy
+            remembers of a row is computed when it is offered; under differential privacy, when it was in a step last.
+        use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with them; or only for one
+            `reference` gradient a step, or for one a step of every earlier experience (`references`).
+    """
+
+    capacity: int
+    selection: Selection = "class-balanced"
+    per_class: int | None = None
+    batch_size: int | None = None
+    update: Update = "experience"
+    use: Use = "rehearsal"
+
+    def __post_init__(self) -> None:
+        if not whole(self.capacity):
+            raise ConfigError.of("memory capacity", self.capacity, "1 or more records")
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError.of(f"memory {name}", getattr(self, name), allowed)
+        for name in ("per_class", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not whole(value):
+                raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
+        if self.use == "pooled" and self.update == "step":
+            raise ConfigError.of("memory use", "pooled", "with update='experience': a pool is shuffled whole")
+        if self.selection in MODELLED and self.update == "step":
+            raise ConfigError.of("memory selection", self.selection, "with update='experience': it ranks them all")
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether stored rows take part in the gradient itself."""
+        return self.use in ("rehearsal", "pooled")
+
+
+def records_in(size: int | str, experience: "Experience") -> int:
+    """How many records `size` is: a number of them, or a text such as "2 MB" for inputs, labels and ids.
+
+    What a strategy remembers beside a row comes on top.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    refuse_size(size)
+    if not isinstance(size, str):
+        return int(size)
+    number, _, unit = size.partition(" ")
+    inputs = experience.train.inputs
+    row = inputs[:0].new_empty(inputs.shape[1:]).nbytes + 2 * experience.train.ids.element_size()
+    return max(1, int(float(number) * UNITS[unit]) // row)
+
+
+def refuse_size(size: int | str) -> None:
+    """Refuse what is neither a number of records nor a text such as "2 MB"."""
+    number, _, unit = str(size).partition(" ")
+    text = unit in UNITS and number.replace(".", "", 1).isdecimal() and float(number) > 0
+    if not (text if isinstance(size, str) else whole(size)):
+        raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
+
+
+def whole(value: object) -> bool:
+    """Whether it is a whole number, 1 or more."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+
+
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one experience is trained on; a function of public facts only.
+
+    Args:
+        pool: records that batches are drawn from: those of this `experience`, of `all` experiences so far, or what
+            `memory` holds once those of this experience were offered to it.
+        memory: what is kept for replay, or None.
+        restart: begin with the initial parameters and a fresh optimiser.
+        trainable: prefixes of the parameter names that are trained; None for all.
+        train: False where no gradient is taken at all, because everything that is learnt is a release.
+        penalised: False where the penalty is known to be 0 all the time, so that it need not be computed.
+    """
+
+    pool: Pooled = "experience"
+    memory: MemoryPlan | None = None
+    restart: bool = False
+    trainable: tuple[str, ...] | None = None
+    train: bool = True
+    penalised: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pool not in get_args(Pooled):
+            raise ConfigError.of("plan.pool", self.pool, get_args(Pooled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks:
+    """What a strategy asks of private data beyond the gradient; its declared privacy cost.
+
+    Args:
+        releases: noisy sums over the experience, after it. recalls: noisy sums over memory, after every experience.
+        histograms: counts after every experience, with integer noise.
+        selections: choices of one public answer after every experience; a top-k is k of them.
+        references: reference gradients that one stored record takes part in at every step: 0 or 1.
+        reuses: whether records of earlier experiences go on being used.
+    """
+
+    releases: int = 0
+    histograms: int = 0
+    selections: int = 0
+    recalls: int = 0
+    references: int = 0
+    reuses: bool = False

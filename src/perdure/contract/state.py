@@ -1,0 +1,72 @@
+"""State of a strategy: named tensors, each with a rule for combining it over clients."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from perdure.errors import StrategyError
+from perdure.types import Params
+
+Rule = Literal["sum", "mean", "local"]
+
+
+class State(Mapping[str, Tensor]):
+    """What a strategy remembers: a flat mapping from name to tensor, shapes fixed by `Strategy.init`.
+
+    Each name is declared once with how a federation combines it: `sum` (increments add up over clients), `mean`
+    (weighted by declared sizes) or `local` (stays with the client). A parameter-shaped quantity is a *group*:
+    one entry a parameter, named `group/parameter`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None, rules: Mapping[str, Rule] | None = None) -> None:
+        self._tensors = dict(tensors or {})
+        self.rules: dict[str, Rule] = dict(rules or {})
+        if self._tensors.keys() != self.rules.keys():
+            raise StrategyError(f"every state name needs one rule; given {sorted(self._tensors.keys() ^ self.rules)}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"State({', '.join(f'{n}: {tuple(t.shape)} {self.rules[n]}' for n, t in self.items())})"
+
+    def declare(self, name: str, value: Tensor, rule: Rule) -> "State":
+        """Add a new name; for use in `Strategy.init`."""
+        if name in self:
+            raise StrategyError(f"state name {name!r} is declared twice; choose another name")
+        return State({**self, name: value}, {**self.rules, name: rule})
+
+    def declare_group(self, group: str, values: Params, rule: Rule) -> "State":
+        """Add one name a parameter: `group/parameter`."""
+        state = self
+        for name, value in values.items():
+            state = state.declare(f"{group}/{name}", value, rule)
+        return state
+
+    def group(self, group: str) -> Params:
+        """Return the tensors of one group by parameter name."""
+        return {n.removeprefix(f"{group}/"): t for n, t in self.items() if n.startswith(f"{group}/")}
+
+    def replace(self, changes: Mapping[str, Tensor]) -> "State":
+        """Return a state with new values under known names and unchanged shapes.
+
+        Raises:
+            StrategyError: for a name that `init` did not declare, or another shape.
+        """
+        for name, value in changes.items():
+            if name not in self or self[name].shape != value.shape:
+                known = tuple(self[name].shape) if name in self else "undeclared"
+                given = tuple(value.shape)
+                raise StrategyError(f"state {name!r} is {known}, given shape {given}; declare it in init()")
+        return State({**self, **changes}, self.rules)
+
+    def replace_group(self, group: str, values: Params) -> "State":
+        """`replace` for one group."""
+        return self.replace({f"{group}/{name}": value for name, value in values.items()})

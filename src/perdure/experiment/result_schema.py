@@ -1,0 +1,154 @@
+"""Schema of `result.json`, and its reader."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from perdure.errors import RunError
+
+SCHEMA = 1
+
+
+class Epsilon(TypedDict):
+    """One privacy statement. `text` says it in a full sentence."""
+
+    value: float
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+    sampling: str
+    trust: str
+    simulated: bool
+    text: str
+
+
+class Spending(TypedDict):
+    """One purpose that privacy was spent on."""
+
+    purpose: str
+    steps: int
+    noise_multiplier: float
+    sampling_rate: float
+
+
+class Arm(TypedDict):
+    """One strategy of the run, with or without privacy. Accuracies in percent, differences in points."""
+
+    strategy: str
+    options: str
+    private: bool
+    accuracy_matrix: list[list[float | None]]
+    average_accuracy: float | None
+    learning_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    worst_experience_accuracy: float | None
+    area_under_accuracy: float | None
+    calibration_error: list[float]
+    state_bytes: int
+    robust_accuracy: float | None
+    epsilon: Epsilon | None
+    epsilon_over_time: list[float | None] | None
+    spending: list[Spending]
+    seconds: float
+
+
+class Stream(TypedDict):
+    """The experiences, in the order they were learnt."""
+
+    name: str
+    scenario: str
+    experiences: int
+    classes: list[list[int]]
+
+
+class Attack(TypedDict):
+    """The attack behind robust accuracy."""
+
+    name: str
+    epsilon: float
+    steps: int
+    norm: str
+
+
+class Explanations(TypedDict):
+    """Where the explanation tensors are, and of which arm and moments."""
+
+    file: str
+    moments: list[str]
+    arm: str
+
+
+class Result(TypedDict):
+    """A finished run."""
+
+    schema: int
+    name: str
+    seed: int
+    stream: Stream
+    model: dict[str, Any]
+    federation: dict[str, Any] | None
+    environment: dict[str, Any]
+    attack: Attack | None
+    arms: list[Arm]
+    epsilon_of_all_arms: Epsilon | None
+    explanations: Explanations | None
+
+
+def read_result(run: Path) -> Result:
+    """Read `result.json` of a run.
+
+    Raises:
+        RunError: when the file is missing, is not JSON, or has another schema.
+    """
+    path = run / "result.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); let the run finish first") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); run the experiment again") from error
+    return checked(content, str(path))
+
+
+def checked(content: object, source: str = "result") -> Result:
+    """Return `content` as a result, if all that schema 1 promises is there.
+
+    Raises:
+        RunError: naming `source` and the first thing that is wrong.
+    """
+    if not isinstance(content, Mapping):
+        raise RunError(f"{source} holds a {type(content).__name__}; allowed: an object of schema {SCHEMA}")
+    if content.get("schema") != SCHEMA:
+        raise RunError(f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}")
+    _require(content, Result, source)
+    if not content["arms"]:
+        raise RunError(f"{source} has no arms; a finished run has at least one")
+    _require(content["stream"], Stream, f"{source}: stream")
+    for number, arm in enumerate(content["arms"]):
+        _check_arm(arm, f"{source}: arms[{number}]")
+    for name, shape in (("attack", Attack), ("explanations", Explanations), ("epsilon_of_all_arms", Epsilon)):
+        if content[name] is not None:
+            _require(content[name], shape, f"{source}: {name}")
+    return cast(Result, content)
+
+
+def _check_arm(arm: Mapping[str, Any], source: str) -> None:
+    _require(arm, Arm, source)
+    if arm["private"] != (arm["epsilon"] is not None):
+        given = f"private = {arm['private']} but epsilon = {arm['epsilon']!r}"
+        raise RunError(f"{source} has {given}; a private arm states its epsilon, another has none")
+    if arm["epsilon"] is not None:
+        _require(arm["epsilon"], Epsilon, f"{source}.epsilon")
+    for entry in arm["spending"]:
+        _require(entry, Spending, f"{source}.spending")
+
+
+def _require(content: object, shape: type, source: str) -> None:
+    expected: frozenset[str] = shape.__required_keys__  # type: ignore[attr-defined]
+    missing = sorted(expected - set(content)) if isinstance(content, Mapping) else sorted(expected)
+    if missing:
+        raise RunError(f"{source} lacks {', '.join(missing)}; schema {SCHEMA} requires them")

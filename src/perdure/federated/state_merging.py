@@ -1,0 +1,56 @@
+"""Combine the strategy states of clients, each name by its declared rule."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perdure.contract.state import Rule, State
+from perdure.errors import StrategyError
+
+
+def sent(state: State) -> State:
+    """The part of a state that travels: all but what is declared `local`."""
+    rules: dict[str, Rule] = {name: rule for name, rule in state.rules.items() if rule != "local"}
+    return State({name: state[name] for name in rules}, rules)
+
+
+def combine(old: State | None, states: Sequence[State], weights: Sequence[float]) -> State:
+    """One state of the states of all clients, by each name's rule; `local` names are left out.
+
+        sum:  old + sum_k (state_k - old)          mean:  sum_k w_k state_k / sum_k w_k
+
+    With one holder its tensor is taken as it is, to the bit.
+
+    Args:
+        old: what the clients started from; None for zero. states: one a client, in a fixed order.
+        weights: declared sizes.
+
+    Raises:
+        StrategyError: for a `mean` of integers.
+    """
+    parts = [sent(state) for state in states]
+    rules = parts[0].rules
+    tensors = {}
+    for name, rule in rules.items():
+        values = [part[name] for part in parts]
+        before = torch.zeros_like(values[0]) if old is None else old[name]
+        tensors[name] = values[0] if len(values) == 1 else RULES[rule](before, values, weights, name)
+    return State(tensors, rules)
+
+
+def _sum(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
+    wide = torch.float64 if before.is_floating_point() else before.dtype
+    start = before.to(values[0].device, wide)  # clients answer on the CPU, the server may stand on a GPU
+    return (start + sum(value.to(wide) - start for value in values)).to(before.dtype)
+
+
+def _mean(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
+    if not before.is_floating_point():
+        raise StrategyError(f"state {name!r} is {before.dtype}, which has no mean; declare it as sum or local")
+    total = sum(weights)
+    terms = [weight / total * value.double() for weight, value in zip(weights, values, strict=True)]
+    return torch.stack(terms).sum(0).to(before.dtype)
+
+
+RULES = {"sum": _sum, "mean": _mean}

@@ -1,0 +1,152 @@
+"""Drop-one-record tests of the loss and of every layer, on synthetic records."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from perdure.errors import GuardError
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per record."""
+
+TOLERANCE = 1e-4
+"""Relative change of a record's loss that rounding in another batch shape may explain."""
+
+ROUNDING = 1e-2
+"""Relative change of a layer's rows that ReLUs switched by such rounding may explain."""
+
+
+# --------------------------------------------------------------------------- losses
+
+
+def quiet_training(model: nn.Module) -> None:
+    """Put the model into training mode with dropout off, so that what mixes records only while training shows."""
+    for module in model.train().modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+
+
+def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
+    """Drop-one-record test: each record's loss must be the same alone, in the batch, and among fewer neighbours.
+
+    Args:
+        inputs, labels: synthetic records. what: name for the message.
+
+    Raises:
+        GuardError: when the loss couples records or gives no loss per record.
+    """
+    n = len(inputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = losses(inputs, labels).detach()
+        if whole.shape != (n,):
+            raise GuardError(
+                f"{what} gives shape {tuple(whole.shape)} for {n} records; return one loss per record, "
+                "with reduction='none'"
+            )
+        torch.manual_seed(0)
+        fewer = losses(inputs[:-1], labels[:-1]).detach()
+        alone = torch.cat([losses(inputs[i : i + 1], labels[i : i + 1]).detach() for i in range(n)])
+    scale = whole.abs().clamp(min=1.0)
+    moved = torch.maximum(((whole - alone) / scale).abs(), ((whole[:-1] - fewer) / scale[:-1]).abs().max())
+    if not bool((moved < TOLERANCE).all()):
+        raise GuardError(
+            f"{what} couples records: dropping one record moved the loss of another by {float(moved.max()):.2g} of its "
+            "value; compute each row from that row only (no batch means, class-weighted means, in-batch negatives; no "
+            "chance but torch.nn.Dropout)"
+        )
+
+
+# --------------------------------------------------------------------------- layers
+
+
+def check_rows(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
+    """Change-one and drop-one test of every layer: its row i, and the gradient that comes back to it, are record i's.
+
+    Book-keeping reads per-record gradients off the rows of a layer, so this is what its bound rests on. A layer that
+    sees (length, n, features) fails it, and would mix records in the one batch whose size equals the length; so does a
+    backward pass that mixes records, which no test of the losses sees. One row in all, or k > 1 rows a record,
+    pass: they are never taken for several records.
+
+    Args:
+        losses: runs `model`, in training mode without dropout (see `quiet_training`).
+        inputs, labels: synthetic records, at least 3. what: name for the message.
+
+    Raises:
+        GuardError: naming the layer.
+    """
+    n, whole = len(inputs), _calls(model, losses, inputs, labels)
+    fewer = _calls(model, losses, inputs[:-1], labels[:-1])
+    if [call[0] for call in whole] != [call[0] for call in fewer]:
+        raise GuardError(f"{what} calls other layers when one record is left out; compute each row from that row only")
+    for (name, rows, _), (_, rows_of_fewer, _) in zip(whole, fewer, strict=True):
+        if rows * rows_of_fewer != 1 and (rows * (n - 1) != rows_of_fewer * n or rows < n):
+            raise GuardError(
+                f"layer {name} gives {rows} rows for {n} records and {rows_of_fewer} for {n - 1} in {what}; pass all "
+                "records at once and put them first: batch_first=True, positions as (n, length)"
+            )
+    kept = torch.arange(n)
+    _compare(whole, fewer, kept[:-1], what, ROUNDING)
+    for i in range(n):
+        changed = inputs.clone()
+        changed[i] = inputs[(i + 1) % n]
+        _compare(whole, _calls(model, losses, changed, labels), kept[kept != i], what, TOLERANCE)
+
+
+Call = tuple[str, int, dict[str, Tensor]]
+"""A layer's name; how many rows left it in one call; what entered it and what came back to it, records first."""
+
+
+def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> list[Call]:
+    """Differentiable calls of the innermost layers that have parameters, in order."""
+    heard: list[tuple[str, nn.Module, Tensor, Any]] = []
+    handles = [_listen(name, layer, heard) for name, layer in model.named_modules() if _innermost(layer)]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            total = losses(inputs, labels).sum()
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = [left for _, _, left, _ in heard]
+    backs = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True) if outputs else ()
+    return [_call(*call, back) for call, back in zip(heard, backs, strict=True)]
+
+
+def _call(name: str, layer: nn.Module, left: Tensor, entered: Any, back: Tensor) -> Call:
+    dim = 0 if getattr(layer, "batch_first", True) else 1
+    parts = {"gradient": back.movedim(dim, 0)}
+    if isinstance(entered, Tensor) and entered.shape[dim : dim + 1] == left.shape[dim : dim + 1]:
+        parts["input"] = entered.detach().movedim(dim, 0)
+    return name, left.shape[dim], parts
+
+
+def _innermost(layer: nn.Module) -> bool:
+    below = (param for child in layer.children() for param in child.parameters())
+    return any(True for _ in layer.parameters(recurse=False)) and not any(True for _ in below)
+
+
+def _listen(name: str, layer: nn.Module, heard: list[tuple[str, nn.Module, Tensor, Any]]) -> RemovableHandle:
+    def hook(_: nn.Module, entered: tuple[Any, ...], left: Any) -> None:
+        # a parametrisation is called without inputs; its output is a weight
+        if entered and isinstance(left, Tensor) and left.requires_grad and left.dim():
+            heard.append((name or "model", layer, left, entered[0]))
+
+    return layer.register_forward_hook(hook)
+
+
+def _compare(whole: list[Call], other: list[Call], rows: Tensor, what: str, tolerance: float) -> None:
+    """Refuse a layer whose `rows` differ between two runs that differ in another record only."""
+    for (name, n, parts), (_, _, others) in zip(whole, other, strict=True):
+        for part, value in parts.items() if n == len(rows) + 1 else ():
+            mine, theirs = value[rows].double(), others[part][rows].double()
+            moved = float((mine - theirs).norm() / mine.norm().clamp(min=1e-30))
+            if not moved < tolerance:
+                raise GuardError(
+                    f"layer {name} mixes records in {what}: changing one record moved another one's {part} by "
+                    f"{moved:.2g} of its size; compute each row from that row only, forwards and backwards, and keep "
+                    "the records first and in order"
+                )

@@ -1,0 +1,153 @@
+"""Epsilon and charges of each partition, computed from the entries of a ledger."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from perdure.errors import ConfigError, LedgerError
+from perdure.privacy.accounting import calibration as accounting
+from perdure.privacy.accounting.accountants import Accountant
+from perdure.privacy.accounting.charges import Charge, Relation
+from perdure.privacy.ledger.entries import Entry, Unit, require_one_of
+from perdure.privacy.ledger.storage import SCHEMA, Body
+
+
+@dataclass(frozen=True)
+class Statement:
+    """An epsilon with everything it means nothing without."""
+
+    epsilon: float
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+    sampling: str
+    trust: str
+    simulated: bool
+
+    def __str__(self) -> str:
+        # rounded up, so that what is printed was never exceeded
+        value = "infinite" if math.isinf(self.epsilon) else f"{math.ceil(self.epsilon * 100 - 1e-9) / 100:.2f}"
+        relation = self.relation.replace("add-remove", "add/remove")
+        delta = f"{self.delta:g}".replace("e-0", "e-")
+        facts = (self.unit, relation, f"delta {delta}", self.accountant.upper(), self.sampling, self.trust)
+        warning = "; simulation: not a private release" if self.simulated else ""
+        return f"epsilon {value} ({', '.join(facts)}{warning})"
+
+
+class Account:
+    """What was spent: partitions with declared sizes, entries in order. The reading side of every ledger."""
+
+    def __init__(self, *, owner: str = "", unit: Unit = "record", relation: Relation = "add-remove") -> None:
+        require_one_of("unit", unit, Unit)
+        require_one_of("relation", relation, Relation)
+        self.owner, self.unit, self.relation = owner, unit, relation
+        self.sizes: dict[str, int] = {}
+        self.entries: list[Entry] = []
+
+    @classmethod
+    def replay(cls, bodies: Sequence[Body], *, where: str) -> "Account":
+        """Rebuild the account that verified lines tell of."""
+        account = cls(**header(bodies, where))
+        for number, body in enumerate(bodies[1:], 2):
+            account.read(body, f"{where}, entry {number}")
+        return account
+
+    def read(self, body: Body, where: str) -> None:
+        """Take in one verified line."""
+        try:
+            self.take(body)
+        except (KeyError, TypeError, ConfigError) as error:
+            raise LedgerError(f"{where}: not a line that this version reads ({error})") from error
+
+    def take(self, body: Body) -> None:
+        """Take in one line of this version."""
+        kind, content = body["kind"], {name: value for name, value in body.items() if name != "kind"}
+        if kind == "partition":
+            self.sizes[content["name"]] = content["size"]
+        elif kind == "entry":
+            self.entries.append(Entry(**content))
+        elif kind != "grant":
+            raise ConfigError.of("kind", kind, ("partition", "entry", "grant"))
+
+    @property
+    def partitions(self) -> tuple[str, ...]:
+        """Names of all declared partitions, in order."""
+        return tuple(self.sizes)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether any noise came from a seed that the user chose."""
+        return any(entry.simulated for entry in self.entries)
+
+    def charges(self, partition: str) -> tuple[Charge, ...]:
+        """All charges of a record of `partition`, in order."""
+        return self.exposure([partition])
+
+    def epsilon(
+        self, partitions: Iterable[str] | None = None, *, delta: float, accountant: Accountant = "pld"
+    ) -> float:
+        """Epsilon of a record that is in all of `partitions` (None: of the worst record of one partition).
+
+        Under replace-one, `partitions` are all that the old and the new record touch.
+        """
+        if partitions is None and accountant == "pld":
+            return self.worst(delta)[1]
+        histories = self._histories() if partitions is None else {"": self.exposure(list(partitions))}
+        spent = (
+            accounting.epsilon(history, delta=delta, accountant=accountant, relation=self.relation)
+            for history in histories.values()
+        )
+        return max(spent, default=0.0)
+
+    def worst(self, delta: float) -> tuple[str, float]:
+        """Partition whose records spent most (under replace-one perhaps two) and its PLD epsilon."""
+        return accounting.worst(self._histories(), delta=delta, relation=self.relation)
+
+    def statement(self, delta: float) -> Statement:
+        """Worst epsilon so far, with all that belongs to it."""
+        kinds = {entry.sampling for entry in self.entries}
+        sampled = "Poisson sampling" if "none" not in kinds else "Poisson sampling and full passes"
+        trust = sorted({"trusted curator" if e.trust == "curator" else e.trust for e in self.entries})
+        return Statement(
+            epsilon=self.epsilon(delta=delta),
+            delta=delta,
+            unit=self.unit,
+            relation=self.relation,
+            accountant="pld",
+            sampling=sampled if "poisson" in kinds else "no sampling",
+            trust=" and ".join(trust) or "trusted curator",
+            simulated=self.simulated,
+        )
+
+    def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:
+        """All charges of a record that is in all of `partitions`, in order."""
+        for partition in partitions:
+            if partition not in self.sizes:
+                raise ConfigError.of("partition", partition, self.sizes)
+        charges = (entry.charge(partitions) for entry in self.entries)
+        return tuple(charge for charge in charges if charge is not None)
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Partitions that one neighbouring change may touch: one, or under replace-one also any two."""
+        groups: list[tuple[str, ...]] = [(partition,) for partition in self.sizes]
+        if self.relation == "replace-one":
+            groups += list(combinations(self.sizes, 2))
+        return {" and ".join(group): group for group in groups}
+
+    def _histories(self) -> dict[str, tuple[Charge, ...]]:
+        return {name: self.exposure(group) for name, group in self.groups().items()}
+
+
+def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:
+    """Owner, unit and relation from the first line.
+
+    Raises:
+        LedgerError: when it is not the header of a ledger.
+    """
+    first = bodies[0] if bodies else {}
+    if first.get("kind") != "header" or first.get("schema") != SCHEMA:
+        raise LedgerError(f"{where}, line 1: not the header of a ledger of schema {SCHEMA}")
+    return {name: first[name] for name in ("owner", "unit", "relation")}

@@ -1,0 +1,102 @@
+"""Evaluate a query on each record alone, so that no row depends on another record."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.forward import Forward
+from perdure.data.records import Batch, batch_of_one
+from perdure.errors import DataError, PrivacyError
+from perdure.privacy.clipping.clip import Rows
+from perdure.types import Params
+from perdure.utils.chunking import chunks
+
+CHUNK = 1024
+"""Records that are looked at together; it bounds memory only."""
+
+Query = Callable[[Forward, Batch], Tensor | Params]
+"""(forward, batch) -> (n, ...) or a mapping of such; row i must depend on record i only."""
+Of = Callable[[Batch], Tensor]
+"""batch -> (n,) one number of each record."""
+
+
+def rows_of(query: Query, module: nn.Module) -> Rows:
+    """Evaluate the query on each record alone, so that no row can depend on another record."""
+
+    def rows(params: Params, tensors: Mapping[str, Tensor]) -> Params:
+        answer = as_params(query(Forward(module, params), batch_of_one(tensors)))
+        return {name: value[0] for name, value in answer.items()}
+
+    return rows
+
+
+def asked_alone(query: Query, forward: Forward, batch: Batch) -> Params:
+    """Rows of the query, each record asked about by itself under `torch.func.vmap`."""
+    params = {name: value.detach() for name, value in forward.module.named_parameters()}
+    ask = torch.func.vmap(rows_of(query, forward.module), in_dims=(None, 0))
+    with explain_vmap_errors():
+        parts = [ask(params, piece) for piece in chunks(batch.tensors(), CHUNK)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def gradient_rows(losses: Callable[[Forward, Batch], Tensor], module: nn.Module) -> Rows:
+    """Gradient of one record's loss, the record alone in its batch."""
+
+    def loss(params: Params, tensors: Mapping[str, Tensor]) -> Tensor:
+        return losses(Forward(module, params), batch_of_one(tensors)).squeeze(0)
+
+    return torch.func.grad(loss)
+
+
+def as_params(answer: Tensor | Params) -> Params:
+    """Give a bare tensor the name `value`."""
+    return {"value": answer} if isinstance(answer, Tensor) else answer
+
+
+@torch.no_grad()
+def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
+    """(n,) what `of` says of each record.
+
+    Args:
+        alone: ask it about each record by itself, under `torch.func.vmap`, so that no number can depend on another
+            record.
+
+    Raises:
+        DataError: for another shape than one number a record.
+        PrivacyError: for what cannot be asked about one record alone.
+    """
+
+    def one(tensors: Mapping[str, Tensor]) -> Tensor:
+        return _numbers(of, batch_of_one(tensors))[0]
+
+    ask = torch.func.vmap(one) if alone else lambda tensors: _numbers(of, Batch.from_tensors(tensors))
+    with explain_vmap_errors():
+        parts = [ask(piece) for piece in chunks(batch.tensors(), CHUNK)]
+    return torch.cat(parts) if parts else batch.labels.new_zeros(0)
+
+
+@contextmanager
+def explain_vmap_errors() -> Iterator[None]:
+    """Say why a function does not run on each record alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("vmap"):
+            raise
+        raise PrivacyError(
+            "what is asked about each record alone, under torch.func.vmap, may not draw at random or branch on values; "
+            f"use masks and torch.where ({str(error).partition('. ')[0]})"
+        ) from error
+
+
+def _numbers(of: Of, batch: Batch) -> Tensor:
+    answer = of(batch)
+    if answer.shape != (len(batch),):
+        raise DataError(f"`of` gives shape {tuple(answer.shape)} for {len(batch)} records; give one number each, (n,)")
+    return answer
+
+
+def add_to(sums: Params, name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

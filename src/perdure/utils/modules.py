@@ -1,0 +1,37 @@
+"""Modes, buffers and running statistics of modules."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from perdure.types import Params
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def statistics_of(module: nn.Module) -> Params:
+    """Copies of the running means and variances of normalisation layers, by name."""
+    own = ("running_mean", "running_var")
+    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put the running statistics of BatchNorm back to what they were."""
+    before = {buffer: buffer.clone() for buffer in module.buffers()}
+    try:
+        yield
+    finally:
+        for buffer, value in before.items():
+            buffer.copy_(value)
