@@ -23,6 +23,8 @@ from perdure.data.records import Records
 from perdure.data.scenarios import split
 from perdure.models.classifiers import mlp
 
+pytest.register_assert_rewrite("helpers")
+
 
 def pytest_configure(config):
     """Before anything is imported: an empty home, so that nothing depends on the user's files, and no network."""

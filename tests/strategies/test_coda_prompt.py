@@ -3,8 +3,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import moved
 
+from helpers.strategy_examples import moved
 from perdure.contract.context import contexts
 from perdure.contract.forward import Forward
 from perdure.contract.state import State

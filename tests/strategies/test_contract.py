@@ -1,13 +1,13 @@
-"""What every strategy promises, whatever it does. A new file in strategies/ is tested once examples.py lists it."""
+"""What every strategy promises, whatever it does. A new file in strategies/ is tested once helpers/strategy_examples.py lists it."""
 
 import dataclasses
 from functools import partial
 
 import pytest
 import torch
-from examples import EXAMPLES, example, model_of, private
 from torch import nn
 
+from helpers.strategy_examples import EXAMPLES, example, model_of, private
 from perdure import strategies
 from perdure.contract.combine import Combine
 from perdure.errors import PrivacyError

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from learning import distinct_rows
 
+from helpers.learners import distinct_rows
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan

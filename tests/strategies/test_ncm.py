@@ -2,8 +2,18 @@ import math
 
 import pytest
 import torch
-from orders import SIMULATED, accuracy, alone, difference, everything, features_of_tests, learner_of, logits, stream_of
 
+from helpers.order_invariance import (
+    SIMULATED,
+    accuracy,
+    alone,
+    difference,
+    everything,
+    features_of_tests,
+    learner_of,
+    logits,
+    stream_of,
+)
 from perdure.strategies import NCM
 
 

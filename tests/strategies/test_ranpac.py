@@ -2,8 +2,18 @@ import math
 
 import pytest
 import torch
-from orders import SIMULATED, accuracy, alone, difference, everything, features_of_tests, learner_of, logits, stream_of
 
+from helpers.order_invariance import (
+    SIMULATED,
+    accuracy,
+    alone,
+    difference,
+    everything,
+    features_of_tests,
+    learner_of,
+    logits,
+    stream_of,
+)
 from perdure.contract.context import Spec
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.privacy.settings import Privacy

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from orders import SIMULATED, accuracy, alone, difference, everything, features_of_tests, logits
 
+from helpers.order_invariance import SIMULATED, accuracy, alone, difference, everything, features_of_tests, logits
 from perdure.errors import ConfigError
 from perdure.strategies import NCM, SLDA
 

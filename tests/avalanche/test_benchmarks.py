@@ -1,0 +1,167 @@
+"""Benchmarks of Avalanche as streams: the same rows, labels, identities and partitions."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, TensorDataset
+
+from helpers.toy_data import places
+from perdure.avalanche.benchmarks import from_avalanche
+from perdure.data.records import Records
+from perdure.data.scenarios import split
+from perdure.errors import ConfigError, DataError
+
+# ---------------------------------------------------------------- Avalanche
+
+
+@pytest.fixture(scope="module")
+def avalanche():
+    """The package; importing it warns about packages of its own that are no longer maintained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import avalanche.benchmarks as benchmarks
+    return benchmarks
+
+
+def tensors(part: Records) -> TensorDataset:
+    dataset = TensorDataset(part.inputs, part.labels)
+    dataset.targets = part.labels.tolist()
+    return dataset
+
+
+def assert_same_rows(part: Records, source: Records, first_id: int = 0) -> None:
+    rows = part.ids - first_id
+    assert torch.equal(part.inputs, source.inputs[rows])
+    assert torch.equal(part.labels, source.labels[rows])
+
+
+@pytest.mark.reference
+def test_a_class_incremental_benchmark_of_avalanche(toy, avalanche):
+    benchmark = avalanche.nc_benchmark(
+        tensors(toy.train), tensors(toy.test), 2, task_labels=False, fixed_class_order=[3, 1, 0, 2]
+    )
+    stream = from_avalanche(benchmark)
+    assert (stream.scenario, stream.num_classes, stream.input_shape) == ("class", 4, (1, 4, 6))
+    assert [e.classes for e in stream] == [(1, 3), (0, 2)]
+    ours = split(toy, scenario="class", experiences=2, class_order=[3, 1, 0, 2])
+    assert places(stream) == places(ours)
+    assert [e.train.partition for e in stream] == ["experience-0", "experience-1"]
+    assert stream.assigned_by_record
+    for e, (experience, theirs) in enumerate(zip(stream, benchmark.train_stream, strict=True)):
+        assert_same_rows(experience.train, toy.train)
+        assert_same_rows(experience.test, toy.test, first_id=400)
+        assert torch.equal(experience.train.inputs[7], theirs.dataset[7][0]), e
+
+
+@pytest.mark.reference
+def test_tasks_that_count_classes_from_zero_get_outputs_of_their_own(toy, avalanche):
+    disjoint, shared = (
+        from_avalanche(
+            avalanche.nc_benchmark(
+                tensors(toy.train),
+                tensors(toy.test),
+                2,
+                task_labels=True,
+                shuffle=False,
+                class_ids_from_zero_in_each_exp=from_zero,
+            )
+        )
+        for from_zero in (False, True)
+    )
+    assert disjoint.scenario == shared.scenario == "task"
+    assert [e.classes for e in disjoint] == [(0, 1), (2, 3)]
+    assert [e.classes for e in shared] == [(0, 1), (2, 3)]
+    assert shared.num_classes == 4
+    for experience in shared:
+        assert_same_rows(experience.train, toy.train)
+        assert_same_rows(experience.test, toy.test, first_id=400)
+
+
+@pytest.mark.reference
+def test_transforms_are_applied_item_by_item_from_the_eval_group(toy, avalanche):
+    benchmark = avalanche.nc_benchmark(
+        tensors(toy.train),
+        tensors(toy.test),
+        2,
+        task_labels=False,
+        shuffle=False,
+        train_transform=lambda x: x + torch.rand(1),
+        eval_transform=lambda x: 2 * x,
+    )
+    stream = from_avalanche(benchmark)
+    for experience in stream:
+        assert torch.equal(experience.train.inputs, 2 * toy.train.inputs[experience.train.ids])
+        assert torch.equal(experience.train.labels, toy.train.labels[experience.train.ids])
+        assert torch.equal(experience.test.inputs, 2 * toy.test.inputs[experience.test.ids - 400])
+
+
+@pytest.mark.reference
+def test_a_random_cut_of_the_records_is_no_partition(toy, avalanche):
+    benchmark = avalanche.ni_benchmark(tensors(toy.train), tensors(toy.test), 4, task_labels=False, seed=1)
+    stream = from_avalanche(benchmark)
+    assert stream.scenario == "domain"
+    assert set.union(*places(stream)) == set(range(400))
+    assert {e.train.partition for e in stream} == {"avalanche"}
+    assert not stream.assigned_by_record
+    assert all(len(e.test) == 80 for e in stream), "one test part serves all"
+
+
+@pytest.mark.reference
+def test_copies_of_the_same_records_keep_their_ids(toy, avalanche):
+    train, test = tensors(toy.train), tensors(toy.test)
+    stream = from_avalanche(
+        avalanche.nc_benchmark(
+            [train, train],
+            [test, test],
+            2,
+            task_labels=False,
+            shuffle=False,
+            one_dataset_per_exp=True,
+            class_ids_from_zero_in_each_exp=True,
+        )
+    )
+    assert stream.scenario == "domain"
+    assert places(stream) == [set(range(400))] * 2
+    assert {e.train.partition for e in stream} == {"avalanche"}
+    assert stream.assigned_by_record
+
+
+@pytest.mark.reference
+def test_several_sources_have_ids_of_their_own(toy, avalanche):
+    one, two = toy.train.take(torch.arange(100)), toy.train.take(torch.arange(100, 160))
+    joined = ConcatDataset([tensors(one), tensors(two)])
+    joined.targets = one.labels.tolist() + two.labels.tolist()
+    stream = from_avalanche(avalanche.nc_benchmark(joined, tensors(toy.test), 2, task_labels=False, shuffle=False))
+    assert set.union(*places(stream)) == set(range(160))
+    for experience in stream:
+        assert_same_rows(experience.train, toy.train)
+
+
+@pytest.mark.reference
+def test_the_newer_generators_of_avalanche(toy, avalanche):
+    from avalanche.benchmarks.scenarios.supervised import class_incremental_benchmark
+    from avalanche.benchmarks.utils import as_classification_dataset
+
+    parts = {
+        name: as_classification_dataset(tensors(part)) for name, part in (("train", toy.train), ("test", toy.test))
+    }
+    stream = from_avalanche(class_incremental_benchmark(parts, num_experiences=2, class_order=[0, 3, 2, 1]))
+    assert [e.classes for e in stream] == [(0, 3), (1, 2)]
+    for experience in stream:
+        assert_same_rows(experience.train, toy.train)
+
+
+@pytest.mark.reference
+def test_what_is_no_benchmark_of_tensors_is_refused(toy, avalanche):
+    with pytest.raises(ConfigError, match="benchmark = 'Dataset'"):
+        from_avalanche(toy)
+    pictures = avalanche.nc_benchmark(
+        tensors(toy.train),
+        tensors(toy.test),
+        2,
+        task_labels=False,
+        eval_transform=lambda x: "a picture",
+    )
+    with pytest.raises(DataError, match="eval_transform"):
+        from_avalanche(pictures)

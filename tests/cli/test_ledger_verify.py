@@ -1,0 +1,156 @@
+"""What a privacy officer asks of a ledger: whether the account is whole, and if not, in which line."""
+
+import json
+import shutil
+
+import pytest
+
+from helpers.ledger_cli import ARMS, KEY, assert_refused, shown
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.storage import Head, head_path, link
+from perdure.privacy.noise.key import NoiseKey
+
+# --------------------------------------------------------------------------- verify
+
+
+def test_verify_prints_one_line_a_ledger_and_what_it_cannot_see(perdure, either):
+    out = shown(perdure("verify", either))
+    own = sorted(either.glob("arms/*/**/ledger.jsonl"))
+    *lines, last = out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(path) for path in (either / "ledger.jsonl", *own)]
+    count = {path: len(path.read_text().splitlines()) for path in own}
+    assert lines[0].startswith(f"{either / 'ledger.jsonl'}: {len(own)} ledgers, {sum(count.values())} lines; ")
+    for path, line in zip(own, lines[1:], strict=True):
+        assert line.startswith(f"{path}: {count[path]} lines; chain verified, head verified with its key")
+    assert last.startswith("not covered: whoever can write here can put back an older ledger together with its older")
+
+
+def spoilt(lines, how):
+    """Lines after somebody was at them, and the number of the first that is wrong."""
+    changed = list(lines)
+    if how == "edited":
+        changed[3] = lines[3].replace('"steps":4', '"steps":3')
+    elif how == "reordered":
+        changed[3], changed[4] = lines[4], lines[3]
+    elif how == "cut out":
+        del changed[3]
+    elif how == "inserted":
+        changed.insert(3, lines[2])
+    elif how == "shortened":
+        del changed[-1]
+    assert changed != lines
+    return changed, len(lines) if how == "shortened" else 4
+
+
+@pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened"])
+def test_what_was_changed_is_found_with_file_and_line(perdure, mine, how):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    before = path.read_text().splitlines()
+    lines, number = spoilt(before, how)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    code, out, err = perdure("verify", mine)
+    assert (code, err) == (1, "")
+    (wrong,) = [line for line in out.splitlines() if line.startswith("WRONG: ")]
+    assert wrong.startswith(f"WRONG: {path}, line {number}: ")
+    assert f"{mine / 'arms' / 'replay-private' / 'ledger.jsonl'}: " in out  # the others are checked all the same
+
+    assert_refused(perdure("show", path.parent), f"{path}, line {number}: ")
+
+
+@pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened", "torn"])
+def test_the_merged_file_is_checked_line_by_line_too(perdure, mine, how):
+    path = mine / "ledger.jsonl"
+    title, head, *chain = path.read_text().splitlines()
+    count = json.loads(head)["count"]
+    if how == "torn":
+        text, number = path.read_text()[:-9], len(chain)
+    else:
+        own, number = spoilt(chain[:count], how)
+        text = "".join(f"{line}\n" for line in (title, head, *own, *chain[count:]))
+    path.write_text(text)
+    code, out, _ = perdure("verify", mine)
+    assert code == 1
+    (wrong,) = [line for line in out.splitlines() if line.startswith("WRONG: ")]
+    assert wrong.startswith(f"WRONG: {path}, line {number + 2}: ")
+
+
+def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    with path.open("a") as file:
+        file.write('{"kind":"entry","torn')
+    out = shown(perdure("verify", mine))
+    assert f"{path}: 7 lines; chain verified, head verified with its key; 21 bytes beyond the head do not count" in out
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json"])
+def test_half_a_ledger_is_wrong(perdure, mine, name):
+    (mine / "arms" / "ewc-private" / name).unlink()
+    code, out, _ = perdure("verify", mine)
+    assert code == 1
+    told = {"ledger.jsonl": "ledger.jsonl, line 1: missing", "ledger.head.json": "line 1: not an exported ledger"}
+    assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
+
+
+def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, mine):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    last, lines = "0" * 64, []
+    for line in path.read_text().splitlines():
+        body = {name: value for name, value in json.loads(line).items() if name not in ("prev", "hash")}
+        if body["kind"] == "entry":
+            body["noise_multiplier"] = 99.0
+        new, last = link(body, last)
+        lines.append(new)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    head_path(path).write_text(Head(len(lines), last, "0" * 64).text())
+    (mine / "ledger.jsonl").unlink()
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and f"WRONG: {head_path(path)}: the head was not sealed with this key" in out
+
+    (path.parent / "private" / "key").unlink()
+    out = shown(perdure("verify", mine))
+    assert f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history may be another" in out
+    assert "chains verified; 1 of 2 heads verified with their keys, the others not" in shown(perdure("show", mine))
+
+
+def test_another_key_and_an_open_key_are_wrong(perdure, mine):
+    keys = [mine / "arms" / arm / "private" / "key" for arm in ARMS]
+    keys[0].write_bytes(keys[1].read_bytes())
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and out.count("the head was not sealed with this key") == 2  # of the arm's ledger and its copy
+    assert_refused(perdure("show", mine), "the head was not sealed with this key")
+    keys[0].chmod(0o644)
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and "has mode 0644, allowed: 0600" in out
+
+
+def test_a_simulated_ledger_of_another_seed_is_wrong(perdure, federated, tmp_path):
+    shutil.copytree(federated, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("seed = 3", "seed = 4"))
+    code, out, _ = perdure("verify", tmp_path / "run")
+    assert code == 1 and out.count("the head was not sealed with this key") == 5
+
+
+def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine):
+    path = mine / "arms" / "ewc-private" / "ledger.jsonl"
+    key = NoiseKey.from_os(path.parent / "private" / "key")
+    lines = path.read_text().splitlines()[:-1]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    head_path(path).write_text(Head.seal(len(lines), json.loads(lines[-1])["hash"], key).text())
+    assert perdure("verify", path)[0] == 0  # nothing else is there to compare it with: as the last line says
+    code, out, _ = perdure("verify", mine)
+    assert code == 1
+    assert f"WRONG: {path} is not what {mine / 'ledger.jsonl'} holds of 'ewc-private/client-0'" in out
+
+
+def test_a_ledger_before_its_first_line_is_sound(perdure, tmp_path):
+    class Stopped(BaseException):
+        pass
+
+    def stop(point):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        Ledger.open(tmp_path / "ledger.jsonl", key=KEY, trace=stop)
+    assert "ledger.jsonl: 0 lines; nothing was charged yet" in shown(perdure("verify", tmp_path))
+    assert "epsilon 0.00" in shown(perdure("show", tmp_path))

@@ -1,0 +1,4 @@
+"""Fixtures of this folder's tests."""
+
+from helpers.curator_bench import bench  # noqa: F401
+from helpers.reference_gradients import copies, four, meetings  # noqa: F401

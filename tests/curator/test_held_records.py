@@ -1,0 +1,332 @@
+"""What a party holds: memory that moves every step, what is stored beside a row and when, and pools of memory."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.reference_gradients import opened
+from perdure.contract.plan import MemoryPlan, Plan
+from perdure.contract.strategy import Strategy
+from perdure.curator.held_records import WHEN
+from perdure.data.scenarios import permuted, split
+from perdure.errors import DataError, PrivacyError, StrategyError
+from perdure.learner.learner import Learner
+from perdure.models.classifier import Classifier
+from perdure.planning.exposure import exposure
+from perdure.privacy.settings import Privacy
+from perdure.strategies import DER, ERACE, GDumb, Naive, Replay
+from perdure.utils.modules import untouched
+
+PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
+EITHER = pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])
+
+
+def learner_of(model, strategy, **changes):
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 6, "batch_size": 8} | changes
+    return Learner(model=model, strategy=strategy, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Strategy):
+    """Plain training on a plan that the test gives."""
+
+    given: Plan
+
+    def plan(self, experience):
+        return self.given
+
+
+def given(**options):
+    pool = options.pop("pool", "experience")
+    return Given(given=Plan(pool=pool, memory=MemoryPlan(**{"capacity": 12} | options)))
+
+
+# --------------------------------------------------------------------------- every step
+
+
+def test_a_memory_that_moves_brings_back_what_earlier_steps_offered(toy_stream, toy_model):
+    """In the first experience already, in which the first step has nothing to bring back."""
+    offered, stream = [], toy_stream()
+    learner = opened(learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream)
+    for step in range(4):
+        batch = learner.curator.sample(step)
+        new = batch.take(~batch.from_memory)
+        assert len(new) == 8 and int(batch.from_memory.sum()) == (8 if offered else 0)
+        assert learner.curator.context.memory_share == (0.5 if offered else 0.0)
+        assert set(batch.ids[batch.from_memory].tolist()) <= set(offered)
+        learner.curator.observe(batch, lambda forward, rows: {})
+        offered += new.ids.tolist()
+        memory = learner.curator._held.memory
+        assert memory.offered == len(offered) and len(memory) == min(12, len(offered))
+        assert set(memory.rows.ids.tolist()) <= set(offered) and not memory.rows.from_memory.any()
+
+
+def test_a_moving_memory_is_not_offered_the_experience_again_at_its_end(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = opened(learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream)
+    learner.train(range(3))
+    before = learner.curator._held.memory.rows
+    learner.finish()
+    memory = learner.curator._held.memory
+    assert memory.rows is before and memory.offered == 24 and memory.latest == 0
+
+
+@pytest.mark.statistical
+def test_a_memory_that_moves_every_step_is_uniform_over_everything_seen(toy_stream, toy_model):
+    """800 seeds, 12 of 48 kept; each record's count within 4.5 standard deviations of a quarter (48 x 7e-6: 3e-4)."""
+    stream, counts = toy_stream(), torch.zeros(48)
+    model, trials = toy_model(stream), 800
+    for seed in range(trials):
+        learner = learner_of(model, given(selection="reservoir", update="step"), seed=seed)
+        learner.prepare(stream)
+        for index in range(2):
+            learner.begin(index)
+            for step in range(3):  # an epoch
+                learner.curator.observe(learner.curator.sample(step), lambda forward, rows: {})
+            learner.curator.store(lambda forward, rows: {})
+        counts[learner.curator._held.memory.rows.ids] += 1
+    spread = (trials * 0.25 * 0.75) ** 0.5
+    assert counts.sum() == 12 * trials and float((counts - trials / 4).abs().max()) < 4.5 * spread
+    halves = counts.view(-1, 4)[:, :2].sum(), counts.view(-1, 4)[:, 2:].sum()  # labels 0, 1 came before 2, 3
+    assert abs(float(halves[0] - halves[1])) < 4.5 * 2 * (24 * trials * 0.25 * 0.75) ** 0.5
+
+
+class Stopped(BaseException):
+    """Stands for the end of the process."""
+
+
+def run(stream, model, strategy, folder, stops=(), **changes):
+    """A run that is stopped after these (experience, step), started again every time, and its last learner."""
+    for stop in [*stops, None]:
+
+        def look(point, learner, stop=stop):
+            if point == "step.done" and (learner.position.experience, learner.position.step) == stop:
+                raise Stopped
+
+        learner = learner_of(model(stream), strategy, folder=folder, blocks=3, callbacks=[look], **changes)
+        try:
+            learner.fit(stream)
+        except Stopped:
+            assert stop
+    return learner
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "strategy",
+    [DER(memory_size=10, beta=0.5), ERACE(memory_size=10), Replay(memory_size=10, selection="ring", update="step")],
+    ids=lambda strategy: strategy.name,
+)
+def test_a_moving_memory_survives_stops_in_mid_experience_bit_for_bit(
+    toy_stream, toy_model, tmp_path, strategy, privacy
+):
+    ends = [
+        run(toy_stream(), toy_model, strategy, tmp_path / name, stops, privacy=privacy).snapshot()
+        for name, stops in (("whole", ()), ("stopped", ((0, 3), (0, 5), (1, 1), (1, 4))))
+    ]
+    assert ends[0].facts == ends[1].facts
+    for mine, theirs in zip((ends[0].tensors, ends[0].private), (ends[1].tensors, ends[1].private), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert "memory.ids" in ends[0].private
+
+
+# --------------------------------------------------------------------------- what is stored beside a row
+
+
+def peeking(forward, batch):
+    """Each row's mean logit, less that of all rows: rows that depend on each other."""
+    logits = forward(batch.inputs)
+    return {"seen": logits.mean(1) - logits.mean(), "rows": torch.full((len(batch),), float(len(batch)))}
+
+
+@pytest.mark.parametrize("update", ["experience", "step"])
+def test_under_privacy_what_is_remembered_is_asked_of_each_row_alone(toy_stream, toy_model, update):
+    stream = toy_stream()
+    learner = learner_of(toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE)
+    opened(learner, stream)
+    learner.curator.reserve(range(2), "start")
+    for step in range(2):
+        batch = learner.curator.sample(step)
+        if update == "step":
+            learner.curator.observe(batch, peeking)
+    learner.curator.store(peeking)
+    stored = learner.curator._held.memory.rows.stored
+    assert len(stored["rows"]) > 4 and bool((stored["rows"] == 1).all())
+    torch.testing.assert_close(stored["seen"], torch.zeros_like(stored["seen"]), atol=1e-6, rtol=0)
+
+
+def test_without_privacy_it_sees_the_rows_of_the_step(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = opened(learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream)
+    learner.curator.observe(learner.curator.sample(0), peeking)
+    assert bool((learner.curator._held.memory.rows.stored["rows"] == 8).all())
+
+
+@pytest.mark.parametrize("update", ["experience", "step"])
+def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, update):
+    stream = toy_stream()
+    learner = learner_of(toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE)
+    curator = opened(learner, stream).curator
+    curator.reserve(range(1), "start")
+    batch = curator.sample(0)
+
+    def at_random(forward, batch):
+        return {"noise": torch.rand_like(batch.inputs)}
+
+    ask = partial(curator.observe, batch) if update == "step" else curator.store
+    with pytest.raises(PrivacyError, match="may not draw at random or branch on values"):
+        ask(at_random)
+
+
+def test_under_privacy_the_values_are_those_of_the_last_step_a_record_was_in(toy_stream, toy_model):
+    """Of a record that was in none, those at the end of the experience."""
+    stream, moment = toy_stream(), [0.0]
+
+    def remember(forward, batch):
+        return {"when": torch.full((len(batch),), moment[0])}
+
+    learner = learner_of(toy_model(stream), given(capacity=1000, selection="reservoir", update="step"), privacy=PRIVATE)
+    curator = opened(learner, stream).curator
+    curator.reserve(range(5), "start")
+    last = {}
+    for step in range(5):
+        moment[0] = step + 1.0
+        batch = curator.sample(step)
+        curator.observe(batch, lambda forward, rows: {"at": remember(forward, rows)["when"]})
+        last |= dict.fromkeys(batch.ids.tolist(), moment[0])
+    moment[0] = 9.0
+    curator.store(lambda forward, rows: {"at": remember(forward, rows)["when"]})
+    rows = curator._held.memory.rows
+    expected = [last.get(i, 9.0) for i in rows.ids.tolist()]
+    assert rows.stored["at"].tolist() == expected and len(rows) == 24
+    assert set(expected) >= {9.0, 5.0} and len(set(expected)) > 3
+
+
+def test_under_privacy_stored_rows_in_a_step_do_not_change_what_is_noted(toy_stream, toy_model):
+    """Rows of memory in a batch are not offered again, and only new ones are noted."""
+    stream = toy_stream()
+    learner = learner_of(toy_model(stream), given(capacity=1000, selection="reservoir", update="step"), privacy=PRIVATE)
+    curator = opened(learner, stream, index=1).curator
+    curator.reserve(range(4), "start")
+    kept = curator._held.memory.rows.ids.tolist()
+    for step in range(4):
+        curator.observe(curator.sample(step), lambda forward, rows: {})
+    drawn = curator._held._noted[WHEN]
+    assert len(drawn) == 24 and 0 < int(drawn.sum()) < 24
+    curator.store(lambda forward, rows: {})
+    ids = curator._held.memory.rows.ids.tolist()
+    assert ids == kept + stream[1].train.ids.tolist() and curator._held.memory.offered == 48
+
+
+def test_remembering_leaves_running_statistics_as_they_were(toy_stream):
+    stream = toy_stream()
+    model = Classifier(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), 6, 4)
+    learner = opened(learner_of(model, DER(memory_size=8)), stream)
+    model.train()
+    batch = learner.curator.sample(0)
+    model(batch.inputs)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    learner.curator.observe(batch, lambda forward, rows: {"logits": forward(rows.inputs)})
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers()) and model.training
+    logits = learner.curator._held.memory.rows.stored["logits"]
+    with untouched(model):
+        torch.testing.assert_close(logits, model(batch.inputs).detach())  # in training mode, as the loss saw them
+
+
+# --------------------------------------------------------------------------- a pool of memory
+
+
+@pytest.fixture
+def four(toy_data):
+    """Four experiences of 12 records, one class each."""
+    return split(toy_data, scenario="class", experiences=4)
+
+
+def test_the_exposure_of_a_pool_of_memory_is_declared(four):
+    sizes = (100, 300, 600, 12)
+    stages = [replace(e, train=replace(e.train, declared_size=n)) for e, n in zip(four, sizes, strict=True)]
+    plan = Plan(pool="memory", memory=MemoryPlan(capacity=200))
+    for seen, size in ((1, 100), (2, 200), (3, 200)):
+        found = exposure(stages[:seen], plan, batch_size=20)
+        assert found.pool_size == size and found.rate == 20 / size
+        assert found.scope == {f"experience-{k}": 20 / size for k in range(seen)}
+    found = exposure(stages[:3], plan, batch_size=20, left={"experience-1"})
+    assert found.pool_size == 200 * 700 / 1000 and found.scope.keys() == {"experience-0", "experience-2"}
+
+
+def test_the_steps_on_a_pool_of_memory_follow_its_size(four, toy_model):
+    """3 epochs of 12, 16, 16 and 16 stored records, 4 a step."""
+    learner = learner_of(toy_model(four), GDumb(memory_size=16), epochs=3, iterations=None, batch_size=4)
+    learner.prepare(four)
+    assert [learner.steps(index) for index in range(4)] == [9, 12, 12, 12]
+    assert learner_of(toy_model(four), Naive(), epochs=3, iterations=None).steps_of(four.experiences[:1]) == 5
+
+
+@EITHER
+def test_a_pool_of_memory_holds_stored_records_only(four, toy_model, privacy):
+    learner = learner_of(toy_model(four), GDumb(memory_size=16), privacy=privacy)
+    opened(learner, four, index=2)
+    pooled, stored = learner.curator._pool, learner.curator._held.memory.rows
+    assert set(pooled.ids.tolist()) == set(stored.ids.tolist()) and set(stored.tasks.tolist()) == {0, 1, 2}
+    assert learner.curator._held.memory.latest == 2 and learner.curator._held.memory.offered == 36
+    learner.begin(2)  # as after a stop: it is not offered again
+    assert learner.curator._held.memory.offered == 36
+    assert torch.equal(learner.curator._held.memory.rows.ids, stored.ids)
+    if privacy:
+        learner.curator.reserve(range(6), "start")
+    for step in range(6):
+        batch = learner.curator.sample(step)
+        assert set(batch.ids.tolist()) <= set(stored.ids.tolist())
+    learner.curator.store(lambda forward, rows: {})
+    assert learner.curator._held.memory.offered == 36
+
+
+def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
+    """An epoch of the pool, 24 new and 12 stored rows, meets each of them once; the context knows of no share."""
+    stream = toy_stream()
+    learner = opened(learner_of(toy_model(stream), given(use="pooled")), stream, index=1)
+    batches = [learner.curator.sample(step) for step in range(5)]
+    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 4] and learner.curator.context.memory_share == 0
+    ids = torch.cat([batch.ids for batch in batches])
+    stored = torch.cat([batch.from_memory for batch in batches])
+    held = learner.curator._held.memory.rows.ids.tolist()
+    assert sorted(ids.tolist()) == sorted(stream[1].train.ids.tolist() + held)
+    assert sorted(ids[stored].tolist()) == sorted(held)
+    assert len({int(batch.from_memory.sum()) for batch in batches}) > 1
+    again = learner.curator.sample(5)
+    assert not torch.equal(again.ids, batches[0].ids)
+
+
+@pytest.mark.parametrize("pool", ["all", "memory"])
+def test_a_moving_memory_needs_the_pool_of_the_experience(toy_stream, toy_model, pool):
+    stream = toy_stream()
+    learner = learner_of(toy_model(stream), given(pool=pool, selection="reservoir", update="step"))
+    with pytest.raises(StrategyError, match=f"needs pool='experience'; given pool='{pool}'"):
+        opened(learner, stream)
+
+
+def test_an_experience_without_records_is_refused_where_there_is_no_privacy(toy_stream, toy_model):
+    stream = toy_stream()
+    nobody = replace(stream[0], train=replace(stream[0].train.take(torch.arange(0)), declared_size=24))
+    stream = replace(stream, experiences=(nobody, stream[1]))
+    with pytest.raises(DataError, match="experience 0 has no training records; leave it out of the stream"):
+        opened(learner_of(toy_model(stream), Replay(memory_size=8)), stream)
+
+
+def test_copies_of_one_record_are_noted_at_the_row_that_was_drawn(toy_data, toy_model):
+    """New and stored copies are one record; where the stored one was drawn, the new one is not noted."""
+    stream = permuted(toy_data, experiences=2)
+    learner = learner_of(toy_model(stream), given(capacity=1000, selection="reservoir", update="step"), privacy=PRIVATE)
+    curator = opened(learner, stream, index=1).curator
+    curator.reserve(range(6), "start")
+    noted = set()
+    for step in range(6):
+        batch = curator.sample(step)
+        curator.observe(batch, lambda forward, rows: {})
+        noted |= set(batch.ids[~batch.from_memory].tolist())
+    when = curator._held._noted[WHEN]
+    assert set(stream[1].train.ids[when].tolist()) == noted and 0 < len(noted) < 48

@@ -1,0 +1,292 @@
+"""Reference gradients: what they cost, who is in them, that they are charged first and drawn once, and their noise."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+
+import pytest
+import torch
+
+from helpers.reference_gradients import BOTH, PRIVATE, flat, learner_of, loss_of, opened, reserved
+from perdure.contract.plan import MemoryPlan, Plan
+from perdure.errors import BudgetError, PrivacyError, StrategyError
+from perdure.planning.budget import charges, planned
+from perdure.planning.exposure import references
+from perdure.privacy.accounting.charges import Charge, merged
+from perdure.privacy.settings import Privacy
+from perdure.strategies import AGEM, GEM, Replay
+
+# --------------------------------------------------------------------------- what they cost
+
+
+def declared(stream, *sizes):
+    parts = zip(stream, sizes, strict=True)
+    return [replace(e, train=replace(e.train, declared_size=size)) for e, size in parts]
+
+
+def test_rates_come_from_declared_sizes(four):
+    """A memory of 200 of the 400 records before: 50 of the first experience, 150 of the second."""
+    stages = declared(four, 100, 300, 600, 12)[:3]
+    plans = {use: Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=20)) for use in ("reference", "references")}
+    (together,) = references(stages, plans["reference"], batch_size=99).items()
+    assert together[0] == "reference" and together[1].pool_size == 200 and together[1].expected == 20
+    assert together[1].scope == {"experience-0": 0.1, "experience-1": 0.1}
+    apart = references(stages, plans["references"], batch_size=99)
+    assert {name: each.scope for name, each in apart.items()} == {
+        "reference 0": {"experience-0": 20 / 50}, "reference 1": {"experience-1": 20 / 150}
+    }  # fmt: skip
+    assert [each.pool_size for each in apart.values()] == [50, 150]
+    by_new = replace(plans["reference"], memory=replace(plans["reference"].memory, batch_size=None))
+    assert references(stages, by_new, batch_size=50)["reference"].rate == 0.25
+    assert references(stages, by_new, batch_size=500)["reference"].rate == 1.0
+
+
+def test_there_are_none_without_a_past_or_where_memory_is_rehearsed(four):
+    stages = four.experiences
+    only = Plan(memory=MemoryPlan(capacity=9, use="reference"))
+    assert references(stages[:1], only, batch_size=4) == {} == references(stages, Plan(), batch_size=4)
+    for use in ("rehearsal", "pooled"):
+        assert references(stages, Plan(memory=MemoryPlan(capacity=9, use=use)), batch_size=4) == {}
+
+
+def test_who_left_is_in_none(four):
+    stages = declared(four, 100, 300, 600, 12)[:3]
+    for use, names in (("reference", ["reference"]), ("references", ["reference 1"])):
+        plan = Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=15))
+        found = references(stages, plan, batch_size=4, left={"experience-0"})
+        assert list(found) == names
+        assert found[names[0]].scope == {"experience-1": 0.1} and found[names[0]].pool_size == 150
+        assert references(stages, plan, batch_size=4, left={"experience-0", "experience-1"}) == {}
+
+
+@BOTH
+@pytest.mark.parametrize("bands", [None, 2])
+@pytest.mark.parametrize("which", ["four", "copies"])
+def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, bands):
+    stream = request.getfixturevalue(which)
+    learner = learner_of(toy_model(stream), strategy, privacy=replace(PRIVATE, bands=bands))
+    learner.fit(stream)
+    ledger = learner.mechanism.ledger
+    for partition, plan in planned(learner, learner.mechanism.schedule).items():
+        assert merged(ledger.charges(partition)) == merged(plan)
+
+
+@BOTH
+def test_a_calibrated_run_stays_within_its_budget_and_uses_it(four, toy_model, strategy):
+    learner = learner_of(toy_model(four), strategy, privacy=Privacy(epsilon=4, seed=0, delta=1e-5))
+    learner.fit(four)
+    assert 3.9 < learner.mechanism.ledger.epsilon(delta=1e-5) <= 4
+
+
+def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
+    learner = learner_of(toy_model(four), GEM(memory_size=12, batch_size=2))
+    learner.prepare(four)
+    assert charges(learner, four.experiences[:3], 1.0) == {
+        "experience-2": [Charge(4 / 12, 1.0, 4)], "experience-0": [Charge(2 / 6, 1.0, 4)],
+        "experience-1": [Charge(2 / 6, 1.0, 4)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "beside"), [(AGEM(memory_size=12), [1, 1]), (GEM(memory_size=12), [1, 2])])
+def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, strategy, beside):
+    """Permuted copies of one image are one record: it pays for the gradients and for every reference gradient."""
+    learner = learner_of(toy_model(copies), strategy)
+    learner.fit(copies)
+    (partition,) = learner.mechanism.ledger.partitions
+    found = {c.sampling_rate: c.steps for c in merged(learner.mechanism.ledger.charges(partition))}
+    assert found[4 / 48] == 3 * 4  # gradients
+    others = sum(steps for rate, steps in found.items() if rate > 4 / 48)
+    assert others == 4 * sum(beside)
+
+
+# --------------------------------------------------------------------------- who is in them
+
+
+def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
+    learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6), privacy=None), four, 2)
+    curator, rows = learner.curator, learner.curator._held.memory.rows
+    curator.sample(0)
+    for k in (0, 1):
+        own = rows.take(rows.tasks == k)
+        loss = loss_of(learner)(learner.forward, own).mean()
+        expected = torch.autograd.grad(loss, list(learner.params.values()))
+        mine = curator.reference(loss_of(learner), learner.params, of=k)
+        torch.testing.assert_close(flat(mine), torch.cat([value.flatten() for value in expected]))
+        assert len(own) == 6 and float(flat(mine).norm()) > 0.01
+
+
+def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_model):
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=10), privacy=None), four, 2)
+    met = []
+
+    def losses(forward, batch):
+        met.append(batch)
+        return loss_of(learner)(forward, batch)
+
+    for step in range(3):
+        learner.curator.sample(step)
+        learner.curator.reference(losses, learner.params)
+    assert [len(batch) for batch in met] == [4, 4, 2] and all(bool(batch.from_memory.all()) for batch in met)
+    ids = torch.cat([batch.ids for batch in met])
+    assert sorted(ids.tolist()) == sorted(learner.curator._held.memory.rows.ids.tolist())
+
+
+def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy_model, meetings):
+    """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were kept."""
+    learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6)), four, 2)
+    curator, rows = reserved(learner), learner.curator._held.memory.rows
+    for k in (0, 1):
+        mine = flat(curator.reference(loss_of(learner, 5.0), learner.params, of=k))
+        by_hand = torch.zeros_like(mine)
+        own = rows.take(rows.tasks == k)
+        for i in range(len(own)):
+            loss = loss_of(learner, 5.0)(learner.forward, own.take(slice(i, i + 1))).sum()
+            one = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(learner.params.values()))])
+            by_hand += one * min(1.0, 1.0 / float(one.norm()))
+        (noise, exact) = meetings.of[[key for key in meetings.of if key[1] == f"reference {k}"][-1]]
+        torch.testing.assert_close(exact, by_hand, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, (exact + noise) / 6)
+
+
+@BOTH
+def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(four, toy_model, meetings, strategy):
+    strategy = replace(strategy, batch_size=100)  # all that is stored, at rate 1
+    learner = opened(learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2)
+    whole, held = learner.curator._held.memory.rows, learner.curator._held
+    names = ["reference"] if strategy.name == "AGEM" else ["reference 0", "reference 1"]
+
+    def sums(rows):
+        held.memory.rows, before = rows, len(meetings.of)
+        learner.begin(2)
+        curator = reserved(learner)
+        for name in names:
+            of = None if name == "reference" else int(name.split()[1])
+            curator.reference(loss_of(learner, 50.0), learner.params, of=of)
+        new = list(meetings.of.items())[before:]
+        return {purpose: exact for (_, purpose, _), (_, exact) in new}
+
+    everyone = sums(whole)
+    for dropped in range(len(whole)):
+        neighbour = sums(whole.take(torch.arange(len(whole)) != dropped))
+        moved = {name: float((everyone[name] - neighbour[name]).norm()) for name in names}
+        assert max(moved.values()) <= 0.3 * (1 + 1e-4) and sum(value > 0.1 for value in moved.values()) == 1
+
+
+def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meetings):
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
+    learner.curator._held.memory.rows = None
+    learner.begin(1)
+    curator = reserved(learner)
+    mine = flat(curator.reference(loss_of(learner), learner.params))
+    (noise, exact) = meetings.of[list(meetings.of)[-1]]
+    assert not exact.any() and bool((mine != 0).all())
+    torch.testing.assert_close(mine, noise / 4)  # the declared rows of a reference
+
+
+def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
+    privacy = replace(PRIVATE, epsilon=15, delta=1e-5)
+    drawn = {}
+
+    def look(point, learner):
+        if point == "experience.begin":
+            drawings = learner.curator._held.drawings
+            drawn[learner.position.experience] = set(drawings["reference"].rows.tasks.tolist()) if (
+                "reference" in drawings
+            ) else set()  # fmt: skip
+
+    learner = learner_of(toy_model(four), AGEM(memory_size=6), privacy=privacy, iterations=6, callbacks=[look])
+    learner.fit(four)
+    left = [{int(name[-1]) for name in gone} for gone in learner.mechanism.schedule.left]
+    assert any(left)
+    assert drawn == {k: set(range(k)) - left[k] for k in range(4)}
+    assert learner.mechanism.ledger.epsilon(delta=1e-5) <= 15
+
+
+@BOTH
+def test_a_budget_that_new_records_alone_exceed_is_refused(four, toy_model, strategy):
+    learner = learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, epsilon=0.5))
+    with pytest.raises(BudgetError, match=r"experience 0 alone would take its records beyond epsilon 0\.5"):
+        learner.prepare(four)
+
+
+# --------------------------------------------------------------------------- charged first, drawn once
+
+
+@BOTH
+def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_model, strategy):
+    trace = []
+    learner = learner_of(toy_model(four), strategy, callbacks=[lambda point, _: trace.append(point)])
+    opened(learner, four, 1)
+    before = len(learner.mechanism.ledger.entries)
+    curator = reserved(learner)
+    trace.clear()
+    of = None if strategy.name == "AGEM" else 0
+    curator.reference(loss_of(learner), learner.params, of=of)
+    assert trace == ["ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn"]
+    curator.sample(1)
+    curator.reference(loss_of(learner), learner.params, of=of)
+    assert trace[4:] == ["noise.drawn"]
+    gradient, beside = learner.mechanism.ledger.entries[before:]
+    assert (gradient.purpose, gradient.scope) == ("gradient", {"experience-1": 4 / 12})
+    assert beside.purpose == ("reference" if of is None else "reference 0")
+    assert (beside.scope, beside.first_step, beside.steps) == ({"experience-0": 4 / 12}, 0, 4)
+    assert (beside.sampling, beside.noise_multiplier, beside.clip_norm) == ("poisson", 1.0, 1.0)
+
+
+@BOTH
+def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(four, toy_model, strategy):
+    learner = opened(learner_of(toy_model(four), strategy), four, 1)
+    curator, of = reserved(learner, range(2)), None if strategy.name == "AGEM" else 0
+    ask = partial(curator.reference, loss_of(learner), learner.params, of=of)
+    ask()
+    with pytest.raises(PrivacyError, match="step 0 is out of turn"):
+        ask()
+    curator.sample(1)
+    ask()
+    with pytest.raises(PrivacyError, match="step 1 is out of turn"):
+        ask()
+    with pytest.raises(PrivacyError, match="step 2 was not charged"):
+        curator.sample(2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "of"),
+    [(AGEM(memory_size=12), 0), (GEM(memory_size=12), None), (GEM(memory_size=12), 1), (Replay(memory_size=12), None)],
+)
+def test_what_was_not_planned_is_refused(four, toy_model, strategy, of):
+    learner = opened(learner_of(toy_model(four), strategy), four, 1)
+    with pytest.raises(PrivacyError, match=r"was not planned; see MemoryPlan\.use"):
+        reserved(learner).reference(loss_of(learner), learner.params, of=of)
+
+
+def test_without_memory_there_is_no_reference(four, toy_model):
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
+    learner.curator.sample(0)
+    with pytest.raises(StrategyError, match="no reference gradient before the second experience"):
+        learner.curator.reference(loss_of(learner), learner.params)
+
+
+# --------------------------------------------------------------------------- noise
+
+
+@pytest.mark.statistical
+def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scale(four, toy_model, meetings):
+    """64 numbers a stream: a correlation of 400 x 64 pairs has standard deviation 1/160; bound 5 of them (6e-7).
+
+    The scale is measured on 6 x 400 x 64 normals within 2 % (7 standard errors and more).
+    """
+    learner = opened(learner_of(toy_model(four), GEM(memory_size=12), iterations=1), four, 2)
+    meetings.of.clear()
+    learner.curator.reserve(steps := range(400), "start")
+    for step in steps:
+        batch = learner.curator.sample(step)
+        for k in (0, 1):
+            learner.curator.reference(loss_of(learner), learner.params, of=k)
+        learner.curator.gradient(loss_of(learner), learner.params, batch, step)
+    streams = {name: torch.cat(meetings.noises(name)) for name in ("gradient", "reference 0", "reference 1")}
+    assert [len(each) for each in streams.values()] == [400 * 64] * 3 and len(meetings.sums) >= 1200
+    for one, other in combinations(streams.values(), 2):
+        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 5 / 160
+    for each in streams.values():
+        assert abs(float(each.std()) - 1) < 0.02
+        assert abs(float(torch.corrcoef(torch.stack([each[64:], each[:-64]]))[0, 1])) < 5 / 160  # step after step

@@ -1,0 +1,3 @@
+"""Fixtures of this folder's tests."""
+
+from helpers.toy_data import toy  # noqa: F401

@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from perdure.data.client_splits import dirichlet, iid
+from perdure.data.datasets.embedded import digits
+from perdure.data.scenarios import permuted, split
+from perdure.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return split(digits(), scenario="class", experiences=5)
+
+
+def sizes(streams):
+    return torch.tensor([[len(e.train) for e in stream] for stream in streams])
+
+
+def test_every_record_goes_to_exactly_one_client(stream):
+    parts = dirichlet(stream, clients=7, alpha=0.3, min_size=5)
+    for e in stream:
+        ids = torch.cat([part[e.index].train.ids for part in parts])
+        assert sorted(ids.tolist()) == sorted(e.train.ids.tolist())
+
+
+def test_inputs_and_labels_stay_with_their_ids(stream):
+    whole = {int(i): (x, int(y)) for i, x, y in zip(*rows(stream[2].train), strict=True)}
+    part = dirichlet(stream, clients=3, alpha=1.0)[1][2].train
+    assert len(part)
+    for i, x, y in zip(*rows(part), strict=True):
+        assert torch.equal(whole[int(i)][0], x)
+        assert whole[int(i)][1] == int(y)
+
+
+def rows(records):
+    return records.ids, records.inputs, records.labels
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 100.0])
+def test_min_size_holds_in_every_experience(stream, alpha):
+    assert sizes(dirichlet(stream, clients=10, alpha=alpha, min_size=12)).min() >= 12
+
+
+def test_an_exact_fit_is_possible_and_one_more_is_refused(stream):
+    smallest = min(len(e.train) for e in stream)
+    fit = smallest // 10
+    assert sizes(dirichlet(stream, clients=10, alpha=0.05, min_size=fit)).min() >= fit
+    with pytest.raises(ConfigError, match=rf"min_size = {fit + 1} .* at most {fit}"):
+        dirichlet(stream, clients=10, alpha=0.05, min_size=fit + 1)
+
+
+def test_partitions_are_named_by_client_and_sizes_declared(stream):
+    part = dirichlet(stream, clients=4, alpha=1.0)[3]
+    assert [e.train.partition for e in part] == [f"client-3/experience-{i}" for i in range(5)]
+    assert all(e.train.declared_size == len(e.train) for e in part)
+
+
+def test_test_records_stay_whole_and_the_stream_keeps_its_facts(stream):
+    part = dirichlet(stream, clients=4, alpha=1.0)[0]
+    assert all(mine.test is whole.test for mine, whole in zip(part, stream, strict=True))
+    assert (part.num_classes, part.scenario, part.input_shape) == (10, "class", stream.input_shape)
+    assert part.assigned_by_record
+
+
+def test_the_same_seed_gives_the_same_split_and_another_one_does_not(stream):
+    first, again, other = (dirichlet(stream, clients=5, alpha=0.5, seed=s)[0][0].train.ids for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_alpha_sets_how_unequal_clients_are(stream):
+    def imbalance(parts):
+        """Mean over classes of the largest client's share."""
+        counts = torch.stack([torch.bincount(p[0].train.labels, minlength=10)[:2] for p in parts]).double()
+        return float((counts / counts.sum(0)).amax(0).mean())
+
+    low = torch.tensor([imbalance(dirichlet(stream, clients=10, alpha=0.05, seed=s)) for s in range(8)]).mean()
+    high = torch.tensor([imbalance(dirichlet(stream, clients=10, alpha=100.0, seed=s)) for s in range(8)]).mean()
+    assert low > 0.6
+    assert 0.1 < high < 0.25
+
+
+def test_label_shares_follow_the_dirichlet_distribution(stream):
+    """Over seeds, a client's share has mean 1/K and variance (K-1) / (K^2 (K a + 1)); 4 sigma, seeded."""
+    clients, alpha = 4, 0.5
+    shares = []
+    for seed in range(120):
+        parts = dirichlet(stream, clients=clients, alpha=alpha, seed=seed)
+        counts = torch.tensor([int((p[0].train.labels == 0).sum()) for p in parts]).double()
+        shares.append(counts / counts.sum())
+    first = torch.stack(shares)[:, 0]
+    variance = (clients - 1) / (clients**2 * (clients * alpha + 1))
+    assert abs(float(first.mean()) - 1 / clients) < 4 * (variance / len(first)) ** 0.5
+    assert 0.6 * variance < float(first.var()) < 1.6 * variance
+
+
+def test_iid_shares_are_even(stream):
+    counts = sizes(iid(stream, clients=5, seed=3)).double()
+    expected = counts.sum(0) / 5
+    assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
+
+
+def test_a_record_that_comes_again_stays_with_its_client():
+    for scenario in ("domain", "class"):
+        again = permuted(digits(), experiences=3, scenario=scenario)
+        for part in dirichlet(again, clients=4, alpha=0.2, min_size=10):
+            first, *later = (sorted(e.train.ids.tolist()) for e in part)
+            assert all(ids == first for ids in later)
+
+
+def test_one_record_less_moves_no_other():
+    data = digits()
+    less = replace(data, train=data.train.take(torch.arange(len(data.train)) != 17))
+    gone = int(data.train.ids[17])
+    whole, without = (
+        dirichlet(split(d, scenario="class", experiences=5), clients=4, alpha=5.0, seed=2) for d in (data, less)
+    )
+    for a, b in zip(whole, without, strict=True):
+        for e, f in zip(a, b, strict=True):
+            assert set(e.train.ids.tolist()) - {gone} == set(f.train.ids.tolist())
+
+
+@pytest.mark.parametrize("field,value", [("alpha", 0.0), ("alpha", float("nan")), ("clients", 0), ("min_size", 0)])
+def test_values_out_of_range_are_refused_by_name(stream, field, value):
+    with pytest.raises(ConfigError, match=f"^{field} = "):
+        dirichlet(stream, **{"clients": 3, "alpha": 1.0, field: value})

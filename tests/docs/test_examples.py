@@ -1,0 +1,35 @@
+"""The README's Python examples run, in order, in one namespace, as a reader would type them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.slow
+def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "average accuracy" in printed
+    assert "simulation: not a private release" in printed
+    assert "1: BatchNorm2d -> GroupNorm(8, 8" in printed
+    assert tuple(namespace["matrix"].shape) == (5, 5)
+
+
+def test_every_strategy_is_listed() -> None:
+    from perdure.strategies import find, names
+
+    listed = set(re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.MULTILINE))
+    assert listed == {find(name).__name__ for name in names()}
+
+
+def test_commands_exist() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README.read_text(), flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile

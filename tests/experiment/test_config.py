@@ -1,0 +1,225 @@
+"""A config is checked once: whatever is wrong is one line that names field, value and what is allowed."""
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import pytest
+import torch
+
+from helpers.config_errors import ARM, HEAD, refusal
+from perdure.errors import ConfigError
+from perdure.experiment.config import (
+    OPTIMIZERS,
+    Arm,
+    AttackConfig,
+    Config,
+    FederationConfig,
+    TrainingConfig,
+    build,
+    parse,
+    read,
+)
+from perdure.privacy.settings import Privacy
+from perdure.strategies import find, names
+
+# --------------------------------------------------------------------------- what is right
+
+
+def test_everything_can_be_left_out_but_name_and_arms():
+    config = parse(HEAD + ARM)
+    assert config == Config(name="x", arms=(Arm(strategy=find("naive")(), file="naive"),))
+    assert config.arms[0].name == "naive-plain"
+
+
+def test_every_table_is_read():
+    text = f"""
+    name = "all"
+    seed = 7
+    threads = 2
+    explain = 3
+    [data]
+    name = "mnist"
+    root = "/somewhere"
+    scenario = "task"
+    experiences = 2
+    shuffle_classes = true
+    [model]
+    name = "cnn"
+    hidden = [3, 4]
+    head = "cosine"
+    [training]
+    optimizer = "SGD"
+    learning_rate = 1
+    momentum = 0.5
+    iterations = 9
+    [private_training]
+    epochs = 2
+    [federation]
+    clients = 4
+    fraction = 0.5
+    [privacy]
+    epsilon = 2
+    seed = 5
+    [attack]
+    name = "fgsm"
+    norm = "l2"
+    {ARM}
+    [[arms]]
+    strategy = "ewc"
+    strength = 2
+    private = true
+    """
+    config = parse(text)
+    assert (config.name, config.seed, config.threads, config.explain) == ("all", 7, 2, 3)
+    assert config.data.root == "/somewhere"
+    assert config.data.shuffle_classes is True
+    assert (config.model.hidden, config.model.head) == ((3, 4), "cosine")
+    assert (config.training.learning_rate, config.training.iterations, config.training.epochs) == (1.0, 9, None)
+    assert config.private_training == TrainingConfig(epochs=2)
+    assert config.federation == FederationConfig(clients=4, fraction=0.5)
+    assert config.privacy == Privacy(epsilon=2.0, seed=5)
+    assert config.attack == AttackConfig(name="fgsm", norm="l2")
+    assert [arm.name for arm in config.arms] == ["naive-plain", "ewc-private"]
+    assert config.arms[1].strategy == find("ewc")(strength=2.0)
+    assert isinstance(config.arms[1].strategy.strength, float)
+
+
+def test_the_demo_is_right():
+    config = parse(resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8"))
+    assert config.name == "demo"
+    assert {arm.file for arm in config.arms} == {"naive", "ewc", "lwf", "replay"}
+    assert [arm.private for arm in config.arms] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_that_is_allowed_makes_a_step(name):
+    layer = torch.nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    optimizer = TrainingConfig(optimizer=name, learning_rate=0.1, epochs=1).factory()(layer.parameters())
+    layer(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    assert torch.isfinite(layer.weight).all()
+
+
+def test_options_reach_the_optimiser():
+    config = TrainingConfig(optimizer="SGD", learning_rate=0.25, momentum=0.75, epochs=1)
+    group = config.factory()(torch.nn.Linear(1, 1).parameters()).param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.25, 0.75)
+
+
+# --------------------------------------------------------------------------- what is missing, and arms
+
+
+def test_what_is_missing_is_named():
+    assert refusal(ARM) == "name is missing; allowed: text"
+    assert refusal(HEAD).startswith("arms is missing; allowed: one or more [[arms]] tables")
+    assert refusal(HEAD + '[[arms]]\nstrategy = "ewc"\n') == "arms[0].strength is missing; allowed: a finite number"
+
+
+@pytest.mark.parametrize("arms", ["arms = 3", 'arms = "naive"', "[arms]\nstrategy = 3", 'arms = {strategy = "naive"}'])
+def test_arms_are_a_list_of_tables(arms):
+    assert refusal(f"{HEAD}{arms}\n").startswith("arms = ")
+
+
+@pytest.mark.parametrize(
+    ("arm", "start"),
+    [
+        ("[[arms]]\n", "arms[0] = {}"),
+        ("[[arms]]\nstrategy = 3\n", "arms[0] = {'strategy': 3}"),
+        ('arms = ["naive"]\n', "arms[0] = 'naive'"),
+        ('[[arms]]\nstrategy = "ewcc"\n', "arms[0].strategy = 'ewcc'"),
+        ('[[arms]]\nstrategy = "../ewc"\n', "arms[0].strategy = '../ewc'"),
+        ('[[arms]]\nstrategy = "naive"\nprivate = 1\n', "arms[0].private = 1"),
+        ('[[arms]]\nstrategy = "naive"\nstrength = 1.0\n', "arms[0].strength = 1.0"),
+        (f'{ARM}[[arms]]\nstrategy = "ewc"\nstrength = true\n', "arms[1].strength = True"),
+        ('[[arms]]\nstrategy = "ewc"\nstrength = -1.0\n', "arms[0]: ewc.strength = -1.0"),
+        ('[[arms]]\nstrategy = "ewc"\nstrength = inf\n', "arms[0].strength = inf"),
+        ('[[arms]]\nstrategy = "replay"\nmemory_size = 0\n', "arms[0].memory_size = 0"),
+        ('[[arms]]\nstrategy = "replay"\nmemory_size = 5\nselection = "best"\n', "arms[0].selection = 'best'"),
+        ('[[arms]]\nstrategy = "naive"\nprivate = true\n', "an arm says private = true without a [privacy] table"),
+        (ARM + ARM, "arms = ['naive-plain']"),
+    ],
+)
+def test_a_wrong_arm_is_refused(arm, start):
+    assert refusal(HEAD + arm).startswith(start)
+
+
+def test_an_unknown_strategy_is_refused_with_those_there_are():
+    message = refusal(f'{HEAD}[[arms]]\nstrategy = "gem of the sea"\n')
+    assert all(name in message for name in names())
+
+
+# --------------------------------------------------------------------------- types of a strategy's own fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What somebody's own strategy may ask for."""
+
+    how: Literal["fast", "slow"] | None = None
+    sizes: tuple[float, ...] = ()
+    limit: int | None = None
+    strange: bytes = b""
+
+
+def test_choices_that_may_be_left_out_and_lists_are_read():
+    assert build(Own, {"how": "slow", "sizes": [1, 2.5], "limit": 3}, "x") == Own(how="slow", sizes=(1.0, 2.5), limit=3)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"how": "soon"}, "x.how = 'soon' is not allowed; allowed: fast, slow"),
+        ({"sizes": [1, "2"]}, "x.sizes[1] = '2' is not allowed; allowed: a finite number"),
+        ({"sizes": 1}, "x.sizes = 1 is not allowed; allowed: a list of which each is a finite number"),
+        ({"limit": False}, "x.limit = False is not allowed; allowed: a whole number"),
+        ({"strange": "b"}, "x.strange = 'b' is not allowed; allowed: nothing that TOML can say"),
+    ],
+)
+def test_its_fields_are_checked_like_all_others(table, message):
+    with pytest.raises(ConfigError) as caught:
+        build(Own, table, "x")
+    assert str(caught.value) == message
+
+
+# --------------------------------------------------------------------------- text and files
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name = ", "name", '= "x"', "[data", "name = 'x'\nname = 'y'", "a = 1\n[a]\n", "seed = 01", "x = \x00", "[[[["],
+)
+def test_what_is_not_toml_is_refused_with_its_place(text):
+    assert refusal(text).startswith("config is not TOML: ")
+
+
+def test_nesting_without_end_is_refused():
+    assert refusal("a = " + "[" * 100_000).startswith("config is not TOML: ")
+
+
+def test_a_file_is_read(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(HEAD + "# ε\n" + ARM, encoding="utf-8")
+    assert read(path) == parse(HEAD + ARM)
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("name = ")
+    with pytest.raises(ConfigError, match=r"mine\.toml is not TOML: "):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "inside a file", "binary"])
+def test_a_path_that_cannot_be_read_is_refused_on_one_line(tmp_path, kind):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    paths = {"missing": tmp_path / "no", "folder": tmp_path, "inside a file": binary / "x", "binary": binary}
+    with pytest.raises(ConfigError) as caught:
+        read(paths[kind])
+    message = str(caught.value)
+    assert message.startswith(f"config {paths[kind]} cannot be read (")
+    assert message.endswith("; give the path of a TOML file")
+    assert "\n" not in message

@@ -1,0 +1,212 @@
+"""Every field of a config and what it refuses: by name, in one line, and never with another error."""
+
+from dataclasses import fields
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers.config_errors import ARM, HEAD, refusal
+from perdure.errors import ConfigError
+from perdure.experiment.config import AttackConfig, Config, DataConfig, FederationConfig, TrainingConfig, build, parse
+from perdure.models.config import ModelConfig
+from perdure.privacy.settings import Privacy
+
+TABLES = {
+    "data": "",
+    "model": "",
+    "training": "epochs = 1\n",
+    "private_training": "epochs = 1\n",
+    "federation": "",
+    "privacy": "epsilon = 1.0\n",
+    "attack": "",
+}
+CLASSES = {
+    "data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "private_training": TrainingConfig,
+    "federation": FederationConfig, "privacy": Privacy, "attack": AttackConfig,
+}  # fmt: skip
+
+
+def with_field(table, name, value):
+    """A config that is right but for one field."""
+    if not table:
+        head = HEAD if name != "name" else ""
+        return f"{head}{name} = {value}\n{ARM}"
+    rest = "".join(line + "\n" for line in TABLES[table].splitlines() if not line.startswith(f"{name} "))
+    return f"{HEAD}[{table}]\n{rest}{name} = {value}\n{ARM}"
+
+
+# --------------------------------------------------------------------------- what is wrong with a field
+
+COUNTS = ("0", "-1", "true", "1.5", '"2"', "[1]", "1000000001")
+POSITIVE = ("0", "0.0", "-0.5", "nan", "inf", "-inf", "true", '"1"')
+CHOICES = ('"none of these"', "3", "true", '""', "[]")
+TEXT = ("3", "true", "[]", "{}", "1979-05-27")
+SWITCH = ("1", '"true"', "0.0")
+WRONG = {
+    ("", "name"): (*TEXT, '""', '"a/b"', '".."', '"."', '"a b"', '"a\\nb"', f'"{"a" * 101}"'),
+    ("", "seed"): ("-1", "4294967296", "1.0", "true", "nan"),
+    ("", "threads"): (*COUNTS, "1025"),
+    ("", "explain"): ("-1", "0.5", "false"),
+    ("", "data"): ('"digits"', "3", "[]"),
+    ("", "training"): ("true", "[]"),
+    ("", "federation"): ("true", '"yes"'),
+    ("data", "name"): CHOICES,
+    ("data", "root"): ("3", "true", "[]"),
+    ("data", "scenario"): CHOICES,
+    ("data", "experiences"): COUNTS,
+    ("data", "shuffle_classes"): SWITCH,
+    ("model", "name"): CHOICES,
+    ("model", "hidden"): ("64", "[0]", "[-4]", "[1.5]", "[true]", '["a"]', "[[4]]", "[nan]"),
+    ("model", "activation"): CHOICES,
+    ("model", "norm"): CHOICES,
+    ("model", "head"): CHOICES,
+    ("model", "width"): ("0", "-2", "true", "2.0", "3"),
+    ("model", "latent"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
+    ("training", "optimizer"): (*CHOICES, '"Optimizer"', '"LBFGS"', '"SparseAdam"', '"Muon"', '"lr_scheduler"'),
+    ("training", "learning_rate"): (*POSITIVE, "1e7"),
+    ("training", "momentum"): ("-0.1", "1.0", "nan", "inf", "true", "0.5"),
+    ("training", "epochs"): COUNTS,
+    ("training", "iterations"): COUNTS,
+    ("training", "batch_size"): COUNTS,
+    ("training", "reset_optimizer"): SWITCH,
+    ("training", "precision"): CHOICES,
+    ("private_training", "learning_rate"): POSITIVE,
+    ("private_training", "optimizer"): CHOICES,
+    ("federation", "clients"): COUNTS,
+    ("federation", "rounds"): COUNTS,
+    ("federation", "fraction"): (*POSITIVE, "1.01"),
+    ("federation", "alpha"): (*POSITIVE, "1e10"),
+    ("federation", "min_size"): COUNTS,
+    ("federation", "engine"): CHOICES,
+    ("privacy", "epsilon"): (*POSITIVE, "1e-7", "1e5"),
+    ("privacy", "delta"): (*POSITIVE, "1.0"),
+    ("privacy", "clip_norm"): (*POSITIVE, "1e-300", "1e300"),
+    ("privacy", "sampling_rate"): (*POSITIVE, "1.5", "1e-300"),
+    ("privacy", "release_noise"): (*POSITIVE, "1e-4", "1e7"),
+    ("privacy", "seed"): ("1.5", "true", '"0"'),
+    ("privacy", "unit"): CHOICES,
+    ("privacy", "relation"): CHOICES,
+    ("privacy", "clipping"): (*CHOICES, "{quantile = 2.0}", "{count_noise = 0.0}"),
+    ("privacy", "diagnostics"): CHOICES,
+    ("privacy", "bands"): COUNTS,
+    ("privacy", "horizon"): COUNTS,
+    ("privacy", "spent"): ("1", "[{sampling_rate = 2.0, noise_multiplier = 1.0, steps = 1}]"),
+    ("attack", "name"): CHOICES,
+    ("attack", "epsilon"): ("-0.1", "nan", "inf", "true"),
+    ("attack", "norm"): CHOICES,
+    ("attack", "steps"): COUNTS,
+}
+
+
+@pytest.mark.parametrize(("table", "name"), WRONG)
+def test_a_wrong_value_is_refused_by_name(table, name):
+    for value in WRONG[table, name]:
+        message = refusal(with_field(table, name, value))
+        assert message.startswith(f"{table}.{name}" if table else name), message
+        assert "; allowed: " in message
+
+
+def test_no_field_was_forgotten():
+    """A new field must come with values that it refuses."""
+    tables = CLASSES | {"": Config}
+    known = {(table, field.name) for table, cls in tables.items() for field in fields(cls)}
+    repeated = {("private_training", field.name) for field in fields(TrainingConfig)}
+    other = {("", name) for name in ("model", "private_training", "privacy", "attack", "arms")}
+    assert known - repeated - other - WRONG.keys() == {("privacy", "noise_multiplier")}
+
+
+def test_the_whole_sentence():
+    assert refusal(with_field("model", "hidden", "[0]")) == (
+        "model.hidden = (0,) is not allowed; allowed: positive whole numbers"
+    )
+    assert refusal(with_field("data", "scenario", '"online"')) == (
+        "data.scenario = 'online' is not allowed; allowed: task, domain, class"
+    )
+    assert refusal(with_field("", "federation", "true")) == (
+        "federation = True is not allowed; allowed: a table with clients, rounds, fraction, alpha, min_size, engine"
+    )
+
+
+@pytest.mark.parametrize("table", ["", *CLASSES])
+def test_an_unknown_field_is_refused_with_those_there_are(table):
+    message = refusal(with_field(table, "colour", '"red"'))
+    assert message.startswith(f"{table}.colour = 'red'" if table else "colour = 'red'")
+    first = fields(CLASSES[table] if table else Config)[0].name
+    assert f"one of the fields {first}" in message
+
+
+def test_a_field_with_a_line_break_in_its_name_is_refused_on_one_line():
+    assert "'a\\nb' = 1" in refusal(f'{HEAD}"a\\nb" = 1\n{ARM}')
+
+
+def test_an_unknown_table_is_refused():
+    assert refusal(f"{HEAD}{ARM}[trainning]\nepochs = 3\n").startswith("trainning = {'epochs': 3}")
+
+
+def test_whole_numbers_beyond_64_bits_are_refused_at_any_length():
+    for value in (str(2**63), str(-(2**63) - 1), "0x" + "f" * 6000):
+        message = refusal(with_field("model", "hidden", f"[1, {value}]"))
+        assert message.startswith("model.hidden[1] is a whole number of ")
+        assert len(message) < 100
+    refusal(with_field("training", "learning_rate", "1" + "0" * 5000))
+    refusal(with_field("training", "learning_rate", "1" + "0" * 400))
+
+
+def test_momentum_is_for_optimisers_that_have_one():
+    message = refusal(f'{HEAD}[training]\nepochs = 1\nmomentum = 0.5\noptimizer = "AdamW"\n{ARM}')
+    assert message.startswith("training.momentum = 0.5")
+    assert "RMSprop, SGD take one" in message
+
+
+@pytest.mark.parametrize("lengths", ["", "epochs = 1\niterations = 1\n"])
+@pytest.mark.parametrize("table", ["training", "private_training"])
+def test_an_experience_has_one_length(table, lengths):
+    message = refusal(f"{HEAD}[{table}]\n{lengths}{ARM}")
+    assert message.startswith(f"{table}.epochs = ")
+    assert message.endswith("exactly one of the two")
+
+
+@pytest.mark.parametrize("budget", ["", "epsilon = [1.0, 2.0]\nnoise_multiplier = 1.0\n", "noise_multiplier = -1.0\n"])
+def test_privacy_is_given_by_epsilon_or_by_noise_or_both(budget):
+    assert refusal(f"{HEAD}[privacy]\n{budget}{ARM}").startswith("privacy")
+
+
+# --------------------------------------------------------------------------- anything at all
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(min_value=10**30), st.floats(), st.text(max_size=5),
+    st.dates(), st.sampled_from(["digits", "class", "mlp", "Adam", "pgd", "naive", "ewc", "linf"]),
+)  # fmt: skip
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+KEYS = {cls: st.sampled_from([field.name for field in fields(cls)]) for cls in {Config, *CLASSES.values()}}
+
+
+@pytest.mark.property
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(sorted(KEYS, key=str)), st.data())
+def test_no_value_of_any_field_raises_anything_but_a_config_error(cls, data):
+    table = data.draw(st.dictionaries(KEYS[cls] | st.text(max_size=5), VALUES, max_size=5))
+    try:
+        made = build(cls, table, "here")
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(made, cls)
+
+
+@pytest.mark.property
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(max_size=60)
+    | st.tuples(st.sampled_from(sorted(WRONG)), st.text(max_size=20)).map(lambda pair: with_field(*pair[0], pair[1]))
+)
+def test_no_text_raises_anything_but_a_config_error(text):
+    try:
+        config = parse(text)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert config.arms

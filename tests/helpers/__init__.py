@@ -1,0 +1,1 @@
+"""Parts that several tests share: small learners, curators, ledgers and data."""

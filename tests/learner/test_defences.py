@@ -1,0 +1,208 @@
+"""Training against an adversary and within a budget: what moves, what is charged, and which noise is drawn."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from helpers.learners import SIMULATED, bits
+from perdure.adversarial import FGSM, PGD, robust_accuracy
+from perdure.contract.combine import Combine
+from perdure.contract.strategy import Strategy
+from perdure.data.augmentation import Views
+from perdure.data.records import Batch
+from perdure.errors import PrivacyError
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.settings import Privacy
+from perdure.strategies import EWC, Naive, Replay
+
+# --------------------------------------------------------------------------- adversaries
+
+
+class Watched(FGSM):
+    """Keeps what it was given, what it made of it, and the losses before and after."""
+
+    def perturb(self, losses, inputs, *, generator=None):
+        moved = super().perturb(losses, inputs, generator=generator)
+        SEEN.append((inputs.clone(), moved, losses(inputs).detach().sum(), losses(moved).detach().sum()))
+        return moved
+
+
+SEEN = []
+
+
+@pytest.mark.parametrize(("privacy", "update"), [(None, "experience"), (None, "step"), (SIMULATED, "experience")])
+def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner_of, toy_stream, privacy, update):
+    SEEN.clear()
+    stream, trained = toy_stream(), []
+    copies = [bits({"inputs": e.train.inputs, "test": e.test.inputs}) for e in stream]
+
+    def look(point, learner):
+        if point == "step.sampled":
+            held = learner.curator._held
+            drawn = held.rows.take(held._drawn) if privacy else learner.curator.sample(learner.position.step)
+            trained.append(drawn)
+
+    attack = Watched(epsilon=0.05)
+    learner = learner_of(Replay(memory_size=12, update=update), adversary=attack, callbacks=[look], privacy=privacy)
+    learner.fit(stream)
+    assert len(SEEN) == len(trained) == 8
+    for (inputs, moved, before, after), batch in zip(SEEN, trained, strict=True):
+        assert torch.equal(inputs, batch.inputs) and after > before
+        assert float((moved - inputs).abs().max()) <= 0.05 + 1e-6
+    for experience, copy in zip(stream, copies, strict=True):
+        assert torch.equal(experience.train.inputs, copy["inputs"])
+        assert torch.equal(experience.test.inputs, copy["test"])
+    rows = learner.curator._held.memory.rows
+    originals = torch.cat([e.train.inputs for e in stream])[torch.cat([e.train.ids for e in stream]).argsort()]
+    order = torch.cat([e.train.ids for e in stream]).sort().values
+    assert torch.equal(rows.inputs, originals[torch.searchsorted(order, rows.ids)])  # memory keeps what was seen
+
+
+def test_adversarial_training_raises_robust_accuracy_on_digits():
+    from perdure.data.datasets.embedded import digits
+    from perdure.data.scenarios import split
+
+    stream = split(digits(), scenario="domain", experiences=1)
+    attack = PGD(epsilon=0.15, steps=4)
+    robust = {}
+    for adversary in (None, attack):
+        model = mlp(input_shape=(1, 8, 8), num_classes=10, hidden=(32,), seed=0)
+        learner = Learner(
+            model=model, strategy=Naive(), optimizer=partial(torch.optim.Adam, lr=0.01), iterations=80, batch_size=128,
+            adversary=adversary,
+        )  # fmt: skip
+        assert learner.fit(stream).min() > 80
+        test = stream[0].test
+        place = torch.Generator().manual_seed(0)
+        predict = learner.predictor(0, after=0)
+        robust[adversary] = robust_accuracy(predict, test.inputs, test.labels, attack, generator=place)
+    assert robust[attack] > robust[None] + 5
+
+
+# --------------------------------------------------------------------------- budgets
+
+
+def test_the_whole_plan_is_calibrated_and_granted_before_the_first_draw(learner_of, toy_stream):
+    learner = learner_of(EWC(strength=1.0), privacy=Privacy(epsilon=4.0, delta=1e-2, seed=0))
+    learner.prepare(toy_stream())
+    ledger = learner.mechanism.ledger
+    assert not ledger.entries and ledger.epsilon(delta=1e-2) == 0
+    learner.fit(toy_stream())
+    spent = learner.mechanism.ledger.epsilon(delta=1e-2)
+    assert 3.5 < spent <= 4.0
+
+
+def test_a_release_that_was_not_planned_is_refused(learner_of, toy_stream):
+    from perdure.errors import BudgetError
+
+    @dataclass(frozen=True, kw_only=True)
+    class Greedy(EWC):
+        """Asks for one release more than it says."""
+
+        def after_experience(self, curator, params, state):
+            curator.release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")
+            return super().after_experience(curator, params, state)
+
+    learner = learner_of(Greedy(strength=1.0), privacy=Privacy(epsilon=4.0, delta=1e-2, seed=0))
+    with pytest.raises(BudgetError, match="allowed 0 by the grant"):
+        learner.fit(toy_stream())
+
+
+def test_two_fisher_matrices_are_paid_for_twice(learner_of, toy_stream):
+    both = Combine(EWC(strength=1.0), EWC(strength=1.0, fisher="empirical"))
+    learner = learner_of(both, privacy=SIMULATED)
+    learner.fit(toy_stream())
+    purposes = [entry.purpose for entry in learner.mechanism.ledger.entries]
+    assert purposes == ["gradient", "release:fisher", "release:fisher"] * 2
+
+
+def test_a_batch_of_nobody_still_takes_a_step(learner_of, toy_stream):
+    """Rate so low that no one is drawn: noise alone moves the model, also behind an adversary."""
+    privacy = replace(SIMULATED, sampling_rate=1e-9)
+    learner = learner_of(
+        privacy=privacy, adversary=PGD(epsilon=0.1, steps=2), optimizer=partial(torch.optim.SGD, lr=1e-9)
+    )
+    before = bits(learner.model.state_dict())
+    learner.fit(toy_stream())
+    assert not any(torch.equal(before[name], value) for name, value in learner.model.state_dict().items())
+
+
+def test_batches_are_rows_of_the_stream(toy_stream):
+    batch = Batch.current(toy_stream()[1].train, 1)
+    assert len(batch) == 24 and batch.tasks.unique().tolist() == [1] and not batch.from_memory.any()
+
+
+def test_another_loss_or_view_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
+    """Names and settings alike; only the code differs. The start of a block is keyed by what it does."""
+
+    def start(factor, scale):
+        @dataclass(frozen=True, kw_only=True)
+        class Scaled(Strategy):
+            def losses(self, forward, batch, context, state):
+                return factor * super().losses(forward, batch, context, state)
+
+        views = Views(count=1, change=lambda record: scale * record)
+        learner = learner_of(Scaled(), privacy=SIMULATED, views=views)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        return learner._start()
+
+    assert start(1.0, 0.9) == start(1.0, 0.9)
+    assert len({start(1.0, 0.9), start(2.0, 0.9), start(1.0, 0.8)}) == 3
+
+
+def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
+    """Once more from the same checkpoint with another query: the answers must not differ by the records alone."""
+
+    def answer(query):
+        learner = learner_of(privacy=SIMULATED)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        return learner.curator.release(query, clip_norm=100.0, purpose="mean")["value"], learner.mechanism.ledger
+
+    (one, ledger), (same, _), (other, others) = (
+        answer(lambda f, b, k=k: k * b.inputs) for k in (1.0, 1.0, 2.0)
+    )  # fmt: skip
+    assert torch.equal(one, same)
+    records = toy_stream()[0].train.inputs.sum(0)
+    assert not torch.allclose(other - one, records, atol=1e-2)
+    assert ledger.entries[-1].digest != others.entries[-1].digest
+
+
+SETTINGS = (
+    {}, {"privacy": replace(SIMULATED, clipping="per-layer")}, {"privacy": replace(SIMULATED, bands=2)},
+    {"privacy": replace(SIMULATED, bands=3)}, {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.5))},
+    {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.6))}, {"micro_batch_size": 2},
+    {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.5)},
+    {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.4)},
+)  # fmt: skip
+
+
+def test_whatever_shapes_a_sum_or_its_noise_keys_it(learner_of, toy_stream):
+    """The ledger's entry, under whose digest noise is drawn, differs from that of every other setting."""
+
+    def digest(options):
+        learner = learner_of(**{"privacy": SIMULATED} | options)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        learner.curator.reserve(range(2), learner._start())
+        return learner.mechanism.ledger.entries[-1].digest
+
+    first, again = ([digest(options) for options in SETTINGS] for _ in range(2))
+    assert first == again
+    assert len(set(first)) == len(SETTINGS)
+
+
+def test_a_step_is_drawn_once(learner_of, toy_stream):
+    """Another sum must not meet its noise: the difference of the two would be free of it."""
+    learner = learner_of(privacy=SIMULATED)
+    learner.prepare(toy_stream())
+    learner.begin(0)
+    learner.train(learner.block(0, 1))
+    with pytest.raises(PrivacyError, match="step 0 is out of turn: every step is drawn once"):
+        learner.curator.gradient(learner._losses, learner.params, learner.curator._pool, 0)

@@ -1,0 +1,323 @@
+"""The loop: how long it trains, what every hook is handed and when, and what its matrix measures."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import StepLR
+
+from helpers.learners import SIMULATED, adam, bits, same_bits
+from perdure.contract.combine import Combine
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.errors import ConfigError, StrategyError
+from perdure.learner.learner import POINTS
+from perdure.metrics import accuracy
+from perdure.strategies import EWC, LwF, Naive, Replay
+
+# --------------------------------------------------------------------------- how long
+
+
+def test_epochs_and_iterations_say_how_many_steps(learner_of, toy_stream):
+    stream = toy_stream()
+    for options, steps in (({"iterations": 7}, 7), ({"iterations": None, "epochs": 3}, 9)):
+        learner = learner_of(**options)
+        learner.prepare(stream)
+        assert [learner.steps(index) for index in range(2)] == [steps, steps]
+    ragged = learner_of(iterations=None, epochs=3, batch_size=7)
+    ragged.prepare(stream)
+    assert ragged.steps(0) == 11  # 3 * 24 / 7, rounded up
+
+
+def test_under_privacy_an_epoch_is_one_over_the_rate(learner_of, toy_stream):
+    learner = learner_of(iterations=None, epochs=2, privacy=replace(SIMULATED, sampling_rate=0.15))
+    learner.prepare(toy_stream())
+    assert learner.steps(0) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1}, "exactly one of epochs and iterations"),
+        ({"iterations": None}, "exactly one of epochs and iterations"),
+        ({"iterations": 0}, "iterations = 0 is not allowed"),
+        ({"blocks": 0}, "blocks = 0"),
+        ({"batch_size": 0}, "batch_size = 0"),
+    ],
+)
+def test_options_are_checked(learner_of, options, message):
+    with pytest.raises(ConfigError, match=message):
+        learner_of(**options)
+
+
+def test_blocks_cut_an_experience_without_a_gap(learner_of, toy_stream):
+    learner = learner_of(iterations=7, blocks=3)
+    learner.prepare(toy_stream())
+    assert learner.remaining_blocks() == [range(0, 2), range(2, 4), range(4, 7)]
+    learner.position.step = 4
+    assert learner.remaining_blocks() == [range(4, 7)]
+    many = learner_of(iterations=2, blocks=5)
+    many.prepare(toy_stream())
+    assert [step for block in many.remaining_blocks() for step in block] == [0, 1]
+
+
+@pytest.mark.parametrize("strategy", [Naive(), EWC(strength=9.0), Replay(memory_size=12)])
+def test_without_privacy_blocks_do_not_change_the_result(learner_of, toy_stream, strategy):
+    ends = []
+    for blocks in (1, 4):
+        learner = learner_of(strategy, blocks=blocks)
+        learner.fit(toy_stream())
+        ends.append(bits(learner.model.state_dict()))
+    assert same_bits(*ends)
+
+
+# --------------------------------------------------------------------------- the loop, hook by hook
+
+
+class Ledger(list):
+    """What the hooks of `Tracing` were handed."""
+
+
+HANDED = Ledger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracing(Strategy):
+    """Penalty 3 * sum(theta), projection that doubles, a path that counts; says what each hook was handed."""
+
+    def init(self, spec):
+        return State().declare("steps", torch.zeros(()), "sum")
+
+    def penalty(self, params, state):
+        return 3 * torch.stack([value.sum() for value in params.values()]).sum()
+
+    def references(self, curator, params, state):
+        return ({name: torch.full_like(value, 0.5) for name, value in params.items()},)
+
+    def project(self, gradient, references, state):
+        HANDED.append(("project", bits(gradient), references))
+        return {name: 2 * value for name, value in gradient.items()}
+
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
+        HANDED.append(("after_step", bits(before), bits(after), bits(gradient)))
+        return state.replace({"steps": state["steps"] + 1})
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9, nesterov=True, foreach=True)]
+)
+def test_penalty_projection_and_path_are_handed_the_right_things(learner_of, toy_stream, optimizer):
+    HANDED.clear()
+    stream, losses = toy_stream(), []
+
+    def look(point, learner):
+        if point == "step.gradient":
+            batch = learner.curator.sample(learner.position.step)
+            loss = learner.strategy.losses(learner.forward, batch, learner.curator.context, learner.state).mean()
+            grads = torch.autograd.grad(loss, list(learner.params.values()))
+            losses.append(dict(zip(learner.params, grads, strict=True)))
+
+    learner = learner_of(Tracing(), optimizer=partial(optimizer, lr=0.1), callbacks=[look])
+    start = bits(dict(learner.model.named_parameters()))
+    learner.fit(stream)
+    assert float(learner.state["steps"]) == 8 and [kind for kind, *_ in HANDED] == ["project", "after_step"] * 8
+    place = start
+    for (_, projected, references), (_, before, after, released), loss in zip(
+        HANDED[::2], HANDED[1::2], losses, strict=True
+    ):
+        assert same_bits(before, place)
+        for name, gradient in loss.items():
+            torch.testing.assert_close(released[name], gradient)  # before penalty and projection
+            torch.testing.assert_close(projected[name], gradient + 3)
+            assert references[0][name].unique().tolist() == [0.5]
+            if optimizer is torch.optim.SGD:
+                torch.testing.assert_close(after[name], before[name] - 0.1 * 2 * (gradient + 3))
+        place = after
+    assert same_bits(place, bits(dict(learner.model.named_parameters())))
+
+
+class Tied(Strategy):
+    def plan(self, experience):
+        return Plan(trainable=("head.",))
+
+
+class Tying(Tied):
+    """Pulls the head towards what is not trained."""
+
+    def penalty(self, params, state):
+        return (params["head.weight"] * params["body.1.weight"].mean()).sum()
+
+
+def test_a_penalty_is_handed_all_parameters_and_moves_what_is_trained(learner_of, toy_stream):
+    ends = []
+    for strategy in (Tying(), Tied()):
+        learner = learner_of(strategy, iterations=1, optimizer=partial(torch.optim.SGD, lr=0.1))
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        learner.train(range(1))
+        ends.append(bits(dict(learner.model.named_parameters())))
+    pull = ends[0]["body.1.weight"].mean()
+    torch.testing.assert_close(ends[0]["head.weight"], ends[1]["head.weight"] - 0.1 * pull)
+    assert torch.equal(ends[0]["body.1.weight"], ends[1]["body.1.weight"]) and float(pull.abs()) > 1e-3
+    assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()  # its digest calls it too
+
+
+def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_stream):
+    asked = []
+
+    class Watched(EWC):
+        def penalty(self, params, state):
+            asked.append(len(asked))
+            return super().penalty(params, state)
+
+    stream, quiet, loud = toy_stream(), Watched(strength=1.0), Combine(Watched(strength=1.0), Tying())
+    learner_of(quiet, iterations=3, privacy=None).fit(stream)
+    assert len(asked) == 3 * (len(stream) - 1)  # not in the first experience
+    assert [loud.plan(e).penalised for e in stream] == [True] * len(stream)  # of the part that always pulls
+
+
+def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
+    rates = []
+
+    def look(point, learner):
+        if point == "step.sampled":
+            rates.append(learner._optimizer.param_groups[0]["lr"])
+
+    learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look]).fit(toy_stream())
+    assert rates == pytest.approx([0.02] * 3 + [0.002] * 3 + [0.0002] * 2)  # it goes on over experiences
+    rates.clear()
+    learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look], reset_optimizer=True).fit(
+        toy_stream()
+    )
+    assert rates == pytest.approx([0.02] * 3 + [0.002] + [0.02] * 3 + [0.002])
+
+
+@pytest.mark.parametrize(("reset", "steps"), [(False, 8), (True, 4)])
+def test_an_experience_may_begin_with_a_fresh_optimiser(learner_of, toy_stream, reset, steps):
+    learner = learner_of(reset_optimizer=reset)
+    learner.fit(toy_stream())
+    assert {float(entry["step"]) for entry in learner._optimizer.state.values()} == {steps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Strategy):
+    """Trains everything first, and the head alone from the second experience on."""
+
+    prefix: str = "head"
+
+    def plan(self, experience):
+        return Plan(trainable=(self.prefix,) if experience.index else None)
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED])
+@pytest.mark.parametrize("optimizer", [adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)])
+def test_what_is_not_trained_keeps_its_bits(learner_of, toy_stream, privacy, optimizer):
+    moments = []
+
+    def look(point, learner):
+        if point in ("experience.begin", "experience.end"):
+            moments.append(bits(dict(learner.model.named_parameters())))
+
+    learner_of(HeadOnly(), optimizer=optimizer, privacy=privacy, callbacks=[look]).fit(toy_stream())
+    start, first, begin, end = moments
+    assert same_bits(first, begin) and not any(torch.equal(start[name], first[name]) for name in start)
+    for name, value in begin.items():
+        assert torch.equal(value, end[name]) == name.startswith("body")
+
+
+def test_a_prefix_that_no_parameter_has_is_refused(learner_of, toy_stream):
+    with pytest.raises(StrategyError, match=r"no parameter begins with \('haed',\); the model trains body.1.weight"):
+        learner_of(HeadOnly(prefix="haed")).fit(toy_stream())
+
+
+def test_parameters_that_were_frozen_by_hand_stay(learner_of, toy_stream, toy_model):
+    for strategy in (EWC(strength=10.0), EWC(strength=10.0, fisher="empirical"), LwF()):
+        model = toy_model(toy_stream())
+        model.body[1].requires_grad_(False)
+        before = bits(model.state_dict())
+        learner_of(strategy, model=model).fit(toy_stream())
+        assert [torch.equal(before[name], value) for name, value in model.state_dict().items()] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+
+
+def test_callbacks_see_every_point_in_order(learner_of, toy_stream, tmp_path):
+    seen = []
+    learner_of(iterations=2, blocks=2, folder=tmp_path, callbacks=[lambda point, _: seen.append(point)]).fit(
+        toy_stream()
+    )
+    step = ["step.sampled", "step.gradient", "step.done"]
+    block = ["block.begin", *step, "block.end", "checkpoint.begin", "checkpoint.end"]
+    end = ["experience.consolidated", "experience.end", "evaluated", "checkpoint.begin", "checkpoint.end"]
+    assert seen == ["experience.begin", *block, *block, *end] * 2
+    assert set(POINTS) - set(seen) == {point for point in POINTS if point.startswith(("ledger.", "noise."))}
+
+
+def test_under_privacy_callbacks_see_the_ledger_too(learner_of, toy_stream):
+    seen = []
+    learner_of(privacy=SIMULATED, callbacks=[lambda point, _: seen.append(point)]).fit(toy_stream())
+    at = seen.index("block.begin")
+    assert seen[at + 1 : at + 6] == [
+        "ledger.before-append", "ledger.appended", "ledger.head-written", "step.sampled", "noise.drawn"
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Strategy):
+    """Answers from the first input alone, before the mask of the scenario."""
+
+    def predict(self, forward, x, context, state):
+        return torch.where(context.allowed, F.one_hot(x[:, 0].long(), 4).float(), -1.0)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "expected"),
+    [
+        ("class", [[100.0, 0.0], [100.0, 100.0]]),  # classes not yet seen are never predicted
+        ("task", [[100.0, 100.0], [100.0, 100.0]]),
+    ],
+)
+def test_the_matrix_of_an_oracle(learner_of, toy_stream, scenario, expected):
+    stream = toy_stream(scenario)
+    telling = tuple(
+        replace(e, test=replace(e.test, inputs=e.test.labels[:, None].float().expand(-1, 5))) for e in stream
+    )
+    matrix = learner_of(Oracle(), iterations=1).fit(replace(stream, experiences=telling))
+    assert matrix.tolist() == expected
+
+
+@pytest.mark.parametrize(("scenario", "answers"), [("task", 2), ("class", 4), ("domain", 2)])
+def test_predictions_stay_among_the_classes_of_the_scenario(learner_of, toy_stream, toy_model, scenario, answers):
+    stream = toy_stream(scenario)
+    learner = learner_of(stream=stream)
+    learner.prepare(stream)
+    x = torch.rand(200, 5, generator=torch.Generator().manual_seed(0)) * 40 - 20
+    late = learner.predictor(0, after=1)(x)
+    assert late.shape == (200, stream.num_classes) and int((late > -1e9).all(0).sum()) == answers
+    early = learner.predictor(1, after=0)(x)
+    shown = torch.nonzero((early > -1e9).all(0)).flatten().tolist()
+    assert shown == {"task": [2, 3], "class": [0, 1], "domain": [0, 1]}[scenario]
+
+
+def test_accuracy_is_in_percent_and_unknown_without_records():
+    def predict(x):
+        return x
+
+    logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    assert accuracy(predict, logits, labels, 3) == 75.0
+    assert torch.tensor(accuracy(predict, logits[:0], labels[:0], 3)).isnan()
+
+
+def test_training_learns_every_kind_of_stream(learner_of, toy_stream):
+    for scenario in ("task", "domain", "class"):
+        matrix = learner_of(stream=toy_stream(scenario), iterations=80).fit(toy_stream(scenario))
+        assert matrix.diagonal().min() > 80

@@ -1,0 +1,153 @@
+"""A private run that is begun again with something changed never meets the noise of before with another sum."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from helpers.reference_gradients import PRIVATE, Stopped, learner_of, loss_of, opened, reserved, stopping
+from perdure.contract.forward import cross_entropy
+from perdure.strategies import AGEM, DER, GEM, GDumb, Naive
+from perdure.strategies.agem import against
+
+RATE = replace(PRIVATE, sampling_rate=0.25)
+
+
+@pytest.fixture
+def twice(toy_stream, toy_model, tmp_path):
+    def run(first, second, then=None, **options):
+        options = {"folder": tmp_path, "iterations": 6, "privacy": RATE} | options
+        with pytest.raises(Stopped):
+            learner_of(toy_model(toy_stream()), first, callbacks=[stopping(4)], **options).fit(toy_stream())
+        again = learner_of(toy_model(toy_stream()), second, **options | (then or {}))
+        again.fit(toy_stream())
+        blocks = [
+            (e.purpose, e.first_step, tuple(e.scope))
+            for e in again.mechanism.ledger.entries
+            if e.purpose in ("gradient", "reference", "reference 0")
+        ]
+        assert len(blocks) > len(set(blocks))  # what was begun was charged again
+
+    return run
+
+
+def other(base, **hooks):
+    kind = type(base.__name__, (base,), {**hooks, "__module__": base.__module__, "__qualname__": base.__qualname__})
+    return dataclass(frozen=True, kw_only=True)(kind)
+
+
+@pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
+def test_another_batch_size(twice, meetings, strategy):
+    twice(strategy, strategy, then={"batch_size": 2})
+    assert meetings.reused == 0
+
+
+def test_another_reference_loss(twice, meetings):
+    def references(self, curator, params, state):
+        def loss(forward, batch):
+            return 3 * cross_entropy(forward, batch, curator.context)
+
+        return (curator.reference(loss, params),) if curator.context.experience else ()
+
+    twice(AGEM(memory_size=12), other(AGEM, references=references)(memory_size=12))
+    assert meetings.reused == 0
+
+
+def test_another_projection(twice, meetings):
+    def project(self, gradient, references, state):
+        return (
+            {n: (v + against(gradient, references[0])[n]) / 2 for n, v in gradient.items()} if references else gradient
+        )
+
+    twice(AGEM(memory_size=12), other(AGEM, project=project)(memory_size=12))
+    assert meetings.reused == 0
+
+
+def test_another_loss_of_stored_rows(twice, meetings):
+    def losses(self, forward, batch, context, state):
+        return torch.where(batch.from_memory, 2.0, 1.0) * DER.losses(self, forward, batch, context, state)
+
+    twice(DER(memory_size=12), other(DER, losses=losses)(memory_size=12))
+    assert meetings.reused == 0
+
+
+def test_a_loss_of_equal_value_and_other_gradient(twice, meetings):
+    def losses(self, forward, batch, context, state):
+        loss = cross_entropy(forward, batch, context)
+        return loss.detach() + 3 * (loss - loss.detach())
+
+    twice(Naive(), other(Naive, losses=losses)())
+    assert meetings.reused == 0
+
+
+@pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
+def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
+    privacy = replace(PRIVATE, epsilon=8, delta=1e-5)
+    learner = learner_of(toy_model(four), strategy, privacy=privacy, iterations=6)
+    assert learner.fit(four).isfinite().all()
+    ledger, left = learner.mechanism.ledger, learner.mechanism.schedule.left
+    assert left[-1] and ledger.worst(1e-5)[1] <= 8
+    assert ledger.entries[-1].scope.keys() == {"experience-3"}
+
+
+def test_a_reference_is_of_its_own_experience_where_partitions_are_shared(copies, toy_model):
+    learner = opened(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
+    for k in (0, 1):
+        assert learner.curator._held.drawings[f"reference {k}"].rows.tasks.unique().tolist() == [k]
+
+
+def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):
+    learner = opened(learner_of(toy_model(four), GDumb(memory_size=12), privacy=None), four, 1)
+    assert len(learner.curator._pool) == 12
+    assert len(learner.curator.sample(0)) == 4
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_an_experience_that_left_nothing_in_memory_is_no_reference(four, toy_model, private):
+    learner = learner_of(toy_model(four), GEM(memory_size=2), privacy=PRIVATE if private else None)
+    assert learner.fit(four).isfinite().all()
+    kept = learner.curator._held.memory.rows.tasks.unique().tolist()
+    assert len(kept) < 4  # some experience left nothing
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_rows_of_a_reference_have_the_role_of_stored_ones(four, toy_model, private):
+    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=PRIVATE if private else None), four, 1)
+    roles = []
+
+    def losses(forward, batch):
+        roles.append(batch)
+        return loss_of(learner)(forward, batch)
+
+    if private:
+        reserved(learner)
+    else:
+        learner.curator.sample(0)
+    learner.curator.reference(losses, learner.params)
+    assert bool(roles[-1].from_memory.all())
+
+
+def test_any_name_may_be_remembered(four, toy_model):
+    @dataclass(frozen=True, kw_only=True)
+    class W(DER):
+        def remember(self, forward, batch, state):
+            return {"when": batch.ids.float()}
+
+    learner = opened(learner_of(toy_model(four), W(memory_size=12)), four, 1)
+    rows = learner.curator._held.memory.rows
+    assert len(rows) and torch.equal(rows.stored["when"], rows.ids.float())
+
+
+def test_a_schedule_that_changes_late(twice, meetings):
+    def lam(late):
+        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: late if s >= 1007 else 1.0)
+
+    twice(Naive(), Naive(), then={"scheduler": lam(0.1)}, scheduler=lam(1.0), iterations=1010)
+    assert meetings.reused == 0
+
+
+def test_other_parameters_to_train(twice, meetings):
+    from perdure.contract.plan import Plan
+
+    twice(Naive(), other(Naive, plan=lambda self, experience: Plan(trainable=("head",)))())
+    assert meetings.reused == 0

@@ -1,0 +1,287 @@
+"""A seed gives the same bits, and so does a run that was stopped anywhere and goes on; nothing is drawn uncharged."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
+
+from helpers.learners import SIMULATED, bits, same_bits
+from perdure.contract.combine import Combine
+from perdure.errors import LedgerError
+from perdure.learner.checkpoint import Store, numbered
+from perdure.learner.learner import POINTS
+from perdure.models.classifiers import mlp
+from perdure.privacy.ledger.merged import read
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.settings import Privacy
+from perdure.strategies import EWC, Joint, LwF, Replay
+
+SECRET = Privacy(noise_multiplier=1.0)
+
+
+# --------------------------------------------------------------------------- seeds
+
+
+def dropping(stream):
+    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(6,), seed=3)
+    model.body.append(nn.Dropout(0.4))
+    return model
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED])
+@pytest.mark.parametrize("strategy", [Replay(memory_size=12), LwF()])
+def test_a_seed_gives_the_same_bits_also_with_dropout(learner_of, toy_stream, strategy, privacy):
+    ends = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(ends))  # what the caller does with the global generator is nobody's business
+        learner = learner_of(strategy, model=dropping(toy_stream()), seed=seed, privacy=privacy)
+        learner.fit(toy_stream())
+        ends.append(bits(learner.model.state_dict()))
+    assert same_bits(ends[0], ends[1]) and not same_bits(ends[0], ends[2])
+
+
+def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_stream):
+    """Draws go by a row's place in the batch: were they public, one more record would change those of the others."""
+    learner = learner_of(seed=5)
+    learner.prepare(toy_stream())
+    seeds = [learner._seed_of("layers", 0)]
+    for privacy in (SIMULATED, replace(SIMULATED, seed=1), replace(SIMULATED, seed=1)):
+        learner = learner_of(seed=5, privacy=privacy)
+        learner.prepare(toy_stream())
+        learner.begin(0)
+        learner.curator.reserve(range(9), "start")
+        seeds.append(learner._seed_of("layers", 0))
+    assert len(set(seeds)) == 3 and seeds[2] == seeds[3] and len({learner._seed_of("layers", s) for s in range(9)}) == 9
+
+
+def test_fitting_again_measures_the_same_stream_anew(learner_of, toy_stream):
+    learner = learner_of(iterations=60)
+    first = learner.fit(toy_stream())
+    again = learner.fit(toy_stream())
+    assert again.shape == first.shape == (2, 2) and len(learner.matrix) == 2
+    assert learner.position.experience == 2
+
+
+# --------------------------------------------------------------------------- stopping and going on
+
+
+class Stop(Exception):  # noqa: N818
+    """A power cut."""
+
+
+class Cut:
+    """Stops a run at the k-th time it comes to a point; counts draws of noise."""
+
+    def __init__(self, point=None, k=1):
+        self.point, self.left, self.draws = point, k, 0
+
+    def __call__(self, point, learner):
+        self.draws += point == "noise.drawn"
+        if point == self.point:
+            self.left -= 1
+            if self.left == 0:
+                raise Stop(point)
+
+
+RESUMED = {
+    "replay": Replay(memory_size=12),
+    "ewc": EWC(strength=20.0),
+    "online": Combine(EWC(strength=20.0, mode="online"), LwF()),
+    "joint": Joint(),
+}
+schedule = partial(MultiStepLR, milestones=[3, 6], gamma=0.3)
+
+
+@pytest.fixture
+def start(learner_of, toy_stream):
+    """From a folder to the result of a run, stopped at `cut` or not."""
+
+    def run(folder, name, privacy, cut, **changes):
+        learner = learner_of(
+            RESUMED[name], blocks=2, folder=folder, privacy=privacy, callbacks=[cut], scheduler=schedule, **changes
+        )
+        matrix = learner.fit(toy_stream())
+        return matrix.tolist(), bits(learner.snapshot().tensors), bits(learner.snapshot().private)
+
+    return run
+
+
+def entries(folder):
+    (part,) = read(folder / "ledger.jsonl").parts
+    return part.account.entries
+
+
+def charged(folder):
+    """Steps and releases in the ledger; 0 where it was stopped before its first line counted."""
+    head = folder / "ledger.head.json"
+    begun = head.exists() and json.loads(head.read_text())["count"] > 0
+    return sum(entry.steps for entry in entries(folder)) if begun else 0
+
+
+def assert_same(mine, theirs):
+    assert mine[0] == theirs[0] and same_bits(mine[1], theirs[1]) and same_bits(mine[2], theirs[2])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Result, ledger and number of passes through every point of a run that nobody stopped, once for each kind."""
+    known = {}
+
+    def whole(start, name, privacy):
+        if (name, privacy) not in known:
+            folder, passed = tmp_path_factory.mktemp("whole"), Counter()
+            result = start(folder, name, privacy, lambda point, learner: passed.update([point]))
+            assert not privacy or passed["noise.drawn"] == charged(folder)
+            ledger = (folder / "ledger.jsonl").read_text() if privacy else ""
+            known[name, privacy] = (result, ledger, passed)
+        return known[name, privacy]
+
+    return whole
+
+
+FREE = [point for point in POINTS if not point.startswith(("ledger.", "noise."))]
+
+
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [*product(["replay", "ewc"], FREE), *product(["online", "joint"], ["step.gradient", "experience.consolidated"])],
+)
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp_path, name, point):
+    result, _, passed = undisturbed(start, name, None)
+    assert passed[point] >= 2
+    for k in (1, passed[point] // 2 + 1):
+        folder = tmp_path / str(k)
+        with pytest.raises(Stop):
+            start(folder, name, None, Cut(point, k))
+        assert_same(start(folder, name, None, Cut()), result)
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("name", ["replay", "ewc"])
+def test_a_private_run_stopped_anywhere_goes_on_to_the_same_bits_and_charges(start, undisturbed, tmp_path, name, point):
+    result, ledger, passed = undisturbed(start, name, SIMULATED)
+    assert passed[point] >= 2
+    for k in sorted({passed[point] // 2 + 1, passed[point]}):
+        folder, cut = tmp_path / str(k), Cut(point, k)
+        with pytest.raises(Stop):
+            start(folder, name, SIMULATED, cut)
+        assert charged(folder) >= cut.draws
+        assert_same(start(folder, name, SIMULATED, Cut()), result)
+        assert (folder / "ledger.jsonl").read_text() == ledger
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_with_secret_noise_nothing_is_drawn_that_was_not_charged(start, undisturbed, tmp_path, point):
+    """The key survives the cut, so what is done again is done with the same noise: no charge is missing or doubled."""
+    _, ledger, passed = undisturbed(start, "ewc", SIMULATED)
+    cut = Cut(point, passed[point] // 2 + 1)
+    with pytest.raises(Stop):
+        start(tmp_path, "ewc", SECRET, cut)
+    assert charged(tmp_path) >= cut.draws
+    start(tmp_path, "ewc", SECRET, Cut())
+    merged = read(tmp_path / "ledger.jsonl", keys={"curator": NoiseKey.from_os(tmp_path / "private" / "key")})
+    assert merged.verified == "chains and keyed heads verified" and not merged.simulated
+    assert charged(tmp_path) == passed["noise.drawn"] and len(entries(tmp_path)) == ledger.count('"kind":"entry"')
+
+
+def test_a_run_stopped_twice_goes_on(start, undisturbed, tmp_path):
+    result, _, _ = undisturbed(start, "replay", SIMULATED)
+    for point, k in (("step.done", 3), ("noise.drawn", 1), ("ledger.appended", 1), ("checkpoint.begin", 2)):
+        with pytest.raises(Stop):
+            start(tmp_path / "cut", "replay", SIMULATED, Cut(point, k))
+    assert_same(start(tmp_path / "cut", "replay", SIMULATED, Cut()), result)
+
+
+def test_a_finished_run_is_not_run_again(start, tmp_path):
+    first = start(tmp_path, "ewc", SIMULATED, Cut())
+    cut = Cut("step.sampled")
+    assert_same(start(tmp_path, "ewc", SIMULATED, cut), first)
+    assert cut.draws == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scheduler": partial(StepLR, step_size=1)}, {"seed": 6}, {"optimizer": partial(torch.optim.Adam, lr=0.5)}],
+)
+def test_a_changed_request_meets_fresh_noise_and_is_charged_again(learner_of, toy_stream, tmp_path, changes):
+    """The scheduler's first rate is the same: what comes later in the block must count too."""
+    noises = []
+    for options in ({}, changes):
+        folder, drawn = tmp_path, []
+
+        def look(point, learner, drawn=drawn):
+            if point == "step.gradient":
+                drawn.append(learner.mechanism._paid(learner.position.step))
+                raise Stop
+
+        settings = {"scheduler": schedule} | options
+        learner = learner_of(privacy=SIMULATED, folder=folder, callbacks=[look], **settings)
+        with pytest.raises(Stop):
+            learner.fit(toy_stream())
+        noises += drawn
+    assert noises[0] != noises[1] and len(entries(tmp_path)) == 2
+
+
+def test_a_ledger_of_another_key_is_refused(start, tmp_path):
+    start(tmp_path, "ewc", SIMULATED, Cut())
+    with pytest.raises(LedgerError, match="not sealed with this key"):
+        start(tmp_path, "ewc", replace(SIMULATED, seed=1), Cut())
+
+
+def test_secret_noise_needs_a_folder(learner_of, toy_stream):
+    from perdure.errors import PrivacyError
+
+    with pytest.raises(PrivacyError, match="secret noise needs a folder"):
+        learner_of(privacy=SECRET).prepare(toy_stream())
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(learner_of, toy_stream):
+    learner = learner_of(LwF())
+    learner.fit(toy_stream())
+    kept = learner.snapshot()
+    before = bits(kept.tensors)
+    learner.fit(toy_stream())
+    assert same_bits(dict(kept.tensors), before)
+    assert not same_bits(learner.snapshot().tensors, before)
+
+
+def test_private_rows_are_kept_apart(learner_of, toy_stream, tmp_path):
+    learner = learner_of(Replay(memory_size=12), folder=tmp_path)
+    learner.fit(toy_stream())
+    saved = Store(tmp_path).load()
+    assert not any(name.startswith("memory") for name in saved.tensors)
+    assert len(saved.private["memory.inputs"]) == 12
+    assert (tmp_path / "private").stat().st_mode & 0o077 == 0
+    records = torch.cat([e.train.inputs for e in toy_stream()]).numpy()
+    published = b"".join(path.read_bytes() for path in (tmp_path / "checkpoint").iterdir())
+    assert not any(record.tobytes() in published for record in records)
+
+
+@pytest.mark.parametrize("scheduler", [schedule, partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))])
+def test_a_scheduler_survives_the_disk(learner_of, toy_stream, tmp_path, scheduler):
+    rates = {"whole": [], "cut": []}
+
+    def run(key, cut):
+        def look(point, learner):
+            if point == "step.done":
+                rates[key].append(learner._optimizer.param_groups[0]["lr"])
+
+        learner_of(scheduler=scheduler, blocks=4, folder=tmp_path / key, callbacks=[look, cut]).fit(toy_stream())
+
+    run("whole", Cut())
+    with pytest.raises(Stop):
+        run("cut", Cut("checkpoint.end", 2))
+    run("cut", Cut())
+    assert rates["cut"] == rates["whole"] and len(set(rates["whole"])) > 2
+
+
+def test_whole_number_keys_survive_json():
+    assert numbered({"milestones": {"3": 1, "60": 2}, "lrs": [{"0": 1.0}], "name": "x"}) == {
+        "milestones": {3: 1, 60: 2}, "lrs": [{0: 1.0}], "name": "x"
+    }  # fmt: skip

@@ -1,0 +1,3 @@
+"""Fixtures of this folder's tests."""
+
+from helpers.curator_harness import party  # noqa: F401

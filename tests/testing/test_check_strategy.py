@@ -1,0 +1,292 @@
+"""The conformance suite: what keeps the contract passes, and every check finds the strategy that breaks it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.broken_strategies import BROKEN, Centred, Remembering, broken
+from perdure.contract.forward import cross_entropy
+from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.errors import ConformanceError, StrategyError
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import mlp
+from perdure.queries.releases import histogram, top_k
+from perdure.strategies import EWC, Combine, ICaRL, Naive, Replay
+from perdure.testing import CHECKS, check_strategy
+from perdure.testing.fixtures import Stand
+
+# --------------------------------------------------------------------------- private
+
+
+@broken("pure", "curator._pool", "curator.release")
+class Peeping(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": curator._pool.inputs.mean(0)[:2]})
+
+
+@broken("pure", "curator.sample", "no charge covers")
+class Drawing(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": curator.sample(0).inputs.mean(0)[:2]})
+
+
+@broken("private", "PrivacyError: raw records were asked for")
+class AskingForRaw(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": curator.raw("to see them").inputs.mean(0)[:2]})
+
+
+@broken("private", "asked for 1 releases in experience 0 and declares 0", "Asks(releases=1)", strength=1.0)
+class Undeclared(EWC):
+    asks: ClassVar[Asks] = Asks()
+
+
+@broken("private", "asked for 0 releases in experience 0 and declares 1")
+class Overdeclared(Strategy):
+    asks: ClassVar[Asks] = Asks(releases=1)
+
+
+@broken("private", "asked for 1 recalls in experience 0 and declares 0", memory_size=16)
+class UndeclaredRecall(ICaRL):
+    asks: ClassVar[Asks] = Asks(releases=1, reuses=True)
+
+    def after_experience(self, curator, params, state):
+        curator.release(lambda f, b: b.inputs, clip_norm=1.0, purpose="sum")
+        return super().after_experience(curator, params, state)
+
+
+@broken("private", "asked for 1 histograms")
+class UndeclaredHistogram(Strategy):
+    def after_experience(self, curator, params, state):
+        histogram(curator, lambda batch: batch.labels, bins=6, purpose="classes")
+        return state
+
+
+@broken("private", "asked for 2 selections in experience 0 and declares 1")
+class TooManySelections(Strategy):
+    asks: ClassVar[Asks] = Asks(selections=1)
+
+    def after_experience(self, curator, params, state):
+        top_k(curator, lambda batch: batch.labels, bins=6, k=2, purpose="classes")
+        return state
+
+
+@broken("private", "0 of experience 1 asked for 1 reference gradients of experience 0 and declares 0", memory_size=16)
+class UndeclaredReference(Strategy):
+    memory_size: int
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+    def plan(self, experience):
+        return Plan(memory=MemoryPlan(capacity=self.memory_size, use="reference"))
+
+    def references(self, curator, params, state):
+        losses = lambda forward, batch: cross_entropy(forward, batch, curator.context)  # noqa: E731
+        return (curator.reference(losses, params),) if curator.context.experience else ()
+
+
+@broken("private", "asked for reference gradients in 0 steps and declares 1", memory_size=16)
+class OverdeclaredReference(Replay):
+    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+
+
+@broken("private", "records of experience 0 are used later and reuses=False", "reuses=True", memory_size=16)
+class Reusing(Replay):
+    asks: ClassVar[Asks] = Asks()
+
+
+@broken("private", "records of experience 0 are not used later and reuses=True")
+class NotReusing(Strategy):
+    asks: ClassVar[Asks] = Asks(reuses=True)
+
+
+@broken("private", "changes with its records", "declared_size")
+class PlanningByRecords(Strategy):
+    def plan(self, experience):
+        return Plan(trainable=("",) if experience.train.inputs.mean() > 0.5 else ("body", "head"))
+
+
+SIGHTS = []
+
+
+@broken("private", "state seen changes with the records although every release is the same")
+class Smuggling(Remembering):
+    """Keeps rows where nobody looks for them."""
+
+    def losses(self, forward, batch, context, state):
+        SIGHTS[:] = [batch.inputs.detach().sum(0)[:2]]
+        return cross_entropy(forward, batch, context)
+
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": SIGHTS[0]}) if type(SIGHTS[0]) is torch.Tensor else state
+
+
+@broken("private", "GuardError: CouplingInTraining.losses() couples records")
+class CouplingInTraining(Strategy):
+    """Couples records only while the model trains, where nothing but the guard of a private run looks."""
+
+    def losses(self, forward, batch, context, state):
+        each = cross_entropy(forward, batch, context)
+        return each - 0.5 * each.mean() if forward.module.training else each
+
+
+# --------------------------------------------------------------------------- resume
+
+ANCHORS = {}
+
+
+@broken("resume", "stopped and resumed without privacy", "State")
+class Elsewhere(Strategy):
+    """Remembers outside the State, cleanly: begun anew by `init`, so that whole runs repeat."""
+
+    def init(self, spec):
+        ANCHORS.clear()
+        return State()
+
+    def penalty(self, params, state):
+        terms = [(value - ANCHORS[name]).square().sum() for name, value in params.items() if name in ANCHORS]
+        return torch.stack(terms).sum() if terms else None
+
+    def after_experience(self, curator, params, state):
+        ANCHORS.update({name: value.clone() for name, value in params.items()})
+        return state
+
+
+# --------------------------------------------------------------------------- federated
+
+
+@broken("federated", "a server predicts otherwise than its only client", "derive()")
+class PredictingLocally(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": torch.ones_like(state["seen"])})
+
+    def predict(self, forward, x, context, state):
+        return torch.where(context.allowed, forward(x) * state["seen"][0], -1e9)
+
+
+@broken("federated", "StrategyError", "has no mean")
+class AveragingIntegers(Strategy):
+    def init(self, spec):
+        return State().declare("count", torch.zeros(2, dtype=torch.int64), "mean")
+
+
+# --------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_strategy_is_found_out(name):
+    make, check, words = BROKEN[name]
+    with pytest.raises(ConformanceError) as caught:
+        check_strategy(make())
+    told = str(caught.value)
+    assert told.startswith(f"{name} fails the check {check!r}: ")
+    assert "; allowed: " in told
+    for word in words:
+        assert word in told
+    assert isinstance(caught.value, StrategyError)
+
+
+def test_every_check_has_a_broken_strategy():
+    assert {check for _, check, _ in BROKEN.values()} == set(CHECKS)
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_what_keeps_the_contract_passes_in_every_scenario(scenario):
+    report = check_strategy(Combine(EWC(strength=5.0), Replay(memory_size=12)), scenario=scenario)
+    assert report.passed[: len(CHECKS)] == tuple(CHECKS)
+    assert set(report.skipped) <= {"cuda"}
+    assert f"{scenario}-incremental" in str(report)
+    assert "passed: declared, alone" in str(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Honest(Centred):
+    """Couples records, and says so."""
+
+    couples_records: ClassVar[bool] = True
+    not_vmappable_because: ClassVar[str | None] = "it was never tried"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByIdentity(Strategy):
+    """Weighs a record by its id, as one that is held out is weighed by nothing."""
+
+    def losses(self, forward, batch, context, state):
+        return cross_entropy(forward, batch, context) * (1 + (batch.ids * 2654435761 >> 8) % 7)
+
+
+def test_a_loss_may_depend_on_the_records_identity():
+    """It is the record's own; the guard of a private run, which leaves records out, must not renumber those left."""
+    assert check_strategy(ByIdentity()).passed[: len(CHECKS)] == tuple(CHECKS)
+
+
+def test_what_a_strategy_says_of_itself_is_left_out_and_reported():
+    report = check_strategy(Honest())
+    assert {"declared", "alone", "pure", "rows", "resume", "federated"} <= set(report.passed)
+    assert not {"bounds", "vmap", "private"} & set(report.passed)
+    assert report.skipped["vmap"] == "it was never tried"
+    assert "couples_records" in report.skipped["private"]
+    assert "not applicable: bounds: it declares couples_records" in str(report)
+
+
+class Gated(Classifier):
+    """A classifier with a part more than others have."""
+
+    def __init__(self, plain):
+        super().__init__(plain.body, plain.feature_size, plain.head.out_features)
+        self.load_state_dict(plain.state_dict())
+        self.gate = nn.Linear(self.feature_size, self.feature_size, bias=False)
+        nn.init.eye_(self.gate.weight)
+
+    def features(self, x):
+        return self.gate(super().features(x))
+
+
+def gated(stream, hidden=(3,)):
+    return Gated(mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gating(Strategy):
+    """Needs that part."""
+
+    def init(self, spec):
+        if "gate.weight" not in spec.params:
+            raise StrategyError("Gating needs a model with a gate")
+        return State().declare("opened", spec.params["gate.weight"], "local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingAtHome(Gating):
+    """Brings a model of its own, of four hidden units."""
+
+    def small_model(self, *, input_shape, num_classes):
+        return Gated(mlp(input_shape=input_shape, num_classes=num_classes, hidden=(4,), seed=0))
+
+
+def test_a_strategy_that_needs_another_model_is_tested_on_one():
+    with pytest.raises(ConformanceError, match="'alone': it raised StrategyError: Gating needs a model with a gate"):
+        check_strategy(Gating())
+    for report in (check_strategy(Gating(), model=gated), check_strategy(GatingAtHome())):
+        assert report.passed[: len(CHECKS)] == tuple(CHECKS)
+
+
+def test_the_model_that_is_given_goes_before_the_strategys_own():
+    shapes = {"input_shape": (4,), "num_classes": 6}
+    assert Stand(strategy=Naive(), scenario="class").build().feature_size == 5
+    for strategy in (GatingAtHome(), Combine(Naive(), GatingAtHome())):
+        assert strategy.small_model(**shapes).feature_size == 4
+        assert Stand(strategy=strategy, scenario="class").build().feature_size == 4
+        assert Stand(strategy=strategy, scenario="class", model=gated).build().feature_size == 3
+    assert Combine(Naive(), Gating()).small_model(**shapes) is None
+
+
+def test_the_instance_and_the_generator_of_the_caller_are_left_alone():
+    strategy, before = Naive(), torch.get_rng_state()
+    check_strategy(strategy)
+    assert vars(strategy) == {}
+    assert torch.equal(torch.get_rng_state(), before)
