@@ -25,7 +25,7 @@ def test_it_is_the_nearest_centroid_of_scikit_learn_on_all_records_at_once():
     features, labels = everything()
     reference = NearestCentroid().fit(features.numpy(), labels.numpy())
     learner = alone(NCM(normalise=False))
-    torch.testing.assert_close(learner.state["weight"].T, torch.from_numpy(reference.centroids_), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(learner.state["weight"].T, torch.from_numpy(reference.centroids_), rtol=1e-5, atol=1e-6)
     assert logits(learner).argmax(1).tolist() == reference.predict(features_of_tests().numpy()).tolist()
     assert accuracy(learner) > 0.8
 
@@ -48,7 +48,7 @@ def test_normalised_it_goes_by_the_angle():
 
 @pytest.mark.parametrize("strategy", [NCM(), NCM(normalise=False)], ids=repr)
 def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(strategy):
-    assert difference(strategy) < 1e-6
+    assert difference(strategy) < 1e-5
 
 
 def test_a_class_without_records_is_never_predicted():

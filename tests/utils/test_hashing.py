@@ -88,4 +88,4 @@ def test_a_number_belongs_to_its_id_alone_and_tensors_make_tables():
         for j in range(4):
             assert float(table[i, j]) == float(uniforms(torch.tensor(i), 9, j))
     assert torch.equal(torch.func.vmap(lambda i: uniforms(i, 9, torch.arange(4)))(MANY[:20]), table)
-    assert torch.equal(torch.func.vmap(lambda i: normals(i[None], 9)[0])(MANY[:20]), normals(MANY[:20], 9))
+    torch.testing.assert_close(torch.func.vmap(lambda i: normals(i[None], 9)[0])(MANY[:20]), normals(MANY[:20], 9))
