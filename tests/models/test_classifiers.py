@@ -103,7 +103,7 @@ def test_one_record_does_not_change_anothers_output(model):
     """BatchNorm in training mode would fail here."""
     x = torch.rand(4, *DIGITS)
     model.train()
-    torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [cnn, resnet18])

@@ -104,19 +104,22 @@ def private_curator(stream, privacy):
 
 
 def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(toy_stream):
-    stream = toy_stream()
+    """The share of zeros is over 16 models: that of one, 64 numbers, hangs on the noise that is drawn."""
+    stream, values = toy_stream(), []
     privacy = Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=0)
-    curator, ledger = private_curator(stream, privacy)
-    model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0).eval()
-    params = {name: value.detach().clone() for name, value in model.named_parameters()}
-    spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
-    strategy = EWC(strength=1.0)
-    curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
-    state = strategy.after_experience(curator, params, strategy.init(spec))
-    (entry,) = ledger.entries
-    assert entry.purpose == "release:fisher" and entry.clip_norm == pytest.approx(0.04)
-    assert entry.noise_multiplier == 4.0 and len(ledger.entries) == strategy.asks.releases
-    values = torch.cat([value.flatten() for value in state.group("fisher").values()])
+    for seed in range(16):
+        curator, ledger = private_curator(stream, privacy)
+        model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=seed).eval()
+        params = {name: value.detach().clone() for name, value in model.named_parameters()}
+        spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
+        strategy = EWC(strength=1.0)
+        curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
+        state = strategy.after_experience(curator, params, strategy.init(spec))
+        (entry,) = ledger.entries
+        assert entry.purpose == "release:fisher" and entry.clip_norm == pytest.approx(0.04)
+        assert entry.noise_multiplier == 4.0 and len(ledger.entries) == strategy.asks.releases
+        values += [value.flatten() for value in state.group("fisher").values()]
+    values = torch.cat(values)
     assert float(values.min()) == 0.0 and 0.3 < float((values == 0).float().mean()) < 0.7  # noise, cut at 0
 
 
