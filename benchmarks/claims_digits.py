@@ -1,7 +1,10 @@
-"""Claims on scikit-learn's digits, most of methods that bring a model of their own; see `claims.py`.
+"""Claims on scikit-learn's digits, most of methods that bring a model of their own.
 
-Prompts and adapters stand on a small vision transformer, pre-trained here on MNIST, which is taken for public: its
-first 20,000 training images at 8 x 8 pixels, in four quarter turns, to tell the digit and the turn.
+See `claims.py`.
+
+Prompts and adapters stand on a small vision transformer, pre-trained here on MNIST, which is taken
+for public: its first 20,000 training images at 8 x 8 pixels, in four quarter turns, to tell the
+digit and the turn.
 """
 
 import copy
@@ -45,7 +48,10 @@ from perdure.utils.seeding import seeded
 ADAM = partial(torch.optim.Adam, lr=3e-3, fused=True)
 LONG = {"iterations": 200, "batch_size": 64}
 SHORT = {"iterations": 100, "batch_size": 32, "reset_optimizer": True}
-IMAGES, STEPS, BATCH, TURNS = 20_000, 1000, 128, 4
+IMAGES = 20_000
+STEPS = 1000
+BATCH = 128
+TURNS = 4
 """Of the pre-training."""
 
 
@@ -59,38 +65,47 @@ def turned(_: int) -> Stream:
     return rotated(digits(), angles=(0.0, 15.0, 30.0, 45.0))
 
 
-FIVE, TWO = partial(split_digits, experiences=5), partial(split_digits, experiences=2)
+FIVE = partial(split_digits, experiences=5)
+TWO = partial(split_digits, experiences=2)
 
 
 def perceptron(stream: Stream, seed: int, *, cosine: bool = False) -> Classifier:
     """100 units, with a linear or a cosine head."""
     return mlp(
-        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(100,), seed=seed,
+        input_shape=stream.input_shape,
+        num_classes=stream.num_classes,
+        hidden=(100,),
+        seed=seed,
         head="cosine" if cosine else "linear",
-    )  # fmt: skip
+    )
 
 
 def with_generator(stream: Stream, seed: int) -> nn.Module:
     """The perceptron with a generator beside it."""
     shape = stream.input_shape
-    return generative(perceptron(stream, seed), input_shape=shape, latent=20, hidden=(100,), seed=seed)
+    return generative(
+        perceptron(stream, seed), input_shape=shape, latent=20, hidden=(100,), seed=seed
+    )
 
 
-# --------------------------------------------------------------------------- a pre-trained transformer
+# ------------------------------------------------------------------------ a pre-trained transformer
 
 
 @cache
 def pretrained() -> Transformer:
     """The body, without its head; the same in every process."""
-    train, places = mnist().train, torch.Generator().manual_seed(0)
-    x, y = F.avg_pool2d(F.pad(train.inputs[:IMAGES], (2, 2, 2, 2)), 4), train.labels[:IMAGES]
+    train = mnist().train
+    places = torch.Generator().manual_seed(0)
+    x = F.avg_pool2d(F.pad(train.inputs[:IMAGES], (2, 2, 2, 2)), 4)
+    y = train.labels[:IMAGES]
     model = transformer(
         input_shape=(1, 8, 8), num_classes=10 * TURNS, seed=0, patch=4, width=48, depth=3, heads=4
-    )  # fmt: skip
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
     for step in range(STEPS):
-        rows, turn = torch.randint(IMAGES, (BATCH,), generator=places), step % TURNS
+        rows = torch.randint(IMAGES, (BATCH,), generator=places)
+        turn = step % TURNS
         loss = F.cross_entropy(model(x[rows].rot90(turn, (2, 3))), y[rows] + 10 * turn)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -110,25 +125,36 @@ def opened(stream: Stream, seed: int) -> nn.Module:
 
 def closed(stream: Stream, seed: int) -> nn.Module:
     """Frozen, with a trained head."""
-    return frozen(pretrained(), input_shape=stream.input_shape, num_classes=stream.num_classes, seed=seed)
+    return frozen(
+        pretrained(), input_shape=stream.input_shape, num_classes=stream.num_classes, seed=seed
+    )
 
 
 def with_pool(stream: Stream, seed: int) -> nn.Module:
     """Frozen, with a pool of prompts."""
-    return prompted(pretrained(), num_classes=stream.num_classes, pool=10, length=2, chosen=3, seed=seed)
+    return prompted(
+        pretrained(), num_classes=stream.num_classes, pool=10, length=2, chosen=3, seed=seed
+    )
 
 
 def with_components(stream: Stream, seed: int) -> nn.Module:
     """Frozen, with components of prompts for every experience."""
     return composed(
-        pretrained(), num_classes=stream.num_classes, experiences=len(stream), components=4, length=2, seed=seed
+        pretrained(),
+        num_classes=stream.num_classes,
+        experiences=len(stream),
+        components=4,
+        length=2,
+        seed=seed,
     )
 
 
 def with_adapters(stream: Stream, seed: int, *, one: bool = False) -> nn.Module:
     """Frozen, with low-rank adapters for every experience, or with one set for all."""
     sets = 1 if one else len(stream)
-    return adapted(pretrained(), num_classes=stream.num_classes, experiences=sets, rank=4, seed=seed)
+    return adapted(
+        pretrained(), num_classes=stream.num_classes, experiences=sets, rank=4, seed=seed
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,86 +173,150 @@ class OwnClasses(Strategy):
 def replayed(name: str, *, cosine: bool = False) -> Arm:
     """Rehearsal of as little as LUCIR has, all rows alike."""
     model = partial(perceptron, cosine=cosine)
-    return Arm(name=name, strategy=partial(Replay, memory_size=30, weighting="equal"), model=model, optimizer=ADAM)
+    return Arm(
+        name=name,
+        strategy=partial(Replay, memory_size=30, weighting="equal"),
+        model=model,
+        optimizer=ADAM,
+    )
 
 
 TUNED = Arm(name="fine-tuned", strategy=OwnClasses, model=opened, optimizer=ADAM)
 POOL = Arm(name="l2p", strategy=partial(L2P, strength=0.5), model=with_pool, optimizer=ADAM)
-HALVES = "two experiences of five digits, after five of two had been seen: there no two pairs are ever told apart"
+HALVES = (
+    "two experiences of five digits, after five of two had been seen: there no two pairs are "
+    "ever told apart"
+)
 
 DIGITS = (
     Claim(
-        name="ogd", sentence="Stepping only where earlier answers stay forgets less than plain gradient descent",
-        paper="Farajtabar et al. 2020 (AISTATS)", stream=turned, training={"epochs": 3, "batch_size": 10},
+        name="ogd",
+        sentence="Stepping only where earlier answers stay "
+        "forgets less than plain gradient descent",
+        paper="Farajtabar et al. 2020 (AISTATS)",
+        stream=turned,
+        training={"epochs": 3, "batch_size": 10},
         arms=(
             Arm(name="ogd", strategy=partial(OGD, directions=50), optimizer=partial(SGD, lr=0.05)),
             Arm(name="naive", strategy=Naive, optimizer=partial(SGD, lr=0.05)),
         ),
-        note="rate, length and angles were set after single seeds had been seen; on permuted digits the first task is "
+        note="rate, length and angles were set after single seeds had been seen; on permuted "
+        "digits the first task is "
         "not kept better, and where classes arrive it does not help",
         measures=("forgetting", "average_accuracy"),
     ),
     Claim(
-        name="generative_replay", sentence="Rehearsing what a generator makes up learns classes without stored records",
-        paper="Shin et al. 2017 (NeurIPS)", stream=FIVE, training=LONG,
+        name="generative_replay",
+        sentence="Rehearsing what a generator makes up learns classes without stored records",
+        paper="Shin et al. 2017 (NeurIPS)",
+        stream=FIVE,
+        training=LONG,
         arms=(
-            Arm(name="generative_replay", strategy=GenerativeReplay, model=with_generator, optimizer=ADAM),
+            Arm(
+                name="generative_replay",
+                strategy=GenerativeReplay,
+                model=with_generator,
+                optimizer=ADAM,
+            ),
             Arm(name="naive", strategy=Naive, model=perceptron, optimizer=ADAM),
             Arm(name="lwf", strategy=LwF, model=perceptron, optimizer=ADAM),
             Arm(
-                name="replay", strategy=partial(Replay, memory_size=100), model=perceptron, optimizer=ADAM, beside=True
+                name="replay",
+                strategy=partial(Replay, memory_size=100),
+                model=perceptron,
+                optimizer=ADAM,
+                beside=True,
             ),
         ),
         note="length and rate were set after two seeds had been seen",
     ),
     Claim(
-        name="lucir", sentence="Angles, held features and a margin keep off the bias to new classes with little memory",
-        paper="Hou et al. 2019 (CVPR)", stream=FIVE, training=LONG,
+        name="lucir",
+        sentence="Angles, held features and a margin keep off the bias to new classes with little "
+        "memory",
+        paper="Hou et al. 2019 (CVPR)",
+        stream=FIVE,
+        training=LONG,
         arms=(
             Arm(
-                name="lucir", strategy=partial(LUCIR, memory_size=30), model=partial(perceptron, cosine=True),
-                optimizer=ADAM, chosen=PAPER,
+                name="lucir",
+                strategy=partial(LUCIR, memory_size=30),
+                model=partial(perceptron, cosine=True),
+                optimizer=ADAM,
+                chosen=PAPER,
             ),
-            replayed("replay"), replayed("replay, cosine head", cosine=True),
+            replayed("replay"),
+            replayed("replay, cosine head", cosine=True),
             Arm(
-                name="icarl", strategy=partial(ICaRL, memory_size=30), model=perceptron, optimizer=ADAM, beside=True
+                name="icarl",
+                strategy=partial(ICaRL, memory_size=30),
+                model=perceptron,
+                optimizer=ADAM,
+                beside=True,
             ),
         ),
         measures=("anytime_accuracy", "average_accuracy", "old_and_new_apart"),
     ),
     Claim(
-        name="l2p", sentence="Prompts on a frozen transformer forget less than fine-tuning it",
-        paper="Wang et al. 2022 (CVPR)", stream=TWO, training=SHORT,
+        name="l2p",
+        sentence="Prompts on a frozen transformer forget less than fine-tuning it",
+        paper="Wang et al. 2022 (CVPR)",
+        stream=TWO,
+        training=SHORT,
         arms=(
-            POOL, TUNED,
-            Arm(
-                name="head only", strategy=OwnClasses, model=closed, optimizer=ADAM, beside=True,
-            ),
+            POOL,
+            TUNED,
+            Arm(name="head only", strategy=OwnClasses, model=closed, optimizer=ADAM, beside=True),
         ),
-        note=HALVES, measures=("forgetting", "average_accuracy"),
+        note=HALVES,
+        measures=("forgetting", "average_accuracy"),
     ),
     Claim(
-        name="coda_prompt", sentence="Weighted sums of components, earlier ones frozen, are above a pool of prompts",
-        paper="Smith et al. 2023 (CVPR)", stream=TWO, training=SHORT,
+        name="coda_prompt",
+        sentence="Weighted sums of components, earlier ones frozen, are above a pool of prompts",
+        paper="Smith et al. 2023 (CVPR)",
+        stream=TWO,
+        training=SHORT,
         arms=(
             Arm(
-                name="coda_prompt", strategy=partial(CODAPrompt, strength=0.1), model=with_components, optimizer=ADAM
+                name="coda_prompt",
+                strategy=partial(CODAPrompt, strength=0.1),
+                model=with_components,
+                optimizer=ADAM,
             ),
             POOL,
         ),
         note=HALVES,
     ),
     Claim(
-        name="lora", sentence="Adapters orthogonal to the earlier ones forget less than one set trained in sequence",
-        paper="Wang et al. 2023 (Findings of EMNLP), O-LoRA", stream=TWO, training=SHORT,
+        name="lora",
+        sentence="Adapters orthogonal to the earlier ones forget "
+        "less than one set trained in sequence",
+        paper="Wang et al. 2023 (Findings of EMNLP), O-LoRA",
+        stream=TWO,
+        training=SHORT,
         arms=(
-            Arm(name="o-lora", strategy=partial(LoRA, strength=0.5), model=with_adapters, optimizer=ADAM),
-            Arm(name="one lora", strategy=OwnClasses, model=partial(with_adapters, one=True), optimizer=ADAM),
             Arm(
-                name="lora, no penalty", strategy=partial(LoRA, strength=0.0), model=with_adapters, optimizer=ADAM,
+                name="o-lora",
+                strategy=partial(LoRA, strength=0.5),
+                model=with_adapters,
+                optimizer=ADAM,
+            ),
+            Arm(
+                name="one lora",
+                strategy=OwnClasses,
+                model=partial(with_adapters, one=True),
+                optimizer=ADAM,
+            ),
+            Arm(
+                name="lora, no penalty",
+                strategy=partial(LoRA, strength=0.0),
+                model=with_adapters,
+                optimizer=ADAM,
                 beside=True,
             ),
         ),
-        note=HALVES, measures=("forgetting", "average_accuracy"),
+        note=HALVES,
+        measures=("forgetting", "average_accuracy"),
     ),
-)  # fmt: skip
+)

@@ -1,9 +1,12 @@
-"""How a claim is put to the test: arms trained on the same streams, seed by seed, and the differences between them.
+"""How a claim is put to the test.
 
-A seed sets the stream (the order of the classes, the permutations), the initial model and the order of records, for all
-arms alike, so that differences are taken within a seed. Hyper-parameters that are searched are searched once, on
-held-out training records of the first experiences of seed 0 (`perdure.experiment.tuning`), each arm with as many trials.
-Arms that a paper does not compare its method with may stand beside, and do not decide whether its claim is shown.
+Arms trained on the same streams, seed by seed, and the differences between them.
+
+A seed sets the stream (the order of the classes, the permutations), the initial model and the order
+of records, for all arms alike, so that differences are taken within a seed. Hyper-parameters that
+are searched are searched once, on held-out training records of the first experiences of seed 0
+(`perdure.experiment.tuning`), each arm with as many trials. Arms that a paper does not compare its
+method with may stand beside, and do not decide whether its claim is shown.
 """
 
 import os
@@ -30,31 +33,46 @@ from perdure.experiment.tuning import Space, Tuned, Values, tune
 from perdure.metrics import area_under_accuracy, average_accuracy, forgetting, learning_accuracy
 from perdure.models.classifiers import mlp
 
-PAPER, FIXED, NOTHING = "paper", "fixed, one value tried", "nothing to choose"
-RULE = "shown: the mean over seeds of the difference in favour, within a seed, is above two standard errors of it"
+PAPER = "paper"
+FIXED = "fixed, one value tried"
+NOTHING = "nothing to choose"
+RULE = (
+    "shown: the mean over seeds of the difference in favour, within a seed, is above two "
+    "standard errors of it"
+)
 SEARCH_SEED = 3
-"""Chosen for its first eight samples, which lie all over a range; those of 0 leave out its lower two fifths."""
+"""Chosen for its first eight samples, which lie all over a range; those of 0 leave out its lower
+two fifths.
+"""
 RATE = "learning_rate"
 """A searched value of this name goes to the optimiser, all others to the strategy."""
 
 
 def old_and_new_apart(matrix: Tensor) -> float:
-    """How far accuracy on the last experience is from the mean over the earlier ones, at the end: bias either way."""
+    """Difference of final accuracy between the last experience and the mean of earlier ones.
+
+    It shows bias either way.
+    """
     last = matrix[-1]
     return float((last[-1] - last[:-1].mean()).abs())
 
 
 MEASURES: dict[str, Callable[[Tensor], float]] = {
-    "average_accuracy": average_accuracy, "forgetting": forgetting, "learning_accuracy": learning_accuracy,
-    "anytime_accuracy": area_under_accuracy, "old_and_new_apart": old_and_new_apart,
-}  # fmt: skip
+    "average_accuracy": average_accuracy,
+    "forgetting": forgetting,
+    "learning_accuracy": learning_accuracy,
+    "anytime_accuracy": area_under_accuracy,
+    "old_and_new_apart": old_and_new_apart,
+}
 LOWER = ("forgetting", "old_and_new_apart")
 """Of these less is better."""
 
 
 def small(stream: Stream, seed: int) -> nn.Module:
     """Perceptron of 2 x 100 units."""
-    return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(100, 100), seed=seed)
+    return mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(100, 100), seed=seed
+    )
 
 
 ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
@@ -65,10 +83,15 @@ class Arm:
     """One way of learning the stream.
 
     Args:
-        name: in the table. strategy: makes it, from the values of `search`.
-        search: lowest and highest value of each hyper-parameter that is tuned. chosen: where the others are from.
-        model: from stream and seed. optimizer: from parameters. training: of the learner; empty for the claim's.
-        beside: whether it is no part of the claim: compared and stored, but the claim does not hang on it.
+        name: in the table.
+        strategy: makes it, from the values of `search`.
+        search: lowest and highest value of each hyper-parameter that is tuned.
+        chosen: where the others are from.
+        model: from stream and seed.
+        optimizer: from parameters.
+        training: of the learner; empty for the claim's.
+        beside: whether it is no part of the claim: compared and stored, but the claim does not hang
+            on it.
     """
 
     name: str
@@ -86,13 +109,17 @@ class Claim:
     """What a paper says of its method, and a comparison that would show it.
 
     Args:
-        name: of the strategy's file. sentence: the claim. paper: author, venue and year, and where in it.
-        stream: from seed. training: of the learner; all that is no arm's own. arms: the method first, then what it is
-            compared with.
+        name: of the strategy's file.
+        sentence: the claim.
+        paper: author, venue and year, and where in it.
+        stream: from seed.
+        training: of the learner; all that is no arm's own.
+        arms: the method first, then what it is compared with.
         note: what a reader of the row must know of its setting.
         measures: in which the method is to be better than every other arm; names of `MEASURES`.
         exactly: a value that the method's first measure has to have in every seed, or None.
-        tuned_on: first experiences that searches may see. trials: of each search.
+        tuned_on: first experiences that searches may see.
+        trials: of each search.
     """
 
     name: str
@@ -116,9 +143,12 @@ def learner(claim: Claim, arm: Arm, values: Values, stream: Stream, seed: int) -
     own = {name: value for name, value in values.items() if name != RATE}
     optimizer = partial(arm.optimizer, lr=values[RATE]) if RATE in values else arm.optimizer
     return Learner(
-        model=arm.model(stream, seed), strategy=arm.strategy(**own), optimizer=optimizer, seed=seed,
+        model=arm.model(stream, seed),
+        strategy=arm.strategy(**own),
+        optimizer=optimizer,
+        seed=seed,
         **(arm.training or claim.training),
-    )  # fmt: skip
+    )
 
 
 def search(claim: Claim, arm: Arm) -> Tuned:
@@ -129,33 +159,43 @@ def search(claim: Claim, arm: Arm) -> Tuned:
     def make(values: Values) -> Learner:
         return learner(claim, arm, values, stream, 0)
 
-    return tune(make, arm.search, stream, experiences=claim.tuned_on, trials=claim.trials, seed=SEARCH_SEED)
+    return tune(
+        make, arm.search, stream, experiences=claim.tuned_on, trials=claim.trials, seed=SEARCH_SEED
+    )
 
 
 def run(claim: Claim, arm: Arm, values: Values, seed: int) -> dict[str, float]:
     """Every measure of one seed, in percent, and its seconds; in a process of its own."""
     torch.set_num_threads(1)
-    stream, start = claim.stream(seed), time.perf_counter()
+    stream = claim.stream(seed)
+    start = time.perf_counter()
     matrix = learner(claim, arm, values, stream, seed).fit(stream)
-    return {name: measure(matrix) for name, measure in MEASURES.items()} | {"seconds": time.perf_counter() - start}
+    return {name: measure(matrix) for name, measure in MEASURES.items()} | {
+        "seconds": time.perf_counter() - start
+    }
 
 
 # --------------------------------------------------------------------------- what is stored
 
 
-def arm_row(arm: Arm, tuned: Tuned | None, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def arm_row(
+    arm: Arm, tuned: Tuned | None, results: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     """What is stored of one arm."""
     values = tuned.values if tuned else {}
     own = {name: value for name, value in values.items() if name != RATE}
     mean, error = spread([result["average_accuracy"] for result in results])
     return {
-        "strategy": repr(arm.strategy(**own)), "values": values,
-        "chosen": chosen(arm, tuned), "search": tuned.row() if tuned else None,
-        "average_accuracy": mean, "standard_error": error,
+        "strategy": repr(arm.strategy(**own)),
+        "values": values,
+        "chosen": chosen(arm, tuned),
+        "search": tuned.row() if tuned else None,
+        "average_accuracy": mean,
+        "standard_error": error,
         **{name: statistics.mean(result[name] for result in results) for name in MEASURES},
         "by_seed": {name: [result[name] for result in results] for name in MEASURES},
         "seconds": statistics.mean(result["seconds"] for result in results),
-    }  # fmt: skip
+    }
 
 
 def chosen(arm: Arm, tuned: Tuned | None) -> str:
@@ -165,16 +205,27 @@ def chosen(arm: Arm, tuned: Tuned | None) -> str:
     return f"{', '.join(tuned.values)}: tuned on {tuned.row()['tuned_on']}; the rest: {arm.chosen}"
 
 
-def compared(measure: str, other: Arm, arms: Mapping[str, dict[str, Any]], method: str) -> dict[str, Any]:
-    """The method against another arm in one measure; a positive difference speaks for the method."""
+def compared(
+    measure: str, other: Arm, arms: Mapping[str, dict[str, Any]], method: str
+) -> dict[str, Any]:
+    """The method against another arm in one measure.
+
+    A positive difference speaks for the method.
+    """
     sign = -1 if measure in LOWER else 1
     pairs = zip(arms[method]["by_seed"][measure], arms[other.name]["by_seed"][measure], strict=True)
     differences = [sign * (own - its) for own, its in pairs]
     mean, error = spread(differences)
     return {
-        "measure": measure, "method": method, "against": other.name, "beside": other.beside, "difference": mean,
-        "standard_error": error, "differences": differences, "shown": error is not None and mean > 2 * error,
-    }  # fmt: skip
+        "measure": measure,
+        "method": method,
+        "against": other.name,
+        "beside": other.beside,
+        "difference": mean,
+        "standard_error": error,
+        "differences": differences,
+        "shown": error is not None and mean > 2 * error,
+    }
 
 
 def row(
@@ -183,15 +234,27 @@ def row(
     """What is stored of a claim."""
     arms = {arm.name: arm_row(arm, tuned.get(arm.name), results[arm.name]) for arm in claim.arms}
     method = claim.arms[0].name
-    found = [compared(measure, other, arms, method) for measure in claim.measures for other in claim.arms[1:]]
+    found = [
+        compared(measure, other, arms, method)
+        for measure in claim.measures
+        for other in claim.arms[1:]
+    ]
     own = arms[method]["by_seed"][claim.measures[0]]
     exact = claim.exactly is None or all(value == claim.exactly for value in own)
     shown = exact and all(comparison["shown"] for comparison in found if not comparison["beside"])
     return {
-        "benchmark": "claims", "claim": claim.name, **words(claim), "options": options(claim), "seeds": len(own),
-        "arms": arms, "compared": found, "exactly": claim.exactly, "rule": RULE,
-        "shown": shown, **origin(),
-    }  # fmt: skip
+        "benchmark": "claims",
+        "claim": claim.name,
+        **words(claim),
+        "options": options(claim),
+        "seeds": len(own),
+        "arms": arms,
+        "compared": found,
+        "exactly": claim.exactly,
+        "rule": RULE,
+        "shown": shown,
+        **origin(),
+    }
 
 
 def words(claim: Claim) -> dict[str, str]:
@@ -203,16 +266,24 @@ def options(claim: Claim) -> dict[str, Any]:
     """All that a row depends on, in words: with other options it is run again."""
     arms = {
         arm.name: {
-            "strategy": described(arm.strategy), "search": {name: list(bounds) for name, bounds in arm.search.items()},
-            "model": described(arm.model), "optimizer": described(arm.optimizer),
-            "training": dict(arm.training or claim.training), "beside": arm.beside,
+            "strategy": described(arm.strategy),
+            "search": {name: list(bounds) for name, bounds in arm.search.items()},
+            "model": described(arm.model),
+            "optimizer": described(arm.optimizer),
+            "training": dict(arm.training or claim.training),
+            "beside": arm.beside,
         }
         for arm in claim.arms
-    }  # fmt: skip
+    }
     return {
-        "stream": described(claim.stream), "arms": arms, "measures": list(claim.measures), "exactly": claim.exactly,
-        "tuned_on": claim.tuned_on, "trials": claim.trials, "search_seed": SEARCH_SEED,
-    }  # fmt: skip
+        "stream": described(claim.stream),
+        "arms": arms,
+        "measures": list(claim.measures),
+        "exactly": claim.exactly,
+        "tuned_on": claim.tuned_on,
+        "trials": claim.trials,
+        "search_seed": SEARCH_SEED,
+    }
 
 
 def described(thing: object) -> str:
@@ -225,18 +296,30 @@ def described(thing: object) -> str:
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print one line a comparison."""
-    table = Table(title="What papers claim, in percent; a positive difference speaks for the method", caption=RULE)
+    table = Table(
+        title="What papers claim, in percent; a positive difference speaks for the method",
+        caption=RULE,
+    )
     for column in ("claim", "measure", "method", "", "against", "", "difference", "error", "shown"):
-        table.add_column(column, justify="right" if column in ("", "difference", "error") else "left")
+        table.add_column(
+            column, justify="right" if column in ("", "difference", "error") else "left"
+        )
     for entry in rows:
         arms = entry["arms"]
         for found in entry["compared"]:
             ours, theirs = (arms[found[side]][found["measure"]] for side in ("method", "against"))
             shown = ("yes" if found["shown"] else "no") + (" (beside)" if found["beside"] else "")
             table.add_row(
-                entry["claim"], found["measure"], found["method"], f"{ours:.1f}", found["against"], f"{theirs:.1f}",
-                f"{found['difference']:.1f}", f"{found['standard_error']:.1f}", shown,
-            )  # fmt: skip
+                entry["claim"],
+                found["measure"],
+                found["method"],
+                f"{ours:.1f}",
+                found["against"],
+                f"{theirs:.1f}",
+                f"{found['difference']:.1f}",
+                f"{found['standard_error']:.1f}",
+                shown,
+            )
         table.add_section()
     Console(width=150).print(table)
 
@@ -246,13 +329,20 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def tested(claim: Claim, seeds: int, submit: Callable[..., Future[Any]]) -> dict[str, Any]:
     """The row of a claim: all searches, then all seeds of all arms."""
-    searches: dict[str, Future[Tuned]] = {arm.name: submit(search, claim, arm) for arm in claim.arms if arm.search}
+    searches: dict[str, Future[Tuned]] = {
+        arm.name: submit(search, claim, arm) for arm in claim.arms if arm.search
+    }
     tuned = {name: future.result() for name, future in searches.items()}
     values = {arm.name: tuned[arm.name].values if arm.search else {} for arm in claim.arms}
     runs: dict[str, list[Future[dict[str, float]]]] = {
-        arm.name: [submit(run, claim, arm, values[arm.name], seed) for seed in range(seeds)] for arm in claim.arms
+        arm.name: [submit(run, claim, arm, values[arm.name], seed) for seed in range(seeds)]
+        for arm in claim.arms
     }
-    return row(claim, tuned, {name: [future.result() for future in column] for name, column in runs.items()})
+    return row(
+        claim,
+        tuned,
+        {name: [future.result() for future in column] for name, column in runs.items()},
+    )
 
 
 def same(entry: dict[str, Any], claim: Claim, seeds: int) -> bool:
@@ -270,17 +360,29 @@ def main(claims: Sequence[Claim], text: str) -> None:
     """Run what the command line asks for, of these claims; `text` explains them."""
     names = [claim.name for claim in claims]
     parser = command_line(text, seeds=5, resumed=True)
-    parser.add_argument("--claim", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default %(default)s)")
+    parser.add_argument(
+        "--claim", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, one thread each (default %(default)s)"
+    )
     args = parser.parse_args()
     if args.seeds < 2:
-        parser.error(f"--seeds {args.seeds}: allowed: 2 or more, as a difference of one seed has no error")
+        parser.error(
+            f"--seeds {args.seeds}: allowed: 2 or more, as a difference of one seed has no error"
+        )
     if args.data:
         os.environ["PERDURE_DATA"] = str(args.data)  # for the processes that train
     torch.set_num_threads(1)
-    asked, rows = [claim for claim in claims if claim.name in args.claim], stored(args.json)
-    waiting = [claim for claim in asked if not any(same(entry, claim, args.seeds) for entry in rows)]
-    with Progress() as progress, ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    asked = [claim for claim in claims if claim.name in args.claim]
+    rows = stored(args.json)
+    waiting = [
+        claim for claim in asked if not any(same(entry, claim, args.seeds) for entry in rows)
+    ]
+    with (
+        Progress() as progress,
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
+    ):
         total = sum(args.seeds + bool(arm.search) for claim in waiting for arm in claim.arms)
         task = progress.add_task("searches and runs", total=total)
 

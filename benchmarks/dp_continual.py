@@ -1,11 +1,15 @@
-"""Split MNIST, class-incremental, under record-level differential privacy: strategies at three budgets.
+"""Split MNIST, class-incremental, under record-level differential privacy.
 
-Five experiences of two digits. Scattering features of every image, normalised by itself (see dp_mnist.py), then a
-linear model trained by private SGD; the noise is calibrated so that the worst record of the stream spends epsilon,
-releases and replayed steps included. The table says what was left of the accuracy, and what that record paid for.
+Strategies at three budgets.
 
-No setting was searched: batch, rate and clip norm follow dp_mnist.py, scaled to an experience of 12,000 records; the
-strategies' own settings are round numbers. Noise is simulated from the seed, so that the numbers can be had again.
+Five experiences of two digits. Scattering features of every image, normalised by itself (see
+dp_mnist.py), then a linear model trained by private SGD; the noise is calibrated so that the worst
+record of the stream spends epsilon, releases and replayed steps included. The table says what was
+left of the accuracy, and what that record paid for.
+
+No setting was searched: batch, rate and clip norm follow dp_mnist.py, scaled to an experience of
+12,000 records; the strategies' own settings are round numbers. Noise is simulated from the seed, so
+that the numbers can be had again.
 
     python benchmarks/dp_continual.py --seeds 3 --json benchmarks/results/dp_continual.json
 """
@@ -33,10 +37,26 @@ from perdure.metrics import average_accuracy, forgetting
 from perdure.models.classifiers import mlp
 from perdure.models.scattering import Scattering
 
-DELTA, EPSILONS = 1e-5, (1.0, 3.0, 8.0)
-COLUMNS = ("strategy", "epsilon", "spent", "seeds", "average_accuracy", "standard_error", "forgetting",
-           "noise_multiplier", "paid_for", "seconds")  # fmt: skip
-GROUPS, BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, CLIP_NORM = 27, 2048, 10, 4.0, 0.9, 0.1
+DELTA = 1e-5
+EPSILONS = (1.0, 3.0, 8.0)
+COLUMNS = (
+    "strategy",
+    "epsilon",
+    "spent",
+    "seeds",
+    "average_accuracy",
+    "standard_error",
+    "forgetting",
+    "noise_multiplier",
+    "paid_for",
+    "seconds",
+)
+GROUPS = 27
+BATCH = 2048
+EPOCHS = 10
+LEARNING_RATE = 4.0
+MOMENTUM = 0.9
+CLIP_NORM = 0.1
 SETTINGS: dict[str, dict[str, Any]] = {
     "agem": {"memory_size": 6000},
     "bic": {"memory_size": 6000},
@@ -65,12 +85,15 @@ def fitting() -> list[str]:
 
 def fits(strategy: Strategy) -> bool:
     """Whether the rows' losses are their own, and it brings no model of its own."""
-    return not strategy.couples_records and strategy.small_model(input_shape=(8,), num_classes=2) is None
+    return (
+        not strategy.couples_records
+        and strategy.small_model(input_shape=(8,), num_classes=2) is None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One seed: accuracy and forgetting in percent, epsilon of the worst record, and what it was spent on."""
+    """One seed: accuracy and forgetting in percent, worst record's epsilon, and its causes."""
 
     accuracy: float
     forgetting: float
@@ -83,7 +106,13 @@ class Outcome:
 def scattered(data: Dataset) -> Dataset:
     """Every image replaced by its features (81, 7, 7), normalised by itself."""
     train, test = (features(records) for records in (data.train, data.test))
-    return replace(data, name="mnist-scattered", train=train, test=test, input_shape=tuple(train.inputs.shape[1:]))
+    return replace(
+        data,
+        name="mnist-scattered",
+        train=train,
+        test=test,
+        input_shape=tuple(train.inputs.shape[1:]),
+    )
 
 
 def features(records: Records) -> Records:
@@ -95,19 +124,28 @@ def run(stream: Stream, strategy: Strategy, epsilon: float, seed: int) -> Outcom
     """Train one private model on the stream."""
     start = time.perf_counter()
     learner = Learner(
-        model=mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(), seed=seed),
-        strategy=strategy, optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM),
-        epochs=EPOCHS, batch_size=BATCH, seed=seed, reset_optimizer=True,
+        model=mlp(
+            input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(), seed=seed
+        ),
+        strategy=strategy,
+        optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM),
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        seed=seed,
+        reset_optimizer=True,
         privacy=Privacy(epsilon=epsilon, delta=DELTA, clip_norm=CLIP_NORM, seed=seed),
-    )  # fmt: skip
+    )
     matrix = learner.fit(stream)
     assert learner.mechanism is not None
     ledger = learner.mechanism.ledger
     return Outcome(
-        accuracy=average_accuracy(matrix), forgetting=forgetting(matrix), spent=ledger.worst(DELTA)[1],
-        noise_multiplier=learner.mechanism.noise_multiplier, paid=spending(ledger, DELTA),
+        accuracy=average_accuracy(matrix),
+        forgetting=forgetting(matrix),
+        spent=ledger.worst(DELTA)[1],
+        noise_multiplier=learner.mechanism.noise_multiplier,
+        paid=spending(ledger, DELTA),
         seconds=time.perf_counter() - start,
-    )  # fmt: skip
+    )
 
 
 def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) -> Row:
@@ -115,13 +153,20 @@ def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) 
     accuracies = [outcome.accuracy for outcome in outcomes]
     mean, error = spread(accuracies)
     return {
-        "benchmark": "dp_continual", "strategy": name, "options": repr(strategy), "epsilon": epsilon, "delta": DELTA,
-        "spent": max(outcome.spent for outcome in outcomes), "seeds": len(outcomes),
-        "average_accuracy": mean, "standard_error": error,
+        "benchmark": "dp_continual",
+        "strategy": name,
+        "options": repr(strategy),
+        "epsilon": epsilon,
+        "delta": DELTA,
+        "spent": max(outcome.spent for outcome in outcomes),
+        "seeds": len(outcomes),
+        "average_accuracy": mean,
+        "standard_error": error,
         "forgetting": statistics.mean(outcome.forgetting for outcome in outcomes),
-        "noise_multiplier": outcomes[0].noise_multiplier, "paid_by_the_worst_record": outcomes[0].paid,
+        "noise_multiplier": outcomes[0].noise_multiplier,
+        "paid_by_the_worst_record": outcomes[0].paid,
         "seconds": statistics.mean(outcome.seconds for outcome in outcomes),
-    }  # fmt: skip
+    }
 
 
 def paid(spent: list[dict[str, Any]]) -> str:
@@ -135,15 +180,23 @@ def paid(spent: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what the command line asks for."""
     parser = options(__doc__ or "", seeds=3)
-    parser.add_argument("--epsilon", type=float, nargs="+", default=list(EPSILONS), help="targets (default 1, 3, 8)")
+    parser.add_argument(
+        "--epsilon", type=float, nargs="+", default=list(EPSILONS), help="targets (default 1, 3, 8)"
+    )
     parser.add_argument("--strategy", nargs="+", choices=fitting(), default=fitting())
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads (default %(default)s)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = scattered(mnist(args.data))
     with Progress() as progress:
         chosen = {name: catalogue.find(name)(**SETTINGS.get(name, {})) for name in args.strategy}
-        arms = {(name, epsilon): strategy for name, strategy in chosen.items() for epsilon in args.epsilon}
+        arms = {
+            (name, epsilon): strategy
+            for name, strategy in chosen.items()
+            for epsilon in args.epsilon
+        }
         outcomes: dict[tuple[str, float], list[Outcome]] = {arm: [] for arm in arms}
         task = progress.add_task("", total=len(arms) * args.seeds)
         for seed in range(args.seeds):
@@ -153,9 +206,19 @@ def main() -> None:
                 outcomes[name, epsilon].append(run(stream, strategy, epsilon, seed))
                 gc.collect()  # the last learner holds a pool of records, in a cycle of references
                 progress.advance(task)
-        rows = [row(name, strategy, epsilon, outcomes[name, epsilon]) for (name, epsilon), strategy in arms.items()]
-    title = f"Split MNIST, class-incremental, delta {DELTA:g}, record level, add/remove, PLD; simulated noise"
-    show(title, [entry | {"paid_for": paid(entry["paid_by_the_worst_record"])} for entry in rows], COLUMNS)
+        rows = [
+            row(name, strategy, epsilon, outcomes[name, epsilon])
+            for (name, epsilon), strategy in arms.items()
+        ]
+    title = (
+        f"Split MNIST, class-incremental, delta {DELTA:g}, record level, add/remove, PLD; "
+        "simulated noise"
+    )
+    show(
+        title,
+        [entry | {"paid_for": paid(entry["paid_by_the_worst_record"])} for entry in rows],
+        COLUMNS,
+    )
     store(args.json, rows)
 
 

@@ -1,30 +1,32 @@
 """A hundred real kills: the ledger charges for every draw of noise, and the run always goes on.
 
-A small private run (digits in five experiences; EWC, which asks for a release after each, and Replay, which keeps a
-memory) is a process of its own. It is killed with SIGKILL at a random moment, started again and killed again, until it
-comes to its end; then the next run begins. Half of the kills are of runs whose noise is from the operating system, half
-of simulated ones. A quarter of the moments is uniform over the time that a process takes until its loop begins
-(interpreter, imports, data, ledger, last checkpoint). The others come after the loop's begin, uniform over the time
-that the run's remaining draws will take and a quarter more, so that a process may also come to its end. Times are
-measured on the processes before; what comes after the end is no kill.
+A small private run (digits in five experiences; EWC, which asks for a release after each, and
+Replay, which keeps a memory) is a process of its own. It is killed with SIGKILL at a random moment,
+started again and killed again, until it comes to its end; then the next run begins. Half of the
+kills are of runs whose noise is from the operating system, half of simulated ones. A quarter of the
+moments is uniform over the time that a process takes until its loop begins (interpreter, imports,
+data, ledger, last checkpoint). The others come after the loop's begin, uniform over the time that
+the run's remaining draws will take and a quarter more, so that a process may also come to its end.
+Times are measured on the processes before; what comes after the end is no kill.
 
-The process appends a line to a journal beside the run at every traced point of the loop (`perdure.learner.learner.POINTS`): the
-point, the time, and at "noise.drawn" which entry of the ledger the noise was drawn for, at which step, and a digest of
-the values.
+The process appends a line to a journal beside the run at every traced point of the loop
+(`perdure.learner.learner.POINTS`): the point, the time, and at "noise.drawn" which entry of the
+ledger the noise was drawn for, at which step, and a digest of the values.
 A written line survives the process, so nothing is synced. After every kill:
 
-undercharged         draws in the journal that the ledger on disk, chain and keyed head verified, does not pay for
+undercharged         draws in the journal that the ledger on disk, chain and keyed head verified,
+                     does not pay for
 redrawn_differently  draws that were made again, after a resume, with other values than before
 
 Both must be 0.
 
-The order is charge, draw, line. A kill between draw and line loses the line of that one draw, but cannot hide an
-uncharged one: its charge was on disk before it was drawn, and were it not, the kills that fall after the line would
-show a draw without a charge.
+The order is charge, draw, line. A kill between draw and line loses the line of that one draw, but
+cannot hide an uncharged one: its charge was on disk before it was drawn, and were it not, the kills
+that fall after the line would show a draw without a charge.
 
-At the end of every run the result, the ledgers, the metrics and the models of a simulated one must be those of the
-undisturbed run to the bit, timings aside. With secret noise more may be charged than the undisturbed run charges:
-`overcharged` says how much more.
+At the end of every run the result, the ledgers, the metrics and the models of a simulated one must
+be those of the undisturbed run to the bit, timings aside. With secret noise more may be charged
+than the undisturbed run charges: `overcharged` says how much more.
 
     python benchmarks/kills.py --kills 100 --seed 0 --json benchmarks/results/kills.json
 """
@@ -82,11 +84,19 @@ memory_size = 50
 private = true
 """
 SEEDS = {"secret": None, "simulated": 0}
-START, ENDED = "process.imported", "process.ended"
-BEFORE, BEGUN = "process.start", "experience.begin"
-"""Where a kill fell that came before the first line of the journal: interpreter and imports. Where the loop begins."""
-EARLY, BEYOND = 0.25, 1.25
-"""Share of the kills that are meant for the start; how far the others reach, as a multiple of what is left."""
+START = "process.imported"
+ENDED = "process.ended"
+BEFORE = "process.start"
+BEGUN = "experience.begin"
+"""Where a kill fell that came before the first line of the journal: interpreter and imports.
+
+Where the loop begins.
+"""
+EARLY = 0.25
+BEYOND = 1.25
+"""Share of the kills that are meant for the start; how far the others reach, as a multiple of what
+is left.
+"""
 FEW = 20
 """Draws that a process must have made for its pace to be believed."""
 
@@ -97,7 +107,7 @@ def text_of(series: str) -> str:
     return CONFIG.format(seed="" if seed is None else f"seed = {seed}")
 
 
-# --------------------------------------------------------------------------- the process that is killed
+# ----------------------------------------------------------------------- the process that is killed
 
 
 class Journal:
@@ -121,13 +131,21 @@ class Journal:
 
 
 def overhear(journal: Journal) -> None:
-    """Let the journal know what was drawn last: entry, purpose, step, and a digest of the values."""
+    """Let the journal know what was drawn last.
+
+    Entry, purpose, step, and a digest of the values.
+    """
     draw = NoiseKey.normal
 
     def normal(
-        self: NoiseKey, shapes: Mapping[str, Sequence[int]], *, purpose: str, entry: str, step: int,
+        self: NoiseKey,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        purpose: str,
+        entry: str,
+        step: int,
         device: torch.device | str = "cpu",
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         noise = draw(self, shapes, purpose=purpose, entry=entry, step=step, device=device)
         values = b"".join(value.numpy().tobytes() for value in noise.values())
         journal.drawn = f"{entry} {purpose} {step} {hashlib.sha256(values).hexdigest()[:16]}"
@@ -138,14 +156,15 @@ def overhear(journal: Journal) -> None:
 
 def child(series: str, folder: Path) -> None:
     """Run, or go on with, the run in `folder`, and keep its journal."""
-    journal, text = Journal(journal_of(folder)), text_of(series)
+    journal = Journal(journal_of(folder))
+    text = text_of(series)
     journal.write(START)
     overhear(journal)
     run(parse(text), text, folder, callbacks=[journal])
     journal.write(ENDED)
 
 
-# --------------------------------------------------------------------------- what is on disk after a kill
+# --------------------------------------------------------------------- what is on disk after a kill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +193,9 @@ def points(folder: Path, start: int = 0) -> list[list[str]]:
 def draws(folder: Path) -> list[Draw]:
     """All draws that the journal knows of, in order."""
     found = [words for words in points(folder) if words[0] == "noise.drawn"]
-    return [Draw(entry=entry, step=int(step), digest=digest) for _, _, entry, _, step, digest in found]
+    return [
+        Draw(entry=entry, step=int(step), digest=digest) for _, _, entry, _, step, digest in found
+    ]
 
 
 def entries(folder: Path, series: str) -> dict[str, Entry]:
@@ -205,7 +226,9 @@ def outputs(folder: Path) -> dict[str, object]:
     patterns = ("metrics.jsonl", "ledger.jsonl", "config.toml", "checkpoint/*/*", "arms/*/ledger*")
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     result = untimed(json.loads((folder / "result.json").read_text()))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files} | {"result.json": result}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files} | {
+        "result.json": result
+    }
 
 
 # --------------------------------------------------------------------------- killing
@@ -213,7 +236,10 @@ def outputs(folder: Path) -> dict[str, object]:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the kills of one series showed; `different` names the files that an undisturbed run writes otherwise."""
+    """What the kills of one series showed.
+
+    `different` names the files that an undisturbed run writes otherwise.
+    """
 
     series: str
     kills: int = 0
@@ -234,7 +260,9 @@ class Tally:
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.undercharged or self.redrawn_differently or self.failed_starts or self.different)
+        return not (
+            self.undercharged or self.redrawn_differently or self.failed_starts or self.different
+        )
 
 
 @dataclass(kw_only=True)
@@ -242,16 +270,24 @@ class Pace:
     """How fast processes are at present: other work on the machine changes it.
 
     Args:
-        start: seconds until the loop begins. draw: seconds from draw to draw, all that lies between them included.
+        start: seconds until the loop begins.
+        draw: seconds from draw to draw, all that lies between them included.
     """
 
     start: float = 0.0
     draw: float = 0.0
 
     def moment(self, left: int, seeded: torch.Generator) -> tuple[bool, float]:
-        """Kill a process with so many draws left only in its loop, or before, and so many seconds after that began."""
+        """Choose whether to kill a process only in its loop, and after how many seconds.
+
+        The seconds count from the loop's begin, or from the start of the process.
+        """
         early, where = (float(value) for value in torch.rand(2, generator=seeded))
-        return (False, where * self.start) if early < EARLY else (True, where * BEYOND * left * self.draw)
+        return (
+            (False, where * self.start)
+            if early < EARLY
+            else (True, where * BEYOND * left * self.draw)
+        )
 
     def observe(self, begun: float, lines: Sequence[Sequence[str]]) -> None:
         """Learn from the journal of a process that began at this time."""
@@ -280,19 +316,30 @@ def started(series: str, folder: Path) -> "subprocess.Popen[bytes]":
 
 def undisturbed(series: str, folder: Path) -> Undisturbed:
     """Run one to its end."""
-    begun, pace = time.time(), Pace()
+    begun = time.time()
+    pace = Pace()
     if started(series, folder).wait():
-        raise SystemExit(f"the undisturbed run failed:\n{folder.with_suffix('.stderr').read_text()}")
+        raise SystemExit(
+            f"the undisturbed run failed:\n{folder.with_suffix('.stderr').read_text()}"
+        )
     pace.observe(begun, points(folder))
     charged = sum(entry.steps for entry in entries(folder, series).values())
     return Undisturbed(outputs=outputs(folder), charged=charged, pace=pace)
 
 
 def one_life(tally: Tally, folder: Path, pace: Pace, in_loop: bool, seconds: float | None) -> bool:
-    """Start the process, in its loop or before, and kill it after so many seconds; whether the run came to its end."""
+    """Start the process and kill it after so many seconds, in its loop or before.
+
+    Returns whether the run came to its end.
+    """
     before = journal_of(folder).stat().st_size if journal_of(folder).exists() else 0
-    begun, process = time.time(), started(tally.series, folder)
-    while in_loop and process.poll() is None and not any(words[0] == BEGUN for words in points(folder, before)):
+    begun = time.time()
+    process = started(tally.series, folder)
+    while (
+        in_loop
+        and process.poll() is None
+        and not any(words[0] == BEGUN for words in points(folder, before))
+    ):
         time.sleep(0.005)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
@@ -310,12 +357,16 @@ def one_life(tally: Tally, folder: Path, pace: Pace, in_loop: bool, seconds: flo
     return bool(ended)
 
 
-def one_run(tally: Tally, folder: Path, kills: int, reference: Undisturbed, seeded: torch.Generator) -> None:
+def one_run(
+    tally: Tally, folder: Path, kills: int, reference: Undisturbed, seeded: torch.Generator
+) -> None:
     """Kill a run over and over until it comes to its end, or `kills` are done; then let it end."""
     ended = False
     while not ended and not tally.failed_starts:
         left = reference.charged - len({(draw.entry, draw.step) for draw in draws(folder)})
-        in_loop, seconds = reference.pace.moment(left, seeded) if tally.kills < kills else (False, None)
+        in_loop, seconds = (
+            reference.pace.moment(left, seeded) if tally.kills < kills else (False, None)
+        )
         ended = one_life(tally, folder, reference.pace, in_loop, seconds)
         tally.resumes += not ended
         tally.undercharged += len(uncharged(draws(folder), entries(folder, tally.series)))
@@ -324,7 +375,10 @@ def one_run(tally: Tally, folder: Path, kills: int, reference: Undisturbed, seed
 
 
 def finish(tally: Tally, folder: Path, reference: Undisturbed) -> None:
-    """Count what a finished run drew and charged, and compare a simulated one with the undisturbed one."""
+    """Count what a finished run drew and charged.
+
+    A simulated run is compared with the undisturbed one.
+    """
     drawn = draws(folder)
     steps = {(draw.entry, draw.step) for draw in drawn}
     charged = sum(entry.steps for entry in entries(folder, tally.series).values())
@@ -337,21 +391,31 @@ def finish(tally: Tally, folder: Path, reference: Undisturbed) -> None:
     if tally.series == "simulated":
         found = outputs(folder)
         names = sorted(found.keys() | reference.outputs.keys())
-        tally.different += [name for name in names if found.get(name) != reference.outputs.get(name)]
+        tally.different += [
+            name for name in names if found.get(name) != reference.outputs.get(name)
+        ]
         tally.identical_result = not tally.different
 
 
 def kill_all(kills: int, seed: int, folder: Path) -> list[Tally]:
     """Both series, half of the kills each."""
-    seeded, tallies = generator(seed, "kills"), [Tally(series=series) for series in SEEDS]
+    seeded = generator(seed, "kills")
+    tallies = [Tally(series=series) for series in SEEDS]
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("kills", total=kills)
         for part, tally in enumerate(tallies):
-            begun, share = time.perf_counter(), kills * (part + 1) // len(SEEDS) - kills * part // len(SEEDS)
+            begun = time.perf_counter()
+            share = kills * (part + 1) // len(SEEDS) - kills * part // len(SEEDS)
             reference = undisturbed(tally.series, folder / f"{tally.series}-undisturbed")
             while tally.kills < share and not tally.failed_starts:
                 done = tally.kills
-                one_run(tally, folder / f"{tally.series}-{tally.finished_runs}", share, reference, seeded)
+                one_run(
+                    tally,
+                    folder / f"{tally.series}-{tally.finished_runs}",
+                    share,
+                    reference,
+                    seeded,
+                )
                 progress.advance(bar, tally.kills - done)
             tally.seconds = round(time.perf_counter() - begun, 1)
     return tallies
@@ -371,8 +435,15 @@ def show(rows: Sequence[Mapping[str, object]]) -> None:
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="that land while the run is alive (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=100,
+        help="that land while the run is alive (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     parser.add_argument("--child", choices=tuple(SEEDS), help=argparse.SUPPRESS)

@@ -1,19 +1,24 @@
-"""Permuted MNIST: ten experiences, each with its own fixed order of the pixels; domain-incremental, one head of ten.
+"""Permuted MNIST: ten experiences, each with its own fixed order of the pixels.
 
-The network is that of Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios, 2018, and of van de Ven
-and Tolias, Three scenarios for continual learning, 2019: an MLP of 2 x 1,000 units, batches of 128. What is shorter, so
-that a processor can bear it: 1,200 steps an experience instead of 4,690 or 5,000, at Adam 1e-3 instead of 1e-4, begun
-anew with every experience. Pixels are in [0, 1]. A seed sets the permutations (all ten), the model and the order of
-images. These settings were chosen by looking at whole streams of seed 10, measured on held-out training records: SI had
-88.4 % with 2 x 400 units and 2,500 steps at 1e-4, 91.8 % with 1,876 steps at 1e-3, 94.8 % with 2 x 800 units and 1,200.
+Domain-incremental, one head of ten.
 
-Strengths are tuned, not given: by `perdure.experiment.tuning.tune` on the training records of the first three experiences of seed
-0, a fifth of which is held out to be measured on. No test record and no later experience has a say. Every trial is
-stored beside the result.
+The network is that of Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios,
+2018, and of van de Ven and Tolias, Three scenarios for continual learning, 2019: an MLP of 2 x
+1,000 units, batches of 128. What is shorter, so that a processor can bear it: 1,200 steps an
+experience instead of 4,690 or 5,000, at Adam 1e-3 instead of 1e-4, begun anew with every
+experience. Pixels are in [0, 1]. A seed sets the permutations (all ten), the model and the order of
+images. These settings were chosen by looking at whole streams of seed 10, measured on held-out
+training records: SI had 88.4 % with 2 x 400 units and 2,500 steps at 1e-4, 91.8 % with 1,876 steps
+at 1e-3, 94.8 % with 2 x 800 units and 1,200.
+
+Strengths are tuned, not given: by `perdure.experiment.tuning.tune` on the training records of the
+first three experiences of seed 0, a fifth of which is held out to be measured on. No test record
+and no later experience has a say. Every trial is stored beside the result.
 
 The targets are those of a table of results: EWC at least 94 and SI at least 95 %.
 
-    python benchmarks/permuted_mnist.py --strategy all --seeds 5 --json benchmarks/results/permuted_mnist.json
+    python benchmarks/permuted_mnist.py --strategy all --seeds 5 \\
+        --json benchmarks/results/permuted_mnist.json
 """
 
 import statistics
@@ -41,14 +46,28 @@ from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
 from perdure.strategies.si import SI
 
-EXPERIENCES, ITERATIONS, BATCH, LEARNING_RATE, HIDDEN = 10, 1200, 128, 1e-3, (1000, 1000)
-TUNED_ON, TRIALS = 3, 5
+EXPERIENCES = 10
+ITERATIONS = 1200
+BATCH = 128
+LEARNING_RATE = 1e-3
+HIDDEN = (1000, 1000)
+TUNED_ON = 3
+TRIALS = 5
 MAKERS: dict[str, Callable[..., Strategy]] = {"none": Naive, "ewc": EWC, "si": SI}
 SPACE: dict[str, Space] = {"ewc": {"strength": (30.0, 1000.0)}, "si": {"strength": (0.5, 5.0)}}
 TARGET = {"ewc": 94.0, "si": 95.0}
 """Average accuracy in percent that is aimed at."""
-COLUMNS = ("strategy", "options", "seeds", "average_accuracy", "standard_error", "forgetting", "target", "met",
-           "seconds")  # fmt: skip
+COLUMNS = (
+    "strategy",
+    "options",
+    "seeds",
+    "average_accuracy",
+    "standard_error",
+    "forgetting",
+    "target",
+    "met",
+    "seconds",
+)
 
 
 def stream_of(root: Path | None, experiences: int, seed: int) -> Stream:
@@ -59,14 +78,23 @@ def stream_of(root: Path | None, experiences: int, seed: int) -> Stream:
 def learner(stream: Stream, strategy: Strategy, seed: int, iterations: int) -> Learner:
     """A fresh learner of the protocol."""
     return Learner(
-        model=mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=HIDDEN, seed=seed),
-        strategy=strategy, optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True), reset_optimizer=True,
-        iterations=iterations, batch_size=BATCH, seed=seed,
-    )  # fmt: skip
+        model=mlp(
+            input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=HIDDEN, seed=seed
+        ),
+        strategy=strategy,
+        optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
+        reset_optimizer=True,
+        iterations=iterations,
+        batch_size=BATCH,
+        seed=seed,
+    )
 
 
 def search(name: str, root: Path | None, iterations: int) -> Tuned | None:
-    """The best strength on held-out training records of the first experiences; None where there is none to find."""
+    """The best strength on held-out training records of the first experiences.
+
+    None where there is none to find.
+    """
     torch.set_num_threads(1)
     if name not in SPACE:
         return None
@@ -74,51 +102,83 @@ def search(name: str, root: Path | None, iterations: int) -> Tuned | None:
     def make(values: Values) -> Learner:
         return learner(stream, MAKERS[name](**values), 0, iterations)
 
-    stream = stream_of(root, TUNED_ON + 1, 0)  # the permutation of an experience depends on seed and number alone
+    # the permutation of an experience depends on seed and number alone
+    stream = stream_of(root, TUNED_ON + 1, 0)
     return tune(make, SPACE[name], stream, experiences=TUNED_ON, trials=TRIALS, seed=0)
 
 
 def run(
     name: str, values: Values, seed: int, root: Path | None, experiences: int, iterations: int
 ) -> tuple[float, float, float]:
-    """Average accuracy and forgetting in percent, and seconds, of one seed; in a process of its own."""
+    """Average accuracy and forgetting in percent, and seconds, of one seed.
+
+    In a process of its own.
+    """
     torch.set_num_threads(1)
-    stream, start = stream_of(root, experiences, seed), time.perf_counter()
+    stream = stream_of(root, experiences, seed)
+    start = time.perf_counter()
     matrix = learner(stream, MAKERS[name](**values), seed, iterations).fit(stream)
     return float(average_accuracy(matrix)), float(forgetting(matrix)), time.perf_counter() - start
 
 
-def row(name: str, tuned: Tuned | None, results: list[tuple[float, float, float]], asked: Values) -> dict[str, Any]:
-    """One stored row: means over the seeds with the standard error of the accuracy, and how the strength was found."""
+def row(
+    name: str, tuned: Tuned | None, results: list[tuple[float, float, float]], asked: Values
+) -> dict[str, Any]:
+    """One stored row: means over the seeds with the standard error of the accuracy.
+
+    It says too how the strength was found.
+    """
     accuracies, forgettings, seconds = (list(column) for column in zip(*results, strict=True))
-    (mean, error), target = spread(accuracies), TARGET.get(name) if asked["experiences"] == EXPERIENCES else None
+    mean, error = spread(accuracies)
+    target = TARGET.get(name) if asked["experiences"] == EXPERIENCES else None
     return {
-        "benchmark": "permuted_mnist", "scenario": "domain", "strategy": name, **asked,
-        "options": repr(MAKERS[name](**(tuned.values if tuned else {}))), "tuned": tuned.row() if tuned else None,
-        "average_accuracy": mean, "standard_error": error,
-        "target": target, "met": None if target is None else mean >= target, "accuracies": accuracies,
-        "forgetting": statistics.mean(forgettings), "epsilon": None, "seconds": statistics.mean(seconds),
+        "benchmark": "permuted_mnist",
+        "scenario": "domain",
+        "strategy": name,
+        **asked,
+        "options": repr(MAKERS[name](**(tuned.values if tuned else {}))),
+        "tuned": tuned.row() if tuned else None,
+        "average_accuracy": mean,
+        "standard_error": error,
+        "target": target,
+        "met": None if target is None else mean >= target,
+        "accuracies": accuracies,
+        "forgetting": statistics.mean(forgettings),
+        "epsilon": None,
+        "seconds": statistics.mean(seconds),
         **origin(),
-    }  # fmt: skip
+    }
 
 
 def same(entry: dict[str, Any], name: str, asked: Values) -> bool:
     """Whether the stored row answers what is asked."""
-    return entry["strategy"] == name and all(entry.get(key) == value for key, value in asked.items())
+    return entry["strategy"] == name and all(
+        entry.get(key) == value for key, value in asked.items()
+    )
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--strategy", nargs="+", choices=(*MAKERS, "all"), default=["all"])
-    parser.add_argument("--experiences", type=int, default=EXPERIENCES, help="(default %(default)s)")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="per experience (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, one thread each (default %(default)s)")
+    parser.add_argument(
+        "--experiences", type=int, default=EXPERIENCES, help="(default %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=ITERATIONS, help="per experience (default %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds at a time, one thread each (default %(default)s)"
+    )
     args = parser.parse_args()
     asked = {"experiences": args.experiences, "iterations": args.iterations, "seeds": args.seeds}
-    rows, names = stored(args.json), list(MAKERS) if "all" in args.strategy else args.strategy
+    rows = stored(args.json)
+    names = list(MAKERS) if "all" in args.strategy else args.strategy
     waiting = [name for name in names if not any(same(entry, name, asked) for entry in rows)]
-    with Progress() as progress, ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    with (
+        Progress() as progress,
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
+    ):
         task = progress.add_task("searches and seeds", total=len(waiting) * (1 + args.seeds))
         searches = {name: pool.submit(search, name, args.data, args.iterations) for name in waiting}
         for name in waiting:
@@ -127,13 +187,16 @@ def main() -> None:
             progress.advance(task)
             own = (name, tuned.values if tuned else {})
             runs = [
-                pool.submit(run, *own, seed, args.data, args.experiences, args.iterations) for seed in range(args.seeds)
+                pool.submit(run, *own, seed, args.data, args.experiences, args.iterations)
+                for seed in range(args.seeds)
             ]
             results = []
             for future in runs:
                 results.append(future.result())
                 progress.advance(task)
-            rows = [entry for entry in rows if entry["strategy"] != name] + [row(name, tuned, results, asked)]
+            rows = [entry for entry in rows if entry["strategy"] != name] + [
+                row(name, tuned, results, asked)
+            ]
             store(args.json, rows)
     title = "Permuted MNIST, accuracy and forgetting in percent, seconds per seed"
     show(title, [entry for entry in rows if entry["strategy"] in names], COLUMNS)

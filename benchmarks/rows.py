@@ -1,4 +1,7 @@
-"""What benchmarks share: options of the command line, rows that are stored and taken up again, the table at the end."""
+"""What benchmarks share.
+
+Options of the command line, rows that are stored and taken up again, the table at the end.
+"""
 
 import argparse
 import json
@@ -19,12 +22,24 @@ def options(text: str, *, seeds: int, resumed: bool = False) -> argparse.Argumen
     """A command line with --seeds, --data and --json.
 
     Args:
-        text: what the benchmark is. seeds: how many by default. resumed: whether rows that are stored are kept.
+        text: what the benchmark is.
+        seeds: how many by default.
+        resumed: whether rows that are stored are kept.
     """
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kept = "add the rows to this file; those that are there are not run again" if resumed else "store the rows here"
-    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from 0 (default %(default)s)")
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kept = (
+        "add the rows to this file; those that are there are not run again"
+        if resumed
+        else "store the rows here"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=seeds, help="number of seeds, from 0 (default %(default)s)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)"
+    )
     parser.add_argument("--json", type=Path, help=kept)
     return parser
 
@@ -47,15 +62,26 @@ def origin() -> Row:
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and its standard error; None of one value."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(
+        values
+    ) > 1 else None
 
 
-def show(title: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 2) -> None:
+def show(
+    title: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 2
+) -> None:
     """Print these columns of the rows."""
     table = Table(title=title)
     for column in columns:
-        table.add_column(column.removeprefix("average_").removeprefix("standard_").replace("_", " "))
+        table.add_column(
+            column.removeprefix("average_").removeprefix("standard_").replace("_", " ")
+        )
     for entry in rows:
         cells = [entry[column] for column in columns]
-        table.add_row(*[f"{c:.{digits}f}" if isinstance(c, float) else "-" if c is None else str(c) for c in cells])
+        table.add_row(
+            *[
+                f"{c:.{digits}f}" if isinstance(c, float) else "-" if c is None else str(c)
+                for c in cells
+            ]
+        )
     Console(width=140).print(table)

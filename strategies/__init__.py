@@ -34,9 +34,15 @@ def find(name: str) -> type[Strategy]:
     if name not in names():
         raise ConfigError.of("strategy", name, names())
     module = importlib.import_module(f"{__name__}.{name}")
-    own = [value for value in vars(module).values() if _is_strategy(value) and value.__module__ == module.__name__]
+    own = [
+        value
+        for value in vars(module).values()
+        if _is_strategy(value) and value.__module__ == module.__name__
+    ]
     if len(own) != 1:
-        raise ConfigError(f"strategies/{name}.py defines {len(own)} strategies; allowed: exactly one class a file")
+        raise ConfigError(
+            f"strategies/{name}.py defines {len(own)} strategies; allowed: exactly one class a file"
+        )
     return own[0]  # type: ignore[no-any-return]
 
 

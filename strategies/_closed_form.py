@@ -1,9 +1,12 @@
-"""Heads that are solved instead of trained: shared mathematics, and what such strategies have in common.
+"""Heads that are solved instead of trained.
 
-A head is a function of sums over records (Gram matrix, class sums, counts). Sums do not know in which order, experience
-or client their terms came, so neither does the head: up to rounding it is the one that a single party with all records
-at once would solve for. For that to hold to many digits, exact sums are made, kept and solved in float64: in float32
-the weakest directions of a Gram matrix are lost in the rounding of the strongest. So the device must know float64.
+Shared mathematics, and what such strategies have in common.
+
+A head is a function of sums over records (Gram matrix, class sums, counts). Sums do not know in
+which order, experience or client their terms came, so neither does the head: up to rounding it is
+the one that a single party with all records at once would solve for. For that to hold to many
+digits, exact sums are made, kept and solved in float64: in float32 the weakest directions of a Gram
+matrix are lost in the rounding of the strongest. So the device must know float64.
 """
 
 import math
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
     from perdure.data.experience import Experience
 
 BLOCK = 512
-"""Rows of a Gram matrix that are added up at once; what lies below the diagonal is mirrored, not computed."""
+"""Rows of a Gram matrix that are added up at once; what lies below the diagonal is mirrored, not
+computed.
+"""
 SHARE = 0.5
 """Of the noise that a matrix is seen to hold, the part that is added to it as a ridge."""
 PRESENT = 0.5
@@ -41,13 +46,17 @@ PRESENT = 0.5
 
 
 class WideGram(Gram):
-    """`Gram`, with exact sums in float64. Without privacy only: under it the curator would take it row by row."""
+    """`Gram`, with exact sums in float64.
+
+    Without privacy only: under it the curator would take it row by row.
+    """
 
     def exact(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sums `gram` (d, d), `cross` (d, c) and `totals` (c,), float64."""
         sums: Params = {}
         for parts in wide(self, forward, batch, chunk):
-            f, y = parts["features"], parts["targets"]
+            f = parts["features"]
+            y = parts["targets"]
             if not sums:
                 sums = {"gram": f.new_zeros(f.shape[1], f.shape[1])} | _no_sums(f, y)
             _add_products(sums["gram"], f)
@@ -56,7 +65,9 @@ class WideGram(Gram):
 
 
 class ClassSums(Gram):
-    """`Gram` without its matrix: `cross` (d, c), the classes' sums of features, and `totals` (c,), their counts.
+    """`Gram` without its matrix.
+
+    `cross` (d, c), the classes' sums of features, and `totals` (c,), their counts.
 
     A record's vector is (w f y^T, v y), of norm sqrt(w^2 |f|^2 + v^2) |y|. Exact sums are float64.
     """
@@ -68,20 +79,23 @@ class ClassSums(Gram):
     def __call__(self, forward: Forward, batch: Batch) -> Params:
         """Rows: each record's vector before it is clipped."""
         parts = self.parts(forward, batch)
-        f, y = parts["features"], parts["targets"]
+        f = parts["features"]
+        y = parts["targets"]
         return self.packed({"cross": f[:, :, None] * y[:, None, :], "totals": y})
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
         """Shapes of one record's vector."""
         parts = self.parts(forward, batch)
-        d, c = parts["features"].shape[1], parts["targets"].shape[1]
+        d = parts["features"].shape[1]
+        c = parts["targets"].shape[1]
         return {"cross": torch.Size([d, c]), "totals": torch.Size([c])}
 
     def exact(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sums without privacy."""
         sums: Params = {}
         for parts in wide(self, forward, batch, chunk):
-            f, y = parts["features"], parts["targets"]
+            f = parts["features"]
+            y = parts["targets"]
             sums = sums or _no_sums(f, y)
             _add_classes(sums, f, y)
         return sums
@@ -125,11 +139,15 @@ def ridge_head(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         W = (gram + ridge I)^-1 cross
 
     Raises:
-        StrategyError: when the matrix is not positive definite in the precision that it is given in.
+        StrategyError: when the matrix is not positive definite in the precision that it is given
+            in.
     """
     factor, failed = torch.linalg.cholesky_ex(shifted(gram, ridge))
     if bool(failed):
-        raise StrategyError(f"a matrix of width {len(gram)} with a ridge of {ridge:g} is singular; use a larger ridge")
+        raise StrategyError(
+            f"a matrix of width {len(gram)} with a ridge of {ridge:g} is singular; use a "
+            "larger ridge"
+        )
     solution: Tensor = torch.cholesky_solve(cross, factor)
     return solution
 
@@ -142,17 +160,21 @@ def shifted(matrix: Tensor, ridge: float | Tensor) -> Tensor:
 
 
 def denoised(matrix: Tensor, share: float = SHARE) -> Tensor:
-    """Positive definite matrix (d, d) of a noisy one whose true value has no negative eigenvalue; post-processing.
+    """Positive definite matrix (d, d) of a noisy one, as post-processing.
+
+    The true matrix must have no negative eigenvalue.
 
         V (max(values, 0) + share * floor) V^T,   floor = -(least eigenvalue)
 
-    Symmetric noise of standard deviation s on the diagonal and s / sqrt(2) off it (see `perdure.queries.gram.Gram`) moves
-    eigenvalues by up to about s sqrt(2 d). Where the true matrix has a weak direction, and wide ones do, the least
-    eigenvalue shows that bound: nothing else takes it below 0. So the noise is read off the release itself, also where
-    those of many experiences and clients were added up. Without noise the matrix comes back as it is.
+    Symmetric noise of standard deviation s on the diagonal and s / sqrt(2) off it (see
+    `perdure.queries.gram.Gram`) moves eigenvalues by up to about s sqrt(2 d). Where the true matrix
+    has a weak direction, and wide ones do, the least eigenvalue shows that bound: nothing else
+    takes it below 0. So the noise is read off the release itself, also where those of many
+    experiences and clients were added up. Without noise the matrix comes back as it is.
 
     Args:
-        share: of the floor that is added everywhere, as a ridge. Smaller follows the noise, larger blurs the classes.
+        share: of the floor that is added everywhere, as a ridge. Smaller follows the noise, larger
+            blurs the classes.
     """
     values, vectors = torch.linalg.eigh(matrix)
     floor = (-values[0]).clamp(min=0)
@@ -166,7 +188,10 @@ def class_means(cross: Tensor, totals: Tensor) -> Tensor:
 
 
 def absent(totals: Tensor) -> Tensor:
-    """(c,) bias that keeps classes without records from being predicted: `MASKED` for them, else 0."""
+    """(c,) bias that keeps classes without records from being predicted.
+
+    `MASKED` for them, else 0.
+    """
     return torch.where(totals < PRESENT, MASKED, 0.0).to(totals)
 
 
@@ -179,7 +204,10 @@ def within_covariance(gram: Tensor, cross: Tensor, totals: Tensor) -> Tensor:
 
 
 def shrunk(covariance: Tensor, shrinkage: float, *, scaled: bool) -> Tensor:
-    """(1 - shrinkage) covariance + shrinkage m I, with m the mean variance where `scaled`, else 1."""
+    """(1 - shrinkage) covariance + shrinkage m I.
+
+    m is the mean variance where `scaled`, else 1.
+    """
     mean = covariance.diagonal().mean().clamp(min=1e-30) if scaled else 1.0
     return shifted((1 - shrinkage) * covariance, shrinkage * mean)
 
@@ -204,20 +232,22 @@ def unit(features: Tensor) -> Tensor:
     return result
 
 
-# --------------------------------------------------------------------------- what such strategies share
+# ----------------------------------------------------------------------- what such strategies share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analytic(Strategy, ABC):
     """A strategy whose head follows from sums of features; nothing is trained.
 
-    Guarantee: exactly one release an experience. Without privacy the head is the same, up to the rounding of float64,
-    for any order of experiences and any split of the records over experiences and clients.
+    Guarantee: exactly one release an experience. Without privacy the head is the same, up to the
+    rounding of float64, for any order of experiences and any split of the records over experiences
+    and clients.
 
     Args:
         normalise: divide every record's features by their L2 norm.
-        bound: L2 norm that features hardly ever exceed, where they are not normalised; declared, and used under privacy
-            only, where a record with longer features counts less. None where there is none to declare.
+        bound: L2 norm that features hardly ever exceed, where they are not normalised; declared,
+            and used under privacy only, where a record with longer features counts less. None where
+            there is none to declare.
     """
 
     normalise: bool = True
@@ -229,7 +259,9 @@ class Analytic(Strategy, ABC):
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise ConfigError.of(field, self.bound, "a number above 0, or None")
         if self.bound is not None and self.normalise:
-            raise ConfigError.of(field, self.bound, "None with normalise=True, which makes every norm 1")
+            raise ConfigError.of(
+                field, self.bound, "None with normalise=True, which makes every norm 1"
+            )
 
     def plan(self, experience: "Experience") -> Plan:
         """No gradient is taken."""
@@ -249,15 +281,23 @@ class Analytic(Strategy, ABC):
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Add what the experience's one release says."""
         query = self.query(curator, state)
-        released = curator.release(query, clip_norm=query.norm(self.length(curator)), purpose="sums of features")
-        changes = {name: state[name] + released[name].to(state[name].dtype) for name in released if name in state}
+        released = curator.release(
+            query, clip_norm=query.norm(self.length(curator)), purpose="sums of features"
+        )
+        changes = {
+            name: state[name] + released[name].to(state[name].dtype)
+            for name in released
+            if name in state
+        }
         return state.replace(changes | {"noisy": state["noisy"] + float(curator.private)})
 
     @abstractmethod
     def query(self, curator: "Curator", state: State) -> Gram:
         """What is asked of the records of an experience."""
 
-    def asking(self, state: State, kind: type[Gram], *, weight: float = 1.0, totals: float = 0.0) -> Gram:
+    def asking(
+        self, state: State, kind: type[Gram], *, weight: float = 1.0, totals: float = 0.0
+    ) -> Gram:
         """Query of this kind over the features that the head sees, with one-hot targets."""
         classes = torch.arange(len(state["bias"]), device=state["bias"].device)
 
@@ -277,7 +317,8 @@ class Analytic(Strategy, ABC):
         """
         if curator.private and not self.normalise and self.bound is None:
             raise PrivacyError(
-                f"{self.name} releases sums of features, whose norm has no bound; set normalise=True, or declare one "
+                f"{self.name} releases sums of features, whose norm has no bound; set "
+                "normalise=True, or declare one "
                 "as bound=..."
             )
         return 1.0 if self.bound is None else self.bound
@@ -286,18 +327,28 @@ class Analytic(Strategy, ABC):
 def layout(spec: Spec, d: int, *, matrix: bool, counts: bool = True) -> State:
     """Sums over records, and the head that is solved of them; all in float64.
 
-    `gram` (d, d) where `matrix`, `cross` (d, C), `totals` (C,) where `counts` and `noisy` (), how many of the releases
-    hold noise, add up; `weight` (d, C) and `bias` (C,) are local.
+    `gram` (d, d) where `matrix`, `cross` (d, C), `totals` (C,) where `counts` and `noisy` (), how
+    many of the releases hold noise, add up; `weight` (d, C) and `bias` (C,) are local.
 
     Raises:
         StrategyError: for a model that does not say how long its features are.
     """
     spec.require_features()
     device = next((value.device for value in spec.params.values()), torch.device("cpu"))
-    c, state = spec.num_classes, State()
-    sums = {"gram": (d, d) if matrix else None, "cross": (d, c), "totals": (c,) if counts else None, "noisy": ()}
+    c = spec.num_classes
+    state = State()
+    sums = {
+        "gram": (d, d) if matrix else None,
+        "cross": (d, c),
+        "totals": (c,) if counts else None,
+        "noisy": (),
+    }
     for name, shape in sums.items():
         if shape is not None:
-            state = state.declare(name, torch.zeros(shape, dtype=torch.float64, device=device), "sum")
+            state = state.declare(
+                name, torch.zeros(shape, dtype=torch.float64, device=device), "sum"
+            )
     zeros = torch.zeros(d + 1, c, dtype=torch.float64, device=device)
-    return state.declare("weight", zeros[:d].clone(), "local").declare("bias", zeros[d].clone(), "local")
+    return state.declare("weight", zeros[:d].clone(), "local").declare(
+        "bias", zeros[d].clone(), "local"
+    )

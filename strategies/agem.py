@@ -1,13 +1,14 @@
 """Averaged gradient episodic memory: never step against the mean gradient of stored records.
 
-Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019, equations 10 and 11.
+Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019,
+equations 10 and 11.
 
     g' = g                                      where <g, r> >= 0
     g' = g - <g, r> / <r, r> r                  otherwise,  r = mean gradient of stored records
 
 State: none. Memory cost: the stored records, and one more gradient a step.
-Privacy cost: one reference gradient a step over the stored records, beside the gradient of the new ones, charged to
-every partition that may be in memory; the projection is free.
+Privacy cost: one reference gradient a step over the stored records, beside the gradient of the new
+ones, charged to every partition that may be in memory; the projection is free.
 """
 
 from dataclasses import dataclass
@@ -30,9 +31,12 @@ class AGEM(Strategy):
     """Project the gradient on the half-space in which the loss of stored records does not grow.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.contract.plan.MemoryPlan`.
-        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
-        batch_size: stored records in the reference gradient of a step; None for as many as new ones.
+        memory_size: records stored in all, or bytes such as "2 MB".
+        selection: see `perdure.contract.plan.MemoryPlan`.
+        per_class: fixed quota for every class of every experience instead of an equal share of
+            `memory_size`.
+        batch_size: stored records in the reference gradient of a step; None for as many as new
+            ones.
     """
 
     memory_size: int | str
@@ -46,10 +50,15 @@ class AGEM(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory that is not rehearsed."""
-        return Plan(memory=MemoryPlan(
-            capacity=records_in(self.memory_size, experience), selection=self.selection, per_class=self.per_class,
-            batch_size=self.batch_size, use="reference",
-        ))  # fmt: skip
+        return Plan(
+            memory=MemoryPlan(
+                capacity=records_in(self.memory_size, experience),
+                selection=self.selection,
+                per_class=self.per_class,
+                batch_size=self.batch_size,
+                use="reference",
+            )
+        )
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
         """Mean gradient of stored records; none in the first experience."""

@@ -1,29 +1,35 @@
 """BiC: rehearse and distil, then correct how much the classifier prefers the newest classes.
 
-Wu, Chen, Wang, Ye, Liu, Guo and Fu, Large Scale Incremental Learning, CVPR 2019, section 4, equations 1 to 5.
+Wu, Chen, Wang, Ye, Liu, Guo and Fu, Large Scale Incremental Learning, CVPR 2019, section 4,
+equations 1 to 5.
 
     z_c(x)  = alpha_c o_c(x) + beta_c                                  o the model's logits
-    loss_i  = (1 - l) CE(z(x_i), y_i) + l sum over old c of -q_c log p_c,    l = old classes / classes seen
-    old classes: of earlier experiences, but not of this one; the teacher does not answer for those that come again
-    q = softmax(teacher's z(x_i) / T), p = softmax(z(x_i) / T),              both over the old classes
+    loss_i  = (1 - l) CE(z(x_i), y_i) + l sum over old c of -q_c log p_c
+    l       = old classes / classes seen
+    old classes: of earlier experiences, but not of this one;
+                 the teacher does not answer for those that come again
+    q = softmax(teacher's z(x_i) / T), p = softmax(z(x_i) / T),            both over the old classes
 
-The classes of one experience share alpha and beta, 1 and 0 while it is trained. When it is over they are fitted on
-records that were held out, equally many of every class, to
+The classes of one experience share alpha and beta, 1 and 0 while it is trained. When it is over
+they are fitted on records that were held out, equally many of every class, to
 
     sum_i CE(z(x_i), y_i) over all classes seen + PRIOR / 2 ((alpha - 1)^2 + beta^2)
 
-and then stay; in the first experience there is nothing to correct. The second term is not of the paper (whose authors'
-code has 0.05 beta^2 a record): it keeps a fit to a handful of records near no correction, and fades with their number.
+and then stay; in the first experience there is nothing to correct. The second term is not of the
+paper (whose authors' code has 0.05 beta^2 a record): it keeps a fit to a handful of records near no
+correction, and fades with their number.
 
-What is held out: a tenth of all records, by a hash of the record's id, which never get a gradient; those of them that
-are in memory make the validation set. The fit, two numbers of a convex function, is by Newton's method: each of its
-`ROUNDS` steps is one sum over memory of 5 numbers a record (slope and curvature).
+What is held out: a tenth of all records, by a hash of the record's id, which never get a gradient;
+those of them that are in memory make the validation set. The fit, two numbers of a convex function,
+is by Newton's method: each of its `ROUNDS` steps is one sum over memory of 5 numbers a record
+(slope and curvature).
 
-State: `teacher`, the model at the end of the last experience, `alpha` and `beta`. In a federation every client
-fits its own and the fits are averaged by declared sizes, which is not the fit of all records together.
-Memory cost: the stored records and once the parameters.
-Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every experience, the
-first one and those without new classes too: what a strategy asks is declared once for all.
+State: `teacher`, the model at the end of the last experience, `alpha` and `beta`. In a federation
+every client fits its own and the fits are averaged by declared sizes, which is not the fit of all
+records together. Memory cost: the stored records and once the parameters.
+Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every
+experience, the first one and those without new classes too: what a strategy asks is declared once
+for all.
 """
 
 import math
@@ -60,7 +66,8 @@ class BiC(Strategy):
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB", held-out ones included.
-        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        per_class: fixed quota for every class of every experience instead of an equal share of
+            `memory_size`.
         temperature: softens both distributions of the distillation (T).
     """
 
@@ -81,7 +88,10 @@ class BiC(Strategy):
             StrategyError: where old and new classes are not told apart by one model.
         """
         if spec.scenario != "class":
-            raise StrategyError("BiC evens out new and old classes of class-incremental streams; use Replay elsewhere")
+            raise StrategyError(
+                "BiC evens out new and old classes of class-incremental streams; use Replay "
+                "elsewhere"
+            )
         ones = torch.ones(spec.num_classes, device=next(iter(spec.params.values())).device)
         state = State().declare_group("teacher", spec.teacher, "local")
         return state.declare("alpha", ones, "mean").declare("beta", torch.zeros_like(ones), "mean")
@@ -93,7 +103,8 @@ class BiC(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and distillation of corrected logits; 0 for what is held out."""
-        logits, old = corrected(forward(batch.inputs), state), context.earlier
+        logits = corrected(forward(batch.inputs), state)
+        old = context.earlier
         losses = cross_entropy_of(context.mask(logits, batch), batch.labels)
         if context.experience > 0:
             share = old.sum() / context.seen.sum()
@@ -103,14 +114,19 @@ class BiC(Strategy):
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Fit the correction of the new classes, and take the present model as the next teacher."""
-        context, fit = curator.context, state["alpha"].new_tensor([1.0, 0.0])
+        context = curator.context
+        fit = state["alpha"].new_tensor([1.0, 0.0])
         new = context.current & ~context.task_classes[: context.experience].any(0)
         state = state.replace_group("teacher", params | curator.statistics)
         for number in range(ROUNDS):
             rows = Curvature(state, context, new, fit)
-            found = curator.release(rows, clip_norm=CLIP_NORM, purpose=f"bias correction {number}", over="memory")
+            found = curator.release(
+                rows, clip_norm=CLIP_NORM, purpose=f"bias correction {number}", over="memory"
+            )
             fit = fit + newton(found["value"], fit) * (context.experience > 0)
-        alpha, beta = (torch.where(new, fit[k], state[name]) for k, name in enumerate(("alpha", "beta")))
+        alpha, beta = (
+            torch.where(new, fit[k], state[name]) for k, name in enumerate(("alpha", "beta"))
+        )
         return state.replace({"alpha": alpha, "beta": beta})
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
@@ -125,11 +141,15 @@ class BiC(Strategy):
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """Query: first and second derivatives of each held-out record's cross entropy by alpha and beta.
+    """Query: derivatives of each held-out record's cross entropy by alpha and beta.
+
+    First and second derivatives.
 
     Args:
-        state: corrections of the other classes. context: of the experience.
-        new: (C,) bool, the classes that are corrected. fit: alpha and beta now.
+        state: corrections of the other classes.
+        context: of the experience.
+        new: (C,) bool, the classes that are corrected.
+        fit: alpha and beta now.
     """
 
     state: State
@@ -143,18 +163,30 @@ class Curvature:
         logits = torch.where(self.new, self.fit[0] * raw + self.fit[1], corrected(raw, self.state))
         p = torch.softmax(self.context.mask(logits, batch), dim=1)
         true = (batch.labels[:, None] == torch.arange(p.shape[1], device=p.device)).to(p)
-        a, b = raw * self.new, self.new.to(p).expand_as(p)
-        mean_a, mean_b = (p * a).sum(1), (p * b).sum(1)
+        a = raw * self.new
+        b = self.new.to(p).expand_as(p)
+        mean_a = (p * a).sum(1)
+        mean_b = (p * b).sum(1)
         first = [mean_a - (true * a).sum(1), mean_b - (true * b).sum(1)]
-        second = [(p * x * y).sum(1) - m * k for x, y, m, k in
-                  ((a, a, mean_a, mean_a), (a, b, mean_a, mean_b), (b, b, mean_b, mean_b))]  # fmt: skip
+        second = [
+            (p * x * y).sum(1) - m * k
+            for x, y, m, k in (
+                (a, a, mean_a, mean_a),
+                (a, b, mean_a, mean_b),
+                (b, b, mean_b, mean_b),
+            )
+        ]
         rows = torch.stack([*first, *second], dim=1)
         return torch.where(held_out(batch.ids)[:, None], rows, 0.0)
 
 
 def newton(sums: Tensor, fit: Tensor) -> Tensor:
-    """(2,) step of alpha and beta, at most 1 long, from the sums (5,); noise may make them anything."""
-    slope, curvature = sums[:2].double(), sums[[2, 3, 3, 4]].double().view(2, 2)
+    """(2,) step of alpha and beta, at most 1 long, from the sums (5,).
+
+    Noise may make them anything.
+    """
+    slope = sums[:2].double()
+    curvature = sums[[2, 3, 3, 4]].double().view(2, 2)
     values, vectors = torch.linalg.eigh(curvature)
     slope = slope + PRIOR * (fit - fit.new_tensor([1.0, 0.0]))
     step = -vectors @ ((vectors.T @ slope) / (values.clamp(min=0) + PRIOR))
@@ -170,7 +202,8 @@ def corrected(logits: Tensor, state: State) -> Tensor:
 def held_out(ids: Tensor) -> Tensor:
     """(n,) bool, one record in ten, by its id alone.
 
-    Ids that follow one another are held out in even steps, so that a small memory has its tenth. With independent draws
-    (`perdure.utils.hashing`) the correction of 100 records lost accuracy in one of eight runs on digits; so it gains in all.
+    Ids that follow one another are held out in even steps, so that a small memory has its tenth.
+    With independent draws (`perdure.utils.hashing`) the correction of 100 records lost accuracy in
+    one of eight runs on digits; so it gains in all.
     """
     return ((ids * 2654435761 + 97) >> 16) % ONE_IN == 1

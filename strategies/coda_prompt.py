@@ -1,33 +1,37 @@
 """CODA-Prompt: prompts are sums of components weighted by attention, on a frozen transformer.
 
-Smith, Karlinsky, Gutta, Cascante-Bonilla, Kim, Arbelle, Panda, Feris and Kira, CODA-Prompt: COntinual Decomposed
-Attention-based Prompting for Rehearsal-Free Continual Learning, CVPR 2023, sections 4.1 to 4.3.
+Smith, Karlinsky, Gutta, Cascante-Bonilla, Kim, Arbelle, Panda, Feris and Kira, CODA-Prompt:
+COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual Learning, CVPR 2023,
+sections 4.1 to 4.3.
 
     q(x)    = features of the frozen transformer without prompts
-    p(x)    = sum over m of alpha_m P_m,    alpha_m = cos(q(x) * A_m, K_m)          for each block with prompts
+    for each block with prompts
+    p(x)    = sum over m of alpha_m P_m,    alpha_m = cos(q(x) * A_m, K_m)
     loss_i  = CE(x_i, y_i) over the classes of the record's own experience
     penalty = strength * sum over blocks of |P P^T - I|^2 + |K K^T - I|^2 + |A A^T - I|^2
 
-Every experience has components of its own. In experience t those of experience t and the head are trained, those of
-earlier ones are frozen and take part, those of later ones do not, in prompts as in the penalty. p is a prefix: one half
-goes before the keys of the block's attention, the other before its values. A row of P is a component with all its
-numbers. The penalty is the paper's sum of squares; the authors' code takes the mean over the entries of each matrix, so
-that its strength is larger.
+Every experience has components of its own. In experience t those of experience t and the head are
+trained, those of earlier ones are frozen and take part, those of later ones do not, in prompts as
+in the penalty. p is a prefix: one half goes before the keys of the block's attention, the other
+before its values. A row of P is a component with all its numbers. The penalty is the paper's sum of
+squares; the authors' code takes the mean over the entries of each matrix, so that its strength is
+larger.
 
-As in the paper the logits of all other classes are left out of the loss, so that the rows of old classes in the head
-have no gradient; what an optimiser remembers moves them still, unless it starts afresh with every experience
-(`Learner(reset_optimizer=True)`).
+As in the paper the logits of all other classes are left out of the loss, so that the rows of old
+classes in the head have no gradient; what an optimiser remembers moves them still, unless it starts
+afresh with every experience (`Learner(reset_optimizer=True)`).
 
-A record of experience k is predicted, where it says so (task-incremental), by the components up to k; else by those of
-all experiences so far. The bare model uses all components, trained or not: ask `predict`.
+A record of experience k is predicted, where it says so (task-incremental), by the components up to
+k; else by those of all experiences so far. The bare model uses all components, trained or not: ask
+`predict`.
 
 The model is `perdure.models.prompts.composed(backbone, experiences=...)`.
 
 State: `done`, the number of experiences that are over.
-Memory cost: components * (2 * length + 2) * width numbers a block and experience. A step and a prediction take two
-passes through the transformer.
-Privacy cost: none beyond the gradient, and that is of the experience's own components and the head alone: the weights
-of a record depend on it and the parameters, and the penalty touches no data.
+Memory cost: components * (2 * length + 2) * width numbers a block and experience. A step and a
+prediction take two passes through the transformer.
+Privacy cost: none beyond the gradient, and that is of the experience's own components and the head
+alone: the weights of a record depend on it and the parameters, and the penalty touches no data.
 """
 
 import math
@@ -68,11 +72,15 @@ class CODAPrompt(Strategy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
-            raise ConfigError.of("coda_prompt.strength", self.strength, "a finite number, 0 or more")
+            raise ConfigError.of(
+                "coda_prompt.strength", self.strength, "a finite number, 0 or more"
+            )
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """One component for each of up to eight experiences, on a transformer of one block."""
-        return composed(tiny(input_shape), num_classes=num_classes, experiences=8, components=1, length=1)
+        return composed(
+            tiny(input_shape), num_classes=num_classes, experiences=8, components=1, length=1
+        )
 
     def init(self, spec: Spec) -> State:
         """Start with no experience over.
@@ -80,13 +88,18 @@ class CODAPrompt(Strategy):
         Raises:
             StrategyError: where the model has no components for every experience.
         """
-        wanted = {f"{COMPONENTS}{number}.0.attention.weight" for number in range(spec.num_experiences)}
+        wanted = {
+            f"{COMPONENTS}{number}.0.attention.weight" for number in range(spec.num_experiences)
+        }
         if not wanted <= spec.params.keys():
             raise StrategyError(
-                f"the model has no {sorted(wanted - spec.params.keys())[0]}; CODAPrompt needs perdure.models.prompts.composed("
+                f"the model has no {sorted(wanted - spec.params.keys())[0]}; CODAPrompt "
+                "needs perdure.models.prompts.composed("
                 f"backbone, num_classes={spec.num_classes}, experiences={spec.num_experiences})"
             )
-        return State().declare("done", torch.zeros((), device=next(iter(spec.params.values())).device), "mean")
+        return State().declare(
+            "done", torch.zeros((), device=next(iter(spec.params.values())).device), "mean"
+        )
 
     def plan(self, experience: "Experience") -> Plan:
         """Train the experience's own components, and the head."""
@@ -94,7 +107,8 @@ class CODAPrompt(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy over the classes of the record's experience."""
-        logits, own = forward.method("upto")(batch.inputs, context.experience), context.task_classes[batch.tasks]
+        logits = forward.method("upto")(batch.inputs, context.experience)
+        own = context.task_classes[batch.tasks]
         return cross_entropy_of(torch.where(own, logits, MASKED), batch.labels)
 
     def penalty(self, params: Params, state: State) -> Tensor:
@@ -112,12 +126,14 @@ class CODAPrompt(Strategy):
 
 
 def rows(params: Params) -> list[Tensor]:
-    """(experiences, components, numbers) for the prompts, keys and attention vectors of each block."""
+    """(experiences, components, numbers) of each block's prompts, keys and attention vectors."""
     found: dict[str, dict[int, Tensor]] = {}
     for name, value in params.items():
         if name.startswith(COMPONENTS):
             number, _, part = name.removeprefix(COMPONENTS).partition(".")
-            found.setdefault(part, {})[int(number)] = value.T if part.endswith("prompts.weight") else value
+            found.setdefault(part, {})[int(number)] = (
+                value.T if part.endswith("prompts.weight") else value
+            )
     return [torch.stack([sets[number] for number in sorted(sets)]) for sets in found.values()]
 
 
@@ -125,7 +141,8 @@ def correlation(sets: Tensor, now: Tensor) -> Tensor:
     """|B B^T - I|^2 for the rows B of experiences 0 to t.
 
     Args:
-        sets: (experiences, components, numbers). now: (), the number t.
+        sets: (experiences, components, numbers).
+        now: (), the number t.
     """
     known = (torch.arange(len(sets), device=sets.device) <= now).repeat_interleave(sets.shape[1])
     own = torch.where(known[:, None], sets.flatten(0, 1), 0.0)

@@ -1,26 +1,28 @@
-"""CWR*: train a temporary head on every experience, consolidate its classes into a second one, and freeze the body.
+"""CWR*: consolidate the classes of temporary heads, one an experience, above a frozen body.
 
-Lomonaco, Maltoni and Pellegrini, Rehearsal-free continual learning over small non-i.i.d. batches, CVPR Workshops 2020,
-algorithm 1 (CWR*); the mean shift is that of Maltoni and Lomonaco, Continuous learning in single-incremental-task
-scenarios, Neural Networks 2019, section 3.2 (CWR+).
+Lomonaco, Maltoni and Pellegrini, Rehearsal-free continual learning over small non-i.i.d. batches,
+CVPR Workshops 2020, algorithm 1 (CWR*); the mean shift is that of Maltoni and Lomonaco, Continuous
+learning in single-incremental-task scenarios, Neural Networks 2019, section 3.2 (CWR+).
 
     start      tw_c = cw_c for the classes of the experience, 0 for all others
     train      loss_i = CE(x_i, y_i; tw); of the first experience body and tw, later tw alone
     end        cw_c <- (w_c cw_c + tw_c - mean(tw)) / (w_c + 1),    w_c = sqrt(past_c / now_c)
     predict    with cw
 
-for the c of the experience; mean(tw) is one number over their weights (and one over their biases), past_c and now_c
-are how many records of c were there before and in this experience. A class that is met once has w_c = 0. Counts of
-classes that the experience does not have are 0, whatever noise makes of them.
+for the c of the experience; mean(tw) is one number over their weights (and one over their biases),
+past_c and now_c are how many records of c were there before and in this experience. A class that is
+met once has w_c = 0. Counts of classes that the experience does not have are 0, whatever noise
+makes of them.
 
-A strategy does not write parameters, so tw is the model's head plus a shift that is constant during an experience: it
-starts where it should, and has the gradient of the head. Weight decay pulls the model's head, not tw, towards 0.
-Running statistics of BatchNorm are not parameters and go on moving with the frozen body; dropout draws twice, once for
-the model's head and once for the shift. A body with neither is what this is made for.
+A strategy does not write parameters, so tw is the model's head plus a shift that is constant during
+an experience: it starts where it should, and has the gradient of the head. Weight decay pulls the
+model's head, not tw, towards 0. Running statistics of BatchNorm are not parameters and go on moving
+with the frozen body; dropout draws twice, once for the model's head and once for the shift. A body
+with neither is what this is made for.
 
-State: the model's head where the experience before ended (`base`), and for the formula `kept`, `trained`, `totals`,
-`before` and `latest`; these are combined over clients, and `cw` follows from them, so that a federation holds what one
-party with all records and the same model would.
+State: the model's head where the experience before ended (`base`), and for the formula `kept`,
+`trained`, `totals`, `before` and `latest`; these are combined over clients, and `cw` follows from
+them, so that a federation holds what one party with all records and the same model would.
 Memory cost: four times the head. A step takes two passes through the body instead of one.
 Privacy cost: the class counts, one histogram with integer noise after every experience.
 """
@@ -64,13 +66,21 @@ class CWRStar(Strategy):
             StrategyError: where the head is not one linear layer over the features.
         """
         own = {name: value for name, value in spec.params.items() if name.startswith(self.head)}
-        if {value.shape for value in own.values()} - {(spec.num_classes,)} != {(spec.num_classes, spec.feature_size)}:
-            raise StrategyError(f"parameters {self.head!r} are no linear layer; give CWRStar(head=...) its prefix")
+        if {value.shape for value in own.values()} - {(spec.num_classes,)} != {
+            (spec.num_classes, spec.feature_size)
+        }:
+            raise StrategyError(
+                f"parameters {self.head!r} are no linear layer; give CWRStar(head=...) its prefix"
+            )
         zeros = {name: torch.zeros_like(value) for name, value in own.items()}
         none = next(iter(zeros.values())).new_zeros(spec.num_classes, dtype=torch.float64)
         state = State().declare_group("base", own, "local").declare_group("cw", zeros, "local")
         state = state.declare_group("kept", zeros, "mean").declare_group("trained", zeros, "mean")
-        return state.declare("totals", none, "sum").declare("before", none, "mean").declare("latest", none, "mean")
+        return (
+            state.declare("totals", none, "sum")
+            .declare("before", none, "mean")
+            .declare("latest", none, "mean")
+        )
 
     def plan(self, experience: "Experience") -> Plan:
         """Train everything in the first experience, and the head alone afterwards."""
@@ -78,29 +88,51 @@ class CWRStar(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy of the temporary head."""
-        shift = {n: start(value, context.current) - state[f"base/{n}"] for n, value in state.group("cw").items()}
+        shift = {
+            n: start(value, context.current) - state[f"base/{n}"]
+            for n, value in state.group("cw").items()
+        }
         logits = forward(batch.inputs) + linear(forward.features(batch.inputs), shift)
         return cross_entropy_of(context.mask(logits, batch), batch.labels)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the mean off the classes just trained, and count their records."""
-        now = curator.count(lambda batch: batch.labels, bins=len(state["totals"]), purpose="class counts")
-        current, kept = curator.context.current, state.group("cw")
+        now = curator.count(
+            lambda batch: batch.labels, bins=len(state["totals"]), purpose="class counts"
+        )
+        current = curator.context.current
+        kept = state.group("cw")
         now = torch.where(current, now, 0)
         base = {name: params[name] for name in kept}
-        trained = {name: base[name] - state[f"base/{name}"] + start(kept[name], current) for name in kept}
-        trained = {name: start(value - value[current].mean(), current) for name, value in trained.items()}
-        state = state.replace_group("base", base).replace_group("kept", kept).replace_group("trained", trained)
+        trained = {
+            name: base[name] - state[f"base/{name}"] + start(kept[name], current) for name in kept
+        }
+        trained = {
+            name: start(value - value[current].mean(), current) for name, value in trained.items()
+        }
+        state = (
+            state.replace_group("base", base)
+            .replace_group("kept", kept)
+            .replace_group("trained", trained)
+        )
         return state.replace(
-            {"before": state["totals"], "totals": state["totals"] + now, "latest": current.to(state["latest"])}
+            {
+                "before": state["totals"],
+                "totals": state["totals"] + now,
+                "latest": current.to(state["latest"]),
+            }
         )
 
     def derive(self, state: State) -> State:
         """Consolidate the classes of the last experience."""
-        now, before = (state["totals"] - state["before"]).clamp(min=1), state["before"].clamp(min=0)
-        weight, latest = (before / now).sqrt(), state["latest"] > 0
+        now = (state["totals"] - state["before"]).clamp(min=1)
+        before = state["before"].clamp(min=0)
+        weight = (before / now).sqrt()
+        latest = state["latest"] > 0
         cw = {
-            name: torch.where(by_row(latest, kept), merged(kept, state[f"trained/{name}"], weight), kept)
+            name: torch.where(
+                by_row(latest, kept), merged(kept, state[f"trained/{name}"], weight), kept
+            )
             for name, kept in state.group("kept").items()
         }
         return state.replace_group("cw", cw)
@@ -111,7 +143,10 @@ class CWRStar(Strategy):
 
 
 def linear(features: Tensor, head: Params) -> Tensor:
-    """(n, C) logits of a linear layer given as a weight (C, f) and, where it has one, a bias (C,)."""
+    """(n, C) logits of a linear layer.
+
+    It is given as a weight (C, f) and, where it has one, a bias (C,).
+    """
     by_dim = {value.dim(): value for value in head.values()}
     return F.linear(features, by_dim[2], by_dim.get(1))
 

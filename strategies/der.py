@@ -1,17 +1,19 @@
-"""Dark experience replay: rehearse stored records with the answers that the model gave when it saw them.
+"""Dark experience replay: rehearse stored records with the logits the model had for them.
 
-Buzzega, Boschini, Porrello, Abati and Calderara, Dark Experience for General Continual Learning: a Strong, Simple
-Baseline, NeurIPS 2020, equations 5 and 6, algorithms 1 and 2.
+Buzzega, Boschini, Porrello, Abati and Calderara, Dark Experience for General Continual Learning: a
+Strong, Simple Baseline, NeurIPS 2020, equations 5 and 6, algorithms 1 and 2.
 
     loss = mean over new of CE(x, y) + alpha * mean over stored of mean_c (z_c - h_c(x))^2
-           + beta * mean over stored of CE(x, y)                                                     (DER++: beta > 0)
+           + beta * mean over stored of CE(x, y)                                   (DER++: beta > 0)
 
-z are the logits of the moment at which the row was in a step, not those at the end of its experience. The paper draws
-the two stored terms apart; here one batch of stored rows serves both, twice as many where `batch_size` says so.
+z are the logits of the moment at which the row was in a step, not those at the end of its
+experience. The paper draws the two stored terms apart; here one batch of stored rows serves both,
+twice as many where `batch_size` says so.
 
-State: none. Memory cost: the stored records and C numbers for each, and one more forward pass of the new rows.
-Privacy cost: records that may be stored go on being used in all later experiences. Under differential privacy a
-record is stored by its own coin with the logits of the last step it was in, and all rows weigh the same.
+State: none. Memory cost: the stored records and C numbers for each, and one more forward pass of
+the new rows. Privacy cost: records that may be stored go on being used in all later experiences.
+Under differential privacy a record is stored by its own coin with the logits of the last step it
+was in, and all rows weigh the same.
 """
 
 import math
@@ -35,11 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DER(Strategy):
-    """Rehearse logits: `DER(memory_size=200)`; with labels too, DER++: `DER(memory_size=200, beta=0.5)`.
+    """Rehearse logits: `DER(memory_size=200)`.
+
+    With labels too, DER++: `DER(memory_size=200, beta=0.5)`.
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB" (without logits).
-        alpha: weight of the distance to the stored logits. beta: weight of the stored labels; above 0 it is DER++.
+        alpha: weight of the distance to the stored logits.
+        beta: weight of the stored labels; above 0 it is DER++.
         batch_size: stored records a step; None for as many as new ones.
     """
 
@@ -53,12 +58,16 @@ class DER(Strategy):
         refuse_size(self.memory_size)
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError.of(f"der.{name}", getattr(self, name), "a finite number, 0 or more")
+                raise ConfigError.of(
+                    f"der.{name}", getattr(self, name), "a finite number, 0 or more"
+                )
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir that takes in the rows of every step."""
         capacity = records_in(self.memory_size, experience)
-        memory = MemoryPlan(capacity=capacity, selection="reservoir", batch_size=self.batch_size, update="step")
+        memory = MemoryPlan(
+            capacity=capacity, selection="reservoir", batch_size=self.batch_size, update="step"
+        )
         return Plan(memory=memory)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
@@ -66,7 +75,10 @@ class DER(Strategy):
         return {"logits": forward(batch.inputs)}
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of new rows; of stored ones the distance to their logits, and `beta` times cross entropy."""
+        """Cross entropy of new rows.
+
+        Of stored ones the distance to their logits, and `beta` times cross entropy.
+        """
         logits = forward(batch.inputs)
         entropy = cross_entropy_of(context.mask(logits, batch), batch.labels)
         if "logits" not in batch.stored:

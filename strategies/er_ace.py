@@ -1,17 +1,19 @@
 """Experience replay with asymmetric cross entropy: new records do not push the old classes away.
 
-Caccia, Aljundi, Asadi, Tuytelaars, Pineau and Belilovsky, New Insights on Reducing Abrupt Representation Change in
-Online Continual Learning, ICLR 2022, section 4.1 and algorithm 1.
+Caccia, Aljundi, Asadi, Tuytelaars, Pineau and Belilovsky, New Insights on Reducing Abrupt
+Representation Change in Online Continual Learning, ICLR 2022, section 4.1 and algorithm 1.
 
-    loss = mean over new of CE over the classes of this experience + mean over stored of CE over all classes seen
+    loss = mean over new of CE over the classes of this experience
+           + mean over stored of CE over all classes seen
 
-The paper masks new rows by the classes that turn up in their batch; here it is by the declared classes of the
-experience, so that the loss of a row depends on that row alone.
+The paper masks new rows by the classes that turn up in their batch; here it is by the declared
+classes of the experience, so that the loss of a row depends on that row alone.
 
-State: none. Memory cost: the stored records. Privacy cost: records that may be stored go on being used in all later
-experiences. Under differential privacy a record is stored by its own coin, and all rows weigh the same; memory then
-holds earlier experiences only, so that nothing sets the new classes against the old ones before the next experience:
-the newest classes are answered badly, and `Replay` is the better choice.
+State: none. Memory cost: the stored records. Privacy cost: records that may be stored go on being
+used in all later experiences. Under differential privacy a record is stored by its own coin, and
+all rows weigh the same; memory then holds earlier experiences only, so that nothing sets the new
+classes against the old ones before the next experience: the newest classes are answered badly, and
+`Replay` is the better choice.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class ERACE(Strategy):
     Args:
         memory_size: records stored in all, or bytes such as "2 MB".
         batch_size: stored records a step; None for as many as new ones.
-        update: take in the records of every `step`, as in the paper, or of a whole `experience` at its end.
+        update: take in the records of every `step`, as in the paper, or of a whole `experience` at
+            its end.
     """
 
     memory_size: int | str
@@ -51,16 +54,22 @@ class ERACE(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir."""
-        return Plan(memory=MemoryPlan(
-            capacity=records_in(self.memory_size, experience), selection="reservoir", batch_size=self.batch_size,
-            update=self.update,
-        ))  # fmt: skip
+        return Plan(
+            memory=MemoryPlan(
+                capacity=records_in(self.memory_size, experience),
+                selection="reservoir",
+                batch_size=self.batch_size,
+                update=self.update,
+            )
+        )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy over the classes of the experience for new rows, over all seen for stored ones."""
+        """Cross entropy: new rows over the experience's classes, stored ones over all seen."""
         logits = context.mask(forward(batch.inputs), batch)
         own = torch.where(context.current, logits, MASKED)
-        losses = cross_entropy_of(torch.where(batch.from_memory[:, None], logits, own), batch.labels)
+        losses = cross_entropy_of(
+            torch.where(batch.from_memory[:, None], logits, own), batch.labels
+        )
         share = context.memory_share
         of_new, of_stored = (1 / (1 - share), 1 / share) if share else (1.0, 1.0)
         return losses * torch.where(batch.from_memory, of_stored, of_new)

@@ -1,26 +1,30 @@
 """Elastic weight consolidation: hold back the parameters that past experiences depend on.
 
-Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, equation 3 (one penalty an
-experience); Schwarz et al., Progress & Compress, ICML 2018, section 3.2 (online, with decay).
+Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, equation 3
+(one penalty an experience); Schwarz et al., Progress & Compress, ICML 2018, section 3.2 (online,
+with decay).
 
     penalty = strength / 2 * sum_t sum_j F_t,j (theta_j - theta*_t,j)^2
     F_t     = 1/n sum_i sum_c w_ic (d log p(c | x_i) / d theta)^2        at theta*_t
     w_ic    = p(c | x_i)             (fisher = "exact": the diagonal of the Fisher information)
-              [c = c_i]              (fisher = "sampled": its expectation is the exact one)
-              [c = y_i]              (fisher = "empirical": not the Fisher information, unless p is the truth)
+              [c = c_i]    (fisher = "sampled": its expectation is the exact one)
+              [c = y_i]    (fisher = "empirical": not the Fisher information, unless p is the truth)
 
-c_i is one label drawn from p(. | x_i) by a hash of the record's id, so that the row is the record's own; it takes one
-backward pass instead of one a class. On the three forms: van de Ven, On the Computation of the Fisher Information in
-Continual Learning, ICLR Blogposts 2025.
+c_i is one label drawn from p(. | x_i) by a hash of the record's id, so that the row is the record's
+own; it takes one backward pass instead of one a class. On the three forms: van de Ven, On the
+Computation of the Fisher Information in Continual Learning, ICLR Blogposts 2025.
 
-A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the Fisher-weighted mean
-of the anchors (up to a constant without gradient). So the separate form, too, needs memory for one experience only.
+A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the
+Fisher-weighted mean of the anchors (up to a constant without gradient). So the separate form, too,
+needs memory for one experience only.
 
-State: `fisher` and `pull`, the Fisher information times the anchor, which both add up over experiences and average over
-clients by declared sizes, so a federation holds what one party with all records would; and `anchor`, their quotient.
-Memory cost: three times the parameters, whatever the number of experiences.
-Privacy cost: one release an experience. The row of a record is its squared gradient, whose L2 norm is at most the
-square of the gradient's, so it is clipped to C^2; the sum is divided by the declared size and clamped at 0.
+State: `fisher` and `pull`, the Fisher information times the anchor, which both add up over
+experiences and average over clients by declared sizes, so a federation holds what one party with
+all records would; and `anchor`, their quotient. Memory cost: three times the parameters, whatever
+the number of experiences.
+Privacy cost: one release an experience. The row of a record is its squared gradient, whose L2 norm
+is at most the square of the gradient's, so it is clipped to C^2; the sum is divided by the declared
+size and clamped at 0.
 """
 
 import math
@@ -53,10 +57,12 @@ class EWC(Strategy):
 
     Args:
         strength: weight of the penalty (lambda).
-        mode: `separate` keeps every experience's penalty; `online` one, decayed by `decay`, around the last anchor.
-        fisher: `exact` takes the expectation over the model's own labels, `sampled` draws one of these for every
-            record; `empirical` uses the records' labels.
-        decay: share of the old Fisher information kept at every experience in `online` mode (gamma).
+        mode: `separate` keeps every experience's penalty; `online` one, decayed by `decay`, around
+            the last anchor.
+        fisher: `exact` takes the expectation over the model's own labels, `sampled` draws one of
+            these for every record; `empirical` uses the records' labels.
+        decay: share of the old Fisher information kept at every experience in `online` mode
+            (gamma).
     """
 
     strength: float
@@ -108,7 +114,9 @@ class EWC(Strategy):
 
     def derive(self, state: State) -> State:
         """Find where every parameter is pulled to."""
-        return state.replace_group("anchor", {name: anchor(state, name) for name in state.group("fisher")})
+        return state.replace_group(
+            "anchor", {name: anchor(state, name) for name in state.group("fisher")}
+        )
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = curator.context.mask(forward(batch.inputs), batch)
@@ -118,17 +126,25 @@ class EWC(Strategy):
             return -log_p[:, possible], log_p[:, possible].exp().detach()
         labels = batch.labels
         if self.fisher == "sampled":
-            labels = drawn(log_p.exp(), uniforms(batch.ids, derive("fisher", curator.context.experience)))
+            labels = drawn(
+                log_p.exp(), uniforms(batch.ids, derive("fisher", curator.context.experience))
+            )
         return -log_p.gather(1, labels[:, None]), torch.ones_like(log_p[:, :1])
 
 
 def anchor(state: State, name: str) -> Tensor:
-    """Where parameter `name` is pulled to: the Fisher-weighted mean of the anchors, 0 where nothing pulls."""
+    """Where parameter `name` is pulled to.
+
+    The Fisher-weighted mean of the anchors, 0 where nothing pulls.
+    """
     fisher = state[f"fisher/{name}"]
     return state[f"pull/{name}"] / fisher.clamp(min=torch.finfo(fisher.dtype).tiny)
 
 
 def drawn(p: Tensor, uniform: Tensor) -> Tensor:
-    """(n,) int64: a class of each row of p (n, C), by numbers (n,) uniform in (0, 1); never one of probability 0."""
+    """(n,) int64: a class of each row of p (n, C), by numbers (n,) uniform in (0, 1).
+
+    Never one of probability 0.
+    """
     sums = p.detach().cumsum(1)
     return (sums <= uniform[:, None] * sums[:, -1:]).sum(1)

@@ -1,17 +1,18 @@
 """Less-forgetting learning: keep the features of new inputs where the previous model had them.
 
-Jung, Ju, Jung and Kim, Less-forgetting learning in deep neural networks, arXiv:1607.00122, 2016, section 3.
+Jung, Ju, Jung and Kim, Less-forgetting learning in deep neural networks, arXiv:1607.00122, 2016,
+section 3.
 
     loss_i = CE(x_i, y_i) + strength / 2 * |h(x_i; theta) - h(x_i; theta*)|^2
 
-h is what enters the head, theta* the parameters after the last experience. The paper also freezes the head, which fits
-new domains of the same classes. Here the head goes on learning, as it must where classes are new, so old answers may
-drift although the features stay.
+h is what enters the head, theta* the parameters after the last experience. The paper also freezes
+the head, which fits new domains of the same classes. Here the head goes on learning, as it must
+where classes are new, so old answers may drift although the features stay.
 
-State: `teacher`, parameters and running statistics at the end of the last experience (identical on all clients, kept
-by each).
-Memory cost: once the parameters. A step takes three passes forward instead of one, since features and logits of the
-present model are two passes.
+State: `teacher`, parameters and running statistics at the end of the last experience (identical on
+all clients, kept by each).
+Memory cost: once the parameters. A step takes three passes forward instead of one, since features
+and logits of the present model are two passes.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
 """
 
@@ -45,7 +46,9 @@ class FeatureDistillation(Strategy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
-            raise ConfigError.of("feature_distillation.strength", self.strength, "a finite number, 0 or more")
+            raise ConfigError.of(
+                "feature_distillation.strength", self.strength, "a finite number, 0 or more"
+            )
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on.

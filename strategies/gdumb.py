@@ -1,15 +1,17 @@
 """GDumb: collect a class-balanced memory, and train a fresh model on it alone.
 
-Prabhu, Torr and Dokania, GDumb: A Simple Approach that Questions Our Progress in Continual Learning, ECCV 2020,
-section 3 and algorithm 1.
+Prabhu, Torr and Dokania, GDumb: A Simple Approach that Questions Our Progress in Continual
+Learning, ECCV 2020, section 3 and algorithm 1.
 
     loss_i = cross entropy(record i),  records of the memory only, from the initial parameters
 
-The paper's sampler is greedy by the counts it has seen; here quotas are equal shares of the memory for every class of
-every experience, filled at random, which is where the greedy sampler ends when classes have records enough.
+The paper's sampler is greedy by the counts it has seen; here quotas are equal shares of the memory
+for every class of every experience, filled at random, which is where the greedy sampler ends when
+classes have records enough.
 
-State: none. Memory cost: the stored records. Privacy cost: records that may be stored are used in this and all later
-experiences; under differential privacy a record is stored by its own coin, so quotas are those of the declared sizes.
+State: none. Memory cost: the stored records. Privacy cost: records that may be stored are used in
+this and all later experiences; under differential privacy a record is stored by its own coin, so
+quotas are those of the declared sizes.
 """
 
 from dataclasses import dataclass
@@ -38,4 +40,8 @@ class GDumb(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """Offer the experience to memory first, then start afresh on what it holds."""
-        return Plan(pool="memory", restart=True, memory=MemoryPlan(capacity=records_in(self.memory_size, experience)))
+        return Plan(
+            pool="memory",
+            restart=True,
+            memory=MemoryPlan(capacity=records_in(self.memory_size, experience)),
+        )

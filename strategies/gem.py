@@ -1,17 +1,20 @@
 """Gradient episodic memory: never step against the gradient of any earlier experience.
 
-Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, equations 8 to 12.
+Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, equations 8 to
+12.
 
-    g' = argmin |g' - g|^2   with   <g', r_k> >= 0 for every earlier experience k,   r_k = mean gradient of its records
+    g'  = argmin |g' - g|^2   with   <g', r_k> >= 0 for every earlier experience k
+    r_k = mean gradient of its records
 
-of which `batch_size` are drawn at every step (the authors' code takes all that are stored: give as many as a task has);
-solved by its dual, a quadratic program of as many variables as there are earlier experiences:
+of which `batch_size` are drawn at every step (the authors' code takes all that are stored: give as
+many as a task has); solved by its dual, a quadratic program of as many variables as there are
+earlier experiences:
 
     v = argmin v^T R R^T v / 2 + g^T R^T v   with   v >= margin,     g' = R^T v + g
 
-State: none. Memory cost: the stored records, and one more gradient a step for every earlier experience.
-Privacy cost: one reference gradient a step for every earlier experience, each over the stored records of that
-experience alone and charged to its partition; the projection is free.
+State: none. Memory cost: the stored records, and one more gradient a step for every earlier
+experience. Privacy cost: one reference gradient a step for every earlier experience, each over the
+stored records of that experience alone and charged to its partition; the projection is free.
 """
 
 import math
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from perdure.data.experience import Experience
 
 RIDGE = 1e-3
-"""Added to the diagonal of the quadratic program, so that it has one solution; the value of the authors' code."""
+"""Added to the diagonal of the quadratic program, so that it has one solution; the value of the
+authors' code.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +45,14 @@ class GEM(Strategy):
     """Project the gradient on the cone in which no earlier experience's loss grows.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.contract.plan.MemoryPlan`.
-        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
-        batch_size: stored records in each reference gradient of a step; None for as many as new ones.
-        margin: lower bound of the dual variables; above 0 steps lean towards the earlier experiences (gamma).
+        memory_size: records stored in all, or bytes such as "2 MB".
+        selection: see `perdure.contract.plan.MemoryPlan`.
+        per_class: fixed quota for every class of every experience instead of an equal share of
+            `memory_size`.
+        batch_size: stored records in each reference gradient of a step; None for as many as new
+            ones.
+        margin: lower bound of the dual variables; above 0 steps lean towards the earlier
+            experiences (gamma).
     """
 
     memory_size: int | str
@@ -52,7 +61,9 @@ class GEM(Strategy):
     batch_size: int | None = None
     margin: float = 0.5
     asks: ClassVar[Asks] = Asks(references=1, reuses=True)
-    not_vmappable_because: ClassVar[str | None] = "its quadratic program is solved on the host, one at a time"
+    not_vmappable_because: ClassVar[str | None] = (
+        "its quadratic program is solved on the host, one at a time"
+    )
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
@@ -61,27 +72,38 @@ class GEM(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory that is not rehearsed."""
-        return Plan(memory=MemoryPlan(
-            capacity=records_in(self.memory_size, experience), selection=self.selection, per_class=self.per_class,
-            batch_size=self.batch_size, use="references",
-        ))  # fmt: skip
+        return Plan(
+            memory=MemoryPlan(
+                capacity=records_in(self.memory_size, experience),
+                selection=self.selection,
+                per_class=self.per_class,
+                batch_size=self.batch_size,
+                use="references",
+            )
+        )
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
         """Mean gradient of the stored records of every earlier experience."""
         losses = lambda forward, batch: self.losses(forward, batch, curator.context, state)  # noqa: E731
-        return tuple(curator.reference(losses, params, of=k) for k in range(curator.context.experience))
+        return tuple(
+            curator.reference(losses, params, of=k) for k in range(curator.context.experience)
+        )
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
         """Solve the quadratic program, where any reference points against the gradient."""
         if not references:
             return gradient
-        own, others = flat(gradient), torch.stack([flat(reference) for reference in references])
+        own = flat(gradient)
+        others = torch.stack([flat(reference) for reference in references])
         along = others @ own
         if bool((along >= 0).all()):
             return gradient
         nearest = own + others.T @ dual(others @ others.T, along, self.margin)
         pieces = torch.split(nearest, [value.numel() for value in gradient.values()])
-        return {name: piece.view_as(value) for (name, value), piece in zip(gradient.items(), pieces, strict=True)}
+        return {
+            name: piece.view_as(value)
+            for (name, value), piece in zip(gradient.items(), pieces, strict=True)
+        }
 
 
 def flat(gradient: Params) -> Tensor:

@@ -1,29 +1,33 @@
-"""Generative replay: train a generator beside the classifier, and rehearse what the previous one makes up.
+"""Generative replay: train a generator, and rehearse what the previous one makes up.
 
-Shin, Lee, Kim and Kim, Continual Learning with Deep Generative Replay, NeurIPS 2017, section 3 and algorithm 1; the
-generator is the variational autoencoder of Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, appendix B
-and C.1, and weights and scale are those of van de Ven, Tuytelaars and Tolias, Three types of incremental learning,
-Nature Machine Intelligence 2022.
+Shin, Lee, Kim and Kim, Continual Learning with Deep Generative Replay, NeurIPS 2017, section 3 and
+algorithm 1; the generator is the variational autoencoder of Kingma and Welling, Auto-Encoding
+Variational Bayes, ICLR 2014, appendix B and C.1, and weights and scale are those of van de Ven,
+Tuytelaars and Tolias, Three types of incremental learning, Nature Machine Intelligence 2022.
 
     loss_i  = 1/t (CE(x_i, y_i) + vae(x_i)) + (1 - 1/t) (distil(x~_i) + vae(x~_i))
-    vae(x)  = 1/d (sum over the d pixels of BCE(decode(m + s e), x) + 1/2 sum_k (m_k^2 + s_k^2 - 1 - log s_k^2))
+    vae(x)  = 1/d (sum over the d pixels of BCE(decode(m + s e), x)
+                   + 1/2 sum_k (m_k^2 + s_k^2 - 1 - log s_k^2))
     x~_i    = sigmoid(teacher's decode(z_i)),    (m, log s^2) = encode(x),    e, z_i standard normal
-    distil  = CE(x~, the teacher's most probable class), or with a temperature sum_c -q_c log p_c as in LwF
+    distil  = CE(x~, the teacher's most probable class),
+              or with a temperature sum_c -q_c log p_c as in LwF
 
-t is the number of the experience, and there is no teacher in the first. The teacher answers over the classes that
-`perdure.strategies.lwf.answered` gives, in task-incremental streams over those of every earlier task, averaged.
+t is the number of the experience, and there is no teacher in the first. The teacher answers over
+the classes that `perdure.strategies.lwf.answered` gives, in task-incremental streams over those of
+every earlier task, averaged.
 
-Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the record's id and of the
-step (`perdure.utils.hashing`). Classifier and generator are trained by one loss; they share no parameter, so that
-without privacy each goes its own way, as in the paper.
+Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the
+record's id and of the step (`perdure.utils.hashing`). Classifier and generator are trained by one
+loss; they share no parameter, so that without privacy each goes its own way, as in the paper.
 
-State: `teacher`, the model at the end of the last experience, generator included, and the number of `steps`.
-Memory cost: once the parameters, a generator beside the classifier, and a made-up row for every row of a step.
-Privacy cost: none beyond the gradient. The generator is trained by the same released gradients as the classifier, and
-so whatever it makes up is post-processing: no record is stored, and none is used again after its experience. The two
-share the clip norm of a row, and the generator's gradient, in nats a pixel, is the smaller: under a clip norm of 1 it
-is lost in the noise, and a much smaller one serves both. Without privacy nothing keeps a generator from giving back
-what it was shown.
+State: `teacher`, the model at the end of the last experience, generator included, and the number of
+`steps`. Memory cost: once the parameters, a generator beside the classifier, and a made-up row for
+every row of a step. Privacy cost: none beyond the gradient. The generator is trained by the same
+released gradients as the classifier, and so whatever it makes up is post-processing: no record is
+stored, and none is used again after its experience. The two share the clip norm of a row, and the
+generator's gradient, in nats a pixel, is the smaller: under a clip norm of 1 it is lost in the
+noise, and a much smaller one serves both. Without privacy nothing keeps a generator from giving
+back what it was shown.
 """
 
 import math
@@ -57,12 +61,13 @@ if TYPE_CHECKING:
 class GenerativeReplay(Strategy):
     """Rehearse samples of the previous generator, with the previous classifier's answers.
 
-    It needs a model with a generator, by `perdure.models.vae.generative` or `model.name = "generative"`: with `encode`,
-    `decode` and `latent`, and parameters under `encoder.` and `decoder.`. Inputs lie in [0, 1].
+    It needs a model with a generator, by `perdure.models.vae.generative` or
+    `model.name = "generative"`: with `encode`, `decode` and `latent`, and parameters under
+    `encoder.` and `decoder.`. Inputs lie in [0, 1].
 
     Args:
-        temperature: softens the answers of the old classifier and of the new (T); None for its most probable class
-            alone, as in Shin et al.
+        temperature: softens the answers of the old classifier and of the new (T); None for its most
+            probable class alone, as in Shin et al.
         seed: of latent vectors and of the noise of the autoencoder.
     """
 
@@ -71,7 +76,9 @@ class GenerativeReplay(Strategy):
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ConfigError.of("generative_replay.temperature", self.temperature, "a number above 0, or none")
+            raise ConfigError.of(
+                "generative_replay.temperature", self.temperature, "a number above 0, or none"
+            )
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A perceptron with a generator of two latent numbers."""
@@ -86,28 +93,36 @@ class GenerativeReplay(Strategy):
         """
         if not all(any(part in name for name in spec.params) for part in ("encoder.", "decoder.")):
             raise StrategyError(
-                "GenerativeReplay needs a model with a generator; make it by perdure.models.vae.generative(classifier, "
+                "GenerativeReplay needs a model with a generator; make it by "
+                "perdure.models.vae.generative(classifier, "
                 'input_shape=...), or set model.name = "generative"'
             )
         steps = torch.zeros((), dtype=torch.int64, device=next(iter(spec.params.values())).device)
-        return State().declare_group("teacher", spec.teacher, "local").declare("steps", steps, "local")
+        return (
+            State().declare_group("teacher", spec.teacher, "local").declare("steps", steps, "local")
+        )
 
     def plan(self, experience: "Experience") -> Plan:
         """Train on the experience alone.
 
         Raises:
-            StrategyError: for inputs outside [0, 1], as the test records, which are public, show them.
+            StrategyError: for inputs outside [0, 1], as the test records, which are public, show
+                them.
         """
         shown = experience.test.inputs
         if len(shown) and not (shown.amin() >= 0 and shown.amax() <= 1):
             raise StrategyError(
-                f"inputs reach from {shown.amin():.3g} to {shown.amax():.3g}; GenerativeReplay makes up inputs in "
+                f"inputs reach from {shown.amin():.3g} to {shown.amax():.3g}; "
+                "GenerativeReplay makes up inputs in "
                 "[0, 1]: scale them into it, and standardise inside the model"
             )
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy and reconstruction of the row, distillation and reconstruction of the made-up one."""
+        """Losses of the row and of the made-up one.
+
+        Cross entropy and reconstruction of the row, distillation and reconstruction of the other.
+        """
         latent: int = forward.module.latent  # type: ignore[assignment]
         e, z, e_made = drawn(batch.ids, state["steps"], 3 * latent, self.seed).chunk(3, dim=1)
         new = cross_entropy(forward, batch, context) + vae_loss(forward, batch.inputs, e)
@@ -119,7 +134,12 @@ class GenerativeReplay(Strategy):
         return torch.lerp(old, new, 1 / (context.experience + 1))
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Count, so that every step draws anew."""
         return state.replace({"steps": state["steps"] + 1})
@@ -153,7 +173,8 @@ def vae_loss(forward: Forward, x: Tensor, noise: Tensor) -> Tensor:
     """(n,) minus the evidence lower bound of each row, in nats a pixel, by one sample.
 
     Args:
-        x: (n, ...); what lies outside [0, 1] is cut off where it is to be made up. noise: (n, latent) standard normal.
+        x: (n, ...); what lies outside [0, 1] is cut off where it is to be made up.
+        noise: (n, latent) standard normal.
     """
     mean, log_variance = forward.method("encode")(x)
     logits = forward.method("decode")(mean + torch.exp(log_variance / 2) * noise)

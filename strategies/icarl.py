@@ -1,21 +1,24 @@
-"""iCaRL: rehearse herded exemplars, distil the old outputs, and classify by the nearest mean of exemplars.
+"""iCaRL: rehearse herded exemplars, distil old outputs, classify by the nearest exemplar mean.
 
-Rebuffi, Kolesnikov, Sperl and Lampert, iCaRL: Incremental Classifier and Representation Learning, CVPR 2017,
-algorithms 1 to 4; temperature as in van de Ven, Tuytelaars and Tolias, Three types of incremental learning, Nature
-Machine Intelligence 2022.
+Rebuffi, Kolesnikov, Sperl and Lampert, iCaRL: Incremental Classifier and Representation Learning,
+CVPR 2017, algorithms 1 to 4; temperature as in van de Ven, Tuytelaars and Tolias, Three types of
+incremental learning, Nature Machine Intelligence 2022.
 
     loss_i = sum over classes c seen of BCE(f_c(x_i), t_ic)
-    t_ic = sigmoid(teacher_c(x_i) / T) for classes of earlier experiences,  [y_i = c] for those of this one, also
+    t_ic = sigmoid(teacher_c(x_i) / T) for classes of earlier experiences,
+           [y_i = c] for those of this one, also
            where they come again
-    predict the c whose mean of |.|-normalised exemplar features is nearest to the normalised features of x
+    predict the c whose mean of |.|-normalised exemplar features is nearest
+            to the normalised features of x
 
 New records and exemplars are one pool. Exemplars follow the class mean (herding).
 
-State: `teacher`, the model at the end of the last experience; `sums` of the exemplars' normalised features by
-class, and their directions, the normalised `means`. Over clients the sums are averaged by declared sizes.
-Memory cost: the stored records, once the parameters, and a vector of features for every class.
-Privacy cost: records that may be stored go on being used, and one sum over memory after every experience. Under
-differential privacy exemplars are chosen by their own coins instead of herding, and the means are noisy.
+State: `teacher`, the model at the end of the last experience; `sums` of the exemplars' normalised
+features by class, and their directions, the normalised `means`. Over clients the sums are averaged
+by declared sizes. Memory cost: the stored records, once the parameters, and a vector of features
+for every class. Privacy cost: records that may be stored go on being used, and one sum over memory
+after every experience. Under differential privacy exemplars are chosen by their own coins instead
+of herding, and the means are noisy.
 """
 
 import math
@@ -42,11 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ICaRL(Strategy):
-    """Nearest mean of exemplars on features that binary cross entropy and distillation have trained.
+    """Nearest mean of exemplars.
+
+    The features are trained by binary cross entropy and distillation.
 
     Args:
         memory_size: exemplars stored in all, or bytes such as "2 MB".
-        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        per_class: fixed quota for every class of every experience instead of an equal share of
+            `memory_size`.
         temperature: softens the teacher's outputs (T); 1 in the original, 2 in van de Ven et al.
     """
 
@@ -64,34 +70,44 @@ class ICaRL(Strategy):
         """Lay out teacher and class means.
 
         Raises:
-            StrategyError: where all experiences have the same classes, and the teacher would know every answer, or
-                the model has no features.
+            StrategyError: where all experiences have the same classes, and the teacher would know
+                every answer, or the model has no features.
         """
         if spec.scenario == "domain":
-            raise StrategyError("ICaRL needs new classes in every experience; use Replay in domain-incremental streams")
+            raise StrategyError(
+                "ICaRL needs new classes in every experience; use Replay in "
+                "domain-incremental streams"
+            )
         spec.require_features()
         device = next(iter(spec.params.values())).device
         sums = torch.zeros(spec.num_classes, spec.feature_size, device=device)
-        state = State().declare_group("teacher", spec.teacher, "local").declare("means", sums, "local")
+        state = (
+            State().declare_group("teacher", spec.teacher, "local").declare("means", sums, "local")
+        )
         return state.declare("sums", sums, "mean")
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep exemplars in one pool with the new records."""
         capacity = records_in(self.memory_size, experience)
-        memory = MemoryPlan(capacity=capacity, selection="herding", per_class=self.per_class, use="pooled")
+        memory = MemoryPlan(
+            capacity=capacity, selection="herding", per_class=self.per_class, use="pooled"
+        )
         return Plan(memory=memory)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Binary cross entropy over the classes seen, towards labels and the teacher's outputs."""
-        logits, targets = forward(batch.inputs), one_hot(batch.labels, len(context.seen))
+        logits = forward(batch.inputs)
+        targets = one_hot(batch.labels, len(context.seen))
         if context.experience > 0:
             teacher = forward.at(state.group("teacher"))(batch.inputs)
-            targets = torch.where(context.earlier, torch.sigmoid(teacher / self.temperature), targets)
+            targets = torch.where(
+                context.earlier, torch.sigmoid(teacher / self.temperature), targets
+            )
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return (each * context.seen).sum(1)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher, and the class means of the exemplars under it."""
+        """Take the present model as the next teacher, and its class means of the exemplars."""
 
         def query(forward: Forward, batch: Batch) -> Params:
             classes = one_hot(batch.labels, len(state["sums"]))

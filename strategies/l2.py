@@ -1,12 +1,14 @@
 """L2 anchoring: hold every parameter to where the last experience left it, all equally.
 
-The baseline of Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, figure 2, and of
-Hsu et al., Re-evaluating continual learning scenarios, NeurIPS continual learning workshop 2018, table 2.
+The baseline of Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS
+2017, figure 2, and of Hsu et al., Re-evaluating continual learning scenarios, NeurIPS continual
+learning workshop 2018, table 2.
 
-    penalty = strength * sum_j (theta_j - theta*_j)^2        theta* = the parameters after the last experience
+    penalty = strength * sum_j (theta_j - theta*_j)^2
+    theta*  = the parameters after the last experience
 
-State: `anchor`, identical on all clients and kept by each, and `held`, which is 0 until there is a past to hold.
-Memory cost: once the parameters.
+State: `anchor`, identical on all clients and kept by each, and `held`, which is 0 until there is a
+past to hold. Memory cost: once the parameters.
 Privacy cost: none: the anchor is a released model.
 """
 
@@ -54,9 +56,13 @@ class L2(Strategy):
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the squared distance from the anchor."""
-        distances = [(value - state[f"anchor/{name}"]).square().sum() for name, value in params.items()]
+        distances = [
+            (value - state[f"anchor/{name}"]).square().sum() for name, value in params.items()
+        ]
         return self.strength * state["held"] * torch.stack(distances).sum()
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present parameters as the next anchor."""
-        return state.replace_group("anchor", params).replace({"held": torch.ones_like(state["held"])})
+        return state.replace_group("anchor", params).replace(
+            {"held": torch.ones_like(state["held"])}
+        )

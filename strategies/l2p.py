@@ -1,26 +1,29 @@
 """L2P: let each record pick prompts from a pool by its own key, on a frozen transformer.
 
-Wang, Zhang, Lee, Zhang, Sun, Ren, Su, Perot, Dy and Pfister, Learning to Prompt for Continual Learning, CVPR 2022,
-section 4, equation 5.
+Wang, Zhang, Lee, Zhang, Sun, Ren, Su, Perot, Dy and Pfister, Learning to Prompt for Continual
+Learning, CVPR 2022, section 4, equation 5.
 
     q(x)    = features of the frozen transformer without prompts
     K_x     = the N keys of the pool with the largest cos(q(x), k)
     loss_i  = CE(x_i, y_i) over the classes of the record's own experience
               + strength * sum over k in K_x of (1 - cos(q(x_i), k))
 
-The prompts of K_x are put before the tokens of x, and the mean of their last states goes to the head; prompts, keys and
-head are trained. As in the authors' code the logits of all other classes are left out of the loss, so that the rows of
-old classes in the head have no gradient; what an optimiser remembers moves them still, unless it starts afresh with
-every experience (`Learner(reset_optimizer=True)`).
+The prompts of K_x are put before the tokens of x, and the mean of their last states goes to the
+head; prompts, keys and head are trained. As in the authors' code the logits of all other classes
+are left out of the loss, so that the rows of old classes in the head have no gradient; what an
+optimiser remembers moves them still, unless it starts afresh with every experience
+(`Learner(reset_optimizer=True)`).
 
-Two things of the authors' are left out because they are statistics over records: the table of how often each prompt was
-picked, by which section 4.2 makes frequent ones less likely (optional there), and one choice of prompts for a whole
-batch, by vote (an option of the code): here every record has its own, trained and tested alike.
+Two things of the authors' are left out because they are statistics over records: the table of how
+often each prompt was picked, by which section 4.2 makes frequent ones less likely (optional there),
+and one choice of prompts for a whole batch, by vote (an option of the code): here every record has
+its own, trained and tested alike.
 
 The model is `perdure.models.prompts.prompted(backbone)`.
 
 State: none. Memory cost: the pool. A step and a prediction take two passes through the transformer.
-Privacy cost: none beyond the gradient: what a record picks depends on the record and the parameters alone.
+Privacy cost: none beyond the gradient: what a record picks depends on the record and the parameters
+alone.
 """
 
 import math
@@ -71,7 +74,7 @@ class L2P(Strategy):
         return State()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy over the classes of the record's experience, and the distance of its keys."""
+        """Cross entropy over the classes of the record's experience, plus key distance."""
         logits, similarity = forward.method("matched")(batch.inputs)
         own = context.task_classes[batch.tasks]
         losses = cross_entropy_of(torch.where(own, logits, MASKED), batch.labels)

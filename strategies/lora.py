@@ -1,27 +1,31 @@
-"""LoRA: learn every experience in low-rank adapters of its own, orthogonal to those before, on a frozen transformer.
+"""LoRA: learn each experience in its own orthogonal low-rank adapters on a frozen transformer.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1; one set an experience and the
-penalty are those of Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning (O-LoRA), Findings
-of EMNLP 2023, section 3.
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1; one set an
+experience and the penalty are those of Wang et al., Orthogonal Subspace Learning for Language Model
+Continual Learning (O-LoRA), Findings of EMNLP 2023, section 3.
 
-    projection  W x + sum over experiences i of B_i A_i x        A_i (rank, width), B_i = 0 until it is trained
+    projection  W x + sum over experiences i of B_i A_i x
+                with A_i (rank, width), and B_i = 0 until it is trained
     loss_i      = CE(x_i, y_i) over the classes of the record's own experience
     penalty     = strength * sum over projections and earlier i of |A_i A_t^T|^2
 
-In experience t only A_t, B_t and the head are trained. What earlier sets add depends on A_i x alone, so that a set
-orthogonal to them changes what the model does with other directions of x. The sum over all experiences is the merged
-model: tasks are not told apart when it predicts. The square is the paper's; the authors' code sums |A_i A_t^T|.
+In experience t only A_t, B_t and the head are trained. What earlier sets add depends on A_i x
+alone, so that a set orthogonal to them changes what the model does with other directions of x. The
+sum over all experiences is the merged model: tasks are not told apart when it predicts. The square
+is the paper's; the authors' code sums |A_i A_t^T|.
 
-The papers adapt language models, which have no head. Here the logits of all other classes are left out of the loss, as
-L2P and CODA-Prompt do, so that the rows of old classes in the head have no gradient; what an optimiser remembers moves
-them still, unless it starts afresh with every experience (`Learner(reset_optimizer=True)`).
+The papers adapt language models, which have no head. Here the logits of all other classes are left
+out of the loss, as L2P and CODA-Prompt do, so that the rows of old classes in the head have no
+gradient; what an optimiser remembers moves them still, unless it starts afresh with every
+experience (`Learner(reset_optimizer=True)`).
 
 The model is `perdure.models.low_rank_adapters.adapted(backbone, experiences=...)`.
 
 State: `done`, the number of experiences that are over.
-Memory cost: 2 * rank * width numbers a projection and experience; two projections a block.
-Privacy cost: none beyond the gradient, and that is of the trained set and the head alone; the penalty touches no data.
-In a federation A_t and B_t are averaged each by itself, which is not the mean of their products.
+Memory cost: 2 * rank * width numbers a projection and experience; two projections a block. Privacy
+cost: none beyond the gradient, and that is of the trained set and the head alone; the penalty
+touches no data. In a federation A_t and B_t are averaged each by itself, which is not the mean of
+their products.
 """
 
 import math
@@ -52,7 +56,8 @@ class LoRA(Strategy):
     """Adapters for every experience, the earlier ones frozen.
 
     Args:
-        strength: weight of the orthogonality penalty (lambda_1); 0 for plain LoRA, one set an experience.
+        strength: weight of the orthogonality penalty (lambda_1); 0 for plain LoRA, one set an
+            experience.
         adapters, head: what the names of their parameters begin with.
     """
 
@@ -74,14 +79,18 @@ class LoRA(Strategy):
         Raises:
             StrategyError: where the model has no set of adapters for every experience.
         """
-        sets, builder = spec.num_experiences, "perdure.models.low_rank_adapters.adapted"
+        sets = spec.num_experiences
+        builder = "perdure.models.low_rank_adapters.adapted"
         for prefix in (*(f"{self.adapters}{number}." for number in range(sets)), self.head):
             if not any(name.startswith(prefix) for name in spec.params):
                 raise StrategyError(
-                    f"the model has no parameters {prefix!r}; LoRA needs adapters for each of {sets} experiences: "
+                    f"the model has no parameters {prefix!r}; LoRA needs adapters for each "
+                    f"of {sets} experiences: "
                     f"{builder}(backbone, num_classes={spec.num_classes}, experiences={sets})"
                 )
-        return State().declare("done", torch.zeros((), device=next(iter(spec.params.values())).device), "mean")
+        return State().declare(
+            "done", torch.zeros((), device=next(iter(spec.params.values())).device), "mean"
+        )
 
     def plan(self, experience: "Experience") -> Plan:
         """Train the experience's own set, and the head."""
@@ -93,8 +102,11 @@ class LoRA(Strategy):
         return cross_entropy_of(torch.where(own, forward(batch.inputs), MASKED), batch.labels)
 
     def penalty(self, params: Params, state: State) -> Tensor:
-        """Strength times the squared inner products of the rows of A_t with those of every earlier A_i."""
-        return self.strength * torch.stack([overlap(sets, state["done"]) for sets in self._downs(params)]).sum()
+        """Strength times squared inner products of rows of A_t and of each earlier A_i."""
+        return (
+            self.strength
+            * torch.stack([overlap(sets, state["done"]) for sets in self._downs(params)]).sum()
+        )
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Count the experience."""
@@ -114,7 +126,8 @@ def overlap(sets: Tensor, now: Tensor) -> Tensor:
     """Sum over i < t of |A_i A_t^T|^2.
 
     Args:
-        sets: (experiences, rank, width). now: (), the number t.
+        sets: (experiences, rank, width).
+        now: (), the number t.
     """
     numbers = torch.arange(len(sets), device=sets.device)
     present = torch.where((numbers == now)[:, None, None], sets, 0.0).sum(0)

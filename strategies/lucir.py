@@ -1,30 +1,34 @@
-"""LUCIR: rehearse, tell classes apart by angles alone, hold features in their directions, and keep new classes away.
+"""LUCIR: rehearse, classify by angles, hold features' directions, keep new classes away.
 
-Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019, section 3,
-equations 4 and 6 to 10.
+Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019,
+section 3, equations 4 and 6 to 10.
 
-    s_c(x) = <f(x) / |f(x)|, w_c / |w_c|>,  logits eta s_c(x)                         w_c of old classes as they were
+    s_c(x) = <f(x) / |f(x)|, w_c / |w_c|>,  logits eta s_c(x)
+             w_c of old classes as they were
     loss_i = CE(eta s(x_i), y_i) + lambda (1 - <f(x_i) / |f(x_i)|, f*(x_i) / |f*(x_i)|>)
-             + ranking * r * sum over k of max(0, margin - s_y(x_i) + s_k(x_i))       where y = y_i is an old class
+             + ranking * r * sum over k of max(0, margin - s_y(x_i) + s_k(x_i))
+               where y = y_i is an old class
     lambda = less_forget * sqrt(old classes / new classes),  f* the features before this experience
     k      = the `negatives` new classes of largest s_k(x_i)
 
-Lambda is that of the authors' code, and grows with what there is to lose; equation 7 has the inverse ratio. The paper
-averages the last term over the old rows of a batch. A row cannot know how many these are, so r is the declared number
-of records in the pool over that of stored ones, with the same expectation. Herded exemplars and new records are one
-pool.
+Lambda is that of the authors' code, and grows with what there is to lose; equation 7 has the
+inverse ratio. The paper averages the last term over the old rows of a batch. A row cannot know how
+many these are, so r is the declared number of records in the pool over that of stored ones, with
+the same expectation. Herded exemplars and new records are one pool.
 
-The class embeddings w_c are held as they were when the experience of c ended, exactly, as PackNet holds weights. So the
-bare model is not the classifier: ask `predict`. The paper takes the last ReLU out of the body, so that features have
-both signs; here the body is the user's: with `activation="tanh"` they have. Left out is what the authors' code adds:
-fine-tuning on equally many records of every class, and new embeddings that start from class means.
+The class embeddings w_c are held as they were when the experience of c ended, exactly, as PackNet
+holds weights. So the bare model is not the classifier: ask `predict`. The paper takes the last ReLU
+out of the body, so that features have both signs; here the body is the user's: with
+`activation="tanh"` they have. Left out is what the authors' code adds: fine-tuning on equally many
+records of every class, and new embeddings that start from class means.
 
-State: `teacher`, the model at the end of the last experience; `held`, the embeddings; `records`, how many were
-declared so far. Over clients embeddings are averaged, which leaves them as they are.
+State: `teacher`, the model at the end of the last experience; `held`, the embeddings; `records`,
+how many were declared so far. Over clients embeddings are averaged, which leaves them as they are.
 Memory cost: the stored records, once the parameters and once the head.
-Privacy cost: records that may be stored go on being used. Under differential privacy exemplars are chosen by their own
-coins instead of herding, and a stored row's r, which is large where few are stored, does not raise its clip norm.
-Gradients are taken record by record, since the embeddings are used outside the head.
+Privacy cost: records that may be stored go on being used. Under differential privacy exemplars are
+chosen by their own coins instead of herding, and a stored row's r, which is large where few are
+stored, does not raise its clip norm. Gradients are taken record by record, since the embeddings are
+used outside the head.
 """
 
 import math
@@ -49,12 +53,15 @@ if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
     from perdure.data.experience import Experience
 
-WEIGHT, SCALE = "head.weight", "head.scale"
+WEIGHT = "head.weight"
+SCALE = "head.scale"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LUCIR(Strategy):
-    """Cosine head, less-forget constraint and margin ranking; the model must be built with `head="cosine"`.
+    """Cosine head, less-forget constraint and margin ranking.
+
+    The model must be built with `head="cosine"`.
 
     Args:
         memory_size: exemplars stored in all.
@@ -74,9 +81,13 @@ class LUCIR(Strategy):
     def __post_init__(self) -> None:
         for name in ("less_forget", "ranking"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError.of(f"lucir.{name}", getattr(self, name), "a finite number, 0 or more")
+                raise ConfigError.of(
+                    f"lucir.{name}", getattr(self, name), "a finite number, 0 or more"
+                )
         if not 0 <= self.margin <= 2:
-            raise ConfigError.of("lucir.margin", self.margin, "a difference of two cosines, from 0 to 2")
+            raise ConfigError.of(
+                "lucir.margin", self.margin, "a difference of two cosines, from 0 to 2"
+            )
         for name in ("memory_size", "negatives"):
             if getattr(self, name) < 1:
                 raise ConfigError.of(f"lucir.{name}", getattr(self, name), "1 or more")
@@ -84,21 +95,34 @@ class LUCIR(Strategy):
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A perceptron with a cosine head."""
         return mlp(
-            input_shape=input_shape, num_classes=num_classes, hidden=(8,), seed=0, activation="tanh", head="cosine"
+            input_shape=input_shape,
+            num_classes=num_classes,
+            hidden=(8,),
+            seed=0,
+            activation="tanh",
+            head="cosine",
         )
 
     def init(self, spec: Spec) -> State:
         """Lay out teacher and embeddings.
 
         Raises:
-            StrategyError: where old and new classes are not told apart by one model, or its head is none of angles.
+            StrategyError: where old and new classes are not told apart by one model, or its head is
+                none of angles.
         """
         if spec.scenario != "class":
-            raise StrategyError("LUCIR sets new classes off old ones, class-incremental; use Replay elsewhere")
+            raise StrategyError(
+                "LUCIR sets new classes off old ones, class-incremental; use Replay elsewhere"
+            )
         if {name for name in spec.params if name.startswith("head.")} != {WEIGHT, SCALE}:
-            raise StrategyError('LUCIR needs a cosine head; build the model with head="cosine", as mlp(head="cosine")')
+            raise StrategyError(
+                'LUCIR needs a cosine head; build the model with head="cosine", as '
+                'mlp(head="cosine")'
+            )
         held = torch.zeros_like(spec.params[WEIGHT])
-        state = State().declare_group("teacher", spec.teacher, "local").declare("held", held, "mean")
+        state = (
+            State().declare_group("teacher", spec.teacher, "local").declare("held", held, "mean")
+        )
         return state.declare("records", held.new_zeros(()), "local")
 
     def plan(self, experience: "Experience") -> Plan:
@@ -107,7 +131,8 @@ class LUCIR(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy of scaled cosines, what features turned, and the ranking of old rows."""
-        old, features = before(context), forward.features(batch.inputs)
+        old = before(context)
+        features = forward.features(batch.inputs)
         angles, scale = self._angles(forward, features, old, state)
         losses = cross_entropy_of(context.mask(scale * angles, batch), batch.labels)
         if context.experience == 0:
@@ -121,7 +146,10 @@ class LUCIR(Strategy):
         return losses + strength * turned + rate * self._ranked(angles, batch.labels, old, new)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher, and hold the embeddings of its new classes from now on."""
+        """Take the present model as the next teacher.
+
+        The embeddings of its new classes are held from now on.
+        """
         new = curator.context.current & ~before(curator.context)
         held = torch.where(new[:, None], params[WEIGHT], state["held"])
         found = {"held": held, "records": state["records"] + curator.declared_size}
@@ -132,10 +160,14 @@ class LUCIR(Strategy):
         angles, scale = self._angles(forward, forward.features(x), before(context), state)
         return torch.where(context.allowed, scale * angles, MASKED)
 
-    def _angles(self, forward: Forward, features: Tensor, old: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def _angles(
+        self, forward: Forward, features: Tensor, old: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
         """(n, C) cosines of features with all embeddings, and eta."""
         live = {**dict(forward.module.named_parameters()), **(forward.params or {})}
-        return cosines(features, torch.where(old[:, None], state["held"], live[WEIGHT])), live[SCALE]
+        return cosines(features, torch.where(old[:, None], state["held"], live[WEIGHT])), live[
+            SCALE
+        ]
 
     def _ranked(self, angles: Tensor, labels: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """(n,) margin ranking loss of rows of old classes, 0 for others."""

@@ -1,21 +1,24 @@
 """Learning without forgetting: keep answering new inputs as the previous model did.
 
-Li and Hoiem, Learning without Forgetting, TPAMI 2018, section 3 and equations 1 to 4; the form for domain- and
-class-incremental streams is that of van de Ven et al., Three types of incremental learning, Nature Machine
-Intelligence 2022.
+Li and Hoiem, Learning without Forgetting, TPAMI 2018, section 3 and equations 1 to 4; the form for
+domain- and class-incremental streams is that of van de Ven et al., Three types of incremental
+learning, Nature Machine Intelligence 2022.
 
-    loss_i = CE(x_i, y_i) + strength * k * KD_i                                            (weighting = "sum")
-    loss_i = 1/t CE(x_i, y_i) + (1 - 1/t) * strength * T^2 * mean of KD_i                  (weighting = "experiences")
+    weighting = "sum":
+        loss_i = CE(x_i, y_i) + strength * k * KD_i
+    weighting = "experiences":
+        loss_i = 1/t CE(x_i, y_i) + (1 - 1/t) * strength * T^2 * mean of KD_i
     KD_i   = sum_c -q_c log p_c,  q = softmax(teacher(x_i) / T),  p = softmax(model(x_i) / T)
 
-Task-incremental: KD is summed, or averaged, over the k earlier tasks' heads. Class-incremental: q is over the earlier
-classes, p over all seen so far, k = 1. Domain-incremental: over all classes, with k the number of earlier experiences.
-The second form, with t the number of the experience from 1, is that of van de Ven and Tolias, Three scenarios for
-continual learning, 2019, and of the LwF in Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios,
-2018; `strength` is 1 there.
+Task-incremental: KD is summed, or averaged, over the k earlier tasks' heads. Class-incremental: q
+is over the earlier classes, p over all seen so far, k = 1. Domain-incremental: over all classes,
+with k the number of earlier experiences. The second form, with t the number of the experience from
+1, is that of van de Ven and Tolias, Three scenarios for continual learning, 2019, and of the LwF in
+Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios, 2018; `strength` is 1
+there.
 
-State: `teacher`, parameters and running statistics at the end of the last experience (identical on all clients, kept
-by each).
+State: `teacher`, parameters and running statistics at the end of the last experience (identical on
+all clients, kept by each).
 Memory cost: once the parameters, and one more forward pass a step.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
 """
@@ -46,7 +49,8 @@ class LwF(Strategy):
     Args:
         temperature: softens both distributions (T).
         strength: weight of the distillation term (lambda_o).
-        weighting: `sum` adds it to the cross entropy; `experiences` gives the new experience the weight 1/t.
+        weighting: `sum` adds it to the cross entropy; `experiences` gives the new experience the
+            weight 1/t.
     """
 
     temperature: float = 2.0

@@ -1,20 +1,23 @@
 """Memory aware synapses: hold back the parameters that the model's answers depend on.
 
-Aljundi, Babiloni, Elhoseiny, Rohrbach and Tuytelaars, Memory Aware Synapses: Learning what (not) to forget, ECCV 2018,
-section 4 (the global form, with the squared norm of the output).
+Aljundi, Babiloni, Elhoseiny, Rohrbach and Tuytelaars, Memory Aware Synapses: Learning what (not) to
+forget, ECCV 2018, section 4 (the global form, with the squared norm of the output).
 
-    importance_j = sum over experiences of 1/n sum_i |d |f(x_i)|^2 / d theta_j|      at the end of each experience
+    importance_j = sum over experiences of 1/n sum_i |d |f(x_i)|^2 / d theta_j|
+                   at the end of each experience
     penalty      = strength * sum_j importance_j (theta_j - theta*_j)^2
 
-f are the logits over the classes that a record may be predicted as; logits of other classes have never been trained
-and would only add what they happen to depend on. No label is used. The absolute value is of every record's own
-gradient: that of a batch's mean gradient is smaller, by as much as records disagree.
+f are the logits over the classes that a record may be predicted as; logits of other classes have
+never been trained and would only add what they happen to depend on. No label is used. The absolute
+value is of every record's own gradient: that of a batch's mean gradient is smaller, by as much as
+records disagree.
 
-State: `importance`, which adds up over experiences and is averaged over clients by declared sizes; `anchor`, identical
-on all clients and kept by each.
+State: `importance`, which adds up over experiences and is averaged over clients by declared sizes;
+`anchor`, identical on all clients and kept by each.
 Memory cost: twice the parameters.
-Privacy cost: one release an experience. The row of a record is an absolute gradient, whose L2 norm is the gradient's,
-and is clipped to the clip norm of gradients; the sum is divided by the declared size and clamped at 0.
+Privacy cost: one release an experience. The row of a record is an absolute gradient, whose L2 norm
+is the gradient's, and is clipped to the clip norm of gradients; the sum is divided by the declared
+size and clamped at 0.
 """
 
 import math
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MAS(Strategy):
-    """Quadratic penalty weighted by how much the squared norm of the logits depends on each parameter.
+    """Quadratic penalty weighted by the sensitivity of the squared norm of the logits.
 
     Args:
         strength: weight of the penalty (lambda).
@@ -57,7 +60,11 @@ class MAS(Strategy):
     def init(self, spec: Spec) -> State:
         """Start with no importance, and so with no pull."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
-        return State().declare_group("importance", zeros, "mean").declare_group("anchor", spec.params, "local")
+        return (
+            State()
+            .declare_group("importance", zeros, "mean")
+            .declare_group("anchor", spec.params, "local")
+        )
 
     def plan(self, experience: "Experience") -> Plan:
         """There is nothing to hold on to in the first experience."""
@@ -76,7 +83,8 @@ class MAS(Strategy):
         query = AbsoluteGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm, purpose="importance")
         new = {
-            name: state[f"importance/{name}"] + (total[name] / curator.declared_size).clamp(min=0) for name in params
+            name: state[f"importance/{name}"] + (total[name] / curator.declared_size).clamp(min=0)
+            for name in params
         }
         return state.replace_group("importance", new).replace_group("anchor", params)
 

@@ -1,19 +1,20 @@
 """Nearest class mean: a record belongs to the class whose mean of features is nearest.
 
-Mensink, Verbeek, Perronnin and Csurka, Distance-based image classification: generalizing to new classes at near-zero
-cost, TPAMI 2013, section 3.2:
+Mensink, Verbeek, Perronnin and Csurka, Distance-based image classification: generalizing to new
+classes at near-zero cost, TPAMI 2013, section 3.2:
 
     logit_c(x) = f(x) . mean_c - |mean_c|^2 / 2,    mean_c = sum_{i: y_i = c} f(x_i) / n_c
 
-which differs from -|f(x) - mean_c|^2 / 2 by the same number for all classes. With `normalise`, features and then means
-are divided by their norm, as in Rebuffi et al., iCaRL, CVPR 2017, section 2.1: what counts is the angle.
+which differs from -|f(x) - mean_c|^2 / 2 by the same number for all classes. With `normalise`,
+features and then means are divided by their norm, as in Rebuffi et al., iCaRL, CVPR 2017, section
+2.1: what counts is the angle.
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen.frozen`).
-State: the classes' sums of features and counts, which add up over experiences and clients, and the means.
-Memory cost: two tables of classes x features, in float64.
-Privacy cost: one release an experience, of the joint vector (f y^T, v y); with |f| = 1 it is clipped to
-sqrt(1 + v^2). A class can be predicted where its (noisy) count is at least one half; with `normalise` counts are used
-for nothing else.
+Loss: none; the features are those of the model as it is (frozen ones:
+`perdure.models.frozen.frozen`). State: the classes' sums of features and counts, which add up over
+experiences and clients, and the means. Memory cost: two tables of classes x features, in float64.
+Privacy cost: one release an experience, of the joint vector (f y^T, v y); with |f| = 1 it is
+clipped to sqrt(1 + v^2). A class can be predicted where its (noisy) count is at least one half;
+with `normalise` counts are used for nothing else.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
 
 COUNT_WEIGHT = 0.25
-"""v: a count of thousands bears four times the noise of a coordinate, and a sum of vectors then only 3 % more."""
+"""v: a count of thousands bears four times the noise of a coordinate, and a sum of vectors then
+only 3 % more.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +57,6 @@ class NCM(Analytic):
         """Means, and the head that finds the nearest."""
         means = class_means(state["cross"], state["totals"])
         means = unit(means.T).T if self.normalise else means
-        return state.replace({"weight": means, "bias": absent(state["totals"]) - 0.5 * means.square().sum(0)})
+        return state.replace(
+            {"weight": means, "bias": absent(state["totals"]) - 0.5 * means.square().sum(0)}
+        )

@@ -1,33 +1,39 @@
 """Orthogonal gradient descent: step only where, to first order, earlier records keep their answers.
 
-Farajtabar, Azizan, Mott and Li, Orthogonal Gradient Descent for Continual Learning, AISTATS 2020, algorithm 1.
+Farajtabar, Azizan, Mott and Li, Orthogonal Gradient Descent for Continual Learning, AISTATS 2020,
+algorithm 1.
 
-    g' = g - V^T (V V^T)^+ V g,    the rows of V: mean of grad f(x) over a group of records, for every group
+    g' = g - V^T (V V^T)^+ V g
+         the rows of V: mean of grad f(x) over a group of records, for every group
 
-f is the logit of the record's own class (OGD-GTL, the paper's choice) or the mean of the logits that may be predicted
-(OGD-AVE). V has `directions` rows for every experience that is over, taken at the parameters where it ended.
+f is the logit of the record's own class (OGD-GTL, the paper's choice) or the mean of the logits
+that may be predicted (OGD-AVE). V has `directions` rows for every experience that is over, taken at
+the parameters where it ended.
 
-The paper keeps the gradients of 200 single records of a task and makes them orthonormal one by one (Gram-Schmidt). Here
-a direction is a mean, because all that is taken from records is a sum over them. A record's group follows from its
-class and its id: every class has an equal share of the directions, and a hash of the id says which of them. So V spans
-the mean gradient of every class, and with more groups more of how its records differ; with one record a group it is the
-paper's with all records. The pseudo-inverse projects on the same complement as Gram-Schmidt, and leaves out rows of 0
-and what depends on others up to `DEPENDENT`. OGD-ALL, with a direction for every logit, is left out: a record would
-fill as many places as there are classes.
+The paper keeps the gradients of 200 single records of a task and makes them orthonormal one by one
+(Gram-Schmidt). Here a direction is a mean, because all that is taken from records is a sum over
+them. A record's group follows from its class and its id: every class has an equal share of the
+directions, and a hash of the id says which of them. So V spans the mean gradient of every class,
+and with more groups more of how its records differ; with one record a group it is the paper's with
+all records. The pseudo-inverse projects on the same complement as Gram-Schmidt, and leaves out rows
+of 0 and what depends on others up to `DEPENDENT`. OGD-ALL, with a direction for every logit, is
+left out: a record would fill as many places as there are classes.
 
-It holds for steps along g': plain SGD, at a rate small enough for first order. Adam rescales every number of g'; weight
-decay, and momentum from before, add to it. In task-incremental streams the loss has no gradient in the rows of other
-tasks' heads, but g' has: there it undoes what the body's move does to their logits. (Directions without the head did as
-well.) In class-incremental streams nothing keeps the logits of new classes low for old records: it forgets as SGD does.
+It holds for steps along g': plain SGD, at a rate small enough for first order. Adam rescales every
+number of g'; weight decay, and momentum from before, add to it. In task-incremental streams the
+loss has no gradient in the rows of other tasks' heads, but g' has: there it undoes what the body's
+move does to their logits. (Directions without the head did as well.) In class-incremental streams
+nothing keeps the logits of new classes low for old records: it forgets as SGD does.
 
-State: `directions`, averaged over clients by declared sizes, so that a federation holds what one party with all
-records and the same model would; `inverse`, of their inner products. They are as long as the stream: one that has
-grown since does not fit.
-Memory cost: experiences x `directions` times the parameters, read twice in every step. The release takes `directions`
-times the parameters, since a record's row of that length is never formed (`perdure.queries.grouped_gradients`).
-Privacy cost: one release an experience. A record adds the gradient of one number to one direction, clipped as its
-gradient is; the rest is free. Directions are then as noisy as they come: the noise of one is noise multiplier x clip
-norm x sqrt(parameters) long, the sum itself at most clip norm x records of the group. So few groups of many records; a
+State: `directions`, averaged over clients by declared sizes, so that a federation holds what one
+party with all records and the same model would; `inverse`, of their inner products. They are as
+long as the stream: one that has grown since does not fit.
+Memory cost: experiences x `directions` times the parameters, read twice in every step. The release
+takes `directions` times the parameters, since a record's row of that length is never formed
+(`perdure.queries.grouped_gradients`). Privacy cost: one release an experience. A record adds the
+gradient of one number to one direction, clipped as its gradient is; the rest is free. Directions
+are then as noisy as they come: the noise of one is noise multiplier x clip norm x sqrt(parameters)
+long, the sum itself at most clip norm x records of the group. So few groups of many records; a
 direction of noise alone protects nothing, and hardly changes g' either.
 """
 
@@ -53,7 +59,9 @@ if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
 
 DEPENDENT = 1e-6
-"""Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the rounding of float32."""
+"""Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the
+rounding of float32.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,10 @@ class OGD(Strategy):
     """Project the gradient on what is orthogonal to the logit gradients of earlier experiences.
 
     Args:
-        directions: kept of every experience; the more, the more is protected and the less is left to move in.
-        logit: `true`, of the record's class (OGD-GTL), or the `mean` over the classes that may be predicted (OGD-AVE).
+        directions: kept of every experience; the more, the more is protected and the less is left
+            to move in.
+        logit: `true`, of the record's class (OGD-GTL), or the `mean` over the classes that may be
+            predicted (OGD-AVE).
     """
 
     directions: int = 20
@@ -80,7 +90,9 @@ class OGD(Strategy):
         rows = spec.num_experiences * self.directions
         zeros = {name: value.new_zeros(rows, *value.shape) for name, value in spec.params.items()}
         inverse = next(iter(zeros.values())).new_zeros(rows, rows, dtype=torch.float64)
-        return State().declare_group("directions", zeros, "mean").declare("inverse", inverse, "local")
+        return (
+            State().declare_group("directions", zeros, "mean").declare("inverse", inverse, "local")
+        )
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
         """Take away what lies in the span of the directions.
@@ -90,18 +102,27 @@ class OGD(Strategy):
         """
         rows = {name: value.flatten(1) for name, value in state.group("directions").items()}
         if rows.keys() != gradient.keys():
-            raise StrategyError("OGD's directions are of all parameters; combine it with nothing that trains only some")
-        along = torch.stack([rows[name] @ value.flatten() for name, value in gradient.items()]).sum(0)
+            raise StrategyError(
+                "OGD's directions are of all parameters; combine it with nothing that trains "
+                "only some"
+            )
+        along = torch.stack([rows[name] @ value.flatten() for name, value in gradient.items()]).sum(
+            0
+        )
         shares = (state["inverse"] @ along.double()).to(along)
-        return {name: value - (shares @ rows[name]).view_as(value) for name, value in gradient.items()}
+        return {
+            name: value - (shares @ rows[name]).view_as(value) for name, value in gradient.items()
+        }
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Release the directions of the experience, in one sum over its records."""
-        at, k = curator.context, self.directions
+        at = curator.context
+        k = self.directions
         query = GroupedGradient(
             terms=lambda forward, batch: self._logits(at, forward, batch),
-            group=lambda batch: group_of(batch, at, k), groups=k,
-        )  # fmt: skip
+            group=lambda batch: group_of(batch, at, k),
+            groups=k,
+        )
         total = curator.release(query, clip_norm=curator.clip_norm, purpose="logit gradients")
         first = at.experience * k
         changes = {
@@ -113,7 +134,8 @@ class OGD(Strategy):
     def derive(self, state: State) -> State:
         """Pseudo-inverse of the directions' inner products."""
         products = [
-            rows.flatten(1).double() @ rows.flatten(1).double().T for rows in state.group("directions").values()
+            rows.flatten(1).double() @ rows.flatten(1).double().T
+            for rows in state.group("directions").values()
         ]
         return state.replace({"inverse": inverse_of(torch.stack(products).sum(0))})
 
@@ -127,7 +149,9 @@ class OGD(Strategy):
 
 
 def group_of(batch: Batch, context: Context, groups: int) -> Tensor:
-    """(n,) group of each record, by its class and its id alone: every class of the experience has an equal share.
+    """(n,) group of each record, by its class and its id alone.
+
+    Every class of the experience has an equal share.
 
     Where there are fewer groups than classes, classes share.
     """
@@ -142,7 +166,10 @@ def scattered(ids: Tensor, into: int) -> Tensor:
 
 
 def inverse_of(products: Tensor) -> Tensor:
-    """(K, K) pseudo-inverse of inner products (K, K), found of unit directions; those of length 0 stay out."""
+    """(K, K) pseudo-inverse of inner products (K, K), found of unit directions.
+
+    Those of length 0 stay out.
+    """
     lengths = products.diagonal().clamp(min=0).sqrt()
     scale = torch.where(lengths > 0, 1 / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
     units = products * scale[:, None] * scale

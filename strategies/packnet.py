@@ -1,31 +1,36 @@
-"""PackNet: give every task the largest of the free weights, freeze them, and let the next tasks use the rest.
+"""PackNet: give each task the largest free weights, freeze them, leave the rest to later tasks.
 
-Mallya and Lazebnik, PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning, CVPR 2018, section 3.
+Mallya and Lazebnik, PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning, CVPR
+2018, section 3.
 
     w_j = held_j            where owner_j is an earlier task
           theta_j - held_j  where owner_j is this task, or nobody and nothing was pruned yet
           0                 elsewhere
     loss_i = CE(x_i, y_i; w) over the classes of the task
 
-Of every layer's free weights the share `pruned_share` of least |w| is left to later tasks; these start from 0, since
-held_j is then where theta_j stood. Biases and normalisation are the first task's and stay, rows of the head belong to
-the task that first has their class: neither is pruned. A task is predicted with the weights of the tasks up to it, as
-they were when it ended: exactly, whatever optimiser moves the parameters (momentum and weight decay move theta_j where
-the gradient is 0, so frozen weights are copies). The bare model is therefore not the network: ask `predict`. Weight
-decay pulls theta_j, and so a later task's w_j towards -held_j instead of 0: leave it out.
+Of every layer's free weights the share `pruned_share` of least |w| is left to later tasks; these
+start from 0, since held_j is then where theta_j stood. Biases and normalisation are the first
+task's and stay, rows of the head belong to the task that first has their class: neither is pruned.
+A task is predicted with the weights of the tasks up to it, as they were when it ended: exactly,
+whatever optimiser moves the parameters (momentum and weight decay move theta_j where the gradient
+is 0, so frozen weights are copies). The bare model is therefore not the network: ask `predict`.
+Weight decay pulls theta_j, and so a later task's w_j towards -held_j instead of 0: leave it out.
 
-The paper retrains what is kept after pruning. Here this is the part of an experience after its first `dense_steps`
-steps; with None weights are pruned when the experience is over and not retrained, which costs accuracy.
+The paper retrains what is kept after pruning. Here this is the part of an experience after its
+first `dense_steps` steps; with None weights are pruned when the experience is over and not
+retrained, which costs accuracy.
 
-Where no task is given (class-incremental), every task's network answers for its own classes and the largest logit wins:
-not of the paper. Running statistics of BatchNorm are not parameters and are not held.
+Where no task is given (class-incremental), every task's network answers for its own classes and the
+largest logit wins: not of the paper. Running statistics of BatchNorm are not parameters and are not
+held.
 
-State: `owner` (0 for nobody, else the number of the task from 1) and `held`, a tensor each a parameter, the number of
-tasks `done`, `pruned` (whether this one was) and its `steps`. In a federation clients prune alike where `dense_steps`
-end with a round that all of them trained up to; it is checked when their states are combined.
-Memory cost: twice the parameters, whatever the number of tasks.
-Privacy cost: none: magnitudes are those of a released model. Book-keeping clips the gradient of all weights, frozen
-ones included; what they got is dropped after the noise.
+State: `owner` (0 for nobody, else the number of the task from 1) and `held`, a tensor each a
+parameter, the number of tasks `done`, `pruned` (whether this one was) and its `steps`. In a
+federation clients prune alike where `dense_steps` end with a round that all of them trained up to;
+it is checked when their states are combined. Memory cost: twice the parameters, whatever the number
+of tasks.
+Privacy cost: none: magnitudes are those of a released model. Book-keeping clips the gradient of all
+weights, frozen ones included; what they got is dropped after the noise.
 """
 
 from dataclasses import dataclass
@@ -52,20 +57,27 @@ class PackNet(Strategy):
 
     Args:
         pruned_share: of the free weights of a layer, the share left to later tasks.
-        dense_steps: steps of an experience before it prunes; the others retrain. None to prune when it is over.
+        dense_steps: steps of an experience before it prunes; the others retrain. None to prune when
+            it is over.
         head: what the names of the head's parameters begin with.
     """
 
     pruned_share: float = 0.75
     dense_steps: int | None = None
     head: str = "head."
-    not_vmappable_because: ClassVar[str | None] = "it prunes at one step, which it finds by branching on a count"
+    not_vmappable_because: ClassVar[str | None] = (
+        "it prunes at one step, which it finds by branching on a count"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.pruned_share < 1:
-            raise ConfigError.of("packnet.pruned_share", self.pruned_share, "a number between 0 and 1")
+            raise ConfigError.of(
+                "packnet.pruned_share", self.pruned_share, "a number between 0 and 1"
+            )
         if self.dense_steps is not None and self.dense_steps < 1:
-            raise ConfigError.of("packnet.dense_steps", self.dense_steps, "1 or more steps, or none")
+            raise ConfigError.of(
+                "packnet.dense_steps", self.dense_steps, "1 or more steps, or none"
+            )
 
     def init(self, spec: Spec) -> State:
         """Start with weights that nobody owns.
@@ -74,14 +86,24 @@ class PackNet(Strategy):
             StrategyError: where all experiences have the same classes, or the head is not found.
         """
         if spec.scenario == "domain":
-            raise StrategyError("PackNet needs tasks, or classes of their own, to tell networks apart; use EWC instead")
+            raise StrategyError(
+                "PackNet needs tasks, or classes of their own, to tell networks apart; use "
+                "EWC instead"
+            )
         heads = [len(value) for name, value in spec.params.items() if name.startswith(self.head)]
         if not heads or set(heads) != {spec.num_classes}:
-            raise StrategyError(f"no parameters {self.head!r} with a row a class; give PackNet(head=...) their prefix")
+            raise StrategyError(
+                f"no parameters {self.head!r} with a row a class; give PackNet(head=...) "
+                "their prefix"
+            )
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         none = torch.zeros((), device=next(iter(zeros.values())).device)
         state = State().declare_group("owner", zeros, "mean").declare_group("held", zeros, "mean")
-        return state.declare("done", none, "mean").declare("pruned", none, "local").declare("steps", none, "local")
+        return (
+            state.declare("done", none, "mean")
+            .declare("pruned", none, "local")
+            .declare("steps", none, "local")
+        )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy of the task's network over the task's classes."""
@@ -90,10 +112,18 @@ class PackNet(Strategy):
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
         """Drop what frozen and pruned weights got."""
-        return {name: torch.where(self._open(name, state), value, 0.0) for name, value in gradient.items()}
+        return {
+            name: torch.where(self._open(name, state), value, 0.0)
+            for name, value in gradient.items()
+        }
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Prune once the dense steps are over, by the weights that the next step began with.
 
@@ -107,11 +137,22 @@ class PackNet(Strategy):
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Prune, if that was not done, and freeze the task's weights."""
         state = state if bool(state["pruned"]) else self._prune(params, state)
-        task, classes = state["done"], curator.context.current
-        owner = {name: self._claimed(name, value, task, classes) for name, value in state.group("owner").items()}
+        task = state["done"]
+        classes = curator.context.current
+        owner = {
+            name: self._claimed(name, value, task, classes)
+            for name, value in state.group("owner").items()
+        }
         weights = self._weights(params, state, task)
-        held = {name: torch.where(owner[name] > 0, weights[name], value) for name, value in params.items()}
-        fresh = {"done": task + 1, "pruned": torch.zeros_like(task), "steps": torch.zeros_like(task)}
+        held = {
+            name: torch.where(owner[name] > 0, weights[name], value)
+            for name, value in params.items()
+        }
+        fresh = {
+            "done": task + 1,
+            "pruned": torch.zeros_like(task),
+            "steps": torch.zeros_like(task),
+        }
         return state.replace_group("owner", owner).replace_group("held", held).replace(fresh)
 
     def derive(self, state: State) -> State:
@@ -122,7 +163,8 @@ class PackNet(Strategy):
         """
         if any(not torch.equal(owner, owner.round()) for owner in state.group("owner").values()):
             raise StrategyError(
-                f"clients pruned different weights: dense_steps = {self.dense_steps} must end with a round that all of "
+                f"clients pruned different weights: dense_steps = {self.dense_steps} must "
+                "end with a round that all of "
                 "them trained up to; or give PackNet(dense_steps=None)"
             )
         return state
@@ -130,24 +172,34 @@ class PackNet(Strategy):
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """Logits of the task's network; without a task, of every network for its own classes."""
         if context.scenario == "task":
-            return torch.where(context.current, self._network(forward, state, context.experience)(x), MASKED)
+            return torch.where(
+                context.current, self._network(forward, state, context.experience)(x), MASKED
+            )
         tasks = context.task_classes[: context.experience + 1]
-        answers = [torch.where(own, self._network(forward, state, k)(x), MASKED) for k, own in enumerate(tasks)]
+        answers = [
+            torch.where(own, self._network(forward, state, k)(x), MASKED)
+            for k, own in enumerate(tasks)
+        ]
         return torch.stack(answers).amax(0)
 
     def _network(self, forward: Forward, state: State, task: int) -> Forward:
         given = forward.params or {}
         live = {**dict(forward.module.named_parameters()), **given}
         own = {name: live[name] for name in state.group("owner")}
-        return Forward(forward.module, {**given, **self._weights(own, state, torch.as_tensor(task))})
+        return Forward(
+            forward.module, {**given, **self._weights(own, state, torch.as_tensor(task))}
+        )
 
     def _weights(self, params: Params, state: State, task: Tensor) -> Params:
         """The network of the task at these parameters; see the formula above."""
         last = torch.minimum(state["done"], task + 1)
         weights = {}
         for name, live in params.items():
-            owner, held = state[f"owner/{name}"], state[f"held/{name}"]
-            trained = torch.where((task >= state["done"]) & self._open(name, state), live - held, 0.0)
+            owner = state[f"owner/{name}"]
+            held = state[f"held/{name}"]
+            trained = torch.where(
+                (task >= state["done"]) & self._open(name, state), live - held, 0.0
+            )
             weights[name] = torch.where((owner > 0) & (owner <= last), held, trained)
         return weights
 
@@ -162,23 +214,36 @@ class PackNet(Strategy):
 
     def _prune(self, params: Params, state: State) -> State:
         """Give the task the largest of the free weights in every layer."""
-        weights, task = self._weights(params, state, state["done"]), state["done"]
+        weights = self._weights(params, state, state["done"])
+        task = state["done"]
         owner = {
-            name: largest(weights[name], value, self.pruned_share, task + 1) if self._prunable(name, value) else value
+            name: largest(weights[name], value, self.pruned_share, task + 1)
+            if self._prunable(name, value)
+            else value
             for name, value in state.group("owner").items()
         }
         return state.replace_group("owner", owner).replace({"pruned": torch.ones_like(task)})
 
     def _claimed(self, name: str, owner: Tensor, task: Tensor, classes: Tensor) -> Tensor:
-        """Owners when the task is over: it takes its rows of the head, and the first task all biases."""
+        """Owners when the task is over.
+
+        It takes its rows of the head, and the first task all biases.
+        """
         if self._prunable(name, owner):
             return owner
-        rows = classes.view(-1, *[1] * (owner.dim() - 1)) if name.startswith(self.head) else torch.ones_like(classes[0])
+        rows = (
+            classes.view(-1, *[1] * (owner.dim() - 1))
+            if name.startswith(self.head)
+            else torch.ones_like(classes[0])
+        )
         return torch.where((owner == 0) & rows, task + 1, owner)
 
 
 def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) -> Tensor:
-    """Owners after `number` took the largest of the free weights, all but the pruned share of them, rounded."""
+    """Owners after `number` took the largest of the free weights.
+
+    It takes all but the pruned share of them, rounded.
+    """
     free = owner == 0
     kept = round((1 - pruned_share) * int(free.sum()))
     places = torch.where(free, weight.abs(), -1.0).flatten().topk(kept).indices

@@ -1,24 +1,28 @@
 """Ridge regression from features to classes, solved from sums, after an optional random projection.
 
-McDonnell, Gong, Parvaneh, Abbasnejad and van den Hengel, RanPAC: Random projections and pre-trained models for
-continual learning, NeurIPS 2023, section 3.2 and algorithm 1:
+McDonnell, Gong, Parvaneh, Abbasnejad and van den Hengel, RanPAC: Random projections and pre-trained
+models for continual learning, NeurIPS 2023, section 3.2 and algorithm 1:
 
-    h(x) = relu(R^T f(x)),   G = sum_i h_i h_i^T,   C = sum_i h_i y_i^T,   W = (G + ridge I)^-1 C,   logits = W^T h(x)
+    h(x) = relu(R^T f(x)),   G = sum_i h_i h_i^T,   C = sum_i h_i y_i^T
+    W = (G + ridge I)^-1 C,   logits = W^T h(x)
 
-Two other methods are this mathematics: ACIL (Zhuang et al., Analytic class-incremental learning with absolute
-memorization and privacy protection, NeurIPS 2022) arrives at the same W recursively, through the inverse matrix and the
-Woodbury identity; AFL (He et al., Analytic federated learning, CVPR 2025) merges the solutions of clients pairwise into
-the W of all records. Both are `RanPAC` as it is: the sums add up over experiences (ACIL) and clients (AFL). ACIL's
-expansion of the features is `projection`.
+Two other methods are this mathematics: ACIL (Zhuang et al., Analytic class-incremental learning
+with absolute memorization and privacy protection, NeurIPS 2022) arrives at the same W recursively,
+through the inverse matrix and the Woodbury identity; AFL (He et al., Analytic federated learning,
+CVPR 2025) merges the solutions of clients pairwise into the W of all records. Both are `RanPAC` as
+it is: the sums add up over experiences (ACIL) and clients (AFL). ACIL's expansion of the features
+is `projection`.
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen.frozen`).
-State: Gram matrix and class sums, which add up over experiences and clients, the projection, drawn from `seed` by every
-party alike, and the solved head.
-Memory cost: a matrix of features x features and two tables of classes x features, in float64; the projection.
-Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of `perdure.queries.gram.Gram`; with
-|h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 + w^2 (1 + b^2)), so leave the bias feature out. Negative
-eigenvalues of the noisy matrix are cut, and half of the noise that they show is added to the ridge: free (see
-`perdure.strategies._closed_form.denoised`). Noise grows with the number of features: some hundreds do best, thousands without privacy.
+Loss: none; the features are those of the model as it is (frozen ones:
+`perdure.models.frozen.frozen`). State: Gram matrix and class sums, which add up over experiences
+and clients, the projection, drawn from `seed` by every party alike, and the solved head.
+Memory cost: a matrix of features x features and two tables of classes x features, in float64; the
+projection. Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of
+`perdure.queries.gram.Gram`; with |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 +
+w^2 (1 + b^2)), so leave the bias feature out. Negative eigenvalues of the noisy matrix are cut, and
+half of the noise that they show is added to the ridge: free (see
+`perdure.strategies._closed_form.denoised`). Noise grows with the number of features: some hundreds
+do best, thousands without privacy.
 """
 
 import math
@@ -50,9 +54,11 @@ class RanPAC(Analytic):
     Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
-        ridge: added to the Gram matrix; choose it for the length of the features (1 where they are normalised).
+        ridge: added to the Gram matrix; choose it for the length of the features (1 where they are
+            normalised).
         bias: value of a feature that is the same for all records; 0 for none.
-        projection: width of a random projection with ReLU that goes before; 0 for none. seed: of that projection.
+        projection: width of a random projection with ReLU that goes before; 0 for none.
+        seed: of that projection.
         normalise: divide every record's features, projected if they are, by their L2 norm.
         bound: declared L2 norm of features that are not normalised; used under privacy only.
     """
@@ -61,7 +67,9 @@ class RanPAC(Analytic):
     bias: float = 0.0
     projection: int = 0
     seed: int = 0
-    not_vmappable_because: ClassVar[str | None] = "its head is solved by a factorisation that is checked for success"
+    not_vmappable_because: ClassVar[str | None] = (
+        "its head is solved by a factorisation that is checked for success"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,15 +86,24 @@ class RanPAC(Analytic):
         state = layout(spec, d + bool(self.bias) * bool(d), matrix=True, counts=False)
         if not self.projection:
             return state
-        drawn = torch.randn(spec.feature_size, d, generator=generator(self.seed, "random projection"))
+        drawn = torch.randn(
+            spec.feature_size, d, generator=generator(self.seed, "random projection")
+        )
         return state.declare("projection", drawn.to(state["bias"].device), "local")
 
     def features(self, forward: Forward, x: Tensor, state: State) -> Tensor:
-        """(n, d) features as the ridge sees them: projected, normalised, with the bias feature at the end."""
+        """(n, d) features as the ridge sees them.
+
+        Projected, normalised, with the bias feature at the end.
+        """
         features = forward.features(x).flatten(1)
         features = torch.relu(features @ state["projection"]) if self.projection else features
         features = unit(features) if self.normalise else features
-        return torch.cat([features, torch.full_like(features[:, :1], self.bias)], 1) if self.bias else features
+        return (
+            torch.cat([features, torch.full_like(features[:, :1], self.bias)], 1)
+            if self.bias
+            else features
+        )
 
     def length(self, curator: "Curator") -> float:
         """Norm of a record's features, bias feature included, that is just not clipped."""

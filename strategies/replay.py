@@ -1,17 +1,21 @@
 """Experience replay: train on stored records beside the new ones.
 
-Rolnick et al., Experience Replay for Continual Learning, NeurIPS 2019; Chaudhry et al., On Tiny Episodic Memories in
-Continual Learning, 2019 (reservoir and class-balanced memories); weights as in van de Ven et al. 2022.
+Rolnick et al., Experience Replay for Continual Learning, NeurIPS 2019; Chaudhry et al., On Tiny
+Episodic Memories in Continual Learning, 2019 (reservoir and class-balanced memories); weights as in
+van de Ven et al. 2022.
 
-    loss = 1/t * mean over new records + (1 - 1/t) * mean over stored records         (weighting = "experiences")
-    loss = mean over new and stored records together                                  (weighting = "equal")
+    weighting = "experiences":
+        loss = 1/t * mean over new records + (1 - 1/t) * mean over stored records
+    weighting = "equal":
+        loss = mean over new and stored records together
 
-With `Replay(selection="reservoir", weighting="equal", update="step")` it is the ER of the literature on buffers, with a
-memory that takes in every step's records.
+With `Replay(selection="reservoir", weighting="equal", update="step")` it is the ER of the
+literature on buffers, with a memory that takes in every step's records.
 
 State: none; the rows live with the curator. Memory cost: the stored records.
-Privacy cost: records that may be stored go on being used in all later experiences. Under differential privacy a
-record is stored by its own coin, new and stored records are one pool at one rate, and all weights are equal.
+Privacy cost: records that may be stored go on being used in all later experiences. Under
+differential privacy a record is stored by its own coin, new and stored records are one pool at one
+rate, and all weights are equal.
 """
 
 from dataclasses import dataclass
@@ -37,11 +41,15 @@ class Replay(Strategy):
     """Rehearse stored records.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB". selection: see `perdure.contract.plan.MemoryPlan`.
-        per_class: fixed quota for every class of every experience instead of an equal share of `memory_size`.
+        memory_size: records stored in all, or bytes such as "2 MB".
+        selection: see `perdure.contract.plan.MemoryPlan`.
+        per_class: fixed quota for every class of every experience instead of an equal share of
+            `memory_size`.
         batch_size: stored records a step; None for as many as new ones.
-        weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row the same.
-        update: offer records to memory at the end of an `experience`, or at every `step` those that were in it.
+        weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row
+            the same.
+        update: offer records to memory at the end of an `experience`, or at every `step` those that
+            were in it.
     """
 
     memory_size: int | str
@@ -68,11 +76,15 @@ class Replay(Strategy):
         if self.weighting == "equal" or context.memory_share == 0:
             return losses
         new_share = 1 / (context.experience + 1)
-        of_new, of_memory = new_share / (1 - context.memory_share), (1 - new_share) / context.memory_share
+        of_new = new_share / (1 - context.memory_share)
+        of_memory = (1 - new_share) / context.memory_share
         return losses * torch.where(batch.from_memory, of_memory, of_new)
 
     def _memory(self, capacity: int) -> MemoryPlan:
         return MemoryPlan(
-            capacity=capacity, selection=self.selection, per_class=self.per_class, batch_size=self.batch_size,
+            capacity=capacity,
+            selection=self.selection,
+            per_class=self.per_class,
+            batch_size=self.batch_size,
             update=self.update,
-        )  # fmt: skip
+        )

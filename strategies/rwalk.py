@@ -1,26 +1,29 @@
 """Riemannian walk: Fisher information and the scores of the path together say what to hold back.
 
-Chaudhry, Dokania, Ajanthan and Torr, Riemannian Walk for Incremental Learning, ECCV 2018, section 4.
+Chaudhry, Dokania, Ajanthan and Torr, Riemannian Walk for Incremental Learning, ECCV 2018, section
+4.
 
     penalty = strength * sum_j (F_j / max F + s_j / max s) (theta_j - theta*_j)^2
     s_j     = sum over windows of max(0, won_j / (1/2 R_j moved_j^2 + damping))
     won_j   = sum over the steps of a window of -g_j (theta_j after - theta_j before)
 
-F and s of an experience are averaged half and half with those of the past. R is a running average of the squared
-released gradient, R <- (1 - decay) R + decay g^2; R moved^2 says how far the walk went, in place of a divergence.
+F and s of an experience are averaged half and half with those of the past. R is a running average
+of the squared released gradient, R <- (1 - decay) R + decay g^2; R moved^2 says how far the walk
+went, in place of a divergence.
 
-Where this departs from the paper, which has one running average of squared gradients for both R and F: F here is the
-empirical Fisher information of every record, from one release after the experience, because the square of a batch's
-mean gradient is none (it shrinks with the batch, and forgets how the experience began). R is that square, as nothing
-else is known inside a step; its scale cancels in s / max s, up to the damping. The paper's stored examples are left to
+Where this departs from the paper, which has one running average of squared gradients for both R and
+F: F here is the empirical Fisher information of every record, from one release after the
+experience, because the square of a batch's mean gradient is none (it shrinks with the batch, and
+forgets how the experience began). R is that square, as nothing else is known inside a step; its
+scale cancels in s / max s, up to the damping. The paper's stored examples are left to
 `Combine(RWalk(...), Replay(...))`.
 
-State: `fisher` and `score`, averaged over clients by declared sizes; `anchor`, `metric` (R), `won`, `moved` and
-`walked`, kept by each client, and four numbers.
+State: `fisher` and `score`, averaged over clients by declared sizes; `anchor`, `metric` (R), `won`,
+`moved` and `walked`, kept by each client, and four numbers.
 Memory cost: seven times the parameters, and a copy of them while a step is taken.
-Privacy cost: one release an experience, the squared gradient clipped to C^2 as for EWC; the walk is free. Under privacy
-the noise of the released gradient is on the path as it is for SI (see there): it is taken off `won`, and raises R for
-all alike.
+Privacy cost: one release an experience, the squared gradient clipped to C^2 as for EWC; the walk is
+free. Under privacy the noise of the released gradient is on the path as it is for SI (see there):
+it is taken off `won`, and raises R for all alike.
 """
 
 import math
@@ -82,7 +85,9 @@ class RWalk(Strategy):
         for group in ("metric", "won", "moved", "walked"):
             state = state.declare_group(group, zeros, "local")
         for name in NUMBERS:
-            state = state.declare(name, torch.zeros((), device=next(iter(zeros.values())).device), "local")
+            state = state.declare(
+                name, torch.zeros((), device=next(iter(zeros.values())).device), "local"
+            )
         return state.declare_group("anchor", spec.params, "local")
 
     def plan(self, experience: "Experience") -> Plan:
@@ -91,7 +96,8 @@ class RWalk(Strategy):
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""
-        fisher, score = state["fisher_scale"], state["score_scale"]
+        fisher = state["fisher_scale"]
+        score = state["score_scale"]
         terms = [
             (
                 (fisher * state[f"fisher/{name}"] + score * state[f"score/{name}"])
@@ -102,44 +108,62 @@ class RWalk(Strategy):
         return self.strength * torch.stack(terms).sum()
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Walk on, and score the walk at the end of a window."""
-        steps, won = state["steps"] + 1, progress(before, after, gradient, noise_variance)
+        steps = state["steps"] + 1
+        won = progress(before, after, gradient, noise_variance)
         changes = {"steps": steps}
         for name, value in before.items():
-            old, square = state[f"metric/{name}"], gradient[name].square()
+            old = state[f"metric/{name}"]
+            square = gradient[name].square()
             changes[f"metric/{name}"] = old + self.decay * (square - old)
             changes[f"won/{name}"] = state[f"won/{name}"] + won[name]
             changes[f"moved/{name}"] = state[f"moved/{name}"] + after[name] - value
         return self._scored(state.replace(changes), before, steps % self.window == 0)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the Fisher information, merge it and the scores with those of the past, and anchor here."""
+        """Release the Fisher information, merge it and the scores with the past, and anchor."""
         query = SquaredGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
         state = self._scored(state, params, torch.ones_like(state["past"], dtype=torch.bool))
-        changes = {"past": torch.ones_like(state["past"]), "steps": torch.zeros_like(state["steps"])}
+        changes = {
+            "past": torch.ones_like(state["past"]),
+            "steps": torch.zeros_like(state["steps"]),
+        }
         share = torch.where(state["past"] > 0, 0.5, 1.0)
         for name in params:
             new = (total[name] / curator.declared_size).clamp(min=0)
             changes[f"fisher/{name}"] = torch.lerp(state[f"fisher/{name}"], new, share)
-            changes[f"score/{name}"] = torch.lerp(state[f"score/{name}"], state[f"walked/{name}"], share)
+            changes[f"score/{name}"] = torch.lerp(
+                state[f"score/{name}"], state[f"walked/{name}"], share
+            )
             changes[f"walked/{name}"] = torch.zeros_like(new)
         return state.replace(changes).replace_group("anchor", params)
 
     def derive(self, state: State) -> State:
         """Find the scales that bring Fisher information and scores to at most 1."""
-        return state.replace({f"{group}_scale": scale(state.group(group)) for group in ("fisher", "score")})
+        return state.replace(
+            {f"{group}_scale": scale(state.group(group)) for group in ("fisher", "score")}
+        )
 
     def _scored(self, state: State, names: Params, now: Tensor) -> State:
         """Where it is `now` the end of a window, add its score and begin the next."""
         changes = {}
         for name in names:
-            won, moved = state[f"won/{name}"], state[f"moved/{name}"]
+            won = state[f"won/{name}"]
+            moved = state[f"moved/{name}"]
             score = won / (0.5 * state[f"metric/{name}"] * moved.square() + self.damping)
-            changes[f"walked/{name}"] = state[f"walked/{name}"] + torch.where(now, score.clamp(min=0), 0.0)
-            changes[f"won/{name}"], changes[f"moved/{name}"] = torch.where(now, 0.0, won), torch.where(now, 0.0, moved)
+            changes[f"walked/{name}"] = state[f"walked/{name}"] + torch.where(
+                now, score.clamp(min=0), 0.0
+            )
+            changes[f"won/{name}"] = torch.where(now, 0.0, won)
+            changes[f"moved/{name}"] = torch.where(now, 0.0, moved)
         return state.replace(changes)
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,30 @@
 """Synaptic intelligence: hold back the parameters whose movement brought the loss down.
 
-Zenke, Poole and Ganguli, Continual Learning Through Synaptic Intelligence, ICML 2017, section 3, equations 3 to 5.
+Zenke, Poole and Ganguli, Continual Learning Through Synaptic Intelligence, ICML 2017, section 3,
+equations 3 to 5.
 
     path_j       = sum over the steps of an experience of -g_j (theta_j after - theta_j before)
-    importance_j = sum over experiences of path_j / ((theta_j at the end - theta_j at the start)^2 + damping)
+    importance_j = sum over experiences of path_j / (moved_j^2 + damping)
+    moved_j      = theta_j at the end - theta_j at the start
     penalty      = strength * sum_j max(0, importance_j) (theta_j - theta*_j)^2
 
-g is the released gradient of the loss, without the penalty, as in the paper; the movement is that of the optimiser,
-penalty and momentum included. (The reference code of van de Ven et al. 2022 takes the gradient with the penalty.)
+g is the released gradient of the loss, without the penalty, as in the paper; the movement is that
+of the optimiser, penalty and momentum included. (The reference code of van de Ven et al. 2022 takes
+the gradient with the penalty.)
 
-State: `importance`, which adds up over experiences and is averaged over clients by declared sizes; `path` and `anchor`,
-kept by each client. All clients divide by the same distance, that of the global parameters from the common anchor, so
-the average of importances is the importance of the averaged path. What a server's averaging moves is on nobody's path,
-nor are rounds that a client sits out: where a fraction of the clients trains in a round, importances are that fraction
-of what they are where all do, so divide `strength` by it.
+State: `importance`, which adds up over experiences and is averaged over clients by declared sizes;
+`path` and `anchor`, kept by each client. All clients divide by the same distance, that of the
+global parameters from the common anchor, so the average of importances is the importance of the
+averaged path. What a server's averaging moves is on nobody's path, nor are rounds that a client
+sits out: where a fraction of the clients trains in a round, importances are that fraction of what
+they are where all do, so divide `strength` by it.
 Memory cost: three times the parameters, and a copy of them while a step is taken.
 Privacy cost: none: the released gradient and the parameters are all it sees.
 
-Under privacy the released gradient holds noise of known variance s^2, which also moves the parameters: under SGD with
-learning rate r it adds r s^2 to every coordinate of the path at every step, an importance that is the same for all and
-says nothing. `progress` takes it off: exactly in expectation for plain SGD, too much with momentum.
+Under privacy the released gradient holds noise of known variance s^2, which also moves the
+parameters: under SGD with learning rate r it adds r s^2 to every coordinate of the path at every
+step, an importance that is the same for all and says nothing. `progress` takes it off: exactly in
+expectation for plain SGD, too much with momentum.
 """
 
 import math
@@ -43,7 +48,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SI(Strategy):
-    """Quadratic penalty weighted by each parameter's share in the loss that was won, over the way it went.
+    """Quadratic penalty weighted by each parameter's share in the past loss decrease.
+
+    The share is divided by the way that the parameter went.
 
     Args:
         strength: weight of the penalty (c).
@@ -62,7 +69,9 @@ class SI(Strategy):
     def init(self, spec: Spec) -> State:
         """Start with no importance, at the beginning of a path."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
-        state = State().declare_group("importance", zeros, "mean").declare_group("path", zeros, "local")
+        state = (
+            State().declare_group("importance", zeros, "mean").declare_group("path", zeros, "local")
+        )
         return state.declare_group("anchor", spec.params, "local")
 
     def plan(self, experience: "Experience") -> Plan:
@@ -72,17 +81,27 @@ class SI(Strategy):
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""
         terms = [
-            (state[f"importance/{name}"].clamp(min=0) * (value - state[f"anchor/{name}"]).square()).sum()
+            (
+                state[f"importance/{name}"].clamp(min=0)
+                * (value - state[f"anchor/{name}"]).square()
+            ).sum()
             for name, value in params.items()
         ]
         return self.strength * torch.stack(terms).sum()
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Follow the path."""
         won = progress(before, after, gradient, noise_variance)
-        return state.replace_group("path", {name: state[f"path/{name}"] + value for name, value in won.items()})
+        return state.replace_group(
+            "path", {name: state[f"path/{name}"] + value for name, value in won.items()}
+        )
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Turn the path into importance, and begin another one here."""
@@ -92,24 +111,36 @@ class SI(Strategy):
             for name, value in params.items()
         }
         fresh = {name: torch.zeros_like(value) for name, value in params.items()}
-        return state.replace_group("importance", new).replace_group("path", fresh).replace_group("anchor", params)
+        return (
+            state.replace_group("importance", new)
+            .replace_group("path", fresh)
+            .replace_group("anchor", params)
+        )
 
 
-def progress(before: Params, after: Params, gradient: Params, noise_variance: float = 0.0) -> Params:
-    """Each coordinate's part in what a step takes off the loss, to first order: -g (after - before).
+def progress(
+    before: Params, after: Params, gradient: Params, noise_variance: float = 0.0
+) -> Params:
+    """Each coordinate's part in what a step takes off the loss, to first order.
 
-    Noise of variance s^2 in every coordinate of g moves the parameters along itself, which adds r s^2 where the step is
-    r g. It is taken off, with the rate r of each tensor read from the step: r = -<g, after - before> / |g|^2. That is
-    exact in expectation for SGD without a penalty, and an average over the tensor for optimisers with a rate for each
-    coordinate.
+    It is -g (after - before).
+
+    Noise of variance s^2 in every coordinate of g moves the parameters along itself, which adds r
+    s^2 where the step is r g. It is taken off, with the rate r of each tensor read from the step: r
+    = -<g, after - before> / |g|^2. That is exact in expectation for SGD without a penalty, and an
+    average over the tensor for optimisers with a rate for each coordinate.
 
     Args:
-        before, after: parameters around the step. gradient: the released one.
+        before, after: parameters around the step.
+        gradient: the released one.
         noise_variance: s^2 of the mean gradient; 0 without privacy.
     """
     won = {name: -gradient[name] * (after[name] - value) for name, value in before.items()}
     if not noise_variance:
         return won
     tiny = torch.finfo(torch.float32).tiny
-    rates = {n: (value.sum() / gradient[n].square().sum().clamp(min=tiny)).clamp(min=0) for n, value in won.items()}
+    rates = {
+        n: (value.sum() / gradient[n].square().sum().clamp(min=tiny)).clamp(min=0)
+        for n, value in won.items()
+    }
     return {name: value - rates[name] * noise_variance for name, value in won.items()}

@@ -1,21 +1,23 @@
 """Linear discriminant analysis from sums: class means and one shared covariance.
 
-Hayes and Kanan, Lifelong machine learning with deep streaming linear discriminant analysis, CVPR Workshops 2020,
-section 3, equations 1 to 4.
+Hayes and Kanan, Lifelong machine learning with deep streaming linear discriminant analysis, CVPR
+Workshops 2020, section 3, equations 1 to 4.
 
     logit_c(x) = f(x) . L mean_c - 1/2 mean_c . L mean_c,    L = ((1 - e) S + e m I)^-1
     S = 1/n (sum_i f_i f_i^T - sum_c n_c mean_c mean_c^T)
 
-The paper updates S record by record, each around the mean that its class had at that moment, so that S depends on the
-order; here it is the covariance around the final means, which does not. The shrinkage e is towards m I with m the mean
-variance, so that it means the same for features of any length; the paper has m = 1 (`scaled=False`).
+The paper updates S record by record, each around the mean that its class had at that moment, so
+that S depends on the order; here it is the covariance around the final means, which does not. The
+shrinkage e is towards m I with m the mean variance, so that it means the same for features of any
+length; the paper has m = 1 (`scaled=False`).
 
-Loss: none; the features are those of the model as it is (frozen ones: `perdure.models.frozen.frozen`).
-State: Gram matrix, class sums and counts, which add up over experiences and clients, and the solved head.
-Memory cost: a matrix of features x features and two tables of classes x features, in float64.
-Privacy cost: one release an experience, of the joint vector (svec(f f^T), w f y^T, v y) of `perdure.queries.gram.Gram`; with
-|f| = 1 it is clipped to sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the
-noise that they show is added as a ridge (`perdure.strategies._closed_form.denoised`): free.
+Loss: none; the features are those of the model as it is (frozen ones:
+`perdure.models.frozen.frozen`). State: Gram matrix, class sums and counts, which add up over
+experiences and clients, and the solved head. Memory cost: a matrix of features x features and two
+tables of classes x features, in float64. Privacy cost: one release an experience, of the joint
+vector (svec(f f^T), w f y^T, v y) of `perdure.queries.gram.Gram`; with |f| = 1 it is clipped to
+sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the noise
+that they show is added as a ridge (`perdure.strategies._closed_form.denoised`): free.
 """
 
 from dataclasses import dataclass
@@ -40,7 +42,8 @@ from perdure.strategies._closed_form import (
 if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
 
-WEIGHT, COUNT_WEIGHT = 0.7, 0.5
+WEIGHT = 0.7
+COUNT_WEIGHT = 0.5
 """w and v: the matrix, which is inverted, bears noise worst."""
 
 
@@ -51,14 +54,17 @@ class SLDA(Analytic):
     Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
-        shrinkage: e, above 0 and at most 1. scaled: shrink towards the mean variance, else towards the identity.
+        shrinkage: e, above 0 and at most 1.
+        scaled: shrink towards the mean variance, else towards the identity.
         normalise: divide every record's features by their L2 norm.
         bound: declared L2 norm of features that are not normalised; used under privacy only.
     """
 
     shrinkage: float = 1e-4
     scaled: bool = True
-    not_vmappable_because: ClassVar[str | None] = "its head is solved by a factorisation that is checked for success"
+    not_vmappable_because: ClassVar[str | None] = (
+        "its head is solved by a factorisation that is checked for success"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,12 +77,16 @@ class SLDA(Analytic):
 
     def query(self, curator: "Curator", state: State) -> Gram:
         """Gram matrix, class sums and counts."""
-        return self.asking(state, Gram if curator.private else WideGram, weight=WEIGHT, totals=COUNT_WEIGHT)
+        return self.asking(
+            state, Gram if curator.private else WideGram, weight=WEIGHT, totals=COUNT_WEIGHT
+        )
 
     def derive(self, state: State) -> State:
         """Covariance, shrunk, and the head that is solved with it."""
         covariance = within_covariance(state["gram"], state["cross"], state["totals"])
         covariance = denoised(covariance) if bool(state["noisy"]) else covariance
         means = class_means(state["cross"], state["totals"])
-        weight, bias = discriminant_head(shrunk(covariance, self.shrinkage, scaled=self.scaled), means)
+        weight, bias = discriminant_head(
+            shrunk(covariance, self.shrinkage, scaled=self.scaled), means
+        )
         return state.replace({"weight": weight, "bias": absent(state["totals"]) + bias})

@@ -1,4 +1,5 @@
-"""What every test may use and must respect: one thread, a home of its own, no network, and small stand-ins for data.
+"""What every test may use and must respect: one thread, a home of its own, no network, and small
+stand-ins for data.
 
 The toy problem is four Gaussian blobs in five dimensions, learnt two classes at a time.
 """
@@ -27,11 +28,18 @@ pytest.register_assert_rewrite("helpers")
 
 
 def pytest_configure(config):
-    """Before anything is imported: an empty home, so that nothing depends on the user's files, and no network."""
-    patch, home = pytest.MonkeyPatch(), tempfile.TemporaryDirectory(prefix="perdure-tests-")
+    """Before anything is imported: an empty home, so that nothing depends on the user's files, and
+    no network.
+    """
+    patch = pytest.MonkeyPatch()
+    home = tempfile.TemporaryDirectory(prefix="perdure-tests-")
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
-    for name, folder in (("HOME", ""), ("XDG_CACHE_HOME", ".cache"), ("XDG_CONFIG_HOME", ".config")):
+    for name, folder in (
+        ("HOME", ""),
+        ("XDG_CACHE_HOME", ".cache"),
+        ("XDG_CONFIG_HOME", ".config"),
+    ):
         patch.setenv(name, str(Path(home.name, folder)))
     patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     patch.setattr(socket, "getaddrinfo", _only_this_machine(socket.getaddrinfo))
@@ -39,7 +47,16 @@ def pytest_configure(config):
 
 def _only_this_machine(look_up):
     def getaddrinfo(host, *args, **options):
-        if host not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()):
+        if host not in (
+            None,
+            "",
+            "localhost",
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "::",
+            socket.gethostname(),
+        ):
             raise socket.gaierror(f"the tests run without a network; {host} was asked for")
         return look_up(host, *args, **options)
 
@@ -48,10 +65,13 @@ def _only_this_machine(look_up):
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """PERDURE_DATA where it is set, else small files in the published formats: MNIST, CIFAR-10 and Adult."""
+    """PERDURE_DATA where it is set, else small files in the published formats: MNIST, CIFAR-10 and
+    Adult.
+    """
     if chosen := os.environ.get("PERDURE_DATA"):
         return Path(chosen)
-    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
     _write_mnist(root / "MNIST" / "raw", generator)
     _write_cifar10(root / "cifar10-jpeg.zip", generator)
     _write_adult(root / "adult")
@@ -59,7 +79,9 @@ def data_root(tmp_path_factory):
 
 
 def _write_mnist(folder, generator):
-    """IDX files of 40 training and 20 test images a class: a bright row that says the class, and noise."""
+    """IDX files of 40 training and 20 test images a class: a bright row that says the class, and
+    noise.
+    """
     folder.mkdir(parents=True)
     for stem, per_class in (("train", 40), ("t10k", 20)):
         labels = np.tile(np.arange(10, dtype=np.uint8), per_class)
@@ -75,9 +97,13 @@ def _write_cifar10(path, generator):
     with zipfile.ZipFile(path, "w") as archive:
         for label, name in enumerate(CIFAR_CLASSES):
             for k in range(6):
-                pixels = generator.integers(0, 32, (32, 32, 3), dtype=np.uint8) + np.uint8(22 * label)
+                pixels = generator.integers(0, 32, (32, 32, 3), dtype=np.uint8) + np.uint8(
+                    22 * label
+                )
                 Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG")
-                archive.writestr(f"{'train' if k < 4 else 'test'}/{name}/{k:04}.jpg", buffer.getvalue())
+                archive.writestr(
+                    f"{'train' if k < 4 else 'test'}/{name}/{k:04}.jpg", buffer.getvalue()
+                )
 
 
 def _write_adult(folder):
@@ -85,8 +111,10 @@ def _write_adult(folder):
     folder.mkdir()
     for name, full_stop, n in (("adult.data", "", 60), ("adult.test", ".", 30)):
         people = (
-            f"{20 + k % 50}, Private, {100_000 + k}, Bachelors, {k % 16 + 1}, Never-married, Sales, Unmarried, Other, "
-            f"{('Female', 'Male')[k % 2]}, 0, 0, {30 + k % 20}, Japan, {'>50K' if k % 16 > 9 else '<=50K'}{full_stop}"
+            f"{20 + k % 50}, Private, {100_000 + k}, Bachelors, {k % 16 + 1}, Never-married, "
+            "Sales, Unmarried, Other, "
+            f"{('Female', 'Male')[k % 2]}, 0, 0, {30 + k % 20}, Japan, "
+            f"{'>50K' if k % 16 > 9 else '<=50K'}{full_stop}"
             for k in range(n)
         )
         (folder / name).write_text("\n".join(people) + "\n")
@@ -97,14 +125,17 @@ def blobs(per_class=12, classes=4, features=5, seed=0, first_id=0):
     place = torch.Generator().manual_seed(seed)
     centres = torch.rand(classes, features, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(classes).repeat(per_class)
-    inputs = (centres[labels] + 0.08 * torch.randn(len(labels), features, generator=place)).clamp(0, 1)
+    inputs = (centres[labels] + 0.08 * torch.randn(len(labels), features, generator=place)).clamp(
+        0, 1
+    )
     return Records(inputs=inputs, labels=labels, ids=first_id + torch.arange(len(labels)))
 
 
 @pytest.fixture(scope="session")
 def toy_data():
     """The toy problem as a data set: 12 training and 10 test records a class."""
-    train, test = blobs(), blobs(per_class=10, seed=1, first_id=1000)
+    train = blobs()
+    test = blobs(per_class=10, seed=1, first_id=1000)
     return Dataset(name="blobs", train=train, test=test, num_classes=4, input_shape=(5,))
 
 
@@ -118,7 +149,11 @@ def toy_stream(toy_data):
 def toy_model():
     """From a stream to the same small model every time."""
     return lambda stream: mlp(
-        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(6,), seed=3, activation="tanh"
+        input_shape=stream.input_shape,
+        num_classes=stream.num_classes,
+        hidden=(6,),
+        seed=3,
+        activation="tanh",
     )
 
 

@@ -1,4 +1,6 @@
-"""The tests themselves stand alone: no network, nothing of the user's home, data where there is none."""
+"""The tests themselves stand alone: no network, nothing of the user's home, data where there is
+none.
+"""
 
 import os
 import pwd
@@ -12,12 +14,16 @@ from perdure.data.datasets.base import cache_folder
 from perdure.data.datasets.registry import load
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("adult", (105,))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("adult", (105,))]
+)
 def test_every_data_set_can_be_read(data_root, name, shape):
     data = load(name, root=data_root)
     assert data.input_shape == shape
     for records in (data.train, data.test):
-        assert records.labels.unique().tolist() == list(range(data.num_classes)), "every class is there"
+        assert records.labels.unique().tolist() == list(range(data.num_classes)), (
+            "every class is there"
+        )
 
 
 def test_no_host_can_be_looked_up():
@@ -27,7 +33,10 @@ def test_no_host_can_be_looked_up():
 
 
 def test_this_machine_can_be_reached():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5) as client:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), 5) as client,
+    ):
         assert client.getpeername() == server.getsockname()
 
 

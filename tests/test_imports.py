@@ -9,7 +9,17 @@ import pytest
 import perdure
 from perdure import strategies
 
-HEAVY = ("flwr", "avalanche", "opacus", "ray", "matplotlib", "sklearn", "torchvision", "dp_accounting", "typer")
+HEAVY = (
+    "flwr",
+    "avalanche",
+    "opacus",
+    "ray",
+    "matplotlib",
+    "sklearn",
+    "torchvision",
+    "dp_accounting",
+    "typer",
+)
 
 
 def python(*args):
@@ -17,7 +27,9 @@ def python(*args):
 
 
 def test_import_perdure_loads_nothing_heavy():
-    done = python("-c", "import sys, perdure; print(*{name.partition('.')[0] for name in sys.modules})")
+    done = python(
+        "-c", "import sys, perdure; print(*{name.partition('.')[0] for name in sys.modules})"
+    )
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert {"perdure", "torch"} <= loaded
@@ -26,7 +38,9 @@ def test_import_perdure_loads_nothing_heavy():
 
 @pytest.mark.slow
 def test_the_engine_works_without_the_heavy_libraries():
-    done = python("-W", "error", str(Path(__file__).parent / "programs" / "engine_without_extras.py"))
+    done = python(
+        "-W", "error", str(Path(__file__).parent / "programs" / "engine_without_extras.py")
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for name in strategies.names():

@@ -25,7 +25,9 @@ from perdure.metrics import (
 
 NAN = float("nan")
 # Best on experience 0 is after experience 1 (95), not when it was learnt (90).
-HAND = torch.tensor([[90.0, 10.0, 5.0], [95.0, 80.0, 30.0], [50.0, 60.0, 70.0]], dtype=torch.float64)
+HAND = torch.tensor(
+    [[90.0, 10.0, 5.0], [95.0, 80.0, 30.0], [50.0, 60.0, 70.0]], dtype=torch.float64
+)
 BASELINE = torch.tensor([33.0, 20.0, 10.0], dtype=torch.float64)
 accuracies = st.integers(0, 1000).map(lambda tenths: tenths / 10)
 
@@ -34,7 +36,9 @@ accuracies = st.integers(0, 1000).map(lambda tenths: tenths / 10)
 def matrices(draw: st.DrawFn, smallest: int = 1) -> Tensor:
     moments = draw(st.integers(smallest, 6))
     row = st.lists(accuracies, min_size=moments, max_size=moments)
-    return torch.tensor(draw(st.lists(row, min_size=moments, max_size=moments)), dtype=torch.float64)
+    return torch.tensor(
+        draw(st.lists(row, min_size=moments, max_size=moments)), dtype=torch.float64
+    )
 
 
 def test_hand_computed_values() -> None:
@@ -59,9 +63,14 @@ def test_getting_better_is_negative_forgetting() -> None:
 def test_one_experience_cannot_be_forgotten_or_transferred() -> None:
     one = torch.tensor([[87.5]])
     assert summarise(one, torch.tensor([10.0])) == Summary(
-        average_accuracy=87.5, learning_accuracy=87.5, forgetting=0.0, backward_transfer=0.0,
-        forward_transfer=0.0, worst_experience_accuracy=87.5, area_under_accuracy=87.5,
-    )  # fmt: skip
+        average_accuracy=87.5,
+        learning_accuracy=87.5,
+        forgetting=0.0,
+        backward_transfer=0.0,
+        forward_transfer=0.0,
+        worst_experience_accuracy=87.5,
+        area_under_accuracy=87.5,
+    )
 
 
 def test_one_moment_of_several_experiences() -> None:
@@ -173,10 +182,12 @@ def avalanche_metrics() -> tuple[type, type, type]:
 @given(matrix=matrices(smallest=2))
 def test_agrees_with_avalanche(avalanche_metrics: tuple[type, type, type], matrix: Tensor) -> None:
     worst, change, ahead = (metric() for metric in avalanche_metrics)
-    rows, last = matrix.tolist(), len(matrix) - 1
+    rows = matrix.tolist()
+    last = len(matrix) - 1
     baseline = [7.0 * j for j in range(last + 1)]
     for j in range(last):
-        # Avalanche compares with whatever it is given as initial: the best earlier value for forgetting.
+        # Avalanche compares with whatever it is given as initial: the best earlier value for
+        # forgetting.
         worst.update(j, max(rows[k][j] for k in range(j, last)), initial=True)
         worst.update(j, rows[last][j])
         change.update(j, rows[j][j], initial=True)
@@ -184,14 +195,20 @@ def test_agrees_with_avalanche(avalanche_metrics: tuple[type, type, type], matri
         ahead.update(j + 1, baseline[j + 1], initial=True)
         ahead.update(j + 1, rows[j][j + 1])
     theirs = [sum(metric.result().values()) / last for metric in (worst, change, ahead)]
-    ours = [forgetting(matrix), backward_transfer(matrix), forward_transfer(matrix, torch.tensor(baseline))]
+    ours = [
+        forgetting(matrix),
+        backward_transfer(matrix),
+        forward_transfer(matrix, torch.tensor(baseline)),
+    ]
     assert ours == pytest.approx(theirs, abs=1e-9)
 
 
 def test_calibration_error_by_hand() -> None:
     probabilities = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.45, 0.55], [0.45, 0.55]])
     labels = torch.tensor([0, 1, 1, 1])
-    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx((0.45 + 0.45) / 2)
+    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx(
+        (0.45 + 0.45) / 2
+    )
     # In one bin the two gaps have opposite signs and cancel.
     assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0, abs=1e-6)
 
@@ -212,7 +229,9 @@ def test_calibration_error_agrees_with_torchmetrics(seed: int) -> None:
     probabilities = torch.softmax(2 * torch.randn(500, 7, generator=generator), dim=1)
     labels = torch.randint(0, 7, (500,), generator=generator)
     theirs = multiclass_calibration_error(probabilities, labels, num_classes=7, n_bins=15)
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(theirs.item(), abs=1e-6)
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(
+        theirs.item(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""What is shipped: one top-level name, every file of both packages, from the tree and from the sdist alike."""
+"""What is shipped: one top-level name, every file of both packages, from the tree and from the
+sdist alike.
+"""
 
 import os
 import re
@@ -22,14 +24,24 @@ REGISTRY_HOSTS = re.compile(
 
 
 def python(*args, cwd, executable=sys.executable):
-    """Run the interpreter in `cwd`, as a user's shell would: without the settings of the one that runs the tests."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return subprocess.run([executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    """Run the interpreter in `cwd`, as a user's shell would: without the settings of the one that
+    runs the tests.
+    """
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
+    return subprocess.run(
+        [executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
 
 
 def build(source, target, *kinds):
     """Build without isolation, hence without a network, and return the one wheel."""
-    done = python("-m", "build", "--no-isolation", *kinds, "--outdir", str(target), str(source), cwd=target)
+    done = python(
+        "-m", "build", "--no-isolation", *kinds, "--outdir", str(target), str(source), cwd=target
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return next(target.glob("*.whl"))
 
@@ -47,15 +59,30 @@ def names(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Environment with the wheel alone, next to which it sees the dependencies of the one that runs the tests."""
+    """Environment with the wheel alone, next to which it sees the dependencies of the one that runs
+    the tests.
+    """
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     executable = folder / "bin" / "python"
-    pip = ("-m", "pip", "--python", str(executable), "install", "--no-deps", "--no-index", "--quiet", str(wheel))
+    pip = (
+        "-m",
+        "pip",
+        "--python",
+        str(executable),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        str(wheel),
+    )
     done = python(*pip, cwd=folder)
     assert done.returncode == 0, done.stderr
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    assert {path.name for path in site.iterdir()} == {"perdure", f"perdure-{PROJECT['version']}.dist-info"}
+    assert {path.name for path in site.iterdir()} == {
+        "perdure",
+        f"perdure-{PROJECT['version']}.dist-info",
+    }
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return executable
 
@@ -77,7 +104,12 @@ def test_the_wheel_holds_every_file_of_both_packages(names):
         if path.is_file() and path.suffix != ".pyc"
     }
     assert {name for name in names if name.startswith("perdure/")} == expected
-    assert {"perdure/py.typed", "perdure/experiment/demo.toml", "perdure/report/page.css", "perdure/strategies/ewc.py"} <= expected
+    assert {
+        "perdure/py.typed",
+        "perdure/experiment/demo.toml",
+        "perdure/report/page.css",
+        "perdure/strategies/ewc.py",
+    } <= expected
 
 
 def test_the_licence_travels_with_it(names):
@@ -93,7 +125,7 @@ def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
     assert {"LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "tests/conftest.py"} <= inside
 
 
-# ---------------------------------------------------------------- what it does where it is installed
+# --------------------------------------------------------------- what it does where it is installed
 
 
 @pytest.mark.slow
@@ -105,7 +137,9 @@ def test_a_folder_of_the_user_does_not_shadow_the_strategies(installed, tmp_path
     done = python("-c", code, cwd=tmp_path, executable=installed)
     assert done.returncode == 0, done.stderr
     file, *found = done.stdout.split()
-    assert Path(file).is_relative_to(installed.parent.parent), "from the wheel, not from the editable install"
+    assert Path(file).is_relative_to(installed.parent.parent), (
+        "from the wheel, not from the editable install"
+    )
     assert found == sorted(path.stem for path in (ROOT / "strategies").glob("[a-z]*.py"))
 
 
@@ -129,7 +163,9 @@ def test_the_command_is_installed(installed, tmp_path):
 
 def files_of_the_project():
     """Every file here, apart from the folders that .gitignore names, and git's own."""
-    ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split() if line.endswith("/")} | {".git"}
+    ignored = {
+        line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split() if line.endswith("/")
+    } | {".git"}
     for folder, inner, names in os.walk(ROOT):
         inner[:] = set(inner) - ignored
         yield from (Path(folder, name) for name in names)
@@ -142,7 +178,11 @@ def test_no_file_names_a_registry_host():
 
 
 def test_only_the_extra_asks_for_ray():
-    asking = {name for name, needs in PROJECT["optional-dependencies"].items() if any("ray" in need for need in needs)}
+    asking = {
+        name
+        for name, needs in PROJECT["optional-dependencies"].items()
+        if any("ray" in need for need in needs)
+    }
     assert asking == {"simulation"}
     assert not [need for need in PROJECT["dependencies"] if need.startswith("ray")]
 
@@ -160,7 +200,8 @@ def needed_by(name, extras=()):
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    seen, waiting = set(), [(name, extra) for extra in ("", *extras)]
+    seen = set()
+    waiting = [(name, extra) for extra in ("", *extras)]
     while waiting:
         if (item := waiting.pop()) in seen:
             continue

@@ -13,11 +13,15 @@ def test_public_names_are_sorted_there_and_documented():
         value = getattr(perdure, name)
         assert inspect.isclass(value), name
         assert vars(value).get("__doc__"), f"{name} has no docstring of its own"
-        assert not value.__doc__.startswith(f"{name}("), f"the docstring of {name} is the one dataclass makes up"
+        assert not value.__doc__.startswith(f"{name}("), (
+            f"the docstring of {name} is the one dataclass makes up"
+        )
         assert value.__module__.startswith("perdure."), f"{name} belongs to another library"
 
 
-@pytest.mark.parametrize("package", ["adversarial", "explain", "federated", "report", "strategies", "testing"])
+@pytest.mark.parametrize(
+    "package", ["adversarial", "explain", "federated", "report", "strategies", "testing"]
+)
 def test_what_a_package_offers_is_there_and_documented(package):
     module = __import__(f"perdure.{package}", fromlist=["__all__"])
     assert module.__doc__

@@ -1,12 +1,16 @@
-"""What a private step costs: plain SGD, perdure, Opacus ghost clipping and Opacus hooks, in one run, turn by turn.
+"""What a private step costs.
 
-perdure is timed whole: ledger, Poisson sampler, guard's checks at the start, clipping and secret-grade noise.
-Opacus is timed on a ready batch: forward, backward, clipping, noise, step; its sampler is not counted.
+Plain SGD, perdure, Opacus ghost clipping and Opacus hooks, in one run, turn by turn.
 
-`time_ratio` is of processor time, which on one thread is what the clock would show on an idle machine; `wall_ratio` is
-of what the clock did show. Every contestant warms up first. perdure's batches differ in size, and torch compiles a
-convolution for every size that it meets (2 to 5 ms each, once in a process), so perdure warms up for longer; the others
-meet one size. Peak memory is that of the steps alone, in processes of their own, the median of three.
+perdure is timed whole: ledger, Poisson sampler, guard's checks at the start, clipping and
+secret-grade noise. Opacus is timed on a ready batch: forward, backward, clipping, noise, step; its
+sampler is not counted.
+
+`time_ratio` is of processor time, which on one thread is what the clock would show on an idle
+machine; `wall_ratio` is of what the clock did show. Every contestant warms up first. perdure's
+batches differ in size, and torch compiles a convolution for every size that it meets (2 to 5 ms
+each, once in a process), so perdure warms up for longer; the others meet one size. Peak memory is
+that of the steps alone, in processes of their own, the median of three.
 
     python benchmarks/speed/dp_step.py --repeats 7
 """
@@ -34,11 +38,18 @@ from perdure.strategies.naive import Naive
 from perdure.utils.environment import store_rows
 
 METHODS = ("plain", "perdure", "opacus_ghost", "opacus_hooks")
-POOL, CLASSES, CLIP_NORM, NOISE, RATE = 12_000, 10, 1.0, 1.1, 0.1
+POOL = 12_000
+CLASSES = 10
+CLIP_NORM = 1.0
+NOISE = 1.1
+RATE = 0.1
 WARM_BLOCKS = {"perdure": 12}
 TIME_TARGETS = {256: 1.5, 1024: 1.25}
-MEMORY_TARGET, GHOST_TARGET = 1.5, 1.5
-"""At most this share of plain SGD's peak memory; at least this many times as fast as Opacus ghost clipping."""
+MEMORY_TARGET = 1.5
+GHOST_TARGET = 1.5
+"""At most this share of plain SGD's peak memory; at least this many times as fast as Opacus ghost
+clipping.
+"""
 
 Seconds = tuple[float, float]
 """Processor time and clock time of a step."""
@@ -47,17 +58,29 @@ Seconds = tuple[float, float]
 def mlp() -> nn.Module:
     """784-256-256-10."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES)
+        nn.Flatten(),
+        nn.Linear(784, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, CLASSES),
     )
 
 
 def cnn() -> nn.Module:
     """The CNN of Opacus's MNIST example."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1),
-        nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.MaxPool2d(2, 1),
-        nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, CLASSES),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 8, 2, padding=3),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(512, 32),
+        nn.ReLU(),
+        nn.Linear(32, CLASSES),
+    )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn}
@@ -72,7 +95,8 @@ def records() -> tuple[Tensor, Tensor]:
 
 def timed(block: Callable[[], None], steps: int) -> Seconds:
     """Seconds a step of a block of steps."""
-    used, start = time.process_time(), time.perf_counter()
+    used = time.process_time()
+    start = time.perf_counter()
     block()
     return (time.process_time() - used) / steps, (time.perf_counter() - start) / steps
 
@@ -102,18 +126,29 @@ def plain(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
 
 
 def perdure(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
-    """perdure's learner under privacy; the time is that of blocks of its loop, ledger entry included."""
+    """perdure's learner under privacy.
+
+    The time is that of blocks of its loop, ledger entry included.
+    """
     inputs, labels = records()
     own = Records(inputs=inputs, labels=labels)
     classes = tuple(range(CLASSES))
     experience = Experience(index=0, train=own, test=own.take(torch.arange(1)), classes=classes)
     stream = Stream(
-        name="speed", scenario="domain", experiences=(experience,), num_classes=CLASSES, input_shape=(1, 28, 28)
+        name="speed",
+        scenario="domain",
+        experiences=(experience,),
+        num_classes=CLASSES,
+        input_shape=(1, 28, 28),
     )
     learner = Learner(
-        model=model, strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=RATE), iterations=10**6,
-        batch_size=batch, privacy=Privacy(noise_multiplier=NOISE, clip_norm=CLIP_NORM, seed=0),
-    )  # fmt: skip
+        model=model,
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=RATE),
+        iterations=10**6,
+        batch_size=batch,
+        privacy=Privacy(noise_multiplier=NOISE, clip_norm=CLIP_NORM, seed=0),
+    )
     learner.prepare(stream)
     learner.begin(0)
 
@@ -133,10 +168,17 @@ def opacus(model: nn.Module, batch: int, steps: int, mode: str) -> Callable[[], 
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch)
     made = PrivacyEngine(accountant="rdp").make_private(
-        module=model, optimizer=optimizer, data_loader=loader, criterion=nn.CrossEntropyLoss(),
-        noise_multiplier=NOISE, max_grad_norm=CLIP_NORM, poisson_sampling=False, grad_sample_mode=mode,
-    )  # fmt: skip
-    wrapped, private = made[0], made[1]
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        criterion=nn.CrossEntropyLoss(),
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP_NORM,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
+    wrapped = made[0]
+    private = made[1]
     criterion = made[2] if mode == "ghost" else nn.CrossEntropyLoss()
 
     def step() -> None:
@@ -160,10 +202,15 @@ def side(method: str, model: str, batch: int, steps: int) -> Callable[[], Second
 
 
 def peak_memory(method: str, model: str, batch: int) -> float:
-    """Peak memory in MiB of the steps alone, in fresh processes: the peak during them, less what was there before."""
+    """Peak memory in MiB of the steps alone, in fresh processes.
+
+    The peak during them, less what was there before.
+    """
     script = Path(__file__)
     order = [sys.executable, str(script), "--peak", method, model, str(batch)]
-    runs = [subprocess.run(order, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+    runs = [
+        subprocess.run(order, capture_output=True, text=True, check=True).stdout for _ in range(3)
+    ]
     return statistics.median(float(run.split()[-1]) for run in runs)
 
 
@@ -184,7 +231,10 @@ def _status(field: str) -> float:
 
 
 def measure(model: str, batch: int, repeats: int, steps: int) -> list[dict[str, object]]:
-    """Alternate the methods; every ratio is the median over rounds of method / plain in the same round."""
+    """Alternate the methods.
+
+    Every ratio is the median over rounds of method / plain in the same round.
+    """
     sides = {method: side(method, model, batch, steps) for method in METHODS}
     for method, run in sides.items():
         for _ in range(WARM_BLOCKS.get(method, 1)):
@@ -192,37 +242,58 @@ def measure(model: str, batch: int, repeats: int, steps: int) -> list[dict[str, 
     rounds = [{method: run() for method, run in sides.items()} for _ in range(repeats)]
     memory = {method: peak_memory(method, model, batch) for method in METHODS}
     used, clock = (
-        {method: statistics.median(r[method][i] / r["plain"][i] for r in rounds) for method in METHODS} for i in (0, 1)
+        {
+            method: statistics.median(r[method][i] / r["plain"][i] for r in rounds)
+            for method in METHODS
+        }
+        for i in (0, 1)
     )
     rows: list[dict[str, object]] = [
         {
-            "benchmark": "dp_step", "model": model, "batch": batch, "method": method,
-            "time_ratio": used[method], "wall_ratio": clock[method],
-            "memory_ratio": memory[method] / memory["plain"], "peak_mib": memory[method],
-            "milliseconds": 1e3 * statistics.median(r[method][0] for r in rounds), "repeats": repeats,
+            "benchmark": "dp_step",
+            "model": model,
+            "batch": batch,
+            "method": method,
+            "time_ratio": used[method],
+            "wall_ratio": clock[method],
+            "memory_ratio": memory[method] / memory["plain"],
+            "peak_mib": memory[method],
+            "milliseconds": 1e3 * statistics.median(r[method][0] for r in rounds),
+            "repeats": repeats,
         }
         for method in METHODS
-    ]  # fmt: skip
+    ]
     judged = judgement(model, batch, used, memory)
     return [row | judged if row["method"] == "perdure" else row for row in rows]
 
 
-def judgement(model: str, batch: int, used: dict[str, float], memory: dict[str, float]) -> dict[str, object]:
+def judgement(
+    model: str, batch: int, used: dict[str, float], memory: dict[str, float]
+) -> dict[str, object]:
     """What was aimed at, what was reached, and where the time went if it was not."""
     aims = {
         "time_ratio": (used["perdure"], TIME_TARGETS[batch]),
         "memory_ratio": (memory["perdure"] / memory["plain"], MEMORY_TARGET),
         "perdure_over_ghost": (used["perdure"] / used["opacus_ghost"], 1 / GHOST_TARGET),
     }
-    missed = [f"{name} {value:.2f}, aim {aim:.2f}" for name, (value, aim) in aims.items() if value > aim]
-    why = f"drawing the noise alone takes {1e3 * noise_seconds(model):.2f} ms of processor time a step"
+    missed = [
+        f"{name} {value:.2f}, aim {aim:.2f}" for name, (value, aim) in aims.items() if value > aim
+    ]
+    why = (
+        f"drawing the noise alone takes {1e3 * noise_seconds(model):.2f} ms of processor time "
+        "a step"
+    )
     reached = {"target": {name: aim for name, (_, aim) in aims.items()}, "met": not missed}
     return reached | ({"missed": missed, "why": why} if missed else {})
 
 
 def noise_seconds(model: str) -> float:
-    """Processor time of drawing one step's noise, median of 20, in between steps of plain SGD as in a real run."""
-    key, between = NoiseKey.from_seed(0), side("plain", model, 256, 1)
+    """Processor time of drawing one step's noise, median of 20.
+
+    It is measured in between steps of plain SGD, as in a real run.
+    """
+    key = NoiseKey.from_seed(0)
+    between = side("plain", model, 256, 1)
     shapes = {name: value.shape for name, value in MODELS[model]().named_parameters()}
 
     def draw(step: int) -> None:
@@ -244,24 +315,37 @@ def show(rows: Iterable[dict[str, object]]) -> None:
         table.add_column(column.replace("_", " "))
     for entry in listed:
         cells = [entry[column] for column in columns]
-        table.add_row(*[f"{value:.2f}" if isinstance(value, float) else str(value) for value in cells])
+        table.add_row(
+            *[f"{value:.2f}" if isinstance(value, float) else str(value) for value in cells]
+        )
     Console(width=120).print(table)
 
 
 def main() -> None:
     """Measure both models at both batch sizes."""
     warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=12, help="steps in a turn (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps in a turn (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="store the rows in this file")
-    parser.add_argument("--peak", nargs=3, metavar=("METHOD", "MODEL", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peak", nargs=3, metavar=("METHOD", "MODEL", "BATCH"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.peak:
         print_peak(args.peak[0], args.peak[1], int(args.peak[2]))
         return
     torch.set_num_threads(1)
-    rows = [row for model in MODELS for batch in (256, 1024) for row in measure(model, batch, args.repeats, args.steps)]
+    rows = [
+        row
+        for model in MODELS
+        for batch in (256, 1024)
+        for row in measure(model, batch, args.repeats, args.steps)
+    ]
     show(rows)
     if args.json:
         store_rows(args.json, rows, seed=0)

@@ -1,7 +1,10 @@
-"""What the loop costs: perdure against a bare PyTorch loop doing the same arithmetic, in one run, turn by turn.
+"""What the loop costs.
 
-The bare loop is written by hand for each strategy: resident tensors, index selection, no hooks, no library. With one
-thread perdure takes denormal numbers as 0 while it trains; so does the bare loop then, since that is arithmetic too.
+perdure against a bare PyTorch loop doing the same arithmetic, in one run, turn by turn.
+
+The bare loop is written by hand for each strategy: resident tensors, index selection, no hooks, no
+library. With one thread perdure takes denormal numbers as 0 while it trains; so does the bare loop
+then, since that is arithmetic too.
 
     python benchmarks/speed/loop.py --repeats 5
 """
@@ -31,12 +34,18 @@ from perdure.strategies.replay import Replay
 from perdure.utils.denormals import flushed
 from perdure.utils.environment import store_rows
 
-BATCH, LEARNING_RATE, HIDDEN, PER_CLASS, STRENGTH = 128, 1e-3, (400, 400), 100, 1e9
+BATCH = 128
+LEARNING_RATE = 1e-3
+HIDDEN = (400, 400)
+PER_CLASS = 100
+STRENGTH = 1e9
 
 
 def model_for(stream: Stream) -> nn.Module:
     """Return the same model for both sides."""
-    return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=HIDDEN, seed=0)
+    return mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=HIDDEN, seed=0
+    )
 
 
 @flushed()
@@ -49,29 +58,39 @@ def bare(stream: Stream, strategy: str, iterations: int) -> float:
     fisher = anchor = None
     spent = 0.0
     for experience in stream:
-        x, y = experience.train.inputs, experience.train.labels
+        x = experience.train.inputs
+        y = experience.train.labels
         seen = 2 * (experience.index + 1)
-        memory_x, memory_y = (torch.cat(stored_x), torch.cat(stored_y)) if stored_x else (None, None)
+        memory_x, memory_y = (
+            (torch.cat(stored_x), torch.cat(stored_y)) if stored_x else (None, None)
+        )
         start = time.perf_counter()
         order = memory_order = torch.empty(0, dtype=torch.int64)
         for _ in range(iterations):
             if len(order) == 0:
                 order = torch.randperm(len(x))
-            index, order = order[:BATCH], order[BATCH:]
-            inputs, labels = x[index], y[index]
+            index = order[:BATCH]
+            order = order[BATCH:]
+            inputs = x[index]
+            labels = y[index]
             if strategy == "replay" and memory_x is not None and memory_y is not None:
                 if len(memory_order) == 0:
                     memory_order = torch.randperm(len(memory_x))
-                index, memory_order = memory_order[:BATCH], memory_order[BATCH:]
+                index = memory_order[:BATCH]
+                memory_order = memory_order[BATCH:]
                 share = 1 / (experience.index + 1)
                 logits = model(torch.cat([inputs, memory_x[index]]))[:, :seen]
                 new = F.cross_entropy(logits[: len(labels)], labels)
-                loss = share * new + (1 - share) * F.cross_entropy(logits[len(labels) :], memory_y[index])
+                loss = share * new + (1 - share) * F.cross_entropy(
+                    logits[len(labels) :], memory_y[index]
+                )
             else:
                 loss = F.cross_entropy(model(inputs)[:, :seen], labels)
             if fisher is not None and anchor is not None:
                 pairs = zip(model.parameters(), fisher, anchor, strict=True)
-                loss = loss + 0.5 * STRENGTH * sum((f * (p - a).square()).sum() for p, f, a in pairs)
+                loss = loss + 0.5 * STRENGTH * sum(
+                    (f * (p - a).square()).sum() for p, f, a in pairs
+                )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -97,20 +116,30 @@ def ours(stream: Stream, strategy: Strategy, iterations: int) -> float:
             clock["spent"] += time.perf_counter() - clock["start"]
 
     learner = Learner(
-        model=model_for(stream), strategy=strategy, optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE),
-        iterations=iterations, batch_size=BATCH, callbacks=[listen],
-    )  # fmt: skip
+        model=model_for(stream),
+        strategy=strategy,
+        optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE),
+        iterations=iterations,
+        batch_size=BATCH,
+        callbacks=[listen],
+    )
     learner.fit(stream)
     return clock["spent"]
 
 
 def main() -> None:
     """Time every strategy on both sides, alternating, and print the median ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=200, help="per experience (default %(default)s)")
+    parser.add_argument(
+        "--iterations", type=int, default=200, help="per experience (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
+    parser.add_argument(
+        "--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)"
+    )
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -120,36 +149,54 @@ def main() -> None:
         "ewc": EWC(strength=STRENGTH, fisher="empirical"),
         "replay": Replay(memory_size=1000, per_class=PER_CLASS),
     }
-    rows = [measure(stream, name, strategy, args.repeats, args.iterations) for name, strategy in sides.items()]
+    rows = [
+        measure(stream, name, strategy, args.repeats, args.iterations)
+        for name, strategy in sides.items()
+    ]
     show(rows)
     if args.json:
         store_rows(args.json, rows, seed=0)
 
 
-def measure(stream: Stream, name: str, strategy: Strategy, repeats: int, iterations: int) -> dict[str, object]:
+def measure(
+    stream: Stream, name: str, strategy: Strategy, repeats: int, iterations: int
+) -> dict[str, object]:
     """Median over the repeats of the ratio of each pair, run one after the other."""
     pair: tuple[Callable[[], float], Callable[[], float]] = (
-        lambda: ours(stream, strategy, iterations), lambda: bare(stream, name, iterations)
-    )  # fmt: skip
+        lambda: ours(stream, strategy, iterations),
+        lambda: bare(stream, name, iterations),
+    )
     for side in pair:
         side()
     times = [[side() for side in pair] for _ in range(repeats)]
     ratios = [mine / theirs for mine, theirs in times]
     steps = iterations * len(stream)
     return {
-        "benchmark": "loop", "strategy": name, "ratio": statistics.median(ratios), "lowest": min(ratios),
-        "highest": max(ratios), "milliseconds_per_step": 1e3 * statistics.median(t[0] for t in times) / steps,
-        "bare_milliseconds_per_step": 1e3 * statistics.median(t[1] for t in times) / steps, "repeats": repeats,
-    }  # fmt: skip
+        "benchmark": "loop",
+        "strategy": name,
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "milliseconds_per_step": 1e3 * statistics.median(t[0] for t in times) / steps,
+        "bare_milliseconds_per_step": 1e3 * statistics.median(t[1] for t in times) / steps,
+        "repeats": repeats,
+    }
 
 
 def show(rows: list[dict[str, object]]) -> None:
     """Print the rows as a table."""
-    table = Table(title="time of perdure's loop / time of a bare PyTorch loop (median, lowest, highest)")
+    table = Table(
+        title="time of perdure's loop / time of a bare PyTorch loop (median, lowest, highest)"
+    )
     for column in rows[0]:
         table.add_column(column.replace("_", " "))
     for entry in rows:
-        table.add_row(*[f"{value:.3f}" if isinstance(value, float) else str(value) for value in entry.values()])
+        table.add_row(
+            *[
+                f"{value:.3f}" if isinstance(value, float) else str(value)
+                for value in entry.values()
+            ]
+        )
     Console(width=130).print(table)
 
 

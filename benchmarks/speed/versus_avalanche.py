@@ -1,16 +1,19 @@
 """What training costs: perdure against Avalanche's own strategies, in one run, turn by turn.
 
-Split MNIST, class-incremental, five experiences, an MLP 2 x 400, Adam, batches of 128, as many steps on both sides.
-Counted is training only: from opening an experience until it is consolidated (Fisher information, memory), and beside
-it the steps alone. Loading the data, building model and strategy, and evaluation are not counted.
+Split MNIST, class-incremental, five experiences, an MLP 2 x 400, Adam, batches of 128, as many
+steps on both sides. Counted is training only: from opening an experience until it is consolidated
+(Fisher information, memory), and beside it the steps alone. Loading the data, building model and
+strategy, and evaluation are not counted.
 
-Avalanche is timed without metrics, loggers and worker processes, in two ways: at its best, with `tensors` in memory
-that need no transform, and with `images` that become tensors item by item, as in its own SplitMNIST.
+Avalanche is timed without metrics, loggers and worker processes, in two ways: at its best, with
+`tensors` in memory that need no transform, and with `images` that become tensors item by item, as
+in its own SplitMNIST.
 
-What the two do is the same but for this: perdure's Fisher information is taken record by record, Avalanche's from the
-mean of a batch; perdure masks classes to come. SLDA works on the same features on both sides: the pixels, or
-(`slda_body`) what the untrained body makes of them, where its own forward pass weighs on both. Avalanche updates the
-covariance record by record and inverts it at every mini-batch, perdure sums once and inverts once an experience.
+What the two do is the same but for this: perdure's Fisher information is taken record by record,
+Avalanche's from the mean of a batch; perdure masks classes to come. SLDA works on the same features
+on both sides: the pixels, or (`slda_body`) what the untrained body makes of them, where its own
+forward pass weighs on both. Avalanche updates the covariance record by record and inverts it at
+every mini-batch, perdure sums once and inverts once an experience.
 
     python benchmarks/speed/versus_avalanche.py --repeats 5
 """
@@ -46,7 +49,12 @@ from perdure.strategies.replay import Replay
 from perdure.strategies.slda import SLDA
 from perdure.utils.environment import store_rows
 
-BATCH, LEARNING_RATE, HIDDEN, MEMORY, STRENGTH, SHRINKAGE = 128, 1e-3, (400, 400), 1000, 100.0, 1e-4
+BATCH = 128
+LEARNING_RATE = 1e-3
+HIDDEN = (400, 400)
+MEMORY = 1000
+STRENGTH = 100.0
+SHRINKAGE = 1e-4
 KINDS = ("tensors", "images")
 STRATEGIES: dict[str, Strategy] = {
     "naive": Naive(),
@@ -62,8 +70,10 @@ class Timed:
     """What one side took.
 
     Args:
-        seconds: of training. in_steps: those of them in steps. steps: how many. records: how many were drawn, those of
-            memory included.
+        seconds: of training.
+        in_steps: those of them in steps.
+        steps: how many.
+        records: how many were drawn, those of memory included.
     """
 
     seconds: float = 0.0
@@ -75,7 +85,9 @@ class Timed:
 def model_for(stream: Stream, name: str) -> Classifier:
     """Return the same model for both sides; the features of `slda` are the inputs, flattened."""
     hidden = () if name == "slda" else HIDDEN
-    return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0)
+    return mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0
+    )
 
 
 # --------------------------------------------------------------------------- perdure
@@ -83,7 +95,8 @@ def model_for(stream: Stream, name: str) -> Classifier:
 
 def ours(stream: Stream, name: str) -> Timed:
     """Train by the learner."""
-    spent, clock = Timed(), {"block": 0.0}
+    spent = Timed()
+    clock = {"block": 0.0}
 
     def listen(point: str, learner: Learner) -> None:
         if point == "block.begin":
@@ -94,9 +107,13 @@ def ours(stream: Stream, name: str) -> Timed:
             spent.records += learner.curator.diagnostics.rows
 
     learner = Learner(
-        model=model_for(stream, name), strategy=STRATEGIES[name], epochs=1, batch_size=BATCH, callbacks=[listen],
+        model=model_for(stream, name),
+        strategy=STRATEGIES[name],
+        epochs=1,
+        batch_size=BATCH,
+        callbacks=[listen],
         optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE),
-    )  # fmt: skip
+    )
     learner.prepare(stream)
     for index in range(len(stream)):
         start = time.perf_counter()
@@ -167,14 +184,20 @@ def built(stream: Stream, name: str, watch: Watch) -> Any:
         warnings.simplefilter("ignore")  # that there are no loggers
         silent = EvaluationPlugin()
     common: dict[str, Any] = {
-        "criterion": nn.CrossEntropyLoss(), "train_mb_size": BATCH, "train_epochs": 1, "plugins": [watch],
+        "criterion": nn.CrossEntropyLoss(),
+        "train_mb_size": BATCH,
+        "train_epochs": 1,
+        "plugins": [watch],
         "evaluator": silent,
-    }  # fmt: skip
+    }
     if name.startswith("slda"):
         return training.StreamingLDA(
-            slda_model=Body(model), input_size=model.feature_size, num_classes=stream.num_classes,
-            shrinkage_param=SHRINKAGE, **common,
-        )  # fmt: skip
+            slda_model=Body(model),
+            input_size=model.feature_size,
+            num_classes=stream.num_classes,
+            shrinkage_param=SHRINKAGE,
+            **common,
+        )
     kinds: dict[str, Any] = {
         "naive": training.Naive,
         "ewc": partial(training.EWC, ewc_lambda=STRENGTH / 2),
@@ -195,9 +218,13 @@ def benchmark_of(stream: Stream, kind: str) -> Any:
     parts = [dataset_of([getattr(e, part) for e in stream], kind) for part in ("train", "test")]
     order = [label for experience in stream for label in experience.classes]
     return nc_benchmark(
-        *parts, len(stream), task_labels=False, fixed_class_order=order, train_transform=transform,
+        *parts,
+        len(stream),
+        task_labels=False,
+        fixed_class_order=order,
+        train_transform=transform,
         eval_transform=transform,
-    )  # fmt: skip
+    )
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
@@ -216,7 +243,8 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
 def dataset_of(parts: Sequence[Records], kind: str) -> Any:
     """A data set with the targets that Avalanche asks for."""
-    inputs, labels = torch.cat([part.inputs for part in parts]), torch.cat([part.labels for part in parts])
+    inputs = torch.cat([part.inputs for part in parts])
+    labels = torch.cat([part.labels for part in parts])
     dataset: Any = Images(inputs, labels) if kind == "images" else TensorDataset(inputs, labels)
     dataset.targets = labels.tolist()
     return dataset
@@ -226,11 +254,15 @@ def dataset_of(parts: Sequence[Records], kind: str) -> Any:
 
 
 def measure(name: str, kind: str, stream: Stream, repeats: int) -> dict[str, object]:
-    """Median over the repeats of the ratio of each pair, run one after the other, the first pair uncounted."""
+    """Median over the repeats of the ratio of each pair.
+
+    The two run one after the other; the first pair is not counted.
+    """
     benchmark = benchmark_of(stream, kind)
     pair: tuple[Callable[[], Timed], Callable[[], Timed]] = (
-        lambda: ours(stream, name), lambda: theirs(stream, benchmark, name)
-    )  # fmt: skip
+        lambda: ours(stream, name),
+        lambda: theirs(stream, benchmark, name),
+    )
     for side in pair:
         side()
     times = [[side() for side in pair] for _ in range(repeats)]
@@ -238,14 +270,21 @@ def measure(name: str, kind: str, stream: Stream, repeats: int) -> dict[str, obj
     in_steps = [other.in_steps / mine.in_steps for mine, other in times if mine.in_steps]
     mine, other = times[-1]
     return {
-        "benchmark": "versus_avalanche", "strategy": name, "avalanche_data": kind,
-        "times_faster": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        "benchmark": "versus_avalanche",
+        "strategy": name,
+        "avalanche_data": kind,
+        "times_faster": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
         "times_faster_in_steps": statistics.median(in_steps) if in_steps else None,
         "seconds": statistics.median(t[0].seconds for t in times),
         "avalanche_seconds": statistics.median(t[1].seconds for t in times),
-        "steps": mine.steps, "avalanche_steps": other.steps, "records": mine.records or records_of(stream),
-        "avalanche_records": other.records, "repeats": repeats,
-    }  # fmt: skip
+        "steps": mine.steps,
+        "avalanche_steps": other.steps,
+        "records": mine.records or records_of(stream),
+        "avalanche_records": other.records,
+        "repeats": repeats,
+    }
 
 
 def records_of(stream: Stream) -> int:
@@ -261,29 +300,46 @@ def first_records(stream: Stream, most: int) -> Stream:
 
 def show(rows: list[dict[str, object]]) -> None:
     """Print the rows as a table."""
-    table = Table(title="time of Avalanche's training / time of perdure's (median, lowest, highest)")
+    table = Table(
+        title="time of Avalanche's training / time of perdure's (median, lowest, highest)"
+    )
     for column in rows[0]:
         table.add_column(column.replace("_", " "))
     for entry in rows:
-        table.add_row(*[f"{value:.2f}" if isinstance(value, float) else str(value) for value in entry.values()])
+        table.add_row(
+            *[
+                f"{value:.2f}" if isinstance(value, float) else str(value)
+                for value in entry.values()
+            ]
+        )
     Console(width=170).print(table)
 
 
 def main() -> None:
     """Time every strategy on both sides, alternating, and print the median ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of data given to Avalanche")
-    parser.add_argument("--records", type=int, help="at most so many training records an experience (default: all)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of data given to Avalanche"
+    )
+    parser.add_argument(
+        "--records", type=int, help="at most so many training records an experience (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)")
+    parser.add_argument(
+        "--data", type=Path, help="data root (default: PERDURE_DATA, else the user's cache folder)"
+    )
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     stream = split(mnist(args.data), scenario="class", experiences=5)
     stream = first_records(stream, args.records) if args.records else stream
-    rows = [measure(name, kind, stream, args.repeats) for name in args.strategies for kind in args.kinds]
+    rows = [
+        measure(name, kind, stream, args.repeats) for name in args.strategies for kind in args.kinds
+    ]
     show(rows)
     if args.json:
         store_rows(args.json, rows, seed=0)

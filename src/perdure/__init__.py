@@ -1,7 +1,8 @@
 """perdure: continual, federated and private learning in one library.
 
-Start with `Learner` (one model on a stream), a strategy from `perdure.strategies`, and a stream from
-`perdure.data.scenarios`. `perdure.federated` runs the same learner in Flower clients; `Privacy` makes every release private.
+Start with `Learner` (one model on a stream), a strategy from `perdure.strategies`, and a stream
+from `perdure.data.scenarios`. `perdure.federated` runs the same learner in Flower clients;
+`Privacy` makes every release private.
 """
 
 from perdure.contract.combine import Combine
@@ -18,6 +19,20 @@ from perdure.privacy.settings import Privacy
 
 __version__ = "0.1.0"
 __all__ = [
-    "Asks", "Batch", "Combine", "Context", "Experience", "Forward", "Learner", "MemoryPlan", "PerdureError", "Plan",
-    "Privacy", "Records", "Spec", "State", "Strategy", "Stream",
-]  # fmt: skip
+    "Asks",
+    "Batch",
+    "Combine",
+    "Context",
+    "Experience",
+    "Forward",
+    "Learner",
+    "MemoryPlan",
+    "PerdureError",
+    "Plan",
+    "Privacy",
+    "Records",
+    "Spec",
+    "State",
+    "Strategy",
+    "Stream",
+]

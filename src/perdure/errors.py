@@ -29,7 +29,9 @@ class ConfigError(PerdureError, ValueError):
     @classmethod
     def of(cls, field: str, value: object, allowed: str | Iterable[object]) -> "ConfigError":
         """Build the standard sentence: field, value given, values allowed."""
-        options = allowed if isinstance(allowed, str) else ", ".join(str(option) for option in allowed)
+        options = (
+            allowed if isinstance(allowed, str) else ", ".join(str(option) for option in allowed)
+        )
         return cls(f"{field} = {value!r} is not allowed; allowed: {options}")
 
 

@@ -1,10 +1,10 @@
 """Continual-learning metrics: plain functions on the accuracy matrix, and calibration error.
 
 The accuracy matrix R has one row per moment and one column per experience:
-R[i, j] = accuracy in percent on experience j after training on experience i, counted from 0.
-It is (T, E) with T moments and E experiences, T = E in a finished stream. NaN marks an experience that
-was not evaluated: it is left out of every mean, and a mean over nothing is NaN. With T = 1 nothing could be
-forgotten or transferred: forgetting and both transfers are 0.
+R[i, j] = accuracy in percent on experience j after training on experience i, counted from 0. It is
+(T, E) with T moments and E experiences, T = E in a finished stream. NaN marks an experience that
+was not evaluated: it is left out of every mean, and a mean over nothing is NaN. With T = 1 nothing
+could be forgotten or transferred: forgetting and both transfers are 0.
 """
 
 import math
@@ -19,7 +19,9 @@ from perdure.errors import ConfigError
 _SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
 
 
-def accuracy(predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int) -> float:
+def accuracy(
+    predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int
+) -> float:
     """Share of the records whose largest logit is the label's, in percent; NaN without records."""
     pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
     right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
@@ -69,9 +71,9 @@ def forgetting(matrix: Tensor) -> float:
 
     F = 1/(T-1) sum_{j < T-1} ( max_{j <= l <= T-2} R[l, j] - R[T-1, j] )
 
-    The maximum runs from the moment experience j was learnt; the paper's also covers the moments before it,
-    which differ only where a model was better at an experience before having seen it. Negative forgetting is
-    an improvement and is not cut at 0. Smaller is better.
+    The maximum runs from the moment experience j was learnt; the paper's also covers the moments
+    before it, which differ only where a model was better at an experience before having seen it.
+    Negative forgetting is an improvement and is not cut at 0. Smaller is better.
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
@@ -120,7 +122,8 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
 
     FWT = 1/(T-1) sum_{j >= 1} ( R[j-1, j] - baseline[j] )
 
-    Larger is better. Meaningless in class-incremental streams, where classes not yet seen score about 0.
+    Larger is better. Meaningless in class-incremental streams, where classes not yet seen score
+    about 0.
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
@@ -134,15 +137,18 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
     >>> forward_transfer(torch.tensor([[100.0, 30.0], [60.0, 90.0]]), torch.tensor([50.0, 20.0]))
     10.0
     """
-    R, baseline = _checked(matrix), torch.as_tensor(baseline)
+    R = _checked(matrix)
+    baseline = torch.as_tensor(baseline)
     if baseline.shape != R.shape[1:]:
-        raise ConfigError.of("baseline", tuple(baseline.shape), f"one value per experience, ({R.shape[1]},)")
+        raise ConfigError.of(
+            "baseline", tuple(baseline.shape), f"one value per experience, ({R.shape[1]},)"
+        )
     ahead = R.diagonal(offset=1)
     return _mean_of_past(ahead - baseline.to(R)[1 : 1 + ahead.numel()], len(R))
 
 
 def area_under_accuracy(matrix: Tensor) -> float:
-    """Mean, over the whole stream, of the accuracy on what was met so far: how good the model was all along.
+    """Mean over the whole stream of the accuracy on all experiences met so far.
 
     AUC = 1/T sum_i 1/(i+1) sum_{j <= i} R[i, j]
 
@@ -194,14 +200,17 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
     Source: Guo et al. 2017, section 2, eq. 3.
 
-    >>> round(expected_calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 6)
+    >>> probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+    >>> round(expected_calibration_error(probabilities, torch.tensor([0, 1])), 6)
     0.4
     """
     _check_probabilities(probabilities, labels, bins)
     confidence, predicted = probabilities.double().max(dim=1)
     gap = (predicted == labels).double() - confidence
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    return torch.zeros(bins).double().index_add(0, bin_of.cpu(), gap.cpu()).abs().sum().item() / len(labels)
+    return torch.zeros(bins).double().index_add(
+        0, bin_of.cpu(), gap.cpu()
+    ).abs().sum().item() / len(labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +262,16 @@ def _checked(matrix: Tensor) -> Tensor:
     matrix = torch.as_tensor(matrix)
     if matrix.ndim != 2 or matrix.numel() == 0:
         shape = tuple(matrix.shape)
-        raise ConfigError.of("accuracy_matrix", shape, "shape (moments, experiences), both at least 1")
+        raise ConfigError.of(
+            "accuracy_matrix", shape, "shape (moments, experiences), both at least 1"
+        )
     R = matrix.double()
     known = R[~R.isnan()]
     if known.numel() and not (known.min() >= -_SLACK and known.max() <= 100 + _SLACK):
         span = (known.min().item(), known.max().item())
-        raise ConfigError.of("accuracy_matrix", span, "percent between 0 and 100, NaN where not evaluated")
+        raise ConfigError.of(
+            "accuracy_matrix", span, "percent between 0 and 100, NaN where not evaluated"
+        )
     return R
 
 
@@ -272,7 +285,11 @@ def _check_probabilities(probabilities: Tensor, labels: Tensor, bins: int) -> No
         raise ConfigError.of("bins", bins, "1 or more")
     if probabilities.ndim != 2 or not len(probabilities) or labels.shape != probabilities.shape[:1]:
         shapes = (tuple(probabilities.shape), tuple(labels.shape))
-        raise ConfigError.of("probabilities, labels", shapes, "shapes (n, classes) and (n,), n at least 1")
+        raise ConfigError.of(
+            "probabilities, labels", shapes, "shapes (n, classes) and (n,), n at least 1"
+        )
     off = (probabilities.double().sum(dim=1) - 1).abs().max().item()
     if not (probabilities.min() >= 0 and off <= 1e-4):
-        raise ConfigError.of("probabilities", f"rows that miss a sum of 1 by {off:.3g}", "softmax the logits first")
+        raise ConfigError.of(
+            "probabilities", f"rows that miss a sum of 1 by {off:.3g}", "softmax the logits first"
+        )

@@ -34,7 +34,8 @@ def digits():
 
     torch.set_num_threads(1)
     data = load_digits()
-    inputs, labels = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+    inputs = torch.tensor(data.data / 16, dtype=torch.float32)
+    labels = torch.tensor(data.target)
     model = mlp(64, 10).requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(150):
@@ -45,7 +46,9 @@ def digits():
 
 
 class Noise(FGSM):
-    """A uniform draw from the corners of the ball: what an adversary without a gradient would do."""
+    """A uniform draw from the corners of the ball: what an adversary without a gradient would
+    do.
+    """
 
     def perturb(self, losses, inputs, *, generator=None):
         signs = torch.randint(0, 2, inputs.shape, generator=generator) * 2 - 1
@@ -64,7 +67,9 @@ class Noise(FGSM):
 def test_the_result_stays_in_the_ball_and_the_bounds(attack, norm, epsilon, bounds, value):
     inputs = torch.rand(5, 3, 4, generator=seed(value))
     losses = cross_entropy_of(nn.Sequential(nn.Flatten(), mlp()), torch.tensor([0, 1, 2, 0, 1]))
-    moved = attack(epsilon=epsilon, norm=norm, bounds=bounds).perturb(losses, inputs, generator=seed(value))
+    moved = attack(epsilon=epsilon, norm=norm, bounds=bounds).perturb(
+        losses, inputs, generator=seed(value)
+    )
     change = (moved - inputs).flatten(1)
     order = float("inf") if norm == "linf" else 2
     assert (torch.linalg.vector_norm(change, ord=order, dim=1) <= epsilon + SLACK).all()
@@ -85,7 +90,8 @@ def test_an_entry_outside_the_bounds_stays_in_the_ball_and_moves_no_further_out(
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_fgsm_on_a_linear_model_is_the_closed_form(norm):
     weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, -1.0]])
-    inputs, labels = torch.randn(6, 3, generator=seed()), torch.tensor([0, 1, 0, 1, 1, 0])
+    inputs = torch.randn(6, 3, generator=seed())
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
     # With two classes the loss rises along w_other - w_label, whatever the point.
     uphill = weight[1 - labels] - weight[labels]
     direction = uphill.sign() if norm == "linf" else uphill / uphill.norm(dim=1, keepdim=True)
@@ -99,7 +105,9 @@ def test_fgsm_on_a_linear_model_is_the_closed_form(norm):
 def test_pgd_on_a_linear_loss_reaches_the_best_point_of_the_ball(norm, random_start):
     weight = torch.tensor([3.0, -1.0, 0.5, 2.0])
     inputs = torch.randn(5, 4, generator=seed())
-    attack = PGD(epsilon=0.5, norm=norm, bounds=None, steps=40, step_size=0.5, random_start=random_start)
+    attack = PGD(
+        epsilon=0.5, norm=norm, bounds=None, steps=40, step_size=0.5, random_start=random_start
+    )
     gain = (attack.perturb(lambda x: x @ weight, inputs, generator=seed(1)) - inputs) @ weight
     # Hölder: the greatest gain is epsilon times the dual norm of the weights.
     dual = weight.abs().sum() if norm == "linf" else weight.norm()
@@ -108,14 +116,18 @@ def test_pgd_on_a_linear_loss_reaches_the_best_point_of_the_ball(norm, random_st
 
 def test_tiny_gradients_still_give_a_full_l2_step():
     weight = torch.tensor([3e-30, 4e-30])
-    moved = FGSM(epsilon=1.0, norm="l2", bounds=None).perturb(lambda x: x @ weight, torch.zeros(1, 2))
+    moved = FGSM(epsilon=1.0, norm="l2", bounds=None).perturb(
+        lambda x: x @ weight, torch.zeros(1, 2)
+    )
     assert torch.allclose(moved, torch.tensor([[0.6, 0.8]]))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_row_without_gradient_stays(norm):
     inputs = torch.rand(2, 3, generator=seed())
-    moved = FGSM(epsilon=0.1, norm=norm).perturb(lambda x: x.sum(1) * torch.tensor([0.0, 1.0]), inputs)
+    moved = FGSM(epsilon=0.1, norm=norm).perturb(
+        lambda x: x.sum(1) * torch.tensor([0.0, 1.0]), inputs
+    )
     assert torch.equal(moved[0], inputs[0])
     assert (moved[1] > inputs[1]).all()
 
@@ -124,7 +136,8 @@ def test_a_row_without_gradient_stays(norm):
 @pytest.mark.parametrize("attack", [FGSM(epsilon=0.1), PGD(epsilon=0.1, random_start=False)])
 def test_a_record_is_perturbed_alike_alone_and_in_a_batch(attack, norm):
     attack = type(attack)(**vars(attack) | {"norm": norm})
-    model, labels = mlp().double(), torch.tensor([0, 1, 2, 0])
+    model = mlp().double()
+    labels = torch.tensor([0, 1, 2, 0])
     inputs = torch.rand(4, 12, generator=seed(), dtype=torch.float64)
     together = attack.perturb(cross_entropy_of(model, labels), inputs)
     for i in range(4):
@@ -137,17 +150,22 @@ def test_inputs_and_parameter_gradients_are_left_alone():
     inputs = torch.rand(4, 12, generator=seed())
     before = inputs.clone()
     with torch.no_grad():
-        moved = PGD(epsilon=0.1).perturb(cross_entropy_of(model, torch.tensor([0, 1, 2, 0])), inputs, generator=seed())
+        moved = PGD(epsilon=0.1).perturb(
+            cross_entropy_of(model, torch.tensor([0, 1, 2, 0])), inputs, generator=seed()
+        )
     assert torch.equal(inputs, before) and not inputs.requires_grad
     assert not moved.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_random_start_comes_from_the_generator_alone():
-    losses, inputs = cross_entropy_of(mlp(), torch.tensor([0, 1])), torch.rand(2, 12, generator=seed())
+    losses = cross_entropy_of(mlp(), torch.tensor([0, 1]))
+    inputs = torch.rand(2, 12, generator=seed())
     attack = PGD(epsilon=0.1, steps=1, step_size=1e-4)
     state = torch.get_rng_state()
-    first, again, other = (attack.perturb(losses, inputs, generator=seed(value)) for value in (1, 1, 2))
+    first, again, other = (
+        attack.perturb(losses, inputs, generator=seed(value)) for value in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -157,7 +175,8 @@ def test_the_random_start_comes_from_the_generator_alone():
 
 @pytest.mark.statistical
 def test_the_l2_random_start_is_uniform_in_the_ball():
-    # The share of a 3-ball's volume within radius r is r^3; 4,000 draws, tolerance of six standard errors.
+    # The share of a 3-ball's volume within radius r is r^3; 4,000 draws, tolerance of six standard
+    # errors.
     attack = PGD(epsilon=1.0, norm="l2", bounds=None, steps=1, step_size=1e-9)
     radius = attack.perturb(lambda x: x.sum(1), torch.zeros(4000, 3), generator=seed()).norm(dim=1)
     for edge in (0.3, 0.5, 0.8):
@@ -193,19 +212,25 @@ def test_robust_accuracy_without_room_is_accuracy_whatever_the_batch_size(digits
     model, inputs, labels = digits
     accuracy = 100 * (model(inputs).argmax(1) == labels).float().mean().item()
     for size in (7, 512):
-        left = robust_accuracy(model, inputs, labels, FGSM(epsilon=0.0), generator=None, batch_size=size)
+        left = robust_accuracy(
+            model, inputs, labels, FGSM(epsilon=0.0), generator=None, batch_size=size
+        )
         assert left == pytest.approx(accuracy, abs=1e-4)
 
 
 def test_a_record_wrong_as_it_is_never_counts_as_robust():
-    # Row 1 is wrong as it is; raising its own label's loss cannot help, but a bad attack moves it across.
+    # Row 1 is wrong as it is; raising its own label's loss cannot help, but a bad attack moves it
+    # across.
     class Backfiring(FGSM):
         def perturb(self, losses, inputs, *, generator=None):
             return 1 - inputs
 
     weight = torch.eye(2)
-    inputs, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
-    left = robust_accuracy(lambda x: x @ weight, inputs, labels, Backfiring(epsilon=1.0), generator=None)
+    inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0])
+    left = robust_accuracy(
+        lambda x: x @ weight, inputs, labels, Backfiring(epsilon=1.0), generator=None
+    )
     assert left == 0.0
     assert robust_accuracy(lambda x: x, inputs, labels, FGSM(epsilon=0.1), generator=None) == 50.0
 
@@ -214,7 +239,8 @@ def test_a_record_wrong_as_it_is_never_counts_as_robust():
 def test_masked_logits_change_nothing_for_the_classes_that_are_open(digits, masked):
     model, inputs, labels = digits
     keep = labels < 5
-    inputs, labels = inputs[keep], labels[keep]
+    inputs = inputs[keep]
+    labels = labels[keep]
     hidden = torch.arange(10) >= 5
 
     def full(rows):

@@ -43,7 +43,8 @@ def bounds(mu, m, runs, **options):
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
 def test_the_score_is_the_ratio_of_the_two_densities(rate):
-    x, sigma = torch.linspace(-3, 4, 15, dtype=torch.float64), 0.8
+    x = torch.linspace(-3, 4, 15, dtype=torch.float64)
+    sigma = 0.8
     absent = stats.norm.pdf(x, 0, sigma)
     present = (1 - rate) * absent + rate * stats.norm.pdf(x, 1, sigma)
     got = log_likelihood_ratio(x, rate=rate, noise_multiplier=sigma)
@@ -56,7 +57,9 @@ def test_the_score_is_the_ratio_of_the_two_densities(rate):
 @pytest.mark.reference
 @pytest.mark.parametrize("mu", [0.2, MU_AT_4, 3.0])
 def test_epsilon_of_a_gaussian_is_that_of_the_accountant(mu):
-    assert epsilon_of(mu, DELTA) == pytest.approx(epsilon([Charge(1.0, 1 / mu, 1)], delta=DELTA), abs=2e-3)
+    assert epsilon_of(mu, DELTA) == pytest.approx(
+        epsilon([Charge(1.0, 1 / mu, 1)], delta=DELTA), abs=2e-3
+    )
 
 
 def test_epsilon_of_no_and_of_any_separation():
@@ -72,7 +75,9 @@ def test_epsilon_of_no_and_of_any_separation():
 @pytest.mark.statistical
 @pytest.mark.parametrize("mu", [0.0, MU_AT_4, 2.5])
 def test_the_separation_is_exceeded_as_often_as_it_says(mu):
-    """Nominal 5 % of 2,000; the interval is four standard errors, so one in 15,000 seeds would fail each case."""
+    """Nominal 5 % of 2,000; the interval is four standard errors, so one in 15,000 seeds would fail
+    each case.
+    """
     alarms = 0
     for seed in range(2000):
         scores, included = game(seed, mu)
@@ -83,7 +88,8 @@ def test_the_separation_is_exceeded_as_often_as_it_says(mu):
 @pytest.mark.statistical
 def test_the_gaussian_bound_at_epsilon_4():
     """Seeded; the mean of 50 has standard error 0.05 at 1,000 canaries, 0.015 at 10,000."""
-    few, many = bounds(MU_AT_4, 1000, 50), bounds(MU_AT_4, 10_000, 50)
+    few = bounds(MU_AT_4, 1000, 50)
+    many = bounds(MU_AT_4, 10_000, 50)
     assert few.mean() == pytest.approx(3.49, abs=0.15)
     assert few.std() == pytest.approx(0.30, abs=0.12)
     assert many.mean() == pytest.approx(3.82, abs=0.06)
@@ -113,19 +119,26 @@ def test_guesses_name_the_highest_in_and_the_lowest_out():
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize(("correct", "made", "eps"), [(90, 100, 1.5), (0, 10, 0.0), (10, 10, 3.0), (700, 1000, 0.5)])
+@pytest.mark.parametrize(
+    ("correct", "made", "eps"), [(90, 100, 1.5), (0, 10, 0.0), (10, 10, 3.0), (700, 1000, 0.5)]
+)
 def test_the_p_value_is_the_theorem(correct, made, eps):
     accuracy = 1 / (1 + math.exp(-eps))
     above = stats.binom.sf(correct - 1, made, accuracy)
-    steps = [(stats.binom.sf(correct - i - 1, made, accuracy) - above) / i for i in range(1, correct + 1)]
+    steps = [
+        (stats.binom.sf(correct - i - 1, made, accuracy) - above) / i for i in range(1, correct + 1)
+    ]
     expected = min(1.0, above + 2 * 1000 * DELTA * max(steps, default=0.0))
     assert one_run_p_value(correct, made, 1000, eps, DELTA) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("eps", [0.3, 1.0, 2.5])
 def test_the_one_run_bound_is_exact_for_randomised_response(eps):
-    """Right guesses of randomised response are binomial: no sampling, the probability of an alarm is summed up."""
-    made, tail = 60, 0.05
+    """Right guesses of randomised response are binomial: no sampling, the probability of an alarm
+    is summed up.
+    """
+    made = 60
+    tail = 0.05
     mass = stats.binom.pmf(range(made + 1), made, 1 / (1 + math.exp(-eps)))
     alarm = [one_run_epsilon(v, made, made, delta=1e-12, tail=tail) > eps for v in range(made + 1)]
     chance = sum(p for p, raised in zip(mass, alarm, strict=True) if raised)
@@ -136,7 +149,9 @@ def test_the_one_run_bound_is_exact_for_randomised_response(eps):
 @pytest.mark.parametrize("mu", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("tail", [0.05, 0.001])
 def test_what_a_gaussian_mechanism_does_is_not_called_impossible(mu, tail):
-    """Guessing every canary by the sign of its own coordinate is right with probability Phi(mu/2), independently."""
+    """Guessing every canary by the sign of its own coordinate is right with probability Phi(mu/2),
+    independently.
+    """
     made = 400
     for correct in range(made + 1):
         if not could_be_gaussian(correct, made, made, mu, tail):
@@ -156,7 +171,8 @@ def test_a_larger_mu_explains_more(made, mu, more, data):
 @pytest.mark.statistical
 @pytest.mark.parametrize(("method", "least"), [("one-run", 1.2), ("one-run-f-dp", 1.6)])
 def test_one_run_bounds_hold_and_say_something(method, least):
-    """At most 5 % of honest audits may be flagged; four shares guessed and a bound above 4 at 1,000 make it far rarer.
+    """At most 5 % of honest audits may be flagged; four shares guessed and a bound above 4 at 1,000
+    make it far rarer.
 
     The standard error of the mean over 40 is about 0.05.
     """
@@ -173,7 +189,8 @@ def test_more_confidence_is_a_lower_bound(method):
 
 
 @pytest.mark.parametrize(
-    "change", [{"delta": 0.0}, {"delta": 1.0}, {"confidence": 0.0}, {"confidence": 1.0}, {"method": "magic"}]
+    "change",
+    [{"delta": 0.0}, {"delta": 1.0}, {"confidence": 0.0}, {"confidence": 1.0}, {"method": "magic"}],
 )
 def test_what_is_not_allowed_is_refused(change):
     scores, included = game(0, 1.0, m=20)

@@ -1,4 +1,6 @@
-"""The audit in both directions: a correct mechanism passes, and each of several broken ones is caught."""
+"""The audit in both directions: a correct mechanism passes, and each of several broken ones is
+caught.
+"""
 
 import inspect
 from dataclasses import replace
@@ -9,7 +11,15 @@ import torch
 
 from perdure import Combine, Context, Forward, Learner, Privacy, State, Strategy
 from perdure.auditing.bounds import lower_bound
-from perdure.auditing.canaries import Audited, AuditResult, Listener, Probed, audit, joined, with_canaries
+from perdure.auditing.canaries import (
+    Audited,
+    AuditResult,
+    Listener,
+    Probed,
+    audit,
+    joined,
+    with_canaries,
+)
 from perdure.curator.local_curator import Curator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
@@ -37,25 +47,33 @@ def learner(toy_model, toy_stream):
     def build(kind=Learner, strategy=None, **changes):
         options = {"privacy": PRIVACY, "iterations": 25, "seed": 0} | changes
         return kind(
-            model=toy_model(toy_stream()), strategy=strategy or Naive(),
-            optimizer=partial(torch.optim.SGD, lr=0.5), **options,
-        )  # fmt: skip
+            model=toy_model(toy_stream()),
+            strategy=strategy or Naive(),
+            optimizer=partial(torch.optim.SGD, lr=0.5),
+            **options,
+        )
 
     return build
 
 
 def broken(key=NoiseKey, mechanism=Mechanism):
-    """Class of learners with another key or mechanism than `prepare` gave them, and the ledger of an honest one."""
+    """Class of learners with another key or mechanism than `prepare` gave them, and the ledger of
+    an honest one.
+    """
 
     class Broken(Learner):
         def prepare(self, stream):
             super().prepare(stream)
             honest = self.mechanism
             self.mechanism = mechanism(
-                privacy=honest.privacy, schedule=honest.schedule, ledger=honest.ledger,
+                privacy=honest.privacy,
+                schedule=honest.schedule,
+                ledger=honest.ledger,
                 key=key.from_seed(honest.privacy.seed, "client", 0),
-            )  # fmt: skip
-            self.curator = Curator(seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism)
+            )
+            self.curator = Curator(
+                seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism
+            )
 
     return Broken
 
@@ -85,7 +103,8 @@ class Unclipped(Mechanism):
 
 
 def canary_batch(stream, learner, canaries=(0, 3), of=4):
-    model, strategy = Probed(learner.model, of), Audited(inner=Naive(), first=1000, canaries=of, loudness=10.0)
+    model = Probed(learner.model, of)
+    strategy = Audited(inner=Naive(), first=1000, canaries=of, loudness=10.0)
     mixed = with_canaries(stream, 0, 1000 + torch.tensor(canaries))[0]
     table = torch.tensor([[True, True, False, False], [False, False, True, True]])
     context = Context(scenario="class", experience=0, task_classes=table, seen=table[0])
@@ -94,7 +113,9 @@ def canary_batch(stream, learner, canaries=(0, 3), of=4):
 
 
 @pytest.mark.parametrize("way", ["book-keeping", "record by record"])
-def test_a_canary_fills_its_own_coordinate_to_the_clip_norm_and_nothing_else(way, learner, toy_stream):
+def test_a_canary_fills_its_own_coordinate_to_the_clip_norm_and_nothing_else(
+    way, learner, toy_stream
+):
     clip_norm = 0.3
     clip = Clip(norm=clip_norm)
     model, losses, batch = canary_batch(toy_stream(), learner())
@@ -102,11 +123,16 @@ def test_a_canary_fills_its_own_coordinate_to_the_clip_norm_and_nothing_else(way
 
     def total(rows):
         if way == "book-keeping":
-            return clipped_gradient_sum(model, params, lambda: losses(Forward(model), rows), len(rows), clip)
+            return clipped_gradient_sum(
+                model, params, lambda: losses(Forward(model), rows), len(rows), clip
+            )
         return clipped_sum(gradient_rows(losses, model), params, rows.tensors(), clip, 64)
 
-    mixed, real = total(batch), total(batch.take(batch.ids < 1000))
-    torch.testing.assert_close(mixed["probe.weight"][:, 0], torch.tensor([clip_norm, 0, 0, clip_norm]))
+    mixed = total(batch)
+    real = total(batch.take(batch.ids < 1000))
+    torch.testing.assert_close(
+        mixed["probe.weight"][:, 0], torch.tensor([clip_norm, 0, 0, clip_norm])
+    )
     assert not real["probe.weight"].any()
     for name in params.keys() - {"probe.weight"}:
         assert real[name].any()
@@ -120,7 +146,10 @@ def test_canaries_join_without_changing_what_is_declared(toy_stream):
     assert mixed[1].train.declared_size == stream[1].train.declared_size
     assert mixed[1].train.partition == stream[1].train.partition
     assert mixed[0] is stream[0]
-    assert joined(stream[0], torch.tensor([], dtype=torch.int64)).labels.tolist() == stream[0].train.labels.tolist()
+    assert (
+        joined(stream[0], torch.tensor([], dtype=torch.int64)).labels.tolist()
+        == stream[0].train.labels.tolist()
+    )
 
 
 @pytest.mark.parametrize("changes", [{"bands": 2}, {"clipping": Adaptive()}])
@@ -132,15 +161,22 @@ def test_what_the_score_does_not_fit_is_refused(learner, toy_stream, changes):
 
 
 def test_every_hook_of_a_strategy_reaches_the_one_under_audit():
-    hooks = {name for name, value in vars(Strategy).items() if inspect.isfunction(value) and name[0] != "_"}
+    hooks = {
+        name
+        for name, value in vars(Strategy).items()
+        if inspect.isfunction(value) and name[0] != "_"
+    }
     assert {name for name in hooks if Audited.overrides(name)} == hooks
 
 
 @pytest.mark.statistical
 def test_scores_lie_as_far_apart_as_noise_and_steps_say(learner, toy_stream):
-    """In units of its noise s, T steps move the mean score by T / s^2 = 0.8; its standard error is 0.04. Seeded."""
+    """In units of its noise s, T steps move the mean score by T / s^2 = 0.8; its standard error is
+    0.04. Seeded.
+    """
     privacy = Privacy(noise_multiplier=5.0, sampling_rate=1.0, clip_norm=0.2, seed=0)
-    chosen, ear = learner(privacy=privacy, iterations=20), Listener("experience-0", 2000)
+    chosen = learner(privacy=privacy, iterations=20)
+    ear = Listener("experience-0", 2000)
     strategy = Audited(inner=Naive(), first=1000, canaries=2000, loudness=10.0)
     trial = replace(chosen, model=Probed(chosen.model, 2000), strategy=strategy, callbacks=(ear,))
     trial.fit(with_canaries(toy_stream(), 0, 1000 + torch.arange(1000)))
@@ -153,7 +189,8 @@ def test_scores_lie_as_far_apart_as_noise_and_steps_say(learner, toy_stream):
 
 
 def test_the_claim_is_what_the_same_learner_spends_without_canaries(learner, toy_stream):
-    plain, stream = learner(strategy=EWC(strength=1.0)), toy_stream()
+    plain = learner(strategy=EWC(strength=1.0))
+    stream = toy_stream()
     result = audit(plain, stream, canaries=20)
     assert plain.mechanism is None
     plain.fit(stream)
@@ -176,7 +213,9 @@ def test_an_audit_leaves_the_learner_and_its_folder_alone(learner, toy_stream, t
 
 
 def test_the_same_audit_finds_the_same(learner, toy_stream):
-    first, again, other = (audit(learner(seed=seed), toy_stream(), canaries=100) for seed in (0, 0, 1))
+    first, again, other = (
+        audit(learner(seed=seed), toy_stream(), canaries=100) for seed in (0, 0, 1)
+    )
     assert first == again
     assert first.lower_bound != other.lower_bound
 
@@ -187,21 +226,29 @@ def test_the_same_audit_finds_the_same(learner, toy_stream):
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
 def test_a_correct_mechanism_passes(seed, learner, toy_stream):
-    """At 99.99 % confidence one honest audit in 10,000 is flagged; another processor draws other noise."""
+    """At 99.99 % confidence one honest audit in 10,000 is flagged; another processor draws other
+    noise.
+    """
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
-    result = audit(learner(seed=seed, privacy=privacy), toy_stream(), canaries=2000, confidence=0.9999)
+    result = audit(
+        learner(seed=seed, privacy=privacy), toy_stream(), canaries=2000, confidence=0.9999
+    )
     assert 3 < result.claimed < 5
     assert not result.flagged
     assert result.lower_bound > 0.6 * result.claimed
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("kind", [broken(HalfKey), broken(LoadedCoins), broken(mechanism=Unclipped)])
+@pytest.mark.parametrize(
+    "kind", [broken(HalfKey), broken(LoadedCoins), broken(mechanism=Unclipped)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):
     """The lower bounds are ten and more standard errors above the claim."""
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
-    result = audit(learner(kind, seed=seed, privacy=privacy), toy_stream(), canaries=1000, confidence=0.999)
+    result = audit(
+        learner(kind, seed=seed, privacy=privacy), toy_stream(), canaries=1000, confidence=0.999
+    )
     assert 3 < result.claimed < 5
     assert result.flagged
     assert result.lower_bound > 1.4 * result.claimed
@@ -214,17 +261,24 @@ def test_without_sampling_half_the_noise_is_caught_by_every_method(learner, toy_
     for method in ("gaussian", "one-run-f-dp"):
         find = partial(audit, stream=toy_stream(), canaries=20_000, confidence=0.999, method=method)
         assert not find(learner(**options)).flagged
-        assert find(learner(broken(HalfKey), **options)).flagged  # f-DP: 4.1 to 4.2 in three seeds, claimed 3.8
-    bounds = [audit(learner(kind, **options), toy_stream(), canaries=4000, method="one-run").lower_bound
-              for kind in (Learner, broken(HalfKey))]  # fmt: skip
+        # f-DP: 4.1 to 4.2 in three seeds, claimed 3.8
+        assert find(learner(broken(HalfKey), **options)).flagged
+    bounds = [
+        audit(learner(kind, **options), toy_stream(), canaries=4000, method="one-run").lower_bound
+        for kind in (Learner, broken(HalfKey))
+    ]
     assert 1 < bounds[0] < bounds[1] - 1
 
 
 @pytest.mark.parametrize(
     ("strategy", "steps"),
-    [(EWC(strength=0.1), 25), (LwF(), 25), (Replay(memory_size=40), 50),
-     (Combine(EWC(strength=1.0), Replay(memory_size=40)), 50)],
-)  # fmt: skip
+    [
+        (EWC(strength=0.1), 25),
+        (LwF(), 25),
+        (Replay(memory_size=40), 50),
+        (Combine(EWC(strength=1.0), Replay(memory_size=40)), 50),
+    ],
+)
 def test_strategies_are_audited_as_they_are(strategy, steps, learner, toy_stream):
     result = audit(learner(strategy=strategy), toy_stream(), canaries=500, confidence=0.9999)
     assert result.steps == steps
@@ -242,16 +296,25 @@ def test_canaries_may_join_a_later_experience(learner, toy_stream):
 
 def result_of(bound):
     return AuditResult(
-        lower_bound=bound, claimed=3.996, confidence=0.999, delta=1e-5, canaries=1000, method="gaussian",
-        partition="experience-0", sampling_rate=0.1, steps=300,
-    )  # fmt: skip
+        lower_bound=bound,
+        claimed=3.996,
+        confidence=0.999,
+        delta=1e-5,
+        canaries=1000,
+        method="gaussian",
+        partition="experience-0",
+        sampling_rate=0.1,
+        steps=300,
+    )
 
 
 def test_the_result_reads_well():
     assert str(result_of(3.459)) == (
-        "epsilon is at least 3.45 with 99.9 % confidence; claimed: 4.00 (record, add/remove, delta 1e-5)\n"
+        "epsilon is at least 3.45 with 99.9 % confidence; claimed: 4.00 (record, add/remove, "
+        "delta 1e-5)\n"
         "not contradicted: the audit saw no more leak than is claimed\n"
-        "1000 canaries, each in experience-0 with probability 1/2; 300 steps, Poisson sampling at rate 0.1; "
+        "1000 canaries, each in experience-0 with probability 1/2; 300 steps, Poisson "
+        "sampling at rate 0.1; "
         "gaussian bound; simulated noise"
     )
     assert not result_of(3.459).flagged
@@ -261,7 +324,11 @@ def test_the_result_reads_well():
 
 @pytest.mark.parametrize(
     ("changes", "options", "field"),
-    [({"privacy": None}, {}, "privacy"), ({}, {"canaries": 9}, "canaries"), ({}, {"experience": 2}, "experience")],
+    [
+        ({"privacy": None}, {}, "privacy"),
+        ({}, {"canaries": 9}, "canaries"),
+        ({}, {"experience": 2}, "experience"),
+    ],
 )
 def test_an_audit_that_cannot_be_is_refused(changes, options, field, learner, toy_stream):
     with pytest.raises(ConfigError, match=field):
@@ -288,14 +355,20 @@ seed = 0
 strategy = "naive"
 {arms}
 """
-PRIVATE_ARMS = '[[arms]]\nstrategy = "naive"\nprivate = true\n[[arms]]\nstrategy = "lwf"\nprivate = true'
+PRIVATE_ARMS = (
+    '[[arms]]\nstrategy = "naive"\nprivate = true\n[[arms]]\nstrategy = "lwf"\nprivate = true'
+)
 FEDERATION = "[federation]\nclients = 3\nrounds = 2\nmin_size = 5"
 
 
 @pytest.mark.parametrize("federation", ["", FEDERATION])
 def test_every_private_arm_of_a_config_is_audited(federation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = audit_run(parse(CONFIG.format(federation=federation, arms=PRIVATE_ARMS)), canaries=1000, confidence=0.9999)
+    found = audit_run(
+        parse(CONFIG.format(federation=federation, arms=PRIVATE_ARMS)),
+        canaries=1000,
+        confidence=0.9999,
+    )
     assert list(found) == ["naive-private", "lwf-private"]
     assert all(0 < result.lower_bound < result.claimed for result in found.values())
     assert {result.steps for result in found.values()} == {10}

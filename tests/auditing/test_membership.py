@@ -32,13 +32,16 @@ def test_confidence_is_the_logit_of_the_label_s_probability():
     logits = torch.tensor([[1.0, 2.0, 0.5], [30.0, -30.0, 0.0]])
     records = Records(inputs=torch.zeros(2, 1), labels=torch.tensor([1, 0]))
     p = logits.double().softmax(1)[[0, 1], records.labels]
-    torch.testing.assert_close(logit_confidence(lambda x: logits, records)[0], (p[0] / (1 - p[0])).log())
+    torch.testing.assert_close(
+        logit_confidence(lambda x: logits, records)[0], (p[0] / (1 - p[0])).log()
+    )
     assert logit_confidence(lambda x: logits, records)[1] == pytest.approx(30.0)
 
 
 def test_the_score_is_the_ratio_of_two_normal_densities():
     place = torch.Generator().manual_seed(0)
-    shadows, target = torch.randn(6, 5, generator=place).double(), torch.randn(5, generator=place).double()
+    shadows = torch.randn(6, 5, generator=place).double()
+    target = torch.randn(5, generator=place).double()
     seen = halves(5, 6, seed=1)
     logs = []
     for mask in (seen, ~seen):
@@ -52,28 +55,52 @@ def test_the_score_is_the_ratio_of_two_normal_densities():
 @pytest.mark.reference
 def test_the_area_is_that_of_scikit_learn_also_with_ties():
     place = torch.Generator().manual_seed(0)
-    inside, outside = torch.randint(3, 9, (40,), generator=place), torch.randint(0, 7, (60,), generator=place)
-    labels, scores = [1] * 40 + [0] * 60, torch.cat([inside, outside])
+    inside = torch.randint(3, 9, (40,), generator=place)
+    outside = torch.randint(0, 7, (60,), generator=place)
+    labels = [1] * 40 + [0] * 60
+    scores = torch.cat([inside, outside])
     assert area_under_curve(inside, outside) == pytest.approx(roc_auc_score(labels, scores))
 
 
 def test_true_positives_keep_to_the_false_positives_allowed():
-    inside, outside = torch.tensor([5.0, 3.0, 0.5, 9.0]), torch.tensor([4.0, 1.0, 2.0, 3.0])
-    assert [true_positives(inside, outside, rate) for rate in (0.0, 0.25, 0.5, 1.0)] == [0.5, 0.5, 0.75, 0.75]
+    inside = torch.tensor([5.0, 3.0, 0.5, 9.0])
+    outside = torch.tensor([4.0, 1.0, 2.0, 3.0])
+    assert [true_positives(inside, outside, rate) for rate in (0.0, 0.25, 0.5, 1.0)] == [
+        0.5,
+        0.5,
+        0.75,
+        0.75,
+    ]
 
 
 def trainer(privacy=None, iterations=80, learning_rate=0.01):
-    """From records and a seed to a classifier: full batches, Adam without privacy and SGD with it."""
+    """From records and a seed to a classifier: full batches, Adam without privacy and SGD with
+    it.
+    """
     optimizer = torch.optim.SGD if privacy else torch.optim.Adam
 
     def train(records, seed):
-        only = Experience(index=0, train=records, test=records.take(slice(0)), classes=tuple(range(10)))
+        only = Experience(
+            index=0, train=records, test=records.take(slice(0)), classes=tuple(range(10))
+        )
         learner = Learner(
-            model=mlp(input_shape=(1, 8, 8), num_classes=10, hidden=(64,), seed=seed % 1000), strategy=Naive(),
-            optimizer=lambda params: optimizer(params, lr=learning_rate), iterations=iterations,
-            batch_size=len(records), seed=seed, privacy=privacy,
-        )  # fmt: skip
-        learner.prepare(Stream(name="d", scenario="class", experiences=(only,), num_classes=10, input_shape=(1, 8, 8)))
+            model=mlp(input_shape=(1, 8, 8), num_classes=10, hidden=(64,), seed=seed % 1000),
+            strategy=Naive(),
+            optimizer=lambda params: optimizer(params, lr=learning_rate),
+            iterations=iterations,
+            batch_size=len(records),
+            seed=seed,
+            privacy=privacy,
+        )
+        learner.prepare(
+            Stream(
+                name="d",
+                scenario="class",
+                experiences=(only,),
+                num_classes=10,
+                input_shape=(1, 8, 8),
+            )
+        )
         learner.begin(0)
         learner.train(learner.block(0, 1))
         return learner.predictor(0, after=0)
@@ -91,23 +118,32 @@ def attacked(train):
 @pytest.mark.slow
 @pytest.mark.statistical
 def test_members_of_an_overfitted_model_are_found_and_those_of_a_private_one_are_not():
-    """Seeded; standard errors of both areas are about 0.03, so the thresholds are three and more of them away."""
+    """Seeded; standard errors of both areas are about 0.03, so the thresholds are three and more of
+    them away.
+    """
     target, records, members, found = attacked(trainer())
     right = target(records.inputs).argmax(1) == records.labels
     assert right[members].all()
     assert found.auc > 0.62
     assert found.true_positive_rates[0.1] > 0.2
-    *_, hidden = attacked(trainer(Privacy(epsilon=1.0, delta=1e-3, sampling_rate=0.5, seed=0), 30, 0.5))
+    *_, hidden = attacked(
+        trainer(Privacy(epsilon=1.0, delta=1e-3, sampling_rate=0.5, seed=0), 30, 0.5)
+    )
     assert 0.40 < hidden.auc < 0.60
     assert found.auc - hidden.auc > 4 * math.hypot(found.auc_error, hidden.auc_error)
 
 
 def test_the_result_reads_well():
     result = MembershipResult(
-        auc=0.7123, auc_error=0.026, true_positive_rates={0.01: 0.09, 0.1: 0.335}, records=400, shadows=8
+        auc=0.7123,
+        auc_error=0.026,
+        true_positive_rates={0.01: 0.09, 0.1: 0.335},
+        records=400,
+        shadows=8,
     )
     assert str(result) == (
-        "membership inference (LiRA, 8 shadow models, 400 records): AUC 0.712 +- 0.026 (0.5 is guessing); "
+        "membership inference (LiRA, 8 shadow models, 400 records): AUC 0.712 +- 0.026 (0.5 "
+        "is guessing); "
         "true positives at false positives: 9.0 % at 1 %, 33.5 % at 10 %"
     )
 
@@ -116,7 +152,13 @@ def test_the_result_reads_well():
 def test_too_few_or_unpaired_shadows_are_refused(shadows):
     records = Records(inputs=torch.zeros(4, 1), labels=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="shadows"):
-        lira(lambda x: x, lambda r, s: lambda x: x, records, torch.tensor([True, False] * 2), shadows=shadows)
+        lira(
+            lambda x: x,
+            lambda r, s: lambda x: x,
+            records,
+            torch.tensor([True, False] * 2),
+            shadows=shadows,
+        )
 
 
 @pytest.mark.parametrize("members", [[True] * 4, [False] * 4, [True, False]])

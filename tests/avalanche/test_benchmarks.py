@@ -98,7 +98,9 @@ def test_transforms_are_applied_item_by_item_from_the_eval_group(toy, avalanche)
 
 @pytest.mark.reference
 def test_a_random_cut_of_the_records_is_no_partition(toy, avalanche):
-    benchmark = avalanche.ni_benchmark(tensors(toy.train), tensors(toy.test), 4, task_labels=False, seed=1)
+    benchmark = avalanche.ni_benchmark(
+        tensors(toy.train), tensors(toy.test), 4, task_labels=False, seed=1
+    )
     stream = from_avalanche(benchmark)
     assert stream.scenario == "domain"
     assert set.union(*places(stream)) == set(range(400))
@@ -109,7 +111,8 @@ def test_a_random_cut_of_the_records_is_no_partition(toy, avalanche):
 
 @pytest.mark.reference
 def test_copies_of_the_same_records_keep_their_ids(toy, avalanche):
-    train, test = tensors(toy.train), tensors(toy.test)
+    train = tensors(toy.train)
+    test = tensors(toy.test)
     stream = from_avalanche(
         avalanche.nc_benchmark(
             [train, train],
@@ -129,10 +132,13 @@ def test_copies_of_the_same_records_keep_their_ids(toy, avalanche):
 
 @pytest.mark.reference
 def test_several_sources_have_ids_of_their_own(toy, avalanche):
-    one, two = toy.train.take(torch.arange(100)), toy.train.take(torch.arange(100, 160))
+    one = toy.train.take(torch.arange(100))
+    two = toy.train.take(torch.arange(100, 160))
     joined = ConcatDataset([tensors(one), tensors(two)])
     joined.targets = one.labels.tolist() + two.labels.tolist()
-    stream = from_avalanche(avalanche.nc_benchmark(joined, tensors(toy.test), 2, task_labels=False, shuffle=False))
+    stream = from_avalanche(
+        avalanche.nc_benchmark(joined, tensors(toy.test), 2, task_labels=False, shuffle=False)
+    )
     assert set.union(*places(stream)) == set(range(160))
     for experience in stream:
         assert_same_rows(experience.train, toy.train)
@@ -144,9 +150,12 @@ def test_the_newer_generators_of_avalanche(toy, avalanche):
     from avalanche.benchmarks.utils import as_classification_dataset
 
     parts = {
-        name: as_classification_dataset(tensors(part)) for name, part in (("train", toy.train), ("test", toy.test))
+        name: as_classification_dataset(tensors(part))
+        for name, part in (("train", toy.train), ("test", toy.test))
     }
-    stream = from_avalanche(class_incremental_benchmark(parts, num_experiences=2, class_order=[0, 3, 2, 1]))
+    stream = from_avalanche(
+        class_incremental_benchmark(parts, num_experiences=2, class_order=[0, 3, 2, 1])
+    )
     assert [e.classes for e in stream] == [(0, 3), (1, 2)]
     for experience in stream:
         assert_same_rows(experience.train, toy.train)

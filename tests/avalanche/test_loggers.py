@@ -32,29 +32,43 @@ def evaluator(*loggers):
 
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
-def test_names_values_and_lines_are_those_of_an_avalanche_run(scenario, benchmark, toy_model, template):
+def test_names_values_and_lines_are_those_of_an_avalanche_run(
+    scenario, benchmark, toy_model, template
+):
     from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
     from avalanche.training.plugins import EvaluationPlugin
 
-    made, ours, theirs = benchmark(scenario), io.StringIO(), io.StringIO()
+    made = benchmark(scenario)
+    ours = io.StringIO()
+    theirs = io.StringIO()
     plugged = EvaluationPlugin(
-        accuracy_metrics(experience=True), forgetting_metrics(experience=True), loggers=[logger("TextLogger", theirs)]
+        accuracy_metrics(experience=True),
+        forgetting_metrics(experience=True),
+        loggers=[logger("TextLogger", theirs)],
     )
     stream = from_avalanche(made)
     strategy = Replay(memory_size=8)
     teacher = template(
-        toy_model(stream), SameBatches(stream, toy_model(stream)), as_plugin(strategy), evaluator=plugged
+        toy_model(stream),
+        SameBatches(stream, toy_model(stream)),
+        as_plugin(strategy),
+        evaluator=plugged,
     )
     for experience in made.train_stream:
         teacher.train(experience)
         teacher.eval(made.test_stream)
     shown = evaluator(logger("TextLogger", ours))
     learner = Learner(
-        model=toy_model(stream), strategy=strategy, optimizer=adam, epochs=EPOCHS, batch_size=BATCH,
+        model=toy_model(stream),
+        strategy=strategy,
+        optimizer=adam,
+        epochs=EPOCHS,
+        batch_size=BATCH,
         callbacks=[log_to(shown)],
-    )  # fmt: skip
+    )
     learner.fit(stream)
-    expected, given = plugged.get_last_metrics(), shown.get_last_metrics()
+    expected = plugged.get_last_metrics()
+    given = shown.get_last_metrics()
     assert {name: given[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert shown.get_all_metrics()["average_accuracy/eval_phase/test_stream"][0] == [5, 10], "steps"
     kept = [line for line in theirs.getvalue().splitlines() if not line.startswith("Epoch")]
@@ -69,22 +83,29 @@ def test_a_csv_file_has_the_whole_matrix(avalanche, tmp_path):
     rows = (tmp_path / "eval_results.csv").read_text().splitlines()
     assert rows == [
         "eval_exp,training_exp,eval_accuracy,eval_loss,forgetting",
-        "0,0,1.0000,0,0", "1,0,0.0000,0,0",
-        "0,1,0.6000,0,0.4000", "1,1,0.9000,0,0", "2,1,0.1000,0,0",
-    ]  # fmt: skip
+        "0,0,1.0000,0,0",
+        "1,0,0.0000,0,0",
+        "0,1,0.6000,0,0.4000",
+        "1,1,0.9000,0,0",
+        "2,1,0.1000,0,0",
+    ]
 
 
 def test_a_stored_matrix_gives_every_metric_as_a_fraction(avalanche, capsys):
     last = log(torch.tensor([[100.0, 0.0], [60.0, 90.0]]), evaluator(logger("InteractiveLogger")))
-    assert last == pytest.approx({
-        "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp000": 0.6,
-        "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001": 0.9,
-        "ExperienceForgetting/eval_phase/test_stream/Task000/Exp000": 0.4,
-        "average_accuracy/eval_phase/test_stream": 0.75, "area_under_accuracy/eval_phase/test_stream": 0.875,
-        "learning_accuracy/eval_phase/test_stream": 0.95,
-        "forgetting/eval_phase/test_stream": 0.4, "backward_transfer/eval_phase/test_stream": -0.4,
-        "worst_experience_accuracy/eval_phase/test_stream": 0.6,
-    })  # fmt: skip
+    assert last == pytest.approx(
+        {
+            "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp000": 0.6,
+            "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001": 0.9,
+            "ExperienceForgetting/eval_phase/test_stream/Task000/Exp000": 0.4,
+            "average_accuracy/eval_phase/test_stream": 0.75,
+            "area_under_accuracy/eval_phase/test_stream": 0.875,
+            "learning_accuracy/eval_phase/test_stream": 0.95,
+            "forgetting/eval_phase/test_stream": 0.4,
+            "backward_transfer/eval_phase/test_stream": -0.4,
+            "worst_experience_accuracy/eval_phase/test_stream": 0.6,
+        }
+    )
     assert "backward_transfer/eval_phase/test_stream = -0.4000" in capsys.readouterr().out
 
 

@@ -1,6 +1,8 @@
-"""Every strategy against Avalanche's own, as far as the mathematics is the same; where it differs, how.
+"""Every strategy against Avalanche's own, as far as the mathematics is the same; where it differs,
+how.
 
-Both are given the same new rows (`SameBatches`). Most runs are domain-incremental, where perdure masks no class.
+Both are given the same new rows (`SameBatches`). Most runs are domain-incremental, where perdure
+masks no class.
 """
 
 import warnings
@@ -49,11 +51,15 @@ def trained(toy_model, template):
 
 def assert_same_model(model, learner, far=None):
     """The same parameters up to rounding, or (`far`) other ones by more than that."""
-    ours, theirs = dict(learner.model.named_parameters()), dict(model.named_parameters())
+    ours = dict(learner.model.named_parameters())
+    theirs = dict(model.named_parameters())
     if far is None:
         assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
     else:
-        assert max(float((ours[name] - value).detach().abs().max()) for name, value in theirs.items()) > far
+        assert (
+            max(float((ours[name] - value).detach().abs().max()) for name, value in theirs.items())
+            > far
+        )
 
 
 def flat(tensors):
@@ -64,21 +70,34 @@ def as_context(experience, allowed=4, scenario="domain", memory_share=0.0):
     """Public facts of a stream of two experiences with two classes each."""
     table = torch.tensor([[True, True, False, False], [False, False, True, True]])[:, :allowed]
     return Context(
-        scenario=scenario, experience=experience, task_classes=table, seen=table[: experience + 1].any(0),
+        scenario=scenario,
+        experience=experience,
+        task_classes=table,
+        seen=table[: experience + 1].any(0),
         memory_share=memory_share,
-    )  # fmt: skip
+    )
 
 
 def as_batch(inputs, labels, from_memory=None):
     blank = torch.zeros_like(labels)
     role = blank.bool() if from_memory is None else from_memory
-    return Batch(inputs=inputs, labels=labels, ids=blank, tasks=blank, from_memory=role, valid=torch.ones_like(role))
+    return Batch(
+        inputs=inputs,
+        labels=labels,
+        ids=blank,
+        tasks=blank,
+        from_memory=role,
+        valid=torch.ones_like(role),
+    )
 
 
 def loss_of(strategy, logits, batch, context):
     """Mean loss of given logits."""
     return strategy.losses(
-        Forward(nn.Identity()), Batch.from_tensors(batch.tensors() | {"inputs": logits}), context, State()
+        Forward(nn.Identity()),
+        Batch.from_tensors(batch.tensors() | {"inputs": logits}),
+        context,
+        State(),
     ).mean()
 
 
@@ -89,12 +108,15 @@ def test_naive_has_the_same_parameters(avalanche, benchmark, toy_model, trained)
     made = benchmark("domain")
     learner, _ = learnt(Naive(), made, toy_model)
     model, _ = trained(made, kind=avalanche.training.Naive)
-    ours, theirs = dict(learner.model.named_parameters()), dict(model.named_parameters())
+    ours = dict(learner.model.named_parameters())
+    theirs = dict(model.named_parameters())
     assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 def test_naive_differs_by_the_mask_of_classes_to_come(avalanche, benchmark, toy_model, trained):
-    """Avalanche's criterion pushes down the logits of classes that nobody met yet; with a mask it is ours."""
+    """Avalanche's criterion pushes down the logits of classes that nobody met yet; with a mask it
+    is ours.
+    """
     made = benchmark("class")
     learner, _ = learnt(Naive(), made, toy_model)
     model, _ = trained(made, kind=avalanche.training.Naive)
@@ -121,39 +143,60 @@ class Seen:
         self.steps = []
 
     def before_backward(self, strategy, **_):
-        self.steps.append((strategy.mb_x, strategy.mb_y, strategy.mb_output.detach(), strategy.loss.detach().clone()))
+        self.steps.append(
+            (
+                strategy.mb_x,
+                strategy.mb_y,
+                strategy.mb_output.detach(),
+                strategy.loss.detach().clone(),
+            )
+        )
 
 
-def test_replay_has_the_same_loss_and_stores_as_many_of_each_experience(avalanche, benchmark, toy_model, template):
-    made, seen = benchmark("domain"), Seen()
+def test_replay_has_the_same_loss_and_stores_as_many_of_each_experience(
+    avalanche, benchmark, toy_model, template
+):
+    made = benchmark("domain")
+    seen = Seen()
     from avalanche.training.plugins import ReplayPlugin
 
     replay = ReplayPlugin(mem_size=9, batch_size_mem=5)
-    with pytest.warns(DeprecationWarning, match="deprecated function update"):  # Avalanche's, about itself
+    # Avalanche's, about itself
+    with pytest.warns(DeprecationWarning, match="deprecated function update"):
         template(toy_model(from_avalanche(made)), replay, seen).train(made.train_stream)
     ours = Replay(memory_size=9, batch_size=5, weighting="equal")
     first = from_avalanche(made)[0].train.inputs
     for inputs, labels, logits, theirs in seen.steps[3:]:
         role = (inputs[:, None] == first).all(2).any(1)
         assert 0 < role.sum() < len(role)
-        batch, context = as_batch(inputs, labels, role), as_context(1, memory_share=float(role.float().mean()))
-        assert loss_of(ours, logits, batch, context).item() == pytest.approx(theirs.item(), rel=1e-5)
+        batch = as_batch(inputs, labels, role)
+        context = as_context(1, memory_share=float(role.float().mean()))
+        assert loss_of(ours, logits, batch, context).item() == pytest.approx(
+            theirs.item(), rel=1e-5
+        )
         weighted = loss_of(Replay(memory_size=9), logits, batch, context)
         each = nn.functional.cross_entropy(logits, labels, reduction="none")
         by_hand = 0.5 * each[~role].mean() + 0.5 * each[role].mean()
-        assert weighted.item() == pytest.approx(by_hand.item(), rel=1e-5), "the default weighs experiences"
+        assert weighted.item() == pytest.approx(by_hand.item(), rel=1e-5), (
+            "the default weighs experiences"
+        )
     learner, _ = learnt(ours, made, toy_model)
     kept = learner.curator.snapshot()[0]["memory.tasks"].bincount().tolist()
     theirs = [len(buffer.buffer) for buffer in replay.storage_policy.buffer_groups.values()]
-    assert kept == pytest.approx(theirs, abs=1), "what does not divide by two goes to the one or the other"
+    assert kept == pytest.approx(theirs, abs=1), (
+        "what does not divide by two goes to the one or the other"
+    )
 
 
 def test_er_ace_has_the_same_loss_where_all_classes_are_in_the_batch(avalanche):
-    """Ours masks by the declared classes, theirs by those that turned up, so a missing class makes them differ."""
+    """Ours masks by the declared classes, theirs by those that turned up, so a missing class makes
+    them differ.
+    """
     from avalanche.training.regularization import ACECriterion
 
     place = torch.Generator().manual_seed(0)
-    logits, stored = torch.randn(6, 4, generator=place), torch.randn(9, 4, generator=place)
+    logits = torch.randn(6, 4, generator=place)
+    stored = torch.randn(9, 4, generator=place)
     role = torch.arange(15) >= 6
     for labels, same in ((torch.tensor([2, 3] * 3), True), (torch.tensor([2] * 6), False)):
         old = torch.arange(9) % 4
@@ -168,10 +211,13 @@ def test_er_ace_has_the_same_loss_where_all_classes_are_in_the_batch(avalanche):
 
 
 def test_lwf_has_the_same_parameters(avalanche, benchmark, toy_model, trained):
-    """Theirs is a Kullback-Leibler divergence, ours a cross entropy: the same but for a constant without gradient."""
+    """Theirs is a Kullback-Leibler divergence, ours a cross entropy: the same but for a constant
+    without gradient.
+    """
     from avalanche.training.plugins import LwFPlugin
 
-    made = benchmark("task")  # one head: Avalanche distils over the classes of the first task, and so do we
+    # one head: Avalanche distils over the classes of the first task, and so do we
+    made = benchmark("task")
     learner, _ = learnt(LwF(strength=3.0, temperature=1.5), made, toy_model)
     plugin = LwFPlugin(alpha=3.0, temperature=1.5)
 
@@ -193,9 +239,11 @@ def test_lwf_differs_in_class_incremental_streams(avalanche):
     from avalanche.training.regularization import LearningWithoutForgetting
 
     place = torch.Generator().manual_seed(0)
-    logits, teacher = torch.randn(5, 4, generator=place), torch.randn(5, 4, generator=place)
+    logits = torch.randn(5, 4, generator=place)
+    teacher = torch.randn(5, 4, generator=place)
     theirs = LearningWithoutForgetting(temperature=2.0)._distillation_loss(logits, teacher, {0, 1})
-    known, seen = torch.tensor([True, True, False, False]), torch.ones(4, dtype=torch.bool)
+    known = torch.tensor([True, True, False, False])
+    seen = torch.ones(4, dtype=torch.bool)
     q = torch.softmax(teacher[:, :2] / 2, dim=1)
     entropy = -(q * q.log()).sum(1)
     ours = LwF(temperature=2.0)
@@ -212,28 +260,40 @@ def test_lwf_differs_in_class_incremental_streams(avalanche):
 def test_ewc_has_the_same_parameters_where_the_fisher_is_taken_record_by_record(
     mode, options, avalanche, benchmark, toy_model, trained
 ):
-    """Theirs squares the gradient of a batch's mean; only in batches of one is that the Fisher information."""
+    """Theirs squares the gradient of a batch's mean; only in batches of one is that the Fisher
+    information.
+    """
     from avalanche.training.plugins import EWCPlugin
 
     made = benchmark("domain")
     ours = EWC(strength=50.0, mode=mode, fisher="empirical", decay=options.get("decay_factor", 1.0))
     learner, _ = learnt(ours, made, toy_model)
-    ones, whole = (EWCPlugin(25.0, mode=mode, keep_importance_data=True, **options) for _ in range(2))
+    ones, whole = (
+        EWCPlugin(25.0, mode=mode, keep_importance_data=True, **options) for _ in range(2)
+    )
     model, _ = trained(made, ones, train_mb_size=1)
     assert_same_model(model, learner)
     trained(made, whole, train_mb_size=WHOLE)
-    first, last = (learner.state.group("fisher"), ones.importances[1])
+    first = learner.state.group("fisher")
+    last = ones.importances[1]
     if mode == "separate":
         last = {name: value.data + last[name].data for name, value in ones.importances[0].items()}
     torch.testing.assert_close(
-        flat(first.values()), flat(getattr(v, "data", v) for v in last.values()), atol=1e-6, rtol=1e-3
+        flat(first.values()),
+        flat(getattr(v, "data", v) for v in last.values()),
+        atol=1e-6,
+        rtol=1e-3,
     )
     theirs = flat(value.data for value in whole.importances[0].values())
-    assert theirs.sum() < 0.5 * flat(value.data for value in ones.importances[0].values()).sum(), "as they do it"
+    assert theirs.sum() < 0.5 * flat(value.data for value in ones.importances[0].values()).sum(), (
+        "as they do it"
+    )
 
 
 def test_mas_has_the_same_importance_record_by_record(avalanche, benchmark, toy_model, trained):
-    """Theirs takes the absolute value of a batch's mean gradient, and averages over experiences; ours adds up."""
+    """Theirs takes the absolute value of a batch's mean gradient, and averages over experiences;
+    ours adds up.
+    """
     from avalanche.training.plugins import MASPlugin
 
     made = benchmark("domain")
@@ -241,22 +301,32 @@ def test_mas_has_the_same_importance_record_by_record(avalanche, benchmark, toy_
     plugin = MASPlugin(lambda_reg=0.1, alpha=0.5)
     model, _ = trained(made, plugin, experiences=1, train_mb_size=1)
     first = Learner(
-        model=toy_model(from_avalanche(made)), strategy=MAS(strength=0.1), optimizer=adam, epochs=2, batch_size=BATCH
+        model=toy_model(from_avalanche(made)),
+        strategy=MAS(strength=0.1),
+        optimizer=adam,
+        epochs=2,
+        batch_size=BATCH,
     )
     first.prepare(from_avalanche(made))
     first.begin(0)
     first.train(range(first.steps(0)))
     first.finish()
     ours = flat(first.state.group("importance").values())
-    torch.testing.assert_close(ours, flat(value.data for value in plugin.importance.values()), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        ours, flat(value.data for value in plugin.importance.values()), atol=1e-5, rtol=1e-3
+    )
     model, _ = trained(made, MASPlugin(lambda_reg=0.1, alpha=0.5), train_mb_size=1)
     assert_same_model(model, learner)
 
 
-def test_si_has_the_same_importance_after_the_first_experience(avalanche, benchmark, toy_model, trained, monkeypatch):
-    """Theirs cuts importance at 0.001, halves its weight, and later counts the penalty into the gradient; ours not.
+def test_si_has_the_same_importance_after_the_first_experience(
+    avalanche, benchmark, toy_model, trained, monkeypatch
+):
+    """Theirs cuts importance at 0.001, halves its weight, and later counts the penalty into the
+    gradient; ours not.
 
-    On the CPU Avalanche 0.6 keeps a view of the parameters in place of a copy, so that they never seem to move.
+    On the CPU Avalanche 0.6 keeps a view of the parameters in place of a copy, so that they never
+    seem to move.
     """
     from avalanche.training.plugins import SynapticIntelligencePlugin
 
@@ -266,10 +336,16 @@ def test_si_has_the_same_importance_after_the_first_experience(avalanche, benchm
         warnings.simplefilter("ignore")  # it hands tensors to numpy
         trained(made, still, experiences=1)
         assert not any(value.data.any() for value in still.syn_data["trajectory"].values())
-        monkeypatch.setattr(SynapticIntelligencePlugin, "extract_weights", staticmethod(copies_of_weights))
+        monkeypatch.setattr(
+            SynapticIntelligencePlugin, "extract_weights", staticmethod(copies_of_weights)
+        )
         trained(made, plugin, experiences=1)
     learner = Learner(
-        model=toy_model(from_avalanche(made)), strategy=SI(strength=1.0), optimizer=adam, epochs=2, batch_size=BATCH
+        model=toy_model(from_avalanche(made)),
+        strategy=SI(strength=1.0),
+        optimizer=adam,
+        epochs=2,
+        batch_size=BATCH,
     )
     learner.prepare(from_avalanche(made))
     learner.begin(0)
@@ -304,7 +380,9 @@ def projected(plugin, current):
     """What Avalanche's plugin makes of a gradient."""
     model = nn.Linear(3, 2, bias=False)
     model.weight.grad = current.clone()
-    plugin.after_backward(SimpleNamespace(model=model, device="cpu", clock=SimpleNamespace(train_exp_counter=1)))
+    plugin.after_backward(
+        SimpleNamespace(model=model, device="cpu", clock=SimpleNamespace(train_exp_counter=1))
+    )
     return model.weight.grad
 
 
@@ -315,8 +393,11 @@ def test_agem_projects_to_the_same_gradient(avalanche):
     for seed in range(8):
         current, reference = gradients((2, 3), seed, 2)
         plugin = AGEMPlugin(1, 1)
-        plugin.buffers, plugin.reference_gradients = [None], reference.flatten()
-        ours = AGEM(memory_size=1).project({"weight": current}, ({"weight": reference},), State())["weight"]
+        plugin.buffers = [None]
+        plugin.reference_gradients = reference.flatten()
+        ours = AGEM(memory_size=1).project({"weight": current}, ({"weight": reference},), State())[
+            "weight"
+        ]
         torch.testing.assert_close(ours, projected(plugin, current))
         changed += not torch.equal(ours, current)
     assert 0 < changed < 8
@@ -332,14 +413,18 @@ def test_gem_projects_to_the_same_gradient(avalanche, margin):
         plugin = GEMPlugin(1, margin)
         plugin.G = torch.stack([reference.flatten() for reference in references])
         given = tuple({"weight": reference} for reference in references)
-        ours = GEM(memory_size=1, margin=margin).project({"weight": current}, given, State())["weight"]
+        ours = GEM(memory_size=1, margin=margin).project({"weight": current}, given, State())[
+            "weight"
+        ]
         torch.testing.assert_close(ours, projected(plugin, current), atol=1e-5, rtol=1e-4)
         changed += not torch.equal(ours, current)
     assert changed > 0
 
 
 @pytest.mark.parametrize("kind", ["AGEM", "GEM"])
-def test_whole_runs_agree_where_memory_holds_every_record(kind, avalanche, benchmark, toy_model, trained):
+def test_whole_runs_agree_where_memory_holds_every_record(
+    kind, avalanche, benchmark, toy_model, trained
+):
     """Then the reference gradient has no choice of records in it."""
     from avalanche.training.plugins import AGEMPlugin, GEMPlugin
 
@@ -356,23 +441,38 @@ def test_whole_runs_agree_where_memory_holds_every_record(kind, avalanche, bench
 # ---------------------------------------------------------------- SLDA
 
 
-def test_slda_has_the_same_means_and_a_covariance_that_depends_on_no_order(avalanche, benchmark, toy_model):
-    """Theirs updates it around the mean of the moment, and counts the records of all classes for each."""
+def test_slda_has_the_same_means_and_a_covariance_that_depends_on_no_order(
+    avalanche, benchmark, toy_model
+):
+    """Theirs updates it around the mean of the moment, and counts the records of all classes for
+    each.
+    """
     made = benchmark("class")
     stream = from_avalanche(made)
     model = toy_model(stream)
     learner = Learner(
-        model=model, strategy=SLDA(shrinkage=1e-2, scaled=False, normalise=False), optimizer=adam, epochs=1
+        model=model,
+        strategy=SLDA(shrinkage=1e-2, scaled=False, normalise=False),
+        optimizer=adam,
+        epochs=1,
     )
     learner.fit(stream)
     theirs = avalanche.training.StreamingLDA(
-        slda_model=Body(model), criterion=nn.CrossEntropyLoss(), input_size=6, num_classes=4, shrinkage_param=1e-2,
-        train_mb_size=BATCH, eval_mb_size=64, evaluator=quiet(),
-    )  # fmt: skip
+        slda_model=Body(model),
+        criterion=nn.CrossEntropyLoss(),
+        input_size=6,
+        num_classes=4,
+        shrinkage_param=1e-2,
+        train_mb_size=BATCH,
+        eval_mb_size=64,
+        evaluator=quiet(),
+    )
     for experience in made.train_stream:
         theirs.train(experience)
     with torch.no_grad():
-        inputs, labels = (torch.cat([getattr(e.train, what) for e in stream]) for what in ("inputs", "labels"))
+        inputs, labels = (
+            torch.cat([getattr(e.train, what) for e in stream]) for what in ("inputs", "labels")
+        )
         features = model.features(inputs)
     means = learner.state["cross"].T / learner.state["totals"][:, None]
     torch.testing.assert_close(means.float(), theirs.muK, atol=1e-5, rtol=1e-4)
@@ -383,7 +483,11 @@ def test_slda_has_the_same_means_and_a_covariance_that_depends_on_no_order(avala
         torch.linalg.inv(ours) @ theirs.muK.T, learner.state["weight"].float(), atol=1e-2, rtol=1e-3
     )
     with torch.no_grad():
-        agree = (theirs.predict(features).argmax(1) == learner.predictor(1, after=1)(inputs).argmax(1)).float().mean()
+        agree = (
+            (theirs.predict(features).argmax(1) == learner.predictor(1, after=1)(inputs).argmax(1))
+            .float()
+            .mean()
+        )
     assert agree > 0.9
     assert (theirs.Sigma - covariance).abs().max() > 0.01 * covariance.abs().max()
 

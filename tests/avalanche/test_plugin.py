@@ -1,4 +1,6 @@
-"""Our strategies as plugins of Avalanche: they train what the learner trains, and what a plugin refuses."""
+"""Our strategies as plugins of Avalanche: they train what the learner trains, and what a plugin
+refuses.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -29,14 +31,18 @@ pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
 def shown(results):
     """Accuracy in percent by experience."""
-    return [100 * value for name, value in sorted(results.items()) if name.startswith("Top1_Acc_Exp")]
+    return [
+        100 * value for name, value in sorted(results.items()) if name.startswith("Top1_Acc_Exp")
+    ]
 
 
 def taught(plugin, benchmark, toy_model, template, **options):
     """The same by Avalanche, given the same new rows."""
     stream = from_avalanche(benchmark)
     model = toy_model(stream)
-    teacher = template(model, SameBatches(stream, toy_model(stream)), plugin, evaluator=accuracies(), **options)
+    teacher = template(
+        model, SameBatches(stream, toy_model(stream)), plugin, evaluator=accuracies(), **options
+    )
     rows = []
     for experience in benchmark.train_stream:
         teacher.train(experience)
@@ -54,10 +60,14 @@ def pools(strategy):
 
 
 def comparable():
-    """Pairs of a strategy and a scenario where Avalanche's criterion, which masks no class to come, does no harm."""
-    by_id = ["generative_replay"]  # what it makes up goes by the record, which Avalanche does not name
+    """Pairs of a strategy and a scenario where Avalanche's criterion, which masks no class to come,
+    does no harm.
+    """
+    # what it makes up goes by the record, which Avalanche does not name
+    by_id = ["generative_replay"]
     names = [name for name in sorted(EXAMPLES) if not pools(example(name)) and name not in by_id]
-    everywhere = [name for name in names if name != "packnet"]  # it needs tasks, or classes of their own
+    # it needs tasks, or classes of their own
+    everywhere = [name for name in names if name != "packnet"]
     return [(name, "domain") for name in everywhere] + [
         (name, "class") for name in names if example(name).uses("losses")
     ]
@@ -65,11 +75,15 @@ def comparable():
 
 @pytest.mark.parametrize(("name", "scenario"), comparable())
 def test_a_plugin_trains_what_the_learner_trains(name, scenario, benchmark, toy_model, template):
-    strategy, made, make = example(name), benchmark(scenario), partial(model_of, name, otherwise=toy_model)
+    strategy = example(name)
+    made = benchmark(scenario)
+    make = partial(model_of, name, otherwise=toy_model)
     learner, matrix = learnt(strategy, made, make)
     plugin = as_plugin(strategy)
     model, rows = taught(plugin, made, make, template)
-    assert_close(dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=2e-5, rtol=1e-4)
+    assert_close(
+        dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=2e-5, rtol=1e-4
+    )
     assert_close(dict(plugin.state), dict(learner.state), atol=2e-4, rtol=2e-3)
     assert rows == [pytest.approx(row, abs=1e-4) for row in matrix.tolist()]
 
@@ -94,7 +108,9 @@ class Referred(Strategy):
     asks = Asks(references=1, reuses=True)
 
     def plan(self, experience):
-        memory = MemoryPlan(capacity=7, selection="reservoir", update="step", use="reference", batch_size=5)
+        memory = MemoryPlan(
+            capacity=7, selection="reservoir", update="step", use="reference", batch_size=5
+        )
         return Plan(memory=memory, trainable=("head",))
 
     def references(self, curator, params, state):
@@ -109,9 +125,13 @@ def test_reference_gradients_and_a_memory_of_every_step(benchmark, toy_model, te
     made = benchmark("domain")
     learner, matrix = learnt(Referred(), made, toy_model)
     model, rows = taught(as_plugin(Referred()), made, toy_model, template)
-    assert_close(dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=1e-5, rtol=1e-4)
+    assert_close(
+        dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=1e-5, rtol=1e-4
+    )
     fresh = dict(toy_model(from_avalanche(made)).named_parameters())
-    moved = {name for name, value in model.named_parameters() if not torch.equal(value, fresh[name])}
+    moved = {
+        name for name, value in model.named_parameters() if not torch.equal(value, fresh[name])
+    }
     assert moved == {"head.weight", "head.bias"}
     assert rows == [pytest.approx(row) for row in matrix.tolist()]
 
@@ -121,21 +141,36 @@ def test_a_plan_with_a_pool_of_its_own_is_given_its_rows(name, benchmark, toy_mo
     """All rows are in every batch, so that their order does not matter."""
     strategy = example(name)
     made = benchmark("class" if strategy.uses("losses") else "domain")
-    stream, seen = from_avalanche(made), []
+    stream = from_avalanche(made)
+    seen = []
     learner = Learner(
-        model=model_of(name, stream, toy_model), strategy=strategy, optimizer=adam, iterations=3, batch_size=100,
-        callbacks=[lambda point, learner: seen.append(rows_in(learner)) if point == "step.gradient" else None],
-    )  # fmt: skip
+        model=model_of(name, stream, toy_model),
+        strategy=strategy,
+        optimizer=adam,
+        iterations=3,
+        batch_size=100,
+        callbacks=[
+            lambda point, learner: (
+                seen.append(rows_in(learner)) if point == "step.gradient" else None
+            )
+        ],
+    )
     matrix = learner.fit(stream)
-    model, plugin, given = model_of(name, stream, toy_model), as_plugin(strategy), []
+    model = model_of(name, stream, toy_model)
+    plugin = as_plugin(strategy)
+    given = []
     whole = {"train_mb_size": 100, "train_epochs": 3, "evaluator": accuracies()}
-    teacher = template(model, plugin, Watch(after_forward=lambda t: given.append(len(t.mb_y))), **whole)
+    teacher = template(
+        model, plugin, Watch(after_forward=lambda t: given.append(len(t.mb_y))), **whole
+    )
     rows = []
     for experience in made.train_stream:
         teacher.train(experience)
         rows.append(shown(teacher.eval(made.test_stream)))
     assert given == seen and given[-1] != 24
-    assert_close(dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=2e-5, rtol=1e-4)
+    assert_close(
+        dict(model.named_parameters()), dict(learner.model.named_parameters()), atol=2e-5, rtol=1e-4
+    )
     assert_close(dict(plugin.state), dict(learner.state), atol=2e-4, rtol=2e-3)
     assert rows == [pytest.approx(row, abs=1e-4) for row in matrix.tolist()]
 
@@ -153,15 +188,23 @@ class Watch:
 
 
 def test_pooled_rows_keep_their_task_in_a_task_incremental_stream(benchmark, toy_model, template):
-    made, plugin, met = benchmark("task"), as_plugin(Joint()), Counter()
+    made = benchmark("task")
+    plugin = as_plugin(Joint())
+    met = Counter()
     teacher = template(toy_model(from_avalanche(made)), plugin)
     teacher.plugins.append(
         Watch(
-            after_forward=lambda t: met.update((int(y) // 2, int(k)) for y, k in zip(t.mb_y, t.mb_task_id, strict=True))
+            after_forward=lambda t: met.update(
+                (int(y) // 2, int(k)) for y, k in zip(t.mb_y, t.mb_task_id, strict=True)
+            )
         )
     )
     teacher.plugins.append(
-        Watch(after_backward=lambda t: met.update(set((plugin._batch.tasks == plugin._batch.labels // 2).tolist())))
+        Watch(
+            after_backward=lambda t: met.update(
+                set((plugin._batch.tasks == plugin._batch.labels // 2).tolist())
+            )
+        )
     )
     teacher.train(made.train_stream)
     assert set(met) == {(0, 0), (1, 1), True}
@@ -180,50 +223,81 @@ class Counted(Strategy):
         return Plan(train=False)
 
     def after_experience(self, curator, params, state):
-        count = curator.release(lambda forward, batch: torch.ones(len(batch)), clip_norm=1.0, purpose="count")
+        count = curator.release(
+            lambda forward, batch: torch.ones(len(batch)), clip_norm=1.0, purpose="count"
+        )
         return state.replace({"met": state["met"] + count["value"]})
 
     def predict(self, forward, x, context, state):
-        return torch.nn.functional.one_hot((state["met"] // 24).long() - 1, 4).expand(len(x), 4).float()
+        return (
+            torch.nn.functional.one_hot((state["met"] // 24).long() - 1, 4)
+            .expand(len(x), 4)
+            .float()
+        )
 
 
 def test_a_strategy_without_gradients_only_releases_and_predicts(benchmark, toy_model, template):
-    made, plugin = benchmark("class"), as_plugin(Counted())
+    made = benchmark("class")
+    plugin = as_plugin(Counted())
     model = toy_model(from_avalanche(made))
     before = {name: value.clone() for name, value in model.named_parameters()}
     teacher = template(model, plugin, evaluator=accuracies())
-    assert len(shown(teacher.eval(made.test_stream))) == 2, "Avalanche may evaluate before the first experience"
+    assert len(shown(teacher.eval(made.test_stream))) == 2, (
+        "Avalanche may evaluate before the first experience"
+    )
     teacher.train(made.train_stream)
     assert plugin.state["met"] == 48
     assert_close(dict(model.named_parameters()), before, atol=0, rtol=0)
-    assert shown(teacher.eval(made.test_stream)) == [50.0, 0.0], "class 1 is half of the first experience"
+    assert shown(teacher.eval(made.test_stream)) == [50.0, 0.0], (
+        "class 1 is half of the first experience"
+    )
 
 
 def test_a_task_is_predicted_among_its_own_classes(benchmark, toy_model, template):
-    made, outputs = benchmark("task"), []
-    teacher = template(toy_model(from_avalanche(made)), as_plugin(Naive()), Watch(
-        after_eval_iteration=lambda t: outputs.append(t.mb_output)
-    ))  # fmt: skip
+    made = benchmark("task")
+    outputs = []
+    teacher = template(
+        toy_model(from_avalanche(made)),
+        as_plugin(Naive()),
+        Watch(after_eval_iteration=lambda t: outputs.append(t.mb_output)),
+    )
     teacher.train(made.train_stream[0])
     teacher.eval(made.test_stream)
-    assert [((rows > -1e8).any(0)).tolist() for rows in outputs] == [[True] * 2 + [False] * 2, [False] * 2 + [True] * 2]
+    assert [((rows > -1e8).any(0)).tolist() for rows in outputs] == [
+        [True] * 2 + [False] * 2,
+        [False] * 2 + [True] * 2,
+    ]
 
 
 def test_the_criterion_stays_and_shows_the_penalty(benchmark, toy_model, template):
-    made, losses = benchmark("class"), []
+    made = benchmark("class")
+    losses = []
     strategy = EWC(strength=50.0)
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
     plugin = as_plugin(strategy)
     teacher = template(toy_model(from_avalanche(made)), plugin, criterion=smooth)
-    teacher.plugins.append(Watch(before_backward=lambda t: losses.append(
-        [v.item() for v in (t.loss, t.criterion(), strategy.penalty(plugin.learner.params, plugin.state))]
-    )))  # fmt: skip
+    teacher.plugins.append(
+        Watch(
+            before_backward=lambda t: losses.append(
+                [
+                    v.item()
+                    for v in (
+                        t.loss,
+                        t.criterion(),
+                        strategy.penalty(plugin.learner.params, plugin.state),
+                    )
+                ]
+            )
+        )
+    )
     teacher.train(made.train_stream)
     assert all(total == pytest.approx(loss + penalty) for total, loss, penalty in losses)
     assert any(penalty > 0 for *_, penalty in losses)
 
 
-def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(avalanche, benchmark, toy_data, toy_model, template):
+def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(
+    avalanche, benchmark, toy_data, toy_model, template
+):
     from avalanche.benchmarks.scenarios.supervised import class_incremental_benchmark
     from avalanche.benchmarks.utils import as_classification_dataset
 
@@ -238,7 +312,11 @@ def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(avalanche, benchm
         plugin = as_plugin(Replay(memory_size=6, batch_size=4), benchmark=made)
         teacher = template(toy_model(from_avalanche(made)), plugin)
         teacher.plugins.append(
-            Watch(after_forward=lambda t, sizes=sizes: sizes.append((len(t.mb_y), len(t.mb_output), len(t.mbatch))))
+            Watch(
+                after_forward=lambda t, sizes=sizes: sizes.append(
+                    (len(t.mb_y), len(t.mb_output), len(t.mbatch))
+                )
+            )
         )
         teacher.train(made.streams["train"])
         entries = sizes[0][2]
@@ -252,9 +330,11 @@ def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(avalanche, benchm
 
 def test_the_model_keeps_its_mode_over_a_whole_stream(benchmark, toy_model, template):
     modes = []
-    teacher = template(toy_model(from_avalanche(benchmark("class"))), as_plugin(LwF()), Watch(
-        before_forward=lambda t: modes.append(t.model.training)
-    ))  # fmt: skip
+    teacher = template(
+        toy_model(from_avalanche(benchmark("class"))),
+        as_plugin(LwF()),
+        Watch(before_forward=lambda t: modes.append(t.model.training)),
+    )
     teacher.train(benchmark("class").train_stream)
     assert set(modes) == {True}
 
@@ -273,7 +353,9 @@ def test_the_model_keeps_its_mode_over_a_whole_stream(benchmark, toy_model, temp
         (Naive(), nn.MultiMarginLoss(), True),
     ],
 )
-def test_a_criterion_that_would_be_ignored_is_refused(strategy, criterion, allowed, benchmark, toy_model, template):
+def test_a_criterion_that_would_be_ignored_is_refused(
+    strategy, criterion, allowed, benchmark, toy_model, template
+):
     made = benchmark("class")
     teacher = template(toy_model(from_avalanche(made)), as_plugin(strategy), criterion=criterion)
     if allowed:
@@ -316,7 +398,9 @@ def test_models_without_one_lasting_output_a_class_are_refused(avalanche, benchm
         template(Growing(), as_plugin(Naive())).train(made.train_stream[0])
 
 
-def test_tasks_that_count_their_classes_from_zero_are_refused(avalanche, toy_data, toy_model, template):
+def test_tasks_that_count_their_classes_from_zero_are_refused(
+    avalanche, toy_data, toy_model, template
+):
     from avalanche.benchmarks import nc_benchmark
 
     dataset = TensorDataset(toy_data.train.inputs, toy_data.train.labels)

@@ -30,7 +30,9 @@ def stream(script, data_root):
 
 @pytest.mark.parametrize("kind", ["tensors", "images"])
 @pytest.mark.parametrize("name", ["naive", "ewc", "replay"])
-def test_both_sides_take_as_many_steps_over_as_many_records(script, stream, monkeypatch, name, kind):
+def test_both_sides_take_as_many_steps_over_as_many_records(
+    script, stream, monkeypatch, name, kind
+):
     monkeypatch.setattr(script, "BATCH", 32)
     row = script.measure(name, kind, stream, repeats=1)
     assert row["steps"] == row["avalanche_steps"] == 15
@@ -47,7 +49,9 @@ def test_slda_sees_every_record_once_on_both_sides(script, stream, name):
 
 
 def test_images_are_the_same_inputs(script, stream):
-    tensors, images = (script.benchmark_of(stream, kind).train_stream[1].dataset for kind in ("tensors", "images"))
+    tensors, images = (
+        script.benchmark_of(stream, kind).train_stream[1].dataset for kind in ("tensors", "images")
+    )
     for row in (0, 33):
         torch.testing.assert_close(tensors[row][0], images[row][0], atol=1e-6, rtol=0)
         assert tensors[row][1] == images[row][1]
@@ -59,6 +63,9 @@ def test_a_table_is_shown(script, stream, capsys):
 
 
 def test_the_features_of_slda_are_the_pixels_or_the_body(script, stream):
-    assert [script.model_for(stream, name).feature_size for name in ("slda", "slda_body")] == [784, 400]
+    assert [script.model_for(stream, name).feature_size for name in ("slda", "slda_body")] == [
+        784,
+        400,
+    ]
     pixels = script.model_for(stream, "slda").features(stream[0].train.inputs)
     assert torch.equal(pixels, stream[0].train.inputs.flatten(1))

@@ -1,4 +1,7 @@
-"""The comparison of what papers claim: its entries, its rule, and what it stores. What comes out is not tested."""
+"""The comparison of what papers claim: its entries, its rule, and what it stores.
+
+What comes out is not tested.
+"""
 
 import copy
 import importlib
@@ -16,7 +19,9 @@ SHORT = {"iterations": 2, "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def claims():
-    """The module, found where its folder comes first, as it does for a script: its processes import it again."""
+    """The module, found where its folder comes first, as it does for a script: its processes import
+    it again.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         yield importlib.import_module("claims")
@@ -52,7 +57,9 @@ def test_every_claim_is_of_a_strategy_that_its_first_arm_is(claims):
     for claim in claims.CLAIMS:
         assert claim.name in names()
         first = claim.arms[0]
-        made = first.strategy(**{name: value for name, value in middle(first).items() if name != "learning_rate"})
+        made = first.strategy(
+            **{name: value for name, value in middle(first).items() if name != "learning_rate"}
+        )
         assert any(isinstance(part, find(claim.name)) for part in parts(made))
 
 
@@ -63,8 +70,13 @@ def test_every_claim_says_what_is_compared_and_where_its_settings_are_from(claim
         assert claim.sentence and not claim.sentence.endswith(".")
         assert any(str(year) in claim.paper for year in range(2010, 2030))
         assert set(claim.measures) <= set(comparison.MEASURES)
-        assert all(arm.chosen in (comparison.PAPER, comparison.FIXED, comparison.NOTHING) for arm in claim.arms)
-        assert "0x" not in json.dumps(comparison.options(claim)), "an address would make every run another one"
+        assert all(
+            arm.chosen in (comparison.PAPER, comparison.FIXED, comparison.NOTHING)
+            for arm in claim.arms
+        )
+        assert "0x" not in json.dumps(comparison.options(claim)), (
+            "an address would make every run another one"
+        )
 
 
 def test_options_tell_settings_apart(claims, comparison):
@@ -73,9 +85,11 @@ def test_options_tell_settings_apart(claims, comparison):
     claim = claims.CLAIMS[0]
     arm = replace(claim.arms[0], search={"strength": (0.5, 0.6)})
     others = [
-        replace(claim, training=SHORT), replace(claim, trials=1), replace(claim, stream=claims.ONLINE),
+        replace(claim, training=SHORT),
+        replace(claim, trials=1),
+        replace(claim, stream=claims.ONLINE),
         replace(claim, arms=(arm, *claim.arms[1:])),
-    ]  # fmt: skip
+    ]
     assert all(comparison.options(other) != whole[0] for other in others)
     assert comparison.options(replace(claim, sentence="another")) == whole[0]
 
@@ -84,7 +98,9 @@ def results(comparison, **values):
     """Of each seed, the same in every measure but the given ones."""
     length = len(next(iter(values.values())))
     same = dict.fromkeys([*comparison.MEASURES, "seconds"], [50.0] * length)
-    return [dict(zip(same, seed, strict=True)) for seed in zip(*(same | values).values(), strict=True)]
+    return [
+        dict(zip(same, seed, strict=True)) for seed in zip(*(same | values).values(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,13 +119,22 @@ def test_shown_is_a_difference_above_two_standard_errors_of_itself(
 ):
     claim = replace(claims.CLAIMS[1], measures=(measure,))
     method, against = (arm.name for arm in claim.arms)
-    found = {method: results(comparison, **{measure: own}), against: results(comparison, **{measure: other})}
+    found = {
+        method: results(comparison, **{measure: own}),
+        against: results(comparison, **{measure: other}),
+    }
     row = comparison.row(
-        replace(claim, arms=tuple(replace(arm, strategy=claims.Naive) for arm in claim.arms)), {}, found
+        replace(claim, arms=tuple(replace(arm, strategy=claims.Naive) for arm in claim.arms)),
+        {},
+        found,
     )
     [compared] = row["compared"]
     assert compared["difference"] == pytest.approx(difference)
-    assert (compared["method"], compared["against"], compared["measure"]) == (method, against, measure)
+    assert (compared["method"], compared["against"], compared["measure"]) == (
+        method,
+        against,
+        measure,
+    )
     assert row["shown"] is compared["shown"] is shown
     assert row["arms"][method]["by_seed"][measure] == own
 
@@ -120,10 +145,16 @@ def test_what_stands_beside_does_not_decide(claims, comparison):
     other = replace(naive, name="other", beside=True)
     found = {
         name: results(comparison, average_accuracy=values)
-        for name, values in {method.name: [80.0, 81.0], "naive": [70.0, 71.0], "other": [90.0, 91.0]}.items()
+        for name, values in {
+            method.name: [80.0, 81.0],
+            "naive": [70.0, 71.0],
+            "other": [90.0, 91.0],
+        }.items()
     }
     for beside, shown in ((True, True), (False, False)):
-        row = comparison.row(replace(claim, arms=(method, naive, replace(other, beside=beside))), {}, found)
+        row = comparison.row(
+            replace(claim, arms=(method, naive, replace(other, beside=beside))), {}, found
+        )
         assert [compared["shown"] for compared in row["compared"]] == [True, False]
         assert row["shown"] is shown
 
@@ -133,7 +164,10 @@ def test_a_value_that_has_to_be_met_exactly_decides_too(claims, comparison):
     claim = replace(claim, measures=("forgetting",))
     method, against = (arm.name for arm in claim.arms)
     for own, shown in (([0.0, 0.0], True), ([0.0, 0.5], False)):
-        found = {method: results(comparison, forgetting=own), against: results(comparison, forgetting=[9.0, 9.5])}
+        found = {
+            method: results(comparison, forgetting=own),
+            against: results(comparison, forgetting=[9.0, 9.5]),
+        }
         row = comparison.row(claim, {}, found)
         assert row["compared"][0]["shown"] and row["shown"] is shown
 
@@ -150,24 +184,39 @@ def test_a_seed_says_everything_and_packnet_forgets_nothing(comparison, tiny):
 
 
 @pytest.mark.slow
-def test_a_run_stores_its_rows_and_takes_up_those_that_are_there(comparison, tiny, tmp_path, monkeypatch, capsys):
-    path, claim = tmp_path / "claims.json", tiny("l2")
+def test_a_run_stores_its_rows_and_takes_up_those_that_are_there(
+    comparison, tiny, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "claims.json"
+    claim = tiny("l2")
     monkeypatch.setattr("sys.argv", ["benchmarks/claims.py", "--seeds", "2", "--json", str(path)])
     comparison.main([claim], "words")
     content = json.loads(path.read_text())
     assert {"machine", "versions", "command"} <= set(content)
     [row] = content["rows"]
     assert (row["claim"], row["seeds"], row["rule"]) == ("l2", 2, comparison.RULE)
-    assert row["sentence"] == claim.sentence and row["command"].startswith("python benchmarks/claims.py --seeds 2")
-    l2, naive = row["arms"]["l2"], row["arms"]["naive"]
-    assert l2["chosen"].startswith("strength: tuned on held-out training records of the first 1 experiences; no test")
-    assert l2["strategy"] == f"L2(strength={l2['values']['strength']})" and len(l2["search"]["trials"]) == 1
+    assert row["sentence"] == claim.sentence and row["command"].startswith(
+        "python benchmarks/claims.py --seeds 2"
+    )
+    l2 = row["arms"]["l2"]
+    naive = row["arms"]["naive"]
+    assert l2["chosen"].startswith(
+        "strength: tuned on held-out training records of the first 1 experiences; no test"
+    )
+    assert (
+        l2["strategy"] == f"L2(strength={l2['values']['strength']})"
+        and len(l2["search"]["trials"]) == 1
+    )
     assert naive["search"] is None and naive["chosen"] == comparison.NOTHING
     for arm in (l2, naive):
         accuracies = arm["by_seed"]["average_accuracy"]
-        assert len(accuracies) == 2 and arm["average_accuracy"] == pytest.approx(sum(accuracies) / 2)
+        assert len(accuracies) == 2 and arm["average_accuracy"] == pytest.approx(
+            sum(accuracies) / 2
+        )
         assert arm["standard_error"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2)
-    pairs = zip(l2["by_seed"]["average_accuracy"], naive["by_seed"]["average_accuracy"], strict=True)
+    pairs = zip(
+        l2["by_seed"]["average_accuracy"], naive["by_seed"]["average_accuracy"], strict=True
+    )
     assert row["compared"][0]["differences"] == pytest.approx([own - its for own, its in pairs])
     assert "l2" in capsys.readouterr().out
 

@@ -57,25 +57,38 @@ def test_show_says_who_was_exposed_to_what(perdure, alone):
     out = shown(perdure("show", alone))
     lines = [line.rstrip() for line in out.splitlines()]
     assert max(map(len, lines[: lines.index("replay-private/client-0")])) <= 120
-    first, second = lines.index("ewc-private/client-0"), lines.index("replay-private/client-0")
-    ewc, replay = lines[first + 1 : second - 1], lines[second + 1 : second + 3]
+    first = lines.index("ewc-private/client-0")
+    second = lines.index("replay-private/client-0")
+    ewc = lines[first + 1 : second - 1]
+    replay = lines[second + 1 : second + 3]
     sizes = [part.account.sizes for part in read_ledger(alone / "ledger.jsonl").parts]
     for index in (0, 1):
         gradient, fisher = (line.split() for line in ewc[2 * index : 2 * index + 2])
         assert gradient[:2] == [f"experience-{index}", str(sizes[0][f"experience-{index}"])]
-        assert " ".join(gradient[2:]).startswith("4 x gradient (gaussian) at q 0.25, sigma 1.5, C 1 ")
+        assert " ".join(gradient[2:]).startswith(
+            "4 x gradient (gaussian) at q 0.25, sigma 1.5, C 1 "
+        )
         assert " ".join(fisher) == "1 x release:fisher (gaussian) at sigma 6, C 1"
     assert "8 x gradient (gaussian) at q 0.25, sigma 1.5, C 1" in replay[0]
     assert "4 x gradient (gaussian) at q 0.25, sigma 1.5, C 1" in replay[1]
-    assert [line.split()[-1] == "worst" for line in (*ewc[::2], *replay)].count(True) == (2 if "worst" in ewc[0] else 1)
+    assert [line.split()[-1] == "worst" for line in (*ewc[::2], *replay)].count(True) == (
+        2 if "worst" in ewc[0] else 1
+    )
 
 
 def test_show_states_what_the_result_states(perdure, either):
-    out, result = shown(perdure("show", either)), result_of(either)
+    out = shown(perdure("show", either))
+    result = result_of(either)
     private = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
     worst = max(private, key=lambda epsilon: epsilon["value"])
-    assert f"epsilon {epsilon_number(worst['value'])} (record, add/remove, delta 0.001, PLD, Poisson sampling" in out
-    assert f"all arms together, for whoever sees more than one: {result['epsilon_of_all_arms']['text']}\n" in out
+    assert (
+        f"epsilon {epsilon_number(worst['value'])} (record, add/remove, delta 0.001, PLD, "
+        "Poisson sampling" in out
+    )
+    assert (
+        "all arms together, for whoever sees more than one: "
+        f"{result['epsilon_of_all_arms']['text']}\n" in out
+    )
     assert "trained without privacy, so in no ledger and with no promise: naive-plain\n" in out
     assert "chains and keyed heads verified" in out
     assert (LABEL in out) == ("federated" in str(either))
@@ -88,35 +101,51 @@ def test_the_epsilon_of_an_arm_is_that_of_its_result(perdure, either):
         name = f"{arm['strategy']}-private"
         if arm["private"]:
             facts = as_json(perdure("show", either, "--arm", name, "--json"))
-            assert {k: v for k, v in facts["statement"].items() if k not in ("text", "sampling")} == {
-                k: v for k, v in arm["epsilon"].items() if k not in ("text", "sampling")
-            }
+            assert {
+                k: v for k, v in facts["statement"].items() if k not in ("text", "sampling")
+            } == {k: v for k, v in arm["epsilon"].items() if k not in ("text", "sampling")}
             assert max(row["epsilon_pld"] for row in facts["partitions"]) == arm["epsilon"]["value"]
             assert facts["all_arms_together"] is None
 
 
 def test_json_holds_every_charge_of_every_partition(perdure, either):
-    facts, account = as_json(perdure("show", either, "--json")), read_ledger(either / "ledger.jsonl")
-    assert [f"{row['owner']}/{row['partition']}" for row in facts["partitions"]] == list(account.partitions)
+    facts = as_json(perdure("show", either, "--json"))
+    account = read_ledger(either / "ledger.jsonl")
+    assert [f"{row['owner']}/{row['partition']}" for row in facts["partitions"]] == list(
+        account.partitions
+    )
     spent = {}
     for name, row in zip(account.partitions, facts["partitions"], strict=True):
-        charges = [Charge(u["sampling_rate"], u["noise_multiplier"], u["participations"]) for u in row["uses"]]
+        charges = [
+            Charge(u["sampling_rate"], u["noise_multiplier"], u["participations"])
+            for u in row["uses"]
+        ]
         assert charges_module.merged(charges) == charges_module.merged(account.charges(name))
         assert row["declared_size"] == account.sizes[name]
         assert row["epsilon_pld"] == accounting.epsilon(charges, delta=0.001)
-        assert row["epsilon_rdp"] == accounting.epsilon(charges, delta=0.001, accountant="rdp") > row["epsilon_pld"]
+        assert (
+            row["epsilon_rdp"]
+            == accounting.epsilon(charges, delta=0.001, accountant="rdp")
+            > row["epsilon_pld"]
+        )
         assert {(u["mechanism"], u["clip_norm"]) for u in row["uses"]} == {("gaussian", 1.0)}
         spent[name] = row["epsilon_pld"]
     worst = [name for name, row in zip(spent, facts["partitions"], strict=True) if row["worst"]]
     assert worst == [name for name, epsilon in spent.items() if epsilon == max(spent.values())]
     assert facts["statement"]["value"] == max(spent.values())
-    assert facts["finished"] and facts["without_privacy"] == ["naive-plain"] and facts["delta"] == 0.001
+    assert (
+        facts["finished"]
+        and facts["without_privacy"] == ["naive-plain"]
+        and facts["delta"] == 0.001
+    )
     assert all(ledger["head_verified"] for ledger in facts["ledgers"])
     assert facts["all_arms_together"] == result_of(either)["epsilon_of_all_arms"]
 
 
 def test_the_delta_is_the_runs_the_users_or_the_usual_one(perdure, alone, tmp_path):
-    own, asked = (as_json(perdure("show", alone, "--json", *more)) for more in ((), ("--delta", 1e-6)))
+    own, asked = (
+        as_json(perdure("show", alone, "--json", *more)) for more in ((), ("--delta", 1e-6))
+    )
     assert (own["delta"], asked["delta"]) == (0.001, 1e-6)
     assert asked["statement"]["value"] > own["statement"]["value"]
     shutil.copy(alone / "ledger.jsonl", tmp_path / "sent.jsonl")
@@ -138,8 +167,12 @@ def test_arms_and_owners_can_be_chosen(perdure, federated):
     out = shown(perdure("show", federated, "--owner", every[1]))
     assert "shown: 1 of 4 ledgers; the others are not in these numbers" in out
     assert "all arms together" not in out and every[0] not in out
-    assert_refused(perdure("show", federated, "--arm", "lwf-private"), "arm = 'lwf-private'", "ewc-private")
-    assert_refused(perdure("show", federated, "--owner", "client-0"), "owner = 'client-0'", every[0])
+    assert_refused(
+        perdure("show", federated, "--arm", "lwf-private"), "arm = 'lwf-private'", "ewc-private"
+    )
+    assert_refused(
+        perdure("show", federated, "--owner", "client-0"), "owner = 'client-0'", every[0]
+    )
 
 
 def test_an_unfinished_run_shows_what_it_was_charged_so_far(perdure, unfinished, alone):
@@ -161,28 +194,42 @@ def test_an_arm_a_client_or_a_file_can_be_asked_for(perdure, federated):
         assert [row["owner"] for row in facts["partitions"]] == ["ewc-private/client-1"] * 2
         assert facts["delta"] == 0.001 and facts["ledgers"][0]["head_verified"]
     facts = as_json(perdure("show", client.parent.parent, "--json"))
-    assert [part["owner"] for part in facts["ledgers"]] == ["ewc-private/client-0", "ewc-private/client-1"]
+    assert [part["owner"] for part in facts["ledgers"]] == [
+        "ewc-private/client-0",
+        "ewc-private/client-1",
+    ]
 
 
 def test_clients_of_one_name_are_all_shown(perdure, tmp_path):
     for client in (0, 1):
-        ledger = Ledger.open(tmp_path / "clients" / f"{client:03d}" / "ledger.jsonl", key=KEY, owner="curator")
+        ledger = Ledger.open(
+            tmp_path / "clients" / f"{client:03d}" / "ledger.jsonl", key=KEY, owner="curator"
+        )
         ledger.declare(f"client-{client}/experience-0", 12)
     for words in ((), ("--owner", "curator")):
         facts = as_json(perdure("show", tmp_path, "--json", *words))
-        assert [row["partition"] for row in facts["partitions"]] == ["client-0/experience-0", "client-1/experience-0"]
+        assert [row["partition"] for row in facts["partitions"]] == [
+            "client-0/experience-0",
+            "client-1/experience-0",
+        ]
 
 
 def test_a_run_without_a_ledger_is_refused(perdure, tmp_path):
     for command in ("show", "verify"):
         for path in (tmp_path, tmp_path / "no"):
-            assert_refused(perdure(command, path), f"{path} holds no ledger; give the folder of a run")
+            assert_refused(
+                perdure(command, path), f"{path} holds no ledger; give the folder of a run"
+            )
 
 
 def test_looking_changes_nothing(perdure, mine):
     (mine / "arms" / "ewc-private" / "private" / "key").unlink()
     before = contents(mine)
-    for words in (("show",), ("verify",), ("project", "--noise-multiplier", 1, "--sampling-rate", 0.5, "--steps", 3)):
+    for words in (
+        ("show",),
+        ("verify",),
+        ("project", "--noise-multiplier", 1, "--sampling-rate", 0.5, "--steps", 3),
+    ):
         shown(perdure(words[0], mine, *words[1:]))
     assert contents(mine) == before
 
@@ -192,9 +239,18 @@ def test_looking_changes_nothing(perdure, mine):
 
 def entry(**changes):
     facts = {
-        "purpose": "gradient", "mechanism": "gaussian", "noise_multiplier": 2.0, "clip_norm": 0.5, "first_step": 0,
-        "steps": 10, "sampling": "poisson", "scope": {"a": 0.25}, "data": "", "start": "", "simulated": True,
-    }  # fmt: skip
+        "purpose": "gradient",
+        "mechanism": "gaussian",
+        "noise_multiplier": 2.0,
+        "clip_norm": 0.5,
+        "first_step": 0,
+        "steps": 10,
+        "sampling": "poisson",
+        "scope": {"a": 0.25},
+        "data": "",
+        "start": "",
+        "simulated": True,
+    }
     return Entry(**facts | changes)
 
 
@@ -205,19 +261,27 @@ def test_what_rdp_has_no_bound_for_is_a_dash(perdure, tmp_path):
     for name, steps in (("a", 10), ("b", 20), ("c", 1)):
         ledger.charge(entry(relation="replace-one", scope={name: 0.25}, steps=steps))
     out = shown(perdure("show", tmp_path))
-    assert [line.split()[-2:] for line in out.splitlines() if line[:3] in ("  a", "  b")] == [["–", "worst"]] * 2
+    assert [line.split()[-2:] for line in out.splitlines() if line[:3] in ("  a", "  b")] == [
+        ["–", "worst"]
+    ] * 2
     assert "(record, replace-one, delta 1e-5, PLD, Poisson sampling" in out
     facts = as_json(perdure("show", tmp_path, "--json"))
     assert [(row["epsilon_rdp"], row["worst"]) for row in facts["partitions"]] == [
-        (None, True), (None, True), (None, False),
-    ]  # fmt: skip
+        (None, True),
+        (None, True),
+        (None, False),
+    ]
     assert facts["statement"]["value"] > max(row["epsilon_pld"] for row in facts["partitions"])
 
 
 def test_raw_data_is_infinite_and_null_for_machines(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
-    ledger.charge(entry(mechanism="none", noise_multiplier=0.0, sampling="none", scope={"a": 1.0}, purpose="raw"))
+    ledger.charge(
+        entry(
+            mechanism="none", noise_multiplier=0.0, sampling="none", scope={"a": 1.0}, purpose="raw"
+        )
+    )
     out = shown(perdure("show", tmp_path))
     assert "10 x raw (none) at sigma 0, C 0.5" in out and "∞" in out and "epsilon infinite (" in out
     facts = as_json(perdure("show", tmp_path, "--json"))
@@ -243,7 +307,9 @@ def test_many_partitions_take_one_line_each_and_no_name_steers_the_terminal(perd
 def test_equal_charges_are_added_up_and_others_are_not(tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
-    for first, changes in enumerate(({}, {}, {"clip_norm": 1.0}, {"noise_multiplier": 3.0}, {"scope": {"a": 0.5}})):
+    for first, changes in enumerate(
+        ({}, {}, {"clip_norm": 1.0}, {"noise_multiplier": 3.0}, {"scope": {"a": 0.5}})
+    ):
         ledger.charge(entry(first_step=first, **changes))
     (exposed,) = exposures(read_ledger(tmp_path / "ledger.jsonl"), 1e-5)
     assert [use.steps for use in exposed.uses] == [20, 10, 10, 10]
@@ -254,9 +320,16 @@ def test_steps_that_a_record_has_no_part_in_are_not_charged_to_it(perdure, tmp_p
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     for first in (0, 10):
-        changes = {"mechanism": "banded-gaussian", "sampling": "none", "scope": {"a": 1.0}, "participations": 3}
+        changes = {
+            "mechanism": "banded-gaussian",
+            "sampling": "none",
+            "scope": {"a": 1.0},
+            "participations": 3,
+        }
         ledger.charge(entry(first_step=first, **changes))
-    (told,) = [line for line in shown(perdure("show", tmp_path)).splitlines() if line.startswith("  a ")]
+    (told,) = [
+        line for line in shown(perdure("show", tmp_path)).splitlines() if line.startswith("  a ")
+    ]
     assert "20 x gradient (banded-gaussian, a record in 6 of them) at sigma 2, C" in told
     (row,) = as_json(perdure("show", tmp_path, "--json"))["partitions"]
     assert row["epsilon_pld"] == accounting.epsilon([Charge(1.0, 2.0, 6)], delta=1e-5)
@@ -268,14 +341,17 @@ MORE = ("--noise-multiplier", 1.1, "--sampling-rate", 0.1, "--steps", 50)
 
 
 def test_project_adds_a_charge_to_what_was_spent(perdure, alone):
-    account, charge = read_ledger(alone / "ledger.jsonl"), Charge(0.1, 1.1, 50)
+    account = read_ledger(alone / "ledger.jsonl")
+    charge = Charge(0.1, 1.1, 50)
     out = shown(perdure("project", alone, *MORE))
     rows = [line.split() for line in out.splitlines() if line.startswith("  experience-")]
     assert len(rows) == len(account.partitions) == 4
     for name, (own, before, after) in zip(account.partitions, rows, strict=True):
         assert name.endswith(own)
         assert before == epsilon_number(account.epsilon([name], delta=0.001))
-        assert after == epsilon_number(accounting.epsilon([*account.charges(name), charge], delta=0.001))
+        assert after == epsilon_number(
+            accounting.epsilon([*account.charges(name), charge], delta=0.001)
+        )
         assert float(after) > float(before)
     assert "after 50 more steps at sampling rate 0.1 and noise multiplier 1.1" in out
     assert "record, add-remove, delta 0.001, PLD; nothing was written" in out
@@ -289,10 +365,16 @@ def test_project_takes_one_partition_or_all_of_a_name(perdure, alone):
     assert count("ewc-private/client-0/experience-1") == 1
     assert count("experience-1") == 2
     assert count("experience-1", "ewc-private/client-0/experience-0") == 3
-    assert_refused(perdure("project", alone, *MORE, "--partition", "nobody"), "partition = 'nobody'", "ledger show")
+    assert_refused(
+        perdure("project", alone, *MORE, "--partition", "nobody"),
+        "partition = 'nobody'",
+        "ledger show",
+    )
 
 
-@pytest.mark.parametrize(("option", "value"), [("--sampling-rate", 0), ("--steps", -1), ("--noise-multiplier", "inf")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--sampling-rate", 0), ("--steps", -1), ("--noise-multiplier", "inf")]
+)
 def test_project_refuses_what_is_no_charge(perdure, alone, option, value):
     words = list(MORE)
     words[words.index(option) + 1] = value
@@ -301,5 +383,9 @@ def test_project_refuses_what_is_no_charge(perdure, alone, option, value):
 
 def test_help_names_the_three(perdure):
     out = " ".join(shown(perdure("--help")).replace("│", " ").split())
-    for sentence in ("show Who was exposed to what", "verify Check every chain", "Nothing is written."):
+    for sentence in (
+        "show Who was exposed to what",
+        "verify Check every chain",
+        "Nothing is written.",
+    ):
         assert sentence in out

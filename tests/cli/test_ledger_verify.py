@@ -1,4 +1,6 @@
-"""What a privacy officer asks of a ledger: whether the account is whole, and if not, in which line."""
+"""What a privacy officer asks of a ledger: whether the account is whole, and if not, in which
+line.
+"""
 
 import json
 import shutil
@@ -17,12 +19,20 @@ def test_verify_prints_one_line_a_ledger_and_what_it_cannot_see(perdure, either)
     out = shown(perdure("verify", either))
     own = sorted(either.glob("arms/*/**/ledger.jsonl"))
     *lines, last = out.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [str(path) for path in (either / "ledger.jsonl", *own)]
+    assert [line.split(": ")[0] for line in lines] == [
+        str(path) for path in (either / "ledger.jsonl", *own)
+    ]
     count = {path: len(path.read_text().splitlines()) for path in own}
-    assert lines[0].startswith(f"{either / 'ledger.jsonl'}: {len(own)} ledgers, {sum(count.values())} lines; ")
+    assert lines[0].startswith(
+        f"{either / 'ledger.jsonl'}: {len(own)} ledgers, {sum(count.values())} lines; "
+    )
     for path, line in zip(own, lines[1:], strict=True):
-        assert line.startswith(f"{path}: {count[path]} lines; chain verified, head verified with its key")
-    assert last.startswith("not covered: whoever can write here can put back an older ledger together with its older")
+        assert line.startswith(
+            f"{path}: {count[path]} lines; chain verified, head verified with its key"
+        )
+    assert last.startswith(
+        "not covered: whoever can write here can put back an older ledger together with its older"
+    )
 
 
 def spoilt(lines, how):
@@ -31,7 +41,8 @@ def spoilt(lines, how):
     if how == "edited":
         changed[3] = lines[3].replace('"steps":4', '"steps":3')
     elif how == "reordered":
-        changed[3], changed[4] = lines[4], lines[3]
+        changed[3] = lines[4]
+        changed[4] = lines[3]
     elif how == "cut out":
         del changed[3]
     elif how == "inserted":
@@ -52,7 +63,8 @@ def test_what_was_changed_is_found_with_file_and_line(perdure, mine, how):
     assert (code, err) == (1, "")
     (wrong,) = [line for line in out.splitlines() if line.startswith("WRONG: ")]
     assert wrong.startswith(f"WRONG: {path}, line {number}: ")
-    assert f"{mine / 'arms' / 'replay-private' / 'ledger.jsonl'}: " in out  # the others are checked all the same
+    # the others are checked all the same
+    assert f"{mine / 'arms' / 'replay-private' / 'ledger.jsonl'}: " in out
 
     assert_refused(perdure("show", path.parent), f"{path}, line {number}: ")
 
@@ -63,7 +75,8 @@ def test_the_merged_file_is_checked_line_by_line_too(perdure, mine, how):
     title, head, *chain = path.read_text().splitlines()
     count = json.loads(head)["count"]
     if how == "torn":
-        text, number = path.read_text()[:-9], len(chain)
+        text = path.read_text()[:-9]
+        number = len(chain)
     else:
         own, number = spoilt(chain[:count], how)
         text = "".join(f"{line}\n" for line in (title, head, *own, *chain[count:]))
@@ -79,7 +92,10 @@ def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
     with path.open("a") as file:
         file.write('{"kind":"entry","torn')
     out = shown(perdure("verify", mine))
-    assert f"{path}: 7 lines; chain verified, head verified with its key; 21 bytes beyond the head do not count" in out
+    assert (
+        f"{path}: 7 lines; chain verified, head verified with its key; 21 bytes beyond the "
+        "head do not count" in out
+    )
 
 
 @pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json"])
@@ -87,15 +103,21 @@ def test_half_a_ledger_is_wrong(perdure, mine, name):
     (mine / "arms" / "ewc-private" / name).unlink()
     code, out, _ = perdure("verify", mine)
     assert code == 1
-    told = {"ledger.jsonl": "ledger.jsonl, line 1: missing", "ledger.head.json": "line 1: not an exported ledger"}
+    told = {
+        "ledger.jsonl": "ledger.jsonl, line 1: missing",
+        "ledger.head.json": "line 1: not an exported ledger",
+    }
     assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
 
 
 def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, mine):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
-    last, lines = "0" * 64, []
+    last = "0" * 64
+    lines = []
     for line in path.read_text().splitlines():
-        body = {name: value for name, value in json.loads(line).items() if name not in ("prev", "hash")}
+        body = {
+            name: value for name, value in json.loads(line).items() if name not in ("prev", "hash")
+        }
         if body["kind"] == "entry":
             body["noise_multiplier"] = 99.0
         new, last = link(body, last)
@@ -108,15 +130,21 @@ def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, min
 
     (path.parent / "private" / "key").unlink()
     out = shown(perdure("verify", mine))
-    assert f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history may be another" in out
-    assert "chains verified; 1 of 2 heads verified with their keys, the others not" in shown(perdure("show", mine))
+    assert (
+        f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history "
+        "may be another" in out
+    )
+    assert "chains verified; 1 of 2 heads verified with their keys, the others not" in shown(
+        perdure("show", mine)
+    )
 
 
 def test_another_key_and_an_open_key_are_wrong(perdure, mine):
     keys = [mine / "arms" / arm / "private" / "key" for arm in ARMS]
     keys[0].write_bytes(keys[1].read_bytes())
     code, out, _ = perdure("verify", mine)
-    assert code == 1 and out.count("the head was not sealed with this key") == 2  # of the arm's ledger and its copy
+    # of the arm's ledger and its copy
+    assert code == 1 and out.count("the head was not sealed with this key") == 2
     assert_refused(perdure("show", mine), "the head was not sealed with this key")
     keys[0].chmod(0o644)
     code, out, _ = perdure("verify", mine)
@@ -137,10 +165,13 @@ def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine):
     lines = path.read_text().splitlines()[:-1]
     path.write_text("".join(f"{line}\n" for line in lines))
     head_path(path).write_text(Head.seal(len(lines), json.loads(lines[-1])["hash"], key).text())
-    assert perdure("verify", path)[0] == 0  # nothing else is there to compare it with: as the last line says
+    # nothing else is there to compare it with: as the last line says
+    assert perdure("verify", path)[0] == 0
     code, out, _ = perdure("verify", mine)
     assert code == 1
-    assert f"WRONG: {path} is not what {mine / 'ledger.jsonl'} holds of 'ewc-private/client-0'" in out
+    assert (
+        f"WRONG: {path} is not what {mine / 'ledger.jsonl'} holds of 'ewc-private/client-0'" in out
+    )
 
 
 def test_a_ledger_before_its_first_line_is_sound(perdure, tmp_path):

@@ -73,7 +73,8 @@ def test_help_teaches_the_first_steps(perdure, words):
     told = plain(out + err)
     for sentence in (
         "perdure demo runs the built-in experiment and writes runs/demo/report.html",
-        "perdure demo --show-config > mine.toml gives you its config to change; perdure run mine.toml runs it",
+        "perdure demo --show-config > mine.toml gives you its config to change; perdure run "
+        "mine.toml runs it",
         "A run that was stopped goes on where it was: give the same command again.",
         "run Run the experiment that CONFIG describes, or go on with it.",
         "report Print the table of a finished run and write its report.html again.",
@@ -99,7 +100,9 @@ def test_help_of_a_command_names_its_arguments(perdure, command, told):
 def test_show_config_prints_the_packaged_file_to_the_letter(perdure):
     code, out, err = perdure("demo", "--show-config")
     assert (code, err) == (0, "")
-    assert out == resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8")
+    assert out == resources.files("perdure.experiment").joinpath("demo.toml").read_text(
+        encoding="utf-8"
+    )
     assert tomllib.loads(out)["name"] == "demo"
 
 
@@ -110,7 +113,10 @@ def test_a_run_prints_plain_lines_into_a_pipe_and_a_table(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     code, out, err = perdure("run", "mine.toml")
     assert (code, err) == (0, "")
-    assert out.startswith("naive-plain 50 %\nnaive-plain 75 %\nnaive-plain 100 %\n") or "naive-plain 25 %\n" in out
+    assert (
+        out.startswith("naive-plain 50 %\nnaive-plain 75 %\nnaive-plain 100 %\n")
+        or "naive-plain 25 %\n" in out
+    )
     assert out.endswith("report: runs/small/report.html\n")
     assert "accuracy" in out
     assert "\x1b" not in out
@@ -139,7 +145,9 @@ def test_the_folder_can_be_chosen_and_is_not_shared_by_two_configs(perdure, tmp_
     assert code == 0
     assert out.endswith("report: here/report.html\n")
     assert not (tmp_path / "runs").exists()
-    assert_refused(perdure("demo", "--out", "here"), "here holds a run of another config; give another --out")
+    assert_refused(
+        perdure("demo", "--out", "here"), "here holds a run of another config; give another --out"
+    )
 
 
 def test_a_terminal_gets_bars_and_a_pipe_gets_a_line_a_quarter():
@@ -153,7 +161,10 @@ def test_a_terminal_gets_bars_and_a_pipe_gets_a_line_a_quarter():
             assert "━" in written.getvalue()
             assert "100%" in written.getvalue()
         else:
-            assert written.getvalue() == "naive-plain 25 %\nnaive-plain 75 %\nnaive-plain 100 %\newc-plain 100 %\n"
+            assert (
+                written.getvalue()
+                == "naive-plain 25 %\nnaive-plain 75 %\nnaive-plain 100 %\newc-plain 100 %\n"
+            )
 
 
 # --------------------------------------------------------------------------- what it refuses
@@ -168,8 +179,17 @@ WRONG = {
     "strategy": (CONFIG.replace("naive", "nave"), "arms[0].strategy = 'nave'", "naive"),
     "escape": (CONFIG.replace("small", "../small"), "name = '../small'"),
     "markup": (CONFIG.replace("small", "[red]"), "name = '[red]'"),
-    "slices": (CONFIG.replace("experiences = 2", "experiences = 3"), "experiences = 3", "1, 2, 5, 10"),
-    "shape": (CONFIG.replace("[data]", '[data]\nname = "breast-cancer"').replace("[4]", '[4]\nname = "cnn"'), "(30,)"),
+    "slices": (
+        CONFIG.replace("experiences = 2", "experiences = 3"),
+        "experiences = 3",
+        "1, 2, 5, 10",
+    ),
+    "shape": (
+        CONFIG.replace("[data]", '[data]\nname = "breast-cancer"').replace(
+            "[4]", '[4]\nname = "cnn"'
+        ),
+        "(30,)",
+    ),
     "guard": (
         CONFIG.replace("[4]", '[4]\nname = "cnn"\nwidth = 2\nnorm = "batch"')
         + "private = true\n[privacy]\nnoise_multiplier = 1.0\n",
@@ -209,7 +229,9 @@ def test_a_path_that_cannot_be_read_is_one_line(perdure, tmp_path, path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
-    assert_refused(perdure("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written")
+    assert_refused(
+        perdure("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written"
+    )
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
@@ -228,7 +250,11 @@ def test_data_that_are_not_there_are_one_line(perdure, tmp_path, monkeypatch, da
 def test_a_report_needs_a_finished_run(perdure, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "result.json").write_text('{"schema": 1')
-    for folder, words in ((".", "let the run finish first"), ("no", "cannot be read"), ("torn", "not valid JSON")):
+    for folder, words in (
+        (".", "let the run finish first"),
+        ("no", "cannot be read"),
+        ("torn", "not valid JSON"),
+    ):
         assert_refused(perdure("report", folder), words)
 
 
@@ -243,20 +269,34 @@ def test_an_unknown_command_is_refused_without_a_traceback(perdure):
 
 
 def heed_interrupts():
-    """A shell lets its background jobs ignore Ctrl-C, and their children inherit that; a person's terminal does not."""
+    """A shell lets its background jobs ignore Ctrl-C, and their children inherit that; a person's
+    terminal does not.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n")
-    words = [sys.executable, "-m", "perdure.cli.main", "run", str(path), "--out", str(tmp_path / "run")]
+    path.write_text(
+        CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n"
+    )
+    words = [
+        sys.executable,
+        "-m",
+        "perdure.cli.main",
+        "run",
+        str(path),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
     try:
-        while not (tmp_path / "run" / "arms" / "naive-plain" / "checkpoint" / "latest.json").exists():
+        while not (
+            tmp_path / "run" / "arms" / "naive-plain" / "checkpoint" / "latest.json"
+        ).exists():
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -289,7 +329,9 @@ def test_audit_of_a_finished_run_attacks_its_models_too(perdure, tmp_path):
     claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.001\nsampling_rate = 0.5\nseed = 0\n"
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
-    assert_refused(perdure("audit", path, "--shadows", 4), "--shadows", "the folder of a finished run")
+    assert_refused(
+        perdure("audit", path, "--shadows", 4), "--shadows", "the folder of a finished run"
+    )
     assert perdure("run", path)[0] == 0
     code, out, err = perdure("audit", "runs/small", "--canaries", 200, "--shadows", 4)
     assert (code, err) == (0, "")
@@ -320,9 +362,18 @@ def test_bench_lists_every_strategy_with_its_costs(perdure):
     assert (ewc["memory"], ewc["state_multiple"]) == ("3 x parameters", 3.0)
     assert replay["privacy"] == joint["privacy"] == "gradient; records go on being used"
     assert (replay["memory"], replay["state_multiple"]) == ("memory_size records", 0.0)
-    assert (naive["privacy"], naive["memory"], joint["memory"]) == ("gradient", "none", "all records")
-    assert (listed["der"]["memory"], naive["paper"]) == ("memory_size records with logits (classes)", "")
-    assert listed["agem"]["privacy"].startswith("gradient; 1 reference gradient of stored records a step;")
+    assert (naive["privacy"], naive["memory"], joint["memory"]) == (
+        "gradient",
+        "none",
+        "all records",
+    )
+    assert (listed["der"]["memory"], naive["paper"]) == (
+        "memory_size records with logits (classes)",
+        "",
+    )
+    assert listed["agem"]["privacy"].startswith(
+        "gradient; 1 reference gradient of stored records a step;"
+    )
     assert listed["icarl"]["privacy"].startswith("gradient; 1 release over memory an experience;")
     assert listed["ncm"]["privacy"] == "no gradient; 1 release an experience"
     assert "features x features" in listed["slda"]["memory"]
@@ -350,8 +401,10 @@ def test_a_cost_says_all_that_is_asked():
 
     everything = Asks(releases=2, histograms=1, selections=3, recalls=2, references=1, reuses=True)
     assert privacy_cost(everything, Plan(), False) == (
-        "gradient; 1 reference gradient of stored records a step; 2 releases an experience; 2 releases over memory an "
-        "experience; 1 histogram an experience; 3 selections an experience; records go on being used"
+        "gradient; 1 reference gradient of stored records a step; 2 releases an experience; "
+        "2 releases over memory an "
+        "experience; 1 histogram an experience; 3 selections an experience; records go on "
+        "being used"
     )
     assert privacy_cost(Asks(references=2), Plan(train=False), False).startswith(
         "no gradient; 2 reference gradients of"

@@ -35,10 +35,17 @@ def test_a_state_declares_each_name_once_with_one_rule():
 
 def test_a_group_holds_one_tensor_a_parameter():
     params = {"head.weight": torch.ones(2, 3), "head.bias": torch.ones(2)}
-    state = State().declare_group("fisher", params, "mean").declare("fisher2/x", torch.zeros(1), "local")
+    state = (
+        State()
+        .declare_group("fisher", params, "mean")
+        .declare("fisher2/x", torch.zeros(1), "local")
+    )
     assert list(state.group("fisher")) == ["head.weight", "head.bias"]
     doubled = state.replace_group("fisher", {name: 2 * value for name, value in params.items()})
-    assert float(doubled["fisher/head.bias"].sum()) == 4 and float(state["fisher/head.bias"].sum()) == 2
+    assert (
+        float(doubled["fisher/head.bias"].sum()) == 4
+        and float(state["fisher/head.bias"].sum()) == 2
+    )
     assert doubled.rules == state.rules
 
 
@@ -66,9 +73,13 @@ def context(scenario, experience):
 def rows(tasks):
     n = len(tasks)
     return Batch(
-        inputs=torch.zeros(n, 5), labels=torch.zeros(n, dtype=torch.int64), ids=torch.arange(n),
-        tasks=torch.tensor(tasks), from_memory=torch.zeros(n, dtype=torch.bool), valid=torch.ones(n, dtype=torch.bool),
-    )  # fmt: skip
+        inputs=torch.zeros(n, 5),
+        labels=torch.zeros(n, dtype=torch.int64),
+        ids=torch.arange(n),
+        tasks=torch.tensor(tasks),
+        from_memory=torch.zeros(n, dtype=torch.bool),
+        valid=torch.ones(n, dtype=torch.bool),
+    )
 
 
 def shown(mask):
@@ -78,7 +89,8 @@ def shown(mask):
 @pytest.mark.parametrize(
     ("scenario", "experience", "rows_shown", "allowed"),
     [
-        ("task", 1, [[0, 1], [2, 3]], [2, 3]),  # every row by its own task, prediction by the task asked for
+        # every row by its own task, prediction by the task asked for
+        ("task", 1, [[0, 1], [2, 3]], [2, 3]),
         ("class", 0, [[0, 1], [0, 1]], [0, 1]),
         ("class", 1, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
         ("domain", 0, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
@@ -102,7 +114,12 @@ def test_a_masked_class_has_probability_zero_and_no_gradient():
 def test_contexts_come_from_declared_classes(toy_stream):
     at = contexts(toy_stream("class"), "cpu")
     assert at(0).seen.tolist() == [True, True, False, False]
-    assert at(1).seen.tolist() == [True] * 4 and at(1).current.tolist() == [False, False, True, True]
+    assert at(1).seen.tolist() == [True] * 4 and at(1).current.tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 # --------------------------------------------------------------------------- forward
@@ -147,7 +164,8 @@ def test_forward_runs_the_model_at_its_own_or_at_given_parameters(tower):
 
 def test_any_method_runs_at_its_own_or_at_given_parameters(tower):
     tower.eval()
-    x, y = torch.rand(3, 5), torch.rand(3, 5)
+    x = torch.rand(3, 5)
+    y = torch.rand(3, 5)
     sums, logits = Forward(tower).method("both")(x, y)
     assert torch.equal(sums, tower.body(x + y)) and torch.equal(logits, tower(x))
     shifted = zeros(tower) | {"body.0.weight": torch.ones(6, 5), "head.bias": torch.arange(4.0)}
@@ -196,7 +214,12 @@ def test_a_teacher_leaves_every_module_in_the_mode_it_was_in(tower, what):
     tower.train()
     tower.body.eval()
     getattr(Forward(tower).at(zeros(tower)), what)(torch.rand(2, 5))
-    assert tower.training and tower.head.training and not tower.body.training and not tower.body[1].training
+    assert (
+        tower.training
+        and tower.head.training
+        and not tower.body.training
+        and not tower.body[1].training
+    )
 
 
 def test_a_failing_teacher_leaves_the_mode_too(tower):
@@ -211,16 +234,20 @@ def test_a_failing_teacher_leaves_the_mode_too(tower):
 
 def test_the_base_class_is_plain_training(toy_stream, toy_model):
     stream = toy_stream()
-    model, at = toy_model(stream), contexts(stream, "cpu")(0)
+    model = toy_model(stream)
+    at = contexts(stream, "cpu")(0)
     batch = Batch.current(stream[0].train, 0)
-    plain, state = Strategy(), State()
+    plain = Strategy()
+    state = State()
     allowed = model(batch.inputs)[:, :2]
     expected = nn.functional.cross_entropy(allowed, batch.labels, reduction="none")
     torch.testing.assert_close(plain.losses(Forward(model), batch, at, state), expected)
     assert shown(plain.predict(Forward(model), batch.inputs[:1], at, state)) == [[0, 1]]
     assert plain.penalty({}, state) is None and plain.references(None, {}, state) == ()
     assert plain.plan(stream[0]) == Plan() and plain.after_step({}, {}, {}, state) is state
-    assert not any(plain.uses(hook) for hook in ("losses", "penalty", "project", "references", "after_step"))
+    assert not any(
+        plain.uses(hook) for hook in ("losses", "penalty", "project", "references", "after_step")
+    )
 
 
 def test_uses_tells_what_is_overridden():
@@ -291,7 +318,10 @@ class Referrer(Strategy):
         ((Referrer(), Referrer()), r"Referrer and Referrer both override references\(\)"),
         ((LwF(), Naive(), Replay(memory_size=5)), r"LwF and Replay both override losses\(\)"),
         ((Predictor(), Predictor()), r"Predictor and Predictor both override predict\(\)"),
-        ((Rememberer(), EWC(strength=1.0), Rememberer()), r"Rememberer and Rememberer both override remember\(\)"),
+        (
+            (Rememberer(), EWC(strength=1.0), Rememberer()),
+            r"Rememberer and Rememberer both override remember\(\)",
+        ),
         ((Combine(LwF()), Replay(memory_size=5)), r"LwF and Replay both override losses\(\)"),
     ],
 )
@@ -308,7 +338,9 @@ def test_two_memories_or_two_ideas_of_what_is_trained_are_an_error_that_names_bo
         Combine(Rememberer(), Freezer()).plan(experience)
 
 
-@pytest.mark.parametrize("other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)])
+@pytest.mark.parametrize(
+    "other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)]
+)
 def test_a_part_that_trains_nothing_leaves_no_other_without_effect(toy_stream, other):
     message = f"NCM takes no gradient, so {other.name} would have no effect; drop one of them"
     with pytest.raises(StrategyError, match=message):
@@ -318,13 +350,17 @@ def test_a_part_that_trains_nothing_leaves_no_other_without_effect(toy_stream, o
 
 def test_plans_are_merged(toy_stream):
     plan = Combine(Freezer(), Replay(memory_size=5)).plan(toy_stream()[0])
-    assert plan == Plan(pool="all", restart=True, trainable=("body",), memory=MemoryPlan(capacity=5))
+    assert plan == Plan(
+        pool="all", restart=True, trainable=("body",), memory=MemoryPlan(capacity=5)
+    )
 
 
 def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
     stream = toy_stream()
-    model, at = toy_model(stream), contexts(stream, "cpu")(0)
-    batch, params = Batch.current(stream[0].train, 0), dict(model.named_parameters())
+    model = toy_model(stream)
+    at = contexts(stream, "cpu")(0)
+    batch = Batch.current(stream[0].train, 0)
+    params = dict(model.named_parameters())
     parts = (EWC(strength=1.0), Naive(), EWC(strength=3.0))
     both = Combine(*parts)
     state = both.init(spec(model))
@@ -336,7 +372,8 @@ def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
     assert torch.equal(both.losses(Forward(model), batch, at, state), plain)
     assert Combine(Naive(), Naive()).penalty(params, State()) is None
     assert torch.equal(
-        Combine(Predictor(), LwF()).predict(Forward(model), batch.inputs, at, State()), model(batch.inputs)
+        Combine(Predictor(), LwF()).predict(Forward(model), batch.inputs, at, State()),
+        model(batch.inputs),
     )
 
 
@@ -347,7 +384,12 @@ def test_projections_run_in_the_order_given_and_every_part_follows_the_path(toy_
     asking = Combine(Shifter(add=1.0), Referrer(), Shifter(times=2.0))
     references = asking.references(None, {}, state)
     assert (
-        float(asking.project({"w": torch.ones(1)}, references, asking.init(spec(toy_model(toy_stream()))))["w"]) == 14.0
+        float(
+            asking.project(
+                {"w": torch.ones(1)}, references, asking.init(spec(toy_model(toy_stream())))
+            )["w"]
+        )
+        == 14.0
     )
     after = both.after_step({}, {}, {}, state)
     assert {name: float(value) for name, value in after.items()} == {"0.steps": 1.0, "2.steps": 2.0}
@@ -355,7 +397,12 @@ def test_projections_run_in_the_order_given_and_every_part_follows_the_path(toy_
 
 
 def test_a_combination_says_all_that_its_parts_say():
-    both = Combine(EWC(strength=1.0), Combine(EWC(strength=2.0), Replay(memory_size=5)), Rememberer(), Referrer())
+    both = Combine(
+        EWC(strength=1.0),
+        Combine(EWC(strength=2.0), Replay(memory_size=5)),
+        Rememberer(),
+        Referrer(),
+    )
     assert both.asks == Asks(releases=2, references=1, recalls=2, reuses=True)
     assert both.couples_records and both.not_vmappable_because == "it says so"
     assert both.name == "EWC+EWC+Replay+Rememberer+Referrer"

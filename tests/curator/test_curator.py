@@ -1,4 +1,6 @@
-"""A curator's records: who is exposed, who is sampled and how often, what is raw, and what memory keeps."""
+"""A curator's records: who is exposed, who is sampled and how often, what is raw, and what memory
+keeps.
+"""
 
 from dataclasses import replace
 
@@ -19,7 +21,9 @@ from perdure.planning.exposure import exposure
 
 
 def test_rates_come_from_declared_sizes_and_count_the_memory(toy_stream):
-    """256/12,000 for the first experience and 256/13,000 once a memory of 1,000 is pooled with the new records."""
+    """256/12,000 for the first experience and 256/13,000 once a memory of 1,000 is pooled with the
+    new records.
+    """
     experiences = declared(toy_stream(), 12_000, 12_000).experiences
     first = exposure(experiences[:1], REPLAY, batch_size=256, rate=None)
     assert first.scope == {"experience-0": 256 / 12_000} and first.pool_size == 12_000
@@ -52,8 +56,12 @@ def test_without_privacy_an_epoch_is_a_permutation(bench):
     curator = bench(batch_size=7).open()
     sizes = [len(curator.sample(step)) for step in range(4)]
     assert sizes == [7, 7, 7, 3]
-    epochs = [torch.cat([curator.sample(step).ids for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
-    assert all(torch.equal(ids.sort().values, curator.raw("a test").ids.sort().values) for ids in epochs)
+    epochs = [
+        torch.cat([curator.sample(step).ids for step in range(4 * e, 4 * e + 4)]) for e in range(2)
+    ]
+    assert all(
+        torch.equal(ids.sort().values, curator.raw("a test").ids.sort().values) for ids in epochs
+    )
     assert not torch.equal(*epochs)
 
 
@@ -84,12 +92,14 @@ def test_joint_pools_all_records_of_all_experiences(bench):
 
 @pytest.mark.statistical
 def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
-    """2,000 steps over 24 records at rate 1/4: the count's standard score stays within 4 (probability 6e-5), both
-    per record (within 5, 24 x 6e-7) and in all; a rate 5 % off would score 6."""
+    """2,000 steps over 24 records at rate 1/4: the count's standard score stays within 4
+    (probability 6e-5), both per record (within 5, 24 x 6e-7) and in all; a rate 5 % off would score
+    6."""
     test = bench(simulated(), declared(toy_stream(), 32, 32))
     steps = range(2000)
     curator = test.open(0, steps=steps)
-    counts, sizes = torch.zeros(2000), []
+    counts = torch.zeros(2000)
+    sizes = []
     for step in steps:
         ids = curator.sample(step).ids
         counts[ids] += 1
@@ -102,19 +112,28 @@ def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
     assert curator.exposure.rate == 8 / 32 and len(members) == 24  # declared 32, there are 24
     assert abs(score(members.sum(), 48_000, 0.25)) < 4
     assert max(abs(score(count, 2000, 0.25)) for count in members) < 5
-    assert abs(score(members.sum(), 48_000, 0.25 * 1.05)) > 4 < abs(score(members.sum(), 48_000, 0.25 * 0.95))
-    spread = torch.tensor(sizes).var() / (24 * 0.25 * 0.75)  # of a binomial; a fixed size would have none
+    assert (
+        abs(score(members.sum(), 48_000, 0.25 * 1.05))
+        > 4
+        < abs(score(members.sum(), 48_000, 0.25 * 0.95))
+    )
+    # of a binomial; a fixed size would have none
+    spread = torch.tensor(sizes).var() / (24 * 0.25 * 0.75)
     assert 0.85 < spread < 1.15
 
 
 @pytest.mark.property
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=25), st.floats(0.01, 1.0), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=25), st.floats(0.01, 1.0), st.integers(0, 99)
+)
 def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
     rows = torch.tensor(ids)
     grouped = copies(rows, torch.zeros_like(rows))
     assert sorted(grouped.order.tolist()) == list(range(len(ids)))
-    coins = torch.rand(len(grouped.counts), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    coins = torch.rand(
+        len(grouped.counts), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     drawn = rows[grouped.rows(coins < rate, coins[coins < rate] / rate)]
     assert drawn.tolist() == rows.unique()[coins < rate].tolist()
 
@@ -127,7 +146,8 @@ def test_the_largest_coin_below_the_rate_picks_the_last_row():
 @pytest.mark.statistical
 @pytest.mark.parametrize("plan", [Plan(memory=MemoryPlan(capacity=100)), Plan(pool="all")])
 def test_copies_of_one_image_are_one_record(bench, toy_data, plan):
-    """Permuted copies, new, stored or pooled: one at most in a step, at the charged rate, each copy as often.
+    """Permuted copies, new, stored or pooled: one at most in a step, at the charged rate, each copy
+    as often.
 
     400 steps over 48 records at rate 1/8: scores within 4 (6e-5 each).
     """
@@ -160,7 +180,9 @@ def test_one_id_for_two_records_of_an_experience_is_refused(bench, toy_stream):
 
 def test_raw_records_are_refused_under_privacy(bench):
     assert len(bench().open().raw("a plot")) == 24
-    with pytest.raises(PrivacyError, match=r"raw records were asked for \(a plot\).*curator.release"):
+    with pytest.raises(
+        PrivacyError, match=r"raw records were asked for \(a plot\).*curator.release"
+    ):
         bench(simulated()).open().raw("a plot")
     closed = bench()
     with pytest.raises(PrivacyError, match="no open experience; call open"):
@@ -182,7 +204,9 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
     assert batch.stored["logits"][~replayed].abs().sum() == 0 and len(expected) == 6
     test.finish(lambda forward, batch: {"logits": forward(batch.inputs) + 1})
     rows = test.curator._held.memory.rows
-    torch.testing.assert_close(rows.stored["logits"], test.model(rows.inputs).detach() + (rows.tasks == 1)[:, None])
+    torch.testing.assert_close(
+        rows.stored["logits"], test.model(rows.inputs).detach() + (rows.tasks == 1)[:, None]
+    )
 
 
 def test_under_privacy_memory_is_by_coin_at_the_declared_threshold(bench, toy_stream):
@@ -212,7 +236,8 @@ def test_split_streams_have_disjoint_partitions(toy_data):
 
 def test_equal_ids_in_two_partitions_are_two_records():
     """One of them missing must not hand its place to the other, which is another record."""
-    ids, owner = torch.tensor([7, 7, 8, 7]), torch.tensor([0, 1, 0, 0])
+    ids = torch.tensor([7, 7, 8, 7])
+    owner = torch.tensor([0, 1, 0, 0])
     grouped = copies(ids, owner)
     assert grouped.ids.tolist() == [7, 7, 8] and grouped.counts.tolist() == [2, 1, 1]
     assert sorted(grouped.order[:2].tolist()) == [0, 3] and grouped.order[2:].tolist() == [1, 2]

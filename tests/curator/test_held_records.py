@@ -1,4 +1,6 @@
-"""What a party holds: memory that moves every step, what is stored beside a row and when, and pools of memory."""
+"""What a party holds: memory that moves every step, what is stored beside a row and when, and pools
+of memory.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +27,11 @@ EITHER = pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "priv
 
 
 def learner_of(model, strategy, **changes):
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 6, "batch_size": 8} | changes
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.5),
+        "iterations": 6,
+        "batch_size": 8,
+    } | changes
     return Learner(model=model, strategy=strategy, **options)
 
 
@@ -49,8 +55,11 @@ def given(**options):
 
 def test_a_memory_that_moves_brings_back_what_earlier_steps_offered(toy_stream, toy_model):
     """In the first experience already, in which the first step has nothing to bring back."""
-    offered, stream = [], toy_stream()
-    learner = opened(learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream)
+    offered = []
+    stream = toy_stream()
+    learner = opened(
+        learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
+    )
     for step in range(4):
         batch = learner.curator.sample(step)
         new = batch.take(~batch.from_memory)
@@ -66,7 +75,9 @@ def test_a_memory_that_moves_brings_back_what_earlier_steps_offered(toy_stream, 
 
 def test_a_moving_memory_is_not_offered_the_experience_again_at_its_end(toy_stream, toy_model):
     stream = toy_stream()
-    learner = opened(learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream)
+    learner = opened(
+        learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
+    )
     learner.train(range(3))
     before = learner.curator._held.memory.rows
     learner.finish()
@@ -76,9 +87,13 @@ def test_a_moving_memory_is_not_offered_the_experience_again_at_its_end(toy_stre
 
 @pytest.mark.statistical
 def test_a_memory_that_moves_every_step_is_uniform_over_everything_seen(toy_stream, toy_model):
-    """800 seeds, 12 of 48 kept; each record's count within 4.5 standard deviations of a quarter (48 x 7e-6: 3e-4)."""
-    stream, counts = toy_stream(), torch.zeros(48)
-    model, trials = toy_model(stream), 800
+    """800 seeds, 12 of 48 kept; each record's count within 4.5 standard deviations of a quarter (48
+    x 7e-6: 3e-4).
+    """
+    stream = toy_stream()
+    counts = torch.zeros(48)
+    model = toy_model(stream)
+    trials = 800
     for seed in range(trials):
         learner = learner_of(model, given(selection="reservoir", update="step"), seed=seed)
         learner.prepare(stream)
@@ -90,7 +105,8 @@ def test_a_memory_that_moves_every_step_is_uniform_over_everything_seen(toy_stre
         counts[learner.curator._held.memory.rows.ids] += 1
     spread = (trials * 0.25 * 0.75) ** 0.5
     assert counts.sum() == 12 * trials and float((counts - trials / 4).abs().max()) < 4.5 * spread
-    halves = counts.view(-1, 4)[:, :2].sum(), counts.view(-1, 4)[:, 2:].sum()  # labels 0, 1 came before 2, 3
+    # labels 0, 1 came before 2, 3
+    halves = counts.view(-1, 4)[:, :2].sum(), counts.view(-1, 4)[:, 2:].sum()
     assert abs(float(halves[0] - halves[1])) < 4.5 * 2 * (24 * trials * 0.25 * 0.75) ** 0.5
 
 
@@ -99,14 +115,21 @@ class Stopped(BaseException):
 
 
 def run(stream, model, strategy, folder, stops=(), **changes):
-    """A run that is stopped after these (experience, step), started again every time, and its last learner."""
+    """A run that is stopped after these (experience, step), started again every time, and its last
+    learner.
+    """
     for stop in [*stops, None]:
 
         def look(point, learner, stop=stop):
-            if point == "step.done" and (learner.position.experience, learner.position.step) == stop:
+            if (
+                point == "step.done"
+                and (learner.position.experience, learner.position.step) == stop
+            ):
                 raise Stopped
 
-        learner = learner_of(model(stream), strategy, folder=folder, blocks=3, callbacks=[look], **changes)
+        learner = learner_of(
+            model(stream), strategy, folder=folder, blocks=3, callbacks=[look], **changes
+        )
         try:
             learner.fit(stream)
         except Stopped:
@@ -117,7 +140,11 @@ def run(stream, model, strategy, folder, stops=(), **changes):
 @EITHER
 @pytest.mark.parametrize(
     "strategy",
-    [DER(memory_size=10, beta=0.5), ERACE(memory_size=10), Replay(memory_size=10, selection="ring", update="step")],
+    [
+        DER(memory_size=10, beta=0.5),
+        ERACE(memory_size=10),
+        Replay(memory_size=10, selection="ring", update="step"),
+    ],
     ids=lambda strategy: strategy.name,
 )
 def test_a_moving_memory_survives_stops_in_mid_experience_bit_for_bit(
@@ -128,25 +155,32 @@ def test_a_moving_memory_survives_stops_in_mid_experience_bit_for_bit(
         for name, stops in (("whole", ()), ("stopped", ((0, 3), (0, 5), (1, 1), (1, 4))))
     ]
     assert ends[0].facts == ends[1].facts
-    for mine, theirs in zip((ends[0].tensors, ends[0].private), (ends[1].tensors, ends[1].private), strict=True):
+    for mine, theirs in zip(
+        (ends[0].tensors, ends[0].private), (ends[1].tensors, ends[1].private), strict=True
+    ):
         assert mine.keys() == theirs.keys()
         assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     assert "memory.ids" in ends[0].private
 
 
-# --------------------------------------------------------------------------- what is stored beside a row
+# ---------------------------------------------------------------------- what is stored beside a row
 
 
 def peeking(forward, batch):
     """Each row's mean logit, less that of all rows: rows that depend on each other."""
     logits = forward(batch.inputs)
-    return {"seen": logits.mean(1) - logits.mean(), "rows": torch.full((len(batch),), float(len(batch)))}
+    return {
+        "seen": logits.mean(1) - logits.mean(),
+        "rows": torch.full((len(batch),), float(len(batch))),
+    }
 
 
 @pytest.mark.parametrize("update", ["experience", "step"])
 def test_under_privacy_what_is_remembered_is_asked_of_each_row_alone(toy_stream, toy_model, update):
     stream = toy_stream()
-    learner = learner_of(toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE)
+    learner = learner_of(
+        toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
+    )
     opened(learner, stream)
     learner.curator.reserve(range(2), "start")
     for step in range(2):
@@ -161,7 +195,9 @@ def test_under_privacy_what_is_remembered_is_asked_of_each_row_alone(toy_stream,
 
 def test_without_privacy_it_sees_the_rows_of_the_step(toy_stream, toy_model):
     stream = toy_stream()
-    learner = opened(learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream)
+    learner = opened(
+        learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
+    )
     learner.curator.observe(learner.curator.sample(0), peeking)
     assert bool((learner.curator._held.memory.rows.stored["rows"] == 8).all())
 
@@ -169,7 +205,9 @@ def test_without_privacy_it_sees_the_rows_of_the_step(toy_stream, toy_model):
 @pytest.mark.parametrize("update", ["experience", "step"])
 def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, update):
     stream = toy_stream()
-    learner = learner_of(toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE)
+    learner = learner_of(
+        toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
+    )
     curator = opened(learner, stream).curator
     curator.reserve(range(1), "start")
     batch = curator.sample(0)
@@ -184,12 +222,17 @@ def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, u
 
 def test_under_privacy_the_values_are_those_of_the_last_step_a_record_was_in(toy_stream, toy_model):
     """Of a record that was in none, those at the end of the experience."""
-    stream, moment = toy_stream(), [0.0]
+    stream = toy_stream()
+    moment = [0.0]
 
     def remember(forward, batch):
         return {"when": torch.full((len(batch),), moment[0])}
 
-    learner = learner_of(toy_model(stream), given(capacity=1000, selection="reservoir", update="step"), privacy=PRIVATE)
+    learner = learner_of(
+        toy_model(stream),
+        given(capacity=1000, selection="reservoir", update="step"),
+        privacy=PRIVATE,
+    )
     curator = opened(learner, stream).curator
     curator.reserve(range(5), "start")
     last = {}
@@ -209,7 +252,11 @@ def test_under_privacy_the_values_are_those_of_the_last_step_a_record_was_in(toy
 def test_under_privacy_stored_rows_in_a_step_do_not_change_what_is_noted(toy_stream, toy_model):
     """Rows of memory in a batch are not offered again, and only new ones are noted."""
     stream = toy_stream()
-    learner = learner_of(toy_model(stream), given(capacity=1000, selection="reservoir", update="step"), privacy=PRIVATE)
+    learner = learner_of(
+        toy_model(stream),
+        given(capacity=1000, selection="reservoir", update="step"),
+        privacy=PRIVATE,
+    )
     curator = opened(learner, stream, index=1).curator
     curator.reserve(range(4), "start")
     kept = curator._held.memory.rows.ids.tolist()
@@ -231,10 +278,14 @@ def test_remembering_leaves_running_statistics_as_they_were(toy_stream):
     model(batch.inputs)
     before = {name: value.clone() for name, value in model.named_buffers()}
     learner.curator.observe(batch, lambda forward, rows: {"logits": forward(rows.inputs)})
-    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers()) and model.training
+    assert (
+        all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+        and model.training
+    )
     logits = learner.curator._held.memory.rows.stored["logits"]
     with untouched(model):
-        torch.testing.assert_close(logits, model(batch.inputs).detach())  # in training mode, as the loss saw them
+        # in training mode, as the loss saw them
+        torch.testing.assert_close(logits, model(batch.inputs).detach())
 
 
 # --------------------------------------------------------------------------- a pool of memory
@@ -248,30 +299,48 @@ def four(toy_data):
 
 def test_the_exposure_of_a_pool_of_memory_is_declared(four):
     sizes = (100, 300, 600, 12)
-    stages = [replace(e, train=replace(e.train, declared_size=n)) for e, n in zip(four, sizes, strict=True)]
+    stages = [
+        replace(e, train=replace(e.train, declared_size=n))
+        for e, n in zip(four, sizes, strict=True)
+    ]
     plan = Plan(pool="memory", memory=MemoryPlan(capacity=200))
     for seen, size in ((1, 100), (2, 200), (3, 200)):
         found = exposure(stages[:seen], plan, batch_size=20)
         assert found.pool_size == size and found.rate == 20 / size
         assert found.scope == {f"experience-{k}": 20 / size for k in range(seen)}
     found = exposure(stages[:3], plan, batch_size=20, left={"experience-1"})
-    assert found.pool_size == 200 * 700 / 1000 and found.scope.keys() == {"experience-0", "experience-2"}
+    assert found.pool_size == 200 * 700 / 1000 and found.scope.keys() == {
+        "experience-0",
+        "experience-2",
+    }
 
 
 def test_the_steps_on_a_pool_of_memory_follow_its_size(four, toy_model):
     """3 epochs of 12, 16, 16 and 16 stored records, 4 a step."""
-    learner = learner_of(toy_model(four), GDumb(memory_size=16), epochs=3, iterations=None, batch_size=4)
+    learner = learner_of(
+        toy_model(four), GDumb(memory_size=16), epochs=3, iterations=None, batch_size=4
+    )
     learner.prepare(four)
     assert [learner.steps(index) for index in range(4)] == [9, 12, 12, 12]
-    assert learner_of(toy_model(four), Naive(), epochs=3, iterations=None).steps_of(four.experiences[:1]) == 5
+    assert (
+        learner_of(toy_model(four), Naive(), epochs=3, iterations=None).steps_of(
+            four.experiences[:1]
+        )
+        == 5
+    )
 
 
 @EITHER
 def test_a_pool_of_memory_holds_stored_records_only(four, toy_model, privacy):
     learner = learner_of(toy_model(four), GDumb(memory_size=16), privacy=privacy)
     opened(learner, four, index=2)
-    pooled, stored = learner.curator._pool, learner.curator._held.memory.rows
-    assert set(pooled.ids.tolist()) == set(stored.ids.tolist()) and set(stored.tasks.tolist()) == {0, 1, 2}
+    pooled = learner.curator._pool
+    stored = learner.curator._held.memory.rows
+    assert set(pooled.ids.tolist()) == set(stored.ids.tolist()) and set(stored.tasks.tolist()) == {
+        0,
+        1,
+        2,
+    }
     assert learner.curator._held.memory.latest == 2 and learner.curator._held.memory.offered == 36
     learner.begin(2)  # as after a stop: it is not offered again
     assert learner.curator._held.memory.offered == 36
@@ -286,11 +355,19 @@ def test_a_pool_of_memory_holds_stored_records_only(four, toy_model, privacy):
 
 
 def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
-    """An epoch of the pool, 24 new and 12 stored rows, meets each of them once; the context knows of no share."""
+    """An epoch of the pool, 24 new and 12 stored rows, meets each of them once; the context knows
+    of no share.
+    """
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), given(use="pooled")), stream, index=1)
     batches = [learner.curator.sample(step) for step in range(5)]
-    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 4] and learner.curator.context.memory_share == 0
+    assert [len(batch) for batch in batches] == [
+        8,
+        8,
+        8,
+        8,
+        4,
+    ] and learner.curator.context.memory_share == 0
     ids = torch.cat([batch.ids for batch in batches])
     stored = torch.cat([batch.from_memory for batch in batches])
     held = learner.curator._held.memory.rows.ids.tolist()
@@ -311,16 +388,26 @@ def test_a_moving_memory_needs_the_pool_of_the_experience(toy_stream, toy_model,
 
 def test_an_experience_without_records_is_refused_where_there_is_no_privacy(toy_stream, toy_model):
     stream = toy_stream()
-    nobody = replace(stream[0], train=replace(stream[0].train.take(torch.arange(0)), declared_size=24))
+    nobody = replace(
+        stream[0], train=replace(stream[0].train.take(torch.arange(0)), declared_size=24)
+    )
     stream = replace(stream, experiences=(nobody, stream[1]))
-    with pytest.raises(DataError, match="experience 0 has no training records; leave it out of the stream"):
+    with pytest.raises(
+        DataError, match="experience 0 has no training records; leave it out of the stream"
+    ):
         opened(learner_of(toy_model(stream), Replay(memory_size=8)), stream)
 
 
 def test_copies_of_one_record_are_noted_at_the_row_that_was_drawn(toy_data, toy_model):
-    """New and stored copies are one record; where the stored one was drawn, the new one is not noted."""
+    """New and stored copies are one record; where the stored one was drawn, the new one is not
+    noted.
+    """
     stream = permuted(toy_data, experiences=2)
-    learner = learner_of(toy_model(stream), given(capacity=1000, selection="reservoir", update="step"), privacy=PRIVATE)
+    learner = learner_of(
+        toy_model(stream),
+        given(capacity=1000, selection="reservoir", update="step"),
+        privacy=PRIVATE,
+    )
     curator = opened(learner, stream, index=1).curator
     curator.reserve(range(6), "start")
     noted = set()

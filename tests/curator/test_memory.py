@@ -15,10 +15,14 @@ def rows(labels, task=0, first_id=0, stored=None):
     n = len(labels)
     ids = first_id + torch.arange(n)
     return Batch(
-        inputs=ids[:, None].float(), labels=torch.tensor(labels, dtype=torch.int64), ids=ids,
+        inputs=ids[:, None].float(),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        ids=ids,
         tasks=torch.full((n,), task),
-        from_memory=torch.zeros(n, dtype=torch.bool), valid=torch.ones(n, dtype=torch.bool), stored=stored or {},
-    )  # fmt: skip
+        from_memory=torch.zeros(n, dtype=torch.bool),
+        valid=torch.ones(n, dtype=torch.bool),
+        stored=stored or {},
+    )
 
 
 def place(seed=0):
@@ -27,13 +31,17 @@ def place(seed=0):
 
 # --------------------------------------------------------------------------- reservoir
 
-PIECES, CAPACITY, TRIALS = (13, 7, 20), 10, 3000
+PIECES = (13, 7, 20)
+CAPACITY = 10
+TRIALS = 3000
 
 
 def unevenness(keep):
-    """Sum of squared standard scores of how often each of 40 records was kept; about 40 when all are alike.
+    """Sum of squared standard scores of how often each of 40 records was kept; about 40 when all
+    are alike.
 
-    40 / 39 of it follows chi-squared with 39 degrees of freedom: it leaves (18, 70) with probability 0.004.
+    40 / 39 of it follows chi-squared with 39 degrees of freedom: it leaves (18, 70) with
+    probability 0.004.
     """
     counts = torch.zeros(sum(PIECES), dtype=torch.float64)
     for trial in range(TRIALS):
@@ -45,7 +53,8 @@ def unevenness(keep):
 
 
 def through_a_reservoir(generator, counted=True):
-    kept, offered = [], 0
+    kept = []
+    offered = 0
     for piece in PIECES:
         places = reservoir(len(kept), offered if counted else len(kept), piece, CAPACITY, generator)
         kept = [(kept + list(range(offered, offered + piece)))[i] for i in places.tolist()]
@@ -64,7 +73,8 @@ def test_a_reservoir_keeps_every_record_with_the_same_probability():
 
 
 def test_a_memory_that_is_not_full_keeps_everything():
-    memory, plan = Memory(), MemoryPlan(capacity=10, selection="reservoir")
+    memory = Memory()
+    plan = MemoryPlan(capacity=10, selection="reservoir")
     memory.offer(rows([0, 1, 0]), plan, place())
     memory.offer(rows([2, 2], task=1, first_id=50), plan, place(1))
     assert memory.rows.ids.tolist() == [0, 1, 2, 50, 51] and memory.offered == 5
@@ -78,7 +88,10 @@ def test_what_is_kept_does_not_hold_on_to_the_rest():
     memory.offer(source, MemoryPlan(capacity=2, selection="reservoir"), place())
     kept = memory.rows.inputs.clone()
     source.inputs.zero_()
-    assert torch.equal(memory.rows.inputs, kept) and memory.rows.inputs.untyped_storage().nbytes() == 2 * 4
+    assert (
+        torch.equal(memory.rows.inputs, kept)
+        and memory.rows.inputs.untyped_storage().nbytes() == 2 * 4
+    )
 
 
 # --------------------------------------------------------------------------- class-balanced
@@ -92,7 +105,9 @@ def test_what_is_kept_does_not_hold_on_to_the_rest():
     st.none() | st.integers(1, 4),
 )
 def test_every_group_keeps_its_first_rows_up_to_its_share(groups, capacity, per_class):
-    kept = balanced(torch.tensor(groups, dtype=torch.int64).reshape(-1, 2), capacity, per_class).tolist()
+    kept = balanced(
+        torch.tensor(groups, dtype=torch.int64).reshape(-1, 2), capacity, per_class
+    ).tolist()
     names = sorted(set(groups))
     shares = [capacity // len(names) + (i < capacity % len(names)) for i in range(len(names))]
     if len(names) > capacity and not per_class:  # a hash says which have their one place
@@ -113,7 +128,9 @@ def test_where_groups_outnumber_places_late_ones_have_the_same_chance():
 
 @pytest.mark.parametrize("selection", ["class-balanced", "ring"])
 def test_the_pieces_of_a_stage_share_its_quotas(selection):
-    memory, plan, stages = Memory(), MemoryPlan(capacity=12, selection=selection), torch.arange(60) // 30
+    memory = Memory()
+    plan = MemoryPlan(capacity=12, selection=selection)
+    stages = torch.arange(60) // 30
     for piece in range(60):
         stage = int(stages[piece])
         new = rows([2 * stage, 2 * stage + 1] * 2, task=piece, first_id=100 * piece)
@@ -129,16 +146,22 @@ def test_no_share_grows_when_groups_are_added(capacity, groups):
         kept = balanced(torch.arange(n).repeat_interleave(capacity)[:, None], capacity, None)
         return torch.bincount(kept // capacity, minlength=n)
 
-    before, after = shares(groups), shares(groups + 1)
+    before = shares(groups)
+    after = shares(groups + 1)
     assert before.sum() == after.sum() == capacity and bool((after[:-1] <= before).all())
 
 
 def test_quotas_shrink_as_experiences_arrive():
-    memory, plan = Memory(), MemoryPlan(capacity=12)
+    memory = Memory()
+    plan = MemoryPlan(capacity=12)
     for task in range(3):
-        memory.offer(rows([2 * task, 2 * task + 1] * 10, task=task, first_id=100 * task), plan, place(task))
+        memory.offer(
+            rows([2 * task, 2 * task + 1] * 10, task=task, first_id=100 * task), plan, place(task)
+        )
         assert len(memory) == 12
-        assert torch.bincount(memory.rows.labels).tolist() == [12 // (2 * task + 2)] * (2 * task + 2)
+        assert torch.bincount(memory.rows.labels).tolist() == [12 // (2 * task + 2)] * (
+            2 * task + 2
+        )
     fixed = Memory()
     for task in range(2):
         fixed.offer(rows([0, 1] * 10, task=task), MemoryPlan(capacity=1, per_class=4), place())
@@ -147,12 +170,16 @@ def test_quotas_shrink_as_experiences_arrive():
 
 @pytest.mark.statistical
 def test_a_quota_is_filled_at_random():
-    """500 choices of 2 of 8, thinned from 4: each kept 125 times, within 5 standard deviations (1e-6 each)."""
+    """500 choices of 2 of 8, thinned from 4: each kept 125 times, within 5 standard deviations
+    (1e-6 each).
+    """
     counts = torch.zeros(8)
     for trial in range(500):
         memory = Memory()
         memory.offer(rows([0] * 8), MemoryPlan(capacity=4), place(trial))
-        memory.offer(rows([1] * 8, task=1, first_id=100), MemoryPlan(capacity=4), place(trial + 10_000))
+        memory.offer(
+            rows([1] * 8, task=1, first_id=100), MemoryPlan(capacity=4), place(trial + 10_000)
+        )
         counts[memory.rows.ids[memory.rows.labels == 0]] += 1
     assert counts.sum() == 1000 and (counts - 125).abs().max() < 5 * (500 * 0.25 * 0.75) ** 0.5
 
@@ -168,11 +195,14 @@ tags = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30)
 def test_membership_by_coin_is_monotone_and_each_record_s_own(coins, thresholds, data):
     def kept(members):
         memory = Memory()
-        batch, own = rows([0] * len(coins)), torch.tensor(coins, dtype=torch.float64)
+        batch = rows([0] * len(coins))
+        own = torch.tensor(coins, dtype=torch.float64)
         memory.offer_by_coin(batch.take(members), own[members], thresholds[0])
         history = [set(memory.rows.ids.tolist())]
         for later in sorted(thresholds[1:], reverse=True):
-            memory.offer_by_coin(rows([]), torch.empty(0, dtype=torch.float64), min(later, thresholds[0]))
+            memory.offer_by_coin(
+                rows([]), torch.empty(0, dtype=torch.float64), min(later, thresholds[0])
+            )
             history.append(set(memory.rows.ids.tolist()))
         assert len(memory.tags) == len(memory)
         return history
@@ -190,9 +220,16 @@ def test_membership_by_coin_is_monotone_and_each_record_s_own(coins, thresholds,
 
 
 def test_concatenation_keeps_order_and_what_is_stored():
-    first, second = (rows([0, 1], stored={"logits": torch.full((2, 3), float(k))}) for k in range(2))
+    first, second = (
+        rows([0, 1], stored={"logits": torch.full((2, 3), float(k))}) for k in range(2)
+    )
     both = concatenate([first, second])
-    assert both.labels.tolist() == [0, 1, 0, 1] and both.stored["logits"][:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert both.labels.tolist() == [0, 1, 0, 1] and both.stored["logits"][:, 0].tolist() == [
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
     assert concatenate([first]) is first
 
 
@@ -215,16 +252,26 @@ def test_a_plan_that_is_none_is_refused(options, field):
 
 @pytest.mark.property
 @settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=6), st.integers(1, 12))
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=6), st.integers(1, 12)
+)
 def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
     """Against lists: the last rows of each class, as many as its share is."""
-    memory, seen, first = Memory(), {}, 0
+    memory = Memory()
+    seen = {}
+    first = 0
     for labels in offers:
-        memory.offer(rows(labels, first_id=first), MemoryPlan(capacity=capacity, selection="ring"), place())
+        memory.offer(
+            rows(labels, first_id=first), MemoryPlan(capacity=capacity, selection="ring"), place()
+        )
         for i, label in enumerate(labels):
             seen.setdefault(label, []).append(first + i)
         first += len(labels)
-        shares = [capacity // len(seen) + (i < capacity % len(seen)) for i in range(len(seen))] if seen else []
+        shares = (
+            [capacity // len(seen) + (i < capacity % len(seen)) for i in range(len(seen))]
+            if seen
+            else []
+        )
         if len(seen) > capacity:  # a hash says which have their one place
             shares = [int(label in memory.rows.labels) for label in sorted(seen)]
             assert sum(shares) <= capacity
@@ -235,14 +282,21 @@ def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
 
 
 def test_a_ring_of_fixed_quotas_turns_for_every_experience_by_itself():
-    memory, plan = Memory(), MemoryPlan(capacity=1, selection="ring", per_class=2)
+    memory = Memory()
+    plan = MemoryPlan(capacity=1, selection="ring", per_class=2)
     for start in (0, 3, 6):
         memory.offer(rows([0, 0, 1], first_id=start), plan, place())
     memory.offer(rows([0, 0, 0], task=1, first_id=20), plan, place())
     kept = {(t, y): [] for t, y in ((0, 0), (0, 1), (1, 0))}
-    for i, task, label in zip(*(t.tolist() for t in (memory.rows.ids, memory.rows.tasks, memory.rows.labels))):  # noqa: B905
+    for i, task, label in zip(  # noqa: B905
+        *(t.tolist() for t in (memory.rows.ids, memory.rows.tasks, memory.rows.labels))
+    ):
         kept[task, label].append(i)
-    assert {name: sorted(ids) for name, ids in kept.items()} == {(0, 0): [6, 7], (0, 1): [5, 8], (1, 0): [21, 22]}
+    assert {name: sorted(ids) for name, ids in kept.items()} == {
+        (0, 0): [6, 7],
+        (0, 1): [5, 8],
+        (1, 0): [21, 22],
+    }
 
 
 # --------------------------------------------------------------------------- herding
@@ -259,14 +313,18 @@ def test_every_herded_row_is_the_best_that_is_left(n, most, seed):
     assert len(chosen) == min(n, most) == len(set(chosen))
     for k in range(1, len(chosen) + 1):
         gaps = {
-            i: float((mean - unit[[*chosen[: k - 1], i]].mean(0)).norm()) for i in set(range(n)) - {*chosen[: k - 1]}
+            i: float((mean - unit[[*chosen[: k - 1], i]].mean(0)).norm())
+            for i in set(range(n)) - {*chosen[: k - 1]}
         }
         assert gaps[chosen[k - 1]] <= min(gaps.values()) + 1e-9
-    assert herded(features, max(1, most - 1)).tolist() == chosen[: max(1, most - 1)]  # a shorter list is a prefix
+    # a shorter list is a prefix
+    assert herded(features, max(1, most - 1)).tolist() == chosen[: max(1, most - 1)]
 
 
 def test_herding_keeps_prefixes_when_quotas_shrink():
-    memory, plan, first = Memory(), MemoryPlan(capacity=12, selection="herding"), {}
+    memory = Memory()
+    plan = MemoryPlan(capacity=12, selection="herding")
+    first = {}
     for task in range(3):
         new = rows([2 * task, 2 * task + 1] * 8, task=task, first_id=100 * task)
         features = torch.randn(16, 4, generator=place(task))
@@ -275,9 +333,9 @@ def test_herding_keeps_prefixes_when_quotas_shrink():
             own = torch.nonzero(new.labels == label).flatten()
             first[label] = new.ids[own[herded(features[own], 12)]].tolist()
         quota = 12 // (2 * task + 2)
-        assert {label: memory.rows.ids[memory.rows.labels == label].tolist() for label in first} == {
-            label: ids[:quota] for label, ids in first.items()
-        }
+        assert {
+            label: memory.rows.ids[memory.rows.labels == label].tolist() for label in first
+        } == {label: ids[:quota] for label, ids in first.items()}
 
 
 def test_herding_fewer_rows_than_there_is_room_for_keeps_them_all():
@@ -291,10 +349,13 @@ def test_herding_fewer_rows_than_there_is_room_for_keeps_them_all():
 
 @pytest.mark.statistical
 def test_a_reservoir_that_is_offered_single_rows_is_as_even():
-    """40 offers of one row each; the score is that of `unevenness`, out of (18, 70) with probability 0.004."""
+    """40 offers of one row each; the score is that of `unevenness`, out of (18, 70) with
+    probability 0.004.
+    """
 
     def one_by_one(generator):
-        memory, plan = Memory(), MemoryPlan(capacity=CAPACITY, selection="reservoir")
+        memory = Memory()
+        plan = MemoryPlan(capacity=CAPACITY, selection="reservoir")
         for i in range(sum(PIECES)):
             memory.offer(rows([0], first_id=i), plan, generator)
         return memory.rows.ids.tolist()
@@ -306,13 +367,17 @@ def test_a_reservoir_that_is_offered_single_rows_is_as_even():
         assert len(set(kept)) == len(kept) == CAPACITY
         counts[kept] += 1
     share = CAPACITY / sum(PIECES)
-    assert 18 < float(((counts - trials * share).square() / (trials * share * (1 - share))).sum()) < 70
+    assert (
+        18 < float(((counts - trials * share).square() / (trials * share * (1 - share))).sum()) < 70
+    )
 
 
 def test_a_memory_that_takes_nothing_in_keeps_its_rows():
-    memory, plan = Memory(), MemoryPlan(capacity=1, selection="reservoir")
+    memory = Memory()
+    plan = MemoryPlan(capacity=1, selection="reservoir")
     memory.offer(rows([0]), plan, place())
-    memory.offered, before = 10**12, memory.rows
+    memory.offered = 10**12
+    before = memory.rows
     memory.offer(rows([1, 2], first_id=5), plan, place())
     assert memory.rows is before and memory.offered == 10**12 + 2
 
@@ -324,16 +389,27 @@ def test_a_size_is_records_or_bytes(toy_stream):
     """A toy record has 5 numbers of 4 bytes, and label and id of 8 each: 36."""
     first = toy_stream()[0]
     assert records_in(7, first) == 7
-    sizes = {"0.036 kB": 1, "0.359 kB": 9, "0.36 kB": 10, "1 kB": 27, "3.6 MB": 100_000, "1.8 GB": 50_000_000}
+    sizes = {
+        "0.036 kB": 1,
+        "0.359 kB": 9,
+        "0.36 kB": 10,
+        "1 kB": 27,
+        "3.6 MB": 100_000,
+        "1.8 GB": 50_000_000,
+    }
     assert {size: records_in(size, first) for size in sizes} == sizes
     assert records_in("0.001 kB", first) == 1  # at least one
 
 
 @pytest.mark.parametrize(
-    "size", ["2MB", "MB", "2 mb", "2 KB", "two MB", "-2 MB", "1e3 kB", "1.2.3 kB", "2  MB", ". kB", ""]
+    "size",
+    ["2MB", "MB", "2 mb", "2 KB", "two MB", "-2 MB", "1e3 kB", "1.2.3 kB", "2  MB", ". kB", ""],
 )
 def test_another_text_is_refused(toy_stream, size):
-    with pytest.raises(ConfigError, match=r"memory_size = .* is not allowed; allowed: a number of records, or bytes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"memory_size = .* is not allowed; allowed: a number of records, or bytes",
+    ):
         records_in(size, toy_stream()[0])
 
 
@@ -346,7 +422,10 @@ def test_another_text_is_refused(toy_stream, size):
             {"use": "pooled", "update": "step"},
             "memory use = 'pooled' is not allowed; allowed: with update='experience'",
         ),
-        ({"selection": "herding", "update": "step"}, "memory selection = 'herding' .*it ranks them all"),
+        (
+            {"selection": "herding", "update": "step"},
+            "memory selection = 'herding' .*it ranks them all",
+        ),
     ],
 )
 def test_plans_that_do_not_go_together_are_refused(options, field):
@@ -356,17 +435,24 @@ def test_plans_that_do_not_go_together_are_refused(options, field):
 
 def test_what_is_rehearsed():
     uses = {
-        use: MemoryPlan(capacity=5, use=use).rehearsed for use in ("rehearsal", "pooled", "reference", "references")
+        use: MemoryPlan(capacity=5, use=use).rehearsed
+        for use in ("rehearsal", "pooled", "reference", "references")
     }
     assert uses == {"rehearsal": True, "pooled": True, "reference": False, "references": False}
 
 
 def test_the_highest_losses_fill_a_loss_aware_quota():
-    memory, plan = Memory(), MemoryPlan(capacity=4, selection="loss-aware")
+    memory = Memory()
+    plan = MemoryPlan(capacity=4, selection="loss-aware")
     losses = torch.tensor([0.1, 3.0, 2.0, 0.5, 0.2, 9.0])
     memory.offer(rows([0, 0, 0, 1, 1, 1]), plan, place(), losses)
     assert sorted(memory.rows.ids.tolist()) == [1, 2, 3, 5]
-    memory.offer(rows([2, 2], task=1, first_id=50), MemoryPlan(capacity=3, selection="loss-aware"), place(), losses[:2])
+    memory.offer(
+        rows([2, 2], task=1, first_id=50),
+        MemoryPlan(capacity=3, selection="loss-aware"),
+        place(),
+        losses[:2],
+    )
     assert sorted(memory.rows.ids.tolist()) == [1, 5, 51]
 
 

@@ -1,4 +1,6 @@
-"""Sums over memory: those of the stored rows, charged to all that was seen, and refused where records are shared."""
+"""Sums over memory: those of the stored rows, charged to all that was seen, and refused where
+records are shared.
+"""
 
 from dataclasses import replace
 
@@ -21,7 +23,9 @@ def ones(forward, batch):
 def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
     learner = opened(learner_of(toy_model(four), Replay(memory_size=8), privacy=None), four, 1)
     rows = learner.curator._held.memory.rows
-    total = learner.curator.release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="x", over="memory")
+    total = learner.curator.release(
+        lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="x", over="memory"
+    )
     torch.testing.assert_close(total["value"], rows.inputs.sum(0))
     own = learner.curator.release(ones, clip_norm=1.0, purpose="n")
     assert len(rows) == 8 and float(own["value"]) == 12
@@ -34,13 +38,16 @@ def test_a_private_sum_over_memory_exposes_all_that_was_seen(four, toy_model, me
     entry = learner.mechanism.ledger.entries[-1]
     assert entry.scope == {f"experience-{k}": 1.0 for k in range(3)}
     assert (entry.purpose, entry.steps, entry.clip_norm) == ("release:x", 1, 0.5)
-    assert float(meetings.exact("release:x")[-1]) == pytest.approx(0.5 * len(rows)) and len(rows) > 4
+    assert (
+        float(meetings.exact("release:x")[-1]) == pytest.approx(0.5 * len(rows)) and len(rows) > 4
+    )
 
 
 def test_another_memory_gives_another_entry(four, toy_model, meetings):
     """Also where the sum happens to be the same."""
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 1)
-    held, scope = learner.curator._held, []
+    held = learner.curator._held
+    scope = []
     for shift in (0.0, 0.0, 1e-3):
         learner.begin(1)
         held.memory.rows = replace(held.memory.rows, inputs=held.memory.rows.inputs + shift)
@@ -69,7 +76,11 @@ def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
     learner.fit(four)
     left = learner.mechanism.schedule.left
     assert any(left)
-    sums = [entry for entry in learner.mechanism.ledger.entries if entry.purpose == "release:class means"]
+    sums = [
+        entry
+        for entry in learner.mechanism.ledger.entries
+        if entry.purpose == "release:class means"
+    ]
     assert [entry.scope.keys() for entry in sums] == [
         {f"experience-{k}" for k in range(i + 1)} - left[i] for i in range(4)
     ]
@@ -82,11 +93,17 @@ def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
 
 def test_where_experiences_share_records_a_private_sum_over_memory_is_refused(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 0)
-    learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")  # there is one experience so far
+    # there is one experience so far
+    learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")
     learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 1)
     entries = len(learner.mechanism.ledger.entries)
-    with pytest.raises(PrivacyError, match="experiences share records, so a sum over memory would count one record tw"):
+    with pytest.raises(
+        PrivacyError,
+        match="experiences share records, so a sum over memory would count one record tw",
+    ):
         learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")
     assert len(learner.mechanism.ledger.entries) == entries
     plain = opened(learner_of(toy_model(copies), Replay(memory_size=24), privacy=None), copies, 1)
-    assert float(plain.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")["value"]) == 24
+    assert (
+        float(plain.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")["value"]) == 24
+    )

@@ -1,4 +1,6 @@
-"""Reference gradients: what they cost, who is in them, that they are charged first and drawn once, and their noise."""
+"""Reference gradients: what they cost, who is in them, that they are charged first and drawn once,
+and their noise.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -27,14 +29,20 @@ def declared(stream, *sizes):
 def test_rates_come_from_declared_sizes(four):
     """A memory of 200 of the 400 records before: 50 of the first experience, 150 of the second."""
     stages = declared(four, 100, 300, 600, 12)[:3]
-    plans = {use: Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=20)) for use in ("reference", "references")}
+    plans = {
+        use: Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=20))
+        for use in ("reference", "references")
+    }
     (together,) = references(stages, plans["reference"], batch_size=99).items()
-    assert together[0] == "reference" and together[1].pool_size == 200 and together[1].expected == 20
+    assert (
+        together[0] == "reference" and together[1].pool_size == 200 and together[1].expected == 20
+    )
     assert together[1].scope == {"experience-0": 0.1, "experience-1": 0.1}
     apart = references(stages, plans["references"], batch_size=99)
     assert {name: each.scope for name, each in apart.items()} == {
-        "reference 0": {"experience-0": 20 / 50}, "reference 1": {"experience-1": 20 / 150}
-    }  # fmt: skip
+        "reference 0": {"experience-0": 20 / 50},
+        "reference 1": {"experience-1": 20 / 150},
+    }
     assert [each.pool_size for each in apart.values()] == [50, 150]
     by_new = replace(plans["reference"], memory=replace(plans["reference"].memory, batch_size=None))
     assert references(stages, by_new, batch_size=50)["reference"].rate == 0.25
@@ -44,7 +52,9 @@ def test_rates_come_from_declared_sizes(four):
 def test_there_are_none_without_a_past_or_where_memory_is_rehearsed(four):
     stages = four.experiences
     only = Plan(memory=MemoryPlan(capacity=9, use="reference"))
-    assert references(stages[:1], only, batch_size=4) == {} == references(stages, Plan(), batch_size=4)
+    assert (
+        references(stages[:1], only, batch_size=4) == {} == references(stages, Plan(), batch_size=4)
+    )
     for use in ("rehearsal", "pooled"):
         assert references(stages, Plan(memory=MemoryPlan(capacity=9, use=use)), batch_size=4) == {}
 
@@ -82,14 +92,19 @@ def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
     learner = learner_of(toy_model(four), GEM(memory_size=12, batch_size=2))
     learner.prepare(four)
     assert charges(learner, four.experiences[:3], 1.0) == {
-        "experience-2": [Charge(4 / 12, 1.0, 4)], "experience-0": [Charge(2 / 6, 1.0, 4)],
+        "experience-2": [Charge(4 / 12, 1.0, 4)],
+        "experience-0": [Charge(2 / 6, 1.0, 4)],
         "experience-1": [Charge(2 / 6, 1.0, 4)],
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize(("strategy", "beside"), [(AGEM(memory_size=12), [1, 1]), (GEM(memory_size=12), [1, 2])])
+@pytest.mark.parametrize(
+    ("strategy", "beside"), [(AGEM(memory_size=12), [1, 1]), (GEM(memory_size=12), [1, 2])]
+)
 def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, strategy, beside):
-    """Permuted copies of one image are one record: it pays for the gradients and for every reference gradient."""
+    """Permuted copies of one image are one record: it pays for the gradients and for every
+    reference gradient.
+    """
     learner = learner_of(toy_model(copies), strategy)
     learner.fit(copies)
     (partition,) = learner.mechanism.ledger.partitions
@@ -103,8 +118,11 @@ def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, s
 
 
 def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
-    learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6), privacy=None), four, 2)
-    curator, rows = learner.curator, learner.curator._held.memory.rows
+    learner = opened(
+        learner_of(toy_model(four), GEM(memory_size=12, batch_size=6), privacy=None), four, 2
+    )
+    curator = learner.curator
+    rows = learner.curator._held.memory.rows
     curator.sample(0)
     for k in (0, 1):
         own = rows.take(rows.tasks == k)
@@ -126,22 +144,29 @@ def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_mod
     for step in range(3):
         learner.curator.sample(step)
         learner.curator.reference(losses, learner.params)
-    assert [len(batch) for batch in met] == [4, 4, 2] and all(bool(batch.from_memory.all()) for batch in met)
+    assert [len(batch) for batch in met] == [4, 4, 2] and all(
+        bool(batch.from_memory.all()) for batch in met
+    )
     ids = torch.cat([batch.ids for batch in met])
     assert sorted(ids.tolist()) == sorted(learner.curator._held.memory.rows.ids.tolist())
 
 
 def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy_model, meetings):
-    """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were kept."""
+    """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were
+    kept.
+    """
     learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6)), four, 2)
-    curator, rows = reserved(learner), learner.curator._held.memory.rows
+    curator = reserved(learner)
+    rows = learner.curator._held.memory.rows
     for k in (0, 1):
         mine = flat(curator.reference(loss_of(learner, 5.0), learner.params, of=k))
         by_hand = torch.zeros_like(mine)
         own = rows.take(rows.tasks == k)
         for i in range(len(own)):
             loss = loss_of(learner, 5.0)(learner.forward, own.take(slice(i, i + 1))).sum()
-            one = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(learner.params.values()))])
+            one = torch.cat(
+                [g.flatten() for g in torch.autograd.grad(loss, list(learner.params.values()))]
+            )
             by_hand += one * min(1.0, 1.0 / float(one.norm()))
         (noise, exact) = meetings.of[[key for key in meetings.of if key[1] == f"reference {k}"][-1]]
         torch.testing.assert_close(exact, by_hand, rtol=1e-4, atol=1e-5)
@@ -149,14 +174,20 @@ def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy
 
 
 @BOTH
-def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(four, toy_model, meetings, strategy):
+def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(
+    four, toy_model, meetings, strategy
+):
     strategy = replace(strategy, batch_size=100)  # all that is stored, at rate 1
-    learner = opened(learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2)
-    whole, held = learner.curator._held.memory.rows, learner.curator._held
+    learner = opened(
+        learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2
+    )
+    whole = learner.curator._held.memory.rows
+    held = learner.curator._held
     names = ["reference"] if strategy.name == "AGEM" else ["reference 0", "reference 1"]
 
     def sums(rows):
-        held.memory.rows, before = rows, len(meetings.of)
+        held.memory.rows = rows
+        before = len(meetings.of)
         learner.begin(2)
         curator = reserved(learner)
         for name in names:
@@ -169,7 +200,10 @@ def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(four
     for dropped in range(len(whole)):
         neighbour = sums(whole.take(torch.arange(len(whole)) != dropped))
         moved = {name: float((everyone[name] - neighbour[name]).norm()) for name in names}
-        assert max(moved.values()) <= 0.3 * (1 + 1e-4) and sum(value > 0.1 for value in moved.values()) == 1
+        assert (
+            max(moved.values()) <= 0.3 * (1 + 1e-4)
+            and sum(value > 0.1 for value in moved.values()) == 1
+        )
 
 
 def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meetings):
@@ -190,11 +224,15 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
     def look(point, learner):
         if point == "experience.begin":
             drawings = learner.curator._held.drawings
-            drawn[learner.position.experience] = set(drawings["reference"].rows.tasks.tolist()) if (
-                "reference" in drawings
-            ) else set()  # fmt: skip
+            drawn[learner.position.experience] = (
+                set(drawings["reference"].rows.tasks.tolist())
+                if ("reference" in drawings)
+                else set()
+            )
 
-    learner = learner_of(toy_model(four), AGEM(memory_size=6), privacy=privacy, iterations=6, callbacks=[look])
+    learner = learner_of(
+        toy_model(four), AGEM(memory_size=6), privacy=privacy, iterations=6, callbacks=[look]
+    )
     learner.fit(four)
     left = [{int(name[-1]) for name in gone} for gone in learner.mechanism.schedule.left]
     assert any(left)
@@ -205,24 +243,33 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
 @BOTH
 def test_a_budget_that_new_records_alone_exceed_is_refused(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, epsilon=0.5))
-    with pytest.raises(BudgetError, match=r"experience 0 alone would take its records beyond epsilon 0\.5"):
+    with pytest.raises(
+        BudgetError, match=r"experience 0 alone would take its records beyond epsilon 0\.5"
+    ):
         learner.prepare(four)
 
 
-# --------------------------------------------------------------------------- charged first, drawn once
+# ------------------------------------------------------------------------ charged first, drawn once
 
 
 @BOTH
 def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_model, strategy):
     trace = []
-    learner = learner_of(toy_model(four), strategy, callbacks=[lambda point, _: trace.append(point)])
+    learner = learner_of(
+        toy_model(four), strategy, callbacks=[lambda point, _: trace.append(point)]
+    )
     opened(learner, four, 1)
     before = len(learner.mechanism.ledger.entries)
     curator = reserved(learner)
     trace.clear()
     of = None if strategy.name == "AGEM" else 0
     curator.reference(loss_of(learner), learner.params, of=of)
-    assert trace == ["ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn"]
+    assert trace == [
+        "ledger.before-append",
+        "ledger.appended",
+        "ledger.head-written",
+        "noise.drawn",
+    ]
     curator.sample(1)
     curator.reference(loss_of(learner), learner.params, of=of)
     assert trace[4:] == ["noise.drawn"]
@@ -234,9 +281,12 @@ def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_m
 
 
 @BOTH
-def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(four, toy_model, strategy):
+def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(
+    four, toy_model, strategy
+):
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
-    curator, of = reserved(learner, range(2)), None if strategy.name == "AGEM" else 0
+    curator = reserved(learner, range(2))
+    of = None if strategy.name == "AGEM" else 0
     ask = partial(curator.reference, loss_of(learner), learner.params, of=of)
     ask()
     with pytest.raises(PrivacyError, match="step 0 is out of turn"):
@@ -251,7 +301,12 @@ def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(fo
 
 @pytest.mark.parametrize(
     ("strategy", "of"),
-    [(AGEM(memory_size=12), 0), (GEM(memory_size=12), None), (GEM(memory_size=12), 1), (Replay(memory_size=12), None)],
+    [
+        (AGEM(memory_size=12), 0),
+        (GEM(memory_size=12), None),
+        (GEM(memory_size=12), 1),
+        (Replay(memory_size=12), None),
+    ],
 )
 def test_what_was_not_planned_is_refused(four, toy_model, strategy, of):
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
@@ -270,8 +325,11 @@ def test_without_memory_there_is_no_reference(four, toy_model):
 
 
 @pytest.mark.statistical
-def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scale(four, toy_model, meetings):
-    """64 numbers a stream: a correlation of 400 x 64 pairs has standard deviation 1/160; bound 5 of them (6e-7).
+def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scale(
+    four, toy_model, meetings
+):
+    """64 numbers a stream: a correlation of 400 x 64 pairs has standard deviation 1/160; bound 5 of
+    them (6e-7).
 
     The scale is measured on 6 x 400 x 64 normals within 2 % (7 standard errors and more).
     """
@@ -283,10 +341,14 @@ def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scal
         for k in (0, 1):
             learner.curator.reference(loss_of(learner), learner.params, of=k)
         learner.curator.gradient(loss_of(learner), learner.params, batch, step)
-    streams = {name: torch.cat(meetings.noises(name)) for name in ("gradient", "reference 0", "reference 1")}
+    streams = {
+        name: torch.cat(meetings.noises(name))
+        for name in ("gradient", "reference 0", "reference 1")
+    }
     assert [len(each) for each in streams.values()] == [400 * 64] * 3 and len(meetings.sums) >= 1200
     for one, other in combinations(streams.values(), 2):
         assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 5 / 160
     for each in streams.values():
         assert abs(float(each.std()) - 1) < 0.02
-        assert abs(float(torch.corrcoef(torch.stack([each[64:], each[:-64]]))[0, 1])) < 5 / 160  # step after step
+        # step after step
+        assert abs(float(torch.corrcoef(torch.stack([each[64:], each[:-64]]))[0, 1])) < 5 / 160

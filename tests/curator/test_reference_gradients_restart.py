@@ -1,4 +1,6 @@
-"""Reference gradients of a run that is begun again: the same noise on the same sums, and other noise on all others."""
+"""Reference gradients of a run that is begun again: the same noise on the same sums, and other
+noise on all others.
+"""
 
 import shutil
 from dataclasses import replace
@@ -7,7 +9,16 @@ from functools import partial
 import pytest
 from safetensors.torch import load_file, save_file
 
-from helpers.reference_gradients import BOTH, PRIVATE, Stopped, learner_of, loss_of, opened, reserved, stopping
+from helpers.reference_gradients import (
+    BOTH,
+    PRIVATE,
+    Stopped,
+    learner_of,
+    loss_of,
+    opened,
+    reserved,
+    stopping,
+)
 from perdure.privacy.private_sum import Mechanism
 from perdure.strategies import AGEM
 
@@ -16,7 +27,9 @@ from perdure.strategies import AGEM
 
 @pytest.fixture
 def stopped(toy_stream, toy_model, tmp_path):
-    """A run that was stopped in its second experience, and how to start it again with something changed."""
+    """A run that was stopped in its second experience, and how to start it again with something
+    changed.
+    """
     stream = toy_stream()
     made = partial(learner_of, folder=tmp_path, iterations=6)
 
@@ -35,7 +48,8 @@ def stopped(toy_stream, toy_model, tmp_path):
 
 def sizes(ledger):
     return {
-        purpose: sum(e.purpose.split()[0] == purpose for e in ledger.entries) for purpose in ("gradient", "reference")
+        purpose: sum(e.purpose.split()[0] == purpose for e in ledger.entries)
+        for purpose in ("gradient", "reference")
     }
 
 
@@ -53,7 +67,9 @@ def test_a_restart_repeats_the_same_noise_on_the_same_sums(stopped, meetings, st
 def test_other_new_records_after_a_restart_meet_other_noise(stopped, meetings, strategy):
     stream, again = stopped(strategy)
     moved = replace(stream[1].train, inputs=stream[1].train.inputs.flip(1))
-    ledger = again(strategy, replace(stream, experiences=(stream[0], replace(stream[1], train=moved))))
+    ledger = again(
+        strategy, replace(stream, experiences=(stream[0], replace(stream[1], train=moved)))
+    )
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
 
 
@@ -77,7 +93,9 @@ def test_another_option_after_a_restart_meets_other_noise(stopped, meetings, str
 
 
 @BOTH
-def test_another_clip_norm_from_the_beginning_meets_other_noise(stopped, tmp_path, meetings, strategy):
+def test_another_clip_norm_from_the_beginning_meets_other_noise(
+    stopped, tmp_path, meetings, strategy
+):
     _, again = stopped(strategy)
     shutil.rmtree(tmp_path / "checkpoint")
     ledger = again(strategy, privacy=replace(PRIVATE, clip_norm=0.7))
@@ -85,8 +103,12 @@ def test_another_clip_norm_from_the_beginning_meets_other_noise(stopped, tmp_pat
 
 
 @BOTH
-def test_another_sampling_rate_after_a_restart_gives_references_other_noise_too(stopped, meetings, strategy):
-    """Their own rate is as it was, but the gradients beside them are others, and so is where they are taken."""
+def test_another_sampling_rate_after_a_restart_gives_references_other_noise_too(
+    stopped, meetings, strategy
+):
+    """Their own rate is as it was, but the gradients beside them are others, and so is where they
+    are taken.
+    """
     _, again = stopped(strategy, privacy=replace(PRIVATE, sampling_rate=0.25))
     ledger = again(strategy, privacy=replace(PRIVATE, sampling_rate=0.5))
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
@@ -97,8 +119,11 @@ def test_another_sampling_rate_after_a_restart_gives_references_other_noise_too(
 @BOTH
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings, strategy, scale):
-    """Asked anew in the same block, whose gradients are the same: only the reference's entry can tell."""
-    learner, of = opened(learner_of(toy_model(four), strategy), four, 1), None if strategy.name == "AGEM" else 0
+    """Asked anew in the same block, whose gradients are the same: only the reference's entry can
+    tell.
+    """
+    learner = opened(learner_of(toy_model(four), strategy), four, 1)
+    of = None if strategy.name == "AGEM" else 0
     for loss in (loss_of(learner), loss_of(learner, scale)):
         learner.begin(1)
         reserved(learner).reference(loss, learner.params, of=of)
@@ -109,7 +134,9 @@ def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings,
 
 @pytest.mark.parametrize("blind", [False, True])
 def test_noise_that_met_two_sums_would_be_seen(four, toy_model, meetings, monkeypatch, blind):
-    """A gradient by hand under the start of another; were the sum not in the key of its noise, both would meet it."""
+    """A gradient by hand under the start of another; were the sum not in the key of its noise, both
+    would meet it.
+    """
     if blind:
         monkeypatch.setattr(Mechanism, "fingerprint", lambda mechanism, data: "all alike")
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)

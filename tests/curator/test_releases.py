@@ -1,4 +1,6 @@
-"""A curator's answers: gradients and releases, their noise, and that each is charged first, or there is none."""
+"""A curator's answers: gradients and releases, their noise, and that each is charged first, or
+there is none.
+"""
 
 from dataclasses import replace
 
@@ -25,7 +27,9 @@ def test_padding_does_not_count(bench):
     test = bench()
     batch = test.open().sample(0)
     padded = replace(batch, valid=torch.arange(len(batch)) < 3)
-    for mine, theirs in zip(test.gradient(padded).values(), test.gradient(batch.take(slice(3))).values(), strict=True):
+    for mine, theirs in zip(
+        test.gradient(padded).values(), test.gradient(batch.take(slice(3))).values(), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -34,7 +38,9 @@ def flat(params):
 
 
 def test_the_normaliser_is_the_declared_expectation(bench, toy_stream):
-    """The same batch, noise nearly off, declared once as 24 and once as 48 records: half the step, whatever came."""
+    """The same batch, noise nearly off, declared once as 24 and once as 48 records: half the step,
+    whatever came.
+    """
     tiny = simulated(noise_multiplier=1e-3, sampling_rate=0.5, clip_norm=0.5)
     steps = []
     for size in (24, 48):
@@ -60,7 +66,9 @@ def big_model(stream):
 
 
 def has_scale(noise, scale):
-    """Whether the standard deviation of 10,000 normals is `scale` within 4 % (5.7 standard errors: 1e-8)."""
+    """Whether the standard deviation of 10,000 normals is `scale` within 4 % (5.7 standard errors:
+    1e-8).
+    """
     return abs(float(noise.std()) / scale - 1) < 0.04
 
 
@@ -79,7 +87,9 @@ def test_an_empty_batch_still_adds_noise_of_the_stated_scale(bench, toy_stream):
 
 @pytest.mark.statistical
 def test_a_release_has_the_stated_noise_around_the_clipped_sum(bench, toy_stream):
-    """Rows of norm 5, clipped to 0.3, all in one direction; noise 2 x 3 x 0.3 on each of 10,000 coordinates."""
+    """Rows of norm 5, clipped to 0.3, all in one direction; noise 2 x 3 x 0.3 on each of 10,000
+    coordinates.
+    """
     stream = toy_stream()
     test = bench(simulated(noise_multiplier=2.0, release_noise=3.0), stream)
     curator = test.open()
@@ -92,11 +102,15 @@ def test_a_release_has_the_stated_noise_around_the_clipped_sum(bench, toy_stream
     assert has_scale(noise, 1.8) and abs(float(noise[0])) < 5 * 1.8
     assert not has_scale(noise, 1.8 * 2 / 3) and not has_scale(noise, 1.8 * 3 / 2)
     entry = test.ledger.entries[-1]
-    assert entry.noise_multiplier == 6.0 and entry.clip_norm == 0.3 and entry.scope == {"experience-0": 1.0}
+    assert (
+        entry.noise_multiplier == 6.0
+        and entry.clip_norm == 0.3
+        and entry.scope == {"experience-0": 1.0}
+    )
     assert (entry.purpose, entry.sampling, entry.steps) == ("release:test", "none", 1)
 
 
-# --------------------------------------------------------------------------- charge first, or nothing
+# ------------------------------------------------------------------------- charge first, or nothing
 
 
 def test_a_step_is_charged_before_its_noise_is_drawn(bench):
@@ -106,13 +120,22 @@ def test_a_step_is_charged_before_its_noise_is_drawn(bench):
     test.gradient(curator.sample(0), 0)
     assert test.trace[3:] == ["noise.drawn"]
     (entry,) = test.ledger.entries
-    assert (entry.first_step, entry.steps, entry.scope) == (0, 3, {"experience-0": 8 / 24}) and entry.simulated
+    assert (entry.first_step, entry.steps, entry.scope) == (
+        0,
+        3,
+        {"experience-0": 8 / 24},
+    ) and entry.simulated
 
 
 def test_a_release_is_charged_before_its_noise_is_drawn(bench):
     test = bench(simulated())
     test.open().release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")
-    assert test.trace == ["ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn"]
+    assert test.trace == [
+        "ledger.before-append",
+        "ledger.appended",
+        "ledger.head-written",
+        "noise.drawn",
+    ]
 
 
 def test_a_step_that_was_not_charged_is_refused(bench):
@@ -138,7 +161,9 @@ def test_two_releases_of_one_purpose_are_two_charges_with_noise_of_their_own(ben
     test = bench(simulated())
     curator = test.open()
     queries = (lambda forward, batch: batch.inputs, lambda forward, batch: 1 - batch.inputs)
-    first, second = (curator.release(query, clip_norm=10.0, purpose="mean")["value"] for query in queries)
+    first, second = (
+        curator.release(query, clip_norm=10.0, purpose="mean")["value"] for query in queries
+    )
     assert [entry.purpose for entry in test.ledger.entries] == ["release:mean"] * 2
     records = test.stream[0].train.inputs
     noise = torch.stack([first - records.sum(0), second - (1 - records).sum(0)])
@@ -149,7 +174,10 @@ def test_two_releases_of_one_purpose_are_two_charges_with_noise_of_their_own(ben
 def test_the_same_release_asked_again_after_a_restart_is_not_charged_again(bench):
     test = bench(simulated())
     answers = [
-        test.open().release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")["value"] for _ in "ab"
+        test.open().release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")[
+            "value"
+        ]
+        for _ in "ab"
     ]
     assert torch.equal(*answers) and len(test.ledger.entries) == 1
 
@@ -159,20 +187,35 @@ def test_other_records_never_meet_the_same_noise(bench, toy_stream):
     answers = []
     for shift in (0.0, 1e-3):
         moved = replace(stream[0].train, inputs=stream[0].train.inputs + shift)
-        test = bench(simulated(), replace(stream, experiences=(replace(stream[0], train=moved), stream[1])))
-        answers.append(test.open().release(lambda f, b: b.inputs, clip_norm=1e-6, purpose="mean")["value"])
-    assert float((answers[0] - answers[1]).abs().max()) > 1e-6  # clipped to nearly nothing: this is noise
+        test = bench(
+            simulated(), replace(stream, experiences=(replace(stream[0], train=moved), stream[1]))
+        )
+        answers.append(
+            test.open().release(lambda f, b: b.inputs, clip_norm=1e-6, purpose="mean")["value"]
+        )
+    # clipped to nearly nothing: this is noise
+    assert float((answers[0] - answers[1]).abs().max()) > 1e-6
 
 
 def test_an_empty_partition_still_gives_noise(bench, toy_stream):
     stream = declared(toy_stream(), 24, 24)
     nobody = replace(stream[0].train.take(torch.zeros(0, dtype=torch.int64)), declared_size=24)
-    test = bench(simulated(), replace(stream, experiences=(replace(stream[0], train=nobody), stream[1])))
+    test = bench(
+        simulated(), replace(stream, experiences=(replace(stream[0], train=nobody), stream[1]))
+    )
     curator = test.open(0, steps=range(1))
     batch = curator.sample(0)
     assert len(batch) == 0
-    with pytest.raises(PrivacyError, match="step 0 was drawn already; rows of a step are for the loop"):
+    with pytest.raises(
+        PrivacyError, match="step 0 was drawn already; rows of a step are for the loop"
+    ):
         curator.sample(0)
-    released = curator.release(lambda f, b: {"x": b.inputs, "n": b.labels.float()}, clip_norm=1.0, purpose="sums")
-    assert released["x"].shape == (5,) and released["n"].shape == () and bool((released["x"] != 0).all())
+    released = curator.release(
+        lambda f, b: {"x": b.inputs, "n": b.labels.float()}, clip_norm=1.0, purpose="sums"
+    )
+    assert (
+        released["x"].shape == (5,)
+        and released["n"].shape == ()
+        and bool((released["x"] != 0).all())
+    )
     assert float(flat(test.gradient(batch, 0)).abs().min()) > 0

@@ -23,17 +23,24 @@ def jitter(record):
 
 def batch_of(n=6, shape=(1, 6, 6)):
     place = torch.Generator().manual_seed(0)
-    return Batch.current(Records(inputs=torch.rand(n, *shape, generator=place), labels=torch.arange(n) % 2), 0)
+    return Batch.current(
+        Records(inputs=torch.rand(n, *shape, generator=place), labels=torch.arange(n) % 2), 0
+    )
 
 
 @pytest.fixture
 def learner_of(toy_stream, toy_model):
     def make(**changes):
-        options = {"strategy": Naive(), "iterations": 6, "batch_size": 8, "views": Views(count=3, change=jitter)}
+        options = {
+            "strategy": Naive(),
+            "iterations": 6,
+            "batch_size": 8,
+            "views": Views(count=3, change=jitter),
+        }
         stream = toy_stream()
         made = Learner(
             model=toy_model(stream), optimizer=partial(torch.optim.SGD, lr=0.5), **options | changes
-        )  # fmt: skip
+        )
         made.prepare(stream)
         return made
 
@@ -46,7 +53,12 @@ def test_a_shift_moves_the_picture_and_brings_zeros_in():
     wide = nn.functional.pad(batch.inputs, (1, 1, 1, 1))
     moves = []
     for old, new in zip(wide, views, strict=True):
-        found = [(r, c) for r in range(3) for c in range(3) if torch.equal(old[:, r : r + 6, c : c + 6], new)]
+        found = [
+            (r, c)
+            for r in range(3)
+            for c in range(3)
+            if torch.equal(old[:, r : r + 6, c : c + 6], new)
+        ]
         assert len(found) == 1
         moves += found
     assert set(moves) == {(r, c) for r in range(3) for c in range(3)}
@@ -54,15 +66,22 @@ def test_a_shift_moves_the_picture_and_brings_zeros_in():
 
 def test_a_mirror_comes_half_the_time():
     batch = batch_of(n=400)
-    views = Views(count=1, change=shift_and_flip(pixels=0, flip=True)).attach(batch, seed=0).stored["view.0"]
+    views = (
+        Views(count=1, change=shift_and_flip(pixels=0, flip=True))
+        .attach(batch, seed=0)
+        .stored["view.0"]
+    )
     mirrored = (views == batch.inputs.flip(-1)).flatten(1).all(1)
     same = (views == batch.inputs).flatten(1).all(1)
     assert bool((mirrored ^ same).all()) and 150 < int(mirrored.sum()) < 250
 
 
 def test_views_differ_from_each_other_and_from_record_to_record_and_follow_the_seed():
-    batch, views = batch_of(), Views(count=2, change=jitter)
-    first, again, other = views.attach(batch, 1), views.attach(batch, 1), views.attach(batch, 2)
+    batch = batch_of()
+    views = Views(count=2, change=jitter)
+    first = views.attach(batch, 1)
+    again = views.attach(batch, 1)
+    other = views.attach(batch, 2)
     noise = [first.stored[f"view.{k}"] - batch.inputs for k in (0, 1)]
     assert not torch.allclose(*noise) and not torch.allclose(noise[0][0], noise[0][1])
     assert torch.equal(first.stored["view.1"], again.stored["view.1"])
@@ -81,10 +100,13 @@ def test_a_change_cannot_look_at_other_records():
 
 
 def test_the_loss_of_a_record_is_the_mean_over_its_views():
-    batch, views = batch_of(), Views(count=3, change=jitter)
+    batch = batch_of()
+    views = Views(count=3, change=jitter)
     attached = views.attach(batch, 0)
     loss = lambda rows: rows.inputs.flatten(1).square().sum(1)  # noqa: E731
-    expected = torch.stack([attached.stored[f"view.{k}"].flatten(1).square().sum(1) for k in range(3)]).mean(0)
+    expected = torch.stack(
+        [attached.stored[f"view.{k}"].flatten(1).square().sum(1) for k in range(3)]
+    ).mean(0)
     torch.testing.assert_close(views.losses(loss, attached), expected)
     torch.testing.assert_close(views.losses(loss, batch), loss(batch))
 
@@ -103,8 +125,10 @@ def test_training_with_views_is_reproducible_and_learns(learner_of, toy_stream, 
 
 
 def test_views_cost_no_privacy_and_one_record_still_moves_the_sum_by_at_most_c(learner_of):
-    learner, plain = (learner_of(privacy=Privacy(noise_multiplier=1.0, seed=0), views=v) for v in
-                      (Views(count=3, change=jitter), None))  # fmt: skip
+    learner, plain = (
+        learner_of(privacy=Privacy(noise_multiplier=1.0, seed=0), views=v)
+        for v in (Views(count=3, change=jitter), None)
+    )
     for one in (learner, plain):
         one.begin(0)
         one.train(one.block(0, 1))
@@ -116,7 +140,7 @@ def test_views_cost_no_privacy_and_one_record_still_moves_the_sum_by_at_most_c(l
     for i in range(0, len(batch), 5):
         fewer = learner.curator._clipped(
             learner._losses, learner.params, batch.take(torch.arange(len(batch)) != i), clip
-        )  # fmt: skip
+        )
         moved = torch.stack([(whole[n] - fewer[n]).square().sum() for n in whole]).sum().sqrt()
         assert 0.009 < float(moved) <= 0.01 * (1 + 1e-4)
 
@@ -132,18 +156,28 @@ def test_views_and_an_adversary_are_refused_together(learner_of):
 
 
 def test_bfloat16_passes_keep_parameters_norms_and_sums_in_float32(toy_stream, learner_of):
-    learner = learner_of(views=None, precision="bfloat16", privacy=Privacy(noise_multiplier=0.3, seed=0), iterations=60)
+    learner = learner_of(
+        views=None,
+        precision="bfloat16",
+        privacy=Privacy(noise_multiplier=0.3, seed=0),
+        iterations=60,
+    )
     matrix = learner.fit(toy_stream())
     assert matrix[0, 0] > 80 and {p.dtype for p in learner.params.values()} == {torch.float32}
-    with pytest.raises(ConfigError, match=r"precision = 'half' is not allowed; allowed: float32, bfloat16"):
+    with pytest.raises(
+        ConfigError, match=r"precision = 'half' is not allowed; allowed: float32, bfloat16"
+    ):
         learner_of(precision="half")
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_in_bfloat16_one_record_moves_the_sum_by_at_most_c(kind, learner_of, toy_stream):
-    learner = learner_of(views=None, precision="bfloat16", privacy=Privacy(noise_multiplier=1.0, seed=0))
+    learner = learner_of(
+        views=None, precision="bfloat16", privacy=Privacy(noise_multiplier=1.0, seed=0)
+    )
     learner.begin(0)
-    batch, params = learner.curator._pool, learner.params
+    batch = learner.curator._pool
+    params = learner.params
     if kind == "cnn":
         model = cnn(input_shape=(1, 8, 8), num_classes=4, width=4, seed=0)
         place = torch.Generator().manual_seed(1)
@@ -157,6 +191,8 @@ def test_in_bfloat16_one_record_moves_the_sum_by_at_most_c(kind, learner_of, toy
         for rows in (batch, batch.take(slice(1, None)), batch.take(slice(0, 1)))
     ]
     assert {value.dtype for value in sums[0].values()} == {torch.float32}
-    length = lambda total: float(torch.stack([v.double().square().sum() for v in total.values()]).sum().sqrt())  # noqa: E731
+    length = lambda total: float(  # noqa: E731
+        torch.stack([v.double().square().sum() for v in total.values()]).sum().sqrt()
+    )
     assert length(sums[2]) <= 0.01 * (1 + 1e-4)
     assert length({n: sums[0][n] - sums[1][n] for n in params}) <= 0.01 * (1 + 1e-4)

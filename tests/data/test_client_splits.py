@@ -65,7 +65,9 @@ def test_test_records_stay_whole_and_the_stream_keeps_its_facts(stream):
 
 
 def test_the_same_seed_gives_the_same_split_and_another_one_does_not(stream):
-    first, again, other = (dirichlet(stream, clients=5, alpha=0.5, seed=s)[0][0].train.ids for s in (1, 1, 2))
+    first, again, other = (
+        dirichlet(stream, clients=5, alpha=0.5, seed=s)[0][0].train.ids for s in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -73,18 +75,27 @@ def test_the_same_seed_gives_the_same_split_and_another_one_does_not(stream):
 def test_alpha_sets_how_unequal_clients_are(stream):
     def imbalance(parts):
         """Mean over classes of the largest client's share."""
-        counts = torch.stack([torch.bincount(p[0].train.labels, minlength=10)[:2] for p in parts]).double()
+        counts = torch.stack(
+            [torch.bincount(p[0].train.labels, minlength=10)[:2] for p in parts]
+        ).double()
         return float((counts / counts.sum(0)).amax(0).mean())
 
-    low = torch.tensor([imbalance(dirichlet(stream, clients=10, alpha=0.05, seed=s)) for s in range(8)]).mean()
-    high = torch.tensor([imbalance(dirichlet(stream, clients=10, alpha=100.0, seed=s)) for s in range(8)]).mean()
+    low = torch.tensor(
+        [imbalance(dirichlet(stream, clients=10, alpha=0.05, seed=s)) for s in range(8)]
+    ).mean()
+    high = torch.tensor(
+        [imbalance(dirichlet(stream, clients=10, alpha=100.0, seed=s)) for s in range(8)]
+    ).mean()
     assert low > 0.6
     assert 0.1 < high < 0.25
 
 
 def test_label_shares_follow_the_dirichlet_distribution(stream):
-    """Over seeds, a client's share has mean 1/K and variance (K-1) / (K^2 (K a + 1)); 4 sigma, seeded."""
-    clients, alpha = 4, 0.5
+    """Over seeds, a client's share has mean 1/K and variance (K-1) / (K^2 (K a + 1)); 4 sigma,
+    seeded.
+    """
+    clients = 4
+    alpha = 0.5
     shares = []
     for seed in range(120):
         parts = dirichlet(stream, clients=clients, alpha=alpha, seed=seed)
@@ -115,14 +126,17 @@ def test_one_record_less_moves_no_other():
     less = replace(data, train=data.train.take(torch.arange(len(data.train)) != 17))
     gone = int(data.train.ids[17])
     whole, without = (
-        dirichlet(split(d, scenario="class", experiences=5), clients=4, alpha=5.0, seed=2) for d in (data, less)
+        dirichlet(split(d, scenario="class", experiences=5), clients=4, alpha=5.0, seed=2)
+        for d in (data, less)
     )
     for a, b in zip(whole, without, strict=True):
         for e, f in zip(a, b, strict=True):
             assert set(e.train.ids.tolist()) - {gone} == set(f.train.ids.tolist())
 
 
-@pytest.mark.parametrize("field,value", [("alpha", 0.0), ("alpha", float("nan")), ("clients", 0), ("min_size", 0)])
+@pytest.mark.parametrize(
+    "field,value", [("alpha", 0.0), ("alpha", float("nan")), ("clients", 0), ("min_size", 0)]
+)
 def test_values_out_of_range_are_refused_by_name(stream, field, value):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         dirichlet(stream, **{"clients": 3, "alpha": 1.0, field: value})

@@ -20,11 +20,13 @@ from perdure.errors import ConfigError, DataError
 
 ADULT_HEADER = "age, workclass, fnlwgt, education, education-num, marital-status, ..."
 ADULT_ROW = (
-    "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, "
+    "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, "
+    "Male, 2174, 0, "
     "40, United-States, <=50K"
 )
 ADULT_TEST_ROW = (
-    "25, ?, 226802, 11th, 7, Never-married, ?, Own-child, Black, Female, 200000, 0, 40, Holand-Netherlands, >50K."
+    "25, ?, 226802, 11th, 7, Never-married, ?, Own-child, Black, Female, 200000, 0, 40, "
+    "Holand-Netherlands, >50K."
 )
 
 
@@ -76,24 +78,30 @@ def small_zip(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "shape", "classes"), [("digits", 1797, (1, 8, 8), 10), ("breast-cancer", 569, (30,), 2)]
+    ("name", "total", "shape", "classes"),
+    [("digits", 1797, (1, 8, 8), 10), ("breast-cancer", 569, (30,), 2)],
 )
 def test_embedded_sets(name, total, shape, classes):
     data = load(name)
     assert (data.name, data.input_shape, data.num_classes) == (name, shape, classes)
     assert data.train.inputs.dtype == torch.float32
     ids = torch.cat([data.train.ids, data.test.ids])
-    assert torch.equal(ids.sort().values, torch.arange(total)), "each source record is in one part, once"
+    assert torch.equal(ids.sort().values, torch.arange(total)), (
+        "each source record is in one part, once"
+    )
     assert data.train.partition == name
     assert data.test.partition != name
-    shares = data.test.labels.bincount() / (data.test.labels.bincount() + data.train.labels.bincount())
+    shares = data.test.labels.bincount() / (
+        data.test.labels.bincount() + data.train.labels.bincount()
+    )
     assert (shares - 0.3).abs().max() < 0.01, "the same share of each class"
 
 
 def test_digits_are_the_published_pixels_over_16():
     from sklearn.datasets import load_digits
 
-    data, source = embedded.digits(seed=4), load_digits()
+    data = embedded.digits(seed=4)
+    source = load_digits()
     expected = torch.from_numpy(source.images).float()[data.train.ids]
     assert torch.equal(data.train.inputs[:, 0] * 16, expected)
     assert data.train.labels.tolist() == source.target[data.train.ids].tolist()
@@ -130,7 +138,9 @@ def test_pixels_keep_their_places(small_mnist):
     pixels = np.arange(5 * 784, dtype=np.uint8).reshape(5, 28, 28)
     path = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(idx(pixels))  # the plain file is preferred to the gzipped one
-    assert torch.equal(load("mnist", root=small_mnist).train.inputs[:, 0], torch.from_numpy(pixels) / 255)
+    assert torch.equal(
+        load("mnist", root=small_mnist).train.inputs[:, 0], torch.from_numpy(pixels) / 255
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +190,9 @@ def test_cifar10_reads_the_binary_version(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     record = np.arange(3072, dtype=np.uint8)
-    for number, name in enumerate([*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]):
+    for number, name in enumerate(
+        [*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]
+    ):
         (folder / name).write_bytes(bytes([number]) + record.tobytes())
     data = load("cifar10", root=tmp_path)
     assert data.train.labels.tolist() == [0, 1, 2, 3, 4]
@@ -197,7 +209,9 @@ def test_cifar10_reads_the_binary_version(tmp_path):
 
 def test_cifar10_reads_zipped_jpeg_and_caches_it(small_zip, monkeypatch):
     data = load("cifar10", root=small_zip)
-    assert data.train.labels.tolist() == [0, 9], "airplane is 0 and truck is 9, in alphabetical order"
+    assert data.train.labels.tolist() == [0, 9], (
+        "airplane is 0 and truck is 9, in alphabetical order"
+    )
     assert data.test.labels.tolist() == [3]
     colours = data.train.inputs.mean(dim=(2, 3))
     torch.testing.assert_close(colours, torch.tensor([[0.0, 0, 1], [1, 0, 0]]), atol=0.02, rtol=0)

@@ -1,4 +1,6 @@
-"""Streams by the public coin, in one pass and with blurry boundaries: every record once, and whom one record moves."""
+"""Streams by the public coin, in one pass and with blurry boundaries: every record once, and whom
+one record moves.
+"""
 
 import math
 
@@ -18,7 +20,11 @@ def without(data: Dataset, record_id: int) -> Dataset:
     """Make the neighbouring data set; the declared size stays, since it is public."""
     rest = data.train.take(data.train.ids != record_id)
     train = Records(
-        inputs=rest.inputs, labels=rest.labels, ids=rest.ids, partition="toy", declared_size=len(data.train)
+        inputs=rest.inputs,
+        labels=rest.labels,
+        ids=rest.ids,
+        partition="toy",
+        declared_size=len(data.train),
     )
     return Dataset(name="toy", train=train, test=data.test, num_classes=4, input_shape=(1, 4, 6))
 
@@ -37,7 +43,9 @@ def test_the_coin_is_uniform():
 @pytest.mark.statistical
 def test_coins_of_different_seeds_and_purposes_are_unrelated():
     ids = torch.arange(20_000)
-    coins = [public_coin(ids, seed=s, purpose=p) for s, p in ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0))]
+    coins = [
+        public_coin(ids, seed=s, purpose=p) for s, p in ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0))
+    ]
     correlations = torch.corrcoef(torch.stack(coins)) - torch.eye(len(coins), dtype=torch.float64)
     assert correlations.abs().max() < 0.03, "four standard deviations"
 
@@ -74,7 +82,9 @@ def test_exact_pieces_have_the_size_asked_for_and_say_what_that_costs(toy):
 
 def test_the_order_of_a_one_pass_stream_is_seeded(toy):
     parent = split(toy, scenario="class", experiences=2)
-    first, again, other = (online(parent, chunk=30, seed=seed)[0].train.ids.tolist() for seed in (0, 0, 1))
+    first, again, other = (
+        online(parent, chunk=30, seed=seed)[0].train.ids.tolist() for seed in (0, 0, 1)
+    )
     assert first == again != other
     assert first != sorted(first)
 
@@ -84,7 +94,9 @@ def test_one_record_changes_one_hashed_piece_but_many_exact_ones(toy):
         return places(online(split(data, scenario="class", experiences=1), chunk=20, exact=exact))
 
     def changed(record_id: int, *, exact: bool) -> int:
-        pairs = zip(pieces(toy, exact=exact), pieces(without(toy, record_id), exact=exact), strict=True)
+        pairs = zip(
+            pieces(toy, exact=exact), pieces(without(toy, record_id), exact=exact), strict=True
+        )
         return sum(before != after for before, after in pairs)
 
     earliest = min(pieces(toy, exact=True)[0])
@@ -110,17 +122,27 @@ def test_a_chunk_has_a_record(toy):
 @pytest.mark.statistical
 def test_blurry_moves_the_share_asked_for_and_keeps_every_record():
     n = 20_000
-    data = Dataset(name="toy", train=records(n), test=records(80, first_id=n), num_classes=4, input_shape=(1, 4, 6))
+    data = Dataset(
+        name="toy",
+        train=records(n),
+        test=records(80, first_id=n),
+        num_classes=4,
+        input_shape=(1, 4, 6),
+    )
     stream = blurry(data, experiences=4, blurry_share=0.3, class_order=[2, 0, 3, 1])
     assert set.union(*places(stream)) == set(range(n))
     assert sum(len(experience.train) for experience in stream) == n
     counts = torch.stack([e.train.labels.bincount(minlength=4) for e in stream]) / (n / 4)
     expected = torch.full((4, 4), 0.1)
     expected[range(4), [2, 0, 3, 1]] = 0.7
-    assert (counts - expected).abs().max() < 0.03, "four and a half standard deviations; the seed is fixed"
+    assert (counts - expected).abs().max() < 0.03, (
+        "four and a half standard deviations; the seed is fixed"
+    )
     assert stream[0].classes == (0, 1, 2, 3)
     assert set(stream[0].test.labels.tolist()) == {2}
-    assert [experience.train.partition for experience in stream] == [f"experience-{e}" for e in range(4)]
+    assert [experience.train.partition for experience in stream] == [
+        f"experience-{e}" for e in range(4)
+    ]
 
 
 def test_disjoint_classes_never_leave(toy):
@@ -134,7 +156,8 @@ def test_disjoint_classes_never_leave(toy):
 
 
 def test_without_blur_it_is_the_split(toy):
-    plain, unblurred = split(toy, scenario="class", experiences=2), blurry(toy, experiences=2, blurry_share=0)
+    plain = split(toy, scenario="class", experiences=2)
+    unblurred = blurry(toy, experiences=2, blurry_share=0)
     assert places(plain) == places(unblurred)
     assert [e.classes for e in plain] == [e.classes for e in unblurred]
 
@@ -145,7 +168,8 @@ def test_without_blur_it_is_the_split(toy):
 def test_one_record_changes_one_blurry_experience(toy, record_id, seed):
     """What makes the experiences disjoint partitions: all other records stay where they are."""
     whole, rest = (
-        places(blurry(data, experiences=4, blurry_share=0.5, seed=seed)) for data in (toy, without(toy, record_id))
+        places(blurry(data, experiences=4, blurry_share=0.5, seed=seed))
+        for data in (toy, without(toy, record_id))
     )
     assert [a - {record_id} for a in whole] == rest
 

@@ -31,11 +31,16 @@ def test_class_and_task_splits_keep_labels_and_the_full_head(scenario):
 
 def test_the_domain_split_labels_the_position_within_the_slice():
     data = digits()
-    stream = split(data, scenario="domain", experiences=5, class_order=[8, 3, *(0, 1, 2, 4, 5, 6, 7, 9)])
+    stream = split(
+        data, scenario="domain", experiences=5, class_order=[8, 3, *(0, 1, 2, 4, 5, 6, 7, 9)]
+    )
     assert (stream.num_classes, stream[0].classes) == (2, (0, 1))
     original = dict(zip(data.train.ids.tolist(), data.train.labels.tolist(), strict=True))
     first = stream[0].train
-    assert {(original[i], label) for i, label in zip(first.ids.tolist(), first.labels.tolist(), strict=True)} == {
+    assert {
+        (original[i], label)
+        for i, label in zip(first.ids.tolist(), first.labels.tolist(), strict=True)
+    } == {
         (8, 0),
         (3, 1),
     }
@@ -44,7 +49,10 @@ def test_the_domain_split_labels_the_position_within_the_slice():
 
 def test_rows_stay_together_and_ids_survive(toy):
     for experience in split(toy, scenario="class", experiences=2, class_order=[2, 0, 3, 1]):
-        for part, source, first in ((experience.train, toy.train, 0), (experience.test, toy.test, 400)):
+        for part, source, first in (
+            (experience.train, toy.train, 0),
+            (experience.test, toy.test, 400),
+        ):
             rows = part.ids - first
             assert torch.equal(part.inputs, source.inputs[rows])
             assert torch.equal(part.labels, source.labels[rows])
@@ -59,7 +67,10 @@ def test_experiences_of_a_split_are_partitions_of_their_own(toy):
 
 
 def test_a_seed_gives_a_random_class_order(toy):
-    orders = {seed: [e.classes for e in split(toy, scenario="class", experiences=4, seed=seed)] for seed in range(5)}
+    orders = {
+        seed: [e.classes for e in split(toy, scenario="class", experiences=4, seed=seed)]
+        for seed in range(5)
+    }
     assert len({tuple(order) for order in orders.values()}) > 1
     assert orders[3] == [e.classes for e in split(toy, scenario="class", experiences=4, seed=3)]
 
@@ -99,7 +110,8 @@ def test_permuted_copies_are_the_same_records(toy):
         assert experience.train.partition == "toy", "one image is one record, and its uses compose"
         assert torch.equal(experience.train.ids, toy.train.ids)
         assert torch.equal(experience.train.labels, toy.train.labels)
-    one, two = stream[1].train.inputs, stream[2].train.inputs
+    one = stream[1].train.inputs
+    two = stream[2].train.inputs
     assert not torch.equal(one, two)
     assert torch.equal(one.flatten(1).sort().values, toy.train.inputs.flatten(1).sort().values)
 
@@ -124,7 +136,9 @@ def test_the_permutation_follows_the_seed_and_the_first_may_be_permuted_too(toy)
     same, other = (permuted(toy, experiences=2, seed=seed)[1].train.inputs for seed in (0, 1))
     assert torch.equal(same, permuted(toy, experiences=2)[1].train.inputs)
     assert not torch.equal(same, other)
-    assert not torch.equal(permuted(toy, experiences=1, first_identity=False)[0].train.inputs, toy.train.inputs)
+    assert not torch.equal(
+        permuted(toy, experiences=1, first_identity=False)[0].train.inputs, toy.train.inputs
+    )
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])
@@ -146,7 +160,9 @@ def test_a_table_can_be_permuted_but_not_rotated():
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_right_angles_are_exact(turns):
     images = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(rotate(images, degrees=90 * turns), images.rot90(turns, (-2, -1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rotate(images, degrees=90 * turns), images.rot90(turns, (-2, -1)), atol=1e-5, rtol=0
+    )
 
 
 def test_an_oblong_image_is_turned_and_not_sheared():
@@ -187,14 +203,19 @@ def test_a_stream_is_a_short_readable_sequence(toy):
     stream = split(toy, scenario="class", experiences=2)
     assert list(stream) == [stream[0], stream[1]] == [*stream.experiences]
     assert stream[-1] is stream[1]
-    assert repr(stream) == "Stream('split-toy', class-incremental, 2 experiences, 4 classes, inputs (1, 4, 6))"
+    assert (
+        repr(stream)
+        == "Stream('split-toy', class-incremental, 2 experiences, 4 classes, inputs (1, 4, 6))"
+    )
 
 
 def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
     """A machine may have one device only: a copy stands for the move."""
 
     def copied(self, device):
-        return replace(self, inputs=self.inputs.clone(), labels=self.labels.clone(), ids=self.ids.clone())
+        return replace(
+            self, inputs=self.inputs.clone(), labels=self.labels.clone(), ids=self.ids.clone()
+        )
 
     stream = online(split(toy, scenario="class", experiences=2), chunk=50)
     assert stream.to("cpu") is stream
@@ -208,8 +229,12 @@ def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
 
 
 def test_labels_must_be_declared(toy):
-    with pytest.raises(DataError, match=r"experience 0 has train labels \[2, 3\]; declared: \(0, 1\)"):
-        Experience(index=0, train=toy.train, test=toy.test.take(toy.test.labels < 2), classes=(0, 1))
+    with pytest.raises(
+        DataError, match=r"experience 0 has train labels \[2, 3\]; declared: \(0, 1\)"
+    ):
+        Experience(
+            index=0, train=toy.train, test=toy.test.take(toy.test.labels < 2), classes=(0, 1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,4 +260,10 @@ def test_a_bad_stream_is_refused(toy, field, change):
 def test_experiences_are_numbered_in_order(toy):
     first, second = split(toy, scenario="class", experiences=2)
     with pytest.raises(ConfigError, match="experiences"):
-        Stream(name="x", scenario="class", experiences=(second, first), num_classes=4, input_shape=(1, 4, 6))
+        Stream(
+            name="x",
+            scenario="class",
+            experiences=(second, first),
+            num_classes=4,
+            input_shape=(1, 4, 6),
+        )

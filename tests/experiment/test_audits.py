@@ -38,7 +38,8 @@ private = true
 def test_members_and_others_are_told_apart_by_construction(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
     records, members, known = population(stream, 0, seed=0)
-    train, test = stream[0].train, stream[0].test
+    train = stream[0].train
+    test = stream[0].test
     assert int(members.sum()) == len(records) // 2 == 12 and len(known) == 12
     assert set(records.ids[members].tolist()) | set(known.ids.tolist()) == set(train.ids.tolist())
     assert not set(records.ids[~members].tolist()) & set(train.ids.tolist())

@@ -1,4 +1,6 @@
-"""A config is checked once: whatever is wrong is one line that names field, value and what is allowed."""
+"""A config is checked once: whatever is wrong is one line that names field, value and what is
+allowed.
+"""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -75,7 +77,11 @@ def test_every_table_is_read():
     assert config.data.root == "/somewhere"
     assert config.data.shuffle_classes is True
     assert (config.model.hidden, config.model.head) == ((3, 4), "cosine")
-    assert (config.training.learning_rate, config.training.iterations, config.training.epochs) == (1.0, 9, None)
+    assert (config.training.learning_rate, config.training.iterations, config.training.epochs) == (
+        1.0,
+        9,
+        None,
+    )
     assert config.private_training == TrainingConfig(epochs=2)
     assert config.federation == FederationConfig(clients=4, fraction=0.5)
     assert config.privacy == Privacy(epsilon=2.0, seed=5)
@@ -86,7 +92,9 @@ def test_every_table_is_read():
 
 
 def test_the_demo_is_right():
-    config = parse(resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8"))
+    config = parse(
+        resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8")
+    )
     assert config.name == "demo"
     assert {arm.file for arm in config.arms} == {"naive", "ewc", "lwf", "replay"}
     assert [arm.private for arm in config.arms] == [False] * 4 + [True] * 4
@@ -96,7 +104,9 @@ def test_the_demo_is_right():
 def test_every_optimiser_that_is_allowed_makes_a_step(name):
     layer = torch.nn.Linear(3, 2)
     before = layer.weight.detach().clone()
-    optimizer = TrainingConfig(optimizer=name, learning_rate=0.1, epochs=1).factory()(layer.parameters())
+    optimizer = TrainingConfig(optimizer=name, learning_rate=0.1, epochs=1).factory()(
+        layer.parameters()
+    )
     layer(torch.ones(4, 3)).square().sum().backward()
     optimizer.step()
     assert not torch.equal(layer.weight, before)
@@ -109,16 +119,21 @@ def test_options_reach_the_optimiser():
     assert (group["lr"], group["momentum"]) == (0.25, 0.75)
 
 
-# --------------------------------------------------------------------------- what is missing, and arms
+# ------------------------------------------------------------------------ what is missing, and arms
 
 
 def test_what_is_missing_is_named():
     assert refusal(ARM) == "name is missing; allowed: text"
     assert refusal(HEAD).startswith("arms is missing; allowed: one or more [[arms]] tables")
-    assert refusal(HEAD + '[[arms]]\nstrategy = "ewc"\n') == "arms[0].strength is missing; allowed: a finite number"
+    assert (
+        refusal(HEAD + '[[arms]]\nstrategy = "ewc"\n')
+        == "arms[0].strength is missing; allowed: a finite number"
+    )
 
 
-@pytest.mark.parametrize("arms", ["arms = 3", 'arms = "naive"', "[arms]\nstrategy = 3", 'arms = {strategy = "naive"}'])
+@pytest.mark.parametrize(
+    "arms", ["arms = 3", 'arms = "naive"', "[arms]\nstrategy = 3", 'arms = {strategy = "naive"}']
+)
 def test_arms_are_a_list_of_tables(arms):
     assert refusal(f"{HEAD}{arms}\n").startswith("arms = ")
 
@@ -137,8 +152,14 @@ def test_arms_are_a_list_of_tables(arms):
         ('[[arms]]\nstrategy = "ewc"\nstrength = -1.0\n', "arms[0]: ewc.strength = -1.0"),
         ('[[arms]]\nstrategy = "ewc"\nstrength = inf\n', "arms[0].strength = inf"),
         ('[[arms]]\nstrategy = "replay"\nmemory_size = 0\n', "arms[0].memory_size = 0"),
-        ('[[arms]]\nstrategy = "replay"\nmemory_size = 5\nselection = "best"\n', "arms[0].selection = 'best'"),
-        ('[[arms]]\nstrategy = "naive"\nprivate = true\n', "an arm says private = true without a [privacy] table"),
+        (
+            '[[arms]]\nstrategy = "replay"\nmemory_size = 5\nselection = "best"\n',
+            "arms[0].selection = 'best'",
+        ),
+        (
+            '[[arms]]\nstrategy = "naive"\nprivate = true\n',
+            "an arm says private = true without a [privacy] table",
+        ),
         (ARM + ARM, "arms = ['naive-plain']"),
     ],
 )
@@ -151,7 +172,7 @@ def test_an_unknown_strategy_is_refused_with_those_there_are():
     assert all(name in message for name in names())
 
 
-# --------------------------------------------------------------------------- types of a strategy's own fields
+# ----------------------------------------------------------------- types of a strategy's own fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +186,9 @@ class Own:
 
 
 def test_choices_that_may_be_left_out_and_lists_are_read():
-    assert build(Own, {"how": "slow", "sizes": [1, 2.5], "limit": 3}, "x") == Own(how="slow", sizes=(1.0, 2.5), limit=3)
+    assert build(Own, {"how": "slow", "sizes": [1, 2.5], "limit": 3}, "x") == Own(
+        how="slow", sizes=(1.0, 2.5), limit=3
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +196,10 @@ def test_choices_that_may_be_left_out_and_lists_are_read():
     [
         ({"how": "soon"}, "x.how = 'soon' is not allowed; allowed: fast, slow"),
         ({"sizes": [1, "2"]}, "x.sizes[1] = '2' is not allowed; allowed: a finite number"),
-        ({"sizes": 1}, "x.sizes = 1 is not allowed; allowed: a list of which each is a finite number"),
+        (
+            {"sizes": 1},
+            "x.sizes = 1 is not allowed; allowed: a list of which each is a finite number",
+        ),
         ({"limit": False}, "x.limit = False is not allowed; allowed: a whole number"),
         ({"strange": "b"}, "x.strange = 'b' is not allowed; allowed: nothing that TOML can say"),
     ],
@@ -189,7 +215,17 @@ def test_its_fields_are_checked_like_all_others(table, message):
 
 @pytest.mark.parametrize(
     "text",
-    ["name = ", "name", '= "x"', "[data", "name = 'x'\nname = 'y'", "a = 1\n[a]\n", "seed = 01", "x = \x00", "[[[["],
+    [
+        "name = ",
+        "name",
+        '= "x"',
+        "[data",
+        "name = 'x'\nname = 'y'",
+        "a = 1\n[a]\n",
+        "seed = 01",
+        "x = \x00",
+        "[[[[",
+    ],
 )
 def test_what_is_not_toml_is_refused_with_its_place(text):
     assert refusal(text).startswith("config is not TOML: ")
@@ -216,7 +252,12 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
 def test_a_path_that_cannot_be_read_is_refused_on_one_line(tmp_path, kind):
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
-    paths = {"missing": tmp_path / "no", "folder": tmp_path, "inside a file": binary / "x", "binary": binary}
+    paths = {
+        "missing": tmp_path / "no",
+        "folder": tmp_path,
+        "inside a file": binary / "x",
+        "binary": binary,
+    }
     with pytest.raises(ConfigError) as caught:
         read(paths[kind])
     message = str(caught.value)

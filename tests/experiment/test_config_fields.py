@@ -1,4 +1,6 @@
-"""Every field of a config and what it refuses: by name, in one line, and never with another error."""
+"""Every field of a config and what it refuses: by name, in one line, and never with another
+error.
+"""
 
 from dataclasses import fields
 
@@ -8,7 +10,15 @@ from hypothesis import strategies as st
 
 from helpers.config_errors import ARM, HEAD, refusal
 from perdure.errors import ConfigError
-from perdure.experiment.config import AttackConfig, Config, DataConfig, FederationConfig, TrainingConfig, build, parse
+from perdure.experiment.config import (
+    AttackConfig,
+    Config,
+    DataConfig,
+    FederationConfig,
+    TrainingConfig,
+    build,
+    parse,
+)
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
 
@@ -22,9 +32,14 @@ TABLES = {
     "attack": "",
 }
 CLASSES = {
-    "data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "private_training": TrainingConfig,
-    "federation": FederationConfig, "privacy": Privacy, "attack": AttackConfig,
-}  # fmt: skip
+    "data": DataConfig,
+    "model": ModelConfig,
+    "training": TrainingConfig,
+    "private_training": TrainingConfig,
+    "federation": FederationConfig,
+    "privacy": Privacy,
+    "attack": AttackConfig,
+}
 
 
 def with_field(table, name, value):
@@ -32,11 +47,13 @@ def with_field(table, name, value):
     if not table:
         head = HEAD if name != "name" else ""
         return f"{head}{name} = {value}\n{ARM}"
-    rest = "".join(line + "\n" for line in TABLES[table].splitlines() if not line.startswith(f"{name} "))
+    rest = "".join(
+        line + "\n" for line in TABLES[table].splitlines() if not line.startswith(f"{name} ")
+    )
     return f"{HEAD}[{table}]\n{rest}{name} = {value}\n{ARM}"
 
 
-# --------------------------------------------------------------------------- what is wrong with a field
+# ----------------------------------------------------------------------- what is wrong with a field
 
 COUNTS = ("0", "-1", "true", "1.5", '"2"', "[1]", "1000000001")
 POSITIVE = ("0", "0.0", "-0.5", "nan", "inf", "-inf", "true", '"1"')
@@ -63,7 +80,14 @@ WRONG = {
     ("model", "head"): CHOICES,
     ("model", "width"): ("0", "-2", "true", "2.0", "3"),
     ("model", "latent"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
-    ("training", "optimizer"): (*CHOICES, '"Optimizer"', '"LBFGS"', '"SparseAdam"', '"Muon"', '"lr_scheduler"'),
+    ("training", "optimizer"): (
+        *CHOICES,
+        '"Optimizer"',
+        '"LBFGS"',
+        '"SparseAdam"',
+        '"Muon"',
+        '"lr_scheduler"',
+    ),
     ("training", "learning_rate"): (*POSITIVE, "1e7"),
     ("training", "momentum"): ("-0.1", "1.0", "nan", "inf", "true", "0.5"),
     ("training", "epochs"): COUNTS,
@@ -124,7 +148,8 @@ def test_the_whole_sentence():
         "data.scenario = 'online' is not allowed; allowed: task, domain, class"
     )
     assert refusal(with_field("", "federation", "true")) == (
-        "federation = True is not allowed; allowed: a table with clients, rounds, fraction, alpha, min_size, engine"
+        "federation = True is not allowed; allowed: a table with clients, rounds, fraction, "
+        "alpha, min_size, engine"
     )
 
 
@@ -167,7 +192,9 @@ def test_an_experience_has_one_length(table, lengths):
     assert message.endswith("exactly one of the two")
 
 
-@pytest.mark.parametrize("budget", ["", "epsilon = [1.0, 2.0]\nnoise_multiplier = 1.0\n", "noise_multiplier = -1.0\n"])
+@pytest.mark.parametrize(
+    "budget", ["", "epsilon = [1.0, 2.0]\nnoise_multiplier = 1.0\n", "noise_multiplier = -1.0\n"]
+)
 def test_privacy_is_given_by_epsilon_or_by_noise_or_both(budget):
     assert refusal(f"{HEAD}[privacy]\n{budget}{ARM}").startswith("privacy")
 
@@ -175,13 +202,25 @@ def test_privacy_is_given_by_epsilon_or_by_noise_or_both(budget):
 # --------------------------------------------------------------------------- anything at all
 
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(min_value=10**30), st.floats(), st.text(max_size=5),
-    st.dates(), st.sampled_from(["digits", "class", "mlp", "Adam", "pgd", "naive", "ewc", "linf"]),
-)  # fmt: skip
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=10**30),
+    st.floats(),
+    st.text(max_size=5),
+    st.dates(),
+    st.sampled_from(["digits", "class", "mlp", "Adam", "pgd", "naive", "ewc", "linf"]),
 )
-KEYS = {cls: st.sampled_from([field.name for field in fields(cls)]) for cls in {Config, *CLASSES.values()}}
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+)
+KEYS = {
+    cls: st.sampled_from([field.name for field in fields(cls)])
+    for cls in {Config, *CLASSES.values()}
+}
 
 
 @pytest.mark.property
@@ -201,7 +240,9 @@ def test_no_value_of_any_field_raises_anything_but_a_config_error(cls, data):
 @settings(max_examples=150, deadline=None)
 @given(
     st.text(max_size=60)
-    | st.tuples(st.sampled_from(sorted(WRONG)), st.text(max_size=20)).map(lambda pair: with_field(*pair[0], pair[1]))
+    | st.tuples(st.sampled_from(sorted(WRONG)), st.text(max_size=20)).map(
+        lambda pair: with_field(*pair[0], pair[1])
+    )
 )
 def test_no_text_raises_anything_but_a_config_error(text):
     try:

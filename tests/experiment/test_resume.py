@@ -50,11 +50,14 @@ class Watch:
     """Counts the points that are passed and stops the run at one of them.
 
     Args:
-        point: its name. at: how often it may be passed before; None to go on to the end.
+        point: its name.
+        at: how often it may be passed before; None to go on to the end.
     """
 
     def __init__(self, point=None, at=None):
-        self.passed, self._point, self._at = Counter(), point, at
+        self.passed = Counter()
+        self._point = point
+        self._at = at
 
     def __call__(self, point, learner):
         if point == self._point and self.passed[point] == self._at:
@@ -81,17 +84,17 @@ def outputs(folder):
 
 @pytest.fixture(scope="module", params=["alone", "federated"])
 def undisturbed(request, tmp_path_factory):
-    """Text of a config, what its undisturbed run gives away, how often each point is passed, and its folder."""
-    text, folder, watch = (
-        {"alone": CONFIG, "federated": FEDERATED}[request.param],
-        tmp_path_factory.mktemp("u"),
-        Watch(),
-    )
+    """Text of a config, what its undisturbed run gives away, how often each point is passed, and
+    its folder.
+    """
+    text = {"alone": CONFIG, "federated": FEDERATED}[request.param]
+    folder = tmp_path_factory.mktemp("u")
+    watch = Watch()
     assert started(folder, text, watch)
     return text, outputs(folder), watch.passed, folder
 
 
-# --------------------------------------------------------------------------- stops at the named points
+# ------------------------------------------------------------------------ stops at the named points
 
 
 @pytest.mark.slow
@@ -128,12 +131,15 @@ def test_a_stop_every_few_checkpoints_changes_nothing(undisturbed, tmp_path):
     assert outputs(tmp_path) == expected
 
 
-# --------------------------------------------------------------------------- stops between the files of the end
+# --------------------------------------------------------------- stops between the files of the end
 
 LAST_WRITTEN = (
-    "result.json", "explanations.safetensors", "ledger.jsonl", "arms/ewc-private/arm.json",
+    "result.json",
+    "explanations.safetensors",
+    "ledger.jsonl",
+    "arms/ewc-private/arm.json",
     "checkpoint/ewc-private/model.safetensors",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("count", range(1, len(LAST_WRITTEN) + 1))
@@ -163,7 +169,12 @@ def test_drafts_that_were_left_behind_do_no_harm(undisturbed, tmp_path):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch("checkpoint.end", passed["checkpoint.end"] // 2))
     for folder in {path.parent for path in tmp_path.rglob("*") if path.is_file()}:
-        for name in (".result.json.draft", ".000099.json.draft", "ledger.head.json.tmp", ".latest.json.draft"):
+        for name in (
+            ".result.json.draft",
+            ".000099.json.draft",
+            "ledger.head.json.tmp",
+            ".latest.json.draft",
+        ):
             (folder / name).write_bytes(b"torn")
     assert started(tmp_path, text, Watch())
     assert outputs(tmp_path) == expected
@@ -171,7 +182,11 @@ def test_drafts_that_were_left_behind_do_no_harm(undisturbed, tmp_path):
 
 # --------------------------------------------------------------------------- three real kills
 
-LONG = FEDERATED.replace("epochs = 1", "epochs = 30").replace("rounds = 2", "rounds = 6").replace("[4]", "[32]")
+LONG = (
+    FEDERATED.replace("epochs = 1", "epochs = 30")
+    .replace("rounds = 2", "rounds = 6")
+    .replace("[4]", "[32]")
+)
 EXCHANGES = len(ARMS) * 2 * (6 + 1)
 
 
@@ -182,7 +197,9 @@ def exchanges(folder):
 
 
 def kill(process, folder, target, pause):
-    """Kill the process some time after `target` exchanges are on disk: a moment that is not tied to a file."""
+    """Kill the process some time after `target` exchanges are on disk: a moment that is not tied to
+    a file.
+    """
     while exchanges(folder) < target:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
@@ -194,7 +211,9 @@ def kill(process, folder, target, pause):
 
 @pytest.mark.slow
 def test_three_kills_of_a_federated_run_change_nothing(tmp_path):
-    config, folder, seeded = tmp_path / "config.toml", tmp_path / "killed", random.Random(0)
+    config = tmp_path / "config.toml"
+    folder = tmp_path / "killed"
+    seeded = random.Random(0)
     config.write_text(LONG)
     words = [sys.executable, "-m", "perdure.cli.main", "run", str(config), "--out", str(folder)]
     quarter = EXCHANGES // 4

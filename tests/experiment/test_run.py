@@ -65,8 +65,11 @@ def ran(folder, text, **options):
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory):
     """A finished run with noise from the operating system: folder, result, progress, points."""
-    folder, points = tmp_path_factory.mktemp("secret") / "run", []
-    result, told = ran(folder, SMALL, callbacks=[lambda point, learner: points.append((learner.owner, point))])
+    folder = tmp_path_factory.mktemp("secret") / "run"
+    points = []
+    result, told = ran(
+        folder, SMALL, callbacks=[lambda point, learner: points.append((learner.owner, point))]
+    )
     write_report(folder)
     write_figures(folder)
     return folder, result, told, points
@@ -75,8 +78,11 @@ def secret(tmp_path_factory):
 @pytest.fixture(scope="module")
 def federated(tmp_path_factory):
     """A finished federated run: folder, result, progress, points."""
-    folder, points = tmp_path_factory.mktemp("federated") / "run", []
-    result, told = ran(folder, FEDERATED, callbacks=[lambda point, learner: points.append((learner.owner, point))])
+    folder = tmp_path_factory.mktemp("federated") / "run"
+    points = []
+    result, told = ran(
+        folder, FEDERATED, callbacks=[lambda point, learner: points.append((learner.owner, point))]
+    )
     return folder, result, told, points
 
 
@@ -89,7 +95,9 @@ def either(request):
 def contents(folder):
     """Bytes and time of change of every file."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths
+    }
 
 
 def rows_of(folder):
@@ -102,13 +110,21 @@ def rows_of(folder):
 def test_the_files_are_all_there(secret):
     folder = secret[0]
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "arms", "checkpoint", "config.toml", "explanations.safetensors", "figures", "ledger.jsonl",
-        "metrics.jsonl", "report.html", "result.json",
-    ]  # fmt: skip
-    assert (folder / "config.toml").read_text() == SMALL
-    assert sorted(path.relative_to(folder / "checkpoint").as_posix() for path in folder.glob("checkpoint/*/*")) == [
-        f"{arm}/model.safetensors" for arm in sorted(ARMS)
+        ".lock",
+        "arms",
+        "checkpoint",
+        "config.toml",
+        "explanations.safetensors",
+        "figures",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "report.html",
+        "result.json",
     ]
+    assert (folder / "config.toml").read_text() == SMALL
+    assert sorted(
+        path.relative_to(folder / "checkpoint").as_posix() for path in folder.glob("checkpoint/*/*")
+    ) == [f"{arm}/model.safetensors" for arm in sorted(ARMS)]
 
 
 def test_the_result_is_what_was_returned_and_keeps_its_schema(either):
@@ -116,15 +132,19 @@ def test_the_result_is_what_was_returned_and_keeps_its_schema(either):
     stored = checked(json.loads((folder / "result.json").read_text()))
     assert stored == result
     assert [(arm["strategy"], arm["private"]) for arm in stored["arms"]] == [
-        ("replay", False), ("ewc", True), ("replay", True),
-    ]  # fmt: skip
+        ("replay", False),
+        ("ewc", True),
+        ("replay", True),
+    ]
     assert stored["stream"]["classes"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
 def test_every_arm_has_one_line_an_experience(either):
     folder, result, _, _ = either
     rows = rows_of(folder)
-    assert [(row["arm"], row["experience"]) for row in rows] == [(arm, index) for arm in ARMS for index in (0, 1)]
+    assert [(row["arm"], row["experience"]) for row in rows] == [
+        (arm, index) for arm in ARMS for index in (0, 1)
+    ]
     for name, arm in zip(ARMS, result["arms"], strict=True):
         own = [row for row in rows if row["arm"] == name]
         assert [row["accuracy"] for row in own] == arm["accuracy_matrix"]
@@ -150,12 +170,19 @@ def test_the_stored_model_has_the_accuracy_of_the_result(either, arm):
 def test_the_stored_model_is_a_trained_one(secret):
     learner = trained(secret[0], "replay-plain")
     before = {name: value.clone() for name, value in learner._initial.items()}
-    assert any(not torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
-    assert any(bool(value.any()) for value in trained(secret[0], "ewc-private").state.group("fisher").values())
+    assert any(
+        not torch.equal(value, before[name]) for name, value in learner.model.state_dict().items()
+    )
+    assert any(
+        bool(value.any())
+        for value in trained(secret[0], "ewc-private").state.group("fisher").values()
+    )
 
 
 def test_a_model_that_is_not_there_is_refused(secret, tmp_path):
-    with pytest.raises(RunError, match="has no arm 'naive-plain'; it has replay-plain, ewc-private"):
+    with pytest.raises(
+        RunError, match="has no arm 'naive-plain'; it has replay-plain, ewc-private"
+    ):
         trained(secret[0], "naive-plain")
     (tmp_path / "config.toml").write_text(SMALL)
     with pytest.raises(RunError, match="let the run finish first"):
@@ -171,7 +198,10 @@ def test_a_model_that_is_not_there_is_refused(secret, tmp_path):
 
 def test_the_ledger_verifies_and_says_what_the_result_says(secret):
     folder, result, _, _ = secret
-    keys = {f"{arm}/client-0": NoiseKey.from_os(folder / "arms" / arm / "private" / "key") for arm in PRIVATE}
+    keys = {
+        f"{arm}/client-0": NoiseKey.from_os(folder / "arms" / arm / "private" / "key")
+        for arm in PRIVATE
+    }
     account = read_ledger(folder / "ledger.jsonl", keys)
     assert account.verified == "chains and keyed heads verified"
     assert account.per_client(0.001) == {
@@ -190,25 +220,36 @@ def test_every_client_has_its_own_ledger(federated):
         assert result["arms"][ARMS.index(arm)]["epsilon"]["value"] == pytest.approx(worst)
     sizes = result["federation"]["declared_sizes"]
     own = {
-        f"{arm}/client-{c}/client-{c}/experience-{e}": sizes[c][e] for arm in PRIVATE for c in (0, 1) for e in (0, 1)
+        f"{arm}/client-{c}/client-{c}/experience-{e}": sizes[c][e]
+        for arm in PRIVATE
+        for c in (0, 1)
+        for e in (0, 1)
     }
     assert account.sizes == own
 
 
 def test_all_arms_together_cost_more_than_each(either):
     _, result, _, _ = either
-    joint, own = result["epsilon_of_all_arms"], [arm["epsilon"] for arm in result["arms"] if arm["private"]]
+    joint = result["epsilon_of_all_arms"]
+    own = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
     assert joint["value"] > max(epsilon["value"] for epsilon in own)
     assert joint["value"] <= sum(epsilon["value"] for epsilon in own)
     for epsilon in (joint, *own):
-        assert epsilon["text"].startswith(f"epsilon {epsilon_number(epsilon['value'])} (record, add/remove, ")
+        assert epsilon["text"].startswith(
+            f"epsilon {epsilon_number(epsilon['value'])} (record, add/remove, "
+        )
 
 
 def test_simulated_noise_is_labelled_and_secret_noise_is_not(secret, federated):
     for (_, result, _, _), simulated in ((secret, False), (federated, True)):
-        stated = [result["epsilon_of_all_arms"], *(arm["epsilon"] for arm in result["arms"] if arm["private"])]
+        stated = [
+            result["epsilon_of_all_arms"],
+            *(arm["epsilon"] for arm in result["arms"] if arm["private"]),
+        ]
         assert [epsilon["simulated"] for epsilon in stated] == [simulated] * 3
-        assert [("simulation: not a private release" in e["text"]) for e in stated] == [simulated] * 3
+        assert [("simulation: not a private release" in e["text"]) for e in stated] == [
+            simulated
+        ] * 3
 
 
 def test_epsilon_only_grows(either):
@@ -227,9 +268,16 @@ def test_a_plain_arm_states_no_epsilon_and_has_no_ledger(secret):
 def holders(folder, needles, inside):
     """Files inside (or outside) folders called private that hold any of the bytes."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    chosen = [path for path in paths if ("private" in path.relative_to(folder).parts[:-1]) == inside]
+    chosen = [
+        path for path in paths if ("private" in path.relative_to(folder).parts[:-1]) == inside
+    ]
     assert chosen
-    return {path.relative_to(folder) for path in chosen for needle in needles if needle in path.read_bytes()}
+    return {
+        path.relative_to(folder)
+        for path in chosen
+        for needle in needles
+        if needle in path.read_bytes()
+    }
 
 
 def test_nothing_outside_private_folders_holds_a_key(secret):
@@ -258,7 +306,8 @@ def test_private_folders_are_closed_to_others(either):
 
 def test_a_finished_run_is_not_done_again(either):
     folder, result, _, _ = either
-    text, before = (folder / "config.toml").read_text(), contents(folder)
+    text = (folder / "config.toml").read_text()
+    before = contents(folder)
 
     def never(point, learner):
         raise AssertionError(point)
@@ -295,7 +344,11 @@ def test_two_fresh_runs_differ_in_timings_only(tmp_path, federated):
     result, _ = ran(tmp_path / "other", text)
     assert result != federated[1]
     assert untimed(result) == untimed(federated[1])
-    for name in ("metrics.jsonl", "ledger.jsonl", *(f"checkpoint/{arm}/model.safetensors" for arm in ARMS)):
+    for name in (
+        "metrics.jsonl",
+        "ledger.jsonl",
+        *(f"checkpoint/{arm}/model.safetensors" for arm in ARMS),
+    ):
         assert (tmp_path / "other" / name).read_bytes() == (federated[0] / name).read_bytes()
 
 
@@ -330,7 +383,7 @@ def test_the_seconds_of_all_sessions_add_up(tmp_path):
     assert result["arms"][0]["seconds"] > 1000
 
 
-# --------------------------------------------------------------------------- what is told while it goes
+# ----------------------------------------------------------------------- what is told while it goes
 
 
 def test_progress_rises_from_nothing_to_all_arm_by_arm(either):
@@ -395,16 +448,20 @@ def test_a_damaged_result_is_refused(secret, tmp_path):
         ran(tmp_path / "copy", SMALL)
 
 
-# --------------------------------------------------------------------------- data that are no pictures
+# ------------------------------------------------------------------------ data that are no pictures
 
 
 def breast(explain):
-    text = SMALL.replace("[data]\n", '[data]\nname = "breast-cancer"\n').replace("explain = 1", f"explain = {explain}")
+    text = SMALL.replace("[data]\n", '[data]\nname = "breast-cancer"\n').replace(
+        "explain = 1", f"explain = {explain}"
+    )
     return text.split('[[arms]]\nstrategy = "ewc"')[0]
 
 
 def test_explanations_are_for_pictures(tmp_path):
-    with pytest.raises(ConfigError, match=r"explain = 1 is not allowed; allowed: 0 for inputs of shape \(30,\)"):
+    with pytest.raises(
+        ConfigError, match=r"explain = 1 is not allowed; allowed: 0 for inputs of shape \(30,\)"
+    ):
         ran(tmp_path, breast(explain=1))
 
 

@@ -24,9 +24,13 @@ def stream(toy_data):
 def make(stream, toy_model):
     def build(values, **options):
         return Learner(
-            model=toy_model(stream), strategy=EWC(strength=values.get("strength", 1.0)), iterations=30, batch_size=8,
-            optimizer=partial(torch.optim.Adam, lr=values.get("rate", 0.01)), **options,
-        )  # fmt: skip
+            model=toy_model(stream),
+            strategy=EWC(strength=values.get("strength", 1.0)),
+            iterations=30,
+            batch_size=8,
+            optimizer=partial(torch.optim.Adam, lr=values.get("rate", 0.01)),
+            **options,
+        )
 
     return build
 
@@ -34,7 +38,8 @@ def make(stream, toy_model):
 def test_held_out_records_are_training_records_and_nothing_is_in_both_parts(stream):
     (cut,) = beginning(stream, 1, 0.25, seed=0)
     whole = set(stream[0].train.ids.tolist())
-    learnt, measured = set(cut.train.ids.tolist()), set(cut.test.ids.tolist())
+    learnt = set(cut.train.ids.tolist())
+    measured = set(cut.test.ids.tolist())
     assert learnt | measured == whole and not learnt & measured and len(measured) == 6
     assert not measured & set(stream[0].test.ids.tolist())
 
@@ -44,7 +49,9 @@ def test_it_takes_the_best_and_says_what_it_looked_at(stream, make):
     scores = {values["rate"]: score for values, score in found.trials}
     assert len(scores) == 6 and found.score == max(scores.values()) == scores[found.values["rate"]]
     assert min(scores.values()) < found.score
-    assert found.row()["tuned_on"].startswith("held-out training records of the first 1 experiences")
+    assert found.row()["tuned_on"].startswith(
+        "held-out training records of the first 1 experiences"
+    )
     assert tune(make, {"rate": (1e-6, 0.05)}, stream, experiences=1, trials=6, seed=1) == found
 
 

@@ -27,7 +27,8 @@ def data(n, features, value=0):
 
 
 def test_a_linear_model_is_given_back():
-    weight, x = data(6, 2), data(3, 6, 1)
+    weight = data(6, 2)
+    x = data(3, 6, 1)
     targets = torch.tensor([0, 1, 1])
     got = lime(lambda rows: rows @ weight + 5, x, targets=targets, ridge=1e-9)
     assert torch.allclose(got.values, weight.T[targets], atol=1e-8)
@@ -36,7 +37,8 @@ def test_a_linear_model_is_given_back():
 
 
 def test_slopes_are_per_unit_of_input_whatever_the_scale_of_the_noise():
-    weight, x = data(4, 1), data(2, 4, 1)
+    weight = data(4, 1)
+    x = data(2, 4, 1)
     scale = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64)
     got = lime(lambda rows: rows @ weight, x, noise_scale=scale, ridge=1e-9)
     assert torch.allclose(got.values, weight.T.expand(2, 4), atol=1e-7)
@@ -45,8 +47,10 @@ def test_slopes_are_per_unit_of_input_whatever_the_scale_of_the_noise():
 def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
     from sklearn.linear_model import Ridge
 
-    model, x = smooth(5), data(1, 5, 1)
-    rows, outputs = [], []
+    model = smooth(5)
+    x = data(1, 5, 1)
+    rows = []
+    outputs = []
 
     def predict(batch):
         rows.append(batch)
@@ -54,7 +58,8 @@ def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
         return outputs[-1]
 
     got = lime(predict, x, targets=torch.tensor([1]), samples=200, noise_scale=0.5, ridge=3.0)
-    noise, target = (rows[0] - x) / 0.5, outputs[0][:, 1].detach()
+    noise = (rows[0] - x) / 0.5
+    target = outputs[0][:, 1].detach()
     weights = torch.exp(-noise.square().sum(1) / (2 * 0.75**2 * 5))
     theirs = Ridge(alpha=3.0).fit(noise.numpy(), target.numpy(), sample_weight=weights.numpy())
     assert torch.allclose(got.values[0] * 0.5, torch.tensor(theirs.coef_), atol=1e-10)
@@ -65,7 +70,8 @@ def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
 
 
 def test_close_to_the_instance_slopes_are_the_gradient():
-    model, x = smooth(5), data(3, 5, 1)
+    model = smooth(5)
+    x = data(3, 5, 1)
     targets = torch.tensor([0, 1, 0])
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[torch.arange(3), targets].sum(), leaf)
@@ -74,13 +80,16 @@ def test_close_to_the_instance_slopes_are_the_gradient():
 
 
 def test_a_batch_is_explained_as_one_by_one():
-    model, x = nn.Sequential(nn.Flatten(), smooth(6)), data(4, 6, 1).view(4, 2, 3)
+    model = nn.Sequential(nn.Flatten(), smooth(6))
+    x = data(4, 6, 1).view(4, 2, 3)
     together = lime(model, x, samples=100, chunk=33, generator=seed(2))
     assert torch.equal(together.targets, model(x).argmax(1))
     for i in range(4):
         alone = lime(model, x[i : i + 1], samples=100, generator=seed(2))
         for name in ("values", "base", "fidelity"):
-            assert torch.allclose(getattr(together, name)[i : i + 1], getattr(alone, name), atol=1e-10)
+            assert torch.allclose(
+                getattr(together, name)[i : i + 1], getattr(alone, name), atol=1e-10
+            )
 
 
 def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
@@ -95,7 +104,8 @@ def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
 
 
 def test_one_seed_one_explanation_and_no_gradients():
-    model, x = smooth(5), data(2, 5, 1)
+    model = smooth(5)
+    x = data(2, 5, 1)
     state = torch.get_rng_state()
     first, again = (lime(model, x, samples=20) for _ in range(2))
     other = lime(model, x, samples=20, generator=seed(5))
@@ -111,22 +121,31 @@ def test_agrees_with_the_reference_implementation_on_a_smooth_model():
         warnings.simplefilter("ignore")
         from lime.lime_tabular import LimeTabularExplainer
     scale = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.2, 3.0, 1.0, 1.0], dtype=torch.float64)
-    model, train, x = smooth(8), data(500, 8) * scale, data(5, 8, 1) * scale
+    model = smooth(8)
+    train = data(500, 8) * scale
+    x = data(5, 8, 1) * scale
     scale = train.std(0, correction=0)
 
     def probability(rows):
         return model(rows).softmax(1)
 
     explainer = LimeTabularExplainer(
-        train.numpy(), discretize_continuous=False, sample_around_instance=True,
-        feature_selection="none", random_state=0,
-    )  # fmt: skip
-    ours = lime(probability, x, targets=torch.ones(5, dtype=torch.int64), samples=5000, noise_scale=scale)
+        train.numpy(),
+        discretize_continuous=False,
+        sample_around_instance=True,
+        feature_selection="none",
+        random_state=0,
+    )
+    ours = lime(
+        probability, x, targets=torch.ones(5, dtype=torch.int64), samples=5000, noise_scale=scale
+    )
     for i in range(5):
         theirs = explainer.explain_instance(
-            x[i].numpy(), lambda rows: probability(torch.tensor(rows)).detach().numpy(),
-            num_features=8, num_samples=5000,
-        )  # fmt: skip
+            x[i].numpy(),
+            lambda rows: probability(torch.tensor(rows)).detach().numpy(),
+            num_features=8,
+            num_samples=5000,
+        )
         slopes = torch.zeros(8, dtype=torch.float64)
         for feature, slope in theirs.as_map()[1]:
             slopes[feature] = slope

@@ -63,7 +63,9 @@ def test_channels_are_shown_in_colour_where_there_are_three_and_attributions_sum
 
 def test_attributions_of_zero_can_be_drawn(pictures):
     inputs, rows, titles = pictures
-    figure = heat_maps(inputs, [(label, torch.zeros_like(values)) for label, values in rows], titles)
+    figure = heat_maps(
+        inputs, [(label, torch.zeros_like(values)) for label, values in rows], titles
+    )
     figure.savefig(BytesIO(), format="png", dpi=40)
     colour = panels(figure)[3].images[0].to_rgba(np.zeros((1, 1)))[0, 0, :3]
     assert colour.min() > 0.95

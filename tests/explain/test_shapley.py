@@ -32,7 +32,9 @@ def data(n, features, value=0, dtype=torch.float64):
 
 
 def brute_force(predict, x, background, target):
-    """Average marginal contribution over all orders in which the features can join, straight from words."""
+    """Average marginal contribution over all orders in which the features can join, straight from
+    words.
+    """
     count = len(x)
 
     def worth(members):
@@ -54,7 +56,8 @@ def brute_force(predict, x, background, target):
 @pytest.mark.parametrize("explain", [kernel_shap, exact_shapley])
 def test_exact_on_eight_features(explain, dtype, tolerance):
     model = network(8)
-    x, background = data(3, 8), data(5, 8, 1)
+    x = data(3, 8)
+    background = data(5, 8, 1)
     targets = torch.tensor([2, 0, 1])
     with torch.no_grad():
         expected = torch.stack([brute_force(model, x[i], background, targets[i]) for i in range(3)])
@@ -67,7 +70,9 @@ def test_exact_on_eight_features(explain, dtype, tolerance):
 
 @pytest.mark.parametrize("samples", [2048, 64])
 def test_a_batch_is_explained_as_one_by_one(samples):
-    model, x, background = network(9), data(4, 9), data(6, 9, 1)
+    model = network(9)
+    x = data(4, 9)
+    background = data(6, 9, 1)
     together = kernel_shap(model, x, background, samples=samples, chunk=50, generator=seed())
     for i in range(4):
         alone = kernel_shap(model, x[i : i + 1], background, samples=samples, generator=seed())
@@ -77,7 +82,9 @@ def test_a_batch_is_explained_as_one_by_one(samples):
 
 @pytest.mark.parametrize("samples", [30, 2048])
 def test_values_add_up_to_the_output_less_the_mean_over_the_background(samples):
-    model, x, background = network(10), data(4, 10), data(7, 10, 1)
+    model = network(10)
+    x = data(4, 10)
+    background = data(7, 10, 1)
     got = kernel_shap(model, x, background, samples=samples, generator=seed())
     rows = torch.arange(4)
     assert torch.equal(got.targets, model(x).argmax(1))
@@ -106,7 +113,9 @@ def test_a_feature_that_the_model_ignores_gets_nothing(value, dummy, exact):
 @given(value=st.integers(0, 2**31), pair=st.permutations(range(6)), exact=st.booleans())
 def test_features_that_play_the_same_part_get_the_same(value, pair, exact):
     first, second = pair[:2]
-    weight, x, background = data(6, 6, value), data(2, 6, value + 1), data(3, 6, value + 2)
+    weight = data(6, 6, value)
+    x = data(2, 6, value + 1)
+    background = data(3, 6, value + 2)
     for part in (weight.T, x, background):
         part[:, second] = part[:, first]
 
@@ -120,13 +129,22 @@ def test_features_that_play_the_same_part_get_the_same(value, pair, exact):
 
 @pytest.mark.statistical
 def test_sampling_comes_close_to_the_exact_values_and_closer_with_more():
-    # Five fixed seeds; the error at 1,000 samples is about 2 % of the largest value, the bound is 6 %.
-    model, x, background = network(12), data(4, 12), data(5, 12, 1)
+    # Five fixed seeds; the error at 1,000 samples is about 2 % of the largest value, the bound is 6
+    # %.
+    model = network(12)
+    x = data(4, 12)
+    background = data(5, 12, 1)
     exact = exact_shapley(model, x, background).values
 
     def error(samples):
-        runs = (kernel_shap(model, x, background, samples=samples, generator=seed(s)) for s in range(5))
-        return sum((run.values - exact).abs().max().item() for run in runs) / 5 / exact.abs().max().item()
+        runs = (
+            kernel_shap(model, x, background, samples=samples, generator=seed(s)) for s in range(5)
+        )
+        return (
+            sum((run.values - exact).abs().max().item() for run in runs)
+            / 5
+            / exact.abs().max().item()
+        )
 
     assert error(1000) < 0.06
     assert error(1000) < error(60)
@@ -134,7 +152,8 @@ def test_sampling_comes_close_to_the_exact_values_and_closer_with_more():
 
 def test_many_features_with_no_coalition_to_spare():
     weight = data(40, 2)
-    x, background = data(2, 40), data(3, 40, 1)
+    x = data(2, 40)
+    background = data(3, 40, 1)
     got = kernel_shap(lambda rows: rows @ weight, x, background, samples=400, generator=seed())
     # A linear model is in the span of the regression, so any sample that spans gives it back.
     expected = (x - background.mean(0)) * weight.T[got.targets]
@@ -142,13 +161,15 @@ def test_many_features_with_no_coalition_to_spare():
 
 
 def test_no_forward_pass_is_larger_than_the_chunk():
-    model, sizes = network(6), []
+    model = network(6)
+    sizes = []
 
     def predict(rows):
         sizes.append(len(rows))
         return model(rows)
 
-    x, background = data(3, 6), data(10, 6, 1)
+    x = data(3, 6)
+    background = data(10, 6, 1)
     small = kernel_shap(predict, x, background, chunk=4)
     assert max(sizes) <= 4
     assert torch.allclose(small.values, kernel_shap(model, x, background).values)
@@ -157,8 +178,11 @@ def test_no_forward_pass_is_larger_than_the_chunk():
 @pytest.mark.parametrize("explain", [kernel_shap, exact_shapley])
 def test_groups_join_together_and_share_equally(explain):
     groups = torch.tensor([[7, 7, 2], [2, 2, 5]])
-    model, x, background = nn.Sequential(nn.Flatten(), network(6)), data(2, 6), data(4, 6, 1)
-    x, background = x.view(2, 2, 3), background.view(4, 2, 3)
+    model = nn.Sequential(nn.Flatten(), network(6))
+    x = data(2, 6)
+    background = data(4, 6, 1)
+    x = x.view(2, 2, 3)
+    background = background.view(4, 2, 3)
     got = explain(model, x, background, groups=groups)
 
     def on_groups(members):
@@ -167,9 +191,12 @@ def test_groups_join_together_and_share_equally(explain):
         rows = torch.where(mask, x[0], background)
         return model(rows.flatten(0, 1)).view(len(members), 4, -1).mean(1)
 
-    ones, zeros = torch.ones(1, 3, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    ones = torch.ones(1, 3, dtype=torch.float64)
+    zeros = torch.zeros(1, 3, dtype=torch.float64)
     whole = exact_shapley(on_groups, ones, zeros, targets=got.targets[:1]).values[0]
-    expected = torch.stack([whole[2] / 2, whole[2] / 2, whole[0] / 3, whole[0] / 3, whole[0] / 3, whole[1]])
+    expected = torch.stack(
+        [whole[2] / 2, whole[2] / 2, whole[0] / 3, whole[0] / 3, whole[0] / 3, whole[1]]
+    )
     assert torch.allclose(got.values[0].flatten(), expected)
 
 
@@ -181,7 +208,9 @@ def test_a_single_feature_gets_everything(explain):
 
 
 def test_one_seed_one_explanation_and_no_gradients():
-    model, x, background = network(10), data(2, 10), data(3, 10, 1)
+    model = network(10)
+    x = data(2, 10)
+    background = data(3, 10, 1)
     state = torch.get_rng_state()
     first, again = (kernel_shap(model, x, background, samples=40) for _ in range(2))
     other = kernel_shap(model, x, background, samples=40, generator=seed(5))
@@ -196,7 +225,9 @@ def test_agrees_with_the_reference_implementation():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import shap
-    model, x, background = network(7), data(3, 7), data(6, 7, 1)
+    model = network(7)
+    x = data(3, 7)
+    background = data(6, 7, 1)
 
     def predict(rows):
         return model(torch.as_tensor(rows, dtype=torch.float64)).detach().numpy()
@@ -204,7 +235,9 @@ def test_agrees_with_the_reference_implementation():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer = shap.KernelExplainer(predict, background.numpy())
-        theirs = torch.tensor(explainer.shap_values(x.numpy(), l1_reg=False, nsamples=2**7, silent=True))
+        theirs = torch.tensor(
+            explainer.shap_values(x.numpy(), l1_reg=False, nsamples=2**7, silent=True)
+        )
     for target in range(3):
         ours = kernel_shap(model, x, background, targets=torch.full((3,), target)).values
         assert torch.allclose(ours, theirs[:, :, target], atol=1e-4)

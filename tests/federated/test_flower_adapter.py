@@ -52,8 +52,14 @@ def test_the_private_names_are_those_of_flower_1_41():
     assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
     assert Run.create_empty(1).run_id == 1
     assert Grid.__abstractmethods__ == {
-        "set_run", "run", "create_message", "get_node_ids", "push_messages", "pull_messages", "send_and_receive",
-    }  # fmt: skip
+        "set_run",
+        "run",
+        "create_message",
+        "get_node_ids",
+        "push_messages",
+        "pull_messages",
+        "send_and_receive",
+    }
     assert telemetry.FLWR_TELEMETRY_ENABLED in ("0", "1")
 
 
@@ -75,7 +81,9 @@ def test_every_node_has_its_own_context_that_lasts():
     def count(message, context):
         rounds = context.state.get("seen", MetricRecord({"rounds": 0}))["rounds"] + 1
         context.state["seen"] = MetricRecord({"rounds": rounds})
-        message.content["seen"] = MetricRecord({"rounds": rounds, "partition": context.node_config["partition-id"]})
+        message.content["seen"] = MetricRecord(
+            {"rounds": rounds, "partition": context.node_config["partition-id"]}
+        )
         assert context.node_config["num-partitions"] == 3
 
     with InProcessGrid(echo(count), clients=3).running() as grid:
@@ -94,7 +102,9 @@ def test_a_client_that_writes_into_its_message_changes_no_other():
         message.content["arrays"]["w"] = Array(np.ones(3))
         message.content["config"]["rate"] = 9
 
-    shared = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(3))}), "config": ConfigRecord({"rate": 1})})
+    shared = RecordDict(
+        {"arrays": ArrayRecord({"w": Array(np.zeros(3))}), "config": ConfigRecord({"rate": 1})}
+    )
     with InProcessGrid(echo(spoil), clients=3).running() as grid:
         replies = list(grid.send_and_receive(ask(grid, [1, 2, 3], shared)))
     assert not any(reply.has_error() for reply in replies)
@@ -104,7 +114,9 @@ def test_a_client_that_writes_into_its_message_changes_no_other():
 
 def test_progress_is_told_after_every_reply():
     seen = []
-    with InProcessGrid(echo(), clients=3, progress=lambda done, of: seen.append((done, of))).running() as grid:
+    with InProcessGrid(
+        echo(), clients=3, progress=lambda done, of: seen.append((done, of))
+    ).running() as grid:
         grid.send_and_receive(ask(grid, [1, 2, 3]))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
@@ -126,7 +138,10 @@ def test_an_interrupt_is_no_error_reply():
     def interrupt(message, context):
         raise KeyboardInterrupt
 
-    with InProcessGrid(echo(interrupt), clients=1).running() as grid, pytest.raises(KeyboardInterrupt):
+    with (
+        InProcessGrid(echo(interrupt), clients=1).running() as grid,
+        pytest.raises(KeyboardInterrupt),
+    ):
         grid.send_and_receive(ask(grid, [1]))
 
 
@@ -137,13 +152,19 @@ def test_what_privacy_refused_comes_first_and_keeps_its_type():
         raise ValueError("too")
 
     spent = r"^client 2: epsilon 4 exceeds the grant of 3$"
-    with InProcessGrid(echo(fail), clients=3).running() as grid, pytest.raises(BudgetError, match=spent):
+    with (
+        InProcessGrid(echo(fail), clients=3).running() as grid,
+        pytest.raises(BudgetError, match=spent),
+    ):
         answers(grid, ask(grid, [1, 2, 3]), {1: 0, 2: 1, 3: 2})
 
 
 def test_failures_of_other_types_become_federation_errors():
     assert type(failure(3, "StrategyError: two memories")) is FederationError
-    assert str(failure(3, "StrategyError: two memories")) == "client 3 stopped: StrategyError: two memories"
+    assert (
+        str(failure(3, "StrategyError: two memories"))
+        == "client 3 stopped: StrategyError: two memories"
+    )
     assert type(failure(3, "PrivacyError: raw")) is PrivacyError
     assert str(failure(3, "")) == "client 3 stopped: no reason given"
 
@@ -207,7 +228,9 @@ def test_a_cohort_shows_only_its_nodes_and_flower_samples_exactly_those():
 
 
 def test_flower_leaves_log_level_and_random_numbers_alone(caplog):
-    logger, level, state = logging.getLogger("flwr"), logging.getLogger("flwr").level, random.getstate()
+    logger = logging.getLogger("flwr")
+    level = logging.getLogger("flwr").level
+    state = random.getstate()
     with contained():
         logger.info("hidden")
         logger.warning("shown")

@@ -1,4 +1,6 @@
-"""What goes over the wire: what a client says, how states are combined, and that records keep their bits."""
+"""What goes over the wire: what a client says, how states are combined, and that records keep their
+bits.
+"""
 
 from dataclasses import replace
 
@@ -24,10 +26,14 @@ from perdure.strategies import EWC, Combine, LwF, Naive
 
 
 def task(**changes):
-    return ConfigRecord({"experience": 0, "round": 0, "rounds": 2, "exchange": 0, "previous": FRESH} | changes)
+    return ConfigRecord(
+        {"experience": 0, "round": 0, "rounds": 2, "exchange": 0, "previous": FRESH} | changes
+    )
 
 
-@pytest.mark.parametrize("kind,records", [("train", {"arrays", "metrics"}), ("train.finish", {"state", "metrics"})])
+@pytest.mark.parametrize(
+    "kind,records", [("train", {"arrays", "metrics"}), ("train.finish", {"state", "metrics"})]
+)
 def test_under_privacy_a_reply_holds_releases_and_declared_numbers_only(stream, kind, records):
     stream = short(stream, 1)
     declared = replace(stream[0].train, declared_size=300)
@@ -43,11 +49,15 @@ def test_under_privacy_a_reply_holds_releases_and_declared_numbers_only(stream, 
     if "state" in reply.content:
         assert {name.split("/")[0] for name in reply.content["state"]} == {"0.fisher", "0.pull"}
     else:
-        assert list(reply.content["arrays"]) == [name for name, _ in make(0).model.named_parameters()]
+        assert list(reply.content["arrays"]) == [
+            name for name, _ in make(0).model.named_parameters()
+        ]
 
 
 def test_combined_state_is_sent_when_a_client_meets_the_experience_and_only_then(stream):
-    """A client's own path through an experience must not be overwritten by what the server had at its start."""
+    """A client's own path through an experience must not be overwritten by what the server had at
+    its start.
+    """
     streams, federation = hard(stream)
     make = maker(stream, EWC(strength=1.0))
     app = client_app(lambda number: (make(number), streams[number]))
@@ -58,7 +68,12 @@ def test_combined_state_is_sent_when_a_client_meets_the_experience_and_only_then
         if "task" in content and len(content["task"]):
             asked = content["task"]
             seen.append(
-                (context.node_config["partition-id"], asked["experience"], asked["exchange"], "state" in content)
+                (
+                    context.node_config["partition-id"],
+                    asked["experience"],
+                    asked["exchange"],
+                    "state" in content,
+                )
             )
         return app(message, context)
 
@@ -67,14 +82,18 @@ def test_combined_state_is_sent_when_a_client_meets_the_experience_and_only_then
     for client in range(4):
         for experience in range(2):
             got = [
-                state for number, e, _, state in sorted(seen, key=lambda s: s[2]) if (number, e) == (client, experience)
+                state
+                for number, e, _, state in sorted(seen, key=lambda s: s[2])
+                if (number, e) == (client, experience)
             ]
             assert got == [True] + [False] * (len(got) - 1)
     trained = [[n for n, _, exchange, _ in seen if exchange == x] for x in range(8)]
     assert [len(cohort) for cohort in trained] == [2, 2, 2, 4, 2, 2, 2, 4]
 
 
-@pytest.mark.parametrize("privacy,text", [(None, "the label is 'Jane'"), (SIMULATED, "see the client's log")])
+@pytest.mark.parametrize(
+    "privacy,text", [(None, "the label is 'Jane'"), (SIMULATED, "see the client's log")]
+)
 def test_a_failing_client_stops_the_run_with_its_name_and_reason(stream, privacy, text):
     streams, federation = hard(stream)
 
@@ -84,7 +103,9 @@ def test_a_failing_client_stops_the_run_with_its_name_and_reason(stream, privacy
 
     with pytest.raises(FederationError, match=rf"^client 1 stopped: ValueError: {text}$"):
         run_federation(
-            maker(stream, Naive(), privacy=privacy, callbacks=[fail]), streams, replace(federation, fraction=1.0)
+            maker(stream, Naive(), privacy=privacy, callbacks=[fail]),
+            streams,
+            replace(federation, fraction=1.0),
         )
 
 
@@ -114,7 +135,9 @@ def test_mean_is_weighted_and_sum_adds_increments():
     assert combine(old, states([11.0], [14.0], rule="sum"), [1, 99])["a"].tolist() == [15.0]
     assert combine(None, states([11.0], [14.0], rule="sum"), [1, 1])["a"].tolist() == [25.0]
     (old,) = states([1], rule="sum", dtype=torch.int64)
-    assert combine(old, states([3], [4], rule="sum", dtype=torch.int64), [1, 1])["a"].tolist() == [6]
+    assert combine(old, states([3], [4], rule="sum", dtype=torch.int64), [1, 1])["a"].tolist() == [
+        6
+    ]
 
 
 def test_local_names_are_not_combined_and_integers_have_no_mean():
@@ -133,16 +156,23 @@ def test_one_holder_is_taken_to_the_bit(rule):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=2, max_size=5),
-    seed=st.integers(0, 9), rule=st.sampled_from(["sum", "mean"]),
-)  # fmt: skip
+    rows=st.lists(
+        st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=2, max_size=5
+    ),
+    seed=st.integers(0, 9),
+    rule=st.sampled_from(["sum", "mean"]),
+)
 @pytest.mark.property
-def test_combination_does_not_depend_on_the_order_of_clients_and_keeps_what_all_agree_on(rows, seed, rule):
+def test_combination_does_not_depend_on_the_order_of_clients_and_keeps_what_all_agree_on(
+    rows, seed, rule
+):
     weights = [float(i + 1) for i in range(len(rows))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     (old,) = states([0.5, 0.25, 2.0], rule=rule)
     one = combine(old, states(*rows, rule=rule), weights)["a"]
-    other = combine(old, states(*(rows[i] for i in order), rule=rule), [weights[i] for i in order])["a"]
+    other = combine(old, states(*(rows[i] for i in order), rule=rule), [weights[i] for i in order])[
+        "a"
+    ]
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-3)
     alike = states(*[rows[0]] * 3)
     assert torch.equal(combine(None, alike, [0.1, 0.7, 3.0])["a"], alike[0]["a"])
@@ -150,9 +180,12 @@ def test_combination_does_not_depend_on_the_order_of_clients_and_keeps_what_all_
 
 def test_records_keep_names_order_dtypes_and_bits():
     tensors = {
-        "z": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).T, "a": torch.tensor(3),
-        "half": torch.ones(2).half(), "wide": torch.tensor([1e-300], dtype=torch.float64), "none": torch.empty(0, 4),
-    }  # fmt: skip
+        "z": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).T,
+        "a": torch.tensor(3),
+        "half": torch.ones(2).half(),
+        "wide": torch.tensor([1e-300], dtype=torch.float64),
+        "none": torch.empty(0, 4),
+    }
     back = from_record(to_record(tensors))
     assert list(back) == list(tensors)
     assert all(back[n].dtype == t.dtype and torch.equal(back[n], t) for n, t in tensors.items())
@@ -170,12 +203,18 @@ def test_a_model_of_another_shape_is_refused():
         load_shared(model, {"weight": torch.zeros(2, 3), "bias": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("value,kind", [
-    ({"w": np.ones((2, 2), np.float32), "b": np.float32(3)}, "dict"), ([np.zeros(3), np.ones(1)], "list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value,kind",
+    [
+        ({"w": np.ones((2, 2), np.float32), "b": np.float32(3)}, "dict"),
+        ([np.zeros(3), np.ones(1)], "list"),
+    ],
+)
 def test_what_an_aggregator_remembers_survives(value, kind):
-    aggregator, other = FedAvg(), FedAvg()
-    aggregator.memory, aggregator.last = value, ArrayRecord({"w": torch.full((2,), 0.1)})
+    aggregator = FedAvg()
+    other = FedAvg()
+    aggregator.memory = value
+    aggregator.last = ArrayRecord({"w": torch.full((2,), 0.1)})
     tensors, kinds = recall(aggregator)
     assert kinds == {"memory": kind, "last": "record"}
     remind(other, tensors, kinds)

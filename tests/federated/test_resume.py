@@ -48,18 +48,28 @@ def test_a_server_stopped_anywhere_goes_on_to_the_same_bits(stream, tmp_path, re
     make = maker(stream, STRATEGY, privacy=privacy)
     for times in (1, 2):
         with pytest.raises(StoppedError):
-            run_federation(make, streams, federation, folder=tmp_path, callbacks=[stopping(point, times)])
+            run_federation(
+                make, streams, federation, folder=tmp_path, callbacks=[stopping(point, times)]
+            )
     assert outcome(run_federation(make, streams, federation, folder=tmp_path).learner) == expected
 
 
 CLIENT_POINTS = [
-    ("step.gradient", 9), ("block.end", 5), ("experience.consolidated", 3), ("experience.end", 4),
-    ("checkpoint.begin", 8), ("checkpoint.end", 7), ("noise.drawn", 20), ("ledger.appended", 25),
-]  # fmt: skip
+    ("step.gradient", 9),
+    ("block.end", 5),
+    ("experience.consolidated", 3),
+    ("experience.end", 4),
+    ("checkpoint.begin", 8),
+    ("checkpoint.end", 7),
+    ("noise.drawn", 20),
+    ("ledger.appended", 25),
+]
 
 
 @pytest.mark.parametrize("point,times", CLIENT_POINTS)
-def test_a_client_stopped_anywhere_goes_on_to_the_same_bits(stream, tmp_path, reference, point, times):
+def test_a_client_stopped_anywhere_goes_on_to_the_same_bits(
+    stream, tmp_path, reference, point, times
+):
     privacy, expected = reference
     if privacy is None and point.startswith(("noise", "ledger")):
         point = "step.done"
@@ -71,14 +81,21 @@ def test_a_client_stopped_anywhere_goes_on_to_the_same_bits(stream, tmp_path, re
     assert outcome(run_federation(make, streams, federation, folder=tmp_path).learner) == expected
 
 
-def test_clients_that_outlive_their_server_go_back_to_where_the_next_one_starts(stream, tmp_path, reference):
+def test_clients_that_outlive_their_server_go_back_to_where_the_next_one_starts(
+    stream, tmp_path, reference
+):
     privacy, expected = reference
     streams, federation = hard(stream)
     make = maker(stream, STRATEGY, privacy=privacy)
     app = client_app(lambda number: (make(number), streams[number]), tmp_path)
 
     def server(*callbacks):
-        own = {"learner": make(0), "stream": streams[0], "federation": federation, "folder": tmp_path}
+        own = {
+            "learner": make(0),
+            "stream": streams[0],
+            "federation": federation,
+            "folder": tmp_path,
+        }
         return Server(**own, callbacks=callbacks)
 
     with InProcessGrid(app, 4).running() as grid:
@@ -93,8 +110,13 @@ def test_clients_that_outlive_their_server_go_back_to_where_the_next_one_starts(
 def test_a_finished_run_is_not_run_again(stream, tmp_path):
     streams, federation = hard(stream)
     first = run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
-    again = run_federation(lambda number: maker(stream, Naive())(number), streams, federation, folder=tmp_path,
-                           callbacks=[lambda point, server: pytest.fail(point)])  # fmt: skip
+    again = run_federation(
+        lambda number: maker(stream, Naive())(number),
+        streams,
+        federation,
+        folder=tmp_path,
+        callbacks=[lambda point, server: pytest.fail(point)],
+    )
     assert outcome(first.learner) == outcome(again.learner)
 
 
@@ -102,18 +124,27 @@ def test_another_federation_may_not_take_over_the_folder(stream, tmp_path):
     streams, federation = hard(stream)
     run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
     with pytest.raises(RunError, match=r"holds a run of .*'seed': 2"):
-        run_federation(maker(stream, Naive()), streams, replace(federation, seed=3), folder=tmp_path)
+        run_federation(
+            maker(stream, Naive()), streams, replace(federation, seed=3), folder=tmp_path
+        )
 
 
 def test_a_client_that_lost_its_state_says_so(stream, tmp_path):
     streams, federation = hard(stream)
     with pytest.raises(StoppedError):
         run_federation(
-            maker(stream, Naive()), streams, federation, folder=tmp_path, callbacks=[stopping("evaluated", 1)]
+            maker(stream, Naive()),
+            streams,
+            federation,
+            folder=tmp_path,
+            callbacks=[stopping("evaluated", 1)],
         )
     for path in (tmp_path / "clients" / "002" / "checkpoint").glob("*"):
         path.unlink()
-    with pytest.raises(FederationError, match=r"client 2 stopped: FederationError: no state after exchange \d is kept"):
+    with pytest.raises(
+        FederationError,
+        match=r"client 2 stopped: FederationError: no state after exchange \d is kept",
+    ):
         run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
 
 
@@ -122,6 +153,14 @@ def test_nothing_on_disk_is_pickled_and_rows_are_private(stream, tmp_path):
     run_federation(maker(stream, STRATEGY, privacy=SIMULATED), streams, federation, folder=tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".head", ""}
-    assert {path.parent.name for path in files if path.suffix == ".safetensors"} == {"checkpoint", "private"}
-    assert sorted(path.name for path in (tmp_path / "clients").iterdir()) == ["000", "001", "002", "003"]
+    assert {path.parent.name for path in files if path.suffix == ".safetensors"} == {
+        "checkpoint",
+        "private",
+    }
+    assert sorted(path.name for path in (tmp_path / "clients").iterdir()) == [
+        "000",
+        "001",
+        "002",
+        "003",
+    ]
     assert not any(path.name == "key" for path in files)

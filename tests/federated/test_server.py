@@ -1,4 +1,6 @@
-"""A federation: one client is the learner alone, many are averaged, cohorts come from the seed, and what is refused."""
+"""A federation: one client is the learner alone, many are averaged, cohorts come from the seed, and
+what is refused.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -27,14 +29,23 @@ from perdure.federated.messages import load_shared, shared
 from perdure.learner.learner import Learner
 from perdure.strategies import EWC, Combine, Joint, LwF, Naive, Replay
 
-# --------------------------------------------------------------------------- one client is the learner alone
+# ------------------------------------------------------------------ one client is the learner alone
 
-ALONE = [Naive(), EWC(strength=50.0), EWC(strength=50.0, mode="online"), LwF(), Replay(memory_size=40), Joint()]
+ALONE = [
+    Naive(),
+    EWC(strength=50.0),
+    EWC(strength=50.0, mode="online"),
+    LwF(),
+    Replay(memory_size=40),
+    Joint(),
+]
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
 @pytest.mark.parametrize("strategy", ALONE, ids=lambda s: f"{s.name}-{getattr(s, 'mode', '')}")
-def test_the_only_client_of_a_federation_gives_the_bits_of_the_learner_alone(stream, strategy, privacy):
+def test_the_only_client_of_a_federation_gives_the_bits_of_the_learner_alone(
+    stream, strategy, privacy
+):
     stream, make = short(stream), maker(stream, strategy, privacy=privacy)
     alone = make(0)
     alone.fit(stream)
@@ -51,7 +62,9 @@ def test_with_a_folder_it_is_the_same_and_so_is_the_ledger(stream, tmp_path):
     alone = make(0)
     alone.folder = tmp_path / "alone"
     alone.fit(stream)
-    server = run_federation(make, [stream], Federation(clients=1, rounds=3), folder=tmp_path / "many")
+    server = run_federation(
+        make, [stream], Federation(clients=1, rounds=3), folder=tmp_path / "many"
+    )
     assert outcome(server.learner) == outcome(alone)
     ledger = (tmp_path / "alone" / "ledger.jsonl").read_text()
     assert (tmp_path / "many" / "clients" / "000" / "ledger.jsonl").read_text() == ledger
@@ -63,7 +76,9 @@ def test_more_rounds_than_steps_charge_nothing_for_the_empty_ones(stream, tmp_pa
     alone = make(0)
     alone.folder = tmp_path / "alone"
     alone.fit(stream)
-    server = run_federation(make, [stream], Federation(clients=1, rounds=3), folder=tmp_path / "many")
+    server = run_federation(
+        make, [stream], Federation(clients=1, rounds=3), folder=tmp_path / "many"
+    )
     assert outcome(server.learner) == outcome(alone)
     ledger = (tmp_path / "alone" / "ledger.jsonl").read_text()
     assert (tmp_path / "many" / "clients" / "000" / "ledger.jsonl").read_text() == ledger
@@ -72,12 +87,18 @@ def test_more_rounds_than_steps_charge_nothing_for_the_empty_ones(stream, tmp_pa
 @pytest.mark.parametrize("reset", [False, True])
 def test_momentum_and_schedule_go_on_over_rounds(stream, reset):
     make = maker(
-        stream, Naive(), optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), reset_optimizer=reset,
+        stream,
+        Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        reset_optimizer=reset,
         scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
-    )  # fmt: skip
-    stream, alone = short(stream, 2), make(0)
+    )
+    stream = short(stream, 2)
+    alone = make(0)
     alone.fit(stream)
-    assert outcome(run_federation(make, [stream], Federation(clients=1, rounds=3)).learner) == outcome(alone)
+    assert outcome(
+        run_federation(make, [stream], Federation(clients=1, rounds=3)).learner
+    ) == outcome(alone)
 
 
 class Normed(nn.Module):
@@ -85,7 +106,8 @@ class Normed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.feature_size = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12)), 12
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12))
+        self.feature_size = 12
         self.head = nn.Linear(12, 10)
 
     def features(self, x):
@@ -99,18 +121,27 @@ def normed(number):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = Normed()
-    return Learner(model=model, strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=0.1), iterations=6, blocks=2)
+    return Learner(
+        model=model,
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=6,
+        blocks=2,
+    )
 
 
 def test_counters_stay_with_the_client_and_running_statistics_travel(stream):
-    stream, alone = short(stream, 2), normed(0)
+    stream = short(stream, 2)
+    alone = normed(0)
     alone.fit(stream)
     server = run_federation(normed, [stream], Federation(clients=1, rounds=2))
     assert "body.2.num_batches_tracked" not in shared(server.learner.model)
     assert int(server.learner.model.body[2].num_batches_tracked) == 0
     assert torch.equal(server.learner.model.body[2].running_mean, alone.model.body[2].running_mean)
     assert server.learner.matrix == alone.matrix
-    two = run_federation(normed, dirichlet(stream, clients=2, alpha=1.0), Federation(clients=2, rounds=2))
+    two = run_federation(
+        normed, dirichlet(stream, clients=2, alpha=1.0), Federation(clients=2, rounds=2)
+    )
     assert np.isfinite(two.learner.matrix).all()
 
 
@@ -119,7 +150,9 @@ def test_counters_stay_with_the_client_and_running_statistics_travel(stream):
 
 def test_ten_clients_give_the_identical_result_twice_with_and_without_a_folder(stream, tmp_path):
     streams = dirichlet(short(stream, 2), clients=10, alpha=0.5, min_size=8)
-    make = maker(stream, EWC(strength=50.0), iterations=10, optimizer=partial(torch.optim.Adam, lr=0.02))
+    make = maker(
+        stream, EWC(strength=50.0), iterations=10, optimizer=partial(torch.optim.Adam, lr=0.02)
+    )
     federation = Federation(clients=10, rounds=2)
     first, again = (run_federation(make, streams, federation) for _ in range(2))
     disk = run_federation(make, streams, federation, folder=tmp_path)
@@ -131,7 +164,8 @@ def test_a_round_is_the_average_weighted_by_declared_sizes(stream):
     """Against a direct loop over learners."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=0.5, min_size=8)
     make = maker(stream, Naive(), iterations=4, blocks=1)
-    models, weights = [], []
+    models = []
+    weights = []
     for number, own in enumerate(streams):
         learner = make(number)
         learner.client = number
@@ -140,7 +174,9 @@ def test_a_round_is_the_average_weighted_by_declared_sizes(stream):
         weights.append(own[0].train.declared_size)
     server = run_federation(make, streams, Federation(clients=3, rounds=1))
     for name, value in server.learner.model.state_dict().items():
-        mean = sum(w * m[name].double() for w, m in zip(weights, models, strict=True)) / sum(weights)
+        mean = sum(w * m[name].double() for w, m in zip(weights, models, strict=True)) / sum(
+            weights
+        )
         torch.testing.assert_close(value, mean.float(), atol=1e-6, rtol=1e-5)
 
 
@@ -157,14 +193,23 @@ def test_fisher_information_is_the_weighted_mean_over_clients(stream):
         learner.begin(0)
         load_shared(learner.model, shared(server.learner.model))
         learner.finish()
-        expected = expected + own[0].train.declared_size / total * learner.state["fisher/head.weight"].double()
-    torch.testing.assert_close(server.learner.state["fisher/head.weight"], expected.float(), atol=1e-8, rtol=1e-4)
+        expected = (
+            expected
+            + own[0].train.declared_size / total * learner.state["fisher/head.weight"].double()
+        )
+    torch.testing.assert_close(
+        server.learner.state["fisher/head.weight"], expected.float(), atol=1e-8, rtol=1e-4
+    )
     for name, value in server.learner.model.named_parameters():
         fisher = server.learner.state[f"fisher/{name}"]
-        torch.testing.assert_close(server.learner.state[f"pull/{name}"], fisher * value.detach(), atol=1e-9, rtol=1e-4)
+        torch.testing.assert_close(
+            server.learner.state[f"pull/{name}"], fisher * value.detach(), atol=1e-9, rtol=1e-4
+        )
 
 
-@pytest.mark.parametrize("aggregator", [FedAvg(), FedAdam(eta=0.05), FedAvgM(server_momentum=0.5), FedMedian()])
+@pytest.mark.parametrize(
+    "aggregator", [FedAvg(), FedAdam(eta=0.05), FedAvgM(server_momentum=0.5), FedMedian()]
+)
 def test_flower_aggregators_work_with_fewer_nodes_than_their_defaults_ask_for(stream, aggregator):
     streams = dirichlet(short(stream, 1), clients=2, alpha=5.0, min_size=8)
     federation = Federation(clients=2, rounds=2, fraction=0.5, aggregator=aggregator)
@@ -196,9 +241,16 @@ def federation_of_one(clients):
 
 
 @settings(max_examples=30, deadline=None)
-@given(clients=st.integers(1, 6), rounds=st.integers(1, 4), fraction=st.floats(0.1, 1.0), seed=st.integers(0, 99))
+@given(
+    clients=st.integers(1, 6),
+    rounds=st.integers(1, 4),
+    fraction=st.floats(0.1, 1.0),
+    seed=st.integers(0, 99),
+)
 @pytest.mark.property
-def test_the_previous_exchange_of_a_client_is_the_last_that_asked_it(clients, rounds, fraction, seed):
+def test_the_previous_exchange_of_a_client_is_the_last_that_asked_it(
+    clients, rounds, fraction, seed
+):
     federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)
     last = [FRESH] * clients
     for exchange in range(3 * (rounds + 1)):
@@ -211,16 +263,23 @@ def test_the_previous_exchange_of_a_client_is_the_last_that_asked_it(clients, ro
 # --------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("changes,error,text", [
-    ({"clients": 0}, ConfigError, "federation.clients = 0"),
-    ({"rounds": 0}, ConfigError, "federation.rounds = 0"),
-    ({"fraction": 0.0}, ConfigError, "federation.fraction = 0.0"),
-    ({"fraction": 1.5}, ConfigError, "federation.fraction = 1.5"),
-    ({"mode": "secure"}, PrivacyError, "federation.mode = 'secure'"),
-    ({"mode": "central"}, PrivacyError, "federation.mode = 'central'"),
-    ({"aggregator": FedProx()}, ConfigError, "FedProx is not allowed: its proximal term"),
-    ({"aggregator": DifferentialPrivacyServerSideFixedClipping(FedAvg(), 1.0, 1.0, 2)}, ConfigError, "from the ledger"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes,error,text",
+    [
+        ({"clients": 0}, ConfigError, "federation.clients = 0"),
+        ({"rounds": 0}, ConfigError, "federation.rounds = 0"),
+        ({"fraction": 0.0}, ConfigError, "federation.fraction = 0.0"),
+        ({"fraction": 1.5}, ConfigError, "federation.fraction = 1.5"),
+        ({"mode": "secure"}, PrivacyError, "federation.mode = 'secure'"),
+        ({"mode": "central"}, PrivacyError, "federation.mode = 'central'"),
+        ({"aggregator": FedProx()}, ConfigError, "FedProx is not allowed: its proximal term"),
+        (
+            {"aggregator": DifferentialPrivacyServerSideFixedClipping(FedAvg(), 1.0, 1.0, 2)},
+            ConfigError,
+            "from the ledger",
+        ),
+    ],
+)
 def test_a_bad_federation_is_refused_in_one_line(changes, error, text):
     with pytest.raises(error, match=text) as caught:
         Federation(**{"clients": 2, "rounds": 2, **changes})
@@ -228,8 +287,11 @@ def test_a_bad_federation_is_refused_in_one_line(changes, error, text):
 
 
 def test_streams_engine_and_folder_must_fit(stream):
-    make, federation = maker(stream, Naive()), Federation(clients=2, rounds=1)
-    with pytest.raises(ConfigError, match="streams = 1 is not allowed; allowed: one for each of 2 clients"):
+    make = maker(stream, Naive())
+    federation = Federation(clients=2, rounds=1)
+    with pytest.raises(
+        ConfigError, match="streams = 1 is not allowed; allowed: one for each of 2 clients"
+    ):
         run_federation(make, [stream], federation)
     with pytest.raises(ConfigError, match="engine = 'dask'"):
         run_federation(make, [stream] * 2, federation, engine="dask")
@@ -240,14 +302,18 @@ def test_streams_engine_and_folder_must_fit(stream):
 def test_an_aggregator_that_stops_is_a_federation_error(stream):
     with pytest.raises(FederationError, match=r"aggregator FedAvg stopped: .*`participants`"):
         fit_federated(
-            maker(stream, Naive()), [short(stream, 1)],
+            maker(stream, Naive()),
+            [short(stream, 1)],
             Federation(clients=1, rounds=1, aggregator=FedAvg(weighted_by_key="participants")),
-        )  # fmt: skip
+        )
 
 
 def test_the_server_sees_no_training_record(stream):
-    server = Server(learner=maker(stream, Naive(), privacy=SIMULATED, folder=Path("x"))(0), stream=stream,
-                    federation=Federation(clients=1, rounds=1))  # fmt: skip
+    server = Server(
+        learner=maker(stream, Naive(), privacy=SIMULATED, folder=Path("x"))(0),
+        stream=stream,
+        federation=Federation(clients=1, rounds=1),
+    )
     assert [len(e.train) for e in server.stream] == [0] * 5
     assert [e.train.declared_size for e in server.stream] == [len(e.train) for e in stream]
     assert (server.learner.privacy, server.learner.folder) == (None, None)

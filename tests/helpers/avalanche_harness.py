@@ -14,7 +14,8 @@ from perdure.curator.local_curator import Curator
 from perdure.learner.learner import Learner
 from perdure.strategies.naive import Naive
 
-BATCH, EPOCHS = 10, 2
+BATCH = 10
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +53,25 @@ class SameBatches:
 
     def __init__(self, stream, model, epochs=EPOCHS):
         self.learner = Learner(
-            model=model, strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=0.1), epochs=epochs, batch_size=BATCH
+            model=model,
+            strategy=Naive(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            epochs=epochs,
+            batch_size=BATCH,
         )
         self.learner.prepare(stream)
 
     def before_training_exp(self, template, **_):
-        learner, index = self.learner, template.experience.current_experience
+        learner = self.learner
+        index = template.experience.current_experience
         curator = Curator(seed=0, batch_size=BATCH)
-        curator.open(learner.stream.experiences[: index + 1], Plan(), learner.context(index), learner.forward)
+        curator.open(
+            learner.stream.experiences[: index + 1], Plan(), learner.context(index), learner.forward
+        )
         drawn = [curator.sample(step) for step in range(learner.steps(index))]
-        template.dataloader = [[rows.inputs, rows.labels, torch.zeros_like(rows.labels)] for rows in drawn]
+        template.dataloader = [
+            [rows.inputs, rows.labels, torch.zeros_like(rows.labels)] for rows in drawn
+        ]
 
 
 def adam(parameters):
@@ -76,9 +86,13 @@ def template(avalanche):
         options = {"train_mb_size": BATCH, "train_epochs": 1, "eval_mb_size": 64} | options
         kind = kind or avalanche.training.templates.SupervisedTemplate
         return kind(
-            model=model, optimizer=adam(model.parameters()), criterion=options.pop("criterion", nn.CrossEntropyLoss()),
-            plugins=list(plugins), evaluator=evaluator or quiet(), **options,
-        )  # fmt: skip
+            model=model,
+            optimizer=adam(model.parameters()),
+            criterion=options.pop("criterion", nn.CrossEntropyLoss()),
+            plugins=list(plugins),
+            evaluator=evaluator or quiet(),
+            **options,
+        )
 
     return make
 
@@ -101,13 +115,20 @@ def accuracies():
 def assert_close(left, right, **tolerance):
     assert left.keys() == right.keys()
     for name, value in left.items():
-        torch.testing.assert_close(value, right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            value, right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 def learnt(strategy, benchmark, toy_model):
     """A learner that was trained on the benchmark, and its accuracy matrix."""
     stream = from_avalanche(benchmark)
     learner = Learner(
-        model=toy_model(stream), strategy=strategy, optimizer=adam, epochs=EPOCHS, batch_size=BATCH, seed=0
+        model=toy_model(stream),
+        strategy=strategy,
+        optimizer=adam,
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        seed=0,
     )
     return learner, learner.fit(stream)

@@ -1,4 +1,6 @@
-"""Strategies that break the contract wherever they run, each with the check that finds it and what it says."""
+"""Strategies that break the contract wherever they run, each with the check that finds it and what
+it says.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -33,7 +35,11 @@ class Loose(Strategy):
     strength: float = 1.0
 
 
-BROKEN["Loose"] = Loose, "declared", ("strength of Loose is no field", "@dataclass(frozen=True, kw_only=True)")
+BROKEN["Loose"] = (
+    Loose,
+    "declared",
+    ("strength of Loose is no field", "@dataclass(frozen=True, kw_only=True)"),
+)
 
 
 @broken("declared", "no hash", "tuples", sizes=[1, 2])
@@ -60,7 +66,9 @@ class Remembering(Strategy):
     """A number in the state."""
 
     def init(self, spec):
-        return State().declare("seen", torch.zeros(2, device=next(iter(spec.params.values())).device), "local")
+        return State().declare(
+            "seen", torch.zeros(2, device=next(iter(spec.params.values())).device), "local"
+        )
 
 
 @broken("alone", "after_experience()", "'seen' as (3,)", "'seen' as (2,)", "state.replace")
@@ -169,7 +177,9 @@ class CountingInAList(Strategy):
 @broken("pure", "losses() gives value anew at every call", "generator")
 class Rolling(Strategy):
     def losses(self, forward, batch, context, state):
-        return cross_entropy(forward, batch, context) * torch.rand(len(batch), device=batch.inputs.device)
+        return cross_entropy(forward, batch, context) * torch.rand(
+            len(batch), device=batch.inputs.device
+        )
 
 
 @broken("pure", "derive() changes seen", "'local'")
@@ -249,7 +259,9 @@ class ReferringByCompany(Strategy):
 # --------------------------------------------------------------------------- bounds
 
 
-@broken("bounds", "one record moves the gradient of a batch by", "its clip norm, 0.5", "in their order")
+@broken(
+    "bounds", "one record moves the gradient of a batch by", "its clip norm, 0.5", "in their order"
+)
 class TwoOrders(Strategy):
     """Right losses, but two passes for one record are in different rows."""
 

@@ -23,10 +23,14 @@ def declared(stream, *sizes):
 
 
 class Bench:
-    """A curator on a stream, with its model, contexts, ledger and the trace of what happened in which order."""
+    """A curator on a stream, with its model, contexts, ledger and the trace of what happened in
+    which order.
+    """
 
     def __init__(self, stream, model, *, privacy=None, batch_size=8, seed=0):
-        self.stream, self.model, self.trace = stream, model, []
+        self.stream = stream
+        self.model = model
+        self.trace = []
         self.params = dict(model.named_parameters())
         self.context = contexts(stream, "cpu")
         self.mechanism = self._mechanism(privacy) if privacy else None

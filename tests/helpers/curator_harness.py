@@ -1,4 +1,6 @@
-"""Whoever asks: a curator with its ledger, what it may be asked about, and streams with one record less or changed."""
+"""Whoever asks: a curator with its ledger, what it may be asked about, and streams with one record
+less or changed.
+"""
 
 import math
 from dataclasses import replace
@@ -50,7 +52,8 @@ class Party:
     """A curator on the toy stream's first experience, and the ledger behind it."""
 
     def __init__(self, stream, model, *, trace=None, **privacy):
-        self.trace, self.mechanism = [], None
+        self.trace = []
+        self.mechanism = None
         if privacy:
             key = NoiseKey.from_seed(0)
             self.ledger = Ledger.open(None, key=key, trace=self.trace.append)
@@ -58,9 +61,12 @@ class Party:
                 self.ledger.declare(e.train.partition, e.train.declared_size)
             asked = Privacy(**privacy)
             schedule = Schedule(noise=(asked.noise_multiplier,))
-            self.mechanism = Listening(privacy=asked, schedule=schedule, ledger=self.ledger, key=key)
+            self.mechanism = Listening(
+                privacy=asked, schedule=schedule, ledger=self.ledger, key=key
+            )
             self.trace.clear()
-        self.stream, self.model = stream, model
+        self.stream = stream
+        self.model = model
         self.curator = Curator(seed=0, batch_size=8, mechanism=self.mechanism)
         self.open()
 
@@ -138,5 +144,7 @@ def poisoned(stream, place, value):
 
 
 def has_scale(noise, scale):
-    """Whether the standard deviation of the normals is `scale`, within 5.5 standard errors (4e-8)."""
+    """Whether the standard deviation of the normals is `scale`, within 5.5 standard errors
+    (4e-8).
+    """
     return abs(float(noise.std()) / scale - 1) < 5.5 / math.sqrt(2 * noise.numel())

@@ -1,4 +1,6 @@
-"""Clients that learn digits, a federation with everything that has to be kept, and what must come out the same."""
+"""Clients that learn digits, a federation with everything that has to be kept, and what must come
+out the same.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,12 @@ SIMULATED = Privacy(noise_multiplier=1.0, seed=5)
 
 def maker(stream, strategy, **changes):
     """From a client's number to a learner of a small MLP; alike for all clients."""
-    default = {"optimizer": partial(torch.optim.Adam, lr=2e-3), "iterations": 7, "blocks": 3, "batch_size": 16}
+    default = {
+        "optimizer": partial(torch.optim.Adam, lr=2e-3),
+        "iterations": 7,
+        "blocks": 3,
+        "batch_size": 16,
+    }
 
     def make(number):
         model = mlp(input_shape=stream.input_shape, num_classes=10, hidden=(16,), seed=3)
@@ -32,12 +39,16 @@ def short(stream, experiences=3):
 def outcome(learner):
     """Everything that must come out the same to the bit."""
     tensors = {f"model.{n}": t for n, t in learner.model.state_dict().items()}
-    tensors |= {f"state.{n}": t for n, t in learner.state.items() if learner.state.rules[n] != "local"}
+    tensors |= {
+        f"state.{n}": t for n, t in learner.state.items() if learner.state.rules[n] != "local"
+    }
     return {name: value.numpy().tobytes() for name, value in tensors.items()}, learner.matrix
 
 
 def hard(stream):
-    """A federation with everything that has to be kept: moments everywhere, memory, clients left out."""
+    """A federation with everything that has to be kept: moments everywhere, memory, clients left
+    out.
+    """
     streams = dirichlet(short(stream, 2), clients=4, alpha=0.5, min_size=8)
     aggregator = FedAdam(eta=0.02, beta_1=0.9, beta_2=0.99)
     return streams, Federation(clients=4, rounds=3, fraction=0.5, aggregator=aggregator, seed=2)

@@ -1,4 +1,6 @@
-"""Learners on the toy problem; whether tensors are the same to the bit, and how many rows are, up to rounding."""
+"""Learners on the toy problem; whether tensors are the same to the bit, and how many rows are, up
+to rounding.
+"""
 
 from functools import partial
 
@@ -28,13 +30,17 @@ def bits(tensors):
 
 
 def same_bits(mine, theirs):
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name], theirs[name]) for name in mine
+    )
 
 
 def distinct_rows(rows, rtol=1e-3, atol=1e-6):
-    """Number of rows that differ by more than rounding: equal records need not give equal bits in one batch.
+    """Number of rows that differ by more than rounding: equal records need not give equal bits in
+    one batch.
 
-    How a row is rounded depends on its place in the batch, on the processor and on the build of torch.
+    How a row is rounded depends on its place in the batch, on the processor and on the build of
+    torch.
     """
     count = 0
     while len(rows):

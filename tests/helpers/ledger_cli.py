@@ -1,4 +1,6 @@
-"""The command `perdure ledger`, and finished runs for it to read: alone, federated, and a copy to be spoilt."""
+"""The command `perdure ledger`, and finished runs for it to read: alone, federated, and a copy to
+be spoilt.
+"""
 
 import shutil
 import sys
@@ -49,8 +51,8 @@ KEY = NoiseKey.from_seed(0)
 def perdure(monkeypatch, capfd):
     """Call `perdure ledger`: (exit code, standard output, standard error).
 
-    The real entry point, given its words where a shell gives them; a process for each of some 60 calls would take
-    seconds to start.
+    The real entry point, given its words where a shell gives them; a process for each of some 60
+    calls would take seconds to start.
     """
 
     def call(*words):

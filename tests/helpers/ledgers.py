@@ -5,17 +5,27 @@ from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
 
 DELTA = 1e-5
-N, STEPS, NOISE = 12_000, 469, 1.1
+N = 12_000
+STEPS = 469
+NOISE = 1.1
 Q = 256 / N
 KEY = NoiseKey.from_seed(0, "ledger")
 
 
 def entry(scope=None, **changes):
     fields = {
-        "purpose": "gradient", "mechanism": "gaussian", "noise_multiplier": NOISE, "clip_norm": 1.0, "first_step": 0,
-        "steps": STEPS, "sampling": "poisson", "scope": scope or {"e1": Q}, "data": "d", "start": "s",
+        "purpose": "gradient",
+        "mechanism": "gaussian",
+        "noise_multiplier": NOISE,
+        "clip_norm": 1.0,
+        "first_step": 0,
+        "steps": STEPS,
+        "sampling": "poisson",
+        "scope": scope or {"e1": Q},
+        "data": "d",
+        "start": "s",
         "simulated": True,
-    }  # fmt: skip
+    }
     return Entry(**(fields | changes))
 
 

@@ -1,4 +1,6 @@
-"""Layers with a rule, in a small network, and their clipped sums: by the tape, and exactly, record by record."""
+"""Layers with a rule, in a small network, and their clipped sums: by the tape, and exactly, record
+by record.
+"""
 
 import copy
 from functools import partial
@@ -16,7 +18,8 @@ from perdure.privacy.clipping.convolution_rules import ConvGhost, ConvRows
 from perdure.privacy.clipping.layer_rules import LinearGhost, LinearOuter, LinearRows
 from perdure.queries.per_record import gradient_rows
 
-N, WORDS = 9, 5
+N = 9
+WORDS = 5
 SHARES = torch.logspace(-1.5, 1.5, N)
 """Weights of the records' losses, so that some gradients are long and some are short."""
 
@@ -26,7 +29,8 @@ class Net(nn.Module):
 
     def __init__(self, layer, x, times=1):
         super().__init__()
-        self.layer, self.times = layer, times
+        self.layer = layer
+        self.times = times
         self.head = nn.Linear(layer(x).flatten(1).shape[1], 3)
 
     def forward(self, x):
@@ -55,16 +59,34 @@ LAYERS = {
     "conv1d, few places": (partial(nn.Conv1d, 12, 16, 5, padding=1), floats(12, 5), ConvGhost),
     "conv2d": (partial(nn.Conv2d, 2, 4, 3), floats(2, 7, 7), ConvRows),
     "conv2d, settings": (
-        partial(nn.Conv2d, 3, 4, (3, 2), stride=(2, 3), padding=(1, 2), dilation=(1, 2)), floats(3, 9, 8), ConvRows,
+        partial(nn.Conv2d, 3, 4, (3, 2), stride=(2, 3), padding=(1, 2), dilation=(1, 2)),
+        floats(3, 9, 8),
+        ConvRows,
     ),
     "conv2d, kernel 1": (partial(nn.Conv2d, 3, 5, 1, stride=2), floats(3, 5, 5), ConvRows),
-    "conv2d, by lines": (partial(nn.Conv2d, 1, 4, 8, stride=2, padding=3), floats(1, 13, 12), ConvRows),
-    "conv2d, by upright lines": (partial(nn.Conv2d, 2, 3, (8, 3), stride=(2, 1)), floats(2, 13, 6), ConvRows),
-    "conv2d, few places": (partial(nn.Conv2d, 8, 16, 3, stride=2, padding=1, dilation=2), floats(8, 5, 5), ConvGhost),
+    "conv2d, by lines": (
+        partial(nn.Conv2d, 1, 4, 8, stride=2, padding=3),
+        floats(1, 13, 12),
+        ConvRows,
+    ),
+    "conv2d, by upright lines": (
+        partial(nn.Conv2d, 2, 3, (8, 3), stride=(2, 1)),
+        floats(2, 13, 6),
+        ConvRows,
+    ),
+    "conv2d, few places": (
+        partial(nn.Conv2d, 8, 16, 3, stride=2, padding=1, dilation=2),
+        floats(8, 5, 5),
+        ConvGhost,
+    ),
     "layer norm": (lambda bias: nn.LayerNorm(6, bias=bias), floats(6), None),
     "layer norm, positions": (lambda bias: nn.LayerNorm(6, bias=bias), floats(4, 6), None),
-    "layer norm, two dimensions": (lambda bias: nn.LayerNorm((4, 6), bias=bias), floats(2, 4, 6), None),
-}  # fmt: skip
+    "layer norm, two dimensions": (
+        lambda bias: nn.LayerNorm((4, 6), bias=bias),
+        floats(2, 4, 6),
+        None,
+    ),
+}
 NO_BIAS = {
     "group norm": (lambda bias: nn.GroupNorm(2, 4), floats(4, 3, 3), None),
     "group norm, flat": (lambda bias: nn.GroupNorm(2, 6), floats(6), None),
@@ -84,7 +106,9 @@ def made(name, bias=True, times=1):
 
 def losses(forward, batch):
     logits = forward(batch.inputs)
-    return F.cross_entropy(logits.float(), batch.labels % 3, reduction="none") * SHARES[batch.labels].to(logits.device)
+    return F.cross_entropy(logits.float(), batch.labels % 3, reduction="none") * SHARES[
+        batch.labels
+    ].to(logits.device)
 
 
 def batch_of(x):
@@ -96,27 +120,40 @@ def exactly(module, x, clip):
 
     def in_double(forward, batch):
         logits = forward(batch.inputs)
-        return F.cross_entropy(logits, batch.labels % 3, reduction="none") * SHARES.double()[batch.labels]
+        return (
+            F.cross_entropy(logits, batch.labels % 3, reduction="none")
+            * SHARES.double()[batch.labels]
+        )
 
-    twin, x = copy.deepcopy(module).double(), x.double() if x.is_floating_point() else x
+    twin = copy.deepcopy(module).double()
+    x = x.double() if x.is_floating_point() else x
     params = dict(twin.named_parameters())
     return clipped_sum(gradient_rows(in_double, twin), params, batch_of(x).tensors(), clip, N)
 
 
 def lengths(module, x):
     """Norms of the records' gradients, in order of length."""
-    params, batch = list(module.parameters()), batch_of(x)
-    each = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses(Forward(module), batch)]
+    params = list(module.parameters())
+    batch = batch_of(x)
+    each = [
+        torch.autograd.grad(loss, params, retain_graph=True)
+        for loss in losses(Forward(module), batch)
+    ]
     return sorted(size(dict(enumerate(gradient))) for gradient in each)
 
 
 def by_tape(module, x, clip, of=losses, index=slice(None)):
-    params, batch = dict(module.named_parameters()), batch_of(x).take(index)
-    return clipped_gradient_sum(module, params, lambda: of(Forward(module), batch), len(batch), clip)
+    params = dict(module.named_parameters())
+    batch = batch_of(x).take(index)
+    return clipped_gradient_sum(
+        module, params, lambda: of(Forward(module), batch), len(batch), clip
+    )
 
 
 def size(total):
-    return float(torch.stack([value.double().square().sum() for value in total.values()]).sum().sqrt())
+    return float(
+        torch.stack([value.double().square().sum() for value in total.values()]).sum().sqrt()
+    )
 
 
 def distance(one, other):
@@ -131,4 +168,6 @@ def assert_equal(module, x):
         expected = exactly(module, x, clip)
         mine = by_tape(module, x, clip)
         assert distance(mine, expected) < 1e-5 * size(expected)
-        assert all(value.dtype == torch.float32 and not value.requires_grad for value in mine.values())
+        assert all(
+            value.dtype == torch.float32 and not value.requires_grad for value in mine.values()
+        )

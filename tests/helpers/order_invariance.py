@@ -13,7 +13,8 @@ from perdure.models.frozen import frozen
 from perdure.models.random_convolutions import RandomConvolutions
 from perdure.privacy.settings import Privacy
 
-FIRST, SECOND = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), (7, 3, 9, 0, 5, 2, 8, 6, 1, 4)
+FIRST = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+SECOND = (7, 3, 9, 0, 5, 2, 8, 6, 1, 4)
 
 
 @cache
@@ -26,7 +27,9 @@ def stream_of(order=FIRST, experiences=5):
 
 
 def learner_of(strategy, privacy=None, **changes):
-    model = frozen(RandomConvolutions(filters=12, size=3, pool=2), input_shape=(1, 8, 8), num_classes=10)
+    model = frozen(
+        RandomConvolutions(filters=12, size=3, pool=2), input_shape=(1, 8, 8), num_classes=10
+    )
     options = {"optimizer": torch.optim.SGD, "iterations": 3, "privacy": privacy} | changes
     return Learner(model=model, strategy=strategy, **options)
 
@@ -51,7 +54,8 @@ def accuracy(learner):
 
 def everything():
     """(features, labels) of all training records at once, as the frozen model makes them."""
-    learner, records = learner_of(None), data().train
+    learner = learner_of(None)
+    records = data().train
     with torch.no_grad():
         return learner.model.features(records.inputs).double(), records.labels
 
@@ -62,16 +66,26 @@ def features_of_tests():
 
 
 def difference(strategy):
-    """Largest relative difference of the logits between one learner and other orders, splits and federations."""
+    """Largest relative difference of the logits between one learner and other orders, splits and
+    federations.
+    """
     base = logits(alone(strategy))
     learners = [
-        alone(strategy, stream_of(SECOND)), alone(strategy, stream_of(SECOND, experiences=2)),
+        alone(strategy, stream_of(SECOND)),
+        alone(strategy, stream_of(SECOND, experiences=2)),
         alone(strategy, stream_of(experiences=10)),
-    ]  # fmt: skip
-    for streams in (iid(stream_of(), clients=3), dirichlet(stream_of(SECOND), clients=4, alpha=0.3)):
+    ]
+    for streams in (
+        iid(stream_of(), clients=3),
+        dirichlet(stream_of(SECOND), clients=4, alpha=0.3),
+    ):
         federation = Federation(clients=len(streams), rounds=2)
-        learners.append(run_federation(lambda _: learner_of(strategy, blocks=2), streams, federation).learner)
-    return max(float((logits(learner) - base).abs().max() / base.abs().max()) for learner in learners)
+        learners.append(
+            run_federation(lambda _: learner_of(strategy, blocks=2), streams, federation).learner
+        )
+    return max(
+        float((logits(learner) - base).abs().max() / base.abs().max()) for learner in learners
+    )
 
 
 SIMULATED = Privacy(epsilon=8.0, seed=1)

@@ -13,12 +13,19 @@ from perdure.privacy.private_sum import Mechanism
 from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, GEM
 
-BOTH = pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)], ids=["agem", "gem"])
+BOTH = pytest.mark.parametrize(
+    "strategy", [AGEM(memory_size=12), GEM(memory_size=12)], ids=["agem", "gem"]
+)
 PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
 
 
 def learner_of(model, strategy, **changes):
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 4, "batch_size": 4, "privacy": PRIVATE}
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.5),
+        "iterations": 4,
+        "batch_size": 4,
+        "privacy": PRIVATE,
+    }
     return Learner(model=model, strategy=strategy, **options | changes)
 
 
@@ -64,8 +71,11 @@ class Meetings:
     """Every stream of noise that was drawn, and the sums that it met."""
 
     def __init__(self, monkeypatch):
-        self.sums, self.of, self._last = {}, {}, {}
-        normal, noised = NoiseKey.normal, Mechanism._noised
+        self.sums = {}
+        self.of = {}
+        self._last = {}
+        normal = NoiseKey.normal
+        noised = Mechanism._noised
 
         def drawn(key, shapes, **of):
             self._last = normal(key, shapes, **of)
@@ -79,17 +89,22 @@ class Meetings:
             self.of[entry, purpose, step] = noise, exact
             return released
 
-        # both call the real one and write down what went through: noise and exact sum are seen nowhere else
+        # both call the real one and write down what went through: noise and exact sum are seen
+        # nowhere else
         monkeypatch.setattr(NoiseKey, "normal", drawn)
         monkeypatch.setattr(Mechanism, "_noised", met)
 
     @property
     def reused(self):
         """How many streams of noise met two sums that differ."""
-        return sum(any(not torch.equal(sums[0], other) for other in sums) for sums in self.sums.values())
+        return sum(
+            any(not torch.equal(sums[0], other) for other in sums) for sums in self.sums.values()
+        )
 
     def noises(self, prefix):
-        return [noise for (_, purpose, _), (noise, _) in self.of.items() if purpose.startswith(prefix)]
+        return [
+            noise for (_, purpose, _), (noise, _) in self.of.items() if purpose.startswith(prefix)
+        ]
 
     def exact(self, purpose):
         return [exact for (_, own, _), (_, exact) in self.of.items() if own == purpose]

@@ -1,4 +1,6 @@
-"""What must stay secret, in every way it may be written, and everything that leaves a run, to look for it in."""
+"""What must stay secret, in every way it may be written, and everything that leaves a run, to look
+for it in.
+"""
 
 import base64
 import contextlib
@@ -29,7 +31,9 @@ with warnings.catch_warnings():
 
 @dataclass
 class Secrets:
-    """Everything that must not leave: keys, coins and tags (float64), memory rows (n, d), and their record ids."""
+    """Everything that must not leave: keys, coins and tags (float64), memory rows (n, d), and their
+    record ids.
+    """
 
     keys: set[bytes] = field(default_factory=set)
     coins: list[torch.Tensor] = field(default_factory=list)
@@ -49,7 +53,9 @@ class Secrets:
 
 
 def in_base64(secret):
-    """The characters that `secret` decides, at each of the three places where it may begin in a longer text."""
+    """The characters that `secret` decides, at each of the three places where it may begin in a
+    longer text.
+    """
     for shift in range(3):
         text = base64.b64encode(bytes(shift) + secret)
         yield text[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6]
@@ -98,10 +104,13 @@ def written_ids(ids):
 
 
 class Searcher:
-    """Finds any of many needles of 8 bytes or more: eight bytes of each are looked up, then the needle is compared."""
+    """Finds any of many needles of 8 bytes or more: eight bytes of each are looked up, then the
+    needle is compared.
+    """
 
     def __init__(self, secrets):
-        self.kinds, self.places = secrets.needles(), {}
+        self.kinds = secrets.needles()
+        self.places = {}
         for needle in self.kinds:
             offset = max(range(len(needle) - 7), key=lambda i, n=needle: len(set(n[i : i + 8])))
             word = int.from_bytes(needle[offset : offset + 8], "little")
@@ -113,7 +122,10 @@ class Searcher:
         found = set()
         for shift in range(min(8, max(0, len(data) - 7))):
             words = np.frombuffer(data, dtype="<u8", offset=shift, count=(len(data) - shift) // 8)
-            places = self.words[np.searchsorted(self.words, words).clip(max=len(self.words) - 1)] == words
+            places = (
+                self.words[np.searchsorted(self.words, words).clip(max=len(self.words) - 1)]
+                == words
+            )
             for i in np.flatnonzero(places):
                 for offset, needle in self.places[int(words[i])]:
                     start = shift + 8 * int(i) - offset
@@ -136,7 +148,9 @@ def as_values(tensors):
 
 
 def files(folder, private):
-    """Name of every file inside (or outside) folders called private to its bytes, and the values of its tensors."""
+    """Name of every file inside (or outside) folders called private to its bytes, and the values of
+    its tensors.
+    """
     found = {}
     for path in folder.rglob("*"):
         if path.is_file() and ("private" in path.relative_to(folder).parts[:-1]) == private:
@@ -193,10 +207,16 @@ def hearing():
             heard.messages[f"message {len(heard.messages)}"] = message_views(message)
 
     with pytest.MonkeyPatch.context() as patch:
-        listen(NoiseKey, "__init__", lambda self, args, answer: heard.secrets.keys.add(self._secret))
+        listen(
+            NoiseKey, "__init__", lambda self, args, answer: heard.secrets.keys.add(self._secret)
+        )
         listen(NoiseKey, "uniform", lambda self, args, answer: heard.secrets.coins.append(answer))
         listen(NoiseKey, "tags", lambda self, args, answer: heard.secrets.coins.append(answer))
-        listen(NoiseKey, "normal", lambda self, args, answer: heard.noise.extend(map(torch.clone, answer.values())))
+        listen(
+            NoiseKey,
+            "normal",
+            lambda self, args, answer: heard.noise.extend(map(torch.clone, answer.values())),
+        )
         listen(Memory, "offer_by_coin", keep)
         listen(InProcessGrid, "_deliver", carry)
         yield heard
@@ -205,15 +225,20 @@ def hearing():
 @contextlib.contextmanager
 def told():
     """Everything that is printed or logged, at any level."""
-    surface, texts = {}, {name: io.StringIO() for name in ("stdout", "stderr", "log")}
-    handler, root = logging.StreamHandler(texts["log"]), logging.getLogger()
+    surface = {}
+    texts = {name: io.StringIO() for name in ("stdout", "stderr", "log")}
+    handler = logging.StreamHandler(texts["log"])
+    root = logging.getLogger()
     loggers = [root, logging.getLogger("flwr")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(1)
     try:
-        with contextlib.redirect_stdout(texts["stdout"]), contextlib.redirect_stderr(texts["stderr"]):
+        with (
+            contextlib.redirect_stdout(texts["stdout"]),
+            contextlib.redirect_stderr(texts["stderr"]),
+        ):
             yield surface
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -40,7 +40,8 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.layer = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
 
     def forward(self, x):
         return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))

@@ -1,4 +1,6 @@
-"""One example of every strategy, by the name of its file; a new file in strategies/ is tested once it is here."""
+"""One example of every strategy, by the name of its file; a new file in strategies/ is tested once
+it is here.
+"""
 
 import torch
 
@@ -38,7 +40,9 @@ EXAMPLES = {
 
 
 def example(name):
-    assert name in EXAMPLES, f"strategies/{name}.py has no example; add one to EXAMPLES in {__file__}"
+    assert name in EXAMPLES, (
+        f"strategies/{name}.py has no example; add one to EXAMPLES in {__file__}"
+    )
     return strategies.find(name)(**EXAMPLES[name])
 
 

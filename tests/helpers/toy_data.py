@@ -1,4 +1,6 @@
-"""A toy data set whose records are told apart by their ids, and which of them is in which experience."""
+"""A toy data set whose records are told apart by their ids, and which of them is in which
+experience.
+"""
 
 import pytest
 import torch

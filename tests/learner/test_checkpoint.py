@@ -10,7 +10,11 @@ from perdure.utils.atomic_files import write_atomically
 
 def snapshot(k):
     return Snapshot(
-        tensors={"model.w": torch.full((2, 3), float(k)), "count": torch.tensor(k), "empty": torch.zeros(0)},
+        tensors={
+            "model.w": torch.full((2, 3), float(k)),
+            "count": torch.tensor(k),
+            "empty": torch.zeros(0),
+        },
         private={"memory.inputs": torch.full((4,), -float(k)), "mask": torch.tensor([True, False])},
         facts={"position": {"step": k}, "nothing": None, "rates": [0.1, 1e-300, float("inf")]},
     )
@@ -23,7 +27,10 @@ def test_what_was_saved_comes_back(tmp_path):
     back = Store(tmp_path).load()
     for mine, theirs in ((back.tensors, snapshot(7).tensors), (back.private, snapshot(7).private)):
         assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], value) and mine[name].dtype == value.dtype for name, value in theirs.items())
+        assert all(
+            torch.equal(mine[name], value) and mine[name].dtype == value.dtype
+            for name, value in theirs.items()
+        )
     assert back.facts == snapshot(7).facts
 
 
@@ -39,7 +46,9 @@ def test_the_last_two_are_kept(tmp_path):
 
 def test_tensors_that_share_memory_are_saved_each(tmp_path):
     weight = torch.arange(4.0)
-    Store(tmp_path).save(1, Snapshot(tensors={"a": weight, "b": weight.detach(), "c": weight.view(2, 2).T}))
+    Store(tmp_path).save(
+        1, Snapshot(tensors={"a": weight, "b": weight.detach(), "c": weight.view(2, 2).T})
+    )
     back = Store(tmp_path).load().tensors
     assert torch.equal(back["a"], back["b"]) and torch.equal(back["c"], weight.view(2, 2).T)
 
@@ -81,7 +90,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(tmp_path, n
         store.save(number, snapshot(number))
     path = tmp_path / name
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(RunError, match=r"checkpoint 000002 in .* cannot be read .*complete ones: \[1, 2\]"):
+    with pytest.raises(
+        RunError, match=r"checkpoint 000002 in .* cannot be read .*complete ones: \[1, 2\]"
+    ):
         store.load()
     assert int(store.load(1).tensors["count"]) == 1
 
@@ -91,7 +102,9 @@ def test_a_damaged_pointer_is_refused(tmp_path, content):
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     (store.public / "latest.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"latest.json cannot be read .*restore it, or use another folder"):
+    with pytest.raises(
+        RunError, match=r"latest.json cannot be read .*restore it, or use another folder"
+    ):
         store.load()
 
 
@@ -109,4 +122,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         write_atomically(path, None)
     assert path.read_bytes() == b"first"
     write_atomically(path, json.dumps([1]).encode())
-    assert path.read_bytes() == b"[1]" and [p.name for p in path.parent.iterdir()] == ["result.json"]
+    assert path.read_bytes() == b"[1]" and [p.name for p in path.parent.iterdir()] == [
+        "result.json"
+    ]

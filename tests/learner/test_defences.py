@@ -1,4 +1,6 @@
-"""Training against an adversary and within a budget: what moves, what is charged, and which noise is drawn."""
+"""Training against an adversary and within a budget: what moves, what is charged, and which noise
+is drawn.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,27 +30,40 @@ class Watched(FGSM):
 
     def perturb(self, losses, inputs, *, generator=None):
         moved = super().perturb(losses, inputs, generator=generator)
-        SEEN.append((inputs.clone(), moved, losses(inputs).detach().sum(), losses(moved).detach().sum()))
+        SEEN.append(
+            (inputs.clone(), moved, losses(inputs).detach().sum(), losses(moved).detach().sum())
+        )
         return moved
 
 
 SEEN = []
 
 
-@pytest.mark.parametrize(("privacy", "update"), [(None, "experience"), (None, "step"), (SIMULATED, "experience")])
-def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner_of, toy_stream, privacy, update):
+@pytest.mark.parametrize(
+    ("privacy", "update"), [(None, "experience"), (None, "step"), (SIMULATED, "experience")]
+)
+def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(
+    learner_of, toy_stream, privacy, update
+):
     SEEN.clear()
-    stream, trained = toy_stream(), []
+    stream = toy_stream()
+    trained = []
     copies = [bits({"inputs": e.train.inputs, "test": e.test.inputs}) for e in stream]
 
     def look(point, learner):
         if point == "step.sampled":
             held = learner.curator._held
-            drawn = held.rows.take(held._drawn) if privacy else learner.curator.sample(learner.position.step)
+            drawn = (
+                held.rows.take(held._drawn)
+                if privacy
+                else learner.curator.sample(learner.position.step)
+            )
             trained.append(drawn)
 
     attack = Watched(epsilon=0.05)
-    learner = learner_of(Replay(memory_size=12, update=update), adversary=attack, callbacks=[look], privacy=privacy)
+    learner = learner_of(
+        Replay(memory_size=12, update=update), adversary=attack, callbacks=[look], privacy=privacy
+    )
     learner.fit(stream)
     assert len(SEEN) == len(trained) == 8
     for (inputs, moved, before, after), batch in zip(SEEN, trained, strict=True):
@@ -58,9 +73,12 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(learner
         assert torch.equal(experience.train.inputs, copy["inputs"])
         assert torch.equal(experience.test.inputs, copy["test"])
     rows = learner.curator._held.memory.rows
-    originals = torch.cat([e.train.inputs for e in stream])[torch.cat([e.train.ids for e in stream]).argsort()]
+    originals = torch.cat([e.train.inputs for e in stream])[
+        torch.cat([e.train.ids for e in stream]).argsort()
+    ]
     order = torch.cat([e.train.ids for e in stream]).sort().values
-    assert torch.equal(rows.inputs, originals[torch.searchsorted(order, rows.ids)])  # memory keeps what was seen
+    # memory keeps what was seen
+    assert torch.equal(rows.inputs, originals[torch.searchsorted(order, rows.ids)])
 
 
 def test_adversarial_training_raises_robust_accuracy_on_digits():
@@ -73,14 +91,20 @@ def test_adversarial_training_raises_robust_accuracy_on_digits():
     for adversary in (None, attack):
         model = mlp(input_shape=(1, 8, 8), num_classes=10, hidden=(32,), seed=0)
         learner = Learner(
-            model=model, strategy=Naive(), optimizer=partial(torch.optim.Adam, lr=0.01), iterations=80, batch_size=128,
+            model=model,
+            strategy=Naive(),
+            optimizer=partial(torch.optim.Adam, lr=0.01),
+            iterations=80,
+            batch_size=128,
             adversary=adversary,
-        )  # fmt: skip
+        )
         assert learner.fit(stream).min() > 80
         test = stream[0].test
         place = torch.Generator().manual_seed(0)
         predict = learner.predictor(0, after=0)
-        robust[adversary] = robust_accuracy(predict, test.inputs, test.labels, attack, generator=place)
+        robust[adversary] = robust_accuracy(
+            predict, test.inputs, test.labels, attack, generator=place
+        )
     assert robust[attack] > robust[None] + 5
 
 
@@ -125,11 +149,15 @@ def test_a_batch_of_nobody_still_takes_a_step(learner_of, toy_stream):
     """Rate so low that no one is drawn: noise alone moves the model, also behind an adversary."""
     privacy = replace(SIMULATED, sampling_rate=1e-9)
     learner = learner_of(
-        privacy=privacy, adversary=PGD(epsilon=0.1, steps=2), optimizer=partial(torch.optim.SGD, lr=1e-9)
+        privacy=privacy,
+        adversary=PGD(epsilon=0.1, steps=2),
+        optimizer=partial(torch.optim.SGD, lr=1e-9),
     )
     before = bits(learner.model.state_dict())
     learner.fit(toy_stream())
-    assert not any(torch.equal(before[name], value) for name, value in learner.model.state_dict().items())
+    assert not any(
+        torch.equal(before[name], value) for name, value in learner.model.state_dict().items()
+    )
 
 
 def test_batches_are_rows_of_the_stream(toy_stream):
@@ -138,7 +166,10 @@ def test_batches_are_rows_of_the_stream(toy_stream):
 
 
 def test_another_loss_or_view_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
-    """Names and settings alike; only the code differs. The start of a block is keyed by what it does."""
+    """Names and settings alike; only the code differs.
+
+    The start of a block is keyed by what it does.
+    """
 
     def start(factor, scale):
         @dataclass(frozen=True, kw_only=True)
@@ -157,17 +188,21 @@ def test_another_loss_or_view_under_the_same_name_meets_fresh_noise(learner_of, 
 
 
 def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
-    """Once more from the same checkpoint with another query: the answers must not differ by the records alone."""
+    """Once more from the same checkpoint with another query: the answers must not differ by the
+    records alone.
+    """
 
     def answer(query):
         learner = learner_of(privacy=SIMULATED)
         learner.prepare(toy_stream())
         learner.begin(0)
-        return learner.curator.release(query, clip_norm=100.0, purpose="mean")["value"], learner.mechanism.ledger
+        return learner.curator.release(query, clip_norm=100.0, purpose="mean")[
+            "value"
+        ], learner.mechanism.ledger
 
     (one, ledger), (same, _), (other, others) = (
         answer(lambda f, b, k=k: k * b.inputs) for k in (1.0, 1.0, 2.0)
-    )  # fmt: skip
+    )
     assert torch.equal(one, same)
     records = toy_stream()[0].train.inputs.sum(0)
     assert not torch.allclose(other - one, records, atol=1e-2)
@@ -175,16 +210,22 @@ def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_s
 
 
 SETTINGS = (
-    {}, {"privacy": replace(SIMULATED, clipping="per-layer")}, {"privacy": replace(SIMULATED, bands=2)},
-    {"privacy": replace(SIMULATED, bands=3)}, {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.5))},
-    {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.6))}, {"micro_batch_size": 2},
+    {},
+    {"privacy": replace(SIMULATED, clipping="per-layer")},
+    {"privacy": replace(SIMULATED, bands=2)},
+    {"privacy": replace(SIMULATED, bands=3)},
+    {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.5))},
+    {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.6))},
+    {"micro_batch_size": 2},
     {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.5)},
     {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.4)},
-)  # fmt: skip
+)
 
 
 def test_whatever_shapes_a_sum_or_its_noise_keys_it(learner_of, toy_stream):
-    """The ledger's entry, under whose digest noise is drawn, differs from that of every other setting."""
+    """The ledger's entry, under whose digest noise is drawn, differs from that of every other
+    setting.
+    """
 
     def digest(options):
         learner = learner_of(**{"privacy": SIMULATED} | options)

@@ -1,4 +1,6 @@
-"""The loop: how long it trains, what every hook is handed and when, and what its matrix measures."""
+"""The loop: how long it trains, what every hook is handed and when, and what its matrix
+measures.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,7 +88,9 @@ HANDED = Ledger()
 
 @dataclass(frozen=True, kw_only=True)
 class Tracing(Strategy):
-    """Penalty 3 * sum(theta), projection that doubles, a path that counts; says what each hook was handed."""
+    """Penalty 3 * sum(theta), projection that doubles, a path that counts; says what each hook was
+    handed.
+    """
 
     def init(self, spec):
         return State().declare("steps", torch.zeros(()), "sum")
@@ -107,23 +111,30 @@ class Tracing(Strategy):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9, nesterov=True, foreach=True)]
+    "optimizer",
+    [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9, nesterov=True, foreach=True)],
 )
 def test_penalty_projection_and_path_are_handed_the_right_things(learner_of, toy_stream, optimizer):
     HANDED.clear()
-    stream, losses = toy_stream(), []
+    stream = toy_stream()
+    losses = []
 
     def look(point, learner):
         if point == "step.gradient":
             batch = learner.curator.sample(learner.position.step)
-            loss = learner.strategy.losses(learner.forward, batch, learner.curator.context, learner.state).mean()
+            loss = learner.strategy.losses(
+                learner.forward, batch, learner.curator.context, learner.state
+            ).mean()
             grads = torch.autograd.grad(loss, list(learner.params.values()))
             losses.append(dict(zip(learner.params, grads, strict=True)))
 
     learner = learner_of(Tracing(), optimizer=partial(optimizer, lr=0.1), callbacks=[look])
     start = bits(dict(learner.model.named_parameters()))
     learner.fit(stream)
-    assert float(learner.state["steps"]) == 8 and [kind for kind, *_ in HANDED] == ["project", "after_step"] * 8
+    assert (
+        float(learner.state["steps"]) == 8
+        and [kind for kind, *_ in HANDED] == ["project", "after_step"] * 8
+    )
     place = start
     for (_, projected, references), (_, before, after, released), loss in zip(
         HANDED[::2], HANDED[1::2], losses, strict=True
@@ -161,8 +172,11 @@ def test_a_penalty_is_handed_all_parameters_and_moves_what_is_trained(learner_of
         ends.append(bits(dict(learner.model.named_parameters())))
     pull = ends[0]["body.1.weight"].mean()
     torch.testing.assert_close(ends[0]["head.weight"], ends[1]["head.weight"] - 0.1 * pull)
-    assert torch.equal(ends[0]["body.1.weight"], ends[1]["body.1.weight"]) and float(pull.abs()) > 1e-3
-    assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()  # its digest calls it too
+    assert (
+        torch.equal(ends[0]["body.1.weight"], ends[1]["body.1.weight"]) and float(pull.abs()) > 1e-3
+    )
+    # its digest calls it too
+    assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()
 
 
 def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_stream):
@@ -173,10 +187,13 @@ def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_
             asked.append(len(asked))
             return super().penalty(params, state)
 
-    stream, quiet, loud = toy_stream(), Watched(strength=1.0), Combine(Watched(strength=1.0), Tying())
+    stream = toy_stream()
+    quiet = Watched(strength=1.0)
+    loud = Combine(Watched(strength=1.0), Tying())
     learner_of(quiet, iterations=3, privacy=None).fit(stream)
     assert len(asked) == 3 * (len(stream) - 1)  # not in the first experience
-    assert [loud.plan(e).penalised for e in stream] == [True] * len(stream)  # of the part that always pulls
+    # of the part that always pulls
+    assert [loud.plan(e).penalised for e in stream] == [True] * len(stream)
 
 
 def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
@@ -186,12 +203,15 @@ def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
         if point == "step.sampled":
             rates.append(learner._optimizer.param_groups[0]["lr"])
 
-    learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look]).fit(toy_stream())
-    assert rates == pytest.approx([0.02] * 3 + [0.002] * 3 + [0.0002] * 2)  # it goes on over experiences
-    rates.clear()
-    learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look], reset_optimizer=True).fit(
+    learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look]).fit(
         toy_stream()
     )
+    # it goes on over experiences
+    assert rates == pytest.approx([0.02] * 3 + [0.002] * 3 + [0.0002] * 2)
+    rates.clear()
+    learner_of(
+        scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look], reset_optimizer=True
+    ).fit(toy_stream())
     assert rates == pytest.approx([0.02] * 3 + [0.002] + [0.02] * 3 + [0.002])
 
 
@@ -213,7 +233,9 @@ class HeadOnly(Strategy):
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED])
-@pytest.mark.parametrize("optimizer", [adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "optimizer", [adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)]
+)
 def test_what_is_not_trained_keeps_its_bits(learner_of, toy_stream, privacy, optimizer):
     moments = []
 
@@ -223,13 +245,17 @@ def test_what_is_not_trained_keeps_its_bits(learner_of, toy_stream, privacy, opt
 
     learner_of(HeadOnly(), optimizer=optimizer, privacy=privacy, callbacks=[look]).fit(toy_stream())
     start, first, begin, end = moments
-    assert same_bits(first, begin) and not any(torch.equal(start[name], first[name]) for name in start)
+    assert same_bits(first, begin) and not any(
+        torch.equal(start[name], first[name]) for name in start
+    )
     for name, value in begin.items():
         assert torch.equal(value, end[name]) == name.startswith("body")
 
 
 def test_a_prefix_that_no_parameter_has_is_refused(learner_of, toy_stream):
-    with pytest.raises(StrategyError, match=r"no parameter begins with \('haed',\); the model trains body.1.weight"):
+    with pytest.raises(
+        StrategyError, match=r"no parameter begins with \('haed',\); the model trains body.1.weight"
+    ):
         learner_of(HeadOnly(prefix="haed")).fit(toy_stream())
 
 
@@ -249,14 +275,22 @@ def test_parameters_that_were_frozen_by_hand_stay(learner_of, toy_stream, toy_mo
 
 def test_callbacks_see_every_point_in_order(learner_of, toy_stream, tmp_path):
     seen = []
-    learner_of(iterations=2, blocks=2, folder=tmp_path, callbacks=[lambda point, _: seen.append(point)]).fit(
-        toy_stream()
-    )
+    learner_of(
+        iterations=2, blocks=2, folder=tmp_path, callbacks=[lambda point, _: seen.append(point)]
+    ).fit(toy_stream())
     step = ["step.sampled", "step.gradient", "step.done"]
     block = ["block.begin", *step, "block.end", "checkpoint.begin", "checkpoint.end"]
-    end = ["experience.consolidated", "experience.end", "evaluated", "checkpoint.begin", "checkpoint.end"]
+    end = [
+        "experience.consolidated",
+        "experience.end",
+        "evaluated",
+        "checkpoint.begin",
+        "checkpoint.end",
+    ]
     assert seen == ["experience.begin", *block, *block, *end] * 2
-    assert set(POINTS) - set(seen) == {point for point in POINTS if point.startswith(("ledger.", "noise."))}
+    assert set(POINTS) - set(seen) == {
+        point for point in POINTS if point.startswith(("ledger.", "noise."))
+    }
 
 
 def test_under_privacy_callbacks_see_the_ledger_too(learner_of, toy_stream):
@@ -264,8 +298,12 @@ def test_under_privacy_callbacks_see_the_ledger_too(learner_of, toy_stream):
     learner_of(privacy=SIMULATED, callbacks=[lambda point, _: seen.append(point)]).fit(toy_stream())
     at = seen.index("block.begin")
     assert seen[at + 1 : at + 6] == [
-        "ledger.before-append", "ledger.appended", "ledger.head-written", "step.sampled", "noise.drawn"
-    ]  # fmt: skip
+        "ledger.before-append",
+        "ledger.appended",
+        "ledger.head-written",
+        "step.sampled",
+        "noise.drawn",
+    ]
 
 
 # --------------------------------------------------------------------------- measuring
@@ -289,14 +327,17 @@ class Oracle(Strategy):
 def test_the_matrix_of_an_oracle(learner_of, toy_stream, scenario, expected):
     stream = toy_stream(scenario)
     telling = tuple(
-        replace(e, test=replace(e.test, inputs=e.test.labels[:, None].float().expand(-1, 5))) for e in stream
+        replace(e, test=replace(e.test, inputs=e.test.labels[:, None].float().expand(-1, 5)))
+        for e in stream
     )
     matrix = learner_of(Oracle(), iterations=1).fit(replace(stream, experiences=telling))
     assert matrix.tolist() == expected
 
 
 @pytest.mark.parametrize(("scenario", "answers"), [("task", 2), ("class", 4), ("domain", 2)])
-def test_predictions_stay_among_the_classes_of_the_scenario(learner_of, toy_stream, toy_model, scenario, answers):
+def test_predictions_stay_among_the_classes_of_the_scenario(
+    learner_of, toy_stream, toy_model, scenario, answers
+):
     stream = toy_stream(scenario)
     learner = learner_of(stream=stream)
     learner.prepare(stream)
@@ -312,7 +353,8 @@ def test_accuracy_is_in_percent_and_unknown_without_records():
     def predict(x):
         return x
 
-    logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    logits = torch.eye(4)
+    labels = torch.tensor([0, 1, 2, 0])
     assert accuracy(predict, logits, labels, 3) == 75.0
     assert torch.tensor(accuracy(predict, logits[:0], labels[:0], 3)).isnan()
 

@@ -1,4 +1,6 @@
-"""The digest that keys simulated noise: an explicit list of fields, whole, and independent of how objects print."""
+"""The digest that keys simulated noise: an explicit list of fields, whole, and independent of how
+objects print.
+"""
 
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -10,7 +12,12 @@ from torch import nn
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.data.augmentation import shift_and_flip
 from perdure.errors import ConfigError
-from perdure.learner.noise_digest import exposure_settings, memory_settings, module_settings, plan_settings
+from perdure.learner.noise_digest import (
+    exposure_settings,
+    memory_settings,
+    module_settings,
+    plan_settings,
+)
 from perdure.planning.exposure import Exposure
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.private_sum import clipping_settings
@@ -50,17 +57,41 @@ OTHER_CLIPPINGS = {"quantile": 0.4, "learning_rate": 0.1, "count_noise": 0.1}
     ids=["plan", "memory", "exposure", "adaptive"],
 )
 def test_every_field_changes_the_digest(settings, value, others):
-    assert {own.name for own in fields(value)} == set(others), "a new field belongs into the digest and into this test"
-    texts = {canonical_text(settings(replace(value, **{name: other}))) for name, other in others.items()}
+    assert {own.name for own in fields(value)} == set(others), (
+        "a new field belongs into the digest and into this test"
+    )
+    texts = {
+        canonical_text(settings(replace(value, **{name: other}))) for name, other in others.items()
+    }
     assert len(texts | {canonical_text(settings(value))}) == len(others) + 1
 
 
 def test_canonical_is_equal_for_equal_values_and_for_no_others():
     values = [
-        1, 2, 1.5, "1", True, None, (1, 2), (2, 1), {"a": 1}, {"a": 2}, {3}, torch.tensor([1.0]), torch.tensor([2.0]),
-        EWC(strength=1.0), EWC(strength=2.0), Replay(memory_size=5), Replay(memory_size=6), partial(int, base=2),
-        partial(int, base=3), shift_and_flip(pixels=1), shift_and_flip(pixels=2), torch.device("cpu"), torch.float32,
-    ]  # fmt: skip
+        1,
+        2,
+        1.5,
+        "1",
+        True,
+        None,
+        (1, 2),
+        (2, 1),
+        {"a": 1},
+        {"a": 2},
+        {3},
+        torch.tensor([1.0]),
+        torch.tensor([2.0]),
+        EWC(strength=1.0),
+        EWC(strength=2.0),
+        Replay(memory_size=5),
+        Replay(memory_size=6),
+        partial(int, base=2),
+        partial(int, base=3),
+        shift_and_flip(pixels=1),
+        shift_and_flip(pixels=2),
+        torch.device("cpu"),
+        torch.float32,
+    ]
     texts = [canonical_text(value) for value in values]
     assert len(set(texts)) == len(values)
     assert canonical_text(EWC(strength=1.0)) == texts[13]

@@ -1,11 +1,21 @@
-"""A private run that is begun again with something changed never meets the noise of before with another sum."""
+"""A private run that is begun again with something changed never meets the noise of before with
+another sum.
+"""
 
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from helpers.reference_gradients import PRIVATE, Stopped, learner_of, loss_of, opened, reserved, stopping
+from helpers.reference_gradients import (
+    PRIVATE,
+    Stopped,
+    learner_of,
+    loss_of,
+    opened,
+    reserved,
+    stopping,
+)
 from perdure.contract.forward import cross_entropy
 from perdure.strategies import AGEM, DER, GEM, GDumb, Naive
 from perdure.strategies.agem import against
@@ -18,7 +28,9 @@ def twice(toy_stream, toy_model, tmp_path):
     def run(first, second, then=None, **options):
         options = {"folder": tmp_path, "iterations": 6, "privacy": RATE} | options
         with pytest.raises(Stopped):
-            learner_of(toy_model(toy_stream()), first, callbacks=[stopping(4)], **options).fit(toy_stream())
+            learner_of(toy_model(toy_stream()), first, callbacks=[stopping(4)], **options).fit(
+                toy_stream()
+            )
         again = learner_of(toy_model(toy_stream()), second, **options | (then or {}))
         again.fit(toy_stream())
         blocks = [
@@ -32,7 +44,11 @@ def twice(toy_stream, toy_model, tmp_path):
 
 
 def other(base, **hooks):
-    kind = type(base.__name__, (base,), {**hooks, "__module__": base.__module__, "__qualname__": base.__qualname__})
+    kind = type(
+        base.__name__,
+        (base,),
+        {**hooks, "__module__": base.__module__, "__qualname__": base.__qualname__},
+    )
     return dataclass(frozen=True, kw_only=True)(kind)
 
 
@@ -56,7 +72,9 @@ def test_another_reference_loss(twice, meetings):
 def test_another_projection(twice, meetings):
     def project(self, gradient, references, state):
         return (
-            {n: (v + against(gradient, references[0])[n]) / 2 for n, v in gradient.items()} if references else gradient
+            {n: (v + against(gradient, references[0])[n]) / 2 for n, v in gradient.items()}
+            if references
+            else gradient
         )
 
     twice(AGEM(memory_size=12), other(AGEM, project=project)(memory_size=12))
@@ -65,7 +83,9 @@ def test_another_projection(twice, meetings):
 
 def test_another_loss_of_stored_rows(twice, meetings):
     def losses(self, forward, batch, context, state):
-        return torch.where(batch.from_memory, 2.0, 1.0) * DER.losses(self, forward, batch, context, state)
+        return torch.where(batch.from_memory, 2.0, 1.0) * DER.losses(
+            self, forward, batch, context, state
+        )
 
     twice(DER(memory_size=12), other(DER, losses=losses)(memory_size=12))
     assert meetings.reused == 0
@@ -85,7 +105,8 @@ def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
     privacy = replace(PRIVATE, epsilon=8, delta=1e-5)
     learner = learner_of(toy_model(four), strategy, privacy=privacy, iterations=6)
     assert learner.fit(four).isfinite().all()
-    ledger, left = learner.mechanism.ledger, learner.mechanism.schedule.left
+    ledger = learner.mechanism.ledger
+    left = learner.mechanism.schedule.left
     assert left[-1] and ledger.worst(1e-5)[1] <= 8
     assert ledger.entries[-1].scope.keys() == {"experience-3"}
 
@@ -112,7 +133,11 @@ def test_an_experience_that_left_nothing_in_memory_is_no_reference(four, toy_mod
 
 @pytest.mark.parametrize("private", [False, True])
 def test_rows_of_a_reference_have_the_role_of_stored_ones(four, toy_model, private):
-    learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=PRIVATE if private else None), four, 1)
+    learner = opened(
+        learner_of(toy_model(four), AGEM(memory_size=12), privacy=PRIVATE if private else None),
+        four,
+        1,
+    )
     roles = []
 
     def losses(forward, batch):
@@ -140,7 +165,9 @@ def test_any_name_may_be_remembered(four, toy_model):
 
 def test_a_schedule_that_changes_late(twice, meetings):
     def lam(late):
-        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: late if s >= 1007 else 1.0)
+        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: late if s >= 1007 else 1.0
+        )
 
     twice(Naive(), Naive(), then={"scheduler": lam(0.1)}, scheduler=lam(1.0), iterations=1010)
     assert meetings.reused == 0

@@ -1,4 +1,6 @@
-"""A seed gives the same bits, and so does a run that was stopped anywhere and goes on; nothing is drawn uncharged."""
+"""A seed gives the same bits, and so does a run that was stopped anywhere and goes on; nothing is
+drawn uncharged.
+"""
 
 import json
 from collections import Counter
@@ -39,7 +41,8 @@ def dropping(stream):
 def test_a_seed_gives_the_same_bits_also_with_dropout(learner_of, toy_stream, strategy, privacy):
     ends = []
     for seed in (5, 5, 6):
-        torch.manual_seed(len(ends))  # what the caller does with the global generator is nobody's business
+        # what the caller does with the global generator is nobody's business
+        torch.manual_seed(len(ends))
         learner = learner_of(strategy, model=dropping(toy_stream()), seed=seed, privacy=privacy)
         learner.fit(toy_stream())
         ends.append(bits(learner.model.state_dict()))
@@ -47,7 +50,9 @@ def test_a_seed_gives_the_same_bits_also_with_dropout(learner_of, toy_stream, st
 
 
 def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_stream):
-    """Draws go by a row's place in the batch: were they public, one more record would change those of the others."""
+    """Draws go by a row's place in the batch: were they public, one more record would change those
+    of the others.
+    """
     learner = learner_of(seed=5)
     learner.prepare(toy_stream())
     seeds = [learner._seed_of("layers", 0)]
@@ -57,7 +62,11 @@ def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_
         learner.begin(0)
         learner.curator.reserve(range(9), "start")
         seeds.append(learner._seed_of("layers", 0))
-    assert len(set(seeds)) == 3 and seeds[2] == seeds[3] and len({learner._seed_of("layers", s) for s in range(9)}) == 9
+    assert (
+        len(set(seeds)) == 3
+        and seeds[2] == seeds[3]
+        and len({learner._seed_of("layers", s) for s in range(9)}) == 9
+    )
 
 
 def test_fitting_again_measures_the_same_stream_anew(learner_of, toy_stream):
@@ -79,7 +88,9 @@ class Cut:
     """Stops a run at the k-th time it comes to a point; counts draws of noise."""
 
     def __init__(self, point=None, k=1):
-        self.point, self.left, self.draws = point, k, 0
+        self.point = point
+        self.left = k
+        self.draws = 0
 
     def __call__(self, point, learner):
         self.draws += point == "noise.drawn"
@@ -104,7 +115,13 @@ def start(learner_of, toy_stream):
 
     def run(folder, name, privacy, cut, **changes):
         learner = learner_of(
-            RESUMED[name], blocks=2, folder=folder, privacy=privacy, callbacks=[cut], scheduler=schedule, **changes
+            RESUMED[name],
+            blocks=2,
+            folder=folder,
+            privacy=privacy,
+            callbacks=[cut],
+            scheduler=schedule,
+            **changes,
         )
         matrix = learner.fit(toy_stream())
         return matrix.tolist(), bits(learner.snapshot().tensors), bits(learner.snapshot().private)
@@ -130,12 +147,15 @@ def assert_same(mine, theirs):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Result, ledger and number of passes through every point of a run that nobody stopped, once for each kind."""
+    """Result, ledger and number of passes through every point of a run that nobody stopped, once
+    for each kind.
+    """
     known = {}
 
     def whole(start, name, privacy):
         if (name, privacy) not in known:
-            folder, passed = tmp_path_factory.mktemp("whole"), Counter()
+            folder = tmp_path_factory.mktemp("whole")
+            passed = Counter()
             result = start(folder, name, privacy, lambda point, learner: passed.update([point]))
             assert not privacy or passed["noise.drawn"] == charged(folder)
             ledger = (folder / "ledger.jsonl").read_text() if privacy else ""
@@ -150,7 +170,10 @@ FREE = [point for point in POINTS if not point.startswith(("ledger.", "noise."))
 
 @pytest.mark.parametrize(
     ("name", "point"),
-    [*product(["replay", "ewc"], FREE), *product(["online", "joint"], ["step.gradient", "experience.consolidated"])],
+    [
+        *product(["replay", "ewc"], FREE),
+        *product(["online", "joint"], ["step.gradient", "experience.consolidated"]),
+    ],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp_path, name, point):
     result, _, passed = undisturbed(start, name, None)
@@ -164,11 +187,14 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", ["replay", "ewc"])
-def test_a_private_run_stopped_anywhere_goes_on_to_the_same_bits_and_charges(start, undisturbed, tmp_path, name, point):
+def test_a_private_run_stopped_anywhere_goes_on_to_the_same_bits_and_charges(
+    start, undisturbed, tmp_path, name, point
+):
     result, ledger, passed = undisturbed(start, name, SIMULATED)
     assert passed[point] >= 2
     for k in sorted({passed[point] // 2 + 1, passed[point]}):
-        folder, cut = tmp_path / str(k), Cut(point, k)
+        folder = tmp_path / str(k)
+        cut = Cut(point, k)
         with pytest.raises(Stop):
             start(folder, name, SIMULATED, cut)
         assert charged(folder) >= cut.draws
@@ -177,22 +203,35 @@ def test_a_private_run_stopped_anywhere_goes_on_to_the_same_bits_and_charges(sta
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_with_secret_noise_nothing_is_drawn_that_was_not_charged(start, undisturbed, tmp_path, point):
-    """The key survives the cut, so what is done again is done with the same noise: no charge is missing or doubled."""
+def test_with_secret_noise_nothing_is_drawn_that_was_not_charged(
+    start, undisturbed, tmp_path, point
+):
+    """The key survives the cut, so what is done again is done with the same noise: no charge is
+    missing or doubled.
+    """
     _, ledger, passed = undisturbed(start, "ewc", SIMULATED)
     cut = Cut(point, passed[point] // 2 + 1)
     with pytest.raises(Stop):
         start(tmp_path, "ewc", SECRET, cut)
     assert charged(tmp_path) >= cut.draws
     start(tmp_path, "ewc", SECRET, Cut())
-    merged = read(tmp_path / "ledger.jsonl", keys={"curator": NoiseKey.from_os(tmp_path / "private" / "key")})
+    merged = read(
+        tmp_path / "ledger.jsonl", keys={"curator": NoiseKey.from_os(tmp_path / "private" / "key")}
+    )
     assert merged.verified == "chains and keyed heads verified" and not merged.simulated
-    assert charged(tmp_path) == passed["noise.drawn"] and len(entries(tmp_path)) == ledger.count('"kind":"entry"')
+    assert charged(tmp_path) == passed["noise.drawn"] and len(entries(tmp_path)) == ledger.count(
+        '"kind":"entry"'
+    )
 
 
 def test_a_run_stopped_twice_goes_on(start, undisturbed, tmp_path):
     result, _, _ = undisturbed(start, "replay", SIMULATED)
-    for point, k in (("step.done", 3), ("noise.drawn", 1), ("ledger.appended", 1), ("checkpoint.begin", 2)):
+    for point, k in (
+        ("step.done", 3),
+        ("noise.drawn", 1),
+        ("ledger.appended", 1),
+        ("checkpoint.begin", 2),
+    ):
         with pytest.raises(Stop):
             start(tmp_path / "cut", "replay", SIMULATED, Cut(point, k))
     assert_same(start(tmp_path / "cut", "replay", SIMULATED, Cut()), result)
@@ -207,13 +246,20 @@ def test_a_finished_run_is_not_run_again(start, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scheduler": partial(StepLR, step_size=1)}, {"seed": 6}, {"optimizer": partial(torch.optim.Adam, lr=0.5)}],
+    [
+        {"scheduler": partial(StepLR, step_size=1)},
+        {"seed": 6},
+        {"optimizer": partial(torch.optim.Adam, lr=0.5)},
+    ],
 )
-def test_a_changed_request_meets_fresh_noise_and_is_charged_again(learner_of, toy_stream, tmp_path, changes):
+def test_a_changed_request_meets_fresh_noise_and_is_charged_again(
+    learner_of, toy_stream, tmp_path, changes
+):
     """The scheduler's first rate is the same: what comes later in the block must count too."""
     noises = []
     for options in ({}, changes):
-        folder, drawn = tmp_path, []
+        folder = tmp_path
+        drawn = []
 
         def look(point, learner, drawn=drawn):
             if point == "step.gradient":
@@ -263,7 +309,9 @@ def test_private_rows_are_kept_apart(learner_of, toy_stream, tmp_path):
     assert not any(record.tobytes() in published for record in records)
 
 
-@pytest.mark.parametrize("scheduler", [schedule, partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))])
+@pytest.mark.parametrize(
+    "scheduler", [schedule, partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))]
+)
 def test_a_scheduler_survives_the_disk(learner_of, toy_stream, tmp_path, scheduler):
     rates = {"whole": [], "cut": []}
 
@@ -272,7 +320,9 @@ def test_a_scheduler_survives_the_disk(learner_of, toy_stream, tmp_path, schedul
             if point == "step.done":
                 rates[key].append(learner._optimizer.param_groups[0]["lr"])
 
-        learner_of(scheduler=scheduler, blocks=4, folder=tmp_path / key, callbacks=[look, cut]).fit(toy_stream())
+        learner_of(scheduler=scheduler, blocks=4, folder=tmp_path / key, callbacks=[look, cut]).fit(
+            toy_stream()
+        )
 
     run("whole", Cut())
     with pytest.raises(Stop):
@@ -283,5 +333,7 @@ def test_a_scheduler_survives_the_disk(learner_of, toy_stream, tmp_path, schedul
 
 def test_whole_number_keys_survive_json():
     assert numbered({"milestones": {"3": 1, "60": 2}, "lrs": [{"0": 1.0}], "name": "x"}) == {
-        "milestones": {3: 1, 60: 2}, "lrs": [{0: 1.0}], "name": "x"
-    }  # fmt: skip
+        "milestones": {3: 1, 60: 2},
+        "lrs": [{0: 1.0}],
+        "name": "x",
+    }

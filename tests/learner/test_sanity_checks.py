@@ -1,4 +1,6 @@
-"""What a learner refuses before numbers are wrong: misfits of model and stream, hooks without an answer, runaways."""
+"""What a learner refuses before numbers are wrong: misfits of model and stream, hooks without an
+answer, runaways.
+"""
 
 import math
 from dataclasses import dataclass
@@ -26,14 +28,19 @@ from perdure.strategies import (
     LwF,
     Naive,
     Replay,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 @pytest.mark.parametrize("width", [1, 3, 20])
-def test_outputs_that_are_not_one_for_every_class_are_refused_before_training(learner_of, toy_stream, scenario, width):
+def test_outputs_that_are_not_one_for_every_class_are_refused_before_training(
+    learner_of, toy_stream, scenario, width
+):
     stream = toy_stream(scenario)
-    message = f"outputs of the model = {width} is not allowed; allowed: {stream.num_classes}: one for every class"
+    message = (
+        f"outputs of the model = {width} is not allowed; allowed: {stream.num_classes}: one "
+        "for every class"
+    )
     with pytest.raises(ConfigError, match=message):
         learner_of(model=nn.Linear(5, width)).fit(stream)
 
@@ -44,18 +51,23 @@ def test_a_model_without_features_is_refused_before_training(learner_of, toy_str
         learner_of(strategy, model=nn.Linear(5, 4)).fit(toy_stream())
 
 
-def test_a_private_learner_is_not_fitted_twice_as_its_ledger_would_begin_anew(learner_of, toy_stream, tmp_path):
+def test_a_private_learner_is_not_fitted_twice_as_its_ledger_would_begin_anew(
+    learner_of, toy_stream, tmp_path
+):
     learner = learner_of(privacy=SIMULATED)
     learner.fit(toy_stream())
     with pytest.raises(PrivacyError, match="has spent on this model"):
         learner.fit(toy_stream())
     kept = learner_of(privacy=SIMULATED, folder=tmp_path)
-    assert torch.equal(kept.fit(toy_stream()), kept.fit(toy_stream()))  # goes on where it was: at the end
+    # goes on where it was: at the end
+    assert torch.equal(kept.fit(toy_stream()), kept.fit(toy_stream()))
 
 
 def test_training_that_ran_away_is_no_result(learner_of, toy_stream):
     sgd = partial(torch.optim.SGD, lr=0.1)
-    with pytest.raises(RunawayError, match=r"EWC: .* is NaN or infinite at the end of experience 1; lower"):
+    with pytest.raises(
+        RunawayError, match=r"EWC: .* is NaN or infinite at the end of experience 1; lower"
+    ):
         learner_of(EWC(strength=1e6), optimizer=sgd, iterations=60).fit(toy_stream())
 
 
@@ -69,7 +81,11 @@ class Answers(Strategy):
         return None if self.hook == "init" else super().init(spec)
 
     def penalty(self, params, state):
-        return torch.stack([value.sum() for value in params.values()]) if self.hook == "penalty" else None
+        return (
+            torch.stack([value.sum() for value in params.values()])
+            if self.hook == "penalty"
+            else None
+        )
 
     def after_experience(self, curator, params, state):
         return None if self.hook == "after_experience" else state
@@ -78,7 +94,11 @@ class Answers(Strategy):
 @pytest.mark.parametrize(
     ("hook", "message"),
     [
-        ("init", r"init\(\) of Answers returned None; allowed: a State; end it with return state.replace"),
+        (
+            "init",
+            r"init\(\) of Answers returned None; allowed: a State; end it with return "
+            r"state.replace",
+        ),
         ("after_experience", r"after_experience\(\) of Answers returned None; allowed: a State"),
         ("penalty", r"penalty\(\) returned tensor.*; allowed: a tensor with one number, or None"),
     ],
@@ -89,7 +109,10 @@ def test_hooks_that_answer_nothing_are_named(learner_of, toy_stream, hook, messa
 
 
 def test_a_pool_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match=r"plan.pool = 'everything' is not allowed; allowed: experience, all, memory"):
+    with pytest.raises(
+        ConfigError,
+        match=r"plan.pool = 'everything' is not allowed; allowed: experience, all, memory",
+    ):
         Plan(pool="everything")
 
 
@@ -97,15 +120,22 @@ def test_a_pool_that_is_none_is_refused():
 def test_a_capacity_is_a_whole_number(capacity):
     with pytest.raises(ConfigError, match=r"memory capacity = .*; allowed: 1 or more records"):
         MemoryPlan(capacity=capacity)
-    with pytest.raises(ConfigError, match=r"memory batch_size = .*; allowed: 1 or more records, or none"):
+    with pytest.raises(
+        ConfigError, match=r"memory batch_size = .*; allowed: 1 or more records, or none"
+    ):
         MemoryPlan(capacity=1, batch_size=capacity)
 
 
-@pytest.mark.parametrize("make", [
-    lambda value: LwF(strength=value), lambda value: LwF(temperature=value),
-    lambda value: DER(memory_size=5, alpha=value), lambda value: MIR(memory_size=5, rate=value),
-    lambda value: ICaRL(memory_size=5, temperature=value),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: LwF(strength=value),
+        lambda value: LwF(temperature=value),
+        lambda value: DER(memory_size=5, alpha=value),
+        lambda value: MIR(memory_size=5, rate=value),
+        lambda value: ICaRL(memory_size=5, temperature=value),
+    ],
+)
 def test_infinity_is_no_setting(make):
     for value in (math.inf, math.nan, -1.0):
         with pytest.raises(ConfigError, match="is not allowed"):
@@ -115,7 +145,10 @@ def test_infinity_is_no_setting(make):
 @pytest.mark.parametrize("kind", [AGEM, BiC, DER, ERACE, GDumb, GEM, ICaRL, MIR, Replay])
 @pytest.mark.parametrize("size", ["2 XB", "0 MB", "", -1, 0, 2.5, math.nan, True])
 def test_a_memory_size_is_refused_where_it_is_given(kind, size):
-    with pytest.raises(ConfigError, match=r"memory_size = .*; allowed: a number of records, or bytes such as '500 kB'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"memory_size = .*; allowed: a number of records, or bytes such as '500 kB'",
+    ):
         kind(memory_size=size)
 
 

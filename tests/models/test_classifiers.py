@@ -1,4 +1,6 @@
-"""Models: shapes, seeds, features and head, per-record gradients, and no BatchNorm unless asked for."""
+"""Models: shapes, seeds, features and head, per-record gradients, and no BatchNorm unless asked
+for.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ CONFIGS = {
     "cnn without norm": ModelConfig(name="cnn", width=8, norm="none", activation="gelu"),
     "resnet18": ModelConfig(name="resnet18", width=4),
     "generative": ModelConfig(name="generative", hidden=(16, 8), latent=3),
-    "generative, cosine head": ModelConfig(name="generative", hidden=(16, 8), latent=3, head="cosine"),
+    "generative, cosine head": ModelConfig(
+        name="generative", hidden=(16, 8), latent=3, head="cosine"
+    ),
     "mlp, cosine head": ModelConfig(hidden=(16, 8), activation="tanh", head="cosine"),
     "cnn, cosine head": ModelConfig(name="cnn", width=8, head="cosine"),
 }
@@ -40,7 +44,10 @@ def test_every_model_takes_every_image_size(config, shape):
 
 
 def test_tabular_inputs_go_through_the_mlp():
-    assert mlp(input_shape=(30,), num_classes=2, hidden=(5,), seed=0)(torch.rand(4, 30)).shape == (4, 2)
+    assert mlp(input_shape=(30,), num_classes=2, hidden=(5,), seed=0)(torch.rand(4, 30)).shape == (
+        4,
+        2,
+    )
 
 
 def test_without_hidden_layers_the_mlp_is_linear():
@@ -55,11 +62,17 @@ def test_forward_is_the_head_of_the_features(model):
 
 
 def test_parameters_are_a_function_of_the_seed(model):
-    again = [build(config, input_shape=DIGITS, num_classes=10, seed=0) for config in CONFIGS.values()]
+    again = [
+        build(config, input_shape=DIGITS, num_classes=10, seed=0) for config in CONFIGS.values()
+    ]
     matching = [m for m in again if str(m) == str(model)]
-    for (name, value), other in zip(model.named_parameters(), matching[0].parameters(), strict=True):
+    for (name, value), other in zip(
+        model.named_parameters(), matching[0].parameters(), strict=True
+    ):
         assert torch.equal(value, other), name
-    other_seed = [build(config, input_shape=DIGITS, num_classes=10, seed=1) for config in CONFIGS.values()]
+    other_seed = [
+        build(config, input_shape=DIGITS, num_classes=10, seed=1) for config in CONFIGS.values()
+    ]
     matching = [m for m in other_seed if str(m) == str(model)]
     assert not torch.equal(model.head.weight, matching[0].head.weight)
 
@@ -75,7 +88,8 @@ def test_the_callers_generator_is_left_alone():
 def test_the_initialisation_of_the_mlp_is_pytorchs():
     ours = mlp(input_shape=(6,), num_classes=3, hidden=(4,), seed=5)
     torch.manual_seed(5)
-    hidden, head = nn.Linear(6, 4), nn.Linear(4, 3)
+    hidden = nn.Linear(6, 4)
+    head = nn.Linear(4, 3)
     x = torch.rand(2, 6)
     assert torch.equal(ours(x), head(F.relu(hidden(x))))
 
@@ -83,7 +97,8 @@ def test_the_initialisation_of_the_mlp_is_pytorchs():
 def test_per_record_gradients_add_up_to_the_batch_gradient(model):
     """In float64: normalising groups of a few numbers amplifies rounding."""
     model = model.double()
-    x, y = torch.rand(6, *DIGITS, dtype=torch.float64), torch.arange(6)
+    x = torch.rand(6, *DIGITS, dtype=torch.float64)
+    y = torch.arange(6)
     params = {name: value.detach() for name, value in model.named_parameters()}
 
     def total_loss(params, x, y):
@@ -154,27 +169,38 @@ def test_a_convolution_refuses_a_table():
 
 def test_a_generator_encodes_and_decodes_beside_any_classifier():
     x = torch.rand(3, *DIGITS)
-    for plain in (mlp(input_shape=DIGITS, num_classes=10, hidden=(5,), seed=0), cnn(
-        input_shape=DIGITS, num_classes=10, width=8, seed=0
-    )):  # fmt: skip
+    for plain in (
+        mlp(input_shape=DIGITS, num_classes=10, hidden=(5,), seed=0),
+        cnn(input_shape=DIGITS, num_classes=10, width=8, seed=0),
+    ):
         expected = plain(x)
         model = generative(plain, input_shape=DIGITS, latent=4, hidden=(7, 6), seed=0)
         mean, log_variance = model.encode(x)
         assert mean.shape == log_variance.shape == (3, model.latent) == (3, 4)
         assert model.decode(mean).shape == x.shape
         assert torch.equal(model(x), expected) and model.feature_size == plain.feature_size
-        own = {name: value for name, value in model.named_parameters() if not name.startswith(("encoder.", "decoder."))}
+        own = {
+            name: value
+            for name, value in model.named_parameters()
+            if not name.startswith(("encoder.", "decoder."))
+        }
         assert own.keys() == dict(plain.named_parameters()).keys()
-        assert all(value is own[name] for name, value in plain.named_parameters()), "it is the same classifier"
+        assert all(value is own[name] for name, value in plain.named_parameters()), (
+            "it is the same classifier"
+        )
 
 
 def test_the_decoder_mirrors_the_encoder_and_both_may_be_linear():
     plain = mlp(input_shape=(11,), num_classes=2, hidden=(5,), seed=0)
     model = generative(plain, input_shape=(11,), latent=3, hidden=(7, 6))
-    shapes = [tuple(v.shape) for n, v in model.named_parameters() if n.endswith("weight") and "coder" in n]
+    shapes = [
+        tuple(v.shape) for n, v in model.named_parameters() if n.endswith("weight") and "coder" in n
+    ]
     assert shapes == [(7, 11), (6, 7), (6, 6), (6, 3), (7, 6), (11, 7)]
     linear = generative(plain, input_shape=(11,), latent=3, hidden=())
-    assert linear.encode(torch.rand(2, 11))[0].shape == (2, 3) and linear.decode(torch.rand(2, 3)).shape == (2, 11)
+    assert linear.encode(torch.rand(2, 11))[0].shape == (2, 3) and linear.decode(
+        torch.rand(2, 3)
+    ).shape == (2, 11)
 
 
 def test_the_generators_parameters_are_a_function_of_its_seed():
@@ -182,7 +208,9 @@ def test_the_generators_parameters_are_a_function_of_its_seed():
         config = ModelConfig(name="generative", hidden=(6,), latent=2)
         return build(config, input_shape=(9,), num_classes=2, seed=seed)
 
-    one, again, other = made(0).state_dict(), made(0).state_dict(), made(1).state_dict()
+    one = made(0).state_dict()
+    again = made(0).state_dict()
+    other = made(1).state_dict()
     assert isinstance(made(0), Generative)
     assert all(torch.equal(value, again[name]) for name, value in one.items())
     assert not torch.equal(one["decoder.0.weight"], other["decoder.0.weight"])
@@ -195,7 +223,9 @@ def test_the_generators_parameters_are_a_function_of_its_seed():
 
 def test_a_generator_names_what_it_cannot_take():
     plain = mlp(input_shape=DIGITS, num_classes=2, hidden=(5,), seed=0)
-    with pytest.raises(ConfigError, match=r"input shape = \(8, 8\).*\(1, 8, 8\), as the generator was made for"):
+    with pytest.raises(
+        ConfigError, match=r"input shape = \(8, 8\).*\(1, 8, 8\), as the generator was made for"
+    ):
         generative(plain, input_shape=DIGITS, latent=2).encode(torch.rand(3, 8, 8))
     with pytest.raises(ConfigError, match="latent = 0 is not allowed"):
         generative(plain, input_shape=DIGITS, latent=0)

@@ -1,4 +1,6 @@
-"""The cosine head: its formula, what it does not see, every builder, and its gradients record by record."""
+"""The cosine head: its formula, what it does not see, every builder, and its gradients record by
+record.
+"""
 
 import math
 
@@ -32,18 +34,22 @@ def head(seed=0, classes=4, size=6):
 
 @pytest.mark.reference
 def test_the_logits_are_the_formula():
-    made, features = head(), torch.randn(5, 6)
+    made = head()
+    features = torch.randn(5, 6)
     for i, f in enumerate(features.tolist()):
         for c, w in enumerate(made.weight.tolist()):
             dot = sum(x * y for x, y in zip(f, w, strict=True))
             expected = SCALE * dot / math.hypot(*f) / math.hypot(*w)
             assert made(features)[i, c].item() == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(made(features), SCALE * F.cosine_similarity(features[:, None], made.weight, dim=2))
+    torch.testing.assert_close(
+        made(features), SCALE * F.cosine_similarity(features[:, None], made.weight, dim=2)
+    )
     assert float(cosines(features, made.weight).detach().abs().max()) <= 1 + 1e-6
 
 
 def test_lengths_do_not_matter_and_the_scale_does():
-    made, features = head(), torch.randn(5, 6)
+    made = head()
+    features = torch.randn(5, 6)
     before = made(features)
     with torch.no_grad():
         made.weight.mul_(torch.tensor([0.1, 1.0, 10.0, 100.0])[:, None])
@@ -69,7 +75,9 @@ def test_a_vector_of_zeros_has_no_direction_and_a_finite_gradient():
         logits = made(features)
         assert (logits == 0).all()
         logits.sum().backward()
-        assert all(torch.isfinite(value.grad).all() for value in (features, made.weight, made.scale))
+        assert all(
+            torch.isfinite(value.grad).all() for value in (features, made.weight, made.scale)
+        )
     tiny = torch.full((6,), SHORTEST * 1e-3)
     assert float(directions(tiny).norm()) < 0.01  # what is shorter than rounding counts for little
 
@@ -83,8 +91,12 @@ def test_every_builder_takes_it(make):
     assert isinstance(model.head, CosineHead) and isinstance(plain.head, torch.nn.Linear)
     assert {n for n, _ in model.head.named_parameters()} == {"weight", "scale"}
     assert model.head.weight.shape == (10, model.feature_size)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    for (name, value), other in zip(plain.body.named_parameters(), model.body.parameters(), strict=True):
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    for (name, value), other in zip(
+        plain.body.named_parameters(), model.body.parameters(), strict=True
+    ):
         assert torch.equal(value, other), name
 
 
@@ -110,10 +122,15 @@ def losses(forward, batch):
 @pytest.mark.parametrize("bound", [0.05, 0.5, 50.0])
 def test_clipped_sums_are_those_of_records_one_by_one(toy_stream, bound):
     stream = toy_stream()
-    model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine")
-    params, batch = dict(model.named_parameters()), Batch.current(stream[0].train, 0)
+    model = mlp(
+        input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine"
+    )
+    params = dict(model.named_parameters())
+    batch = Batch.current(stream[0].train, 0)
     clip = Clip(norm=bound)
-    mine = clipped_gradient_sum(model, params, lambda: losses(Forward(model), batch), len(batch), clip)
+    mine = clipped_gradient_sum(
+        model, params, lambda: losses(Forward(model), batch), len(batch), clip
+    )
     detached = {name: value.detach() for name, value in params.items()}
     theirs = clipped_sum(gradient_rows(losses, model), detached, batch.tensors(), clip, 10)
     assert mine is not None and list(mine) == list(theirs) == list(params)
@@ -125,25 +142,38 @@ def test_weights_used_outside_the_head_are_left_to_the_gradients_of_records(toy_
     """As LUCIR uses them: the tape would miss that part."""
     stream = toy_stream()
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0, head="cosine")
-    params, batch = dict(model.named_parameters()), Batch.current(stream[0].train, 0)
+    params = dict(model.named_parameters())
+    batch = Batch.current(stream[0].train, 0)
 
     def by_angles():
-        return cross_entropy_of(cosines(model.features(batch.inputs), model.head.weight), batch.labels)
+        return cross_entropy_of(
+            cosines(model.features(batch.inputs), model.head.weight), batch.labels
+        )
 
     assert clipped_gradient_sum(model, params, by_angles, len(batch), Clip(norm=1.0)) is None
 
 
 def test_the_guard_takes_it_and_a_private_run_goes_by_the_rule(toy_stream, monkeypatch):
-    stream, called = toy_stream(), []
+    stream = toy_stream()
+    called = []
     rule = bookkeeping.RULES[CosineHead]
-    rules = {**bookkeeping.RULES, CosineHead: lambda layer, uses: called.append(len(uses)) or rule(layer, uses)}
+    rules = {
+        **bookkeeping.RULES,
+        CosineHead: lambda layer, uses: called.append(len(uses)) or rule(layer, uses),
+    }
     monkeypatch.setattr(bookkeeping, "RULES", rules)
-    model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine")
+    model = mlp(
+        input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine"
+    )
     check_model(model)
     check_buffers(model, torch.rand(6, 5))
     learner = Learner(
-        model=model, strategy=Replay(memory_size=8), optimizer=torch.optim.Adam, iterations=5, batch_size=8,
+        model=model,
+        strategy=Replay(memory_size=8),
+        optimizer=torch.optim.Adam,
+        iterations=5,
+        batch_size=8,
         privacy=Privacy(noise_multiplier=1.0, seed=0),
-    )  # fmt: skip
+    )
     assert learner.fit(stream).isfinite().all()
     assert called and set(called) == {1}

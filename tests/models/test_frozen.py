@@ -1,4 +1,6 @@
-"""Frozen bodies: nothing trains, moves, travels or is stored, and a backbone computes what it did."""
+"""Frozen bodies: nothing trains, moves, travels or is stored, and a backbone computes what it
+did.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,9 @@ def backbone():
 BODIES = {
     "random convolutions": RandomConvolutions(filters=3, size=3, pool=2),
     "scattering": Scattering(orientations=2),
-    "scattering, normalised": nn.Sequential(Fixed(Scattering(orientations=2)), nn.GroupNorm(1, 9, affine=False)),
+    "scattering, normalised": nn.Sequential(
+        Fixed(Scattering(orientations=2)), nn.GroupNorm(1, 9, affine=False)
+    ),
     "backbone": backbone(),
     "a function": torch.abs,
 }
@@ -48,7 +52,11 @@ def model(request):
 
 
 def test_only_the_head_has_parameters_and_only_it_is_stored(model):
-    assert {name for name, _ in model.named_parameters()} == {"head.weight", "head.bias"} == set(model.state_dict())
+    assert (
+        {name for name, _ in model.named_parameters()}
+        == {"head.weight", "head.bias"}
+        == set(model.state_dict())
+    )
     x = images()
     assert model.features(x).shape == (5, model.feature_size)
     torch.testing.assert_close(model(x), model.head(model.features(x)))
@@ -64,8 +72,11 @@ def test_the_guard_takes_it_and_training_mode_changes_nothing(model):
 
 
 def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(model):
-    x, params = images(), dict(model.named_parameters())
-    alone = torch.func.vmap(lambda row: torch.func.functional_call(model, params, (row[None],))[0])(x)
+    x = images()
+    params = dict(model.named_parameters())
+    alone = torch.func.vmap(lambda row: torch.func.functional_call(model, params, (row[None],))[0])(
+        x
+    )
     torch.testing.assert_close(alone, model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -73,8 +84,14 @@ def test_a_backbone_computes_what_it_did_in_evaluation_mode_and_is_left_as_it_wa
     given = backbone()
     names = [name for name, _ in given.named_parameters()]
     model = frozen(given, input_shape=SHAPE, num_classes=4)
-    assert given.training and names == [name for name, _ in given.named_parameters()] and len(names) > 20
-    torch.testing.assert_close(model.features(images()), given.eval()(images()), rtol=1e-4, atol=1e-5)
+    assert (
+        given.training
+        and names == [name for name, _ in given.named_parameters()]
+        and len(names) > 20
+    )
+    torch.testing.assert_close(
+        model.features(images()), given.eval()(images()), rtol=1e-4, atol=1e-5
+    )
     assert any(isinstance(part, FixedNorm) for part in model.body.modules())
 
 
@@ -99,13 +116,19 @@ def test_in_private_training_the_backbone_is_accepted_where_the_open_one_is_not(
 
     stream = split(digits(), scenario="class", experiences=5)
     options = {
-        "optimizer": torch.optim.SGD, "iterations": 1, "privacy": Privacy(noise_multiplier=1.0, seed=0),
-    }  # fmt: skip
+        "optimizer": torch.optim.SGD,
+        "iterations": 1,
+        "privacy": Privacy(noise_multiplier=1.0, seed=0),
+    }
     with pytest.raises(GuardError, match="BatchNorm2d"):
         open_one = resnet18(input_shape=SHAPE, num_classes=10, seed=0, norm="batch", width=4)
         Learner(model=open_one, strategy=Naive(), **options).prepare(stream)
     for strategy in (NCM(), Naive()):
-        learner = Learner(model=frozen(backbone(), input_shape=SHAPE, num_classes=10), strategy=strategy, **options)
+        learner = Learner(
+            model=frozen(backbone(), input_shape=SHAPE, num_classes=10),
+            strategy=strategy,
+            **options,
+        )
         before = learner.model.features(images())
         assert learner.fit(stream).isfinite().all()
         assert torch.equal(learner.model.features(images()), before)
@@ -118,7 +141,9 @@ def test_gradients_reach_the_images_through_a_backbone():
 
 
 def test_the_head_is_a_function_of_the_seed():
-    heads = [frozen(torch.abs, input_shape=SHAPE, num_classes=4, seed=s).head.weight for s in (1, 1, 2)]
+    heads = [
+        frozen(torch.abs, input_shape=SHAPE, num_classes=4, seed=s).head.weight for s in (1, 1, 2)
+    ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 

@@ -1,4 +1,6 @@
-"""Prompts: which are picked and what they weigh, against loops over single records, and how they start."""
+"""Prompts: which are picked and what they weigh, against loops over single records, and how they
+start.
+"""
 
 import pytest
 import torch
@@ -8,11 +10,14 @@ from perdure.errors import ConfigError
 from perdure.models.prompts import composed, prompted
 from perdure.models.vision_transformer import Addition, transformer
 
-WIDTH, N = 8, 6
+WIDTH = 8
+N = 6
 
 
 def backbone():
-    return moved(transformer(input_shape=(6,), num_classes=1, seed=0, patch=2, width=WIDTH, depth=3, heads=2)).body
+    return moved(
+        transformer(input_shape=(6,), num_classes=1, seed=0, patch=2, width=WIDTH, depth=3, heads=2)
+    ).body
 
 
 def moved(model):
@@ -37,8 +42,10 @@ def cos(a, b):
 @torch.no_grad()
 def by_hand(model, x, length, chosen):
     """One record: the query, the nearest keys, and the mean of the prompts' last states."""
-    body, plain = model.body, backbone()
-    keys, prompts = body.keys.weight, body.prompts.weight
+    body = model.body
+    plain = backbone()
+    keys = body.keys.weight
+    prompts = body.prompts.weight
     query = plain(x[None])[0]
     order = sorted(range(len(keys)), key=lambda m: -cos(query, keys[m]))[:chosen]
     tokens = torch.cat([*(prompts[m].view(length, WIDTH) for m in order), plain.tokens(x[None])[0]])
@@ -48,19 +55,24 @@ def by_hand(model, x, length, chosen):
 
 @torch.no_grad()
 def test_every_record_picks_the_prompts_of_the_nearest_keys():
-    model, x, orders = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=3)), inputs(), []
+    model = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=3))
+    x = inputs()
+    orders = []
     logits, similarity = model.matched(x)
     for row in range(N):
         features, similarities, order = by_hand(model, x[row], 2, 3)
         torch.testing.assert_close(logits[row], model.head(features), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(similarity[row], torch.tensor(similarities), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            similarity[row], torch.tensor(similarities), rtol=1e-4, atol=1e-5
+        )
         orders.append(tuple(order))
     assert torch.equal(model(x), logits)
     assert len(set(orders)) > 1, "all pick alike, so that a choice for the batch would pass"
 
 
 def test_what_nobody_picks_has_no_gradient():
-    model, x = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=2)), inputs(1)
+    model = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=2))
+    x = inputs(1)
     logits, similarity = model.matched(x)
     (logits.sum() + similarity.sum()).backward()
     picked = set(by_hand(model, x[0], 2, 2)[2])
@@ -69,7 +81,10 @@ def test_what_nobody_picks_has_no_gradient():
 
 
 def test_gradients_reach_the_inputs():
-    for model in (prompted(backbone(), num_classes=4), composed(backbone(), num_classes=4, experiences=2)):
+    for model in (
+        prompted(backbone(), num_classes=4),
+        composed(backbone(), num_classes=4, experiences=2),
+    ):
         x = inputs().requires_grad_()
         model(x).sum().backward()
         assert float(x.grad.abs().max()) > 0
@@ -81,10 +96,14 @@ def test_gradients_reach_the_inputs():
 @torch.no_grad()
 @pytest.mark.parametrize("experience", [0, 1])
 def test_prefixes_are_sums_of_components_weighted_by_attention(experience):
-    model, x = moved(composed(backbone(), num_classes=4, experiences=2, components=3, length=2, depth=2)), inputs()
+    model = moved(
+        composed(backbone(), num_classes=4, experiences=2, components=3, length=2, depth=2)
+    )
+    x = inputs()
     plain = backbone()
     for row in range(N):
-        query, additions = plain(x[row][None])[0], []
+        query = plain(x[row][None])[0]
+        additions = []
         for block in range(2):
             prefix = torch.zeros(2 * 2 * WIDTH)
             for components in (model.body.components[t][block] for t in range(experience + 1)):
@@ -94,11 +113,14 @@ def test_prefixes_are_sums_of_components_weighted_by_attention(experience):
             keys, values = prefix.view(2, 1, 2, WIDTH)
             additions.append(Addition(keys=keys, values=values))
         features = plain.encode(plain.tokens(x[row][None]), additions)[0, 0]
-        torch.testing.assert_close(model.upto(x, experience)[row], model.head(features), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.upto(x, experience)[row], model.head(features), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_later_components_take_no_part_and_the_bare_model_uses_all():
-    model, x = composed(backbone(), num_classes=4, experiences=3, components=2, length=2), inputs()
+    model = composed(backbone(), num_classes=4, experiences=3, components=2, length=2)
+    x = inputs()
     before = [model.upto(x, t) for t in range(3)]
     assert torch.equal(before[2], model(x)) and not torch.equal(before[1], before[2])
     with torch.no_grad():
@@ -114,9 +136,10 @@ def test_all_components_start_orthonormal():
     for block in range(3):
         sets = [experience[block] for experience in model.body.components]
         for rows in (
-            torch.cat([part.prompts.weight.T for part in sets]), torch.cat([part.keys.weight for part in sets]),
+            torch.cat([part.prompts.weight.T for part in sets]),
+            torch.cat([part.keys.weight for part in sets]),
             torch.cat([part.attention.weight for part in sets]),
-        ):  # fmt: skip
+        ):
             torch.testing.assert_close(rows @ rows.T, torch.eye(6), atol=1e-5, rtol=0)
 
 
@@ -124,11 +147,14 @@ def test_all_components_start_orthonormal():
 
 
 def test_other_methods_are_reached_at_given_parameters():
-    model, x = moved(prompted(backbone(), num_classes=4)), inputs()
+    model = moved(prompted(backbone(), num_classes=4))
+    x = inputs()
     params = {name: value.detach() * 0.5 for name, value in model.named_parameters()}
     at = Forward(model, params)
     logits, similarity = at.method("matched")(x)
-    assert torch.equal(logits, at(x)) and not torch.equal(logits, Forward(model).method("matched")(x)[0])
+    assert torch.equal(logits, at(x)) and not torch.equal(
+        logits, Forward(model).method("matched")(x)[0]
+    )
     assert similarity.shape == (N, 5)
     teacher = Forward(model).at(dict(model.named_parameters())).method("matched")
     assert Forward(model).method("matched")(x)[0].requires_grad and not teacher(x)[0].requires_grad
@@ -148,15 +174,19 @@ def test_parameters_are_a_function_of_the_seed(make):
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (prompted, {"pool": 0}, "pool = 0"), (prompted, {"length": 0}, "length = 0"),
-        (prompted, {"chosen": 0}, "chosen = 0"), (prompted, {"num_classes": 0}, "num_classes = 0"),
+        (prompted, {"pool": 0}, "pool = 0"),
+        (prompted, {"length": 0}, "length = 0"),
+        (prompted, {"chosen": 0}, "chosen = 0"),
+        (prompted, {"num_classes": 0}, "num_classes = 0"),
         (prompted, {"pool": 3, "chosen": 4}, "chosen = 4 .* at most the 3 of the pool"),
-        (composed, {"experiences": 0}, "experiences = 0"), (composed, {"components": 0}, "components = 0"),
-        (composed, {"length": 0}, "length = 0"), (composed, {"depth": 0}, "depth = 0"),
+        (composed, {"experiences": 0}, "experiences = 0"),
+        (composed, {"components": 0}, "components = 0"),
+        (composed, {"length": 0}, "length = 0"),
+        (composed, {"depth": 0}, "depth = 0"),
         (composed, {"depth": 4}, "depth = 4 .* at most the 3 blocks"),
         (composed, {"components": 5}, "components = 5 .* width / experiences = 4"),
     ],
-)  # fmt: skip
+)
 def test_numbers_that_do_not_fit_are_refused(make, changes, message):
     more = {"num_classes": 4} | ({} if make is prompted else {"experiences": 2})
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,6 @@
-"""Scattering and random convolutions: brute-force references, properties, one record at a time, what is refused."""
+"""Scattering and random convolutions: brute-force references, properties, one record at a time,
+what is refused.
+"""
 
 import math
 
@@ -16,21 +18,33 @@ def images(n=3, channels=1, side=28, seed=0):
 
 
 def stripes(angle, side=28):
-    """(1, 1, side, side): a wave of the finest wavelet's frequency that runs in direction `angle`."""
+    """(1, 1, side, side): a wave of the finest wavelet's frequency that runs in direction
+    `angle`.
+    """
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cos(3 * math.pi / 4 * (x * math.cos(angle) + y * math.sin(angle)))[None, None]
 
 
 def plain_wavelet(scale, direction, orientations):
     """The formula of `morlet`, entry by entry."""
-    sigma, slant, xi = 0.8 * 2**scale, 4 / orientations, 0.75 * math.pi / 2**scale
-    reach, theta = math.ceil(3 * sigma / slant), math.pi * direction / orientations
-    wave, envelope = {}, {}
+    sigma = 0.8 * 2**scale
+    slant = 4 / orientations
+    xi = 0.75 * math.pi / 2**scale
+    reach = math.ceil(3 * sigma / slant)
+    theta = math.pi * direction / orientations
+    wave = {}
+    envelope = {}
     for y in range(-reach, reach + 1):
         for x in range(-reach, reach + 1):
-            along, across = x * math.cos(theta) + y * math.sin(theta), y * math.cos(theta) - x * math.sin(theta)
-            bump = math.exp(-(along**2 + slant**2 * across**2) / (2 * sigma**2)) * slant / (2 * math.pi * sigma**2)
-            envelope[y, x], wave[y, x] = bump, bump * complex(math.cos(xi * along), math.sin(xi * along))
+            along = x * math.cos(theta) + y * math.sin(theta)
+            across = y * math.cos(theta) - x * math.sin(theta)
+            bump = (
+                math.exp(-(along**2 + slant**2 * across**2) / (2 * sigma**2))
+                * slant
+                / (2 * math.pi * sigma**2)
+            )
+            envelope[y, x] = bump
+            wave[y, x] = bump * complex(math.cos(xi * along), math.sin(xi * along))
     balance = sum(wave.values()) / sum(envelope.values())
     return {place: wave[place] - balance * envelope[place] for place in wave}
 
@@ -45,21 +59,29 @@ def plain_modulus(plane, wavelet, step):
 
 def plain_average(plane, resolution, scales):
     """Gaussian means of what lies around every 2^J-th pixel inside the margin."""
-    margin, step = 2**scales, 2**resolution
-    sigma, side = 0.8 * 2 ** (scales - 1), len(plane) * step
+    margin = 2**scales
+    step = 2**resolution
+    sigma = 0.8 * 2 ** (scales - 1)
+    side = len(plane) * step
     bumps = [
         [math.exp(-((p * step - centre) ** 2) / (2 * sigma**2)) for p in range(len(plane))]
         for centre in range(margin, side - margin, margin)
     ]
-    weights = torch.tensor([[bump / sum(line) for bump in line] for line in bumps], dtype=torch.float64)
+    weights = torch.tensor(
+        [[bump / sum(line) for bump in line] for line in bumps], dtype=torch.float64
+    )
     return weights @ plane @ weights.T
 
 
 @pytest.mark.reference
 def test_the_transform_is_the_formula_written_out():
-    scales, orientations, image = 2, 8, images(n=1, side=12)
+    scales = 2
+    orientations = 8
+    image = images(n=1, side=12)
     plane = F.pad(image, (4,) * 4, mode="reflect")[0, 0].double()
-    fine, coarse = ([plain_wavelet(j, k, orientations) for k in range(orientations)] for j in range(scales))
+    fine, coarse = (
+        [plain_wavelet(j, k, orientations) for k in range(orientations)] for j in range(scales)
+    )
     first = [plain_modulus(plane, wavelet, 1) for wavelet in fine]
     expected = [plain_average(plane, 0, scales)]
     expected += [plain_average(moduli, 0, scales) for moduli in first]
@@ -70,7 +92,9 @@ def test_the_transform_is_the_formula_written_out():
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("scales", "orientations", "channels"), [(1, 1, 2), (2, 8, 81), (2, 4, 25), (3, 2, 19)])
+@pytest.mark.parametrize(
+    ("scales", "orientations", "channels"), [(1, 1, 2), (2, 8, 81), (2, 4, 25), (3, 2, 19)]
+)
 def test_shapes(scales, orientations, channels):
     transform = Scattering(scales=scales, orientations=orientations)
     small = 32 // 2**scales
@@ -91,7 +115,8 @@ def test_wavelets_see_no_constant_and_peak_at_their_frequency(scale):
     response = torch.fft.fft2(wavelets, s=(64, 64)).abs()
     for direction, plane in enumerate(response):
         fy, fx = (2 * math.pi * (k - 64 * (k >= 32)) / 64 for k in divmod(int(plane.argmax()), 64))
-        centre, angle = 0.75 * math.pi / 2**scale, math.pi * direction / 8
+        centre = 0.75 * math.pi / 2**scale
+        angle = math.pi * direction / 8
         assert math.hypot(fx - centre * math.cos(angle), fy - centre * math.sin(angle)) < 0.2
 
 
@@ -121,14 +146,16 @@ def test_means_are_means():
 
 
 def test_a_record_has_the_same_features_alone_and_among_others():
-    x, transform = images(n=5), Scattering()
+    x = images(n=5)
+    transform = Scattering()
     together = transform(x)
     torch.testing.assert_close(torch.cat([transform(x[i : i + 1]) for i in range(5)]), together)
     torch.testing.assert_close(transform(x, batch_size=2), together)
 
 
 def test_channels_of_an_image_do_not_mix():
-    x, transform = images(channels=3, side=16), Scattering(orientations=2)
+    x = images(channels=3, side=16)
+    transform = Scattering(orientations=2)
     apart = torch.cat([transform(x[:, k : k + 1]) for k in range(3)], 1)
     torch.testing.assert_close(transform(x), apart)
 
@@ -183,14 +210,24 @@ def test_smoothing_leaves_low_frequencies():
 
 @pytest.mark.reference
 def test_random_convolutions_are_the_formula_written_out():
-    x, features = images(n=2, channels=2, side=6), RandomConvolutions(channels=2, filters=3, size=3, pool=2, seed=5)
+    x = images(n=2, channels=2, side=6)
+    features = RandomConvolutions(channels=2, filters=3, size=3, pool=2, seed=5)
     around = F.pad(x, (1, 1, 1, 1))
     found = features(x)
     for k, kernel in enumerate(features.kernels):
-        plane = torch.stack([
-            torch.stack([(around[:, :, r : r + 3, c : c + 3] * kernel).sum((1, 2, 3)) for c in range(6)], 1)
-            for r in range(6)
-        ], 1)  # fmt: skip
+        plane = torch.stack(
+            [
+                torch.stack(
+                    [
+                        (around[:, :, r : r + 3, c : c + 3] * kernel).sum((1, 2, 3))
+                        for c in range(6)
+                    ],
+                    1,
+                )
+                for r in range(6)
+            ],
+            1,
+        )
         for channel, sign in ((k, 1), (k + 3, -1)):
             rectified = (sign * plane).clamp(min=0)
             means = rectified.view(2, 3, 2, 3, 2).mean((2, 4))
@@ -202,14 +239,21 @@ def test_random_convolutions_are_a_function_of_the_seed_and_of_one_image():
     first, again, other = (RandomConvolutions(filters=4, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first(x), again(x)) and not torch.allclose(first(x), other(x))
     torch.testing.assert_close(torch.cat([first(x[i : i + 1]) for i in range(5)]), first(x))
-    assert first(x).shape == (5, 8, 4, 4) and list(first.parameters()) == [] == list(first.state_dict())
-    assert repr(first) == "RandomConvolutions(channels=1, filters=4, size=7, pool=7, smoothing=1.0, root=False, seed=0)"
+    assert first(x).shape == (5, 8, 4, 4) and list(first.parameters()) == [] == list(
+        first.state_dict()
+    )
+    assert (
+        repr(first) == "RandomConvolutions(channels=1, filters=4, size=7, pool=7, smoothing=1.0, "
+        "root=False, seed=0)"
+    )
     x = images(n=2, channels=1, side=14)
     torch.testing.assert_close(RandomConvolutions(filters=4, root=True)(x).square(), first(x))
 
 
 def test_a_constant_image_has_nothing_but_its_borders():
-    inner = RandomConvolutions(filters=4, size=3, pool=4)(torch.full((1, 1, 12, 12), 0.7))[:, :, 1, 1]
+    inner = RandomConvolutions(filters=4, size=3, pool=4)(torch.full((1, 1, 12, 12), 0.7))[
+        :, :, 1, 1
+    ]
     assert inner.abs().max() < 1e-6
 
 

@@ -1,4 +1,6 @@
-"""The transformer: equal to PyTorch's own layers and to torchvision's model, row by row, and ready for book-keeping."""
+"""The transformer: equal to PyTorch's own layers and to torchvision's model, row by row, and ready
+for book-keeping.
+"""
 
 import pytest
 import torch
@@ -29,7 +31,8 @@ from perdure.privacy.settings import Privacy
 from perdure.queries.per_record import gradient_rows
 from perdure.strategies import Naive
 
-SHAPE, N = (2, 8, 12), 5
+SHAPE = (2, 8, 12)
+N = 5
 
 
 def images(n=N, shape=SHAPE, seed=0):
@@ -37,7 +40,9 @@ def images(n=N, shape=SHAPE, seed=0):
 
 
 def model(**changes):
-    return transformer(input_shape=SHAPE, num_classes=4, seed=0, **{"width": 12, "depth": 2, "heads": 3} | changes)
+    return transformer(
+        input_shape=SHAPE, num_classes=4, seed=0, **{"width": 12, "depth": 2, "heads": 3} | changes
+    )
 
 
 def moved(module, scale=0.3):
@@ -53,7 +58,9 @@ MODELS = {
     "open": lambda: moved(model()),
     "adapted": lambda: moved(adapted(model().body, num_classes=4, experiences=2, rank=2)),
     "prompted": lambda: moved(prompted(model().body, num_classes=4, pool=4, length=2, chosen=2)),
-    "composed": lambda: moved(composed(model().body, num_classes=4, experiences=2, components=3, length=2)),
+    "composed": lambda: moved(
+        composed(model().body, num_classes=4, experiences=2, components=3, length=2)
+    ),
 }
 every = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
@@ -65,24 +72,34 @@ def multihead(own):
     """PyTorch's attention with the same weights."""
     theirs = nn.MultiheadAttention(own.query.in_features, own.heads, batch_first=True)
     parts = [own.query, own.key, own.value]
-    theirs.load_state_dict({
-        "in_proj_weight": torch.cat([part.weight for part in parts]), "out_proj.weight": own.output.weight,
-        "in_proj_bias": torch.cat([part.bias for part in parts]), "out_proj.bias": own.output.bias,
-    })  # fmt: skip
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([part.weight for part in parts]),
+            "out_proj.weight": own.output.weight,
+            "in_proj_bias": torch.cat([part.bias for part in parts]),
+            "out_proj.bias": own.output.bias,
+        }
+    )
     return theirs
 
 
 @pytest.mark.reference
 def test_attention_is_that_of_pytorch():
-    own, x = moved(Attention(12, 3)), torch.randn(4, 7, 12)
-    torch.testing.assert_close(own(x), multihead(own)(x, x, x, need_weights=False)[0], rtol=1e-4, atol=1e-5)
+    own = moved(Attention(12, 3))
+    x = torch.randn(4, 7, 12)
+    torch.testing.assert_close(
+        own(x), multihead(own)(x, x, x, need_weights=False)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.reference
 def test_a_prefix_is_more_keys_and_values_and_an_addition_another_projection():
-    own, x = moved(Attention(12, 3)), torch.randn(4, 7, 12)
-    query, value = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
-    keys, values = torch.randn(4, 2, 12), torch.randn(4, 2, 12)
+    own = moved(Attention(12, 3))
+    x = torch.randn(4, 7, 12)
+    query = nn.Linear(12, 12, bias=False)
+    value = nn.Linear(12, 12, bias=False)
+    keys = torch.randn(4, 2, 12)
+    values = torch.randn(4, 2, 12)
     plain = multihead(own)
     with torch.no_grad():  # its own projections do nothing: it is given what is projected already
         plain.in_proj_weight.copy_(torch.eye(12).repeat(3, 1))
@@ -95,37 +112,70 @@ def test_a_prefix_is_more_keys_and_values_and_an_addition_another_projection():
 
 @pytest.mark.reference
 def test_a_block_is_an_encoder_layer_of_pytorch():
-    own, x = moved(Block(12, 3, 20)), torch.randn(4, 7, 12)
+    own = moved(Block(12, 3, 20))
+    x = torch.randn(4, 7, 12)
     theirs = nn.TransformerEncoderLayer(
-        12, 3, 20, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+        12,
+        3,
+        20,
+        dropout=0.0,
+        activation="gelu",
+        layer_norm_eps=1e-6,
+        batch_first=True,
+        norm_first=True,
     )
     theirs.self_attn = multihead(own.attention)
-    for name, part in (("norm1", own.norm1), ("norm2", own.norm2), ("linear1", own.expand), ("linear2", own.contract)):
+    for name, part in (
+        ("norm1", own.norm1),
+        ("norm2", own.norm2),
+        ("linear1", own.expand),
+        ("linear2", own.contract),
+    ):
         getattr(theirs, name).load_state_dict(part.state_dict())
     torch.testing.assert_close(own(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 def test_patches_are_those_of_a_convolution_and_runs_are_as_they_stand():
-    x, layer = images(), nn.Conv2d(2, 6, 4, stride=4)
+    x = images()
+    layer = nn.Conv2d(2, 6, 4, stride=4)
     ours = F.linear(patches(x, 4), layer.weight.flatten(1), layer.bias)
     torch.testing.assert_close(ours, layer(x).flatten(2).mT, rtol=1e-4, atol=1e-5)
-    assert patches(torch.arange(12.0).view(2, 6), 3).tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+    assert patches(torch.arange(12.0).view(2, 6), 3).tolist() == [
+        [[0, 1, 2], [3, 4, 5]],
+        [[6, 7, 8], [9, 10, 11]],
+    ]
 
 
 def torchvision_weights():
     """A small model of torchvision, and its weights by timm's names."""
     from torchvision.models import VisionTransformer
 
-    theirs = moved(VisionTransformer(
-        image_size=8, patch_size=4, num_layers=2, num_heads=3, hidden_dim=12, mlp_dim=20, num_classes=7
-    ), scale=0.1)  # fmt: skip
+    theirs = moved(
+        VisionTransformer(
+            image_size=8,
+            patch_size=4,
+            num_layers=2,
+            num_heads=3,
+            hidden_dim=12,
+            mlp_dim=20,
+            num_classes=7,
+        ),
+        scale=0.1,
+    )
     theirs.heads = nn.Identity()
     names = {
-        "class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed",
-        "encoder.layers.encoder_layer_": "blocks.", "ln_1": "norm1", "ln_2": "norm2", "encoder.ln": "norm",
-        "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj", "mlp.0": "mlp.fc1",
+        "class_token": "cls_token",
+        "conv_proj": "patch_embed.proj",
+        "encoder.pos_embedding": "pos_embed",
+        "encoder.layers.encoder_layer_": "blocks.",
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "encoder.ln": "norm",
+        "self_attention.in_proj_": "attn.qkv.",
+        "self_attention.out_proj": "attn.proj",
+        "mlp.0": "mlp.fc1",
         "mlp.3": "mlp.fc2",
-    }  # fmt: skip
+    }
     weights = {}
     for name, value in theirs.state_dict().items():
         for old, new in names.items():
@@ -141,7 +191,10 @@ def test_weights_of_timm_make_torchvisions_model(tmp_path):
     theirs, weights = torchvision_weights()
     x = images(shape=(3, 8, 8))
     head = {"head.weight": torch.rand(7, 12), "head.bias": torch.rand(7)}
-    save_file({name: value.contiguous() for name, value in (weights | head).items()}, tmp_path / "vit.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in (weights | head).items()},
+        tmp_path / "vit.safetensors",
+    )
     for given in (weights, tmp_path / "vit.safetensors", str(tmp_path / "vit.safetensors")):
         torch.testing.assert_close(from_timm(given, heads=3)(x), theirs(x), rtol=1e-4, atol=1e-5)
 
@@ -165,26 +218,34 @@ def test_other_weights_are_refused_by_name(tmp_path):
 
 @every
 def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(make):
-    own, x = make(), images()
+    own = make()
+    x = images()
     params = dict(own.named_parameters())
     alone = torch.func.vmap(lambda row: torch.func.functional_call(own, params, (row[None],))[0])(x)
     torch.testing.assert_close(alone, own(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(own(x[2:3]), own(x)[2:3], rtol=1e-4, atol=1e-5)
-    assert torch.equal(own(x), own.head(own.features(x))) and own.features(x).shape == (N, own.feature_size)
+    assert torch.equal(own(x), own.head(own.features(x))) and own.features(x).shape == (
+        N,
+        own.feature_size,
+    )
 
 
 @pytest.mark.reference
 @every
 def test_book_keeping_gives_the_clipped_sums_of_single_records(make):
-    own, batch = make(), Batch.current(Records(inputs=images(), labels=torch.arange(N) % 4), 0)
+    own = make()
+    batch = Batch.current(Records(inputs=images(), labels=torch.arange(N) % 4), 0)
     params = dict(own.named_parameters())
 
     def losses(forward, rows):
-        logits, pull = forward(rows.inputs), 0.0
+        logits = forward(rows.inputs)
+        pull = 0.0
         if isinstance(own, Prompted):  # nothing else moves its keys
             logits, similarity = forward.method("matched")(rows.inputs)
             pull = (1 - similarity).sum(1)
-        return (1 + 20 * (rows.labels == 2)) * (F.cross_entropy(logits, rows.labels, reduction="none") + pull)
+        return (1 + 20 * (rows.labels == 2)) * (
+            F.cross_entropy(logits, rows.labels, reduction="none") + pull
+        )
 
     clip = Clip(norm=2.0)
     kept = clipped_gradient_sum(own, params, lambda: losses(Forward(own), batch), N, clip)
@@ -222,7 +283,9 @@ def test_private_training_of_the_whole_model_runs(toy_stream):
 def test_parameters_are_a_function_of_the_seed_and_the_callers_generator_is_left_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first, again, other = (transformer(input_shape=(6,), num_classes=3, seed=s, patch=2) for s in (1, 1, 2))
+    first, again, other = (
+        transformer(input_shape=(6,), num_classes=3, seed=s, patch=2) for s in (1, 1, 2)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     for (name, value), same in zip(first.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(value, same), name
@@ -231,9 +294,14 @@ def test_parameters_are_a_function_of_the_seed_and_the_callers_generator_is_left
 
 
 def test_a_fixed_copy_computes_the_same_and_the_original_is_left_as_it_was():
-    body, x = model().body, images()
+    body = model().body
+    x = images()
     copied = fixed(body)
-    assert torch.equal(copied(x), body(x)) and not [*copied.parameters()] and len([*body.parameters()]) > 20
+    assert (
+        torch.equal(copied(x), body(x))
+        and not [*copied.parameters()]
+        and len([*body.parameters()]) > 20
+    )
     assert not copied.state_dict() and not copied(x).requires_grad
     with torch.no_grad():
         body.embed.weight.zero_()
@@ -253,13 +321,17 @@ def test_stored_weights_are_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch": 0}, "patch = 0"), ({"depth": 0}, "depth = 0"), ({"width": 0}, "width = 0"),
+        ({"patch": 0}, "patch = 0"),
+        ({"depth": 0}, "depth = 0"),
+        ({"width": 0}, "width = 0"),
         ({"heads": 0}, "heads = 0"),
-        ({"heads": 5}, "heads = 5 .* divisors of the width 12"), ({"num_classes": 0}, "num_classes = 0"),
+        ({"heads": 5}, "heads = 5 .* divisors of the width 12"),
+        ({"num_classes": 0}, "num_classes = 0"),
         ({"patch": 3}, r"input_shape = \(2, 8, 12\) .* multiples of patch = 3"),
-        ({"input_shape": (8, 8)}, r"input_shape = \(8, 8\)"), ({"input_shape": ()}, r"input_shape = \(\)"),
+        ({"input_shape": (8, 8)}, r"input_shape = \(8, 8\)"),
+        ({"input_shape": ()}, r"input_shape = \(\)"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_do_not_fit_are_refused(changes, message):
     fitting = {"input_shape": SHAPE, "num_classes": 4, "width": 12, "heads": 3}
     with pytest.raises(ConfigError, match=message):
@@ -269,5 +341,8 @@ def test_shapes_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize("make", [adapted, prompted, composed])
 def test_a_backbone_without_the_places_is_refused(make):
     more = {} if make is prompted else {"experiences": 2}
-    with pytest.raises(ConfigError, match=r"backbone = 'Linear' .*perdure.models.vision_transformer.Transformer.*from_timm"):
+    with pytest.raises(
+        ConfigError,
+        match=r"backbone = 'Linear' .*perdure.models.vision_transformer.Transformer.*from_timm",
+    ):
         make(nn.Linear(3, 3), num_classes=4, **more)

@@ -1,4 +1,6 @@
-"""What a run will cost, planned from public facts: horizons, caps, budgets by experience, what was spent elsewhere."""
+"""What a run will cost, planned from public facts: horizons, caps, budgets by experience, what was
+spent elsewhere.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -33,7 +35,9 @@ def stream(toy_data):
 def learner_of(toy_model):
     def make(stream, strategy=None, prepare=True, **changes):
         options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "epochs": 3, "batch_size": 4}
-        learner = Learner(model=toy_model(stream), strategy=strategy or Naive(), **options | changes)
+        learner = Learner(
+            model=toy_model(stream), strategy=strategy or Naive(), **options | changes
+        )
         if prepare:
             learner.prepare(stream)
         return learner
@@ -42,14 +46,19 @@ def learner_of(toy_model):
 
 
 def spent(learner):
-    return {p: learner.mechanism.ledger.epsilon([p], delta=DELTA) for p in learner.mechanism.ledger.partitions}
+    return {
+        p: learner.mechanism.ledger.epsilon([p], delta=DELTA)
+        for p in learner.mechanism.ledger.partitions
+    }
 
 
 # --------------------------------------------------------------------------- horizon
 
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0), Replay(memory_size=6), Joint()])
-def test_a_longer_horizon_takes_more_noise_only_where_records_are_used_again(learner_of, stream, strategy):
+def test_a_longer_horizon_takes_more_noise_only_where_records_are_used_again(
+    learner_of, stream, strategy
+):
     first = replace(stream, experiences=stream.experiences[:2])
     short = learner_of(first, strategy, privacy=Privacy(epsilon=3, seed=0))
     long = learner_of(first, strategy, privacy=Privacy(epsilon=3, horizon=6, seed=0))
@@ -63,7 +72,10 @@ def test_what_is_expected_to_come_is_like_the_last_experience(learner_of, stream
     learner = learner_of(stream, privacy=Privacy(epsilon=3, horizon=6, seed=0))
     stages = horizon(learner)
     assert [stage.index for stage in stages] == list(range(6))
-    assert [stage.train.partition for stage in stages[4:]] == ["experience-3, 1 later", "experience-3, 2 later"]
+    assert [stage.train.partition for stage in stages[4:]] == [
+        "experience-3, 1 later",
+        "experience-3, 2 later",
+    ]
     copies = permuted_stream(stream)
     later = horizon(learner_of(copies, privacy=Privacy(epsilon=3, horizon=4, seed=0)))
     assert {stage.train.partition for stage in later} == {copies[0].train.partition}
@@ -72,18 +84,24 @@ def test_what_is_expected_to_come_is_like_the_last_experience(learner_of, stream
 def permuted_stream(stream):
     from perdure.data.datasets.base import Dataset
 
-    train, test = stream[0].train, stream[0].test
+    train = stream[0].train
+    test = stream[0].test
     data = Dataset(name="one", train=train, test=test, num_classes=4, input_shape=(5,))
     return permuted(data, experiences=2, seed=0)
 
 
 def test_a_stream_longer_than_its_horizon_is_refused(learner_of, stream):
-    with pytest.raises(ConfigError, match=r"privacy.horizon = 3 is not allowed; allowed: at least 4, the experiences"):
+    with pytest.raises(
+        ConfigError,
+        match=r"privacy.horizon = 3 is not allowed; allowed: at least 4, the experiences",
+    ):
         learner_of(stream, privacy=Privacy(epsilon=3, horizon=3, seed=0))
 
 
 def test_the_run_goes_on_within_its_horizon_when_more_records_arrive(learner_of, stream, tmp_path):
-    """The same folder, a stream that grew: the old charges stand and the grant of the whole horizon still holds."""
+    """The same folder, a stream that grew: the old charges stand and the grant of the whole horizon
+    still holds.
+    """
     privacy = Privacy(epsilon=3, horizon=4, seed=0)
     early = replace(stream, experiences=stream.experiences[:2])
     first = learner_of(early, Replay(memory_size=6), privacy=privacy, folder=tmp_path)
@@ -104,14 +122,23 @@ def test_every_experience_has_its_own_budget_where_records_are_used_once(learner
     learner = learner_of(stream, EWC(strength=1.0), privacy=Privacy(epsilon=targets, seed=0))
     learner.fit(stream)
     assert list(spent(learner).values()) == pytest.approx(targets, rel=0.01)
-    assert all(value <= target for value, target in zip(spent(learner).values(), targets, strict=True))
-    noise = [e.noise_multiplier for e in learner.mechanism.ledger.entries if e.purpose == "gradient"]
+    assert all(
+        value <= target for value, target in zip(spent(learner).values(), targets, strict=True)
+    )
+    noise = [
+        e.noise_multiplier for e in learner.mechanism.ledger.entries if e.purpose == "gradient"
+    ]
     assert noise == sorted(noise, reverse=True) == list(learner.mechanism.schedule.noise)
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=4), Joint()])
-def test_budgets_by_experience_are_refused_where_records_are_used_again(learner_of, stream, strategy):
-    with pytest.raises(ConfigError, match=f"one number with {strategy.name} on split-blobs, which uses records again"):
+def test_budgets_by_experience_are_refused_where_records_are_used_again(
+    learner_of, stream, strategy
+):
+    with pytest.raises(
+        ConfigError,
+        match=f"one number with {strategy.name} on split-blobs, which uses records again",
+    ):
         learner_of(stream, strategy, privacy=Privacy(epsilon=(1, 1, 1, 1), seed=0))
 
 
@@ -129,11 +156,15 @@ def test_there_must_be_one_budget_an_experience(learner_of, stream):
 
 
 def capped(stream, learner_of, strategy, cap, **changes):
-    return learner_of(stream, strategy, privacy=Privacy(noise_multiplier=2.0, epsilon=cap, seed=0), **changes)
+    return learner_of(
+        stream, strategy, privacy=Privacy(noise_multiplier=2.0, epsilon=cap, seed=0), **changes
+    )
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=6), Joint()])
-def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(learner_of, stream, strategy):
+def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(
+    learner_of, stream, strategy
+):
     free = learner_of(stream, strategy, privacy=Privacy(noise_multiplier=2.0, seed=0))
     free.fit(stream)
     assert spent(free)["experience-0"] > 1.02 * spent(free)["experience-1"]
@@ -153,14 +184,21 @@ def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(learner_
     assert 0 not in seen[3] and 3 in seen[3] and 0 in seen[1] | {0}
     assert max(spent(learner).values()) <= cap
     touched = {i: set() for i in range(4)}
-    for number, entry in enumerate(e for e in learner.mechanism.ledger.entries if e.purpose == "gradient"):
+    for number, entry in enumerate(
+        e for e in learner.mechanism.ledger.entries if e.purpose == "gradient"
+    ):
         touched[number] |= entry.scope.keys()
     assert all(touched[i].isdisjoint(left[i]) for i in range(4))
 
 
-def test_new_records_that_could_not_be_used_once_are_refused_before_anything_is_drawn(learner_of, stream):
+def test_new_records_that_could_not_be_used_once_are_refused_before_anything_is_drawn(
+    learner_of, stream
+):
     trace = []
-    with pytest.raises(BudgetError, match=r"experience 0 alone would take its records beyond epsilon 0.01 .* larger"):
+    with pytest.raises(
+        BudgetError,
+        match=r"experience 0 alone would take its records beyond epsilon 0.01 .* larger",
+    ):
         capped(stream, learner_of, Naive(), 0.01, callbacks=[lambda point, _: trace.append(point)])
     assert "noise.drawn" not in trace
 
@@ -198,19 +236,26 @@ def test_what_was_spent_elsewhere_counts_and_is_written_down_once(learner_of, st
 def test_equal_charges_spent_elsewhere_count_as_often_as_they_came(learner_of, stream):
     one = Charge(0.01, 1.1, 500)
     once, twice = (
-        learner_of(stream, privacy=Privacy(noise_multiplier=9.0, spent=s, seed=0)) for s in ((one,), (one, one))
+        learner_of(stream, privacy=Privacy(noise_multiplier=9.0, spent=s, seed=0))
+        for s in ((one,), (one, one))
     )
     assert max(spent(once).values()) == pytest.approx(epsilon([one], delta=DELTA))
     assert max(spent(twice).values()) == pytest.approx(epsilon([one, one], delta=DELTA))
 
 
-def test_a_budget_of_an_experience_holds_when_the_run_is_asked_for_more(learner_of, stream, tmp_path):
-    """Another plan in the same folder: what the first one spent counts against each experience's own budget."""
+def test_a_budget_of_an_experience_holds_when_the_run_is_asked_for_more(
+    learner_of, stream, tmp_path
+):
+    """Another plan in the same folder: what the first one spent counts against each experience's
+    own budget.
+    """
     privacy = Privacy(epsilon=(1.0, 8.0, 8.0, 8.0), seed=0)
     first = learner_of(stream, privacy=privacy, folder=tmp_path)
     first.begin(0)
     first.train(first.block(0, 1))
-    with pytest.raises(BudgetError, match=r"'experience-0' would reach epsilon 1\.\d+ .* above the 1 granted"):
+    with pytest.raises(
+        BudgetError, match=r"'experience-0' would reach epsilon 1\.\d+ .* above the 1 granted"
+    ):
         learner_of(stream, privacy=privacy, folder=tmp_path, epochs=None, iterations=20)
 
 
@@ -223,10 +268,14 @@ def test_an_empty_budget_is_refused(learner_of, stream):
 
 
 def test_what_was_not_released_is_not_shown(learner_of, stream):
-    learner = learner_of(stream, Replay(memory_size=4), privacy=Privacy(noise_multiplier=1.0, seed=0))
+    learner = learner_of(
+        stream, Replay(memory_size=4), privacy=Privacy(noise_multiplier=1.0, seed=0)
+    )
     learner.fit(stream)
     for what in ("diagnostics", "stored"):
-        with pytest.raises(PrivacyError, match="would leave the curator without noise; signal_to_noise is free"):
+        with pytest.raises(
+            PrivacyError, match="would leave the curator without noise; signal_to_noise is free"
+        ):
             getattr(learner.curator, what)
     assert learner.curator.signal_to_noise > -1
 
@@ -240,20 +289,31 @@ def test_raw_diagnostics_are_shown_and_make_epsilon_infinite(learner_of, stream,
             seen.append((learner.curator.diagnostics, learner.curator.signal_to_noise))
 
     learner = learner_of(
-        stream, privacy=Privacy(**budget, diagnostics="raw", clip_norm=0.5, seed=0), callbacks=[watch], batch_size=6
+        stream,
+        privacy=Privacy(**budget, diagnostics="raw", clip_norm=0.5, seed=0),
+        callbacks=[watch],
+        batch_size=6,
     )
     learner.fit(stream)
-    assert len({shown.rows for shown, _ in seen}) > 2 and all(0 <= shown.clipped <= 1 for shown, _ in seen)
-    assert sum(shown.clipped for shown, _ in seen) > 0 and all(float(shown.loss) >= 0 for shown, _ in seen)
+    assert len({shown.rows for shown, _ in seen}) > 2 and all(
+        0 <= shown.clipped <= 1 for shown, _ in seen
+    )
+    assert sum(shown.clipped for shown, _ in seen) > 0 and all(
+        float(shown.loss) >= 0 for shown, _ in seen
+    )
     ledger = learner.mechanism.ledger
-    assert ledger.epsilon(delta=DELTA) == float("inf") and "infinite" in str(ledger.statement(DELTA))
+    assert ledger.epsilon(delta=DELTA) == float("inf") and "infinite" in str(
+        ledger.statement(DELTA)
+    )
     assert {e.mechanism for e in ledger.entries if e.purpose == "diagnostics"} == {"none"}
 
 
 def test_raw_diagnostics_do_not_change_what_is_learnt(learner_of, stream):
     ends = []
     for diagnostics in ("released", "raw"):
-        learner = learner_of(stream, privacy=Privacy(noise_multiplier=1.0, diagnostics=diagnostics, seed=0))
+        learner = learner_of(
+            stream, privacy=Privacy(noise_multiplier=1.0, diagnostics=diagnostics, seed=0)
+        )
         learner.fit(stream)
         ends.append(learner.model.state_dict())
     assert all(torch.allclose(value, ends[1][name], atol=1e-6) for name, value in ends[0].items())
@@ -263,4 +323,6 @@ def test_without_privacy_everything_is_shown(learner_of, stream):
     learner = learner_of(stream, Replay(memory_size=4))
     learner.fit(stream)
     assert learner.curator.diagnostics.rows > 0 and learner.curator.stored == 4
-    assert learner.curator.diagnostics.clipped == 0 and learner.curator.signal_to_noise == float("inf")
+    assert learner.curator.diagnostics.clipped == 0 and learner.curator.signal_to_noise == float(
+        "inf"
+    )

@@ -25,7 +25,9 @@ def mechanism(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
     key = NoiseKey.from_seed(0)
     ledger = Ledger.open(None, key=key)
     ledger.declare("p", 1000)
-    made = Mechanism(privacy=privacy, schedule=Schedule(noise=(noise_multiplier,)), ledger=ledger, key=key)
+    made = Mechanism(
+        privacy=privacy, schedule=Schedule(noise=(noise_multiplier,)), ledger=ledger, key=key
+    )
     made.reserve(scope={"p": 0.256}, steps=range(steps), start="", data="", expected=expected)
     return made
 
@@ -33,7 +35,8 @@ def mechanism(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
 @pytest.mark.reference
 @pytest.mark.parametrize("noise_multiplier", [0.7, 1.0, 3.0])
 def test_gradient_and_count_together_cost_what_is_charged(noise_multiplier):
-    adaptive, expected = Adaptive(), 64.0
+    adaptive = Adaptive()
+    expected = 64.0
     of_gradient = adaptive.gradient_noise(noise_multiplier, expected)
     both = [Charge(1.0, of_gradient, 1), Charge(1.0, 2 * adaptive.count_noise * expected, 1)]
     assert of_gradient > noise_multiplier
@@ -42,9 +45,16 @@ def test_gradient_and_count_together_cost_what_is_charged(noise_multiplier):
 
 
 def test_a_count_that_would_spend_everything_is_refused():
-    with pytest.raises(PrivacyError, match=r"count_noise = 0.05 .* 10 records a step .* allowed: more than 0.05"):
+    with pytest.raises(
+        PrivacyError, match=r"count_noise = 0.05 .* 10 records a step .* allowed: more than 0.05"
+    ):
         Adaptive().gradient_noise(1.0, 10.0)
-    for wrong in ({"quantile": 0.0}, {"quantile": 1.5}, {"learning_rate": 0.0}, {"count_noise": math.inf}):
+    for wrong in (
+        {"quantile": 0.0},
+        {"quantile": 1.5},
+        {"learning_rate": 0.0},
+        {"count_noise": math.inf},
+    ):
         with pytest.raises(ConfigError, match=f"adaptive.{next(iter(wrong))}"):
             Adaptive(**wrong)
 
@@ -52,8 +62,11 @@ def test_a_count_that_would_spend_everything_is_refused():
 @pytest.mark.statistical
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
 def test_the_clip_norm_finds_the_quantile(quantile):
-    """Norms 1 to 256 of the 256 records of every step; the count's noise moves the share by 0.05, averaged out."""
-    made, norms = mechanism(noise_multiplier=0.5, quantile=quantile), torch.arange(1.0, 257.0)
+    """Norms 1 to 256 of the 256 records of every step; the count's noise moves the share by 0.05,
+    averaged out.
+    """
+    made = mechanism(noise_multiplier=0.5, quantile=quantile)
+    norms = torch.arange(1.0, 257.0)
 
     def clipped(clip):
         return {"w": torch.zeros(1), **clip.count({"w": norms**2})}
@@ -92,18 +105,27 @@ def test_one_record_moves_the_count_by_a_half_and_the_rest_by_the_bound():
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0)])
 def test_an_adaptive_run_goes_on_to_the_same_bits(toy_stream, toy_model, strategy):
-    privacy = Privacy(noise_multiplier=1.0, clipping=Adaptive(count_noise=0.2), clip_norm=0.1, seed=0)
+    privacy = Privacy(
+        noise_multiplier=1.0, clipping=Adaptive(count_noise=0.2), clip_norm=0.1, seed=0
+    )
 
     def fresh():
         made = Learner(
-            model=toy_model(toy_stream()), strategy=strategy, optimizer=partial(torch.optim.SGD, lr=0.5), iterations=6,
-            batch_size=8, blocks=2, privacy=privacy,
-        )  # fmt: skip
+            model=toy_model(toy_stream()),
+            strategy=strategy,
+            optimizer=partial(torch.optim.SGD, lr=0.5),
+            iterations=6,
+            batch_size=8,
+            blocks=2,
+            privacy=privacy,
+        )
         made.prepare(toy_stream())
         made.begin(0)
         return made
 
-    whole, first, second = fresh(), fresh(), fresh()
+    whole = fresh()
+    first = fresh()
+    second = fresh()
     for part in (0, 1):
         whole.train(whole.block(part, 2))
     first.train(first.block(0, 2))
@@ -115,6 +137,10 @@ def test_an_adaptive_run_goes_on_to_the_same_bits(toy_stream, toy_model, strateg
         learner.finish()
     assert second.curator.clip_norm == whole.curator.clip_norm
     theirs = whole.model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items())
-    releases = [entry for entry in whole.mechanism.ledger.entries if entry.purpose == "release:fisher"]
+    assert all(
+        torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items()
+    )
+    releases = [
+        entry for entry in whole.mechanism.ledger.entries if entry.purpose == "release:fisher"
+    ]
     assert all(entry.clip_norm == pytest.approx(whole.curator.clip_norm**2) for entry in releases)

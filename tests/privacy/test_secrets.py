@@ -1,7 +1,9 @@
-"""No key, coin or memory row is in anything that leaves `private/`; and no request shares its noise with another one.
+"""No key, coin or memory row is in anything that leaves `private/`; and no request shares its noise
+with another one.
 
-Every file of a run, everything it prints or logs and every message between server and clients is searched for its
-secrets, written in any of the usual ways. A picture of a record, or a record that was computed with, is not looked for.
+Every file of a run, everything it prints or logs and every message between server and clients is
+searched for its secrets, written in any of the usual ways. A picture of a record, or a record that
+was computed with, is not looked for.
 """
 
 import base64
@@ -80,18 +82,33 @@ def test_nothing_that_leaves_holds_a_secret(either):
 def test_everything_was_looked_at(alone, federated):
     """Every kind of file and message; and the searcher does find the secrets where they belong."""
     for one, curators in ((alone, 2), (federated, 6)):
-        secrets, left = one.heard.secrets, one.left
+        secrets = one.heard.secrets
+        left = one.left
         kept = {path.read_bytes() for path in one.folder.rglob("key")}
         assert len(kept) == curators and kept <= secrets.keys
         assert len(secrets.rows) == curators and all(len(rows) > 3 for rows in secrets.rows)
-        for name in ("result.json", "metrics.jsonl", "ledger.jsonl", "report.html", "config.toml", "stdout", "log"):
+        for name in (
+            "result.json",
+            "metrics.jsonl",
+            "ledger.jsonl",
+            "report.html",
+            "config.toml",
+            "stdout",
+            "log",
+        ):
             assert left[name][0], name
-        for part in ("figures/", "explanations", "checkpoint/ewc-private/model", "arms/replay-private/"):
+        for part in (
+            "figures/",
+            "explanations",
+            "checkpoint/ewc-private/model",
+            "arms/replay-private/",
+        ):
             assert any(name.startswith(part) for name in left), part
         inside = one.searcher.found(files(one.folder, private=True))
         assert set().union(*inside.values()) == KINDS
         assert all("private/" in name for name in inside)
-    # in each of two arms all clients are asked which they are, then in both experiences for two rounds and an end
+    # in each of two arms all clients are asked which they are, then in both experiences for two
+    # rounds and an end
     assert len(federated.heard.messages) == 2 * 2 * 3 * (1 + 2 * (2 + 1))
     assert not alone.heard.messages
 
@@ -111,7 +128,7 @@ def test_an_audit_leaves_nothing_but_its_verdict(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine.toml", "tmp"]
 
 
-# --------------------------------------------------------------------------- a planted secret is found
+# ------------------------------------------------------------------------ a planted secret is found
 
 PLANTS = {
     "key as bytes": (lambda s: min(s.keys), "key"),
@@ -122,7 +139,10 @@ PLANTS = {
     "row as floats": (lambda s: busy(s).numpy().tobytes(), "memory row"),
     "row as pixels": (lambda s: (16 * busy(s)).to(torch.uint8).numpy().tobytes(), "memory row"),
     "row as JSON": (lambda s: json.dumps({"row": busy(s).tolist()}).encode(), "memory row"),
-    "row as short JSON": (lambda s: json.dumps(busy(s).tolist(), separators=(",", ":")).encode(), "memory row"),
+    "row as short JSON": (
+        lambda s: json.dumps(busy(s).tolist(), separators=(",", ":")).encode(),
+        "memory row",
+    ),
     "row in base64": (lambda s: base64.b64encode(b"a" + busy(s).numpy().tobytes()), "memory row"),
     "ids as JSON": (lambda s: json.dumps(s.ids[0][:5]).encode(), "record ids"),
     "ids as integers": (lambda s: np.array(s.ids[0][:5]).tobytes(), "record ids"),
@@ -152,7 +172,9 @@ def test_a_planted_secret_is_found(alone, name, shift):
     make, kind = PLANTS[name]
     secrets = alone.heard.secrets
     text = bytes(shift) + b"before " + make(secrets) + b" after"
-    assert alone.searcher.found({"file": [text], "clean": [b"before and after"]}) == {"file": {kind}}
+    assert alone.searcher.found({"file": [text], "clean": [b"before and after"]}) == {
+        "file": {kind}
+    }
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -173,12 +195,20 @@ def test_what_is_printed_logged_and_sent_is_searched(federated):
     with told() as surface:
         print(min(secrets.keys).hex())
         print(secrets.ids[0], file=sys.stderr)
-        logging.getLogger("perdure.curator.local_curator").debug("coins %s", secrets.coins[0].tolist())
-    assert federated.searcher.found(surface) == {"stdout": {"key"}, "stderr": {"record ids"}, "log": {"coin"}}
+        logging.getLogger("perdure.curator.local_curator").debug(
+            "coins %s", secrets.coins[0].tolist()
+        )
+    assert federated.searcher.found(surface) == {
+        "stdout": {"key"},
+        "stderr": {"record ids"},
+        "log": {"coin"},
+    }
 
 
 def test_a_secret_in_a_message_is_found(toy_stream, toy_model):
-    """Memory rows as an array, a key as text and ids as numbers: what is recorded of a message holds them all."""
+    """Memory rows as an array, a key as text and ids as numbers: what is recorded of a message
+    holds them all.
+    """
     from flwr.app import ConfigRecord, Message, RecordDict
 
     from perdure.federated import client_app
@@ -187,7 +217,8 @@ def test_a_secret_in_a_message_is_found(toy_stream, toy_model):
     def make(number):
         return learner_of(toy_model(toy_stream()), SAME), toy_stream()
 
-    rows, key = torch.rand(5, 16, generator=torch.Generator().manual_seed(0)), bytes(range(100, 132))
+    rows = torch.rand(5, 16, generator=torch.Generator().manual_seed(0))
+    key = bytes(range(100, 132))
     task = ConfigRecord({"note": key.hex(), "of": [3, 14, 15, 92]})
     content = RecordDict({"arrays": to_record({"w": rows}), "task": task})
     with hearing() as heard, InProcessGrid(client_app(make), 1).running() as grid:
@@ -203,7 +234,12 @@ WINDOW = 4
 
 
 def learner_of(model, privacy, strategy=None, **changes):
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "iterations": 4, "batch_size": 8, "seed": 5} | changes
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "iterations": 4,
+        "batch_size": 8,
+        "seed": 5,
+    } | changes
     return Learner(model=model, strategy=strategy or EWC(strength=9.0), privacy=privacy, **options)
 
 
@@ -229,7 +265,9 @@ def another_pixel(stream):
 def one_record_less(stream):
     """The stream without its first record, under the declared size of before."""
     first = stream[0]
-    rest = replace(first.train.take(torch.arange(1, len(first.train))), declared_size=first.train.declared_size)
+    rest = replace(
+        first.train.take(torch.arange(1, len(first.train))), declared_size=first.train.declared_size
+    )
     return replace(stream, experiences=(replace(first, train=rest), *stream.experiences[1:]))
 
 
@@ -241,15 +279,21 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("strategy", [EWC(strength=9.0), Replay(memory_size=20)], ids=["ewc", "replay"])
+@pytest.mark.parametrize(
+    "strategy", [EWC(strength=9.0), Replay(memory_size=20)], ids=["ewc", "replay"]
+)
 @pytest.mark.parametrize("name", ["nothing", *CHANGES])
 def test_runs_that_differ_in_anything_share_no_noise(toy_stream, toy_model, strategy, name):
-    """Four float32 normals coincide by chance with probability below 1e-20: no pair among these few thousand does."""
+    """Four float32 normals coincide by chance with probability below 1e-20: no pair among these few
+    thousand does.
+    """
     drawn = []
     for changes in ({}, dict(CHANGES.get(name, {}))):
         stream = changes.pop("stream", lambda stream: stream)(toy_stream())
         with hearing() as heard:
-            learner_of(toy_model(toy_stream()), changes.pop("privacy", SAME), strategy, **changes).fit(stream)
+            learner_of(
+                toy_model(toy_stream()), changes.pop("privacy", SAME), strategy, **changes
+            ).fit(stream)
         assert all(value.dtype == torch.float32 for value in heard.noise)
         drawn.append(windows(heard.noise))
     draws = 8 + 2 * isinstance(strategy, EWC)

@@ -1,8 +1,10 @@
-"""A program: the engine at work with none of the heavy libraries, as on a machine that has torch and little else.
+"""A program: the engine at work with none of the heavy libraries, as on a machine that has torch
+and little else.
 
-It makes the imports below fail, trains every strategy on blobs with and without privacy, trains one against PGD,
-explains a prediction, and prints a line for each. `tests/test_imports.py` runs it; it needs the rest of `perdure`'s
-dependencies: dp-accounting and cryptography for privacy, safetensors for what is kept on disk.
+It makes the imports below fail, trains every strategy on blobs with and without privacy, trains one
+against PGD, explains a prediction, and prints a line for each. `tests/test_imports.py` runs it; it
+needs the rest of `perdure`'s dependencies: dp-accounting and cryptography for privacy, safetensors
+for what is kept on disk.
 """
 
 import sys
@@ -11,7 +13,8 @@ from functools import partial
 from typing import get_type_hints
 
 ABSENT = ("flwr", "avalanche", "opacus", "ray", "matplotlib", "sklearn", "torchvision")
-sys.modules.update(dict.fromkeys(ABSENT))  # None there makes an import fail as if nothing were installed
+# None there makes an import fail as if nothing were installed
+sys.modules.update(dict.fromkeys(ABSENT))
 
 import torch  # noqa: E402
 
@@ -37,7 +40,9 @@ def strategy(name):
     """Build a strategy, with a plain number for each hyper-parameter that has no default."""
     cls = find(name)
     kinds = get_type_hints(cls)
-    needed = [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
+    needed = [
+        field.name for field in fields(cls) if field.default is field.default_factory is MISSING
+    ]
     return cls(**{field: REQUIRED[kinds[field]] for field in needed})
 
 
@@ -46,9 +51,14 @@ def train(stream, name, privacy=None, adversary=None):
     own = strategy(name).small_model(**shapes)
     model = mlp(**shapes, hidden=(16,), seed=0) if own is None else own
     learner = Learner(
-        model=model, strategy=strategy(name), optimizer=partial(torch.optim.SGD, lr=0.5), iterations=40,
-        batch_size=30, privacy=privacy, adversary=adversary,
-    )  # fmt: skip
+        model=model,
+        strategy=strategy(name),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        iterations=40,
+        batch_size=30,
+        privacy=privacy,
+        adversary=adversary,
+    )
     return learner, learner.fit(stream)
 
 
@@ -61,14 +71,21 @@ def main():
         for privacy in (None,) if strategy(name).couples_records else (None, simulated):
             learner, matrix = train(stream, name, privacy=privacy)
             assert matrix[0, 0] > 80, (name, privacy, matrix)
-            print("trained", name, learner.mechanism.ledger.statement(delta=1e-3) if privacy else "without privacy")
+            print(
+                "trained",
+                name,
+                learner.mechanism.ledger.statement(delta=1e-3) if privacy else "without privacy",
+            )
     attack = PGD(epsilon=0.1)
     learner, matrix = train(stream, "joint", adversary=attack)
     seen = stream[1].test
-    robust = robust_accuracy(learner.model, seen.inputs, seen.labels, attack, generator=torch.Generator())
+    robust = robust_accuracy(
+        learner.model, seen.inputs, seen.labels, attack, generator=torch.Generator()
+    )
     assert robust > 80, robust
     print("trained against PGD", robust)
-    background, rows = torch.zeros(1, 6), data.test.inputs[:3]
+    background = torch.zeros(1, 6)
+    rows = data.test.inputs[:3]
     shares = kernel_shap(learner.model, rows, background, targets=torch.zeros(3, dtype=torch.long))
     output = learner.model(rows)[:, 0] - learner.model(background)[:, 0]
     torch.testing.assert_close(shares.values.sum(1), output.detach(), atol=1e-4, rtol=0)

@@ -46,7 +46,10 @@ def test_micro_batches_do_not_change_the_gradient(problem, size):
         parts = clipped_gradient(forward, losses, params, batch, clip, size)
         assert whole.keys() == parts.keys()
         torch.testing.assert_close(parts, whole)
-    assert clipped_gradient(forward, losses, params, batch.take(slice(0, 0)), Clip(norm=1.0), size) is None
+    assert (
+        clipped_gradient(forward, losses, params, batch.take(slice(0, 0)), Clip(norm=1.0), size)
+        is None
+    )
 
 
 def test_no_pass_is_larger_than_a_micro_batch(problem):
@@ -64,15 +67,23 @@ def test_no_pass_is_larger_than_a_micro_batch(problem):
 
 @pytest.mark.parametrize("private", [False, True])
 def test_an_experience_in_micro_batches_learns_and_charges_the_same(toy_stream, toy_model, private):
-    """Up to rounding, and up to noise: it is keyed by all that shapes a sum, down to its rounding."""
-    ends, charged = [], []
+    """Up to rounding, and up to noise: it is keyed by all that shapes a sum, down to its
+    rounding.
+    """
+    ends = []
+    charged = []
     nearly_silent = Privacy(noise_multiplier=1e-3, sampling_rate=1.0, seed=0)
     for size in (None, 3):
         stream = toy_stream()
         learner = Learner(
-            model=toy_model(stream), strategy=Naive(), optimizer=partial(torch.optim.SGD, lr=0.5), iterations=10,
-            batch_size=8, micro_batch_size=size, privacy=nearly_silent if private else None,
-        )  # fmt: skip
+            model=toy_model(stream),
+            strategy=Naive(),
+            optimizer=partial(torch.optim.SGD, lr=0.5),
+            iterations=10,
+            batch_size=8,
+            micro_batch_size=size,
+            privacy=nearly_silent if private else None,
+        )
         learner.prepare(stream)
         learner.begin(0)
         learner.train(learner.block(0, 1))

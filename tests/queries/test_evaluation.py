@@ -28,7 +28,8 @@ def test_rows_are_evaluated_on_each_record_alone():
         lengths.append(len(batch))
         return batch.inputs - batch.inputs.mean(0, keepdim=True)
 
-    data, module = batch(), small()
+    data = batch()
+    module = small()
     rows = rows_of(coupled, module)
     answer = torch.func.vmap(rows, in_dims=(None, 0))({}, data.tensors())
     assert lengths == [1] and answer["value"].abs().max() == 0  # its own mean: others play no part
@@ -40,19 +41,27 @@ def test_gradient_rows_are_evaluated_on_each_record_alone():
         losses = F.cross_entropy(forward(batch.inputs), batch.labels, reduction="none")
         return losses / losses.detach().sum()
 
-    data, module = batch(), small()
+    data = batch()
+    module = small()
     params = {name: value.detach() for name, value in module.named_parameters()}
-    rows = torch.func.vmap(gradient_rows(coupled, module), in_dims=(None, 0))(params, data.tensors())
+    rows = torch.func.vmap(gradient_rows(coupled, module), in_dims=(None, 0))(
+        params, data.tensors()
+    )
     for i in range(len(data)):
         one = coupled(Forward(module), data.take(slice(i, i + 1))).sum()
-        for name, gradient in zip(params, torch.autograd.grad(one, list(module.parameters())), strict=True):
+        for name, gradient in zip(
+            params, torch.autograd.grad(one, list(module.parameters())), strict=True
+        ):
             torch.testing.assert_close(rows[name][i], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_bare_tensor_is_called_value_and_may_be_one_number_a_record():
-    data, module = batch(), small()
+    data = batch()
+    module = small()
     assert list(as_params(torch.zeros(3))) == ["value"]
     count = exact_sum(lambda forward, batch: (batch.labels == 1).float(), Forward(module), data, 2)
     assert float(count["value"]) == int((data.labels == 1).sum())
-    rows = torch.func.vmap(rows_of(lambda _, b: b.labels.float(), module), in_dims=(None, 0))({}, data.tensors())
+    rows = torch.func.vmap(rows_of(lambda _, b: b.labels.float(), module), in_dims=(None, 0))(
+        {}, data.tensors()
+    )
     assert torch.equal(rows["value"], data.labels.float())

@@ -1,4 +1,6 @@
-"""Gram matrices: bounded whatever a record holds, exact without privacy, with symmetric noise, and never as rows."""
+"""Gram matrices: bounded whatever a record holds, exact without privacy, with symmetric noise, and
+never as rows.
+"""
 
 import math
 
@@ -10,7 +12,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.curator_harness import JOINT, NOISY, ROUNDING, SILENT, features, flat, has_scale, moved, nobody, one_hot
+from helpers.curator_harness import (
+    JOINT,
+    NOISY,
+    ROUNDING,
+    SILENT,
+    features,
+    flat,
+    has_scale,
+    moved,
+    nobody,
+    one_hot,
+)
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError, DataError
@@ -28,16 +41,24 @@ entries = st.floats(width=32, allow_nan=True, allow_infinity=True)
 @pytest.mark.property
 @settings(deadline=None, max_examples=150)
 @given(
-    st.lists(st.lists(entries, min_size=5, max_size=5), min_size=1, max_size=5), st.floats(1e-3, 1e3),
-    st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.0, 2.0]),
-)  # fmt: skip
+    st.lists(st.lists(entries, min_size=5, max_size=5), min_size=1, max_size=5),
+    st.floats(1e-3, 1e3),
+    st.sampled_from([0.01, 1.0, 30.0]),
+    st.sampled_from([0.0, 2.0]),
+)
 def test_no_record_exceeds_the_bound_whatever_it_holds(values, bound, weight, totals):
-    """Of one record, the clipped vector itself; of several, the difference that the last one makes."""
+    """Of one record, the clipped vector itself; of several, the difference that the last one
+    makes.
+    """
     table = torch.tensor(values, dtype=torch.float32)
-    query = Gram(lambda f, b: b.inputs[:, :3], lambda f, b: b.inputs[:, 3:], weight=weight, totals=totals)
+    query = Gram(
+        lambda f, b: b.inputs[:, :3], lambda f, b: b.inputs[:, 3:], weight=weight, totals=totals
+    )
     sums = []
     for rows in (table, table[:-1], table[-1:]):
-        batch = Batch.current(Records(inputs=rows, labels=torch.zeros(len(rows), dtype=torch.int64)), 0)
+        batch = Batch.current(
+            Records(inputs=rows, labels=torch.zeros(len(rows), dtype=torch.int64)), 0
+        )
         sums.append(query.clipped(nn.Identity(), {}, batch.tensors(), Clip(norm=bound)))
     assert float(flat(sums[2]).norm()) <= bound * ROUNDING
     less = flat(sums[1]) if sums[1] else torch.zeros_like(flat(sums[0]))
@@ -48,9 +69,12 @@ def test_no_record_exceeds_the_bound_whatever_it_holds(values, bound, weight, to
 @pytest.mark.parametrize("clip_norm", [0.4, 3.0, 100.0])
 @pytest.mark.parametrize("query", [Gram(features), Gram(features, one_hot), JOINT])
 def test_the_fast_sum_is_the_sum_of_clipped_rows(toy_stream, toy_model, query, clip_norm):
-    """Against rows of all d (d + 1) / 2 + d c + c numbers, clipped by the function that clips everything."""
+    """Against rows of all d (d + 1) / 2 + d c + c numbers, clipped by the function that clips
+    everything.
+    """
     stream = toy_stream()
-    model, batch = toy_model(stream).eval(), Batch.current(stream[0].train, 0)
+    model = toy_model(stream).eval()
+    batch = Batch.current(stream[0].train, 0)
     params = {name: value.detach() for name, value in model.named_parameters()}
     fast = bounded_sum(query, model, params, batch.tensors(), Clip(norm=clip_norm))
     rows = {name: value.detach() for name, value in query(Forward(model), batch).items()}
@@ -59,8 +83,15 @@ def test_the_fast_sum_is_the_sum_of_clipped_rows(toy_stream, toy_model, query, c
     for name, value in slow.items():
         torch.testing.assert_close(fast[name], value, rtol=1e-4, atol=1e-5)
         assert query.shapes(Forward(model), batch)[name] == value.shape
-    lengths = flat({n: v.square().flatten(1).sum(1) for n, v in rows.items()}).view(len(rows), -1).sum(0).sqrt()
-    norms = torch.tensor([query.norm(float(f.norm())) for f in model.features(batch.inputs).detach()])
+    lengths = (
+        flat({n: v.square().flatten(1).sum(1) for n, v in rows.items()})
+        .view(len(rows), -1)
+        .sum(0)
+        .sqrt()
+    )
+    norms = torch.tensor(
+        [query.norm(float(f.norm())) for f in model.features(batch.inputs).detach()]
+    )
     torch.testing.assert_close(lengths.float(), norms, rtol=1e-4, atol=1e-5)
 
 
@@ -83,13 +114,21 @@ def wide(d):
 
 @pytest.mark.statistical
 def test_the_noise_of_a_gram_matrix_is_symmetric_and_of_the_stated_scales(party, toy_stream):
-    """On nobody's records, d = 300, C = 0.2, m = 3: 0.6 on the diagonal, 0.6 / sqrt(2) off it, 0.6 / w, 0.6 / v."""
+    """On nobody's records, d = 300, C = 0.2, m = 3: 0.6 on the diagonal, 0.6 / sqrt(2) off it, 0.6
+    / w, 0.6 / v.
+    """
     test = party(nobody(toy_stream()), wide(300), **NOISY)
     query = Gram(features, lambda f, b: b.inputs.new_zeros(len(b), 500), weight=2.0, totals=0.5)
     noise = test.curator.release(query, clip_norm=0.2, purpose="gram")
-    gram, upper = noise["gram"], torch.ones(300, 300, dtype=torch.bool).triu(1)
+    gram = noise["gram"]
+    upper = torch.ones(300, 300, dtype=torch.bool).triu(1)
     assert torch.equal(gram, gram.T)
-    scales = {0.6: gram.diagonal(), 0.6 / 2**0.5: gram[upper], 0.3: noise["cross"], 1.2: noise["totals"]}
+    scales = {
+        0.6: gram.diagonal(),
+        0.6 / 2**0.5: gram[upper],
+        0.3: noise["cross"],
+        1.2: noise["totals"],
+    }
     for scale, values in scales.items():
         assert has_scale(values, scale), scale
         assert not has_scale(values, scale * 2 / 3) and not has_scale(values, scale * 3 / 2)
@@ -101,11 +140,16 @@ def test_gram_sums_of_private_records_are_those_of_their_clipped_vectors(party):
     """End to end, with next to no noise: features and targets of each record times its factor."""
     test = party(**SILENT)
     records = test.stream[0].train
-    rows, y = test.model.features(records.inputs).detach(), F.one_hot(records.labels, 4).float()
+    rows = test.model.features(records.inputs).detach()
+    y = F.one_hot(records.labels, 4).float()
     factors = torch.tensor([min(1.0, 1.0 / JOINT.norm(float(f.norm()))) for f in rows])
     assert int((factors < 1).sum()) > 12
     released = test.curator.release(JOINT, clip_norm=1.0, purpose="gram")
-    expected = {"gram": (factors * rows.T) @ rows, "cross": (factors * rows.T) @ y, "totals": factors @ y}
+    expected = {
+        "gram": (factors * rows.T) @ rows,
+        "cross": (factors * rows.T) @ y,
+        "totals": factors @ y,
+    }
     assert list(released) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(released[name], value, rtol=1e-4, atol=2e-5)
@@ -116,7 +160,8 @@ def test_ridge_regression_from_the_release_is_that_from_the_rows(party):
     test = party()
     records = test.stream[0].train
     sums = test.curator.release(Gram(features, one_hot), clip_norm=1.0, purpose="gram")
-    rows, y = test.model.features(records.inputs).detach(), F.one_hot(records.labels, 4).float()
+    rows = test.model.features(records.inputs).detach()
+    y = F.one_hot(records.labels, 4).float()
     eye = 0.1 * torch.eye(rows.shape[1])
     head = torch.linalg.solve(sums["gram"] + eye, sums["cross"])
     by_rows = torch.linalg.lstsq(
@@ -139,7 +184,9 @@ class Widest(TorchDispatchMode):
 
 @pytest.mark.parametrize("privacy", [{}, NOISY])
 def test_no_rows_of_d_squared_numbers_are_formed(party, privacy):
-    """24 records at d = 200: the largest tensor is one matrix (its indices, or its bytes), not 24 of them."""
+    """24 records at d = 200: the largest tensor is one matrix (its indices, or its bytes), not 24
+    of them.
+    """
     test = party(model=wide(200), **privacy)
     with Widest() as widest:
         test.curator.release(Gram(features, one_hot), clip_norm=1.0, purpose="gram")
@@ -153,16 +200,22 @@ def test_a_class_of_the_users_cannot_clip_for_itself(party, toy_stream):
         def clipped(self, module, params, tensors, clip):
             return super().clipped(module, params, tensors, Clip(norm=1e6))
 
-    change = moved(party, toy_stream(), 2, lambda c: c.release(Loose(features), clip_norm=0.1, purpose="x"))
+    change = moved(
+        party, toy_stream(), 2, lambda c: c.release(Loose(features), clip_norm=0.1, purpose="x")
+    )
     assert float(flat(change).norm()) <= 0.1 * ROUNDING
-    fair = moved(party, toy_stream(), 2, lambda c: c.release(Gram(features), clip_norm=0.1, purpose="x"))
+    fair = moved(
+        party, toy_stream(), 2, lambda c: c.release(Gram(features), clip_norm=0.1, purpose="x")
+    )
     torch.testing.assert_close(flat(change), flat(fair), rtol=1e-3, atol=1e-5)
 
 
 def test_targets_longer_than_one_are_scaled_or_refused(party):
     long = Gram(features, lambda f, b: 3.0 * F.one_hot(b.labels, 4))
     unit = Gram(features, one_hot)
-    answers = [party(**SILENT).curator.release(query, clip_norm=1e3, purpose="x") for query in (long, unit)]
+    answers = [
+        party(**SILENT).curator.release(query, clip_norm=1e3, purpose="x") for query in (long, unit)
+    ]
     torch.testing.assert_close(flat(answers[0]), flat(answers[1]), rtol=1e-4, atol=2e-2)
     with pytest.raises(DataError, match=r"norm above 1.*declared bound"):
         party().curator.release(long, clip_norm=1e3, purpose="x")
@@ -185,8 +238,12 @@ def test_weights_that_are_none_are_refused(query, message):
 @pytest.mark.parametrize("privacy", [{}, NOISY])
 def test_features_of_another_shape_are_refused(party, privacy):
     for query in (
-        Gram(lambda f, b: b.inputs.sum(1)), Gram(lambda f, b: b.inputs[:, :, None]),
-        Gram(features, lambda f, b: b.labels), Gram(features, lambda f, b: torch.zeros(7, 3)),
-    ):  # fmt: skip
-        with pytest.raises(DataError, match=r"(features|targets) of \d+ records have shape .*\(n, width\)"):
+        Gram(lambda f, b: b.inputs.sum(1)),
+        Gram(lambda f, b: b.inputs[:, :, None]),
+        Gram(features, lambda f, b: b.labels),
+        Gram(features, lambda f, b: torch.zeros(7, 3)),
+    ):
+        with pytest.raises(
+            DataError, match=r"(features|targets) of \d+ records have shape .*\(n, width\)"
+        ):
             party(**privacy).curator.release(query, clip_norm=1.0, purpose="x")

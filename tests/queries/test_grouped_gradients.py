@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from helpers.squared_gradients import Sequence, Twice, assert_same, batch, fisher_terms, small, summed, tied
+from helpers.squared_gradients import (
+    Sequence,
+    Twice,
+    assert_same,
+    batch,
+    fisher_terms,
+    small,
+    summed,
+    tied,
+)
 from perdure.contract.forward import Forward
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.queries.evaluation import bounded_sum, exact_sum, shapes_of
@@ -24,7 +33,10 @@ def query_of(terms=logit, group=by_label, groups=3):
 
 def by_hand(module, terms, data, group, groups):
     """(n, groups, *parameter) rows, one backward pass for every record."""
-    rows = {name: value.new_zeros(len(data), groups, *value.shape) for name, value in module.named_parameters()}
+    rows = {
+        name: value.new_zeros(len(data), groups, *value.shape)
+        for name, value in module.named_parameters()
+    }
     for i, number in enumerate(group(data).tolist()):
         losses, weights = terms(Forward(module), data.take(slice(i, i + 1)))
         gradients = torch.autograd.grad((losses * weights).sum(), list(module.parameters()))
@@ -42,9 +54,12 @@ def problem(model, n=20):
 @pytest.mark.parametrize("terms", [logit, fisher_terms])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_rows_and_sums_equal_one_backward_pass_a_record(model, terms):
-    (module, data), query = problem(model), query_of(terms)
+    module, data = problem(model)
+    query = query_of(terms)
     expected = by_hand(module, terms, data, by_label, 3)
-    assert_same({name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, 1e-6)
+    assert_same(
+        {name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, 1e-6
+    )
     total = {name: rows.sum(0) for name, rows in expected.items()}
     assert_same(summed(query, module, data), total, 1e-5)
     assert_same(exact_sum(query, Forward(module), data, 3), total, 1e-5)
@@ -57,14 +72,17 @@ def test_models_whose_layers_are_used_otherwise_are_summed_by_record(make):
         torch.manual_seed(0)
         module = make()
     data = batch()
-    expected = {name: rows.sum(0) for name, rows in by_hand(module, logit, data, by_label, 3).items()}
+    expected = {
+        name: rows.sum(0) for name, rows in by_hand(module, logit, data, by_label, 3).items()
+    }
     assert_same(summed(query_of(), module, data), expected, 1e-6)
 
 
 @pytest.mark.parametrize("clip", [Clip(norm=0.3), Clip(norm=3.0), Clip(norm=0.5, per_layer=True)])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_the_clipped_sum_equals_that_of_clipped_rows(model, clip):
-    (module, data), query = problem(model), query_of()
+    module, data = problem(model)
+    query = query_of()
     params = {name: value.detach() for name, value in module.named_parameters()}
     expected = clipped_sum(rows_of(query, module), params, data.tensors(), clip, 3)
     assert_same(bounded_sum(query, module, params, data.tensors(), clip), expected, 1e-5)
@@ -72,22 +90,31 @@ def test_the_clipped_sum_equals_that_of_clipped_rows(model, clip):
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_one_record_moves_the_sum_by_at_most_the_clip_norm(model):
-    (module, data), query, bound = problem(model), query_of(), 0.3
-    whole, moved = summed(query, module, data, Clip(norm=bound)), []
+    module, data = problem(model)
+    query = query_of()
+    bound = 0.3
+    whole = summed(query, module, data, Clip(norm=bound))
+    moved = []
     for i in range(0, len(data), 4):
         fewer = summed(query, module, data.take(torch.arange(len(data)) != i), Clip(norm=bound))
-        moved.append(float(torch.stack([(whole[n] - fewer[n]).square().sum() for n in whole]).sum().sqrt()))
+        moved.append(
+            float(torch.stack([(whole[n] - fewer[n]).square().sum() for n in whole]).sum().sqrt())
+        )
     assert 0.99 * bound < max(moved) <= bound * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_a_record_without_a_finite_norm_moves_nothing_further(model, poison):
-    (module, data), query, clip = problem(model, 9), query_of(fisher_terms), Clip(norm=0.05)
+    module, data = problem(model, 9)
+    query = query_of(fisher_terms)
+    clip = Clip(norm=0.05)
     clean = summed(query, module, data.take(slice(1, None)), clip)
     data.inputs[0] = poison
     spoilt = summed(query, module, data, clip)
-    moved = torch.stack([(spoilt[name] - clean[name]).square().sum() for name in clean]).sum().sqrt()
+    moved = (
+        torch.stack([(spoilt[name] - clean[name]).square().sum() for name in clean]).sum().sqrt()
+    )
     assert float(moved) <= 0.05 * (1 + 1e-4)
 
 
@@ -116,13 +143,18 @@ def test_rows_of_all_groups_are_never_formed(model, monkeypatch):
     params = {name: value.detach() for name, value in module.named_parameters()}
     monkeypatch.setattr(GroupedGradient, "__call__", None)
     query = query_of(groups=1000)
-    assert bounded_sum(query, module, params, data.tensors(), Clip(norm=0.3))["head.bias"].shape == (1000, 3)
+    assert bounded_sum(query, module, params, data.tensors(), Clip(norm=0.3))[
+        "head.bias"
+    ].shape == (1000, 3)
     assert exact_sum(query, Forward(module), data, 2)["head.bias"].shape == (1000, 3)
 
 
 class Cheating(GroupedGradient):
     def summed(self, module, params, tensors, clip=None):
-        return {name: 1e6 * value for name, value in super().summed(module, params, tensors, clip).items()}
+        return {
+            name: 1e6 * value
+            for name, value in super().summed(module, params, tensors, clip).items()
+        }
 
 
 def test_a_class_of_somebody_else_may_not_clip_for_itself():

@@ -21,12 +21,17 @@ def test_a_mean_divides_by_the_declared_number_and_so_does_its_noise(party, toy_
     """Declared 96 of 24: noise 3 x 0.2 / 96, two-sided (flakiness 4e-8)."""
     stream = toy_stream()
     first = stream[0]
-    more = replace(stream, experiences=(replace(first, train=replace(first.train, declared_size=96)), stream[1]))
+    more = replace(
+        stream,
+        experiences=(replace(first, train=replace(first.train, declared_size=96)), stream[1]),
+    )
 
     def ones(forward, batch):
         return torch.zeros(len(batch), 4000).index_fill(1, torch.tensor([0]), 1.0)
 
-    released = releases.mean(party(more, **NOISY).curator, ones, clip_norm=0.2, purpose="mean")["value"]
+    released = releases.mean(party(more, **NOISY).curator, ones, clip_norm=0.2, purpose="mean")[
+        "value"
+    ]
     assert has_scale(released[1:], 0.6 / 96)
     assert not has_scale(released[1:], 0.4 / 96) and not has_scale(released[1:], 0.9 / 96)
     assert float(released[0]) == pytest.approx(24 * 0.2 / 96, abs=5 * 0.6 / 96)
@@ -62,19 +67,24 @@ def test_a_record_in_no_bin_counts_nowhere_under_privacy_and_is_refused_without(
             one(party().curator)
 
 
-def test_numbers_that_are_none_lie_above_all_under_privacy_and_are_refused_without(party, toy_stream):
+def test_numbers_that_are_none_lie_above_all_under_privacy_and_are_refused_without(
+    party, toy_stream
+):
     stream = toy_stream()
     for place in range(20):
         stream = poisoned(stream, place, math.nan)
     ask = partial(releases.quantile, of=brightness, q=0.5, candidates=[0.0, 5.0], purpose="x")
-    assert ask(party(stream, **SILENT).curator) == 5.0  # 20 of 24 lie beyond, so the last is nearer than the first
+    # 20 of 24 lie beyond, so the last is nearer than the first
+    assert ask(party(stream, **SILENT).curator) == 5.0
     with pytest.raises(DataError, match="20 records have NaN"):
         ask(party(stream).curator)
 
 
 @pytest.mark.parametrize("q", [0.05, 0.5, 0.9])
 def test_quantiles_of_many_records_are_near(q):
-    """1,000 numbers, epsilon 0.5: a rank 80 off has probability below 1e-6 (with 500 candidates)."""
+    """1,000 numbers, epsilon 0.5: a rank 80 off has probability below 1e-6 (with 500
+    candidates).
+    """
     place = torch.Generator().manual_seed(0)
     values = torch.randn(1000, generator=place)
     grid = torch.linspace(-5, 5, 500)
@@ -82,15 +92,23 @@ def test_quantiles_of_many_records_are_near(q):
     from perdure.privacy.noise.discrete import exponential
 
     uniform = NoiseKey.from_seed(1).uniform(500, purpose="p", entry="e", step=0)
-    (chosen,) = exponential(utility.scores(values, strict=True), 1, noise_multiplier=2.0, uniform=uniform).tolist()
+    (chosen,) = exponential(
+        utility.scores(values, strict=True), 1, noise_multiplier=2.0, uniform=uniform
+    ).tolist()
     assert abs(float((values < grid[chosen]).float().mean()) - q) < 0.08
 
 
 def test_choices_are_among_what_was_offered_and_follow_the_records(party):
     test = party(**(NOISY | {"release_noise": 0.05}))
-    chosen = releases.quantile(test.curator, brightness, q=0.5, candidates=torch.tensor(GRID), purpose="x")
+    chosen = releases.quantile(
+        test.curator, brightness, q=0.5, candidates=torch.tensor(GRID), purpose="x"
+    )
     exact = releases.quantile(party().curator, brightness, q=0.5, candidates=GRID, purpose="x")
-    assert isinstance(chosen, float) and chosen == pytest.approx(exact) and min(abs(chosen - c) for c in GRID) < 1e-6
+    assert (
+        isinstance(chosen, float)
+        and chosen == pytest.approx(exact)
+        and min(abs(chosen - c) for c in GRID) < 1e-6
+    )
     places = releases.top_k(test.curator, lambda b: 7 + 0 * b.labels, bins=50, k=3, purpose="y")
     assert places.dtype == torch.int64 and places[0] == 7 and len(places.unique()) == 3
 
@@ -100,15 +118,36 @@ def test_choices_are_among_what_was_offered_and_follow_the_records(party):
     ("ask", "message"),
     [
         (lambda c: releases.histogram(c, labels, bins=0, purpose="x"), "bins = 0"),
-        (lambda c: releases.histogram(c, brightness, bins=3, purpose="x"), "float32; give whole numbers"),
-        (lambda c: releases.histogram(c, lambda b: b.inputs, bins=3, purpose="x"), r"`of` gives shape .*\(n,\)"),
-        (lambda c: releases.histogram(c, lambda b: b.labels.sum(), bins=3, purpose="x"), r"`of` gives shape \(\)"),
+        (
+            lambda c: releases.histogram(c, brightness, bins=3, purpose="x"),
+            "float32; give whole numbers",
+        ),
+        (
+            lambda c: releases.histogram(c, lambda b: b.inputs, bins=3, purpose="x"),
+            r"`of` gives shape .*\(n,\)",
+        ),
+        (
+            lambda c: releases.histogram(c, lambda b: b.labels.sum(), bins=3, purpose="x"),
+            r"`of` gives shape \(\)",
+        ),
         (lambda c: releases.top_k(c, labels, bins=4, k=5, purpose="x"), "k = 5.*1 to 4"),
         (lambda c: releases.top_k(c, labels, bins=4, k=0, purpose="x"), "k = 0"),
-        (lambda c: releases.top_k(c, brightness, bins=4, k=1, purpose="x"), "float32; give whole numbers"),
-        (lambda c: releases.quantile(c, brightness, q=1.0, candidates=GRID, purpose="x"), "q = 1.0"),
-        (lambda c: releases.quantile(c, brightness, q=0.5, candidates=[2, 1], purpose="x"), "each above the last"),
-        (lambda c: releases.quantile(c, brightness, q=0.5, candidates=[], purpose="x"), "candidates"),
+        (
+            lambda c: releases.top_k(c, brightness, bins=4, k=1, purpose="x"),
+            "float32; give whole numbers",
+        ),
+        (
+            lambda c: releases.quantile(c, brightness, q=1.0, candidates=GRID, purpose="x"),
+            "q = 1.0",
+        ),
+        (
+            lambda c: releases.quantile(c, brightness, q=0.5, candidates=[2, 1], purpose="x"),
+            "each above the last",
+        ),
+        (
+            lambda c: releases.quantile(c, brightness, q=0.5, candidates=[], purpose="x"),
+            "candidates",
+        ),
     ],
 )
 def test_what_is_not_allowed_is_said_in_one_line_and_costs_nothing(party, ask, message, privacy):
@@ -127,6 +166,8 @@ def test_scores_of_the_users_own_are_refused(party):
             return 100 * values
 
     for privacy in ({}, NOISY):
-        with pytest.raises(PrivacyError, match="Own has no known sensitivity; allowed: Frequency, Quantile"):
+        with pytest.raises(
+            PrivacyError, match="Own has no known sensitivity; allowed: Frequency, Quantile"
+        ):
             party(**privacy).curator.select(labels, Own(), purpose="x")
     assert party().curator.select(labels, Frequency(bins=2), purpose="x").tolist() == [0]

@@ -1,4 +1,6 @@
-"""What may be asked of private records: exact without privacy, bounded, charged and noised with it."""
+"""What may be asked of private records: exact without privacy, bounded, charged and noised with
+it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -46,13 +48,19 @@ ASKED = {
     "mean": lambda c: releases.mean(c, lambda f, b: b.inputs, clip_norm=0.7, purpose="mean"),
     "gram": lambda c: c.release(JOINT, clip_norm=1.0, purpose="gram"),
     "histogram": lambda c: releases.histogram(c, labels, bins=4, purpose="labels"),
-    "quantile": lambda c: releases.quantile(c, brightness, q=0.3, candidates=GRID, purpose="brightness"),
+    "quantile": lambda c: releases.quantile(
+        c, brightness, q=0.3, candidates=GRID, purpose="brightness"
+    ),
     "top-k": lambda c: releases.top_k(c, labels, bins=4, k=2, purpose="frequent"),
 }
 COSTS = {  # multiplier, mechanism, how often
-    "sum": (3.0, "gaussian", 1), "mean": (3.0, "gaussian", 1), "gram": (3.0, "gaussian", 1),
-    "histogram": (3.0, "discrete-gaussian", 1), "quantile": (1.5, "exponential", 1), "top-k": (1.5, "exponential", 2),
-}  # fmt: skip
+    "sum": (3.0, "gaussian", 1),
+    "mean": (3.0, "gaussian", 1),
+    "gram": (3.0, "gaussian", 1),
+    "histogram": (3.0, "discrete-gaussian", 1),
+    "quantile": (1.5, "exponential", 1),
+    "top-k": (1.5, "exponential", 2),
+}
 every = pytest.mark.parametrize("asked", ASKED)
 
 
@@ -63,8 +71,14 @@ every = pytest.mark.parametrize("asked", ASKED)
 def test_a_release_is_charged_once_and_before_its_noise_is_drawn(party, asked):
     test = party(**NOISY)
     ASKED[asked](test.curator)
-    assert test.trace == ["ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn"]
-    (entry,), (multiplier, mechanism, times) = test.ledger.entries, COSTS[asked]
+    assert test.trace == [
+        "ledger.before-append",
+        "ledger.appended",
+        "ledger.head-written",
+        "noise.drawn",
+    ]
+    (entry,) = test.ledger.entries
+    multiplier, mechanism, times = COSTS[asked]
     assert (entry.mechanism, entry.noise_multiplier, entry.steps) == (mechanism, multiplier, times)
     assert (entry.sampling, entry.scope, entry.first_step) == ("none", {"experience-0": 1.0}, 0)
     assert entry.purpose.startswith("release:") and entry.simulated
@@ -77,32 +91,45 @@ def test_without_privacy_it_is_exact(party, asked):
     rows = test.model.features(records.inputs).detach()
     y = F.one_hot(records.labels, 4).float()
     expected = {
-        "sum": records.inputs.sum(0), "mean": records.inputs.mean(0),
+        "sum": records.inputs.sum(0),
+        "mean": records.inputs.mean(0),
         "gram": {"gram": rows.T @ rows, "cross": rows.T @ y, "totals": y.sum(0)},
-        "histogram": torch.tensor([12, 12, 0, 0]), "top-k": torch.tensor([0, 1]),
-        "quantile": min(GRID, key=lambda c: abs(float((records.inputs.mean(1) < c).sum()) - 0.3 * 24)),
-    }  # fmt: skip
-    torch.testing.assert_close(flat(ASKED[asked](test.curator)), flat(expected[asked]), rtol=1e-5, atol=1e-6)
+        "histogram": torch.tensor([12, 12, 0, 0]),
+        "top-k": torch.tensor([0, 1]),
+        "quantile": min(
+            GRID, key=lambda c: abs(float((records.inputs.mean(1) < c).sum()) - 0.3 * 24)
+        ),
+    }
+    torch.testing.assert_close(
+        flat(ASKED[asked](test.curator)), flat(expected[asked]), rtol=1e-5, atol=1e-6
+    )
 
 
 @every
 def test_with_next_to_no_noise_it_is_the_clipped_answer(party, asked):
     """Noise of 1e-6; the same as without privacy where nothing is clipped."""
-    test, exact = party(**SILENT), party()
+    test = party(**SILENT)
+    exact = party()
     ask = {
         "sum": lambda c: c.release(lambda f, b: b.inputs, clip_norm=10.0, purpose="sum"),
         "mean": lambda c: releases.mean(c, lambda f, b: b.inputs, clip_norm=10.0, purpose="mean"),
         "gram": lambda c: c.release(JOINT, clip_norm=JOINT.norm(6**0.5), purpose="gram"),
-        "top-k": lambda c: ASKED["top-k"](c).sort().values,  # both bins hold 12 records: noise says which comes first
+        # both bins hold 12 records: noise says which comes first
+        "top-k": lambda c: ASKED["top-k"](c).sort().values,
     }.get(asked, ASKED[asked])
-    torch.testing.assert_close(flat(ask(test.curator)), flat(ask(exact.curator)), rtol=1e-5, atol=5e-4)
+    torch.testing.assert_close(
+        flat(ask(test.curator)), flat(ask(exact.curator)), rtol=1e-5, atol=5e-4
+    )
 
 
 @every
 def test_nobody_gets_an_answer_too(party, toy_stream, asked):
-    test, full = party(nobody(toy_stream()), **NOISY), party(**NOISY)
+    test = party(nobody(toy_stream()), **NOISY)
+    full = party(**NOISY)
     answer = ASKED[asked](test.curator)
-    assert flat(answer).shape == flat(ASKED[asked](full.curator)).shape and bool(flat(answer).isfinite().all())
+    assert flat(answer).shape == flat(ASKED[asked](full.curator)).shape and bool(
+        flat(answer).isfinite().all()
+    )
     assert len(test.ledger.entries) == 1
     if asked in ("sum", "mean", "gram"):
         assert bool((flat(answer) != 0).all())
@@ -130,11 +157,19 @@ def test_two_of_one_purpose_differ_and_a_restart_repeats_them(party, asked):
 
 @pytest.mark.parametrize("asked", ["histogram", "top-k", "quantile"])
 def test_another_question_after_a_restart_is_another_entry(party, asked):
-    """Under one name and number, but of other records' values: never the same noise on another answer."""
+    """Under one name and number, but of other records' values: never the same noise on another
+    answer.
+    """
     other = {
-        "histogram": lambda c: releases.histogram(c, lambda b: 3 - b.labels, bins=4, purpose="labels"),
-        "quantile": lambda c: releases.quantile(c, brightness, q=0.6, candidates=GRID, purpose="brightness"),
-        "top-k": lambda c: releases.top_k(c, lambda b: 3 - b.labels, bins=4, k=2, purpose="frequent"),
+        "histogram": lambda c: releases.histogram(
+            c, lambda b: 3 - b.labels, bins=4, purpose="labels"
+        ),
+        "quantile": lambda c: releases.quantile(
+            c, brightness, q=0.6, candidates=GRID, purpose="brightness"
+        ),
+        "top-k": lambda c: releases.top_k(
+            c, lambda b: 3 - b.labels, bins=4, k=2, purpose="frequent"
+        ),
     }
     test = party(**NOISY)
     first = ASKED[asked](test.curator)
@@ -145,7 +180,7 @@ def test_another_question_after_a_restart_is_another_entry(party, asked):
         assert not torch.equal(*noise)
 
 
-# --------------------------------------------------------------------------- one record more or less
+# -------------------------------------------------------------------------- one record more or less
 
 
 BOUNDS = {"sum": 0.7, "mean": 0.7, "gram": 1.0}
@@ -168,27 +203,41 @@ def test_one_record_moves_what_is_summed_by_its_bound_at_most(party, toy_stream,
 
 COUPLED = {
     "by their number": lambda forward, batch: batch.inputs.roll(len(batch), 1),
-    "by the first": lambda forward, batch: batch.inputs * (batch.inputs[:1] > batch.inputs[:1].mean()),
-    "by the mean": lambda forward, batch: (batch.inputs > batch.inputs.mean(0)).float().roll(len(batch), 1),
+    "by the first": lambda forward, batch: (
+        batch.inputs * (batch.inputs[:1] > batch.inputs[:1].mean())
+    ),
+    "by the mean": lambda forward, batch: (
+        (batch.inputs > batch.inputs.mean(0)).float().roll(len(batch), 1)
+    ),
 }
 
 
 @pytest.mark.parametrize("couple", COUPLED)
 @pytest.mark.parametrize("targets", [None, one_hot])
 def test_features_that_would_couple_records_see_one_at_a_time(party, toy_stream, couple, targets):
-    query, stream = Gram(COUPLED[couple], targets), toy_stream()
+    query = Gram(COUPLED[couple], targets)
+    stream = toy_stream()
     change = moved(party, stream, 0, lambda c: c.release(query, clip_norm=1.0, purpose="gram"))
     assert float(flat(change).norm()) <= ROUNDING
-    # the same rows taken from the whole batch: clipped as well, yet one record moves them by far more
+    # the same rows taken from the whole batch: clipped as well, yet one record moves them by far
+    # more
     whole, fewer = (Batch.current(s[0].train, 0) for s in (stream, without(stream, 0)))
-    sums = [clip_rows(query(Forward(nn.Identity()), rows), Clip(norm=1.0)) for rows in (whole, fewer)]
-    gap = flat({n: rows.double().sum(0) - sums[1][n].double().sum(0) for n, rows in sums[0].items()})
+    sums = [
+        clip_rows(query(Forward(nn.Identity()), rows), Clip(norm=1.0)) for rows in (whole, fewer)
+    ]
+    gap = flat(
+        {n: rows.double().sum(0) - sums[1][n].double().sum(0) for n, rows in sums[0].items()}
+    )
     assert float(gap.norm()) > 1.5
 
 
 @pytest.mark.parametrize(
     "of",
-    [lambda b: b.inputs[:, 0].argsort().argsort() % 4, lambda b: (b.labels + len(b)) % 4, lambda b: b.labels.roll(1)],
+    [
+        lambda b: b.inputs[:, 0].argsort().argsort() % 4,
+        lambda b: (b.labels + len(b)) % 4,
+        lambda b: b.labels.roll(1),
+    ],
 )
 def test_bins_that_would_couple_records_see_one_at_a_time(party, toy_stream, of):
     for ask in (
@@ -244,9 +293,13 @@ class Curious(Strategy):
 
 def learner(stream, model, strategy, **privacy):
     made = Learner(
-        model=model(stream), strategy=strategy, optimizer=partial(torch.optim.SGD, lr=0.1), iterations=2, batch_size=8,
+        model=model(stream),
+        strategy=strategy,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=2,
+        batch_size=8,
         privacy=Privacy(**({"seed": 0, "delta": 1e-2} | privacy)),
-    )  # fmt: skip
+    )
     made.prepare(stream)
     return made
 
@@ -255,13 +308,15 @@ def learner(stream, model, strategy, **privacy):
 def test_what_is_declared_is_planned_granted_and_spent_to_the_last(toy_stream, toy_model):
     made = learner(toy_stream(), toy_model, Curious(), epsilon=8.0)
     made.fit(toy_stream())
-    ledger, noise = made.mechanism.ledger, made.mechanism.schedule.noise[0]
+    ledger = made.mechanism.ledger
+    noise = made.mechanism.schedule.noise[0]
     for partition, history in planned(made, Schedule(noise=(noise,))).items():
         assert merged(ledger.charges(partition)) == merged(history)
         for charge in (
-            Charge(1.0, 4 * noise, 2), Charge(1.0, 4 * noise, 1, "discrete-gaussian"),
+            Charge(1.0, 4 * noise, 2),
+            Charge(1.0, 4 * noise, 1, "discrete-gaussian"),
             Charge(1.0, 2 * noise, 3, "exponential"),
-        ):  # fmt: skip
+        ):
             assert charge in history
     assert 7.0 < ledger.epsilon(delta=1e-2) <= 8.0
 
@@ -269,10 +324,12 @@ def test_what_is_declared_is_planned_granted_and_spent_to_the_last(toy_stream, t
 @pytest.mark.parametrize(
     ("more", "refused"),
     [
-        ("sum", "1 steps of gaussian noise"), ("histogram", "1 steps of discrete-gaussian noise"),
-        ("quantile", "1 steps of exponential noise"), ("top-k", "2 steps of exponential noise"),
+        ("sum", "1 steps of gaussian noise"),
+        ("histogram", "1 steps of discrete-gaussian noise"),
+        ("quantile", "1 steps of exponential noise"),
+        ("top-k", "2 steps of exponential noise"),
     ],
-)  # fmt: skip
+)
 def test_what_was_not_declared_is_refused(toy_stream, toy_model, more, refused):
     made = learner(toy_stream(), toy_model, Curious(more=more), epsilon=8.0)
     with pytest.raises(BudgetError, match=f"{refused}.*allowed 0 by the grant"):

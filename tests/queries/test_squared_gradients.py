@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.squared_gradients import Sequence, Twice, assert_same, batch, fisher_terms, small, summed, tied
+from helpers.squared_gradients import (
+    Sequence,
+    Twice,
+    assert_same,
+    batch,
+    fisher_terms,
+    small,
+    summed,
+    tied,
+)
 from perdure.contract.context import Spec
 from perdure.contract.forward import Forward
 from perdure.models.classifiers import mlp
@@ -32,7 +41,10 @@ def by_hand(module, terms, batch, size=torch.square):
         sums = [torch.zeros_like(value) for value in module.parameters()]
         for loss, weight in zip(losses[0], weights[0], strict=True):
             gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
-            sums = [total + weight * size(gradient) for total, gradient in zip(sums, gradients, strict=True)]
+            sums = [
+                total + weight * size(gradient)
+                for total, gradient in zip(sums, gradients, strict=True)
+            ]
         for name, total in zip(rows, sums, strict=True):
             rows[name].append(total)
     return {name: torch.stack(values) for name, values in rows.items()}
@@ -43,11 +55,15 @@ def by_hand(module, terms, batch, size=torch.square):
 @pytest.mark.parametrize("terms", [fisher_terms, label_terms])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind):
-    module, query = small(model), kind(terms)
+    module = small(model)
+    query = kind(terms)
     data = batch(shape=(1, 8, 8)) if model == "cnn" else batch()
     expected = by_hand(module, terms, data, SIZES[kind])
-    atol = 1e-7 if kind is SquaredGradient else 1e-6  # what is 0 but for rounding, as before a normalisation
-    assert_same({name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, atol)
+    # what is 0 but for rounding, as before a normalisation
+    atol = 1e-7 if kind is SquaredGradient else 1e-6
+    assert_same(
+        {name: rows.detach() for name, rows in query(Forward(module), data).items()}, expected, atol
+    )
     total = {name: rows.sum(0) for name, rows in expected.items()}
     for chunk in (2, 100):
         assert_same(exact_sum(query, Forward(module), data, chunk), total, atol)
@@ -70,16 +86,24 @@ def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_st
     strategy = EWC(strength=1.0, fisher=fisher)
     spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
     curator = Curator(seed=0, batch_size=8)
-    curator.open(stream.experiences[:1], strategy.plan(stream[0]), contexts(stream, "cpu")(0), Forward(module))
+    curator.open(
+        stream.experiences[:1],
+        strategy.plan(stream[0]),
+        contexts(stream, "cpu")(0),
+        Forward(module),
+    )
     state = strategy.after_experience(curator, params, strategy.init(spec))
 
-    records, sums = stream[0].train, {name: torch.zeros_like(value) for name, value in params.items()}
+    records = stream[0].train
+    sums = {name: torch.zeros_like(value) for name, value in params.items()}
     for x, y in zip(records.inputs, records.labels, strict=True):
         log_p = torch.log_softmax(module(x[None])[0, :2], dim=0)  # classes 0 and 1 are declared
         labels = [0, 1] if fisher == "exact" else [int(y)]
         for label in labels:
             weight = log_p[label].exp().item() if fisher == "exact" else 1.0
-            gradients = torch.autograd.grad(log_p[label], list(module.parameters()), retain_graph=True)
+            gradients = torch.autograd.grad(
+                log_p[label], list(module.parameters()), retain_graph=True
+            )
             for name, gradient in zip(sums, gradients, strict=True):
                 sums[name] += weight * gradient**2 / len(records)
     assert_same(state.group("fisher"), sums)
@@ -91,14 +115,18 @@ def test_the_fast_sum_steps_back_where_it_would_be_wrong(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
-    query, data = kind(fisher_terms), batch()
+    query = kind(fisher_terms)
+    data = batch()
     assert summed(query, module, data) is None
-    expected = {name: rows.sum(0) for name, rows in by_hand(module, fisher_terms, data, SIZES[kind]).items()}
+    expected = {
+        name: rows.sum(0) for name, rows in by_hand(module, fisher_terms, data, SIZES[kind]).items()
+    }
     assert_same(exact_sum(query, Forward(module), data, 4), expected)
 
 
 def test_frozen_parameters_do_not_stop_the_sum():
-    module, data = small(), batch()
+    module = small()
+    data = batch()
     expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100)
     module.body[1].weight.requires_grad_(False)
     assert linear_layers(module) is None
@@ -108,15 +136,22 @@ def test_frozen_parameters_do_not_stop_the_sum():
 @both
 def test_a_body_without_parameters_is_no_layer(kind):
     body = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.Tanh())
-    module, data = frozen(body, input_shape=(5,), num_classes=3), batch()
+    module = frozen(body, input_shape=(5,), num_classes=3)
+    data = batch()
     assert list(linear_layers(module)) == ["head"]
     params = {name: value.detach() for name, value in module.named_parameters()}
-    expected = clipped_sum(rows_of(kind(fisher_terms), module), params, data.tensors(), Clip(norm=0.02), 3)
-    assert_same(bounded_sum(kind(fisher_terms), module, params, data.tensors(), Clip(norm=0.02)), expected)
+    expected = clipped_sum(
+        rows_of(kind(fisher_terms), module), params, data.tensors(), Clip(norm=0.02), 3
+    )
+    assert_same(
+        bounded_sum(kind(fisher_terms), module, params, data.tensors(), Clip(norm=0.02)), expected
+    )
 
 
 def test_no_more_rows_are_formed_at_once_than_fit(monkeypatch):
-    module, data, seen = small("cnn"), batch(40, (1, 8, 8)), []
+    module = small("cnn")
+    data = batch(40, (1, 8, 8))
+    seen = []
     expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100)
 
     class Watched(SquaredGradient):
@@ -131,13 +166,15 @@ def test_no_more_rows_are_formed_at_once_than_fit(monkeypatch):
 
 
 def test_given_parameters_are_the_ones_that_count():
-    module, other, data = (
-        small(),
-        mlp(input_shape=(5,), num_classes=3, hidden=(6, 4), seed=9, activation="tanh"),
-        batch(),
+    module = small()
+    other = mlp(input_shape=(5,), num_classes=3, hidden=(6, 4), seed=9, activation="tanh")
+    data = batch()
+    query = SquaredGradient(fisher_terms)
+    params = {n: v.detach() for n, v in other.named_parameters()}
+    assert_same(
+        exact_sum(query, Forward(module, params), data, 3),
+        exact_sum(query, Forward(other), data, 3),
     )
-    query, params = SquaredGradient(fisher_terms), {n: v.detach() for n, v in other.named_parameters()}
-    assert_same(exact_sum(query, Forward(module, params), data, 3), exact_sum(query, Forward(other), data, 3))
 
 
 def test_hooks_do_not_outlive_the_fast_sum():
@@ -159,7 +196,9 @@ def test_hooks_do_not_outlive_the_fast_sum():
 @pytest.mark.parametrize("terms", [fisher_terms, label_terms])
 @pytest.mark.parametrize("clip", [Clip(norm=0.02), Clip(norm=0.2), Clip(norm=0.05, per_layer=True)])
 def test_the_clipped_sum_equals_that_of_clipped_rows(terms, clip, kind):
-    module, data, query = small(), batch(n=20), kind(terms)
+    module = small()
+    data = batch(n=20)
+    query = kind(terms)
     params = {name: value.detach() for name, value in module.named_parameters()}
     expected = clipped_sum(rows_of(query, module), params, data.tensors(), clip, 3)
     assert_same(summed(query, module, data, clip), expected)
@@ -169,16 +208,21 @@ def test_the_clipped_sum_equals_that_of_clipped_rows(terms, clip, kind):
 @both
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_a_record_without_a_finite_norm_counts_as_nothing(poison, kind):
-    module, data, query = small(), batch(n=9), kind(fisher_terms)
+    module = small()
+    data = batch(n=9)
+    query = kind(fisher_terms)
     clean = summed(query, module, data.take(slice(1, None)), Clip(norm=0.05))
     data.inputs[0] = poison
     spoilt = summed(query, module, data, Clip(norm=0.05))
-    moved = torch.stack([(spoilt[name] - clean[name]).square().sum() for name in clean]).sum().sqrt()
+    moved = (
+        torch.stack([(spoilt[name] - clean[name]).square().sum() for name in clean]).sum().sqrt()
+    )
     assert float(moved) <= 0.05 * (1 + 1e-4)
 
 
 def test_the_norm_of_a_records_absolute_gradient_is_the_gradients():
-    module, data = small(), batch(n=5)
+    module = small()
+    data = batch(n=5)
     rows = AbsoluteGradient(label_terms)(Forward(module), data)
     lengths = torch.cat([row.flatten(1) for row in rows.values()], dim=1).norm(dim=1)
     for i, length in enumerate(lengths):
@@ -195,7 +239,8 @@ def test_terms_see_one_record_at_a_time_so_none_can_move_another():
         log_p = torch.log_softmax(forward(batch.inputs - batch.inputs.mean(0)), dim=1)
         return -log_p, log_p.exp().detach()
 
-    module, data = small(), batch()
+    module = small()
+    data = batch()
     whole = summed(SquaredGradient(coupled), module, data, Clip(norm=1e-3))
     fewer = summed(SquaredGradient(coupled), module, data.take(slice(1, None)), Clip(norm=1e-3))
     moved = torch.stack([(whole[name] - fewer[name]).square().sum() for name in whole]).sum().sqrt()

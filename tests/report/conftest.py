@@ -1,4 +1,6 @@
-"""A realistic finished run, generated: four strategies with and without privacy on five experiences."""
+"""A realistic finished run, generated: four strategies with and without privacy on five
+experiences.
+"""
 
 import copy
 import json
@@ -14,7 +16,8 @@ from perdure.metrics import summarise
 from perdure.report import write_report
 
 T = 5
-# Share of accuracy that an experience keeps per later experience, and the growth of epsilon, both made up.
+# Share of accuracy that an experience keeps per later experience, and the growth of epsilon, both
+# made up.
 KEPT = {"naive": 0.0, "ewc": 0.12, "lwf": 0.55, "replay": 0.93}
 EPSILONS = {
     "naive": [7.98, 7.98, 7.98, 7.98, 7.98],
@@ -23,17 +26,25 @@ EPSILONS = {
     "replay": [5.1023, 6.2117, 6.9134, 7.4881, 7.9801],
 }
 OPTIONS = {
-    "naive": "Naive()", "ewc": "EWC(strength=100.0)", "lwf": "LwF(temperature=2.0)",
+    "naive": "Naive()",
+    "ewc": "EWC(strength=100.0)",
+    "lwf": "LwF(temperature=2.0)",
     "replay": "Replay(capacity=200)",
-}  # fmt: skip
+}
 
 
 def epsilon(value: float, text: str) -> dict[str, Any]:
     return {
-        "value": value, "delta": 1e-5, "unit": "record", "relation": "add-remove", "accountant": "PLD",
-        "sampling": "poisson", "trust": "each client trusts itself; the server sees released sums only",
-        "simulated": True, "text": text,
-    }  # fmt: skip
+        "value": value,
+        "delta": 1e-5,
+        "unit": "record",
+        "relation": "add-remove",
+        "accountant": "PLD",
+        "sampling": "poisson",
+        "trust": "each client trusts itself; the server sees released sums only",
+        "simulated": True,
+        "text": text,
+    }
 
 
 def accuracies(strategy: str, private: bool, generator: torch.Generator) -> Tensor:
@@ -52,22 +63,35 @@ def arm(strategy: str, private: bool, generator: torch.Generator) -> dict[str, A
         f"of e^{spent:.2f}, except with probability 1e-5."
     )
     return {
-        "strategy": strategy, "options": OPTIONS[strategy], "private": private,
+        "strategy": strategy,
+        "options": OPTIONS[strategy],
+        "private": private,
         "accuracy_matrix": matrix.tolist(),
-        "average_accuracy": summary.average_accuracy, "learning_accuracy": summary.learning_accuracy,
-        "forgetting": summary.forgetting, "backward_transfer": summary.backward_transfer,
-        "forward_transfer": summary.forward_transfer, "area_under_accuracy": summary.area_under_accuracy,
-        "worst_experience_accuracy": summary.worst_experience_accuracy, "calibration_error": [0.05] * T,
-        "state_bytes": 0, "robust_accuracy": 0.6 * summary.average_accuracy,
+        "average_accuracy": summary.average_accuracy,
+        "learning_accuracy": summary.learning_accuracy,
+        "forgetting": summary.forgetting,
+        "backward_transfer": summary.backward_transfer,
+        "forward_transfer": summary.forward_transfer,
+        "area_under_accuracy": summary.area_under_accuracy,
+        "worst_experience_accuracy": summary.worst_experience_accuracy,
+        "calibration_error": [0.05] * T,
+        "state_bytes": 0,
+        "robust_accuracy": 0.6 * summary.average_accuracy,
         "epsilon": epsilon(spent, text) if private else None,
         "epsilon_over_time": EPSILONS[strategy] if private else None,
-        "spending": _spending(strategy) if private else [], "seconds": 11.4 + 3.1 * private,
-    }  # fmt: skip
+        "spending": _spending(strategy) if private else [],
+        "seconds": 11.4 + 3.1 * private,
+    }
 
 
 def _spending(strategy: str) -> list[dict[str, Any]]:
     gradient = {"purpose": "gradient", "steps": 500, "noise_multiplier": 1.1, "sampling_rate": 0.2}
-    fisher = {"purpose": "Fisher diagonal", "steps": 5, "noise_multiplier": 4.0, "sampling_rate": 1.0}
+    fisher = {
+        "purpose": "Fisher diagonal",
+        "steps": 5,
+        "noise_multiplier": 4.0,
+        "sampling_rate": 1.0,
+    }
     return [gradient, fisher] if strategy == "ewc" else [gradient]
 
 
@@ -75,25 +99,41 @@ def _spending(strategy: str) -> list[dict[str, Any]]:
 def _result() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     return {
-        "schema": 1, "name": "demo", "seed": 1,
+        "schema": 1,
+        "name": "demo",
+        "seed": 1,
         "stream": {
-            "name": "digits", "scenario": "class", "experiences": T,
+            "name": "digits",
+            "scenario": "class",
+            "experiences": T,
             "classes": [[2 * i, 2 * i + 1] for i in range(T)],
         },
         "model": {"name": "MLP", "hidden": [64, 64], "classes": 10},
         "federation": {
-            "clients": 10, "rounds": 3, "alpha": 0.5,
+            "clients": 10,
+            "rounds": 3,
+            "alpha": 0.5,
             "declared_sizes": torch.randint(16, 60, (10, T), generator=generator).tolist(),
         },
-        "environment": {"python": "3.11.7", "torch": "2.15.0", "perdure": "0.1.0", "platform": "Linux"},
+        "environment": {
+            "python": "3.11.7",
+            "torch": "2.15.0",
+            "perdure": "0.1.0",
+            "platform": "Linux",
+        },
         "attack": {"name": "PGD", "epsilon": 0.1, "steps": 10, "norm": "linf"},
-        "arms": [arm(strategy, private, generator) for strategy in KEPT for private in (False, True)],
-        "epsilon_of_all_arms": epsilon(17.3412, "It covers all four models with privacy, released together."),
+        "arms": [
+            arm(strategy, private, generator) for strategy in KEPT for private in (False, True)
+        ],
+        "epsilon_of_all_arms": epsilon(
+            17.3412, "It covers all four models with privacy, released together."
+        ),
         "explanations": {
-            "file": "explanations.safetensors", "arm": "replay",
+            "file": "explanations.safetensors",
+            "arm": "replay",
             "moments": ["after experience 1", "after experience 5"],
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -108,7 +148,9 @@ def run(tmp_path: Path, result: dict[str, Any]) -> Path:
     folder = tmp_path / "demo"
     folder.mkdir()
     write(folder, result)
-    (folder / "config.toml").write_text('name = "demo"\nseed = 1\n\n[stream]\ndataset = "digits"\nexperiences = 5\n')
+    (folder / "config.toml").write_text(
+        'name = "demo"\nseed = 1\n\n[stream]\ndataset = "digits"\nexperiences = 5\n'
+    )
     save_file(explanations(), folder / "explanations.safetensors")
     return folder
 

@@ -1,4 +1,6 @@
-"""The page: complete, self-contained, accessible, escaped, and the same bytes for the same result."""
+"""The page: complete, self-contained, accessible, escaped, and the same bytes for the same
+result.
+"""
 
 import copy
 import json
@@ -26,7 +28,9 @@ VOID = {"meta", "link", "br"}
 
 
 class Page(HTMLParser):
-    """Elements with attributes and text, and a check that every tag is closed where it should be."""
+    """Elements with attributes and text, and a check that every tag is closed where it should
+    be.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,7 +86,10 @@ def test_nothing_is_fetched(page: Page, written: Path) -> None:
     for tag, attributes in page.elements:
         assert tag not in {"script", "iframe", "object", "embed", "base"}
         for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
-            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes[name][:80])
+            assert attributes.get(name, "#").startswith(("#", "data:")), (
+                tag,
+                attributes[name][:80],
+            )
     source = (written / "report.html").read_text(encoding="utf-8")
     assert "http://" not in source and "https://" not in source and "@import" not in source
     assert source.count("url(") == source.count("url(#") > 0
@@ -118,7 +125,9 @@ def test_the_page_adapts_to_dark_paper_and_small_screens(written: Path) -> None:
 def test_the_answer_names_the_best_of_each_kind(result: dict[str, Any]) -> None:
     best = {arm["private"]: arm for arm in result["arms"] if arm["strategy"] == "replay"}
     text = words_of(result)
-    assert f"Without privacy, replay keeps the most: {best[False]['average_accuracy']:.1f} %" in text
+    assert (
+        f"Without privacy, replay keeps the most: {best[False]['average_accuracy']:.1f} %" in text
+    )
     assert f"With privacy, replay is best at {best[True]['average_accuracy']:.1f} %" in text
     assert f"at epsilon 7.99 (per record, add-remove, δ = 1e-5; {SIMULATION})" in text
 
@@ -194,7 +203,9 @@ def test_text_from_a_run_cannot_become_markup(run: Path, result: dict[str, Any])
         arm.update(strategy=attack + arm["options"], options=attack)
         if arm["epsilon"]:
             arm["epsilon"].update(
-                dict.fromkeys(("unit", "relation", "accountant", "sampling", "trust", "text"), attack)
+                dict.fromkeys(
+                    ("unit", "relation", "accountant", "sampling", "trust", "text"), attack
+                )
             )
             arm["spending"][0]["purpose"] = attack
     (run / "result.json").write_text(json.dumps(result))
@@ -206,7 +217,9 @@ def test_text_from_a_run_cannot_become_markup(run: Path, result: dict[str, Any])
     assert attack in hostile.text
 
 
-def test_the_same_result_gives_the_same_bytes(run: Path, result: dict[str, Any], tmp_path: Path) -> None:
+def test_the_same_result_gives_the_same_bytes(
+    run: Path, result: dict[str, Any], tmp_path: Path
+) -> None:
     result["arms"] = result["arms"][-2:]
     (run / "result.json").write_text(json.dumps(result))
     other = tmp_path / "elsewhere"
@@ -220,7 +233,9 @@ def test_the_same_result_gives_the_same_bytes(run: Path, result: dict[str, Any],
 def test_figures_are_files_too(written: Path) -> None:
     paths = write_figures(written)
     names = ["accuracy_matrix", "accuracy_over_time", "epsilon_over_time", "explanations"]
-    assert [path.name for path in paths] == [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+    assert [path.name for path in paths] == [
+        f"{name}.{kind}" for name in names for kind in ("svg", "png")
+    ]
     assert all(path.parent == written / "figures" for path in paths)
     assert paths[0].read_text().startswith("<?xml") and paths[1].read_bytes().startswith(b"\x89PNG")
     assert not list(written.rglob("*.partial"))
@@ -231,7 +246,10 @@ def test_units_never_share_axes(run: Path, result: dict[str, Any]) -> None:
     assert len(pictures(checked(result), run)[2].figure.axes) == 1
     result["arms"][1]["epsilon"]["unit"] = "client"
     figure = pictures(checked(result), run)[2].figure
-    assert [axes.get_title(loc="left").split(",")[0] for axes in figure.axes] == ["per client", "per record"]
+    assert [axes.get_title(loc="left").split(",")[0] for axes in figure.axes] == [
+        "per client",
+        "per record",
+    ]
     assert [len(axes.lines) for axes in figure.axes] == [1, 3]
 
 
@@ -263,7 +281,9 @@ def test_streams_short_and_long(run: Path, result: dict[str, Any], moments: int)
     result.update(explanations=None, arms=result["arms"][:2])
     result["stream"].update(experiences=moments, classes=[[i] for i in range(moments)])
     for arm in result["arms"]:
-        arm["accuracy_matrix"] = [[100.0 if i >= j else None for j in range(moments)] for i in range(moments)]
+        arm["accuracy_matrix"] = [
+            [100.0 if i >= j else None for j in range(moments)] for i in range(moments)
+        ]
         arm["epsilon_over_time"] = [1.0] * moments if arm["private"] else None
     (run / "result.json").write_text(json.dumps(result))
     assert f"in {moments} experience" in Page(write_report(run).read_text(encoding="utf-8")).text
@@ -271,7 +291,13 @@ def test_streams_short_and_long(run: Path, result: dict[str, Any], moments: int)
 
 def test_how_it_was_run_and_how_to_run_it_again(result: dict[str, Any]) -> None:
     text = words_of(result)
-    for fact in ("hidden [64, 64]", "rounds 3", "torch 2.15.0", "PGD-10, L∞ 0.1", "1: 0, 1; 2: 2, 3"):
+    for fact in (
+        "hidden [64, 64]",
+        "rounds 3",
+        "torch 2.15.0",
+        "PGD-10, L∞ 0.1",
+        "1: 0, 1; 2: 2, 3",
+    ):
         assert fact in text
     assert "perdure run runs/demo/config.toml" in text
     assert "perdure run config.toml" in words_of(result, config="seed = 17")
@@ -289,8 +315,12 @@ def test_a_missing_result_is_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "word"), [("{", "not valid JSON"), ("[]", "list"), ('{"schema": 2}', "schema 2")])
-def test_a_foreign_result_is_refused_and_the_old_page_stays(run: Path, content: str, word: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "word"), [("{", "not valid JSON"), ("[]", "list"), ('{"schema": 2}', "schema 2")]
+)
+def test_a_foreign_result_is_refused_and_the_old_page_stays(
+    run: Path, content: str, word: str
+) -> None:
     (run / "report.html").write_text("old page")
     (run / "result.json").write_text(content)
     for write in (write_report, write_figures):
@@ -301,7 +331,9 @@ def test_a_foreign_result_is_refused_and_the_old_page_stays(run: Path, content: 
     assert not (run / "figures").exists()
 
 
-def test_explanations_that_are_missing_or_do_not_fit_are_named(run: Path, result: dict[str, Any]) -> None:
+def test_explanations_that_are_missing_or_do_not_fit_are_named(
+    run: Path, result: dict[str, Any]
+) -> None:
     changed = copy.deepcopy(result)
     changed["explanations"]["moments"].append("after experience 9")
     (run / "result.json").write_text(json.dumps(changed))
@@ -317,7 +349,9 @@ def test_explanations_that_are_missing_or_do_not_fit_are_named(run: Path, result
 
 @pytest.mark.property
 @given(st.floats(0, 20), st.floats(0, 0.1))
-def test_guess_limit_is_reached_by_the_worst_mechanism_there_is(epsilon: float, delta: float) -> None:
+def test_guess_limit_is_reached_by_the_worst_mechanism_there_is(
+    epsilon: float, delta: float
+) -> None:
     # The dominating pair of (epsilon, delta): with probability delta it tells all.
     odds = math.exp(epsilon)
     present = [delta, (1 - delta) * odds / (1 + odds), (1 - delta) / (1 + odds), 0.0]
@@ -334,5 +368,7 @@ def test_matplotlib_is_loaded_only_to_draw_and_pyplot_never(run: Path) -> None:
         "report.write_report(pathlib.Path(sys.argv[1]))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

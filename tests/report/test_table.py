@@ -101,8 +101,10 @@ def test_another_schema_is_refused(result: dict[str, Any], schema: object) -> No
         (lambda r: r["stream"].pop("classes"), "stream lacks classes"),
         (lambda r: r["attack"].pop("steps"), "attack lacks steps"),
     ],
-)  # fmt: skip
-def test_an_incomplete_result_is_refused_by_name(result: dict[str, Any], change: Any, word: str) -> None:
+)
+def test_an_incomplete_result_is_refused_by_name(
+    result: dict[str, Any], change: Any, word: str
+) -> None:
     change(result)
     with pytest.raises(RunError, match=word):
         table(result)

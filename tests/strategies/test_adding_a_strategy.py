@@ -1,4 +1,6 @@
-"""Adding a strategy is adding a file: the README's own example, as a new file of a copy of the package."""
+"""Adding a strategy is adding a file: the README's own example, as a new file of a copy of the
+package.
+"""
 
 import ast
 import json
@@ -30,7 +32,8 @@ stream = split(digits(), scenario="class", experiences=5)
 for privacy in (None, Privacy(noise_multiplier=1.0, seed=0)):
     model = mlp(input_shape=stream.input_shape, num_classes=10, hidden=(8,), seed=0)
     learner = Learner(
-        model=model, strategy=Tether(strength=0.1), optimizer=partial(torch.optim.SGD, lr=0.1), iterations=3,
+        model=model, strategy=Tether(strength=0.1), optimizer=partial(torch.optim.SGD, lr=0.1), \
+iterations=3,
         privacy=privacy,
     )
     print(tuple(learner.fit(stream).shape))
@@ -43,7 +46,11 @@ def example():
     """Imports and the class of the README's example, under a name that no strategy has."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     [block] = [block for block in blocks if "(Strategy):" in block]
-    parts = [part for part in ast.parse(block).body if isinstance(part, ast.ClassDef | ast.Import | ast.ImportFrom)]
+    parts = [
+        part
+        for part in ast.parse(block).body
+        if isinstance(part, ast.ClassDef | ast.Import | ast.ImportFrom)
+    ]
     [kind] = [part for part in parts if isinstance(part, ast.ClassDef)]
     text = "\n".join(ast.unparse(part) for part in parts)
     return text.replace(f"class {kind.name}(", "class Tether(")
@@ -64,9 +71,13 @@ def package(tmp_path_factory):
 def python(package, *words):
     """Run the interpreter where the copy comes first."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=package, env={**os.environ, "PYTHONPATH": str(package)}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -75,7 +86,12 @@ def python(package, *words):
 def test_a_new_file_is_found_and_keeps_the_contract_and_learns(package):
     printed = python(package, "-c", USING)
     assert printed.count("(5, 5)") == 2
-    assert printed.count("passed: declared, alone, pure, rows, bounds, vmap, private, resume, federated") == 2
+    assert (
+        printed.count(
+            "passed: declared, alone, pure, rows, bounds, vmap, private, resume, federated"
+        )
+        == 2
+    )
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ def flat(params):
 def pair(seed):
     place = torch.Generator().manual_seed(seed)
     shapes = {"a": (3, 2), "b": (4,)}
-    return [{name: torch.randn(shape, generator=place) for name, shape in shapes.items()} for _ in "gr"]
+    return [
+        {name: torch.randn(shape, generator=place) for name, shape in shapes.items()} for _ in "gr"
+    ]
 
 
 @pytest.mark.property
@@ -29,7 +31,8 @@ def pair(seed):
 @given(st.integers(0, 10_000))
 def test_the_projection_is_the_formula_and_leaves_what_agrees_untouched(seed):
     gradient, reference = pair(seed)
-    g, r = flat(gradient), flat(reference)
+    g = flat(gradient)
+    r = flat(reference)
     mine = AGEM(memory_size=5).project(gradient, (reference,), State())
     assert [value.shape for value in mine.values()] == [(3, 2), (4,)]
     if float(g @ r) >= 0:
@@ -37,7 +40,10 @@ def test_the_projection_is_the_formula_and_leaves_what_agrees_untouched(seed):
     else:
         torch.testing.assert_close(flat(mine), g - (g @ r) / (r @ r) * r)
         assert abs(float(flat(mine) @ r)) < 1e-4
-    nearest = g.double() - min(0.0, float(g.double() @ r.double())) / float(r.double() @ r.double()) * r.double()
+    nearest = (
+        g.double()
+        - min(0.0, float(g.double() @ r.double())) / float(r.double() @ r.double()) * r.double()
+    )
     assert float((flat(mine).double() - nearest).norm()) < 1e-4  # nearest point of the half-space
 
 
@@ -49,20 +55,31 @@ def test_without_reference_and_with_one_of_zero_nothing_changes():
     assert all(torch.equal(mine[name], value) for name, value in gradient.items())
 
 
-@pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"])
+@pytest.mark.parametrize(
+    "privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"]
+)
 def test_a_step_goes_along_the_projected_gradient(toy_stream, toy_model, privacy):
-    """Plain gradient descent at rate 0.5; what leaves the curator points with and against the reference in turn."""
-    stream, model = toy_stream(), toy_model(toy_stream())
+    """Plain gradient descent at rate 0.5; what leaves the curator points with and against the
+    reference in turn.
+    """
+    stream = toy_stream()
+    model = toy_model(toy_stream())
     learner = Learner(
-        model=model, strategy=AGEM(memory_size=12), optimizer=partial(torch.optim.SGD, lr=0.5), iterations=12,
-        batch_size=8, privacy=privacy,
-    )  # fmt: skip
+        model=model,
+        strategy=AGEM(memory_size=12),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        iterations=12,
+        batch_size=8,
+        privacy=privacy,
+    )
     learner.prepare(stream)
     learner.begin(0)
     learner.train(range(12))
     learner.finish()
     learner.begin(1)
-    asked, gradient_of, reference_of = {}, learner.curator.gradient, learner.curator.reference
+    asked = {}
+    gradient_of = learner.curator.gradient
+    reference_of = learner.curator.reference
 
     def reference(*arguments, **options):
         asked["reference"] = reference_of(*arguments, **options)
@@ -75,13 +92,19 @@ def test_a_step_goes_along_the_projected_gradient(toy_stream, toy_model, privacy
         asked["gradient"] = {name: sign * value for name, value in given.items()}
         return asked["gradient"]
 
-    learner.curator.gradient, learner.curator.reference = gradient, reference
+    learner.curator.gradient = gradient
+    learner.curator.reference = reference
     before = flat(learner.params).detach().clone()
     moved = []
-    learner.callbacks = [lambda point, _: point == "step.done" and moved.append(flat(learner.params).detach().clone())]
+    learner.callbacks = [
+        lambda point, _: (
+            point == "step.done" and moved.append(flat(learner.params).detach().clone())
+        )
+    ]
     for step in range(12):
         learner.train(range(step, step + 1))
-        g, r = flat(asked["gradient"]), flat(asked["reference"])
+        g = flat(asked["gradient"])
+        r = flat(asked["reference"])
         assert float(r.norm()) > 0 and (float(g @ r) < 0) == (step % 2 == 1)
         expected = g - (g @ r) / (r @ r) * r if step % 2 else g
         torch.testing.assert_close(moved[-1], before - 0.5 * expected, rtol=1e-4, atol=1e-5)
@@ -95,7 +118,11 @@ def test_the_first_experience_is_plain_training(toy_stream, toy_model):
     for strategy in (AGEM(memory_size=12), Naive()):
         stream = toy_stream()
         learner = Learner(
-            model=toy_model(stream), strategy=strategy, optimizer=torch.optim.Adam, iterations=5, batch_size=8
+            model=toy_model(stream),
+            strategy=strategy,
+            optimizer=torch.optim.Adam,
+            iterations=5,
+            batch_size=8,
         )
         learner.prepare(stream)
         learner.begin(0)
@@ -105,7 +132,8 @@ def test_the_first_experience_is_plain_training(toy_stream, toy_model):
 
 
 def test_stored_rows_are_not_in_the_batches(toy_stream, toy_model):
-    stream, roles = toy_stream(), []
+    stream = toy_stream()
+    roles = []
 
     def look(point, learner):
         if point == "step.done":
@@ -113,17 +141,21 @@ def test_stored_rows_are_not_in_the_batches(toy_stream, toy_model):
             roles.append((bool(batch.from_memory.any()), set(batch.tasks.tolist())))
 
     Learner(
-        model=toy_model(stream), strategy=AGEM(memory_size=12), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
+        model=toy_model(stream),
+        strategy=AGEM(memory_size=12),
+        optimizer=torch.optim.SGD,
+        iterations=2,
+        batch_size=8,
         callbacks=[look],
-    ).fit(stream)  # fmt: skip
+    ).fit(stream)
     assert roles == [(False, {0})] * 2 + [(False, {1})] * 2
 
 
 def test_plans_ask_for_a_memory_for_one_reference(toy_stream):
     first = toy_stream()[0]
-    assert AGEM(memory_size=9, selection="ring", per_class=2, batch_size=3).plan(first).memory == MemoryPlan(
-        capacity=9, selection="ring", per_class=2, batch_size=3, use="reference"
-    )
+    assert AGEM(memory_size=9, selection="ring", per_class=2, batch_size=3).plan(
+        first
+    ).memory == MemoryPlan(capacity=9, selection="ring", per_class=2, batch_size=3, use="reference")
     assert AGEM(memory_size="0.36 kB").plan(first).memory.capacity == 10
     assert AGEM.asks.references == 1 and AGEM.asks.reuses
 

@@ -27,12 +27,21 @@ class Uncorrected(BiC):
 
     def after_experience(self, curator, params, state):
         new = super().after_experience(curator, params, state)
-        return new.replace({"alpha": torch.ones_like(new["alpha"]), "beta": torch.zeros_like(new["beta"])})
+        return new.replace(
+            {"alpha": torch.ones_like(new["alpha"]), "beta": torch.zeros_like(new["beta"])}
+        )
 
 
 def learner_of(strategy, stream, seed=0, **changes):
-    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(50,), seed=seed)
-    options = {"optimizer": partial(torch.optim.Adam, lr=3e-3), "iterations": 100, "batch_size": 64, "seed": seed}
+    model = mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(50,), seed=seed
+    )
+    options = {
+        "optimizer": partial(torch.optim.Adam, lr=3e-3),
+        "iterations": 100,
+        "batch_size": 64,
+        "seed": seed,
+    }
     return Learner(model=model, strategy=strategy, **options | changes)
 
 
@@ -43,7 +52,9 @@ def problem(toy_stream, toy_model):
     teacher = {name: value.detach() + 0.3 for name, value in model.named_parameters()}
     spec = Spec(params=teacher, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
     state = BiC(memory_size=8).init(spec)
-    state = state.replace({"alpha": torch.tensor([0.7, 0.7, 1.0, 1.0]), "beta": torch.tensor([-0.4, -0.4, 0.0, 0.0])})
+    state = state.replace(
+        {"alpha": torch.tensor([0.7, 0.7, 1.0, 1.0]), "beta": torch.tensor([-0.4, -0.4, 0.0, 0.0])}
+    )
     return stream, model, teacher, state
 
 
@@ -51,14 +62,17 @@ def problem(toy_stream, toy_model):
 def test_the_loss_is_the_formula(problem):
     stream, model, teacher, state = problem
     strategy = BiC(memory_size=8, temperature=3.0)
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
     mine = strategy.losses(Forward(model), batch, at, state)
     with torch.no_grad():
-        now, then = model(batch.inputs), torch.func.functional_call(model, teacher, batch.inputs)
+        now = model(batch.inputs)
+        then = torch.func.functional_call(model, teacher, batch.inputs)
     silent = 0
     for i, y in enumerate(batch.labels.tolist()):
         z, t = (o[i] * state["alpha"] + state["beta"] for o in (now, then))
-        q, p = torch.softmax(t[:2] / 3, 0), torch.softmax(z[:2] / 3, 0)
+        q = torch.softmax(t[:2] / 3, 0)
+        p = torch.softmax(z[:2] / 3, 0)
         expected = 0.5 * -torch.log_softmax(z, 0)[y] + 0.5 * -(q * p.log()).sum()
         out = bool(held_out(batch.ids[i]))
         silent += out
@@ -76,8 +90,10 @@ def test_the_loss_is_the_formula(problem):
 @pytest.mark.reference
 def test_the_rows_are_the_derivatives_of_each_record(problem):
     stream, model, _, state = problem
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
-    fit, new = torch.tensor([0.8, -0.3]), torch.tensor([False, False, True, True])
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
+    fit = torch.tensor([0.8, -0.3])
+    new = torch.tensor([False, False, True, True])
     rows = Curvature(state, at, new, fit)(Forward(model), batch).detach()
     raw = model(batch.inputs).detach()
     for i, y in enumerate(batch.labels.tolist()):
@@ -88,7 +104,9 @@ def test_the_rows_are_the_derivatives_of_each_record(problem):
 
         slope = torch.autograd.functional.jacobian(loss, fit)
         second = torch.autograd.functional.hessian(loss, fit)
-        expected = torch.stack([*slope, second[0, 0], second[0, 1], second[1, 1]]) * bool(held_out(batch.ids[i]))
+        expected = torch.stack([*slope, second[0, 0], second[0, 1], second[1, 1]]) * bool(
+            held_out(batch.ids[i])
+        )
         torch.testing.assert_close(rows[i], expected, rtol=1e-4, atol=1e-6)
     assert rows.abs().sum() > 0
 
@@ -103,7 +121,9 @@ def test_the_fit_is_the_minimum_over_what_memory_holds_out():
     with torch.no_grad():
         raw = learner.model.eval()(rows.inputs).double()
     fit = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
+    search = torch.optim.LBFGS(
+        [fit], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10
+    )
 
     def objective():
         search.zero_grad()
@@ -122,12 +142,17 @@ def test_the_fit_is_the_minimum_over_what_memory_holds_out():
 
 def test_classes_that_come_again_are_learnt_from_their_labels(problem):
     stream, model, teacher, state = problem
-    state, batch = state.replace_group("teacher", teacher), Batch.current(stream[1].train, 1)
+    state = state.replace_group("teacher", teacher)
+    batch = Batch.current(stream[1].train, 1)
     everywhere = torch.ones(2, 4, dtype=torch.bool)
     at = replace(contexts(stream, "cpu")(1), task_classes=everywhere, seen=everywhere[0])
-    plain = torch.nn.functional.cross_entropy(corrected(model(batch.inputs), state), batch.labels, reduction="none")
+    plain = torch.nn.functional.cross_entropy(
+        corrected(model(batch.inputs), state), batch.labels, reduction="none"
+    )
     expected = torch.where(held_out(batch.ids), 0.0, plain * ONE_IN / (ONE_IN - 1))
-    torch.testing.assert_close(BiC(memory_size=8).losses(Forward(model), batch, at, state), expected)
+    torch.testing.assert_close(
+        BiC(memory_size=8).losses(Forward(model), batch, at, state), expected
+    )
 
 
 def test_what_is_held_out_is_one_in_ten_and_never_trained_on():
@@ -162,8 +187,10 @@ def test_the_correction_wins_back_old_classes():
 def test_noise_may_make_the_sums_anything():
     place = torch.Generator().manual_seed(0)
     for _ in range(200):
-        sums, fit = 100 * torch.randn(5, generator=place), torch.randn(2, generator=place)
-        step, slope = newton(sums, fit), sums[:2] + PRIOR * (fit - torch.tensor([1.0, 0.0]))
+        sums = 100 * torch.randn(5, generator=place)
+        fit = torch.randn(2, generator=place)
+        step = newton(sums, fit)
+        slope = sums[:2] + PRIOR * (fit - torch.tensor([1.0, 0.0]))
         assert step.isfinite().all() and float(step.norm()) <= 1 + 1e-6 and float(step @ slope) < 0
     none = newton(torch.zeros(5), torch.tensor([1.0, 0.0]))
     assert none.tolist() == [0.0, 0.0]
@@ -172,12 +199,20 @@ def test_noise_may_make_the_sums_anything():
 def test_under_privacy_every_round_is_an_entry_and_over_clients_the_fits_are_averaged():
     stream = split(digits(), scenario="class", experiences=2)
     strategy = BiC(memory_size=100)
-    learner = learner_of(strategy, stream, iterations=5, privacy=Privacy(noise_multiplier=1.0, seed=0))
+    learner = learner_of(
+        strategy, stream, iterations=5, privacy=Privacy(noise_multiplier=1.0, seed=0)
+    )
     assert learner.fit(stream).isfinite().all()
-    asked = [entry.purpose for entry in learner.mechanism.ledger.entries if "bias correction" in entry.purpose]
+    asked = [
+        entry.purpose
+        for entry in learner.mechanism.ledger.entries
+        if "bias correction" in entry.purpose
+    ]
     assert len(asked) == 2 * ROUNDS == 2 * strategy.asks.recalls
     state = run_federation(
-        lambda _: learner_of(strategy, stream, blocks=2), iid(stream, clients=2), Federation(clients=2, rounds=2)
+        lambda _: learner_of(strategy, stream, blocks=2),
+        iid(stream, clients=2),
+        Federation(clients=2, rounds=2),
     ).learner.state
     assert (state["alpha"][:5] == 1).all() and (state["alpha"][5:] < 1).all()
 
@@ -187,7 +222,13 @@ def test_other_scenarios_and_options_are_refused(problem):
     for scenario in ("task", "domain"):
         with pytest.raises(StrategyError, match="use Replay elsewhere"):
             BiC(memory_size=8).init(
-                Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario=scenario)
+                Spec(
+                    params=params,
+                    num_classes=4,
+                    num_experiences=2,
+                    feature_size=6,
+                    scenario=scenario,
+                )
             )
     with pytest.raises(ConfigError, match=r"bic.temperature = 0\.0"):
         BiC(memory_size=8, temperature=0.0)

@@ -1,4 +1,6 @@
-"""Solved heads: sums in float64, the mathematics against scikit-learn and brute force, and what is made of noise."""
+"""Solved heads: sums in float64, the mathematics against scikit-learn and brute force, and what is
+made of noise.
+"""
 
 import math
 
@@ -57,7 +59,8 @@ def test_wide_sums_are_those_of_gram_in_float64(d):
     f, y = rows(n=40, d=d)
     found = exact_sum(asked(WideGram), Forward(MODULE), batch_of(f, y), 7)
     assert {value.dtype for value in found.values()} == {torch.float64}
-    wide, targets = f.double(), torch.eye(3, dtype=torch.float64)[y]
+    wide = f.double()
+    targets = torch.eye(3, dtype=torch.float64)[y]
     expected = {"gram": wide.T @ wide, "cross": wide.T @ targets, "totals": targets.sum(0)}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -71,7 +74,8 @@ def test_wide_sums_do_not_know_their_order_where_narrow_ones_do():
 
     def gap(kind):
         here, there = (
-            exact_sum(asked(kind), Forward(MODULE), b, 100) for b in (batch_of(f, y), batch_of(f[order], y[order]))
+            exact_sum(asked(kind), Forward(MODULE), b, 100)
+            for b in (batch_of(f, y), batch_of(f[order], y[order]))
         )
         return float((here["gram"] - there["gram"]).abs().max() / here["gram"].abs().max())
 
@@ -87,7 +91,8 @@ def test_class_sums_are_gram_without_its_matrix_with_and_without_clipping():
     assert found.keys() == expected.keys() == narrow.shapes(Forward(MODULE), batch_of(f, y)).keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
-    bound, lengths = 1.5, (0.25 * f.square().sum(1) + 0.0625).sqrt()
+    bound = 1.5
+    lengths = (0.25 * f.square().sum(1) + 0.0625).sqrt()
     factors = (bound / lengths).clamp(max=1.0)
     assert int((factors < 1).sum()) > 5 and narrow.norm(2.0) == pytest.approx(math.sqrt(1 + 0.0625))
     clipped = bounded_sum(narrow, MODULE, {}, batch_of(f, y).tensors(), Clip(norm=bound))
@@ -107,7 +112,8 @@ def test_one_record_moves_class_sums_by_its_clip_norm_at_most():
     for dropped in range(0, len(f), 6):
         keep = everyone.clone()
         keep[dropped] = False
-        here, there = clipped(everyone), clipped(keep)
+        here = clipped(everyone)
+        there = clipped(keep)
         moved = torch.cat([(here[name] - there[name]).flatten() for name in here]).norm()
         assert 0.9 < float(moved) <= 1 + 1e-4
 
@@ -126,7 +132,9 @@ def test_the_ridge_head_is_that_of_scikit_learn():
     f, y = (value.double() for value in rows())
     targets = torch.eye(3, dtype=torch.float64)[y.long()]
     reference = Ridge(alpha=0.3, fit_intercept=False).fit(f.numpy(), targets.numpy())
-    torch.testing.assert_close(ridge_head(f.T @ f, f.T @ targets, 0.3), torch.from_numpy(reference.coef_.T))
+    torch.testing.assert_close(
+        ridge_head(f.T @ f, f.T @ targets, 0.3), torch.from_numpy(reference.coef_.T)
+    )
 
 
 def test_a_singular_matrix_is_refused_with_its_ridge():
@@ -154,13 +162,17 @@ def test_shrinking_is_that_of_scikit_learn(shrinkage):
     expected = torch.from_numpy(shrunk_covariance(matrix.numpy(), shrinkage))
     torch.testing.assert_close(shrunk(matrix, shrinkage, scaled=True), expected)
     towards_one = shrunk(matrix, shrinkage, scaled=False)
-    torch.testing.assert_close(towards_one, (1 - shrinkage) * matrix + shrinkage * torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(
+        towards_one, (1 - shrinkage) * matrix + shrinkage * torch.eye(5, dtype=torch.float64)
+    )
 
 
 def test_no_records_give_a_head_all_the_same():
     """A federation derives before the first record was seen."""
     empty = within_covariance(torch.zeros(3, 3), torch.zeros(3, 2), torch.zeros(2))
-    weight, bias = discriminant_head(shrunk(empty, 0.1, scaled=True), class_means(torch.zeros(3, 2), torch.zeros(2)))
+    weight, bias = discriminant_head(
+        shrunk(empty, 0.1, scaled=True), class_means(torch.zeros(3, 2), torch.zeros(2))
+    )
     assert torch.equal(weight, torch.zeros(3, 2)) and torch.equal(bias, torch.zeros(2))
     assert float(absent(torch.zeros(2)).max()) < -1e8
 
@@ -168,9 +180,12 @@ def test_no_records_give_a_head_all_the_same():
 @pytest.mark.reference
 def test_the_discriminant_head_is_gauss_log_density_up_to_a_constant():
     f, _ = rows()
-    covariance, means = torch.cov(f.T) + torch.eye(5), torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    covariance = torch.cov(f.T) + torch.eye(5)
+    means = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
     weight, bias = discriminant_head(covariance, means)
-    logs = torch.stack([torch.distributions.MultivariateNormal(m, covariance).log_prob(f) for m in means.T], 1)
+    logs = torch.stack(
+        [torch.distributions.MultivariateNormal(m, covariance).log_prob(f) for m in means.T], 1
+    )
     gap = f @ weight + bias - logs
     torch.testing.assert_close(gap, gap[:, :1].expand_as(gap), rtol=1e-3, atol=1e-3)
 
@@ -185,7 +200,9 @@ def test_units_have_norm_one_and_nothing_stays_nothing():
 
 def noise(d, scale, seed):
     """As a release of `Gram` holds it: `scale` on the diagonal, scale / sqrt(2) off it."""
-    drawn = torch.randn(d * (d + 1) // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.randn(
+        d * (d + 1) // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return unsvec(scale * drawn)
 
 
@@ -197,7 +214,9 @@ def test_without_negative_eigenvalues_a_matrix_stays_as_it_is():
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(3))
 def test_the_floor_reads_the_noise_off_a_matrix_with_weak_directions(seed):
-    """Wigner: the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % but for one matrix in a million."""
+    """Wigner: the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % but for one matrix
+    in a million.
+    """
     strong = torch.zeros(200, 200, dtype=torch.float64)
     strong[:3, :3] = 1e4 * torch.eye(3)
     found = torch.linalg.eigvalsh(denoised(strong + noise(200, 2.0, seed), share=1.0))
@@ -206,7 +225,9 @@ def test_the_floor_reads_the_noise_off_a_matrix_with_weak_directions(seed):
 
 @pytest.mark.statistical
 def test_a_noisy_head_is_better_denoised():
-    """Squared error of the ridge head against the true one, over ten draws; the worse way is off by orders."""
+    """Squared error of the ridge head against the true one, over ten draws; the worse way is off by
+    orders.
+    """
     f = torch.randn(2000, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     f[:, 10:] *= 0.01
     truth = torch.randn(40, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -216,7 +237,9 @@ def test_a_noisy_head_is_better_denoised():
     def error(share, seed):
         noisy = gram + noise(40, 20.0, seed)
         used = denoised(noisy, share=share) if share else noisy
-        return float((torch.linalg.solve(used + 1e-3 * torch.eye(40), gram @ truth) - truth).square().sum())
+        return float(
+            (torch.linalg.solve(used + 1e-3 * torch.eye(40), gram @ truth) - truth).square().sum()
+        )
 
     better = [error(0.5, seed) < 0.5 * error(0.0, seed) for seed in range(10)]
     assert sum(better) >= 8

@@ -20,13 +20,19 @@ from perdure.testing import check_strategy
 
 def model_of(stream, experiences=2):
     return composed(
-        tiny(stream.input_shape), num_classes=stream.num_classes, experiences=experiences, components=3, length=2
+        tiny(stream.input_shape),
+        num_classes=stream.num_classes,
+        experiences=experiences,
+        components=3,
+        length=2,
     )
 
 
 def learner_of(stream, strategy=None, model=None, **changes):
     options = {"optimizer": partial(torch.optim.Adam, lr=0.02), "iterations": 10, "batch_size": 8}
-    return Learner(model=model or model_of(stream), strategy=strategy or CODAPrompt(), **options | changes)
+    return Learner(
+        model=model or model_of(stream), strategy=strategy or CODAPrompt(), **options | changes
+    )
 
 
 def state_of(done):
@@ -37,12 +43,14 @@ def state_of(done):
 @torch.no_grad()
 def test_the_penalty_is_that_of_the_paper(toy_stream, done):
     """Over what is known: later components count neither with others nor by themselves."""
-    model, expected = moved(model_of(toy_stream(), experiences=3)), 0.0
+    model = moved(model_of(toy_stream(), experiences=3))
+    expected = 0.0
     known = [model.body.components[t][0] for t in range(done + 1)]
     for rows in (
-        torch.cat([part.prompts.weight.T for part in known]), torch.cat([part.keys.weight for part in known]),
+        torch.cat([part.prompts.weight.T for part in known]),
+        torch.cat([part.keys.weight for part in known]),
         torch.cat([part.attention.weight for part in known]),
-    ):  # fmt: skip
+    ):
         expected += float((rows @ rows.T - torch.eye(len(rows))).square().sum())
     penalty = CODAPrompt(strength=0.3).penalty(dict(model.named_parameters()), state_of(done))
     assert expected > 1 and float(penalty) == pytest.approx(0.3 * expected, rel=1e-4)
@@ -51,28 +59,41 @@ def test_the_penalty_is_that_of_the_paper(toy_stream, done):
 def test_at_the_start_nothing_is_penalised(toy_stream):
     model = model_of(toy_stream())
     for done in range(2):
-        assert float(CODAPrompt().penalty(dict(model.named_parameters()), state_of(done)).detach()) < 1e-8
+        assert (
+            float(CODAPrompt().penalty(dict(model.named_parameters()), state_of(done)).detach())
+            < 1e-8
+        )
 
 
 @pytest.mark.parametrize("scenario", ["class", "task", "domain"])
 @torch.no_grad()
 def test_the_loss_and_the_prediction_use_the_components_so_far(toy_stream, scenario):
     stream = toy_stream(scenario)
-    model, of = moved(model_of(stream, experiences=3)), contexts(stream, "cpu")
+    model = moved(model_of(stream, experiences=3))
+    of = contexts(stream, "cpu")
     for index in range(2):
-        batch, own = Batch.current(stream[index].train, index), slice(2 * index, 2 * index + 2)
+        batch = Batch.current(stream[index].train, index)
+        own = slice(2 * index, 2 * index + 2)
         own = slice(None) if scenario == "domain" else own
         logits = model.upto(batch.inputs, index)
-        expected = F.cross_entropy(logits[:, own], batch.labels - (own.start or 0), reduction="none")
-        torch.testing.assert_close(CODAPrompt().losses(Forward(model), batch, of(index), State()), expected)
+        expected = F.cross_entropy(
+            logits[:, own], batch.labels - (own.start or 0), reduction="none"
+        )
+        torch.testing.assert_close(
+            CODAPrompt().losses(Forward(model), batch, of(index), State()), expected
+        )
         answer = CODAPrompt().predict(Forward(model), batch.inputs, of(index), State())
         assert torch.equal(answer[:, of(index).allowed], logits[:, of(index).allowed])
         assert (answer[:, ~of(index).allowed] < -1e8).all()
 
 
-@pytest.mark.parametrize("optimizer", [
-    partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1), partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    ],
+)
 def test_an_experience_moves_its_own_components_and_the_head_alone(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
@@ -82,13 +103,18 @@ def test_an_experience_moves_its_own_components_and_the_head_alone(toy_stream, o
         learner.begin(index)
         learner.train(learner.block(0, 1))
         learner.finish()
-        changed = {name for name, value in learner.params.items() if not torch.equal(value, before[name])}
-        assert changed == {name for name in before if name.startswith(("head.", f"body.components.{index}."))}
+        changed = {
+            name for name, value in learner.params.items() if not torch.equal(value, before[name])
+        }
+        assert changed == {
+            name for name in before if name.startswith(("head.", f"body.components.{index}."))
+        }
     assert float(learner.state["done"]) == 2
 
 
 def test_where_tasks_are_told_no_later_step_moves_an_earlier_answer_by_a_bit(toy_stream):
-    stream, answers = toy_stream("task"), []
+    stream = toy_stream("task")
+    answers = []
 
     def look(point, learner):
         if point == "evaluated":
@@ -100,11 +126,14 @@ def test_where_tasks_are_told_no_later_step_moves_an_earlier_answer_by_a_bit(toy
 
 
 def test_the_penalty_keeps_components_apart(toy_stream):
-    stream, distances = toy_stream(), []
+    stream = toy_stream()
+    distances = []
     for strength in (0.0, 1.0):
         learner = learner_of(stream, CODAPrompt(strength=strength), iterations=60)
         learner.fit(stream)
-        distances.append(float(CODAPrompt(strength=1.0).penalty(learner.params, state_of(1)).detach()))
+        distances.append(
+            float(CODAPrompt(strength=1.0).penalty(learner.params, state_of(1)).detach())
+        )
     assert distances[1] < 0.2 * distances[0]
 
 
@@ -114,9 +143,12 @@ def test_it_keeps_the_contract_where_tasks_are_told():
 
 def test_a_model_without_components_for_every_experience_is_refused(toy_stream):
     stream = toy_stream()
-    plain, pool = mlp(input_shape=(5,), num_classes=4, seed=0), prompted(tiny((5,)), num_classes=4)
+    plain = mlp(input_shape=(5,), num_classes=4, seed=0)
+    pool = prompted(tiny((5,)), num_classes=4)
     for model in (plain, pool, model_of(stream, experiences=1)):
-        with pytest.raises(StrategyError, match=r"CODAPrompt needs .*composed\(backbone, num_classes=4, exp.*=2\)"):
+        with pytest.raises(
+            StrategyError, match=r"CODAPrompt needs .*composed\(backbone, num_classes=4, exp.*=2\)"
+        ):
             learner_of(stream, model=model).prepare(stream)
 
 

@@ -1,4 +1,7 @@
-"""What every strategy promises, whatever it does. A new file in strategies/ is tested once helpers/strategy_examples.py lists it."""
+"""What every strategy promises, whatever it does.
+
+A new file in strategies/ is tested once helpers/strategy_examples.py lists it.
+"""
 
 import dataclasses
 from functools import partial
@@ -17,15 +20,26 @@ from perdure.privacy.settings import Privacy
 from perdure.testing import CHECKS, check_strategy
 
 every = pytest.mark.parametrize("name", strategies.names())
-OWN = {name for name in EXAMPLES if example(name).small_model(input_shape=(5,), num_classes=4) is not None}
+OWN = {
+    name
+    for name in EXAMPLES
+    if example(name).small_model(input_shape=(5,), num_classes=4) is not None
+}
 
 
 @pytest.fixture
 def learner_of(toy_stream, toy_model):
     def make(name, **changes):
-        options = {"optimizer": partial(torch.optim.Adam, lr=0.02), "iterations": 6, "batch_size": 8, "blocks": 2}
+        options = {
+            "optimizer": partial(torch.optim.Adam, lr=0.02),
+            "iterations": 6,
+            "batch_size": 8,
+            "blocks": 2,
+        }
         stream = toy_stream()
-        learner = Learner(model=model_of(name, stream, toy_model), strategy=example(name), **options | changes)
+        learner = Learner(
+            model=model_of(name, stream, toy_model), strategy=example(name), **options | changes
+        )
         learner.prepare(stream)
         return learner
 
@@ -40,14 +54,20 @@ def test_every_file_has_an_example_and_every_example_a_file():
 def test_it_runs_alone(learner_of, toy_stream, name):
     matrix = learner_of(name, iterations=150).fit(toy_stream())
     assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 40
-    assert name.replace("_", "") == example(name).name.lower() and isinstance(hash(example(name)), int)
-    fields = ", ".join(f"{f.name}={getattr(example(name), f.name)!r}" for f in dataclasses.fields(example(name)))
+    assert name.replace("_", "") == example(name).name.lower() and isinstance(
+        hash(example(name)), int
+    )
+    fields = ", ".join(
+        f"{f.name}={getattr(example(name), f.name)!r}" for f in dataclasses.fields(example(name))
+    )
     assert repr(example(name)) == f"{example(name).name}({fields})"
 
 
 @every
 def test_it_keeps_the_contract(name):
-    """Alone, as a Flower client, under privacy, under vmap, stopped and resumed: see `perdure.testing`."""
+    """Alone, as a Flower client, under privacy, under vmap, stopped and resumed: see
+    `perdure.testing`.
+    """
     report = check_strategy(example(name))
     skipped = {"vmap"} if example(name).not_vmappable_because else set()
     skipped |= {"bounds", "private"} if example(name).couples_records else set()
@@ -69,9 +89,13 @@ def test_it_works_with_a_model_that_normalises_and_drops_out(toy_stream, name):
     stream = toy_stream()
     body = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     learner = Learner(
-        model=Classifier(body, 8, 4), strategy=example(name), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
+        model=Classifier(body, 8, 4),
+        strategy=example(name),
+        optimizer=torch.optim.SGD,
+        iterations=2,
+        batch_size=8,
         privacy=Privacy(noise_multiplier=1.0, seed=0) if name in private() else None,
-    )  # fmt: skip
+    )
     assert learner.fit(stream).isfinite().all()
 
 

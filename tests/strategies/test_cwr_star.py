@@ -22,8 +22,15 @@ STEPS = 6
 
 
 def learner_of(strategy, stream, seed=0, **changes):
-    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(16,), seed=seed)
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "iterations": STEPS, "batch_size": 16, "seed": seed}
+    model = mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(16,), seed=seed
+    )
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "iterations": STEPS,
+        "batch_size": 16,
+        "seed": seed,
+    }
     return Learner(model=model, strategy=strategy, **options | changes)
 
 
@@ -34,11 +41,16 @@ def step(params, trained, batch, allowed):
     hidden = torch.relu(batch.inputs.flatten(1) @ every["body.1.weight"].T + every["body.1.bias"])
     logits = torch.where(allowed, hidden @ every["head.weight"].T + every["head.bias"], -1e9)
     grads = torch.autograd.grad(F.cross_entropy(logits, batch.labels), list(leaves.values()))
-    return {**params, **{n: (v - 0.1 * g).detach() for (n, v), g in zip(leaves.items(), grads, strict=True)}}
+    return {
+        **params,
+        **{n: (v - 0.1 * g).detach() for (n, v), g in zip(leaves.items(), grads, strict=True)},
+    }
 
 
 def by_hand(stream, experiences, seed=0):
-    """The algorithm as it is printed: a head that is written to at the start of every experience."""
+    """The algorithm as it is printed: a head that is written to at the start of every
+    experience.
+    """
     sampler = learner_of(Naive(), stream, seed)
     sampler.prepare(stream)
     params = {name: value.detach().clone() for name, value in sampler.params.items()}
@@ -46,7 +58,8 @@ def by_hand(stream, experiences, seed=0):
     past = torch.zeros(stream.num_classes)
     for index in range(experiences):
         sampler.begin(index)
-        context, classes = sampler.context(index), sorted(stream[index].classes)
+        context = sampler.context(index)
+        classes = sorted(stream[index].classes)
         for name, value in cw.items():
             params[name] = torch.zeros_like(value)
             params[name][classes] = value[classes]
@@ -75,19 +88,24 @@ def test_a_shifted_head_does_what_a_rewritten_one_does(scenario):
     for name, value in cw.items():
         assert float(value.abs().max()) > 0.01
         torch.testing.assert_close(learner.state[f"cw/{name}"], value, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(learner.params["body.1.weight"].detach(), params["body.1.weight"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        learner.params["body.1.weight"].detach(), params["body.1.weight"], rtol=1e-4, atol=1e-5
+    )
     x = stream[0].test.inputs
     hidden = torch.relu(x.flatten(1) @ params["body.1.weight"].T + params["body.1.bias"])
     with torch.no_grad():
         mine = learner.predictor(0, after=len(stream) - 1)(x)
-    torch.testing.assert_close(mine, hidden @ cw["head.weight"].T + cw["head.bias"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        mine, hidden @ cw["head.weight"].T + cw["head.bias"], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_body_stays_and_old_classes_keep_their_weights():
     stream = split(digits(), scenario="class", experiences=5)
     learner = learner_of(CWRStar(), stream, optimizer=partial(torch.optim.Adam, lr=0.01))
     learner.prepare(stream)
-    bodies, heads = [], []
+    bodies = []
+    heads = []
     for index in range(3):
         learner.begin(index)
         learner.train(range(STEPS))
@@ -101,14 +119,18 @@ def test_the_body_stays_and_old_classes_keep_their_weights():
 
 @pytest.mark.reference
 def test_over_clients_counts_add_up_and_the_head_is_that_of_all_records():
-    """Clients with other shares of the classes: the weights of past and present are those of all of them together."""
+    """Clients with other shares of the classes: the weights of past and present are those of all of
+    them together.
+    """
     stream = split(digits(), scenario="domain", experiences=2)
     parts = dirichlet(stream, clients=3, alpha=0.5)
     server = run_federation(
         lambda _: learner_of(CWRStar(), stream, blocks=2), parts, Federation(clients=3, rounds=2)
     ).learner
     state = server.state
-    counts = torch.stack([torch.bincount(e.train.labels, minlength=stream.num_classes) for e in stream]).double()
+    counts = torch.stack(
+        [torch.bincount(e.train.labels, minlength=stream.num_classes) for e in stream]
+    ).double()
     assert torch.equal(state["totals"], counts.sum(0)) and torch.equal(state["before"], counts[0])
     weight = (counts[0] / counts[1]).sqrt().float()
     for name in ("head.weight", "head.bias"):
@@ -116,20 +138,34 @@ def test_over_clients_counts_add_up_and_the_head_is_that_of_all_records():
         expected = (w * state[f"kept/{name}"] + state[f"trained/{name}"]) / (w + 1)
         torch.testing.assert_close(state[f"cw/{name}"], expected)
         assert float(state[f"kept/{name}"].abs().max()) > 0
-    own = [torch.bincount(part[0].train.labels, minlength=stream.num_classes).double() for part in parts]
+    own = [
+        torch.bincount(part[0].train.labels, minlength=stream.num_classes).double()
+        for part in parts
+    ]
     assert not torch.allclose(own[0] / own[0].sum(), counts[0] / counts[0].sum(), atol=0.02)
 
 
-def test_under_privacy_counts_are_a_histogram_and_noise_below_zero_does_no_harm(toy_stream, toy_model):
-    stream, strategy = toy_stream(), CWRStar()
+def test_under_privacy_counts_are_a_histogram_and_noise_below_zero_does_no_harm(
+    toy_stream, toy_model
+):
+    stream = toy_stream()
+    strategy = CWRStar()
     learner = Learner(
-        model=toy_model(stream), strategy=strategy, optimizer=partial(torch.optim.SGD, lr=0.1), iterations=3,
+        model=toy_model(stream),
+        strategy=strategy,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=3,
         privacy=Privacy(noise_multiplier=1.0, seed=0),
-    )  # fmt: skip
+    )
     assert learner.fit(stream).isfinite().all()
-    asked = [entry.purpose for entry in learner.mechanism.ledger.entries if "class counts" in entry.purpose]
+    asked = [
+        entry.purpose
+        for entry in learner.mechanism.ledger.entries
+        if "class counts" in entry.purpose
+    ]
     assert len(asked) == 2
-    assert learner.state["before"][2:].tolist() == [0, 0]  # classes of the second experience had no past to be noisy
+    # classes of the second experience had no past to be noisy
+    assert learner.state["before"][2:].tolist() == [0, 0]
     low = torch.full((4,), -3.0, dtype=torch.float64)
     noisy = strategy.derive(learner.state.replace({"before": low, "totals": low - 1}))
     assert torch.equal(noisy["cw/head.bias"][2:], learner.state["trained/head.bias"][2:])
@@ -139,9 +175,13 @@ def test_under_privacy_counts_are_a_histogram_and_noise_below_zero_does_no_harm(
 def scores(strategy, seed):
     stream = split(digits(), scenario="class", experiences=5, seed=seed)
     learner = Learner(
-        model=convolutions(seed), strategy=strategy, optimizer=partial(torch.optim.Adam, lr=3e-3), iterations=200,
-        batch_size=32, seed=seed,
-    )  # fmt: skip
+        model=convolutions(seed),
+        strategy=strategy,
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
+        iterations=200,
+        batch_size=32,
+        seed=seed,
+    )
     return float(average_accuracy(learner.fit(stream)))
 
 
@@ -158,9 +198,15 @@ def test_it_keeps_classes_that_training_on_forgets():
 def test_a_head_that_is_not_linear_is_refused(toy_model, toy_stream):
     params = dict(toy_model(toy_stream()).named_parameters())
     spec = partial(Spec, params=params, num_classes=4, num_experiences=2, scenario="class")
-    for strategy, size in ((CWRStar(head="classifier."), 6), (CWRStar(), 7), (CWRStar(head="body."), 6)):
+    for strategy, size in (
+        (CWRStar(head="classifier."), 6),
+        (CWRStar(), 7),
+        (CWRStar(head="body."), 6),
+    ):
         with pytest.raises(StrategyError, match=r"CWRStar\(head=...\)"):
             strategy.init(spec(feature_size=size))
     only = {"head.weight": params["head.weight"]}
-    state = CWRStar().init(Spec(params=only, num_classes=4, num_experiences=2, scenario="class", feature_size=6))
+    state = CWRStar().init(
+        Spec(params=only, num_classes=4, num_experiences=2, scenario="class", feature_size=6)
+    )
     assert "cw/head.bias" not in state and state["cw/head.weight"].shape == (4, 6)

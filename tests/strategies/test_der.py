@@ -23,10 +23,13 @@ def learner_of(model, strategy, **changes):
 
 
 class Watch:
-    """The logits that a record had whenever it was in a step as a new one, in order; and the batches."""
+    """The logits that a record had whenever it was in a step as a new one, in order; and the
+    batches.
+    """
 
     def __init__(self):
-        self.logits, self.batches = {}, []
+        self.logits = {}
+        self.batches = []
 
     def __call__(self, point, learner):
         if point == "experience.begin" and not hasattr(learner, "watched"):
@@ -45,9 +48,13 @@ class Watch:
 
 def by_hand(logits, batch, allowed, alpha, beta):
     """Equation 6 with one batch of stored rows, in plain loops."""
-    new, apart, entropy = [], [], []
+    new = []
+    apart = []
+    entropy = []
     for i in range(len(batch)):
-        own = F.cross_entropy(logits[i][allowed][None], allowed.nonzero().flatten().eq(batch.labels[i]).nonzero()[0])
+        own = F.cross_entropy(
+            logits[i][allowed][None], allowed.nonzero().flatten().eq(batch.labels[i]).nonzero()[0]
+        )
         if batch.from_memory[i]:
             apart.append(((batch.stored["logits"][i] - logits[i]) ** 2).mean())
             entropy.append(own)
@@ -61,47 +68,72 @@ def by_hand(logits, batch, allowed, alpha, beta):
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("stored", [None, 3])
 def test_the_loss_is_the_formula(toy_stream, toy_model, beta, stored):
-    stream, watch = toy_stream(), Watch()
+    stream = toy_stream()
+    watch = Watch()
     model = toy_model(stream)
-    learner = learner_of(model, DER(memory_size=12, alpha=0.3, beta=beta, batch_size=stored), callbacks=[watch])
+    learner = learner_of(
+        model, DER(memory_size=12, alpha=0.3, beta=beta, batch_size=stored), callbacks=[watch]
+    )
     learner.fit(stream)
     for batch, at in (watch.batches[3], watch.batches[8]):
-        assert int(batch.from_memory.sum()) == (stored or 8) and int((~batch.from_memory).sum()) == 8
+        assert (
+            int(batch.from_memory.sum()) == (stored or 8) and int((~batch.from_memory).sum()) == 8
+        )
         mine = learner.strategy.losses(learner.forward, batch, at, State()).mean()
         torch.testing.assert_close(mine, by_hand(model(batch.inputs), batch, at.seen, 0.3, beta))
 
 
 def test_without_stored_rows_it_is_plain_training(toy_stream, toy_model):
-    stream, watch = toy_stream(), Watch()
+    stream = toy_stream()
+    watch = Watch()
     model = toy_model(stream)
     learner = learner_of(model, DER(memory_size=12), callbacks=[watch])
     learner.fit(stream)
     batch, at = watch.batches[0]
     assert "logits" not in batch.stored and at.memory_share == 0
     losses = learner.strategy.losses(learner.forward, batch, at, State())
-    torch.testing.assert_close(losses, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none"))
+    torch.testing.assert_close(
+        losses, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none")
+    )
 
 
 @pytest.mark.parametrize("selected", [1, 2])
 def test_stored_logits_are_those_of_a_step_that_the_record_was_in(toy_stream, toy_model, selected):
     """In one epoch of the one; with two epochs, of one of the two."""
-    stream, watch = toy_stream(), Watch()
+    stream = toy_stream()
+    watch = Watch()
     model = toy_model(stream)
-    learner = learner_of(model, DER(memory_size=20), iterations=None, epochs=selected, batch_size=4, callbacks=[watch])
+    learner = learner_of(
+        model,
+        DER(memory_size=20),
+        iterations=None,
+        epochs=selected,
+        batch_size=4,
+        callbacks=[watch],
+    )
     learner.fit(stream)
     rows = learner.curator._held.memory.rows
     assert len(rows) == 20 and set(rows.tasks.tolist()) == {0, 1}
     for row, stored in zip(rows.ids.tolist(), rows.stored["logits"], strict=True):
         moments = watch.logits[row]
-        assert len(moments) == selected and any(torch.allclose(stored, moment) for moment in moments)
+        assert len(moments) == selected and any(
+            torch.allclose(stored, moment) for moment in moments
+        )
     end = Forward(model)(rows.inputs).detach()
-    assert float((end - rows.stored["logits"]).abs().max(1).values.min()) > 1e-3  # not those of the end
+    # not those of the end
+    assert float((end - rows.stored["logits"]).abs().max(1).values.min()) > 1e-3
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_so_they_are_after_a_stop_in_mid_experience(toy_stream, toy_model, tmp_path, private):
-    stream, watch = toy_stream(), Watch()
-    options = {"iterations": None, "epochs": 1, "batch_size": 4, "privacy": PRIVATE if private else None}
+    stream = toy_stream()
+    watch = Watch()
+    options = {
+        "iterations": None,
+        "epochs": 1,
+        "batch_size": 4,
+        "privacy": PRIVATE if private else None,
+    }
     whole = learner_of(toy_model(stream), DER(memory_size=20), callbacks=[watch], **options)
     whole.fit(stream)
     expected = whole.curator._held.memory.rows
@@ -114,35 +146,52 @@ def test_so_they_are_after_a_stop_in_mid_experience(toy_stream, toy_model, tmp_p
             learner.save()
             raise Stopped
 
-    cut = learner_of(toy_model(stream), DER(memory_size=20), callbacks=[look], folder=tmp_path, blocks=3, **options)
+    cut = learner_of(
+        toy_model(stream),
+        DER(memory_size=20),
+        callbacks=[look],
+        folder=tmp_path,
+        blocks=3,
+        **options,
+    )
     with pytest.raises(Stopped):
         cut.fit(stream)
     again = learner_of(toy_model(stream), DER(memory_size=20), folder=tmp_path, blocks=3, **options)
     again.fit(stream)
     rows = again.curator._held.memory.rows
     if not private:  # under privacy blocks are entries, with coins of their own
-        assert torch.equal(rows.ids, expected.ids) and torch.equal(rows.stored["logits"], expected.stored["logits"])
+        assert torch.equal(rows.ids, expected.ids) and torch.equal(
+            rows.stored["logits"], expected.stored["logits"]
+        )
         moments = [watch.logits[row][0] for row in rows.ids.tolist()]
         torch.testing.assert_close(rows.stored["logits"], torch.stack(moments))
     early = rows.stored["logits"] - Forward(again.model)(rows.inputs).detach()
     assert float(early.abs().max()) > 1e-2
 
 
-def test_under_privacy_logits_are_those_of_the_last_step_and_all_rows_weigh_the_same(toy_stream, toy_model):
-    stream, watch = toy_stream(), Watch()
+def test_under_privacy_logits_are_those_of_the_last_step_and_all_rows_weigh_the_same(
+    toy_stream, toy_model
+):
+    stream = toy_stream()
+    watch = Watch()
     model = toy_model(stream)
-    learner = learner_of(model, DER(memory_size=30, alpha=0.3, beta=0.7), privacy=PRIVATE, callbacks=[watch])
+    learner = learner_of(
+        model, DER(memory_size=30, alpha=0.3, beta=0.7), privacy=PRIVATE, callbacks=[watch]
+    )
     learner.prepare(stream)
     learner.begin(0)
     learner.train(range(6))
     learner.finish()
-    rows, end = learner.curator._held.memory.rows, model(learner.curator._held.memory.rows.inputs).detach()
+    rows = learner.curator._held.memory.rows
+    end = model(learner.curator._held.memory.rows.inputs).detach()
     moments = [watch.logits.get(row, [end[i]])[-1] for i, row in enumerate(rows.ids.tolist())]
     assert len(rows) == 24 and len(watch.logits) > 12
     torch.testing.assert_close(rows.stored["logits"], torch.stack(moments), rtol=1e-4, atol=1e-5)
     learner.begin(1)
     learner.train(range(6))
-    batch, at = next(pair for pair in watch.batches[7:] if 0 < int(pair[0].from_memory.sum()) < len(pair[0]))
+    batch, at = next(
+        pair for pair in watch.batches[7:] if 0 < int(pair[0].from_memory.sum()) < len(pair[0])
+    )
     assert at.memory_share == 0
     losses = learner.strategy.losses(learner.forward, batch, at, State())
     logits = model(batch.inputs)
@@ -160,7 +209,9 @@ def test_the_distance_is_over_all_classes_also_those_to_come(toy_stream, toy_mod
     batch = Batch.from_tensors(
         rows.tensors() | {"from_memory": torch.ones(24).bool(), "stored.logits": stored["logits"]}
     )
-    losses = DER(memory_size=4, alpha=1.0).losses(Forward(model), batch, contexts(stream, "cpu")(0), State())
+    losses = DER(memory_size=4, alpha=1.0).losses(
+        Forward(model), batch, contexts(stream, "cpu")(0), State()
+    )
     torch.testing.assert_close(losses, torch.ones(24))  # 2 ** 2 / 4
 
 

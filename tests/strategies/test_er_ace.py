@@ -21,12 +21,17 @@ def entropy(logits, classes, label):
 
 @pytest.fixture
 def mixed(toy_stream):
-    """From a scenario to a stream and a batch of 6 new rows of the second experience and 3 stored ones of the first."""
+    """From a scenario to a stream and a batch of 6 new rows of the second experience and 3 stored
+    ones of the first.
+    """
 
     def make(scenario):
         stream = toy_stream(scenario)
-        new, old = Batch.current(stream[1].train, 1).take(slice(6)), Batch.current(stream[0].train, 0).take(slice(3))
-        tensors = {name: torch.cat([value, old.tensors()[name]]) for name, value in new.tensors().items()}
+        new = Batch.current(stream[1].train, 1).take(slice(6))
+        old = Batch.current(stream[0].train, 0).take(slice(3))
+        tensors = {
+            name: torch.cat([value, old.tensors()[name]]) for name, value in new.tensors().items()
+        }
         return stream, Batch.from_tensors(tensors | {"from_memory": torch.arange(9) >= 6})
 
     return make
@@ -42,15 +47,21 @@ CLASSES = {  # of a new row, and of a stored one
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", CLASSES)
 @pytest.mark.parametrize("share", [0.0, 1 / 3])
-def test_new_rows_compete_among_their_own_classes_stored_ones_among_all_seen(mixed, toy_model, scenario, share):
+def test_new_rows_compete_among_their_own_classes_stored_ones_among_all_seen(
+    mixed, toy_model, scenario, share
+):
     stream, batch = mixed(scenario)
-    model, at = toy_model(stream), contexts(stream, "cpu")(1, memory_share=share)
+    model = toy_model(stream)
+    at = contexts(stream, "cpu")(1, memory_share=share)
     mine = ERACE(memory_size=5).losses(Forward(model), batch, at, State())
     of_new, of_stored = CLASSES[scenario]
     each = [
         entropy(row, of_stored if stored else of_new, label)
         for row, stored, label in zip(
-            model(batch.inputs).tolist(), batch.from_memory.tolist(), batch.labels.tolist(), strict=True
+            model(batch.inputs).tolist(),
+            batch.from_memory.tolist(),
+            batch.labels.tolist(),
+            strict=True,
         )
     ]
     if share:
@@ -61,10 +72,12 @@ def test_new_rows_compete_among_their_own_classes_stored_ones_among_all_seen(mix
 
 def test_new_rows_do_not_push_the_old_classes_away(mixed, toy_model):
     stream, batch = mixed("class")
-    model, at = toy_model(stream), contexts(stream, "cpu")(1)
+    model = toy_model(stream)
+    at = contexts(stream, "cpu")(1)
     losses = ERACE(memory_size=5).losses(Forward(model), batch, at, State())
     of_new, of_stored = (
-        torch.autograd.grad(part.sum(), model.head.weight, retain_graph=True)[0] for part in (losses[:6], losses[6:])
+        torch.autograd.grad(part.sum(), model.head.weight, retain_graph=True)[0]
+        for part in (losses[:6], losses[6:])
     )
     assert not of_new[:2].any() and bool((of_new[2:].abs().sum(1) > 0).all())
     assert bool((of_stored.abs().sum(1) > 0).all())
@@ -76,23 +89,33 @@ def test_masks_are_those_of_the_declared_classes_not_of_the_batch():
     at = Context(scenario="class", experience=1, task_classes=table, seen=table.any(0))
     logits = torch.tensor([[5.0, 5.0, 1.0, 1.0]] * 2)
     batch = Batch(
-        inputs=logits, labels=torch.tensor([2, 2]), ids=torch.arange(2), tasks=torch.ones(2).long(),
-        from_memory=torch.zeros(2).bool(), valid=torch.ones(2).bool(),
-    )  # fmt: skip
+        inputs=logits,
+        labels=torch.tensor([2, 2]),
+        ids=torch.arange(2),
+        tasks=torch.ones(2).long(),
+        from_memory=torch.zeros(2).bool(),
+        valid=torch.ones(2).bool(),
+    )
     losses = ERACE(memory_size=5).losses(lambda x: x, batch, at, State())
     torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
 
 
 def test_in_the_first_experience_it_is_plain_cross_entropy(toy_stream, toy_model):
     stream = toy_stream()
-    model, at = toy_model(stream), contexts(stream, "cpu")(0)
+    model = toy_model(stream)
+    at = contexts(stream, "cpu")(0)
     batch = Batch.current(stream[0].train, 0)
-    expected = torch.nn.functional.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none")
-    torch.testing.assert_close(ERACE(memory_size=5).losses(Forward(model), batch, at, State()), expected)
+    expected = torch.nn.functional.cross_entropy(
+        model(batch.inputs)[:, :2], batch.labels, reduction="none"
+    )
+    torch.testing.assert_close(
+        ERACE(memory_size=5).losses(Forward(model), batch, at, State()), expected
+    )
 
 
 def test_under_privacy_masks_stay_and_all_rows_weigh_the_same(toy_stream, toy_model):
-    stream, seen = toy_stream(), []
+    stream = toy_stream()
+    seen = []
 
     def look(point, learner):
         if point == "step.gradient":
@@ -100,14 +123,20 @@ def test_under_privacy_masks_stay_and_all_rows_weigh_the_same(toy_stream, toy_mo
 
     privacy = Privacy(noise_multiplier=1.0, seed=0, sampling_rate=0.5)
     learner = Learner(
-        model=toy_model(stream), strategy=ERACE(memory_size=16), optimizer=torch.optim.SGD, iterations=4,
-        batch_size=6, privacy=privacy, callbacks=[look],
-    )  # fmt: skip
+        model=toy_model(stream),
+        strategy=ERACE(memory_size=16),
+        optimizer=torch.optim.SGD,
+        iterations=4,
+        batch_size=6,
+        privacy=privacy,
+        callbacks=[look],
+    )
     learner.fit(stream)
     assert seen == [0.0] * 8
     assert [entry.scope for entry in learner.mechanism.ledger.entries] == [
-        {"experience-0": 0.5}, {"experience-0": 0.5, "experience-1": 0.5}
-    ]  # fmt: skip
+        {"experience-0": 0.5},
+        {"experience-0": 0.5, "experience-1": 0.5},
+    ]
 
 
 def test_plans_ask_for_a_reservoir(toy_stream):
@@ -125,7 +154,10 @@ def test_plans_ask_for_a_reservoir(toy_stream):
     [
         ({"memory_size": 0}, "memory_size = 0"),
         ({"memory_size": "much"}, "memory_size = 'much'"),
-        ({"memory_size": 5, "update": "daily"}, "memory update = 'daily' is not allowed; allowed: experience, step"),
+        (
+            {"memory_size": 5, "update": "daily"},
+            "memory update = 'daily' is not allowed; allowed: experience, step",
+        ),
     ],
 )
 def test_options_are_checked(toy_stream, options, message):

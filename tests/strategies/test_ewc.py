@@ -25,26 +25,43 @@ from perdure.utils.seeding import derive
 
 
 class Past:
-    """Three times consolidated at three unrelated points, every Fisher matrix kept beside the strategy's state."""
+    """Three times consolidated at three unrelated points, every Fisher matrix kept beside the
+    strategy's state.
+    """
 
     def __init__(self, strategy, stream, curator):
-        self.strategy, self.stream = strategy, stream
-        self.models = [mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=s, activation="tanh") for s in range(3)]
-        self.points = [{n: v.detach().clone() for n, v in m.named_parameters()} for m in self.models]
-        spec = Spec(params=self.points[0], num_classes=4, num_experiences=3, feature_size=6, scenario="class")
+        self.strategy = strategy
+        self.stream = stream
+        self.models = [
+            mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=s, activation="tanh")
+            for s in range(3)
+        ]
+        self.points = [
+            {n: v.detach().clone() for n, v in m.named_parameters()} for m in self.models
+        ]
+        spec = Spec(
+            params=self.points[0],
+            num_classes=4,
+            num_experiences=3,
+            feature_size=6,
+            scenario="class",
+        )
         self.empty = self.state = strategy.init(spec)
         self.fishers = []
         for index, (model, point) in enumerate(zip(self.models, self.points, strict=True)):
             part = min(index, 1)
             at = contexts(stream, "cpu")(part)
             curator.open(stream.experiences[: part + 1], Plan(), at, Forward(model.eval()))
-            alone = strategy.after_experience(curator, point, self.empty)  # an EWC with no past: this Fisher matrix
+            # an EWC with no past: this Fisher matrix
+            alone = strategy.after_experience(curator, point, self.empty)
             self.fishers.append(alone.group("fisher"))
             self.state = strategy.derive(strategy.after_experience(curator, point, self.state))
 
     def gradient(self, penalty, at):
         leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
-        return dict(zip(at, torch.autograd.grad(penalty(leaves), list(leaves.values())), strict=True))
+        return dict(
+            zip(at, torch.autograd.grad(penalty(leaves), list(leaves.values())), strict=True)
+        )
 
 
 def somewhere():
@@ -53,7 +70,9 @@ def somewhere():
 
 
 def quadratic(strength, fisher, anchor):
-    return lambda params: 0.5 * strength * sum((fisher[n] * (params[n] - anchor[n]) ** 2).sum() for n in params)
+    return lambda params: (
+        0.5 * strength * sum((fisher[n] * (params[n] - anchor[n]) ** 2).sum() for n in params)
+    )
 
 
 def same(mine, theirs):
@@ -64,20 +83,28 @@ def same(mine, theirs):
 @pytest.mark.reference
 def test_one_merged_penalty_is_the_sum_of_all_penalties_up_to_a_constant(toy_stream):
     past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
-    separate = [quadratic(7.0, fisher, point) for fisher, point in zip(past.fishers, past.points, strict=True)]
+    separate = [
+        quadratic(7.0, fisher, point)
+        for fisher, point in zip(past.fishers, past.points, strict=True)
+    ]
     points = [somewhere(), past.points[2]]
     for point in points:
         mine = past.gradient(lambda p: past.strategy.penalty(p, past.state), point)
         theirs = past.gradient(lambda p: sum(penalty(p) for penalty in separate), point)
         assert max(float(value.abs().max()) for value in theirs.values()) > 1e-3
         same(mine, theirs)
-    gap = [past.strategy.penalty(p, past.state) - sum(penalty(p) for penalty in separate) for p in points]
+    gap = [
+        past.strategy.penalty(p, past.state) - sum(penalty(p) for penalty in separate)
+        for p in points
+    ]
     torch.testing.assert_close(gap[0], gap[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.reference
 def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
-    past = Past(EWC(strength=7.0, mode="online", decay=0.5), toy_stream(), Curator(seed=0, batch_size=8))
+    past = Past(
+        EWC(strength=7.0, mode="online", decay=0.5), toy_stream(), Curator(seed=0, batch_size=8)
+    )
     first, second, third = past.fishers
     decayed = {name: 0.25 * first[name] + 0.5 * second[name] + third[name] for name in first}
     same(past.state.group("fisher"), decayed)
@@ -91,7 +118,9 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
 def test_without_a_past_there_is_no_penalty(toy_stream):
     past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
     assert float(past.strategy.penalty(somewhere(), past.empty)) == 0
-    assert set(past.state.rules.values()) == {"mean", "local"} and len(past.state) == 3 * len(past.points[0])
+    assert set(past.state.rules.values()) == {"mean", "local"} and len(past.state) == 3 * len(
+        past.points[0]
+    )
 
 
 def private_curator(stream, privacy):
@@ -99,19 +128,31 @@ def private_curator(stream, privacy):
     ledger = Ledger.open(None, key=key)
     for e in stream:
         ledger.declare(e.train.partition, e.train.declared_size)
-    mechanism = Mechanism(privacy=privacy, schedule=Schedule(noise=(privacy.noise_multiplier,)), ledger=ledger, key=key)
+    mechanism = Mechanism(
+        privacy=privacy,
+        schedule=Schedule(noise=(privacy.noise_multiplier,)),
+        ledger=ledger,
+        key=key,
+    )
     return Curator(seed=0, batch_size=8, mechanism=mechanism), ledger
 
 
-def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(toy_stream):
-    """The share of zeros is over 16 models: that of one, 64 numbers, hangs on the noise that is drawn."""
-    stream, values = toy_stream(), []
+def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(
+    toy_stream,
+):
+    """The share of zeros is over 16 models: that of one, 64 numbers, hangs on the noise that is
+    drawn.
+    """
+    stream = toy_stream()
+    values = []
     privacy = Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=0)
     for seed in range(16):
         curator, ledger = private_curator(stream, privacy)
         model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=seed).eval()
         params = {name: value.detach().clone() for name, value in model.named_parameters()}
-        spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
+        spec = Spec(
+            params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class"
+        )
         strategy = EWC(strength=1.0)
         curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
         state = strategy.after_experience(curator, params, strategy.init(spec))
@@ -120,12 +161,16 @@ def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and
         assert entry.noise_multiplier == 4.0 and len(ledger.entries) == strategy.asks.releases
         values += [value.flatten() for value in state.group("fisher").values()]
     values = torch.cat(values)
-    assert float(values.min()) == 0.0 and 0.3 < float((values == 0).float().mean()) < 0.7  # noise, cut at 0
+    # noise, cut at 0
+    assert float(values.min()) == 0.0 and 0.3 < float((values == 0).float().mean()) < 0.7
 
 
 def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_squared(toy_stream):
-    """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie within C."""
-    stream, strategy = toy_stream(), EWC(strength=1.0)
+    """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie
+    within C.
+    """
+    stream = toy_stream()
+    strategy = EWC(strength=1.0)
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0)
     curator = Curator(seed=0, batch_size=8)
     curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
@@ -135,7 +180,10 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
     for i, length in enumerate(lengths):
         terms, _ = strategy._terms(curator, Forward(model), batch.take(slice(i, i + 1)))
         norms = [
-            sum(g.square().sum() for g in torch.autograd.grad(t, list(model.parameters()), retain_graph=True))
+            sum(
+                g.square().sum()
+                for g in torch.autograd.grad(t, list(model.parameters()), retain_graph=True)
+            )
             for t in terms[0]
         ]
         assert 0 < float(length.detach()) <= float(max(norms)) * (1 + 1e-5)
@@ -144,7 +192,12 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
 def opened(stream, experience):
     model = mlp(input_shape=(5,), num_classes=stream.num_classes, hidden=(6,), seed=0).eval()
     curator = Curator(seed=0, batch_size=8)
-    curator.open(stream.experiences[: experience + 1], Plan(), contexts(stream, "cpu")(experience), Forward(model))
+    curator.open(
+        stream.experiences[: experience + 1],
+        Plan(),
+        contexts(stream, "cpu")(experience),
+        Forward(model),
+    )
     return model, curator
 
 
@@ -155,10 +208,15 @@ def rows_of(fisher, model, curator, batch):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)])
+@pytest.mark.parametrize(
+    ("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)]
+)
 def test_over_many_ids_the_sampled_fisher_matrix_is_the_exact_one(toy_stream, scenario, experience):
-    """Four standard errors of each of at most 64 numbers, by a fixed hash: it always passes, or the draw is wrong."""
-    stream, n = toy_stream(scenario), 4000
+    """Four standard errors of each of at most 64 numbers, by a fixed hash: it always passes, or the
+    draw is wrong.
+    """
+    stream = toy_stream(scenario)
+    n = 4000
     model, curator = opened(stream, experience)
     one = Batch.current(stream[experience].train, experience).take(slice(3, 4))
     many = replace(one.take(torch.zeros(n, dtype=torch.int64)), ids=10_000 + torch.arange(n))
@@ -176,9 +234,12 @@ def test_the_draw_of_a_record_is_its_own_and_another_in_every_experience(toy_str
     batch = Batch.current(stream[1].train, 1)
     model, curator = opened(stream, 1)
     rows = rows_of("sampled", model, curator, batch)
-    torch.testing.assert_close(rows_of("sampled", model, curator, batch.take(slice(0, None, 3))), rows[::3])
+    torch.testing.assert_close(
+        rows_of("sampled", model, curator, batch.take(slice(0, None, 3))), rows[::3]
+    )
     assert torch.equal(rows, rows_of("sampled", model, curator, batch))
-    ids, p = torch.arange(1000), torch.full((1000, 4), 0.25)
+    ids = torch.arange(1000)
+    p = torch.full((1000, 4), 0.25)
     labels = [drawn(p, uniforms(ids, derive("fisher", experience))) for experience in (0, 1)]
     assert 150 < int((labels[0] == labels[1]).sum()) < 350
 
@@ -202,15 +263,20 @@ def test_an_anchor_is_the_mean_weighted_by_fisher_and_finite_where_nothing_pulls
 
 
 def test_clients_average_to_what_one_party_would_hold():
-    """Two experiences, two clients of sizes 1 and 3: the combined penalty is the sum of the global ones."""
+    """Two experiences, two clients of sizes 1 and 3: the combined penalty is the sum of the global
+    ones.
+    """
     fishers = torch.tensor([[[2.0], [1.0]], [[6.0], [5.0]]])  # client, experience
-    points, weights = torch.tensor([[1.0], [-2.0]]), torch.tensor([0.25, 0.75])
+    points = torch.tensor([[1.0], [-2.0]])
+    weights = torch.tensor([0.25, 0.75])
     held = (weights[:, None, None] * fishers).sum(0)
     states = [
-        State().declare("fisher/w", own.sum(0), "mean").declare("pull/w", (own * points).sum(0), "mean")
+        State()
+        .declare("fisher/w", own.sum(0), "mean")
+        .declare("pull/w", (own * points).sum(0), "mean")
         .declare("anchor/w", torch.zeros(1), "local")
         for own in fishers
-    ]  # fmt: skip
+    ]
     combined = states[0].replace({n: 0.25 * states[0][n] + 0.75 * states[1][n] for n in states[0]})
     combined = EWC(strength=2.0).derive(combined)
     at = torch.tensor([0.3], requires_grad=True)

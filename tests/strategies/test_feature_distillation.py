@@ -25,7 +25,8 @@ def problem(toy_stream, toy_model):
 def test_the_loss_is_the_formula(problem):
     stream, model, teacher, spec = problem
     strategy = FeatureDistillation(strength=0.7)
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
     mine = strategy.losses(Forward(model), batch, at, strategy.init(spec))
 
     def hidden(params, x):
@@ -34,7 +35,10 @@ def test_the_loss_is_the_formula(problem):
     now = dict(model.named_parameters())
     for i, (x, y) in enumerate(zip(batch.inputs, batch.labels, strict=True)):
         logits = hidden(now, x) @ now["head.weight"].T + now["head.bias"]
-        distance = sum((a - b) ** 2 for a, b in zip(hidden(now, x).tolist(), hidden(teacher, x).tolist(), strict=True))
+        distance = sum(
+            (a - b) ** 2
+            for a, b in zip(hidden(now, x).tolist(), hidden(teacher, x).tolist(), strict=True)
+        )
         expected = F.cross_entropy(logits[None], y[None]).item() + 0.35 * distance
         assert mine[i].item() == pytest.approx(expected, rel=1e-4) and distance > 0.01
 
@@ -42,34 +46,44 @@ def test_the_loss_is_the_formula(problem):
 def test_in_the_first_experience_there_is_no_teacher(problem):
     stream, model, _, spec = problem
     strategy = FeatureDistillation(strength=1.0)
-    batch, at = Batch.current(stream[0].train, 0), contexts(stream, "cpu")(0)
+    batch = Batch.current(stream[0].train, 0)
+    at = contexts(stream, "cpu")(0)
     state = strategy.init(spec)
-    poisoned = state.replace({name: torch.full_like(value, math.nan) for name, value in state.items()})
+    poisoned = state.replace(
+        {name: torch.full_like(value, math.nan) for name, value in state.items()}
+    )
     plain = Naive().losses(Forward(model), batch, at, poisoned)
     torch.testing.assert_close(strategy.losses(Forward(model), batch, at, poisoned), plain)
 
 
 def test_neither_head_nor_teacher_gets_a_gradient_from_the_distance(problem):
     stream, model, _, spec = problem
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
-    plain, strategy = Naive(), FeatureDistillation(strength=1.0)
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
+    plain = Naive()
+    strategy = FeatureDistillation(strength=1.0)
     state = strategy.init(spec)
     leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
     distance = strategy.losses(Forward(model), batch, at, state.replace(leaves)) - plain.losses(
         Forward(model), batch, at, state
     )
-    assert torch.autograd.grad(distance.sum(), list(leaves.values()), allow_unused=True, retain_graph=True) == (
-        None,
-    ) * len(leaves)
-    moved = dict(zip(leaves, torch.autograd.grad(distance.sum(), list(model.parameters())), strict=True))
+    assert torch.autograd.grad(
+        distance.sum(), list(leaves.values()), allow_unused=True, retain_graph=True
+    ) == (None,) * len(leaves)
+    moved = dict(
+        zip(leaves, torch.autograd.grad(distance.sum(), list(model.parameters())), strict=True)
+    )
     sizes = {name: float(value.abs().max()) for name, value in moved.items()}
     assert sizes["teacher/head.weight"] < 1e-5 and sizes["teacher/body.1.weight"] > 0.01
 
 
 def test_features_of_new_inputs_stay_where_they_were(toy_stream, toy_model):
     def drift(strategy):
-        """Mean squared distance over the second experience between the features before and after it."""
-        stream, seen = toy_stream(), []
+        """Mean squared distance over the second experience between the features before and after
+        it.
+        """
+        stream = toy_stream()
+        seen = []
         model = toy_model(stream)
 
         def look(point, learner):
@@ -78,8 +92,13 @@ def test_features_of_new_inputs_stay_where_they_were(toy_stream, toy_model):
                     seen.append(learner.forward.features(stream[1].train.inputs))
 
         Learner(
-            model=model, strategy=strategy, optimizer=torch.optim.Adam, iterations=200, batch_size=8, callbacks=[look]
-        ).fit(stream)  # fmt: skip
+            model=model,
+            strategy=strategy,
+            optimizer=torch.optim.Adam,
+            iterations=200,
+            batch_size=8,
+            callbacks=[look],
+        ).fit(stream)
         return float((seen[1] - seen[0]).square().sum(1).mean())
 
     assert drift(FeatureDistillation(strength=10.0)) < 0.2 * drift(Naive())

@@ -15,7 +15,9 @@ from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
 from perdure.strategies import GDumb
 
-EITHER = pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"])
+EITHER = pytest.mark.parametrize(
+    "privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"]
+)
 
 
 @pytest.fixture
@@ -25,7 +27,11 @@ def four(toy_data):
 
 
 def learner_of(model, **changes):
-    options = {"optimizer": partial(torch.optim.Adam, lr=0.02), "iterations": 4, "batch_size": 4} | changes
+    options = {
+        "optimizer": partial(torch.optim.Adam, lr=0.02),
+        "iterations": 4,
+        "batch_size": 4,
+    } | changes
     return Learner(model=model, strategy=GDumb(memory_size=12), **options)
 
 
@@ -42,7 +48,9 @@ def test_batches_are_of_the_memory_only_in_equal_quotas(four, toy_model, privacy
     learner_of(toy_model(four), privacy=privacy, callbacks=[look]).fit(four)
     assert [index for index, _, _ in found] == [k for k in range(4) for _ in range(4)]
     for index, pooled, rows in found:
-        assert pooled == set(rows.ids.tolist()) and set(rows.tasks.tolist()) == set(range(index + 1))
+        assert pooled == set(rows.ids.tolist()) and set(rows.tasks.tolist()) == set(
+            range(index + 1)
+        )
         if not privacy:
             assert torch.bincount(rows.labels).tolist() == [12 // (index + 1)] * (index + 1)
 
@@ -62,22 +70,32 @@ def test_every_experience_is_offered_once(four, toy_model, privacy):
 
 @EITHER
 def test_training_starts_afresh_from_the_initial_parameters(four, toy_model, privacy):
-    starts, model = [], toy_model(four)
+    starts = []
+    model = toy_model(four)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
 
     def look(point, learner):
         if point == "experience.begin":
             moments = len(learner._optimizer.state)
-            starts.append((moments, {name: value.clone() for name, value in learner.model.state_dict().items()}))
+            starts.append(
+                (
+                    moments,
+                    {name: value.clone() for name, value in learner.model.state_dict().items()},
+                )
+            )
 
     learner_of(model, privacy=privacy, callbacks=[look]).fit(four)
     for moments, start in starts:
-        assert moments == 0 and all(torch.equal(start[name], value) for name, value in initial.items())
+        assert moments == 0 and all(
+            torch.equal(start[name], value) for name, value in initial.items()
+        )
     assert any(not torch.equal(initial[name], value) for name, value in model.state_dict().items())
 
 
 @EITHER
-def test_a_stop_in_mid_experience_neither_restarts_nor_offers_again(four, toy_model, tmp_path, privacy):
+def test_a_stop_in_mid_experience_neither_restarts_nor_offers_again(
+    four, toy_model, tmp_path, privacy
+):
     class Stopped(BaseException):
         pass
 
@@ -92,17 +110,25 @@ def test_a_stop_in_mid_experience_neither_restarts_nor_offers_again(four, toy_mo
         learner_of(toy_model(four), folder=tmp_path / "cut", callbacks=[look], **options).fit(four)
     again = learner_of(toy_model(four), folder=tmp_path / "cut", **options)
     again.fit(four)
-    mine, theirs = again.snapshot(), whole.snapshot()
+    mine = again.snapshot()
+    theirs = whole.snapshot()
     assert mine.facts == theirs.facts
-    assert [name for name, value in mine.tensors.items() if not torch.equal(value, theirs.tensors[name])] == []
-    assert [name for name, value in mine.private.items() if not torch.equal(value, theirs.private[name])] == []
+    assert [
+        name for name, value in mine.tensors.items() if not torch.equal(value, theirs.tensors[name])
+    ] == []
+    assert [
+        name for name, value in mine.private.items() if not torch.equal(value, theirs.private[name])
+    ] == []
 
 
 def test_the_loss_is_plain_cross_entropy(four, toy_model):
-    model, at = toy_model(four), contexts(four, "cpu")(1)
+    model = toy_model(four)
+    at = contexts(four, "cpu")(1)
     batch = Batch.current(four[1].train, 1)
     losses = GDumb(memory_size=4).losses(Forward(model), batch, at, State())
-    torch.testing.assert_close(losses, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none"))
+    torch.testing.assert_close(
+        losses, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none")
+    )
 
 
 def test_under_privacy_all_that_was_seen_is_exposed_at_the_rate_of_the_memory(four, toy_model):
@@ -114,12 +140,15 @@ def test_under_privacy_all_that_was_seen_is_exposed_at_the_rate_of_the_memory(fo
 
 
 def test_plans_ask_for_a_fresh_start_on_memory(four):
-    assert GDumb(memory_size=9).plan(four[1]) == Plan(pool="memory", restart=True, memory=MemoryPlan(capacity=9))
+    assert GDumb(memory_size=9).plan(four[1]) == Plan(
+        pool="memory", restart=True, memory=MemoryPlan(capacity=9)
+    )
     assert GDumb(memory_size="0.36 kB").plan(four[1]).memory.capacity == 10 and GDumb.asks.reuses
 
 
 @pytest.mark.parametrize(
-    ("size", "message"), [(0, "memory_size = 0"), ("2 TB", r"memory_size = '2 TB' is not allowed.*'1 GB'")]
+    ("size", "message"),
+    [(0, "memory_size = 0"), ("2 TB", r"memory_size = '2 TB' is not allowed.*'1 GB'")],
 )
 def test_options_are_checked(four, size, message):
     with pytest.raises(ConfigError, match=message):

@@ -20,21 +20,29 @@ from perdure.strategies.gem import RIDGE, dual, flat
 def problem(seed, references, width=7):
     """A gradient and its references, all pointing about the same way or not."""
     place = torch.Generator().manual_seed(seed)
-    draw = lambda: {"a": torch.randn(width - 3, generator=place), "b": torch.randn(3, generator=place)}  # noqa: E731
+    draw = lambda: {  # noqa: E731
+        "a": torch.randn(width - 3, generator=place),
+        "b": torch.randn(3, generator=place),
+    }
     return draw(), tuple(draw() for _ in range(references))
 
 
 def matrices(gradient, references):
-    return flat(gradient).double().numpy(), np.stack([flat(reference).double().numpy() for reference in references])
+    return flat(gradient).double().numpy(), np.stack(
+        [flat(reference).double().numpy() for reference in references]
+    )
 
 
 @pytest.mark.property
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 0.5, 2.0]))
 def test_the_dual_is_the_solution_of_its_program(seed, k, margin):
-    """Against bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge, and the conditions of optimality."""
+    """Against bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge, and the conditions
+    of optimality.
+    """
     g, rows = matrices(*problem(seed, k))
-    gram, along = rows @ rows.T + RIDGE * np.eye(k), rows @ g
+    gram = rows @ rows.T + RIDGE * np.eye(k)
+    along = rows @ g
     mine = dual(torch.from_numpy(rows @ rows.T), torch.from_numpy(along), margin).numpy()
     root = np.linalg.cholesky(gram)
     theirs = lsq_linear(root.T, -np.linalg.solve(root, along), bounds=(margin, np.inf), tol=1e-12).x
@@ -48,23 +56,32 @@ def test_the_dual_is_the_solution_of_its_program(seed, k, margin):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 3))
 def test_without_margin_it_is_the_nearest_gradient_that_harms_no_earlier_experience(seed, k):
-    """The primal program by SciPy; the ridge moves constraints by at most itself times the dual variables."""
+    """The primal program by SciPy; the ridge moves constraints by at most itself times the dual
+    variables.
+    """
     gradient, references = problem(seed, k)
     g, rows = matrices(gradient, references)
     mine = GEM(memory_size=5, margin=0.0).project(gradient, references, State())
     assert [value.shape for value in mine.values()] == [(4,), (3,)]
     nearest = minimize(
-        lambda x: 0.5 * np.sum((x - g) ** 2), g, jac=lambda x: x - g, method="SLSQP",
-        constraints={"type": "ineq", "fun": lambda x: rows @ x, "jac": lambda _: rows}, options={"ftol": 1e-12},
-    ).x  # fmt: skip
-    np.testing.assert_allclose(flat(mine).numpy(), nearest, rtol=0, atol=2e-2 * (1 + np.abs(g).max()))
+        lambda x: 0.5 * np.sum((x - g) ** 2),
+        g,
+        jac=lambda x: x - g,
+        method="SLSQP",
+        constraints={"type": "ineq", "fun": lambda x: rows @ x, "jac": lambda _: rows},
+        options={"ftol": 1e-12},
+    ).x
+    np.testing.assert_allclose(
+        flat(mine).numpy(), nearest, rtol=0, atol=2e-2 * (1 + np.abs(g).max())
+    )
     v = dual(torch.from_numpy(rows @ rows.T), torch.from_numpy(rows @ g), 0.0).numpy()
     assert (rows @ flat(mine).double().numpy() >= -RIDGE * v - 1e-4).all()
 
 
 def test_a_grid_finds_nothing_better():
     """Two references and all dual variables from 0 to 4 in steps of 1/50."""
-    g, rows = np.array([1.0, -2.0, 0.5]), np.array([[0.0, 1.0, 0.3], [-1.0, 0.4, 0.0]])
+    g = np.array([1.0, -2.0, 0.5])
+    rows = np.array([[0.0, 1.0, 0.3], [-1.0, 0.4, 0.0]])
     axis = np.linspace(0, 4, 201)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     cost = 0.5 * ((grid @ rows) ** 2).sum(1) + 0.5 * RIDGE * (grid**2).sum(1) + grid @ (rows @ g)
@@ -81,19 +98,25 @@ def test_with_one_reference_and_no_margin_it_is_averaged_gem(seed):
     gradient, (reference,) = problem(seed, 1)
     mine = GEM(memory_size=5, margin=0.0).project(gradient, (reference,), State())
     apart = float((flat(mine) - flat(against(gradient, reference))).norm())
-    along, length = float(flat(gradient) @ flat(reference)), float(flat(reference) @ flat(reference))
+    along = float(flat(gradient) @ flat(reference))
+    length = float(flat(reference) @ flat(reference))
     bound = max(0.0, -along) / length**1.5 * RIDGE
     assert apart <= bound * 1.01 + 1e-5
 
 
 def test_what_agrees_with_all_is_untouched_and_a_margin_leans_towards_them():
     gradient, _ = problem(0, 0)
-    agreeing = tuple({name: scale * value for name, value in gradient.items()} for scale in (1.0, 0.3))
+    agreeing = tuple(
+        {name: scale * value for name, value in gradient.items()} for scale in (1.0, 0.3)
+    )
     strategy = GEM(memory_size=5, margin=0.5)
     assert strategy.project(gradient, (), State()) is gradient
     assert strategy.project(gradient, agreeing, State()) is gradient
     opposite = {name: -value for name, value in gradient.items()}
-    at = [flat(GEM(memory_size=5, margin=margin).project(gradient, (opposite,), State())) for margin in (0.0, 1.5)]
+    at = [
+        flat(GEM(memory_size=5, margin=margin).project(gradient, (opposite,), State()))
+        for margin in (0.0, 1.5)
+    ]
     assert float(at[0].norm()) < 1e-2
     torch.testing.assert_close(at[1], -0.5 * flat(gradient))  # g + 1.5 r
 
@@ -101,11 +124,15 @@ def test_what_agrees_with_all_is_untouched_and_a_margin_leans_towards_them():
 def test_every_earlier_experience_has_a_reference_of_its_own(toy_data, toy_model):
     from perdure.data.scenarios import split
 
-    stream, seen = split(toy_data, scenario="class", experiences=4), []
+    stream = split(toy_data, scenario="class", experiences=4)
+    seen = []
     learner = Learner(
-        model=toy_model(stream), strategy=GEM(memory_size=12), optimizer=partial(torch.optim.SGD, lr=0.5),
-        iterations=2, batch_size=4,
-    )  # fmt: skip
+        model=toy_model(stream),
+        strategy=GEM(memory_size=12),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        iterations=2,
+        batch_size=4,
+    )
     learner.prepare(stream)
     for index in range(4):
         learner.begin(index)
@@ -119,7 +146,9 @@ def test_every_earlier_experience_has_a_reference_of_its_own(toy_data, toy_model
         learner.curator._held.recalled = spy
         learner.train(range(2))
         learner.finish()
-    assert seen == [(index, of, {of}) for index in (1, 2, 3) for _ in range(2) for of in range(index)]
+    assert seen == [
+        (index, of, {of}) for index in (1, 2, 3) for _ in range(2) for of in range(index)
+    ]
     assert all(bool(value.isfinite().all()) for value in learner.params.values())
 
 
@@ -133,7 +162,9 @@ def test_plans_ask_for_a_memory_for_references(toy_stream):
 
 @pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan])
 def test_options_are_checked(toy_stream, margin):
-    with pytest.raises(ConfigError, match=r"gem\.margin = .* is not allowed; allowed: a finite number, 0 or more"):
+    with pytest.raises(
+        ConfigError, match=r"gem\.margin = .* is not allowed; allowed: a finite number, 0 or more"
+    ):
         GEM(memory_size=5, margin=margin)
     with pytest.raises(ConfigError, match="memory_size = 0"):
         GEM(memory_size=0).plan(toy_stream()[0])

@@ -38,18 +38,28 @@ def with_generator(classifier, stream, **changes):
 
 
 class Scene:
-    """The second experience of a stream, a model, a teacher that answers otherwise, and a state in between."""
+    """The second experience of a stream, a model, a teacher that answers otherwise, and a state in
+    between.
+    """
 
     def __init__(self, stream, classifier, temperature=None):
-        self.stream, self.model = stream, with_generator(classifier, stream).eval()
-        self.teacher = {name: 0.5 * value.detach().flip(0) + 0.1 for name, value in self.model.named_parameters()}
+        self.stream = stream
+        self.model = with_generator(classifier, stream).eval()
+        self.teacher = {
+            name: 0.5 * value.detach().flip(0) + 0.1
+            for name, value in self.model.named_parameters()
+        }
         self.strategy = GenerativeReplay(temperature=temperature, seed=4)
         spec = Spec(
-            params=self.teacher, num_classes=stream.num_classes, num_experiences=2, feature_size=6,
+            params=self.teacher,
+            num_classes=stream.num_classes,
+            num_experiences=2,
+            feature_size=6,
             scenario=stream.scenario,
-        )  # fmt: skip
+        )
         self.state = self.strategy.init(spec).replace({"steps": torch.tensor(11)})
-        self.batch, self.at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+        self.batch = Batch.current(stream[1].train, 1)
+        self.at = contexts(stream, "cpu")(1)
 
     def losses(self, forward, batch, state=None):
         return self.strategy.losses(forward, batch, self.at, state or self.state)
@@ -76,11 +86,17 @@ def scene(toy_stream, toy_model):
 def vae_by_hand(model, x, noise):
     """The autoencoder's loss of one row, in plain Python."""
     mean, log_variance = (part[0].tolist() for part in model.encode(x[None]))
-    z = [m + math.exp(v / 2) * e for m, v, e in zip(mean, log_variance, noise.tolist(), strict=True)]
+    z = [
+        m + math.exp(v / 2) * e for m, v, e in zip(mean, log_variance, noise.tolist(), strict=True)
+    ]
     pixels = torch.sigmoid(model.decode(torch.tensor([z])))[0].flatten().tolist()
     seen = x.flatten().tolist()
-    apart = -sum(a * math.log(p) + (1 - a) * math.log(1 - p) for a, p in zip(seen, pixels, strict=True))
-    divergence = sum(m * m + math.exp(v) - 1 - v for m, v in zip(mean, log_variance, strict=True)) / 2
+    apart = -sum(
+        a * math.log(p) + (1 - a) * math.log(1 - p) for a, p in zip(seen, pixels, strict=True)
+    )
+    divergence = (
+        sum(m * m + math.exp(v) - 1 - v for m, v in zip(mean, log_variance, strict=True)) / 2
+    )
     return (apart + divergence) / len(seen)
 
 
@@ -97,7 +113,8 @@ def answer_by_hand(scenario, temperature, new, old):
     if temperature is None:
         most = max(asked, key=lambda c: old[c])
         return -math.log(softened(new, answering, 1.0)[most])
-    q, p = softened(old, asked, temperature), softened(new, answering, temperature)
+    q = softened(old, asked, temperature)
+    p = softened(new, answering, temperature)
     return -sum(q[c] * math.log(p[c]) for c in asked)
 
 
@@ -109,7 +126,8 @@ def test_the_loss_is_the_formula(scene, scenario, temperature):
     mine = it.losses(Forward(it.model), it.batch)
     e, made, e_made = it.made()
     with torch.no_grad():
-        of_rows, of_made = it.model(it.batch.inputs).tolist(), it.model(made).tolist()
+        of_rows = it.model(it.batch.inputs).tolist()
+        of_made = it.model(made).tolist()
         of_teacher = Forward(it.model, it.teacher)(made).tolist()
         for i, label in enumerate(it.batch.labels.tolist()):
             compete = [2, 3] if scenario == "task" else list(range(len(of_rows[i])))
@@ -126,25 +144,35 @@ def test_the_answers_of_several_tasks_are_averaged(scene):
     at = contexts(split(digits(), scenario="task", experiences=5), "cpu")(4)
     new, old = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).split(3)
     mine = it.strategy._distil(torch.cat([new, old]), torch.cat([old, new]), at)
-    each = [answer_by_hand("task", None, z[2 * k : 2 * k + 2], t[2 * k : 2 * k + 2])
-            for z, t in zip([*new.tolist(), *old.tolist()], [*old.tolist(), *new.tolist()], strict=True)
-            for k in range(4)]  # fmt: skip
+    each = [
+        answer_by_hand("task", None, z[2 * k : 2 * k + 2], t[2 * k : 2 * k + 2])
+        for z, t in zip([*new.tolist(), *old.tolist()], [*old.tolist(), *new.tolist()], strict=True)
+        for k in range(4)
+    ]
     torch.testing.assert_close(mine, torch.tensor(each).view(6, 4).mean(1))
 
 
 @pytest.mark.reference
 def test_what_the_autoencoder_minimises_is_minus_a_bound_on_the_evidence(toy_stream, toy_model):
-    """One latent number, so that p(x) is an integral over a line. Means over 4,000 draws; the gap is far above them."""
+    """One latent number, so that p(x) is an integral over a line.
+
+    Means over 4,000 draws; the gap is far above them.
+    """
     stream = toy_stream()
-    model, rows = with_generator(toy_model(stream), stream, latent=1).eval(), stream[0].train.inputs[:4]
-    z, draws = torch.linspace(-8, 8, 4001, dtype=torch.float64), 4000
+    model = with_generator(toy_model(stream), stream, latent=1).eval()
+    rows = stream[0].train.inputs[:4]
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    draws = 4000
     with torch.no_grad():
         for value in model.decoder.parameters():
-            value.mul_(4)  # so that the latent number matters, and the bound is far from the evidence
+            # so that the latent number matters, and the bound is far from the evidence
+            value.mul_(4)
         logits = model.decode(z.float()[:, None]).double()
         noise = drawn(torch.arange(draws), torch.tensor(0), 1, 0)
         for x in rows:
-            given = -F.binary_cross_entropy_with_logits(logits, x.double().expand_as(logits), reduction="none").sum(1)
+            given = -F.binary_cross_entropy_with_logits(
+                logits, x.double().expand_as(logits), reduction="none"
+            ).sum(1)
             prior = -(z**2) / 2 - math.log(2 * math.pi) / 2
             evidence = torch.logsumexp(given + prior, 0) + math.log(16 / 4000)
             losses = vae_loss(Forward(model), x.expand(draws, -1), noise).double() * len(x)
@@ -160,10 +188,15 @@ def test_what_the_autoencoder_minimises_is_minus_a_bound_on_the_evidence(toy_str
 
 def test_in_the_first_experience_there_is_no_teacher(scene):
     it = scene()
-    at, batch = contexts(it.stream, "cpu")(0), Batch.current(it.stream[0].train, 0)
-    poisoned = it.state.replace_group("teacher", {n: torch.full_like(t, math.nan) for n, t in it.teacher.items()})
+    at = contexts(it.stream, "cpu")(0)
+    batch = Batch.current(it.stream[0].train, 0)
+    poisoned = it.state.replace_group(
+        "teacher", {n: torch.full_like(t, math.nan) for n, t in it.teacher.items()}
+    )
     e = drawn(batch.ids, torch.tensor(11), 3 * LATENT, 4)[:, :LATENT]
-    entropy = F.cross_entropy(at.mask(it.model(batch.inputs), batch), batch.labels, reduction="none")
+    entropy = F.cross_entropy(
+        at.mask(it.model(batch.inputs), batch), batch.labels, reduction="none"
+    )
     mine = it.strategy.losses(Forward(it.model), batch, at, poisoned)
     torch.testing.assert_close(mine, entropy + vae_loss(Forward(it.model), batch.inputs, e))
 
@@ -175,11 +208,19 @@ def test_the_gradient_does_not_flow_into_the_teacher_nor_between_classifier_and_
     grads = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
     assert grads == (None,) * len(leaves)
     _, made, _ = it.made()
-    targets = torch.where(it.at.task_classes[0], Forward(it.model, it.teacher)(made), -1e9).argmax(1)
-    alone = F.cross_entropy(it.at.mask(it.model(it.batch.inputs), it.batch), it.batch.labels, reduction="sum")
+    targets = torch.where(it.at.task_classes[0], Forward(it.model, it.teacher)(made), -1e9).argmax(
+        1
+    )
+    alone = F.cross_entropy(
+        it.at.mask(it.model(it.batch.inputs), it.batch), it.batch.labels, reduction="sum"
+    )
     alone = (alone + F.cross_entropy(it.model(made), targets, reduction="sum")) / 2
-    own = [value for name, value in it.model.named_parameters() if name.startswith(("body.", "head."))]
-    for mine, expected in zip(torch.autograd.grad(loss, own), torch.autograd.grad(alone, own), strict=True):
+    own = [
+        value for name, value in it.model.named_parameters() if name.startswith(("body.", "head."))
+    ]
+    for mine, expected in zip(
+        torch.autograd.grad(loss, own), torch.autograd.grad(alone, own), strict=True
+    ):
         torch.testing.assert_close(mine, expected)
 
 
@@ -190,7 +231,9 @@ def test_every_step_and_record_draws_anew_and_the_same_again(scene):
     it = scene()
 
     def at(step, batch=it.batch):
-        return it.losses(Forward(it.model), batch, it.state.replace({"steps": torch.tensor(step)})).detach()
+        return it.losses(
+            Forward(it.model), batch, it.state.replace({"steps": torch.tensor(step)})
+        ).detach()
 
     assert torch.equal(at(3), at(3)) and (at(3) != at(4)).all()
     twins = it.batch.take(torch.zeros(24, dtype=torch.int64))
@@ -202,11 +245,15 @@ def test_every_step_and_record_draws_anew_and_the_same_again(scene):
 
 
 def test_steps_are_counted_over_experiences_and_the_teacher_is_the_last_end(toy_stream, toy_model):
-    stream, seen, ends = toy_stream(), [], []
+    stream = toy_stream()
+    seen = []
+    ends = []
 
     def look(point, learner):
         if point == "step.done":
-            seen.append((int(learner.state["steps"]), learner.state["teacher/decoder.0.weight"].clone()))
+            seen.append(
+                (int(learner.state["steps"]), learner.state["teacher/decoder.0.weight"].clone())
+            )
         if point == "experience.end":
             ends.append(learner.model.decoder[0].weight.detach().clone())
 
@@ -226,15 +273,23 @@ def test_steps_are_counted_over_experiences_and_the_teacher_is_the_last_end(toy_
 @pytest.mark.reference
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("temperature", [None, 2.0])
-def test_the_clipped_sum_by_book_keeping_is_that_of_records_one_by_one(scene, temperature, per_layer):
+def test_the_clipped_sum_by_book_keeping_is_that_of_records_one_by_one(
+    scene, temperature, per_layer
+):
     it = scene("class", temperature)
     params = dict(it.model.named_parameters())
-    each = [torch.autograd.grad(loss, list(params.values()), retain_graph=True)
-            for loss in it.losses(Forward(it.model), it.batch)]  # fmt: skip
-    norms = torch.tensor([math.sqrt(sum(float(g.double().square().sum()) for g in row)) for row in each])
+    each = [
+        torch.autograd.grad(loss, list(params.values()), retain_graph=True)
+        for loss in it.losses(Forward(it.model), it.batch)
+    ]
+    norms = torch.tensor(
+        [math.sqrt(sum(float(g.double().square().sum()) for g in row)) for row in each]
+    )
     clip = Clip(norm=float(norms.median()), per_layer=per_layer)
     n = len(it.batch)
-    mine = clipped_gradient_sum(it.model, params, lambda: it.losses(Forward(it.model), it.batch), n, clip)
+    mine = clipped_gradient_sum(
+        it.model, params, lambda: it.losses(Forward(it.model), it.batch), n, clip
+    )
     expected = clipped_sum(gradient_rows(it.losses, it.model), params, it.batch.tensors(), clip, n)
     assert mine is not None and mine.keys() == expected.keys() == params.keys()
     for name, value in expected.items():
@@ -249,24 +304,36 @@ def test_the_clipped_sum_by_book_keeping_is_that_of_records_one_by_one(scene, te
 def test_under_privacy_only_gradients_are_charged_and_no_record_is_kept(toy_stream, toy_model):
     stream = toy_stream()
     learner = Learner(
-        model=with_generator(toy_model(stream), stream), strategy=GenerativeReplay(), optimizer=torch.optim.Adam,
-        iterations=4, batch_size=8, privacy=Privacy(noise_multiplier=1.0, seed=0),
-    )  # fmt: skip
+        model=with_generator(toy_model(stream), stream),
+        strategy=GenerativeReplay(),
+        optimizer=torch.optim.Adam,
+        iterations=4,
+        batch_size=8,
+        privacy=Privacy(noise_multiplier=1.0, seed=0),
+    )
     assert learner.fit(stream).isfinite().all()
     entries = learner.mechanism.ledger.entries
-    assert {entry.purpose for entry in entries} == {"gradient"} and sum(entry.steps for entry in entries) == 8
+    assert {entry.purpose for entry in entries} == {"gradient"} and sum(
+        entry.steps for entry in entries
+    ) == 8
     first = stream[0].train.partition
     assert sum(entry.steps for entry in entries if first in entry.scope) == 4
     assert learner.curator._held.memory.rows is None
 
 
 def test_its_mechanism_can_be_audited(toy_stream, toy_model):
-    """The audit puts a probe beside the model, through which `encode` and `decode` must still be reached."""
+    """The audit puts a probe beside the model, through which `encode` and `decode` must still be
+    reached.
+    """
     stream = toy_stream()
     learner = Learner(
-        model=with_generator(toy_model(stream), stream), strategy=GenerativeReplay(), optimizer=torch.optim.SGD,
-        iterations=3, batch_size=8, privacy=Privacy(noise_multiplier=2.0, seed=0),
-    )  # fmt: skip
+        model=with_generator(toy_model(stream), stream),
+        strategy=GenerativeReplay(),
+        optimizer=torch.optim.SGD,
+        iterations=3,
+        batch_size=8,
+        privacy=Privacy(noise_multiplier=2.0, seed=0),
+    )
     found = audit(learner, stream, canaries=20)
     assert found.canaries == 20 and found.steps == 3 and 0 < found.claimed < math.inf
 
@@ -274,11 +341,19 @@ def test_its_mechanism_can_be_audited(toy_stream, toy_model):
 def test_it_runs_with_normalisation_dropout_and_half_precision(toy_stream):
     stream = toy_stream()
     body = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
-    for privacy, precision in ((Privacy(noise_multiplier=1.0, seed=0), "float32"), (None, "bfloat16")):
+    for privacy, precision in (
+        (Privacy(noise_multiplier=1.0, seed=0), "float32"),
+        (None, "bfloat16"),
+    ):
         learner = Learner(
-            model=with_generator(Classifier(body, 8, 4), stream), strategy=GenerativeReplay(), iterations=2,
-            batch_size=8, optimizer=torch.optim.SGD, privacy=privacy, precision=precision,
-        )  # fmt: skip
+            model=with_generator(Classifier(body, 8, 4), stream),
+            strategy=GenerativeReplay(),
+            iterations=2,
+            batch_size=8,
+            optimizer=torch.optim.SGD,
+            privacy=privacy,
+            precision=precision,
+        )
         assert learner.fit(stream).isfinite().all()
         assert all(value.isfinite().all() for value in learner.model.parameters())
 
@@ -290,9 +365,13 @@ def digits_of(strategy, seed):
     stream = split(digits(), scenario="class", experiences=2, seed=seed)
     classifier = mlp(input_shape=stream.input_shape, num_classes=10, hidden=(60,), seed=seed)
     learner = Learner(
-        model=with_generator(classifier, stream, latent=10, hidden=(60,)), strategy=strategy, iterations=120,
-        optimizer=partial(torch.optim.Adam, lr=3e-3), batch_size=64, seed=seed,
-    )  # fmt: skip
+        model=with_generator(classifier, stream, latent=10, hidden=(60,)),
+        strategy=strategy,
+        iterations=120,
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
+        batch_size=64,
+        seed=seed,
+    )
     return learner, float(average_accuracy(learner.fit(stream)))
 
 
@@ -301,16 +380,22 @@ def test_it_keeps_old_classes_where_plain_training_forgets_them():
         learner, accuracy = digits_of(GenerativeReplay(), seed)
         assert accuracy > digits_of(Naive(), seed)[1] + 20
         with torch.no_grad():
-            made = torch.sigmoid(learner.model.decode(drawn(torch.arange(600), torch.tensor(-1), 10, 0)))
+            made = torch.sigmoid(
+                learner.model.decode(drawn(torch.arange(600), torch.tensor(-1), 10, 0))
+            )
             named = learner.predictor(0, after=1)(made).argmax(1)
         train = [experience.train for experience in learner.stream]
-        assert min(int(torch.isin(named, records.labels).sum()) for records in train) > 100, "both halves are made up"
+        assert min(int(torch.isin(named, records.labels).sum()) for records in train) > 100, (
+            "both halves are made up"
+        )
         for records in train:
             for label in records.labels.unique():
                 if int((named == label).sum()) < 10:
                     continue
-                seen, shown = (part.mean(0).flatten() for part in
-                               (records.inputs[records.labels == label], made[named == label]))  # fmt: skip
+                seen, shown = (
+                    part.mean(0).flatten()
+                    for part in (records.inputs[records.labels == label], made[named == label])
+                )
                 assert float(torch.corrcoef(torch.stack([seen, shown]))[0, 1]) > 0.7
 
 
@@ -339,21 +424,37 @@ def test_a_toml_runs_it(tmp_path):
 def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
     stream = toy_stream()
     learner = Learner(
-        model=toy_model(stream), strategy=GenerativeReplay(), optimizer=torch.optim.SGD, iterations=1, batch_size=8
+        model=toy_model(stream),
+        strategy=GenerativeReplay(),
+        optimizer=torch.optim.SGD,
+        iterations=1,
+        batch_size=8,
     )
-    with pytest.raises(StrategyError, match=r"needs a model with a generator.*perdure.models.vae.generative"):
+    with pytest.raises(
+        StrategyError, match=r"needs a model with a generator.*perdure.models.vae.generative"
+    ):
         learner.fit(stream)
     small = GenerativeReplay().small_model(input_shape=(5,), num_classes=4)
-    assert isinstance(small, Generative) and isinstance(GenerativeReplay().init(
-        Spec(params=dict(small.named_parameters()), num_classes=4, num_experiences=2, feature_size=8, scenario="class")
-    ), State)  # fmt: skip
+    assert isinstance(small, Generative) and isinstance(
+        GenerativeReplay().init(
+            Spec(
+                params=dict(small.named_parameters()),
+                num_classes=4,
+                num_experiences=2,
+                feature_size=8,
+                scenario="class",
+            )
+        ),
+        State,
+    )
 
 
 @pytest.mark.parametrize("outside", [-0.4, 1.2, math.nan])
 def test_inputs_that_cannot_be_made_up_are_refused(toy_stream, outside):
     experience = toy_stream()[0]
     assert GenerativeReplay().plan(experience).train
-    experience.test.inputs[0, 0], before = outside, float(experience.test.inputs[0, 0])
+    before = float(experience.test.inputs[0, 0])
+    experience.test.inputs[0, 0] = outside
     try:
         with pytest.raises(StrategyError, match=r"inputs reach from .* in \[0, 1\]: scale them"):
             GenerativeReplay().plan(experience)
@@ -364,7 +465,8 @@ def test_inputs_that_cannot_be_made_up_are_refused(toy_stream, outside):
 def test_a_training_input_outside_is_cut_off_where_it_is_to_be_made_up(toy_stream, toy_model):
     stream = toy_stream()
     forward = Forward(with_generator(toy_model(stream), stream))
-    x, noise = stream[0].train.inputs[:2] + torch.tensor([[9.0], [-9.0]]), torch.zeros(2, LATENT)
+    x = stream[0].train.inputs[:2] + torch.tensor([[9.0], [-9.0]])
+    noise = torch.zeros(2, LATENT)
     mean, log_variance = forward.method("encode")(x)
     logits = forward.method("decode")(mean)
     ends = torch.tensor([[1.0], [0.0]]).expand_as(logits)
@@ -377,10 +479,15 @@ def test_images_of_another_size_are_refused():
     stream = split(digits(), scenario="class", experiences=2)
     classifier = cnn(input_shape=(1, 8, 8), num_classes=10, width=4, seed=0)
     learner = Learner(
-        model=generative(classifier, input_shape=(1, 6, 6), latent=2, hidden=(4,)), strategy=GenerativeReplay(),
-        optimizer=torch.optim.SGD, iterations=1, batch_size=8,
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"input shape = \(1, 8, 8\) .*\(1, 6, 6\), as the generator was made for"):
+        model=generative(classifier, input_shape=(1, 6, 6), latent=2, hidden=(4,)),
+        strategy=GenerativeReplay(),
+        optimizer=torch.optim.SGD,
+        iterations=1,
+        batch_size=8,
+    )
+    with pytest.raises(
+        ConfigError, match=r"input shape = \(1, 8, 8\) .*\(1, 6, 6\), as the generator was made for"
+    ):
         learner.fit(stream)
 
 

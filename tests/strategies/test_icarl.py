@@ -16,7 +16,11 @@ from perdure.strategies import ICaRL
 
 
 def learner_of(model, strategy, **changes):
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "iterations": 6, "batch_size": 8} | changes
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.5),
+        "iterations": 6,
+        "batch_size": 8,
+    } | changes
     return Learner(model=model, strategy=strategy, **options)
 
 
@@ -45,33 +49,52 @@ def sigmoid(value):
 @pytest.mark.parametrize("scenario", ["class", "task"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_loss_is_the_formula(toy_stream, toy_model, scenario, temperature):
-    """Rows of both experiences in the second: teacher's answers for classes 0 and 1, labels for 2 and 3."""
+    """Rows of both experiences in the second: teacher's answers for classes 0 and 1, labels for 2
+    and 3.
+    """
     stream = toy_stream(scenario)
     model = toy_model(stream)
     strategy = ICaRL(memory_size=8, temperature=temperature)
     state = strategy.init(spec_of(model, scenario))
-    teacher = {name: value + 0.3 * torch.randn_like(value) for name, value in state.group("teacher").items()}
-    state, at = state.replace_group("teacher", teacher), contexts(stream, "cpu")(1)
+    teacher = {
+        name: value + 0.3 * torch.randn_like(value)
+        for name, value in state.group("teacher").items()
+    }
+    state = state.replace_group("teacher", teacher)
+    at = contexts(stream, "cpu")(1)
     for index in (0, 1):
         batch = Batch.current(stream[index].train, index)
         mine = strategy.losses(Forward(model), batch, at, state)
-        students, teachers = model(batch.inputs).tolist(), Forward(model, teacher)(batch.inputs).tolist()
+        students = model(batch.inputs).tolist()
+        teachers = Forward(model, teacher)(batch.inputs).tolist()
         for i, label in enumerate(batch.labels.tolist()):
-            targets = [sigmoid(teachers[i][c] / temperature) for c in (0, 1)] + [float(label == c) for c in (2, 3)]
+            targets = [sigmoid(teachers[i][c] / temperature) for c in (0, 1)] + [
+                float(label == c) for c in (2, 3)
+            ]
             pairs = zip(students[i], targets, strict=True)
-            expected = -sum(t * math.log(sigmoid(z)) + (1 - t) * math.log(1 - sigmoid(z)) for z, t in pairs)
+            expected = -sum(
+                t * math.log(sigmoid(z)) + (1 - t) * math.log(1 - sigmoid(z)) for z, t in pairs
+            )
             assert mine[i].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_in_the_first_experience_there_is_no_teacher_and_classes_to_come_do_not_count(toy_stream, toy_model):
+def test_in_the_first_experience_there_is_no_teacher_and_classes_to_come_do_not_count(
+    toy_stream, toy_model
+):
     stream = toy_stream()
-    model, strategy = toy_model(stream), ICaRL(memory_size=8)
+    model = toy_model(stream)
+    strategy = ICaRL(memory_size=8)
     state = strategy.init(spec_of(model))
-    poisoned = state.replace({name: torch.full_like(value, math.nan) for name, value in state.items()})
-    batch, at = Batch.current(stream[0].train, 0), contexts(stream, "cpu")(0)
+    poisoned = state.replace(
+        {name: torch.full_like(value, math.nan) for name, value in state.items()}
+    )
+    batch = Batch.current(stream[0].train, 0)
+    at = contexts(stream, "cpu")(0)
     mine = strategy.losses(Forward(model), batch, at, poisoned)
     own = torch.nn.functional.one_hot(batch.labels, 4)[:, :2].float()
-    each = torch.nn.functional.binary_cross_entropy_with_logits(model(batch.inputs)[:, :2], own, reduction="none")
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        model(batch.inputs)[:, :2], own, reduction="none"
+    )
     torch.testing.assert_close(mine, each.sum(1))
     grad = torch.autograd.grad(mine.sum(), model.head.weight)[0]
     assert not grad[2:].any() and bool((grad[:2].abs().sum(1) > 0).all())
@@ -79,12 +102,16 @@ def test_in_the_first_experience_there_is_no_teacher_and_classes_to_come_do_not_
 
 def test_the_gradient_does_not_flow_into_the_teacher(toy_stream, toy_model):
     stream = toy_stream()
-    model, strategy = toy_model(stream), ICaRL(memory_size=8)
+    model = toy_model(stream)
+    strategy = ICaRL(memory_size=8)
     state = strategy.init(spec_of(model))
     leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
     loss = strategy.losses(Forward(model), batch, at, state.replace(leaves)).sum()
-    assert torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) == (None,) * len(leaves)
+    assert torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) == (None,) * len(
+        leaves
+    )
 
 
 def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, toy_model):
@@ -93,7 +120,9 @@ def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, 
     end = {name: value.detach().clone() for name, value in learner.model.named_parameters()}
     learner.begin(1)
     learner.train(range(3))
-    assert all(torch.equal(value, end[name]) for name, value in learner.state.group("teacher").items())
+    assert all(
+        torch.equal(value, end[name]) for name, value in learner.state.group("teacher").items()
+    )
 
 
 # --------------------------------------------------------------------------- exemplars
@@ -103,19 +132,29 @@ def herded_by_hand(features, most):
     """Algorithm 4 in plain loops: rows and their mean at norm 1, one row after another."""
     rows = [row / row.norm() for row in features.double()]
     mean = sum(rows) / len(rows)
-    mean, chosen = mean / mean.norm(), []
+    mean = mean / mean.norm()
+    chosen = []
     while len(chosen) < min(most, len(rows)):
         gaps = {
-            i: float((mean - (sum((rows[j] for j in chosen), torch.zeros_like(mean)) + row) / (len(chosen) + 1)).norm())
-            for i, row in enumerate(rows) if i not in chosen
-        }  # fmt: skip
+            i: float(
+                (
+                    mean
+                    - (sum((rows[j] for j in chosen), torch.zeros_like(mean)) + row)
+                    / (len(chosen) + 1)
+                ).norm()
+            )
+            for i, row in enumerate(rows)
+            if i not in chosen
+        }
         chosen.append(min(gaps, key=gaps.get))
     return chosen
 
 
 @pytest.mark.reference
 def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, toy_model):
-    """Eight exemplars after the first experience; the best four of each two stay after the second."""
+    """Eight exemplars after the first experience; the best four of each two stay after the
+    second.
+    """
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
 
@@ -123,7 +162,9 @@ def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, 
         train = stream[index].train
         own = train.ids[train.labels == label]
         with torch.no_grad():
-            chosen = herded_by_hand(learner.model.features(train.inputs[train.labels == label]), most)
+            chosen = herded_by_hand(
+                learner.model.features(train.inputs[train.labels == label]), most
+            )
         return own[torch.tensor(chosen)].tolist()
 
     expected = {label: best(0, label, 8) for label in (0, 1)}
@@ -132,7 +173,9 @@ def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, 
     learner.begin(1)
     learner.train(range(6))
     learner.finish()
-    expected = {label: ids[:4] for label, ids in expected.items()} | {label: best(1, label, 4) for label in (2, 3)}
+    expected = {label: ids[:4] for label, ids in expected.items()} | {
+        label: best(1, label, 4) for label in (2, 3)
+    }
     rows = learner.curator._held.memory.rows
     assert {label: rows.ids[rows.labels == label].tolist() for label in range(4)} == expected
 
@@ -142,7 +185,9 @@ def test_exemplars_and_new_records_are_one_pool(toy_stream, toy_model):
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
     learner.begin(1)
     batches = [learner.curator.sample(step) for step in range(5)]  # 24 + 16 rows, 8 a step
-    assert [len(batch) for batch in batches] == [8] * 5 and learner.curator.context.memory_share == 0
+    assert [len(batch) for batch in batches] == [
+        8
+    ] * 5 and learner.curator.context.memory_share == 0
     assert torch.cat([batch.tasks for batch in batches]).bincount().tolist() == [16, 24]
 
 
@@ -151,20 +196,27 @@ def test_exemplars_and_new_records_are_one_pool(toy_stream, toy_model):
 
 def test_classes_that_come_again_are_learnt_from_their_labels(toy_stream, toy_model):
     stream = toy_stream()
-    model, strategy = toy_model(stream), ICaRL(memory_size=8)
-    everywhere, batch = torch.ones(2, 4, dtype=torch.bool), Batch.current(stream[1].train, 1)
+    model = toy_model(stream)
+    strategy = ICaRL(memory_size=8)
+    everywhere = torch.ones(2, 4, dtype=torch.bool)
+    batch = Batch.current(stream[1].train, 1)
     at = replace(contexts(stream, "cpu")(1), task_classes=everywhere, seen=everywhere[0])
     mine = strategy.losses(Forward(model), batch, at, strategy.init(spec_of(model)))
     targets = torch.nn.functional.one_hot(batch.labels, 4).float()
-    each = torch.nn.functional.binary_cross_entropy_with_logits(model(batch.inputs), targets, reduction="none")
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        model(batch.inputs), targets, reduction="none"
+    )
     torch.testing.assert_close(mine, each.sum(1))
 
 
 @pytest.mark.reference
-def test_prediction_is_the_nearest_mean_of_exemplars_under_the_model_at_the_end(toy_stream, toy_model):
+def test_prediction_is_the_nearest_mean_of_exemplars_under_the_model_at_the_end(
+    toy_stream, toy_model
+):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
-    rows, model = learner.curator._held.memory.rows, learner.model
+    rows = learner.curator._held.memory.rows
+    model = learner.model
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)  # noqa: E731
     with torch.no_grad():
         exemplars = unit(model.features(rows.inputs))
@@ -190,9 +242,12 @@ def test_classes_out_of_question_are_not_predicted(toy_stream, toy_model, scenar
 
 
 @pytest.mark.parametrize("stretch", [1e-3, 1.0, 1e3])
-def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped(toy_stream, toy_model, stretch):
+def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped(
+    toy_stream, toy_model, stretch
+):
     """Features of any length: a row is a unit vector."""
-    stream, asked = toy_stream(), {}
+    stream = toy_stream()
+    asked = {}
     learner = learner_of(toy_model(stream), ICaRL(memory_size=16))
     learner.prepare(stream)
     learner.begin(0)
@@ -215,12 +270,18 @@ def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped
     assert asked["clip_norm"] == 1 and asked["over"] == "memory"
 
 
-def test_under_privacy_exemplars_are_chosen_by_their_own_coins_and_means_are_noisy(toy_stream, toy_model):
+def test_under_privacy_exemplars_are_chosen_by_their_own_coins_and_means_are_noisy(
+    toy_stream, toy_model
+):
     stream = toy_stream()
     learner = finished(
-        learner_of(toy_model(stream), ICaRL(memory_size=16), privacy=Privacy(noise_multiplier=1.0, seed=0)), stream
+        learner_of(
+            toy_model(stream), ICaRL(memory_size=16), privacy=Privacy(noise_multiplier=1.0, seed=0)
+        ),
+        stream,
     )
-    rows, tags = learner.curator._held.memory.rows, learner.mechanism.tags
+    rows = learner.curator._held.memory.rows
+    tags = learner.mechanism.tags
     ids = torch.cat([experience.train.ids for experience in stream])
     assert set(rows.ids.tolist()) == set(ids[tags(ids) < 16 / 48].tolist())
     with torch.no_grad():
@@ -252,7 +313,10 @@ def test_plans_ask_for_herded_exemplars_in_the_pool(toy_stream):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_options_are_checked(toy_stream, temperature):
-    with pytest.raises(ConfigError, match=r"icarl\.temperature = .* is not allowed; allowed: a finite number above 0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"icarl\.temperature = .* is not allowed; allowed: a finite number above 0",
+    ):
         ICaRL(memory_size=5, temperature=temperature)
     with pytest.raises(ConfigError, match="memory_size = 0"):
         ICaRL(memory_size=0).plan(toy_stream()[0])

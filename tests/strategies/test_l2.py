@@ -32,12 +32,18 @@ def ends(strategy, stream, model):
 
     def look(point, learner):
         if point == "experience.end":
-            found.append({name: value.detach().clone() for name, value in learner.model.named_parameters()})
+            found.append(
+                {name: value.detach().clone() for name, value in learner.model.named_parameters()}
+            )
 
     Learner(
-        model=model, strategy=strategy, optimizer=lambda leaves: torch.optim.SGD(leaves, lr=0.2), iterations=30,
-        batch_size=8, callbacks=[look],
-    ).fit(stream)  # fmt: skip
+        model=model,
+        strategy=strategy,
+        optimizer=lambda leaves: torch.optim.SGD(leaves, lr=0.2),
+        iterations=30,
+        batch_size=8,
+        callbacks=[look],
+    ).fit(stream)
     return found
 
 
@@ -45,7 +51,9 @@ def test_the_first_experience_is_free_and_the_second_stays_near_it(toy_stream, t
     stream = toy_stream()
     held, free = (ends(s, stream, toy_model(stream)) for s in (L2(strength=2.0), Naive()))
     assert all(torch.equal(held[0][name], value) for name, value in free[0].items())
-    moved = [sum(float((run[1][n] - run[0][n]).square().sum()) for n in run[0]) for run in (held, free)]
+    moved = [
+        sum(float((run[1][n] - run[0][n]).square().sum()) for n in run[0]) for run in (held, free)
+    ]
     assert 0 < moved[0] < 0.1 * moved[1]
 
 

@@ -36,29 +36,36 @@ def similarity(model, x):
 @torch.no_grad()
 def test_the_loss_is_that_of_the_paper(toy_stream, scenario):
     stream = toy_stream(scenario)
-    model, at = model_of(stream), contexts(stream, "cpu")(1)
+    model = model_of(stream)
+    at = contexts(stream, "cpu")(1)
     batch = Batch.current(stream[1].train, 1)
     own = slice(None) if scenario == "domain" else slice(2, 4)
-    entropy = F.cross_entropy(model(batch.inputs)[:, own], batch.labels - (own.start or 0), reduction="none")
+    entropy = F.cross_entropy(
+        model(batch.inputs)[:, own], batch.labels - (own.start or 0), reduction="none"
+    )
     pull = torch.stack([1 - row[0] + 1 - row[1] for row in similarity(model, batch.inputs)])
     losses = L2P(strength=0.7).losses(Forward(model), batch, at, State())
     torch.testing.assert_close(losses, entropy + 0.7 * pull)
 
 
 def test_keys_come_nearer_to_the_queries_of_what_picks_them(toy_stream):
-    stream, ends = toy_stream(), []
+    stream = toy_stream()
+    ends = []
     for strength in (0.0, 1.0):
         learner = learner_of(stream, L2P(strength=strength))
         start = {name: value.detach().clone() for name, value in learner.params.items()}
         learner.fit(stream)
         ends.append(float(similarity(learner.model, stream[1].test.inputs).mean()))
-        moved = not torch.equal(learner.params["body.keys.weight"].detach(), start["body.keys.weight"])
+        moved = not torch.equal(
+            learner.params["body.keys.weight"].detach(), start["body.keys.weight"]
+        )
         assert moved == (strength > 0), "nothing but the pull may move a key"
     assert ends[1] > ends[0] + 0.2
 
 
 def test_the_rows_of_old_classes_stay_where_the_optimiser_starts_afresh(toy_stream):
-    stream, heads = toy_stream(), []
+    stream = toy_stream()
+    heads = []
 
     def look(point, learner):
         if point == "experience.end":
@@ -74,7 +81,9 @@ def test_it_keeps_the_contract_where_tasks_are_told():
 
 def test_a_model_without_a_pool_is_refused(toy_stream):
     stream = toy_stream()
-    with pytest.raises(StrategyError, match=r"L2P needs perdure.models.prompts.prompted\(backbone, num_classes=4\)"):
+    with pytest.raises(
+        StrategyError, match=r"L2P needs perdure.models.prompts.prompted\(backbone, num_classes=4\)"
+    ):
         learner_of(stream, model=mlp(input_shape=(5,), num_classes=4, seed=0)).prepare(stream)
 
 

@@ -18,27 +18,37 @@ from perdure.models.vision_transformer import transformer
 from perdure.privacy.settings import Privacy
 from perdure.strategies import LoRA
 
-WIDTH, RANK = 8, 3
+WIDTH = 8
+RANK = 3
 
 
 def backbone(input_shape=(5,)):
-    return transformer(input_shape=input_shape, num_classes=1, seed=0, patch=1, width=WIDTH, depth=2, heads=2).body
+    return transformer(
+        input_shape=input_shape, num_classes=1, seed=0, patch=1, width=WIDTH, depth=2, heads=2
+    ).body
 
 
 def model_of(stream, experiences=2, **changes):
-    return adapted(backbone(), num_classes=stream.num_classes, experiences=experiences, rank=RANK, **changes)
+    return adapted(
+        backbone(), num_classes=stream.num_classes, experiences=experiences, rank=RANK, **changes
+    )
 
 
 def learner_of(stream, strategy=None, model=None, **changes):
     options = {"optimizer": partial(torch.optim.Adam, lr=0.02), "iterations": 10, "batch_size": 8}
-    return Learner(model=model or model_of(stream), strategy=strategy or LoRA(), **options | changes)
+    return Learner(
+        model=model or model_of(stream), strategy=strategy or LoRA(), **options | changes
+    )
 
 
 def spec_of(model, experiences, scenario="class"):
     return Spec(
-        params=dict(model.named_parameters()), num_classes=4, num_experiences=experiences, scenario=scenario,
+        params=dict(model.named_parameters()),
+        num_classes=4,
+        num_experiences=experiences,
+        scenario=scenario,
         feature_size=WIDTH,
-    )  # fmt: skip
+    )
 
 
 def bits(model):
@@ -47,38 +57,49 @@ def bits(model):
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_the_penalty_is_that_of_the_paper(toy_stream, done):
-    """By single rows of A: those of the present set against those of every earlier one, in every projection."""
+    """By single rows of A: those of the present set against those of every earlier one, in every
+    projection.
+    """
     model = moved(model_of(toy_stream(), experiences=3))
-    params, expected = dict(model.named_parameters()), 0.0
+    params = dict(model.named_parameters())
+    expected = 0.0
     for block in range(2):
         for projection in ("query", "value"):
             sets = [params[f"body.adapters.{t}.{block}.{projection}.down.weight"] for t in range(3)]
             for earlier in sets[:done]:
-                expected += sum(float(a @ b) ** 2 for a in earlier.detach() for b in sets[done].detach())
-    penalty = LoRA(strength=0.7).penalty(params, State({"done": torch.tensor(float(done))}, {"done": "mean"}))
+                expected += sum(
+                    float(a @ b) ** 2 for a in earlier.detach() for b in sets[done].detach()
+                )
+    penalty = LoRA(strength=0.7).penalty(
+        params, State({"done": torch.tensor(float(done))}, {"done": "mean"})
+    )
     assert (expected > 0.1) == (done > 0)
     assert float(penalty.detach()) == pytest.approx(0.7 * expected, rel=1e-4)
 
 
 def test_the_loss_is_over_the_classes_of_the_records_experience(toy_stream):
     stream = toy_stream()
-    model, at = moved(model_of(stream)), contexts(stream, "cpu")(1)
+    model = moved(model_of(stream))
+    at = contexts(stream, "cpu")(1)
     old, new = (Batch.current(stream[k].train, k) for k in range(2))
     expected = [
-        F.cross_entropy(model(rows.inputs)[:, 2 * k : 2 * k + 2], rows.labels - 2 * k, reduction="none")
+        F.cross_entropy(
+            model(rows.inputs)[:, 2 * k : 2 * k + 2], rows.labels - 2 * k, reduction="none"
+        )
         for k, rows in enumerate((old, new))
     ]
-    both = Batch.from_tensors({n: torch.cat([value, new.tensors()[n]]) for n, value in old.tensors().items()})
+    both = Batch.from_tensors(
+        {n: torch.cat([value, new.tensors()[n]]) for n, value in old.tensors().items()}
+    )
     losses = LoRA().losses(Forward(model), both, at, State())
-    torch.testing.assert_close(losses, torch.cat(expected))  # rows of memory too, where it is combined with one
+    # rows of memory too, where it is combined with one
+    torch.testing.assert_close(losses, torch.cat(expected))
 
 
 def test_sets_that_were_not_trained_add_nothing_and_those_that_were_are_a_sum_of_weights():
-    model, body, x = (
-        adapted(backbone(), num_classes=4, experiences=3, rank=RANK, scale=0.5),
-        backbone(),
-        torch.rand(6, 5),
-    )
+    model = adapted(backbone(), num_classes=4, experiences=3, rank=RANK, scale=0.5)
+    body = backbone()
+    x = torch.rand(6, 5)
     assert torch.equal(model.features(x), body(x))
     moved(model)
     merged = copy.deepcopy(body)
@@ -87,14 +108,20 @@ def test_sets_that_were_not_trained_add_nothing_and_those_that_were_are_a_sum_of
             for sets in model.body.adapters:
                 for name in ("query", "value"):
                     low = getattr(sets[number], name)
-                    getattr(block.attention, name).weight.add_(0.5 * low.up.weight @ low.down.weight)
+                    getattr(block.attention, name).weight.add_(
+                        0.5 * low.up.weight @ low.down.weight
+                    )
     torch.testing.assert_close(model.features(x), merged(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model.features(x), body(x), atol=0.01)
 
 
-@pytest.mark.parametrize("optimizer", [
-    partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1), partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    ],
+)
 def test_an_experience_moves_its_own_set_and_the_head_alone(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
@@ -106,12 +133,15 @@ def test_an_experience_moves_its_own_set_and_the_head_alone(toy_stream, optimize
         learner.finish()
         now = bits(learner.model)
         changed = {name for name in now if not torch.equal(now[name], before[name])}
-        assert changed == {name for name in now if name.startswith(("head.", f"body.adapters.{index}."))}
+        assert changed == {
+            name for name in now if name.startswith(("head.", f"body.adapters.{index}."))
+        }
     assert float(learner.state["done"]) == 2
 
 
 def test_the_rows_of_old_classes_stay_where_the_optimiser_starts_afresh(toy_stream):
-    stream, heads = toy_stream(), []
+    stream = toy_stream()
+    heads = []
 
     def look(point, learner):
         if point == "experience.end":
@@ -122,7 +152,8 @@ def test_the_rows_of_old_classes_stay_where_the_optimiser_starts_afresh(toy_stre
 
 
 def test_the_penalty_keeps_new_sets_out_of_the_way_of_old_ones(toy_stream):
-    stream, overlaps = toy_stream(), []
+    stream = toy_stream()
+    overlaps = []
     for strength in (0.0, 1.0):
         learner = learner_of(stream, LoRA(strength=strength), iterations=50)
         learner.fit(stream)
@@ -132,7 +163,8 @@ def test_the_penalty_keeps_new_sets_out_of_the_way_of_old_ones(toy_stream):
 
 
 def test_under_privacy_only_what_trains_is_released(toy_stream):
-    stream, asked = toy_stream(), []
+    stream = toy_stream()
+    asked = []
     learner = learner_of(stream, privacy=Privacy(noise_multiplier=1.0, seed=0))
     learner.prepare(stream)
     real = learner.mechanism.gradient
@@ -152,7 +184,8 @@ def test_a_model_without_a_set_for_every_experience_is_refused(toy_stream):
     stream = toy_stream()
     plain = mlp(input_shape=(5,), num_classes=4, seed=0)
     with pytest.raises(
-        StrategyError, match=r"'body.adapters.0.'; LoRA needs .*adapters.adapted\(backbone, num_classes=4"
+        StrategyError,
+        match=r"'body.adapters.0.'; LoRA needs .*adapters.adapted\(backbone, num_classes=4",
     ):
         learner_of(stream, model=plain).prepare(stream)
     with pytest.raises(StrategyError, match=r"'body.adapters.2.'.* experiences=3\)"):

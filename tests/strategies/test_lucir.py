@@ -22,7 +22,9 @@ from perdure.privacy.settings import Privacy
 from perdure.strategies import LUCIR
 from perdure.testing.fixtures import small_stream
 
-STRENGTH, RANKING, MARGIN = 3.0, 0.7, 0.4
+STRENGTH = 3.0
+RANKING = 0.7
+MARGIN = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,32 +40,50 @@ class Pooled(Strategy):
 
 def model_of(stream, seed=3, head="cosine", hidden=(6,)):
     return mlp(
-        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=seed, activation="tanh",
+        input_shape=stream.input_shape,
+        num_classes=stream.num_classes,
+        hidden=hidden,
+        seed=seed,
+        activation="tanh",
         head=head,
-    )  # fmt: skip
+    )
 
 
 def learner_of(strategy, stream, seed=0, head="cosine", **changes):
-    options = {"optimizer": partial(torch.optim.Adam, lr=3e-3), "iterations": 100, "batch_size": 64, "seed": seed}
-    return Learner(model=model_of(stream, seed, head, (50,)), strategy=strategy, **options | changes)
+    options = {
+        "optimizer": partial(torch.optim.Adam, lr=3e-3),
+        "iterations": 100,
+        "batch_size": 64,
+        "seed": seed,
+    }
+    return Learner(
+        model=model_of(stream, seed, head, (50,)), strategy=strategy, **options | changes
+    )
 
 
 def spec_of(model, scenario="class", classes=6):
     params = {name: value.detach().clone() for name, value in model.named_parameters()}
-    return Spec(params=params, num_classes=classes, num_experiences=3, feature_size=6, scenario=scenario)
+    return Spec(
+        params=params, num_classes=classes, num_experiences=3, feature_size=6, scenario=scenario
+    )
 
 
 def scene(experience, strategy):
-    """A model, another one that was its teacher, embeddings held from before, and rows of all classes so far."""
+    """A model, another one that was its teacher, embeddings held from before, and rows of all
+    classes so far.
+    """
     stream = small_stream("class")
-    model, teacher = model_of(stream).eval(), model_of(stream, seed=4)
+    model = model_of(stream).eval()
+    teacher = model_of(stream, seed=4)
     then = {name: value.detach().clone() for name, value in teacher.named_parameters()}
     held = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     state = strategy.init(spec_of(model)).replace_group("teacher", then)
     state = state.replace({"held": held, "records": torch.tensor(24.0)})
     batches = [Batch.current(stream[index].train, index) for index in range(experience + 1)]
     tensors = [batch.tensors() for batch in batches]
-    batch = Batch.from_tensors({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+    batch = Batch.from_tensors(
+        {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+    )
     return model, teacher, state, batch, contexts(stream, "cpu")(experience, declared_size=12)
 
 
@@ -77,7 +97,8 @@ def dot(one, other):
 
 def by_hand(features, then, weight, scale, label, experience, negatives, rate):
     """One record's loss in plain Python, with two classes an experience."""
-    seen, old = range(2 * experience + 2), range(2 * experience)
+    seen = range(2 * experience + 2)
+    old = range(2 * experience)
     cosines = [dot(unit(features), unit(row)) for row in weight]
     exps = [math.exp(scale * cosines[c]) for c in seen]
     loss = -math.log(exps[label] / sum(exps))
@@ -95,14 +116,27 @@ def by_hand(features, then, weight, scale, label, experience, negatives, rate):
 @pytest.mark.parametrize("experience", [1, 2])
 @pytest.mark.parametrize("negatives", [1, 2, 9])
 def test_the_loss_is_the_formula(experience, negatives):
-    strategy = LUCIR(memory_size=8, less_forget=STRENGTH, ranking=RANKING, margin=MARGIN, negatives=negatives)
+    strategy = LUCIR(
+        memory_size=8, less_forget=STRENGTH, ranking=RANKING, margin=MARGIN, negatives=negatives
+    )
     model, teacher, state, batch, at = scene(experience, strategy)
     mine = strategy.losses(Forward(model), batch, at, state)
-    weight = torch.where((torch.arange(6) < 2 * experience)[:, None], state["held"], model.head.weight.detach())
-    features, then = model.features(batch.inputs).tolist(), teacher.features(batch.inputs).tolist()
+    weight = torch.where(
+        (torch.arange(6) < 2 * experience)[:, None], state["held"], model.head.weight.detach()
+    )
+    features = model.features(batch.inputs).tolist()
+    then = teacher.features(batch.inputs).tolist()
     ranked = 0
     for i, label in enumerate(batch.labels.tolist()):
-        given = (features[i], then[i], weight.tolist(), float(model.head.scale.detach()), label, experience, negatives)
+        given = (
+            features[i],
+            then[i],
+            weight.tolist(),
+            float(model.head.scale.detach()),
+            label,
+            experience,
+            negatives,
+        )
         expected = by_hand(*given, rate=(12 + 8) / 8)
         ranked += expected != by_hand(*given, rate=0.0)
         assert mine[i].item() == pytest.approx(expected, rel=1e-4)
@@ -112,8 +146,12 @@ def test_the_loss_is_the_formula(experience, negatives):
 def test_in_the_first_experience_it_is_cross_entropy_of_the_heads_logits():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(0, strategy)
-    spoilt = state.replace({name: torch.full_like(value, math.nan) for name, value in state.items()})
-    plain = nn.functional.cross_entropy(at.mask(model(batch.inputs), batch), batch.labels, reduction="none")
+    spoilt = state.replace(
+        {name: torch.full_like(value, math.nan) for name, value in state.items()}
+    )
+    plain = nn.functional.cross_entropy(
+        at.mask(model(batch.inputs), batch), batch.labels, reduction="none"
+    )
     torch.testing.assert_close(strategy.losses(Forward(model), batch, at, spoilt), plain)
 
 
@@ -147,7 +185,9 @@ def test_an_experience_without_new_classes_ranks_nothing_and_stays_finite():
     model, _, state, batch, at = scene(1, strategy)
     again = replace(at, task_classes=at.task_classes[[0, 0, 0]], seen=at.task_classes[0])
     losses = strategy.losses(Forward(model), batch.take(slice(0, 12)), again, state)
-    unranked = replace(strategy, ranking=0.0).losses(Forward(model), batch.take(slice(0, 12)), again, state)
+    unranked = replace(strategy, ranking=0.0).losses(
+        Forward(model), batch.take(slice(0, 12)), again, state
+    )
     assert torch.isfinite(losses).all() and torch.equal(losses, unranked)
 
 
@@ -157,7 +197,11 @@ def test_an_experience_without_new_classes_ranks_nothing_and_stays_finite():
 def test_neither_teacher_nor_held_embeddings_get_a_gradient():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(1, strategy)
-    leaves = {name: value.clone().requires_grad_() for name, value in state.items() if name.startswith("teacher/")}
+    leaves = {
+        name: value.clone().requires_grad_()
+        for name, value in state.items()
+        if name.startswith("teacher/")
+    }
     strategy.losses(Forward(model), batch, at, state.replace(leaves)).sum().backward()
     assert all(leaf.grad is None for leaf in leaves.values())
     assert (model.head.weight.grad[:2] == 0).all() and (model.head.weight.grad[4:] == 0).all()
@@ -166,10 +210,14 @@ def test_neither_teacher_nor_held_embeddings_get_a_gradient():
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)])
 def test_old_embeddings_stay_as_they_were_whatever_moves_the_parameters(privacy):
-    """Momentum, weight decay and noise move the model's own rows; what is predicted with does not move."""
+    """Momentum, weight decay and noise move the model's own rows; what is predicted with does not
+    move.
+    """
     stream = small_stream("class")
     optimizer = partial(torch.optim.SGD, lr=0.2, momentum=0.9, weight_decay=0.1)
-    learner = learner_of(LUCIR(memory_size=8), stream, optimizer=optimizer, iterations=6, privacy=privacy)
+    learner = learner_of(
+        LUCIR(memory_size=8), stream, optimizer=optimizer, iterations=6, privacy=privacy
+    )
     learner.prepare(stream)
     ends = []
     for index in range(3):
@@ -184,7 +232,10 @@ def test_old_embeddings_stay_as_they_were_whatever_moves_the_parameters(privacy)
     with torch.no_grad():
         logits = learner.predictor(0, after=2)(x)
         features = learner.model.features(x)
-        mine = nn.functional.cosine_similarity(features[:, None], expected, dim=2) * learner.model.head.scale
+        mine = (
+            nn.functional.cosine_similarity(features[:, None], expected, dim=2)
+            * learner.model.head.scale
+        )
         torch.testing.assert_close(logits, mine)
         early = learner.predictor(0, after=0)(x)
     assert (early[:, 2:] == MASKED).all()
@@ -195,8 +246,11 @@ def test_old_embeddings_stay_as_they_were_whatever_moves_the_parameters(privacy)
 
 
 def answered_as_new(learner, stream):
-    """Share of the earlier experiences' test records that are answered by a class of the last one."""
-    predict, newest = learner.predictor(0, after=len(stream) - 1), list(stream[-1].classes)
+    """Share of the earlier experiences' test records that are answered by a class of the last
+    one.
+    """
+    predict = learner.predictor(0, after=len(stream) - 1)
+    newest = list(stream[-1].classes)
     with torch.no_grad():
         answers = torch.cat([predict(e.test.inputs).argmax(1) for e in stream.experiences[:-1]])
     return float(torch.isin(answers, torch.tensor(newest)).float().mean())
@@ -206,8 +260,9 @@ def test_old_and_new_classes_are_even_where_a_linear_head_prefers_the_new():
     stream = split(digits(), scenario="class", experiences=5)
     found = {}
     for name, strategy, head in (
-        ("linear", Pooled(memory_size=30), "linear"), ("cosine", LUCIR(memory_size=30), "cosine"),
-    ):  # fmt: skip
+        ("linear", Pooled(memory_size=30), "linear"),
+        ("cosine", LUCIR(memory_size=30), "cosine"),
+    ):
         learner = learner_of(strategy, stream, head=head, iterations=60)
         found[name] = average_accuracy(learner.fit(stream)), answered_as_new(learner, stream)
     assert found["cosine"][0] > found["linear"][0] + 3
@@ -216,10 +271,13 @@ def test_old_and_new_classes_are_even_where_a_linear_head_prefers_the_new():
 
 def test_under_privacy_it_asks_for_gradients_alone():
     stream = split(digits(), scenario="class", experiences=2)
-    learner = learner_of(LUCIR(memory_size=50), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0))
+    learner = learner_of(
+        LUCIR(memory_size=50), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0)
+    )
     assert learner.fit(stream).isfinite().all()
     assert {entry.purpose for entry in learner.mechanism.ledger.entries} == {"gradient"}
-    assert len(learner.mechanism.ledger.entries[-1].scope) == 2  # those who may be stored are charged again
+    # those who may be stored are charged again
+    assert len(learner.mechanism.ledger.entries[-1].scope) == 2
 
 
 def test_with_a_model_that_normalises_and_drops_out():
@@ -227,9 +285,13 @@ def test_with_a_model_that_normalises_and_drops_out():
     body = nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     for privacy in (None, Privacy(noise_multiplier=1.0, seed=0)):
         learner = Learner(
-            model=Classifier(body, 8, 6, "cosine"), strategy=LUCIR(memory_size=8), optimizer=torch.optim.SGD,
-            iterations=2, batch_size=8, privacy=privacy,
-        )  # fmt: skip
+            model=Classifier(body, 8, 6, "cosine"),
+            strategy=LUCIR(memory_size=8),
+            optimizer=torch.optim.SGD,
+            iterations=2,
+            batch_size=8,
+            privacy=privacy,
+        )
         assert learner.fit(stream).isfinite().all()
 
 
@@ -237,7 +299,8 @@ def test_with_a_model_that_normalises_and_drops_out():
 
 
 def test_other_scenarios_and_heads_are_refused():
-    stream, strategy = small_stream("class"), LUCIR(memory_size=8)
+    stream = small_stream("class")
+    strategy = LUCIR(memory_size=8)
     for scenario in ("task", "domain"):
         with pytest.raises(StrategyError, match="use Replay elsewhere"):
             strategy.init(spec_of(model_of(stream), scenario))

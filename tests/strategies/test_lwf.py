@@ -21,13 +21,18 @@ def softmax(logits, classes, temperature):
 
 
 def by_hand(scenario, student, teacher, label, strength):
-    """One record's loss in the second experience, in plain Python; classes 0, 1 came before, 2, 3 are new."""
-    before, new, width = [0, 1], [2, 3], len(student)
+    """One record's loss in the second experience, in plain Python; classes 0, 1 came before, 2, 3
+    are new.
+    """
+    before = [0, 1]
+    new = [2, 3]
+    width = len(student)
     compete = {"task": new, "class": before + new, "domain": list(range(width))}[scenario]
     cross_entropy = -math.log(softmax(student, compete, 1.0)[label])
     asked = before if scenario != "domain" else list(range(width))
     answering = {"task": before, "class": before + new, "domain": asked}[scenario]
-    q, p = softmax(teacher, asked, T), softmax(student, answering, T)
+    q = softmax(teacher, asked, T)
+    p = softmax(student, answering, T)
     return cross_entropy - strength * sum(q[c] * math.log(p[c]) for c in asked)
 
 
@@ -39,9 +44,18 @@ def problem(toy_stream, toy_model):
         teacher = {name: value.detach() + 0.3 for name, value in student.named_parameters()}
         teacher["head.weight"] = teacher["head.weight"].flip(0)
         width = stream.num_classes
-        return stream, student, teacher, Spec(
-            params=teacher, num_classes=width, num_experiences=2, feature_size=6, scenario=scenario
-        )  # fmt: skip
+        return (
+            stream,
+            student,
+            teacher,
+            Spec(
+                params=teacher,
+                num_classes=width,
+                num_experiences=2,
+                feature_size=6,
+                scenario=scenario,
+            ),
+        )
 
     return make
 
@@ -52,9 +66,11 @@ def test_the_loss_is_the_formula(problem, scenario):
     stream, student, teacher, spec = problem(scenario)
     strategy = LwF(temperature=T, strength=0.7)
     state = strategy.init(spec)
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
     mine = strategy.losses(Forward(student), batch, at, state)
-    students, teachers = student(batch.inputs).tolist(), Forward(student, teacher)(batch.inputs).tolist()
+    students = student(batch.inputs).tolist()
+    teachers = Forward(student, teacher)(batch.inputs).tolist()
     for i, label in enumerate(batch.labels.tolist()):
         expected = by_hand(scenario, students[i], teachers[i], label, 0.7)
         assert mine[i].item() == pytest.approx(expected, rel=1e-4)
@@ -62,12 +78,18 @@ def test_the_loss_is_the_formula(problem, scenario):
 
 def third_by_hand(scenario, weighting, student, teacher, label, strength):
     """One record's loss in the third experience of two classes each, in plain Python."""
-    heads, width = [[0, 1], [2, 3], [4, 5]], len(student)
+    heads = [[0, 1], [2, 3], [4, 5]]
+    width = len(student)
     compete = {"task": heads[2], "class": range(width), "domain": range(width)}[scenario]
-    pairs = {"task": [(h, h) for h in heads[:2]], "class": [(range(4), range(6))], "domain": [(range(2), range(2))]}
+    pairs = {
+        "task": [(h, h) for h in heads[:2]],
+        "class": [(range(4), range(6))],
+        "domain": [(range(2), range(2))],
+    }
     distilled = []
     for asked, answering in pairs[scenario]:
-        q, p = softmax(teacher, asked, T), softmax(student, answering, T)
+        q = softmax(teacher, asked, T)
+        p = softmax(student, answering, T)
         distilled.append(-sum(q[c] * math.log(p[c]) for c in asked))
     cross_entropy = -math.log(softmax(student, compete, 1.0)[label])
     if weighting == "experiences":
@@ -81,16 +103,27 @@ def third_by_hand(scenario, weighting, student, teacher, label, strength):
 def test_in_the_third_experience_heads_add_up_or_are_averaged(scenario, weighting):
     stream = small_stream(scenario)
     student, other = (
-        mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(6,), seed=s).eval() for s in (0, 1)
+        mlp(
+            input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(6,), seed=s
+        ).eval()
+        for s in (0, 1)
     )
     strategy = LwF(temperature=T, strength=0.7, weighting=weighting)
     teacher = {name: 3 * value.detach() for name, value in other.named_parameters()}
     state = strategy.init(
-        Spec(params=teacher, num_classes=stream.num_classes, num_experiences=3, feature_size=6, scenario=scenario)
+        Spec(
+            params=teacher,
+            num_classes=stream.num_classes,
+            num_experiences=3,
+            feature_size=6,
+            scenario=scenario,
+        )
     )
-    batch, at = Batch.current(stream[2].train, 2), contexts(stream, "cpu")(2)
+    batch = Batch.current(stream[2].train, 2)
+    at = contexts(stream, "cpu")(2)
     mine = strategy.losses(Forward(student), batch, at, state)
-    students, teachers = student(batch.inputs).tolist(), Forward(student, teacher)(batch.inputs).tolist()
+    students = student(batch.inputs).tolist()
+    teachers = Forward(student, teacher)(batch.inputs).tolist()
     for i, label in enumerate(batch.labels.tolist()):
         expected = third_by_hand(scenario, weighting, students[i], teachers[i], label, 0.7)
         assert mine[i].item() == pytest.approx(expected, rel=1e-4)
@@ -101,9 +134,14 @@ def test_in_the_third_experience_heads_add_up_or_are_averaged(scenario, weightin
 def test_in_the_first_experience_there_is_no_teacher(problem, scenario, weighting):
     stream, student, _, spec = problem(scenario)
     strategy = LwF(temperature=T, weighting=weighting)
-    batch, at = Batch.current(stream[0].train, 0), contexts(stream, "cpu")(0)
-    poisoned = strategy.init(spec).replace({n: torch.full_like(t, math.nan) for n, t in strategy.init(spec).items()})
-    plain = torch.nn.functional.cross_entropy(at.mask(student(batch.inputs), batch), batch.labels, reduction="none")
+    batch = Batch.current(stream[0].train, 0)
+    at = contexts(stream, "cpu")(0)
+    poisoned = strategy.init(spec).replace(
+        {n: torch.full_like(t, math.nan) for n, t in strategy.init(spec).items()}
+    )
+    plain = torch.nn.functional.cross_entropy(
+        at.mask(student(batch.inputs), batch), batch.labels, reduction="none"
+    )
     torch.testing.assert_close(strategy.losses(Forward(student), batch, at, poisoned), plain)
 
 
@@ -112,27 +150,37 @@ def test_the_gradient_does_not_flow_into_the_teacher(problem):
     strategy = LwF()
     state = strategy.init(spec)
     leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
-    batch, at = Batch.current(stream[1].train, 1), contexts(stream, "cpu")(1)
+    batch = Batch.current(stream[1].train, 1)
+    at = contexts(stream, "cpu")(1)
     loss = strategy.losses(Forward(student), batch, at, state.replace(leaves)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     assert grads == (None,) * len(leaves)
 
 
 def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, toy_model):
-    stream, ends, seen = toy_stream(), [], []
+    stream = toy_stream()
+    ends = []
+    seen = []
 
     def look(point, learner):
         teacher = {name: value.clone() for name, value in learner.state.group("teacher").items()}
         if point == "experience.end":
-            ends.append({name: value.detach().clone() for name, value in learner.model.named_parameters()})
+            ends.append(
+                {name: value.detach().clone() for name, value in learner.model.named_parameters()}
+            )
         elif point == "step.done":
             seen.append(teacher)
 
     model = toy_model(stream)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     Learner(
-        model=model, strategy=LwF(), optimizer=torch.optim.Adam, iterations=3, batch_size=8, callbacks=[look]
-    ).fit(stream)  # fmt: skip
+        model=model,
+        strategy=LwF(),
+        optimizer=torch.optim.Adam,
+        iterations=3,
+        batch_size=8,
+        callbacks=[look],
+    ).fit(stream)
     for moment, expected in zip(seen, [start] * 3 + [ends[0]] * 3, strict=True):
         assert all(torch.equal(moment[name], value) for name, value in expected.items())
     assert any(not torch.equal(start[name], value) for name, value in ends[0].items())

@@ -16,25 +16,42 @@ from perdure.strategies import MAS
 def consolidated(strategy, stream, model, index, state=None):
     params = {name: value.detach().clone() for name, value in model.named_parameters()}
     width = stream.num_classes
-    spec = Spec(params=params, num_classes=width, num_experiences=2, feature_size=6, scenario=stream.scenario)
+    spec = Spec(
+        params=params,
+        num_classes=width,
+        num_experiences=2,
+        feature_size=6,
+        scenario=stream.scenario,
+    )
     curator = Curator(seed=0, batch_size=8)
-    curator.open(stream.experiences[: index + 1], Plan(), contexts(stream, "cpu")(index), Forward(model.eval()))
+    curator.open(
+        stream.experiences[: index + 1],
+        Plan(),
+        contexts(stream, "cpu")(index),
+        Forward(model.eval()),
+    )
     return strategy.after_experience(curator, params, state or strategy.init(spec)), params
 
 
 def by_hand(model, records, classes):
-    """Mean over records of |gradient of the squared norm of the logits of `classes`|, one backward pass a record."""
+    """Mean over records of |gradient of the squared norm of the logits of `classes`|, one backward
+    pass a record.
+    """
     sums = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     for x in records.inputs:
         square = model(x[None])[0, classes].square().sum()
-        for name, gradient in zip(sums, torch.autograd.grad(square, list(model.parameters())), strict=True):
+        for name, gradient in zip(
+            sums, torch.autograd.grad(square, list(model.parameters())), strict=True
+        ):
             sums[name] += gradient.abs() / len(records)
     return sums
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize(
-    ("scenario", "classes"), [("task", [2, 3]), ("class", [0, 1, 2, 3]), ("domain", [0, 1])], ids=str
+    ("scenario", "classes"),
+    [("task", [2, 3]), ("class", [0, 1, 2, 3]), ("domain", [0, 1])],
+    ids=str,
 )
 def test_the_importance_equals_a_hand_written_loop(toy_stream, toy_model, scenario, classes):
     stream = toy_stream(scenario)
@@ -48,21 +65,32 @@ def test_the_importance_equals_a_hand_written_loop(toy_stream, toy_model, scenar
 
 
 def test_it_is_not_that_of_the_mean_gradient(toy_stream, toy_model):
-    """Records that pull in opposite directions both count; in the gradient of the mean they would cancel."""
+    """Records that pull in opposite directions both count; in the gradient of the mean they would
+    cancel.
+    """
     stream = toy_stream()
     records = stream[0].train
-    opposed = replace(stream[0], train=replace(records, inputs=records.inputs - records.inputs.mean(0)))
+    opposed = replace(
+        stream[0], train=replace(records, inputs=records.inputs - records.inputs.mean(0))
+    )
     stream = replace(stream, experiences=(opposed, stream[1]))
     model = toy_model(stream)
     state, _ = consolidated(MAS(strength=1.0), stream, model, 0)
     mean = model(stream[0].train.inputs)[:, :2].square().sum(1).mean()
-    batch = dict(zip(state.group("importance"), torch.autograd.grad(mean, list(model.parameters())), strict=True))
+    batch = dict(
+        zip(
+            state.group("importance"),
+            torch.autograd.grad(mean, list(model.parameters())),
+            strict=True,
+        )
+    )
     ratios = [float(batch[n].abs().sum() / state[f"importance/{n}"].sum()) for n in batch]
     assert min(ratios) < 0.9 and max(ratios) < 1 + 1e-5
 
 
 def test_importance_adds_up_and_the_anchor_moves_on(toy_stream, toy_model):
-    stream, strategy = toy_stream(), MAS(strength=0.3)
+    stream = toy_stream()
+    strategy = MAS(strength=0.3)
     model = toy_model(stream)
     first, _ = consolidated(strategy, stream, model, 0)
     with torch.no_grad():
@@ -77,19 +105,31 @@ def test_importance_adds_up_and_the_anchor_moves_on(toy_stream, toy_model):
 
 
 def test_under_privacy_it_is_one_release_clipped_to_c_and_clamped(toy_stream, toy_model):
-    """The share of zeros is over 16 keys: that of one, 64 numbers, hangs on the noise that is drawn (0.14 +- 0.04)."""
-    stream, values = toy_stream(), []
+    """The share of zeros is over 16 keys: that of one, 64 numbers, hangs on the noise that is drawn
+    (0.14 +- 0.04).
+    """
+    stream = toy_stream()
+    values = []
     for seed in range(16):
         learner = Learner(
-            model=toy_model(stream), strategy=MAS(strength=1.0), optimizer=torch.optim.SGD, iterations=2, batch_size=8,
+            model=toy_model(stream),
+            strategy=MAS(strength=1.0),
+            optimizer=torch.optim.SGD,
+            iterations=2,
+            batch_size=8,
             privacy=Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=seed),
-        )  # fmt: skip
+        )
         learner.fit(stream)
-        released = [entry for entry in learner.mechanism.ledger.entries if entry.purpose == "release:importance"]
+        released = [
+            entry
+            for entry in learner.mechanism.ledger.entries
+            if entry.purpose == "release:importance"
+        ]
         assert [entry.clip_norm for entry in released] == [0.2, 0.2]
         values += [value.flatten() for value in learner.state.group("importance").values()]
     values = torch.cat(values)
-    assert float(values.min()) == 0.0 and 0.1 < float((values == 0).float().mean()) < 0.5  # noise twice, cut at 0
+    # noise twice, cut at 0
+    assert float(values.min()) == 0.0 and 0.1 < float((values == 0).float().mean()) < 0.5
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])

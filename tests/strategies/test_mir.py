@@ -16,34 +16,43 @@ from perdure.privacy.settings import Privacy
 from perdure.strategies import MIR, Replay
 from perdure.strategies.mir import highest
 
-NEW, OLD = 6, 9
+NEW = 6
+OLD = 9
 SHARE = OLD / (NEW + OLD)
 
 
 @pytest.fixture
 def mixed(toy_stream):
-    """From a scenario to a stream and a batch of new rows of the second experience and stored ones of the first."""
+    """From a scenario to a stream and a batch of new rows of the second experience and stored ones
+    of the first.
+    """
 
     def make(scenario="class"):
         stream = toy_stream(scenario)
-        new, old = (
-            Batch.current(stream[1].train, 1).take(slice(NEW)),
-            Batch.current(stream[0].train, 0).take(slice(OLD)),
-        )
-        tensors = {name: torch.cat([value, old.tensors()[name]]) for name, value in new.tensors().items()}
+        new = Batch.current(stream[1].train, 1).take(slice(NEW))
+        old = Batch.current(stream[0].train, 0).take(slice(OLD))
+        tensors = {
+            name: torch.cat([value, old.tensors()[name]]) for name, value in new.tensors().items()
+        }
         batch = Batch.from_tensors(tensors | {"from_memory": torch.arange(NEW + OLD) >= NEW})
         return batch, contexts(stream, "cpu")(1, memory_share=SHARE), stream
 
     return make
 
 
-CLASSES = {"class": ((0, 1, 2, 3), (0, 1, 2, 3)), "task": ((2, 3), (0, 1)), "domain": ((0, 1), (0, 1))}
+CLASSES = {
+    "class": ((0, 1, 2, 3), (0, 1, 2, 3)),
+    "task": ((2, 3), (0, 1)),
+    "domain": ((0, 1), (0, 1)),
+}
 
 
 def entropies(model, params, batch, scenario):
     """Cross entropy of each row over its own classes, by hand."""
     found = []
-    for x, y, stored in zip(batch.inputs, batch.labels.tolist(), batch.from_memory.tolist(), strict=True):
+    for x, y, stored in zip(
+        batch.inputs, batch.labels.tolist(), batch.from_memory.tolist(), strict=True
+    ):
         classes = list(CLASSES[scenario][stored])
         logits = torch.func.functional_call(model, params, (x[None],))[0, classes]
         found.append(-torch.log_softmax(logits, 0)[classes.index(y)])
@@ -55,7 +64,9 @@ def by_hand(model, batch, scenario, rate, wanted):
     params = dict(model.named_parameters())
     now = entropies(model, params, batch, scenario)
     slope = torch.autograd.grad(now[:NEW].mean(), list(params.values()), retain_graph=True)
-    virtual = {name: value - rate * g for (name, value), g in zip(params.items(), slope, strict=True)}
+    virtual = {
+        name: value - rate * g for (name, value), g in zip(params.items(), slope, strict=True)
+    }
     rise = (entropies(model, virtual, batch, scenario) - now)[NEW:].tolist()
     chosen = sorted(range(OLD), key=lambda i: -rise[i])[:wanted]
     return now[:NEW].mean() + now[NEW:][chosen].mean(), chosen
@@ -68,12 +79,15 @@ def test_the_loss_is_that_of_new_rows_and_of_the_stored_ones_that_lose_most(
     mixed, toy_model, scenario, batch_size, wanted
 ):
     batch, at, stream = mixed(scenario)
-    model, strategy = toy_model(stream), MIR(memory_size=50, batch_size=batch_size, rate=0.7)
+    model = toy_model(stream)
+    strategy = MIR(memory_size=50, batch_size=batch_size, rate=0.7)
     expected, chosen = by_hand(model, batch, scenario, 0.7, wanted)
     mine = strategy.losses(Forward(model), batch, at, State())
     torch.testing.assert_close(mine.mean(), expected)
     assert torch.nonzero(mine[NEW:]).flatten().tolist() == sorted(chosen)
-    ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in (mine.mean(), expected))
+    ours, theirs = (
+        torch.autograd.grad(loss, list(model.parameters())) for loss in (mine.mean(), expected)
+    )
     for a, b in zip(ours, theirs, strict=True):  # nothing flows through the choice
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -82,12 +96,15 @@ def test_as_many_candidates_as_are_rehearsed_are_refused(mixed, toy_model):
     batch, at, stream = mixed()
     message = f"MIR looks at {NEW} stored rows to rehearse {NEW}: it leaves out none"
     with pytest.raises(StrategyError, match=message):
-        MIR(memory_size=50, candidates=NEW, batch_size=None).losses(Forward(toy_model(stream)), batch, at, State())
+        MIR(memory_size=50, candidates=NEW, batch_size=None).losses(
+            Forward(toy_model(stream)), batch, at, State()
+        )
 
 
 def test_given_parameters_are_those_that_the_virtual_step_starts_from(mixed, toy_model):
     batch, at, stream = mixed()
-    model, strategy = toy_model(stream), MIR(memory_size=50, batch_size=3)
+    model = toy_model(stream)
+    strategy = MIR(memory_size=50, batch_size=3)
     other = {name: -3 * value.detach() for name, value in model.named_parameters()}
     given = strategy.losses(Forward(model, other), batch, at, State())
     assert not torch.equal(given > 0, strategy.losses(Forward(model), batch, at, State()) > 0)
@@ -103,11 +120,17 @@ def test_it_rehearses_the_class_that_the_new_one_is_taken_for():
     labels = torch.tensor([2] * 4 + [0, 1] * 5)
     n = len(labels)
     batch = Batch(
-        inputs=inputs[labels], labels=labels, ids=torch.arange(n), tasks=(labels == 2).long(),
-        from_memory=torch.arange(n) >= 4, valid=torch.ones(n, dtype=torch.bool),
-    )  # fmt: skip
+        inputs=inputs[labels],
+        labels=labels,
+        ids=torch.arange(n),
+        tasks=(labels == 2).long(),
+        from_memory=torch.arange(n) >= 4,
+        valid=torch.ones(n, dtype=torch.bool),
+    )
     table = torch.tensor([[True, True, False], [False, False, True]])
-    at = Context(scenario="class", experience=1, task_classes=table, seen=table.any(0), memory_share=10 / 14)
+    at = Context(
+        scenario="class", experience=1, task_classes=table, seen=table.any(0), memory_share=10 / 14
+    )
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[4.0, -4.0], [-4.0, 4.0], [0.0, 0.0]]))
@@ -119,7 +142,10 @@ def test_it_rehearses_the_class_that_the_new_one_is_taken_for():
 def test_dropout_does_not_choose(mixed):
     batch, at, _ = mixed()
     model = Classifier(nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Dropout(0.5)), 30, 4).train()
-    losses = [MIR(memory_size=50, batch_size=4).losses(Forward(model), batch, at, State()) for _ in range(5)]
+    losses = [
+        MIR(memory_size=50, batch_size=4).losses(Forward(model), batch, at, State())
+        for _ in range(5)
+    ]
     assert not torch.equal(losses[0], losses[1])  # it does drop out in the loss
     assert all(torch.equal(each > 0, losses[0] > 0) for each in losses)
     assert all(part.training for part in model.modules())
@@ -134,8 +160,11 @@ def test_only_the_pass_of_the_loss_itself_moves_running_statistics(mixed):
 
 def test_padding_is_neither_learnt_from_nor_rehearsed(mixed, toy_model):
     batch, at, stream = mixed()
-    model, strategy = toy_model(stream), MIR(memory_size=50, batch_size=3)
-    spoilt = Batch.from_tensors({name: torch.cat([v[:1], v, v[-1:]]) for name, v in batch.tensors().items()})
+    model = toy_model(stream)
+    strategy = MIR(memory_size=50, batch_size=3)
+    spoilt = Batch.from_tensors(
+        {name: torch.cat([v[:1], v, v[-1:]]) for name, v in batch.tensors().items()}
+    )
     spoilt.valid[0] = spoilt.valid[-1] = False
     spoilt.inputs[0] = spoilt.inputs[-1] = 100.0
     mine, clean = (strategy.losses(Forward(model), rows, at, State()) for rows in (spoilt, batch))
@@ -144,27 +173,42 @@ def test_padding_is_neither_learnt_from_nor_rehearsed(mixed, toy_model):
 
 
 def test_the_highest_are_found_and_ties_go_in_order():
-    scores, among = torch.tensor([9.0, 1.0, 3.0, 3.0, 2.0]), torch.tensor([False, True, True, True, True])
+    scores = torch.tensor([9.0, 1.0, 3.0, 3.0, 2.0])
+    among = torch.tensor([False, True, True, True, True])
     for wanted, places in ((1, [2]), (2, [2, 3]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])):
-        assert torch.nonzero(highest(scores, among, torch.tensor(wanted))).flatten().tolist() == places
+        assert (
+            torch.nonzero(highest(scores, among, torch.tensor(wanted))).flatten().tolist() == places
+        )
 
 
 def learner_of(strategy, model, **changes):
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "epochs": 1, "batch_size": 4} | changes
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "epochs": 1,
+        "batch_size": 4,
+    } | changes
     return Learner(model=model, strategy=strategy, **options)
 
 
 def test_with_as_many_candidates_as_chosen_it_is_experience_replay(toy_stream, toy_model):
-    """Replay gives all rows the same weight: half of the sum of both means, so it steps alike at twice the rate."""
-    ends, stream = [], toy_stream()
-    replay = Replay(memory_size=12, selection="reservoir", weighting="equal", update="step", batch_size=4)
+    """Replay gives all rows the same weight: half of the sum of both means, so it steps alike at
+    twice the rate.
+    """
+    ends = []
+    stream = toy_stream()
+    replay = Replay(
+        memory_size=12, selection="reservoir", weighting="equal", update="step", batch_size=4
+    )
     chosen = (MIR(memory_size=12, candidates=candidates, batch_size=4) for candidates in (4, 12))
     for strategy, factor in ((next(chosen), 1), (replay, 2), (next(chosen), 1)):
         rates = iter([1] + [factor] * 11)  # in the first step memory is empty
         learner = learner_of(
-            strategy, toy_model(stream),
-            scheduler=partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda _, r=rates: next(r, 1)),
-        )  # fmt: skip
+            strategy,
+            toy_model(stream),
+            scheduler=partial(
+                torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda _, r=rates: next(r, 1)
+            ),
+        )
         learner.fit(stream)
         ends.append(torch.cat([value.flatten() for value in learner.model.state_dict().values()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
@@ -176,13 +220,20 @@ def test_a_batch_that_is_cut_is_refused(toy_stream, toy_model):
     for size in (2, 4, 6):
         with pytest.raises(StrategyError, match="micro_batch_size=None"):
             learner_of(MIR(memory_size=12), toy_model(stream), micro_batch_size=size).fit(stream)
-    assert learner_of(MIR(memory_size=12), toy_model(stream), micro_batch_size=16).fit(stream).isfinite().all()
+    assert (
+        learner_of(MIR(memory_size=12), toy_model(stream), micro_batch_size=16)
+        .fit(stream)
+        .isfinite()
+        .all()
+    )
 
 
 def test_it_is_refused_under_privacy(toy_stream, toy_model):
     stream = toy_stream()
     with pytest.raises(PrivacyError, match="MIR couples the records of a batch"):
-        learner_of(MIR(memory_size=12), toy_model(stream), privacy=Privacy(noise_multiplier=1.0, seed=0)).fit(stream)
+        learner_of(
+            MIR(memory_size=12), toy_model(stream), privacy=Privacy(noise_multiplier=1.0, seed=0)
+        ).fit(stream)
 
 
 def test_plans_ask_for_the_candidates(toy_stream):

@@ -8,7 +8,12 @@ from perdure.strategies import Joint, Naive
 
 
 def fit(stream, model, strategy, **changes):
-    options = {"optimizer": partial(torch.optim.Adam, lr=0.03), "epochs": 4, "batch_size": 8, "seed": 1} | changes
+    options = {
+        "optimizer": partial(torch.optim.Adam, lr=0.03),
+        "epochs": 4,
+        "batch_size": 8,
+        "seed": 1,
+    } | changes
     learner = Learner(model=model, strategy=strategy, **options)
     return learner, learner.fit(stream)
 
@@ -19,11 +24,17 @@ def weights(model):
 
 def test_naive_is_a_plain_loop(toy_stream, toy_model):
     """The bare PyTorch loop over the same batches gives the same bits."""
-    stream, batches = toy_stream(), []
+    stream = toy_stream()
+    batches = []
 
     def look(point, learner):
         if point == "experience.begin":
-            batches.append([learner.curator.sample(step) for step in range(learner.steps(learner.position.experience))])
+            batches.append(
+                [
+                    learner.curator.sample(step)
+                    for step in range(learner.steps(learner.position.experience))
+                ]
+            )
 
     learner, _ = fit(stream, toy_model(stream), Naive(), callbacks=[look])
     model = toy_model(stream)
@@ -36,11 +47,18 @@ def test_naive_is_a_plain_loop(toy_stream, toy_model):
             F.cross_entropy(logits, batch.labels).backward()
             optimizer.step()
     for name, value in model.named_parameters():
-        torch.testing.assert_close(weights(learner.model)[name], value.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            weights(learner.model)[name], value.detach(), rtol=1e-5, atol=1e-6
+        )
 
 
-def test_joint_starts_every_experience_from_the_initial_parameters_on_a_pool_of_all(toy_stream, toy_model):
-    stream, model, starts, pools = toy_stream(), toy_model(toy_stream()), [], []
+def test_joint_starts_every_experience_from_the_initial_parameters_on_a_pool_of_all(
+    toy_stream, toy_model
+):
+    stream = toy_stream()
+    model = toy_model(toy_stream())
+    starts = []
+    pools = []
     initial = weights(model)
 
     def look(point, learner):
@@ -60,7 +78,8 @@ def test_joint_starts_every_experience_from_the_initial_parameters_on_a_pool_of_
 def test_joint_takes_an_epoch_of_the_pool(toy_stream, toy_model):
     stream = toy_stream()
     learner, _ = fit(stream, toy_model(stream), Joint())
-    assert [learner.steps(index) for index in range(2)] == [12, 24]  # 4 epochs of 24, then of 48, in batches of 8
+    # 4 epochs of 24, then of 48, in batches of 8
+    assert [learner.steps(index) for index in range(2)] == [12, 24]
 
 
 def test_joint_keeps_what_naive_forgets(toy_stream, toy_model):

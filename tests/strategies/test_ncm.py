@@ -18,20 +18,27 @@ from perdure.strategies import NCM
 
 
 @pytest.mark.reference
-@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_ has at least 1 zero")  # a filter no image answers to
+# a filter no image answers to
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_ has at least 1 zero")
 def test_it_is_the_nearest_centroid_of_scikit_learn_on_all_records_at_once():
     from sklearn.neighbors import NearestCentroid
 
     features, labels = everything()
     reference = NearestCentroid().fit(features.numpy(), labels.numpy())
     learner = alone(NCM(normalise=False))
-    torch.testing.assert_close(learner.state["weight"].T, torch.from_numpy(reference.centroids_), rtol=1e-5, atol=1e-6)
-    assert logits(learner).argmax(1).tolist() == reference.predict(features_of_tests().numpy()).tolist()
+    torch.testing.assert_close(
+        learner.state["weight"].T, torch.from_numpy(reference.centroids_), rtol=1e-5, atol=1e-6
+    )
+    assert (
+        logits(learner).argmax(1).tolist()
+        == reference.predict(features_of_tests().numpy()).tolist()
+    )
     assert accuracy(learner) > 0.8
 
 
 def test_its_logits_differ_from_distances_by_the_same_for_all_classes():
-    learner, f = alone(NCM(normalise=False)), features_of_tests()
+    learner = alone(NCM(normalise=False))
+    f = features_of_tests()
     distances = (f[:, :, None] - learner.state["weight"]).square().sum(1)
     gap = logits(learner).double() + distances / 2
     torch.testing.assert_close(gap, gap[:, :1].expand_as(gap), rtol=1e-4, atol=1e-4)
@@ -56,14 +63,19 @@ def test_a_class_without_records_is_never_predicted():
     learner.prepare(stream_of())
     learner.begin(0)
     learner.finish()
-    weight, bias = learner.state["weight"], learner.state["bias"]
-    assert torch.equal(weight[:, 2:], torch.zeros_like(weight[:, 2:])) and float(bias[2:].max()) < -1e8
+    weight = learner.state["weight"]
+    bias = learner.state["bias"]
+    assert (
+        torch.equal(weight[:, 2:], torch.zeros_like(weight[:, 2:])) and float(bias[2:].max()) < -1e8
+    )
     assert float(bias[:2].min()) > -1e8
 
 
 def test_under_privacy_it_is_one_release_an_experience_and_hardly_suffers():
     learner = alone(NCM(), privacy=SIMULATED)
     entries = learner.mechanism.ledger.entries
-    assert [list(entry.scope) for entry in entries] == [[f"experience-{index}"] for index in range(5)]
+    assert [list(entry.scope) for entry in entries] == [
+        [f"experience-{index}"] for index in range(5)
+    ]
     assert [entry.clip_norm for entry in entries] == pytest.approx([math.sqrt(1 + 0.25**2)] * 5)
     assert accuracy(learner) > accuracy(alone(NCM())) - 0.1

@@ -43,14 +43,19 @@ def state_of(rows, experiences=2):
     """The state of a strategy that has these directions (K, 10), K a multiple of `experiences`."""
     strategy = OGD(directions=len(rows) // experiences)
     params = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    spec = Spec(params=params, num_classes=4, num_experiences=experiences, feature_size=6, scenario="class")
+    spec = Spec(
+        params=params, num_classes=4, num_experiences=experiences, feature_size=6, scenario="class"
+    )
     pieces = dict(zip(SHAPES, rows.split((6, 4), dim=1), strict=True))
     directions = {name: value.view(len(rows), *SHAPES[name]) for name, value in pieces.items()}
     return strategy, strategy.derive(strategy.init(spec).replace_group("directions", directions))
 
 
 def gradient_of(vector):
-    return {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, vector.split((6, 4)), strict=True)}
+    return {
+        name: part.view(SHAPES[name])
+        for name, part in zip(SHAPES, vector.split((6, 4)), strict=True)
+    }
 
 
 KINDS = {
@@ -68,7 +73,8 @@ KINDS = {
 @given(st.integers(0, 10_000))
 def test_the_projection_is_that_of_gram_schmidt_whatever_the_directions_are(kind, seed):
     place = torch.Generator().manual_seed(seed)
-    rows, vector = KINDS[kind](torch.randn(4, 10, generator=place)), torch.randn(10, generator=place)
+    rows = KINDS[kind](torch.randn(4, 10, generator=place))
+    vector = torch.randn(10, generator=place)
     strategy, state = state_of(rows)
     expected = vector.double()
     for unit in gram_schmidt(rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-20)):
@@ -94,8 +100,13 @@ def test_before_the_first_experience_ends_the_gradient_is_left_alone_to_the_bit(
 def consolidated(strategy, stream, model, index, train=None):
     """State after experience `index` at the model's parameters; `train` in place of its records."""
     params = {name: value.detach().clone() for name, value in model.named_parameters()}
-    spec = Spec(params=params, num_classes=stream.num_classes, num_experiences=2, feature_size=6,
-                scenario=stream.scenario)  # fmt: skip
+    spec = Spec(
+        params=params,
+        num_classes=stream.num_classes,
+        num_experiences=2,
+        feature_size=6,
+        scenario=stream.scenario,
+    )
     experiences = list(stream.experiences[: index + 1])
     experiences[-1] = replace(experiences[-1], train=train or experiences[-1].train)
     at = contexts(stream, "cpu")(index, declared_size=experiences[-1].train.declared_size)
@@ -106,24 +117,36 @@ def consolidated(strategy, stream, model, index, train=None):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("logit", ["true", "mean"])
-@pytest.mark.parametrize(("scenario", "allowed"), [("class", [0, 1, 2, 3]), ("task", [2, 3]), ("domain", [0, 1])])
-def test_a_direction_is_the_mean_logit_gradient_of_its_group(toy_stream, toy_model, scenario, allowed, logit):
+@pytest.mark.parametrize(
+    ("scenario", "allowed"), [("class", [0, 1, 2, 3]), ("task", [2, 3]), ("domain", [0, 1])]
+)
+def test_a_direction_is_the_mean_logit_gradient_of_its_group(
+    toy_stream, toy_model, scenario, allowed, logit
+):
     stream = toy_stream(scenario)
-    model, strategy = toy_model(stream), OGD(directions=6, logit=logit)
+    model = toy_model(stream)
+    strategy = OGD(directions=6, logit=logit)
     state, at = consolidated(strategy, stream, model, 1)
     batch = Batch.current(stream[1].train, 1)
     groups = group_of(batch, at, 6)
     assert set(groups.tolist()) == set(range(6))
     for number in range(6):
         sums = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
-        for x, y in zip(batch.inputs[groups == number], batch.labels[groups == number], strict=True):
+        for x, y in zip(
+            batch.inputs[groups == number], batch.labels[groups == number], strict=True
+        ):
             answers = model(x[None])[0]
             chosen = answers[y] if logit == "true" else answers[allowed].mean()
-            for name, gradient in zip(sums, torch.autograd.grad(chosen, list(model.parameters())), strict=True):
+            for name, gradient in zip(
+                sums, torch.autograd.grad(chosen, list(model.parameters())), strict=True
+            ):
                 sums[name] += gradient / len(batch)
         for name, value in sums.items():
-            torch.testing.assert_close(state[f"directions/{name}"][6 + number], value, rtol=1e-4, atol=1e-6)
-            assert not state[f"directions/{name}"][:6].any()  # of an experience that is not in this state
+            torch.testing.assert_close(
+                state[f"directions/{name}"][6 + number], value, rtol=1e-4, atol=1e-6
+            )
+            # of an experience that is not in this state
+            assert not state[f"directions/{name}"][:6].any()
 
 
 def test_groups_go_by_class_and_id_alone_and_classes_share_alike(toy_stream):
@@ -146,13 +169,20 @@ def test_groups_go_by_class_and_id_alone_and_classes_share_alike(toy_stream):
 
 def test_over_clients_directions_are_those_of_all_records(toy_stream, toy_model):
     stream = toy_stream()
-    model, strategy, train = toy_model(stream), OGD(directions=4), stream[0].train
+    model = toy_model(stream)
+    strategy = OGD(directions=4)
+    train = stream[0].train
     whole, _ = consolidated(strategy, stream, model, 0)
     sizes = (9, len(train) - 9)
-    parts = [consolidated(strategy, stream, model, 0, train.take(torch.arange(len(train)) < 9))[0],
-             consolidated(strategy, stream, model, 0, train.take(torch.arange(len(train)) >= 9))[0]]  # fmt: skip
+    parts = [
+        consolidated(strategy, stream, model, 0, train.take(torch.arange(len(train)) < 9))[0],
+        consolidated(strategy, stream, model, 0, train.take(torch.arange(len(train)) >= 9))[0],
+    ]
     mean = {
-        name: sum(size * part[f"directions/{name}"] for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+        name: sum(
+            size * part[f"directions/{name}"] for size, part in zip(sizes, parts, strict=True)
+        )
+        / sum(sizes)
         for name, _ in model.named_parameters()
     }
     assert {whole.rules[name] for name in whole if name.startswith("directions/")} == {"mean"}
@@ -165,53 +195,85 @@ def test_over_clients_directions_are_those_of_all_records(toy_stream, toy_model)
 
 
 def moved(strategy, state, model, stream, rate):
-    """Length of the change of the groups' mean true logits of the first experience, by one step on the second."""
+    """Length of the change of the groups' mean true logits of the first experience, by one step on
+    the second.
+    """
     params = {name: value.detach() for name, value in model.named_parameters()}
-    new, old, at = Batch.current(stream[1].train, 1), Batch.current(stream[0].train, 0), contexts(stream, "cpu")
+    new = Batch.current(stream[1].train, 1)
+    old = Batch.current(stream[0].train, 0)
+    at = contexts(stream, "cpu")
     loss = strategy.losses(Forward(model), new, at(1), state).mean()
     gradient = dict(zip(params, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     step = strategy.project(gradient, (), state)
     assert float(flat(step).norm()) > 0.05 * float(flat(gradient).norm())
     later = {name: value - rate * step[name] for name, value in params.items()}
     with torch.no_grad():
-        before, after = (Forward(model, p)(old.inputs).gather(1, old.labels[:, None])[:, 0] for p in (params, later))
+        before, after = (
+            Forward(model, p)(old.inputs).gather(1, old.labels[:, None])[:, 0]
+            for p in (params, later)
+        )
     groups = group_of(old, at(0), 6)
     change = torch.zeros(6, dtype=torch.float64).index_add_(0, groups, (after - before).double())
     return float(change.norm())
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_a_projected_step_moves_earlier_logits_only_to_second_order(toy_stream, toy_model, scenario):
+def test_a_projected_step_moves_earlier_logits_only_to_second_order(
+    toy_stream, toy_model, scenario
+):
     stream = toy_stream(scenario)
     model = toy_model(stream).double()
-    stream = replace(stream, experiences=tuple(
-        replace(e, train=replace(e.train, inputs=e.train.inputs.double())) for e in stream
-    ))  # fmt: skip
+    stream = replace(
+        stream,
+        experiences=tuple(
+            replace(e, train=replace(e.train, inputs=e.train.inputs.double())) for e in stream
+        ),
+    )
     strategy = OGD(directions=6)
     state, _ = consolidated(strategy, stream, model, 0)
-    naive, rate = Naive(), 1e-2
-    assert moved(naive, state, model, stream, rate) / moved(naive, state, model, stream, rate / 4) < 6
-    assert moved(strategy, state, model, stream, rate) / moved(strategy, state, model, stream, rate / 4) > 12
-    assert moved(strategy, state, model, stream, rate) < 0.1 * moved(naive, state, model, stream, rate)
+    naive = Naive()
+    rate = 1e-2
+    assert (
+        moved(naive, state, model, stream, rate) / moved(naive, state, model, stream, rate / 4) < 6
+    )
+    assert (
+        moved(strategy, state, model, stream, rate)
+        / moved(strategy, state, model, stream, rate / 4)
+        > 12
+    )
+    assert moved(strategy, state, model, stream, rate) < 0.1 * moved(
+        naive, state, model, stream, rate
+    )
 
 
 def learner_of(strategy, stream, seed=0, **changes):
-    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(30,), seed=seed)
-    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "iterations": 60, "batch_size": 20, "seed": seed}
+    model = mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(30,), seed=seed
+    )
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "iterations": 60,
+        "batch_size": 20,
+        "seed": seed,
+    }
     return Learner(model=model, strategy=strategy, **options | changes)
 
 
 def test_it_forgets_less_than_plain_training():
     for seed in range(3):
         stream = permuted(digits(seed=seed), experiences=2, seed=seed)
-        plain, kept = (learner_of(s, stream, seed).fit(stream) for s in (Naive(), OGD(directions=60)))
+        plain, kept = (
+            learner_of(s, stream, seed).fit(stream) for s in (Naive(), OGD(directions=60))
+        )
         assert float(kept[1, 0]) > float(plain[1, 0]) + 3, (seed, plain, kept)
         assert float(average_accuracy(kept)) > float(average_accuracy(plain)), (seed, plain, kept)
 
 
 def test_directions_of_every_experience_stay_and_every_step_is_orthogonal_to_all_earlier_ones():
     stream = split(digits(), scenario="class", experiences=5)
-    learner, k, largest = learner_of(OGD(directions=4), stream, iterations=12), 4, []
+    learner = learner_of(OGD(directions=4), stream, iterations=12)
+    k = 4
+    largest = []
     learner.prepare(stream)
     before = {}
 
@@ -220,7 +282,9 @@ def test_directions_of_every_experience_stay_and_every_step_is_orthogonal_to_all
         if point == "step.sampled":
             before["at"] = at
         if point == "step.done" and (past := learner.position.experience):
-            rows = torch.cat([v.flatten(1) for v in learner.state.group("directions").values()], 1)[: past * k].double()
+            rows = torch.cat([v.flatten(1) for v in learner.state.group("directions").values()], 1)[
+                : past * k
+            ].double()
             move = at - before["at"]
             cosines = rows @ move / (rows.norm(dim=1) * move.norm())
             largest.append(float(cosines.abs().max()))
@@ -233,18 +297,26 @@ def test_directions_of_every_experience_stay_and_every_step_is_orthogonal_to_all
         learner.finish()
         for name, value in learner.state.group("directions").items():
             assert torch.equal(value[: index * k], kept[name][: index * k])
-            assert value[index * k : (index + 1) * k].flatten(1).any(1).all() and not value[(index + 1) * k :].any()
+            assert (
+                value[index * k : (index + 1) * k].flatten(1).any(1).all()
+                and not value[(index + 1) * k :].any()
+            )
     assert len(largest) == 24 and max(largest) < 2e-3
 
 
 def test_under_privacy_an_experience_costs_one_release_and_the_directions_are_noisy():
     stream = split(digits(), scenario="class", experiences=2)
-    learner = learner_of(OGD(directions=10), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0))
+    learner = learner_of(
+        OGD(directions=10), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0)
+    )
     assert learner.fit(stream).isfinite().all()
-    asked = [entry for entry in learner.mechanism.ledger.entries if "logit gradients" in entry.purpose]
+    asked = [
+        entry for entry in learner.mechanism.ledger.entries if "logit gradients" in entry.purpose
+    ]
     assert [entry.scope for entry in asked] == [{"experience-0": 1.0}, {"experience-1": 1.0}]
     assert all(entry.clip_norm == learner.privacy.clip_norm for entry in asked)
-    assert all(bool(value.any(dim=0).all()) for value in learner.state.group("directions").values())  # noise everywhere
+    # noise everywhere
+    assert all(bool(value.any(dim=0).all()) for value in learner.state.group("directions").values())
 
 
 def test_a_step_of_some_parameters_only_is_refused():

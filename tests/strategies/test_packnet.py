@@ -26,7 +26,9 @@ OPTIMIZERS = {
 
 
 def learner_of(strategy, stream, hidden=(16,), seed=0, **changes):
-    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=seed)
+    model = mlp(
+        input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=seed
+    )
     options = {"optimizer": OPTIMIZERS["adam"], "iterations": 20, "batch_size": 16, "seed": seed}
     return Learner(model=model, strategy=strategy, **options | changes)
 
@@ -44,9 +46,12 @@ def network(weights, x):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_no_later_step_moves_an_earlier_answer_by_a_bit(optimizer, dense_steps):
     stream = tasks()
-    learner = learner_of(PackNet(pruned_share=0.6, dense_steps=dense_steps), stream, optimizer=OPTIMIZERS[optimizer])
+    learner = learner_of(
+        PackNet(pruned_share=0.6, dense_steps=dense_steps), stream, optimizer=OPTIMIZERS[optimizer]
+    )
     learner.prepare(stream)
-    answers, bare = {}, []
+    answers = {}
+    bare = []
     for index in range(len(stream)):
         learner.begin(index)
         learner.train(learner.block(0, 1))
@@ -62,7 +67,12 @@ def test_no_later_step_moves_an_earlier_answer_by_a_bit(optimizer, dense_steps):
 def test_under_privacy_and_combined_over_clients_nothing_is_forgotten_either():
     stream = split(digits(), scenario="task", experiences=2)
     strategy = PackNet(pruned_share=0.6, dense_steps=40)
-    assert forgetting(learner_of(strategy, stream, privacy=Privacy(noise_multiplier=1.0, seed=0)).fit(stream)) == 0
+    assert (
+        forgetting(
+            learner_of(strategy, stream, privacy=Privacy(noise_multiplier=1.0, seed=0)).fit(stream)
+        )
+        == 0
+    )
 
     def make(_):
         return learner_of(strategy, stream, blocks=4, iterations=80)
@@ -75,13 +85,16 @@ def test_under_privacy_and_combined_over_clients_nothing_is_forgotten_either():
 def test_clients_that_prune_different_weights_are_found_out():
     stream = split(digits(), scenario="task", experiences=2)
     make = lambda number: learner_of(PackNet(dense_steps=7), stream, blocks=4, seed=number)  # noqa: E731
-    with pytest.raises((StrategyError, FederationError), match="dense_steps = 7 must end with a round"):
+    with pytest.raises(
+        (StrategyError, FederationError), match="dense_steps = 7 must end with a round"
+    ):
         run_federation(make, iid(stream, clients=3), Federation(clients=3, rounds=4))
 
 
 @pytest.mark.reference
 def test_the_network_of_every_task_is_the_formula():
-    stream, strategy = tasks(), PackNet(pruned_share=0.6, dense_steps=12)
+    stream = tasks()
+    strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
     learner.prepare(stream)
     for index in range(3):
@@ -89,13 +102,19 @@ def test_the_network_of_every_task_is_the_formula():
         learner.train(range(20 if index < 2 else 15))  # in the middle of retraining the third
         if index < 2:
             learner.finish()
-    params, state = dict(learner.model.named_parameters()), learner.state
+    params = dict(learner.model.named_parameters())
+    state = learner.state
     for task in range(3):
         weights = {}
         for name, live in params.items():
             weights[name] = torch.zeros_like(live)
-            own, held = state[f"owner/{name}"], state[f"held/{name}"]
-            for place in torch.cartesian_prod(*(torch.arange(s) for s in live.shape)).view(live.numel(), -1).tolist():
+            own = state[f"owner/{name}"]
+            held = state[f"held/{name}"]
+            for place in (
+                torch.cartesian_prod(*(torch.arange(s) for s in live.shape))
+                .view(live.numel(), -1)
+                .tolist()
+            ):
                 at = tuple(place)
                 if 0 < own[at] <= min(task + 1, 2):
                     weights[name][at] = held[at]
@@ -109,7 +128,8 @@ def test_the_network_of_every_task_is_the_formula():
 
 @pytest.mark.reference
 def test_every_task_takes_the_largest_of_the_free_weights_and_the_first_one_the_biases():
-    stream, strategy = tasks(), PackNet(pruned_share=0.6)
+    stream = tasks()
+    strategy = PackNet(pruned_share=0.6)
     learner = learner_of(strategy, stream)
     learner.prepare(stream)
     free = learner.model.body[1].weight.numel()
@@ -120,18 +140,23 @@ def test_every_task_takes_the_largest_of_the_free_weights_and_the_first_one_the_
         learner.finish()
         owner = learner.state["owner/body.1.weight"]
         size = (learner.model.body[1].weight - before["held/body.1.weight"]).detach().abs()
-        new, left = owner == index + 1, owner == 0
-        assert int(new.sum()) == round(0.4 * free) and float(size[new].min()) >= float(size[left].max())
+        new = owner == index + 1
+        left = owner == 0
+        assert int(new.sum()) == round(0.4 * free) and float(size[new].min()) >= float(
+            size[left].max()
+        )
         free -= int(new.sum())
         assert int(left.sum()) == free
-        assert learner.state["owner/head.bias"].tolist() == [min(c // 2, index + 1) + 1 if c // 2 <= index else 0
-                                                              for c in range(10)]  # fmt: skip
+        assert learner.state["owner/head.bias"].tolist() == [
+            min(c // 2, index + 1) + 1 if c // 2 <= index else 0 for c in range(10)
+        ]
         assert set(learner.state["owner/body.1.bias"].tolist()) == {1.0}
 
 
 @pytest.mark.reference
 def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
-    stream, strategy = tasks(), PackNet(pruned_share=0.6, dense_steps=12)
+    stream = tasks()
+    strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
     learner.prepare(stream)
     learner.begin(0)
@@ -139,9 +164,16 @@ def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
     learner.finish()
     learner.begin(1)
     learner.train(range(15))
-    state, batch = learner.state, Batch.current(stream[1].train, 1)
+    state = learner.state
+    batch = Batch.current(stream[1].train, 1)
     losses = strategy.losses(learner.forward, batch, learner.context(1), state)
-    mine = dict(zip(learner.params, torch.autograd.grad(losses.mean(), list(learner.params.values())), strict=True))
+    mine = dict(
+        zip(
+            learner.params,
+            torch.autograd.grad(losses.mean(), list(learner.params.values())),
+            strict=True,
+        )
+    )
     projected = strategy.project(mine, (), state)
     weights = strategy._weights(learner.params, state, torch.tensor(1))
     leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
@@ -159,8 +191,11 @@ def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
 
 
 def test_what_is_pruned_starts_the_next_task_from_zero(toy_stream, toy_model):
-    stream, strategy = toy_stream("task"), PackNet(pruned_share=0.5)
-    learner = Learner(model=toy_model(stream), strategy=strategy, optimizer=OPTIMIZERS["adam"], iterations=5)
+    stream = toy_stream("task")
+    strategy = PackNet(pruned_share=0.5)
+    learner = Learner(
+        model=toy_model(stream), strategy=strategy, optimizer=OPTIMIZERS["adam"], iterations=5
+    )
     learner.prepare(stream)
     learner.begin(0)
     learner.train(range(5))
@@ -172,26 +207,38 @@ def test_what_is_pruned_starts_the_next_task_from_zero(toy_stream, toy_model):
 
 def scores(strategy, scenario, seed, hidden=(100,), iterations=200):
     stream = split(digits(), scenario=scenario, experiences=5, seed=seed)
-    options = {"optimizer": partial(torch.optim.Adam, lr=3e-3), "iterations": iterations, "batch_size": 32}
+    options = {
+        "optimizer": partial(torch.optim.Adam, lr=3e-3),
+        "iterations": iterations,
+        "batch_size": 32,
+    }
     matrix = learner_of(strategy, stream, hidden, seed, **options).fit(stream)
     return float(average_accuracy(matrix)), float(forgetting(matrix))
 
 
 def test_it_forgets_nothing_where_training_on_forgets():
     for seed in range(3):
-        (naive, lost), (kept, nothing) = (scores(s, "task", seed) for s in (Naive(), PackNet(dense_steps=100)))
+        (naive, lost), (kept, nothing) = (
+            scores(s, "task", seed) for s in (Naive(), PackNet(dense_steps=100))
+        )
         assert nothing == 0 < lost and kept > 99 and kept > naive + 1
 
 
 def test_retraining_wins_back_what_pruning_cost():
     pruned, retrained = (
-        sum(scores(PackNet(pruned_share=0.97, dense_steps=steps), "task", seed, (40,))[0] for seed in range(3)) / 3
+        sum(
+            scores(PackNet(pruned_share=0.97, dense_steps=steps), "task", seed, (40,))[0]
+            for seed in range(3)
+        )
+        / 3
         for steps in (None, 100)
     )
     assert retrained > pruned + 1
 
 
-def test_a_stream_without_tasks_is_refused_and_so_is_a_head_that_is_not_there(toy_model, toy_stream):
+def test_a_stream_without_tasks_is_refused_and_so_is_a_head_that_is_not_there(
+    toy_model, toy_stream
+):
     params = dict(toy_model(toy_stream()).named_parameters())
     spec = partial(Spec, params=params, num_classes=4, num_experiences=2, feature_size=6)
     with pytest.raises(StrategyError, match="use EWC"):
@@ -203,10 +250,15 @@ def test_a_stream_without_tasks_is_refused_and_so_is_a_head_that_is_not_there(to
 
 
 def test_without_a_task_every_network_answers_for_its_own_classes(toy_model, toy_stream):
-    stream, strategy = toy_stream(), PackNet(pruned_share=0.5)
-    learner = Learner(model=toy_model(stream), strategy=strategy, optimizer=OPTIMIZERS["adam"], iterations=30)
+    stream = toy_stream()
+    strategy = PackNet(pruned_share=0.5)
+    learner = Learner(
+        model=toy_model(stream), strategy=strategy, optimizer=OPTIMIZERS["adam"], iterations=30
+    )
     learner.fit(stream)
-    at, x, forward = contexts(stream, "cpu"), stream[0].test.inputs, Forward(learner.model.eval())
+    at = contexts(stream, "cpu")
+    x = stream[0].test.inputs
+    forward = Forward(learner.model.eval())
     with torch.no_grad():
         mine = strategy.predict(forward, x, at(1), learner.state)
         parts = [strategy._network(forward, learner.state, k)(x) for k in range(2)]

@@ -27,9 +27,13 @@ def test_it_is_the_ridge_regression_of_scikit_learn_on_all_records_at_once():
     from sklearn.linear_model import Ridge
 
     features, labels = everything()
-    reference = Ridge(alpha=0.5, fit_intercept=False).fit(features.numpy(), torch.eye(10)[labels].double().numpy())
+    reference = Ridge(alpha=0.5, fit_intercept=False).fit(
+        features.numpy(), torch.eye(10)[labels].double().numpy()
+    )
     learner = alone(RAW)
-    torch.testing.assert_close(learner.state["weight"], torch.from_numpy(reference.coef_.T), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        learner.state["weight"], torch.from_numpy(reference.coef_.T), rtol=1e-4, atol=1e-5
+    )
     expected = torch.from_numpy(reference.predict(features_of_tests().numpy())).float()
     torch.testing.assert_close(logits(learner), expected, rtol=1e-5, atol=1e-5)
     assert accuracy(learner) > 0.93
@@ -42,7 +46,9 @@ def test_the_bias_feature_is_a_column_that_is_the_same_for_all():
     features, labels = everything()
     unit = features / features.norm(dim=1, keepdim=True)
     wider = torch.cat([unit, torch.full((len(unit), 1), 0.5)], 1)
-    reference = Ridge(alpha=0.01, fit_intercept=False).fit(wider.numpy(), torch.eye(10)[labels].double().numpy())
+    reference = Ridge(alpha=0.01, fit_intercept=False).fit(
+        wider.numpy(), torch.eye(10)[labels].double().numpy()
+    )
     found = alone(RanPAC(ridge=0.01, bias=0.5)).state["weight"]
     torch.testing.assert_close(found, torch.from_numpy(reference.coef_.T), rtol=1e-3, atol=1e-5)
 
@@ -52,7 +58,8 @@ def test_recursive_least_squares_of_acil_arrive_at_the_same_head():
     """Woodbury, one experience after another, from the inverse of the ridge alone."""
     learner = learner_of(RAW)
     d = learner.model.feature_size
-    inverse, weight = torch.eye(d, dtype=torch.float64) / 0.5, torch.zeros(d, 10, dtype=torch.float64)
+    inverse = torch.eye(d, dtype=torch.float64) / 0.5
+    weight = torch.zeros(d, 10, dtype=torch.float64)
     for experience in stream_of():
         with torch.no_grad():
             f = learner.model.features(experience.train.inputs).double()
@@ -64,16 +71,21 @@ def test_recursive_least_squares_of_acil_arrive_at_the_same_head():
 
 
 @pytest.mark.parametrize(
-    "strategy", [RAW, RanPAC(), RanPAC(ridge=1e-6, bias=1.0), RanPAC(projection=300, seed=4)], ids=repr
+    "strategy",
+    [RAW, RanPAC(), RanPAC(ridge=1e-6, bias=1.0), RanPAC(projection=300, seed=4)],
+    ids=repr,
 )
 def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(strategy):
-    """Features are float32, and rounded by the shape of their batch; a small ridge makes more of that."""
+    """Features are float32, and rounded by the shape of their batch; a small ridge makes more of
+    that.
+    """
     assert difference(strategy) < (1e-5 if strategy.ridge >= 1e-3 else 1e-3)
 
 
 def test_one_experience_is_not_all_of_them():
     """What the comparison above could not miss: a head of fewer records."""
-    few, base = learner_of(RAW), logits(alone(RAW))
+    few = learner_of(RAW)
+    base = logits(alone(RAW))
     few.prepare(stream_of())
     for index in range(4):
         few.begin(index)
@@ -91,12 +103,19 @@ def test_no_parameter_moves_and_nothing_is_stored():
 
 def test_the_projection_is_random_features_with_relu_drawn_from_the_seed():
     strategy = RanPAC(projection=200, seed=4, normalise=False)
-    first, again, other = (learner_of(RanPAC(projection=200, seed=s, normalise=False)) for s in (4, 4, 5))
+    first, again, other = (
+        learner_of(RanPAC(projection=200, seed=s, normalise=False)) for s in (4, 4, 5)
+    )
     for learner in (first, again, other):
         learner.prepare(stream_of())
     drawn = first.state["projection"]
-    assert drawn.shape == (first.model.feature_size, 200) and first.state.rules["projection"] == "local"
-    assert torch.equal(drawn, again.state["projection"]) and not torch.equal(drawn, other.state["projection"])
+    assert (
+        drawn.shape == (first.model.feature_size, 200)
+        and first.state.rules["projection"] == "local"
+    )
+    assert torch.equal(drawn, again.state["projection"]) and not torch.equal(
+        drawn, other.state["projection"]
+    )
     assert abs(float(drawn.mean())) < 0.02 and abs(float(drawn.std()) - 1) < 0.02
     x = stream_of()[0].test.inputs
     expected = (first.model.features(x) @ drawn).clamp(min=0)
@@ -110,7 +129,9 @@ def test_under_privacy_it_is_one_release_an_experience_clipped_to_the_declared_n
         ("release:sums of features", 1, [f"experience-{index}"]) for index in range(5)
     ]
     length = math.sqrt(1.25)
-    assert [entry.clip_norm for entry in entries] == pytest.approx([math.sqrt(length**4 + 0.49 * length**2)] * 5)
+    assert [entry.clip_norm for entry in entries] == pytest.approx(
+        [math.sqrt(length**4 + 0.49 * length**2)] * 5
+    )
     assert float(learner.state["noisy"]) == 5
     assert 5 < learner.mechanism.ledger.worst(1e-5)[1] <= 8
 
@@ -118,7 +139,9 @@ def test_under_privacy_it_is_one_release_an_experience_clipped_to_the_declared_n
 def test_no_record_is_clipped_where_features_are_normalised():
     """With noise of nearly nothing the released sums are the exact ones."""
     exact = alone(RanPAC(bias=0.5)).state
-    noised = alone(RanPAC(bias=0.5), privacy=Privacy(noise_multiplier=1e-3, release_noise=1e-3, seed=0)).state
+    noised = alone(
+        RanPAC(bias=0.5), privacy=Privacy(noise_multiplier=1e-3, release_noise=1e-3, seed=0)
+    ).state
     for name in ("gram", "cross"):
         torch.testing.assert_close(noised[name], exact[name], rtol=1e-3, atol=1e-3)
 
@@ -129,10 +152,14 @@ def test_under_privacy_it_still_tells_digits_apart():
 
 
 def test_features_without_a_bound_are_refused_under_privacy():
-    with pytest.raises(PrivacyError, match=r"RanPAC .*no bound; set normalise=True, or declare one as bound="):
+    with pytest.raises(
+        PrivacyError, match=r"RanPAC .*no bound; set normalise=True, or declare one as bound="
+    ):
         alone(RAW, privacy=SIMULATED)
     bounded = alone(RanPAC(normalise=False, bound=2.0), privacy=SIMULATED)
-    assert [e.clip_norm for e in bounded.mechanism.ledger.entries] == pytest.approx([math.sqrt(16 + 0.49 * 4)] * 5)
+    assert [e.clip_norm for e in bounded.mechanism.ledger.entries] == pytest.approx(
+        [math.sqrt(16 + 0.49 * 4)] * 5
+    )
 
 
 def test_clients_under_privacy_add_up_with_their_noise():

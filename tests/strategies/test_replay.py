@@ -18,7 +18,8 @@ def learner_of(model, strategy, **changes):
 
 def batches(stream, learner):
     """(batch, context, gradient) of every step of a run."""
-    seen, gradient = [], {}
+    seen = []
+    gradient = {}
 
     def spy(losses, params, batch, step, ask=None):
         gradient.update(ask(losses, params, batch, step))
@@ -36,8 +37,12 @@ def batches(stream, learner):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize(("stored", "weights"), [(6, (0.5, 0.5)), (3, (0.5, 0.5)), (12, (0.5, 0.5))])
-def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(toy_stream, toy_model, stored, weights):
+@pytest.mark.parametrize(
+    ("stored", "weights"), [(6, (0.5, 0.5)), (3, (0.5, 0.5)), (12, (0.5, 0.5))]
+)
+def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(
+    toy_stream, toy_model, stored, weights
+):
     """Losses of a batch by hand: mean over new rows / t + mean over stored rows * (1 - 1/t)."""
     stream = toy_stream()
     model = toy_model(stream)
@@ -46,7 +51,9 @@ def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(toy_strea
     assert int(batch.from_memory.sum()) == stored and len(batch) == 6 + stored
     mine = learner.strategy.losses(learner.forward, batch, at, State()).mean()
     each = F.cross_entropy(model(batch.inputs), batch.labels, reduction="none")
-    expected = weights[0] * each[~batch.from_memory].mean() + weights[1] * each[batch.from_memory].mean()
+    expected = (
+        weights[0] * each[~batch.from_memory].mean() + weights[1] * each[batch.from_memory].mean()
+    )
     torch.testing.assert_close(mine, expected)
 
 
@@ -55,11 +62,17 @@ def test_in_the_third_experience_it_is_a_third():
     from perdure.contract.context import Context
     from perdure.data.records import Batch
 
-    at = Context(scenario="class", experience=2, task_classes=table, seen=table.any(0), memory_share=0.25)
+    at = Context(
+        scenario="class", experience=2, task_classes=table, seen=table.any(0), memory_share=0.25
+    )
     batch = Batch(
-        inputs=torch.randn(8, 3), labels=torch.arange(8) % 3, ids=torch.arange(8), tasks=torch.zeros(8).long(),
-        from_memory=torch.arange(8) >= 6, valid=torch.ones(8).bool(),
-    )  # fmt: skip
+        inputs=torch.randn(8, 3),
+        labels=torch.arange(8) % 3,
+        ids=torch.arange(8),
+        tasks=torch.zeros(8).long(),
+        from_memory=torch.arange(8) >= 6,
+        valid=torch.ones(8).bool(),
+    )
     each = F.cross_entropy(batch.inputs, batch.labels, reduction="none")
     mine = Replay(memory_size=5).losses(lambda x: x, batch, at, State())
     torch.testing.assert_close(mine.mean(), each[:6].mean() / 3 + each[6:].mean() * 2 / 3)
@@ -74,10 +87,14 @@ def test_the_first_experience_is_plain_training(toy_stream, toy_model):
     batch, at, _ = first
     assert not batch.from_memory.any() and at.memory_share == 0
     replay = Replay(memory_size=8).losses(lambda x: model(x), batch, at, State())
-    torch.testing.assert_close(replay, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none"))
+    torch.testing.assert_close(
+        replay, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none")
+    )
 
 
-def test_under_privacy_new_and_stored_records_are_one_pool_with_equal_weights(toy_stream, toy_model):
+def test_under_privacy_new_and_stored_records_are_one_pool_with_equal_weights(
+    toy_stream, toy_model
+):
     stream = toy_stream()
     privacy = Privacy(noise_multiplier=1.0, seed=0, sampling_rate=0.5)
     learner = learner_of(toy_model(stream), Replay(memory_size=16), privacy=privacy)
@@ -86,12 +103,15 @@ def test_under_privacy_new_and_stored_records_are_one_pool_with_equal_weights(to
     assert any(batch.from_memory.any() for batch, _, _ in seen[4:])
     entries = learner.mechanism.ledger.entries
     assert [entry.scope for entry in entries] == [
-        {"experience-0": 0.5}, {"experience-0": 0.5, "experience-1": 0.5}
-    ]  # fmt: skip
+        {"experience-0": 0.5},
+        {"experience-0": 0.5, "experience-1": 0.5},
+    ]
 
 
 def test_plans_ask_for_the_memory(toy_stream):
-    plan = Replay(memory_size=9, selection="reservoir", per_class=2, batch_size=3).plan(toy_stream()[0])
+    plan = Replay(memory_size=9, selection="reservoir", per_class=2, batch_size=3).plan(
+        toy_stream()[0]
+    )
     assert plan.memory == MemoryPlan(capacity=9, selection="reservoir", per_class=2, batch_size=3)
     assert Replay(memory_size=9).asks.reuses and contexts(toy_stream(), "cpu")(0).memory_share == 0
 

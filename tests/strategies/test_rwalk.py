@@ -9,7 +9,9 @@ from perdure.learner.learner import Learner
 from perdure.strategies import RWalk
 from perdure.strategies.rwalk import scale
 
-DECAY, DAMPING, WINDOW = 0.3, 1e-3, 4
+DECAY = 0.3
+DAMPING = 1e-3
+WINDOW = 4
 
 
 def copied(tensors):
@@ -17,26 +19,39 @@ def copied(tensors):
 
 
 class Walk:
-    """A run of two experiences of ten steps, with every step and both Fisher matrices kept beside it."""
+    """A run of two experiences of ten steps, with every step and both Fisher matrices kept beside
+    it.
+    """
 
     def __init__(self, stream, model):
-        self.steps, self.fishers, self.states, self.ends = [[], []], [], [], []
+        self.steps = [[], []]
+        self.fishers = []
+        self.states = []
+        self.ends = []
         self.learner = Learner(
-            model=model, strategy=RWalk(strength=0.5, window=WINDOW, decay=DECAY, damping=DAMPING),
-            optimizer=partial(torch.optim.Adam, lr=0.02), iterations=10, batch_size=8, callbacks=[self._look],
-        )  # fmt: skip
+            model=model,
+            strategy=RWalk(strength=0.5, window=WINDOW, decay=DECAY, damping=DAMPING),
+            optimizer=partial(torch.optim.Adam, lr=0.02),
+            iterations=10,
+            batch_size=8,
+            callbacks=[self._look],
+        )
         self.learner.prepare(stream)
-        gradient, release = self.learner.curator.gradient, self.learner.curator.release
+        gradient = self.learner.curator.gradient
+        release = self.learner.curator.release
 
         def step(*arguments):
             self._released = copied(gradient(*arguments))
             return dict(self._released)
 
         def fisher(*arguments, **facts):
-            self.fishers.append({name: value / 24 for name, value in release(*arguments, **facts).items()})
+            self.fishers.append(
+                {name: value / 24 for name, value in release(*arguments, **facts).items()}
+            )
             return {name: value * 24 for name, value in self.fishers[-1].items()}
 
-        self.learner.curator.gradient, self.learner.curator.release = step, fisher
+        self.learner.curator.gradient = step
+        self.learner.curator.release = fisher
         for index in range(2):
             self.learner.begin(index)
             self._before = copied(self.learner.params)
@@ -59,10 +74,13 @@ class Walk:
         for _, _, gradient in [step for steps in self.steps[: experience + 1] for step in steps]:
             metric = (1 - DECAY) * metric + DECAY * gradient[name] ** 2
             metrics.append(metric)
-        total, steps = 0.0, self.steps[experience]
+        total = 0.0
+        steps = self.steps[experience]
         for start in range(0, 10, WINDOW):
             window = steps[start : start + WINDOW]
-            won = sum(-gradient[name] * (after[name] - before[name]) for before, after, gradient in window)
+            won = sum(
+                -gradient[name] * (after[name] - before[name]) for before, after, gradient in window
+            )
             moved = window[-1][1][name] - window[0][0][name]
             at = metrics[10 * experience + min(start + WINDOW, 10) - 1]
             total = total + (won / (0.5 * at * moved**2 + DAMPING)).clamp(min=0)
@@ -78,9 +96,12 @@ def walk(toy_stream, toy_model):
 @pytest.mark.reference
 def test_scores_are_those_of_the_windows_averaged_with_the_past(walk):
     for name in walk.ends[0]:
-        first, second = walk.walked(name, 0), walk.walked(name, 1)
+        first = walk.walked(name, 0)
+        second = walk.walked(name, 1)
         torch.testing.assert_close(walk.states[0][f"score/{name}"], first, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(walk.states[1][f"score/{name}"], (first + second) / 2, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            walk.states[1][f"score/{name}"], (first + second) / 2, rtol=1e-4, atol=1e-5
+        )
         assert float(first.max()) > 0 and float(second.max()) > 0
 
 
@@ -90,33 +111,47 @@ def test_fisher_information_is_averaged_with_the_past_and_is_that_of_every_recor
         first, second = (fisher[name] for fisher in walk.fishers)
         torch.testing.assert_close(walk.states[0][f"fisher/{name}"], first)
         torch.testing.assert_close(walk.states[1][f"fisher/{name}"], (first + second) / 2)
-    model, records = walk.learner.model, toy_stream()[1].train
+    model = walk.learner.model
+    records = toy_stream()[1].train
     sums = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     for x, y in zip(records.inputs, records.labels, strict=True):
         loss = torch.nn.functional.cross_entropy(model(x[None]), y[None])
-        for name, gradient in zip(sums, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        for name, gradient in zip(
+            sums, torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
             sums[name] += gradient**2 / len(records)
     for name, value in sums.items():
         torch.testing.assert_close(walk.fishers[1][name], value, rtol=1e-4, atol=1e-7)
 
 
 def test_the_penalty_scales_both_to_at_most_one(walk):
-    state, anchor = walk.states[1], walk.ends[1]
+    state = walk.states[1]
+    anchor = walk.ends[1]
     at = {name: value + 0.1 for name, value in anchor.items()}
-    parts = [torch.cat([value.flatten() for value in state.group(group).values()]) for group in ("fisher", "score")]
+    parts = [
+        torch.cat([value.flatten() for value in state.group(group).values()])
+        for group in ("fisher", "score")
+    ]
     expected = 0.5 * 0.01 * sum((part / part.max()).sum() for part in parts)
-    torch.testing.assert_close(walk.learner.strategy.penalty(at, state), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        walk.learner.strategy.penalty(at, state), expected, rtol=1e-4, atol=0
+    )
 
 
 def test_what_is_walked_begins_anew_with_every_experience(walk):
     for name in walk.ends[0]:
-        assert not any(walk.states[1][f"{group}/{name}"].any() for group in ("walked", "won", "moved"))
+        assert not any(
+            walk.states[1][f"{group}/{name}"].any() for group in ("walked", "won", "moved")
+        )
     assert float(walk.states[1]["steps"]) == 0.0 and float(walk.states[1]["past"]) == 1.0
 
 
 def test_scales_follow_from_the_state_alone_so_combined_states_get_their_own(walk):
-    strategy, state = walk.learner.strategy, walk.states[1]
-    doubled = state.replace_group("fisher", {n: 2 * value for n, value in state.group("fisher").items()})
+    strategy = walk.learner.strategy
+    state = walk.states[1]
+    doubled = state.replace_group(
+        "fisher", {n: 2 * value for n, value in state.group("fisher").items()}
+    )
     derived = strategy.derive(doubled)
     torch.testing.assert_close(derived["fisher_scale"], state["fisher_scale"] / 2)
     assert torch.equal(derived["score_scale"], state["score_scale"])
@@ -126,7 +161,13 @@ def test_scales_follow_from_the_state_alone_so_combined_states_get_their_own(wal
 
 
 def test_without_a_past_there_is_no_penalty_and_the_rules_are_declared():
-    spec = Spec(params={"w": torch.ones(2)}, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
+    spec = Spec(
+        params={"w": torch.ones(2)},
+        num_classes=2,
+        num_experiences=2,
+        feature_size=1,
+        scenario="class",
+    )
     strategy = RWalk(strength=3.0)
     state = strategy.derive(strategy.init(spec))
     assert float(strategy.penalty({"w": torch.full((2,), 9.0)}, state)) == 0.0

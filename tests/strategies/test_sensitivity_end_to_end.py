@@ -1,8 +1,10 @@
-"""Two data sets that differ in one record, through the whole path: no sum that leaves moves by more than its bound.
+"""Two data sets that differ in one record, through the whole path: no sum that leaves moves by more
+than its bound.
 
-A second learner holds the neighbour. It follows the first one's parameters and state step by step, so that the two only
-differ in the record; noise is off. What is compared is everything that a curator is about to release: gradients,
-reference gradients, and sums over the experience or over memory.
+A second learner holds the neighbour. It follows the first one's parameters and state step by step,
+so that the two only differ in the record; noise is off. What is compared is everything that a
+curator is about to release: gradients, reference gradients, and sums over the experience or over
+memory.
 """
 
 from dataclasses import replace
@@ -19,12 +21,14 @@ from perdure.privacy.clipping.clip import WITHIN
 from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
 
-BOUND, DROPPED = 0.05, 3
+BOUND = 0.05
+DROPPED = 3
 ROUNDING = 1 + 1e-4
 
 
 class Silent:
-    """A noise key that draws no noise, and whose coins are those of the step, whatever bits led to it.
+    """A noise key that draws no noise, and whose coins are those of the step, whatever bits led to
+    it.
 
     So all machines draw alike; all else is the key's.
     """
@@ -36,7 +40,10 @@ class Silent:
         return getattr(self._key, name)
 
     def normal(self, shapes, **place):
-        return {name: torch.zeros_like(value) for name, value in self._key.normal(shapes, **place).items()}
+        return {
+            name: torch.zeros_like(value)
+            for name, value in self._key.normal(shapes, **place).items()
+        }
 
     def uniform(self, n, *, purpose, entry, step):
         return self._key.uniform(n, purpose=purpose, entry="", step=step)
@@ -45,7 +52,10 @@ class Silent:
 def without_record(stream, record):
     """The same stream with one record less; what is declared stays."""
     parts = [
-        replace(e, train=replace(e.train.take(e.train.ids != record), declared_size=e.train.declared_size))
+        replace(
+            e,
+            train=replace(e.train.take(e.train.ids != record), declared_size=e.train.declared_size),
+        )
         for e in stream
     ]
     return replace(stream, experiences=tuple(parts))
@@ -54,13 +64,21 @@ def without_record(stream, record):
 @pytest.fixture
 def pair(toy_stream, toy_model):
     def make(strategy, model=toy_model, **changes):
-        privacy = Privacy(**{"noise_multiplier": 1.0, "clip_norm": BOUND, "release_noise": 1.0, "seed": 0} | changes)
+        privacy = Privacy(
+            **{"noise_multiplier": 1.0, "clip_norm": BOUND, "release_noise": 1.0, "seed": 0}
+            | changes
+        )
 
         def learner(stream):
             made = Learner(
-                model=model(stream), strategy=strategy, optimizer=partial(torch.optim.Adam, lr=0.02), iterations=6,
-                batch_size=12, blocks=2, privacy=privacy,
-            )  # fmt: skip
+                model=model(stream),
+                strategy=strategy,
+                optimizer=partial(torch.optim.Adam, lr=0.02),
+                iterations=6,
+                batch_size=12,
+                blocks=2,
+                privacy=privacy,
+            )
             made.prepare(stream)
             made.mechanism._key = Silent(made.mechanism._key)
             return made
@@ -74,47 +92,68 @@ def pair(toy_stream, toy_model):
 @pytest.fixture
 def pair_of(pair, toy_model):
     """The same for an example, by its name."""
-    return lambda name, **changes: pair(example(name), lambda stream: model_of(name, stream, toy_model), **changes)
+    return lambda name, **changes: pair(
+        example(name), lambda stream: model_of(name, stream, toy_model), **changes
+    )
 
 
 def distance(here, there):
     names = [name for name in here if name != WITHIN]
     other = there or {name: torch.zeros_like(here[name]) for name in names}
-    return float(torch.stack([(here[name] - other[name]).double().square().sum() for name in names]).sum().sqrt())
+    return float(
+        torch.stack([(here[name] - other[name]).double().square().sum() for name in names])
+        .sum()
+        .sqrt()
+    )
 
 
 def follow(whole, fewer):
     """The neighbour at the same parameters, state and clip norm."""
     fewer.model.load_state_dict(whole.model.state_dict())
-    fewer.state, fewer.mechanism.clip_norm = whole.state, whole.mechanism.clip_norm
+    fewer.state = whole.state
+    fewer.mechanism.clip_norm = whole.mechanism.clip_norm
 
 
 def same_rows(pool, batch):
-    """Places in the neighbour's pool of the records in `batch`: where a record has several rows, of the same one."""
-    keys = {key: i for i, key in enumerate(zip(pool.ids.tolist(), pool.tasks.tolist(), strict=True))}
+    """Places in the neighbour's pool of the records in `batch`: where a record has several rows, of
+    the same one.
+    """
+    keys = {
+        key: i for i, key in enumerate(zip(pool.ids.tolist(), pool.tasks.tolist(), strict=True))
+    }
     wanted = list(zip(batch.ids.tolist(), batch.tasks.tolist(), strict=True))
     return torch.tensor([keys[key] for key in wanted if key in keys], dtype=torch.int64)
 
 
 def compared(whole, fewer):
-    """Run both; yields (what, bound, how far the record moved it) for everything that is released."""
-    found, here, there = [], [], []
+    """Run both; yields (what, bound, how far the record moved it) for everything that is
+    released.
+    """
+    found = []
+    here = []
+    there = []
 
     def beside(clipped, what, losses=None):
-        """The clipped sum of one, which notes how far it is from the other's over the same records."""
+        """The clipped sum of one, which notes how far it is from the other's over the same
+        records.
+        """
         own, trained, batch = clipped.args
         follow(whole, fewer)
-        held, params = fewer.curator._held, {name: fewer.params[name] for name in trained}
+        held = fewer.curator._held
+        params = {name: fewer.params[name] for name in trained}
         pool = held.drawings[what].rows
         places = same_rows(pool, batch)
 
         def both(clip):
             total = clipped(clip)
             theirs = fewer.curator._clipped(losses or own, params, pool.take(places), clip)
-            found.append((what, clip.norm, distance(total or theirs or {}, theirs if total else None)))
+            found.append(
+                (what, clip.norm, distance(total or theirs or {}, theirs if total else None))
+            )
             return total
 
-        if what == "gradient" and whole._observes:  # what memory stores beside the rows of a step is of that step
+        # what memory stores beside the rows of a step is of that step
+        if what == "gradient" and whole._observes:
             held._drawn = places
             fewer.curator.observe(pool.take(places), fewer._remember)
         return both
@@ -136,7 +175,8 @@ def compared(whole, fewer):
 
         return release
 
-    whole.mechanism.gradient, whole.mechanism.reference = gradient, reference
+    whole.mechanism.gradient = gradient
+    whole.mechanism.reference = reference
     for learner, seen in ((whole, here), (fewer, there)):
         learner.mechanism.release = listening(learner, seen)
     for index in range(len(whole.stream)):
@@ -161,7 +201,8 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_o
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
     moved = [row for row in found if row[2] > 0]
-    nearly = 0.5 if clipping == "per-layer" else 0.9  # by layers it may be one of two or three that is at its bound
+    # by layers it may be one of two or three that is at its bound
+    nearly = 0.5 if clipping == "per-layer" else 0.9
     assert moved and max(row[2] / row[1] for row in moved) > nearly
     asked = example(name).asks
     gradients = [row for row in found if row[0] == "gradient"]
@@ -172,7 +213,8 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_o
     assert len(found) - len(gradients) - len(beside) == 2 * once
     assert any(row[0].startswith("reference") for row in moved) == bool(asked.references)
     once_moved = any(row not in gradients and row not in beside for row in moved)
-    assert once_moved == bool(once) or (asked.recalls and not once_moved)  # memory may lack the record by its coin
+    # memory may lack the record by its coin
+    assert once_moved == bool(once) or (asked.recalls and not once_moved)
 
 
 @pytest.mark.parametrize("name", private())
@@ -204,18 +246,22 @@ class Masked(Naive):
 
 
 def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
-    """The guard refuses such a loss before training; without the guard, this comparison finds it."""
+    """The guard refuses such a loss before training; without the guard, this comparison finds
+    it.
+    """
     monkeypatch.setattr("perdure.learner.private_setup.inspect", lambda learner: None)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))
-    lonely = Batch.current(records.take(torch.cat([first[:8], second[:1]])), 0)  # one of its class, dropped below
+    # one of its class, dropped below
+    lonely = Batch.current(records.take(torch.cat([first[:8], second[:1]])), 0)
     for learner in (whole, fewer):
         learner.begin(0)
     from perdure.privacy.clipping.clip import Clip
 
     clip = Clip(norm=BOUND)
     sums = [
-        whole.curator._clipped(whole._losses, whole.params, rows, clip) for rows in (lonely, lonely.take(slice(0, 8)))
+        whole.curator._clipped(whole._losses, whole.params, rows, clip)
+        for rows in (lonely, lonely.take(slice(0, 8)))
     ]
     assert distance(*sums) > 1.3 * BOUND

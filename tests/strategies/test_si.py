@@ -15,9 +15,15 @@ class Path:
     """A run whose every step is kept beside it: parameters around it, and its released gradient."""
 
     def __init__(self, strategy, stream, model, **options):
-        self.steps, self.ends, self.states = [[], []], [], []
+        self.steps = [[], []]
+        self.ends = []
+        self.states = []
         self.start = {name: value.detach().clone() for name, value in model.named_parameters()}
-        options = {"optimizer": partial(torch.optim.SGD, lr=0.2), "iterations": 6, "batch_size": 8} | options
+        options = {
+            "optimizer": partial(torch.optim.SGD, lr=0.2),
+            "iterations": 6,
+            "batch_size": 8,
+        } | options
         learner = Learner(model=model, strategy=strategy, callbacks=[self._look], **options)
         learner.prepare(stream)
         ask = learner.curator.gradient
@@ -48,9 +54,12 @@ class Path:
 
     def importance(self, name, damping, experiences=2):
         """By hand, from what was kept."""
-        total, anchor = 0.0, self.start[name]
+        total = 0.0
+        anchor = self.start[name]
         for steps, end in list(zip(self.steps, self.ends, strict=True))[:experiences]:
-            won = sum(-gradient[name] * (after[name] - before[name]) for before, after, gradient in steps)
+            won = sum(
+                -gradient[name] * (after[name] - before[name]) for before, after, gradient in steps
+            )
             total = total + won / ((end[name] - anchor) ** 2 + damping)
             anchor = end[name]
         return total
@@ -65,10 +74,14 @@ OPTIMIZERS = {
 
 @pytest.mark.reference
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_importance_is_the_path_integral_over_the_squared_distance(toy_stream, toy_model, optimizer):
+def test_importance_is_the_path_integral_over_the_squared_distance(
+    toy_stream, toy_model, optimizer
+):
     """Whatever the optimiser makes of the gradient: the path is that of the parameters."""
     stream = toy_stream()
-    run = Path(SI(strength=0.5, damping=0.01), stream, toy_model(stream), optimizer=OPTIMIZERS[optimizer])
+    run = Path(
+        SI(strength=0.5, damping=0.01), stream, toy_model(stream), optimizer=OPTIMIZERS[optimizer]
+    )
     assert [len(steps) for steps in run.steps] == [6, 6]
     for experiences, state in zip((1, 2), run.states, strict=True):
         for name in run.start:
@@ -79,38 +92,56 @@ def test_importance_is_the_path_integral_over_the_squared_distance(toy_stream, t
 
 
 def test_the_gradient_on_the_path_is_without_the_penalty(toy_stream, toy_model):
-    """A penalty so strong that it alone moves the parameters does not enter the path as a gradient."""
+    """A penalty so strong that it alone moves the parameters does not enter the path as a
+    gradient.
+    """
     stream = toy_stream()
     run = Path(SI(strength=1e-3), stream, toy_model(stream))
     before, after, gradient = run.steps[1][3]
-    strategy, state = SI(strength=1e3), run.states[0]
+    strategy = SI(strength=1e3)
+    state = run.states[0]
     leaves = {name: value.clone().requires_grad_() for name, value in before.items()}
     pull = torch.autograd.grad(strategy.penalty(leaves, state), list(leaves.values()))
     assert max(float(value.abs().max()) for value in pull) > 1
     moved = strategy.after_step(before, after, gradient, state)
     for name in before:
-        torch.testing.assert_close(moved[f"path/{name}"], -gradient[name] * (after[name] - before[name]))
+        torch.testing.assert_close(
+            moved[f"path/{name}"], -gradient[name] * (after[name] - before[name])
+        )
 
 
 def test_the_penalty_is_the_formula_and_never_pushes_away():
     spec = Spec(
-        params={"w": torch.tensor([1.0, 2.0])}, num_classes=2, num_experiences=2, feature_size=1, scenario="class"
+        params={"w": torch.tensor([1.0, 2.0])},
+        num_classes=2,
+        num_experiences=2,
+        feature_size=1,
+        scenario="class",
     )
     strategy = SI(strength=3.0)
     state = strategy.init(spec).replace({"importance/w": torch.tensor([0.5, -4.0])})
-    assert strategy.penalty({"w": torch.tensor([2.0, 5.0])}, state).item() == pytest.approx(3.0 * 0.5 * 1.0)
+    assert strategy.penalty({"w": torch.tensor([2.0, 5.0])}, state).item() == pytest.approx(
+        3.0 * 0.5 * 1.0
+    )
     assert float(strategy.penalty({"w": torch.tensor([9.0, 9.0])}, strategy.init(spec))) == 0.0
     assert {name.partition("/")[0]: rule for name, rule in state.rules.items()} == {
-        "importance": "mean", "path": "local", "anchor": "local",
-    }  # fmt: skip
+        "importance": "mean",
+        "path": "local",
+        "anchor": "local",
+    }
 
 
 def test_clients_average_to_the_importance_of_their_averaged_path():
     """Two clients, of sizes 1 and 3, consolidate at the same global parameters."""
-    start, end = {"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([0.5, -1.0])}
+    start = {"w": torch.tensor([0.0, 1.0])}
+    end = {"w": torch.tensor([0.5, -1.0])}
     spec = Spec(params=start, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
-    strategy, paths = SI(strength=1.0, damping=0.2), torch.tensor([[0.3, 2.0], [0.1, -0.4]])
-    own = [strategy.after_experience(None, end, strategy.init(spec).replace({"path/w": path})) for path in paths]
+    strategy = SI(strength=1.0, damping=0.2)
+    paths = torch.tensor([[0.3, 2.0], [0.1, -0.4]])
+    own = [
+        strategy.after_experience(None, end, strategy.init(spec).replace({"path/w": path}))
+        for path in paths
+    ]
     averaged = 0.25 * own[0]["importance/w"] + 0.75 * own[1]["importance/w"]
     path = 0.25 * paths[0] + 0.75 * paths[1]
     torch.testing.assert_close(averaged, path / ((end["w"] - start["w"]) ** 2 + 0.2))
@@ -131,7 +162,9 @@ def test_what_mattered_is_held_where_it_was(toy_stream, toy_model):
         stream = toy_stream()
         run = Path(strategy, stream, toy_model(stream), iterations=60, optimizer=OPTIMIZERS["adam"])
         weights = {name: run.importance(name, 0.1, 1).clamp(min=0) for name in run.start}
-        return float(sum((weights[n] * (run.ends[1][n] - run.ends[0][n]) ** 2).sum() for n in weights))
+        return float(
+            sum((weights[n] * (run.ends[1][n] - run.ends[0][n]) ** 2).sum() for n in weights)
+        )
 
     assert importance_weighted_move(SI(strength=5.0)) < 0.2 * importance_weighted_move(Naive())
 
@@ -140,9 +173,13 @@ def test_what_mattered_is_held_where_it_was(toy_stream, toy_model):
 
 
 def noisy_walk(optimizer, variance, told, steps=400):
-    """Path of a walk on a slope of 0.1 in every second coordinate, with noise of `variance` on the gradient."""
-    place, point = torch.Generator().manual_seed(5), torch.zeros(2000, requires_grad=True)
-    slope, total = 0.1 * (torch.arange(2000) % 2), torch.zeros(2000)
+    """Path of a walk on a slope of 0.1 in every second coordinate, with noise of `variance` on the
+    gradient.
+    """
+    place = torch.Generator().manual_seed(5)
+    point = torch.zeros(2000, requires_grad=True)
+    slope = 0.1 * (torch.arange(2000) % 2)
+    total = torch.zeros(2000)
     optimizer = optimizer([point])
     for _ in range(steps):
         before = {"w": point.detach().clone()}
@@ -155,11 +192,16 @@ def noisy_walk(optimizer, variance, told, steps=400):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_the_noise_on_the_path_is_taken_off_where_it_is_known(optimizer):
-    """Standard error of a mean over 1,000 coordinates and 400 steps of r v (chi-squared): 0.2 % of the noise's part."""
-    make, rate, variance = OPTIMIZERS[optimizer], {"sgd": 0.2, "momentum": 0.1}[optimizer], 0.04
+    """Standard error of a mean over 1,000 coordinates and 400 steps of r v (chi-squared): 0.2 % of
+    the noise's part.
+    """
+    make = OPTIMIZERS[optimizer]
+    rate = {"sgd": 0.2, "momentum": 0.1}[optimizer]
+    variance = 0.04
     flat, _ = noisy_walk(make, variance, 0.0)
     of_noise = 400 * rate * variance
-    assert float(flat.mean()) == pytest.approx(of_noise, rel=0.03)  # what the bias is when nobody takes it off
+    # what the bias is when nobody takes it off
+    assert float(flat.mean()) == pytest.approx(of_noise, rel=0.03)
     flat, slope = noisy_walk(make, variance, variance)
     assert float(slope.mean()) > 0
     if optimizer == "sgd":
@@ -170,12 +212,15 @@ def test_the_noise_on_the_path_is_taken_off_where_it_is_known(optimizer):
 
 
 def test_without_noise_nothing_is_taken_off():
-    before, after, gradient = ({"w": torch.tensor(value)} for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5]))
+    before, after, gradient = (
+        {"w": torch.tensor(value)} for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5])
+    )
     assert progress(before, after, gradient)["w"].tolist() == [1.0, -0.5]
 
 
 def test_a_step_against_the_gradient_or_without_one_takes_nothing_off():
-    before, after = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    before = {"w": torch.zeros(2)}
+    after = {"w": torch.ones(2)}
     assert progress(before, after, {"w": torch.ones(2)}, 0.5)["w"].tolist() == [-1.0, -1.0]
     assert progress(before, after, {"w": torch.zeros(2)}, 0.5)["w"].tolist() == [0.0, 0.0]
 

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from helpers.order_invariance import SIMULATED, accuracy, alone, difference, everything, features_of_tests, logits
+from helpers.order_invariance import (
+    SIMULATED,
+    accuracy,
+    alone,
+    difference,
+    everything,
+    features_of_tests,
+    logits,
+)
 from perdure.errors import ConfigError
 from perdure.strategies import NCM, SLDA
 
@@ -14,9 +22,13 @@ def test_it_is_the_discriminant_analysis_of_scikit_learn_on_all_records_at_once(
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     features, labels = everything()
-    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features.numpy(), labels.numpy())
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(
+        features.numpy(), labels.numpy()
+    )
     learner = alone(SLDA(shrinkage=shrinkage, normalise=False))
-    torch.testing.assert_close(learner.state["weight"].T, torch.from_numpy(reference.coef_), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        learner.state["weight"].T, torch.from_numpy(reference.coef_), rtol=1e-4, atol=1e-2
+    )
     priors = torch.from_numpy(reference.priors_).log()  # the paper has none
     torch.testing.assert_close(
         learner.state["bias"], torch.from_numpy(reference.intercept_) - priors, rtol=1e-5, atol=1e-3
@@ -34,11 +46,14 @@ def test_the_papers_shrinkage_is_towards_the_identity():
     expected = torch.linalg.solve(covariance, means.T)
     found = alone(SLDA(shrinkage=0.3, scaled=False, normalise=False)).state
     torch.testing.assert_close(found["weight"], expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(found["bias"], -0.5 * (expected * means.T).sum(0), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        found["bias"], -0.5 * (expected * means.T).sum(0), rtol=1e-6, atol=1e-8
+    )
 
 
 def test_shrunk_all_the_way_it_is_the_nearest_mean():
-    near, shrunk = alone(NCM(normalise=False)), alone(SLDA(shrinkage=1.0, scaled=False, normalise=False))
+    near = alone(NCM(normalise=False))
+    shrunk = alone(SLDA(shrinkage=1.0, scaled=False, normalise=False))
     torch.testing.assert_close(logits(shrunk), logits(near))
 
 
@@ -50,8 +65,12 @@ def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(st
 def test_under_privacy_it_is_one_release_an_experience():
     learner = alone(SLDA(), privacy=SIMULATED)
     entries = learner.mechanism.ledger.entries
-    assert [list(entry.scope) for entry in entries] == [[f"experience-{index}"] for index in range(5)]
-    assert [entry.clip_norm for entry in entries] == pytest.approx([math.sqrt(1 + 0.7**2 + 0.5**2)] * 5)
+    assert [list(entry.scope) for entry in entries] == [
+        [f"experience-{index}"] for index in range(5)
+    ]
+    assert [entry.clip_norm for entry in entries] == pytest.approx(
+        [math.sqrt(1 + 0.7**2 + 0.5**2)] * 5
+    )
     assert logits(learner).isfinite().all() and float(learner.state["noisy"]) == 5
 
 

@@ -10,17 +10,27 @@ from perdure.models.classifiers import cnn
 from perdure.strategies import LUCIR, BiC, FeatureDistillation, ICaRL, LwF
 
 TEACHERS = [
-    LwF(), FeatureDistillation(strength=0.1), ICaRL(memory_size=20), BiC(memory_size=20), LUCIR(memory_size=20),
-]  # fmt: skip
+    LwF(),
+    FeatureDistillation(strength=0.1),
+    ICaRL(memory_size=20),
+    BiC(memory_size=20),
+    LUCIR(memory_size=20),
+]
 
 
 @pytest.mark.parametrize("strategy", TEACHERS, ids=lambda strategy: strategy.name)
 def test_a_teacher_is_the_model_as_it_was_running_statistics_included(strategy):
     stream = split(digits(), scenario="class", experiences=5)
     head = "cosine" if strategy.name == "LUCIR" else "linear"
-    model = cnn(input_shape=stream.input_shape, num_classes=10, seed=0, norm="batch", width=4, head=head)
+    model = cnn(
+        input_shape=stream.input_shape, num_classes=10, seed=0, norm="batch", width=4, head=head
+    )
     learner = Learner(
-        model=model, strategy=strategy, optimizer=partial(torch.optim.SGD, lr=0.05), iterations=6, batch_size=16
+        model=model,
+        strategy=strategy,
+        optimizer=partial(torch.optim.SGD, lr=0.05),
+        iterations=6,
+        batch_size=16,
     )
     learner.prepare(stream)
     x = stream[0].test.inputs
@@ -38,6 +48,8 @@ def test_a_teacher_is_the_model_as_it_was_running_statistics_included(strategy):
 def test_groups_need_none():
     stream = split(digits(), scenario="class", experiences=5)
     model = cnn(input_shape=stream.input_shape, num_classes=10, seed=0, norm="group", width=4)
-    learner = Learner(model=model, strategy=LwF(), optimizer=partial(torch.optim.SGD, lr=0.05), iterations=1)
+    learner = Learner(
+        model=model, strategy=LwF(), optimizer=partial(torch.optim.SGD, lr=0.05), iterations=1
+    )
     learner.prepare(stream)
     assert learner.state.group("teacher").keys() == dict(model.named_parameters()).keys()

@@ -1,4 +1,6 @@
-"""The conformance suite: what keeps the contract passes, and every check finds the strategy that breaks it."""
+"""The conformance suite: what keeps the contract passes, and every check finds the strategy that
+breaks it.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,7 +43,12 @@ class AskingForRaw(Remembering):
         return state.replace({"seen": curator.raw("to see them").inputs.mean(0)[:2]})
 
 
-@broken("private", "asked for 1 releases in experience 0 and declares 0", "Asks(releases=1)", strength=1.0)
+@broken(
+    "private",
+    "asked for 1 releases in experience 0 and declares 0",
+    "Asks(releases=1)",
+    strength=1.0,
+)
 class Undeclared(EWC):
     asks: ClassVar[Asks] = Asks()
 
@@ -76,7 +83,11 @@ class TooManySelections(Strategy):
         return state
 
 
-@broken("private", "0 of experience 1 asked for 1 reference gradients of experience 0 and declares 0", memory_size=16)
+@broken(
+    "private",
+    "0 of experience 1 asked for 1 reference gradients of experience 0 and declares 0",
+    memory_size=16,
+)
 class UndeclaredReference(Strategy):
     memory_size: int
     asks: ClassVar[Asks] = Asks(reuses=True)
@@ -94,7 +105,12 @@ class OverdeclaredReference(Replay):
     asks: ClassVar[Asks] = Asks(references=1, reuses=True)
 
 
-@broken("private", "records of experience 0 are used later and reuses=False", "reuses=True", memory_size=16)
+@broken(
+    "private",
+    "records of experience 0 are used later and reuses=False",
+    "reuses=True",
+    memory_size=16,
+)
 class Reusing(Replay):
     asks: ClassVar[Asks] = Asks()
 
@@ -127,7 +143,9 @@ class Smuggling(Remembering):
 
 @broken("private", "GuardError: CouplingInTraining.losses() couples records")
 class CouplingInTraining(Strategy):
-    """Couples records only while the model trains, where nothing but the guard of a private run looks."""
+    """Couples records only while the model trains, where nothing but the guard of a private run
+    looks.
+    """
 
     def losses(self, forward, batch, context, state):
         each = cross_entropy(forward, batch, context)
@@ -148,7 +166,11 @@ class Elsewhere(Strategy):
         return State()
 
     def penalty(self, params, state):
-        terms = [(value - ANCHORS[name]).square().sum() for name, value in params.items() if name in ANCHORS]
+        terms = [
+            (value - ANCHORS[name]).square().sum()
+            for name, value in params.items()
+            if name in ANCHORS
+        ]
         return torch.stack(terms).sum() if terms else None
 
     def after_experience(self, curator, params, state):
@@ -220,7 +242,9 @@ class ByIdentity(Strategy):
 
 
 def test_a_loss_may_depend_on_the_records_identity():
-    """It is the record's own; the guard of a private run, which leaves records out, must not renumber those left."""
+    """It is the record's own; the guard of a private run, which leaves records out, must not
+    renumber those left.
+    """
     assert check_strategy(ByIdentity()).passed[: len(CHECKS)] == tuple(CHECKS)
 
 
@@ -247,7 +271,9 @@ class Gated(Classifier):
 
 
 def gated(stream, hidden=(3,)):
-    return Gated(mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0))
+    return Gated(
+        mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +295,9 @@ class GatingAtHome(Gating):
 
 
 def test_a_strategy_that_needs_another_model_is_tested_on_one():
-    with pytest.raises(ConformanceError, match="'alone': it raised StrategyError: Gating needs a model with a gate"):
+    with pytest.raises(
+        ConformanceError, match="'alone': it raised StrategyError: Gating needs a model with a gate"
+    ):
         check_strategy(Gating())
     for report in (check_strategy(Gating(), model=gated), check_strategy(GatingAtHome())):
         assert report.passed[: len(CHECKS)] == tuple(CHECKS)
@@ -286,7 +314,8 @@ def test_the_model_that_is_given_goes_before_the_strategys_own():
 
 
 def test_the_instance_and_the_generator_of_the_caller_are_left_alone():
-    strategy, before = Naive(), torch.get_rng_state()
+    strategy = Naive()
+    before = torch.get_rng_state()
     check_strategy(strategy)
     assert vars(strategy) == {}
     assert torch.equal(torch.get_rng_state(), before)

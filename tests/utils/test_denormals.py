@@ -1,4 +1,6 @@
-"""Numbers that have lost their mantissa are 0 while training, and what a caller had set holds afterwards."""
+"""Numbers that have lost their mantissa are 0 while training, and what a caller had set holds
+afterwards.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -53,9 +55,12 @@ def test_with_several_threads_nothing_hangs_on_which_of_them_worked() -> None:
 def test_the_loop_runs_inside(toy_stream, toy_model) -> None:
     seen: dict[str, float] = {}
     learner = Learner(
-        model=toy_model(toy_stream()), strategy=Naive(), optimizer=partial(torch.optim.Adam, lr=0.01), iterations=1,
+        model=toy_model(toy_stream()),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.Adam, lr=0.01),
+        iterations=1,
         callbacks=[lambda point, _: seen.update({point: denormal()})],
-    )  # fmt: skip
+    )
     learner.fit(toy_stream())
     assert seen["step.done"] == seen["experience.consolidated"] == 0.0
     assert seen["evaluated"] > 0.0

@@ -1,4 +1,6 @@
-"""Numbers that belong to records: the published mixing function, uniform, normal, apart, and the same under vmap."""
+"""Numbers that belong to records: the published mixing function, uniform, normal, apart, and the
+same under vmap.
+"""
 
 import pytest
 import torch
@@ -37,7 +39,10 @@ def test_the_public_coin_is_the_upper_bits_of_the_same_word():
 
 
 def test_they_are_uniform_in_the_open_interval():
-    """No flakiness: a fixed hash. The gap to the uniform distribution is 1.36 / sqrt(n) in one of 20 samples."""
+    """No flakiness: a fixed hash.
+
+    The gap to the uniform distribution is 1.36 / sqrt(n) in one of 20 samples.
+    """
     for stream in ((), (0,), (1,), (derive("label", 0), 1)):
         drawn = uniforms(MANY, *stream).double().sort().values
         assert drawn[0] > 0 and drawn[-1] < 1
@@ -56,7 +61,9 @@ def unmixed(word):
 
 
 def test_the_ends_are_never_reached():
-    """By the ids whose words are the smallest and the largest; the inverse of a distribution function is finite."""
+    """By the ids whose words are the smallest and the largest; the inverse of a distribution
+    function is finite.
+    """
     ids = [unmixed(unmixed(word)) for word in (0, 2**64 - 1)]
     ends = torch.tensor([i - 2**64 if i >= 2**63 else i for i in ids])
     assert hashed(ends).tolist() == [0, -1]
@@ -65,7 +72,10 @@ def test_the_ends_are_never_reached():
 
 
 def test_normals_are_normal():
-    """No flakiness: a fixed hash. Bounds are four standard errors of the moments of 100,000 numbers."""
+    """No flakiness: a fixed hash.
+
+    Bounds are four standard errors of the moments of 100,000 numbers.
+    """
     for stream in ((), (5,), (derive("noise"), 3)):
         drawn = normals(MANY, *stream).double()
         error = len(MANY) ** -0.5
@@ -75,7 +85,13 @@ def test_normals_are_normal():
 
 
 def test_streams_and_neighbouring_ids_go_apart():
-    rows = [uniforms(MANY), uniforms(MANY, 0), uniforms(MANY, 1), uniforms(MANY, 0, 1), uniforms(MANY, 1, 0)]
+    rows = [
+        uniforms(MANY),
+        uniforms(MANY, 0),
+        uniforms(MANY, 1),
+        uniforms(MANY, 0, 1),
+        uniforms(MANY, 1, 0),
+    ]
     rows += [uniforms(MANY + 1), uniforms(MANY + 1, 0)]
     apart = torch.corrcoef(torch.stack(rows)) - torch.eye(len(rows))
     assert float(apart.abs().max()) < 4 / len(MANY) ** 0.5
@@ -88,4 +104,6 @@ def test_a_number_belongs_to_its_id_alone_and_tensors_make_tables():
         for j in range(4):
             assert float(table[i, j]) == float(uniforms(torch.tensor(i), 9, j))
     assert torch.equal(torch.func.vmap(lambda i: uniforms(i, 9, torch.arange(4)))(MANY[:20]), table)
-    torch.testing.assert_close(torch.func.vmap(lambda i: normals(i[None], 9)[0])(MANY[:20]), normals(MANY[:20], 9))
+    torch.testing.assert_close(
+        torch.func.vmap(lambda i: normals(i[None], 9)[0])(MANY[:20]), normals(MANY[:20], 9)
+    )

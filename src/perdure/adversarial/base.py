@@ -1,8 +1,9 @@
 """Base of gradient attacks on plain tensors.
 
-An attack is handed a function `inputs (n, ...) -> losses (n,)` and moves every row uphill on its own loss.
-Because row i of the gradient of the summed losses involves row i alone, the perturbation of a record does not
-depend on who shares its batch: at released weights it leaves the sensitivity of a private sum unchanged.
+An attack is handed a function `inputs (n, ...) -> losses (n,)` and moves every row uphill on its
+own loss. Because row i of the gradient of the summed losses involves row i alone, the perturbation
+of a record does not depend on who shares its batch: at released weights it leaves the sensitivity
+of a private sum unchanged.
 """
 
 import math
@@ -17,7 +18,9 @@ from torch import Tensor
 from perdure.errors import ConfigError
 
 Losses = Callable[[Tensor], Tensor]
-"""Inputs (n, ...) to one loss per record (n,); row i of the result depends on row i of the inputs only."""
+"""Inputs (n, ...) to one loss per record (n,); row i of the result depends on row i of the inputs
+only.
+"""
 
 Norm = Literal["linf", "l2"]
 
@@ -26,28 +29,36 @@ def input_gradient(losses: Losses, inputs: Tensor) -> Tensor:
     """Gradient of each record's loss with respect to that record; parameters receive none.
 
     Raises:
-        ConfigError: when the inputs are not floating point or `losses` does not give one number per record.
+        ConfigError: when the inputs are not floating point or `losses` does not give one number per
+            record.
     """
     if not inputs.is_floating_point():
-        raise ConfigError.of("inputs.dtype", inputs.dtype, "a floating-point type; attack the embeddings instead")
+        raise ConfigError.of(
+            "inputs.dtype", inputs.dtype, "a floating-point type; attack the embeddings instead"
+        )
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         values = losses(leaf)
         if values.shape != leaf.shape[:1]:
-            raise ConfigError.of("losses(inputs).shape", tuple(values.shape), f"({len(leaf)},), one per record")
+            raise ConfigError.of(
+                "losses(inputs).shape", tuple(values.shape), f"({len(leaf)},), one per record"
+            )
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient
 
 
 def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
-    """Row-wise maximiser of <gradient, step> over the unit ball: the sign (linf) or the unit vector (l2).
+    """Row-wise maximiser of <gradient, step> over the unit ball.
+
+    This is the sign (linf) or the unit vector (l2).
 
     A row whose gradient is zero stays where it is.
     """
     if norm == "linf":
         return gradient.sign()
     dims = tuple(range(1, gradient.ndim))
-    # Dividing by the largest entry first: the squares of a confident model's gradient underflow in float32.
+    # Dividing by the largest entry first: the squares of a confident model's gradient underflow in
+    # float32.
     largest = gradient.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
     scaled = gradient / largest
     length: Tensor = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
@@ -61,7 +72,10 @@ def project_l2(change: Tensor, epsilon: float) -> Tensor:
 
 
 def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.Generator) -> Tensor:
-    """Draw one uniform point of the ball for each row of `like`, on the CPU, moved to its device."""
+    """Draw one uniform point of the ball for each row of `like`.
+
+    The points are drawn on the CPU and moved to the device of `like`.
+    """
     if norm == "linf":
         draw = epsilon * (2 * torch.rand(like.shape, dtype=like.dtype, generator=generator) - 1)
     else:
@@ -77,10 +91,11 @@ class Attack(ABC):
     """What every attack promises: how far it may go, and where inputs may lie.
 
     Args:
-        epsilon: radius of the ball around each record, in units of the inputs; 0 leaves them as they are.
+        epsilon: radius of the ball around each record, in units of the inputs; 0 leaves them as
+            they are.
         norm: "linf" (largest change of any entry) or "l2" (Euclidean length of a record's change).
-        bounds: least and greatest value of an input, or None where inputs are unbounded. An entry that
-            lies outside is never moved further out.
+        bounds: least and greatest value of an input, or None where inputs are unbounded. An entry
+            that lies outside is never moved further out.
 
     Raises:
         ConfigError: when a value is not allowed.
@@ -99,12 +114,15 @@ class Attack(ABC):
             raise ConfigError.of("bounds", self.bounds, "(low, high) with low < high, or None")
 
     @abstractmethod
-    def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(
+        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Return inputs (n, ...), each moved so as to raise its own loss.
 
-        Guarantee: the result lies within the ball and the bounds up to rounding, `inputs` are not modified,
-        no parameter's gradient is touched, and the change of a row depends on that row alone (and on its
-        own random draw). The caller freezes the parameters, which saves a quarter of the cost.
+        Guarantee: the result lies within the ball and the bounds up to rounding, `inputs` are not
+        modified, no parameter's gradient is touched, and the change of a row depends on that row
+        alone (and on its own random draw). The caller freezes the parameters, which saves a quarter
+        of the cost.
 
         Args:
             losses: (n, ...) -> (n,), one loss per record, to be increased.
@@ -114,7 +132,8 @@ class Attack(ABC):
 
     def _limits(self, origin: Tensor) -> tuple[Tensor, Tensor]:
         """Box that holds both the ball (L2 balls lie inside the linf one) and the bounds."""
-        lower, upper = origin - self.epsilon, origin + self.epsilon
+        lower = origin - self.epsilon
+        upper = origin + self.epsilon
         if self.bounds is not None:
             low, high = self.bounds
             lower = torch.maximum(lower, origin.clamp(max=low))

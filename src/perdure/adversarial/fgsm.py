@@ -21,10 +21,13 @@ class FGSM(Attack):
     >>> FGSM(epsilon=0.25).perturb(lambda x: 3 * x[:, 0] - x[:, 1], torch.full((1, 2), 0.5))
     tensor([[0.7500, 0.2500]])
 
-    Source: Goodfellow, Shlens, Szegedy 2015, "Explaining and harnessing adversarial examples", section 4.
+    Source: Goodfellow, Shlens, Szegedy 2015, "Explaining and harnessing adversarial examples",
+    section 4.
     """
 
-    def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(
+        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """One step uphill; deterministic, so `generator` is not used. See `Attack.perturb`."""
         origin = inputs.detach()
         step = self.epsilon * steepest_direction(input_gradient(losses, origin), self.norm)

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.adversarial.base import Attack, Losses, input_gradient, steepest_direction, uniform_in_ball
+from perdure.adversarial.base import (
+    Attack,
+    Losses,
+    input_gradient,
+    steepest_direction,
+    uniform_in_ball,
+)
 from perdure.errors import ConfigError
 
 
@@ -22,7 +28,8 @@ class PGD(Attack):
         random_start: begin at a uniform point of the ball rather than at the record itself.
         epsilon, norm, bounds: see `Attack`.
 
-    Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks", section 2.1.
+    Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks",
+    section 2.1.
     """
 
     steps: int = 10
@@ -34,9 +41,13 @@ class PGD(Attack):
         if self.steps < 1:
             raise ConfigError.of("steps", self.steps, "1 or more")
         if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ConfigError.of("step_size", self.step_size, "a positive number, or None for 2.5 * epsilon / steps")
+            raise ConfigError.of(
+                "step_size", self.step_size, "a positive number, or None for 2.5 * epsilon / steps"
+            )
 
-    def perturb(self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def perturb(
+        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Climb `steps` times; `generator` is needed with a random start. See `Attack.perturb`."""
         origin = inputs.detach()
         limits = self._limits(origin)

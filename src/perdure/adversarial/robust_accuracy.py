@@ -23,8 +23,8 @@ def robust_accuracy(
 
         100 / n * sum_i [argmax predict(x_i) = y_i and argmax predict(attack(x_i)) = y_i]
 
-    An upper bound on true robustness: a stronger attack may find more. The attack climbs the cross entropy of
-    the logits, in which masked classes may hold very negative numbers.
+    An upper bound on true robustness: a stronger attack may find more. The attack climbs the cross
+    entropy of the logits, in which masked classes may hold very negative numbers.
 
     Guarantee: none. The result is an exact statistic of `inputs`, which must be public or paid for.
 
@@ -37,7 +37,8 @@ def robust_accuracy(
         batch_size: most rows in one forward pass.
 
     Raises:
-        ConfigError: when there are no records, labels do not fit, or inputs lie outside the attack's bounds.
+        ConfigError: when there are no records, labels do not fit, or inputs lie outside the
+            attack's bounds.
 
     >>> from perdure.adversarial import FGSM
     >>> pictures, labels = torch.tensor([[0.9, 0.1], [0.6, 0.5]]), torch.tensor([0, 0])
@@ -47,7 +48,9 @@ def robust_accuracy(
     _check(inputs, labels, attack, batch_size)
     right = sum(
         _survivors(predict, rows, truth, attack, generator)
-        for rows, truth in zip(torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True)
+        for rows, truth in zip(
+            torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True
+        )
     )
     return 100.0 * right / len(inputs)
 
@@ -61,11 +64,14 @@ def _survivors(
 ) -> int:
     with torch.no_grad():
         right = predict(inputs).argmax(1) == labels
-    inputs, labels = inputs[right], labels[right]
+    inputs = inputs[right]
+    labels = labels[right]
     if len(inputs) == 0:
         return 0
     moved = attack.perturb(
-        lambda rows: F.cross_entropy(predict(rows), labels, reduction="none"), inputs, generator=generator
+        lambda rows: F.cross_entropy(predict(rows), labels, reduction="none"),
+        inputs,
+        generator=generator,
     )
     with torch.no_grad():
         return int((predict(moved).argmax(1) == labels).sum())
@@ -73,12 +79,18 @@ def _survivors(
 
 def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> None:
     if len(inputs) == 0 or labels.shape != inputs.shape[:1]:
-        raise ConfigError.of("labels.shape", tuple(labels.shape), f"({len(inputs)},), one per record, and not none")
+        raise ConfigError.of(
+            "labels.shape", tuple(labels.shape), f"({len(inputs)},), one per record, and not none"
+        )
     if batch_size < 1:
         raise ConfigError.of("batch_size", batch_size, "1 or more")
     if attack.bounds is None:
         return
-    low, high = inputs.min().item(), inputs.max().item()
-    # An attack cannot move such entries freely; a robust accuracy computed anyway would flatter the model.
+    low = inputs.min().item()
+    high = inputs.max().item()
+    # An attack cannot move such entries freely; a robust accuracy computed anyway would flatter the
+    # model.
     if low < attack.bounds[0] or high > attack.bounds[1]:
-        raise ConfigError.of("attack.bounds", attack.bounds, f"bounds that hold the inputs ({low:.4g} to {high:.4g})")
+        raise ConfigError.of(
+            "attack.bounds", attack.bounds, f"bounds that hold the inputs ({low:.4g} to {high:.4g})"
+        )

@@ -1,15 +1,20 @@
-"""Lower bounds on epsilon from what an attacker can tell: the mathematics of an audit. It knows nothing of learning.
+"""Lower bounds on epsilon from what an attacker can tell: the mathematics of an audit.
 
-The game: each of m canaries is in the data with probability 1/2, by a coin of its own. The mechanism runs once. From
-what it released, every canary gets a score, the higher the more it looks as if it had been in the data. Whoever tells
-the coins from the scores better than (epsilon, delta) allows has shown that the mechanism is not (epsilon, delta)-DP.
+It knows nothing of learning.
+
+The game: each of m canaries is in the data with probability 1/2, by a coin of its own. The
+mechanism runs once. From what it released, every canary gets a score, the higher the more it looks
+as if it had been in the data. Whoever tells the coins from the scores better than (epsilon, delta)
+allows has shown that the mechanism is not (epsilon, delta)-DP.
 
 Three bounds, from the tightest to the one that assumes least:
 
-gaussian        scores of canaries in and out of the data are two samples of Gaussians of one variance; a confidence
-                bound on their distance mu is one on the mu of Gaussian DP. Exact without sampling; with Poisson
-                sampling a limit of many steps, below the PLD: over few steps at a low rate the bound is far too low.
-one-run-f-dp    nothing about the scores; epsilon is that of the smallest mu for which the mechanism could be mu-GDP.
+gaussian        scores of canaries in and out of the data are two samples of Gaussians of one
+                variance; a confidence bound on their distance mu is one on the mu of Gaussian DP.
+                Exact without sampling; with Poisson sampling a limit of many steps, below the PLD:
+                over few steps at a low rate the bound is far too low.
+one-run-f-dp    nothing about the scores; epsilon is that of the smallest mu for which the mechanism
+                could be mu-GDP.
 one-run         nothing about scores or mechanism: any (epsilon, delta)-DP mechanism would pass.
 """
 
@@ -26,22 +31,28 @@ from perdure.errors import ConfigError
 Method = Literal["gaussian", "one-run-f-dp", "one-run"]
 
 GUESSED = (0.02, 0.1, 0.3, 1.0)
-"""Shares of the canaries that a one-run bound guesses about; each takes an equal part of what may go wrong."""
+"""Shares of the canaries that a one-run bound guesses about; each takes an equal part of what may
+go wrong.
+"""
 
 STANDARD = NormalDist()
 
 
 def log_likelihood_ratio(released: Tensor, *, rate: float, noise_multiplier: float) -> Tensor:
-    """(m,) how much more likely a noisy coordinate is for a canary in the data than for one that is not.
+    """(m,) log likelihood ratio of a noisy coordinate, canary in the data over canary out.
 
-        log(1 - q + q exp((2x - 1) / (2 s^2)))     x = released / clip norm, q = rate, s = noise multiplier
+        log(1 - q + q exp((2x - 1) / (2 s^2)))
+        x = released / clip norm, q = rate, s = noise multiplier
 
-    Summed over the steps it is the best score against Poisson-sampled Gaussian noise (Neyman and Pearson); at q = 1 it
-    is the sum of the coordinates, up to scale and shift. Any other score would give a valid bound too, only lower.
+    Summed over the steps it is the best score against Poisson-sampled Gaussian noise (Neyman and
+    Pearson); at q = 1 it is the sum of the coordinates, up to scale and shift. Any other score
+    would give a valid bound too, only lower.
 
     Args:
-        released: (m,) coordinates in units of the clip norm, each N(b, s^2), b = 1 where the canary was in the step.
-        rate: probability that a canary in the data is in a step. noise_multiplier: the claimed one.
+        released: (m,) coordinates in units of the clip norm, each N(b, s^2), b = 1 where the canary
+            was in the step.
+        rate: probability that a canary in the data is in a step.
+        noise_multiplier: the claimed one.
     """
     shift = (2 * released.double() - 1) / (2 * noise_multiplier**2)
     absent = torch.tensor(1 - rate, dtype=torch.float64).log().to(released.device)
@@ -49,35 +60,48 @@ def log_likelihood_ratio(released: Tensor, *, rate: float, noise_multiplier: flo
 
 
 def lower_bound(
-    scores: Tensor, included: Tensor, *, delta: float, confidence: float, method: Method = "gaussian"
+    scores: Tensor,
+    included: Tensor,
+    *,
+    delta: float,
+    confidence: float,
+    method: Method = "gaussian",
 ) -> float:
     """Epsilon that the mechanism at least has, with the given confidence.
 
-    Guarantee: a mechanism that is (epsilon, delta)-DP under add/remove gets a bound above epsilon with probability at
-    most 1 - confidence; for `gaussian` where the scores are as the head of this module says, for `one-run-f-dp` where
-    the mechanism's trade-off is Gaussian.
+    Guarantee: a mechanism that is (epsilon, delta)-DP under add/remove gets a bound above epsilon
+    with probability at most 1 - confidence; for `gaussian` where the scores are as the head of this
+    module says, for `one-run-f-dp` where the mechanism's trade-off is Gaussian.
 
     Args:
-        scores: (m,) one per canary. included: (m,) bool, the coins, each with probability 1/2.
-        delta: in (0, 1). confidence: in (0, 1), of the bound from below.
+        scores: (m,) one per canary.
+        included: (m,) bool, the coins, each with probability 1/2.
+        delta: in (0, 1).
+        confidence: in (0, 1), of the bound from below.
 
     Raises:
-        ConfigError: for a delta, confidence or method that is not allowed, or fewer than two canaries on a side.
+        ConfigError: for a delta, confidence or method that is not allowed, or fewer than two
+            canaries on a side.
     """
     for field, value in (("delta", delta), ("confidence", confidence)):
         if not 0 < value < 1:
             raise ConfigError.of(field, value, "a number above 0 and below 1")
     if method not in get_args(Method):
         raise ConfigError.of("method", method, get_args(Method))
-    inside, outside = scores[included].double(), scores[~included].double()
+    inside = scores[included].double()
+    outside = scores[~included].double()
     if min(len(inside), len(outside)) < 2:
-        raise ConfigError.of("canaries", len(scores), "enough to have two in the data and two outside; take 1000")
+        raise ConfigError.of(
+            "canaries", len(scores), "enough to have two in the data and two outside; take 1000"
+        )
     if method == "gaussian":
         return epsilon_of(separation(inside, outside, confidence), delta)
     bound = one_run_epsilon if method == "one-run" else one_run_f_dp_epsilon
     tail = (1 - confidence) / len(GUESSED)
     counts = [guesses(scores, included, share) for share in GUESSED]
-    return max(bound(correct, made, len(scores), delta=delta, tail=tail) for correct, made in counts)
+    return max(
+        bound(correct, made, len(scores), delta=delta, tail=tail) for correct, made in counts
+    )
 
 
 # --------------------------------------------------------------------------- Gaussian scores
@@ -86,14 +110,19 @@ def lower_bound(
 def separation(inside: Tensor, outside: Tensor, confidence: float) -> float:
     """Lower confidence bound on the distance of two Gaussians in units of their standard deviation.
 
-        d - z sqrt(1/n + 1/n' + d^2 / (2 (n + n' - 2)))     d = (mean - mean') / pooled standard deviation
+        d - z sqrt(1/n + 1/n' + d^2 / (2 (n + n' - 2)))
+        d = (mean - mean') / pooled standard deviation
 
     Args:
-        inside: (n,) samples. outside: (n',) samples. confidence: one-sided; z is its normal quantile.
+        inside: (n,) samples.
+        outside: (n',) samples.
+        confidence: one-sided; z is its normal quantile.
 
-    Source: Hedges and Olkin 1985, Statistical Methods for Meta-Analysis, section 5 (large-sample interval).
+    Source: Hedges and Olkin 1985, Statistical Methods for Meta-Analysis, section 5 (large-sample
+    interval).
     """
-    n, other = len(inside), len(outside)
+    n = len(inside)
+    other = len(outside)
     squares = (inside - inside.mean()).square().sum() + (outside - outside.mean()).square().sum()
     deviation = float((squares / (n + other - 2)).sqrt())
     distance = float(inside.mean() - outside.mean())
@@ -105,7 +134,7 @@ def separation(inside: Tensor, outside: Tensor, confidence: float) -> float:
 
 
 def epsilon_of(mu: float, delta: float) -> float:
-    """Epsilon at `delta` of the Gaussian mechanism whose sensitivity is `mu` standard deviations of its noise.
+    """Epsilon at `delta` of the Gaussian mechanism with sensitivity `mu` noise deviations.
 
         delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu)
 
@@ -122,14 +151,18 @@ def epsilon_of(mu: float, delta: float) -> float:
     return _crossing(lambda epsilon: excess(epsilon) > 0)
 
 
-# --------------------------------------------------------------------------- one run, few assumptions
+# ------------------------------------------------------------------------- one run, few assumptions
 
 
 def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
-    """How many guesses are right, and how many are made: the highest scores are said to be in, the lowest out.
+    """How many guesses are right, and how many are made.
+
+    The highest scores are said to be in, the lowest out.
 
     Args:
-        scores: (m,). included: (m,) bool. share: of the canaries that is guessed about, fixed in advance.
+        scores: (m,).
+        included: (m,) bool.
+        share: of the canaries that is guessed about, fixed in advance.
     """
     each = max(1, int(share * len(scores) / 2))
     order = torch.argsort(scores, stable=True)
@@ -139,22 +172,30 @@ def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
 
 def one_run_epsilon(correct: int, made: int, canaries: int, *, delta: float, tail: float) -> float:
     """Smallest epsilon at which `correct` right guesses of `made` have probability above `tail`."""
-    return _crossing(lambda epsilon: one_run_p_value(correct, made, canaries, epsilon, delta) <= tail)
+    return _crossing(
+        lambda epsilon: one_run_p_value(correct, made, canaries, epsilon, delta) <= tail
+    )
 
 
 def one_run_p_value(correct: int, made: int, canaries: int, epsilon: float, delta: float) -> float:
-    """Most that the probability of `correct` or more right guesses can be under (epsilon, delta)-DP.
+    """Largest probability of `correct` or more right guesses under (epsilon, delta)-DP.
 
-        P[W >= v] <= b + 2 m delta max_i (P[B >= v - i] - b) / i,   b = P[B >= v],   B ~ Bin(made, 1 / (1 + e^-epsilon))
+        P[W >= v] <= b + 2 m delta max_i (P[B >= v - i] - b) / i
+        b = P[B >= v],   B ~ Bin(made, 1 / (1 + e^-epsilon))
 
     Args:
-        correct: v. made: guesses, of which the mechanism's output decides which. canaries: m, guessed about or not.
+        correct: v.
+        made: guesses, of which the mechanism's output decides which.
+        canaries: m, guessed about or not.
 
-    Source: Steinke, Nasr and Jagielski 2023, Privacy auditing with one (1) training run, theorem 5.2.
+    Source: Steinke, Nasr and Jagielski 2023, Privacy auditing with one (1) training run, theorem
+    5.2.
     """
     k = torch.arange(made + 1, dtype=torch.float64)
     log_ways = math.lgamma(made + 1) - torch.lgamma(k + 1) - torch.lgamma(made - k + 1)
-    right, wrong = torch.nn.functional.logsigmoid(torch.tensor([epsilon, -epsilon], dtype=torch.float64)).tolist()
+    right, wrong = torch.nn.functional.logsigmoid(
+        torch.tensor([epsilon, -epsilon], dtype=torch.float64)
+    ).tolist()
     mass = (log_ways + k * right + (made - k) * wrong).exp()
     above = float(mass[correct:].sum())
     below = mass[:correct].flip(0).cumsum(0) / torch.arange(1, correct + 1, dtype=torch.float64)
@@ -162,28 +203,37 @@ def one_run_p_value(correct: int, made: int, canaries: int, epsilon: float, delt
     return min(1.0, above + 2 * canaries * delta * steepest)
 
 
-def one_run_f_dp_epsilon(correct: int, made: int, canaries: int, *, delta: float, tail: float) -> float:
-    """Epsilon at `delta` of the smallest mu at which a mu-GDP mechanism could give this with probability `tail`."""
+def one_run_f_dp_epsilon(
+    correct: int, made: int, canaries: int, *, delta: float, tail: float
+) -> float:
+    """Epsilon at `delta` of the smallest mu that makes so many right guesses possible.
+
+    That is, a mu-GDP mechanism could give this with probability `tail`.
+    """
     mu = _crossing(lambda mu: not could_be_gaussian(correct, made, canaries, mu, tail), 1e-6)
     return epsilon_of(mu, delta)
 
 
 def could_be_gaussian(correct: int, made: int, canaries: int, mu: float, tail: float) -> bool:
-    """Whether a mu-GDP mechanism can have `correct` or more right guesses of `made` with probability `tail`.
+    """Whether a mu-GDP mechanism can have so many right guesses with probability `tail`.
 
-    Let p_t be the probability of t right guesses, and sum over all canaries the probability that one is guessed right
-    (wrong) while at least i of the others are right: made * r_{i+1} with r_i = sum_{t >= i} p_t t / made, and
-    made * h_i with h_i = sum_{t >= i} p_t (made - t) / made. Turning one canary's coin makes the one event the other,
-    so that, averaged over the canaries,
+    That is, `correct` or more of `made`.
+
+    Let p_t be the probability of t right guesses, and sum over all canaries the probability that
+    one is guessed right (wrong) while at least i of the others are right: made * r_{i+1} with r_i =
+    sum_{t >= i} p_t t / made, and made * h_i with h_i = sum_{t >= i} p_t (made - t) / made. Turning
+    one canary's coin makes the one event the other, so that, averaged over the canaries,
 
         (made/m) h_i >= Phi(Phi^-1((made/m) r_{i+1}) - mu)
 
     Starting from P[t >= correct] = tail, these force a smallest total mass, which may not exceed 1.
 
-    Source: Mahloujifar, Melis and Chaudhuri 2025, Auditing f-differential privacy in one run, theorem 3.2, algorithm 3.
+    Source: Mahloujifar, Melis and Chaudhuri 2025, Auditing f-differential privacy in one run,
+    theorem 3.2, algorithm 3.
     """
     share = made / canaries
-    right, wrong = tail * correct / canaries, tail * (made - correct) / canaries
+    right = tail * correct / canaries
+    wrong = tail * (made - correct) / canaries
     for i in range(correct - 1, -1, -1):
         if right + wrong >= share:
             break
@@ -194,12 +244,17 @@ def could_be_gaussian(correct: int, made: int, canaries: int, mu: float, tail: f
 
 
 def _crossing(below: Callable[[float], bool], accuracy: float = 1e-9) -> float:
-    """Where `below`, true up to a point and false from there, changes; 0 where it is false throughout."""
+    """Point up to which `below` is true and from which it is false.
+
+    It is 0 where it is false throughout.
+    """
     if not below(0.0):
         return 0.0
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     while below(high):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > accuracy * high:
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) else (low, middle)

@@ -1,9 +1,10 @@
 """Empirical privacy: canaries that pass through a learner unseen show what its mechanism leaks.
 
-A canary is a record whose whole gradient lies in one coordinate of a *probe*, a parameter that no other record
-touches. It passes the same sampler, clipping, noise and optimiser step as the real records, in the loop that trains
-them, so that its coordinate of every released gradient shows what the mechanism really does with one record. The model
-learns nothing from canaries, and no score depends on a real record.
+A canary is a record whose whole gradient lies in one coordinate of a *probe*, a parameter that no
+other record touches. It passes the same sampler, clipping, noise and optimiser step as the real
+records, in the loop that trains them, so that its coordinate of every released gradient shows what
+the mechanism really does with one record. The model learns nothing from canaries, and no score
+depends on a real record.
 """
 
 import copy
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from perdure.curator.local_curator import Curator
 
 LOUDNESS = 10.0
-"""Gradient norm of a canary before clipping, in units of the clip norm: clipping is on trial too."""
+"""Gradient norm of a canary before clipping, in units of the clip norm: clipping is on trial
+too.
+"""
 
 RELEASED = "audit.released"
 """State name of the probe's part of the last released gradient."""
@@ -45,9 +48,12 @@ class AuditResult:
     Args:
         lower_bound: epsilon that the mechanism has at least, with probability `confidence`.
         claimed: epsilon by the ledger, of a record of the partition that the canaries were in.
-        confidence: that an honest mechanism is not flagged. delta: of both epsilons.
-        canaries: how many, in the data and out. method: see `perdure.auditing.bounds`.
-        partition: where the canaries were. sampling_rate: probability that a record there entered a step; the lowest.
+        confidence: that an honest mechanism is not flagged.
+        delta: of both epsilons.
+        canaries: how many, in the data and out.
+        method: see `perdure.auditing.bounds`.
+        partition: where the canaries were.
+        sampling_rate: probability that a record there entered a step; the lowest.
         steps: in which it could.
     """
 
@@ -71,71 +77,111 @@ class AuditResult:
         claimed = f"{math.ceil(100 * self.claimed - 1e-9) / 100:.2f}"
         verdict = (
             "CONTRADICTED: more leaks than is claimed; do not release what this mechanism makes"
-            if self.flagged else "not contradicted: the audit saw no more leak than is claimed"
-        )  # fmt: skip
-        sampled = "no sampling" if self.sampling_rate == 1 else f"Poisson sampling at rate {self.sampling_rate:g}"
+            if self.flagged
+            else "not contradicted: the audit saw no more leak than is claimed"
+        )
+        sampled = (
+            "no sampling"
+            if self.sampling_rate == 1
+            else f"Poisson sampling at rate {self.sampling_rate:g}"
+        )
         delta = f"{self.delta:g}".replace("e-0", "e-")
         return (
-            f"epsilon is at least {found} with {100 * self.confidence:g} % confidence; claimed: {claimed} "
-            f"(record, add/remove, delta {delta})\n{verdict}\n{self.canaries} canaries, each in {self.partition} with "
+            f"epsilon is at least {found} with {100 * self.confidence:g} % confidence; "
+            f"claimed: {claimed} "
+            f"(record, add/remove, delta {delta})\n{verdict}\n{self.canaries} canaries, each "
+            f"in {self.partition} with "
             f"probability 1/2; {self.steps} steps, {sampled}; {self.method} bound; simulated noise"
         )
 
 
 def audit(
-    learner: Learner, stream: Stream, *, canaries: int = 1000, confidence: float = 0.99, method: Method = "gaussian",
+    learner: Learner,
+    stream: Stream,
+    *,
+    canaries: int = 1000,
+    confidence: float = 0.99,
+    method: Method = "gaussian",
     experience: int = 0,
-) -> AuditResult:  # fmt: skip
+) -> AuditResult:
     """Train a copy of `learner` on `stream` with canaries and bound its epsilon from below.
 
-    Guarantee: a mechanism that keeps what its ledger claims is flagged with probability at most 1 - confidence (under
-    the assumptions of `method`). The result depends on canaries, noise and coins only, never on a real record.
+    Guarantee: a mechanism that keeps what its ledger claims is flagged with probability at most 1 -
+    confidence (under the assumptions of `method`). The result depends on canaries, noise and coins
+    only, never on a real record.
 
-    The copy works in memory with simulated noise: ledger, key and checkpoints of `learner` are left alone. Noise
-    multiplier, sampling rate, steps and claim are those of the stream without canaries, since they follow from declared
-    sizes. Releases after an experience are charged in the claim but not probed.
+    The copy works in memory with simulated noise: ledger, key and checkpoints of `learner` are left
+    alone. Noise multiplier, sampling rate, steps and claim are those of the stream without
+    canaries, since they follow from declared sizes. Releases after an experience are charged in the
+    claim but not probed.
 
     Args:
-        learner: not yet trained, with `privacy`. Its class is kept, so that a mechanism of one's own is audited.
+        learner: not yet trained, with `privacy`. Its class is kept, so that a mechanism of one's
+            own is audited.
         stream: what it would be trained on.
-        canaries: in all; each is in the data with probability 1/2. Without sampling 1,000 get within about 0.5 of a
-            true epsilon of 4 at 95 % confidence, 10,000 within 0.2; few steps at a low sampling rate show less.
-        confidence: that an honest mechanism is not flagged. method: see `perdure.auditing.bounds`.
+        canaries: in all; each is in the data with probability 1/2. Without sampling 1,000 get
+            within about 0.5 of a true epsilon of 4 at 95 % confidence, 10,000 within 0.2; few steps
+            at a low sampling rate show less.
+        confidence: that an honest mechanism is not flagged.
+        method: see `perdure.auditing.bounds`.
         experience: whose partition the canaries join.
 
     Raises:
-        ConfigError: without privacy, with correlated noise or adaptive clipping (the score takes every step's noise to
-            be independent and of one known size), for an experience the stream lacks, or fewer than 10 canaries.
+        ConfigError: without privacy, with correlated noise or adaptive clipping (the score takes
+            every step's noise to be independent and of one known size), for an experience the
+            stream lacks, or fewer than 10 canaries.
     """
     privacy = learner.privacy
     if privacy is None:
-        raise ConfigError.of("learner.privacy", None, "Privacy(...): without it there is no claim to audit")
+        raise ConfigError.of(
+            "learner.privacy", None, "Privacy(...): without it there is no claim to audit"
+        )
     if privacy.bands is not None or isinstance(privacy.clipping, Adaptive):
         given = f"bands={privacy.bands}, clipping={privacy.clipping}"
-        raise ConfigError.of("learner.privacy", given, "independent noise and a fixed clip norm, for an audit")
+        raise ConfigError.of(
+            "learner.privacy", given, "independent noise and a fixed clip norm, for an audit"
+        )
     if canaries < 10:
         raise ConfigError.of("canaries", canaries, "10 or more; 1000 say something")
     if not 0 <= experience < len(stream):
         raise ConfigError.of("experience", experience, f"0 to {len(stream) - 1}")
     included = torch.rand(canaries, generator=generator(learner.seed, "audit")) < 0.5
-    partition, first = stream[experience].train.partition, first_free_id(stream)
+    partition = stream[experience].train.partition
+    first = first_free_id(stream)
     ear = Listener(partition, canaries)
     trial = replace(
-        learner, model=Probed(copy.deepcopy(learner.model), canaries), folder=None, callbacks=(ear,), matrix=[],
-        strategy=Audited(inner=learner.strategy, first=first, canaries=canaries, loudness=LOUDNESS * privacy.clip_norm),
+        learner,
+        model=Probed(copy.deepcopy(learner.model), canaries),
+        folder=None,
+        callbacks=(ear,),
+        matrix=[],
+        strategy=Audited(
+            inner=learner.strategy,
+            first=first,
+            canaries=canaries,
+            loudness=LOUDNESS * privacy.clip_norm,
+        ),
         privacy=replace(
-            privacy, diagnostics="released",
+            privacy,
+            diagnostics="released",
             seed=derive(learner.seed, "audit noise") if privacy.seed is None else privacy.seed,
         ),
-    )  # fmt: skip
+    )
     trial.fit(with_canaries(stream, experience, first + torch.nonzero(included).flatten()))
     assert trial.mechanism is not None
     return AuditResult(
-        lower_bound=lower_bound(ear.scores, included, delta=privacy.delta, confidence=confidence, method=method),
-        claimed=trial.mechanism.ledger.epsilon([partition], delta=privacy.delta), confidence=confidence,
-        delta=privacy.delta, canaries=canaries, method=method, partition=partition, sampling_rate=min(ear.rates),
+        lower_bound=lower_bound(
+            ear.scores, included, delta=privacy.delta, confidence=confidence, method=method
+        ),
+        claimed=trial.mechanism.ledger.epsilon([partition], delta=privacy.delta),
+        confidence=confidence,
+        delta=privacy.delta,
+        canaries=canaries,
+        method=method,
+        partition=partition,
+        sampling_rate=min(ear.rates),
         steps=len(ear.rates),
-    )  # fmt: skip
+    )
 
 
 def first_free_id(stream: Stream) -> int:
@@ -145,28 +191,40 @@ def first_free_id(stream: Stream) -> int:
 
 
 def with_canaries(stream: Stream, experience: int, ids: Tensor) -> Stream:
-    """Stream whose experience also holds blank records with these ids; what is declared stays as it is."""
+    """Stream whose experience also holds blank records with these ids.
+
+    Declared sizes stay as they are.
+    """
     chosen = stream[experience]
     mixed = replace(chosen, train=joined(chosen, ids.to(chosen.train.ids.device)))
     return replace(stream, experiences=tuple(mixed if e is chosen else e for e in stream))
 
 
 def joined(experience: Experience, ids: Tensor) -> Records:
-    """Training records of the experience and a blank one for each id, under the declared size of before."""
-    train, n = experience.train, len(ids)
+    """Training records of the experience and a blank one for each id.
+
+    The declared size stays that of before.
+    """
+    train = experience.train
+    n = len(ids)
     return replace(
-        train, inputs=torch.cat([train.inputs, train.inputs.new_zeros(n, *train.inputs.shape[1:])]),
+        train,
+        inputs=torch.cat([train.inputs, train.inputs.new_zeros(n, *train.inputs.shape[1:])]),
         labels=torch.cat([train.labels, train.labels.new_full((n,), experience.classes[0])]),
         ids=torch.cat([train.ids, ids]),
-    )  # fmt: skip
+    )
 
 
 class Probed(nn.Module):
-    """A model with a probe beside it: one number for each canary, of no use to the model's output."""
+    """A model with a probe beside it.
+
+    One number for each canary, of no use to the model's output.
+    """
 
     def __init__(self, model: nn.Module, canaries: int) -> None:
         super().__init__()
-        self.model, self.feature_size = model, getattr(model, "feature_size", 0)
+        self.model = model
+        self.feature_size = getattr(model, "feature_size", 0)
         self.probe = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
             torch.zeros(canaries, 1), freeze=False
         )
@@ -188,11 +246,13 @@ class Listener:
     """Callback that scores every canary by its coordinate of each released gradient.
 
     Args:
-        partition: of the canaries; steps that do not touch it are not heard. canaries: how many.
+        partition: of the canaries; steps that do not touch it are not heard.
+        canaries: how many.
     """
 
     def __init__(self, partition: str, canaries: int) -> None:
-        self.partition, self.scores = partition, torch.zeros(canaries, dtype=torch.float64)
+        self.partition = partition
+        self.scores = torch.zeros(canaries, dtype=torch.float64)
         self.rates: list[float] = []
 
     def __call__(self, point: str, learner: Learner) -> None:
@@ -201,23 +261,31 @@ class Listener:
         if exposure is None or self.partition not in exposure.scope:
             return
         assert learner.mechanism is not None
-        rate, expected = exposure.scope[self.partition], exposure.rate * exposure.pool_size
+        rate = exposure.scope[self.partition]
+        expected = exposure.rate * exposure.pool_size
         released = learner.state[RELEASED].cpu() * expected / learner.curator.clip_norm
-        ratios = log_likelihood_ratio(released, rate=rate, noise_multiplier=learner.mechanism.noise_multiplier)
+        ratios = log_likelihood_ratio(
+            released, rate=rate, noise_multiplier=learner.mechanism.noise_multiplier
+        )
         self.scores += ratios
         self.rates.append(rate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audited(Strategy):
-    """A strategy as it is, for real records; for canaries, a loss that touches their own probe coordinate only.
+    """A strategy as it is, for real records.
+
+    For canaries, a loss that touches their own probe coordinate only.
 
         loss_i = loudness * probe[id_i - first]   for a canary, else that of the inner strategy
 
     State: the inner strategy's, and the probe's part of the last released gradient (m,).
 
     Args:
-        inner: the strategy. first: id of the first canary. canaries: m. loudness: gradient norm before clipping.
+        inner: the strategy.
+        first: id of the first canary.
+        canaries: m.
+        loudness: gradient norm before clipping.
     """
 
     inner: Strategy
@@ -244,14 +312,21 @@ class Audited(Strategy):
 
     def init(self, spec: Spec) -> State:
         """Beside the strategy's state, what was last released of the probe."""
-        return self.inner.init(spec).declare(RELEASED, torch.zeros_like(spec.params["probe.weight"][:, 0]), "local")
+        return self.inner.init(spec).declare(
+            RELEASED, torch.zeros_like(spec.params["probe.weight"][:, 0]), "local"
+        )
 
     def plan(self, experience: Experience) -> Plan:
-        """Train the probe with whatever is trained; the model's parameters stand under another prefix."""
+        """Train the probe with whatever is trained.
+
+        The model's parameters stand under another prefix.
+        """
         plan = self.inner.plan(experience)
         if plan.trainable is None:
             return plan
-        return replace(plan, trainable=("probe.", *(f"model.{prefix}" for prefix in plan.trainable)))
+        return replace(
+            plan, trainable=("probe.", *(f"model.{prefix}" for prefix in plan.trainable))
+        )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """(n,) the strategy's losses, with those of canaries exchanged."""
@@ -273,7 +348,12 @@ class Audited(Strategy):
         return self.inner.project(gradient, references, state)
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Keep the probe's part of the release, then do as the strategy does."""
         heard = state.replace({RELEASED: gradient["probe.weight"][:, 0]})
@@ -297,10 +377,15 @@ class Audited(Strategy):
 
 
 def probed(forward: Forward, place: Tensor) -> Tensor:
-    """(n,) the probe's numbers at `place`; a layer's call, so that every way of clipping sees it as one."""
+    """(n,) the probe's numbers at `place`.
+
+    A layer's call, so that every way of clipping sees it as one.
+    """
     probe = forward.module.get_submodule("probe")
     if forward.params is None:
         chosen: Tensor = probe(place[:, None])
     else:
-        chosen = torch.func.functional_call(probe, {"weight": forward.params["probe.weight"]}, (place[:, None],))
+        chosen = torch.func.functional_call(
+            probe, {"weight": forward.params["probe.weight"]}, (place[:, None],)
+        )
     return chosen[:, 0, 0]

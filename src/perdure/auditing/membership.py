@@ -1,7 +1,8 @@
-"""Membership inference: how well an attacker tells the records that a finished classifier was trained on from others.
+"""Membership inference: tell the training records of a finished classifier from others.
 
-It attacks the model that would be handed out, with whatever it knows of its training; `perdure.auditing.canaries` puts the
-mechanism on trial instead. A weak attack proves nothing: a bound on every attack is what the ledger's epsilon is.
+It attacks the model that would be handed out, with whatever it knows of its training;
+`perdure.auditing.canaries` puts the mechanism on trial instead. A weak attack proves nothing: a
+bound on every attack is what the ledger's epsilon is.
 """
 
 import math
@@ -21,13 +22,14 @@ Predictor = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipResult:
-    """How well an attacker tells the records that a classifier was trained on from others like them.
+    """Success of an attacker who tells a classifier's training records from others like them.
 
     Args:
         auc: probability that a member scores above a non-member; 0.5 is guessing.
         auc_error: standard error of `auc` (Hanley and McNeil 1982).
         true_positive_rates: false-positive rate to the share of members found at it.
-        records: attacked in all. shadows: models that the attacker trained.
+        records: attacked in all.
+        shadows: models that the attacker trained.
     """
 
     auc: float
@@ -37,72 +39,105 @@ class MembershipResult:
     shadows: int
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{100 * t:.1f} % at {100 * f:g} %" for f, t in self.true_positive_rates.items())
+        rates = ", ".join(
+            f"{100 * t:.1f} % at {100 * f:g} %" for f, t in self.true_positive_rates.items()
+        )
         return (
             f"membership inference (LiRA, {self.shadows} shadow models, {self.records} records): "
-            f"AUC {self.auc:.3f} +- {self.auc_error:.3f} (0.5 is guessing); true positives at false positives: {rates}"
+            f"AUC {self.auc:.3f} +- {self.auc_error:.3f} (0.5 is guessing); true positives "
+            f"at false positives: {rates}"
         )
 
 
 def lira(
-    target: Predictor, train: Callable[[Records, int], Predictor], records: Records, members: Tensor, *,
-    shadows: int = 8, seed: int = 0, false_positive_rates: Sequence[float] = (0.01, 0.1),
-) -> MembershipResult:  # fmt: skip
-    """Attack a finished classifier with the likelihood-ratio attack, online, with few shadow models.
+    target: Predictor,
+    train: Callable[[Records, int], Predictor],
+    records: Records,
+    members: Tensor,
+    *,
+    shadows: int = 8,
+    seed: int = 0,
+    false_positive_rates: Sequence[float] = (0.01, 0.1),
+) -> MembershipResult:
+    """Attack a finished classifier with the online likelihood-ratio attack.
 
-        score = log N(f; mean_in, s_in^2) - log N(f; mean_out, s_out^2),   f = log p_y - log(1 - p_y) of the target
+    A few shadow models are enough.
 
-    where the means over shadow models that did (not) see the record are its own, and the variances, for lack of
-    models, common to all records. Shadow models come in pairs trained on a random half and on the other, so that each
-    record is in half of them.
+        score = log N(f; mean_in, s_in^2) - log N(f; mean_out, s_out^2)
+        f     = log p_y - log(1 - p_y) of the target
+
+    where the means over shadow models that did (not) see the record are its own, and the variances,
+    for lack of models, common to all records. Shadow models come in pairs trained on a random half
+    and on the other, so that each record is in half of them.
 
     Args:
         target: the classifier under attack.
         train: from records and a seed to a classifier, trained the way the target was.
-        records: members and others of the same population. members: (n,) bool, who trained the target.
-        shadows: an even number, from 4. seed: of halves and shadow models.
+        records: members and others of the same population.
+        members: (n,) bool, who trained the target.
+        shadows: an even number, from 4.
+        seed: of halves and shadow models.
         false_positive_rates: at which true positives are counted.
 
     Raises:
         ConfigError: for an odd or small number of shadows, or where members or others are missing.
 
-    Source: Carlini et al. 2022, Membership inference attacks from first principles, section VI and figure 9.
+    Source: Carlini et al. 2022, Membership inference attacks from first principles, section VI and
+    figure 9.
     """
     if shadows < 4 or shadows % 2:
         raise ConfigError.of("shadows", shadows, "even numbers from 4")
     if len(members) != len(records) or bool(members.all()) or not bool(members.any()):
-        raise ConfigError.of("members", tuple(members.shape), "a mask over the records, with members and others")
+        raise ConfigError.of(
+            "members", tuple(members.shape), "a mask over the records, with members and others"
+        )
     seen = halves(len(records), shadows, seed).to(members.device)
     models = [train(records.take(mask), derive(seed, "shadow", k)) for k, mask in enumerate(seen)]
     confidences = torch.stack([logit_confidence(model, records) for model in models])
     scores = likelihood_ratio(logit_confidence(target, records), confidences, seen)
-    inside, outside = scores[members], scores[~members]
+    inside = scores[members]
+    outside = scores[~members]
     auc = area_under_curve(inside, outside)
     return MembershipResult(
-        auc=auc, auc_error=area_error(auc, len(inside), len(outside)), records=len(records), shadows=shadows,
-        true_positive_rates={rate: true_positives(inside, outside, rate) for rate in false_positive_rates},
-    )  # fmt: skip
+        auc=auc,
+        auc_error=area_error(auc, len(inside), len(outside)),
+        records=len(records),
+        shadows=shadows,
+        true_positive_rates={
+            rate: true_positives(inside, outside, rate) for rate in false_positive_rates
+        },
+    )
 
 
 def halves(n: int, shadows: int, seed: int) -> Tensor:
     """(shadows, n) bool: a random half of the records, then the other half, and so on."""
-    first = [torch.randperm(n, generator=generator(seed, "half", k)) < n // 2 for k in range(shadows // 2)]
+    first = [
+        torch.randperm(n, generator=generator(seed, "half", k)) < n // 2
+        for k in range(shadows // 2)
+    ]
     return torch.stack([mask for half in first for mask in (half, ~half)])
 
 
 @torch.no_grad()
 def logit_confidence(predict: Predictor, records: Records) -> Tensor:
-    """(n,) log p_y - log(1 - p_y): the label's logit less the log-sum-exp of all others; close to normal."""
-    logits, labels = predict(records.inputs).double(), records.labels[:, None]
+    """(n,) log p_y - log(1 - p_y), which is close to normal.
+
+    It is the label's logit less the log-sum-exp of all others.
+    """
+    logits = predict(records.inputs).double()
+    labels = records.labels[:, None]
     others = logits.scatter(1, labels, -math.inf).logsumexp(1)
     return logits.gather(1, labels)[:, 0] - others
 
 
 def likelihood_ratio(target: Tensor, shadows: Tensor, seen: Tensor) -> Tensor:
-    """(n,) log likelihood ratio of the target's confidences (n,) from those of shadow models (k, n).
+    """(n,) log likelihood ratio of the target's confidences (n,).
+
+    The other side is the confidences of shadow models (k, n).
 
     Args:
-        seen: (k, n) bool, whether the shadow model was trained on the record; each record by two at least, and two not.
+        seen: (k, n) bool, whether the shadow model was trained on the record; each record by two at
+            least, and two not.
     """
     fits = []
     for mask in (seen, ~seen):
@@ -116,13 +151,16 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, seen: Tensor) -> Tensor:
 def area_under_curve(inside: Tensor, outside: Tensor) -> float:
     """Probability that one of `inside` (n,) is above one of `outside` (n',), ties counting half."""
     ordered = outside.sort().values
-    below = torch.searchsorted(ordered, inside, right=False) + torch.searchsorted(ordered, inside, right=True)
+    below = torch.searchsorted(ordered, inside, right=False) + torch.searchsorted(
+        ordered, inside, right=True
+    )
     return float(below.double().mean() / (2 * len(outside)))
 
 
 def area_error(auc: float, n: int, other: int) -> float:
     """Standard error of an area from n and `other` scores (Hanley and McNeil 1982, equation 1)."""
-    both_above, both_below = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    both_above = auc / (2 - auc)
+    both_below = 2 * auc**2 / (1 + auc)
     total = auc * (1 - auc) + (n - 1) * (both_above - auc**2) + (other - 1) * (both_below - auc**2)
     return math.sqrt(total / (n * other))
 

@@ -18,19 +18,19 @@ from perdure.types import Scenario
 def from_avalanche(benchmark: Any) -> Stream:
     """Take any Avalanche benchmark of classification with a train and a test stream.
 
-    Inputs are what Avalanche's *eval* transforms give, for both streams: a tensor that stays on its device is
-    made once, and one frozen random crop would be no augmentation. A data set of tensors without input
-    transforms is taken over by one index selection, any other item by item.
+    Inputs are what Avalanche's *eval* transforms give, for both streams: a tensor that stays on its
+    device is made once, and one frozen random crop would be no augmentation. A data set of tensors
+    without input transforms is taken over by one index selection, any other item by item.
 
-    The scenario is task where task labels differ between experiences, domain where all experiences have the
-    same classes, else class. Where tasks share classes (each counts from zero), every task gets outputs of
-    its own in the head. Of the test stream, experience e keeps its e-th part (its only part, where there is
-    one) and, of it, the classes of training experience e.
+    The scenario is task where task labels differ between experiences, domain where all experiences
+    have the same classes, else class. Where tasks share classes (each counts from zero), every task
+    gets outputs of its own in the head. Of the test stream, experience e keeps its e-th part (its
+    only part, where there is one) and, of it, the classes of training experience e.
 
-    Guarantee: ids are indices into the source, so a record keeps its identity in whatever experiences it
-    turns up. Experiences are disjoint partitions where their classes are disjoint; otherwise all share one
-    partition and their uses compose. A random cut of the records themselves is not `assigned_by_record`. The
-    classes that the benchmark lists count as declared public.
+    Guarantee: ids are indices into the source, so a record keeps its identity in whatever
+    experiences it turns up. Experiences are disjoint partitions where their classes are disjoint;
+    otherwise all share one partition and their uses compose. A random cut of the records themselves
+    is not `assigned_by_record`. The classes that the benchmark lists count as declared public.
 
     Args:
         benchmark: of Avalanche 0.6, with `streams["train"]` and `streams["test"]`.
@@ -44,14 +44,20 @@ def from_avalanche(benchmark: Any) -> Stream:
     tasks = task_labels(benchmark)
     parts = [sources.records(part.dataset) for part in train]
     measured = [sources.records(part.dataset) for part in test]
-    classes = [tuple(sorted(int(label) for label in part.dataset.targets.uniques)) for part in train]
+    classes = [
+        tuple(sorted(int(label) for label in part.dataset.targets.uniques)) for part in train
+    ]
     offsets = _offsets(tasks, classes)
     disjoint = sum(map(len, classes)) == len(set().union(*classes))
     experiences = tuple(
         Experience(
             index=e,
             train=_shifted(part, offsets[e], f"experience-{e}" if disjoint else "avalanche"),
-            test=_shifted(_of_classes(measured[min(e, len(test) - 1)], classes[e]), offsets[e], "avalanche-test"),
+            test=_shifted(
+                _of_classes(measured[min(e, len(test) - 1)], classes[e]),
+                offsets[e],
+                "avalanche-test",
+            ),
             classes=tuple(label + offsets[e] for label in classes[e]),
         )
         for e, part in enumerate(parts)
@@ -74,10 +80,15 @@ def task_labels(benchmark: Any) -> list[int]:
 def _streams(benchmark: Any) -> tuple[list[Any], list[Any]]:
     streams = getattr(benchmark, "streams", {})
     if not {"train", "test"} <= set(streams):
-        raise ConfigError.of("benchmark", type(benchmark).__name__, "an Avalanche benchmark with train and test")
-    train, test = list(streams["train"]), list(streams["test"])
+        raise ConfigError.of(
+            "benchmark", type(benchmark).__name__, "an Avalanche benchmark with train and test"
+        )
+    train = list(streams["train"])
+    test = list(streams["test"])
     if len(test) not in (1, len(train)):
-        raise DataError(f"{len(train)} training but {len(test)} test experiences; allowed: as many, or one")
+        raise DataError(
+            f"{len(train)} training but {len(test)} test experiences; allowed: as many, or one"
+        )
     return train, test
 
 
@@ -85,7 +96,9 @@ def _task_of(experience: Any, index: int) -> int:
     labels = getattr(experience.dataset, "targets_task_labels", None)
     tasks = {0} if labels is None else {int(label) for label in labels.uniques}
     if len(tasks) > 1:
-        raise DataError(f"experience {index} mixes the tasks {sorted(tasks)}; give each task its own experience")
+        raise DataError(
+            f"experience {index} mixes the tasks {sorted(tasks)}; give each task its own experience"
+        )
     return tasks.pop()
 
 
@@ -97,14 +110,19 @@ def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scena
 
 def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[int]:
     """Find what to add to the labels of each experience so that no two tasks share an output."""
-    by_task = {task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held} for task in tasks}
+    by_task = {
+        task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held}
+        for task in tasks
+    }
     width = 1 + max(label for held in classes for label in held)
     shared = sum(map(len, by_task.values())) > len(set().union(*by_task.values()))
     return [list(by_task).index(task) * width if shared else 0 for task in tasks]
 
 
 def _shifted(records: Records, offset: int, partition: str) -> Records:
-    return Records(inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition)
+    return Records(
+        inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition
+    )
 
 
 def _of_classes(records: Records, classes: tuple[int, ...]) -> Records:
@@ -116,7 +134,10 @@ def _same_records(parts: Sequence[Records]) -> bool:
 
 
 class _Sources:
-    """The data sets at the bottom of a benchmark; each has its own range of ids, in order of appearance."""
+    """The data sets at the bottom of a benchmark.
+
+    Each has its own range of ids, in order of appearance.
+    """
 
     def __init__(self) -> None:
         self._first_ids: list[tuple[Any, int]] = []
@@ -141,9 +162,12 @@ class _Sources:
 
 
 def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
-    """Trace rows to the data set at the bottom and their index there; collect the transforms on the way.
+    """Trace rows to the data set at the bottom and their index there.
 
-    Avalanche's own `leaf_datasets` loses the order across sources and fails where a source has no row.
+    Collect the transforms on the way.
+
+    Avalanche's own `leaf_datasets` loses the order across sources and fails where a source has no
+    row.
     """
     from avalanche.benchmarks.utils.flat_data import FlatData
 
@@ -161,7 +185,9 @@ def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[t
     return [(layer, int(row)) for row in rows]
 
 
-def _origins_of_parts(parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
+def _origins_of_parts(
+    parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]
+) -> list[tuple[Any, int]]:
     """Trace rows of data sets that are joined end to end."""
     ends = list(accumulate(len(part) for part in parts))
     which = [bisect_right(ends, row) for row in rows]
@@ -176,9 +202,14 @@ def _origins_of_parts(parts: Sequence[Any], rows: Sequence[int], transforms: lis
 def _resident(
     dataset: Any, origins: Sequence[tuple[Any, int]], transforms: Sequence[Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Select inputs and labels at once, where one TensorDataset without input transforms lies beneath."""
+    """Select inputs and labels at once.
+
+    This holds where one TensorDataset without input transforms lies beneath.
+    """
     source = origins[0][0]
-    changed = any(transform is not None and transform.flat_transforms(0) for transform in transforms)
+    changed = any(
+        transform is not None and transform.flat_transforms(0) for transform in transforms
+    )
     mixed = any(other is not source for other, _ in origins)
     if changed or mixed or not isinstance(source, TensorDataset):
         return None
@@ -190,6 +221,9 @@ def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
     items = [dataset[position][:2] for position in range(len(dataset))]
     if not all(hasattr(x, "__array__") and hasattr(x, "dtype") for x, _ in items):
         given = type(items[0][0]).__name__
-        raise DataError(f"items are {given} after the eval transforms; give the benchmark eval_transform=ToTensor()")
+        raise DataError(
+            f"items are {given} after the eval transforms; give the benchmark "
+            "eval_transform=ToTensor()"
+        )
     inputs = torch.stack([torch.as_tensor(x) for x, _ in items]).float().cpu()
     return inputs, torch.tensor([int(y) for _, y in items])

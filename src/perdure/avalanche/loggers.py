@@ -16,20 +16,24 @@ if TYPE_CHECKING:
 def log_to(evaluator: Any) -> "Callback":
     """A callback of `Learner` that shows its accuracies and metrics through Avalanche's loggers.
 
-    >>> evaluator = EvaluationPlugin(loggers=[InteractiveLogger(), CSVLogger("logs")])  # doctest: +SKIP
+    >>> loggers = [InteractiveLogger(), CSVLogger("logs")]  # doctest: +SKIP
+    >>> evaluator = EvaluationPlugin(loggers=loggers)  # doctest: +SKIP
     >>> Learner(..., callbacks=[log_to(evaluator)]).fit(stream)  # doctest: +SKIP
 
-    After every experience the loggers see what they see of an Avalanche strategy that was trained on it and evaluated
-    on the test stream:
+    After every experience the loggers see what they see of an Avalanche strategy that was trained
+    on it and evaluated on the test stream:
 
-    - `Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001` for every experience, under Avalanche's name;
-    - `ExperienceForgetting/...` for every earlier one, as Avalanche defines it: accuracy when learnt minus now;
-    - `average_accuracy/eval_phase/test_stream` and the other fields of `perdure.metrics.Summary`, at the end of the
-      stream. `forgetting` is measured from the best earlier accuracy, so it may exceed Avalanche's.
+    - `Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001` for every experience, under Avalanche's
+      name;
+    - `ExperienceForgetting/...` for every earlier one, as Avalanche defines it: accuracy when
+      learnt minus now;
+    - `average_accuracy/eval_phase/test_stream` and the other fields of `perdure.metrics.Summary`,
+      at the end of the stream. `forgetting` is measured from the best earlier accuracy, so it may
+      exceed Avalanche's.
 
-    All are fractions, as everything in Avalanche; positions are optimiser steps since the start. `get_last_metrics()`
-    and `get_all_metrics()` of the evaluator answer as usual. Training metrics are not there: perdure shows none that
-    were not paid for.
+    All are fractions, as everything in Avalanche; positions are optimiser steps since the start.
+    `get_last_metrics()` and `get_all_metrics()` of the evaluator answer as usual. Training metrics
+    are not there: perdure shows none that were not paid for.
 
     Args:
         evaluator: an `EvaluationPlugin` with loggers and without metrics of its own.
@@ -52,12 +56,15 @@ def log_to(evaluator: Any) -> "Callback":
 
 
 def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
-    """Show a finished accuracy matrix through Avalanche's loggers, row by row, and return the last value of each name.
+    """Show a finished accuracy matrix through Avalanche's loggers.
+
+    The matrix is shown row by row; returns the last value of each name.
 
     Names as in `log_to`, without task labels other than 0; positions are rows.
 
     Args:
-        matrix: (T, E) accuracy in percent; NaN is left out. evaluator: as in `log_to`.
+        matrix: (T, E) accuracy in percent; NaN is left out.
+        evaluator: as in `log_to`.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies, or for another evaluator.
@@ -76,32 +83,46 @@ class _Shown:
 
     def __init__(self, evaluator: Any) -> None:
         if not hasattr(evaluator, "publish_metric_value"):
-            raise ConfigError.of("evaluator", type(evaluator).__name__, "an EvaluationPlugin(loggers=[...])")
+            raise ConfigError.of(
+                "evaluator", type(evaluator).__name__, "an EvaluationPlugin(loggers=[...])"
+            )
         if evaluator.metrics:
-            raise ConfigError.of("evaluator", evaluator.metrics, "one without metrics: perdure measures")
+            raise ConfigError.of(
+                "evaluator", evaluator.metrics, "one without metrics: perdure measures"
+            )
         self._evaluator = evaluator
         self.task_incremental = False
 
     def training(self, index: int) -> None:
         """Say that the experience was trained on."""
         moment = self._moment(index, "train")
-        for point in ("before_training", "before_training_exp", "after_training_exp", "after_training"):
+        for point in (
+            "before_training",
+            "before_training_exp",
+            "after_training_exp",
+            "after_training",
+        ):
             getattr(self._evaluator, point)(moment)
 
     def evaluation(self, rows: Tensor, position: int) -> None:
         """Publish the last of the rows.
 
         Args:
-            rows: (t, E) accuracies in percent after each experience so far. position: on the x axis.
+            rows: (t, E) accuracies in percent after each experience so far.
+            position: on the x axis.
         """
-        evaluator, last = self._evaluator, len(rows) - 1
+        evaluator = self._evaluator
+        last = len(rows) - 1
         evaluator.before_eval(self._moment(0, "test"))
         for index in [e for e in range(rows.shape[1]) if not rows[-1, e].isnan()]:
-            moment, now = self._moment(index, "test"), rows[-1, index]
+            moment = self._moment(index, "test")
+            now = rows[-1, index]
             evaluator.before_eval_exp(moment)
             self._publish(_name("Top1_Acc_Exp", moment), now, position)
             if index < last and not rows[index, index].isnan():
-                self._publish(_name("ExperienceForgetting", moment), rows[index, index] - now, position)
+                self._publish(
+                    _name("ExperienceForgetting", moment), rows[index, index] - now, position
+                )
             evaluator.after_eval_exp(moment)
         for name, value in vars(summarise(rows)).items():
             if value is not None:
@@ -111,17 +132,22 @@ class _Shown:
     def _publish(self, name: str, percent: Tensor | float, position: int) -> None:
         from avalanche.evaluation.metric_results import MetricValue
 
-        self._evaluator.publish_metric_value(MetricValue(self, name, float(percent) / 100, position))
+        self._evaluator.publish_metric_value(
+            MetricValue(self, name, float(percent) / 100, position)
+        )
 
     def _moment(self, index: int, stream: str) -> Any:
         """What loggers ask of an Avalanche strategy."""
         training = stream == "train"
         experience = SimpleNamespace(
-            current_experience=index, origin_stream=SimpleNamespace(name=stream),
+            current_experience=index,
+            origin_stream=SimpleNamespace(name=stream),
             task_labels=[index if self.task_incremental else 0],
-        )  # fmt: skip
+        )
         experience.logging = lambda: experience
-        return SimpleNamespace(experience=experience, is_training=training, is_eval=not training, dataloader=())
+        return SimpleNamespace(
+            experience=experience, is_training=training, is_eval=not training, dataloader=()
+        )
 
 
 def _name(metric: str, moment: Any) -> str:

@@ -1,4 +1,7 @@
-"""The commands `perdure ledger`: what a run spent, whether its account is whole, what one more charge would cost."""
+"""The commands `perdure ledger`.
+
+They show what a run spent, whether its account is whole, and what one more charge would cost.
+"""
 
 import json
 import os
@@ -35,11 +38,12 @@ from perdure.report.ledger_tables import (
 )
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
     help="""What a run spent of its privacy, and whether the account of it is whole.
 
 RUN is the folder of a run, finished or not, or a ledger file.""",
-)  # fmt: skip
+)
 
 DELTA = 1e-5
 LEDGER = "ledger.jsonl"
@@ -47,12 +51,15 @@ BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
 """Where the ledgers of single curators lie below a run's folder, or below an arm's."""
 OWNER = re.compile(r"(?:([A-Za-z0-9._-]+)/)?client-(\d{1,9})")
 NOT_COVERED = (
-    "not covered: whoever can write here can put back an older ledger together with its older head, or delete both; "
+    "not covered: whoever can write here can put back an older ledger together with its "
+    "older head, or delete both; "
     "keep copies elsewhere if that is a threat"
 )
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or a ledger file.")]
-Delta = Annotated[float | None, typer.Option(help="Of every epsilon; default: the run's, else 1e-5.")]
+Delta = Annotated[
+    float | None, typer.Option(help="Of every epsilon; default: the run's, else 1e-5.")
+]
 Names = list[str] | None
 
 
@@ -61,7 +68,9 @@ class Source:
     """Where a run's ledgers lie, and the config that they were written under, where there is one.
 
     Args:
-        folder: of the run. merged: the file of a finished run. single: files of single curators.
+        folder: of the run.
+        merged: the file of a finished run.
+        single: files of single curators.
     """
 
     folder: Path
@@ -92,12 +101,17 @@ def show(
     run: Run,
     delta: Delta = None,
     arm: Annotated[Names, typer.Option(help="Only this arm; may be given again.")] = None,
-    owner: Annotated[Names, typer.Option(help="Only this owner, ARM/client-N; may be given again.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead; null is an infinite epsilon.")] = False,
+    owner: Annotated[
+        Names, typer.Option(help="Only this owner, ARM/client-N; may be given again.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead; null is an infinite epsilon.")
+    ] = False,
 ) -> None:
     """Who was exposed to what, how often and how strongly, and the epsilon that follows."""
     source = find(run)
-    account, spent = opened(source), source.delta(delta)
+    account = opened(source)
+    spent = source.delta(delta)
     chosen = select(account, arm or (), owner or ())
     with ticking(len(chosen.partitions)) as tick:
         rows = exposures(chosen, spent, tick)
@@ -112,7 +126,10 @@ def show(
 
 @app.command()
 def verify(run: Run) -> None:
-    """Check every chain, and every head whose key is there. Exit code 1, with file and line, when one is wrong."""
+    """Check every chain, and every head whose key is there.
+
+    Exit code 1, with file and line, when one is wrong.
+    """
     source = find(run)
     problems: list[str] = []
     parts: dict[Path, Merged] = {}
@@ -132,23 +149,32 @@ def verify(run: Run) -> None:
 @app.command()
 def project(
     run: Run,
-    noise_multiplier: Annotated[float, typer.Option(help="Standard deviation of the noise over the clip norm.")],
-    sampling_rate: Annotated[float, typer.Option(help="Probability that a record is in a step; 1 for no sampling.")],
+    noise_multiplier: Annotated[
+        float, typer.Option(help="Standard deviation of the noise over the clip norm.")
+    ],
+    sampling_rate: Annotated[
+        float, typer.Option(help="Probability that a record is in a step; 1 for no sampling.")
+    ],
     steps: Annotated[int, typer.Option(help="How many.")],
-    partition: Annotated[Names, typer.Option(help="Only this one, OWNER/PARTITION; may be given again.")] = None,
+    partition: Annotated[
+        Names, typer.Option(help="Only this one, OWNER/PARTITION; may be given again.")
+    ] = None,
     delta: Delta = None,
 ) -> None:
     """Epsilon of every partition as it would be after so many more steps. Nothing is written."""
     source = find(run)
-    account, spent = opened(source), source.delta(delta)
+    account = opened(source)
+    spent = source.delta(delta)
     charge = Charge(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
     chosen = named(account, partition or ())
     with ticking(len(chosen)) as tick:
         rows = projections(account, charge, spent, chosen, tick)
     _console().print(projection_table(rows))
     typer.echo(
-        f"after {steps} more steps at sampling rate {sampling_rate:g} and noise multiplier {noise_multiplier:g}, each "
-        f"partition by itself; {account.unit}, {account.relation}, delta {spent:g}, PLD; nothing was written"
+        f"after {steps} more steps at sampling rate {sampling_rate:g} and noise multiplier "
+        f"{noise_multiplier:g}, each "
+        f"partition by itself; {account.unit}, {account.relation}, delta {spent:g}, PLD; "
+        "nothing was written"
     )
 
 
@@ -159,18 +185,25 @@ def find(run: Path) -> Source:
     """Ledgers of a run's folder, of an arm's or client's folder inside it, or one file.
 
     Raises:
-        RunError: when there is none. ConfigError: for a config beside it that cannot be read.
+        RunError: when there is none.
+        ConfigError: for a config beside it that cannot be read.
     """
     folder = home(run)
     config = read_config(folder / "config.toml") if (folder / "config.toml").exists() else None
     top = run / LEDGER if run.is_dir() else run
     alone = run.is_file() or _there(top)
-    below = [] if run.is_file() else sorted({path for part in BELOW for path in _ledgers(run, part)})
+    below = (
+        [] if run.is_file() else sorted({path for part in BELOW for path in _ledgers(run, part)})
+    )
     if not alone and not below:
-        raise RunError(f"{run} holds no ledger; give the folder of a run with a private arm, or a {LEDGER}")
+        raise RunError(
+            f"{run} holds no ledger; give the folder of a run with a private arm, or a {LEDGER}"
+        )
     exported = alone and not head_path(top).exists()
     single = (top, *below) if alone and not exported else tuple(below)
-    return Source(folder=folder, config=config, merged=top if exported else None, single=tuple(single))
+    return Source(
+        folder=folder, config=config, merged=top if exported else None, single=tuple(single)
+    )
 
 
 def home(path: Path) -> Path:
@@ -206,11 +239,20 @@ def open_file(path: Path, source: Source) -> Merged:
 
 
 def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
-    """Key of an owner: in `private/` beside its ledger, or in its folder of the run, or simulated from the seed."""
+    """Key of an owner.
+
+    In `private/` beside its ledger, or in its folder of the run, or simulated from the seed.
+    """
     found = OWNER.fullmatch(owner)
     arm, number = (found[1], int(found[2])) if found else (None, 0)
     own = source.folder / "arms" / (arm or "")
-    folders = [path.parent] if head_path(path).exists() else [own / "clients" / f"{number:03d}", own] if arm else []
+    folders = (
+        [path.parent]
+        if head_path(path).exists()
+        else [own / "clients" / f"{number:03d}", own]
+        if arm
+        else []
+    )
     for folder in folders:
         if key := key_in(folder):
             return key
@@ -247,14 +289,21 @@ def select(account: Merged, arms: Sequence[str], owners: Sequence[str]) -> Merge
         for name in asked:
             if name not in allowed:
                 raise ConfigError.of(field, name, sorted(allowed))
-    return Merged([
-        part for part in account.parts
-        if (not arms or arm_of(part.account.owner) in arms) and (not owners or part.account.owner in owners)
-    ])  # fmt: skip
+    return Merged(
+        [
+            part
+            for part in account.parts
+            if (not arms or arm_of(part.account.owner) in arms)
+            and (not owners or part.account.owner in owners)
+        ]
+    )
 
 
 def arm_of(owner: str) -> str:
-    """Name of the arm that an owner of a run belongs to; that of the owner where there are no arms."""
+    """Name of the arm that an owner of a run belongs to.
+
+    That of the owner where there are no arms.
+    """
     found = OWNER.fullmatch(owner)
     return (found and found[1]) or owner
 
@@ -268,7 +317,9 @@ def named(account: Merged, asked: Sequence[str]) -> list[str]:
     own = {name: {name, partition} for name, (_, partition) in places(account).items()}
     for name in asked:
         if not any(name in names for names in own.values()):
-            raise ConfigError.of("partition", name, "OWNER/PARTITION, as `perdure ledger show` prints them")
+            raise ConfigError.of(
+                "partition", name, "OWNER/PARTITION, as `perdure ledger show` prints them"
+            )
     return [name for name, names in own.items() if not asked or names.intersection(asked)]
 
 
@@ -282,7 +333,10 @@ def statements(source: Source, account: Merged, chosen: Merged, delta: float) ->
     if joint:
         yield f"all arms together, for whoever sees more than one: {joint['text']}"
     if len(chosen.parts) < len(account.parts):
-        yield f"shown: {len(chosen.parts)} of {len(account.parts)} ledgers; the others are not in these numbers"
+        yield (
+            f"shown: {len(chosen.parts)} of {len(account.parts)} ledgers; the others are not "
+            "in these numbers"
+        )
     if source.config and not source.finished:
         yield "the run is not finished: this is what it was charged so far"
     if plain := without_privacy(source):
@@ -294,18 +348,25 @@ def summary(source: Source, chosen: Merged, delta: float) -> dict[str, object]:
     """What `statements` says, for machines."""
     joint = all_arms(chosen, delta)
     return {
-        "schema": 1, "delta": delta, "statement": finite(epsilon_row(chosen.statement(delta))),
-        "all_arms_together": joint and finite(joint), "finished": source.finished,
-        "without_privacy": without_privacy(source), "verified": checks(chosen),
+        "schema": 1,
+        "delta": delta,
+        "statement": finite(epsilon_row(chosen.statement(delta))),
+        "all_arms_together": joint and finite(joint),
+        "finished": source.finished,
+        "without_privacy": without_privacy(source),
+        "verified": checks(chosen),
         "ledgers": [
             {"owner": part.account.owner, "lines": len(part.lines), "head_verified": part.keyed}
             for part in chosen.parts
         ],
-    }  # fmt: skip
+    }
 
 
 def all_arms(account: Merged, delta: float) -> dict[str, object] | None:
-    """Statement over several arms, in which the same records compose; None for one arm, or ledgers of no run."""
+    """Statement over several arms, in which the same records compose.
+
+    None for one arm, or ledgers of no run.
+    """
     owners = [part.account.owner for part in account.parts]
     arms = {found[1] for found in map(OWNER.fullmatch, owners) if found and found[1]}
     of_a_run = all(arm_of(owner) in arms for owner in owners)
@@ -319,7 +380,8 @@ def without_privacy(source: Source) -> list[str]:
 
 def checks(account: Merged) -> str:
     """What was verified when the account was opened."""
-    keyed, total = sum(part.keyed for part in account.parts), len(account.parts)
+    keyed = sum(part.keyed for part in account.parts)
+    total = len(account.parts)
     if 0 < keyed < total:
         return f"chains verified; {keyed} of {total} heads verified with their keys, the others not"
     return f"{account.verified}{anyone(account)}"
@@ -338,23 +400,31 @@ def sound(path: Path, account: Merged) -> str:
         return f"{len(account.parts)} ledgers, {len(lines)} lines; {checks(account)}"
     keyed = all(part.keyed for part in account.parts)
     unsealed = "head not, for lack of its key: the whole history may be another"
-    told = f"chain verified, {f'head verified with its key{anyone(account)}' if keyed else unsealed}"
+    told = (
+        f"chain verified, {f'head verified with its key{anyone(account)}' if keyed else unsealed}"
+    )
     rest = (path.stat().st_size if path.exists() else 0) - sum(len(line) + 1 for line in lines)
     beyond = f"; {rest} bytes beyond the head do not count" if rest else ""
     return f"{len(lines)} lines; {told if lines else 'nothing was charged yet'}{beyond}"
 
 
 def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
-    """Ledgers of curators that are not what the merged file holds of them: one was put back from another time."""
+    """Ledgers of curators that are not what the merged file holds of them.
+
+    One was put back from another time.
+    """
     if source.merged is None or source.merged not in accounts:
         return []
     copies = {part.account.owner: part.head for part in accounts[source.merged].parts}
     return [
-        f"{path} is not what {source.merged} holds of {part.account.owner!r}; one of the two was put back from another "
+        f"{path} is not what {source.merged} holds of {part.account.owner!r}; one of the two "
+        "was put back from another "
         "time: restore it from a backup"
-        for path, account in accounts.items() if path != source.merged
-        for part in account.parts if copies.get(part.account.owner) != part.head
-    ]  # fmt: skip
+        for path, account in accounts.items()
+        if path != source.merged
+        for part in account.parts
+        if copies.get(part.account.owner) != part.head
+    ]
 
 
 # --------------------------------------------------------------------------- the terminal

@@ -11,29 +11,41 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from perdure.cli import ledger as ledger_cli
 from perdure.errors import ConfigError, PerdureError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
     help="""Continual, federated and private learning in one run.
 
 **First steps**
 
 `perdure demo` runs the built-in experiment and writes runs/demo/report.html.
 
-`perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` runs it.
+`perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` \
+runs it.
 
 `perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
 
 `perdure bench --list` lists the strategies, and what each costs in privacy and memory.
 
-`perdure ledger show runs/demo` says which records were exposed to what, how often, and the epsilon that follows.
+`perdure ledger show runs/demo` says which records were exposed to what, how often, and the \
+epsilon that follows.
 
 A run that was stopped goes on where it was: give the same command again.""",
-)  # fmt: skip
+)
 
 app.add_typer(ledger_cli.app, name="ledger")
 
@@ -58,9 +70,14 @@ def run(config: Path, out: Out = None) -> None:
 @app.command()
 def demo(
     out: Out = None,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print the demo's config and stop.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the demo's config and stop.")
+    ] = False,
 ) -> None:
-    """Digits in five experiences over ten clients: four strategies, without and with differential privacy."""
+    """Digits in five experiences over ten clients.
+
+    Four strategies, without and with differential privacy.
+    """
     text = resources.files("perdure.experiment").joinpath("demo.toml").read_text()
     if show_config:
         sys.stdout.write(text)
@@ -87,24 +104,33 @@ def report(run: Path) -> None:
 @app.command()
 def audit(
     config: Path,
-    canaries: Annotated[int, typer.Option(help="Planted records, each in or out by a coin.")] = 1000,
+    canaries: Annotated[
+        int, typer.Option(help="Planted records, each in or out by a coin.")
+    ] = 1000,
     confidence: Annotated[float, typer.Option(help="Of the lower bound, between 0 and 1.")] = 0.99,
-    shadows: Annotated[int, typer.Option(help="Shadow models an arm, to attack a finished run's models too.")] = 0,
+    shadows: Annotated[
+        int, typer.Option(help="Shadow models an arm, to attack a finished run's models too.")
+    ] = 0,
 ) -> None:
     """Measure how much the private arms of CONFIG really give away, beside the epsilon they claim.
 
-    CONFIG is a TOML file, or the folder of a run. The arms are trained anew, with canaries and simulated noise; nothing
-    on disk is touched. Exit code 1 when a claim is refuted. With `--shadows 8`, and the folder of a finished run, its
-    final models are attacked too: which of the records of the first experience have they seen (LiRA)?
+    CONFIG is a TOML file, or the folder of a run. The arms are trained anew, with canaries and
+    simulated noise; nothing on disk is touched. Exit code 1 when a claim is refuted. With
+    `--shadows 8`, and the folder of a finished run, its final models are attacked too: which of the
+    records of the first experience have they seen (LiRA)?
     """
     from perdure.experiment.audits import audit_run
     from perdure.experiment.config import read
 
     if shadows and not config.is_dir():
-        raise ConfigError.of("--shadows", config, "with the folder of a finished run, such as runs/demo")
+        raise ConfigError.of(
+            "--shadows", config, "with the folder of a finished run, such as runs/demo"
+        )
     console = wide_console()
     results = audit_run(
-        read(config / "config.toml" if config.is_dir() else config), canaries=canaries, confidence=confidence
+        read(config / "config.toml" if config.is_dir() else config),
+        canaries=canaries,
+        confidence=confidence,
     )
     for arm, result in results.items():
         console.print(f"{arm}: {result}", highlight=False)
@@ -120,15 +146,21 @@ def audit(
 
 @app.command()
 def bench(
-    listing: Annotated[bool, typer.Option("--list", help="List the strategies and what each costs.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the strategies and what each costs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> None:
-    """List every strategy: its paper, what it asks of private data, what it keeps, and whether it runs under vmap.
+    """List every strategy.
+
+    Its paper, what it asks of private data, what it keeps, and whether it runs under vmap.
 
     Costs are not written down anywhere: they are read from the strategies themselves.
     """
     if not listing:
-        raise ConfigError.of("perdure bench", "without --list", "perdure bench --list, with or without --json")
+        raise ConfigError.of(
+            "perdure bench", "without --list", "perdure bench --list, with or without --json"
+        )
     from perdure.experiment.strategy_catalogue import entries, table
 
     listed = entries()
@@ -145,7 +177,8 @@ def _run(source: str, text: str, out: Path | None) -> None:
     from perdure.report.table import table
 
     config = parse(text, source=source)
-    folder, console = out or Path("runs") / config.name, wide_console()
+    folder = out or Path("runs") / config.name
+    console = wide_console()
     with _progress(console) as progress:
         result = run_config(config, text, folder, progress)
     page = write_report(folder)
@@ -157,7 +190,12 @@ def _run(source: str, text: str, out: Path | None) -> None:
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     """A bar for every arm, or a line for every quarter of one where nobody watches a terminal."""
-    columns = (TextColumn("{task.description:16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
         told: dict[str, int] = {}

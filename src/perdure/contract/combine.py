@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 class Combine(Strategy):
     """Several strategies as one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.
 
-    The task loss counts once: at most one part overrides `losses`. Penalties add, state names are prefixed by
-    the part's position, projections run in the order given.
+    The task loss counts once: at most one part overrides `losses`. Penalties add, state names are
+    prefixed by the part's position, projections run in the order given.
 
     Raises:
-        StrategyError: where two parts would override the loss, the prediction or the memory, or one part trains
-            nothing and so leaves another without effect; it names both.
+        StrategyError: where two parts would override the loss, the prediction or the memory, or one
+            part trains nothing and so leaves another without effect; it names both.
     """
 
     parts: tuple[Strategy, ...] = field(default=())
@@ -40,11 +40,18 @@ class Combine(Strategy):
         for hook in ("losses", "predict", "remember", "references"):
             self._only(hook)
         total = [part.asks for part in parts]
-        object.__setattr__(self, "asks", Asks(
-            releases=sum(a.releases for a in total), histograms=sum(a.histograms for a in total),
-            selections=sum(a.selections for a in total), recalls=sum(a.recalls for a in total),
-            references=sum(a.references for a in total), reuses=any(a.reuses for a in total),
-        ))  # fmt: skip
+        object.__setattr__(
+            self,
+            "asks",
+            Asks(
+                releases=sum(a.releases for a in total),
+                histograms=sum(a.histograms for a in total),
+                selections=sum(a.selections for a in total),
+                recalls=sum(a.recalls for a in total),
+                references=sum(a.references for a in total),
+                reuses=any(a.reuses for a in total),
+            ),
+        )
         object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))
         reasons = [part.not_vmappable_because for part in parts if part.not_vmappable_because]
         object.__setattr__(self, "not_vmappable_because", reasons[0] if reasons else None)
@@ -65,7 +72,9 @@ class Combine(Strategy):
         users = [(i, part) for i, part in enumerate(self.parts) if part.uses(hook)]
         if len(users) > 1:
             names = " and ".join(part.name for _, part in users)
-            raise StrategyError(f"{names} both override {hook}(); at most one part may, so drop one of them")
+            raise StrategyError(
+                f"{names} both override {hook}(); at most one part may, so drop one of them"
+            )
         return users[0] if users else (-1, Strategy())
 
     def _own(self, state: State, index: int) -> State:
@@ -82,7 +91,10 @@ class Combine(Strategy):
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
         """That of the first part that needs one of its own."""
-        models = (part.small_model(input_shape=input_shape, num_classes=num_classes) for part in self.parts)
+        models = (
+            part.small_model(input_shape=input_shape, num_classes=num_classes)
+            for part in self.parts
+        )
         return next((model for model in models if model is not None), None)
 
     def init(self, spec: Spec) -> State:
@@ -99,23 +111,38 @@ class Combine(Strategy):
         plans = [(part.name, part.plan(experience)) for part in self.parts]
 
         def one(what: str) -> object:
-            given = [(name, getattr(plan, what)) for name, plan in plans if getattr(plan, what) is not None]
+            given = [
+                (name, getattr(plan, what))
+                for name, plan in plans
+                if getattr(plan, what) is not None
+            ]
             if len(given) > 1:
-                raise StrategyError(f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them")
+                raise StrategyError(
+                    f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them"
+                )
             return given[0][1] if given else None
 
         idle = [name for name, plan in plans if not plan.train]
-        busy = [name for part, (name, plan) in zip(self.parts, plans, strict=True) if plan.memory or steps(part)]
+        busy = [
+            name
+            for part, (name, plan) in zip(self.parts, plans, strict=True)
+            if plan.memory or steps(part)
+        ]
         if idle and busy:
-            raise StrategyError(f"{idle[0]} takes no gradient, so {busy[0]} would have no effect; drop one of them")
+            raise StrategyError(
+                f"{idle[0]} takes no gradient, so {busy[0]} would have no effect; drop one of them"
+            )
         pools: set[Pooled] = {plan.pool for _, plan in plans} - {"experience"}
         if len(pools) > 1:
             raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
         return Plan(
-            pool=pools.pop() if pools else "experience", memory=one("memory"), restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
-            trainable=one("trainable"), train=all(p.train for _, p in plans),  # type: ignore[arg-type]
+            pool=pools.pop() if pools else "experience",
+            memory=one("memory"),
+            restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
+            trainable=one("trainable"),
+            train=all(p.train for _, p in plans),  # type: ignore[arg-type]
             penalised=any(p.penalised for _, p in plans),
-        )  # fmt: skip
+        )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Loss of the one part that overrides it, else cross entropy."""
@@ -134,17 +161,29 @@ class Combine(Strategy):
         return part.references(curator, params, self._own(state, i))
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Projections in the order of the parts; references are for the part that asked for them."""
+        """Projections in the order of the parts.
+
+        References are for the part that asked for them.
+        """
         asking, _ = self._only("references")
         for i, part in enumerate(self.parts):
-            gradient = part.project(gradient, references if i == asking else (), self._own(state, i))
+            gradient = part.project(
+                gradient, references if i == asking else (), self._own(state, i)
+            )
         return gradient
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Every part follows the path."""
-        return self._each(state, lambda part, own: part.after_step(before, after, gradient, own, noise_variance))
+        return self._each(
+            state, lambda part, own: part.after_step(before, after, gradient, own, noise_variance)
+        )
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
         """What the one part that stores something stores."""
@@ -167,4 +206,6 @@ class Combine(Strategy):
 
 def steps(part: Strategy) -> bool:
     """Whether the part has a hand in the steps of training."""
-    return any(part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step"))
+    return any(
+        part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step")
+    )

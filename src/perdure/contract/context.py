@@ -22,9 +22,12 @@ class Spec:
 
     Args:
         params: the model's parameters (for their shapes, device and initial values).
-        num_classes: width of the head. num_experiences: declared length of the stream.
-        feature_size: width of `model.features`. scenario: task-, domain- or class-incremental.
-        statistics: running means and variances of the model's layers; a teacher keeps them beside its parameters.
+        num_classes: width of the head.
+        num_experiences: declared length of the stream.
+        feature_size: width of `model.features`.
+        scenario: task-, domain- or class-incremental.
+        statistics: running means and variances of the model's layers; a teacher keeps them beside
+            its parameters.
     """
 
     params: Params
@@ -38,7 +41,8 @@ class Spec:
         """Refuse a model that does not say how long its features are."""
         if self.feature_size < 1:
             raise StrategyError(
-                "the model has no feature_size; give it and `features`, as perdure.models.classifier.Classifier"
+                "the model has no feature_size; give it and `features`, as "
+                "perdure.models.classifier.Classifier"
             )
 
     @property
@@ -53,12 +57,14 @@ class Context:
 
     Args:
         scenario: task-, domain- or class-incremental.
-        experience: index of the experience (when evaluating a task-incremental stream: the task being asked for).
+        experience: index of the experience (when evaluating a task-incremental stream: the task
+            being asked for).
         task_classes: (T, C) bool, the declared classes of every experience.
         seen: (C,) bool, the classes of this and all earlier experiences.
         declared_size: public number of records of this experience.
-        memory_share: share of the rows of the present batch that come from memory, where they were drawn apart;
-            0 without memory and where new and stored records are pooled, as they are under privacy.
+        memory_share: share of the rows of the present batch that come from memory, where they were
+            drawn apart; 0 without memory and where new and stored records are pooled, as they are
+            under privacy.
     """
 
     scenario: Scenario
@@ -75,7 +81,10 @@ class Context:
 
     @property
     def earlier(self) -> Tensor:
-        """(C,) bool, the classes of earlier experiences that are not of this one: a teacher may answer for them."""
+        """(C,) bool, the classes of earlier experiences that are not of this one.
+
+        A teacher may answer for them.
+        """
         return self.task_classes[: self.experience].any(0) & ~self.current
 
     @property
@@ -101,16 +110,27 @@ def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Contex
 
     def context(index: int, declared_size: int = 1, memory_share: float = 0.0) -> Context:
         return Context(
-            scenario=stream.scenario, experience=index, task_classes=table, seen=table[: index + 1].any(0),
-            declared_size=declared_size, memory_share=memory_share,
-        )  # fmt: skip
+            scenario=stream.scenario,
+            experience=index,
+            task_classes=table,
+            seen=table[: index + 1].any(0),
+            declared_size=declared_size,
+            memory_share=memory_share,
+        )
 
     return context
 
 
 def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
-    """What a strategy needs to lay out its state; running statistics owe too much to records where they are private."""
+    """What a strategy needs to lay out its state.
+
+    Running statistics owe too much to records where they are private.
+    """
     return Spec(
-        params=params, num_classes=stream.num_classes, num_experiences=len(stream), scenario=stream.scenario,
-        feature_size=getattr(model, "feature_size", 0), statistics={} if private else statistics_of(model),
-    )  # fmt: skip
+        params=params,
+        num_classes=stream.num_classes,
+        num_experiences=len(stream),
+        scenario=stream.scenario,
+        feature_size=getattr(model, "feature_size", 0),
+        statistics={} if private else statistics_of(model),
+    )

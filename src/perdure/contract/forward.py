@@ -21,7 +21,8 @@ class _Method(nn.Module):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
-        self.module, self.name = module, name
+        self.module = module
+        self.name = name
 
     def forward(self, *inputs: Tensor) -> Any:
         return getattr(self.module, self.name)(*inputs)
@@ -30,13 +31,18 @@ class _Method(nn.Module):
 class Forward:
     """The model as a function of its input at given parameters.
 
-    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.method("decode")(z)` what
-    another method of the model makes of its inputs, `forward.at(params)` the same model at other parameters, unhooked
-    and without gradients: a teacher, which keeps running statistics too where `params` has some.
+    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head,
+    `forward.method("decode")(z)` what another method of the model makes of its inputs,
+    `forward.at(params)` the same model at other parameters, unhooked and without gradients: a
+    teacher, which keeps running statistics too where `params` has some.
     """
 
-    def __init__(self, module: nn.Module, params: Params | None = None, *, frozen: bool = False) -> None:
-        self.module, self.params, self._frozen = module, params, frozen
+    def __init__(
+        self, module: nn.Module, params: Params | None = None, *, frozen: bool = False
+    ) -> None:
+        self.module = module
+        self.params = params
+        self._frozen = frozen
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, C) logits."""
@@ -49,9 +55,12 @@ class Forward:
         return features
 
     def method(self, name: str) -> Callable[..., Any]:
-        """Another method of the model, of tensors with one row a record, at the same parameters as `forward`.
+        """Another method of the model, at the same parameters as `forward`.
 
-        The layers that it calls are hooked as those of `forward` are, and its passes are counted like them.
+        It takes tensors with one row a record.
+
+        The layers that it calls are hooked as those of `forward` are, and its passes are counted
+        like them.
         """
         params = self.params and {f"module.{own}": value for own, value in self.params.items()}
         return partial(self._run, _Method(self.module, name), params)

@@ -24,21 +24,24 @@ class MemoryPlan:
 
     Args:
         capacity: number of records kept in all.
-        selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal quotas for every pair
-            of stage and class (the pieces of an `online` stream are one stage), filled at random (`class-balanced`), by
-            the latest (`ring`; Chaudhry et al. 2019), by the records whose mean feature follows the class mean best
-            (`herding`; Rebuffi et al. 2017, algorithm 4) or by those of the highest loss (`loss-aware`; after Buzzega
-            et al. 2020, "Rethinking experience replay", section 3.4, who drop those of low loss). Under differential
-            privacy all become membership by each record's own coin, because a memory that swaps records doubles their
-            influence.
-        per_class: fixed quota for every pair of stage and class instead of a share of `capacity`, which is no limit
-            then. Under differential privacy `capacity` alone counts.
-        batch_size: rows drawn from memory at every step; None for as many as new ones. Under differential privacy
-            new and stored records are one pool.
-        update: offer records at the end of an `experience`, or every `step` those that were in it. What a strategy
-            remembers of a row is computed when it is offered; under differential privacy, when it was in a step last.
-        use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with them; or only for one
-            `reference` gradient a step, or for one a step of every earlier experience (`references`).
+        selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal
+            quotas for every pair of stage and class (the pieces of an `online` stream are one
+            stage), filled at random (`class-balanced`), by the latest (`ring`; Chaudhry et al.
+            2019), by the records whose mean feature follows the class mean best (`herding`; Rebuffi
+            et al. 2017, algorithm 4) or by those of the highest loss (`loss-aware`; after Buzzega
+            et al. 2020, "Rethinking experience replay", section 3.4, who drop those of low loss).
+            Under differential privacy all become membership by each record's own coin, because a
+            memory that swaps records doubles their influence.
+        per_class: fixed quota for every pair of stage and class instead of a share of `capacity`,
+            which is no limit then. Under differential privacy `capacity` alone counts.
+        batch_size: rows drawn from memory at every step; None for as many as new ones. Under
+            differential privacy new and stored records are one pool.
+        update: offer records at the end of an `experience`, or every `step` those that were in it.
+            What a strategy remembers of a row is computed when it is offered; under differential
+            privacy, when it was in a step last.
+        use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with
+            them; or only for one `reference` gradient a step, or for one a step of every earlier
+            experience (`references`).
     """
 
     capacity: int
@@ -59,9 +62,13 @@ class MemoryPlan:
             if value is not None and not whole(value):
                 raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
         if self.use == "pooled" and self.update == "step":
-            raise ConfigError.of("memory use", "pooled", "with update='experience': a pool is shuffled whole")
+            raise ConfigError.of(
+                "memory use", "pooled", "with update='experience': a pool is shuffled whole"
+            )
         if self.selection in MODELLED and self.update == "step":
-            raise ConfigError.of("memory selection", self.selection, "with update='experience': it ranks them all")
+            raise ConfigError.of(
+                "memory selection", self.selection, "with update='experience': it ranks them all"
+            )
 
     @property
     def rehearsed(self) -> bool:
@@ -70,7 +77,9 @@ class MemoryPlan:
 
 
 def records_in(size: int | str, experience: "Experience") -> int:
-    """How many records `size` is: a number of them, or a text such as "2 MB" for inputs, labels and ids.
+    """How many records `size` is.
+
+    A number of them, or a text such as "2 MB" for inputs, labels and ids.
 
     What a strategy remembers beside a row comes on top.
 
@@ -91,7 +100,9 @@ def refuse_size(size: int | str) -> None:
     number, _, unit = str(size).partition(" ")
     text = unit in UNITS and number.replace(".", "", 1).isdecimal() and float(number) > 0
     if not (text if isinstance(size, str) else whole(size)):
-        raise ConfigError.of("memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'")
+        raise ConfigError.of(
+            "memory_size", size, "a number of records, or bytes such as '500 kB', '2 MB' or '1 GB'"
+        )
 
 
 def whole(value: object) -> bool:
@@ -107,13 +118,15 @@ class Plan:
     """What one experience is trained on; a function of public facts only.
 
     Args:
-        pool: records that batches are drawn from: those of this `experience`, of `all` experiences so far, or what
-            `memory` holds once those of this experience were offered to it.
+        pool: records that batches are drawn from: those of this `experience`, of `all` experiences
+            so far, or what `memory` holds once those of this experience were offered to it.
         memory: what is kept for replay, or None.
         restart: begin with the initial parameters and a fresh optimiser.
         trainable: prefixes of the parameter names that are trained; None for all.
-        train: False where no gradient is taken at all, because everything that is learnt is a release.
-        penalised: False where the penalty is known to be 0 all the time, so that it need not be computed.
+        train: False where no gradient is taken at all, because everything that is learnt is a
+            release.
+        penalised: False where the penalty is known to be 0 all the time, so that it need not be
+            computed.
     """
 
     pool: Pooled = "experience"
@@ -133,7 +146,8 @@ class Asks:
     """What a strategy asks of private data beyond the gradient; its declared privacy cost.
 
     Args:
-        releases: noisy sums over the experience, after it. recalls: noisy sums over memory, after every experience.
+        releases: noisy sums over the experience, after it.
+        recalls: noisy sums over memory, after every experience.
         histograms: counts after every experience, with integer noise.
         selections: choices of one public answer after every experience; a top-k is k of them.
         references: reference gradients that one stored record takes part in at every step: 0 or 1.

@@ -12,18 +12,25 @@ Rule = Literal["sum", "mean", "local"]
 
 
 class State(Mapping[str, Tensor]):
-    """What a strategy remembers: a flat mapping from name to tensor, shapes fixed by `Strategy.init`.
+    """What a strategy remembers.
 
-    Each name is declared once with how a federation combines it: `sum` (increments add up over clients), `mean`
-    (weighted by declared sizes) or `local` (stays with the client). A parameter-shaped quantity is a *group*:
-    one entry a parameter, named `group/parameter`.
+    A flat mapping from name to tensor, shapes fixed by `Strategy.init`.
+
+    Each name is declared once with how a federation combines it: `sum` (increments add up over
+    clients), `mean` (weighted by declared sizes) or `local` (stays with the client). A
+    parameter-shaped quantity is a *group*: one entry a parameter, named `group/parameter`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None, rules: Mapping[str, Rule] | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor] | None = None, rules: Mapping[str, Rule] | None = None
+    ) -> None:
         self._tensors = dict(tensors or {})
         self.rules: dict[str, Rule] = dict(rules or {})
         if self._tensors.keys() != self.rules.keys():
-            raise StrategyError(f"every state name needs one rule; given {sorted(self._tensors.keys() ^ self.rules)}")
+            raise StrategyError(
+                "every state name needs one rule; given "
+                f"{sorted(self._tensors.keys() ^ self.rules)}"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -35,7 +42,9 @@ class State(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        return f"State({', '.join(f'{n}: {tuple(t.shape)} {self.rules[n]}' for n, t in self.items())})"
+        return (
+            f"State({', '.join(f'{n}: {tuple(t.shape)} {self.rules[n]}' for n, t in self.items())})"
+        )
 
     def declare(self, name: str, value: Tensor, rule: Rule) -> "State":
         """Add a new name; for use in `Strategy.init`."""
@@ -52,7 +61,9 @@ class State(Mapping[str, Tensor]):
 
     def group(self, group: str) -> Params:
         """Return the tensors of one group by parameter name."""
-        return {n.removeprefix(f"{group}/"): t for n, t in self.items() if n.startswith(f"{group}/")}
+        return {
+            n.removeprefix(f"{group}/"): t for n, t in self.items() if n.startswith(f"{group}/")
+        }
 
     def replace(self, changes: Mapping[str, Tensor]) -> "State":
         """Return a state with new values under known names and unchanged shapes.
@@ -64,7 +75,9 @@ class State(Mapping[str, Tensor]):
             if name not in self or self[name].shape != value.shape:
                 known = tuple(self[name].shape) if name in self else "undeclared"
                 given = tuple(value.shape)
-                raise StrategyError(f"state {name!r} is {known}, given shape {given}; declare it in init()")
+                raise StrategyError(
+                    f"state {name!r} is {known}, given shape {given}; declare it in init()"
+                )
         return State({**self, **changes}, self.rules)
 
     def replace_group(self, group: str, values: Params) -> "State":

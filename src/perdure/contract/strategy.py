@@ -1,6 +1,7 @@
 """The strategy contract: hyper-parameters in a frozen dataclass, memory in an explicit state.
 
-Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and the README for how to add one.
+Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and the README for how to
+add one.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class Strategy:
     """How forgetting is fought. Subclass it as a frozen dataclass and override the hooks you need.
 
-    A strategy holds hyper-parameters only. What it remembers is the `State` handed in and out; records are reached
-    only through the curator, in `references` and `after_experience`.
+    A strategy holds hyper-parameters only. What it remembers is the `State` handed in and out;
+    records are reached only through the curator, in `references` and `after_experience`.
 
     Class attributes:
         asks: what it asks of private data (see `Asks`).
@@ -44,7 +45,9 @@ class Strategy:
         return type(self).__name__
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
-        """A small model that it can work on, the same every time; None where any classifier will do.
+        """A small model that it can work on, the same every time.
+
+        None where any classifier will do.
 
         Checks and lists use it. A strategy that needs more of a model refuses others in `init`.
         """
@@ -79,7 +82,12 @@ class Strategy:
         return gradient
 
     def after_step(
-        self, before: Params, after: Params, gradient: Params, state: State, noise_variance: float = 0.0
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
     ) -> State:
         """Follow the training path.
 
@@ -90,10 +98,13 @@ class Strategy:
         return state
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """What memory stores beside each row, name to (n, ...); goes to the curator, never to the state.
+        """What memory stores beside each row, name to (n, ...).
 
-        Row i depends on row i, parameters and state only. Stored rows come back with it in `batch.stored`; in rows that
-        were not stored, and where nothing was stored yet, it is zero or missing.
+        Goes to the curator, never to the state.
+
+        Row i depends on row i, parameters and state only. Stored rows come back with it in
+        `batch.stored`; in rows that were not stored, and where nothing was stored yet, it is zero
+        or missing.
         """
         return {}
 
@@ -104,8 +115,8 @@ class Strategy:
     def derive(self, state: State) -> State:
         """What follows from the state alone, such as a solved head; free.
 
-        Called after `after_experience`, and again where the states of clients were combined. Write to names that are
-        declared `local` only.
+        Called after `after_experience`, and again where the states of clients were combined. Write
+        to names that are declared `local` only.
         """
         return state
 

@@ -18,12 +18,17 @@ def concatenate(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     tensors = [part.tensors() for part in parts]
-    return Batch.from_tensors({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+    return Batch.from_tensors(
+        {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+    )
 
 
 @dataclass
 class Memory:
-    """Rows kept so far, how many records were offered in all, and the last experience that was offered whole."""
+    """Rows kept so far, and what was offered.
+
+    The latter is the number of records in all, and the last experience that was offered whole.
+    """
 
     rows: Batch | None = None
     offered: int = 0
@@ -62,9 +67,12 @@ class Memory:
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
-        """Keep the records whose private tag lies below `threshold`; it only ever falls (differential privacy).
+        """Keep the records whose private tag lies below `threshold`.
 
-        Guarantee: membership of a record depends on its own secret coin and on declared sizes, never on other records.
+        It only ever falls (differential privacy).
+
+        Guarantee: membership of a record depends on its own secret coin and on declared sizes,
+        never on other records.
         """
         all_tags = torch.cat([self.tags, tags])
         kept = torch.nonzero(all_tags < threshold).flatten()
@@ -72,7 +80,9 @@ class Memory:
         self.tags = all_tags[kept]
         self.offered += len(new)
 
-    def _order(self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None) -> Tensor:
+    def _order(
+        self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None
+    ) -> Tensor:
         """Order in which the new rows fill their quotas."""
         if plan.selection == "class-balanced":
             return torch.randperm(len(new), generator=generator)
@@ -82,7 +92,9 @@ class Memory:
         if plan.selection == "loss-aware":
             return known.argsort(descending=True, stable=True).cpu()
         most = plan.capacity if plan.per_class is None else plan.per_class
-        places = [torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)]
+        places = [
+            torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)
+        ]
         herds = [where[herded(known[where], most)] for where in places]
         return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
 
@@ -98,13 +110,17 @@ class Memory:
 
 @torch.no_grad()
 def herded(features: Tensor, most: int) -> Tensor:
-    """(min(n, most),) places of rows (n, f) whose running mean stays closest to the mean of all, the best first.
+    """(min(n, most),) places of rows (n, f), the best first.
+
+    The running mean of the chosen rows stays closest to the mean of all.
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
     rows = torch.nn.functional.normalize(features.double(), dim=1)
-    mean, total = torch.nn.functional.normalize(rows.mean(0), dim=0), torch.zeros_like(rows[0])
-    free, chosen = torch.ones(len(rows), dtype=torch.bool, device=rows.device), []
+    mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
+    total = torch.zeros_like(rows[0])
+    free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    chosen = []
     for k in range(1, min(len(rows), most) + 1):
         gap = (mean - (total + rows) / k).square().sum(1)
         best = torch.where(free, gap, torch.inf).argmin()
@@ -114,11 +130,16 @@ def herded(features: Tensor, most: int) -> Tensor:
     return torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=rows.device)
 
 
-def reservoir(stored: int, offered: int, new: int, capacity: int, generator: torch.Generator) -> Tensor:
-    """Positions kept after offering `new` records, in a list of the stored ones followed by the new ones.
+def reservoir(
+    stored: int, offered: int, new: int, capacity: int, generator: torch.Generator
+) -> Tensor:
+    """Positions kept after offering `new` records.
 
-    Vitter 1985, algorithm R: record k (counted from 0 over the whole stream) replaces a uniformly drawn slot with
-    probability capacity / (k + 1), so that every record offered so far is kept with the same probability.
+    They count the stored rows, followed by the new ones.
+
+    Vitter 1985, algorithm R: record k (counted from 0 over the whole stream) replaces a uniformly
+    drawn slot with probability capacity / (k + 1), so that every record offered so far is kept with
+    the same probability.
     """
     slots = list(range(stored))
     draws = torch.rand(new, generator=generator, dtype=torch.float64).tolist()
@@ -132,10 +153,13 @@ def reservoir(stored: int, offered: int, new: int, capacity: int, generator: tor
 
 
 def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
-    """Positions of the first rows of every group (n, k) int64: `per_class`, else an equal share of `capacity`.
+    """Positions of the first rows of every group (n, k) int64.
 
-    What does not divide goes to the first groups, one more each; where there are more groups than places, to those that
-    a hash puts first, so that late groups have the same chance. A share never grows when groups are added.
+    `per_class`, else an equal share of `capacity`.
+
+    What does not divide goes to the first groups, one more each; where there are more groups than
+    places, to those that a hash puts first, so that late groups have the same chance. A share never
+    grows when groups are added.
     """
     found, group = torch.unique(groups, dim=0, return_inverse=True)
     n_groups = max(1, len(found))
@@ -145,7 +169,9 @@ def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
     share = (capacity + n_groups - 1 - place) // n_groups
     quota = share if per_class is None else torch.full_like(share, per_class)
     order = torch.argsort(group, stable=True)
-    starts = torch.cumsum(torch.bincount(group, minlength=n_groups), 0) - torch.bincount(group, minlength=n_groups)
+    starts = torch.cumsum(torch.bincount(group, minlength=n_groups), 0) - torch.bincount(
+        group, minlength=n_groups
+    )
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - starts[group[order]]
     return torch.nonzero(rank < quota[group]).flatten()

@@ -1,4 +1,7 @@
-"""Which rows are one record: those of one id within one partition, whatever was done to them on the way."""
+"""Which rows are one record.
+
+Those of one id within one partition, whatever was done to them on the way.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +14,15 @@ from perdure.data.experience import Experience
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Copies:
-    """Rows of a pool by record: permuted copies of an image, or a stored row beside a new one, are one record.
+    """Rows of a pool by record.
+
+    Permuted copies of an image, or a stored row beside a new one, are one record.
 
     Args:
         ids: (r,) of the records.
         order: (n,) positions of the rows, those of one record side by side.
-        starts: (r,) where each record's rows begin in `order`. counts: (r,) how many it has.
+        starts: (r,) where each record's rows begin in `order`.
+        counts: (r,) how many it has.
     """
 
     ids: Tensor
@@ -25,7 +31,9 @@ class Copies:
     counts: Tensor
 
     def rows(self, hit: Tensor, pick: Tensor) -> Tensor:
-        """Positions of one row for every record where `hit` (r,) is true, chosen by its `pick`, uniform in [0, 1).
+        """Positions of one row for every record where `hit` (r,) is true.
+
+        The row is chosen by the record's `pick`, uniform in [0, 1).
 
         Guarantee: a record enters a step at most once, whatever the number of its rows.
         """
@@ -39,12 +47,17 @@ def copies(ids: Tensor, owner: Tensor) -> Copies:
     whose = torch.stack([ids.cpu(), owner.cpu()], dim=1)
     own, record, counts = torch.unique(whose, dim=0, return_inverse=True, return_counts=True)
     return Copies(
-        ids=own[:, 0], order=torch.argsort(record, stable=True), starts=counts.cumsum(0) - counts, counts=counts
-    )  # fmt: skip
+        ids=own[:, 0],
+        order=torch.argsort(record, stable=True),
+        starts=counts.cumsum(0) - counts,
+        counts=counts,
+    )
 
 
 def owners(tasks: Tensor, experiences: Sequence[Experience]) -> Tensor:
     """(n,) a number for the partition of the experience that each row came from."""
     names = sorted({experience.train.partition for experience in experiences})
-    table = torch.tensor([names.index(experience.train.partition) for experience in experiences], dtype=torch.int64)
+    table = torch.tensor(
+        [names.index(experience.train.partition) for experience in experiences], dtype=torch.int64
+    )
     return table[tasks.cpu()]

@@ -1,4 +1,7 @@
-"""Rows that are open in an experience, and which of them a step draws. Nothing here leaves the curator."""
+"""Rows that are open in an experience, and which of them a step draws.
+
+Nothing here leaves the curator.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +26,12 @@ class Pool:
     """What batches are drawn from.
 
     Args:
-        current: rows of the experience itself. new: rows that are drawn in the role of new ones.
-        stored: rows that memory brings back, for rehearsal or reference. plan: of the memory.
-        batch_size: new rows a step. place: where its shuffles are in the run: seed, client and experience.
+        current: rows of the experience itself.
+        new: rows that are drawn in the role of new ones.
+        stored: rows that memory brings back, for rehearsal or reference.
+        plan: of the memory.
+        batch_size: new rows a step.
+        place: where its shuffles are in the run: seed, client and experience.
     """
 
     current: Batch
@@ -53,25 +59,40 @@ class Pool:
         return self.new.inputs.device
 
     def side_by_side(self, step: int) -> tuple[Batch, float]:
-        """Rows of one step without privacy, shuffled new ones and then stored ones, and the share of the latter."""
+        """Rows of one step without privacy, and the share of stored ones.
+
+        Shuffled new rows come first, then the stored ones.
+        """
         if self.plan and self.plan.use == "pooled":
-            return self.rows.take(self.shuffled("pool", len(self.rows), self.batch_size, step).to(self.device)), 0.0
-        new = self.new.take(self.shuffled("new", len(self.new), self.batch_size, step).to(self.device))
+            return self.rows.take(
+                self.shuffled("pool", len(self.rows), self.batch_size, step).to(self.device)
+            ), 0.0
+        new = self.new.take(
+            self.shuffled("new", len(self.new), self.batch_size, step).to(self.device)
+        )
         if self.rehearsed is None:
             return new, 0.0
         back = self.recalled(self.rehearsed, "memory", step)
         return beside(new, back), len(back) / (len(new) + len(back))
 
     def recalled(self, back: Batch, what: str, step: int) -> Batch:
-        """Stored rows of one step: in a fresh order every epoch, or where memory moves, drawn anew."""
+        """Stored rows of one step.
+
+        In a fresh order every epoch, or where memory moves, drawn anew.
+        """
         assert self.plan is not None
         size = self.plan.batch_size or self.batch_size
         if self.plan.update == "experience":
             return back.take(self.shuffled(what, len(back), size, step).to(self.device))
-        return back.take(torch.randperm(len(back), generator=self._drawn(what, step))[:size].to(self.device))
+        return back.take(
+            torch.randperm(len(back), generator=self._drawn(what, step))[:size].to(self.device)
+        )
 
     def shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
-        """Positions of one batch in a fresh order every epoch; the last batch of an epoch may be smaller."""
+        """Positions of one batch in a fresh order every epoch.
+
+        The last batch of an epoch may be smaller.
+        """
         epoch, i = divmod(step, -(-n // size))
         if self._orders.get(what, (-1,))[0] != epoch:
             self._orders[what] = (epoch, torch.randperm(n, generator=self._drawn(what, epoch)))
@@ -87,7 +108,9 @@ class Drawing:
     """A pool under privacy: each record by its own coin, or at its own place of the epoch.
 
     Args:
-        rows: to draw from. records: which of them are one record. exposure: how likely, or how often, one is drawn.
+        rows: to draw from.
+        records: which of them are one record.
+        exposure: how likely, or how often, one is drawn.
         purpose: of the noised sum over what is drawn.
     """
 
@@ -97,18 +120,22 @@ class Drawing:
     purpose: str = "gradient"
 
     @classmethod
-    def of(cls, rows: Batch, experiences: Sequence[Experience], exposure: Exposure, purpose: str) -> "Drawing":
+    def of(
+        cls, rows: Batch, experiences: Sequence[Experience], exposure: Exposure, purpose: str
+    ) -> "Drawing":
         """A drawing from rows of these experiences."""
         found = copies(rows.ids, owners(rows.tasks, experiences))
         return cls(rows=rows, records=found, exposure=exposure, purpose=purpose)
 
     def positions(self, mechanism: Mechanism, step: int) -> Tensor:
         """Positions of a step's rows, on their device."""
-        records, exposed = self.records, self.exposure
+        records = self.records
+        exposed = self.exposure
         coins = mechanism.coins(len(records.counts), step, self.purpose)
         if exposed.slots is None:
             hit = coins < exposed.rate
-            drawn = records.rows(hit, coins[hit] / exposed.rate)  # below the rate, divided by it: uniform again
+            # below the rate, divided by it: uniform again
+            drawn = records.rows(hit, coins[hit] / exposed.rate)
         else:
             place = (mechanism.tags(records.ids, "place in an epoch") * exposed.slots).long()
             hit = place == step % exposed.slots
@@ -132,8 +159,14 @@ def without(rows: Batch, tasks: Sequence[int]) -> Batch:
 
 
 def with_blanks(new: Batch, stored: Mapping[str, Tensor]) -> Batch:
-    """New rows with zeros where memory rows have something stored, so that both fit into one batch."""
-    blanks = {f"stored.{name}": value.new_zeros(len(new), *value.shape[1:]) for name, value in stored.items()}
+    """New rows with zeros where memory rows have something stored.
+
+    Both then fit into one batch.
+    """
+    blanks = {
+        f"stored.{name}": value.new_zeros(len(new), *value.shape[1:])
+        for name, value in stored.items()
+    }
     return Batch.from_tensors(new.tensors() | blanks)
 
 
@@ -141,13 +174,17 @@ def refuse_shared_ids(records: Records) -> None:
     """Refuse records that count as one record although a release has a row for each of them."""
     if len(torch.unique(records.ids)) < len(records):
         raise PrivacyError(
-            f"records of {records.partition!r} share an id: a release would count one record twice; "
+            f"records of {records.partition!r} share an id: a release would count one record "
+            "twice; "
             "give every record of an experience its own id"
         )
 
 
 def refuse_shared_partitions(experiences: Sequence[Experience]) -> None:
-    """Refuse a sum over memory where one record may be stored twice, once for each of two experiences."""
+    """Refuse a sum over memory where one record may be stored twice.
+
+    That happens once for each of two experiences.
+    """
     names = [experience.train.partition for experience in experiences]
     if len(set(names)) < len(names):
         raise PrivacyError(

@@ -1,9 +1,13 @@
-"""Augmentation multiplicity: several random views of a record, averaged inside its loss before it is clipped.
+"""Augmentation multiplicity: several random views of a record.
 
-De, Berrada, Hayes, Smith and Balle, Unlocking High-Accuracy Differentially Private Image Classification through Scale,
-2022, section 3.2. A record has one gradient, that of its mean loss over K views, so views cost nothing in privacy.
+The loss is averaged over the views before the gradient is clipped.
 
->>> learner = Learner(..., views=Views(count=8, change=shift_and_flip(pixels=2)), privacy=Privacy(epsilon=3))
+De, Berrada, Hayes, Smith and Balle, Unlocking High-Accuracy Differentially Private Image
+Classification through Scale, 2022, section 3.2. A record has one gradient, that of its mean loss
+over K views, so views cost nothing in privacy.
+
+>>> views = Views(count=8, change=shift_and_flip(pixels=2))
+>>> learner = Learner(..., views=views, privacy=Privacy(epsilon=3))
 """
 
 from collections.abc import Callable
@@ -17,7 +21,9 @@ from perdure.data.records import Batch
 from perdure.errors import ConfigError
 
 Change = Callable[[Tensor], Tensor]
-"""One record's input, without batch dimension, to a random version of it; draws by `torch.rand` and its like."""
+"""One record's input, without batch dimension, to a random version of it; draws by `torch.rand` and
+its like.
+"""
 
 NAME = "view."
 
@@ -26,11 +32,12 @@ NAME = "view."
 class Views:
     """K views of every record.
 
-    Guarantee: a view depends on its record and on its own draws only: `change` sees one record at a time
-    (`torch.func.vmap`), so it cannot mix records.
+    Guarantee: a view depends on its record and on its own draws only: `change` sees one record at a
+    time (`torch.func.vmap`), so it cannot mix records.
 
     Args:
-        count: K. change: makes one view; flow of control may not depend on values.
+        count: K.
+        change: makes one view; flow of control may not depend on values.
     """
 
     count: int
@@ -58,10 +65,13 @@ class Views:
 
 
 def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
-    """Random shift of a picture (c, h, w) by up to `pixels` in each direction, zeros coming in, and a random mirror.
+    """Random shift of a picture (c, h, w) and a random mirror.
+
+    The shift is at most `pixels` in each direction; zeros come in.
 
     Args:
-        pixels: largest shift. flip: mirror left and right with probability 1/2; not for digits.
+        pixels: largest shift.
+        flip: mirror left and right with probability 1/2; not for digits.
     """
 
     def change(picture: Tensor) -> Tensor:
@@ -70,7 +80,9 @@ def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
         offsets = (torch.rand(2, device=picture.device) * (2 * pixels + 1)).long()
         across = torch.arange(width, device=picture.device)
         if flip:
-            across = torch.where(torch.rand((), device=picture.device) < 0.5, across.flip(0), across)
+            across = torch.where(
+                torch.rand((), device=picture.device) < 0.5, across.flip(0), across
+            )
         rows = torch.arange(height, device=picture.device) + offsets[0]
         return wide.index_select(-2, rows).index_select(-1, across + offsets[1])
 

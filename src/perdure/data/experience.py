@@ -18,8 +18,10 @@ class Experience:
         index: its place in the stream, from 0.
         train: records to learn from.
         test: records to be measured on, declared public.
-        classes: the declared classes, as labels of the full-width head. Public, whatever the records hold.
-        task: the stage this one is part of, where a stage was cut into pieces (`online`). Default: `index`.
+        classes: the declared classes, as labels of the full-width head. Public, whatever the
+            records hold.
+        task: the stage this one is part of, where a stage was cut into pieces (`online`). Default:
+            `index`.
 
     Raises:
         DataError: when a label is not among the declared classes.
@@ -38,7 +40,9 @@ class Experience:
             strange = ~torch.isin(records.labels, records.labels.new_tensor(self.classes))
             if strange.any():
                 found = sorted(set(records.labels[strange].tolist()))
-                raise DataError(f"experience {self.index} has {part} labels {found}; declared: {self.classes}")
+                raise DataError(
+                    f"experience {self.index} has {part} labels {found}; declared: {self.classes}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,16 +51,17 @@ class Stream:
 
     Args:
         name: for reports.
-        scenario: task (the learner is told the task), domain (same classes, other inputs) or class (classes
-            arrive over time and the learner must tell them all apart).
+        scenario: task (the learner is told the task), domain (same classes, other inputs) or class
+            (classes arrive over time and the learner must tell them all apart).
         experiences: at least one, numbered from 0.
         num_classes: full width of the head.
         input_shape: shape of one input.
-        assigned_by_record: whether a record's place depends on the record and public facts alone. Where it
-            does not, a guarantee under add/remove adjacency does not hold.
+        assigned_by_record: whether a record's place depends on the record and public facts alone.
+            Where it does not, a guarantee under add/remove adjacency does not hold.
 
     Raises:
-        ConfigError: for another scenario, no experiences, wrong numbering or classes outside the head.
+        ConfigError: for another scenario, no experiences, wrong numbering or classes outside the
+            head.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
@@ -94,9 +99,14 @@ class Stream:
         )
 
     def to(self, device: torch.device | str) -> "Stream":
-        """Return the same stream on another device. Records that experiences share are moved once."""
+        """Return the same stream on another device.
+
+        Records that experiences share are moved once.
+        """
         moved: dict[int, Records] = {}
-        for records in (part for experience in self for part in (experience.train, experience.test)):
+        for records in (
+            part for experience in self for part in (experience.train, experience.test)
+        ):
             if id(records) not in moved:
                 there = records.to(device)
                 same = there.inputs is records.inputs and there.labels is records.labels

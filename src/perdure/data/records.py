@@ -1,4 +1,7 @@
-"""Records and batches: tensors that stay on their device, each row with the identity of its source."""
+"""Records and batches.
+
+Tensors that stay on their device, each row with the identity of its source.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,11 +19,12 @@ class Records:
     Args:
         inputs: (n, ...) what the model sees.
         labels: (n,) int64 classes.
-        ids: (n,) int64, the identity of each record at its *source*. It survives every split and transform,
-            so that a permuted copy of an image is still the same record. Default: 0 .. n-1.
+        ids: (n,) int64, the identity of each record at its *source*. It survives every split and
+            transform, so that a permuted copy of an image is still the same record. Default: 0 ..
+            n-1.
         partition: name of the privacy history these records share.
-        declared_size: the public size of the partition; it, never the realised one, enters sampling rates
-            and normalisers. Default: n, which thereby is declared public.
+        declared_size: the public size of the partition; it, never the realised one, enters sampling
+            rates and normalisers. Default: n, which thereby is declared public.
 
     Raises:
         DataError: when lengths or types do not fit.
@@ -49,10 +53,16 @@ class Records:
         return len(self.inputs)
 
     def __repr__(self) -> str:
-        return f"Records({len(self)} of shape {tuple(self.inputs.shape[1:])}, partition={self.partition!r})"
+        return (
+            f"Records({len(self)} of shape {tuple(self.inputs.shape[1:])}, "
+            f"partition={self.partition!r})"
+        )
 
     def take(self, index: Tensor) -> "Records":
-        """Rows at `index` (int64 positions or a boolean mask), with their ids; the declared size follows."""
+        """Rows at `index` (int64 positions or a boolean mask), with their ids.
+
+        The declared size follows.
+        """
         rows = {name: getattr(self, name)[index] for name in ("inputs", "labels", "ids")}
         return replace(self, declared_size=0, **rows)
 
@@ -90,16 +100,22 @@ class Batch:
     @classmethod
     def current(cls, records: Records, task: int) -> "Batch":
         """All of `records` as one batch of current rows."""
-        n, device = len(records), records.inputs.device
+        n = len(records)
+        device = records.inputs.device
         return cls(
-            inputs=records.inputs, labels=records.labels, ids=records.ids,
+            inputs=records.inputs,
+            labels=records.labels,
+            ids=records.ids,
             tasks=torch.full((n,), task, device=device),
             from_memory=torch.zeros(n, dtype=torch.bool, device=device),
             valid=torch.ones(n, dtype=torch.bool, device=device),
-        )  # fmt: skip
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all row tensors by name, ready for `torch.func.vmap`; the inverse of `from_tensors`."""
+        """Return all row tensors by name, ready for `torch.func.vmap`.
+
+        The inverse of `from_tensors`.
+        """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stored"}
         return own | {f"stored.{name}": value for name, value in self.stored.items()}
 
@@ -107,7 +123,9 @@ class Batch:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
         """Rebuild a batch from `tensors()`."""
         own = {name: value for name, value in tensors.items() if not name.startswith("stored.")}
-        stored = {n.removeprefix("stored."): v for n, v in tensors.items() if n.startswith("stored.")}
+        stored = {
+            n.removeprefix("stored."): v for n, v in tensors.items() if n.startswith("stored.")
+        }
         return cls(**own, stored=stored)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":

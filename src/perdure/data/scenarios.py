@@ -1,15 +1,18 @@
-"""Streams of experiences: splits by class, permuted and rotated copies, one-pass and blurry streams.
+"""Streams of experiences.
+
+Splits by class, permuted and rotated copies, one-pass and blurry streams.
 
 Which privacy history (*partition*) a record belongs to is decided here:
 
-- Where a record's experience is a function of the record itself and of public facts (its label and the class
-  order; a hash of its id and a public seed), adding or removing one record touches one experience only.
-  Experiences are then disjoint partitions, called experience-0, experience-1, and so on.
-- Where the same record turns up in several experiences (permuted and rotated copies), its id and the
-  partition of its origin stay with it: one image is one record, and its uses compose.
-- Where the place of a record depends on which *other* records are present (a cut after every so many
-  records), adding one record moves others. Such a stream says `assigned_by_record = False`, and no guarantee
-  under add/remove adjacency holds for it.
+- Where a record's experience is a function of the record itself and of public facts (its label and
+  the class order; a hash of its id and a public seed), adding or removing one record touches one
+  experience only. Experiences are then disjoint partitions, called experience-0, experience-1, and
+  so on.
+- Where the same record turns up in several experiences (permuted and rotated copies), its id and
+  the partition of its origin stay with it: one image is one record, and its uses compose.
+- Where the place of a record depends on which *other* records are present (a cut after every so
+  many records), adding one record moves others. Such a stream says `assigned_by_record = False`,
+  and no guarantee under add/remove adjacency holds for it.
 """
 
 import math
@@ -40,21 +43,23 @@ def split(
     """Cut the classes into equal slices, one experience each.
 
     Task- and class-incremental streams keep the labels and have a head over all classes C. In the
-    domain-incremental stream a label is the *position within the slice*, and the head has C / experiences
-    outputs (pairs of digits become even against odd).
+    domain-incremental stream a label is the *position within the slice*, and the head has C /
+    experiences outputs (pairs of digits become even against odd).
 
-    Guarantee: a record's experience is a function of its label and the public class order, so experiences are
-    disjoint partitions.
+    Guarantee: a record's experience is a function of its label and the public class order, so
+    experiences are disjoint partitions.
 
     Args:
         data: the source.
         scenario: task, domain or class.
         experiences: how many; a divisor of the number of classes.
-        class_order: the classes in the order of their arrival. Default: 0 .. C-1, or random by `seed`.
+        class_order: the classes in the order of their arrival. Default: 0 .. C-1, or random by
+            `seed`.
         seed: of a random class order.
 
     Raises:
-        ConfigError: for a class order that is no permutation or comes beside a seed; for unequal slices.
+        ConfigError: for a class order that is no permutation or comes beside a seed; for unequal
+            slices.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
@@ -87,16 +92,17 @@ def permuted(
 ) -> Stream:
     """Every experience holds all records, with the numbers of an input in another fixed order.
 
-    Guarantee: a copy keeps the record's id and the partition of its origin. One image is one record, and what
-    the experiences spend on it composes.
+    Guarantee: a copy keeps the record's id and the partition of its origin. One image is one
+    record, and what the experiences spend on it composes.
 
     Args:
-        data: the source. Copies of all its inputs are held in memory, one for each experience but the first.
+        data: the source. Copies of all its inputs are held in memory, one for each experience but
+            the first.
         experiences: how many, from 1.
         seed: of the permutations.
         first_identity: whether the first experience is left as it is.
-        scenario: domain keeps the labels and a head over the C classes; task and class give experience e the
-            labels y + e*C, and a head over C * experiences.
+        scenario: domain keeps the labels and a head over the C classes; task and class give
+            experience e the labels y + e*C, and a head over C * experiences.
 
     Raises:
         ConfigError: for no experiences or another scenario.
@@ -110,7 +116,9 @@ def permuted(
     orders = [torch.randperm(size, generator=generator) for _ in range(experiences)]
     if first_identity:
         orders[0] = torch.arange(size)
-    return _copies(data, f"permuted-{data.name}", scenario, [partial(permute, order=order) for order in orders])
+    return _copies(
+        data, f"permuted-{data.name}", scenario, [partial(permute, order=order) for order in orders]
+    )
 
 
 def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)) -> Stream:
@@ -119,7 +127,8 @@ def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)
     Guarantee: as for `permuted`, the uses of one image compose.
 
     Args:
-        data: the source, inputs (channels, height, width). A turned copy of all of it is held per angle.
+        data: the source, inputs (channels, height, width). A turned copy of all of it is held per
+            angle.
         angles: degrees, counter-clockwise, one experience each.
 
     Raises:
@@ -128,7 +137,9 @@ def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)
     Source: Lopez-Paz and Ranzato 2017, "Gradient episodic memory", section 5.1.
     """
     if len(data.input_shape) != 3:
-        raise ConfigError.of("input_shape", data.input_shape, "(channels, height, width), to be rotated")
+        raise ConfigError.of(
+            "input_shape", data.input_shape, "(channels, height, width), to be rotated"
+        )
     if not angles:
         raise ConfigError.of("angles", tuple(angles), "at least one angle in degrees")
     changes = [partial(rotate, degrees=angle) for angle in angles]
@@ -136,12 +147,15 @@ def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)
 
 
 def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> Stream:
-    """Cut every experience into small ones, to be seen once each; classes and test records are the parent's.
+    """Cut every experience into small ones, to be seen once each.
 
-    Guarantee: partitions are the parent's, so what the pieces spend composes. With `exact`, every piece has
-    `chunk` records (the last has the rest): the field's protocol, but one more record moves others into the
-    next piece, so the stream says `assigned_by_record = False`. Without, a hash of the record's id and the
-    seed picks the piece: sizes vary around `chunk`, and adding or removing a record changes one piece only.
+    Classes and test records are the parent's.
+
+    Guarantee: partitions are the parent's, so what the pieces spend composes. With `exact`, every
+    piece has `chunk` records (the last has the rest): the field's protocol, but one more record
+    moves others into the next piece, so the stream says `assigned_by_record = False`. Without, a
+    hash of the record's id and the seed picks the piece: sizes vary around `chunk`, and adding or
+    removing a record changes one piece only.
 
     Args:
         stream: the parent. `task` of a piece is the index of its parent.
@@ -152,15 +166,20 @@ def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> 
     Raises:
         ConfigError: for a chunk below 1.
 
-    Source: Mai et al. 2022, "Online continual learning in image classification: an empirical survey".
+    Source: Mai et al. 2022, "Online continual learning in image classification: an empirical
+    survey".
     """
     if chunk < 1:
         raise ConfigError.of("chunk", chunk, "whole numbers from 1")
     cut = _exact_pieces if exact else _hashed_pieces
     pieces = [(parent, piece) for parent in stream for piece in cut(parent.train, chunk, seed)]
-    experiences = tuple(replace(parent, index=index, train=piece) for index, (parent, piece) in enumerate(pieces))
+    experiences = tuple(
+        replace(parent, index=index, train=piece) for index, (parent, piece) in enumerate(pieces)
+    )
     kept = stream.assigned_by_record and not exact
-    return replace(stream, name=f"online-{stream.name}", experiences=experiences, assigned_by_record=kept)
+    return replace(
+        stream, name=f"online-{stream.name}", experiences=experiences, assigned_by_record=kept
+    )
 
 
 def blurry(
@@ -172,27 +191,32 @@ def blurry(
     class_order: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Stream:
-    """Class-incremental slices with blurred boundaries: a share of a class turns up in other experiences.
+    """Class-incremental slices with blurred boundaries.
 
-    A record of a blurry class leaves its class's own experience with probability `blurry_share` and goes to
-    one of the others, all alike. Test records stay with their class's own experience.
+    A share of a class turns up in other experiences.
 
-    Guarantee: both coins are a hash of the record's id and the public seed, so that the place is a function
-    of the record and public facts, and experiences are disjoint partitions.
+    A record of a blurry class leaves its class's own experience with probability `blurry_share` and
+    goes to one of the others, all alike. Test records stay with their class's own experience.
+
+    Guarantee: both coins are a hash of the record's id and the public seed, so that the place is a
+    function of the record and public facts, and experiences are disjoint partitions.
 
     Args:
         data: the source.
         experiences: how many, from 2; a divisor of the number of classes.
         blurry_share: expected share of records that leave, in [0, 1].
-        disjoint_share: share of classes that never leave (their choice is random by `seed`), in [0, 1].
+        disjoint_share: share of classes that never leave (their choice is random by `seed`), in [0,
+            1].
         class_order: the classes in the order of their arrival. Default: 0 .. C-1.
         seed: public.
 
     Raises:
-        ConfigError: for a share outside [0, 1], a class order that is no permutation, slices of unequal size.
+        ConfigError: for a share outside [0, 1], a class order that is no permutation, slices of
+            unequal size.
 
-    Source: Bang et al. 2021, "Rainbow memory", section 3; disjoint classes: Koh et al. 2022, "Online
-    continual learning on class incremental blurry task configuration with anytime inference".
+    Source: Bang et al. 2021, "Rainbow memory", section 3; disjoint classes: Koh et al. 2022,
+    "Online continual learning on class incremental blurry task configuration with anytime
+    inference".
     """
     for field, share in (("blurry_share", blurry_share), ("disjoint_share", disjoint_share)):
         if not 0 <= share <= 1:
@@ -218,7 +242,7 @@ def blurry(
 
 
 def permute(inputs: Tensor, *, order: Tensor) -> Tensor:
-    """Put the numbers of every input (n, ...) into another order (size of one input,), same shape."""
+    """Reorder the numbers of every input (n, ...) by an order (size of one input,)."""
     return inputs.flatten(1)[:, order.to(inputs.device)].reshape(inputs.shape)
 
 
@@ -226,8 +250,10 @@ def rotate(images: Tensor, *, degrees: float) -> Tensor:
     """Turn images (n, channels, height, width) counter-clockwise, bilinear, zero outside."""
     if degrees % 360 == 0:
         return images
-    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
-    # grid_sample measures both axes from -1 to 1: without the ratio an oblong image would be sheared
+    sine = math.sin(math.radians(degrees))
+    cosine = math.cos(math.radians(degrees))
+    # grid_sample measures both axes from -1 to 1: without the ratio an oblong image would be
+    # sheared
     ratio = images.shape[-2] / images.shape[-1]
     turn = images.new_tensor([[cosine, -sine * ratio, 0.0], [sine / ratio, cosine, 0.0]])
     grid = F.affine_grid(turn.expand(len(images), 2, 3), list(images.shape), align_corners=False)
@@ -237,15 +263,17 @@ def rotate(images: Tensor, *, degrees: float) -> Tensor:
 def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
     """Hash record ids to [0, 1): a coin that belongs to the record, (n,) float64 on the CPU.
 
-    Guarantee: none; everyone can compute it. It says which experience a record belongs to, and is never used
-    for noise or for membership that must stay secret.
+    Guarantee: none; everyone can compute it. It says which experience a record belongs to, and is
+    never used for noise or for membership that must stay secret.
 
     Source: see `perdure.utils.hashing`.
     """
     return shifted(hashed(ids.cpu(), seed, purpose), 11).double() * 2.0**-53
 
 
-def _class_order(num_classes: int, class_order: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:
+def _class_order(
+    num_classes: int, class_order: Sequence[int] | None, seed: int | None
+) -> tuple[int, ...]:
     if class_order is None:
         if seed is None:
             return tuple(range(num_classes))
@@ -254,7 +282,9 @@ def _class_order(num_classes: int, class_order: Sequence[int] | None, seed: int 
     if seed is not None:
         raise ConfigError.of("seed", seed, "None where class_order is given")
     if sorted(class_order) != list(range(num_classes)):
-        raise ConfigError.of("class_order", tuple(class_order), f"every class 0 .. {num_classes - 1} once")
+        raise ConfigError.of(
+            "class_order", tuple(class_order), f"every class 0 .. {num_classes - 1} once"
+        )
     return tuple(class_order)
 
 
@@ -266,7 +296,9 @@ def _slice_width(num_classes: int, experiences: int) -> int:
 
 
 def _slice_of(data: Dataset, index: int, classes: tuple[int, ...]) -> Experience:
-    train, test = (torch.isin(part.labels, part.labels.new_tensor(classes)) for part in (data.train, data.test))
+    train, test = (
+        torch.isin(part.labels, part.labels.new_tensor(classes)) for part in (data.train, data.test)
+    )
     return Experience(
         index=index,
         train=_partition(data.train, train, index),
@@ -282,12 +314,15 @@ def _partition(records: Records, rows: Tensor, index: int) -> Records:
 def _relabelled(part: Experience, table: Tensor, classes: tuple[int, ...]) -> Experience:
     """Give the experience the labels that `table` holds for its own."""
     train, test = (
-        replace(records, labels=table.to(records.labels.device)[records.labels]) for records in (part.train, part.test)
+        replace(records, labels=table.to(records.labels.device)[records.labels])
+        for records in (part.train, part.test)
     )
     return replace(part, train=train, test=test, classes=classes)
 
 
-def _copies(data: Dataset, name: str, scenario: Scenario, changes: Sequence[Callable[[Tensor], Tensor]]) -> Stream:
+def _copies(
+    data: Dataset, name: str, scenario: Scenario, changes: Sequence[Callable[[Tensor], Tensor]]
+) -> Stream:
     """One experience of all records for each change of the inputs."""
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
@@ -321,7 +356,9 @@ def _hashed_pieces(records: Records, chunk: int, seed: int) -> list[Records]:
     return [replace(records.take(piece == index), declared_size=chunk) for index in range(count)]
 
 
-def _blurred_place(records: Records, home: Stream, is_blurry: Tensor, share: float, seed: int) -> Tensor:
+def _blurred_place(
+    records: Records, home: Stream, is_blurry: Tensor, share: float, seed: int
+) -> Tensor:
     """Index (n,) of the experience each record goes to."""
     home_of = torch.empty(home.num_classes, dtype=torch.int64)
     for part in home:

@@ -52,11 +52,14 @@ def open_stream(config: Config) -> Stream:
     """Load the data and split it into experiences.
 
     Raises:
-        ConfigError: when they cannot be split so, or explained. DataError: when they are missing or damaged.
+        ConfigError: when they cannot be split so, or explained.
+        DataError: when they are missing or damaged.
     """
     data = load(config.data.name, config.data.root, seed=config.seed)
     order = config.seed if config.data.shuffle_classes else None
-    stream = split(data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order)
+    stream = split(
+        data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order
+    )
     if config.explain and len(stream.input_shape) < 2:
         allowed = f"0 for inputs of shape {stream.input_shape}, which make no picture"
         raise ConfigError.of("explain", config.explain, allowed)
@@ -67,7 +70,10 @@ def open_stream(config: Config) -> Stream:
 
 
 class MetricsLog:
-    """Lines of JSON, each under a key; a line that is written again after a resume is not repeated."""
+    """Lines of JSON, each under a key.
+
+    A line that is written again after a resume is not repeated.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -77,9 +83,13 @@ class MetricsLog:
             write_atomically(path, b"".join(whole))
         try:
             rows = [json.loads(line) for line in whole]
-            self.rows: dict[tuple[str, int], dict[str, Any]] = {(row["arm"], row["experience"]): row for row in rows}
+            self.rows: dict[tuple[str, int], dict[str, Any]] = {
+                (row["arm"], row["experience"]): row for row in rows
+            }
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error!r}); restore it, or remove the folder") from None
+            raise RunError(
+                f"{path} is damaged ({error!r}); restore it, or remove the folder"
+            ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line for an arm after an experience, unless it is there."""
@@ -129,39 +139,63 @@ class ArmRun:
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
         """Return a fresh learner for one party of this arm."""
-        config, private = self.config, self.arm.private
+        config = self.config
+        private = self.arm.private
         training = (config.private_training or config.training) if private else config.training
         rounds = config.federation.rounds if config.federation else 1
         return Learner(
-            model=build(config.model, input_shape=stream.input_shape, num_classes=stream.num_classes, seed=config.seed),
-            strategy=self.arm.strategy, optimizer=training.factory(), epochs=training.epochs,
-            iterations=training.iterations, batch_size=training.batch_size, seed=config.seed, blocks=rounds,
-            privacy=config.privacy if private else None, reset_optimizer=training.reset_optimizer,
+            model=build(
+                config.model,
+                input_shape=stream.input_shape,
+                num_classes=stream.num_classes,
+                seed=config.seed,
+            ),
+            strategy=self.arm.strategy,
+            optimizer=training.factory(),
+            epochs=training.epochs,
+            iterations=training.iterations,
+            batch_size=training.batch_size,
+            seed=config.seed,
+            blocks=rounds,
+            privacy=config.privacy if private else None,
+            reset_optimizer=training.reset_optimizer,
             precision=training.precision,
-            client=client, owner=f"{self.arm.name}/client-{client}", folder=folder,
+            client=client,
+            owner=f"{self.arm.name}/client-{client}",
+            folder=folder,
             callbacks=[self._listen, *self.callbacks],
-        )  # fmt: skip
+        )
 
     def untrained(self) -> Learner:
         """Learner that was shown nothing, at the end of the stream."""
         fresh = self.learner(self.stream)
-        fresh.callbacks, fresh.privacy = (), None
+        fresh.callbacks = ()
+        fresh.privacy = None
         fresh.prepare(self.stream)
         fresh.position.experience = len(self.stream)
         return fresh
 
     def _train(self) -> dict[str, Any]:
         learner = self._fit()
-        final = {n: t for n, t in learner.snapshot().tensors.items() if n.startswith(("model.", "state."))}
+        final = {
+            n: t
+            for n, t in learner.snapshot().tensors.items()
+            if n.startswith(("model.", "state."))
+        }
         save_tensors(self.run_folder / "checkpoint" / self.arm.name / "model.safetensors", final)
         start = torch.tensor(self.untrained().evaluate(self.stream), dtype=torch.float64)
         measures = asdict(summarise(torch.tensor(learner.matrix, dtype=torch.float64), start))
         return {
-            "strategy": self.arm.file, "options": repr(self.arm.strategy), "private": self.arm.private,
-            "accuracy_matrix": learner.matrix, **measures, "calibration_error": calibration(learner, self.stream),
+            "strategy": self.arm.file,
+            "options": repr(self.arm.strategy),
+            "private": self.arm.private,
+            "accuracy_matrix": learner.matrix,
+            **measures,
+            "calibration_error": calibration(learner, self.stream),
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
-            "robust_accuracy": self._robust(learner), **self._privacy(),
-        }  # fmt: skip
+            "robust_accuracy": self._robust(learner),
+            **self._privacy(),
+        }
 
     def _fit(self) -> Learner:
         if self.config.federation is None:
@@ -170,17 +204,26 @@ class ArmRun:
             return learner
         from perdure.federated import Federation, run_federation
 
-        chosen, seed = self.config.federation, self.config.seed
-        federation = Federation(clients=chosen.clients, rounds=chosen.rounds, fraction=chosen.fraction, seed=seed)
+        chosen = self.config.federation
+        seed = self.config.seed
+        federation = Federation(
+            clients=chosen.clients, rounds=chosen.rounds, fraction=chosen.fraction, seed=seed
+        )
         # what watches a run cannot be sent to Ray's processes
-        party = self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
+        party = (
+            self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
+        )
         server = run_federation(
-            partial(party.learner, self.stream), client_streams(self.config, self.stream), federation,
-            folder=self.folder, engine=chosen.engine, callbacks=[self._hear],
-        )  # fmt: skip
+            partial(party.learner, self.stream),
+            client_streams(self.config, self.stream),
+            federation,
+            folder=self.folder,
+            engine=chosen.engine,
+            callbacks=[self._hear],
+        )
         return server.learner
 
-    # ------------------------------------------------------------------ what is watched while it trains
+    # -------------------------------------------------------------- what is watched while it trains
 
     def _hear(self, point: str, server: "Server") -> None:
         for callback in (self._listen, *self.callbacks):
@@ -192,9 +235,14 @@ class ArmRun:
         elif point == "evaluated" and learner.matrix:
             index = len(learner.matrix) - 1
             self._explain(learner, index)
-            self.log.append({
-                "arm": self.arm.name, "experience": index, "accuracy": learner.matrix[index], "epsilon": self._spent(),
-            })  # fmt: skip
+            self.log.append(
+                {
+                    "arm": self.arm.name,
+                    "experience": index,
+                    "accuracy": learner.matrix[index],
+                    "epsilon": self._spent(),
+                }
+            )
             self._show((index + 1) / len(self.stream))
             write_json(self._clock, self._seconds())
 
@@ -205,8 +253,12 @@ class ArmRun:
             self.progress(self.arm.name, min(0.99, share))
 
     def _share(self, learner: Learner) -> float:
-        """Share of the arm that is done after a learner's step; in a round, clients go in ascending order."""
-        here, blocks = learner.position, learner.blocks
+        """Share of the arm that is done after a learner's step.
+
+        In a round, clients go in ascending order.
+        """
+        here = learner.position
+        blocks = learner.blocks
         clients = self.config.federation.clients if self.config.federation else 1
         done = blocks * here.step / learner.steps(here.experience)
         whole = math.ceil(done) - 1
@@ -214,31 +266,44 @@ class ArmRun:
         return (here.experience + within) / len(self.stream)
 
     def _seconds(self) -> float:
-        """Seconds spent on the arm by all processes, up to the last experience that each of them finished."""
+        """Seconds spent on the arm by all processes.
+
+        Each counts up to the last experience that it finished.
+        """
         return time.perf_counter() - self._began
 
     def _spent(self) -> float | None:
         account = self._account()
         assert account is None or self.config.privacy is not None
-        return account.worst(self.config.privacy.delta)[1] if account and self.config.privacy else None
+        return (
+            account.worst(self.config.privacy.delta)[1] if account and self.config.privacy else None
+        )
 
     def _account(self) -> Merged | None:
         return merge(ledger_files(self.folder)) if self.arm.private else None
 
     def _explain(self, learner: Learner, index: int) -> None:
         last = len(self.stream) - 1
-        if not self.config.explain or self.arm != explained_arm(self.config) or index not in (0, last):
+        if (
+            not self.config.explain
+            or self.arm != explained_arm(self.config)
+            or index not in (0, last)
+        ):
             return
         from perdure.explain import kernel_shap
 
         chosen = self.stream[0].test
-        inputs, labels = chosen.inputs[: self.config.explain], chosen.labels[: self.config.explain]
+        inputs = chosen.inputs[: self.config.explain]
+        labels = chosen.labels[: self.config.explain]
         blank = torch.zeros_like(inputs[:1])
         with torch.no_grad():
             values = kernel_shap(
-                learner.predictor(0, after=index), inputs, blank, targets=labels,
+                learner.predictor(0, after=index),
+                inputs,
+                blank,
+                targets=labels,
                 generator=generator(self.config.seed, "explain", index),
-            ).values  # fmt: skip
+            ).values
         tensors = {"inputs": inputs, "labels": labels, "values": values}
         save_tensors(self.folder / f"explanation-{index}.safetensors", tensors)
 
@@ -247,14 +312,18 @@ class ArmRun:
     def _robust(self, learner: Learner) -> float | None:
         if self.config.attack is None:
             return None
-        attack, last = attack_of(self.config.attack, self.stream), len(self.stream) - 1
+        attack = attack_of(self.config.attack, self.stream)
+        last = len(self.stream) - 1
         shares = [
             robust_accuracy(
-                learner.predictor(e.index, after=last), e.test.inputs, e.test.labels, attack,
+                learner.predictor(e.index, after=last),
+                e.test.inputs,
+                e.test.labels,
+                attack,
                 generator=generator(self.config.seed, "attack", e.index),
             )
             for e in self.stream
-        ]  # fmt: skip
+        ]
         return sum(shares) / len(shares)
 
     def _privacy(self) -> dict[str, Any]:
@@ -263,6 +332,8 @@ class ArmRun:
             return {"epsilon": None, "epsilon_over_time": None, "spending": []}
         return {
             "epsilon": epsilon_row(account.statement(self.config.privacy.delta)),
-            "epsilon_over_time": [self.log.rows[self.arm.name, e.index]["epsilon"] for e in self.stream],
+            "epsilon_over_time": [
+                self.log.rows[self.arm.name, e.index]["epsilon"] for e in self.stream
+            ],
             "spending": spending(account, self.config.privacy.delta),
         }

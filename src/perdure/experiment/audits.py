@@ -1,4 +1,7 @@
-"""Audits of a run: canaries in its private arms, and membership inference on its finished models."""
+"""Audits of a run.
+
+Canaries in its private arms, and membership inference on its finished models.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +23,7 @@ from perdure.experiment.run import trained
 from perdure.utils.seeding import generator
 
 Population = tuple[Records, Tensor, Records]
-"""Records under attack, which of them are members (n,) bool, and the members that the attacker knows already."""
+"""Records under attack, which of them are members (n,) bool, and the members known already."""
 
 
 def attack_run(
@@ -32,16 +35,20 @@ def attack_run(
 ) -> dict[str, MembershipResult]:
     """Attack the final model of every arm with LiRA, for the records of one experience.
 
-    The attacker has the config, all other training records, and as many members as there are test records, mixed with
-    these; he trains shadow models on the whole stream, alone and with noise of his own, and asks which of the mixed
-    ones the model has seen. With privacy and without, so that the two can be compared.
+    The attacker has the config, all other training records, and as many members as there are test
+    records, mixed with these; he trains shadow models on the whole stream, alone and with noise of
+    his own, and asks which of the mixed ones the model has seen. With privacy and without, so that
+    the two can be compared.
 
     Args:
-        folder: of a finished run. shadows: models an arm, an even number from 4. experience: whose records.
+        folder: of a finished run.
+        shadows: models an arm, an even number from 4.
+        experience: whose records.
         progress: called as progress(arm, share done).
 
     Raises:
-        ConfigError: for an experience that the run lacks. RunError: when it is not finished.
+        ConfigError: for an experience that the run lacks.
+        RunError: when it is not finished.
     """
     config = read(folder / "config.toml")
     stream = open_stream(config)
@@ -50,7 +57,8 @@ def attack_run(
     records, members, known = population(stream, experience, config.seed)
     results = {}
     for number, name in enumerate(arm.name for arm in config.arms):
-        target, done = trained(folder, name).predictor(experience, after=len(stream) - 1), [0]
+        target = trained(folder, name).predictor(experience, after=len(stream) - 1)
+        done = [0]
 
         def train(half: Records, seed: int, arm: int = number, done: list[int] = done) -> Predictor:
             done[0] += 1
@@ -63,11 +71,14 @@ def attack_run(
 
 
 def population(stream: Stream, experience: int, seed: int) -> Population:
-    """As many training records as test records, mixed with these, and the training records that are left."""
-    train, test = stream[experience].train, stream[experience].test
+    """Equally many training and test records, mixed, and the remaining training records."""
+    train = stream[experience].train
+    test = stream[experience].test
     order = torch.randperm(len(train), generator=generator(seed, "attacked"))
     size = min(len(train) // 2, len(test))
-    inside, known, outside = train.take(order[:size]), train.take(order[size:]), test.take(torch.arange(size))
+    inside = train.take(order[:size])
+    known = train.take(order[size:])
+    outside = test.take(torch.arange(size))
     return joined(inside, outside, first_free_id(stream)), torch.arange(2 * size) < size, known
 
 
@@ -75,18 +86,22 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
     """Both sets under the partition of the first; the second one's ids begin at `first_id`."""
     ids = first_id + torch.arange(len(other))
     return Records(
-        inputs=torch.cat([one.inputs, other.inputs]), labels=torch.cat([one.labels, other.labels]),
-        ids=torch.cat([one.ids, ids]), partition=one.partition,
-    )  # fmt: skip
+        inputs=torch.cat([one.inputs, other.inputs]),
+        labels=torch.cat([one.labels, other.labels]),
+        ids=torch.cat([one.ids, ids]),
+        partition=one.partition,
+    )
 
 
 def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Stream:
     """Stream whose experience holds the known members and this half of those under attack."""
     whole = Records(
-        inputs=torch.cat([known.inputs, half.inputs]), labels=torch.cat([known.labels, half.labels]),
-        ids=torch.cat([known.ids, half.ids]), partition=known.partition,
+        inputs=torch.cat([known.inputs, half.inputs]),
+        labels=torch.cat([known.labels, half.labels]),
+        ids=torch.cat([known.ids, half.ids]),
+        partition=known.partition,
         declared_size=stream[experience].train.declared_size,
-    )  # fmt: skip
+    )
     parts = [replace(e, train=whole) if e.index == experience else e for e in stream]
     return replace(stream, experiences=tuple(parts))
 
@@ -94,13 +109,15 @@ def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Str
 def shadow(config: Config, arm: int, stream: Stream, experience: int, seed: int) -> Predictor:
     """Train one shadow model, alone and with simulated noise."""
     mine = replace(
-        config, seed=seed % 2**31, federation=None,
+        config,
+        seed=seed % 2**31,
+        federation=None,
         privacy=replace(config.privacy, seed=seed % 2**31) if config.privacy else None,
-    )  # fmt: skip
+    )
     with TemporaryDirectory() as name:
-        learner = ArmRun(mine, mine.arms[arm], stream, Path(name), MetricsLog(Path(name, "metrics.jsonl"))).learner(
-            stream
-        )
+        learner = ArmRun(
+            mine, mine.arms[arm], stream, Path(name), MetricsLog(Path(name, "metrics.jsonl"))
+        ).learner(stream)
         learner.callbacks = ()
         learner.fit(stream)
     return learner.predictor(experience, after=len(stream) - 1)
@@ -109,7 +126,9 @@ def shadow(config: Config, arm: int, stream: Stream, experience: int, seed: int)
 def audit_run(
     config: Config, *, canaries: int = 1000, confidence: float = 0.99, method: Method = "gaussian"
 ) -> dict[str, AuditResult]:
-    """Audit every private arm of a config by name; of a federation, the learner of its first client, trained alone.
+    """Audit every private arm of a config by name.
+
+    Of a federation, the learner of its first client, trained alone.
 
     Raises:
         ConfigError: when no arm is private.
@@ -118,12 +137,17 @@ def audit_run(
 
     private = [arm for arm in config.arms if arm.private]
     if not private:
-        raise ConfigError.of("arms", [arm.name for arm in config.arms], "at least one with private = true")
+        raise ConfigError.of(
+            "arms", [arm.name for arm in config.arms], "at least one with private = true"
+        )
     stream = open_stream(config)
     mine = client_streams(config, stream)[0] if config.federation else stream
-    with TemporaryDirectory() as name:  # an arm reads what a run left in its folder: give it an empty one
+    # an arm reads what a run left in its folder: give it an empty one
+    with TemporaryDirectory() as name:
         log = MetricsLog(Path(name, "metrics.jsonl"))
-        learners = {arm.name: ArmRun(config, arm, stream, Path(name), log).learner(mine) for arm in private}
+        learners = {
+            arm.name: ArmRun(config, arm, stream, Path(name), log).learner(mine) for arm in private
+        }
         return {
             arm: audit(learner, mine, canaries=canaries, confidence=confidence, method=method)
             for arm, learner in learners.items()

@@ -61,7 +61,10 @@ NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
 OPTIMIZERS = tuple(
     name
     for name, value in vars(torch.optim).items()
-    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer and name not in NEED_MORE
+    if isinstance(value, type)
+    and issubclass(value, Optimizer)
+    and value is not Optimizer
+    and name not in NEED_MORE
 )
 LARGEST = 2**63 - 1
 """Largest whole number of TOML; what is larger cannot even be printed at any length."""
@@ -92,8 +95,11 @@ class DataConfig:
     """Which stream.
 
     Args:
-        name: digits, breast-cancer, mnist, cifar10 or adult. root: folder of the data; None for the usual places.
-        scenario: task, domain or class. experiences: how many. shuffle_classes: order classes by the run's seed.
+        name: digits, breast-cancer, mnist, cifar10 or adult.
+        root: folder of the data; None for the usual places.
+        scenario: task, domain or class.
+        experiences: how many.
+        shuffle_classes: order classes by the run's seed.
     """
 
     name: str = "digits"
@@ -112,9 +118,12 @@ class TrainingConfig:
     """How long and with what an experience is trained.
 
     Args:
-        optimizer: any class of torch.optim. momentum: for those that have one; None for its default.
-        epochs, iterations: length of an experience; give one. In a federation, spread over its rounds.
-        batch_size: records a step. reset_optimizer: start every experience with a fresh optimiser.
+        optimizer: any class of torch.optim.
+        momentum: for those that have one; None for its default.
+        epochs, iterations: length of an experience; give one. In a federation, spread over its
+            rounds.
+        batch_size: records a step.
+        reset_optimizer: start every experience with a fresh optimiser.
         precision: of the passes through the model while training.
     """
 
@@ -129,13 +138,27 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
-        check(self, "learning_rate", lambda value: 0 < value <= 1e6, "a number above 0 and at most 1e6")
+        check(
+            self,
+            "learning_rate",
+            lambda value: 0 < value <= 1e6,
+            "a number above 0 and at most 1e6",
+        )
         check(self, "momentum", lambda value: 0 <= value < 1, "a number from 0 to below 1")
         check(self, "epochs iterations batch_size", counts, "1 to 1000000000")
-        if self.momentum is not None and "momentum" not in inspect.signature(self._class).parameters:
-            known = [name for name in OPTIMIZERS if "momentum" in inspect.signature(vars(torch.optim)[name]).parameters]
+        if (
+            self.momentum is not None
+            and "momentum" not in inspect.signature(self._class).parameters
+        ):
+            known = [
+                name
+                for name in OPTIMIZERS
+                if "momentum" in inspect.signature(vars(torch.optim)[name]).parameters
+            ]
             raise ConfigError.of(
-                "momentum", self.momentum, f"nothing for {self.optimizer}; {', '.join(known)} take one"
+                "momentum",
+                self.momentum,
+                f"nothing for {self.optimizer}; {', '.join(known)} take one",
             )
         if (self.epochs is None) == (self.iterations is None):
             given = f"epochs = {self.epochs} with iterations = {self.iterations}"
@@ -143,7 +166,9 @@ class TrainingConfig:
 
     def factory(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
         """Return a function from parameters to the optimiser."""
-        options = {"lr": self.learning_rate} | ({} if self.momentum is None else {"momentum": self.momentum})
+        options = {"lr": self.learning_rate} | (
+            {} if self.momentum is None else {"momentum": self.momentum}
+        )
         return partial(self._class, **options)
 
     @property
@@ -157,8 +182,11 @@ class FederationConfig:
     """Who takes part.
 
     Args:
-        clients: number of parties. rounds: per experience. fraction: share of the clients asked in a round.
-        alpha: of the Dirichlet split by class; small is uneven. min_size: fewest records of a client in an experience.
+        clients: number of parties.
+        rounds: per experience.
+        fraction: share of the clients asked in a round.
+        alpha: of the Dirichlet split by class; small is uneven.
+        min_size: fewest records of a client in an experience.
         engine: `inprocess`, or `ray` for Flower's simulation engine.
     """
 
@@ -180,7 +208,10 @@ class AttackConfig:
     """The attack that robust accuracy is measured under.
 
     Args:
-        name: pgd or fgsm. epsilon: radius in units of the inputs (pixels in [0, 1]). norm: linf or l2. steps: of pgd.
+        name: pgd or fgsm.
+        epsilon: radius in units of the inputs (pixels in [0, 1]).
+        norm: linf or l2.
+        steps: of pgd.
     """
 
     name: Literal["pgd", "fgsm"] = "pgd"
@@ -212,8 +243,10 @@ class Config:
     """A whole run; see the example at the head of this module.
 
     Args:
-        name: of the run's folder: letters, digits, dots, dashes and underscores, beginning with a letter or digit.
-        seed: of everything but secret noise. threads: torch threads; results are bit-identical for the same number.
+        name: of the run's folder: letters, digits, dots, dashes and underscores, beginning with a
+            letter or digit.
+        seed: of everything but secret noise.
+        threads: torch threads; results are bit-identical for the same number.
         explain: test records explained by SHAP after the first and the last experience.
         private_training: training of the private arms, where it differs.
     """
@@ -233,17 +266,29 @@ class Config:
 
     def __post_init__(self) -> None:
         plain = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}").fullmatch
-        check(self, "name", lambda value: plain(value) is not None, "letters, digits, . - _, at most 100")
+        check(
+            self,
+            "name",
+            lambda value: plain(value) is not None,
+            "letters, digits, . - _, at most 100",
+        )
         check(self, "seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
         check(self, "threads", lambda value: 1 <= value <= 1024, "1 to 1024")
         check(self, "explain", lambda value: value >= 0, "0 or more")
         if not self.arms:
-            raise ConfigError("arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME")
+            raise ConfigError(
+                "arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME"
+            )
         if any(arm.private for arm in self.arms) and self.privacy is None:
-            raise ConfigError("an arm says private = true without a [privacy] table; add one with epsilon and delta")
+            raise ConfigError(
+                "an arm says private = true without a [privacy] table; add one with epsilon "
+                "and delta"
+            )
         twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
         if twice:
-            raise ConfigError.of("arms", sorted(twice), "every strategy once with and once without private = true")
+            raise ConfigError.of(
+                "arms", sorted(twice), "every strategy once with and once without private = true"
+            )
 
 
 def read(path: Path) -> Config:
@@ -282,11 +327,15 @@ def parse(text: str, source: str = "config") -> Config:
         raise ConfigError(f"{source} is not TOML: {error}") from None
     for where, value in _leaves(table):
         if type(value) is int and abs(value) > LARGEST:
-            raise ConfigError(f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63")
+            raise ConfigError(
+                f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63"
+            )
     arms = table.pop("arms", [])
     if not isinstance(arms, list):
         raise ConfigError.of("arms", arms, "[[arms]] tables with strategy = NAME")
-    return build(Config, table, "", arms=tuple(_arm(entry, f"arms[{i}]") for i, entry in enumerate(arms)))
+    return build(
+        Config, table, "", arms=tuple(_arm(entry, f"arms[{i}]") for i, entry in enumerate(arms))
+    )
 
 
 def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
@@ -305,9 +354,12 @@ def _arm(entry: object, where: str) -> Arm:
     from perdure.strategies import find, names
 
     if not isinstance(entry, dict) or not isinstance(entry.get("strategy"), str):
-        raise ConfigError.of(where, entry, "a table with strategy = NAME, its options, and private = true or false")
+        raise ConfigError.of(
+            where, entry, "a table with strategy = NAME, its options, and private = true or false"
+        )
     options = dict(entry)
-    name, private = options.pop("strategy"), options.pop("private", False)
+    name = options.pop("strategy")
+    private = options.pop("private", False)
     if name not in names():
         raise ConfigError.of(f"{where}.strategy", name, names())
     if not isinstance(private, bool):
@@ -316,17 +368,26 @@ def _arm(entry: object, where: str) -> Arm:
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str, **ready: object) -> T:
-    """Make a dataclass from a TOML table: unknown fields, missing fields and wrong types are refused by name."""
+    """Make a dataclass from a TOML table.
+
+    Unknown fields, missing fields and wrong types are refused by name.
+    """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for name in table:
         if name not in known or name in ready:
-            raise ConfigError.of(f"{prefix}{_key(name)}", table[name], f"one of the fields {', '.join(known)}")
-    required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+            raise ConfigError.of(
+                f"{prefix}{_key(name)}", table[name], f"one of the fields {', '.join(known)}"
+            )
+    required = [
+        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
+    ]
     missing = [name for name in required if name not in table and name not in ready]
     if missing:
-        raise ConfigError(f"{prefix}{missing[0]} is missing; allowed: {_describe(hints[missing[0]])}")
+        raise ConfigError(
+            f"{prefix}{missing[0]} is missing; allowed: {_describe(hints[missing[0]])}"
+        )
     values = {name: _value(value, hints[name], f"{prefix}{name}") for name, value in table.items()}
     try:
         return cls(**values, **ready)
@@ -342,31 +403,51 @@ def _placed(message: str, where: str, known: Iterable[str]) -> str:
 
 
 def _key(name: str) -> str:
-    """Write a key as TOML does: bare where it may be, else quoted, so that a message stays one line."""
+    """Write a key as TOML does.
+
+    Bare where it may be, else quoted, so that a message stays one line.
+    """
     return name if re.fullmatch("[A-Za-z0-9_-]+", name) else repr(name)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     """Types that a field may have."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (types.UnionType, typing.Union)
+        else (hint,)
+    )
 
 
 def _value(value: object, hint: Any, where: str) -> object:
-    """Check one TOML value against a type: numbers, text, choices, lists as tuples, tables as dataclasses."""
+    """Check one TOML value against a type.
+
+    Numbers, text, choices, lists as tuples, tables as dataclasses.
+    """
     for option in _options(hint):
-        if isinstance(option, type) and hasattr(option, "__dataclass_fields__") and isinstance(value, dict):
+        if (
+            isinstance(option, type)
+            and hasattr(option, "__dataclass_fields__")
+            and isinstance(value, dict)
+        ):
             return build(option, value, where)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_value(item, typing.get_args(option)[0], f"{where}[{i}]") for i, item in enumerate(value))
+            return tuple(
+                _value(item, typing.get_args(option)[0], f"{where}[{i}]")
+                for i, item in enumerate(value)
+            )
         if option in (int, float, str, bool) and _fits(value, option):
             return option(value)
     raise ConfigError.of(where, value, _describe(hint))
 
 
 def _fits(value: object, kind: type) -> bool:
-    """Whether a TOML value is of a type: whole numbers are numbers, true and false are not, nor are nan and inf."""
+    """Whether a TOML value is of a type.
+
+    Whole numbers are numbers, true and false are not, nor are nan and inf.
+    """
     if kind is float:
         return type(value) in (int, float) and math.isfinite(typing.cast(float, value))
     return type(value) is kind

@@ -34,7 +34,10 @@ class Spending(TypedDict):
 
 
 class Arm(TypedDict):
-    """One strategy of the run, with or without privacy. Accuracies in percent, differences in points."""
+    """One strategy of the run, with or without privacy.
+
+    Accuracies in percent, differences in points.
+    """
 
     strategy: str
     options: str
@@ -108,7 +111,9 @@ def read_result(run: Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); let the run finish first") from error
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}); let the run finish first"
+        ) from error
     except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}); run the experiment again") from error
     return checked(content, str(path))
@@ -121,16 +126,24 @@ def checked(content: object, source: str = "result") -> Result:
         RunError: naming `source` and the first thing that is wrong.
     """
     if not isinstance(content, Mapping):
-        raise RunError(f"{source} holds a {type(content).__name__}; allowed: an object of schema {SCHEMA}")
+        raise RunError(
+            f"{source} holds a {type(content).__name__}; allowed: an object of schema {SCHEMA}"
+        )
     if content.get("schema") != SCHEMA:
-        raise RunError(f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}")
+        raise RunError(
+            f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}"
+        )
     _require(content, Result, source)
     if not content["arms"]:
         raise RunError(f"{source} has no arms; a finished run has at least one")
     _require(content["stream"], Stream, f"{source}: stream")
     for number, arm in enumerate(content["arms"]):
         _check_arm(arm, f"{source}: arms[{number}]")
-    for name, shape in (("attack", Attack), ("explanations", Explanations), ("epsilon_of_all_arms", Epsilon)):
+    for name, shape in (
+        ("attack", Attack),
+        ("explanations", Explanations),
+        ("epsilon_of_all_arms", Epsilon),
+    ):
         if content[name] is not None:
             _require(content[name], shape, f"{source}: {name}")
     return cast(Result, content)

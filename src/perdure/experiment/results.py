@@ -1,4 +1,7 @@
-"""The pieces of a run's result: privacy statements, federation, explanations, put together in schema 1."""
+"""The pieces of a run's result, put together in schema 1.
+
+They are privacy statements, federation and explanations.
+"""
 
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -31,26 +34,35 @@ def summary(
 ) -> dict[str, Any]:
     """Put the result together, schema 1."""
     return {
-        "schema": 1, "name": config.name, "seed": config.seed,
+        "schema": 1,
+        "name": config.name,
+        "seed": config.seed,
         "stream": {
-            "name": stream.name, "scenario": stream.scenario, "experiences": len(stream),
+            "name": stream.name,
+            "scenario": stream.scenario,
+            "experiences": len(stream),
             "classes": [list(e.classes) for e in stream],
         },
-        "model": asdict(config.model), "federation": federation_row(config, stream),
+        "model": asdict(config.model),
+        "federation": federation_row(config, stream),
         "environment": versions() | {k: v for k, v in machine().items() if v is not None},
-        "attack": asdict(config.attack) if config.attack else None, "arms": rows,
-        "epsilon_of_all_arms": together(merged, config.privacy.delta) if merged and config.privacy else None,
+        "attack": asdict(config.attack) if config.attack else None,
+        "arms": rows,
+        "epsilon_of_all_arms": together(merged, config.privacy.delta)
+        if merged and config.privacy
+        else None,
         "explanations": explanations,
-    }  # fmt: skip
+    }
 
 
 def calibration(learner: Learner, stream: Stream) -> list[float]:
-    """Expected calibration error on the test records of every experience, at the end of the stream."""
+    """Expected calibration error on every experience's test records at the end of the stream."""
     after = max(0, learner.position.experience - 1)
     with torch.no_grad():
         return [
             expected_calibration_error(
-                torch.softmax(learner.predictor(e.index, after=after)(e.test.inputs), dim=1), e.test.labels
+                torch.softmax(learner.predictor(e.index, after=after)(e.test.inputs), dim=1),
+                e.test.labels,
             )
             for e in stream.to(learner.device)
         ]
@@ -61,7 +73,9 @@ def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
     if config.federation is None:
         return None
     clients = client_streams(config, stream)
-    return asdict(config.federation) | {"declared_sizes": [[e.train.declared_size for e in own] for own in clients]}
+    return asdict(config.federation) | {
+        "declared_sizes": [[e.train.declared_size for e in own] for own in clients]
+    }
 
 
 def client_streams(config: Config, stream: Stream) -> list[Stream]:
@@ -70,20 +84,35 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
 
     chosen = config.federation
     assert chosen is not None
-    return dirichlet(stream, clients=chosen.clients, alpha=chosen.alpha, min_size=chosen.min_size, seed=config.seed)
+    return dirichlet(
+        stream,
+        clients=chosen.clients,
+        alpha=chosen.alpha,
+        min_size=chosen.min_size,
+        seed=config.seed,
+    )
 
 
 def epsilon_row(stated: Statement) -> dict[str, Any]:
     """One privacy statement as the result keeps it."""
     return {
-        "value": stated.epsilon, "delta": stated.delta, "unit": stated.unit, "relation": stated.relation,
-        "accountant": stated.accountant, "sampling": stated.sampling, "trust": stated.trust,
-        "simulated": stated.simulated, "text": str(stated),
-    }  # fmt: skip
+        "value": stated.epsilon,
+        "delta": stated.delta,
+        "unit": stated.unit,
+        "relation": stated.relation,
+        "accountant": stated.accountant,
+        "sampling": stated.sampling,
+        "trust": stated.trust,
+        "simulated": stated.simulated,
+        "text": str(stated),
+    }
 
 
 def together(merged: Merged, delta: float) -> dict[str, Any]:
-    """Statement for somebody who sees all private models: the same record's uses in all arms compose."""
+    """Statement for somebody who sees all private models.
+
+    The same record's uses in all arms compose.
+    """
     record = {name: name.split("/client-", 1)[1] for name in merged.partitions}
     same = groupby(sorted(record, key=lambda name: record[name]), key=lambda name: record[name])
     worst = max(merged.epsilon(list(names), delta=delta) for _, names in same)
@@ -108,7 +137,10 @@ def ledger_files(arm: Path) -> list[Path]:
 
 
 def attack_of(config: AttackConfig, stream: Stream) -> Attack:
-    """Make the attack that the config names; inputs stay in [0, 1] where all (public) test inputs lie there."""
+    """Make the attack that the config names.
+
+    Inputs stay in [0, 1] where all (public) test inputs lie there.
+    """
     unit = all(bool(((e.test.inputs >= 0) & (e.test.inputs <= 1)).all()) for e in stream)
     bounds = (0.0, 1.0) if unit else None
     if config.name == "fgsm":
@@ -132,6 +164,8 @@ def collect_explanations(config: Config, folder: Path) -> dict[str, Any] | None:
     files = sorted((folder / "arms" / arm.name).glob("explanation-*.safetensors"))
     parts = [load_file(path) for path in files]
     joined = {"inputs": parts[0]["inputs"], "labels": parts[0]["labels"]}
-    save_tensors(folder / EXPLAINED, joined | {"values": torch.stack([part["values"] for part in parts])})
+    save_tensors(
+        folder / EXPLAINED, joined | {"values": torch.stack([part["values"] for part in parts])}
+    )
     moments = [f"after experience {int(path.stem.split('-')[1]) + 1}" for path in files]
     return {"file": EXPLAINED, "moments": moments, "arm": arm.file}

@@ -1,11 +1,15 @@
-"""A run on disk: every arm of a config, alone or federated, resumable at any moment, and its result.
+"""A run on disk: every arm of a config, and its result.
+
+Arms are alone or federated, and resumable at any moment.
 
 runs/NAME/config.toml       what was asked
 runs/NAME/result.json       the result, in the schema of `perdure.report.wording`
 runs/NAME/metrics.jsonl     one line per arm and experience, appended as it goes
 runs/NAME/ledger.jsonl      the ledgers of all arms and clients, each with its own chain and head
-runs/NAME/checkpoint/ARM/   the arm's final model and strategy state, `model.safetensors`; see `trained`
-runs/NAME/arms/ARM/         the arm's own checkpoints, clients and `private/` (keys and memory; never exported)
+runs/NAME/checkpoint/ARM/   the arm's final model and strategy state, `model.safetensors`; see
+                            `trained`
+runs/NAME/arms/ARM/         the arm's own checkpoints, clients and `private/` (keys and memory;
+                            never exported)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +34,9 @@ from perdure.privacy.ledger.merged import merge
 from perdure.utils.atomic_files import write_atomically, write_json
 
 TIMINGS = frozenset({"seconds"})
-"""Keys of the result that time fills: all that two runs of one config on one machine may differ in."""
+"""Keys of the result that time fills: all that two runs of one config on one machine may differ
+in.
+"""
 
 
 def untimed(value: Any) -> Any:
@@ -41,14 +47,21 @@ def untimed(value: Any) -> Any:
 
 
 def run(
-    config: Config, text: str, folder: Path, progress: Progress = silent, callbacks: Sequence[Callback] = ()
+    config: Config,
+    text: str,
+    folder: Path,
+    progress: Progress = silent,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Run every arm and write the run's files; a run that was stopped goes on where it was.
 
     Args:
-        config: what to do. text: the TOML it was read from, kept beside the result.
-        folder: of the run; created. progress: see `Progress`.
-        callbacks: called as callback(point, learner) by every learner of every arm; see `perdure.learner.learner.POINTS`.
+        config: what to do.
+        text: the TOML it was read from, kept beside the result.
+        folder: of the run; created.
+        progress: see `Progress`.
+        callbacks: called as callback(point, learner) by every learner of every arm; see
+            `perdure.learner.learner.POINTS`.
 
     Raises:
         RunError: when the folder holds a run of another config, is in use, or cannot be written.
@@ -62,7 +75,10 @@ def run(
         torch.set_num_threads(config.threads)
         stream = open_stream(config)
         log = MetricsLog(folder / "metrics.jsonl")
-        rows = [ArmRun(config, arm, stream, folder, log, progress, callbacks).run() for arm in config.arms]
+        rows = [
+            ArmRun(config, arm, stream, folder, log, progress, callbacks).run()
+            for arm in config.arms
+        ]
         ledgers = [path for arm in config.arms for path in ledger_files(folder / "arms" / arm.name)]
         merged = merge(ledgers) if ledgers else None
         if merged:
@@ -76,7 +92,8 @@ def trained(folder: Path, arm: str) -> Learner:
     """Learner of a finished run's arm with its final model, ready for `predictor` and `evaluate`.
 
     Args:
-        folder: of the run. arm: name of its folder in `checkpoint/`, such as ewc-private.
+        folder: of the run.
+        arm: name of its folder in `checkpoint/`, such as ewc-private.
 
     Raises:
         RunError: when there is no such arm, or its model cannot be read.
@@ -84,7 +101,8 @@ def trained(folder: Path, arm: str) -> Learner:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config, path = read(folder / "config.toml"), folder / "checkpoint" / arm / "model.safetensors"
+    config = read(folder / "config.toml")
+    path = folder / "checkpoint" / arm / "model.safetensors"
     names = [one.name for one in config.arms]
     if arm not in names:
         raise RunError(f"{folder} has no arm {arm!r}; it has {', '.join(names)}")
@@ -93,7 +111,9 @@ def trained(folder: Path, arm: str) -> Learner:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read ({error}); let the run finish first") from None
     chosen = config.arms[names.index(arm)]
-    learner = ArmRun(config, chosen, open_stream(config), folder, MetricsLog(folder / "metrics.jsonl")).untrained()
+    learner = ArmRun(
+        config, chosen, open_stream(config), folder, MetricsLog(folder / "metrics.jsonl")
+    ).untrained()
     learner.model.load_state_dict(under("model.", tensors))
     learner.state = learner.state.replace(under("state.", tensors))
     return learner
@@ -101,7 +121,11 @@ def trained(folder: Path, arm: str) -> Learner:
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose name begins with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 @contextmanager
@@ -117,20 +141,29 @@ def occupied(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}); give another --out") from None
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror}); give another --out"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f"{folder} is in use by another process; let it finish, or give another --out") from None
+            raise RunError(
+                f"{folder} is in use by another process; let it finish, or give another --out"
+            ) from None
         yield
 
 
 def keep_config(folder: Path, text: str) -> None:
-    """Write the config, or see that the folder's is the same; where nothing was run yet, it may change."""
+    """Write the config, or see that the folder's is the same.
+
+    Where nothing was run yet, it may change.
+    """
     path = folder / "config.toml"
     if path.exists() and path.read_bytes() == text.encode():
         return
     if (folder / "arms").exists():
-        raise RunError(f"{folder} holds a run of another config; give another --out, or remove the folder")
+        raise RunError(
+            f"{folder} holds a run of another config; give another --out, or remove the folder"
+        )
     write_atomically(path, text.encode())

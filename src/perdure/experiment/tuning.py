@@ -1,10 +1,14 @@
-"""Choosing hyper-parameters without cheating: on the first experiences only, and never on test records.
+"""Choosing hyper-parameters without cheating.
 
-A learner that meets its experiences one after another cannot go back and try again, so what is tuned on the whole
-stream could not have been had. Here the first experiences are given away for tuning, their training records cut into
-what is learnt from and what is measured on; later experiences and all test records stay out of sight.
+On the first experiences only, and never on test records.
 
-Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019, section 2.
+A learner that meets its experiences one after another cannot go back and try again, so what is
+tuned on the whole stream could not have been had. Here the first experiences are given away for
+tuning, their training records cut into what is learnt from and what is measured on; later
+experiences and all test records stay out of sight.
+
+Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019,
+section 2.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +25,9 @@ from perdure.utils.seeding import generator
 
 Values = dict[str, float]
 Space = Mapping[str, tuple[float, float]]
-"""Name of a hyper-parameter to its lowest and highest value, both above 0; searched on a logarithmic scale."""
+"""Name of a hyper-parameter to its lowest and highest value, both above 0; searched on a
+logarithmic scale.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +35,10 @@ class Tuned:
     """What a search found.
 
     Args:
-        values: the best hyper-parameters. score: their average accuracy in percent, on records held out.
-        experiences: how many of the stream's first were used. trials: every setting tried, with its score.
+        values: the best hyper-parameters.
+        score: their average accuracy in percent, on records held out.
+        experiences: how many of the stream's first were used.
+        trials: every setting tried, with its score.
     """
 
     values: Values
@@ -41,39 +49,58 @@ class Tuned:
     def row(self) -> dict[str, object]:
         """What a benchmark stores beside a result, in words and numbers."""
         return {
-            "tuned_on": f"held-out training records of the first {self.experiences} experiences; no test record",
-            "values": self.values, "score": self.score,
+            "tuned_on": "held-out training records of the first "
+            f"{self.experiences} experiences; no test "
+            "record",
+            "values": self.values,
+            "score": self.score,
             "trials": [{"values": values, "score": score} for values, score in self.trials],
-        }  # fmt: skip
+        }
 
 
 def tune(
-    make: Callable[[Values], Learner], space: Space, stream: Stream, *, experiences: int = 3, trials: int = 20,
-    held_out: float = 0.2, seed: int = 0,
-) -> Tuned:  # fmt: skip
-    """Search for hyper-parameters on the first experiences of a stream, by Optuna's tree-structured Parzen estimator.
+    make: Callable[[Values], Learner],
+    space: Space,
+    stream: Stream,
+    *,
+    experiences: int = 3,
+    trials: int = 20,
+    held_out: float = 0.2,
+    seed: int = 0,
+) -> Tuned:
+    """Search for hyper-parameters on the first experiences of a stream.
+
+    By Optuna's tree-structured Parzen estimator.
 
     Args:
-        make: from hyper-parameters to a fresh learner; one that runs away scores 0. space: what is searched.
+        make: from hyper-parameters to a fresh learner; one that runs away scores 0.
+        space: what is searched.
         stream: of which only the training records of the first `experiences` are looked at.
-        held_out: share of those records that is measured on. trials: learners trained. seed: of cut and search.
+        held_out: share of those records that is measured on.
+        trials: learners trained.
+        seed: of cut and search.
 
     Raises:
         ConfigError: for an empty or impossible search.
-        PrivacyError: for a private learner: every trial would spend, and the choice itself is a release.
+        PrivacyError: for a private learner: every trial would spend, and the choice itself is a
+            release.
     """
     _check(space, stream, experiences, trials, held_out)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first, tried = beginning(stream, experiences, held_out, seed), []
+    first = beginning(stream, experiences, held_out, seed)
+    tried = []
 
     def score(trial: optuna.Trial) -> float:
-        values = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in space.items()}
+        values = {
+            name: trial.suggest_float(name, *bounds, log=True) for name, bounds in space.items()
+        }
         learner = make(values)
         if learner.privacy is not None:
             raise PrivacyError(
-                "hyper-parameters cannot be tuned on private records: every trial spends, and so does the choice; tune "
+                "hyper-parameters cannot be tuned on private records: every trial spends, "
+                "and so does the choice; tune "
                 "on public records, or take published settings"
             )
         tried.append((values, _accuracy(learner, first)))
@@ -93,15 +120,18 @@ def _accuracy(learner: Learner, stream: Stream) -> float:
 
 
 def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> Stream:
-    """The first experiences, with a share of their training records in place of the test records."""
-    return replace(stream, experiences=tuple(_cut(e, held_out, seed) for e in stream.experiences[:experiences]))
+    """The first experiences, with a share of training records in place of the test records."""
+    return replace(
+        stream, experiences=tuple(_cut(e, held_out, seed) for e in stream.experiences[:experiences])
+    )
 
 
 def _cut(experience: Experience, held_out: float, seed: int) -> Experience:
     train = experience.train
     order = torch.randperm(len(train), generator=generator(seed, "held out", experience.index))
     size = max(1, round(held_out * len(train)))
-    measured, learnt = _rows(train, order[:size]), _rows(train, order[size:])
+    measured = _rows(train, order[:size])
+    learnt = _rows(train, order[size:])
     return replace(experience, train=learnt, test=measured)
 
 
@@ -111,9 +141,13 @@ def _rows(records: Records, places: torch.Tensor) -> Records:
 
 def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out: float) -> None:
     if not space or any(not 0 < low < high for low, high in space.values()):
-        raise ConfigError.of("space", dict(space), "names with a lowest and a higher value, both above 0")
+        raise ConfigError.of(
+            "space", dict(space), "names with a lowest and a higher value, both above 0"
+        )
     if not 1 <= experiences < len(stream):
-        raise ConfigError.of("experiences", experiences, f"1 to {len(stream) - 1}, fewer than the stream has")
+        raise ConfigError.of(
+            "experiences", experiences, f"1 to {len(stream) - 1}, fewer than the stream has"
+        )
     if trials < 1:
         raise ConfigError.of("trials", trials, "1 or more")
     if not 0 < held_out < 1:

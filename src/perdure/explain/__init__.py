@@ -5,4 +5,12 @@ from perdure.explain.lime import LocalModel, lime
 from perdure.explain.plots import heat_maps
 from perdure.explain.shapley import exact_shapley, kernel_shap
 
-__all__ = ["Attribution", "LocalModel", "Predict", "exact_shapley", "heat_maps", "kernel_shap", "lime"]
+__all__ = [
+    "Attribution",
+    "LocalModel",
+    "Predict",
+    "exact_shapley",
+    "heat_maps",
+    "kernel_shap",
+    "lime",
+]

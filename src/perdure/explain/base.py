@@ -9,7 +9,9 @@ from torch import Tensor
 from perdure.errors import ConfigError
 
 Predict = Callable[[Tensor], Tensor]
-"""Inputs (rows, ...) to outputs (rows, outputs); each row of the result depends on its own input only."""
+"""Inputs (rows, ...) to outputs (rows, outputs); each row of the result depends on its own input
+only.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +36,9 @@ def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
     """Output `targets[i]` of the model for each row, (rows,) float64."""
     outputs = predict(rows)
     if outputs.ndim != 2 or len(outputs) != len(rows):
-        raise ConfigError.of("predict(inputs).shape", tuple(outputs.shape), f"({len(rows)}, outputs)")
+        raise ConfigError.of(
+            "predict(inputs).shape", tuple(outputs.shape), f"({len(rows)}, outputs)"
+        )
     return outputs.gather(1, targets[:, None]).squeeze(1).double()
 
 

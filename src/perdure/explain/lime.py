@@ -41,11 +41,12 @@ def lime(
         min_(a, b)  sum_k w_k (f(x + noise_scale * z_k) - a - <b, z_k>)^2 + ridge |b|^2
         z_k ~ N(0, 1),  w_k = exp(-|z_k|^2 / (2 kernel_width^2)),  values = b / noise_scale
 
-    The perturbations come in opposite pairs and are drawn once: distances do not depend on the instance,
-    so one regression matrix serves all of them. No feature is left out for sparsity.
+    The perturbations come in opposite pairs and are drawn once: distances do not depend on the
+    instance, so one regression matrix serves all of them. No feature is left out for sparsity.
 
-    Guarantee: none of its own. With a model that was released under privacy it is post-processing, as long as
-    `noise_scale` is public: a scale measured on private records must be paid for as a query on them.
+    Guarantee: none of its own. With a model that was released under privacy it is post-processing,
+    as long as `noise_scale` is public: a scale measured on private records must be paid for as a
+    query on them.
 
     Args:
         predict: (rows, ...) -> (rows, outputs), called without gradients.
@@ -53,8 +54,8 @@ def lime(
         targets: (n,) int64 output to explain for each instance; None for its largest.
         samples: perturbations per instance, an even number; n * samples forward rows.
         kernel_width: in units of the noise; None for 0.75 * sqrt(features).
-        noise_scale: standard deviation of the perturbation in units of the inputs: a number, or one per
-            feature in the shape of an instance.
+        noise_scale: standard deviation of the perturbation in units of the inputs: a number, or one
+            per feature in the shape of an instance.
         ridge: penalty on the slopes per unit of noise.
         chunk: most rows in one forward pass.
         generator: CPU generator that draws the perturbations; None for seed 0.
@@ -74,20 +75,30 @@ def lime(
     """
     width = 0.75 * math.sqrt(inputs.shape[1:].numel()) if kernel_width is None else kernel_width
     scale = _checked_scale(inputs, samples, width, noise_scale, ridge)
-    half = torch.randn(samples // 2, scale.numel(), generator=seeded(generator), dtype=torch.float64)
+    half = torch.randn(
+        samples // 2, scale.numel(), generator=seeded(generator), dtype=torch.float64
+    )
     noise = torch.cat([half, -half])
     weights = torch.exp(noise.square().sum(1) / (-2 * width**2))
     if weights.sum() == 0:
-        raise ConfigError.of("kernel_width", width, f"about {math.sqrt(scale.numel()):.2g}; all weights are zero")
+        raise ConfigError.of(
+            "kernel_width", width, f"about {math.sqrt(scale.numel()):.2g}; all weights are zero"
+        )
     targets = chosen_targets(predict, inputs, targets, chunk)
-    outputs = _perturbed_outputs(predict, inputs, noise.view(-1, *scale.shape) * scale, targets, chunk)
+    outputs = _perturbed_outputs(
+        predict, inputs, noise.view(-1, *scale.shape) * scale, targets, chunk
+    )
     slopes, base, fidelity = _local_model(outputs, noise, weights, ridge)
     values = slopes.view(inputs.shape) / scale.to(inputs.device)
     kept = {"values": values, "base": base, "fidelity": fidelity}
-    return LocalModel(targets=targets, **{name: value.to(inputs.dtype) for name, value in kept.items()})
+    return LocalModel(
+        targets=targets, **{name: value.to(inputs.dtype) for name, value in kept.items()}
+    )
 
 
-def _checked_scale(inputs: Tensor, samples: int, width: float, noise_scale: float | Tensor, ridge: float) -> Tensor:
+def _checked_scale(
+    inputs: Tensor, samples: int, width: float, noise_scale: float | Tensor, ridge: float
+) -> Tensor:
     """Noise scale of every feature, float64 on the CPU, once all values are known to be allowed."""
     if samples < 2 or samples % 2:
         raise ConfigError.of("samples", samples, "an even number, 2 or more")
@@ -104,21 +115,33 @@ def _checked_scale(inputs: Tensor, samples: int, width: float, noise_scale: floa
 
 
 @torch.no_grad()
-def _perturbed_outputs(predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def _perturbed_outputs(
+    predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int
+) -> Tensor:
     """Output of the model for every instance and perturbation, (n, samples) float64."""
     shifts = shifts.to(inputs)
     pairs = torch.arange(len(inputs) * len(shifts), device=inputs.device)
     values = [
-        scores(predict, inputs[pair // len(shifts)] + shifts[pair % len(shifts)], targets[pair // len(shifts)])
+        scores(
+            predict,
+            inputs[pair // len(shifts)] + shifts[pair % len(shifts)],
+            targets[pair // len(shifts)],
+        )
         for pair in torch.split(pairs, chunk)
     ]
     return torch.cat(values).view(len(inputs), len(shifts))
 
 
-def _local_model(outputs: Tensor, noise: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes per unit of noise (n, features), value at the instance (n,) and fidelity (n,), all float64."""
+def _local_model(
+    outputs: Tensor, noise: Tensor, weights: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes (n, features), value at the instance (n,) and fidelity (n,), all float64.
+
+    Slopes are per unit of noise.
+    """
     operator = _ridge_operator(noise, weights, ridge).to(outputs.device)
-    noise, weights = noise.to(outputs.device), weights.to(outputs.device)
+    noise = noise.to(outputs.device)
+    weights = weights.to(outputs.device)
     # Opposite pairs have weighted mean zero, so the intercept is the weighted mean of the outputs.
     base = outputs @ weights / weights.sum()
     slopes = outputs @ operator.T

@@ -17,17 +17,20 @@ CELL_INCHES = 1.25
 INK = "#333333"
 
 
-def heat_maps(inputs: Tensor, rows: Sequence[tuple[str, Tensor]], titles: Sequence[str]) -> "Figure":
-    """Draw each input and, below it, what counted for and against the explained class at several moments.
+def heat_maps(
+    inputs: Tensor, rows: Sequence[tuple[str, Tensor]], titles: Sequence[str]
+) -> "Figure":
+    """Draw each input and, below it, its attributions for the explained class over time.
 
-    One column per input, one row per moment. The colours diverge around zero; within a column all moments
-    share one scale, so that paler means weaker.
+    One column per input, one row per moment. The colours diverge around zero; within a column all
+    moments share one scale, so that paler means weaker.
 
     Guarantee: none. The picture shows the inputs themselves, which must be public.
 
     Args:
         inputs: (n, height, width) or (n, channels, height, width).
-        rows: (label, attributions) per moment, attributions in the shape of the inputs; channels are summed.
+        rows: (label, attributions) per moment, attributions in the shape of the inputs; channels
+            are summed.
         titles: n column titles.
 
     Raises:
@@ -55,7 +58,9 @@ def _check(inputs: Tensor, rows: Sequence[tuple[str, Tensor]], titles: Sequence[
         raise ConfigError.of("rows", list(rows), "at least one (label, attributions)")
     for label, values in rows:
         if values.shape != inputs.shape:
-            raise ConfigError.of(f"rows[{label!r}].shape", tuple(values.shape), f"{tuple(inputs.shape)}")
+            raise ConfigError.of(
+                f"rows[{label!r}].shape", tuple(values.shape), f"{tuple(inputs.shape)}"
+            )
     if len(titles) != len(inputs):
         raise ConfigError.of("titles", list(titles), f"{len(inputs)} titles, one per input")
 
@@ -73,7 +78,10 @@ def _grid(rows: int, columns: int) -> tuple["Figure", list[list["Axes"]]]:
     size = (CELL_INCHES * columns + 0.5, CELL_INCHES * rows + 0.7)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = [[figure.add_subplot(rows, columns, 1 + row * columns + c) for c in range(columns)] for row in range(rows)]
+    axes = [
+        [figure.add_subplot(rows, columns, 1 + row * columns + c) for c in range(columns)]
+        for row in range(rows)
+    ]
     for axis in (axis for line in axes for axis in line):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color="#cccccc", linewidth=0.6)
@@ -95,7 +103,10 @@ def _draw_map(axis: "Axes", values: Tensor, scale: float) -> None:
 
 
 def _draw_key(figure: "Figure", axes: Sequence[Sequence["Axes"]]) -> None:
-    """Add one colour bar without numbers: every column has its own scale, only sign and zero are common."""
+    """Add one colour bar without numbers.
+
+    Every column has its own scale, only sign and zero are common.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

@@ -1,11 +1,14 @@
 """The client: the same learner as anywhere, one block of its loop a round.
 
-    train            global parameters in, a block of the experience, parameters and the declared size out
-    train.finish     final global parameters in, consolidation and memory, the strategy's shared state out
+    train            global parameters in, a block of the experience, parameters and the declared
+                     size out
+    train.finish     final global parameters in, consolidation and memory, the strategy's shared
+                     state out
     query.partition  which partition this node holds
 
-A client's state (optimiser, strategy state, memory, ledger, key) never leaves it. It is kept on its own disk by
-exchange, so that a client that is asked again after a crash goes back to where it was and gives the identical reply.
+A client's state (optimiser, strategy state, memory, ledger, key) never leaves it. It is kept on its
+own disk by exchange, so that a client that is asked again after a crash goes back to where it was
+and gives the identical reply.
 """
 
 from collections.abc import Callable
@@ -33,18 +36,23 @@ class Seats:
     """Learners of the clients that live in this process, each at the exchange it has reached.
 
     Args:
-        make: builds a client's learner and stream. folder: of the run; None to keep nothing on disk.
+        make: builds a client's learner and stream.
+        folder: of the run; None to keep nothing on disk.
     """
 
     def __init__(self, make: MakeParty, folder: Path | None) -> None:
-        self._make, self._folder = make, folder
+        self._make = make
+        self._folder = folder
         self._seats: dict[int, Seat] = {}
         self.private = True
 
     def take(self, client: int, exchange: int) -> Seat:
-        """The client as it stood after `exchange`; it must be put back, or it is built anew from the disk.
+        """The client as it stood after `exchange`.
 
-        A learner that stands elsewhere (a failed exchange, another process) is not trusted: its ledger may be old.
+        It must be put back, or it is built anew from the disk.
+
+        A learner that stands elsewhere (a failed exchange, another process) is not trusted: its
+        ledger may be old.
         """
         seat = self._seats.pop(client, None)
         if seat and seat.exchange == exchange != FRESH:
@@ -65,14 +73,18 @@ class Seats:
 def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
     """Build the app that every client runs, on any engine.
 
-    Guarantee: under privacy a reply holds released parameters, released state and declared numbers, nothing else.
+    Guarantee: under privacy a reply holds released parameters, released state and declared numbers,
+    nothing else.
 
     Args:
-        make: from a client's number to its freshly built learner and its stream; number and folder are set here. Models
-            must start alike on all parties, from one seed: restarts, SI's anchor and CWR*'s base are a client's own.
-        folder: of the run; clients keep their state in `clients/003` below it. None keeps it in this process only.
+        make: from a client's number to its freshly built learner and its stream; number and folder
+            are set here. Models must start alike on all parties, from one seed: restarts, SI's
+            anchor and CWR*'s base are a client's own.
+        folder: of the run; clients keep their state in `clients/003` below it. None keeps it in
+            this process only.
     """
-    app, seats = ClientApp(), Seats(make, folder)
+    app = ClientApp()
+    seats = Seats(make, folder)
 
     def answering(handler: Handler) -> Handler:
         @wraps(handler)
@@ -87,7 +99,9 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
     @app.query("partition")
     @answering
     def partition(message: Message, context: Context) -> Message:
-        return Message(RecordDict({"metrics": MetricRecord({"partition": _number(context)})}), reply_to=message)
+        return Message(
+            RecordDict({"metrics": MetricRecord({"partition": _number(context)})}), reply_to=message
+        )
 
     @app.train()
     @answering
@@ -120,21 +134,30 @@ def declared_size(learner: Learner, index: int) -> int:
 
 
 def _opened(message: Message, context: Context, seats: Seats) -> tuple[dict[str, int], Seat]:
-    """Bring the client to where the exchange starts: its own state, its records, and what the server sent."""
+    """Bring the client to where the exchange starts.
+
+    Its own state, its records, and what the server sent.
+    """
     content = message.content
-    task = {name: int(cast(int, value)) for name, value in cast(ConfigRecord, content["task"]).items()}
+    task = {
+        name: int(cast(int, value)) for name, value in cast(ConfigRecord, content["task"]).items()
+    }
     seat = seats.take(_number(context), task["previous"])
     learner = seat.learner
     learner.begin(task["experience"])
     load_shared(learner.model, from_record(cast(ArrayRecord, content["arrays"])))
     if "state" in content:
         new = from_record(cast(ArrayRecord, content["state"]))
-        combined = learner.state.replace({name: value.to(learner.device) for name, value in new.items()})
+        combined = learner.state.replace(
+            {name: value.to(learner.device) for name, value in new.items()}
+        )
         learner.state = learner.strategy.derive(combined)
     return task, seat
 
 
-def _reply(message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord) -> Message:
+def _reply(
+    message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord
+) -> Message:
     size = MetricRecord({"num-examples": declared_size(learner, task["experience"])})
     return Message(RecordDict({**records, "metrics": size}), reply_to=message)
 

@@ -13,7 +13,7 @@ FRESH = -1
 
 @dataclass
 class Seat:
-    """A client's learner, the exchange whose end it stands at, and the number of its last checkpoint."""
+    """A client's learner, the exchange at whose end it stands, and its last checkpoint's number."""
 
     learner: Learner
     exchange: int = FRESH
@@ -28,10 +28,11 @@ def client_folder(folder: Path, client: int) -> Path:
 def save(seat: Seat, exchange: int) -> None:
     """Write the learner as it stands after `exchange`, when it has a folder.
 
-    Checkpoints are numbered by how many there are, not by exchange: the one before the last must survive however
-    many exchanges a client was not part of.
+    Checkpoints are numbered by how many there are, not by exchange: the one before the last must
+    survive however many exchanges a client was not part of.
     """
-    seat.exchange, seat.saved = exchange, seat.saved + 1
+    seat.exchange = exchange
+    seat.saved = seat.saved + 1
     learner = seat.learner
     if learner.folder:
         _tell(learner, "checkpoint.begin")
@@ -58,9 +59,12 @@ def restore(learner: Learner, exchange: int) -> Seat:
         if held[number] == exchange:
             learner.restore(snapshot)
             return Seat(learner, exchange, number)
-    kept = f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
+    kept = (
+        f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
+    )
     raise FederationError(
-        f"no state after exchange {exchange} is kept ({kept}); give the client the folder of this run, "
+        f"no state after exchange {exchange} is kept ({kept}); give the client the folder of "
+        "this run, "
         "or start the run afresh"
     )
 

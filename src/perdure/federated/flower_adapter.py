@@ -1,7 +1,10 @@
-"""The one adapter to private parts of Flower: engines, aggregator memory, and cleaning up after a run.
+"""The one adapter to private parts of Flower.
 
-`Grid` is Flower's word for the server's view of the nodes. `InProcessGrid` calls the client app directly; `simulate`
-hands the same two apps to Flower's Ray engine. Written for Flower 1.41; a test pins the names used here.
+Engines, aggregator memory, and cleaning up after a run.
+
+`Grid` is Flower's word for the server's view of the nodes. `InProcessGrid` calls the client app
+directly; `simulate` hands the same two apps to Flower's Ray engine. Written for Flower 1.41; a test
+pins the names used here.
 """
 
 import copy
@@ -16,7 +19,16 @@ from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+    UserConfig,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy as Aggregator
@@ -36,7 +48,8 @@ IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
 """What Flower wants to know of the process before it lets messages be made."""
 CLIENT_FAILED = 2
 RAY_USAGE = "RAY_USAGE_STATS_ENABLED"
-WAIT, PAUSE = 120.0, 0.1
+WAIT = 120.0
+PAUSE = 0.1
 """Seconds to wait for nodes to connect, and between looks."""
 log = logging.getLogger(__name__)
 
@@ -44,16 +57,18 @@ log = logging.getLogger(__name__)
 class InProcessGrid(Grid):
     """Carries messages by calling the client app in this process, one node after another.
 
-    Every node gets its own copy of what is sent, so that a client that writes into its message cannot change what the
-    others get. An exception in the client app becomes an error reply.
+    Every node gets its own copy of what is sent, so that a client that writes into its message
+    cannot change what the others get. An exception in the client app becomes an error reply.
 
     Args:
-        app: what all nodes run. clients: number of nodes; node k + 1 is partition k.
+        app: what all nodes run.
+        clients: number of nodes; node k + 1 is partition k.
         progress: told about every reply.
     """
 
     def __init__(self, app: ClientApp, clients: int, progress: Progress | None = None) -> None:
-        self._app, self._progress = app, progress
+        self._app = app
+        self._progress = progress
         self._contexts = {number + 1: _context(number, clients) for number in range(clients)}
         self._run = Run.create_empty(IDENTITY["_run_id"])
         self._replies: dict[str, Message] = {}
@@ -79,7 +94,12 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Create a message to one node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -105,7 +125,9 @@ class InProcessGrid(Grid):
         """Hand out the replies to these messages, each once."""
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Deliver and return the replies in the same order; nothing is late in one process."""
         return self.pull_messages(self.push_messages(messages))
 
@@ -118,10 +140,14 @@ class InProcessGrid(Grid):
 
 
 class Cohort(Grid):
-    """A grid that shows only some of its nodes, so that any Flower aggregator samples exactly those."""
+    """Grid that shows only some of its nodes.
+
+    Any Flower aggregator then samples exactly those.
+    """
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        self._grid, self._node_ids = grid, list(node_ids)
+        self._grid = grid
+        self._node_ids = list(node_ids)
 
     def set_run(self, run: Run) -> None:
         """Set the run of the whole grid."""
@@ -133,7 +159,12 @@ class Cohort(Grid):
         return self._grid.run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Create a message to one node."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
@@ -150,7 +181,9 @@ class Cohort(Grid):
         """Pull from the whole grid."""
         return self._grid.pull_messages(message_ids)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push to and pull from the whole grid."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
@@ -158,27 +191,39 @@ class Cohort(Grid):
 def error_reply(message: Message, error: Exception, *, private: bool = False) -> Message:
     """Answer with the error's type and first line.
 
-    Guarantee: with `private`, the text of an error that is not perdure's own stays here: it may quote a record.
+    Guarantee: with `private`, the text of an error that is not perdure's own stays here: it may
+    quote a record.
     """
     own = isinstance(error, PerdureError)
     if not own:
         log.error("a client app stopped", exc_info=error)
-    text = (str(error).strip().splitlines() or ["no message"])[0] if own or not private else "see the client's log"
+    text = (
+        (str(error).strip().splitlines() or ["no message"])[0]
+        if own or not private
+        else "see the client's log"
+    )
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {text}"), reply_to=message)
 
 
 def meet(grid: Grid, clients: int) -> list[int]:
-    """Wait for all nodes and ask which partition each holds; returns node ids in the order of partitions."""
-    nodes, patience = sorted(grid.get_node_ids()), time.monotonic() + WAIT
+    """Wait for all nodes and ask which partition each holds.
+
+    Returns node ids in the order of partitions.
+    """
+    nodes = sorted(grid.get_node_ids())
+    patience = time.monotonic() + WAIT
     while len(nodes) < clients and time.monotonic() < patience:
         time.sleep(PAUSE)
         nodes = sorted(grid.get_node_ids())
-    messages = [Message(RecordDict({"task": ConfigRecord({})}), node, "query.partition") for node in nodes]
+    messages = [
+        Message(RecordDict({"task": ConfigRecord({})}), node, "query.partition") for node in nodes
+    ]
     replies = answers(grid, messages, {node: place for place, node in enumerate(nodes)})
     found = {_partition(reply): reply.metadata.src_node_id for reply in replies}
     if sorted(found) != list(range(clients)) or len(nodes) != clients:
         raise FederationError(
-            f"{len(nodes)} nodes hold partitions {sorted(found)}; needed: each of 0 .. {clients - 1} once; start "
+            f"{len(nodes)} nodes hold partitions {sorted(found)}; needed: each of 0 .. "
+            f"{clients - 1} once; start "
             "as many nodes as federation.clients"
         )
     return [found[client] for client in range(clients)]
@@ -188,20 +233,30 @@ def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int])
     """Send and return the replies in the order of the clients, whatever the order they came in.
 
     Raises:
-        PrivacyError: when a client's privacy rules refused. FederationError: for any other failure, or no reply.
+        PrivacyError: when a client's privacy rules refused.
+        FederationError: for any other failure, or no reply.
     """
-    replies = {clients[reply.metadata.src_node_id]: reply for reply in grid.send_and_receive(messages)}
+    replies = {
+        clients[reply.metadata.src_node_id]: reply for reply in grid.send_and_receive(messages)
+    }
     for client, reply in sorted(replies.items(), key=lambda pair: (not _refused(pair[1]), pair[0])):
         if reply.has_error():
             raise failure(client, reply.error.reason or "no reason given")
-    missing = sorted({clients[message.metadata.dst_node_id] for message in messages} - replies.keys())
+    missing = sorted(
+        {clients[message.metadata.dst_node_id] for message in messages} - replies.keys()
+    )
     if missing:
-        raise FederationError(f"no reply from clients {missing}; check that they run, and start the server again")
+        raise FederationError(
+            f"no reply from clients {missing}; check that they run, and start the server again"
+        )
     return [replies[client] for client in sorted(replies)]
 
 
 def failure(client: int, reason: str) -> PerdureError:
-    """Turn an error reply back into an error; what the privacy rules refused stays a PrivacyError."""
+    """Turn an error reply back into an error.
+
+    A refusal of the privacy rules stays a PrivacyError.
+    """
     line = (reason.strip().splitlines() or ["no reason given"])[0]
     kind, _, text = line.partition(": ")
     known = getattr(errors, kind, None)
@@ -217,7 +272,8 @@ def _refused(reply: Message) -> bool:
 @contextmanager
 def contained() -> Iterator[None]:
     """Let Flower log warnings only, and leave log level and global random numbers as they were."""
-    logger, state = logging.getLogger("flwr"), random.getstate()
+    logger = logging.getLogger("flwr")
+    state = random.getstate()
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
@@ -234,7 +290,9 @@ def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
         FederationError: when Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
-        raise FederationError("engine = 'ray' needs Ray, which is not installed; run pip install perdure[simulation]")
+        raise FederationError(
+            "engine = 'ray' needs Ray, which is not installed; run pip install perdure[simulation]"
+        )
     from flwr.simulation import run_simulation
 
     before = {name: getattr(TaskIdentity, name) for name in IDENTITY}
@@ -252,7 +310,10 @@ def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
 
 @contextmanager
 def _unobserved() -> Iterator[None]:
-    """Keep Flower and Ray from reporting the run to their makers, unless the user's environment says otherwise."""
+    """Keep Flower and Ray from reporting the run to their makers.
+
+    The user's environment may say otherwise.
+    """
     from flwr.supercore import telemetry
 
     if "FLWR_TELEMETRY_ENABLED" not in os.environ:
@@ -273,7 +334,13 @@ def _partition(reply: Message) -> int:
 
 def _context(number: int, clients: int) -> Context:
     place: UserConfig = {"partition-id": number, "num-partitions": clients}
-    return Context(run_id=IDENTITY["_run_id"], node_id=number + 1, node_config=place, state=RecordDict(), run_config={})
+    return Context(
+        run_id=IDENTITY["_run_id"],
+        node_id=number + 1,
+        node_config=place,
+        state=RecordDict(),
+        run_config={},
+    )
 
 
 def _identify(identity: dict[str, int]) -> None:
@@ -282,21 +349,28 @@ def _identify(identity: dict[str, int]) -> None:
 
 
 def recall(aggregator: Aggregator) -> tuple[Params, dict[str, str]]:
-    """Arrays that the aggregator keeps between rounds (FedAdam's moments, say) and the container of each attribute."""
+    """Arrays that the aggregator keeps between rounds, and the container of each attribute.
+
+    An example is FedAdam's moments.
+    """
     tensors: Params = {}
     kinds: dict[str, str] = {}
     for name, value in vars(aggregator).items():
         kind = _kind(value)
         if kind:
             kinds[name] = kind
-            tensors |= {f"{name}.{key}": torch.tensor(np.asarray(array)) for key, array in _entries(value)}
+            tensors |= {
+                f"{name}.{key}": torch.tensor(np.asarray(array)) for key, array in _entries(value)
+            }
     return tensors, kinds
 
 
 def remind(aggregator: Aggregator, tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> None:
     """Undo `recall`."""
     for name, kind in kinds.items():
-        own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        own = {
+            n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")
+        }
         arrays = {key: value.numpy() for key, value in own.items()}
         in_order = [arrays[str(i)] for i in range(len(arrays))] if kind == "list" else arrays
         setattr(aggregator, name, to_record(own) if kind == "record" else in_order)
@@ -305,12 +379,21 @@ def remind(aggregator: Aggregator, tensors: Mapping[str, Tensor], kinds: Mapping
 def _kind(value: object) -> str | None:
     if isinstance(value, ArrayRecord):
         return "record"
-    kinds = {"dict": isinstance(value, dict) and value.values(), "list": isinstance(value, list) and value}
+    kinds = {
+        "dict": isinstance(value, dict) and value.values(),
+        "list": isinstance(value, list) and value,
+    }
     full = [kind for kind, arrays in kinds.items() if arrays]
-    return full[0] if full and all(isinstance(a, np.ndarray | np.generic) for a in kinds[full[0]] or ()) else None
+    return (
+        full[0]
+        if full and all(isinstance(a, np.ndarray | np.generic) for a in kinds[full[0]] or ())
+        else None
+    )
 
 
-def _entries(value: ArrayRecord | dict[str, np.ndarray] | list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _entries(
+    value: ArrayRecord | dict[str, np.ndarray] | list[np.ndarray],
+) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(value, list):
         yield from ((str(i), array) for i, array in enumerate(value))
     elif isinstance(value, ArrayRecord):

@@ -19,7 +19,9 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """
     for name, value in tensors.items():
         if value.dtype == torch.bfloat16:
-            raise FederationError(f"{name} is bfloat16, which Flower cannot carry; keep the model in float32")
+            raise FederationError(
+                f"{name} is bfloat16, which Flower cannot carry; keep the model in float32"
+            )
     return ArrayRecord({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
 
 
@@ -40,10 +42,13 @@ def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         FederationError: when names or shapes are not the model's.
     """
     own = shared(model)
-    wrong = sorted(own.keys() ^ tensors.keys()) or [n for n, t in own.items() if t.shape != tensors[n].shape]
+    wrong = sorted(own.keys() ^ tensors.keys()) or [
+        n for n, t in own.items() if t.shape != tensors[n].shape
+    ]
     if wrong:
         raise FederationError(
-            f"{', '.join(wrong[:3])}: name or shape is not the model's; build it alike on all parties"
+            f"{', '.join(wrong[:3])}: name or shape is not the model's; build it alike on "
+            "all parties"
         )
     with torch.no_grad():
         for name, value in own.items():

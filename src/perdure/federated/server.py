@@ -1,8 +1,11 @@
-"""The server: rounds of a Flower aggregator for every experience, then consolidation, evaluation, a checkpoint.
+"""The server: rounds of a Flower aggregator for every experience.
 
-An *exchange* is one question to clients and their answers: `rounds` training rounds and one consolidation for every
-experience, numbered through from 0. Everything the server does in an exchange is a function of its number, the seed
-and the last checkpoint, so that a run that was stopped goes on to the bit-identical end.
+After the rounds come consolidation, evaluation and a checkpoint.
+
+An *exchange* is one question to clients and their answers: `rounds` training rounds and one
+consolidation for every experience, numbered through from 0. Everything the server does in an
+exchange is a function of its number, the seed and the last checkpoint, so that a run that was
+stopped goes on to the bit-identical end.
 """
 
 import copy
@@ -45,16 +48,28 @@ Callback = Callable[[str, "Server"], None]
 """Called at every named point of the server's loop; the names are `POINTS`."""
 
 POINTS = (
-    "round.begin", "round.received", "round.end", "experience.received", "experience.combined", "evaluated",
-    "checkpoint.begin", "checkpoint.end",
-)  # fmt: skip
-"""Where a callback is called, and where the tests stop a run to see that it resumes to the same bits."""
+    "round.begin",
+    "round.received",
+    "round.end",
+    "experience.received",
+    "experience.combined",
+    "evaluated",
+    "checkpoint.begin",
+    "checkpoint.end",
+)
+"""Where a callback is called, and where the tests stop a run to see that it resumes to the same
+bits.
+"""
 
 UNSUPPORTED = {
-    aggregators.DifferentialPrivacyClientSideAdaptiveClipping: "its noise would be missing from the ledger",
-    aggregators.DifferentialPrivacyClientSideFixedClipping: "its noise would be missing from the ledger",
-    aggregators.DifferentialPrivacyServerSideAdaptiveClipping: "its noise would be missing from the ledger",
-    aggregators.DifferentialPrivacyServerSideFixedClipping: "its noise would be missing from the ledger",
+    aggregators.DifferentialPrivacyClientSideAdaptiveClipping: "its noise would be "
+    "missing from the ledger",
+    aggregators.DifferentialPrivacyClientSideFixedClipping: "its noise would be "
+    "missing from the ledger",
+    aggregators.DifferentialPrivacyServerSideAdaptiveClipping: "its noise would be "
+    "missing from the ledger",
+    aggregators.DifferentialPrivacyServerSideFixedClipping: "its noise would be "
+    "missing from the ledger",
     aggregators.FedProx: "its proximal term belongs into the clients' loss",
     aggregators.QFedAvg: "it needs the clients' training losses",
     aggregators.FedXgbBagging: "it aggregates trees",
@@ -67,11 +82,15 @@ class Federation:
     """How many clients, how often they meet, and what the server makes of their answers.
 
     Args:
-        clients: how many. rounds: training rounds per experience.
-        fraction: share of the clients that train in a round, rounded, at least one; drawn by perdure from `seed`.
-        aggregator: any Flower aggregator of model parameters; FedAvg by default. It sees only this round's clients.
+        clients: how many.
+        rounds: training rounds per experience.
+        fraction: share of the clients that train in a round, rounded, at least one; drawn by
+            perdure from `seed`.
+        aggregator: any Flower aggregator of model parameters; FedAvg by default. It sees only this
+            round's clients.
         seed: of client sampling.
-        mode: `open`, where the server inspects every update. The modes `central` and `secure` are not there yet.
+        mode: `open`, where the server inspects every update. The modes `central` and `secure` are
+            not there yet.
 
     Raises:
         ConfigError: for a value out of range, or an aggregator that needs more than parameters.
@@ -88,23 +107,37 @@ class Federation:
     def __post_init__(self) -> None:
         for name in ("clients", "rounds"):
             if getattr(self, name) < 1:
-                raise ConfigError.of(f"federation.{name}", getattr(self, name), "whole numbers from 1")
+                raise ConfigError.of(
+                    f"federation.{name}", getattr(self, name), "whole numbers from 1"
+                )
         if not 0 < self.fraction <= 1:
-            raise ConfigError.of("federation.fraction", self.fraction, "a number above 0 and at most 1")
+            raise ConfigError.of(
+                "federation.fraction", self.fraction, "a number above 0 and at most 1"
+            )
         if self.mode != "open":
             raise PrivacyError(f"federation.mode = {self.mode!r} is not there yet; allowed: 'open'")
         for kind, reason in UNSUPPORTED.items():
             if isinstance(self.aggregator, kind):
-                raise ConfigError(f"federation.aggregator = {kind.__name__} is not allowed: {reason}; use FedAvg")
+                raise ConfigError(
+                    f"federation.aggregator = {kind.__name__} is not allowed: {reason}; use FedAvg"
+                )
 
     def cohort(self, experience: int, number: int) -> list[int]:
-        """Clients that train in round `number` of the experience, ascending; a function of the seed."""
+        """Clients that train in round `number` of the experience, ascending.
+
+        A function of the seed.
+        """
         size = max(1, round(self.fraction * self.clients))
-        order = torch.randperm(self.clients, generator=generator(self.seed, "cohort", experience, number))
+        order = torch.randperm(
+            self.clients, generator=generator(self.seed, "cohort", experience, number)
+        )
         return sorted(order[:size].tolist())
 
     def previous(self, exchange: int) -> list[int]:
-        """For every client the last exchange before this one that it was part of; FRESH for none."""
+        """For every client the last exchange before this one that it was part of.
+
+        FRESH for none.
+        """
         experience, number = divmod(exchange, self.rounds + 1)
         first = exchange - number
         met = [first - 1 if experience else FRESH] * self.clients
@@ -116,8 +149,14 @@ class Federation:
     def facts(self) -> dict[str, Any]:
         """What a run must be resumed with."""
         kind = type(self.aggregator).__name__
-        return {"clients": self.clients, "rounds": self.rounds, "fraction": self.fraction, "aggregator": kind,
-                "seed": self.seed, "mode": self.mode}  # fmt: skip
+        return {
+            "clients": self.clients,
+            "rounds": self.rounds,
+            "fraction": self.fraction,
+            "aggregator": kind,
+            "seed": self.seed,
+            "mode": self.mode,
+        }
 
 
 @dataclass(kw_only=True)
@@ -125,10 +164,12 @@ class Server:
     """Drives a whole stream over the clients of a grid.
 
     Args:
-        learner: built like the clients'; holds the global parameters and the combined state. It gets no privacy, no
-            folder and no adversary, because it never sees a training record. `learner.matrix` is the result.
+        learner: built like the clients'; holds the global parameters and the combined state. It
+            gets no privacy, no folder and no adversary, because it never sees a training record.
+            `learner.matrix` is the result.
         stream: public part of the clients' stream: classes, declared sizes and test records.
-        federation: clients, rounds, aggregator. folder: of the run, for checkpoints; None to keep none.
+        federation: clients, rounds, aggregator.
+        folder: of the run, for checkpoints; None to keep none.
         callbacks: called as callback(point, server).
     """
 
@@ -139,7 +180,13 @@ class Server:
     callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
-        bare: dict[str, Any] = {"privacy": None, "adversary": None, "folder": None, "callbacks": (), "matrix": []}
+        bare: dict[str, Any] = {
+            "privacy": None,
+            "adversary": None,
+            "folder": None,
+            "callbacks": (),
+            "matrix": [],
+        }
         self.learner = replace(self.learner, **bare)
         self.stream = public(self.stream)
         self.exchange = 0
@@ -155,7 +202,10 @@ class Server:
 
     @property
     def round(self) -> int:
-        """Number of the next round in its experience; `federation.rounds` stands for the consolidation."""
+        """Number of the next round in its experience.
+
+        `federation.rounds` stands for the consolidation.
+        """
         return self.exchange % (self.federation.rounds + 1)
 
     def serve(self, grid: Grid) -> None:
@@ -185,24 +235,38 @@ class Server:
             self._aggregator = ready(self.federation.aggregator)
         self._at("round.begin")
         number = self.experience * self.federation.rounds + self.round + 1
-        cohort = [self._nodes[client] for client in self.federation.cohort(self.experience, self.round)]
+        cohort = [
+            self._nodes[client] for client in self.federation.cohort(self.experience, self.round)
+        ]
         arrays = to_record(shared(learner.model))
         try:
-            messages = self._aggregator.configure_train(number, arrays, ConfigRecord(), Cohort(grid, cohort))
+            messages = self._aggregator.configure_train(
+                number, arrays, ConfigRecord(), Cohort(grid, cohort)
+            )
             replies = self._ask(grid, list(messages))
             self._at("round.received")
             result, _ = self._aggregator.aggregate_train(number, replies)
         except AppExitException as error:
-            raise FederationError(f"the aggregator {type(self._aggregator).__name__} stopped: {error}") from error
+            raise FederationError(
+                f"the aggregator {type(self._aggregator).__name__} stopped: {error}"
+            ) from error
         if result is None:
-            raise FederationError(f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another")
+            raise FederationError(
+                f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another"
+            )
         load_shared(learner.model, from_record(result))
         self._at("round.end")
 
     def _consolidate(self, grid: Grid) -> None:
-        """Close the experience at the global parameters on all clients, combine their states and measure."""
-        learner, content = self.learner, {"arrays": to_record(shared(self.learner.model))}
-        messages = [Message(RecordDict(dict(content)), node, "train.finish") for node in self._nodes]
+        """Close the experience at the global parameters on all clients.
+
+        Their states are combined and the model is measured.
+        """
+        learner = self.learner
+        content = {"arrays": to_record(shared(self.learner.model))}
+        messages = [
+            Message(RecordDict(dict(content)), node, "train.finish") for node in self._nodes
+        ]
         replies = self._ask(grid, messages)
         self._at("experience.received")
         rules = sent(learner.state).rules
@@ -221,7 +285,8 @@ class Server:
         """Send, each client's task added, and return the replies in the order of the clients."""
         clients = {node: client for client, node in enumerate(self._nodes)}
         waiting = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
-        before, state = self.federation.previous(self.exchange), to_record(sent(self.learner.state))
+        before = self.federation.previous(self.exchange)
+        state = to_record(sent(self.learner.state))
         for message in waiting:
             previous = before[clients[message.metadata.dst_node_id]]
             records = dict(message.content) | {"task": ConfigRecord(self._task(previous))}
@@ -232,9 +297,12 @@ class Server:
 
     def _task(self, previous: int) -> dict[str, Any]:
         return {
-            "experience": self.experience, "round": self.round, "rounds": self.federation.rounds,
-            "exchange": self.exchange, "previous": previous,
-        }  # fmt: skip
+            "experience": self.experience,
+            "round": self.round,
+            "rounds": self.federation.rounds,
+            "exchange": self.exchange,
+            "previous": previous,
+        }
 
     # ------------------------------------------------------------------ stopping and going on
 
@@ -244,7 +312,10 @@ class Server:
             self._at("checkpoint.begin")
             arrays, kinds = recall(self._aggregator)
             snapshot = self.learner.snapshot()
-            tensors = {**snapshot.tensors, **{f"aggregator.{name}": value for name, value in arrays.items()}}
+            tensors = {
+                **snapshot.tensors,
+                **{f"aggregator.{name}": value for name, value in arrays.items()},
+            }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
             facts["federation"] = self.federation.facts()
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
@@ -254,10 +325,17 @@ class Server:
         snapshot = Store(self.folder).load() if self.folder else None
         if snapshot is None:
             return
-        own, asked = snapshot.facts.get("federation"), self.federation.facts()
+        own = snapshot.facts.get("federation")
+        asked = self.federation.facts()
         if own != asked:
-            raise RunError(f"{self.folder} holds a run of {own}, asked for {asked}; give another folder")
-        cut = {n.removeprefix("aggregator."): t for n, t in snapshot.tensors.items() if n.startswith("aggregator.")}
+            raise RunError(
+                f"{self.folder} holds a run of {own}, asked for {asked}; give another folder"
+            )
+        cut = {
+            n.removeprefix("aggregator."): t
+            for n, t in snapshot.tensors.items()
+            if n.startswith("aggregator.")
+        }
         self.learner.restore(snapshot)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self.exchange = snapshot.facts["exchange"]
@@ -282,34 +360,54 @@ def server_app(server: Server) -> ServerApp:
 
 
 def run_federation(
-    make_learner: Callable[[int], Learner], streams: Sequence[Stream], federation: Federation, *,
-    folder: Path | None = None, callbacks: Sequence[Callback] = (), engine: Engine = "inprocess",
+    make_learner: Callable[[int], Learner],
+    streams: Sequence[Stream],
+    federation: Federation,
+    *,
+    folder: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    engine: Engine = "inprocess",
     progress: Progress | None = None,
-) -> Server:  # fmt: skip
+) -> Server:
     """Train one model on the streams of all clients and return the server, which holds it.
 
-    With a folder, a run that was stopped at any moment goes on where it was, to the bit-identical end.
+    With a folder, a run that was stopped at any moment goes on where it was, to the bit-identical
+    end.
 
     Args:
-        make_learner: from a client's number to a fresh learner, alike but for what the number changes. streams: one a
-            client, with the same experiences (see `perdure.data.client_splits`).
-        federation: clients, rounds, aggregator. folder: of the run. callbacks: called as callback(point, server).
+        make_learner: from a client's number to a fresh learner, alike but for what the number
+            changes.
+        streams: one a client, with the same experiences (see `perdure.data.client_splits`).
+        federation: clients, rounds, aggregator.
+        folder: of the run.
+        callbacks: called as callback(point, server).
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         progress: called as progress(replies, expected) in process.
 
     Raises:
-        ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients' state.
+        ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients'
+            state.
         FederationError, PrivacyError, RunError: see `Server.serve`.
     """
     if len(streams) != federation.clients:
-        raise ConfigError.of("streams", len(streams), f"one for each of {federation.clients} clients")
+        raise ConfigError.of(
+            "streams", len(streams), f"one for each of {federation.clients} clients"
+        )
     if engine not in get_args(Engine):
         raise ConfigError.of("engine", engine, get_args(Engine))
     if engine == "ray" and folder is None:
-        raise ConfigError.of("folder", None, "a folder for the clients' state, because Ray's processes share no memory")
+        raise ConfigError.of(
+            "folder",
+            None,
+            "a folder for the clients' state, because Ray's processes share no memory",
+        )
     client = client_app(lambda number: (make_learner(number), streams[number]), folder)
     server = Server(
-        learner=make_learner(0), stream=streams[0], federation=federation, folder=folder, callbacks=callbacks
+        learner=make_learner(0),
+        stream=streams[0],
+        federation=federation,
+        folder=folder,
+        callbacks=callbacks,
     )
     if engine == "ray":
         simulate(server_app(server), client, federation.clients)
@@ -320,13 +418,24 @@ def run_federation(
 
 
 def fit_federated(
-    make_learner: Callable[[int], Learner], streams: Sequence[Stream], federation: Federation, *,
-    folder: Path | None = None, callbacks: Sequence[Callback] = (), engine: Engine = "inprocess",
+    make_learner: Callable[[int], Learner],
+    streams: Sequence[Stream],
+    federation: Federation,
+    *,
+    folder: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    engine: Engine = "inprocess",
     progress: Progress | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`run_federation`, for the accuracy matrix (T, T) in percent alone."""
     server = run_federation(
-        make_learner, streams, federation, folder=folder, callbacks=callbacks, engine=engine, progress=progress
+        make_learner,
+        streams,
+        federation,
+        folder=folder,
+        callbacks=callbacks,
+        engine=engine,
+        progress=progress,
     )
     return torch.tensor(server.learner.matrix, dtype=torch.float64)
 
@@ -346,11 +455,17 @@ def public(stream: Stream) -> Stream:
 
 
 def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
-    """Return a fresh copy that takes all nodes it is shown, however few, and uses perdure's names for records."""
+    """Return a fresh copy that takes all nodes it is shown, however few.
+
+    It uses perdure's names for records.
+    """
     fresh = copy.deepcopy(aggregator)
     settings: dict[str, object] = {
-        "fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1, "arrayrecord_key": "arrays",
-    }  # fmt: skip
+        "fraction_train": 1.0,
+        "min_train_nodes": 1,
+        "min_available_nodes": 1,
+        "arrayrecord_key": "arrays",
+    }
     for name, value in settings.items():
         if hasattr(fresh, name):
             setattr(fresh, name, value)

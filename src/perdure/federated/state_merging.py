@@ -23,7 +23,8 @@ def combine(old: State | None, states: Sequence[State], weights: Sequence[float]
     With one holder its tensor is taken as it is, to the bit.
 
     Args:
-        old: what the clients started from; None for zero. states: one a client, in a fixed order.
+        old: what the clients started from; None for zero.
+        states: one a client, in a fixed order.
         weights: declared sizes.
 
     Raises:
@@ -35,19 +36,24 @@ def combine(old: State | None, states: Sequence[State], weights: Sequence[float]
     for name, rule in rules.items():
         values = [part[name] for part in parts]
         before = torch.zeros_like(values[0]) if old is None else old[name]
-        tensors[name] = values[0] if len(values) == 1 else RULES[rule](before, values, weights, name)
+        tensors[name] = (
+            values[0] if len(values) == 1 else RULES[rule](before, values, weights, name)
+        )
     return State(tensors, rules)
 
 
 def _sum(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
     wide = torch.float64 if before.is_floating_point() else before.dtype
-    start = before.to(values[0].device, wide)  # clients answer on the CPU, the server may stand on a GPU
+    # clients answer on the CPU, the server may stand on a GPU
+    start = before.to(values[0].device, wide)
     return (start + sum(value.to(wide) - start for value in values)).to(before.dtype)
 
 
 def _mean(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
     if not before.is_floating_point():
-        raise StrategyError(f"state {name!r} is {before.dtype}, which has no mean; declare it as sum or local")
+        raise StrategyError(
+            f"state {name!r} is {before.dtype}, which has no mean; declare it as sum or local"
+        )
     total = sum(weights)
     terms = [weight / total * value.double() for weight, value in zip(weights, values, strict=True)]
     return torch.stack(terms).sum(0).to(before.dtype)

@@ -43,11 +43,13 @@ class Snapshot:
 class Store:
     """Numbered checkpoints of one run or client in a folder: `checkpoint/` and `private/`.
 
-    A checkpoint exists once `checkpoint/latest.json` names it; whatever else lies there is an unfinished draft.
+    A checkpoint exists once `checkpoint/latest.json` names it; whatever else lies there is an
+    unfinished draft.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.public, self.private = folder / "checkpoint", folder / "private"
+        self.public = folder / "checkpoint"
+        self.private = folder / "private"
         self._latest = self.public / "latest.json"
 
     def save(self, number: int, snapshot: Snapshot) -> None:
@@ -70,7 +72,9 @@ class Store:
         try:
             last = int(json.loads(self._latest.read_text())["number"])
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self._latest} cannot be read ({error!r}); restore it, or use another folder") from None
+            raise RunError(
+                f"{self._latest} cannot be read ({error!r}); restore it, or use another folder"
+            ) from None
         found = sorted(int(path.stem) for path in self.public.glob("[0-9]*.json"))
         return [number for number in found if number <= last]
 
@@ -95,7 +99,9 @@ class Store:
             )
         except (OSError, ValueError, SafetensorError) as error:
             known = f"complete ones: {numbers or 'none'}"
-            raise RunError(f"checkpoint {name} in {self.public} cannot be read ({error}); {known}") from None
+            raise RunError(
+                f"checkpoint {name} in {self.public} cannot be read ({error}); {known}"
+            ) from None
 
     def _drop(self, up_to: int) -> None:
         for folder in (self.public, self.private):
@@ -107,20 +113,30 @@ class Store:
 def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON facts of an optimiser's state."""
     state = optimizer.state_dict()
-    entries = {f"optimizer.{i}.{name}": value for i, e in state["state"].items() for name, value in e.items()}
+    entries = {
+        f"optimizer.{i}.{name}": value
+        for i, e in state["state"].items()
+        for name, value in e.items()
+    }
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in entries.items() if name not in tensors}
     return tensors, {"optimizer": numbers, "groups": state["param_groups"]}
 
 
-def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def load_optimizer(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
     """Undo `flatten_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
-    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(facts["optimizer"])
+    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(
+        facts["optimizer"]
+    )
     for name, value in saved.items():
         _, index, entry = name.split(".", 2)
         state.setdefault(int(index), {})[entry] = value
-    groups = [{name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]]
+    groups = [
+        {name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -130,7 +146,12 @@ def _as_saved(name: str, value: Any) -> Any:
 
 
 def numbered(value: Any) -> Any:
-    """JSON turns whole-number keys, such as a scheduler's milestones, into strings; turn them back."""
+    """JSON turns whole-number keys, such as a scheduler's milestones, into strings.
+
+    Turn them back.
+    """
     if not isinstance(value, dict):
         return [numbered(item) for item in value] if isinstance(value, list) else value
-    return {int(key) if str(key).isdecimal() else key: numbered(item) for key, item in value.items()}
+    return {
+        int(key) if str(key).isdecimal() else key: numbered(item) for key, item in value.items()
+    }

@@ -20,9 +20,21 @@ from perdure.curator.local_curator import Curator
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.learner.checkpoint import Position, Snapshot, Store, flatten_optimizer, load_optimizer, numbered
+from perdure.learner.checkpoint import (
+    Position,
+    Snapshot,
+    Store,
+    flatten_optimizer,
+    load_optimizer,
+    numbered,
+)
 from perdure.learner.noise_digest import NoiseDigestInputs, learning_rates, noise_digest
-from perdure.learner.sanity_checks import a_state, refuse_outputs, refuse_runaway, refuse_second_ledger
+from perdure.learner.sanity_checks import (
+    a_state,
+    refuse_outputs,
+    refuse_runaway,
+    refuse_second_ledger,
+)
 from perdure.metrics import accuracy
 from perdure.planning.exposure import Exposure, drawn_from, exposure, pieces
 from perdure.privacy.private_sum import Mechanism
@@ -40,37 +52,59 @@ Callback = Callable[[str, "Learner"], None]
 """Called at every named point of the loop; the names are `POINTS`."""
 
 POINTS = (
-    "experience.begin", "block.begin", "step.sampled", "step.gradient", "step.done", "block.end",
-    "experience.consolidated", "experience.end", "evaluated", "checkpoint.begin", "checkpoint.end",
-    "ledger.before-append", "ledger.appended", "ledger.head-written", "noise.drawn",
-)  # fmt: skip
-"""Where a callback is called, and where the tests stop a run to see that it resumes to the same bits."""
+    "experience.begin",
+    "block.begin",
+    "step.sampled",
+    "step.gradient",
+    "step.done",
+    "block.end",
+    "experience.consolidated",
+    "experience.end",
+    "evaluated",
+    "checkpoint.begin",
+    "checkpoint.end",
+    "ledger.before-append",
+    "ledger.appended",
+    "ledger.head-written",
+    "noise.drawn",
+)
+"""Where a callback is called, and where the tests stop a run to see that it resumes to the same
+bits.
+"""
 
 
 @dataclass(kw_only=True)
 class Learner:
     """Trains one model on a stream, one experience after another.
 
-    >>> learner = Learner(model=model, strategy=EWC(strength=100.0), optimizer=partial(torch.optim.Adam, lr=1e-3))
+    >>> optimizer = partial(torch.optim.Adam, lr=1e-3)
+    >>> learner = Learner(model=model, strategy=EWC(strength=100.0), optimizer=optimizer)
     >>> matrix = learner.fit(stream)       # (T, T) accuracy in percent
 
     Args:
-        model: a `perdure.models.classifier.Classifier`, or any module with a full-width head and `features`.
+        model: a `perdure.models.classifier.Classifier`, or any module with a full-width head and
+            `features`.
         strategy: how forgetting is fought.
         optimizer: from parameters to any torch optimiser that needs one gradient a step.
-        scheduler: from the optimiser to a scheduler that is stepped after every step; None for a constant rate.
-        epochs, iterations: length of an experience; give one. blocks: pieces an experience is done in; each is
-            charged to the ledger as one, and ends with a checkpoint (in a federation: with a round).
-        batch_size: new records a step. micro_batch_size: rows of one pass through the model, to bound memory; what is
-            learnt and charged does not change, up to rounding.
-        seed: of everything but private noise. device: where records and model live.
+        scheduler: from the optimiser to a scheduler that is stepped after every step; None for a
+            constant rate.
+        epochs, iterations: length of an experience; give one.
+        blocks: pieces an experience is done in; each is charged to the ledger as one, and ends with
+            a checkpoint (in a federation: with a round).
+        batch_size: new records a step.
+        micro_batch_size: rows of one pass through the model, to bound memory; what is learnt and
+            charged does not change, up to rounding.
+        seed: of everything but private noise.
+        device: where records and model live.
         privacy: None, or record-level differential privacy.
         adversary: an attack applied to every batch before its gradient (adversarial training).
         views: random versions of every record, averaged inside its loss (augmentation).
-        precision: of the passes through the model while training; parameters, norms and sums stay in float32.
+        precision: of the passes through the model while training; parameters, norms and sums stay
+            in float32.
         reset_optimizer: begin every experience with a fresh optimiser.
         callbacks: called as callback(point, learner).
-        client: number of the party, 0 when there is only one. owner: its name in the ledger.
+        client: number of the party, 0 when there is only one.
+        owner: its name in the ledger.
         folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk.
     """
 
@@ -99,7 +133,9 @@ class Learner:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):
             given = f"epochs={self.epochs}, iterations={self.iterations}"
-            raise ConfigError.of("length of an experience", given, "exactly one of epochs and iterations")
+            raise ConfigError.of(
+                "length of an experience", given, "exactly one of epochs and iterations"
+            )
         for name in ("epochs", "iterations", "blocks", "batch_size", "micro_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,7 +143,9 @@ class Learner:
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError.of("precision", self.precision, ("float32", "bfloat16"))
         if self.views and self.adversary:
-            raise ConfigError.of("views", self.views, "none with an adversary, which perturbs the record itself")
+            raise ConfigError.of(
+                "views", self.views, "none with an adversary, which perturbs the record itself"
+            )
         if type(self.model).__module__.startswith("opacus."):
             from perdure.privacy.opacus.migration import unwrapped
 
@@ -126,8 +164,9 @@ class Learner:
     def fit(self, stream: Stream) -> Tensor:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
-        Row i is measured after experience i, on the test records of every experience. With a `folder`, a run that was
-        stopped goes on where it was, to the bit-identical end; a stream that has grown since goes on with what is new.
+        Row i is measured after experience i, on the test records of every experience. With a
+        `folder`, a run that was stopped goes on where it was, to the bit-identical end; a stream
+        that has grown since goes on with what is new.
         """
         self.prepare(stream)
         self.resume()
@@ -140,7 +179,8 @@ class Learner:
             self.matrix.append(self.evaluate(stream))
             self._at("evaluated")
             self.save()
-        rows = [row + [math.nan] * (len(stream) - len(row)) for row in self.matrix]  # of a stream that grew
+        # of a stream that grew
+        rows = [row + [math.nan] * (len(stream) - len(row)) for row in self.matrix]
         return torch.tensor(rows, dtype=torch.float64)
 
     def prepare(self, stream: Stream) -> None:
@@ -148,13 +188,15 @@ class Learner:
 
         Raises:
             ConfigError: for a model whose outputs are not one for every class.
-            PrivacyError: for a private learner that has trained and keeps no folder: its ledger would begin anew.
+            PrivacyError: for a private learner that has trained and keeps no folder: its ledger
+                would begin anew.
         """
         if self.privacy and not self.folder:
             refuse_second_ledger(self.position)
         self.stream = stream.to(self.device)
         self.context = contexts(self.stream, self.device)
-        self.position, self.matrix = Position(), []
+        self.position = Position()
+        self.matrix = []
         initial = {name: value.detach().clone() for name, value in self.params.items()}
         refuse_outputs(self.model, self.stream)
         spec = spec_of(self.model, initial, stream, private=self.privacy is not None)
@@ -164,15 +206,21 @@ class Learner:
 
             self.mechanism = private_mechanism(self, self._at)
         self.curator = Curator(
-            seed=self.seed, client=self.client, batch_size=self.batch_size, mechanism=self.mechanism,
+            seed=self.seed,
+            client=self.client,
+            batch_size=self.batch_size,
+            mechanism=self.mechanism,
             micro_batch_size=self.micro_batch_size,
-        )  # fmt: skip
+        )
         self._new_optimizer()
 
     # ------------------------------------------------------------------ one experience
 
     def begin(self, index: int) -> None:
-        """Open experience `index`; called again after a resume in its middle, it only reopens the records."""
+        """Open experience `index`.
+
+        Called again after a resume in its middle, it only reopens the records.
+        """
         experience = self.stream[index]
         plan = self.plan(experience)
         if not self.position.begun or self.position.experience != index:
@@ -188,10 +236,14 @@ class Learner:
         return self.strategy.plan(experience)
 
     def exposure(self, experiences: Sequence[Experience], left: Set[str] = frozenset()) -> Exposure:
-        """Who is exposed in the last of `experiences`, and how often, where the partitions `left` are out."""
-        rate, bands = (self.privacy.sampling_rate, self.privacy.bands) if self.privacy else (None, None)
+        """Exposure in the last of `experiences`, without the partitions `left`."""
+        rate, bands = (
+            (self.privacy.sampling_rate, self.privacy.bands) if self.privacy else (None, None)
+        )
         plan = self.plan(experiences[-1])
-        return exposure(experiences, plan, batch_size=self.batch_size, rate=rate, bands=bands, left=left)
+        return exposure(
+            experiences, plan, batch_size=self.batch_size, rate=rate, bands=bands, left=left
+        )
 
     def steps_of(self, experiences: Sequence[Experience], left: Set[str] = frozenset()) -> int:
         """Optimiser steps in the last of `experiences`; a function of declared sizes only."""
@@ -200,7 +252,9 @@ class Learner:
             return (self.iterations or 0) if plan.train else 0
         size, _ = drawn_from(experiences, plan, left)
         rate = self.privacy.sampling_rate if self.privacy else None
-        return math.ceil((self.epochs or 1) * (1 / rate if rate else max(1.0, size / self.batch_size)))
+        return math.ceil(
+            (self.epochs or 1) * (1 / rate if rate else max(1.0, size / self.batch_size))
+        )
 
     def steps(self, index: int) -> int:
         """Optimiser steps in experience `index`."""
@@ -223,7 +277,9 @@ class Learner:
         Args:
             steps: a block of the current experience; charged to the ledger as one.
         """
-        curator, strategy, params = self.curator, self.strategy, self._trained
+        curator = self.curator
+        strategy = self.strategy
+        params = self._trained
         self._at("block.begin")
         curator.reserve(steps, self._start())
         self.model.train()
@@ -235,7 +291,9 @@ class Learner:
                 batch = self._perturbed(batch, step)
             if self.views:
                 batch = self.views.attach(batch, self._seed_of("views", step))
-            references = strategy.references(curator, params, self.state) if self._uses["references"] else ()
+            references = (
+                strategy.references(curator, params, self.state) if self._uses["references"] else ()
+            )
             gradient = curator.gradient(self._losses, params, batch, step)
             self._at("step.gradient")
             if self._observes:
@@ -251,7 +309,7 @@ class Learner:
 
     @flushed()
     def finish(self) -> None:
-        """Consolidate at the present parameters, offer the records to memory and go to the next experience.
+        """Consolidate, offer the records to memory and go to the next experience.
 
         Raises:
             RunawayError: where training ran away, and parameters are no numbers any more.
@@ -281,7 +339,9 @@ class Learner:
         after = max(0, self.position.experience - 1)
         with torch.no_grad():
             return [
-                accuracy(self.predictor(e.index, after=after), e.test.inputs, e.test.labels, batch_size)
+                accuracy(
+                    self.predictor(e.index, after=after), e.test.inputs, e.test.labels, batch_size
+                )
                 for e in stream.to(self.device)
             ]
 
@@ -295,20 +355,33 @@ class Learner:
         tensors = {name: value.detach().clone() for name, value in live.items()}
         private, memory = self.curator.snapshot()
         facts |= {
-            "position": vars(self.position), "matrix": self.matrix, "memory": memory,
+            "position": vars(self.position),
+            "matrix": self.matrix,
+            "memory": memory,
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
             "clip_norm": self.mechanism.clip_norm if self.mechanism else None,
-        }  # fmt: skip
+        }
         return Snapshot(tensors=tensors, private=private, facts=facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""
-        cut = {n.removeprefix("model."): t for n, t in snapshot.tensors.items() if n.startswith("model.")}
+        cut = {
+            n.removeprefix("model."): t
+            for n, t in snapshot.tensors.items()
+            if n.startswith("model.")
+        }
         self.model.load_state_dict(cut)
-        states = {n.removeprefix("state."): t for n, t in snapshot.tensors.items() if n.startswith("state.")}
-        self.state = self.state.replace({name: value.to(self.device) for name, value in states.items()})
+        states = {
+            n.removeprefix("state."): t
+            for n, t in snapshot.tensors.items()
+            if n.startswith("state.")
+        }
+        self.state = self.state.replace(
+            {name: value.to(self.device) for name, value in states.items()}
+        )
         facts = snapshot.facts
-        self.position, self.matrix = Position(**facts["position"]), [list(row) for row in facts["matrix"]]
+        self.position = Position(**facts["position"])
+        self.matrix = [list(row) for row in facts["matrix"]]
         self.curator.restore(snapshot.private, facts["memory"], self.device)
         if self.mechanism:
             self.mechanism.clip_norm = facts["clip_norm"]
@@ -338,16 +411,23 @@ class Learner:
         def losses(rows: Batch) -> Tensor:
             return self.strategy.losses(forward, rows, self.curator.context, self.state)
 
-        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with torch.autocast(
+            batch.inputs.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        ):
             return (self.views.losses(losses, batch) if self.views else losses(batch)).float()
 
     def _remember(self, forward: Forward, batch: Batch) -> Params:
         return self.strategy.remember(forward, batch, self.state)
 
     def _step(self, total: Params, gradient: Params) -> None:
-        before = {n: p.detach().clone() for n, p in self._trained.items()} if self._uses["after_step"] else {}
+        before = (
+            {n: p.detach().clone() for n, p in self._trained.items()}
+            if self._uses["after_step"]
+            else {}
+        )
         if before:
-            gradient = {name: value.clone() for name, value in gradient.items()}  # an optimiser may write into .grad
+            # an optimiser may write into .grad
+            gradient = {name: value.clone() for name, value in gradient.items()}
         for name, param in self._trained.items():
             param.grad = total[name]
         self._optimizer.step()
@@ -359,7 +439,10 @@ class Learner:
             self.state = self.strategy.after_step(before, after, gradient, self.state, noise)
 
     def _perturbed(self, batch: Batch, step: int) -> Batch:
-        """Each record's own worst case at the present parameters, on an unhooked copy of the model."""
+        """Each record's own worst case at the present parameters.
+
+        It is found on an unhooked copy of the model.
+        """
         fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
         place = torch.Generator().manual_seed(self._seed_of("adversary", step))
 
@@ -372,16 +455,22 @@ class Learner:
 
     def _select(self, plan: Plan) -> None:
         prefixes = plan.trainable
-        self._trained = {n: p for n, p in self.params.items() if prefixes is None or n.startswith(prefixes)}
+        self._trained = {
+            n: p for n, p in self.params.items() if prefixes is None or n.startswith(prefixes)
+        }
         if not self._trained:
-            raise StrategyError(f"no parameter begins with {prefixes}; the model trains {', '.join(self.params)}")
+            raise StrategyError(
+                f"no parameter begins with {prefixes}; the model trains {', '.join(self.params)}"
+            )
         for param in self.params.values():
             param.grad = None  # the optimiser must not go on with what an earlier experience left
         hooks = ("references", "penalty", "project", "after_step")
         self._uses = {hook: self.strategy.uses(hook) for hook in hooks}
         self._uses["penalty"] &= plan.penalised
         self._observes = plan.memory is not None and plan.memory.update == "step"
-        self._stochastic = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
+        self._stochastic = any(
+            isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules()
+        )
 
     def _start_afresh(self, plan: Plan) -> None:
         if plan.restart:
@@ -399,12 +488,18 @@ class Learner:
             torch.manual_seed(self._seed_of("layers", step))
 
     def _seed_of(self, what: str, step: int) -> int:
-        """Seed of what records draw at random in a step; secret under privacy (see `Mechanism.secret`)."""
+        """Seed of what records draw at random in a step.
+
+        Secret under privacy (see `Mechanism.secret`).
+        """
         seed = self.mechanism.secret(what, step) if self.mechanism else self.seed
         return derive(seed, what, self.client, self.position.experience, step)
 
     def _start(self) -> str:
-        """Digest of all that determines the next steps apart from the records; only needed under privacy."""
+        """Digest of all that determines the next steps apart from the records.
+
+        Only needed under privacy.
+        """
         if self.mechanism is None:
             return ""
         rates = []
@@ -412,13 +507,27 @@ class Learner:
             steps = sum(self.steps(index) for index in range(self.position.experience + 1))
             rates = learning_rates(self.optimizer, self.scheduler, steps)
         inputs = NoiseDigestInputs(
-            snapshot=self.snapshot(), strategy=self.strategy, plan=self.plan(self.stream[self.position.experience]),
-            exposures=self.curator.exposures, model=self.model, params=self.params, trained=self._trained,
-            state=self.state, losses=self._losses, synthetic=self.curator.synthetic, optimizer=self._optimizer,
-            scheduler=self._scheduler, rates=rates, adversary=self.adversary, views=self.views, seed=self.seed,
-            precision=self.precision, micro_batch_size=self.micro_batch_size, device=str(self.device),
+            snapshot=self.snapshot(),
+            strategy=self.strategy,
+            plan=self.plan(self.stream[self.position.experience]),
+            exposures=self.curator.exposures,
+            model=self.model,
+            params=self.params,
+            trained=self._trained,
+            state=self.state,
+            losses=self._losses,
+            synthetic=self.curator.synthetic,
+            optimizer=self._optimizer,
+            scheduler=self._scheduler,
+            rates=rates,
+            adversary=self.adversary,
+            views=self.views,
+            seed=self.seed,
+            precision=self.precision,
+            micro_batch_size=self.micro_batch_size,
+            device=str(self.device),
             stream=self.stream,
-        )  # fmt: skip
+        )
         return noise_digest(inputs)
 
     def _at(self, point: str) -> None:

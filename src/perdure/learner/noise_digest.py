@@ -1,10 +1,14 @@
-"""Digest of everything apart from the records that determines a block of steps; the noise of the block is keyed by it.
+"""Digest of everything apart from the records that determines a block of steps.
 
-If anything here changes, a block that is run again draws fresh noise and is charged again. Otherwise two different
-sums could be released with the same noise, and their difference would be free of it.
+The noise of the block is keyed by it.
 
-The digest covers an explicit list of fields (`settings` below) and tensors (`behaviour`), never the `repr` of an
-object: renaming a class or a field of the library must not change which noise a simulation draws.
+If anything here changes, a block that is run again draws fresh noise and is charged again.
+Otherwise two different sums could be released with the same noise, and their difference would be
+free of it.
+
+The digest covers an explicit list of fields (`settings` below) and tensors (`behaviour`), never the
+`repr` of an object: renaming a class or a field of the library must not change which noise a
+simulation draws.
 """
 
 import hashlib
@@ -42,11 +46,14 @@ class NoiseDigestInputs:
         snapshot: parameters, strategy state, optimiser and position now.
         strategy, plan: how forgetting is fought, and what the open experience trains on.
         exposures: of the gradient and of every reference gradient of a step.
-        model: the module; params: its parameters that require gradients; trained: those that the experience trains.
+        model: the module;
+        params: its parameters that require gradients;
+        trained: those that the experience trains.
         state: what the strategy remembers.
         losses: (forward, batch) to the loss of every row, views and precision included.
         synthetic: number of rows to a batch of random rows, independent of every record.
-        optimizer, scheduler: as they stand; rates: learning rates of all steps up to the end of the experience.
+        optimizer, scheduler: as they stand;
+        rates: learning rates of all steps up to the end of the experience.
         adversary, views: what changes a batch before its gradient.
         seed, precision, micro_batch_size, device: settings of the learner.
         stream: its public facts are used, never its records.
@@ -98,11 +105,25 @@ def settings(inputs: NoiseDigestInputs) -> dict[str, JSONValue]:
         "plan": plan_settings(inputs.plan),
         "exposures": {name: exposure_settings(value) for name, value in inputs.exposures.items()},
         "model": [module_settings(path, module) for path, module in inputs.model.named_modules()],
-        "optimizer": [type(inputs.optimizer).__name__, canonical(facts["optimizer"]), canonical(facts["groups"])],
-        "scheduler": [type(inputs.scheduler).__name__, canonical(facts["scheduler"]), canonical(inputs.rates)],
+        "optimizer": [
+            type(inputs.optimizer).__name__,
+            canonical(facts["optimizer"]),
+            canonical(facts["groups"]),
+        ],
+        "scheduler": [
+            type(inputs.scheduler).__name__,
+            canonical(facts["scheduler"]),
+            canonical(inputs.rates),
+        ],
         "adversary": canonical(inputs.adversary),
         "views": inputs.views and inputs.views.count,
-        "learner": [inputs.seed, inputs.precision, inputs.micro_batch_size, inputs.device, torch.__version__],
+        "learner": [
+            inputs.seed,
+            inputs.precision,
+            inputs.micro_batch_size,
+            inputs.device,
+            torch.__version__,
+        ],
         "position": [position["experience"], position["step"], position["begun"]],
         "memory": [facts["memory"]["offered"], facts["memory"]["latest"]],
         "clip norm": facts["clip_norm"],
@@ -134,7 +155,11 @@ def module_settings(path: str, module: nn.Module) -> JSONValue:
     A value of another kind (a transform, say) is left out: `behaviour` shows what it does.
     """
     kind = type(module).__name__ if not type(module).__module__.startswith("perdure.") else ""
-    own = [value for name, value in vars(module).items() if not name.startswith("_") and name != "training"]
+    own = [
+        value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training"
+    ]
     return [path, kind, [canonical(value) for value in own if is_plain(value)]]
 
 
@@ -142,7 +167,9 @@ def module_settings(path: str, module: nn.Module) -> JSONValue:
 
 
 def learning_rates(
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], scheduler: Callable[[Optimizer], LRScheduler], steps: int
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: Callable[[Optimizer], LRScheduler],
+    steps: int,
 ) -> list[float]:
     """Learning rates of the first `steps` steps under a schedule, which may be a function that no state holds."""
     own = optimizer([nn.Parameter(torch.zeros(1))])
@@ -156,7 +183,10 @@ def learning_rates(
 
 
 def behaviour(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
-    """Results of views, model and strategy on synthetic records: other code under the same names shows here."""
+    """Results of views, model and strategy on synthetic records.
+
+    Other code under the same names shows here.
+    """
     batch = inputs.synthetic(4)
     batch = inputs.views.attach(batch, 0) if inputs.views else batch
     inputs.model.eval()
@@ -165,7 +195,9 @@ def behaviour(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
     for role, rows in (("new", batch), ("stored", stored_like(batch, inputs.seed))):
         losses = inputs.losses(forward, rows)
         leaves = list(inputs.trained.values())
-        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            losses.sum(), leaves, allow_unused=True, materialize_grads=True
+        )
         shown |= {f"{role} losses": losses.detach()}
         shown |= {f"{role} gradient {i}": gradient for i, gradient in enumerate(gradients)}
     with torch.no_grad():
@@ -176,7 +208,9 @@ def stored_like(batch: Batch, seed: int) -> Batch:
     """The same synthetic rows in the role of stored ones, with something stored beside them."""
     place = generator(seed, "stored beside synthetic rows")
     stored = {
-        name: torch.rand(value.shape, generator=place).to(value) if value.is_floating_point() else value
+        name: torch.rand(value.shape, generator=place).to(value)
+        if value.is_floating_point()
+        else value
         for name, value in batch.stored.items()
     }
     return replace(batch, from_memory=torch.ones_like(batch.from_memory), stored=stored)
@@ -194,7 +228,9 @@ def hooks(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
         shown["penalty"] = penalty
     if strategy.uses("project"):
         against = {name: -value for name, value in later.items()}
-        for references in ((params,), (against, params), (against,)) if strategy.uses("references") else ((),):
+        for references in (
+            ((params,), (against, params), (against,)) if strategy.uses("references") else ((),)
+        ):
             answer = strategy.project(later, references, state)
             shown |= {f"projected {len(shown)} {name}": value for name, value in answer.items()}
     if strategy.uses("after_step"):

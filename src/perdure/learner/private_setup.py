@@ -53,34 +53,50 @@ def inspect(learner: "Learner") -> None:
     Raises:
         GuardError: naming the part that breaks the bound on one record's influence, and the fix.
     """
-    strategy, stream, model = learner.strategy, learner.stream, learner.model
+    strategy = learner.strategy
+    stream = learner.stream
+    model = learner.model
     if not stream.assigned_by_record:
         raise GuardError(
-            f"stream {stream.name} places records by their position among others, so one record moves others between "
+            f"stream {stream.name} places records by their position among others, so one "
+            "record moves others between "
             "experiences; build it with exact=False, or from a split by class"
         )
     if strategy.couples_records:
-        raise GuardError(f"{strategy.name} couples the records of a batch in its loss; use a strategy that does not")
+        raise GuardError(
+            f"{strategy.name} couples the records of a batch in its loss; use a strategy "
+            "that does not"
+        )
     check_model(model)
     inputs, facts = synthetic(learner, records=6)
     check_buffers(model, inputs)
-    check_optimizer(learner.optimizer([nn.Parameter(value.detach().clone()) for value in learner.params.values()]))
+    check_optimizer(
+        learner.optimizer(
+            [nn.Parameter(value.detach().clone()) for value in learner.params.values()]
+        )
+    )
     for mode in (model.eval, partial(quiet_training, model)):
         mode()
         for index in range(min(2, len(stream))):
-            check_losses(partial(_losses, learner, index), inputs, facts[index], f"{strategy.name}.losses()")
+            check_losses(
+                partial(_losses, learner, index), inputs, facts[index], f"{strategy.name}.losses()"
+            )
     check_rows(model, partial(_losses, learner, 0), inputs, facts[0], f"{strategy.name}.losses()")
 
 
 def synthetic(learner: "Learner", records: int) -> tuple[Tensor, list[Tensor]]:
-    """Random inputs (n, ...) that owe nothing to any record, and for every experience what goes with them (n, 2).
+    """Random inputs (n, ...), independent of the data, and what goes with them (n, 2).
+
+    There is one pair of numbers for every experience.
 
     That is a label of its declared classes and an id, which a row keeps whatever stands beside it.
     """
     stream = learner.stream
     place = generator(learner.seed, "guard")
     inputs = torch.rand(records, *stream.input_shape, generator=place).to(learner.device)
-    facts = [torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream]
+    facts = [
+        torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream
+    ]
     return inputs, [fact.to(learner.device) for fact in facts]
 
 

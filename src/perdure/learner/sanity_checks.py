@@ -1,4 +1,7 @@
-"""What a learner refuses: outputs that do not fit, a ledger begun anew, no state, numbers that ran away."""
+"""What a learner refuses.
+
+Outputs that do not fit, a ledger begun anew, no state, numbers that ran away.
+"""
 
 import torch
 from torch import nn
@@ -19,13 +22,17 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
         shape = tuple(model(row).shape) if len(row) else (1, stream.num_classes)
     if shape != (1, stream.num_classes):
         given = shape[1] if len(shape) == 2 else shape
-        raise ConfigError.of("outputs of the model", given, f"{stream.num_classes}: one for every class")
+        raise ConfigError.of(
+            "outputs of the model", given, f"{stream.num_classes}: one for every class"
+        )
 
 
 def refuse_second_ledger(position: Position) -> None:
     """Refuse to begin a ledger anew for a model that private records have trained already."""
     if position != Position():
-        raise PrivacyError("this Learner has spent on this model; make a new one of both, or give it a folder")
+        raise PrivacyError(
+            "this Learner has spent on this model; make a new one of both, or give it a folder"
+        )
 
 
 def a_state(hook: str, strategy: Strategy, answer: object) -> State:
@@ -37,10 +44,14 @@ def a_state(hook: str, strategy: Strategy, answer: object) -> State:
 
 
 def refuse_runaway(params: Params, strategy: Strategy, experience: int) -> None:
-    """Refuse to go on where training ran away: NaN predicts class 0, which looks like an accuracy."""
+    """Refuse to go on where training ran away.
+
+    NaN predicts class 0, which looks like an accuracy.
+    """
     lost = [name for name, value in params.items() if not bool(value.isfinite().all())]
     if lost:
         raise RunawayError(
-            f"{strategy.name}: {', '.join(lost[:2])} is NaN or infinite at the end of experience {experience}; "
+            f"{strategy.name}: {', '.join(lost[:2])} is NaN or infinite at the end of "
+            f"experience {experience}; "
             "lower the learning rate or the strength of the strategy"
         )

@@ -9,17 +9,28 @@ from torch import Tensor, nn
 from perdure.models.config import ACTIVATIONS, ModelConfig, Norm
 
 LARGEST_GROUP_COUNT = 16
-"""Groups of a normalisation at most, as in De et al. 2022 (High-Accuracy Differentially Private Image Classification)."""
+"""Groups of a normalisation at most, as in De et al.
+
+2022 (High-Accuracy Differentially Private Image Classification).
+"""
 
 
 def mlp_body(config: ModelConfig, inputs: int) -> tuple[nn.Module, int]:
     sizes = (inputs, *config.hidden)
-    return nn.Sequential(nn.Flatten(), *fully_connected(sizes, ACTIVATIONS[config.activation])), sizes[-1]
+    return nn.Sequential(
+        nn.Flatten(), *fully_connected(sizes, ACTIVATIONS[config.activation])
+    ), sizes[-1]
 
 
-def fully_connected(sizes: tuple[int, ...], activation: type[nn.Module] = nn.ReLU) -> list[nn.Module]:
+def fully_connected(
+    sizes: tuple[int, ...], activation: type[nn.Module] = nn.ReLU
+) -> list[nn.Module]:
     """Fully connected layers between these sizes, each with its activation."""
-    return [part for before, after in pairwise(sizes) for part in (nn.Linear(before, after), activation())]
+    return [
+        part
+        for before, after in pairwise(sizes)
+        for part in (nn.Linear(before, after), activation())
+    ]
 
 
 def cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
@@ -52,7 +63,10 @@ def _norm(kind: Norm, channels: int) -> nn.Module:
 
 
 class _MeanOverPositions(nn.Module):
-    """(n, channels, height, width) to (n, channels). Adaptive pooling would not run on every device."""
+    """(n, channels, height, width) to (n, channels).
+
+    Adaptive pooling would not run on every device.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(-2, -1))

@@ -9,7 +9,10 @@ from perdure.errors import ConfigError
 from perdure.models.cosine_head import CosineHead
 
 Head = Literal["linear", "cosine"]
-HEADS: dict[Head, Callable[[int, int], nn.Linear | CosineHead]] = {"linear": nn.Linear, "cosine": CosineHead}
+HEADS: dict[Head, Callable[[int, int], nn.Linear | CosineHead]] = {
+    "linear": nn.Linear,
+    "cosine": CosineHead,
+}
 
 
 class Classifier(nn.Module):
@@ -22,10 +25,13 @@ class Classifier(nn.Module):
         head: linear, or cosine (see `perdure.models.cosine_head.CosineHead`).
     """
 
-    def __init__(self, body: nn.Module, feature_size: int, num_classes: int, head: Head = "linear") -> None:
+    def __init__(
+        self, body: nn.Module, feature_size: int, num_classes: int, head: Head = "linear"
+    ) -> None:
         super().__init__()
         self.body = body
-        self.feature_size, self.num_classes = feature_size, num_classes
+        self.feature_size = feature_size
+        self.num_classes = num_classes
         if head not in HEADS:
             raise ConfigError.of("head", head, HEADS)
         self.head = HEADS[head](feature_size, num_classes)

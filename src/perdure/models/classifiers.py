@@ -1,10 +1,13 @@
-"""Models with a fixed full-width head and `features`: a multilayer perceptron, a small CNN, ResNet-18, a frozen body.
+"""Models with a fixed full-width head and `features`.
+
+A multilayer perceptron, a small CNN, ResNet-18, a frozen body.
 
 Any of them may have a generator beside it (`generative`).
 
-The head never grows: growing it from labels that turned up would leak them. Normalisation is by group, which
-looks at one record at a time; BatchNorm is there for runs without privacy and only when asked for. Nothing
-works in place on what autograd or vmap needs, so `torch.func.functional_call`, `vmap` and `grad` all work.
+The head never grows: growing it from labels that turned up would leak them. Normalisation is by
+group, which looks at one record at a time; BatchNorm is there for runs without privacy and only
+when asked for. Nothing works in place on what autograd or vmap needs, so
+`torch.func.functional_call`, `vmap` and `grad` all work.
 """
 
 import math
@@ -20,7 +23,9 @@ from perdure.models.vae import generative
 from perdure.utils.seeding import seeded
 
 
-def build(config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, seed: int) -> Classifier:
+def build(
+    config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, seed: int
+) -> Classifier:
     """Make the model that `config` names; parameters are a function of `seed` alone.
 
     Args:
@@ -42,8 +47,12 @@ def build(config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, 
         classifier = Classifier(body, feature_size, num_classes, config.head)
     if config.name == "generative":
         return generative(
-            classifier, input_shape=input_shape, latent=config.latent, hidden=config.hidden, seed=seed
-        )  # fmt: skip
+            classifier,
+            input_shape=input_shape,
+            latent=config.latent,
+            hidden=config.hidden,
+            seed=seed,
+        )
     return classifier
 
 
@@ -71,7 +80,10 @@ def cnn(
     width: int = 64,
     head: Head = "linear",
 ) -> Classifier:
-    """Three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters. See `build`."""
+    """Three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters.
+
+    See `build`.
+    """
     config = ModelConfig(name="cnn", norm=norm, activation=activation, width=width, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
 
@@ -98,5 +110,7 @@ def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module,
     if config.name in ("mlp", "generative"):
         return mlp_body(config, math.prod(input_shape))
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
-        raise ConfigError.of("input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}")
+        raise ConfigError.of(
+            "input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}"
+        )
     return (cnn_body if config.name == "cnn" else resnet_body)(config, input_shape[0])

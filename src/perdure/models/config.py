@@ -26,7 +26,8 @@ class ModelConfig:
         hidden: units of each hidden layer (mlp; of encoder and decoder too).
         activation: relu, tanh or gelu (mlp, cnn); encoder and decoder have relu.
         norm: none, group or batch (cnn, resnet18). Batch is refused under differential privacy.
-        width: channels of ResNet-18's first stage; the CNN's layers have width/2, width and 2*width.
+        width: channels of ResNet-18's first stage; the CNN's layers have width/2, width and
+            2*width.
         latent: length of a latent vector (generative).
         head: linear, or cosine: logits by the angles between features and classes, without bias.
 

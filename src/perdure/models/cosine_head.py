@@ -1,6 +1,7 @@
 """A head that looks at angles only: a class cannot win by the length of its weights.
 
-Rows of logits depend on the same rows of features, and on nothing else: no statistic is taken or kept.
+Rows of logits depend on the same rows of features, and on nothing else: no statistic is taken or
+kept.
 """
 
 import math
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 SCALE = 10.0
-"""Where eta starts; Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting, CVPR 2018."""
+"""Where eta starts; Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting,
+CVPR 2018.
+"""
 SHORTEST = 1e-6
 """Added to lengths, in squares, so that a vector of zeros has a direction (none) and a gradient."""
 
@@ -18,10 +21,11 @@ class CosineHead(nn.Module):
     """Logits eta <f / |f|, w_c / |w_c|> of features f, with eta learnt, and no bias.
 
     Args:
-        in_features: length of f. out_features: rows w_c, all classes that there will ever be.
+        in_features: length of f.
+        out_features: rows w_c, all classes that there will ever be.
 
-    Source: Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019,
-    section 3.2, equation 4.
+    Source: Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via
+    Rebalancing, CVPR 2019, section 3.2, equation 4.
 
     >>> head = CosineHead(8, 10)
     >>> [name for name, _ in head.named_parameters()]
@@ -30,7 +34,8 @@ class CosineHead(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         bound = 1 / math.sqrt(max(1, in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
         self.scale = nn.Parameter(torch.full((1,), SCALE))

@@ -1,7 +1,10 @@
-"""Bodies that are never trained: fixed transforms, or a backbone with the weights that the user has.
+"""Bodies that are never trained.
 
-What is frozen holds no parameters, only buffers that are neither stored nor sent: all parties build it alike, from a
-seed or from their own file of weights. It stays in evaluation mode, whatever mode the model is put into.
+Fixed transforms, or a backbone with the weights that the user has.
+
+What is frozen holds no parameters, only buffers that are neither stored nor sent: all parties build
+it alike, from a seed or from their own file of weights. It stays in evaluation mode, whatever mode
+the model is put into.
 """
 
 import copy
@@ -21,7 +24,7 @@ _RUNNING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNo
 
 
 class Fixed(nn.Module):
-    """A transform without parameters, as a module: to be put before or after others in `nn.Sequential`."""
+    """Transform without parameters, as a module for `nn.Sequential`."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
@@ -37,7 +40,9 @@ class Fixed(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """What normalisation by running statistics does in evaluation mode: one scale and one shift a channel.
+    """What normalisation by running statistics does in evaluation mode.
+
+    One scale and one shift a channel.
 
     scale = weight / sqrt(running_var + eps),    shift = bias - scale * running_mean
 
@@ -69,10 +74,12 @@ class FixedNorm(nn.Module):
 class Frozen(nn.Module):
     """A module or transform as a body (n, ...) -> (n, feature_size) that nothing trains.
 
-    Parameters become buffers, which stay out of `state_dict`, and so out of checkpoints and messages; BatchNorm with
-    its running statistics becomes the scale and shift that it is in evaluation mode. The module given is left as it is.
+    Parameters become buffers, which stay out of `state_dict`, and so out of checkpoints and
+    messages; BatchNorm with its running statistics becomes the scale and shift that it is in
+    evaluation mode. The module given is left as it is.
 
-    Guarantee: row i of the result is a fixed function of row i, if the module in evaluation mode is.
+    Guarantee: row i of the result is a fixed function of row i, if the module in evaluation mode
+    is.
 
     Raises:
         ConfigError: for a BatchNorm without running statistics, which has no evaluation mode.
@@ -95,18 +102,27 @@ class Frozen(nn.Module):
 
 
 def without_statistics(module: nn.Module) -> nn.Module:
-    """Return the module with every normalisation by running statistics as `FixedNorm`; changed in place."""
+    """Return the module with every normalisation by running statistics as `FixedNorm`.
+
+    Changed in place.
+    """
     if isinstance(module, _RUNNING) and module.running_mean is not None:
         return FixedNorm(module)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise ConfigError(f"features hold {module}, which mixes records; give it running statistics, or use GroupNorm")
+        raise ConfigError(
+            f"features hold {module}, which mixes records; give it running statistics, or "
+            "use GroupNorm"
+        )
     for name, child in module.named_children():
         setattr(module, name, without_statistics(child))
     return module
 
 
 def without_parameters(module: nn.Module) -> nn.Module:
-    """Return the module with its parameters as buffers, and no buffer in its `state_dict`; changed in place."""
+    """Return the module with its parameters as buffers, and no buffer in its `state_dict`.
+
+    Changed in place.
+    """
     for part in module.modules():
         for name, value in [*part.named_parameters(recurse=False)]:
             delattr(part, name)
@@ -127,9 +143,14 @@ def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
         shape = tuple(body(torch.zeros(2, *input_shape)).shape)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError.of("input_shape", input_shape, f"what the features take ({reason})") from error
+        raise ConfigError.of(
+            "input_shape", input_shape, f"what the features take ({reason})"
+        ) from error
     if len(shape) != 2 or shape[0] != 2 or not shape[1]:
-        raise ConfigError(f"features of two inputs have shape {shape}; allowed: one row a record, (2, feature_size)")
+        raise ConfigError(
+            f"features of two inputs have shape {shape}; allowed: one row a record, (2, "
+            "feature_size)"
+        )
     return int(shape[1])
 
 
@@ -145,14 +166,18 @@ def frozen(
 
         frozen(RandomConvolutions(seed=0), input_shape=(1, 28, 28), num_classes=10)
         frozen(Scattering(), input_shape=(1, 28, 28), num_classes=10)
-        frozen(backbone, input_shape=(3, 224, 224), num_classes=10)     # of timm or torchvision, without its head
+        # a backbone of timm or torchvision, without its head
+        frozen(backbone, input_shape=(3, 224, 224), num_classes=10)
 
-    Guarantee: the features owe nothing to the records of the stream, and no step, round or checkpoint changes them.
-    What a backbone learnt elsewhere, from other records, is not accounted.
+    Guarantee: the features owe nothing to the records of the stream, and no step, round or
+    checkpoint changes them. What a backbone learnt elsewhere, from other records, is not accounted.
 
     Args:
-        features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into evaluation mode.
-        input_shape: of one input. num_classes: full width of the head. seed: of the head's initialisation.
+        features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into
+            evaluation mode.
+        input_shape: of one input.
+        num_classes: full width of the head.
+        seed: of the head's initialisation.
         head: linear, or cosine.
 
     Raises:

@@ -2,10 +2,12 @@
 
     W x + sum over experiences t of scale * B_t A_t x          A_t (rank, width), B_t (width, rank)
 
-for the query and the value projection of every block. B_t starts at 0, so a set that was not trained adds exactly
-nothing, and the model after experience t is that of the sum up to t: there is nothing to merge.
+for the query and the value projection of every block. B_t starts at 0, so a set that was not
+trained adds exactly nothing, and the model after experience t is that of the sum up to t: there is
+nothing to merge.
 
-Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, sections 4.1 and 4.2.
+Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, sections 4.1 and
+4.2.
 """
 
 import torch
@@ -21,13 +23,16 @@ class LowRank(nn.Module):
     """x to scale * B A x.
 
     Args:
-        width: of x. rank: of B A. scale: alpha / rank of the paper.
+        width: of x.
+        rank: of B A.
+        scale: alpha / rank of the paper.
     """
 
     def __init__(self, width: int, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,11 +46,15 @@ class Pair(nn.Module):
 
     def __init__(self, width: int, rank: int, scale: float) -> None:
         super().__init__()
-        self.query, self.value = LowRank(width, rank, scale), LowRank(width, rank, scale)
+        self.query = LowRank(width, rank, scale)
+        self.value = LowRank(width, rank, scale)
 
 
 class Adapted(nn.Module):
-    """A frozen transformer with adapters: `adapters.T.BLOCK.query` and `.value` are those of experience T."""
+    """A frozen transformer with adapters.
+
+    `adapters.T.BLOCK.query` and `.value` are those of experience T.
+    """
 
     def __init__(self, backbone: Transformer, rank: int, experiences: int, scale: float) -> None:
         super().__init__()
@@ -73,25 +82,41 @@ class Adapted(nn.Module):
 
 
 def adapted(
-    backbone: Transformer, *, num_classes: int, experiences: int, rank: int = 4, scale: float = 1.0, seed: int = 0
+    backbone: Transformer,
+    *,
+    num_classes: int,
+    experiences: int,
+    rank: int = 4,
+    scale: float = 1.0,
+    seed: int = 0,
 ) -> Classifier:
-    """Make a classifier of a frozen transformer, low-rank adapters for every experience, and a linear head.
+    """Make a classifier: frozen transformer, low-rank adapters per experience, linear head.
 
-        model = adapted(pretrained.body, num_classes=10, experiences=5, rank=4)      # for the strategy LoRA
+        # for the strategy LoRA
+        model = adapted(pretrained.body, num_classes=10, experiences=5, rank=4)
 
-    A backbone of other libraries cannot be adapted, for want of its inner places: see `transformers.from_timm`.
+    A backbone of other libraries cannot be adapted, for want of its inner places: see
+    `transformers.from_timm`.
 
-    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from other records, is not
-    accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from
+    other records, is not accounted.
 
     Args:
-        backbone: copied. num_classes: full width of the head. experiences: length of the stream.
-        rank: of every adapter. scale: of what they add (alpha / rank). seed: of adapters and head.
+        backbone: copied.
+        num_classes: full width of the head.
+        experiences: length of the stream.
+        rank: of every adapter.
+        scale: of what they add (alpha / rank).
+        seed: of adapters and head.
 
     Raises:
         ConfigError: naming the field.
     """
-    for name, number in (("num_classes", num_classes), ("experiences", experiences), ("rank", rank)):
+    for name, number in (
+        ("num_classes", num_classes),
+        ("experiences", experiences),
+        ("rank", rank),
+    ):
         if number < 1:
             raise ConfigError.of(name, number, "whole numbers from 1")
     with seeded(seed):

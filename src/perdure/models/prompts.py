@@ -1,8 +1,11 @@
-"""Prompts on a frozen transformer: a pool of which each record picks some (L2P), or weighted sums (CODA-Prompt).
+"""Prompts on a frozen transformer.
 
-Both ask the frozen transformer without prompts for a query q(x), its features, and run it again with prompts. Which
-prompts a record gets is a function of that record and the parameters alone. Prompts and keys are rows of `nn.Embedding`
-and columns of `nn.Linear`, so that book-keeping has the per-record gradients of all of them.
+A pool of which each record picks some (L2P), or weighted sums (CODA-Prompt).
+
+Both ask the frozen transformer without prompts for a query q(x), its features, and run it again
+with prompts. Which prompts a record gets is a function of that record and the parameters alone.
+Prompts and keys are rows of `nn.Embedding` and columns of `nn.Linear`, so that book-keeping has the
+per-record gradients of all of them.
 """
 
 import torch
@@ -18,7 +21,9 @@ from perdure.utils.seeding import seeded
 
 
 class PromptPool(nn.Module):
-    """A frozen transformer whose input begins with the prompts of the `chosen` keys nearest to the query.
+    """A frozen transformer with prompts before its input.
+
+    They are the prompts of the `chosen` keys nearest to the query.
 
     features(x) = mean of the last states of the prompts' tokens
 
@@ -27,8 +32,11 @@ class PromptPool(nn.Module):
 
     def __init__(self, backbone: Transformer, pool: int, length: int, chosen: int) -> None:
         super().__init__()
-        self.backbone, self.length, self.chosen = fixed(backbone), length, chosen
-        self.prompts, self.keys = nn.Embedding(pool, length * backbone.width), nn.Embedding(pool, backbone.width)
+        self.backbone = fixed(backbone)
+        self.length = length
+        self.chosen = chosen
+        self.prompts = nn.Embedding(pool, length * backbone.width)
+        self.keys = nn.Embedding(pool, backbone.width)
         nn.init.normal_(self.prompts.weight, std=POSITION_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,10 +44,15 @@ class PromptPool(nn.Module):
         return self.matched(x)[0]
 
     def matched(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, width) of inputs (n, ...), and cos(q(x), key) of the chosen keys (n, chosen)."""
+        """Features (n, width) of inputs (n, ...), and cos(q(x), key) (n, chosen).
+
+        The keys are the chosen ones.
+        """
         tokens = self.backbone.tokens(x)
         query = self.backbone.encode(tokens)[:, 0]
-        similarity, numbers = cosines(query, self.keys(every_row(self.keys, query))).topk(self.chosen, dim=1)
+        similarity, numbers = cosines(query, self.keys(every_row(self.keys, query))).topk(
+            self.chosen, dim=1
+        )
         prompts = self.prompts(numbers).reshape(len(x), self.chosen * self.length, -1)
         states = self.backbone.encode(torch.cat([prompts, tokens], 1))
         return states[:, : prompts.shape[1]].mean(1), similarity
@@ -49,27 +62,37 @@ class Prompted(Classifier):
     """A linear head on a `PromptPool`."""
 
     def matched(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, num_classes), and the similarities (n, chosen) of the chosen keys, in one pass."""
+        """Logits (n, num_classes) and similarities (n, chosen) of the chosen keys, in one pass."""
         assert isinstance(self.body, PromptPool)
         features, similarity = self.body.matched(x)
         return self.head(features), similarity
 
 
 def prompted(
-    backbone: Transformer, *, num_classes: int, pool: int = 10, length: int = 5, chosen: int = 5, seed: int = 0
+    backbone: Transformer,
+    *,
+    num_classes: int,
+    pool: int = 10,
+    length: int = 5,
+    chosen: int = 5,
+    seed: int = 0,
 ) -> Prompted:
     """Make a classifier of a frozen transformer, a pool of prompts with keys, and a linear head.
 
         model = prompted(pretrained.body, num_classes=10)      # for the strategy L2P
 
-    A backbone of other libraries cannot be prompted, for want of its inner places: see `transformers.from_timm`.
+    A backbone of other libraries cannot be prompted, for want of its inner places: see
+    `transformers.from_timm`.
 
-    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from other records, is not
-    accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from
+    other records, is not accounted.
 
     Args:
-        backbone: copied. num_classes: full width of the head.
-        pool: prompts (M). length: tokens of a prompt (L_p). chosen: prompts that a record picks (N).
+        backbone: copied.
+        num_classes: full width of the head.
+        pool: prompts (M).
+        length: tokens of a prompt (L_p).
+        chosen: prompts that a record picks (N).
         seed: of prompts, keys and head.
 
     Raises:
@@ -88,18 +111,22 @@ def prompted(
 
 
 class Components(nn.Module):
-    """Components of one experience for one block: p(q) = sum over m of cos(q * attention_m, key_m) prompt_m.
+    """Components of one experience for one block.
+
+    p(q) = sum over m of cos(q * attention_m, key_m) prompt_m.
 
     `prompts` has the components as columns; all start as rows of the orthonormal matrices given.
 
     Args:
-        prompts: (components, numbers). keys, attention: (components, width).
+        prompts: (components, numbers).
+        keys, attention: (components, width).
     """
 
     def __init__(self, prompts: Tensor, keys: Tensor, attention: Tensor) -> None:
         super().__init__()
         self.prompts = nn.Linear(len(prompts), prompts.shape[1], bias=False)
-        self.keys, self.attention = nn.Embedding(*keys.shape), nn.Embedding(*keys.shape)
+        self.keys = nn.Embedding(*keys.shape)
+        self.attention = nn.Embedding(*keys.shape)
         parts = (self.prompts, prompts.T), (self.keys, keys), (self.attention, attention)
         with torch.no_grad():
             for layer, start in parts:
@@ -108,19 +135,32 @@ class Components(nn.Module):
     def forward(self, query: Tensor) -> Tensor:
         """(n, numbers) of queries (n, width)."""
         rows = every_row(self.keys, query)
-        prompt: Tensor = self.prompts(cosines(query[:, None] * self.attention(rows), self.keys(rows)))
+        prompt: Tensor = self.prompts(
+            cosines(query[:, None] * self.attention(rows), self.keys(rows))
+        )
         return prompt
 
 
 class ComposedPrompts(nn.Module):
-    """A frozen transformer with prefixes: `components.T.BLOCK` are those of experience T for a block."""
+    """A frozen transformer with prefixes.
 
-    def __init__(self, backbone: Transformer, experiences: int, components: int, length: int, depth: int) -> None:
+    `components.T.BLOCK` are those of experience T for a block.
+    """
+
+    def __init__(
+        self, backbone: Transformer, experiences: int, components: int, length: int, depth: int
+    ) -> None:
         super().__init__()
-        self.backbone, self.length = fixed(backbone), length
-        numbers, width, total = 2 * length * backbone.width, backbone.width, experiences * components
+        self.backbone = fixed(backbone)
+        self.length = length
+        numbers = 2 * length * backbone.width
+        width = backbone.width
+        total = experiences * components
         starts = [
-            [orthonormal(total, n).reshape(experiences, components, n) for n in (numbers, width, width)]
+            [
+                orthonormal(total, n).reshape(experiences, components, n)
+                for n in (numbers, width, width)
+            ]
             for _ in range(depth)
         ]
         self.components = nn.ModuleList(
@@ -137,7 +177,9 @@ class ComposedPrompts(nn.Module):
         tokens = self.backbone.tokens(x)
         query = self.backbone.encode(tokens)[:, 0]
         each = zip(*self.components[: experience + 1], strict=True)
-        prefixes = [torch.stack([components(query) for components in block]).sum(0) for block in each]
+        prefixes = [
+            torch.stack([components(query) for components in block]).sum(0) for block in each
+        ]
         return self.backbone.encode(tokens, [self._addition(prefix) for prefix in prefixes])[:, 0]
 
     def _addition(self, prefix: Tensor) -> Addition:
@@ -156,23 +198,33 @@ class Composed(Classifier):
 
 
 def composed(
-    backbone: Transformer, *, num_classes: int, experiences: int, components: int = 4, length: int = 4,
-    depth: int | None = None, seed: int = 0,
-) -> Composed:  # fmt: skip
-    """Make a classifier of a frozen transformer, prompt components for every experience, and a linear head.
+    backbone: Transformer,
+    *,
+    num_classes: int,
+    experiences: int,
+    components: int = 4,
+    length: int = 4,
+    depth: int | None = None,
+    seed: int = 0,
+) -> Composed:
+    """Make a classifier: frozen transformer, prompt components per experience, linear head.
 
-        model = composed(pretrained.body, num_classes=10, experiences=5)      # for the strategy CODAPrompt
+        # for the strategy CODAPrompt
+        model = composed(pretrained.body, num_classes=10, experiences=5)
 
-    A prompt is `length` keys and `length` values, put before those of the tokens in each of the first `depth` blocks
-    (prefix tuning; the paper's L_p counts both). The class token's last state goes to the head. Prompts, keys and
-    attention vectors of all experiences start orthonormal.
+    A prompt is `length` keys and `length` values, put before those of the tokens in each of the
+    first `depth` blocks (prefix tuning; the paper's L_p counts both). The class token's last state
+    goes to the head. Prompts, keys and attention vectors of all experiences start orthonormal.
 
-    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from other records, is not
-    accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from
+    other records, is not accounted.
 
     Args:
-        backbone: copied. num_classes: full width of the head. experiences: length of the stream.
-        components: of an experience (M / number of experiences). depth: blocks with prompts; None for all.
+        backbone: copied.
+        num_classes: full width of the head.
+        experiences: length of the stream.
+        components: of an experience (M / number of experiences).
+        depth: blocks with prompts; None for all.
         seed: of components and head.
 
     Raises:
@@ -182,13 +234,27 @@ def composed(
     """
     fits = fixed(backbone)
     depth = len(fits.blocks) if depth is None else depth
-    _check(num_classes=num_classes, experiences=experiences, components=components, length=length, depth=depth)
+    _check(
+        num_classes=num_classes,
+        experiences=experiences,
+        components=components,
+        length=length,
+        depth=depth,
+    )
     if depth > len(fits.blocks):
-        raise ConfigError.of("depth", depth, f"at most the {len(fits.blocks)} blocks of the backbone")
+        raise ConfigError.of(
+            "depth", depth, f"at most the {len(fits.blocks)} blocks of the backbone"
+        )
     if experiences * components > fits.width:
-        raise ConfigError.of("components", components, f"at most width / experiences = {fits.width // experiences}")
+        raise ConfigError.of(
+            "components", components, f"at most width / experiences = {fits.width // experiences}"
+        )
     with seeded(seed):
-        return Composed(ComposedPrompts(backbone, experiences, components, length, depth), fits.width, num_classes)
+        return Composed(
+            ComposedPrompts(backbone, experiences, components, length, depth),
+            fits.width,
+            num_classes,
+        )
 
 
 # --------------------------------------------------------------------------- shared

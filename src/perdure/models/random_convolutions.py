@@ -17,31 +17,42 @@ from perdure.utils.seeding import generator
 class RandomConvolutions(nn.Module):
     """Responses to random filters, both signs apart, averaged over squares of pixels.
 
-    Guarantee: row i of the result is a fixed function of image i alone; the filters are drawn from the seed and owe
-    nothing to any record, and no training changes them.
+    Guarantee: row i of the result is a fixed function of image i alone; the filters are drawn from
+    the seed and owe nothing to any record, and no training changes them.
 
     >>> RandomConvolutions(filters=128)(torch.rand(2, 1, 28, 28)).shape
     torch.Size([2, 256, 4, 4])
 
     Args:
-        channels: of the images. filters: how many; each gives two channels.
-        size: side of a filter in pixels, odd. pool: side of the squares in pixels; rows and columns left over are cut.
-        smoothing: standard deviation in pixels of the Gaussian that filters are smoothed with; 0 for none.
-        root: take the square root of every average, which evens out its spread. seed: of the filters.
+        channels: of the images.
+        filters: how many; each gives two channels.
+        size: side of a filter in pixels, odd.
+        pool: side of the squares in pixels; rows and columns left over are cut.
+        smoothing: standard deviation in pixels of the Gaussian that filters are smoothed with; 0
+            for none.
+        root: take the square root of every average, which evens out its spread.
+        seed: of the filters.
 
     Raises:
         ConfigError: naming the argument.
 
-    Source: Jarrett, Kavukcuoglu, Ranzato and LeCun 2009, "What is the best multi-stage architecture for object
-    recognition?" (random filters, rectification, average pooling).
+    Source: Jarrett, Kavukcuoglu, Ranzato and LeCun 2009, "What is the best multi-stage architecture
+    for object recognition?" (random filters, rectification, average pooling).
     """
 
     kernels: Tensor
 
     def __init__(
-        self, *, channels: int = 1, filters: int = 128, size: int = 7, pool: int = 7, smoothing: float = 1.0,
-        root: bool = False, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        channels: int = 1,
+        filters: int = 128,
+        size: int = 7,
+        pool: int = 7,
+        smoothing: float = 1.0,
+        root: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("filters", filters), ("pool", pool)):
             if value < 1:
@@ -50,8 +61,14 @@ class RandomConvolutions(nn.Module):
             raise ConfigError.of("size", size, "odd numbers, above 1 for images of one channel")
         if not 0 <= smoothing < math.inf:
             raise ConfigError.of("smoothing", smoothing, "a finite number, 0 or more")
-        self.channels, self.pool, self.smoothing, self.root, self.seed = channels, pool, smoothing, root, seed
-        kernels = random_filters(filters, channels, size, smoothing, generator(seed, "random convolutions"))
+        self.channels = channels
+        self.pool = pool
+        self.smoothing = smoothing
+        self.root = root
+        self.seed = seed
+        kernels = random_filters(
+            filters, channels, size, smoothing, generator(seed, "random convolutions")
+        )
         self.register_buffer("kernels", kernels, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,24 +77,36 @@ class RandomConvolutions(nn.Module):
         Raises:
             DataError: for another shape.
         """
-        if images.dim() != 4 or images.shape[1] != self.channels or min(images.shape[2:]) < self.pool:
+        if (
+            images.dim() != 4
+            or images.shape[1] != self.channels
+            or min(images.shape[2:]) < self.pool
+        ):
             allowed = f"(n, {self.channels}, h, w) with sides from {self.pool}"
             raise DataError(f"images have shape {tuple(images.shape)}; allowed: {allowed}")
         responses = F.conv2d(images, self.kernels, padding=self.kernels.shape[-1] // 2)
-        pooled = torch.cat([F.avg_pool2d(F.relu(sign * responses), self.pool) for sign in (1, -1)], 1)
+        pooled = torch.cat(
+            [F.avg_pool2d(F.relu(sign * responses), self.pool) for sign in (1, -1)], 1
+        )
         return pooled.sqrt() if self.root else pooled
 
     def extra_repr(self) -> str:
         """Show the arguments."""
         filters, channels, size, _ = self.kernels.shape
         return (
-            f"channels={channels}, filters={filters}, size={size}, pool={self.pool}, smoothing={self.smoothing}, "
+            f"channels={channels}, filters={filters}, size={size}, pool={self.pool}, "
+            f"smoothing={self.smoothing}, "
             f"root={self.root}, seed={self.seed}"
         )
 
 
-def random_filters(filters: int, channels: int, size: int, smoothing: float, place: torch.Generator) -> Tensor:
-    """(filters, channels, size, size) float32: Gaussian noise, smoothed, of mean 0 and norm 1 each."""
+def random_filters(
+    filters: int, channels: int, size: int, smoothing: float, place: torch.Generator
+) -> Tensor:
+    """(filters, channels, size, size) float32.
+
+    Gaussian noise, smoothed, of mean 0 and norm 1 each.
+    """
     noise = torch.randn(filters, channels, size, size, generator=place, dtype=torch.float64)
     smooth = blur(size, smoothing)
     noise = smooth @ noise @ smooth.T

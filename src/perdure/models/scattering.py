@@ -2,10 +2,12 @@
 
 The scattering transform cascades wavelets and moduli and averages what comes out:
 
-    S0 = x * phi,   S1 = |x * psi_a| * phi,   S2 = ||x * psi_a| * psi_b| * phi,   b at a coarser scale than a
+    S0 = x * phi,   S1 = |x * psi_a| * phi,   S2 = ||x * psi_a| * psi_b| * phi
+    with b at a coarser scale than a
 
-psi are Morlet wavelets of J scales and L orientations, phi is a Gaussian as wide as the widest of them, and averages
-are kept at every 2^J-th pixel. What an image shows may move or bend a little without changing them much.
+psi are Morlet wavelets of J scales and L orientations, phi is a Gaussian as wide as the widest of
+them, and averages are kept at every 2^J-th pixel. What an image shows may move or bend a little
+without changing them much.
 
 It makes the body of a classifier by `perdure.models.frozen.frozen`.
 
@@ -33,8 +35,8 @@ CUT = 3.0
 class Scattering:
     """Scattering transform of second order.
 
-    Guarantee: row i of the result is a fixed function of image i alone, so it adds nothing to what a record costs.
-    The features of private records are themselves private records.
+    Guarantee: row i of the result is a fixed function of image i alone, so it adds nothing to what
+    a record costs. The features of private records are themselves private records.
 
     >>> Scattering()(torch.rand(2, 1, 28, 28)).shape
     torch.Size([2, 81, 7, 7])
@@ -46,8 +48,8 @@ class Scattering:
     Raises:
         ConfigError: naming the field.
 
-    Source: Bruna and Mallat 2013, "Invariant scattering convolution networks"; Oyallon and Mallat 2015, "Deep
-    roto-translation scattering for object classification".
+    Source: Bruna and Mallat 2013, "Invariant scattering convolution networks"; Oyallon and Mallat
+    2015, "Deep roto-translation scattering for object classification".
     """
 
     scales: int = 2
@@ -66,11 +68,14 @@ class Scattering:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int = 32) -> Tensor:
-        """Features (n, c * channels, h / 2^J, w / 2^J), float32, of images (n, c, h, w); orders 0, 1, 2 in turn.
+        """Features (n, c * channels, h / 2^J, w / 2^J), float32, of images (n, c, h, w).
+
+        Orders 0, 1, 2 in turn.
 
         Args:
-            images: with sides above 2^J and divisible by it. batch_size: planes at a time; few enough that
-                what comes between stays in the processor's cache (256 take twice as long).
+            images: with sides above 2^J and divisible by it.
+            batch_size: planes at a time; few enough that what comes between stays in the
+                processor's cache (256 take twice as long).
 
         Raises:
             DataError: for another shape.
@@ -82,23 +87,33 @@ class Scattering:
         n, c, height, width = images.shape
         shape = (n, c * self.channels, height // margin, width // margin)
         planes = images.float().reshape(n * c, 1, height, width)
-        if 0 < n * c <= batch_size:  # under vmap there is one image, and nothing may be written into a plain tensor
+        # under vmap there is one image, and nothing may be written into a plain tensor
+        if 0 < n * c <= batch_size:
             return self._transformed(planes).reshape(shape)
         answer = torch.empty(n * c, self.channels, *shape[2:], device=images.device)
         for start in range(0, n * c, batch_size):
-            answer[start : start + batch_size] = self._transformed(planes[start : start + batch_size])
+            answer[start : start + batch_size] = self._transformed(
+                planes[start : start + batch_size]
+            )
         return answer.view(shape)
 
     def _transformed(self, planes: Tensor) -> Tensor:
         """Averages (n, channels, h / 2^J, w / 2^J) of planes (n, 1, h, w)."""
-        return torch.cat(list(self._orders(F.pad(planes, (2**self.scales,) * 4, mode="reflect"))), 1)
+        return torch.cat(
+            list(self._orders(F.pad(planes, (2**self.scales,) * 4, mode="reflect"))), 1
+        )
 
     def _orders(self, planes: Tensor) -> Iterator[Tensor]:
-        """Averages of padded planes (n, 1, H, W): order 0, then 1 by scale, then 2 by both scales."""
+        """Averages of padded planes (n, 1, H, W).
+
+        Order 0, then 1 by scale, then 2 by both scales.
+        """
         scales = range(self.scales)
         yield self._average(planes, 0)
         first = [modulus(planes, scale, self.orientations) for scale in scales]
-        yield from (self._average(moduli, scale) for scale, moduli in zip(scales, first, strict=True))
+        yield from (
+            self._average(moduli, scale) for scale, moduli in zip(scales, first, strict=True)
+        )
         for fine in scales:
             for coarse in scales[fine + 1 :]:
                 yield self._average(modulus(first[fine], coarse - fine, self.orientations), coarse)
@@ -106,13 +121,16 @@ class Scattering:
     def _average(self, planes: Tensor, resolution: int) -> Tensor:
         """Gaussian averages at every 2^J-th pixel of planes given at every 2^resolution-th."""
         rows, columns = (
-            low_pass(side << resolution, self.scales, resolution).to(planes.device) for side in planes.shape[-2:]
+            low_pass(side << resolution, self.scales, resolution).to(planes.device)
+            for side in planes.shape[-2:]
         )
         return rows @ planes @ columns.mT
 
 
 def modulus(planes: Tensor, scale: int, orientations: int) -> Tensor:
-    """|x * psi| (n, c * L, h / 2^scale, w / 2^scale) of planes (n, c, h, w), which go round at their borders.
+    """|x * psi| (n, c * L, h / 2^scale, w / 2^scale) of planes (n, c, h, w).
+
+    The planes are periodic.
 
     A coarse wavelet on planes given at every 2^j-th pixel is the wavelet that is j scales finer.
     """
@@ -125,19 +143,27 @@ def modulus(planes: Tensor, scale: int, orientations: int) -> Tensor:
 
 
 def morlet(scale: int, orientations: int) -> Tensor:
-    """Morlet wavelets (L, k, k), complex64, of one scale; they sum to zero, and their envelopes to about one.
+    """Morlet wavelets (L, k, k), complex64, of one scale.
+
+    They sum to zero, and their envelopes to about one.
 
         psi(u) = (exp(i xi u.e) - b) exp(-((u.e)^2 + s^2 (u.e')^2) / (2 sigma^2)) s / (2 pi sigma^2)
 
-    with e the direction pi l / L, e' across it, sigma = 0.8 * 2^scale, xi = 3 pi / 4 / 2^scale and s = 4 / L.
+    with e the direction pi l / L, e' across it, sigma = 0.8 * 2^scale, xi = 3 pi / 4 / 2^scale and
+    s = 4 / L.
     """
-    sigma, slant = WIDTH * 2**scale, min(1.0, 4 / orientations)
+    sigma = WIDTH * 2**scale
+    slant = min(1.0, 4 / orientations)
     reach = math.ceil(CUT * sigma / slant)
     line = torch.arange(-reach, reach + 1, dtype=torch.float64)
     angles = torch.arange(orientations, dtype=torch.float64)[:, None, None] * math.pi / orientations
     along = line * angles.cos() + line[:, None] * angles.sin()
     across = line[:, None] * angles.cos() - line * angles.sin()
-    envelope = torch.exp(-(along**2 + (slant * across) ** 2) / (2 * sigma**2)) * slant / (2 * math.pi * sigma**2)
+    envelope = (
+        torch.exp(-(along**2 + (slant * across) ** 2) / (2 * sigma**2))
+        * slant
+        / (2 * math.pi * sigma**2)
+    )
     wave = torch.exp(1j * FREQUENCY / 2**scale * along)
     balance = (wave * envelope).sum((1, 2), keepdim=True) / envelope.sum((1, 2), keepdim=True)
     balanced: Tensor = (wave - balance) * envelope
@@ -145,10 +171,13 @@ def morlet(scale: int, orientations: int) -> Tensor:
 
 
 def low_pass(side: int, scales: int, resolution: int) -> Tensor:
-    """Matrix (side / 2^J - 2, side / 2^j): Gaussian averages around every 2^J-th pixel, the margins left out.
+    """Matrix (side / 2^J - 2, side / 2^j).
+
+    Gaussian averages around every 2^J-th pixel, the margins left out.
 
     Args:
-        side: of the padded plane, in pixels. scales: J; the standard deviation is 0.8 * 2^(J-1) pixels.
+        side: of the padded plane, in pixels.
+        scales: J; the standard deviation is 0.8 * 2^(J-1) pixels.
         resolution: j, where the plane is given at every 2^j-th pixel.
     """
     margin = 2**scales
@@ -159,7 +188,10 @@ def low_pass(side: int, scales: int, resolution: int) -> Tensor:
 
 
 def blur(size: int, deviation: float) -> Tensor:
-    """Matrix (size, size) float64 that smooths a line of pixels by a Gaussian, with zeros beyond its ends."""
+    """Matrix (size, size) float64 that smooths a line of pixels by a Gaussian.
+
+    Beyond the ends there are zeros.
+    """
     if not deviation:
         return torch.eye(size, dtype=torch.float64)
     line = torch.arange(size, dtype=torch.float64)

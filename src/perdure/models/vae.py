@@ -14,39 +14,52 @@ from perdure.utils.seeding import derive, seeded
 class Generative(Classifier):
     """A classifier with a variational autoencoder beside it; the two share no parameter.
 
-    Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, with fully connected layers on the flattened input.
+    Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, with fully connected layers on
+    the flattened input.
 
     Args:
         classifier: whose body and head these are from now on; they keep their names.
         input_shape: of one input, whose numbers lie in [0, 1].
-        latent: length of a latent vector. hidden: units of each hidden layer of the encoder, and of the decoder.
+        latent: length of a latent vector.
+        hidden: units of each hidden layer of the encoder, and of the decoder.
     """
 
     def __init__(
-        self, classifier: Classifier, input_shape: tuple[int, ...], latent: int, hidden: tuple[int, ...]
+        self,
+        classifier: Classifier,
+        input_shape: tuple[int, ...],
+        latent: int,
+        hidden: tuple[int, ...],
     ) -> None:
         super().__init__(classifier.body, classifier.feature_size, classifier.num_classes)
-        self.head, self.input_shape, self.latent = classifier.head, input_shape, latent
+        self.head = classifier.head
+        self.input_shape = input_shape
+        self.latent = latent
         pixels = math.prod(input_shape)
-        down, up = (pixels, *hidden), (latent, *reversed(hidden))
-        self.encoder = nn.Sequential(nn.Flatten(), *fully_connected(down), nn.Linear(down[-1], 2 * latent))
+        down = (pixels, *hidden)
+        up = (latent, *reversed(hidden))
+        self.encoder = nn.Sequential(
+            nn.Flatten(), *fully_connected(down), nn.Linear(down[-1], 2 * latent)
+        )
         self.decoder = nn.Sequential(*fully_connected(up), nn.Linear(up[-1], pixels))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (n, latent) of the latent vectors that inputs (n, ...) may come from.
+        """Mean and log variance (n, latent) of the latent vectors of inputs (n, ...).
 
         Raises:
             ConfigError: for inputs of another shape than the generator was made for.
         """
         if tuple(x.shape[1:]) != self.input_shape:
             raise ConfigError.of(
-                "input shape", tuple(x.shape[1:]), f"{self.input_shape}, as the generator was made for"
+                "input shape",
+                tuple(x.shape[1:]),
+                f"{self.input_shape}, as the generator was made for",
             )
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, z: Tensor) -> Tensor:
-        """Logits (n, ...) of the numbers of an input, each in [0, 1], from latent vectors (n, latent)."""
+        """Logits (n, ...) of an input's numbers in [0, 1], from latent vectors (n, latent)."""
         logits: Tensor = self.decoder(z).unflatten(1, self.input_shape)
         return logits
 
@@ -66,7 +79,8 @@ def generative(
     Args:
         classifier: becomes a part of the model, not a copy of it.
         input_shape: of one input, whose numbers lie in [0, 1].
-        latent: length of a latent vector. hidden: units of each hidden layer of the encoder; the decoder mirrors them.
+        latent: length of a latent vector.
+        hidden: units of each hidden layer of the encoder; the decoder mirrors them.
         seed: of the generator's initialisation.
 
     Raises:
@@ -76,5 +90,6 @@ def generative(
         raise ConfigError.of("latent", latent, "whole numbers from 1")
     if any(units < 1 for units in hidden):
         raise ConfigError.of("hidden", hidden, "positive whole numbers")
-    with seeded(derive(seed, "generator")):  # not that of the classifier's own layers, which may have the same shapes
+    # not that of the classifier's own layers, which may have the same shapes
+    with seeded(derive(seed, "generator")):
         return Generative(classifier, tuple(input_shape), latent, hidden)

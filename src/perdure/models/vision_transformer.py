@@ -1,12 +1,15 @@
-"""A vision transformer with the places where prompts and adapters enter, to be trained, or frozen under them.
+"""A vision transformer with places for prompts and adapters.
+
+It is trained, or frozen under them.
 
     z_0 = [class token; E patch_1; ...; E patch_T] + positions
     z  <- z + attention(norm(z)),    z <- z + mlp(norm(z))          depth times
     features = norm(z)_0                                            what the class token became
 
-Attention is plain linear layers for query, key, value and output. The class token is row 0 of the table of positions,
-where its own place adds nothing new. So every parameter belongs to a layer whose per-record gradients book-keeping
-knows. Nothing draws at random, and a record's tokens meet no other record's.
+Attention is plain linear layers for query, key, value and output. The class token is row 0 of the
+table of positions, where its own place adds nothing new. So every parameter belongs to a layer
+whose per-record gradients book-keeping knows. Nothing draws at random, and a record's tokens meet
+no other record's.
 
 Source: Dosovitskiy et al., An image is worth 16 x 16 words, ICLR 2021, section 3.1.
 """
@@ -37,8 +40,10 @@ class Addition:
     """What is added to the attention of one block.
 
     Args:
-        query, value: (n, T, width) to (n, T, width), added to the projections of the same input; None for nothing.
-        keys, values: (n, L, width), put before those of the tokens (prefix tuning); None for nothing.
+        query, value: (n, T, width) to (n, T, width), added to the projections of the same input;
+            None for nothing.
+        keys, values: (n, L, width), put before those of the tokens (prefix tuning); None for
+            nothing.
     """
 
     query: Callable[[Tensor], Tensor] | None = None
@@ -51,10 +56,13 @@ NOTHING = Addition()
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(Q K^T / sqrt(width / heads)) V in every head, then one linear layer.
+    """Multi-head self-attention.
+
+    softmax(Q K^T / sqrt(width / heads)) V in every head, then one linear layer.
 
     Args:
-        width: of a token. heads: that share it evenly.
+        width: of a token.
+        heads: that share it evenly.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -64,11 +72,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, addition: Addition = NOTHING) -> Tensor:
         """(n, T, width) to (n, T, width)."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query = self.query(x)
+        key = self.key(x)
+        value = self.value(x)
         query = query if addition.query is None else query + addition.query(x)
         value = value if addition.value is None else value + addition.value(x)
         if addition.keys is not None and addition.values is not None:
-            key, value = torch.cat([addition.keys, key], 1), torch.cat([addition.values, value], 1)
+            key = torch.cat([addition.keys, key], 1)
+            value = torch.cat([addition.values, value], 1)
         q, k, v = (self._split(part) for part in (query, key, value))
         weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
         together: Tensor = self.output((weights @ v).transpose(1, 2).flatten(2))
@@ -83,14 +94,17 @@ class Block(nn.Module):
     """Attention and a two-layer perceptron, each on normalised tokens and added to what entered.
 
     Args:
-        width: of a token. heads: of the attention. hidden: units of the perceptron.
+        width: of a token.
+        heads: of the attention.
+        hidden: units of the perceptron.
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=EPSILON) for _ in range(2))
         self.attention = Attention(width, heads)
-        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, addition: Addition = NOTHING) -> Tensor:
         """(n, T, width) to (n, T, width)."""
@@ -107,7 +121,10 @@ class Transformer(nn.Module):
 
     Args:
         input_shape: (channels, height, width), cut into squares, or (features,), cut into runs.
-        patch: side of a square, length of a run. width: of a token. depth: blocks. heads: of every attention.
+        patch: side of a square, length of a run.
+        width: of a token.
+        depth: blocks.
+        heads: of every attention.
         hidden: units of every block's perceptron; None for 4 times the width.
 
     Raises:
@@ -115,13 +132,21 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, *, input_shape: Sequence[int], patch: int, width: int, depth: int, heads: int, hidden: int | None = None
+        self,
+        *,
+        input_shape: Sequence[int],
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         _check(tuple(input_shape), patch, width, depth, heads)
         sides = tuple(input_shape)[-2:]
         numbers = patch ** len(sides) * (input_shape[0] if len(input_shape) == 3 else 1)
-        self.patch, self.width = patch, width
+        self.patch = patch
+        self.width = width
         self.embed = nn.Linear(numbers, width)
         self.positions = nn.Embedding(1 + math.prod(side // patch for side in sides), width)
         nn.init.normal_(self.positions.weight, std=POSITION_SCALE)
@@ -136,7 +161,9 @@ class Transformer(nn.Module):
         """(n, 1 + T, width): the class token and the patches, at their positions."""
         places = torch.arange(self.positions.num_embeddings, device=x.device).expand(len(x), -1)
         positions: Tensor = self.positions(places)
-        return torch.cat([positions[:, :1], positions[:, 1:] + self.embed(patches(x, self.patch))], 1)
+        return torch.cat(
+            [positions[:, :1], positions[:, 1:] + self.embed(patches(x, self.patch))], 1
+        )
 
     def encode(self, tokens: Tensor, additions: Sequence[Addition] = ()) -> Tensor:
         """(n, T, width) to (n, T, width) through all blocks, normalised.
@@ -154,7 +181,8 @@ def patches(x: Tensor, patch: int) -> Tensor:
     """(n, T, numbers): the patches of inputs, row by row, each with its channels one after another.
 
     Args:
-        x: (n, channels, height, width) or (n, features). patch: side of a square, length of a run.
+        x: (n, channels, height, width) or (n, features).
+        patch: side of a square, length of a run.
     """
     if x.dim() == 2:
         return x.reshape(len(x), -1, patch)
@@ -164,10 +192,19 @@ def patches(x: Tensor, patch: int) -> Tensor:
 
 
 def transformer(
-    *, input_shape: Sequence[int], num_classes: int, seed: int, patch: int = 4, width: int = 64, depth: int = 4,
-    heads: int = 4, hidden: int | None = None,
-) -> Classifier:  # fmt: skip
-    """Make a transformer with a linear head; parameters are a function of `seed` alone. See `Transformer`.
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    patch: int = 4,
+    width: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    hidden: int | None = None,
+) -> Classifier:
+    """Make a transformer with a linear head; parameters are a function of `seed` alone.
+
+    See `Transformer`.
 
     Raises:
         ConfigError: naming the field.
@@ -178,26 +215,44 @@ def transformer(
     if num_classes < 1:
         raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")
     with seeded(seed):
-        body = Transformer(input_shape=input_shape, patch=patch, width=width, depth=depth, heads=heads, hidden=hidden)
+        body = Transformer(
+            input_shape=input_shape,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            hidden=hidden,
+        )
         return Classifier(body, width, num_classes)
 
 
 def tiny(input_shape: Sequence[int]) -> Transformer:
-    """One block of 16 numbers a token, the same every time, with patches as large as they may be: for checks."""
+    """One block of 16 numbers a token, the same every time, for checks.
+
+    Patches are as large as they may be.
+    """
     patch = math.gcd(*input_shape[-2:])
-    body = transformer(input_shape=input_shape, num_classes=1, seed=0, patch=patch, width=16, depth=1, heads=2).body
+    body = transformer(
+        input_shape=input_shape, num_classes=1, seed=0, patch=patch, width=16, depth=1, heads=2
+    ).body
     assert isinstance(body, Transformer)
     return body
 
 
 def fixed(backbone: nn.Module) -> Transformer:
-    """Copy of a backbone that nothing trains, stores or sends: its parameters are buffers, as in `perdure.models.frozen`.
+    """Copy of a backbone that nothing trains, stores or sends.
+
+    Its parameters are buffers, as in `perdure.models.frozen`.
 
     Raises:
-        ConfigError: for anything but a `Transformer`, which alone has the places for prompts and adapters.
+        ConfigError: for anything but a `Transformer`, which alone has the places for prompts and
+            adapters.
     """
     if not isinstance(backbone, Transformer):
-        allowed = "a perdure.models.vision_transformer.Transformer, such as model.body of transformer(...) or from_timm(...)"
+        allowed = (
+            "a perdure.models.vision_transformer.Transformer, such as model.body of "
+            "transformer(...) or from_timm(...)"
+        )
         raise ConfigError.of("backbone", type(backbone).__name__, allowed)
     copied = without_parameters(copy.deepcopy(backbone))
     assert isinstance(copied, Transformer)
@@ -205,8 +260,12 @@ def fixed(backbone: nn.Module) -> Transformer:
 
 
 _OF_BLOCK = {
-    "norm1": "norm1", "norm2": "norm2", "attention.output": "attn.proj", "expand": "mlp.fc1", "contract": "mlp.fc2",
-}  # fmt: skip
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.output": "attn.proj",
+    "expand": "mlp.fc1",
+    "contract": "mlp.fc2",
+}
 
 
 def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Transformer:
@@ -217,7 +276,8 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
     A head among the weights is left out.
 
     Args:
-        weights: a file of safetensors, or tensors by name. heads: of every attention, which the weights do not tell.
+        weights: a file of safetensors, or tensors by name.
+        heads: of every attention, which the weights do not tell.
 
     Raises:
         ConfigError: for a file that cannot be read, and for weights of another architecture.
@@ -227,21 +287,31 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
     try:
         named, used = _renamed(given)
     except KeyError as missing:
-        raise ConfigError(f"weights have no {missing}; allowed: those of a plain vit_* model of timm") from None
+        raise ConfigError(
+            f"weights have no {missing}; allowed: those of a plain vit_* model of timm"
+        ) from None
     if given.keys() - used:
         found = ", ".join(sorted(given.keys() - used)[:3])
-        raise ConfigError(f"weights hold {found}, which has no place here; allowed: those of a plain vit_* model")
+        raise ConfigError(
+            f"weights hold {found}, which has no place here; allowed: those of a plain vit_* model"
+        )
     width, channels, patch, _ = given["patch_embed.proj.weight"].shape
     side = patch * math.isqrt(len(named["positions.weight"]) - 1)
     model = Transformer(
-        input_shape=(channels, side, side), patch=patch, width=width, depth=_depth(given), heads=heads,
+        input_shape=(channels, side, side),
+        patch=patch,
+        width=width,
+        depth=_depth(given),
+        heads=heads,
         hidden=len(named["blocks.0.expand.weight"]),
-    )  # fmt: skip
+    )
     try:
         model.load_state_dict(named)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"weights do not fit ({reason}); allowed: those of a plain vit_* model of timm") from None
+        raise ConfigError(
+            f"weights do not fit ({reason}); allowed: those of a plain vit_* model of timm"
+        ) from None
     return model
 
 
@@ -249,16 +319,24 @@ def _renamed(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
     """Weights by our names, and the names that were used."""
     places = given["pos_embed"][0]
     first = places[:1] + given["cls_token"][0]
-    named = {"embed.weight": given["patch_embed.proj.weight"].flatten(1), "embed.bias": given["patch_embed.proj.bias"]}
+    named = {
+        "embed.weight": given["patch_embed.proj.weight"].flatten(1),
+        "embed.bias": given["patch_embed.proj.bias"],
+    }
     named |= {"positions.weight": torch.cat([first, places[1:]])}
     used = {"pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     for kind in ("weight", "bias"):
         named[f"norm.{kind}"] = given[f"norm.{kind}"]
         used.add(f"norm.{kind}")
         for block in (f"blocks.{number}" for number in range(_depth(given))):
-            parts = {f"attention.{part}": value for part, value in zip(
-                ("query", "key", "value"), given[f"{block}.attn.qkv.{kind}"].chunk(3), strict=True
-            )} | {ours: given[f"{block}.{theirs}.{kind}"] for ours, theirs in _OF_BLOCK.items()}  # fmt: skip
+            parts = {
+                f"attention.{part}": value
+                for part, value in zip(
+                    ("query", "key", "value"),
+                    given[f"{block}.attn.qkv.{kind}"].chunk(3),
+                    strict=True,
+                )
+            } | {ours: given[f"{block}.{theirs}.{kind}"] for ours, theirs in _OF_BLOCK.items()}
             named |= {f"{block}.{part}.{kind}": value for part, value in parts.items()}
             used |= {f"{block}.{theirs}.{kind}" for theirs in (*_OF_BLOCK.values(), "attn.qkv")}
     return named, used
@@ -275,15 +353,22 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"weights {path} cannot be read ({error}); give a file of safetensors") from None
+        raise ConfigError(
+            f"weights {path} cannot be read ({error}); give a file of safetensors"
+        ) from None
 
 
 def _check(input_shape: tuple[int, ...], patch: int, width: int, depth: int, heads: int) -> None:
     for name, value in (("patch", patch), ("width", width), ("depth", depth), ("heads", heads)):
         if value < 1:
             raise ConfigError.of(name, value, "whole numbers from 1")
-    if len(input_shape) not in (1, 3) or any(side < patch or side % patch for side in input_shape[-2:]):
-        allowed = f"(features,) or (channels, height, width) with sides that are multiples of patch = {patch}"
+    if len(input_shape) not in (1, 3) or any(
+        side < patch or side % patch for side in input_shape[-2:]
+    ):
+        allowed = (
+            "(features,) or (channels, height, width) with sides that are multiples of patch "
+            f"= {patch}"
+        )
         raise ConfigError.of("input_shape", input_shape, allowed)
     if width % heads:
         raise ConfigError.of("heads", heads, f"divisors of the width {width}")

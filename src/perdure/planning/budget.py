@@ -1,4 +1,7 @@
-"""From what a run will do to the noise it needs: exposure of every partition, calibration, ledger and grant."""
+"""From what a run will do to the noise it needs.
+
+Exposure of every partition, calibration, ledger and grant.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,43 +24,64 @@ NOBODY: frozenset[str] = frozenset()
 
 
 def planned(learner: "Learner", schedule: Schedule) -> Histories:
-    """Charges of every partition over the whole declared stream, spent elsewhere included; from public facts only."""
-    privacy, stages = learner.privacy, horizon(learner)
+    """Charges of every partition over the whole declared stream, spent elsewhere included.
+
+    From public facts only.
+    """
+    privacy = learner.privacy
+    stages = horizon(learner)
     assert privacy is not None
     histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
     for stage in stages:
-        noise, left = schedule.noise_in(stage.index), schedule.left_in(stage.index)
+        noise = schedule.noise_in(stage.index)
+        left = schedule.left_in(stage.index)
         for partition, new in charges(learner, stages[: stage.index + 1], noise, left).items():
             histories[partition] += new
     return histories
 
 
 def charges(
-    learner: "Learner", stages: Sequence[Experience], noise_multiplier: float, left: frozenset[str] = NOBODY
+    learner: "Learner",
+    stages: Sequence[Experience],
+    noise_multiplier: float,
+    left: frozenset[str] = NOBODY,
 ) -> Histories:
     """What the last of `stages` costs every partition that it exposes."""
-    privacy, asks, current = learner.privacy, learner.strategy.asks, stages[-1].train.partition
+    privacy = learner.privacy
+    asks = learner.strategy.asks
+    current = stages[-1].train.partition
     assert privacy is not None
     exposed = learner.exposure(stages, left)
     total = learner.steps_of(stages, left)
     blocks = [exposed.times(len(block)) for block in pieces(total, learner.blocks)]
-    spent: Histories = {p: [Charge(rate, noise_multiplier, sum(blocks))] for p, rate in exposed.scope.items() if total}
-    for beside in references(stages, learner.plan(stages[-1]), batch_size=learner.batch_size, left=left).values():
+    spent: Histories = {
+        p: [Charge(rate, noise_multiplier, sum(blocks))]
+        for p, rate in exposed.scope.items()
+        if total
+    }
+    for beside in references(
+        stages, learner.plan(stages[-1]), batch_size=learner.batch_size, left=left
+    ).values():
         for partition, rate in beside.scope.items():
-            spent.setdefault(partition, []).extend([Charge(rate, noise_multiplier, total)] if total else [])
+            spent.setdefault(partition, []).extend(
+                [Charge(rate, noise_multiplier, total)] if total else []
+            )
     noise = noise_multiplier * privacy.release_noise
     for partition in {stage.train.partition for stage in stages} - left if asks.recalls else ():
         spent.setdefault(partition, []).append(Charge(1.0, noise, asks.recalls))
     asked = (
-        Charge(1.0, noise, asks.releases), Charge(1.0, noise, asks.histograms, "discrete-gaussian"),
+        Charge(1.0, noise, asks.releases),
+        Charge(1.0, noise, asks.histograms, "discrete-gaussian"),
         Charge(1.0, noise / 2, asks.selections, "exponential"),
-    )  # fmt: skip
+    )
     spent.setdefault(current, []).extend(charge for charge in asked if charge.steps)
     return spent
 
 
 def scheduled(learner: "Learner") -> Schedule:
-    """Noise multipliers that meet the budget, or who leaves the pools where the noise is given and the budget a cap.
+    """Noise multipliers that meet the budget, or the partitions that leave the pools.
+
+    Partitions leave where the noise is given and the budget is a cap.
 
     Raises:
         BudgetError: when no noise is enough, or new records could not be used once.
@@ -72,31 +96,46 @@ def scheduled(learner: "Learner") -> Schedule:
         return Schedule(noise=one_by_one(learner, privacy.epsilon))
     (target,) = privacy.epsilons
     noise_multiplier = calibrate(
-        lambda sigma: list(planned(learner, Schedule(noise=(sigma,))).values()), epsilon=target, delta=privacy.delta
+        lambda sigma: list(planned(learner, Schedule(noise=(sigma,))).values()),
+        epsilon=target,
+        delta=privacy.delta,
     )
     return Schedule(noise=(noise_multiplier,))
 
 
 def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...]:
     """A noise multiplier for every experience, where its records are used in no other one."""
-    privacy, stages = learner.privacy, horizon(learner)
+    privacy = learner.privacy
+    stages = horizon(learner)
     assert privacy is not None
     scopes = [learner.exposure(stages[: i + 1]).scope.keys() for i in range(len(stages))]
-    alone = all(scope == {stage.train.partition} for scope, stage in zip(scopes, stages, strict=True))
-    if learner.strategy.asks.reuses or not alone or len({s.train.partition for s in stages}) < len(stages):
+    alone = all(
+        scope == {stage.train.partition} for scope, stage in zip(scopes, stages, strict=True)
+    )
+    if (
+        learner.strategy.asks.reuses
+        or not alone
+        or len({s.train.partition for s in stages}) < len(stages)
+    ):
         raise ConfigError.of(
             "privacy.epsilon",
             targets,
-            f"one number with {learner.strategy.name} on {learner.stream.name}, which uses records again later",
+            f"one number with {learner.strategy.name} on {learner.stream.name}, which uses "
+            "records again later",
         )
     if len(targets) != len(stages):
-        raise ConfigError.of("privacy.epsilon", targets, f"{len(stages)} numbers, one an experience")
+        raise ConfigError.of(
+            "privacy.epsilon", targets, f"{len(stages)} numbers, one an experience"
+        )
 
     def history(index: int, sigma: float) -> list[list[Charge]]:
         new = charges(learner, stages[: index + 1], sigma)
         return [[*privacy.spent, *new[stages[index].train.partition]]]
 
-    found = [calibrate(partial(history, i), epsilon=e, delta=privacy.delta) for i, e in enumerate(targets)]
+    found = [
+        calibrate(partial(history, i), epsilon=e, delta=privacy.delta)
+        for i, e in enumerate(targets)
+    ]
     return tuple(found)
 
 
@@ -106,28 +145,42 @@ def targets(learner: "Learner", partitions: Iterable[str]) -> float | dict[str, 
     epsilons = learner.privacy.epsilons
     if len(epsilons) == 1:
         return epsilons[0]
-    own = {stage.train.partition: epsilon for stage, epsilon in zip(learner.stream, epsilons, strict=True)}
+    own = {
+        stage.train.partition: epsilon
+        for stage, epsilon in zip(learner.stream, epsilons, strict=True)
+    }
     return {name: own[name] for name in partitions}
 
 
 def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str], ...]:
-    """Partitions out of the pools in every experience: those whose records would exceed the cap by one more use."""
-    privacy, stages = learner.privacy, horizon(learner)
+    """Partitions out of the pools in every experience.
+
+    Those whose records would exceed the cap by one more use.
+    """
+    privacy = learner.privacy
+    stages = horizon(learner)
     assert privacy is not None
     (cap,) = privacy.epsilons
     histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
     out: list[frozenset[str]] = []
     for stage in stages:
-        gone, own = out[-1] if out else NOBODY, stage.train.partition
+        gone = out[-1] if out else NOBODY
+        own = stage.train.partition
         while True:
             new = charges(learner, stages[: stage.index + 1], noise_multiplier, gone)
-            over = {p for p, c in new.items() if not within([*histories[p], *c], cap, delta=privacy.delta)}
+            over = {
+                p
+                for p, c in new.items()
+                if not within([*histories[p], *c], cap, delta=privacy.delta)
+            }
             if not over:
                 break
             if own in over:
                 raise BudgetError(
-                    f"experience {stage.index} alone would take its records beyond epsilon {cap:g} at delta "
-                    f"{privacy.delta:g}; plan fewer steps, a larger noise_multiplier or a larger epsilon"
+                    f"experience {stage.index} alone would take its records beyond epsilon "
+                    f"{cap:g} at delta "
+                    f"{privacy.delta:g}; plan fewer steps, a larger noise_multiplier or a "
+                    "larger epsilon"
                 )
             gone |= over
         for partition, more in new.items():
@@ -137,16 +190,22 @@ def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str]
 
 
 def horizon(learner: "Learner") -> list[Experience]:
-    """Experiences to plan for: those of the stream, and as many more like the last as were declared to come.
+    """Experiences to plan for.
+
+    Those of the stream, and as many more like the last as were declared to come.
 
     Raises:
         ConfigError: when the stream is longer than what was declared.
     """
-    known, privacy = list(learner.stream.experiences), learner.privacy
+    known = list(learner.stream.experiences)
+    privacy = learner.privacy
     asked = privacy.horizon if privacy and privacy.horizon is not None else len(known)
     if asked < len(known):
-        raise ConfigError.of("privacy.horizon", asked, f"at least {len(known)}, the experiences of the stream")
-    last, own = known[-1], known[-1].train.partition
+        raise ConfigError.of(
+            "privacy.horizon", asked, f"at least {len(known)}, the experiences of the stream"
+        )
+    last = known[-1]
+    own = known[-1].train.partition
     shared = any(experience.train.partition == own for experience in known[:-1])
     later = [own if shared else f"{own}, {i - last.index} later" for i in range(len(known), asked)]
     return known + [
@@ -156,10 +215,18 @@ def horizon(learner: "Learner") -> list[Experience]:
 
 
 def elsewhere(charge: Charge, partition: str, simulated: bool) -> Entry:
-    """Ledger entry of what the records of a partition were exposed to before, outside this ledger."""
+    """Ledger entry of earlier exposure of a partition's records, outside this ledger."""
     sampled = charge.sampling_rate < 1
     return Entry(
-        purpose="spent elsewhere", mechanism=charge.noise, noise_multiplier=charge.noise_multiplier, clip_norm=1.0,
-        first_step=0, steps=charge.steps, sampling="poisson" if sampled else "none",
-        scope={partition: charge.sampling_rate}, data="", start="", simulated=simulated,
-    )  # fmt: skip
+        purpose="spent elsewhere",
+        mechanism=charge.noise,
+        noise_multiplier=charge.noise_multiplier,
+        clip_norm=1.0,
+        first_step=0,
+        steps=charge.steps,
+        sampling="poisson" if sampled else "none",
+        scope={partition: charge.sampling_rate},
+        data="",
+        start="",
+        simulated=simulated,
+    )

@@ -1,4 +1,7 @@
-"""Public facts of a stream: what a loss may know, who is exposed how often, how many steps. No record is looked at."""
+"""Public facts of a stream, found without looking at a record.
+
+They are what a loss may know, who is exposed how often, and how many steps there are.
+"""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -15,8 +18,10 @@ class Exposure:
 
     Args:
         scope: partition name to the probability that one of its records may enter a step.
-        rate: expected share of the pool in a step. pool_size: declared number of records in the pool.
-        slots: steps an epoch where every record has a place of its own in it; None for Poisson sampling.
+        rate: expected share of the pool in a step.
+        pool_size: declared number of records in the pool.
+        slots: steps an epoch where every record has a place of its own in it; None for Poisson
+            sampling.
     """
 
     scope: Mapping[str, float]
@@ -35,16 +40,23 @@ class Exposure:
 
 
 def exposure(
-    experiences: Sequence[Experience], plan: Plan, *, batch_size: int, rate: float | None = None,
-    bands: int | None = None, left: Set[str] = frozenset(),
-) -> Exposure:  # fmt: skip
+    experiences: Sequence[Experience],
+    plan: Plan,
+    *,
+    batch_size: int,
+    rate: float | None = None,
+    bands: int | None = None,
+    left: Set[str] = frozenset(),
+) -> Exposure:
     """Exposure in the last of `experiences`, from declared sizes only.
 
-    One rate over new records and memory (joint pooling). Records of earlier experiences that may be in memory are
-    charged whether or not they were kept.
+    One rate over new records and memory (joint pooling). Records of earlier experiences that may be
+    in memory are charged whether or not they were kept.
 
     Args:
-        plan: of the strategy. batch_size: expected records a step. rate: sampling rate, instead of that.
+        plan: of the strategy.
+        batch_size: expected records a step.
+        rate: sampling rate, instead of that.
         bands: least distance of a record's steps, where they are in a fixed order.
         left: partitions out of every pool.
 
@@ -56,18 +68,26 @@ def exposure(
     if plan.memory and plan.memory.rehearsed and plan.pool != "memory":
         size += stored_of(past, plan.memory.capacity, left)
         exposed |= {e.train.partition for e in past} - left
-    chosen, slots = min(1.0, batch_size / size) if rate is None else rate, None
+    chosen = min(1.0, batch_size / size) if rate is None else rate
+    slots = None
     if bands is not None:
         slots = max(1, math.ceil(size / batch_size))
         chosen = 1 / slots
         if slots < bands:
-            raise ConfigError.of("privacy.bands", bands, f"up to {slots}, the steps of an epoch here")
+            raise ConfigError.of(
+                "privacy.bands", bands, f"up to {slots}, the steps of an epoch here"
+            )
     scope = dict.fromkeys(sorted(exposed), chosen if slots is None else 1.0)
     return Exposure(scope=scope, rate=chosen, pool_size=size, slots=slots)
 
 
-def drawn_from(experiences: Sequence[Experience], plan: Plan, left: Set[str] = frozenset()) -> tuple[float, set[str]]:
-    """Declared number of records in the pool without what is rehearsed beside it, and their partitions."""
+def drawn_from(
+    experiences: Sequence[Experience], plan: Plan, left: Set[str] = frozenset()
+) -> tuple[float, set[str]]:
+    """Declared number of pooled records and their partitions.
+
+    Records that are rehearsed beside the pool are not counted.
+    """
     pooled = experiences[-1:] if plan.pool == "experience" else experiences
     staying = [e.train for e in pooled if e.train.partition not in left]
     partitions = {records.partition for records in staying}
@@ -77,7 +97,7 @@ def drawn_from(experiences: Sequence[Experience], plan: Plan, left: Set[str] = f
 
 
 def stored_of(seen: Sequence[Experience], capacity: int, left: Set[str] = frozenset()) -> float:
-    """Declared number of records that a memory holds of what was seen, without the partitions `left`."""
+    """Declared number of records in a memory, without the partitions `left`."""
     everything = sum(e.train.declared_size for e in seen)
     staying = sum(e.train.declared_size for e in seen if e.train.partition not in left)
     return min(capacity, everything) * staying / everything if everything else 0.0
@@ -88,7 +108,8 @@ def references(
 ) -> dict[str, Exposure]:
     """Exposure by each reference gradient of a step in the last of `experiences`, by name.
 
-    One over all that is stored (`reference`), or one for every earlier experience (`reference 0`, ...).
+    One over all that is stored (`reference`), or one for every earlier experience (`reference 0`,
+    ...).
     """
     past = [e for e in experiences[:-1] if e.train.partition not in left]
     if not plan.memory or plan.memory.rehearsed or not past:
@@ -100,7 +121,9 @@ def references(
     rows = plan.memory.batch_size or batch_size
     return {
         name: Exposure(
-            scope=dict.fromkeys(sorted(exposed), min(1.0, rows / size)), rate=min(1.0, rows / size), pool_size=size
+            scope=dict.fromkeys(sorted(exposed), min(1.0, rows / size)),
+            rate=min(1.0, rows / size),
+            pool_size=size,
         )
         for name, (size, exposed) in sizes.items()
     }
@@ -113,4 +136,6 @@ def share(experience: Experience, among: Sequence[Experience]) -> float:
 
 def pieces(steps: int, blocks: int) -> list[range]:
     """Cut the steps of an experience into blocks of nearly equal length."""
-    return [range(number * steps // blocks, (number + 1) * steps // blocks) for number in range(blocks)]
+    return [
+        range(number * steps // blocks, (number + 1) * steps // blocks) for number in range(blocks)
+    ]

@@ -1,12 +1,15 @@
 """A clip norm that follows a quantile of the records' gradient norms, paid for in every step.
 
-Andrew, Thakkar, McMahan and Ramaswamy, Differentially Private Learning with Adaptive Clipping, NeurIPS 2021.
+Andrew, Thakkar, McMahan and Ramaswamy, Differentially Private Learning with Adaptive Clipping,
+NeurIPS 2021.
 
-    C_{t+1} = C_t exp(-eta (b_t - gamma)),    b_t = 1/2 + (sum_i (1[norm_i <= C_t] - 1/2) + N(0, s^2)) / m
+    C_{t+1} = C_t exp(-eta (b_t - gamma))
+    b_t     = 1/2 + (sum_i (1[norm_i <= C_t] - 1/2) + N(0, s^2)) / m
 
-with gamma the quantile, eta the learning rate and m the expected batch, a declared number. Gradient and count are one
-release: with noise multipliers z_g and 2s (a record moves the count by 1/2) they cost what one Gaussian costs whose
-multiplier z has z^-2 = z_g^-2 + (2s)^-2 (theorem 1). The ledger charges z; the gradient gets the larger z_g.
+with gamma the quantile, eta the learning rate and m the expected batch, a declared number. Gradient
+and count are one release: with noise multipliers z_g and 2s (a record moves the count by 1/2) they
+cost what one Gaussian costs whose multiplier z has z^-2 = z_g^-2 + (2s)^-2 (theorem 1). The ledger
+charges z; the gradient gets the larger z_g.
 """
 
 import math
@@ -14,7 +17,8 @@ from dataclasses import dataclass
 
 from perdure.errors import ConfigError, PrivacyError
 
-LEAST, MOST = 1e-9, 1e9
+LEAST = 1e-9
+MOST = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,8 @@ class Adaptive:
     Args:
         quantile: share of the records whose gradient is to stay as it is (gamma).
         learning_rate: of the clip norm's logarithm (eta).
-        count_noise: standard deviation of the noise on the count, as a share of the expected batch (s / m).
+        count_noise: standard deviation of the noise on the count, as a share of the expected batch
+            (s / m).
 
     Raises:
         ConfigError: for a value outside its range.
@@ -37,10 +42,14 @@ class Adaptive:
     def __post_init__(self) -> None:
         for name, most in (("quantile", 1.0), ("learning_rate", 10.0), ("count_noise", 100.0)):
             if not 0 < getattr(self, name) <= most:
-                raise ConfigError.of(f"adaptive.{name}", getattr(self, name), f"a number above 0 and up to {most:g}")
+                raise ConfigError.of(
+                    f"adaptive.{name}", getattr(self, name), f"a number above 0 and up to {most:g}"
+                )
 
     def gradient_noise(self, noise_multiplier: float, expected: float) -> float:
-        """Noise multiplier z_g of the gradient where gradient and count together are charged `noise_multiplier`.
+        """Noise multiplier z_g of the gradient beside a noisy count.
+
+        Gradient and count together are charged `noise_multiplier`.
 
         Raises:
             PrivacyError: when the count alone costs that much already.
@@ -48,13 +57,19 @@ class Adaptive:
         left = noise_multiplier**-2 - (2 * self.count_noise * expected) ** -2
         if left <= 0:
             raise PrivacyError(
-                f"count_noise = {self.count_noise:g} is too little for {expected:g} records a step at noise multiplier "
+                f"count_noise = {self.count_noise:g} is too little for {expected:g} records "
+                "a step at noise multiplier "
                 f"{noise_multiplier:g}: the count would spend it all; allowed: more than "
                 f"{noise_multiplier / (2 * expected):.3g}"
             )
         return 1 / math.sqrt(left)
 
     def updated(self, clip_norm: float, counted: float, expected: float) -> float:
-        """Next clip norm from the noisy sum of 1/2 for each record within the present one and -1/2 for each beyond."""
+        """Next clip norm from the noisy sum of votes.
+
+        A record votes 1/2 within the present clip norm and -1/2 beyond.
+        """
         share = 0.5 + counted / expected
-        return min(max(clip_norm * math.exp(-self.learning_rate * (share - self.quantile)), LEAST), MOST)
+        return min(
+            max(clip_norm * math.exp(-self.learning_rate * (share - self.quantile)), LEAST), MOST
+        )

@@ -1,4 +1,7 @@
-"""The private sum: charge the ledger, clip every record, add noise. It knows nothing of learning."""
+"""The private sum: charge the ledger, clip every record, add noise.
+
+It knows nothing of learning.
+"""
 
 import hashlib
 import math
@@ -50,7 +53,9 @@ class Block:
     """Steps that a ledger entry pays for.
 
     Args:
-        entry: its digest. steps: which. expected: declared number of records in one of them.
+        entry: its digest.
+        steps: which.
+        expected: declared number of records in one of them.
         drawn: the step that is drawn next.
     """
 
@@ -66,8 +71,10 @@ class Occasion:
 
     Args:
         partitions: whose records are exposed, each once (sampling rate 1).
-        numbers: its places among the releases, so that two of one purpose are two entries with noise of their own.
-        start: digest of the model. data: the records, for the entry's keyed fingerprint.
+        numbers: its places among the releases, so that two of one purpose are two entries with
+            noise of their own.
+        start: digest of the model.
+        data: the records, for the entry's keyed fingerprint.
     """
 
     partitions: tuple[str, ...]
@@ -79,16 +86,23 @@ class Occasion:
 class Mechanism:
     """Sums over records with noise, and the ledger that they are charged to.
 
-    Guarantee: every sum that leaves was charged to the ledger, on disk, before its noise was drawn; one record moves
-    it by at most the clip norm before noise.
+    Guarantee: every sum that leaves was charged to the ledger, on disk, before its noise was drawn;
+    one record moves it by at most the clip norm before noise.
 
     Args:
-        privacy: what was asked. schedule: what was calibrated.
-        ledger: where it is charged. key: of noise and coins.
+        privacy: what was asked.
+        schedule: what was calibrated.
+        ledger: where it is charged.
+        key: of noise and coins.
     """
 
-    def __init__(self, *, privacy: Privacy, schedule: Schedule, ledger: Ledger, key: NoiseKey) -> None:
-        self.privacy, self.schedule, self.ledger, self._key = privacy, schedule, ledger, key
+    def __init__(
+        self, *, privacy: Privacy, schedule: Schedule, ledger: Ledger, key: NoiseKey
+    ) -> None:
+        self.privacy = privacy
+        self.schedule = schedule
+        self.ledger = ledger
+        self._key = key
         self.clip_norm = privacy.clip_norm
         self._chain: Chain | None = None
         self._last: tuple[Params, float] | None = None
@@ -104,20 +118,32 @@ class Mechanism:
         return self._key.mac(digest(data))
 
     def reserve(
-        self, *, scope: Mapping[str, float], steps: range, start: str, data: str, expected: float,
-        slots: int | None = None, purpose: str = "gradient",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        scope: Mapping[str, float],
+        steps: range,
+        start: str,
+        data: str,
+        expected: float,
+        slots: int | None = None,
+        purpose: str = "gradient",
+    ) -> None:
         """Write ahead: charge a block of steps to everyone exposed, on disk before this returns.
 
         To reserve gradients ends the blocks of every other purpose.
 
         Args:
-            scope: partition to sampling rate. steps: the block. data: fingerprint of the pooled records.
-            start: digest of everything else that determines the steps; a change of it never meets the same noise.
-            expected: declared number of records in a step. slots: steps an epoch where the order is fixed.
+            scope: partition to sampling rate.
+            steps: the block.
+            data: fingerprint of the pooled records.
+            start: digest of everything else that determines the steps; a change of it never meets
+                the same noise.
+            expected: declared number of records in a step.
+            slots: steps an epoch where the order is fixed.
             purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
         """
-        beside = "" if purpose == "gradient" else self._blocks["gradient"].entry  # whose noise shapes the parameters
+        # whose noise shapes the parameters
+        beside = "" if purpose == "gradient" else self._blocks["gradient"].entry
         # Everything here shapes the noise or the sum.
         chosen = {
             "version": 1,
@@ -130,9 +156,16 @@ class Mechanism:
         }
         start = hashlib.sha256(canonical_text(chosen).encode()).hexdigest()
         entry = self._charge(
-            purpose, "gaussian" if slots is None else "banded-gaussian", self.noise_multiplier, self.clip_norm,
-            scope, steps, start, data, participations=slots and math.ceil(len(steps) / slots),
-        )  # fmt: skip
+            purpose,
+            "gaussian" if slots is None else "banded-gaussian",
+            self.noise_multiplier,
+            self.clip_norm,
+            scope,
+            steps,
+            start,
+            data,
+            participations=slots and math.ceil(len(steps) / slots),
+        )
         block = Block(entry=entry, steps=steps, expected=expected, drawn=steps.start)
         if purpose != "gradient":
             self._blocks[purpose] = block
@@ -149,17 +182,24 @@ class Mechanism:
 
     def coins(self, n: int, step: int, purpose: str = "gradient") -> Tensor:
         """(n,) secret uniform numbers that decide who enters the step."""
-        return self._key.uniform(n, purpose="coins", entry=self._paid(step, purpose).entry, step=step)
+        return self._key.uniform(
+            n, purpose="coins", entry=self._paid(step, purpose).entry, step=step
+        )
 
     def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
-        """(n,) each record's own secret number in [0, 1), which decides whether memory keeps it, or its place."""
+        """(n,) each record's own secret number in [0, 1).
+
+        It decides whether memory keeps the record, or its place.
+        """
         return self._key.tags(ids, purpose=purpose)
 
     def secret(self, purpose: str, step: int) -> str:
-        """Seed of what records draw at random inside a step (dropout, views, the start of an attack).
+        """Seed of what records draw at random inside a step.
 
-        Such draws go by a row's place in the batch. Were they public, one record more would hand the others known,
-        other draws, and the sum would move by more than the clip norm.
+        Examples are dropout, views and the start of an attack.
+
+        Such draws go by a row's place in the batch. Were they public, one record more would hand
+        the others known, other draws, and the sum would move by more than the clip norm.
         """
         return self._key.mac(f"seed of {purpose} for {self._paid(step).entry}".encode())
 
@@ -169,41 +209,65 @@ class Mechanism:
         Args:
             clipped: from this package's `clipping` or `bookkeeping`.
         """
-        block, clipping = self._in_turn(step), self.privacy.clipping
-        entry, expected = block.entry, block.expected
+        block = self._in_turn(step)
+        clipping = self.privacy.clipping
+        entry = block.entry
+        expected = block.expected
         adaptive = clipping if isinstance(clipping, Adaptive) else None
-        noise = adaptive.gradient_noise(self.noise_multiplier, expected) if adaptive else self.noise_multiplier
+        noise = (
+            adaptive.gradient_noise(self.noise_multiplier, expected)
+            if adaptive
+            else self.noise_multiplier
+        )
         shapes = {name: value.shape for name, value in params.items()}
         scales = dict.fromkeys(shapes, noise * self.clip_norm)
         if adaptive:
-            shapes[WITHIN], scales[WITHIN] = torch.Size(), adaptive.count_noise * expected
-        clip = Clip(norm=self.clip_norm, per_layer=clipping == "per-layer", counted=adaptive is not None)
+            shapes[WITHIN] = torch.Size()
+            scales[WITHIN] = adaptive.count_noise * expected
+        clip = Clip(
+            norm=self.clip_norm, per_layer=clipping == "per-layer", counted=adaptive is not None
+        )
         device = next(iter(params.values())).device
         released = self._noised(clipped(clip), shapes, scales, "gradient", entry, step, device)
         if adaptive:
             counted = float(released.pop(WITHIN))
             self.clip_norm = adaptive.updated(self.clip_norm, counted, expected)
-        self._last = released, scales[next(iter(params))] * (self._chain.deviation if self._chain else 1.0)
+        self._last = (
+            released,
+            scales[next(iter(params))] * (self._chain.deviation if self._chain else 1.0),
+        )
         return released
 
     def reference(self, clipped: Clipped, params: Params, *, step: int, purpose: str) -> Params:
-        """Noised sum of clipped per-record gradients beside the gradient of a step; both were charged by `reserve`."""
+        """Noised sum of clipped per-record gradients beside the gradient of a step.
+
+        Both were charged by `reserve`.
+        """
         block = self._in_turn(step, purpose)
         shapes = {name: value.shape for name, value in params.items()}
         scales = dict.fromkeys(shapes, self.noise_multiplier * self.clip_norm)
-        total, device = clipped(Clip(norm=self.clip_norm)), next(iter(params.values())).device
-        return self._noised(total, shapes, scales, purpose, block.entry, step, device, chained=False)
+        total = clipped(Clip(norm=self.clip_norm))
+        device = next(iter(params.values())).device
+        return self._noised(
+            total, shapes, scales, purpose, block.entry, step, device, chained=False
+        )
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the noise in one coordinate of the last gradient sum; 0 before the first."""
+        """Standard deviation of the noise in one coordinate of the last gradient sum.
+
+        It is 0 before the first.
+        """
         return self._last[1] if self._last else 0.0
 
     @property
     def signal_to_noise(self) -> float:
-        """Energy of the last gradient sum over that of its noise, estimated from what was released: free.
+        """Energy of the last gradient sum over that of its noise, at no privacy cost.
 
-        (|released|^2 - d s^2) / (d s^2), with d coordinates and noise of standard deviation s; it may be negative.
+        It is estimated from what was released.
+
+        (|released|^2 - d s^2) / (d s^2), with d coordinates and noise of standard deviation s; it
+        may be negative.
         """
         if self._last is None:
             return math.nan
@@ -218,22 +282,36 @@ class Mechanism:
         return self.noise_multiplier * self.privacy.release_noise
 
     def release(
-        self, clipped: Clipped, *, purpose: str, occasion: Occasion, shapes: Mapping[str, torch.Size], clip_norm: float
+        self,
+        clipped: Clipped,
+        *,
+        purpose: str,
+        occasion: Occasion,
+        shapes: Mapping[str, torch.Size],
+        clip_norm: float,
     ) -> Params:
         """Noised sum of one clipped row per record.
 
         Args:
-            clipped: from this package's `queries`. shapes: of the sum, also where there is no record.
+            clipped: from this package's `queries`.
+            shapes: of the sum, also where there is no record.
         """
-        name, noise, total = f"release:{purpose}", self.release_noise, clipped(Clip(norm=clip_norm))
+        name = f"release:{purpose}"
+        noise = self.release_noise
+        total = clipped(Clip(norm=clip_norm))
         entry = self._charge_once(name, occasion, "gaussian", noise, total or {}, clip_norm)
-        scales, device = dict.fromkeys(shapes, noise * clip_norm), next(iter(occasion.data.values())).device
+        scales = dict.fromkeys(shapes, noise * clip_norm)
+        device = next(iter(occasion.data.values())).device
         step = occasion.numbers.start
         return self._noised(total, shapes, scales, name, entry, step, device, chained=False)
 
     def count(self, counts: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
-        """Counts (bins,) int64 plus integer noise; a record is in one bin at most, which it moves by 1."""
-        name, noise = f"release:{purpose}", self.release_noise
+        """Counts (bins,) int64 plus integer noise.
+
+        A record is in one bin at most, which it moves by 1.
+        """
+        name = f"release:{purpose}"
+        noise = self.release_noise
         entry = self._charge_once(name, occasion, "discrete-gaussian", noise, {"counts": counts})
         stream = self._key.stream(purpose=name, entry=entry, step=occasion.numbers.start)
         drawn = discrete_gaussian(len(counts), noise, stream)
@@ -241,28 +319,42 @@ class Mechanism:
         return counts + drawn.to(counts.device)
 
     def select(self, scores: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
-        """Places of high scores (m,), as many as the occasion has numbers, each a draw of the exponential mechanism.
+        """Places of high scores (m,), as many as the occasion has numbers.
 
-        With `release_noise` s a draw is 2/s-DP and of bounded range, so at most (2/s)^2 / 8 = 1 / (2 s^2) of
-        zero-concentrated privacy: as much as a Gaussian release.
+        Each is a draw of the exponential mechanism.
+
+        With `release_noise` s a draw is 2/s-DP and of bounded range, so at most (2/s)^2 / 8 = 1 /
+        (2 s^2) of zero-concentrated privacy: as much as a Gaussian release.
 
         Args:
             scores: one record moves any two by at most 1 against each other.
         """
-        name, noise, numbers = f"release:{purpose}", self.release_noise / 2, occasion.numbers
+        name = f"release:{purpose}"
+        noise = self.release_noise / 2
+        numbers = occasion.numbers
         entry = self._charge_once(name, occasion, "exponential", noise, {"scores": scores})
         uniform = self._key.uniform(len(scores), purpose=name, entry=entry, step=numbers.start)
         self.ledger.trace("noise.drawn")
         return exponential(scores, len(numbers), noise_multiplier=noise, uniform=uniform)
 
     def _noised(
-        self, total: Params | None, shapes: Mapping[str, torch.Size], scales: Mapping[str, float], purpose: str,
-        entry: str, step: int, device: torch.device, chained: bool = True,
-    ) -> Params:  # fmt: skip
-        # The exact sum keys its noise too. Should code that no digest saw change a sum after a restart, it meets other
-        # noise; with the same, the difference of the two answers would be that of the sums.
+        self,
+        total: Params | None,
+        shapes: Mapping[str, torch.Size],
+        scales: Mapping[str, float],
+        purpose: str,
+        entry: str,
+        step: int,
+        device: torch.device,
+        chained: bool = True,
+    ) -> Params:
+        # The exact sum keys its noise too. Should code that no digest saw change a sum after a
+        # restart, it meets other noise; with the same, the difference of the two answers would be
+        # that of the sums.
         answer = self.fingerprint(total) if total else ""
-        noise = self._key.normal(shapes, purpose=purpose, entry=f"{entry} {answer}", step=step, device=device)
+        noise = self._key.normal(
+            shapes, purpose=purpose, entry=f"{entry} {answer}", step=step, device=device
+        )
         self.ledger.trace("noise.drawn")
         if self._chain and chained:
             noise = self._chain.next(noise)
@@ -271,44 +363,86 @@ class Mechanism:
         return {name: total[name].detach() + scales[name] * value for name, value in noise.items()}
 
     def _in_turn(self, step: int, purpose: str = "gradient") -> Block:
-        """Block that pays for the step, which is drawn once: another sum must not meet its noise again."""
+        """Block that pays for the step, which is drawn once.
+
+        Another sum must not meet its noise again.
+        """
         block = self._paid(step, purpose)
         if step < block.drawn or (step > block.drawn and purpose == "gradient"):
-            raise PrivacyError(f"step {step} is out of turn: every step is drawn once, next is step {block.drawn}")
+            raise PrivacyError(
+                f"step {step} is out of turn: every step is drawn once, next is step {block.drawn}"
+            )
         self._blocks[purpose] = replace(block, drawn=step + 1)
         return block
 
     def _paid(self, step: int, purpose: str = "gradient") -> Block:
         block = self._blocks.get(purpose, Block())
         if step not in block.steps:
-            raise PrivacyError(f"step {step} was not charged to the ledger; call reserve() for it first")
+            raise PrivacyError(
+                f"step {step} was not charged to the ledger; call reserve() for it first"
+            )
         return block
 
     def _charge_once(
-        self, name: str, occasion: Occasion, mechanism: str, multiplier: float, answer: Tensors, clip_norm: float = 1.0
+        self,
+        name: str,
+        occasion: Occasion,
+        mechanism: str,
+        multiplier: float,
+        answer: Tensors,
+        clip_norm: float = 1.0,
     ) -> str:
-        """Charge a release. The exact `answer` keys its noise too: after a restart, another question gets other noise.
+        """Charge a release.
+
+        The exact `answer` keys its noise too: after a restart, another question gets other noise.
 
         It goes in under its own name and number, or the ledger would tell which answers are equal.
         """
-        exact = {f"answer {occasion.numbers.start} to {name}, {part}": value for part, value in answer.items()}
+        exact = {
+            f"answer {occasion.numbers.start} to {name}, {part}": value
+            for part, value in answer.items()
+        }
         scope = dict.fromkeys(occasion.partitions, 1.0)
         return self._charge(
-            name, mechanism, multiplier, clip_norm, scope, occasion.numbers, occasion.start,
+            name,
+            mechanism,
+            multiplier,
+            clip_norm,
+            scope,
+            occasion.numbers,
+            occasion.start,
             self.fingerprint({**occasion.data, **exact}),
-        )  # fmt: skip
+        )
 
     def _charge(
-        self, purpose: str, mechanism: str, multiplier: float, clip_norm: float, scope: Mapping[str, float],
-        steps: range, start: str, data: str, participations: int | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        purpose: str,
+        mechanism: str,
+        multiplier: float,
+        clip_norm: float,
+        scope: Mapping[str, float],
+        steps: range,
+        start: str,
+        data: str,
+        participations: int | None = None,
+    ) -> str:
         sampled = mechanism == "gaussian" and not purpose.startswith("release:")
-        return self.ledger.charge(Entry(
-            purpose=purpose, mechanism=mechanism, noise_multiplier=multiplier, clip_norm=clip_norm,
-            first_step=steps.start, steps=len(steps), sampling="poisson" if sampled else "none",
-            scope=dict(scope), participations=participations, data=data, start=start,
-            simulated=self._key.simulated,
-        ))  # fmt: skip
+        return self.ledger.charge(
+            Entry(
+                purpose=purpose,
+                mechanism=mechanism,
+                noise_multiplier=multiplier,
+                clip_norm=clip_norm,
+                first_step=steps.start,
+                steps=len(steps),
+                sampling="poisson" if sampled else "none",
+                scope=dict(scope),
+                participations=participations,
+                data=data,
+                start=start,
+                simulated=self._key.simulated,
+            )
+        )
 
 
 def clipping_settings(clipping: str | Adaptive) -> JSONValue:

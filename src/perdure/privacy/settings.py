@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 RANGES = {
-    "noise_multiplier": (1e-3, 1e6), "clip_norm": (1e-9, 1e9), "release_noise": (1e-3, 1e6),
-    "sampling_rate": (1e-9, 1.0), "bands": (1, 10_000), "horizon": (1, 100_000),
-}  # fmt: skip
-"""Least and greatest value: beyond them floating-point numbers overflow, in the accountant or in training."""
+    "noise_multiplier": (1e-3, 1e6),
+    "clip_norm": (1e-9, 1e9),
+    "release_noise": (1e-3, 1e6),
+    "sampling_rate": (1e-9, 1.0),
+    "bands": (1, 10_000),
+    "horizon": (1, 100_000),
+}
+"""Least and greatest value: beyond them floating-point numbers overflow, in the accountant or in
+training.
+"""
 EPSILONS = (1e-6, 1e4)
 
 
@@ -22,34 +28,40 @@ EPSILONS = (1e-6, 1e4)
 class Privacy:
     """Record-level differential privacy of everything that leaves a curator.
 
-    Guarantee: for add/remove neighbours, the released model and state are (epsilon, delta)-indistinguishable for a
-    record of any one partition, under the trust model of the ledger; the ledger says what was really spent.
+    Guarantee: for add/remove neighbours, the released model and state are (epsilon,
+    delta)-indistinguishable for a record of any one partition, under the trust model of the ledger;
+    the ledger says what was really spent.
 
-    >>> Privacy(epsilon=3, delta=1e-5)                      # noise for the whole declared stream
-    >>> Privacy(noise_multiplier=1.1)                       # noise as given; epsilon is reported
-    >>> Privacy(noise_multiplier=1.1, epsilon=3)            # as given, and whoever would exceed 3 leaves the pools
-    >>> Privacy(epsilon=(1, 3, 3))                          # a budget for the records of each experience
+    >>> Privacy(epsilon=3, delta=1e-5)            # noise for the whole declared stream
+    >>> Privacy(noise_multiplier=1.1)             # noise as given; epsilon is reported
+    >>> Privacy(noise_multiplier=1.1, epsilon=3)  # as given; partitions above 3 leave the pools
+    >>> Privacy(epsilon=(1, 3, 3))                # a budget for the records of each experience
 
     Args:
-        epsilon: target for the worst partition; the noise is calibrated for the whole declared stream. One number an
-            experience where no strategy uses records again. Beside a `noise_multiplier` it is a cap: partitions whose
-            records would exceed it leave every pool, and the run goes on.
+        epsilon: target for the worst partition; the noise is calibrated for the whole declared
+            stream. One number an experience where no strategy uses records again. Beside a
+            `noise_multiplier` it is a cap: partitions whose records would exceed it leave every
+            pool, and the run goes on.
         noise_multiplier: standard deviation of the noise in units of the clip norm.
         delta: probability that the guarantee fails; smaller than 1 / number of records.
-        clip_norm: bound C on the L2 norm of one record's gradient; where it is `Adaptive`, the first one.
-        clipping: `flat`, the whole gradient; `per-layer`, each of L layers to C / sqrt(L); or `Adaptive`.
-        sampling_rate: probability that a record enters a step; None for batch_size / declared pool size.
-        release_noise: noise multiplier of a release after an experience, as a multiple of that of a step.
-        bands: None for Poisson sampling with independent noise. A number for noise correlated over so many steps,
-            without sampling: every record takes part once an epoch, at a step of its own (see
-            `perdure.privacy.noise.banded`).
-        horizon: experiences to calibrate for, where more will come than the stream has; they are taken to be like its
-            last one. None for the length of the stream.
+        clip_norm: bound C on the L2 norm of one record's gradient; where it is `Adaptive`, the
+            first one.
+        clipping: `flat`, the whole gradient; `per-layer`, each of L layers to C / sqrt(L); or
+            `Adaptive`.
+        sampling_rate: probability that a record enters a step; None for batch_size / declared pool
+            size.
+        release_noise: noise multiplier of a release after an experience, as a multiple of that of a
+            step.
+        bands: None for Poisson sampling with independent noise. A number for noise correlated over
+            so many steps, without sampling: every record takes part once an epoch, at a step of its
+            own (see `perdure.privacy.noise.banded`).
+        horizon: experiences to calibrate for, where more will come than the stream has; they are
+            taken to be like its last one. None for the length of the stream.
         spent: what the records of every partition were exposed to elsewhere, before.
-        seed: None for secret noise from the operating system; a number for reproducible *simulated* noise, which is
-            labelled wherever epsilon is printed.
-        diagnostics: `released`, or `raw` to let callbacks see batch sizes, losses and clipped shares: epsilon is then
-            infinite, and everything that prints it says so.
+        seed: None for secret noise from the operating system; a number for reproducible *simulated*
+            noise, which is labelled wherever epsilon is printed.
+        diagnostics: `released`, or `raw` to let callbacks see batch sizes, losses and clipped
+            shares: epsilon is then infinite, and everything that prints it says so.
 
     Raises:
         ConfigError: for a value outside its range.
@@ -72,49 +84,78 @@ class Privacy:
 
     def __post_init__(self) -> None:
         if self.epsilon is None and self.noise_multiplier is None:
-            allowed = "epsilon (the noise follows), noise_multiplier (epsilon follows), or both (epsilon is a cap)"
+            allowed = (
+                "epsilon (the noise follows), noise_multiplier (epsilon follows), or both "
+                "(epsilon is a cap)"
+            )
             raise ConfigError.of("privacy", "neither epsilon nor noise_multiplier", allowed)
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise ConfigError.of(f"privacy.{name}", value, f"a number from {least:g} to {most:g}")
+                raise ConfigError.of(
+                    f"privacy.{name}", value, f"a number from {least:g} to {most:g}"
+                )
         for value in self.epsilons:
             if not EPSILONS[0] <= value <= EPSILONS[1]:
-                raise ConfigError.of("privacy.epsilon", value, "a number from {:g} to {:g}".format(*EPSILONS))
+                raise ConfigError.of(
+                    "privacy.epsilon", value, "a number from {:g} to {:g}".format(*EPSILONS)
+                )
         if not 0 < self.delta < 1:
-            raise ConfigError.of("privacy.delta", self.delta, "a number between 0 and 1, below 1 / number of records")
+            raise ConfigError.of(
+                "privacy.delta", self.delta, "a number between 0 and 1, below 1 / number of records"
+            )
         self._check_choices()
 
     def _check_choices(self) -> None:
         for name, allowed in (
-            ("clipping", ("flat", "per-layer")), ("unit", ("record",)), ("relation", ("add-remove",)),
+            ("clipping", ("flat", "per-layer")),
+            ("unit", ("record",)),
+            ("relation", ("add-remove",)),
             ("diagnostics", ("released", "raw")),
-        ):  # fmt: skip
+        ):
             value = getattr(self, name)
             if value not in allowed and not (name == "clipping" and isinstance(value, Adaptive)):
                 options = ", ".join(allowed) + (", Adaptive(...)" if name == "clipping" else "")
                 raise ConfigError.of(f"privacy.{name}", value, options)
-        if isinstance(self.epsilon, tuple) and (self.noise_multiplier is not None or self.horizon is not None):
+        if isinstance(self.epsilon, tuple) and (
+            self.noise_multiplier is not None or self.horizon is not None
+        ):
             given = "one number an experience, with noise_multiplier or horizon"
-            raise ConfigError.of("privacy.epsilon", given, "one number an experience by itself, or one in all")
-        if self.bands is not None and (self.sampling_rate is not None or isinstance(self.clipping, Adaptive)):
+            raise ConfigError.of(
+                "privacy.epsilon", given, "one number an experience by itself, or one in all"
+            )
+        if self.bands is not None and (
+            self.sampling_rate is not None or isinstance(self.clipping, Adaptive)
+        ):
             given = f"{self.bands} with sampling_rate or adaptive clipping"
-            raise ConfigError.of("privacy.bands", given, "bands with neither: correlated noise is not sampled")
+            raise ConfigError.of(
+                "privacy.bands", given, "bands with neither: correlated noise is not sampled"
+            )
 
     @property
     def epsilons(self) -> tuple[float, ...]:
         """All that was given as epsilon."""
-        return self.epsilon if isinstance(self.epsilon, tuple) else () if self.epsilon is None else (self.epsilon,)
+        return (
+            self.epsilon
+            if isinstance(self.epsilon, tuple)
+            else ()
+            if self.epsilon is None
+            else (self.epsilon,)
+        )
 
     @classmethod
     def from_opacus(cls, engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> "Privacy":
-        """Go on where an Opacus `PrivacyEngine` stopped: its noise, its clip norm, and what it has spent.
+        """Go on where an Opacus `PrivacyEngine` stopped.
 
-        What its history says was spent is written to the ledger for every partition, so the records that Opacus saw
-        must be those of the stream. Set an `epsilon` with `dataclasses.replace` to calibrate, or to cap.
+        Its noise, its clip norm, and what it has spent.
+
+        What its history says was spent is written to the ledger for every partition, so the records
+        that Opacus saw must be those of the stream. Set an `epsilon` with `dataclasses.replace` to
+        calibrate, or to cap.
 
         Args:
-            engine: the engine, or an Opacus accountant. optimizer: the DPOptimizer that `make_private` returned.
+            engine: the engine, or an Opacus accountant.
+            optimizer: the DPOptimizer that `make_private` returned.
             delta: as in `Privacy`.
 
         Raises:
@@ -123,4 +164,6 @@ class Privacy:
         from perdure.privacy.opacus.migration import settings, spent
 
         noise_multiplier, clip_norm = settings(optimizer)
-        return cls(noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=delta, spent=spent(engine))
+        return cls(
+            noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=delta, spent=spent(engine)
+        )

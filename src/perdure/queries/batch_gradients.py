@@ -1,4 +1,7 @@
-"""Gradients over the rows of a batch: their mean, or their clipped sum by the fastest way that fits the model."""
+"""Gradients over the rows of a batch.
+
+Their mean, or their clipped sum by the fastest way that fits the model.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -34,10 +37,14 @@ def mean_gradient(
     Args:
         at_once: rows of one pass through the model; None for all.
     """
-    count, total, loss = batch.valid.sum(), None, torch.zeros((), device=batch.inputs.device)
+    count = batch.valid.sum()
+    total = None
+    loss = torch.zeros((), device=batch.inputs.device)
     for piece in pieces(batch, at_once):
         part = (losses(forward, piece) * piece.valid).sum() / count
-        grads = torch.autograd.grad(part, list(params.values()), allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            part, list(params.values()), allow_unused=True, materialize_grads=True
+        )
         total = grads if total is None else tuple(a + b for a, b in zip(total, grads, strict=True))
         loss = loss + part.detach()
     assert total is not None
@@ -49,7 +56,9 @@ def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Pa
     if penalty is None:
         return gradient
     if not isinstance(penalty, Tensor) or penalty.dim():
-        raise StrategyError(f"penalty() returned {penalty!r}; allowed: a tensor with one number, or None")
+        raise StrategyError(
+            f"penalty() returned {penalty!r}; allowed: a tensor with one number, or None"
+        )
     extra = torch.autograd.grad(penalty, list(params.values()), allow_unused=True)
     return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
 
@@ -59,8 +68,8 @@ def clipped_gradient(
 ) -> Params | None:
     """Sum over the rows of clip(gradient of the row's loss); None without rows.
 
-    Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm; micro-batches change memory
-    only, since every row is clipped by itself.
+    Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm;
+    micro-batches change memory only, since every row is clipped by itself.
 
     Args:
         at_once: rows of one pass through the model; None for all.
@@ -69,15 +78,26 @@ def clipped_gradient(
     for piece in pieces(batch, at_once):
         part = _clipped(forward, losses, params, piece, clip)
         if part is not None:
-            total = part if total is None else {name: total[name] + value for name, value in part.items()}
+            total = (
+                part
+                if total is None
+                else {name: total[name] + value for name, value in part.items()}
+            )
     return total
 
 
-def _clipped(forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
-    """By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record."""
+def _clipped(
+    forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip
+) -> Params | None:
+    """Clipped sum by the fastest way that fits the model.
+
+    By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record.
+    """
     module = forward.module
     for way in (clipped_gradient_sum, grad_sample_sum):
         total = way(module, params, lambda: losses(forward, batch), len(batch), clip)
         if total is not None:
             return total
-    return clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params))
+    return clipped_sum(
+        gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params)
+    )

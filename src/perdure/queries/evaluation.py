@@ -1,7 +1,8 @@
 """What may be asked of a curator: functions that give one row per record.
 
-A function of the user's gives rows, and the curator clips them. `Gram`, `SquaredGradient` and its kin know a faster way
-to their sum, clipped or not. Only they may clip for themselves, and they do so with the curator's own factors.
+A function of the user's gives rows, and the curator clips them. `Gram`, `SquaredGradient` and its
+kin know a faster way to their sum, clipped or not. Only they may clip for themselves, and they do
+so with the curator's own factors.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from perdure.types import Params
 from perdure.utils.chunking import chunks
 
 SUMMED = (SquaredGradient, AbsoluteGradient, GroupedGradient)
-"""Queries that may clip for themselves, besides `Gram`; not their subclasses, which could clip otherwise."""
+"""Queries that may clip for themselves, besides `Gram`; not their subclasses, which could clip
+otherwise.
+"""
 
 
 def exact_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Params:
@@ -29,7 +32,9 @@ def exact_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Param
         return query.exact(forward, batch, chunk)
     total: Params = {}
     if isinstance(query, SquaredGradient):
-        params = forward.params or {name: value.detach() for name, value in forward.module.named_parameters()}
+        params = forward.params or {
+            name: value.detach() for name, value in forward.module.named_parameters()
+        }
         total = query.summed(forward.module, params, batch.tensors()) or {}
         chunk = min(chunk, per_pass(params))  # each row is as large as the parameters
     for piece in () if total else chunks(batch.tensors(), chunk):
@@ -45,7 +50,8 @@ def bounded_sum(
 
     Guarantee: one record moves it by at most `clip.norm` in L2 norm, whatever the query does.
     """
-    if type(query) is Gram:  # not isinstance: a class of the user's could clip otherwise; its rows are clipped here
+    # not isinstance: a class of the user's could clip otherwise; its rows are clipped here
+    if type(query) is Gram:
         return query.clipped(module, params, tensors, clip)
     if isinstance(query, SquaredGradient) and type(query) in SUMMED:
         total = query.summed(module, params, tensors, clip)
@@ -54,9 +60,16 @@ def bounded_sum(
     return clipped_sum(rows_of(query, module), params, tensors, clip, per_pass(params))
 
 
-def shapes_of(query: Query, forward: Forward, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes of one row, from a synthetic record like those of `tensors`: an empty partition still gets its noise."""
-    blank = {n: torch.zeros(1, *t.shape[1:], dtype=t.dtype, device=t.device) for n, t in tensors.items()}
+def shapes_of(
+    query: Query, forward: Forward, tensors: Mapping[str, Tensor]
+) -> dict[str, torch.Size]:
+    """Shapes of one row, from a synthetic record like those of `tensors`.
+
+    An empty partition still gets its noise.
+    """
+    blank = {
+        n: torch.zeros(1, *t.shape[1:], dtype=t.dtype, device=t.device) for n, t in tensors.items()
+    }
     if isinstance(query, Gram):
         return query.shapes(forward, Batch.from_tensors(blank))
     answer = as_params(query(forward, Batch.from_tensors(blank)))
@@ -64,5 +77,12 @@ def shapes_of(query: Query, forward: Forward, tensors: Mapping[str, Tensor]) -> 
 
 
 def tried(query: Query, forward: Forward, batch: Batch) -> Params:
-    """What the query makes of synthetic records, without rows of d^2 numbers: it tells one question from another."""
-    return query.parts(forward, batch) if isinstance(query, Gram) else exact_sum(query, forward, batch, CHUNK)
+    """What the query makes of synthetic records, without rows of d^2 numbers.
+
+    It tells one question from another.
+    """
+    return (
+        query.parts(forward, batch)
+        if isinstance(query, Gram)
+        else exact_sum(query, forward, batch, CHUNK)
+    )

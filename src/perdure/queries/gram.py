@@ -21,40 +21,44 @@ Table = Callable[[Forward, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Gram:
-    """Gram matrix of features, their products with targets, and the sum of targets: all that analytic heads need.
+    """Gram matrix of features, their products with targets, and the sum of targets.
+
+    All that analytic heads need.
 
         gram = sum_i f_i f_i^T,   cross = sum_i f_i y_i^T,   totals = sum_i y_i,   |y_i| <= 1
 
-    With one-hot targets `cross` has the classes' sums of features as columns, and `totals` the classes' counts.
-    Nearest-class-mean, linear discriminant and ridge heads are functions of these.
+    With one-hot targets `cross` has the classes' sums of features as columns, and `totals` the
+    classes' counts. Nearest-class-mean, linear discriminant and ridge heads are functions of these.
 
-    A record's vector is (svec(f f^T), w f y^T, v y) where svec takes the upper triangle row by row, with the entries
-    off the diagonal times sqrt(2). Its L2 norm is
+    A record's vector is (svec(f f^T), w f y^T, v y) where svec takes the upper triangle row by row,
+    with the entries off the diagonal times sqrt(2). Its L2 norm is
 
         sqrt(|f|^4 + w^2 |f|^2 |y|^2 + v^2 |y|^2)
 
-    and the record is clipped as a whole to C. Noise is drawn for the upper triangle and mirrored, so that what is
-    released is symmetric: with s = noise multiplier x C its standard deviation is s on the diagonal, s / sqrt(2) off
-    it, s / w on `cross`, s / v on `totals`; the largest eigenvalue of the noise is about s sqrt(2 d).
+    and the record is clipped as a whole to C. Noise is drawn for the upper triangle and mirrored,
+    so that what is released is symmetric: with s = noise multiplier x C its standard deviation is s
+    on the diagonal, s / sqrt(2) off it, s / w on `cross`, s / v on `totals`; the largest eigenvalue
+    of the noise is about s sqrt(2 d).
 
-    Guarantee: one record moves the vector by at most C, as no row can depend on another record: features and targets
-    are evaluated on each record alone, in batches of one under `torch.func.vmap`, as all rows are (measured at 1.1 to
-    1.4 times the plain call).
+    Guarantee: one record moves the vector by at most C, as no row can depend on another record:
+    features and targets are evaluated on each record alone, in batches of one under
+    `torch.func.vmap`, as all rows are (measured at 1.1 to 1.4 times the plain call).
 
-    Why svec: the plain upper triangle has sensitivity |f|^2 as well (take f along an axis), so it needs noise s
-    everywhere. The factor makes every direction of f equally sensitive and saves a sqrt(2) off the diagonal.
+    Why svec: the plain upper triangle has sensitivity |f|^2 as well (take f along an axis), so it
+    needs noise s everywhere. The factor makes every direction of f equally sensitive and saves a
+    sqrt(2) off the diagonal.
 
     Memory is that of a few (d, d) matrices: rows of d^2 numbers are never formed.
 
     Args:
         features: (forward, batch) -> (n, d).
-        targets: (forward, batch) -> (n, c); a longer one is scaled to norm 1 under privacy (and refused without it),
-            one that is not finite counts as 0. None for the matrix alone.
+        targets: (forward, batch) -> (n, c); a longer one is scaled to norm 1 under privacy (and
+            refused without it), one that is not finite counts as 0. None for the matrix alone.
         weight: w. Large, and the noise goes to the matrix; small, and it goes to the products.
         totals: v; 0 leaves the sum of targets out.
 
-    Source: Dwork, Talwar, Thakurta and Zhang 2014, "Analyze Gauss" (symmetric Gaussian noise on a Gram matrix, with
-    the plain upper triangle).
+    Source: Dwork, Talwar, Thakurta and Zhang 2014, "Analyze Gauss" (symmetric Gaussian noise on a
+    Gram matrix, with the plain upper triangle).
     """
 
     features: Table
@@ -66,24 +70,33 @@ class Gram:
         if not 1e-6 <= self.weight <= 1e6:
             raise ConfigError.of("weight", self.weight, "a number from 1e-06 to 1e+06")
         if self.totals and not (1e-6 <= self.totals <= 1e6 and self.targets):
-            raise ConfigError.of("totals", self.totals, "0, or with targets a number from 1e-06 to 1e+06")
+            raise ConfigError.of(
+                "totals", self.totals, "0, or with targets a number from 1e-06 to 1e+06"
+            )
 
     def norm(self, length: float) -> float:
-        """Norm of a record's vector where its features have norm `length`: the clip norm that cuts nothing shorter."""
+        """Norm of a record's vector where its features have norm `length`.
+
+        The clip norm that cuts nothing shorter.
+        """
         crossed = (self.weight * length) ** 2 if self.targets else 0.0
         return math.sqrt(length**4 + crossed + self.totals**2)
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Rows: each record's vector before it is clipped. They are long; the sums below do without them."""
+        """Rows: each record's vector before it is clipped.
+
+        They are long; the sums below do without them.
+        """
         parts = self.parts(forward, batch)
-        left, y = parts["features"][:, :, None], parts.get("targets")
+        left = parts["features"][:, :, None]
+        y = parts.get("targets")
         rows = {"gram": left * left.mT}
         if y is not None:
             rows["cross"] = left * y[:, None, :]
         return self.packed(rows | ({"totals": parts["targets"]} if self.totals else {}))
 
     def parts(self, forward: Forward, batch: Batch, *, strict: bool = False) -> Params:
-        """`features` (n, d) and, where there are any, `targets` (n, c) of norm at most 1, in float32.
+        """`features` (n, d) and, if any, `targets` (n, c) of norm at most 1, in float32.
 
         Raises:
             DataError: for other shapes, or (where `strict`) for longer targets.
@@ -93,12 +106,17 @@ class Gram:
             targets = _table(self.targets, forward, batch, "targets")
             squares = targets.square().sum(1)
             if strict and not bool((squares <= 1 + 1e-5).all()):
-                raise DataError("a record has targets of norm above 1, or none; divide them by a declared bound")
+                raise DataError(
+                    "a record has targets of norm above 1, or none; divide them by a declared bound"
+                )
             parts["targets"] = _finite(targets) * clip_factors(squares, 1.0)[:, None]
         return parts
 
     def exact(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sums without privacy: `gram` (d, d), `cross` (d, c) and `totals` (c,), in pieces of `chunk` records."""
+        """Sums without privacy.
+
+        `gram` (d, d), `cross` (d, c) and `totals` (c,), in pieces of `chunk` records.
+        """
         sums: Params = {}
         with torch.no_grad():
             for piece in chunks(batch.tensors(), chunk):
@@ -106,8 +124,13 @@ class Gram:
         matrix = sums["gram"]
         return sums | {"gram": matrix.triu() + matrix.triu(1).T}
 
-    def clipped(self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip) -> Params | None:
-        """Sum over records of their clipped vectors, or None when there is no record (as `clipped_sum`)."""
+    def clipped(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
+    ) -> Params | None:
+        """Sum over records of their clipped vectors, or None without records.
+
+        As `clipped_sum`.
+        """
         sums: Params = {}
         alone = torch.func.vmap(rows_of(self.parts, module), in_dims=(None, 0))
         with torch.no_grad(), explain_vmap_errors():
@@ -117,14 +140,19 @@ class Gram:
         return self.packed(sums) if sums else None
 
     def packed(self, sums: Params) -> Params:
-        """From the sums (or rows, with a dimension in front) to the vector whose norm is bounded."""
+        """Vector whose norm is bounded, of the sums.
+
+        Of rows too, with a dimension in front.
+        """
         scales = {"cross": self.weight, "totals": self.totals}
         return {n: svec(value) if n == "gram" else scales[n] * value for n, value in sums.items()}
 
     def unpacked(self, vector: Params) -> Params:
-        """From a sum of vectors back to `gram` (d, d), symmetric, `cross` (d, c) and `totals` (c,)."""
+        """`gram` (d, d), symmetric, `cross` (d, c) and `totals` (c,) of a sum of vectors."""
         scales = {"cross": self.weight, "totals": self.totals}
-        return {n: unsvec(value) if n == "gram" else value / scales[n] for n, value in vector.items()}
+        return {
+            n: unsvec(value) if n == "gram" else value / scales[n] for n, value in vector.items()
+        }
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
         """Shapes of one record's vector, without forming it."""
@@ -133,7 +161,9 @@ class Gram:
         shapes = {"gram": torch.Size([d * (d + 1) // 2])}
         if self.targets:
             c = parts["targets"].shape[1]
-            shapes |= {"cross": torch.Size([d, c])} | ({"totals": torch.Size([c])} if self.totals else {})
+            shapes |= {"cross": torch.Size([d, c])} | (
+                {"totals": torch.Size([c])} if self.totals else {}
+            )
         return shapes
 
     def _squared_norms(self, parts: Params) -> Tensor:
@@ -145,7 +175,8 @@ class Gram:
 
     def _add(self, sums: Params, parts: Params, factors: Tensor | None = None) -> None:
         """Add up the parts, each record times its factor (n,)."""
-        f, y = parts["features"], parts.get("targets")
+        f = parts["features"]
+        y = parts.get("targets")
         weighted = f if factors is None else (f := _finite(f)) * factors[:, None]
         if "gram" not in sums:
             sums["gram"] = f.new_zeros(f.shape[1], f.shape[1])
@@ -157,7 +188,9 @@ class Gram:
 
 
 def svec(matrix: Tensor) -> Tensor:
-    """(..., d (d + 1) / 2) upper triangle of (..., d, d), row by row, with entries off the diagonal times sqrt(2).
+    """(..., d (d + 1) / 2) upper triangle of (..., d, d), row by row.
+
+    Entries off the diagonal are multiplied by sqrt(2).
 
     Of a symmetric matrix it keeps the Frobenius norm.
     """
@@ -178,7 +211,9 @@ def unsvec(vector: Tensor) -> Tensor:
 def _table(what: Table, forward: Forward, batch: Batch, name: str) -> Tensor:
     answer = what(forward, batch)
     if answer.dim() != 2 or len(answer) != len(batch):
-        raise DataError(f"{name} of {len(batch)} records have shape {tuple(answer.shape)}; allowed: (n, width)")
+        raise DataError(
+            f"{name} of {len(batch)} records have shape {tuple(answer.shape)}; allowed: (n, width)"
+        )
     return answer.detach().float()
 
 

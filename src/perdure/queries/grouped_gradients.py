@@ -1,8 +1,9 @@
 """Gradients of every record, added up by groups of records in one sum.
 
-A record fills the place of its own group and leaves all others 0, so its row has the norm of one gradient whatever the
-number of groups. Such rows, which are as many times a gradient as there are groups, are never formed: a gradient is
-clipped as it is and added to what its group has. Where all layers are linear the gradient is not formed either.
+A record fills the place of its own group and leaves all others 0, so its row has the norm of one
+gradient whatever the number of groups. Such rows, which are as many times a gradient as there are
+groups, are never formed: a gradient is clipped as it is and added to what its group has. Where all
+layers are linear the gradient is not formed either.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +23,16 @@ from perdure.utils.chunking import chunks
 
 @dataclass(frozen=True)
 class GroupedGradient(SquaredGradient):
-    """Per record, the weighted sum of its terms' gradients in the place of its group: (groups, *parameter shape).
+    """Per record, the weighted sum of its terms' gradients in the place of its group.
 
-    Guarantee: the row of a record depends on that record alone, its group included: it is evaluated in a batch of one,
-    under `torch.func.vmap`. Its norm is that of the gradient.
+    (groups, *parameter shape).
+
+    Guarantee: the row of a record depends on that record alone, its group included: it is evaluated
+    in a batch of one, under `torch.func.vmap`. Its norm is that of the gradient.
 
     Args:
-        group: batch -> (n,) whole numbers from 0 on; a record outside is in no group, and counts as nothing.
+        group: batch -> (n,) whole numbers from 0 on; a record outside is in no group, and counts as
+            nothing.
         groups: how many there are.
     """
 
@@ -36,13 +40,21 @@ class GroupedGradient(SquaredGradient):
     groups: int
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Rows by parameter name, (n, groups, *parameter shape). They are long; the sum below does without them."""
+        """Rows by parameter name, (n, groups, *parameter shape).
+
+        They are long; the sum below does without them.
+        """
         params = forward.params or dict(forward.module.named_parameters())
 
         def one(tensors: Mapping[str, Tensor]) -> Params:
-            here = torch.arange(self.groups, device=tensors["labels"].device) == self._place(tensors)
+            here = torch.arange(self.groups, device=tensors["labels"].device) == self._place(
+                tensors
+            )
             row = self._row(forward.module, params, tensors)
-            return {n: torch.where(here.view(-1, *[1] * value.dim()), value, 0.0) for n, value in row.items()}
+            return {
+                n: torch.where(here.view(-1, *[1] * value.dim()), value, 0.0)
+                for n, value in row.items()
+            }
 
         return torch.func.vmap(one)(batch.tensors())
 
@@ -52,7 +64,11 @@ class GroupedGradient(SquaredGradient):
 
     @torch.no_grad()
     def summed(
-        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None = None
+        self,
+        module: nn.Module,
+        params: Params,
+        tensors: Mapping[str, Tensor],
+        clip: Clip | None = None,
     ) -> Params | None:
         """Sum of the rows, clipped where `clip` is given; None without records.
 
@@ -73,7 +89,12 @@ class GroupedGradient(SquaredGradient):
         return {name: value[: self.groups] for name, value in sums.items()}
 
     def _add_rows(
-        self, sums: Params, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None
+        self,
+        sums: Params,
+        module: nn.Module,
+        params: Params,
+        tensors: Mapping[str, Tensor],
+        clip: Clip | None,
     ) -> None:
         """Add the gradients of the records, a few at a time, each in its place."""
         for piece in chunks(tensors, per_pass(params)):
@@ -99,7 +120,8 @@ class GroupedGradient(SquaredGradient):
 
 def _add_outer(sums: Params, layers: Mapping[str, nn.Linear], outer: Outer, places: Tensor) -> None:
     """Add the outer products of the records, all of a group at once."""
-    order, sizes = places.argsort(stable=True), places.bincount(minlength=len(next(iter(sums.values())))).tolist()
+    order = places.argsort(stable=True)
+    sizes = places.bincount(minlength=len(next(iter(sums.values())))).tolist()
     for name, (u, v) in outer.items():
         parts = zip(torch.split(u[order], sizes), torch.split(v[order], sizes), strict=True)
         for number, (left, right) in enumerate(parts):

@@ -60,8 +60,8 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
     """(n,) what `of` says of each record.
 
     Args:
-        alone: ask it about each record by itself, under `torch.func.vmap`, so that no number can depend on another
-            record.
+        alone: ask it about each record by itself, under `torch.func.vmap`, so that no number can
+            depend on another record.
 
     Raises:
         DataError: for another shape than one number a record.
@@ -71,7 +71,9 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
     def one(tensors: Mapping[str, Tensor]) -> Tensor:
         return _numbers(of, batch_of_one(tensors))[0]
 
-    ask = torch.func.vmap(one) if alone else lambda tensors: _numbers(of, Batch.from_tensors(tensors))
+    ask = (
+        torch.func.vmap(one) if alone else lambda tensors: _numbers(of, Batch.from_tensors(tensors))
+    )
     with explain_vmap_errors():
         parts = [ask(piece) for piece in chunks(batch.tensors(), CHUNK)]
     return torch.cat(parts) if parts else batch.labels.new_zeros(0)
@@ -86,7 +88,8 @@ def explain_vmap_errors() -> Iterator[None]:
         if not str(error).startswith("vmap"):
             raise
         raise PrivacyError(
-            "what is asked about each record alone, under torch.func.vmap, may not draw at random or branch on values; "
+            "what is asked about each record alone, under torch.func.vmap, may not draw at "
+            "random or branch on values; "
             f"use masks and torch.where ({str(error).partition('. ')[0]})"
         ) from error
 
@@ -94,7 +97,10 @@ def explain_vmap_errors() -> Iterator[None]:
 def _numbers(of: Of, batch: Batch) -> Tensor:
     answer = of(batch)
     if answer.shape != (len(batch),):
-        raise DataError(f"`of` gives shape {tuple(answer.shape)} for {len(batch)} records; give one number each, (n,)")
+        raise DataError(
+            f"`of` gives shape {tuple(answer.shape)} for {len(batch)} records; give one "
+            "number each, (n,)"
+        )
     return answer
 
 

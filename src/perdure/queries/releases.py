@@ -1,29 +1,33 @@
-"""The catalogue of what may be asked of private records: sums, means, Gram matrices, histograms, quantiles, top-k.
+"""The catalogue of what may be asked of private records.
 
-Neighbours differ by one record, added or removed. Under privacy every answer is charged on disk before its noise is
-drawn, to the records of the current experience, each of which it touches once (no sampling). Without, it is exact.
+Sums, means, Gram matrices, histograms, quantiles, top-k.
 
-    asked for                                    one record moves                  mechanism
-    curator.release(query, clip_norm=C)          the sum by C in L2 norm           Gaussian, s = m C
-    curator.release(Gram(...), clip_norm=C)      (gram, cross, totals) by C        Gaussian, s = m C, symmetric
-    mean(curator, query, clip_norm=C)            the mean by C / declared size     Gaussian, s = m C / declared size
-    histogram(curator, of, bins=B)               one count by 1                    discrete Gaussian, s = m
-    quantile(curator, of, q=q, candidates=grid)  two scores by 1 to each other     exponential, e = 2 / m
-    top_k(curator, of, bins=B, k=k)              one count by 1                    exponential, e = 2 / m, k times
+Neighbours differ by one record, added or removed. Under privacy every answer is charged on disk
+before its noise is drawn, to the records of the current experience, each of which it touches once
+(no sampling). Without, it is exact.
 
-m is the noise multiplier of a step times `Privacy.release_noise`, s a standard deviation and e an epsilon. Each sum and
-each histogram costs 1 / (2 m^2) of zero-concentrated privacy, and a selection, being of bounded range, at most as much:
-e^2 / 8. The ledger charges selections as e-DP and leaves the range aside: few of them cost less than as many sums,
-many of them more.
+    asked for                              one record moves               mechanism
+    curator.release(query, clip_norm=C)    the sum by C in L2 norm        Gaussian, s = m C
+    curator.release(Gram(), clip_norm=C)   (gram, cross, totals) by C     Gaussian, s = m C, symmetric
+    mean(curator, query, clip_norm=C)      the mean by C / declared size  Gaussian, s = m C / size
+    histogram(curator, of, bins=B)         one count by 1                 discrete Gaussian, s = m
+    quantile(curator, of, q, candidates)   two scores by 1 to each other  exponential, e = 2 / m
+    top_k(curator, of, bins=B, k=k)        one count by 1                 exponential, e = 2 / m, k times
 
-A strategy says in its `Asks` what it will ask for: sums, means and Gram matrices are `releases`, histograms are
-`histograms`, a quantile is one of the `selections` and a top-k is k of them. Where a budget was granted, what was not
-declared is refused.
+m is the noise multiplier of a step times `Privacy.release_noise`, s a standard deviation and e an
+epsilon. Each sum and each histogram costs 1 / (2 m^2) of zero-concentrated privacy, and a
+selection, being of bounded range, at most as much: e^2 / 8. The ledger charges selections as e-DP
+and leaves the range aside: few of them cost less than as many sums, many of them more.
 
-Under privacy what a function says of a record depends on that record alone, since it is evaluated on each by itself, in
-batches of one under `torch.func.vmap`. Write it with masks and `where`, without `.item()`, and let it draw nothing at
-random. Nor may an error depend on a record: a bin outside the range or a NaN is refused without privacy; with it the
-record is in no bin, or above all candidates.
+A strategy says in its `Asks` what it will ask for: sums, means and Gram matrices are `releases`,
+histograms are `histograms`, a quantile is one of the `selections` and a top-k is k of them. Where a
+budget was granted, what was not declared is refused.
+
+Under privacy what a function says of a record depends on that record alone, since it is evaluated
+on each by itself, in batches of one under `torch.func.vmap`. Write it with masks and `where`,
+without `.item()`, and let it draw nothing at random. Nor may an error depend on a record: a bin
+outside the range or a NaN is refused without privacy; with it the record is in no bin, or above all
+candidates.
 """
 
 from collections.abc import Sequence
@@ -43,24 +47,32 @@ if TYPE_CHECKING:
 def mean(curator: "Curator", query: Query, *, clip_norm: float, purpose: str) -> Params:
     """Sum of clip(query(record), clip_norm) plus noise, over the declared number of records.
 
-    Guarantee: that of one Gaussian release; the divisor is public and owes nothing to the records that are there.
+    Guarantee: that of one Gaussian release; the divisor is public and owes nothing to the records
+    that are there.
 
     Args:
-        curator: open. query: one row a record (see `perdure.queries.evaluation`), by name or as `value`.
-        clip_norm: bound on the L2 norm of one record's row. purpose: its name in the ledger.
+        curator: open.
+        query: one row a record (see `perdure.queries.evaluation`), by name or as `value`.
+        clip_norm: bound on the L2 norm of one record's row.
+        purpose: its name in the ledger.
     """
     total = curator.release(query, clip_norm=clip_norm, purpose=purpose)
     return {name: value / curator.declared_size for name, value in total.items()}
 
 
 def histogram(curator: "Curator", of: Of, *, bins: int, purpose: str) -> Tensor:
-    """(bins,) int64: how many records are in each bin. Noise may take a count below 0; to clamp it is free.
+    """(bins,) int64: how many records are in each bin.
 
-    Guarantee: that of one discrete Gaussian release of sensitivity 1, since a record is in one bin at most.
+    Noise may take a count below 0; to clamp it is free.
+
+    Guarantee: that of one discrete Gaussian release of sensitivity 1, since a record is in one bin
+    at most.
 
     Args:
-        curator: open. of: batch -> (n,) the bin of each record, a whole number from 0 to bins - 1.
-        bins: public number of bins. purpose: its name in the ledger.
+        curator: open.
+        of: batch -> (n,) the bin of each record, a whole number from 0 to bins - 1.
+        bins: public number of bins.
+        purpose: its name in the ledger.
 
     Raises:
         ConfigError: for less than one bin.
@@ -69,18 +81,24 @@ def histogram(curator: "Curator", of: Of, *, bins: int, purpose: str) -> Tensor:
     return curator.count(of, bins=bins, purpose=purpose)
 
 
-def quantile(curator: "Curator", of: Of, *, q: float, candidates: Tensor | Sequence[float], purpose: str) -> float:
+def quantile(
+    curator: "Curator", of: Of, *, q: float, candidates: Tensor | Sequence[float], purpose: str
+) -> float:
     """One of the candidates, near the q-quantile of the records' numbers.
 
-    P(c) is proportional to exp(e score(c)), with the score of `perdure.privacy.noise.discrete.Quantile`; without privacy the
-    candidate of the highest score, the first of equal ones. With n records a candidate whose rank is off by r is
-    exp(e r / (2 max(q, 1 - q))) times less likely than the best.
+    P(c) is proportional to exp(e score(c)), with the score of
+    `perdure.privacy.noise.discrete.Quantile`; without privacy the candidate of the highest score,
+    the first of equal ones. With n records a candidate whose rank is off by r is exp(e r / (2
+    max(q, 1 - q))) times less likely than the best.
 
     Guarantee: that of one selection, e-DP.
 
     Args:
-        curator: open. of: batch -> (n,) a number of each record. q: above 0 and below 1, 0.5 for the median.
-        candidates: public numbers, increasing. purpose: its name in the ledger.
+        curator: open.
+        of: batch -> (n,) a number of each record.
+        q: above 0 and below 1, 0.5 for the median.
+        candidates: public numbers, increasing.
+        purpose: its name in the ledger.
 
     Raises:
         ConfigError: for another q or candidates that are not increasing.
@@ -94,13 +112,17 @@ def quantile(curator: "Curator", of: Of, *, q: float, candidates: Tensor | Seque
 def top_k(curator: "Curator", of: Of, *, bins: int, k: int, purpose: str) -> Tensor:
     """(k,) int64: the most frequent bins, the most frequent first.
 
-    Gumbel noise on every count, and the k highest: k selections one after another. Their counts are not released.
+    Gumbel noise on every count, and the k highest: k selections one after another. Their counts are
+    not released.
 
     Guarantee: that of k selections, each e-DP, since one record raises one count by 1.
 
     Args:
-        curator: open. of: batch -> (n,) the bin of each record, a whole number from 0 to bins - 1.
-        bins: public number of bins. k: how many to name. purpose: its name in the ledger.
+        curator: open.
+        of: batch -> (n,) the bin of each record, a whole number from 0 to bins - 1.
+        bins: public number of bins.
+        k: how many to name.
+        purpose: its name in the ledger.
 
     Raises:
         ConfigError: for less than one bin, or k outside 1 to bins.

@@ -1,8 +1,11 @@
-"""Squared or absolute gradients of every record: what Fisher information and memory aware synapses add up.
+"""Squared or absolute gradients of every record.
 
-They are summed without rows where layers are linear. The gradient of a linear layer is d a^T, with d what comes back
-to its output and a what entered it. So its square is the outer product of d^2 and a^2, the sum over terms is one over
-d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The same holds for the absolute value, |d| and |a|.
+Fisher information and memory aware synapses add them up.
+
+They are summed without rows where layers are linear. The gradient of a linear layer is d a^T, with
+d what comes back to its output and a what entered it. So its square is the outer product of d^2 and
+a^2, the sum over terms is one over d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The
+same holds for the absolute value, |d| and |a|.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +25,22 @@ from perdure.utils.chunking import chunks
 Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
 """(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
 Outer = dict[str, tuple[Tensor, Tensor]]
-"""Layer to (u (n, out), v (n, in)): record i's row of the layer's weight is u_i v_i^T, of its bias u_i."""
+"""Layer to (u (n, out), v (n, in)): record i's row of the layer's weight is u_i v_i^T, of its bias
+u_i.
+"""
 
 
 @dataclass(frozen=True)
 class SquaredGradient:
-    """Per record, the weighted sum over terms k of the squared gradient: sum_k w_k (d l_k / d theta)^2.
+    """Per record, the weighted sum over terms k of the squared gradient.
 
-    With l_k = -log p_k and w_k = p_k over the classes this is the record's share of the diagonal Fisher matrix.
+    sum_k w_k (d l_k / d theta)^2
 
-    Guarantee: the row of a record depends on that record alone: it is evaluated in a batch of one, under
-    `torch.func.vmap`.
+    With l_k = -log p_k and w_k = p_k over the classes this is the record's share of the diagonal
+    Fisher matrix.
+
+    Guarantee: the row of a record depends on that record alone: it is evaluated in a batch of one,
+    under `torch.func.vmap`.
     """
 
     terms: Terms
@@ -48,25 +56,43 @@ class SquaredGradient:
         return torch.func.vmap(one)(batch.tensors())
 
     def size_of(self, values: Tensor) -> Tensor:
-        """Size of each number, which of a product is the product of the factors' sizes: the square."""
+        """Size of each number: its square.
+
+        The size of a product is the product of the factors' sizes.
+        """
         return values.square()
 
     def summed(
-        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip | None = None
+        self,
+        module: nn.Module,
+        params: Params,
+        tensors: Mapping[str, Tensor],
+        clip: Clip | None = None,
     ) -> Params | None:
-        """Sum of the rows, clipped where `clip` is given; None without records, or where not all layers are linear."""
-        layers, total = linear_layers(module), None
+        """Sum of the rows, clipped where `clip` is given.
+
+        None without records, or where not all layers are linear.
+        """
+        layers = linear_layers(module)
+        total = None
         for piece in chunks(tensors, CHUNK) if layers else ():
             assert layers is not None
             outer = self._outer(module, layers, params, piece)
             if outer is None:
                 return None
             part = _sums(layers, outer, clip)
-            total = part if total is None else {name: total[name] + value for name, value in part.items()}
+            total = (
+                part
+                if total is None
+                else {name: total[name] + value for name, value in part.items()}
+            )
         return total and {name: total[name] for name in params}
 
     def _sizes(
-        self, at: Callable[[Params], tuple[Forward, Params]], point: Params, tensors: Mapping[str, Tensor]
+        self,
+        at: Callable[[Params], tuple[Forward, Params]],
+        point: Params,
+        tensors: Mapping[str, Tensor],
     ) -> tuple[Params, Params]:
         """sum_k w_k size(d l_k / d point) of one record, and what `at` kept aside.
 
@@ -82,27 +108,46 @@ class SquaredGradient:
         losses, pull, (weights, kept) = torch.func.vjp(alone, point, has_aux=True)  # type: ignore[misc]
         sums = {name: torch.zeros_like(value) for name, value in point.items()}
         for weight, term in zip(weights, torch.eye(len(losses)).to(losses), strict=True):
-            sums = {name: sums[name] + weight * self.size_of(gradient) for name, gradient in pull(term)[0].items()}
+            sums = {
+                name: sums[name] + weight * self.size_of(gradient)
+                for name, gradient in pull(term)[0].items()
+            }
         return sums, kept
 
     def _outer(
-        self, module: nn.Module, layers: Mapping[str, nn.Linear], params: Params, tensors: Mapping[str, Tensor]
+        self,
+        module: nn.Module,
+        layers: Mapping[str, nn.Linear],
+        params: Params,
+        tensors: Mapping[str, Tensor],
     ) -> Outer | None:
-        """Rows as outer products; None where a layer is not called exactly once, on one vector a record."""
+        """Rows as outer products.
+
+        None where a layer is not called exactly once, on one vector a record.
+        """
         with _tapped(layers) as tap:
 
             def one(params: Params, tensors: Mapping[str, Tensor]) -> tuple[Params, Params]:
-                shifts = {name: layer.weight.new_zeros(1, layer.out_features) for name, layer in layers.items()}
-                return self._sizes(lambda p: (Forward(module, params), tap.with_shifts(p)), shifts, tensors)
+                shifts = {
+                    name: layer.weight.new_zeros(1, layer.out_features)
+                    for name, layer in layers.items()
+                }
+                return self._sizes(
+                    lambda p: (Forward(module, params), tap.with_shifts(p)), shifts, tensors
+                )
 
             backs, entered = torch.func.vmap(one, in_dims=(None, 0))(params, dict(tensors))
-        if tap.calls != dict.fromkeys(layers, 1) or any(value.dim() != 3 for value in entered.values()):
+        if tap.calls != dict.fromkeys(layers, 1) or any(
+            value.dim() != 3 for value in entered.values()
+        ):
             return None
         return {name: (backs[name][:, 0], self.size_of(entered[name][:, 0])) for name in layers}
 
 
 class AbsoluteGradient(SquaredGradient):
-    """Per record, the weighted sum over terms k of the absolute gradient: sum_k w_k |d l_k / d theta|.
+    """Per record, the weighted sum over terms k of the absolute gradient.
+
+    sum_k w_k |d l_k / d theta|
 
     With one term its norm is the gradient's.
 
@@ -115,7 +160,10 @@ class AbsoluteGradient(SquaredGradient):
 
 
 class Tap:
-    """Hooks on layers: adds a shift to what leaves each of them, keeps what entered it, and counts its calls."""
+    """Hooks on layers.
+
+    Adds a shift to what leaves each of them, keeps what entered it, and counts its calls.
+    """
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
@@ -123,8 +171,13 @@ class Tap:
         self._entered: Params = {}
 
     def with_shifts(self, shifts: Params) -> Params:
-        """Begin a pass with these shifts; what enters the layers will be in the mapping that is returned."""
-        self.calls, self._shifts, self._entered = {}, shifts, {}
+        """Begin a pass with these shifts.
+
+        The mapping that is returned will hold the inputs of the layers.
+        """
+        self.calls = {}
+        self._shifts = shifts
+        self._entered = {}
         return self._entered
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -152,7 +205,9 @@ def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[Tap]:
 def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Params:
     outer = clipped_outer(layers, outer, clip)
     sums = {f"{name}.weight": u.T @ v for name, (u, v) in outer.items()}
-    return sums | {f"{name}.bias": u.sum(0) for name, (u, _) in outer.items() if layers[name].bias is not None}
+    return sums | {
+        f"{name}.bias": u.sum(0) for name, (u, _) in outer.items() if layers[name].bias is not None
+    }
 
 
 def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Outer:
@@ -160,8 +215,11 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
     if clip is None:
         return outer
     biased = {name: float(layer.bias is not None) for name, layer in layers.items()}
-    squares = {n: u.square().sum(1) * (v.square().sum(1) + biased[n]) for n, (u, v) in outer.items()}
-    factors, known = clip.factors(squares), torch.isfinite(sum_of(list(squares.values())))[:, None]
+    squares = {
+        n: u.square().sum(1) * (v.square().sum(1) + biased[n]) for n, (u, v) in outer.items()
+    }
+    factors = clip.factors(squares)
+    known = torch.isfinite(sum_of(list(squares.values())))[:, None]
     return {
         name: (torch.where(known, u, 0.0) * factors[name][:, None], torch.where(known, v, 0.0))
         for name, (u, v) in outer.items()
@@ -169,9 +227,15 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
-    """Return the linear layers by name, or None when a parameter belongs to anything else, is shared or frozen."""
+    """Return the linear layers by name, or None where they do not own all parameters.
+
+    None too where a parameter is shared or frozen.
+    """
     linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}  # not those of a frozen body
-    owned = {f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()}
+    # not those of a frozen body
+    layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}
+    owned = {
+        f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()
+    }
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
     return layers if owned == trained == {name for name, _ in module.named_parameters()} else None

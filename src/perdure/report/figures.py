@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     Line = tuple[list[str], list[float]]
 
-WIDTH, COLUMNS = 10.0, 4  # inches; panels in a row
-FAINT, HOLE = "#e3e7ec", "#eceff2"
+# inches; panels in a row
+WIDTH = 10.0
+COLUMNS = 4
+FAINT = "#e3e7ec"
+HOLE = "#eceff2"
 # Light to dark in one hue, so that grey print and every kind of colour vision keep the order.
 SHADES = ["#f3f6fa", "#b5d0e8", "#5b9bd0", "#1f66ab", "#0a3463"]
 # Okabe and Ito's colours that carry on white; markers and dashes repeat what colour says.
@@ -49,7 +52,9 @@ def _matrices(result: Result) -> Picture:
     figure, panels = _panels(result, 2.45)
     for arm, _, axes in panels:
         shaded = _matrix(axes, arm)
-    bar = figure.colorbar(shaded, ax=[axes for *_, axes in panels], aspect=50, fraction=0.015, pad=0.015)
+    bar = figure.colorbar(
+        shaded, ax=[axes for *_, axes in panels], aspect=50, fraction=0.015, pad=0.015
+    )
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     bar.set_label("accuracy, %")
@@ -58,10 +63,13 @@ def _matrices(result: Result) -> Picture:
     return Picture(
         name="accuracy_matrix",
         title="What was kept, and when it was lost",
-        caption="One matrix per arm. Read a row from left to right: what the model could do after that "
-        "experience. Read a column downwards: how one experience fared from then on. The framed diagonal "
+        caption="One matrix per arm. Read a row from left to right: what the model could do after "
+        "that "
+        "experience. Read a column downwards: how one experience fared from then on. The "
+        "framed diagonal "
         "is the moment of learning; pale cells below it are forgetting.",
-        alternative="Heat maps of accuracy per experience, one per arm. " + _last_accuracies(result),
+        alternative="Heat maps of accuracy per experience, one per arm. "
+        + _last_accuracies(result),
         figure=figure,
     )
 
@@ -75,14 +83,21 @@ def _matrix(axes: "Axes", arm: Arm) -> Any:
     moments, experiences = values.shape
     shades = LinearSegmentedColormap.from_list("accuracy", SHADES)
     shaded = axes.pcolormesh(
-        np.ma.masked_invalid(values), cmap=shades, vmin=0, vmax=100, edgecolors="white", linewidth=1.2
+        np.ma.masked_invalid(values),
+        cmap=shades,
+        vmin=0,
+        vmax=100,
+        edgecolors="white",
+        linewidth=1.2,
     )
     axes.set_facecolor(HOLE)
     axes.set(xlim=(0, experiences), ylim=(moments, 0), aspect="equal")
     axes.spines[:].set_visible(False)
     _tick_every(axes, experiences, moments)
     for i in range(min(moments, experiences)):
-        axes.add_patch(Rectangle((i + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=0.9))
+        axes.add_patch(
+            Rectangle((i + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=0.9)
+        )
     if experiences <= MOST_CELLS and moments <= MOST_CELLS:
         _write_cells(axes, values)
     return shaded
@@ -100,11 +115,23 @@ def _write_cells(axes: "Axes", values: "np.ndarray[Any, Any]") -> None:
     size = 8.0 if values.shape[1] <= 6 else 6.0
     for (i, j), value in _cells(values):
         color = "white" if value > 58 else INK
-        axes.text(j + 0.5, i + 0.5, decimal(value, 0), ha="center", va="center", fontsize=size, color=color)
+        axes.text(
+            j + 0.5,
+            i + 0.5,
+            decimal(value, 0),
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=color,
+        )
 
 
 def _cells(values: "np.ndarray[Any, Any]") -> list[tuple[tuple[int, int], float]]:
-    return [((i, j), float(values[i, j])) for i in range(values.shape[0]) for j in range(values.shape[1])]
+    return [
+        ((i, j), float(values[i, j]))
+        for i in range(values.shape[0])
+        for j in range(values.shape[1])
+    ]
 
 
 def _curves(result: Result) -> Picture:
@@ -112,15 +139,20 @@ def _curves(result: Result) -> Picture:
     for arm, _, axes in panels:
         _experience_lines(axes, array(arm["accuracy_matrix"]))
     handles, names = panels[0][2].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 6), handlelength=2.6)
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=min(len(names), 6), handlelength=2.6
+    )
     figure.supxlabel("after training on experience", fontsize=8.5, color=MUTED)
     figure.supylabel("accuracy, %", fontsize=8.5, color=MUTED)
     return Picture(
         name="accuracy_over_time",
         title="Every experience over time",
-        caption="Each coloured line starts when its experience is learnt; a flat line is remembered, a "
+        caption="Each coloured line starts when its experience is "
+        "learnt; a flat line is remembered, "
+        "a "
         "falling one forgotten. The grey band is the mean over the experiences learnt so far.",
-        alternative="Lines of accuracy on every experience over time, one panel per arm. " + _last_accuracies(result),
+        alternative="Lines of accuracy on every experience over time, one panel per arm. "
+        + _last_accuracies(result),
         figure=figure,
     )
 
@@ -134,12 +166,27 @@ def _experience_lines(axes: "Axes", values: "np.ndarray[Any, Any]") -> None:
         for i, row in enumerate(values)
     ]
     when = range(1, moments + 1)
-    axes.plot(when, seen, color="#aab4bf", linewidth=5, alpha=0.55, label="mean so far", solid_capstyle="round")
+    axes.plot(
+        when,
+        seen,
+        color="#aab4bf",
+        linewidth=5,
+        alpha=0.55,
+        label="mean so far",
+        solid_capstyle="round",
+    )
     for j in range(min(experiences, moments)):
         axes.plot(
-            when[j:], values[j:, j], color=LINES[j % len(LINES)], marker=MARKERS[j % len(MARKERS)],
-            markersize=4, linewidth=1.5, label=f"experience {j + 1}", clip_on=False, zorder=3,
-        )  # fmt: skip
+            when[j:],
+            values[j:, j],
+            color=LINES[j % len(LINES)],
+            marker=MARKERS[j % len(MARKERS)],
+            markersize=4,
+            linewidth=1.5,
+            label=f"experience {j + 1}",
+            clip_on=False,
+            zorder=3,
+        )
     axes.set(ylim=(-3, 103), xlim=(0.8, moments + 0.2), yticks=[0, 25, 50, 75, 100])
     axes.set_xticks(list(when)[:: 1 if moments <= MOST_CELLS else 5])
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
@@ -157,8 +204,10 @@ def _epsilons(result: Result) -> Picture | None:
     return Picture(
         name="epsilon_over_time",
         title="Privacy spent over time",
-        caption="Epsilon of the record or client that is worst off, after each experience. It never "
-        "falls: what was spent stays spent. Arms that spend the same share one line. Only arms with the "
+        caption="Epsilon of the record or client that is worst "
+        "off, after each experience. It never "
+        "falls: what was spent stays spent. Arms that spend the same share one line. Only "
+        "arms with the "
         "same unit, relation and delta share axes.",
         alternative="Lines of epsilon after each experience. " + " ".join(_last_epsilons(groups)),
         figure=figure,
@@ -187,12 +236,22 @@ def _epsilon_lines(axes: "Axes", title: str, lines: "list[Line]") -> None:
     moments = max(len(line) for _, line in lines)
     for k, (_, line) in enumerate(lines):
         axes.plot(
-            range(1, len(line) + 1), line, color=LINES[k % len(LINES)], marker=MARKERS[k % len(MARKERS)],
-            markersize=4.5, linewidth=1.7, linestyle=DASHES[k % len(DASHES)], clip_on=False, zorder=3,
-        )  # fmt: skip
+            range(1, len(line) + 1),
+            line,
+            color=LINES[k % len(LINES)],
+            marker=MARKERS[k % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.7,
+            linestyle=DASHES[k % len(DASHES)],
+            clip_on=False,
+            zorder=3,
+        )
     axes.set_title(title, fontsize=9)
     axes.set(xlim=(0.9, moments + 0.1), xlabel="after training on experience", ylabel="epsilon")
-    axes.set_ylim(0, 1.08 * max([value for _, line in lines for value in line if 0 < value < 1e9], default=1.0))
+    axes.set_ylim(
+        0,
+        1.08 * max([value for _, line in lines for value in line if 0 < value < 1e9], default=1.0),
+    )
     axes.set_xticks(range(1, moments + 1, 1 if moments <= MOST_CELLS else 5))
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.tick_params(length=0)
@@ -201,16 +260,23 @@ def _epsilon_lines(axes: "Axes", title: str, lines: "list[Line]") -> None:
 
 def _name_line_ends(axes: "Axes", lines: "list[Line]") -> None:
     """Write the names beside the ends of the lines, pushed apart where they would overlap."""
-    top, ceiling = axes.get_ylim()[1], 1.0
+    top = axes.get_ylim()[1]
+    ceiling = 1.0
     for k in sorted(range(len(lines)), key=lambda k: -lines[k][1][-1]):
         names, line = lines[k]
         height = min(line[-1] / top, ceiling)
         ceiling = height - 0.085
         axes.annotate(
-            f"{', '.join(names)}: {epsilon_number(line[-1])}", (1.0, height), xycoords="axes fraction",
-            xytext=(10, 0), textcoords="offset points", va="center", fontsize=9, fontweight="bold",
+            f"{', '.join(names)}: {epsilon_number(line[-1])}",
+            (1.0, height),
+            xycoords="axes fraction",
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            fontweight="bold",
             color=LINES[k % len(LINES)],
-        )  # fmt: skip
+        )
 
 
 def _explanations(result: Result, run: Path) -> Picture | None:
@@ -222,21 +288,27 @@ def _explanations(result: Result, run: Path) -> Picture | None:
     from perdure.explain.plots import heat_maps
 
     tensors = _read_tensors(run / told["file"])
-    inputs, values = tensors["inputs"], tensors["values"]
+    inputs = tensors["inputs"]
+    values = tensors["values"]
     if len(values) != len(told["moments"]):
-        raise RunError(f"{run / told['file']} explains {len(values)} moments, result.json names {told['moments']}")
+        raise RunError(
+            f"{run / told['file']} explains {len(values)} moments, result.json names "
+            f"{told['moments']}"
+        )
     titles = [f"class {label}" for label in tensors["labels"].tolist()]
     with rc_context({"axes.spines.top": True, "axes.spines.right": True}):
         figure = heat_maps(inputs, list(zip(told["moments"], values, strict=True)), titles)
     return Picture(
         name="explanations",
         title="What the model looks at, before and after",
-        caption=f"The arm {told['arm']}, explained with Shapley values (SHAP) on a few test inputs. Red "
-        "pixels speak for the class named above, blue ones against it; where the picture changes between "
+        caption=f"The arm {told['arm']}, explained with Shapley "
+        "values (SHAP) on a few test inputs. "
+        "Red "
+        "pixels speak for the class named above, blue ones against it; where the picture "
+        "changes between "
         "the rows, the reasons were forgotten or replaced, even if the answer stayed right.",
-        alternative=f"SHAP heat maps of {len(inputs)} inputs ({', '.join(titles)}), arm {told['arm']}: "
-        + ", then ".join(told["moments"])
-        + ".",
+        alternative=f"SHAP heat maps of {len(inputs)} inputs "
+        f"({', '.join(titles)}), arm {told['arm']}: " + ", then ".join(told["moments"]) + ".",
         figure=figure,
     )
 
@@ -264,7 +336,10 @@ def _figure(height: float) -> "Figure":
 def _panels(
     result: Result, height: float, *, sharex: bool = False, sharey: bool = False
 ) -> "tuple[Figure, list[tuple[Arm, str, Axes]]]":
-    """One panel per arm: a row for those without privacy, then a row for those with, `COLUMNS` to a row."""
+    """One panel per arm.
+
+    A row for those without privacy, then a row for those with, `COLUMNS` to a row.
+    """
     rows = _rows(result)
     figure = _figure(height * len(rows) + 0.35)
     width = max(len(row) for row in rows)
@@ -283,7 +358,9 @@ def _panels(
 
 def _rows(result: Result) -> list[list[tuple[Arm, str]]]:
     arms = by_privacy(result["arms"])
-    groups = [[named for named in arms if named[0]["private"] == private] for private in (False, True)]
+    groups = [
+        [named for named in arms if named[0]["private"] == private] for private in (False, True)
+    ]
     return [group[k : k + COLUMNS] for group in groups for k in range(0, len(group), COLUMNS)]
 
 
@@ -291,18 +368,25 @@ def array(rows: Sequence[Sequence[float | None]]) -> "np.ndarray[Any, Any]":
     """Rows of numbers as a float array; null becomes NaN."""
     import numpy as np
 
-    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=float)
+    return np.array(
+        [[np.nan if value is None else value for value in row] for row in rows], dtype=float
+    )
 
 
 def _last_accuracies(result: Result) -> str:
     arms = by_privacy(result["arms"])
-    told = [f"{label}{' with privacy' * arm['private']} {decimal(arm['average_accuracy'])} %" for arm, label in arms]
+    told = [
+        f"{label}{' with privacy' * arm['private']} {decimal(arm['average_accuracy'])} %"
+        for arm, label in arms
+    ]
     return f"Average accuracy at the end: {', '.join(told)}."
 
 
 def _last_epsilons(groups: dict[str, list[tuple[Arm, str]]]) -> list[str]:
     told = []
     for title, arms in groups.items():
-        ends = ", ".join(f"{' and '.join(names)} {epsilon_number(line[-1])}" for names, line in _merged(arms))
+        ends = ", ".join(
+            f"{' and '.join(names)} {epsilon_number(line[-1])}" for names, line in _merged(arms)
+        )
         told.append(f"At the end, {title.replace(chr(10), '; ')}: {ends}.")
     return told

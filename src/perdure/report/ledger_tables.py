@@ -1,4 +1,7 @@
-"""A ledger for its reader: every partition, what its records were exposed to, and the epsilon that follows."""
+"""A ledger for its reader.
+
+Every partition, what its records were exposed to, and the epsilon that follows.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +20,10 @@ from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.merged import Merged
 from perdure.report.wording import epsilon_number
 
-TERMS = "q: sampling rate · sigma: noise multiplier · C: clip norm · epsilon of one record of the partition, rounded up"
+TERMS = (
+    "q: sampling rate · sigma: noise multiplier · C: clip norm · epsilon of one record of the "
+    "partition, rounded up"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +32,10 @@ class Use:
 
     Args:
         purpose, mechanism, sampling, noise_multiplier, clip_norm: as in the ledger's entries.
-        sampling_rate: probability that a record was in a step. steps: how often.
-        participations: in how many of the steps one record was at most; all of them where it was drawn by chance.
+        sampling_rate: probability that a record was in a step.
+        steps: how often.
+        participations: in how many of the steps one record was at most; all of them where it was
+            drawn by chance.
     """
 
     purpose: str
@@ -42,7 +50,11 @@ class Use:
     def __str__(self) -> str:
         rate = "" if self.sampling == "none" else f"q {self.sampling_rate:.4g}, "
         strength = f"{rate}sigma {self.noise_multiplier:.4g}, C {self.clip_norm:.4g}"
-        few = f", a record in {self.participations} of them" if self.participations < self.steps else ""
+        few = (
+            f", a record in {self.participations} of them"
+            if self.participations < self.steps
+            else ""
+        )
         return f"{self.steps} x {self.purpose} ({self.mechanism}{few}) at {strength}"
 
 
@@ -51,8 +63,10 @@ class Exposed:
     """One partition of one owner, and what its records spent.
 
     Args:
-        epsilon_pld: what is reported. epsilon_rdp: looser, to compare; None where RDP knows no bound.
-        worst: whether no other partition spent more (under replace-one, whether it is one of the two that did).
+        epsilon_pld: what is reported.
+        epsilon_rdp: looser, to compare; None where RDP knows no bound.
+        worst: whether no other partition spent more (under replace-one, whether it is one of the
+            two that did).
     """
 
     owner: str
@@ -88,14 +102,22 @@ def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) 
     """Return one row a partition, in the order of the ledgers.
 
     Args:
-        account: what was spent. delta: in (0, 1). tick: called after every partition; each can take a second.
+        account: what was spent.
+        delta: in (0, 1).
+        tick: called after every partition; each can take a second.
     """
     rows = []
     for name, (owner, partition) in places(account).items():
-        rows.append(Exposed(
-            owner=owner, partition=partition, declared_size=account.sizes[name], uses=uses(account.entries, name),
-            epsilon_pld=account.epsilon([name], delta=delta), epsilon_rdp=renyi(account, name, delta),
-        ))  # fmt: skip
+        rows.append(
+            Exposed(
+                owner=owner,
+                partition=partition,
+                declared_size=account.sizes[name],
+                uses=uses(account.entries, name),
+                epsilon_pld=account.epsilon([name], delta=delta),
+                epsilon_rdp=renyi(account, name, delta),
+            )
+        )
         tick()
     group, spent = account.worst(delta)
     touched = account.groups()[group] if spent else ()
@@ -106,17 +128,27 @@ def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) 
 
 
 def uses(entries: Iterable[Entry], partition: str) -> tuple[Use, ...]:
-    """What `entries` did to a partition, the steps of equal mechanisms added up, in the order of the ledger."""
+    """Charges of `entries` to a partition, in the order of the ledger.
+
+    The steps of equal mechanisms are added up.
+    """
     found: dict[Use, Use] = {}
     for entry in entries:
         charge = entry.charge([partition])
         if charge:
             kind = Use(
-                purpose=entry.purpose, mechanism=entry.mechanism, sampling=entry.sampling, clip_norm=entry.clip_norm,
-                sampling_rate=charge.sampling_rate, noise_multiplier=entry.noise_multiplier, steps=0, participations=0,
-            )  # fmt: skip
+                purpose=entry.purpose,
+                mechanism=entry.mechanism,
+                sampling=entry.sampling,
+                clip_norm=entry.clip_norm,
+                sampling_rate=charge.sampling_rate,
+                noise_multiplier=entry.noise_multiplier,
+                steps=0,
+                participations=0,
+            )
             sofar = found.get(kind, kind)
-            steps, participations = sofar.steps + entry.steps, sofar.participations + charge.steps
+            steps = sofar.steps + entry.steps
+            participations = sofar.participations + charge.steps
             found[kind] = replace(kind, steps=steps, participations=participations)
     return tuple(found.values())
 
@@ -130,19 +162,28 @@ def renyi(account: Merged, partition: str, delta: float) -> float | None:
 
 
 def projections(
-    account: Merged, charge: Charge, delta: float, chosen: Sequence[str], tick: Callable[[], None] = silent
+    account: Merged,
+    charge: Charge,
+    delta: float,
+    chosen: Sequence[str],
+    tick: Callable[[], None] = silent,
 ) -> list[Projected]:
     """Epsilon of each chosen partition before and after one more charge. Nothing is written.
 
     Args:
-        chosen: names in the merged account. tick: called after every partition.
+        chosen: names in the merged account.
+        tick: called after every partition.
     """
-    rows, own = [], places(account)
+    rows = []
+    own = places(account)
     for name in chosen:
-        history, relation = account.charges(name), account.relation
+        history = account.charges(name)
+        relation = account.relation
         before = accounting.epsilon(history, delta=delta, relation=relation)
         after = accounting.epsilon((*history, charge), delta=delta, relation=relation)
-        rows.append(Projected(owner=own[name][0], partition=own[name][1], before=before, after=after))
+        rows.append(
+            Projected(owner=own[name][0], partition=own[name][1], before=before, after=after)
+        )
         tick()
     return rows
 
@@ -158,30 +199,43 @@ def exposure_table(rows: Sequence[Exposed]) -> Table:
         _head(drawn, owner)
         for row in own:
             cells = (
-                f"  {printable(row.partition)}", str(row.declared_size), told(row.uses),
-                epsilon_number(row.epsilon_pld), epsilon_number(row.epsilon_rdp), "worst" if row.worst else "",
-            )  # fmt: skip
+                f"  {printable(row.partition)}",
+                str(row.declared_size),
+                told(row.uses),
+                epsilon_number(row.epsilon_pld),
+                epsilon_number(row.epsilon_rdp),
+                "worst" if row.worst else "",
+            )
             drawn.add_row(*map(Text, cells), style="bold" if row.worst else "")
     return drawn
 
 
 def projection_table(rows: Sequence[Projected]) -> Table:
     """One row a partition below its owner, the one that would have spent most in bold."""
-    drawn, most = _empty("epsilon now", "epsilon after"), max((row.after for row in rows), default=0.0)
+    drawn = _empty("epsilon now", "epsilon after")
+    most = max((row.after for row in rows), default=0.0)
     for owner, own in groupby(rows, key=lambda row: row.owner):
         _head(drawn, owner)
         for row in own:
-            cells = (f"  {printable(row.partition)}", epsilon_number(row.before), epsilon_number(row.after))
+            cells = (
+                f"  {printable(row.partition)}",
+                epsilon_number(row.before),
+                epsilon_number(row.after),
+            )
             drawn.add_row(*map(Text, cells), style="bold" if row.after == most else "")
     return drawn
 
 
 def _empty(*columns: str) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption_justify="left")
+    drawn = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption_justify="left"
+    )
     drawn.add_column("owner, partition", overflow="fold")
     for name in columns:
         text = name == "exposed to"
-        drawn.add_column(name, overflow="fold", justify="left" if text else "right", no_wrap=not text)
+        drawn.add_column(
+            name, overflow="fold", justify="left" if text else "right", no_wrap=not text
+        )
     return drawn
 
 
@@ -204,7 +258,10 @@ def printable(text: str) -> str:
 
 
 def document(rows: Iterable[Exposed]) -> list[dict[str, Any]]:
-    """Rows as strict JSON can hold them: null stands for an infinite epsilon, or one that RDP has no bound for."""
+    """Rows as strict JSON can hold them.
+
+    Null stands for an infinite epsilon, or one that RDP has no bound for.
+    """
     return [finite(asdict(row)) for row in rows]
 
 

@@ -1,4 +1,7 @@
-"""One finished run as one self-contained page: no script, no request, readable on screen and on paper."""
+"""One finished run as one self-contained page.
+
+No script, no request, readable on screen and on paper.
+"""
 
 import os
 from collections.abc import Sequence
@@ -19,14 +22,15 @@ def write_report(run: Path) -> Path:
 
     The same `result.json` gives the same bytes. A reader never sees half a file.
 
-    Guarantee: none of its own. The page shows what `result.json` and `config.toml` say, and the pictures of
-    the explanation file, whose inputs must be public.
+    Guarantee: none of its own. The page shows what `result.json` and `config.toml` say, and the
+    pictures of the explanation file, whose inputs must be public.
 
     Args:
         run: folder of the run, with `result.json`; `config.toml` is quoted where there is one.
 
     Raises:
-        RunError: when `result.json` is missing or of another schema, or the explanations cannot be read.
+        RunError: when `result.json` is missing or of another schema, or the explanations cannot be
+            read.
     """
     result = read_result(run)
     config = run / "config.toml"
@@ -42,7 +46,8 @@ def write_figures(run: Path) -> list[Path]:
         run: folder of the run, with `result.json`.
 
     Raises:
-        RunError: when `result.json` is missing or of another schema, or the explanations cannot be read.
+        RunError: when `result.json` is missing or of another schema, or the explanations cannot be
+            read.
     """
     folder = run / "figures"
     drawn = pictures(read_result(run), run)
@@ -72,10 +77,13 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
     )
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>\n{inside}\n</section>'
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 '
+        f'id="{name}-title">{title}</h2>\n{inside}\n</section>'
         for name, title, inside in sections
     )
-    return _PAGE.format(name=escape(result["name"]), style=_style(), lead=_lead(result), links=links, body=body)
+    return _PAGE.format(
+        name=escape(result["name"]), style=_style(), lead=_lead(result), links=links, body=body
+    )
 
 
 _PAGE = """<!DOCTYPE html>
@@ -111,10 +119,16 @@ def _style() -> str:
 
 
 def _lead(result: Result) -> str:
-    stream, federation = result["stream"], result["federation"]
-    clients = f" over {federation['clients']} federated clients" if federation and "clients" in federation else ""
+    stream = result["stream"]
+    federation = result["federation"]
+    clients = (
+        f" over {federation['clients']} federated clients"
+        if federation and "clients" in federation
+        else ""
+    )
     told = (
-        f"{stream['name']}, {stream['scenario']}-incremental in {count(stream['experiences'], 'experience')}"
+        f"{stream['name']}, {stream['scenario']}-incremental in "
+        f"{count(stream['experiences'], 'experience')}"
         f"{clients}; {count(len(result['arms']), 'arm')}, seed {result['seed']}"
     )
     return escape(told)

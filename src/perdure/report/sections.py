@@ -30,28 +30,67 @@ NUMBERS = (
     ("area_under_accuracy", "area under the curve", "%"),
 )
 GLOSSARY = (
-    ("arm", "One strategy in one mode, with or without privacy. All arms of a run see the same stream."),
-    ("area under the curve", "Percent right on what was met so far, averaged over all moments of the stream."),
+    (
+        "arm",
+        "One strategy in one mode, with or without privacy. All arms of a run see the same stream.",
+    ),
+    (
+        "area under the curve",
+        "Percent right on what was met so far, averaged over all moments of the stream.",
+    ),
     ("average accuracy", "Percent answered right at the very end, averaged over all experiences."),
-    ("backward transfer", "Change on past experiences since they were learnt; negative if forgotten."),
+    (
+        "backward transfer",
+        "Change on past experiences since they were learnt; negative if forgotten.",
+    ),
     ("worst experience", "Percent right at the very end on the experience that fares worst."),
-    ("experience", "One stage of the stream: the data that arrive together and are not there afterwards."),
-    ("forgetting", "Points lost on past experiences between their best moment and the end; lower is better."),
-    ("forward transfer", "Head start on experiences not yet learnt, over an untrained model, in points."),
+    (
+        "experience",
+        "One stage of the stream: the data that arrive together and are not there afterwards.",
+    ),
+    (
+        "forgetting",
+        "Points lost on past experiences between their best moment and the end; lower is better.",
+    ),
+    (
+        "forward transfer",
+        "Head start on experiences not yet learnt, over an untrained model, in points.",
+    ),
     ("learning accuracy", "Percent right on each experience just after it was learnt, averaged."),
-    ("robust accuracy", "Percent still right when an attacker changes each input within the stated limit."),
-    ("strategy", "How forgetting is fought: naive does nothing, others penalise change, distil or replay."),
-    ("epsilon (ε)", "How much one unit can change what comes out. Every use adds; lower is better."),
+    (
+        "robust accuracy",
+        "Percent still right when an attacker changes each input within the stated limit.",
+    ),
+    (
+        "strategy",
+        "How forgetting is fought: naive does nothing, others penalise change, distil or replay.",
+    ),
+    (
+        "epsilon (ε)",
+        "How much one unit can change what comes out. Every use adds; lower is better.",
+    ),
     ("delta (δ)", "The small probability that is left outside the promise of epsilon."),
     ("unit", "What the promise protects: one record, or one client with all its records."),
-    ("relation", "Which two data sets must look alike: add-remove (one unit more or less), or replace-one."),
-    ("accountant", "The calculation that adds up all uses; PLD is tight, RDP is a safe overestimate."),
-    ("sampling", "How records get into a step. Poisson: each by its own coin, hidden from everyone."),
+    (
+        "relation",
+        "Which two data sets must look alike: add-remove (one unit more or less), or replace-one.",
+    ),
+    (
+        "accountant",
+        "The calculation that adds up all uses; PLD is tight, RDP is a safe overestimate.",
+    ),
+    (
+        "sampling",
+        "How records get into a step. Poisson: each by its own coin, hidden from everyone.",
+    ),
     ("noise multiplier", "Standard deviation of the noise over the largest influence of one unit."),
     ("sampling rate", "The probability that a given record takes part in one step."),
-    ("trust model", "Who sees raw data or exact sums before noise is added, and so has to be trusted."),
+    (
+        "trust model",
+        "Who sees raw data or exact sums before noise is added, and so has to be trusted.",
+    ),
     ("release", "One noisy sum that left the holder of the records. Nothing else leaves."),
-)  # fmt: skip
+)
 
 
 def answer(result: Result) -> str:
@@ -59,7 +98,10 @@ def answer(result: Result) -> str:
     arms = by_privacy(result["arms"])
     free = best([named for named in arms if not named[0]["private"]])
     paid = best([named for named in arms if named[0]["private"]])
-    return f"<p>{_best_without(free, result['stream']['experiences'])}</p>\n<p>{_best_with(paid, free)}</p>"
+    return (
+        f"<p>{_best_without(free, result['stream']['experiences'])}</p>\n<p>"
+        f"{_best_with(paid, free)}</p>"
+    )
 
 
 def _best_without(free: tuple[Arm, str] | None, experiences: int) -> str:
@@ -94,7 +136,10 @@ def _price(arm: Arm, free: tuple[Arm, str] | None) -> str:
 def arms_table(result: Result) -> str:
     """Return all arms with their numbers, grouped by privacy; the best of each group marked."""
     heads = [f"{name}<small>{unit}</small>" for _, name, unit in NUMBERS]
-    heads.append(f"robust accuracy<small>%, {escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>")
+    heads.append(
+        "robust accuracy<small>%, "
+        f"{escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>"
+    )
     columns = ["strategy", *heads, "epsilon<small>rounded up</small>", "time<small>seconds</small>"]
     body = "".join(_group(result, private) for private in (False, True))
     caption = "Every arm of the run. The best average accuracy of each group is marked with a star."
@@ -108,7 +153,9 @@ def _group(result: Result, private: bool) -> str:
     title = "With privacy" if private else "Without privacy"
     head = f'<tr><th scope="rowgroup" colspan="{len(NUMBERS) + 4}">{title}</th></tr>'
     winner = best(arms)
-    rows = "".join(_arm_row(arm, label, winner is not None and arm is winner[0]) for arm, label in arms)
+    rows = "".join(
+        _arm_row(arm, label, winner is not None and arm is winner[0]) for arm, label in arms
+    )
     return f"<tbody>{head}{rows}</tbody>"
 
 
@@ -129,7 +176,9 @@ def _epsilon_cell(arm: Arm) -> str:
     if epsilon is None:
         return "none, no guarantee"
     label = f'<span class="simulated">{SIMULATION}</span>' if epsilon["simulated"] else ""
-    return f"<b>{epsilon_number(epsilon['value'])}</b><small>{escape(terms(epsilon))}</small>{label}"
+    return (
+        f"<b>{epsilon_number(epsilon['value'])}</b><small>{escape(terms(epsilon))}</small>{label}"
+    )
 
 
 def gallery(result: Result, pictures: Sequence[Picture]) -> str:
@@ -153,27 +202,42 @@ def _numbers_behind(result: Result) -> str:
 def _matrix_table(arm: Arm, label: str) -> str:
     matrix = arm["accuracy_matrix"]
     columns = ["after", *(f"exp. {j + 1}" for j in range(len(matrix[0])))]
-    body = "".join(_row(str(i + 1), [decimal(value) for value in row], "number") for i, row in enumerate(matrix))
+    body = "".join(
+        _row(str(i + 1), [decimal(value) for value in row], "number")
+        for i, row in enumerate(matrix)
+    )
     name = f"{label}{', private' * arm['private']}: accuracy in percent"
     return _table(escape(name), columns, f"<tbody>{body}</tbody>")
 
 
 def facts(result: Result, config: str | None) -> str:
     """Return how the run was made, and how to make it again."""
-    stream, federation = result["stream"], result["federation"]
-    order = "; ".join(f"{i + 1}: {', '.join(map(str, names))}" for i, names in enumerate(stream["classes"]))
-    kind = f"{stream['name']}, {stream['scenario']}-incremental, {count(stream['experiences'], 'experience')}"
-    shared = "none: one learner" if federation is None else _listed(federation, without="declared_sizes")
+    stream = result["stream"]
+    federation = result["federation"]
+    order = "; ".join(
+        f"{i + 1}: {', '.join(map(str, names))}" for i, names in enumerate(stream["classes"])
+    )
+    kind = (
+        f"{stream['name']}, {stream['scenario']}-incremental, "
+        f"{count(stream['experiences'], 'experience')}"
+    )
+    shared = (
+        "none: one learner" if federation is None else _listed(federation, without="declared_sizes")
+    )
     told = {
-        "name": result["name"], "seed": result["seed"],
+        "name": result["name"],
+        "seed": result["seed"],
         "stream": kind,
-        "classes of each experience": order, "model": _listed(result["model"]),
+        "classes of each experience": order,
+        "model": _listed(result["model"]),
         "federation": shared,
         "attack behind robust accuracy": attack_name(result["attack"]),
         "strategies": "; ".join(dict.fromkeys(arm["options"] for arm in result["arms"])),
         "versions": _listed(result["environment"]),
-    }  # fmt: skip
-    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items())
+    }
+    rows = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items()
+    )
     return f'<dl class="facts">{rows}</dl>{_declared_sizes(federation)}{_again(result, config)}'
 
 
@@ -182,9 +246,13 @@ def _declared_sizes(federation: Mapping[str, Any] | None) -> str:
         return ""
     sizes: list[list[int]] = federation["declared_sizes"]
     columns = ["client", *(f"exp. {j + 1}" for j in range(len(sizes[0])))]
-    body = "".join(_row(str(i + 1), [str(size) for size in row], "number") for i, row in enumerate(sizes))
+    body = "".join(
+        _row(str(i + 1), [str(size) for size in row], "number") for i, row in enumerate(sizes)
+    )
     caption = "Records declared by each client for each experience. Declared sizes are public."
-    return _details("Declared sizes of the clients", _table(caption, columns, f"<tbody>{body}</tbody>"))
+    return _details(
+        "Declared sizes of the clients", _table(caption, columns, f"<tbody>{body}</tbody>")
+    )
 
 
 def _again(result: Result, config: str | None) -> str:
@@ -215,11 +283,16 @@ def spending_table(arm: Arm, label: str) -> str:
         for entry in arm["spending"]
     )
     columns = ["purpose", "steps", "noise multiplier", "sampling rate"]
-    return _table(f"What {escape(label)} spent its privacy on", columns, f"<tbody>{''.join(rows)}</tbody>")
+    return _table(
+        f"What {escape(label)} spent its privacy on", columns, f"<tbody>{''.join(rows)}</tbody>"
+    )
 
 
 def _table(caption: str, columns: Iterable[str], body: str) -> str:
-    """Return a table that scrolls sideways by itself; caption, columns and body are escaped already."""
+    """Return a table that scrolls sideways by itself.
+
+    Caption, columns and body are escaped already.
+    """
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'

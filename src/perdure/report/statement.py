@@ -8,15 +8,19 @@ from perdure.report.sections import spending_table
 from perdure.report.wording import SIMULATION, by_privacy, epsilon_number, phrase, small
 
 UNITS = {
-    "record": "One record is one row of data as it was at its source. All its copies, rotations and "
-    "replays count as the same record. A person with several records is protected less; where each person "
+    "record": "One record is one row of data as it was at its "
+    "source. All its copies, rotations and "
+    "replays count as the same record. A person with several records is protected less; "
+    "where each person "
     "is one client, client-level privacy covers them all.",
     "client": "One client is one participant of the federation with everything it holds.",
 }
 RELATIONS = {
-    "add-remove": "Two data sets are neighbours when one has one {unit} more than the other. What is "
+    "add-remove": "Two data sets are neighbours when one has one "
+    "{unit} more than the other. What is "
     "hidden is whether a given {unit} took part at all.",
-    "replace-one": "Two data sets are neighbours when one {unit} of the first is another {unit} in the "
+    "replace-one": "Two data sets are neighbours when one {unit} of "
+    "the first is another {unit} in the "
     "second. What is hidden is which of the two took part; how many took part is taken as known.",
 }
 
@@ -26,7 +30,8 @@ def statement(result: Result) -> str:
     private = [(arm, label) for arm, label in by_privacy(result["arms"]) if arm["epsilon"]]
     if not private:
         return (
-            "<p><strong>No promise.</strong> Every model of this run was trained without differential "
+            "<p><strong>No promise.</strong> Every model of this run was trained without "
+            "differential "
             "privacy. Treat each as if it contained its training records.</p>"
         )
     arms = "".join(_arm(arm, label, arm["epsilon"]) for arm, label in private if arm["epsilon"])
@@ -38,7 +43,8 @@ def guess_limit(epsilon: float, delta: float) -> float:
 
     (e^epsilon + delta) / (e^epsilon + 1)
 
-    Guarantee: exact for (epsilon, delta)-differential privacy, whatever the guesser knows or computes.
+    Guarantee: exact for (epsilon, delta)-differential privacy, whatever the guesser knows or
+    computes.
 
     Source: Kairouz, Oh and Viswanath 2015, section 2 (total variation of the dominating pair).
 
@@ -54,21 +60,28 @@ def _warning(result: Result) -> str:
         return ""
     return (
         f'<p class="warning"><strong>{SIMULATION.capitalize()}.</strong> '
-        "The noise of this run comes from a seed that its user chose, so that it can be repeated. Whoever "
-        "learns the seed can subtract the noise. The numbers show what the same run would promise with "
+        "The noise of this run comes from a seed that its user chose, so that it can be "
+        "repeated. Whoever "
+        "learns the seed can subtract the noise. The numbers show what the same run would "
+        "promise with "
         "secret noise; this one promises nothing.</p>"
     )
 
 
 def _together(result: Result, private: int) -> str:
-    joint, free = result["epsilon_of_all_arms"], len(result["arms"]) - private
+    joint = result["epsilon_of_all_arms"]
+    free = len(result["arms"]) - private
     told = _stated(joint) if joint else _unstated(private)
-    return f'<div class="together"><h3>All models of this run together</h3><p>{told}</p>{_unprotected(free)}</div>'
+    return (
+        '<div class="together"><h3>All models of this run '
+        f"together</h3><p>{told}</p>{_unprotected(free)}</div>"
+    )
 
 
 def _stated(joint: Epsilon) -> str:
     return (
-        f"Epsilon {escape(phrase(joint))}. This is the number that counts as soon as more than one of these models is "
+        f"Epsilon {escape(phrase(joint))}. This is the number that counts as soon as more "
+        "than one of these models is "
         "shown, or the best is picked by comparing them."
     )
 
@@ -77,7 +90,8 @@ def _unstated(private: int) -> str:
     if private == 1:
         return "One model was trained with privacy; its own statement below is the whole one."
     return (
-        f"No joint epsilon was computed for the {private} models with privacy. It is no smaller than any "
+        f"No joint epsilon was computed for the {private} models with privacy. It is no "
+        "smaller than any "
         "single one below, so show one model only, chosen without looking at the others."
     )
 
@@ -88,7 +102,8 @@ def _unprotected(free: int) -> str:
     which = "One model was" if free == 1 else f"{free} models were"
     return (
         f"<p>{which} trained without privacy on the same records and carry no promise (epsilon is "
-        "infinite). The statement above holds only while those models stay with whoever may see the "
+        "infinite). The statement above holds only while those models stay with whoever may "
+        "see the "
         "records.</p>"
     )
 
@@ -97,7 +112,8 @@ def _meaning(private: list[tuple[Arm, str]]) -> str:
     stated = [arm["epsilon"] for arm, _ in private if arm["epsilon"]]
     units = {epsilon["unit"]: UNITS.get(epsilon["unit"], "") for epsilon in stated}
     relations = {
-        epsilon["relation"]: RELATIONS.get(epsilon["relation"], "").format(unit=epsilon["unit"]) for epsilon in stated
+        epsilon["relation"]: RELATIONS.get(epsilon["relation"], "").format(unit=epsilon["unit"])
+        for epsilon in stated
     }
     told = [("Unit", units), ("Relation", relations)]
     rows = "".join(
@@ -134,8 +150,11 @@ def _plainly(epsilon: Epsilon) -> str:
         question = f"which of two given {unit}s took part"
     limit = math.ceil(guess_limit(epsilon["value"], epsilon["delta"]) * 10_000 - 1e-9) / 100
     return (
-        f"In plain words: someone who sees this model, knows all other {unit}s and guesses {question}, "
-        f"starting from even odds, is right at most {limit:g} % of the time (50 % would be pure chance). "
-        f"This follows from epsilon and δ = {small(epsilon['delta'])}; nothing that is later computed from "
+        f"In plain words: someone who sees this model, knows all other {unit}s and guesses "
+        f"{question}, "
+        f"starting from even odds, is right at most {limit:g} % of the time (50 % would be "
+        "pure chance). "
+        f"This follows from epsilon and δ = {small(epsilon['delta'])}; nothing that is later "
+        "computed from "
         "the model can change it."
     )

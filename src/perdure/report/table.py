@@ -8,13 +8,26 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.experiment.result_schema import Arm, Result, checked
-from perdure.report.wording import MISSING, SIMULATION, attack_name, best, by_privacy, decimal, epsilon_number, terms
+from perdure.report.wording import (
+    MISSING,
+    SIMULATION,
+    attack_name,
+    best,
+    by_privacy,
+    decimal,
+    epsilon_number,
+    terms,
+)
 
-UNITS = "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
+UNITS = (
+    "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
+)
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """One row per arm, those without privacy first; the best average accuracy of each group in bold.
+    """One row per arm, those without privacy first.
+
+    The best average accuracy of each group in bold.
 
     Args:
         result: a run's `result.json` as read, schema 1.
@@ -36,9 +49,14 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def _empty(run: Result) -> Table:
     drawn = Table(
-        title=Text(run["name"]), title_style="bold", caption=Text(UNITS), caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
-    )  # fmt: skip
+        title=Text(run["name"]),
+        title_style="bold",
+        caption=Text(UNITS),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     attack = attack_name(run["attack"]).replace(", ", "\n")
     drawn.add_column("strategy", overflow="fold")
     drawn.add_column("private")
@@ -50,7 +68,9 @@ def _empty(run: Result) -> Table:
 
 
 def _cells(arm: Arm, label: str) -> list[Text]:
-    accuracies = [decimal(arm[name]) for name in ("average_accuracy", "forgetting", "robust_accuracy")]
+    accuracies = [
+        decimal(arm[name]) for name in ("average_accuracy", "forgetting", "robust_accuracy")
+    ]
     return [
         Text(cell)
         for cell in (

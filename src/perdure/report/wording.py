@@ -11,9 +11,15 @@ MISSING = "–"
 
 
 def labels(arms: Sequence[Arm]) -> list[str]:
-    """Name each arm: its strategy, or its options where a strategy occurs twice at the same privacy."""
+    """Name each arm.
+
+    By its strategy, or its options where a strategy occurs twice at the same privacy.
+    """
     count = Counter((arm["strategy"], arm["private"]) for arm in arms)
-    return [arm["strategy"] if count[arm["strategy"], arm["private"]] == 1 else arm["options"] for arm in arms]
+    return [
+        arm["strategy"] if count[arm["strategy"], arm["private"]] == 1 else arm["options"]
+        for arm in arms
+    ]
 
 
 def by_privacy(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
@@ -41,7 +47,10 @@ def decimal(value: float | None, digits: int = 1) -> str:
 
 
 def epsilon_number(value: float | None) -> str:
-    """Write an epsilon with two decimals, rounded up: a printed epsilon never claims more than is true."""
+    """Write an epsilon with two decimals, rounded up.
+
+    A printed epsilon never claims more than is true.
+    """
     if value is None or math.isnan(value):
         return MISSING
     return "∞" if math.isinf(value) else f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"

@@ -1,4 +1,7 @@
-"""Where a strategy is put to the test: a small stream, a small model, and a learner in the middle of its work."""
+"""Where a strategy is put to the test.
+
+A small stream, a small model, and a learner in the middle of its work.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +26,13 @@ from perdure.privacy.settings import Privacy
 from perdure.testing.recording_curator import Door, Question
 from perdure.types import Params, Scenario
 
-EXPERIENCES, CLASSES, PER_CLASS, FEATURES = 3, 6, 6, 4
-STEPS, BLOCKS, BATCH = 4, 2, 6
+EXPERIENCES = 3
+CLASSES = 6
+PER_CLASS = 6
+FEATURES = 4
+STEPS = 4
+BLOCKS = 2
+BATCH = 6
 CLIP_NORM = 0.5
 NOISE = 0.01
 """Variance of the noise in a gradient, for `after_step`."""
@@ -46,29 +54,44 @@ def require(ok: bool, found: str, *, allowed: str, fix: str) -> None:
 
 
 def small_stream(scenario: Scenario) -> Stream:
-    """Three experiences of two classes, six training records a class, which a linear model tells apart."""
+    """Three experiences of two classes, which a linear model tells apart.
+
+    There are six training records a class.
+    """
     place = torch.Generator().manual_seed(0)
     centres = torch.rand(CLASSES, FEATURES, generator=place)
 
     def records(per_class: int, first: int) -> Records:
         labels = torch.arange(CLASSES).repeat(per_class)
         inputs = centres[labels] + 0.1 * torch.randn(len(labels), FEATURES, generator=place)
-        return Records(inputs=inputs.clamp(0, 1), labels=labels, ids=first + torch.arange(len(labels)))
+        return Records(
+            inputs=inputs.clamp(0, 1), labels=labels, ids=first + torch.arange(len(labels))
+        )
 
     data = Dataset(
-        name="small", train=records(PER_CLASS, 0), test=records(2, 1000), num_classes=CLASSES, input_shape=(FEATURES,)
+        name="small",
+        train=records(PER_CLASS, 0),
+        test=records(2, 1000),
+        num_classes=CLASSES,
+        input_shape=(FEATURES,),
     )
     return split(data, scenario=scenario, experiences=EXPERIENCES)
 
 
 def other_records(stream: Stream) -> Stream:
-    """The same public facts with other records: other inputs, labels in another order, one record less."""
+    """The same public facts with other records.
+
+    Other inputs, labels in another order, one record less.
+    """
 
     def other(records: Records) -> Records:
         return replace(
-            records, inputs=1 - records.inputs[1:], labels=records.labels.flip(0)[1:], ids=records.ids[1:],
+            records,
+            inputs=1 - records.inputs[1:],
+            labels=records.labels.flip(0)[1:],
+            ids=records.ids[1:],
             declared_size=records.declared_size,
-        )  # fmt: skip
+        )
 
     return replace(stream, experiences=tuple(replace(e, train=other(e.train)) for e in stream))
 
@@ -92,8 +115,11 @@ class Stand:
     """What a check needs: copies of the strategy as it was given, and learners for them.
 
     Args:
-        strategy: an instance, copied before anything runs. scenario: of the stream. device: where everything lives.
-        model: from the stream to a model; None for the strategy's own small one, else a small perceptron.
+        strategy: an instance, copied before anything runs.
+        scenario: of the stream.
+        device: where everything lives.
+        model: from the stream to a model; None for the strategy's own small one, else a small
+            perceptron.
     """
 
     strategy: Strategy
@@ -119,13 +145,17 @@ class Stand:
         """A small model, the same every time."""
         if self.model:
             return self.model(self.stream)
-        inputs, classes = self.stream.input_shape, self.stream.num_classes
+        inputs = self.stream.input_shape
+        classes = self.stream.num_classes
         plain = mlp(input_shape=inputs, num_classes=classes, hidden=(5,), seed=1, activation="tanh")
         own = self.fresh().small_model(input_shape=inputs, num_classes=classes)
         return plain if own is None else own
 
     def learner(
-        self, privacy: Privacy | None = None, strategy: Strategy | None = None, callbacks: Sequence[Callback] = ()
+        self,
+        privacy: Privacy | None = None,
+        strategy: Strategy | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Learner:
         """A learner of a small model; alike every time.
 
@@ -133,10 +163,16 @@ class Stand:
             strategy: None for a fresh copy.
         """
         return Learner(
-            model=self.build(), strategy=strategy or self.fresh(), iterations=STEPS, blocks=BLOCKS, batch_size=BATCH,
-            optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.5), device=self.device, privacy=privacy,
+            model=self.build(),
+            strategy=strategy or self.fresh(),
+            iterations=STEPS,
+            blocks=BLOCKS,
+            batch_size=BATCH,
+            optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.5),
+            device=self.device,
+            privacy=privacy,
             callbacks=callbacks,
-        )  # fmt: skip
+        )
 
     def prepared(self, privacy: Privacy | None = None, stream: Stream | None = None) -> Learner:
         """The same, ready for the first experience."""
@@ -145,7 +181,10 @@ class Stand:
         return learner
 
     def middle(self, privacy: Privacy | None = None) -> Learner:
-        """The same, in the middle of its second experience, with everything that it remembers in place."""
+        """The same in the middle of its second experience.
+
+        Everything that it remembers is in place.
+        """
         learner = self.prepared(privacy)
         for index, blocks in ((0, BLOCKS), (1, 1)):
             learner.begin(index)
@@ -163,19 +202,25 @@ class Scene:
     """
 
     def __init__(self, stand: Stand) -> None:
-        self.stand, self.learner = stand, stand.middle()
+        self.stand = stand
+        self.learner = stand.middle()
         self.learner.model.eval()
         self.strategy: Strategy = self.learner.strategy
         self.state: State = self.learner.state
         self.batch: Batch = self.learner.curator._pool
         share = 0.5 if bool(self.batch.from_memory.any()) else 0.0
         self.context: Context = replace(self.learner.curator.context, memory_share=share)
-        self.params: Params = {name: value.detach().clone() for name, value in self.learner.params.items()}
+        self.params: Params = {
+            name: value.detach().clone() for name, value in self.learner.params.items()
+        }
         place = torch.Generator().manual_seed(2)
         self.gradient: Params = {
-            name: (0.1 * torch.randn(value.shape, generator=place)).to(value) for name, value in self.params.items()
+            name: (0.1 * torch.randn(value.shape, generator=place)).to(value)
+            for name, value in self.params.items()
         }
-        self.later: Params = {name: value - 0.1 * self.gradient[name] for name, value in self.params.items()}
+        self.later: Params = {
+            name: value - 0.1 * self.gradient[name] for name, value in self.params.items()
+        }
 
     @property
     def forward(self) -> Forward:
@@ -201,19 +246,29 @@ class Scene:
 
     def calls(self) -> Mapping[str, Callable[[], object]]:
         """Every hook of the strategy, called on what the scene holds."""
-        strategy, state, params = self.strategy, self.state, self.params
+        strategy = self.strategy
+        state = self.state
+        params = self.params
         spec = spec_of(self.learner.model, params, self.stand.stream)
         return {
             "init": lambda: strategy.init(spec),
             "losses": lambda: self.losses(self.forward, self.batch),
             "penalty": lambda: strategy.penalty(params, state),
-            "references": lambda: strategy.references(self.door().curator, self.learner.params, state),
+            "references": lambda: strategy.references(
+                self.door().curator, self.learner.params, state
+            ),
             "project": lambda: strategy.project(self.gradient, self.references, state),
-            "after_step": lambda: strategy.after_step(params, self.later, self.gradient, state, NOISE),
+            "after_step": lambda: strategy.after_step(
+                params, self.later, self.gradient, state, NOISE
+            ),
             "remember": lambda: strategy.remember(self.forward, self.batch, state),
-            "after_experience": lambda: strategy.after_experience(self.door().curator, params, state),
+            "after_experience": lambda: strategy.after_experience(
+                self.door().curator, params, state
+            ),
             "derive": lambda: strategy.derive(state),
-            "predict": lambda: strategy.predict(self.forward, self.batch.inputs, self.context, state),
+            "predict": lambda: strategy.predict(
+                self.forward, self.batch.inputs, self.context, state
+            ),
         }
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
@@ -228,14 +283,20 @@ def tensors_of(answer: object) -> dict[str, Tensor]:
     if isinstance(answer, Mapping):
         return {name: value.detach() for name, value in answer.items()}
     if isinstance(answer, tuple):
-        return {f"{i}.{name}": value for i, part in enumerate(answer) for name, value in tensors_of(part).items()}
+        return {
+            f"{i}.{name}": value
+            for i, part in enumerate(answer)
+            for name, value in tensors_of(part).items()
+        }
     return {}
 
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """Names that only one has, or whose tensors differ in any bit that counts."""
     shared = one.keys() & other.keys()
-    return sorted((one.keys() ^ other.keys()) | {name for name in shared if not equal(one[name], other[name])})
+    return sorted(
+        (one.keys() ^ other.keys()) | {name for name in shared if not equal(one[name], other[name])}
+    )
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -38,46 +38,70 @@ Rows = Callable[[Batch], Mapping[str, Tensor]]
 
 
 def pure(stand: Stand) -> None:
-    """Every hook leaves alone what it is given and what the strategy is, and says the same twice."""
+    """Check that hooks are pure.
+
+    Every hook leaves alone what it is given and what the strategy is, and says the same twice.
+    """
     scene = Scene(stand)
     for hook, call in scene.calls().items():
-        before, own = copied(held(scene)), inside(scene.strategy)
+        before = copied(held(scene))
+        own = inside(scene.strategy)
         first = copied(tensors_of(call()))
         again = tensors_of(call())
         changed = differing(before, held(scene))
         require(
-            not changed, f"{hook}() changes {', '.join(changed[:3])} in place",
-            allowed="new tensors", fix="write value = value + change instead of value += change, or clone first",
-        )  # fmt: skip
+            not changed,
+            f"{hook}() changes {', '.join(changed[:3])} in place",
+            allowed="new tensors",
+            fix="write value = value + change instead of value += change, or clone first",
+        )
         require(
-            inside(scene.strategy) == own, f"{hook}() changes the strategy object itself",
-            allowed="hyper-parameters that stay as they are", fix="keep what is remembered in the State",
-        )  # fmt: skip
+            inside(scene.strategy) == own,
+            f"{hook}() changes the strategy object itself",
+            allowed="hyper-parameters that stay as they are",
+            fix="keep what is remembered in the State",
+        )
         require(
-            not differing(first, again), f"{hook}() gives {', '.join(differing(first, again)[:3])} anew at every call",
+            not differing(first, again),
+            f"{hook}() gives {', '.join(differing(first, again)[:3])} anew at every call",
             allowed="a function of its arguments",
-            fix="keep what is remembered in the State, and draw at random from a generator seeded by a field",
-        )  # fmt: skip
+            fix="keep what is remembered in the State, and draw at random from a generator "
+            "seeded by a field",
+        )
     _derive_keeps_to_local_names(scene)
 
 
 def _derive_keeps_to_local_names(scene: Scene) -> None:
     state = scene.strategy.after_experience(scene.door().curator, scene.params, scene.state)
-    wrong = [name for name in differing(state, scene.strategy.derive(state)) if state.rules.get(name) != "local"]
+    wrong = [
+        name
+        for name in differing(state, scene.strategy.derive(state))
+        if state.rules.get(name) != "local"
+    ]
     require(
-        not wrong, f"derive() changes {', '.join(wrong[:3])}, which a federation combines",
-        allowed="names declared 'local'", fix="declare what is derived as 'local', or change it in after_experience()",
-    )  # fmt: skip
+        not wrong,
+        f"derive() changes {', '.join(wrong[:3])}, which a federation combines",
+        allowed="names declared 'local'",
+        fix="declare what is derived as 'local', or change it in after_experience()",
+    )
 
 
 def held(scene: Scene) -> dict[str, Tensor]:
     """Everything that a hook is given."""
     parts: dict[str, Mapping[str, Tensor]] = {
-        "parameter": scene.params, "state": scene.state, "row tensor": scene.batch.tensors(),
-        "gradient": scene.gradient, "later parameter": scene.later, "model": scene.learner.params,
+        "parameter": scene.params,
+        "state": scene.state,
+        "row tensor": scene.batch.tensors(),
+        "gradient": scene.gradient,
+        "later parameter": scene.later,
+        "model": scene.learner.params,
         "references": tensors_of(scene.references),
-    }  # fmt: skip
-    return {f"{part} {name}": value.detach() for part, tensors in parts.items() for name, value in tensors.items()}
+    }
+    return {
+        f"{part} {name}": value.detach()
+        for part, tensors in parts.items()
+        for name, value in tensors.items()
+    }
 
 
 def inside(value: object) -> object:
@@ -91,12 +115,13 @@ def inside(value: object) -> object:
     return value.tolist() if isinstance(value, Tensor) else repr(value)
 
 
-# --------------------------------------------------------------------------- a row is that of one record
+# ---------------------------------------------------------------------- a row is that of one record
 
 
 def rows(stand: Stand) -> str | None:
     """Every row is the same alone, in the batch, and among other or fewer neighbours."""
-    scene, skipped = Scene(stand), scene_couples(stand.strategy)
+    scene = Scene(stand)
+    skipped = scene_couples(stand.strategy)
     for what, ask in _asked_by_row(scene).items():
         if what == "losses()" and skipped:
             continue
@@ -106,61 +131,99 @@ def rows(stand: Stand) -> str | None:
 
 def scene_couples(strategy: Strategy) -> str | None:
     """Why the loss of a row need not be its own."""
-    return "it declares couples_records, and is refused under privacy" if strategy.couples_records else None
+    return (
+        "it declares couples_records, and is refused under privacy"
+        if strategy.couples_records
+        else None
+    )
 
 
 def _asked_by_row(scene: Scene) -> dict[str, Rows]:
-    strategy, state = scene.strategy, scene.state
+    strategy = scene.strategy
+    state = scene.state
     found: dict[str, Rows] = {
         "losses()": lambda batch: {"loss": scene.losses(scene.forward, batch)},
         "remember()": lambda batch: strategy.remember(scene.forward, batch, state),
-        "predict()": lambda b: {"logits": strategy.predict(scene.forward, b.inputs, scene.context, state)},
+        "predict()": lambda b: {
+            "logits": strategy.predict(scene.forward, b.inputs, scene.context, state)
+        },
     }
     for number, question in enumerate(scene.questions):
         by_batch = question.kind in ("histograms", "selections")
         query = question.rows.parts if isinstance(question.rows, Gram) else question.rows
         ask = query if by_batch else partial(query, scene.forward)
-        found[f"question {number} ({question.purpose})"] = lambda batch, ask=ask: as_params(ask(batch))  # type: ignore[misc]
+        found[f"question {number} ({question.purpose})"] = lambda batch, ask=ask: as_params(
+            ask(batch)
+        )  # type: ignore[misc]
     return found
 
 
 def _same_for_every_company(what: str, ask: Rows, batch: Batch) -> None:
-    whole, n = tensors_of(ask(batch)), len(batch)
-    wrong = [f"{name} of shape {tuple(value.shape)}" for name, value in whole.items() if value.shape[:1] != (n,)]
+    whole = tensors_of(ask(batch))
+    n = len(batch)
+    wrong = [
+        f"{name} of shape {tuple(value.shape)}"
+        for name, value in whole.items()
+        if value.shape[:1] != (n,)
+    ]
     require(
-        not wrong, f"{what} gives {', '.join(wrong[:3])} for {n} rows", allowed="one row a record, (n, ...)",
+        not wrong,
+        f"{what} gives {', '.join(wrong[:3])} for {n} rows",
+        allowed="one row a record, (n, ...)",
         fix="use reduction='none' and keep the rows in order",
-    )  # fmt: skip
+    )
     changed = batch.map(lambda value: value.clone())
     changed.inputs[1::2] = 1 - changed.inputs[1::2]
     changed.labels[1::2] = changed.labels[1::2].flip(0)
-    companies = {"other": (changed, slice(0, None, 2)), "no other": (batch.take(slice(0, None, 2)), None)}
+    companies = {
+        "other": (changed, slice(0, None, 2)),
+        "no other": (batch.take(slice(0, None, 2)), None),
+    }
     for company, (rows_of, kept) in companies.items():
         answer = tensors_of(ask(rows_of))
         _same(what, f"{company} rows beside it", whole, answer, slice(0, None, 2), kept)
     for i in range(0, n, EVERY):
-        _same(what, "no rows beside it", whole, tensors_of(ask(batch.take(slice(i, i + 1)))), slice(i, i + 1), None)
+        _same(
+            what,
+            "no rows beside it",
+            whole,
+            tensors_of(ask(batch.take(slice(i, i + 1)))),
+            slice(i, i + 1),
+            None,
+        )
 
 
 def _same(
-    what: str, company: str, whole: Mapping[str, Tensor], answer: Mapping[str, Tensor], place: slice, kept: slice | None
+    what: str,
+    company: str,
+    whole: Mapping[str, Tensor],
+    answer: Mapping[str, Tensor],
+    place: slice,
+    kept: slice | None,
 ) -> None:
     for name, value in whole.items():
         there = answer[name] if kept is None else answer[name][kept]
-        moved = there.shape != value[place].shape or not torch.allclose(there, value[place], rtol=1e-3, atol=1e-5)
+        moved = there.shape != value[place].shape or not torch.allclose(
+            there, value[place], rtol=1e-3, atol=1e-5
+        )
         require(
-            not moved, f"{what} gives a record another {name} with {company}",
+            not moved,
+            f"{what} gives a record another {name} with {company}",
             allowed="a row that depends on that record, parameters, state and context only",
-            fix="use no batch means, no classes seen in the batch, no other rows; or declare couples_records = True, "
+            fix="use no batch means, no classes seen in the batch, no other rows; or declare "
+            "couples_records = True, "
             "which is refused under privacy",
-        )  # fmt: skip
+        )
 
 
-# --------------------------------------------------------------------------- a record moves a sum by its bound
+# ---------------------------------------------------------------- a record moves a sum by its bound
 
 
 def bounds(stand: Stand) -> None:
-    """One record less moves the clipped gradient, and the sum of every question, by at most the clip norm."""
+    """Check the sensitivity of the clipped gradient and of the sum of every question.
+
+    One record less moves them by at most the clip norm.
+    """
     if skipped := scene_couples(stand.strategy):
         raise NotApplicable(skipped)
     scene = Scene(stand)
@@ -168,12 +231,17 @@ def bounds(stand: Stand) -> None:
         whole = total(scene.batch, clip) or {}
         for dropped in range(0, len(scene.batch), EVERY):
             fewer = total(scene.batch.take(_but(dropped, scene.batch)), clip) or {}
-            moved = torch.stack([(whole[name] - fewer[name]).double().square().sum() for name in whole]).sum().sqrt()
+            moved = (
+                torch.stack([(whole[name] - fewer[name]).double().square().sum() for name in whole])
+                .sum()
+                .sqrt()
+            )
             require(
                 float(moved) <= clip.norm * ROUNDING,
                 f"one record moves {what} by {float(moved):.3g}",
                 allowed=f"its clip norm, {clip.norm:.3g}",
-                fix="let row i depend on record i only, and call forward on all rows in their order",
+                fix="let row i depend on record i only, and call forward on all rows in their "
+                "order",
             )
 
 
@@ -181,10 +249,14 @@ Total = Callable[[Batch, Clip], Params | None]
 
 
 def _sums(scene: Scene) -> dict[str, tuple[Clip, Total]]:
-    model, params, clip = scene.learner.model, scene.learner.params, Clip(norm=CLIP_NORM)
+    model = scene.learner.model
+    params = scene.learner.params
+    clip = Clip(norm=CLIP_NORM)
 
     def by_rows(batch: Batch, clip: Clip) -> Params | None:
-        return clipped_sum(gradient_rows(scene.losses, model), scene.params, batch.tensors(), clip, 10)
+        return clipped_sum(
+            gradient_rows(scene.losses, model), scene.params, batch.tensors(), clip, 10
+        )
 
     def by_bookkeeping(batch: Batch, clip: Clip) -> Params | None:
         return clipped_gradient_sum(
@@ -192,12 +264,16 @@ def _sums(scene: Scene) -> dict[str, tuple[Clip, Total]]:
         ) or by_rows(batch, clip)
 
     found: dict[str, tuple[Clip, Total]] = {
-        "the gradient, taken record by record,": (clip, by_rows), "the gradient of a batch": (clip, by_bookkeeping),
-    }  # fmt: skip
+        "the gradient, taken record by record,": (clip, by_rows),
+        "the gradient of a batch": (clip, by_bookkeeping),
+    }
     for number, question in enumerate(scene.questions):
         if question.kind in ("releases", "recalls") and question.clip_norm is not None:
             asked = Clip(norm=question.clip_norm)
-            found[f"question {number} ({question.purpose})"] = asked, partial(_released, scene, question.rows)
+            found[f"question {number} ({question.purpose})"] = (
+                asked,
+                partial(_released, scene, question.rows),
+            )
     return found
 
 
@@ -217,25 +293,43 @@ def vmap(stand: Stand) -> None:
     reason = stand.strategy.not_vmappable_because
     if reason is not None:
         require(
-            " " in reason.strip(), f"not_vmappable_because = {reason!r}", allowed="a sentence, or None",
+            " " in reason.strip(),
+            f"not_vmappable_because = {reason!r}",
+            allowed="a sentence, or None",
             fix="say what stands in the way",
-        )  # fmt: skip
+        )
         raise NotApplicable(reason)
-    scene, fix = Scene(stand), "use masks and torch.where, no .item() or branch on values, or set not_vmappable_because"
+    scene = Scene(stand)
+    fix = "use masks and torch.where, no .item() or branch on values, or set not_vmappable_because"
     stacks = _stacks(scene)
     for hook, call in _on_tensors(scene).items():
-        alone = [tensors_of(call(*({n: v[i] for n, v in part.items()} for part in stacks))) for i in range(3)]
+        alone = [
+            tensors_of(call(*({n: v[i] for n, v in part.items()} for part in stacks)))
+            for i in range(3)
+        ]
         try:
             together = torch.func.vmap(lambda *parts, call=call: tensors_of(call(*parts)))(*stacks)
         except Exception as error:  # torch, or whatever the hook raises on batched tensors
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            require(False, f"{hook}() fails under torch.func.vmap ({told})", allowed="hooks on tensors alone", fix=fix)
-        for i, single in enumerate(alone):
-            wrong = [n for n, v in single.items() if not torch.allclose(together[n][i], v, rtol=1e-3, atol=1e-4)]
             require(
-                not wrong, f"{hook}() gives another {', '.join(wrong[:3])} under torch.func.vmap than one by one",
-                allowed="the same up to rounding", fix=fix,
-            )  # fmt: skip
+                False,
+                f"{hook}() fails under torch.func.vmap ({told})",
+                allowed="hooks on tensors alone",
+                fix=fix,
+            )
+        for i, single in enumerate(alone):
+            wrong = [
+                n
+                for n, v in single.items()
+                if not torch.allclose(together[n][i], v, rtol=1e-3, atol=1e-4)
+            ]
+            require(
+                not wrong,
+                f"{hook}() gives another {', '.join(wrong[:3])} under torch.func.vmap than "
+                "one by one",
+                allowed="the same up to rounding",
+                fix=fix,
+            )
 
 
 def _stacks(scene: Scene) -> tuple[Params, Params, Params, Params]:
@@ -245,13 +339,18 @@ def _stacks(scene: Scene) -> tuple[Params, Params, Params, Params]:
     def near(value: Tensor) -> Tensor:
         return value + 0.1 * torch.randn(value.shape, generator=place).to(value)
 
-    def scaled(value: Tensor, factor: float) -> Tensor:  # symmetric matrices and counts must stay what they are
+    # symmetric matrices and counts must stay what they are
+    def scaled(value: Tensor, factor: float) -> Tensor:
         return (value * factor).to(value.dtype) if value.is_floating_point() else value
 
     params = {n: torch.stack([v, near(v), near(v)]) for n, v in scene.params.items()}
     later = {n: v + 0.01 for n, v in params.items()}
-    states = {n: torch.stack([scaled(v, 1 + 0.1 * k) for k in range(3)]) for n, v in scene.state.items()}
-    references = {n: torch.stack([v, near(v), near(v)]) for n, v in tensors_of(scene.references).items()}
+    states = {
+        n: torch.stack([scaled(v, 1 + 0.1 * k) for k in range(3)]) for n, v in scene.state.items()
+    }
+    references = {
+        n: torch.stack([v, near(v), near(v)]) for n, v in tensors_of(scene.references).items()
+    }
     return params, later, states, references
 
 
@@ -259,7 +358,9 @@ Hook = Callable[[Params, Params, Params, Params], object]
 
 
 def _on_tensors(scene: Scene) -> dict[str, Hook]:
-    strategy, batch, rules = scene.strategy, scene.batch, scene.state.rules
+    strategy = scene.strategy
+    batch = scene.batch
+    rules = scene.state.rules
 
     def state(tensors: Params) -> State:
         return State(tensors, rules)
@@ -268,13 +369,19 @@ def _on_tensors(scene: Scene) -> dict[str, Hook]:
         return Forward(scene.learner.model, params)
 
     def references(tensors: Params) -> tuple[Params, ...]:
-        return tuple({n: tensors[f"{i}.{n}"] for n in each} for i, each in enumerate(scene.references))
+        return tuple(
+            {n: tensors[f"{i}.{n}"] for n in each} for i, each in enumerate(scene.references)
+        )
 
     return {
         "losses": lambda now, _, s, __: strategy.losses(at(now), batch, scene.context, state(s)),
         "penalty": lambda now, _, s, __: strategy.penalty(now, state(s)),
         "project": lambda now, later, s, r: strategy.project(later, references(r), state(s)),
-        "after_step": lambda now, later, s, _: strategy.after_step(now, later, now, state(s), NOISE),
+        "after_step": lambda now, later, s, _: strategy.after_step(
+            now, later, now, state(s), NOISE
+        ),
         "derive": lambda _, __, s, ___: strategy.derive(state(s)),
-        "predict": lambda now, _, s, __: strategy.predict(at(now), batch.inputs, scene.context, state(s)),
+        "predict": lambda now, _, s, __: strategy.predict(
+            at(now), batch.inputs, scene.context, state(s)
+        ),
     }

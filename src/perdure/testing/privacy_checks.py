@@ -1,4 +1,7 @@
-"""Under privacy: what was asked is declared, planned and charged, and nothing else of the records comes out."""
+"""Checks under privacy: what was asked is declared, planned and charged.
+
+Nothing else of the records comes out.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +14,16 @@ from perdure.learner.learner import Learner
 from perdure.planning.budget import planned
 from perdure.privacy.accounting.charges import merged
 from perdure.privacy.private_sum import Mechanism, Schedule
-from perdure.testing.fixtures import SIMULATED, NotApplicable, Stand, copied, differing, other_records, require, run
+from perdure.testing.fixtures import (
+    SIMULATED,
+    NotApplicable,
+    Stand,
+    copied,
+    differing,
+    other_records,
+    require,
+    run,
+)
 from perdure.testing.recording_curator import ONCE, Watched, declared
 
 ANSWERS = ("gradient", "reference", "release", "count", "select")
@@ -23,7 +35,9 @@ def private(stand: Stand) -> None:
         _refused(stand)
         raise NotApplicable("it declares couples_records, and is refused under privacy")
     _planned_from_public_facts(stand)
-    watched, trace, begun = Watched(stand.fresh()), list[str](), dict[int, int]()
+    watched = Watched(stand.fresh())
+    trace = list[str]()
+    begun = dict[int, int]()
 
     def listen(point: str, learner: Learner) -> None:
         trace.append(point)
@@ -46,28 +60,34 @@ def _refused(stand: Stand) -> None:
         stand.prepared(SIMULATED)
     except PrivacyError:
         return
-    raise ConformanceError("couples_records is declared and privacy did not refuse it; report this as an error of ours")
+    raise ConformanceError(
+        "couples_records is declared and privacy did not refuse it; report this as an error of ours"
+    )
 
 
 def _planned_from_public_facts(stand: Stand) -> None:
     strategy = stand.fresh()
     for one, other in zip(stand.stream, other_records(stand.stream), strict=True):
         require(
-            strategy.plan(one) == strategy.plan(other), f"plan() of experience {one.index} changes with its records",
+            strategy.plan(one) == strategy.plan(other),
+            f"plan() of experience {one.index} changes with its records",
             allowed="a function of the declared size, the declared classes and shapes",
             fix="use experience.train.declared_size and experience.classes",
-        )  # fmt: skip
+        )
 
 
 def _asked_as_declared(stand: Stand, watched: Watched) -> None:
     asks = stand.strategy.asks
     for index in range(len(stand.stream)):
         for kind in ONCE:
-            asked, said = watched.count_of(kind, index), declared(asks, kind)
+            asked = watched.count_of(kind, index)
+            said = declared(asks, kind)
             require(
-                asked == said, f"it asked for {asked} {kind} in experience {index} and declares {said}",
-                allowed="what `asks` declares", fix=f"set asks = Asks({kind}={asked}), or ask for {said}",
-            )  # fmt: skip
+                asked == said,
+                f"it asked for {asked} {kind} in experience {index} and declares {said}",
+                allowed="what `asks` declares",
+                fix=f"set asks = Asks({kind}={asked}), or ask for {said}",
+            )
     _references_as_declared(stand, watched)
 
 
@@ -79,14 +99,19 @@ def _references_as_declared(stand: Stand, watched: Watched) -> None:
         for past in range(index):
             asked = there.count(None) + there.count(past)
             require(
-                asked == said, f"step {step} of experience {index} asked for {asked} reference gradients of experience "
-                f"{past} and declares {said}", allowed="what `asks` declares",
+                asked == said,
+                f"step {step} of experience {index} asked for {asked} reference gradients of "
+                "experience "
+                f"{past} and declares {said}",
+                allowed="what `asks` declares",
                 fix=f"set asks = Asks(references={asked}), or ask for {said}",
-            )  # fmt: skip
+            )
     require(
-        bool(steps) == bool(said), f"it asked for reference gradients in {len(steps)} steps and declares {said} a step",
-        allowed="what `asks` declares", fix="set asks = Asks(references=1) where, and only where, references() asks",
-    )  # fmt: skip
+        bool(steps) == bool(said),
+        f"it asked for reference gradients in {len(steps)} steps and declares {said} a step",
+        allowed="what `asks` declares",
+        fix="set asks = Asks(references=1) where, and only where, references() asks",
+    )
 
 
 def _charged_as_asked(learner: Learner, watched: Watched, drawn: int) -> None:
@@ -95,30 +120,38 @@ def _charged_as_asked(learner: Learner, watched: Watched, drawn: int) -> None:
     gradients = sum(learner.steps(index) for index in range(len(learner.stream)))
     charged = sum(entry.steps for entry in ledger.entries)
     asked = gradients + sum(q.times for q in watched.asked)
-    drawn += sum(q.times - 1 for q in watched.asked)  # the choices of one selection are drawn together
+    # the choices of one selection are drawn together
+    drawn += sum(q.times - 1 for q in watched.asked)
     require(
-        drawn == charged == asked, f"noise was drawn {drawn} times, {charged} were charged and {asked} asked for",
-        allowed="one draw and one charge for everything asked", fix="ask the curator that the hook is given",
-    )  # fmt: skip
+        drawn == charged == asked,
+        f"noise was drawn {drawn} times, {charged} were charged and {asked} asked for",
+        allowed="one draw and one charge for everything asked",
+        fix="ask the curator that the hook is given",
+    )
     for partition, history in planned(learner, Schedule(noise=(1.0,))).items():
         spent = merged(ledger.charges(partition))
         require(
-            spent == merged(history), f"{partition} was charged {spent}, planned were {merged(history)}",
-            allowed="the plan, which calibrates the noise", fix="make asks and plan() say what the hooks do",
-        )  # fmt: skip
+            spent == merged(history),
+            f"{partition} was charged {spent}, planned were {merged(history)}",
+            allowed="the plan, which calibrates the noise",
+            fix="make asks and plan() say what the hooks do",
+        )
 
 
 def _reuses_as_declared(stand: Stand, learner: Learner, since: int) -> None:
     assert learner.mechanism is not None
-    first, said = stand.stream[0].train.partition, stand.strategy.asks.reuses
+    first = stand.stream[0].train.partition
+    said = stand.strategy.asks.reuses
     later = any(first in entry.scope for entry in learner.mechanism.ledger.entries[since:])
     require(
-        later == said, f"records of experience 0 are {'used' if later else 'not used'} later and reuses={said}",
-        allowed="what `asks` declares", fix=f"set asks = Asks(reuses={later})",
-    )  # fmt: skip
+        later == said,
+        f"records of experience 0 are {'used' if later else 'not used'} later and reuses={said}",
+        allowed="what `asks` declares",
+        fix=f"set asks = Asks(reuses={later})",
+    )
 
 
-# --------------------------------------------------------------------------- the same answers on other records
+# ---------------------------------------------------------------- the same answers on other records
 
 Answer = tuple[Any, Any, float]
 """What the mechanism said, and what it knows of its last gradient and its clip norm then."""
@@ -142,10 +175,14 @@ def _recorded(mechanism: Mechanism) -> list[Answer]:
 
 
 def _same_from_other_records(stand: Stand, first: Learner, answers: list[Answer]) -> None:
-    """All that comes out is a function of the answers: other records with the same answers give the same bits."""
+    """All that comes out is a function of the answers.
+
+    Other records with the same answers give the same bits.
+    """
     other = other_records(stand.stream)
     learner = stand.prepared(SIMULATED, other)
-    mechanism, waiting = learner.mechanism, iter(answers)
+    mechanism = learner.mechanism
+    waiting = iter(answers)
     assert mechanism is not None
 
     def answer(*_: Any, **__: Any) -> Any:
@@ -156,18 +193,26 @@ def _same_from_other_records(stand: Stand, first: Learner, answers: list[Answer]
         setattr(mechanism, name, answer)
     run(learner, other)
     require(
-        next(waiting, None) is None, "how much it asks for changes with the records", allowed="what `asks` declares",
+        next(waiting, None) is None,
+        "how much it asks for changes with the records",
+        allowed="what `asks` declares",
         fix="decide from public facts what to ask for",
-    )  # fmt: skip
+    )
     wrong = differing(_outcome(first), _outcome(learner))
     require(
-        not wrong, f"{', '.join(wrong[:3])} changes with the records although every release is the same",
-        allowed="a function of releases and public facts", fix="reach records through curator.release(query, ...) only",
-    )  # fmt: skip
+        not wrong,
+        f"{', '.join(wrong[:3])} changes with the records although every release is the same",
+        allowed="a function of releases and public facts",
+        fix="reach records through curator.release(query, ...) only",
+    )
 
 
 def _outcome(learner: Learner) -> dict[str, Tensor]:
     model = {f"parameter {name}": value for name, value in learner.model.state_dict().items()}
     with torch.no_grad():
         logits = learner.predictor(0, after=len(learner.stream) - 1)(learner.stream[0].test.inputs)
-    return model | {f"state {name}": value for name, value in learner.state.items()} | {"a prediction": logits}
+    return (
+        model
+        | {f"state {name}": value for name, value in learner.state.items()}
+        | {"a prediction": logits}
+    )

@@ -1,4 +1,7 @@
-"""A door between a strategy and the curator: only what a strategy may ask for passes, and every question is noted."""
+"""A door between a strategy and the curator.
+
+Only what a strategy may ask for passes, and every question is noted.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +20,16 @@ if TYPE_CHECKING:
 
 Kind = Literal["releases", "recalls", "histograms", "selections", "references"]
 """What is asked, by its name in `Asks`."""
-FACTS = ("context", "declared_size", "private", "clip_norm", "signal_to_noise", "synthetic", "exposure", "statistics")
+FACTS = (
+    "context",
+    "declared_size",
+    "private",
+    "clip_norm",
+    "signal_to_noise",
+    "synthetic",
+    "exposure",
+    "statistics",
+)
 REFUSING = ("raw", "stored", "diagnostics")
 """What the curator itself refuses under privacy."""
 
@@ -27,8 +39,12 @@ class Question:
     """One question to a curator.
 
     Args:
-        kind: what it is. rows: the function of records that was asked about. clip_norm: its bound, where it has one.
-        purpose: its name. times: choices, of a selection. of: earlier experience, of a reference gradient.
+        kind: what it is.
+        rows: the function of records that was asked about.
+        clip_norm: its bound, where it has one.
+        purpose: its name.
+        times: choices, of a selection.
+        of: earlier experience, of a reference gradient.
         place: experience and step.
     """
 
@@ -45,11 +61,15 @@ class Door:
     """Stands before a curator.
 
     Args:
-        real: the curator. clip_norm: None to be as the curator is; a number to look as one under privacy would.
+        real: the curator.
+        clip_norm: None to be as the curator is; a number to look as one under privacy would.
     """
 
-    def __init__(self, real: "Curator", clip_norm: float | None = None, asked: list[Question] | None = None) -> None:
-        self._real, self._clip_norm = real, clip_norm
+    def __init__(
+        self, real: "Curator", clip_norm: float | None = None, asked: list[Question] | None = None
+    ) -> None:
+        self._real = real
+        self._clip_norm = clip_norm
         self.asked: list[Question] = [] if asked is None else asked
 
     @property
@@ -57,10 +77,14 @@ class Door:
         """The door, as what it stands for."""
         return cast("Curator", self)
 
-    def release(self, query: Callable[..., Any], *, clip_norm: float, purpose: str, over: Any = "experience") -> Params:
+    def release(
+        self, query: Callable[..., Any], *, clip_norm: float, purpose: str, over: Any = "experience"
+    ) -> Params:
         """`Curator.release`, noted."""
         kind: Kind = "recalls" if over == "memory" else "releases"
-        self.asked.append(Question(kind=kind, rows=query, purpose=purpose, place=self._place, clip_norm=clip_norm))
+        self.asked.append(
+            Question(kind=kind, rows=query, purpose=purpose, place=self._place, clip_norm=clip_norm)
+        )
         return self._real.release(query, clip_norm=clip_norm, purpose=purpose, over=over)
 
     def count(self, of: Callable[..., Tensor], *, bins: int, purpose: str) -> Tensor:
@@ -70,12 +94,20 @@ class Door:
 
     def select(self, of: Callable[..., Tensor], utility: Any, *, purpose: str) -> Tensor:
         """`Curator.select`, noted."""
-        self.asked.append(Question(kind="selections", rows=of, purpose=purpose, place=self._place, times=utility.k))
+        self.asked.append(
+            Question(
+                kind="selections", rows=of, purpose=purpose, place=self._place, times=utility.k
+            )
+        )
         return self._real.select(of, utility, purpose=purpose)
 
-    def reference(self, losses: Callable[..., Tensor], params: Params, *, of: int | None = None) -> Params:
+    def reference(
+        self, losses: Callable[..., Tensor], params: Params, *, of: int | None = None
+    ) -> Params:
         """`Curator.reference`, noted."""
-        self.asked.append(Question(kind="references", rows=losses, purpose="reference", place=self._place, of=of))
+        self.asked.append(
+            Question(kind="references", rows=losses, purpose="reference", place=self._place, of=of)
+        )
         return self._real.reference(losses, params, of=of)
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +117,8 @@ class Door:
             return getattr(self._real, name)
         raise ConformanceError(
             f"it reads curator.{name}, which no charge covers; allowed: "
-            f"{', '.join((*FACTS, 'release', 'count', 'select', 'reference'))}; ask curator.release(query, ...) instead"
+            f"{', '.join((*FACTS, 'release', 'count', 'select', 'reference'))}; ask "
+            "curator.release(query, ...) instead"
         )
 
     @property
@@ -97,7 +130,8 @@ class Watched:
     """A strategy whose hooks reach the curator through a door; all else is the strategy's own."""
 
     def __init__(self, strategy: Strategy) -> None:
-        self._strategy, self.asked = strategy, list[Question]()
+        self._strategy = strategy
+        self.asked = list[Question]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
@@ -116,7 +150,9 @@ class Watched:
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """`Strategy.after_experience`, through a door."""
-        return self._strategy.after_experience(Door(curator, asked=self.asked).curator, params, state)
+        return self._strategy.after_experience(
+            Door(curator, asked=self.asked).curator, params, state
+        )
 
     def count_of(self, kind: Kind, experience: int) -> int:
         """How often this was asked at an experience."""

@@ -22,47 +22,85 @@ from perdure.testing.fixtures import BLOCKS, SIMULATED, Stand, copied, differing
 
 
 def declared(stand: Stand) -> None:
-    """A frozen, hashable dataclass, and a model that does not change from one learner to the next."""
-    kind, fix = type(stand.strategy), "write @dataclass(frozen=True, kw_only=True) above the class"
+    """Check for a frozen, hashable dataclass.
+
+    The model must not change from one learner to the next.
+    """
+    kind = type(stand.strategy)
+    fix = "write @dataclass(frozen=True, kw_only=True) above the class"
     parameters = getattr(kind, "__dataclass_params__", None)
     require(
-        parameters is not None and parameters.frozen, f"{kind.__name__} is no frozen dataclass",
-        allowed="frozen dataclasses", fix=fix,
-    )  # fmt: skip
-    hooks = [name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")]
+        parameters is not None and parameters.frozen,
+        f"{kind.__name__} is no frozen dataclass",
+        allowed="frozen dataclasses",
+        fix=fix,
+    )
+    hooks = [
+        name
+        for name, value in vars(Strategy).items()
+        if callable(value) and not name.startswith("_")
+    ]
     for name in vars(kind):
-        meant = get_close_matches(name, hooks, 1, 0.8) if name not in hooks and callable(getattr(kind, name)) else []
+        meant = (
+            get_close_matches(name, hooks, 1, 0.8)
+            if name not in hooks and callable(getattr(kind, name))
+            else []
+        )
         require(
-            not meant or stand.strategy.uses(meant[0]), f"{name}() is no hook", allowed=", ".join(hooks),
-            fix=f"did you mean {meant[0] if meant else ''}()? Rename it, or give a helper another name",
-        )  # fmt: skip
+            not meant or stand.strategy.uses(meant[0]),
+            f"{name}() is no hook",
+            allowed=", ".join(hooks),
+            fix=f"did you mean {meant[0] if meant else ''}()? Rename it, or give a helper "
+            "another name",
+        )
     known = {field.name for field in dataclasses.fields(stand.strategy)}
     own = [
-        name for name, of in inspect.get_annotations(kind).items() if name not in known and "ClassVar" not in str(of)
+        name
+        for name, of in inspect.get_annotations(kind).items()
+        if name not in known and "ClassVar" not in str(of)
     ]
-    require(not own, f"{', '.join(own)} of {kind.__name__} is no field", allowed="fields of a dataclass", fix=fix)
+    require(
+        not own,
+        f"{', '.join(own)} of {kind.__name__} is no field",
+        allowed="fields of a dataclass",
+        fix=fix,
+    )
     try:
         hash(stand.strategy)
     except TypeError as error:
-        require(False, f"it has no hash ({error})", allowed="hashable fields", fix="use tuples instead of lists")
+        require(
+            False,
+            f"it has no hash ({error})",
+            allowed="hashable fields",
+            fix="use tuples instead of lists",
+        )
     moved = differing(stand.build().state_dict(), stand.build().state_dict())
     require(
-        not moved, f"its model is made with another {', '.join(moved[:3])} every time", allowed="the same model",
+        not moved,
+        f"its model is made with another {', '.join(moved[:3])} every time",
+        allowed="the same model",
         fix="seed the initialisation, as perdure.models.classifiers.build does",
-    )  # fmt: skip
+    )
 
 
 # --------------------------------------------------------------------------- alone
 
 
 def alone(stand: Stand) -> None:
-    """A whole stream: the state keeps its layout, numbers are finite, and masks and the plan are respected."""
+    """Check a whole stream.
+
+    The state keeps its layout, numbers are finite, and masks and the plan are respected.
+    """
     learner = stand.prepared()
     as_laid_out = layout(learner.state)
 
     def watch(point: str, learner: Learner) -> None:
         if point in ("step.done", "experience.consolidated"):
-            _kept(learner, as_laid_out, "after_step()" if point == "step.done" else "after_experience() or derive()")
+            _kept(
+                learner,
+                as_laid_out,
+                "after_step()" if point == "step.done" else "after_experience() or derive()",
+            )
         if point == "step.done" and stand.strategy.uses("penalty"):
             _free_of_penalty(learner)
         if point == "experience.end":
@@ -73,16 +111,19 @@ def alone(stand: Stand) -> None:
 
 
 def _free_of_penalty(learner: Learner) -> None:
-    experience, params = learner.stream[learner.position.experience], learner.params
+    experience = learner.stream[learner.position.experience]
+    params = learner.params
     if learner.plan(experience).penalised:
         return
     none = {name: torch.zeros_like(value) for name, value in params.items()}
     pull = with_penalty(none, learner.strategy.penalty(params, learner.state), params)
     pulled = [name for name, value in pull.items() if bool(value.any())]
     require(
-        not pulled, f"penalty() pulls {', '.join(pulled[:3])} in experience {experience.index}",
-        allowed="none where plan() says penalised=False", fix="leave penalised out of the plan of that experience",
-    )  # fmt: skip
+        not pulled,
+        f"penalty() pulls {', '.join(pulled[:3])} in experience {experience.index}",
+        allowed="none where plan() says penalised=False",
+        fix="leave penalised out of the plan of that experience",
+    )
 
 
 def layout(state: State) -> dict[str, str]:
@@ -95,39 +136,56 @@ def layout(state: State) -> dict[str, str]:
 
 def _kept(learner: Learner, as_laid_out: dict[str, str], hook: str) -> None:
     now = layout(learner.state)
-    wrong = sorted(name for name in as_laid_out.keys() | now.keys() if as_laid_out.get(name) != now.get(name))
+    wrong = sorted(
+        name for name in as_laid_out.keys() | now.keys() if as_laid_out.get(name) != now.get(name)
+    )
     require(
-        not wrong, f"{hook} leaves state {', '.join(f'{n!r} as {now.get(n)}' for n in wrong[:3])}",
-        allowed=f"what init() laid out, {', '.join(f'{n!r} as {as_laid_out.get(n)}' for n in wrong[:3])}",
+        not wrong,
+        f"{hook} leaves state {', '.join(f'{n!r} as {now.get(n)}' for n in wrong[:3])}",
+        allowed="what init() laid out, "
+        f"{', '.join(f'{n!r} as {as_laid_out.get(n)}' for n in wrong[:3])}",
         fix="return state.replace({name: value}) with values of those shapes and types",
-    )  # fmt: skip
-    lost = [n for n, t in learner.state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    )
+    lost = [
+        n
+        for n, t in learner.state.items()
+        if t.is_floating_point() and not bool(torch.isfinite(t).all())
+    ]
     require(
-        not lost, f"{hook} leaves NaN or infinity in state {', '.join(lost[:3])}", allowed="finite numbers",
+        not lost,
+        f"{hook} leaves NaN or infinity in state {', '.join(lost[:3])}",
+        allowed="finite numbers",
         fix="guard divisions and logarithms, as by clamp(min=tiny)",
-    )  # fmt: skip
+    )
 
 
 def _predictions(learner: Learner) -> None:
     after = learner.position.experience - 1
     for index in range(after + 1):
-        experience, c = learner.stream[index], learner.stream.num_classes
+        experience = learner.stream[index]
+        c = learner.stream.num_classes
         allowed = learner.context(index if learner.stream.scenario == "task" else after).allowed
         with torch.no_grad():
             logits = learner.predictor(index, after=after)(experience.test.inputs)
         require(
-            logits.shape == (len(experience.test), c), f"predict() gives shape {tuple(logits.shape)}",
-            allowed=f"({len(experience.test)}, {c}), one logit a class of the full head", fix="keep the whole head",
-        )  # fmt: skip
+            logits.shape == (len(experience.test), c),
+            f"predict() gives shape {tuple(logits.shape)}",
+            allowed=f"({len(experience.test)}, {c}), one logit a class of the full head",
+            fix="keep the whole head",
+        )
         require(
-            bool(torch.isfinite(logits[:, allowed]).all()), "predict() gives NaN or infinity", allowed="finite logits",
+            bool(torch.isfinite(logits[:, allowed]).all()),
+            "predict() gives NaN or infinity",
+            allowed="finite logits",
             fix="guard divisions and logarithms, as by clamp(min=tiny)",
-        )  # fmt: skip
+        )
         leak = torch.softmax(logits, dim=1)[:, ~allowed]
         require(
-            not bool(leak.any()), "predict() gives a chance to a class that may not be predicted",
-            allowed="the classes in context.allowed", fix="return torch.where(context.allowed, logits, MASKED)",
-        )  # fmt: skip
+            not bool(leak.any()),
+            "predict() gives a chance to a class that may not be predicted",
+            allowed="the classes in context.allowed",
+            fix="return torch.where(context.allowed, logits, MASKED)",
+        )
 
 
 # --------------------------------------------------------------------------- stopped and resumed
@@ -137,7 +195,11 @@ def resume(stand: Stand) -> str | None:
     """Stopped in the middle of an experience, saved and loaded, it ends in the same bits."""
     for privacy in (None,) if stand.strategy.couples_records else (None, SIMULATED):
         _resumed(stand, privacy)
-    return "under privacy: it declares couples_records, and is refused" if stand.strategy.couples_records else None
+    return (
+        "under privacy: it declares couples_records, and is refused"
+        if stand.strategy.couples_records
+        else None
+    )
 
 
 def _resumed(stand: Stand, privacy: Privacy | None) -> None:
@@ -147,19 +209,24 @@ def _resumed(stand: Stand, privacy: Privacy | None) -> None:
         store.save(1, first.snapshot())
         snapshot = store.load()
     assert snapshot is not None
-    _to_the_end(first)  # before another learner is there, with whom it could share what it should not have
+    # before another learner is there, with whom it could share what it should not have
+    _to_the_end(first)
     again = stand.prepared(privacy)
     again.restore(snapshot)
     again.begin(1)
     _to_the_end(again)
-    mine, theirs = first.snapshot(), again.snapshot()
+    mine = first.snapshot()
+    theirs = again.snapshot()
     wrong = [*differing(mine.tensors, theirs.tensors), *differing(mine.private, theirs.private)]
     require(
-        not wrong and mine.facts == theirs.facts and first.evaluate(stand.stream) == again.evaluate(stand.stream),
+        not wrong
+        and mine.facts == theirs.facts
+        and first.evaluate(stand.stream) == again.evaluate(stand.stream),
         f"stopped and resumed {'under privacy' if privacy else 'without privacy'}, "
         f"{', '.join(wrong[:3]) or 'its accuracy'} differs from a run that went through",
-        allowed="the same bits", fix="keep everything that is remembered in the State",
-    )  # fmt: skip
+        allowed="the same bits",
+        fix="keep everything that is remembered in the State",
+    )
 
 
 def _to_the_end(learner: Learner) -> None:
@@ -181,17 +248,22 @@ def _only_client(stand: Stand) -> None:
 
     learner = stand.prepared()
     run(learner, stand.stream)
-    server = run_federation(lambda _: stand.learner(), [stand.stream], Federation(clients=1, rounds=BLOCKS)).learner
+    server = run_federation(
+        lambda _: stand.learner(), [stand.stream], Federation(clients=1, rounds=BLOCKS)
+    ).learner
     wrong = differing(_shared(learner), _shared(server))
     require(
-        not wrong, f"{', '.join(wrong[:3])} of the only client of a federation differs from the learner alone",
-        allowed="the same bits", fix="keep everything that is remembered in the State",
-    )  # fmt: skip
+        not wrong,
+        f"{', '.join(wrong[:3])} of the only client of a federation differs from the learner alone",
+        allowed="the same bits",
+        fix="keep everything that is remembered in the State",
+    )
     require(
-        learner.matrix == server.matrix, "a server predicts otherwise than its only client",
+        learner.matrix == server.matrix,
+        "a server predicts otherwise than its only client",
         allowed="the same accuracies",
         fix="predict from state declared 'sum' or 'mean', or from what derive() makes of it",
-    )  # fmt: skip
+    )
 
 
 def _shared(learner: Learner) -> dict[str, Tensor]:
@@ -203,7 +275,9 @@ def _two_clients(stand: Stand) -> None:
     from perdure.federated import Federation, Server, iid, run_federation
     from perdure.federated.client import declared_size
 
-    streams, clients, old = iid(stand.stream, clients=2, min_size=2), dict[int, Learner](), dict[str, Tensor]()
+    streams = iid(stand.stream, clients=2, min_size=2)
+    clients = dict[int, Learner]()
+    old = dict[str, Tensor]()
 
     def make(number: int) -> Learner:
         clients[number] = stand.learner()
@@ -220,17 +294,22 @@ def _two_clients(stand: Stand) -> None:
     run_federation(make, streams, Federation(clients=2, rounds=BLOCKS), callbacks=[listen])
 
 
-def _combined(server: Learner, states: Sequence[State], weights: Sequence[float], old: dict[str, Tensor]) -> None:
+def _combined(
+    server: Learner, states: Sequence[State], weights: Sequence[float], old: dict[str, Tensor]
+) -> None:
     for name, rule in server.state.rules.items():
         values = [state[name].double() for state in states]
         if rule == "sum":
             expected = old[name].double() + sum(value - old[name].double() for value in values)
         elif rule == "mean":
-            expected = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0) / sum(weights)
+            expected = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(
+                0
+            ) / sum(weights)
         else:
             continue
         require(
             torch.allclose(server.state[name].double(), expected, rtol=1e-4, atol=1e-6),
-            f"state {name!r} of two clients is not combined as its rule {rule!r} says", allowed="sum, mean or local",
+            f"state {name!r} of two clients is not combined as its rule {rule!r} says",
+            allowed="sum, mean or local",
             fix="let derive() write to 'local' names only",
-        )  # fmt: skip
+        )

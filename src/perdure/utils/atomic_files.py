@@ -33,4 +33,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write safetensors; tensors that share memory are written apart."""
     from safetensors.torch import save
 
-    write_atomically(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+    write_atomically(
+        path,
+        save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}),
+    )

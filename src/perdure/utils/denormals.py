@@ -1,8 +1,9 @@
 """Numbers too small for a full mantissa: slow on most processors, and frequent in training.
 
-Where the gradient of a weight stays 0 (of a pixel that is black in every later experience), Adam's first moment loses
-a tenth in every step; after some 800 it is below 1.2e-38, and steps over such numbers are slow. Taken as 0, nothing is
-lost, and a Split MNIST run of 5 x 1,000 steps takes two thirds of the time.
+Where the gradient of a weight stays 0 (of a pixel that is black in every later experience), Adam's
+first moment loses a tenth in every step; after some 800 it is below 1.2e-38, and steps over such
+numbers are slow. Taken as 0, nothing is lost, and a Split MNIST run of 5 x 1,000 steps takes two
+thirds of the time.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import torch
 def flushed() -> Iterator[None]:
     """Take denormal numbers as 0 on the processor, and go back to how it was.
 
-    With one thread only: torch sets the calling thread alone, and a result must not hang on which thread made it.
+    With one thread only: torch sets the calling thread alone, and a result must not hang on which
+    thread made it.
     """
     before = _are_flushed()
     if torch.get_num_threads() == 1:

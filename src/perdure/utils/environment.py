@@ -10,18 +10,29 @@ from pathlib import Path
 
 from perdure.utils.atomic_files import write_json
 
-PACKAGES = ("perdure", "torch", "torchvision", "flwr", "opacus", "avalanche-lib", "dp-accounting", "numpy")
+PACKAGES = (
+    "perdure",
+    "torch",
+    "torchvision",
+    "flwr",
+    "opacus",
+    "avalanche-lib",
+    "dp-accounting",
+    "numpy",
+)
 
 
 def machine() -> dict[str, str | int | None]:
-    """Describe the processor, its cores, the threads torch uses, and the graphics processor if there is one."""
+    """Describe the processor, its cores, the threads torch uses, and the graphics processor."""
     import torch
 
     return {
-        "platform": platform.platform(terse=True), "processor": _processor(), "cores": os.cpu_count(),
+        "platform": platform.platform(terse=True),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def versions() -> dict[str, str]:
@@ -44,14 +55,25 @@ def command() -> str:
 
 
 def store_rows(path: Path, rows: Sequence[Mapping[str, object]], *, seed: int) -> None:
-    """Store a benchmark's rows with what is needed to run it again; the form every benchmark uses."""
-    content = {"machine": machine(), "versions": versions(), "seed": seed, "command": command(), "rows": list(rows)}
+    """Store a benchmark's rows with what is needed to run it again.
+
+    The form every benchmark uses.
+    """
+    content = {
+        "machine": machine(),
+        "versions": versions(),
+        "seed": seed,
+        "command": command(),
+        "rows": list(rows),
+    }
     write_json(path, content)
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

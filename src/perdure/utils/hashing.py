@@ -1,11 +1,16 @@
-"""Numbers that belong to a record: drawn, as it were, by its id, and the same wherever and whenever they are asked for.
+"""Numbers that belong to a record.
 
-The hooks of a strategy have no generator: a row may depend on its record only, and a resumed run must say the same. So
-what they draw is a hash of the record's id and of what it is drawn for. It runs under `torch.func.vmap`.
+Drawn, as it were, by its id, and the same wherever and whenever they are asked for.
 
-Guarantee: none; everyone can compute these numbers. They are never used for noise, nor for what must stay secret.
+The hooks of a strategy have no generator: a row may depend on its record only, and a resumed run
+must say the same. So what they draw is a hash of the record's id and of what it is drawn for. It
+runs under `torch.func.vmap`.
 
-Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (the mixing function).
+Guarantee: none; everyone can compute these numbers. They are never used for noise, nor for what
+must stay secret.
+
+Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (the
+mixing function).
 """
 
 import dataclasses
@@ -24,14 +29,17 @@ from perdure.types import Tensors
 
 JSONValue = None | bool | int | float | str | list["JSONValue"] | dict[str, "JSONValue"]
 
-STEP, FIRST, SECOND = (word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+STEP, FIRST, SECOND = (
+    word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def hashed(ids: Tensor, *stream: int | Tensor) -> Tensor:
     """Hash ids to int64 words of which every bit depends on all bits of the id.
 
     Args:
-        ids: (n,) int64. stream: what the number is for, such as `seeds.derive("label", experience)`: another stream
+        ids: (n,) int64.
+        stream: what the number is for, such as `seeds.derive("label", experience)`: another stream
             gives other numbers. Tensors int64 of any shape that goes with that of `ids`.
     """
     salt = torch.zeros((), dtype=torch.int64, device=ids.device)
@@ -71,11 +79,12 @@ def _mixed(words: Tensor) -> Tensor:
 def canonical(value: object) -> JSONValue:
     """Describe a value in JSON, the same for equal values in every process.
 
-    A dataclass becomes its class's name and its fields, a function its name and what it closes over, a set is sorted,
-    and a tensor becomes its dtype, shape and numbers.
+    A dataclass becomes its class's name and its fields, a function its name and what it closes
+    over, a set is sorted, and a tensor becomes its dtype, shape and numbers.
 
     Raises:
-        ConfigError: for a value of another kind, of which no process could tell that it is equal to another.
+        ConfigError: for a value of another kind, of which no process could tell that it is equal to
+            another.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -86,7 +95,9 @@ def canonical(value: object) -> JSONValue:
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: canonical(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: canonical(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
         return [type(value).__name__, fields]
     return _canonical_object(value)
 
@@ -101,7 +112,9 @@ def _canonical_object(value: object) -> JSONValue:
     if name := getattr(value, "__qualname__", None):
         closed = getattr(value, "__closure__", None) or ()
         return [name, *[canonical(cell.cell_contents) for cell in closed]]
-    allowed = "numbers, text, tensors, functions, dataclasses, and lists, sets and mappings of these"
+    allowed = (
+        "numbers, text, tensors, functions, dataclasses, and lists, sets and mappings of these"
+    )
     raise ConfigError.of("a setting", f"{type(value).__name__} {value!r}", allowed)
 
 
@@ -118,7 +131,10 @@ def canonical_text(value: object) -> str:
 
 
 def digest(tensors: Tensors) -> bytes:
-    """SHA-256 that changes with any value. Of private records only its keyed MAC may leave the curator."""
+    """SHA-256 that changes with any value.
+
+    Of private records only its keyed MAC may leave the curator.
+    """
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

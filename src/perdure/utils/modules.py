@@ -23,7 +23,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def statistics_of(module: nn.Module) -> Params:
     """Copies of the running means and variances of normalisation layers, by name."""
     own = ("running_mean", "running_var")
-    return {name: value.clone() for name, value in module.named_buffers() if name.rsplit(".", 1)[-1] in own}
+    return {
+        name: value.clone()
+        for name, value in module.named_buffers()
+        if name.rsplit(".", 1)[-1] in own
+    }
 
 
 @contextmanager

@@ -24,7 +24,11 @@ def generator(seed: int, *where: object) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let layers start as `seed` alone says, on the processor; the caller's generators are left as they are."""
+    """Let layers start as `seed` alone says, on the processor.
+
+    The caller's generators are left as they are.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reseed every accelerator
+        # not torch.manual_seed, which would also reseed every accelerator
+        torch.default_generator.manual_seed(seed)
         yield

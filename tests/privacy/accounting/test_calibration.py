@@ -26,8 +26,8 @@ def library_epsilon(accountant, charges):
     return accountant.get_epsilon(DELTA)
 
 
-# ---- reference values. RDP of the third row: 8.666 is that of the exact Renyi divergence at order 2.7;
-# dp-accounting bounds fractional orders from above and gives 8.680.
+# ---- reference values. RDP of the third row: 8.666 is that of the exact Renyi divergence at order
+# 2.7; dp-accounting bounds fractional orders from above and gives 8.680.
 
 
 @pytest.mark.reference
@@ -55,13 +55,17 @@ def test_table_of_accountants(charge, rdp, pld):
     ],
 )
 def test_agrees_with_the_library_composing_by_itself(charges):
-    assert epsilon(charges, delta=DELTA) == pytest.approx(library_epsilon(PLDAccountant(), charges), abs=1e-6)
+    assert epsilon(charges, delta=DELTA) == pytest.approx(
+        library_epsilon(PLDAccountant(), charges), abs=1e-6
+    )
     rdp = library_epsilon(RdpAccountant(), charges)
     assert epsilon(charges, delta=DELTA, accountant="rdp") == pytest.approx(rdp, abs=1e-6)
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("charges", [[Charge(Q, 3.0, 469)], [Charge(0.1, 4.0, 50), Charge(1.0, 9.0, 2)]])
+@pytest.mark.parametrize(
+    "charges", [[Charge(Q, 3.0, 469)], [Charge(0.1, 4.0, 50), Charge(1.0, 9.0, 2)]]
+)
 def test_replace_one_agrees_with_the_library(charges):
     library = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE)
     assert epsilon(charges, delta=DELTA, relation="replace-one") == pytest.approx(
@@ -75,7 +79,9 @@ def test_one_gaussian_is_the_analytic_gaussian(noise):
     """Balle and Wang 2018: delta = Phi(1/(2s) - eps s) - exp(eps) Phi(-1/(2s) - eps s)."""
     for relation, s in (("add-remove", noise), ("replace-one", noise / 2)):
         spent = epsilon([Charge(1.0, noise, 1)], delta=DELTA, relation=relation)
-        delta = stats.norm.cdf(0.5 / s - spent * s) - math.exp(spent) * stats.norm.cdf(-0.5 / s - spent * s)
+        delta = stats.norm.cdf(0.5 / s - spent * s) - math.exp(spent) * stats.norm.cdf(
+            -0.5 / s - spent * s
+        )
         assert delta == pytest.approx(DELTA, rel=1e-2)
         assert delta <= DELTA * (1 + 1e-9)
 
@@ -90,8 +96,11 @@ def test_never_the_central_limit():
 
 @pytest.mark.reference
 def test_replace_one_pair_dominates_every_other_pair_of_vectors():
-    """One Poisson-sampled step in two dimensions, by quadrature: v = -v' is worst at every order tried."""
-    q, s = 0.3, 0.9
+    """One Poisson-sampled step in two dimensions, by quadrature: v = -v' is worst at every order
+    tried.
+    """
+    q = 0.3
+    s = 0.9
     axis = np.linspace(-6, 6, 241)
     x, y = np.meshgrid(axis, axis)
 
@@ -116,14 +125,19 @@ def test_replace_one_pair_dominates_every_other_pair_of_vectors():
 
 
 def test_replace_one_costs_more_than_add_remove_and_at_most_the_noise_halved():
-    charges, halved = [Charge(0.1, 4.0, 200)], [Charge(0.1, 2.0, 200)]
+    charges = [Charge(0.1, 4.0, 200)]
+    halved = [Charge(0.1, 2.0, 200)]
     replace = epsilon(charges, delta=DELTA, relation="replace-one")
     assert 1.2 * epsilon(charges, delta=DELTA) < replace < epsilon(halved, delta=DELTA)
 
 
 def test_replace_one_by_rdp_doubles_the_sensitivity_or_refuses():
-    """The library's RDP accountant ignores the relation of an unsampled Gaussian: 1.5 would count as 1.5."""
-    unsampled = epsilon([Charge(1.0, 1.5, 3)], delta=DELTA, accountant="rdp", relation="replace-one")
+    """The library's RDP accountant ignores the relation of an unsampled Gaussian: 1.5 would count
+    as 1.5.
+    """
+    unsampled = epsilon(
+        [Charge(1.0, 1.5, 3)], delta=DELTA, accountant="rdp", relation="replace-one"
+    )
     assert unsampled == epsilon([Charge(1.0, 0.75, 3)], delta=DELTA, accountant="rdp")
     with pytest.raises(PrivacyError, match="pld"):
         epsilon([Charge(0.1, 1.5, 3)], delta=DELTA, accountant="rdp", relation="replace-one")
@@ -133,15 +147,24 @@ def test_replace_one_by_rdp_doubles_the_sensitivity_or_refuses():
 
 
 def test_equal_mechanisms_merge_in_any_order():
-    a, b, c = Charge(0.1, 2.0, 3), Charge(0.2, 2.0, 1), Charge(0.1, 2.0, 4)
-    assert merged([a, b, c]) == merged([c, Charge(1.0, 0.0, 0), a, b]) == (Charge(0.1, 2.0, 7), Charge(0.2, 2.0, 1))
+    a = Charge(0.1, 2.0, 3)
+    b = Charge(0.2, 2.0, 1)
+    c = Charge(0.1, 2.0, 4)
+    assert (
+        merged([a, b, c])
+        == merged([c, Charge(1.0, 0.0, 0), a, b])
+        == (Charge(0.1, 2.0, 7), Charge(0.2, 2.0, 1))
+    )
 
 
 def test_edges():
     assert epsilon([], delta=DELTA) == epsilon([], delta=DELTA, accountant="rdp") == 0
     assert epsilon([Charge(0.1, 0.0, 0)], delta=DELTA) == 0
     for accountant in ("pld", "rdp"):
-        assert epsilon([Charge(0.1, 0.0, 1), Charge(0.1, 1.0, 1)], delta=DELTA, accountant=accountant) == math.inf
+        assert (
+            epsilon([Charge(0.1, 0.0, 1), Charge(0.1, 1.0, 1)], delta=DELTA, accountant=accountant)
+            == math.inf
+        )
     assert epsilon([Charge(1.0, 1e-6, 10)], delta=DELTA) == math.inf
 
 
@@ -164,16 +187,32 @@ def test_the_library_does_not_warn_of_orders_it_leaves_out(caplog):
 
 
 @pytest.mark.parametrize(
-    "values", [(0.0, 1.0, 1), (1.1, 1.0, 1), (0.5, -1.0, 1), (0.5, math.inf, 1), (0.5, 1.0, -1), (0.5, 1.0, 1.5),
-               (math.nan, 1.0, 1), (0.5, math.nan, 1), (0.5, 1.0, True)]
-)  # fmt: skip
+    "values",
+    [
+        (0.0, 1.0, 1),
+        (1.1, 1.0, 1),
+        (0.5, -1.0, 1),
+        (0.5, math.inf, 1),
+        (0.5, 1.0, -1),
+        (0.5, 1.0, 1.5),
+        (math.nan, 1.0, 1),
+        (0.5, math.nan, 1),
+        (0.5, 1.0, True),
+    ],
+)
 def test_impossible_charges_are_refused(values):
     with pytest.raises(ConfigError):
         Charge(*values)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"delta": 0.0}, {"delta": 1.0}, {"delta": DELTA, "accountant": "gdp"}, {"delta": DELTA, "relation": "x"}]
+    "wrong",
+    [
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"delta": DELTA, "accountant": "gdp"},
+        {"delta": DELTA, "relation": "x"},
+    ],
 )
 def test_impossible_questions_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -181,10 +220,17 @@ def test_impossible_questions_are_refused(wrong):
 
 
 def test_worst_names_the_history_that_spent_most():
-    few, many, other = [Charge(0.1, 2.0, 10)], [Charge(0.1, 2.0, 20)], [Charge(0.02, 0.9, 12)]
+    few = [Charge(0.1, 2.0, 10)]
+    many = [Charge(0.1, 2.0, 20)]
+    other = [Charge(0.02, 0.9, 12)]
     histories = {"few": few, "many": many, "other": other, "nothing": []}
     values = {name: epsilon(history, delta=DELTA) for name, history in histories.items()}
-    for names in (("few", "many"), ("few", "other"), ("nothing",), ("many", "other", "few", "nothing")):
+    for names in (
+        ("few", "many"),
+        ("few", "other"),
+        ("nothing",),
+        ("many", "other", "few", "nothing"),
+    ):
         name, value = worst({n: histories[n] for n in names}, delta=DELTA)
         assert value == max(values[n] for n in names) and values[name] == value
     assert worst({}, delta=DELTA) == ("none", 0.0)
@@ -219,11 +265,18 @@ def test_calibration_is_smallest_and_never_over(target, rate, steps):
 
 
 def test_calibration_of_a_stream_takes_the_worst_partition():
-    """Replay makes the first experience worst; the small client's release is worst among the rest."""
+    """Replay makes the first experience worst; the small client's release is worst among the
+    rest.
+    """
 
     def charges_at(noise):
         first = [Charge(0.2, noise, 40), *[Charge(0.1, noise, 40)] * 3]
-        return [[Charge(0.2, noise, 40)], first, [Charge(0.15, noise, 60), Charge(1.0, 3 * noise, 1)], []]
+        return [
+            [Charge(0.2, noise, 40)],
+            first,
+            [Charge(0.15, noise, 60), Charge(1.0, 3 * noise, 1)],
+            [],
+        ]
 
     check_minimal(charges_at, 2.0, calibrate(charges_at, epsilon=2.0, delta=1e-3), delta=1e-3)
 
@@ -251,10 +304,16 @@ def test_calibration_under_replace_one():
 def test_calibration_where_the_least_noise_is_enough():
     assert calibrate(lambda noise: [], epsilon=1.0, delta=DELTA) == 0.05
     assert calibrate(lambda noise: [[]], epsilon=1.0, delta=DELTA) == 0.05
-    assert calibrate(lambda noise: [[Charge(1.0, 10 * noise, 1)]], epsilon=100.0, delta=DELTA) == 0.05
+    assert (
+        calibrate(lambda noise: [[Charge(1.0, 10 * noise, 1)]], epsilon=100.0, delta=DELTA) == 0.05
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"delta": 0.0}, {"delta": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"delta": 0.0}, {"delta": 1.0}]
+)
 def test_impossible_targets_are_refused(wrong):
     with pytest.raises(ConfigError):
-        calibrate(lambda noise: [[Charge(0.1, noise, 1)]], **({"epsilon": 1.0, "delta": DELTA} | wrong))
+        calibrate(
+            lambda noise: [[Charge(0.1, noise, 1)]], **({"epsilon": 1.0, "delta": DELTA} | wrong)
+        )

@@ -1,4 +1,6 @@
-"""Clipped sums by the tape: every layer with a rule against records one by one, and the bound in half precision."""
+"""Clipped sums by the tape: every layer with a rule against records one by one, and the bound in
+half precision.
+"""
 
 import gc
 import weakref
@@ -9,17 +11,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.noise_tapes import LAYERS, NO_BIAS, SHARES, N, assert_equal, by_tape, distance, exactly, floats, made, size
+from helpers.noise_tapes import (
+    LAYERS,
+    NO_BIAS,
+    SHARES,
+    N,
+    assert_equal,
+    by_tape,
+    distance,
+    exactly,
+    floats,
+    made,
+    size,
+)
 from perdure.privacy.clipping import layer_rules
 from perdure.privacy.clipping.clip import Clip, squared_norms
 from perdure.privacy.clipping.convolution_rules import ConvGhost, conv_rule
 from perdure.privacy.clipping.layer_rules import LinearGhost, Use, linear_rule
 
 ROUNDING = 1 + 1e-4
-CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [(name, True) for name in NO_BIAS]
+CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [
+    (name, True) for name in NO_BIAS
+]
 
 
-# --------------------------------------------------------------------------- every layer with a rule
+# -------------------------------------------------------------------------- every layer with a rule
 
 
 @pytest.mark.reference
@@ -27,15 +43,20 @@ CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [(name, Tr
 @pytest.mark.parametrize(("name", "bias"), CASES)
 def test_the_clipped_sum_is_that_of_records_one_by_one(name, bias, times):
     module, x, _ = made(name, bias, times)
-    assert ("layer.bias" in dict(module.named_parameters())) == (bias and not name.startswith(("embedding", "cosine")))
+    assert ("layer.bias" in dict(module.named_parameters())) == (
+        bias and not name.startswith(("embedding", "cosine"))
+    )
     assert_equal(module, x)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, way) in LAYERS.items() if way])
 def test_each_case_goes_the_way_that_it_is_a_case_of(name):
     module, x, way = made(name)
-    layer, y = module.layer, module.layer(x)
-    rule = (linear_rule if isinstance(layer, nn.Linear) else conv_rule)(layer, [Use(x, y, torch.ones_like(y))])
+    layer = module.layer
+    y = module.layer(x)
+    rule = (linear_rule if isinstance(layer, nn.Linear) else conv_rule)(
+        layer, [Use(x, y, torch.ones_like(y))]
+    )
     assert type(rule) is way
     assert getattr(rule, "lined", False) == ("lines" in name)
 
@@ -48,9 +69,13 @@ def test_rows_that_are_not_kept_are_formed_again(name, monkeypatch):
     assert_equal(module, x)
 
 
-@pytest.mark.parametrize("name", ["conv1d", "conv1d, dilated", "conv2d, settings", "conv2d, by lines"])
+@pytest.mark.parametrize(
+    "name", ["conv1d", "conv1d, dilated", "conv2d, settings", "conv2d, by lines"]
+)
 def test_rows_by_patches_equal_rows_by_groups(name):
-    """Patches are the way on accelerators, where convolutions may round to fewer digits than products of matrices."""
+    """Patches are the way on accelerators, where convolutions may round to fewer digits than
+    products of matrices.
+    """
     module, x, _ = made(name)
     y = module.layer(x)
     use = Use(x, y, torch.rand_like(y))
@@ -71,7 +96,9 @@ def test_few_records(records):
     for name in ("linear", "linear, few positions", "conv2d", "embedding"):
         module, x, _ = made(name)
         expected = exactly(module, x[:records], Clip(norm=0.1))
-        assert distance(by_tape(module, x[:records], Clip(norm=0.1)), expected) < 1e-5 * size(expected)
+        assert distance(by_tape(module, x[:records], Clip(norm=0.1)), expected) < 1e-5 * size(
+            expected
+        )
 
 
 class Products(TorchDispatchMode):
@@ -79,7 +106,8 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.products, self.masks = 0, []
+        self.products = 0
+        self.masks = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.products += func is torch.ops.aten.mm.default
@@ -93,13 +121,17 @@ def test_the_backward_pass_forms_no_weight_gradients_and_stops_at_the_first_laye
     with Products() as count:
         by_tape(three, floats(6), Clip(norm=1.0))
     assert count.products == 2 + 3  # back to two layers' outputs; three clipped sums
-    images = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(27, 3))
+    images = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(27, 3)
+    )
     with Products() as count:
         by_tape(images, floats(2, 7, 7), Clip(norm=1.0))
     assert [mask for mask in count.masks if mask[0]] == [[True, False, False]]
 
 
-@pytest.mark.parametrize("name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"]
+)
 def test_activations_go_with_the_call_and_not_with_the_next_garbage_collection(name):
     module, x, _ = made(name)
     seen = []
@@ -118,10 +150,16 @@ def test_activations_go_with_the_call_and_not_with_the_next_garbage_collection(n
 
 @pytest.mark.parametrize("kind", [LinearGhost, ConvGhost])
 def test_a_ghost_norm_is_not_too_small_where_positions_cancel(kind):
-    """Positions t and t + 1 cancel but for a share of 2e-4, which is at the end of float32's digits in a square."""
+    """Positions t and t + 1 cancel but for a share of 2e-4, which is at the end of float32's digits
+    in a square.
+    """
     place = torch.Generator().manual_seed(0)
     a = torch.randn(64, 1, 40, generator=place).repeat(1, 2, 1) * 100
-    d = torch.randn(64, 1, 30, generator=place).repeat(1, 2, 1) * torch.tensor([1.0, -1.0])[:, None] * 100
+    d = (
+        torch.randn(64, 1, 30, generator=place).repeat(1, 2, 1)
+        * torch.tensor([1.0, -1.0])[:, None]
+        * 100
+    )
     d[:, 0] *= 1 + 2e-4
     if kind is LinearGhost:
         rule = linear_rule(nn.Linear(40, 30), [Use(a, d, d)])
@@ -134,12 +172,15 @@ def test_a_ghost_norm_is_not_too_small_where_positions_cancel(kind):
         assert 0.0 < size(alone) <= 1 + 1e-3
 
 
-@pytest.mark.parametrize("name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"]
+)
 @pytest.mark.parametrize("way", ["autocast", "bfloat16"])
 def test_in_half_precision_norms_and_sums_are_taken_in_single_precision(name, way):
     module, x, _ = made(name)
     if way == "bfloat16":
-        module, x = module.bfloat16(), x.bfloat16() if x.is_floating_point() else x
+        module = module.bfloat16()
+        x = x.bfloat16() if x.is_floating_point() else x
     clip = Clip(norm=1e-3)  # every record is clipped
 
     def total(index):
@@ -158,8 +199,12 @@ def half_losses(forward, batch):
 
 
 def test_under_autocast_the_sum_is_that_of_the_numbers_that_flowed():
-    """For a linear layer: the outer products of what came back and of the input as it was rounded to bfloat16."""
-    layer, x, clip = nn.Linear(30, 20), floats(30), Clip(norm=1.0)
+    """For a linear layer: the outer products of what came back and of the input as it was rounded
+    to bfloat16.
+    """
+    layer = nn.Linear(30, 20)
+    x = floats(30)
+    clip = Clip(norm=1.0)
     backs = []
 
     def of(forward, batch):
@@ -170,7 +215,8 @@ def test_under_autocast_the_sum_is_that_of_the_numbers_that_flowed():
 
     with torch.autocast("cpu", torch.bfloat16):
         mine = by_tape(nn.Sequential(layer), x, clip, of=of)
-    a, d = x.bfloat16().double(), backs[0].double()
+    a = x.bfloat16().double()
+    d = backs[0].double()
     rows = {"0.weight": d[:, :, None] * a[:, None, :], "0.bias": d}
     factors = clip.factors(squared_norms(rows))["0"].double()
     expected = {name: torch.tensordot(factors, row, 1) for name, row in rows.items()}

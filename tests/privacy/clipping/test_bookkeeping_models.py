@@ -5,7 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.noise_tapes import WORDS, N, assert_equal, batch_of, by_tape, distance, floats, losses, made, words
+from helpers.noise_tapes import (
+    WORDS,
+    N,
+    assert_equal,
+    batch_of,
+    by_tape,
+    distance,
+    floats,
+    losses,
+    made,
+    words,
+)
 from perdure.contract.forward import Forward
 from perdure.privacy.clipping import convolution_rules
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
@@ -19,7 +30,10 @@ class Tied(nn.Module):
 
     def __init__(self, way):
         super().__init__()
-        self.way, self.first, self.second, self.head = way, nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.way = way
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
         if way == "one parameter":
             self.second.weight = self.first.weight
         if way == "one layer":
@@ -53,7 +67,9 @@ class Quirk(nn.Module):
 
     def __init__(self, way):
         super().__init__()
-        self.way, self.first, self.second = way, nn.Linear(6, 5), nn.Linear(5, 3)
+        self.way = way
+        self.first = nn.Linear(6, 5)
+        self.second = nn.Linear(5, 3)
         if way == "changed by a hook":
             self.first.register_forward_hook(lambda layer, x, y: 2 * y)
 
@@ -80,14 +96,25 @@ def test_an_input_that_is_changed_afterwards_is_left_to_the_rows():
 
 def test_what_the_losses_do_not_reach_is_zero():
     torch.manual_seed(0)
-    module, x = Tied("plain"), floats(6)
-    total = by_tape(module, x, Clip(norm=1.0), of=lambda forward, batch: module.first(batch.inputs).sum(1))
+    module = Tied("plain")
+    x = floats(6)
+    total = by_tape(
+        module, x, Clip(norm=1.0), of=lambda forward, batch: module.first(batch.inputs).sum(1)
+    )
     assert float(total["first.weight"].abs().sum()) > 0
     assert all(not value.any() for name, value in total.items() if not name.startswith("first"))
-    for way in (lambda forward, batch: torch.ones(len(batch)), lambda f, batch: f(batch.inputs).detach().sum(1)):
+    for way in (
+        lambda forward, batch: torch.ones(len(batch)),
+        lambda f, batch: f(batch.inputs).detach().sum(1),
+    ):
         nothing = by_tape(module, x, Clip(norm=1.0), of=way)
         assert list(nothing) == list(total) and not any(value.any() for value in nothing.values())
-    half = by_tape(module.bfloat16(), x.bfloat16(), Clip(norm=1.0), of=lambda f, b: module.first(b.inputs).sum(1))
+    half = by_tape(
+        module.bfloat16(),
+        x.bfloat16(),
+        Clip(norm=1.0),
+        of=lambda f, b: module.first(b.inputs).sum(1),
+    )
     assert all(value.dtype == torch.float32 for value in half.values())
 
 
@@ -103,7 +130,9 @@ def test_a_teacher_without_gradients_does_not_count():
 
 
 def by_halves(forward, batch):
-    return torch.cat([losses(forward, batch.take(slice(0, 4))), losses(forward, batch.take(slice(4, None)))])
+    return torch.cat(
+        [losses(forward, batch.take(slice(0, 4))), losses(forward, batch.take(slice(4, None)))]
+    )
 
 
 def test_passes_that_do_not_cover_all_records_are_left_to_the_rows():
@@ -125,7 +154,10 @@ def normed(layer):
 
 OTHERS = {
     "groups": lambda: (nn.Conv2d(4, 4, 3, groups=2), floats(4, 5, 5)),
-    "padding mode": lambda: (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), floats(2, 5, 5)),
+    "padding mode": lambda: (
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+        floats(2, 5, 5),
+    ),
     "padding in words": lambda: (nn.Conv1d(2, 4, 3, padding="same"), floats(2, 5)),
     "norm of embeddings": lambda: (nn.Embedding(WORDS, 4, max_norm=1.0), words(3)),
     "frequency of words": lambda: (nn.Embedding(WORDS, 4, scale_grad_by_freq=True), words(3)),
@@ -150,13 +182,20 @@ def test_a_layer_that_is_partly_trained_is_left_to_the_rows(part):
     module, x, _ = made("linear")
     params = {name: value for name, value in module.named_parameters() if name != part}
     clip = Clip(norm=1.0)
-    assert clipped_gradient_sum(module, params, lambda: losses(Forward(module), batch_of(x)), N, clip) is None
+    assert (
+        clipped_gradient_sum(module, params, lambda: losses(Forward(module), batch_of(x)), N, clip)
+        is None
+    )
     copied = {name: value.detach().clone() for name, value in module.named_parameters()}
-    assert clipped_gradient_sum(module, copied, lambda: losses(Forward(module), batch_of(x)), N, clip) is None
+    assert (
+        clipped_gradient_sum(module, copied, lambda: losses(Forward(module), batch_of(x)), N, clip)
+        is None
+    )
 
 
 def test_lines_are_another_way_to_write_a_convolution():
-    layer, x = nn.Conv2d(1, 4, 8, stride=2, padding=3, bias=False), floats(1, 13, 12)
+    layer = nn.Conv2d(1, 4, 8, stride=2, padding=3, bias=False)
+    x = floats(1, 13, 12)
     geometry = convolution_rules.Geometry.of(layer)
     y = layer(x)
     weight = layer.weight.view(4, 1, 8, 4, 2).permute(0, 1, 4, 2, 3).reshape(4, 16, 1, 4)
@@ -165,8 +204,11 @@ def test_lines_are_another_way_to_write_a_convolution():
 
 
 def test_weights_computed_from_parameters_are_left_to_the_gradients_of_records():
-    """A layer that runs with twice its weight: the tape would give the gradient of the doubled weight, half of it."""
-    layer, inputs = nn.Linear(3, 2), torch.rand(4, 3)
+    """A layer that runs with twice its weight: the tape would give the gradient of the doubled
+    weight, half of it.
+    """
+    layer = nn.Linear(3, 2)
+    inputs = torch.rand(4, 3)
     params = dict(layer.named_parameters())
 
     def losses():

@@ -11,7 +11,15 @@ from perdure.data.records import Batch, Records
 from perdure.models.classifiers import cnn, mlp, resnet18
 from perdure.privacy.clipping import clip as clipping
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping.clip import WITHIN, Clip, clip_factors, clip_rows, clipped_sum, per_pass, squared_norms
+from perdure.privacy.clipping.clip import (
+    WITHIN,
+    Clip,
+    clip_factors,
+    clip_rows,
+    clipped_sum,
+    per_pass,
+    squared_norms,
+)
 from perdure.queries.per_record import gradient_rows
 from perdure.utils.chunking import chunks
 
@@ -20,25 +28,39 @@ entries = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
 def norms(rows):
-    return torch.stack([row.double().unsqueeze(-1).flatten(1).square().sum(1) for row in rows.values()]).sum(0).sqrt()
+    return (
+        torch.stack(
+            [row.double().unsqueeze(-1).flatten(1).square().sum(1) for row in rows.values()]
+        )
+        .sum(0)
+        .sqrt()
+    )
 
 
 @pytest.mark.property
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.lists(entries, min_size=7, max_size=7), min_size=1, max_size=6), st.floats(1e-4, 1e4))
+@given(
+    st.lists(st.lists(entries, min_size=7, max_size=7), min_size=1, max_size=6),
+    st.floats(1e-4, 1e4),
+)
 def test_no_row_exceeds_the_bound_whatever_it_holds(values, bound):
     table = torch.tensor(values, dtype=torch.float32)
     rows = {"weight": table[:, :6].reshape(-1, 2, 3), "scale": table[:, 6]}
     clipped = clip_rows(rows, Clip(norm=bound))
     assert float(norms(clipped).max()) <= bound * ROUNDING
-    assert all(value.shape == rows[name].shape and bool(value.isfinite().all()) for name, value in clipped.items())
+    assert all(
+        value.shape == rows[name].shape and bool(value.isfinite().all())
+        for name, value in clipped.items()
+    )
     inside = norms(rows) <= bound / ROUNDING  # NaN is not
     for name, value in clipped.items():
         assert torch.equal(value[inside], rows[name][inside])
 
 
 def test_a_long_row_keeps_its_direction_over_all_names_together():
-    clipped = clip_rows({"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0]])}, Clip(norm=1.0))
+    clipped = clip_rows(
+        {"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0]])}, Clip(norm=1.0)
+    )
     torch.testing.assert_close(clipped["a"], torch.tensor([[0.6, 0.0]]))
     torch.testing.assert_close(clipped["b"], torch.tensor([[0.0, 0.8]]))
 
@@ -46,16 +68,21 @@ def test_a_long_row_keeps_its_direction_over_all_names_together():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_a_row_without_a_finite_norm_counts_as_zero(poison):
     rows = {"value": torch.tensor([[poison, 1.0], [0.3, 0.4]])}
-    assert clip_rows(rows, Clip(norm=1.0))["value"].tolist() == [[0.0, 0.0], pytest.approx([0.3, 0.4])]
+    assert clip_rows(rows, Clip(norm=1.0))["value"].tolist() == [
+        [0.0, 0.0],
+        pytest.approx([0.3, 0.4]),
+    ]
     assert clip_factors(torch.tensor([poison**2, 0.0]), 1.0).tolist() == [0.0, 1.0]
 
 
 def test_norms_of_half_precision_rows_are_taken_in_single_precision():
-    """65,536 entries of 1/64 have norm 4; bfloat16 would lose the sum of squares at 256 equal terms."""
+    """65,536 entries of 1/64 have norm 4; bfloat16 would lose the sum of squares at 256 equal
+    terms.
+    """
     rows = torch.full((1, 65_536), 1 / 64, dtype=torch.bfloat16)
-    assert float(norms({"value": clip_rows({"value": rows}, Clip(norm=1.0))["value"].float()})) == pytest.approx(
-        1.0, rel=1e-2
-    )
+    assert float(
+        norms({"value": clip_rows({"value": rows}, Clip(norm=1.0))["value"].float()})
+    ) == pytest.approx(1.0, rel=1e-2)
 
 
 # --------------------------------------------------------------------------- sums over records
@@ -67,11 +94,18 @@ def given_rows(params, tensors):
 
 @pytest.mark.property
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(entries, min_size=3, max_size=3), min_size=1, max_size=9), st.integers(1, 10), st.data())
+@given(
+    st.lists(st.lists(entries, min_size=3, max_size=3), min_size=1, max_size=9),
+    st.integers(1, 10),
+    st.data(),
+)
 def test_pieces_do_not_change_the_sum_and_one_record_moves_it_by_at_most_c(values, size, data):
-    table, one = torch.tensor(values, dtype=torch.float32), {"one": torch.ones(())}
+    table = torch.tensor(values, dtype=torch.float32)
+    one = {"one": torch.ones(())}
     whole = clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), 100)["value"]
-    torch.testing.assert_close(clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), size)["value"], whole)
+    torch.testing.assert_close(
+        clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), size)["value"], whole
+    )
     dropped = data.draw(st.integers(0, len(table) - 1))
     kept = table[torch.arange(len(table)) != dropped]
     neighbour = clipped_sum(given_rows, one, {"value": kept}, Clip(norm=2.0), size)
@@ -79,7 +113,12 @@ def test_pieces_do_not_change_the_sum_and_one_record_moves_it_by_at_most_c(value
 
 
 def test_the_sum_over_nobody_is_none():
-    assert clipped_sum(given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, Clip(norm=1.0), 4) is None
+    assert (
+        clipped_sum(
+            given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, Clip(norm=1.0), 4
+        )
+        is None
+    )
 
 
 def test_pieces_hold_every_row_once_and_in_order():
@@ -95,7 +134,7 @@ def test_a_pass_holds_fewer_records_of_a_larger_model(monkeypatch):
     assert per_pass({"w": torch.zeros(6000)}) == 1
 
 
-# --------------------------------------------------------------------------- gradients of real models
+# ------------------------------------------------------------------------- gradients of real models
 
 N = 6
 BOUNDS = {"mlp": 1.06, "cnn": 1.65, "resnet18": 28.0}
@@ -103,12 +142,16 @@ BOUNDS = {"mlp": 1.06, "cnn": 1.65, "resnet18": 28.0}
 
 
 def problem(name):
-    """A small model in double precision, so that rounding is not what is tested, and its input shape."""
+    """A small model in double precision, so that rounding is not what is tested, and its input
+    shape.
+    """
     shape = {"mlp": (5,), "cnn": (1, 8, 8), "resnet18": (3, 16, 16)}[name]
     options = {"input_shape": shape, "num_classes": 3, "seed": 1}
-    make = {"mlp": partial(mlp, hidden=(8,)), "cnn": partial(cnn, width=4), "resnet18": partial(resnet18, width=2)}[
-        name
-    ]
+    make = {
+        "mlp": partial(mlp, hidden=(8,)),
+        "cnn": partial(cnn, width=4),
+        "resnet18": partial(resnet18, width=2),
+    }[name]
     return make(**options).double(), shape
 
 
@@ -118,29 +161,40 @@ def losses(forward, batch):
 
 def records(shape):
     place = torch.Generator().manual_seed(0)
-    inputs = torch.rand(N, *shape, generator=place).double() * torch.logspace(-2, 1, N).view(-1, *[1] * len(shape))
+    inputs = torch.rand(N, *shape, generator=place).double() * torch.logspace(-2, 1, N).view(
+        -1, *[1] * len(shape)
+    )
     return Batch.current(Records(inputs=inputs, labels=torch.arange(N) % 3), 0)
 
 
 def loop(module, batch, bound):
     """Sum of clipped gradients, one backward pass a record."""
-    sums, lengths = [torch.zeros_like(value) for value in module.parameters()], []
+    sums = [torch.zeros_like(value) for value in module.parameters()]
+    lengths = []
     for i in range(len(batch)):
         loss = losses(Forward(module), batch.take(slice(i, i + 1))).sum()
         gradients = torch.autograd.grad(loss, list(module.parameters()))
         lengths.append(float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()))
-        sums = [total + g * min(1.0, bound / lengths[-1]) for total, g in zip(sums, gradients, strict=True)]
+        sums = [
+            total + g * min(1.0, bound / lengths[-1])
+            for total, g in zip(sums, gradients, strict=True)
+        ]
     return dict(zip(dict(module.named_parameters()), sums, strict=True)), lengths
 
 
 def by_rows(module, batch, bound, chunk=4):
     params = dict(module.named_parameters())
-    return clipped_sum(gradient_rows(losses, module), params, batch.tensors(), Clip(norm=bound), chunk)
+    return clipped_sum(
+        gradient_rows(losses, module), params, batch.tensors(), Clip(norm=bound), chunk
+    )
 
 
 def by_bookkeeping(module, batch, bound):
-    params, forward = dict(module.named_parameters()), Forward(module)
-    return clipped_gradient_sum(module, params, lambda: losses(forward, batch), len(batch), Clip(norm=bound))
+    params = dict(module.named_parameters())
+    forward = Forward(module)
+    return clipped_gradient_sum(
+        module, params, lambda: losses(forward, batch), len(batch), Clip(norm=bound)
+    )
 
 
 @pytest.mark.reference
@@ -166,13 +220,19 @@ def test_dropping_one_record_moves_the_gradient_by_at_most_c(name, how):
     whole = how(module, batch, BOUNDS[name])
     for dropped in range(N):
         neighbour = how(module, batch.take(torch.arange(N) != dropped), BOUNDS[name])
-        moved = torch.stack([(whole[key] - neighbour[key]).square().sum() for key in whole]).sum().sqrt()
+        moved = (
+            torch.stack([(whole[key] - neighbour[key]).square().sum() for key in whole])
+            .sum()
+            .sqrt()
+        )
         assert 0.01 < float(moved) <= BOUNDS[name] * ROUNDING + 1e-5
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
 def test_a_record_that_breaks_the_model_does_not_break_the_sum(poison):
-    """NaN pixels, or numbers so large that the gradient overflows: one record, so at most C, here nothing."""
+    """NaN pixels, or numbers so large that the gradient overflows: one record, so at most C, here
+    nothing.
+    """
     module, shape = problem("mlp")
     batch = records(shape)
     expected, _ = loop(module, batch.take(slice(1, None)), 1.0)
@@ -199,18 +259,27 @@ def test_a_part_of_the_parameters_is_clipped_by_itself():
 
 @pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
 def test_per_layer_clipping_bounds_every_layer_by_its_share(how):
-    """With a bound so small that every layer of every record is clipped, one record is C / sqrt(L) in each layer."""
+    """With a bound so small that every layer of every record is clipped, one record is C / sqrt(L)
+    in each layer.
+    """
     module, shape = problem("mlp")
-    batch, params = records(shape), dict(module.named_parameters())
+    batch = records(shape)
+    params = dict(module.named_parameters())
     clip = Clip(norm=1e-3, per_layer=True)
     for i in range(N):
         one = batch.take(slice(i, i + 1))
         if how is by_rows:
             total = clipped_sum(gradient_rows(losses, module), params, one.tensors(), clip, 4)
         else:
-            total = clipped_gradient_sum(module, params, lambda one=one: losses(Forward(module), one), 1, clip)
-        lengths = {layer: float(square.sqrt()) for layer, square in squared_norms(as_rows(total)).items()}
-        assert len(lengths) == 2 and lengths == pytest.approx(dict.fromkeys(lengths, 1e-3 / 2**0.5), rel=1e-4)
+            total = clipped_gradient_sum(
+                module, params, lambda one=one: losses(Forward(module), one), 1, clip
+            )
+        lengths = {
+            layer: float(square.sqrt()) for layer, square in squared_norms(as_rows(total)).items()
+        }
+        assert len(lengths) == 2 and lengths == pytest.approx(
+            dict.fromkeys(lengths, 1e-3 / 2**0.5), rel=1e-4
+        )
 
 
 def as_rows(total):
@@ -220,12 +289,17 @@ def as_rows(total):
 @pytest.mark.parametrize("how", ["rows", "book-keeping"])
 def test_a_counted_clip_adds_up_who_was_within(how):
     module, shape = problem("mlp")
-    batch, params = records(shape), dict(module.named_parameters())
+    batch = records(shape)
+    params = dict(module.named_parameters())
     _, lengths = loop(module, batch, 1.0)
     clip = Clip(norm=BOUNDS["mlp"], counted=True)
     if how == "rows":
         total = clipped_sum(gradient_rows(losses, module), params, batch.tensors(), clip, 4)
     else:
-        total = clipped_gradient_sum(module, params, lambda: losses(Forward(module), batch), N, clip)
-    assert float(total[WITHIN]) == sum(0.5 if length <= BOUNDS["mlp"] else -0.5 for length in lengths)
+        total = clipped_gradient_sum(
+            module, params, lambda: losses(Forward(module), batch), N, clip
+        )
+    assert float(total[WITHIN]) == sum(
+        0.5 if length <= BOUNDS["mlp"] else -0.5 for length in lengths
+    )
     assert [name for name in total if name != WITHIN] == list(params)

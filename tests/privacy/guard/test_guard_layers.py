@@ -24,7 +24,9 @@ class Reading(nn.Module):
 
     def __init__(self, way):
         super().__init__()
-        self.way, self.embed, self.head = way, nn.Linear(5, 8), nn.Linear(8, 3)
+        self.way = way
+        self.embed = nn.Linear(5, 8)
+        self.head = nn.Linear(8, 3)
         if "position" in way:
             self.position = nn.Embedding(9, 8)
 
@@ -33,7 +35,9 @@ class Reading(nn.Module):
             return self.head(torch.tanh(self.embed(x.transpose(0, 1))).mean(0))
         x, at = self.embed(x), torch.arange(x.shape[1])
         if self.way != "plain":
-            x = x + self.position({"1 position": at[None], "n positions": at.expand(len(x), -1)}.get(self.way, at))
+            x = x + self.position(
+                {"1 position": at[None], "n positions": at.expand(len(x), -1)}.get(self.way, at)
+            )
         return self.head(torch.tanh(x).mean(1))
 
 
@@ -60,7 +64,9 @@ class Averaged(Normalised):
 class Backwards(nn.Module):
     def __init__(self, function):
         super().__init__()
-        self.function, self.embed, self.head = function, nn.Linear(5, 8), nn.Linear(8, 3)
+        self.function = function
+        self.embed = nn.Linear(5, 8)
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x):
         return self.head(self.function.apply(torch.tanh(self.embed(x.mean(1)))))
@@ -71,7 +77,9 @@ SEQUENCES = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(1))
 
 def row_test(model, losses=None):
     plain = lambda x, y: F.cross_entropy(model(x), y, reduction="none")  # noqa: E731
-    check_rows(model, partial(losses, plain) if losses else plain, SEQUENCES, LABELS, "Mine.losses()")
+    check_rows(
+        model, partial(losses, plain) if losses else plain, SEQUENCES, LABELS, "Mine.losses()"
+    )
 
 
 @pytest.mark.parametrize("way", ["plain", "1 position", "n positions"])
@@ -80,22 +88,34 @@ def test_layers_whose_rows_are_the_records_pass(way):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("way", "layer"), [("length first", "embed"), ("length positions", "position")])
+@pytest.mark.parametrize(
+    ("way", "layer"), [("length first", "embed"), ("length positions", "position")]
+)
 def test_a_layer_whose_rows_are_something_else_is_refused(way, layer):
-    with pytest.raises(GuardError, match=f"layer {layer} gives 4 rows for 6 records and 4 for 5 in Mine.*batch_first"):
+    with pytest.raises(
+        GuardError,
+        match=f"layer {layer} gives 4 rows for 6 records and 4 for 5 in Mine.*batch_first",
+    ):
         row_test(Reading(way))
 
 
 def test_without_that_refusal_the_bound_breaks_where_length_and_batch_are_equal():
     torch.manual_seed(0)
-    model, clip = Reading("length first"), Clip(norm=0.1)
-    params, x, y = dict(model.named_parameters()), 5 * torch.rand(16, 16, 5), torch.randint(3, (16,))
+    model = Reading("length first")
+    clip = Clip(norm=0.1)
+    params = dict(model.named_parameters())
+    x = 5 * torch.rand(16, 16, 5)
+    y = torch.randint(3, (16,))
 
     def losses(n):
         return F.cross_entropy(model(x[:n]), y[:n], reduction="none")
 
-    rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses(15)]
-    exact = sum_of_clipped({n: torch.stack(g) for n, g in zip(params, zip(*rows, strict=True), strict=True)}, clip)
+    rows = [
+        torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses(15)
+    ]
+    exact = sum_of_clipped(
+        {n: torch.stack(g) for n, g in zip(params, zip(*rows, strict=True), strict=True)}, clip
+    )
     mixed = clipped_gradient_sum(model, params, lambda: losses(16), 16, clip)
     assert clipped_gradient_sum(model, params, lambda: losses(15), 15, clip) is None
     assert sum((mixed[n] - exact[n]).square().sum() for n in params).sqrt() > 2 * clip.norm
@@ -104,13 +124,22 @@ def test_without_that_refusal_the_bound_breaks_where_length_and_batch_are_equal(
 @pytest.mark.parametrize("function", [Normalised, Averaged])
 def test_a_backward_pass_that_mixes_records_is_refused_although_the_losses_do_not(function):
     model = Backwards(function)
-    check_losses(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), SEQUENCES, LABELS, "Mine.losses()")
-    with pytest.raises(GuardError, match=r"layer embed mixes records in Mine.losses\(\).*another one's gradient"):
+    check_losses(
+        lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+        SEQUENCES,
+        LABELS,
+        "Mine.losses()",
+    )
+    with pytest.raises(
+        GuardError, match=r"layer embed mixes records in Mine.losses\(\).*another one's gradient"
+    ):
         row_test(model)
 
 
 class Centred(Backwards):
-    """What enters the layer is centred over the batch and what that changes is undone: the loss does not show it."""
+    """What enters the layer is centred over the batch and what that changes is undone: the loss
+    does not show it.
+    """
 
     def forward(self, x):
         x = x.mean(1)
@@ -120,8 +149,15 @@ class Centred(Backwards):
 
 def test_inputs_that_mix_records_are_refused_although_the_losses_do_not():
     model = Centred(None)
-    check_losses(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), SEQUENCES, LABELS, "Mine.losses()")
-    with pytest.raises(GuardError, match=r"layer embed mixes records in Mine.losses\(\).*another one's input"):
+    check_losses(
+        lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+        SEQUENCES,
+        LABELS,
+        "Mine.losses()",
+    )
+    with pytest.raises(
+        GuardError, match=r"layer embed mixes records in Mine.losses\(\).*another one's input"
+    ):
         row_test(model)
 
 
@@ -171,9 +207,16 @@ def test_several_passes_of_every_record_pass(losses):
 @pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
 def test_the_rows_of_our_models_are_the_records(make):
     model = make(input_shape=(1, 16, 16), num_classes=3, seed=0)
-    before, x = torch.random.get_rng_state(), torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = torch.random.get_rng_state()
+    x = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     quiet_training(model)
-    check_rows(model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, LABELS, "Mine.losses()")
+    check_rows(
+        model,
+        lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+        x,
+        LABELS,
+        "Mine.losses()",
+    )
     assert torch.equal(before, torch.random.get_rng_state())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -213,10 +256,13 @@ def test_optimisers_that_need_more_than_one_gradient_a_step_are_refused(make, me
         check_optimizer(make(LINEAR.parameters()))
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adadelta", "ASGD"])
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adadelta", "ASGD"]
+)
 def test_optimisers_that_need_one_gradient_pass_and_are_left_as_they_are(name):
     optimizer = getattr(torch.optim, name)(LINEAR.parameters(), lr=0.1)
-    before, state = LINEAR.weight.detach().clone(), repr(optimizer.state_dict())
+    before = LINEAR.weight.detach().clone()
+    state = repr(optimizer.state_dict())
     check_optimizer(optimizer)
     assert torch.equal(LINEAR.weight, before) and LINEAR.weight.grad is None
     assert repr(optimizer.state_dict()) == state

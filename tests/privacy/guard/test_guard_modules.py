@@ -13,7 +13,8 @@ from perdure.errors import GuardError
 from perdure.privacy.guard.loss_checks import check_losses, check_rows
 from perdure.privacy.guard.model_checks import check_buffers, check_model
 
-INPUTS, LABELS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+INPUTS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 RECURRENT = {"LSTM": nn.LSTM(5, 6), "GRU": nn.GRU(5, 6), "RNN": nn.RNN(5, 6)}
 CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": nn.RNNCell(5, 6)}
@@ -21,15 +22,20 @@ CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
 def test_recurrent_layers_of_torch_are_refused_with_their_counterpart(kind):
-    ending = r", or call perdure.privacy.guard.model_checks.fix\(model\)$" if kind in RECURRENT else "$"
-    with pytest.raises(GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"):
+    ending = (
+        r", or call perdure.privacy.guard.model_checks.fix\(model\)$" if kind in RECURRENT else "$"
+    )
+    with pytest.raises(
+        GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"
+    ):
         check_model(nn.Sequential(nn.ReLU(), (RECURRENT | CELLS)[kind]))
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
 def test_the_reason_holds_torch_cannot_differentiate_them_record_by_record(kind):
     layer = (RECURRENT | CELLS)[kind]
-    layer, x = copy.deepcopy(layer).double(), torch.rand(3, 1 if kind in CELLS else 4, 5, dtype=torch.float64)
+    layer = copy.deepcopy(layer).double()
+    x = torch.rand(3, 1 if kind in CELLS else 4, 5, dtype=torch.float64)
 
     def loss(params, x):
         answer = torch.func.functional_call(layer, params, (x,))
@@ -45,12 +51,15 @@ def test_an_lstm_with_a_projection_has_no_counterpart_to_call():
 
 
 class Attending(nn.Module):
-    """Attention over (n, length, 8); `rearrange` hands torch's other layout the right dimensions."""
+    """Attention over (n, length, 8); `rearrange` hands torch's other layout the right
+    dimensions.
+    """
 
     def __init__(self, batch_first, rearrange=True, **options):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
-        self.turn, self.head = rearrange and not batch_first, nn.Linear(8, 3)
+        self.turn = rearrange and not batch_first
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x):
         x = x.transpose(0, 1) if self.turn else x
@@ -59,7 +68,10 @@ class Attending(nn.Module):
 
 
 def test_attention_with_dropout_is_refused():
-    with pytest.raises(GuardError, match=r"attention is MultiheadAttention with dropout.*dropout=0.0, or call perdure"):
+    with pytest.raises(
+        GuardError,
+        match=r"attention is MultiheadAttention with dropout.*dropout=0.0, or call perdure",
+    ):
         check_model(Attending(True, dropout=0.1))
     with pytest.raises(GuardError, match=r"dropout=0.0$"):
         check_model(Attending(True, dropout=0.1, add_bias_kv=True))
@@ -67,7 +79,8 @@ def test_attention_with_dropout_is_refused():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_without_dropout_has_right_gradients_per_record(batch_first):
-    model, x = Attending(batch_first), torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
+    model = Attending(batch_first)
+    x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     check_model(model)
     params = {name: value.detach() for name, value in model.named_parameters()}
 
@@ -82,10 +95,14 @@ def test_attention_without_dropout_has_right_gradients_per_record(batch_first):
 
 
 def test_attention_over_the_records_is_seen_by_the_drop_one_test():
-    model, labels = Attending(False, rearrange=False), torch.zeros(6, dtype=torch.int64)
+    model = Attending(False, rearrange=False)
+    labels = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(GuardError, match="couples records"):
         check_losses(
-            lambda x, y: F.cross_entropy(model(x), y, reduction="none"), torch.randn(6, 4, 8), labels, "Mine.losses()"
+            lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+            torch.randn(6, 4, 8),
+            labels,
+            "Mine.losses()",
         )
 
 
@@ -100,19 +117,30 @@ def hooked(make, **options):
 
 def test_spectral_normalisation_is_refused_because_its_buffers_count_the_passes():
     torch.manual_seed(0)
-    model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(40, 30), n_power_iterations=1))
-    with pytest.raises(GuardError, match=r"0.parametrizations.weight.0 is _SpectralNorm.*remove_parametrizations"):
+    model = nn.Sequential(
+        torch.nn.utils.parametrizations.spectral_norm(nn.Linear(40, 30), n_power_iterations=1)
+    )
+    with pytest.raises(
+        GuardError, match=r"0.parametrizations.weight.0 is _SpectralNorm.*remove_parametrizations"
+    ):
         check_model(model)
-    assert not torch.equal(model(torch.ones(1, 40)), model(torch.ones(1, 40)))  # one pass more, another weight
+    # one pass more, another weight
+    assert not torch.equal(model(torch.ones(1, 40)), model(torch.ones(1, 40)))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    "make", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm, partial(prune.l1_unstructured, amount=0.3)]
+    "make",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        partial(prune.l1_unstructured, amount=0.3),
+    ],
 )
 def test_weights_that_a_hook_computes_are_refused(make):
     with pytest.raises(
-        GuardError, match=r"0 is Linear with a weight that a hook computes.*parametrizations.weight_norm"
+        GuardError,
+        match=r"0 is Linear with a weight that a hook computes.*parametrizations.weight_norm",
     ):
         check_model(nn.Sequential(hooked(make)))
 
@@ -121,11 +149,15 @@ def test_weight_normalisation_as_a_parametrisation_passes():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
     check_model(model)
     check_buffers(model, INPUTS)
-    check_rows(model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), INPUTS, LABELS, "plain")
+    check_rows(
+        model, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), INPUTS, LABELS, "plain"
+    )
 
 
 def test_a_changed_dropout_is_refused_because_the_tests_switch_it_off():
-    with pytest.raises(GuardError, match=r"1 is Louder, a Dropout that somebody changed.*use torch.nn.Dropout"):
+    with pytest.raises(
+        GuardError, match=r"1 is Louder, a Dropout that somebody changed.*use torch.nn.Dropout"
+    ):
         check_model(nn.Sequential(nn.Linear(5, 3), Louder()))
     check_model(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)))
 
@@ -133,7 +165,9 @@ def test_a_changed_dropout_is_refused_because_the_tests_switch_it_off():
 @pytest.mark.parametrize("make", [partial(nn.LazyLinear, 3), nn.LazyBatchNorm1d])
 def test_lazy_layers_are_refused_until_they_have_their_parameters(make):
     model = nn.Sequential(make())
-    with pytest.raises(GuardError, match=r"0 is Lazy.*first private batch would shape.*run synthetic inputs"):
+    with pytest.raises(
+        GuardError, match=r"0 is Lazy.*first private batch would shape.*run synthetic inputs"
+    ):
         check_model(model)
 
 
@@ -148,7 +182,8 @@ def test_parameters_in_half_precision_are_refused_because_their_sums_are_rounded
     with pytest.raises(GuardError, match=rf"parameter 0.weight is {dtype}.*call model.float\(\)"):
         check_model(nn.Sequential(nn.Linear(5, 3).to(dtype)))
     one_more = torch.tensor(1000.0, dtype=dtype) + torch.tensor(3.0, dtype=dtype)
-    assert dtype == torch.float16 or abs(float(one_more) - 1003) >= 1  # a record's share lost or grown by a third
+    # a record's share lost or grown by a third
+    assert dtype == torch.float16 or abs(float(one_more) - 1003) >= 1
     check_model(nn.Sequential(nn.Linear(5, 3).double()))
 
 

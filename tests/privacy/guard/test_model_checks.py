@@ -40,21 +40,29 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_batch_normalisation_is_refused_in_every_form(form):
-    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"deep": nn.Sequential(nn.ReLU(), FORMS[form])}))
-    with pytest.raises(GuardError, match=r"1\.deep\.1 is (Sync)?BatchNorm.*replace it by torch.nn.GroupNorm"):
+    model = nn.Sequential(
+        nn.Identity(), nn.ModuleDict({"deep": nn.Sequential(nn.ReLU(), FORMS[form])})
+    )
+    with pytest.raises(
+        GuardError, match=r"1\.deep\.1 is (Sync)?BatchNorm.*replace it by torch.nn.GroupNorm"
+    ):
         check_model(model)
 
 
 def test_the_model_itself_may_be_the_culprit_and_the_fix_works():
     with pytest.raises(GuardError, match="model is BatchNorm2d") as refusal:
         check_model(FORMS["2d"])
-    groups, channels = map(int, re.search(r"GroupNorm\((\d+), (\d+)\)", str(refusal.value)).groups())
+    groups, channels = map(
+        int, re.search(r"GroupNorm\((\d+), (\d+)\)", str(refusal.value)).groups()
+    )
     assert nn.GroupNorm(groups, channels)(torch.rand(2, 48, 3, 3)).shape == (2, 48, 3, 3)
 
 
 @pytest.mark.parametrize("make", [nn.InstanceNorm1d, nn.InstanceNorm2d])
 def test_instance_normalisation_is_refused_with_running_statistics_only(make):
-    with pytest.raises(GuardError, match=r"0 is InstanceNorm\dd with running.*track_running_stats=False"):
+    with pytest.raises(
+        GuardError, match=r"0 is InstanceNorm\dd with running.*track_running_stats=False"
+    ):
         check_model(nn.Sequential(make(6, track_running_stats=True)))
     check_model(nn.Sequential(make(6)))
 
@@ -97,7 +105,10 @@ class Centring(nn.Module):
 @pytest.mark.parametrize(("grows", "name"), [(False, "0.mean"), (True, "0.seen_1")])
 def test_a_buffer_that_a_forward_pass_changes_or_adds_is_refused_by_name(grows, name):
     model = nn.Sequential(Centring(grows), nn.Linear(5, 3)).eval()
-    with pytest.raises(GuardError, match=f"buffer {name} of the model changes.*remove it, or compute it from public"):
+    with pytest.raises(
+        GuardError,
+        match=f"buffer {name} of the model changes.*remove it, or compute it from public",
+    ):
         check_buffers(model, torch.rand(4, 5))
     assert float(model[0].mean.sum()) == 0 and not model.training and len(model[0]._buffers) == 1
 
@@ -115,7 +126,9 @@ class Keeping(nn.Module):
 
     def __init__(self, what):
         super().__init__()
-        self.what, self.kept, self.seen = what, {"list": [], "queue": deque(maxlen=3)}, 0
+        self.what = what
+        self.kept = {"list": [], "queue": deque(maxlen=3)}
+        self.seen = 0
 
     def forward(self, x):
         self.what(self, x)
@@ -154,7 +167,9 @@ def as_key(module, x):
 )
 def test_what_a_module_keeps_of_its_inputs_outside_buffers_is_refused_by_name(what, name):
     model = nn.Sequential(Keeping(what), nn.Linear(5, 3))
-    with pytest.raises(GuardError, match=f"attribute {name} of the model depends on the records.*return it instead"):
+    with pytest.raises(
+        GuardError, match=f"attribute {name} of the model depends on the records.*return it instead"
+    ):
         check_buffers(model, torch.rand(4, 5, generator=torch.Generator().manual_seed(0)))
     assert model[0].seen == 0 and not model[0].kept["list"]
 
@@ -171,7 +186,8 @@ def test_a_cache_and_a_counter_that_owe_nothing_to_the_records_pass():
 # --------------------------------------------------------------------------- losses
 
 MODEL = mlp(input_shape=(5,), num_classes=3, hidden=(6,), seed=0)
-INPUTS, LABELS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+INPUTS = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 
 
@@ -205,32 +221,44 @@ COUPLED = [class_weighted_mean, in_batch_masking, in_batch_negatives, batch_cent
 @pytest.mark.parametrize("losses", COUPLED)
 def test_losses_that_couple_records_are_refused_with_name_and_fix(losses):
     with pytest.raises(
-        GuardError, match=r"Mine.losses\(\) couples records: dropping one.*compute each row from that row"
+        GuardError,
+        match=r"Mine.losses\(\) couples records: dropping one.*compute each row from that row",
     ):
         check_losses(losses, INPUTS, LABELS, "Mine.losses()")
 
 
 def test_a_loss_that_is_not_a_number_is_refused():
     with pytest.raises(GuardError, match="couples records"):
-        check_losses(lambda inputs, labels: each(inputs, labels) * float("nan"), INPUTS, LABELS, "Mine.losses()")
+        check_losses(
+            lambda inputs, labels: each(inputs, labels) * float("nan"),
+            INPUTS,
+            LABELS,
+            "Mine.losses()",
+        )
 
 
 @pytest.mark.parametrize("losses", [F.cross_entropy, partial(F.cross_entropy, weight=WEIGHTS)])
 def test_a_mean_is_refused_because_it_is_no_loss_per_record(losses):
     with pytest.raises(GuardError, match=r"gives shape \(\) for 6 records.*reduction='none'"):
-        check_losses(lambda inputs, labels: losses(MODEL(inputs), labels), INPUTS, LABELS, "Mine.losses()")
+        check_losses(
+            lambda inputs, labels: losses(MODEL(inputs), labels), INPUTS, LABELS, "Mine.losses()"
+        )
 
 
 def test_losses_of_one_record_each_pass():
     check_losses(each, INPUTS, LABELS, "plain")
-    check_losses(lambda inputs, labels: WEIGHTS[labels] * each(inputs, labels), INPUTS, LABELS, "weighted")
+    check_losses(
+        lambda inputs, labels: WEIGHTS[labels] * each(inputs, labels), INPUTS, LABELS, "weighted"
+    )
     check_losses(lambda inputs, labels: 1e6 * each(inputs, labels), INPUTS, LABELS, "large")
 
 
 def test_quiet_training_is_training_without_dropout():
     model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Sequential(nn.Dropout2d(0.5))).eval()
     quiet_training(model)
-    assert model.training and model[0].training and not model[1].training and not model[2][0].training
+    assert (
+        model.training and model[0].training and not model[1].training and not model[2][0].training
+    )
 
 
 # --------------------------------------------------------------------------- through the learner
@@ -278,11 +306,16 @@ def private(model, strategy=None):
     ("strategy", "message"),
     [
         (Contrastive(), "Contrastive couples the records of a batch"),
-        (Combine(EWC(strength=1.0), Contrastive()), r"EWC\+Contrastive couples the records of a batch"),
+        (
+            Combine(EWC(strength=1.0), Contrastive()),
+            r"EWC\+Contrastive couples the records of a batch",
+        ),
         (Secretly(), r"Secretly.losses\(\) couples records"),
     ],
 )
-def test_a_strategy_that_couples_records_is_refused_before_anything_is_drawn(toy_stream, toy_model, strategy, message):
+def test_a_strategy_that_couples_records_is_refused_before_anything_is_drawn(
+    toy_stream, toy_model, strategy, message
+):
     stream = toy_stream()
     learner = private(toy_model(stream), strategy)
     with pytest.raises(GuardError, match=message):
@@ -323,7 +356,9 @@ def test_a_strategy_that_reads_raw_records_is_stopped(toy_stream, toy_model):
     stream = toy_stream()
     from perdure.errors import PrivacyError
 
-    with pytest.raises(PrivacyError, match=r"raw records were asked for \(to look at them\).*curator.release"):
+    with pytest.raises(
+        PrivacyError, match=r"raw records were asked for \(to look at them\).*curator.release"
+    ):
         private(toy_model(stream), Reader()).fit(stream)
 
 

@@ -50,7 +50,11 @@ def test_batch_normalisation_becomes_group_normalisation_with_the_same_scale_and
     assert new.eps == old.eps and new.training == old.training
     for name, value in old.named_parameters():
         twin = dict(new.named_parameters())[name]
-        assert torch.equal(twin, value) and twin.dtype == value.dtype and twin.requires_grad == value.requires_grad
+        assert (
+            torch.equal(twin, value)
+            and twin.dtype == value.dtype
+            and twin.requires_grad == value.requires_grad
+        )
         assert twin.data_ptr() != value.data_ptr()
     assert len(list(new.parameters())) == len(list(old.parameters())) and not list(new.buffers())
 
@@ -102,9 +106,12 @@ def test_recurrent_layers_become_those_of_opacus_and_compute_the_same(make, form
     old = make(5, 6, **SHAPES[form]).eval()
     result = fix(nn.ModuleDict({"deep": nn.ModuleList([old])}).eval())["deep"][0]
     assert type(result).__name__ == f"DP{type(old).__name__}" and not result.training
-    (left, state), (expected, expected_state) = result(inputs(4, 3, 5)), old(inputs(4, 3, 5))
+    left, state = result(inputs(4, 3, 5))
+    expected, expected_state = old(inputs(4, 3, 5))
     assert torch.allclose(left, expected, atol=1e-6)
-    for mine, theirs in zip(*(s if isinstance(s, tuple) else (s,) for s in (state, expected_state)), strict=True):
+    for mine, theirs in zip(
+        *(s if isinstance(s, tuple) else (s,) for s in (state, expected_state)), strict=True
+    ):
         assert torch.allclose(mine, theirs, atol=1e-6)
     assert set(dict(old.named_parameters())) == set(dict(result.named_parameters()))
 
@@ -156,17 +163,23 @@ def masks(heads, n, length, sources):
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_out_of_linear_layers_computes_the_same(heads, options, batch_first, mask):
-    old = randomised(nn.MultiheadAttention(8, heads, dropout=0.3, batch_first=batch_first, **options)).eval()
+    old = randomised(
+        nn.MultiheadAttention(8, heads, dropout=0.3, batch_first=batch_first, **options)
+    ).eval()
     new = fix(old)
     assert type(new) is Attention and new.dropout.p == 0.3
     turn = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
-    q, k, v = turn(inputs(3, 4, 8)), turn(inputs(3, 5, old.kdim, seed=1)), turn(inputs(3, 5, old.vdim, seed=2))
+    q = turn(inputs(3, 4, 8))
+    k = turn(inputs(3, 5, old.kdim, seed=1))
+    v = turn(inputs(3, 5, old.vdim, seed=2))
     for more in ({}, {"average_attn_weights": False}, {"need_weights": False}):
         (left, seen), (expected, expected_seen) = (
             m(q, k, v, **masks(heads, 3, 4, 5)[mask], **more) for m in (new, old)
         )
         assert torch.allclose(left, expected, rtol=1e-4, atol=1e-5)
-        assert seen is expected_seen is None or torch.allclose(seen, expected_seen, rtol=1e-4, atol=1e-6)
+        assert seen is expected_seen is None or torch.allclose(
+            seen, expected_seen, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -175,8 +188,12 @@ def test_a_transformer_of_torch_works_on_with_its_attention_replaced(options, gr
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, **options)
     with pytest.warns(UserWarning, match="nested_tensor") if not options else torch.enable_grad():
         old = nn.TransformerEncoder(layer, 2).eval()
-    assert [line.split(":")[0] for line in fixes(old)] == ["layers.0.self_attn", "layers.1.self_attn"]
-    new, x = fix(old), inputs(4, 4, 8)
+    assert [line.split(":")[0] for line in fixes(old)] == [
+        "layers.0.self_attn",
+        "layers.1.self_attn",
+    ]
+    new = fix(old)
+    x = inputs(4, 4, 8)
     causal = nn.Transformer.generate_square_subsequent_mask(4)
     padding = torch.zeros(4, 4, dtype=torch.bool)
     with torch.set_grad_enabled(gradients):
@@ -187,7 +204,8 @@ def test_a_transformer_of_torch_works_on_with_its_attention_replaced(options, gr
 
 
 def test_attention_drops_out_weights_in_training_only():
-    new, x = fix(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)).train(), inputs(3, 4, 8)
+    new = fix(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)).train()
+    x = inputs(3, 4, 8)
     seen = new(x, x, x, average_attn_weights=False)[1]
     assert 0.2 < float((seen == 0).double().mean()) < 0.8
     assert not bool((new.eval()(x, x, x)[1] == 0).any())
@@ -196,7 +214,9 @@ def test_attention_drops_out_weights_in_training_only():
 def test_attention_is_book_kept_and_the_whole_decoder_too():
     model = fix(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True))
     assert ruled_layers(model, dict(model.named_parameters())) is not None
-    assert [type(m) for n, m in model.named_modules() if n in ("self_attn", "multihead_attn")] == [Attention] * 2
+    assert [type(m) for n, m in model.named_modules() if n in ("self_attn", "multihead_attn")] == [
+        Attention
+    ] * 2
 
 
 # --------------------------------------------------------------------------- the repair as a whole
@@ -205,14 +225,19 @@ def test_attention_is_book_kept_and_the_whole_decoder_too():
 def whole():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.InstanceNorm1d(8, track_running_stats=True), nn.LSTM(6, 5),
-        nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, dropout=0.1)}), nn.Linear(5, 3),
-    )  # fmt: skip
+        nn.Conv1d(4, 8, 3),
+        nn.BatchNorm1d(8),
+        nn.InstanceNorm1d(8, track_running_stats=True),
+        nn.LSTM(6, 5),
+        nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, dropout=0.1)}),
+        nn.Linear(5, 3),
+    )
 
 
 def test_a_repair_says_what_it_does_and_leaves_the_model_and_chance_alone():
     model = whole()
-    types, state = [type(m) for m in model.modules()], {n: v.clone() for n, v in model.state_dict().items()}
+    types = [type(m) for m in model.modules()]
+    state = {n: v.clone() for n, v in model.state_dict().items()}
     before = torch.random.get_rng_state()
     assert fixes(model) == (
         "1: BatchNorm1d -> GroupNorm(1, 8, eps=1e-05, affine=True, bias=True)",
@@ -225,7 +250,9 @@ def test_a_repair_says_what_it_does_and_leaves_the_model_and_chance_alone():
     assert torch.equal(before, torch.random.get_rng_state())
     assert [type(m) for m in model.modules()] == types
     assert all(torch.equal(state[n], v) for n, v in model.state_dict().items())
-    assert not {p.data_ptr() for p in result.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not {p.data_ptr() for p in result.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
     assert fixes(result) == () and replacements(result) == {}
     with pytest.raises(GuardError, match=r"fix\(model\)"):
         check_model(model)
@@ -239,19 +266,23 @@ def test_a_sound_model_comes_back_as_an_equal_copy():
     )
 
 
-# --------------------------------------------------------------------------- why Opacus's own repair is not used
+# -------------------------------------------------------------- why Opacus's own repair is not used
 
 
 @pytest.mark.reference
 def test_what_is_wrong_with_the_repair_of_opacus_itself():
     from opacus.validators import ModuleValidator
 
-    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), inputs(3, 4, 8)
-    assert not torch.allclose(ModuleValidator.fix(attention)(x, x, x)[0], attention(x, x, x)[0], atol=0.01)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = inputs(3, 4, 8)
+    assert not torch.allclose(
+        ModuleValidator.fix(attention)(x, x, x)[0], attention(x, x, x)[0], atol=0.01
+    )
     instance = ModuleValidator.fix(nn.InstanceNorm1d(4, affine=True, track_running_stats=True))
     instance(inputs(3, 4, 5) + 1)
     assert float(instance.running_mean.abs().sum()) > 0
-    frozen, plain = nn.BatchNorm1d(4).requires_grad_(False), nn.BatchNorm1d(4, affine=False)
+    frozen = nn.BatchNorm1d(4).requires_grad_(False)
+    plain = nn.BatchNorm1d(4, affine=False)
     assert [type(ModuleValidator.fix(norm)) for norm in (frozen, plain)] == [nn.BatchNorm1d] * 2
     norm = randomised(nn.BatchNorm1d(4))
     assert not torch.equal(ModuleValidator.fix(norm).weight, norm.weight)

@@ -1,4 +1,6 @@
-"""The account: published values, what a statement says, what may be charged, and what a grant lets through."""
+"""The account: published values, what a statement says, what may be charged, and what a grant lets
+through.
+"""
 
 import math
 from dataclasses import replace
@@ -38,7 +40,8 @@ def test_the_same_data_five_times_never_resets():
 
 @pytest.mark.reference
 def test_replay_is_charged_to_where_the_records_came_from():
-    ledger, series = opened(), []
+    ledger = opened()
+    series = []
     ledger.charge(entry({"e1": Q}))
     series.append(ledger.epsilon(["e1"], delta=DELTA))
     for i in range(2, 6):
@@ -78,7 +81,9 @@ def test_replace_one_looks_at_any_two_partitions():
 
 def test_raw_data_makes_epsilon_infinite_for_its_partition_only():
     ledger = opened(partitions=2)
-    ledger.charge(entry({"e1": 1.0}, mechanism="none", noise_multiplier=0.0, sampling="none", steps=1))
+    ledger.charge(
+        entry({"e1": 1.0}, mechanism="none", noise_multiplier=0.0, sampling="none", steps=1)
+    )
     assert ledger.worst(DELTA) == ("e1", math.inf)
     assert ledger.epsilon(["e2"], delta=DELTA) == 0
     assert str(ledger.statement(DELTA)).startswith("epsilon infinite (record,")
@@ -90,11 +95,22 @@ def test_raw_data_makes_epsilon_infinite_for_its_partition_only():
 def test_the_digest_changes_with_every_field():
     base = entry()
     changes = {
-        "purpose": "reference", "noise_multiplier": 1.2, "clip_norm": 2.0, "first_step": 1, "steps": 1,
-        "scope": {"e2": Q}, "unit": "client", "relation": "replace-one", "trust": "server", "data": "e", "start": "t",
+        "purpose": "reference",
+        "noise_multiplier": 1.2,
+        "clip_norm": 2.0,
+        "first_step": 1,
+        "steps": 1,
+        "scope": {"e2": Q},
+        "unit": "client",
+        "relation": "replace-one",
+        "trust": "server",
+        "data": "e",
+        "start": "t",
         "simulated": False,
-    }  # fmt: skip
-    digests = {replace(base, **{name: value}).digest for name, value in changes.items()} | {base.digest}
+    }
+    digests = {replace(base, **{name: value}).digest for name, value in changes.items()} | {
+        base.digest
+    }
     digests.add(entry({"e1": 1.0}, sampling="none").digest)
     digests.add(entry(mechanism="none", noise_multiplier=0.0).digest)
     assert len(digests) == len(changes) + 3
@@ -104,12 +120,22 @@ def test_the_digest_changes_with_every_field():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"sampling": "shuffled"}, {"unit": "household"}, {"relation": "zero-out"}, {"mechanism": "laplace"},
-        {"mechanism": "none"}, {"clip_norm": 0.0}, {"clip_norm": math.inf}, {"noise_multiplier": -1.0},
-        {"noise_multiplier": math.nan}, {"steps": 0}, {"first_step": -1}, {"scope": {"e1": 0.0}},
-        {"scope": {"e1": 1.5}}, {"sampling": "none"},
+        {"sampling": "shuffled"},
+        {"unit": "household"},
+        {"relation": "zero-out"},
+        {"mechanism": "laplace"},
+        {"mechanism": "none"},
+        {"clip_norm": 0.0},
+        {"clip_norm": math.inf},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": math.nan},
+        {"steps": 0},
+        {"first_step": -1},
+        {"scope": {"e1": 0.0}},
+        {"scope": {"e1": 1.5}},
+        {"sampling": "none"},
     ],
-)  # fmt: skip
+)
 def test_impossible_entries_are_refused(wrong):
     with pytest.raises(ConfigError):
         entry(**wrong)
@@ -134,7 +160,16 @@ def test_statement_says_everything():
 def test_statement_of_a_secret_key_is_no_simulation(tmp_path):
     key = NoiseKey.from_os(tmp_path / "key")
     ledger = opened(key=key, unit="client", relation="replace-one")
-    ledger.charge(entry({"e1": 1.0}, sampling="none", simulated=False, unit="client", relation="replace-one", steps=1))
+    ledger.charge(
+        entry(
+            {"e1": 1.0},
+            sampling="none",
+            simulated=False,
+            unit="client",
+            relation="replace-one",
+            steps=1,
+        )
+    )
     text = str(ledger.statement(1e-3))
     assert "(client, replace-one, delta 0.001, PLD, no sampling, trusted curator)" in text
 
@@ -149,7 +184,9 @@ def test_printed_epsilon_is_rounded_up():
 # ---- charging
 
 
-@pytest.mark.parametrize("wrong", [{"unit": "client"}, {"relation": "replace-one"}, {"simulated": False}])
+@pytest.mark.parametrize(
+    "wrong", [{"unit": "client"}, {"relation": "replace-one"}, {"simulated": False}]
+)
 def test_units_relations_and_kinds_of_noise_never_mix(wrong):
     ledger = opened()
     with pytest.raises(LedgerError, match=next(iter(wrong))):
@@ -186,11 +223,16 @@ def test_a_matching_entry_is_executed_again_without_being_appended(tmp_path):
 def test_projection_writes_nothing():
     ledger = opened(partitions=2)
     ledger.charge(entry())
-    lines, more = list(ledger.chain.lines), entry({"e1": Q, "e2": Q}, first_step=STEPS)
+    lines = list(ledger.chain.lines)
+    more = entry({"e1": Q, "e2": Q}, first_step=STEPS)
     projected = ledger.project(more, DELTA)
     assert ledger.chain.lines == lines
     ledger.charge(more)
-    assert projected == {p: ledger.epsilon([p], delta=DELTA) for p in ("e1", "e2")} == ledger.project(more, DELTA)
+    assert (
+        projected
+        == {p: ledger.epsilon([p], delta=DELTA) for p in ("e1", "e2")}
+        == ledger.project(more, DELTA)
+    )
 
 
 # ---- grants
@@ -202,7 +244,8 @@ PLAN = {"e1": [Charge(Q, NOISE, STEPS)], "e2": [Charge(Q, NOISE, STEPS), Charge(
 def test_a_plan_over_budget_is_refused_with_amount_and_way_out():
     ledger = opened()
     with pytest.raises(
-        BudgetError, match=r"'e2' would reach epsilon 2\.4\d+ \(0 of it .* above the 2\.39 .* fewer steps"
+        BudgetError,
+        match=r"'e2' would reach epsilon 2\.4\d+ \(0 of it .* above the 2\.39 .* fewer steps",
     ):
         ledger.grant(PLAN, epsilon=2.39, delta=DELTA)
     assert len(ledger.chain.lines) == 6
@@ -220,13 +263,17 @@ def test_the_verdict_is_that_of_pld():
 def test_what_was_spent_before_counts():
     ledger = opened()
     ledger.charge(entry(noise_multiplier=1.2))
-    with pytest.raises(BudgetError, match=r"'e1' would reach epsilon 3\.\d+ \(2\.\d+ of it spent before\)"):
+    with pytest.raises(
+        BudgetError, match=r"'e1' would reach epsilon 3\.\d+ \(2\.\d+ of it spent before\)"
+    ):
         ledger.grant(PLAN, epsilon=2.5, delta=DELTA)
     ledger.grant({"e2": PLAN["e2"]}, epsilon=2.5, delta=DELTA)
 
 
 def test_what_of_a_plan_was_charged_already_is_not_charged_again():
-    """A run that goes on with a new partition grants its whole plan anew; the part that is done is done."""
+    """A run that goes on with a new partition grants its whole plan anew; the part that is done is
+    done.
+    """
     ledger = opened()
     ledger.grant({"e1": PLAN["e1"]}, epsilon=2.5, delta=DELTA)
     ledger.charge(entry(steps=400))
@@ -245,7 +292,11 @@ def test_only_what_was_granted_may_be_charged(tmp_path):
     ledger.charge(entry(steps=400))
     with pytest.raises(BudgetError, match=r"'e1': given 70 steps .* allowed 69"):
         ledger.charge(entry(first_step=400, steps=70))
-    for outside in ({"noise_multiplier": 1.0}, {"scope": {"e3": Q}}, {"scope": {"e2": Q, "e1": Q / 2}}):
+    for outside in (
+        {"noise_multiplier": 1.0},
+        {"scope": {"e3": Q}},
+        {"scope": {"e2": Q, "e1": Q / 2}},
+    ):
         with pytest.raises(BudgetError, match="allowed 0"):
             ledger.charge(entry(**outside, steps=1))
     for _ in range(2):  # the grant binds a restarted run, and re-execution consumes nothing
@@ -266,7 +317,8 @@ def test_only_what_was_granted_may_be_charged(tmp_path):
 
 def test_a_new_plan_lets_the_old_one_lapse():
     ledger = opened()
-    old, new = {"e1": [Charge(Q, NOISE, 100)]}, {"e1": [Charge(Q, 2.0, 50)]}
+    old = {"e1": [Charge(Q, NOISE, 100)]}
+    new = {"e1": [Charge(Q, 2.0, 50)]}
     ledger.grant(old, epsilon=3.0, delta=DELTA)
     ledger.charge(entry(steps=60))
     ledger.grant(new, epsilon=3.0, delta=DELTA)
@@ -294,4 +346,6 @@ def test_a_grant_under_replace_one_binds_two_partitions_together():
     ledger = opened(partitions=2, relation="replace-one")
     alone = epsilon([Charge(0.02, 2.0, 50)], delta=DELTA, relation="replace-one")
     with pytest.raises(BudgetError, match="e1 and e2"):
-        ledger.grant({p: [Charge(0.02, 2.0, 50)] for p in ("e1", "e2")}, epsilon=1.1 * alone, delta=DELTA)
+        ledger.grant(
+            {p: [Charge(0.02, 2.0, 50)] for p in ("e1", "e2")}, epsilon=1.1 * alone, delta=DELTA
+        )

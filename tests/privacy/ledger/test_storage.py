@@ -1,4 +1,6 @@
-"""The file: damage is named by its line, a crash loses no drawn noise, no key is in it, merging keeps each chain."""
+"""The file: damage is named by its line, a crash loses no drawn noise, no key is in it, merging
+keeps each chain.
+"""
 
 import base64
 import json
@@ -69,14 +71,19 @@ def test_a_covered_line_that_is_torn_is_refused(path):
 
 
 def test_a_ledger_rewritten_as_a_whole_is_refused(path):
-    rewritten, last = [], "0" * 64
+    rewritten = []
+    last = "0" * 64
     for line in lines_of(path):
         body = {n: v for n, v in json.loads(line).items() if n not in ("prev", "hash")}
         text, last = link(body | ({"steps": 2} if body["kind"] == "entry" else {}), last)
         rewritten.append(text.encode() + b"\n")
     assert "line 6: rewritten" in damaged(path, rewritten)
     head = path.with_suffix(".head.json")
-    head.write_text(json.dumps(json.loads(head.read_text()) | {"hash": last}, sort_keys=True, separators=(",", ":")))
+    head.write_text(
+        json.dumps(
+            json.loads(head.read_text()) | {"hash": last}, sort_keys=True, separators=(",", ":")
+        )
+    )
     assert "not sealed with this key" in damaged(path, rewritten)
 
 
@@ -88,14 +95,17 @@ def test_a_head_of_another_key_or_a_missing_one_is_refused(path):
         Ledger.open(path, key=KEY)
 
 
-@pytest.mark.parametrize("options", [{"owner": "x"}, {"unit": "client"}, {"relation": "replace-one"}])
+@pytest.mark.parametrize(
+    "options", [{"owner": "x"}, {"unit": "client"}, {"relation": "replace-one"}]
+)
 def test_a_ledger_is_opened_as_what_it_is(path, options):
     with pytest.raises(LedgerError, match=str(next(iter(options.values())))):
         Ledger.open(path, key=KEY, **options)
 
 
 def test_two_processes_at_once_are_refused(path):
-    first, second = Ledger.open(path, key=KEY), Ledger.open(path, key=KEY)
+    first = Ledger.open(path, key=KEY)
+    second = Ledger.open(path, key=KEY)
     first.charge(entry(first_step=10))
     with pytest.raises(LedgerError, match="another process"):
         second.charge(entry(first_step=11))
@@ -103,7 +113,9 @@ def test_two_processes_at_once_are_refused(path):
 
 
 @pytest.mark.property
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_changed_byte_is_refused(path, data):
     """In the file or in its head; both are covered to the last byte."""
@@ -121,7 +133,9 @@ def test_any_changed_byte_is_refused(path, data):
 
 
 @pytest.mark.property
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(tail=st.binary(min_size=1, max_size=300))
 def test_whatever_stands_beyond_the_head_is_dropped(path, tail):
     original = path.read_bytes()
@@ -151,7 +165,8 @@ def crash_at(countdown):
 @pytest.mark.parametrize("crash", range(18))
 def test_a_crash_at_any_point_loses_no_drawn_noise_and_the_run_ends_the_same(tmp_path, crash):
     """Six lines (header, two partitions, three entries) with three points each."""
-    path, drawn = tmp_path / "ledger.jsonl", []
+    path = tmp_path / "ledger.jsonl"
+    drawn = []
 
     def run(trace):
         ledger = opened(path, 2, trace=trace)
@@ -189,8 +204,11 @@ def test_a_caught_failure_leaves_the_open_ledger_usable(tmp_path, crash):
 
 
 def test_memory_behaves_as_the_file_does(tmp_path):
-    on_disk, in_memory = filled(tmp_path / "l.jsonl"), filled(None)
-    assert in_memory.chain.lines == on_disk.chain.lines and in_memory.chain.head == on_disk.chain.head
+    on_disk = filled(tmp_path / "l.jsonl")
+    in_memory = filled(None)
+    assert (
+        in_memory.chain.lines == on_disk.chain.lines and in_memory.chain.head == on_disk.chain.head
+    )
     points = []
     opened(None, 1, trace=points.append)
     assert points == list(POINTS) * 2
@@ -224,7 +242,9 @@ def clients(tmp_path):
 def test_merged_ledgers_stand_side_by_side(clients, tmp_path):
     merged = merge(clients)
     each = merged.per_client(DELTA)
-    assert each == {f"client {i}": epsilon([Charge(Q, NOISE, 100 * i)], delta=DELTA) for i in (1, 2, 3)}
+    assert each == {
+        f"client {i}": epsilon([Charge(Q, NOISE, 100 * i)], delta=DELTA) for i in (1, 2, 3)
+    }
     assert merged.worst(DELTA) == ("client 3/e1", each["client 3"])
     assert merged.epsilon(delta=DELTA) == each["client 3"]
     shared = merged.epsilon(["client 1/e1", "client 2/e1"], delta=DELTA)
@@ -234,7 +254,9 @@ def test_merged_ledgers_stand_side_by_side(clients, tmp_path):
 
 def test_export_keeps_every_chain_and_head(clients, tmp_path):
     out = tmp_path / "all.jsonl"
-    merge([clients[0], Ledger.open(clients[1], key=NoiseKey.from_seed(2), owner="client 2")]).export(out)
+    merge(
+        [clients[0], Ledger.open(clients[1], key=NoiseKey.from_seed(2), owner="client 2")]
+    ).export(out)
     merge([out, clients[2]]).export(out)
     text = out.read_text()
     for file in clients:
@@ -256,7 +278,9 @@ def test_reading_changes_nothing(clients):
 
 
 @pytest.mark.property
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_damage_of_an_export_is_refused(clients, tmp_path, data):
     out = tmp_path / "all.jsonl"
@@ -308,5 +332,8 @@ def test_a_ledger_that_was_stopped_before_its_first_line_holds_nothing(tmp_path)
 
     with pytest.raises(StoppedError):
         Ledger.open(tmp_path / "ledger.jsonl", key=KEY, trace=stop)
-    assert read(tmp_path / "ledger.jsonl").entries == [] and merge([tmp_path / "ledger.jsonl"]).partitions == ()
+    assert (
+        read(tmp_path / "ledger.jsonl").entries == []
+        and merge([tmp_path / "ledger.jsonl"]).partitions == ()
+    )
     assert Ledger.open(tmp_path / "ledger.jsonl", key=KEY).chain.lines

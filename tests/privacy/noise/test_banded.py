@@ -19,8 +19,11 @@ STEPS = 9
 
 
 def strategy_matrix(steps, bands):
-    """C: lower-triangular Toeplitz with the coefficients of the square root of the matrix of ones."""
-    matrix, values = torch.zeros(steps, steps, dtype=torch.float64), coefficients(bands)
+    """C: lower-triangular Toeplitz with the coefficients of the square root of the matrix of
+    ones.
+    """
+    matrix = torch.zeros(steps, steps, dtype=torch.float64)
+    values = coefficients(bands)
     for i in range(steps):
         for k in range(min(bands, i + 1)):
             matrix[i, i - k] = values[k]
@@ -36,7 +39,8 @@ def test_the_coefficients_are_those_of_the_square_root():
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 9, 12])
 def test_the_chain_is_the_inverse_of_the_matrix(bands):
-    chain, fresh = Chain(bands), torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chain = Chain(bands)
+    fresh = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     inverse = torch.linalg.inv(strategy_matrix(STEPS, bands))
     expected = chain.gain * inverse @ fresh
     for step in range(STEPS):
@@ -46,24 +50,31 @@ def test_the_chain_is_the_inverse_of_the_matrix(bands):
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4])
 def test_k_steps_of_a_record_cost_what_k_gaussians_cost(bands):
-    """All ways to take part at least `bands` steps apart: the norm of what a record adds to C x, over the gain."""
-    matrix, gain = strategy_matrix(STEPS, bands), Chain(bands).gain
+    """All ways to take part at least `bands` steps apart: the norm of what a record adds to C x,
+    over the gain.
+    """
+    matrix = strategy_matrix(STEPS, bands)
+    gain = Chain(bands).gain
     for k in (1, 2, 3):
         for places in combinations(range(STEPS), k):
             if all(later - earlier >= bands for earlier, later in pairwise(places)):
-                added = matrix[:, list(places)].sum(1)  # the same direction every time, which is the worst
+                # the same direction every time, which is the worst
+                added = matrix[:, list(places)].sum(1)
                 assert float(added.norm()) <= sqrt(k) * gain + 1e-12
     closer = matrix[:, [0, 1]].sum(1)
-    assert bands == 1 or float(closer.norm()) > sqrt(2) * gain  # nearer steps would cost more than is charged
+    # nearer steps would cost more than is charged
+    assert bands == 1 or float(closer.norm()) > sqrt(2) * gain
 
 
 def test_the_sum_of_all_steps_has_less_noise_than_independent_noise_would_leave():
-    steps, ones = 64, torch.ones(64, 64, dtype=torch.float64).tril()
+    steps = 64
+    ones = torch.ones(64, 64, dtype=torch.float64).tril()
 
     def error(bands):
-        return float((ones @ torch.linalg.inv(strategy_matrix(steps, bands))).square().sum(1).mean()) * Chain(
-            bands
-        ).gain ** 2  # fmt: skip
+        return (
+            float((ones @ torch.linalg.inv(strategy_matrix(steps, bands))).square().sum(1).mean())
+            * Chain(bands).gain ** 2
+        )
 
     assert error(1) > 2 * error(4) > 2 * error(16)
 
@@ -78,9 +89,10 @@ def learner_of(toy_stream, toy_model):
         options = {"strategy": Naive(), "epochs": 2, "batch_size": 4, "blocks": 2}
         privacy = Privacy(noise_multiplier=2.0, bands=3, seed=0)
         made = Learner(
-            model=toy_model(stream), optimizer=partial(torch.optim.SGD, lr=0.1),
+            model=toy_model(stream),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
             **{"privacy": privacy} | options | changes,
-        )  # fmt: skip
+        )
         made.prepare(stream)
         return made
 
@@ -102,7 +114,9 @@ def test_every_record_takes_part_once_an_epoch_at_its_own_place(learner_of, toy_
     assert len(seen) == 12 and seen[:6] == seen[6:]
     assert sorted(i for ids in seen[:6] for i in ids) == sorted(toy_stream()[0].train.ids.tolist())
     stream = toy_stream()
-    fewer = replace(stream[0], train=replace(stream[0].train.take(torch.arange(1, 24)), declared_size=24))
+    fewer = replace(
+        stream[0], train=replace(stream[0].train.take(torch.arange(1, 24)), declared_size=24)
+    )
     dropped = set(stream[0].train.ids[:1].tolist())
     neighbours = batches(learner_of(replace(stream, experiences=(fewer, stream[1]))))
     assert [ids - dropped for ids in seen] == neighbours
@@ -112,22 +126,32 @@ def test_the_ledger_charges_participations_and_not_steps(learner_of):
     learner = learner_of()
     learner.fit(learner.stream)
     entries = learner.mechanism.ledger.entries
-    assert {e.mechanism for e in entries} == {"banded-gaussian"} and {e.sampling for e in entries} == {"none"}
+    assert {e.mechanism for e in entries} == {"banded-gaussian"} and {
+        e.sampling for e in entries
+    } == {"none"}
     assert [(e.steps, e.participations) for e in entries] == [(6, 1)] * 4
     spent = learner.mechanism.ledger.epsilon(["experience-0"], delta=1e-5)
     assert spent == epsilon([Charge(1.0, 2.0, 2)], delta=1e-5)
 
 
 def test_a_target_is_calibrated_for_the_participations(learner_of):
-    learner = learner_of(privacy=Privacy(epsilon=2.0, bands=3, seed=0), strategy=Replay(memory_size=8))
+    learner = learner_of(
+        privacy=Privacy(epsilon=2.0, bands=3, seed=0), strategy=Replay(memory_size=8)
+    )
     learner.fit(learner.stream)
     assert 1.95 < learner.mechanism.ledger.worst(1e-5)[1] <= 2.0
 
 
 def test_an_epoch_shorter_than_the_bands_is_refused(learner_of):
-    with pytest.raises(ConfigError, match=r"privacy.bands = 7 is not allowed; allowed: up to 6, the steps of an epoch"):
+    with pytest.raises(
+        ConfigError,
+        match=r"privacy.bands = 7 is not allowed; allowed: up to 6, the steps of an epoch",
+    ):
         learner_of(privacy=Privacy(noise_multiplier=1.0, bands=7, seed=0)).begin(0)
-    for other in ({"sampling_rate": 0.1}, {"epsilon": (1.0, 2.0), "noise_multiplier": None, "sampling_rate": 0.1}):
+    for other in (
+        {"sampling_rate": 0.1},
+        {"epsilon": (1.0, 2.0), "noise_multiplier": None, "sampling_rate": 0.1},
+    ):
         with pytest.raises(ConfigError, match=r"privacy.bands"):
             Privacy(**{"noise_multiplier": 1.0, "bands": 2} | other)
 
@@ -139,25 +163,37 @@ def test_noise_follows_the_steps_in_turn_and_a_block_again_is_the_same(learner_o
 
     def draws():
         learner.curator.reserve(range(6), "start")
-        return [learner.mechanism.gradient(none, learner.params, step=step)["head.weight"] for step in range(6)]
+        return [
+            learner.mechanism.gradient(none, learner.params, step=step)["head.weight"]
+            for step in range(6)
+        ]
 
-    first, again = draws(), draws()
+    first = draws()
+    again = draws()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     learner.curator.reserve(range(6), "start")
     learner.mechanism.gradient(none, learner.params, step=0)
-    with pytest.raises(PrivacyError, match="step 2 is out of turn: every step is drawn once, next is step 1"):
+    with pytest.raises(
+        PrivacyError, match="step 2 is out of turn: every step is drawn once, next is step 1"
+    ):
         learner.mechanism.gradient(none, learner.params, step=2)
 
 
 @pytest.mark.statistical
 def test_neighbouring_steps_of_noise_are_negatively_correlated(toy_stream, toy_model, learner_of):
-    """The lag-1 correlation of C^-1 z is -c_1 + ... over many coordinates; 5 standard errors never miss zero here."""
+    """The lag-1 correlation of C^-1 z is -c_1 + .
+
+    Over many coordinates; 5 standard errors never miss zero here.
+    """
     learner = learner_of(iterations=200, epochs=None, blocks=1)
     learner.begin(0)
     learner.curator.reserve(range(200), "start")
     none = lambda clip: None  # noqa: E731
     name = next(iter(learner.params))
-    drawn = [learner.mechanism.gradient(none, learner.params, step=step)[name].flatten() for step in range(200)]
+    drawn = [
+        learner.mechanism.gradient(none, learner.params, step=step)[name].flatten()
+        for step in range(200)
+    ]
     noise = torch.stack(drawn[20:])
     correlation = float((noise[1:] * noise[:-1]).mean() / noise.square().mean())
     inverse = torch.linalg.inv(strategy_matrix(200, 3))[-1]

@@ -28,7 +28,9 @@ def stream(step=0, seed=0):
 
 
 def words(*values):
-    """A stream whose 64-bit words come out as `values`, again and again (a buffer is read from its end)."""
+    """A stream whose 64-bit words come out as `values`, again and again (a buffer is read from its
+    end).
+    """
     return lambda n: np.resize(np.array(values, dtype="<u8"), n // 8)[::-1].tobytes()
 
 
@@ -53,7 +55,8 @@ def test_integers_wider_than_a_word_join_words():
 @pytest.mark.parametrize("n", [2, 3, 7, 10, 3 * 2**70])
 def test_integers_are_uniform(n):
     """Flakiness 1e-6 each; a tenth more of the lower half is rejected."""
-    draws, source = 20_000, Integers(stream(seed=n % 97))
+    draws = 20_000
+    source = Integers(stream(seed=n % 97))
     bins = min(n, 12)
     got = np.bincount([source.below(n) * bins // n for _ in range(draws)], minlength=bins)
     assert got.sum() == draws and len(got) == bins
@@ -63,10 +66,13 @@ def test_integers_are_uniform(n):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("rate", [Fraction(0), Fraction(1, 7), Fraction(1), Fraction(5, 2), Fraction(10**38, 3**80)])
+@pytest.mark.parametrize(
+    "rate", [Fraction(0), Fraction(1, 7), Fraction(1), Fraction(5, 2), Fraction(10**38, 3**80)]
+)
 def test_a_coin_of_rate_exp_minus_gamma(rate):
     """Flakiness 1e-6 each; a fifth more or less often is rejected."""
-    n, source = 20_000, Integers(stream(seed=1))
+    n = 20_000
+    source = Integers(stream(seed=1))
     hits = sum(_bernoulli_exp(rate.numerator, rate.denominator, source) for _ in range(n))
     p = math.exp(-rate)
     assert stats.binomtest(hits, n, p).pvalue > 1e-6
@@ -93,7 +99,8 @@ def fit(draws, sigma):
     expected = np.array([p[z < -limit].sum(), *p[abs(z) <= limit], p[z > limit].sum()]) * len(draws)
     if expected[0] < 1e-3:  # nothing can be said of tails that thin
         assert got[0] == got[-1] == 0
-        got, expected = got[1:-1], expected[1:-1]
+        got = got[1:-1]
+        expected = expected[1:-1]
     return stats.chisquare(got, expected * got.sum() / expected.sum()).pvalue
 
 
@@ -109,7 +116,9 @@ def test_draws_follow_the_exact_law_and_not_that_of_two_thirds_or_three_halves(s
 
 @pytest.mark.statistical
 def test_it_is_not_a_rounded_gaussian():
-    """At s = 0.4 the discrete law has 0 in 92 of 100 draws, a rounded normal in 79; rejected at 1e-12."""
+    """At s = 0.4 the discrete law has 0 in 92 of 100 draws, a rounded normal in 79; rejected at
+    1e-12.
+    """
     zeros = int((discrete_gaussian(10_000, 0.4, stream(seed=4)) == 0).sum())
     z, p = mass(0.4)
     assert stats.binomtest(zeros, 10_000, float(p[z == 0][0])).pvalue > 1e-6
@@ -119,15 +128,21 @@ def test_it_is_not_a_rounded_gaussian():
 @pytest.mark.statistical
 @pytest.mark.parametrize(("sigma", "n"), [(0.7, 40_000), (4.4, 40_000)])
 def test_parities_signs_and_tails(sigma, n):
-    """Each share is binomial, flakiness 1e-6 each; a fifth more or less (in the tail, half as many) is rejected."""
-    draws, (z, p) = discrete_gaussian(n, sigma, stream(seed=5)).numpy(), mass(sigma)
+    """Each share is binomial, flakiness 1e-6 each; a fifth more or less (in the tail, half as many)
+    is rejected.
+    """
+    draws = discrete_gaussian(n, sigma, stream(seed=5)).numpy()
+    z, p = mass(sigma)
     events = {
-        "odd": lambda v: v % 2 == 1, "odd and positive": lambda v: (v % 2 == 1) & (v > 0),
-        "even and negative": lambda v: (v % 2 == 0) & (v < 0), "tail": lambda v: abs(v) > 2.5 * sigma,
+        "odd": lambda v: v % 2 == 1,
+        "odd and positive": lambda v: (v % 2 == 1) & (v > 0),
+        "even and negative": lambda v: (v % 2 == 0) & (v < 0),
+        "tail": lambda v: abs(v) > 2.5 * sigma,
         "zero": lambda v: v == 0,
-    }  # fmt: skip
+    }
     for name, event in events.items():
-        share, hits = float(p[event(z)].sum()), int(event(draws).sum())
+        share = float(p[event(z)].sum())
+        hits = int(event(draws).sum())
         assert stats.binomtest(hits, n, share).pvalue > 1e-6, name
         for factor in (0.5, 2.0) if name == "tail" else (0.8, 1.2):
             assert stats.binomtest(hits, n, share * factor).pvalue < 1e-3, name
@@ -166,24 +181,31 @@ def test_a_scale_that_is_none_is_refused(sigma):
 def test_bytes_of_a_stream_go_on_and_differ_by_place():
     """Two calls continue one keystream, which is not that of coins, normals or another place."""
     key = NoiseKey.from_seed(0)
-    whole, parts = stream()(96), stream()
+    whole = stream()(96)
+    parts = stream()
     assert parts(1) + parts(32) + parts(63) == whole
     changes = [{"purpose": "x"}, {"entry": "e1"}, {"step": 1}]
     others = [key.stream(**({**PLACE, "step": 0} | change))(96) for change in changes]
     assert len({whole, *others, NoiseKey.from_seed(1).stream(**PLACE, step=0)(96)}) == 5
     coins = key.uniform(12, **PLACE, step=0)
-    mine = torch.from_numpy((np.frombuffer(whole, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    mine = torch.from_numpy(
+        (np.frombuffer(whole, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    )
     assert not (coins == mine).any()
 
 
 def hockey_stick(sigma, times, eps):
-    """delta of `times` counts with noise, by summing max(0, P - exp(eps) Q) over the lattice of joint losses."""
+    """delta of `times` counts with noise, by summing max(0, P - exp(eps) Q) over the lattice of
+    joint losses.
+    """
     z, p = mass(sigma, math.ceil(12 * sigma) + 4)
     up = np.exp(((z - 1) / sigma) ** 2 / -2) / np.exp(-((z / sigma) ** 2) / 2).sum()
     # the joint loss is a function of the sum of the draws: loss = sum (1 - 2 z) / (2 s^2)
-    joint_p, joint_q = p, up
+    joint_p = p
+    joint_q = up
     for _ in range(times - 1):
-        joint_p, joint_q = np.convolve(joint_p, p), np.convolve(joint_q, up)
+        joint_p = np.convolve(joint_p, p)
+        joint_q = np.convolve(joint_q, up)
     forth = np.maximum(joint_p - math.exp(eps) * joint_q, 0).sum()
     return max(forth, np.maximum(joint_q - math.exp(eps) * joint_p, 0).sum())
 
@@ -191,9 +213,12 @@ def hockey_stick(sigma, times, eps):
 @pytest.mark.reference
 @pytest.mark.parametrize(("sigma", "times"), [(1.0, 1), (1.0, 3), (4.4, 1), (4.4, 5), (20.0, 2)])
 def test_epsilon_of_counts_equals_a_sum_over_the_exact_law(sigma, times):
-    """PLD is an upper bound and tight to half a percent; RDP lies above it; 2/3 of the noise would cost more."""
+    """PLD is an upper bound and tight to half a percent; RDP lies above it; 2/3 of the noise would
+    cost more.
+    """
     delta = 1e-5
-    low, high = 0.0, 50.0
+    low = 0.0
+    high = 50.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if hockey_stick(sigma, times, middle) > delta else (low, middle)
@@ -201,7 +226,9 @@ def test_epsilon_of_counts_equals_a_sum_over_the_exact_law(sigma, times):
     pld = epsilon(charge, delta=delta)
     assert high * (1 - 1e-9) <= pld <= high * 1.005 + 1e-3
     assert epsilon(charge, delta=delta, accountant="rdp") >= pld
-    assert epsilon([Charge(1.0, sigma * 2 / 3, times, "discrete-gaussian")], delta=delta) > 1.2 * high
+    assert (
+        epsilon([Charge(1.0, sigma * 2 / 3, times, "discrete-gaussian")], delta=delta) > 1.2 * high
+    )
 
 
 # --------------------------------------------------------------------------- counts
@@ -234,6 +261,9 @@ def test_bins_that_are_no_whole_numbers_are_refused():
 @settings(deadline=None)
 @given(st.lists(st.integers(-3, 8), max_size=12), st.integers(-3, 8))
 def test_one_record_moves_one_count_by_one(values, more):
-    before, after = (counted(torch.tensor(v, dtype=torch.int64), 5, strict=False) for v in (values, [*values, more]))
+    before, after = (
+        counted(torch.tensor(v, dtype=torch.int64), 5, strict=False)
+        for v in (values, [*values, more])
+    )
     moved = (after - before).tolist()
     assert sorted(moved) == ([0, 0, 0, 0, 1] if 0 <= more < 5 else [0] * 5)

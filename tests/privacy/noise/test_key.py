@@ -36,7 +36,8 @@ def test_key_file_is_created_once_with_mode_0600(tmp_path):
 
 
 def test_two_keys_from_the_system_differ(tmp_path):
-    a, b = NoiseKey.from_os(tmp_path / "a"), NoiseKey.from_os(tmp_path / "b")
+    a = NoiseKey.from_os(tmp_path / "a")
+    b = NoiseKey.from_os(tmp_path / "b")
     assert a.mac(b"x") != b.mac(b"x")
 
 
@@ -60,7 +61,8 @@ def test_a_damaged_key_is_refused(tmp_path):
 def test_a_key_written_first_by_another_process_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "noise.key"
     first = NoiseKey.from_os(path)
-    monkeypatch.setattr(type(path), "exists", lambda self: False)  # as for one that looked before the file was there
+    # as for one that looked before the file was there
+    monkeypatch.setattr(type(path), "exists", lambda self: False)
     assert NoiseKey.from_os(path).mac(b"x") == first.mac(b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["noise.key"]
 
@@ -77,7 +79,10 @@ def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
 
 
 def test_simulated_keys_say_so_and_depend_on_every_part():
-    keys = [NoiseKey.from_seed(*p) for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]]
+    keys = [
+        NoiseKey.from_seed(*p)
+        for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]
+    ]
     assert all(key.simulated for key in keys)
     assert repr(keys[0]) == "NoiseKey(simulated)"
     assert len({key.mac(b"x") for key in keys}) == len(keys)
@@ -93,7 +98,10 @@ def test_mac_is_domain_separated_from_every_stream():
     key = NoiseKey(bytes(32), simulated=False)
     assert key.mac(b"m") != hmac.new(bytes(32), b"m", hashlib.sha256).hexdigest()
     assert key.mac(b"m") != key.mac(b"n")
-    kinds = [key._subkey(*c) for c in [("mac",), ("tags", ""), ("uniform", "", "", 0, 1), ("normal", "", "", 0, [])]]
+    kinds = [
+        key._subkey(*c)
+        for c in [("mac",), ("tags", ""), ("uniform", "", "", 0, 1), ("normal", "", "", 0, [])]
+    ]
     assert len(set(kinds)) == 4
 
 
@@ -102,7 +110,9 @@ def test_mac_is_domain_separated_from_every_stream():
 
 @pytest.mark.reference
 def test_keystream_is_aes_256_ctr():
-    """NIST SP 800-38A uses another counter; encrypting counters block by block is the definition."""
+    """NIST SP 800-38A uses another counter; encrypting counters block by block is the
+    definition.
+    """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     key = bytes(range(32))
@@ -114,14 +124,21 @@ def test_keystream_is_aes_256_ctr():
 
 def test_a_reader_goes_on_where_it_stopped():
     read = _reader(bytes(32), 40)
-    assert b"".join(read(n).tobytes() for n in (40, 5, 0, 16, 39)) == _keystream(bytes(32), 100).tobytes()
+    assert (
+        b"".join(read(n).tobytes() for n in (40, 5, 0, 16, 39))
+        == _keystream(bytes(32), 100).tobytes()
+    )
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("n", [1, 2, 4001, DRAWN_AT_ONCE + 3])
 def test_normals_are_those_of_the_formula_whatever_the_pieces(n):
     key = NoiseKey.from_seed(0)
-    words = _keystream(key._subkey("normal", *STREAM.values(), [["w", n]]), 4 * (n + 1)).view("<u4").astype(np.float32)
+    words = (
+        _keystream(key._subkey("normal", *STREAM.values(), [["w", n]]), 4 * (n + 1))
+        .view("<u4")
+        .astype(np.float32)
+    )
     pieces = []
     for start in range(0, n, DRAWN_AT_ONCE):
         u, t = np.split(words[start : min(start + DRAWN_AT_ONCE, n + n % 2)], 2)
@@ -148,18 +165,32 @@ def test_equal_requests_give_equal_noise_and_pinned_values():
 
 @pytest.mark.parametrize(
     "change",
-    [{"purpose": "reference"}, {"entry": "e1"}, {"step": 1}, {"key": NoiseKey.from_seed(1)}, {"n": N - 1}],
+    [
+        {"purpose": "reference"},
+        {"entry": "e1"},
+        {"step": 1},
+        {"key": NoiseKey.from_seed(1)},
+        {"n": N - 1},
+    ],
 )
 def test_any_change_of_the_request_shares_no_value(change):
-    base, other = draw(), draw(**change)
+    base = draw()
+    other = draw(**change)
     m = min(len(base), len(other))
     # float32 normals repeat by chance at a given position with probability below 1e-6
     assert (base[:m] == other[:m]).sum() <= 2
 
 
 def test_shapes_names_and_odd_sizes():
-    noise = NoiseKey.from_seed(0).normal({"a": (3, 5), "b": torch.Size([]), "c": (0, 4), "d": (7,)}, **STREAM)
-    assert {n: tuple(t.shape) for n, t in noise.items()} == {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,)}
+    noise = NoiseKey.from_seed(0).normal(
+        {"a": (3, 5), "b": torch.Size([]), "c": (0, 4), "d": (7,)}, **STREAM
+    )
+    assert {n: tuple(t.shape) for n, t in noise.items()} == {
+        "a": (3, 5),
+        "b": (),
+        "c": (0, 4),
+        "d": (7,),
+    }
     assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in noise.values())
     values = torch.cat([t.flatten() for t in noise.values()])
     assert len(values.unique()) == 23
@@ -167,11 +198,14 @@ def test_shapes_names_and_odd_sizes():
 
 
 def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
-    extreme = np.zeros(16, dtype=np.uint8)  # no key can be found whose stream begins with 128 zeros, or ones
+    # no key can be found whose stream begins with 128 zeros, or ones
+    extreme = np.zeros(16, dtype=np.uint8)
     monkeypatch.setattr("perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme)
     peak = draw(n=4).abs().max().item()
     assert peak == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
-    monkeypatch.setattr("perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme + 255)
+    monkeypatch.setattr(
+        "perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme + 255
+    )
     assert torch.isfinite(draw(n=4)).all()
 
 
@@ -179,24 +213,28 @@ def test_uniform_is_in_the_half_open_interval_with_53_bits():
     u = NoiseKey.from_seed(0).uniform(N, **STREAM)
     assert u.dtype == torch.float64 and u.shape == (N,)
     assert u.min() >= 0 and u.max() < 1
-    assert len(u.unique()) == N  # 32-bit values would collide here with probability 0.17, 24-bit ones surely
+    # 32-bit values would collide here with probability 0.17, 24-bit ones surely
+    assert len(u.unique()) == N
     assert (u * 2**53 == (u * 2**53).round()).all() and ((u * 2**40) % 1 != 0).any()
     assert NoiseKey.from_seed(0).uniform(0, **STREAM).shape == (0,)
 
 
 def test_tags_depend_on_the_id_alone():
-    key, ids = NoiseKey.from_seed(0), torch.arange(-500, 500)
+    key = NoiseKey.from_seed(0)
+    ids = torch.arange(-500, 500)
     tags = key.tags(ids, "memory")
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(key.tags(ids[order], "memory"), tags[order])
     assert torch.equal(key.tags(ids[3:4], "memory"), tags[3:4])
-    assert torch.equal(key.tags(torch.tensor([7, 7]), "memory")[0], key.tags(torch.tensor([7]), "memory")[0])
+    assert torch.equal(
+        key.tags(torch.tensor([7, 7]), "memory")[0], key.tags(torch.tensor([7]), "memory")[0]
+    )
     assert len(tags.unique()) == 1000
     assert not (tags == key.tags(ids, "other")).any()
 
 
-# ---- statistics. All keys are simulated, so each test is deterministic; under a fresh key a correct
-# implementation would fail each comparison with the probability named beside it.
+# ---- statistics. All keys are simulated, so each test is deterministic; under a fresh key a
+# correct implementation would fail each comparison with the probability named beside it.
 
 
 def scale_p_value(z, scale):
@@ -220,7 +258,10 @@ def test_normals_are_normal(seed):
     """Flakiness 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
     z = draw(NoiseKey.from_seed(seed), n=400_000).numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-6
-    assert stats.kstest(1.02 * z, "norm").pvalue < 1e-6 and stats.kstest(z + 0.02, "norm").pvalue < 1e-6
+    assert (
+        stats.kstest(1.02 * z, "norm").pvalue < 1e-6
+        and stats.kstest(z + 0.02, "norm").pvalue < 1e-6
+    )
     beyond = int((np.abs(z) > 4).sum())  # 25 expected
     assert stats.binomtest(beyond, len(z), 2 * stats.norm.sf(4)).pvalue > 1e-6
 
@@ -229,8 +270,11 @@ def test_normals_are_normal(seed):
 @pytest.mark.parametrize("source", ["uniform", "tags"])
 def test_uniforms_are_uniform(source):
     """Flakiness 1e-6; a coin that is 1 % too likely is rejected at n = 200,000."""
-    key, n = NoiseKey.from_seed(1), 200_000
-    u = (key.uniform(n, **STREAM) if source == "uniform" else key.tags(torch.arange(n), "memory")).numpy()
+    key = NoiseKey.from_seed(1)
+    n = 200_000
+    u = (
+        key.uniform(n, **STREAM) if source == "uniform" else key.tags(torch.arange(n), "memory")
+    ).numpy()
     assert stats.kstest(u, "uniform").pvalue > 1e-6
     assert stats.kstest(u**1.02, "uniform").pvalue < 1e-6
     low_bits = (u * 2**53).astype(np.int64) % 16
@@ -239,8 +283,12 @@ def test_uniforms_are_uniform(source):
 
 @pytest.mark.statistical
 def test_streams_are_independent_of_each_other_and_of_themselves_shifted():
-    """240 correlations, each beyond 5.5 sigma with probability 4e-8; a correlation of 0.05 would show."""
-    streams = [draw(step=s, purpose=p, entry=e) for s in (0, 1, 2) for p in "ab" for e in ("x", "y")]
+    """240 correlations, each beyond 5.5 sigma with probability 4e-8; a correlation of 0.05 would
+    show.
+    """
+    streams = [
+        draw(step=s, purpose=p, entry=e) for s in (0, 1, 2) for p in "ab" for e in ("x", "y")
+    ]
     rows = torch.stack([*streams, *(s.roll(lag) for s in streams[:2] for lag in (1, N // 2))])
     for values in (rows, rows**2):  # Box-Muller pairs share a radius: look at the squares too
         off_diagonal = torch.corrcoef(values) - torch.eye(len(values))
@@ -251,9 +299,14 @@ def test_streams_are_independent_of_each_other_and_of_themselves_shifted():
 
 @pytest.mark.statistical
 def test_a_coin_lands_independently_over_steps():
-    """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial. Flakiness 1e-6 per comparison."""
+    """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial.
+
+    Flakiness 1e-6 per comparison.
+    """
     key = NoiseKey.from_seed(2)
-    coins = torch.stack([key.uniform(2000, purpose="sample", entry="e", step=s) < 0.1 for s in range(100)])
+    coins = torch.stack(
+        [key.uniform(2000, purpose="sample", entry="e", step=s) < 0.1 for s in range(100)]
+    )
     for counts, trials in ((coins.sum(0), 100), (coins.sum(1), 2000)):
         spread = ((counts - 0.1 * trials) ** 2).sum().item() / (0.09 * trials)
         assert 1e-6 < stats.chi2.cdf(spread, len(counts)) < 1 - 1e-6

@@ -15,11 +15,14 @@ PLACE = {"purpose": "release:test", "entry": "e0"}
 
 
 def chances(scores, k, noise_multiplier):
-    """Exact probability of every ordered choice of k: one after another, without those chosen before."""
+    """Exact probability of every ordered choice of k: one after another, without those chosen
+    before.
+    """
     weights = torch.softmax(scores / noise_multiplier, 0).tolist()
     found = {}
     for order in itertools.permutations(range(len(weights)), k):
-        left, chance = 1.0, 1.0
+        left = 1.0
+        chance = 1.0
         for place in order:
             chance *= weights[place] / left
             left -= weights[place]
@@ -32,7 +35,10 @@ def neighbours(universe, largest):
     for n in range(largest + 1):
         for values in itertools.combinations_with_replacement(universe, n):
             for more in universe:
-                yield torch.tensor(values, dtype=torch.float64), torch.tensor([*values, more], dtype=torch.float64)
+                yield (
+                    torch.tensor(values, dtype=torch.float64),
+                    torch.tensor([*values, more], dtype=torch.float64),
+                )
 
 
 def worst_ratio(pairs, scores, k, noise_multiplier):
@@ -47,7 +53,9 @@ def worst_ratio(pairs, scores, k, noise_multiplier):
 @pytest.mark.parametrize("noise_multiplier", [0.4, 2.0])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_no_top_k_is_more_than_k_epsilon_likelier_with_one_record_more(k, noise_multiplier):
-    """Exact, over all data sets of up to 4 records, some of them in no bin; a whole epsilon is nearly used."""
+    """Exact, over all data sets of up to 4 records, some of them in no bin; a whole epsilon is
+    nearly used.
+    """
 
     def scores(values):
         return Frequency(bins=4, k=k).scores(values.long(), strict=False)
@@ -55,15 +63,20 @@ def test_no_top_k_is_more_than_k_epsilon_likelier_with_one_record_more(k, noise_
     worst = worst_ratio(neighbours((0, 1, 2, 3, 9), 4), scores, k, noise_multiplier)
     assert worst <= k * (1 + 1e-9)
     assert worst > 0.5 * k
-    sharper = worst_ratio(neighbours((0, 1, 2, 3, 9), 4), lambda v: 2 * scores(v), k, noise_multiplier)
+    sharper = worst_ratio(
+        neighbours((0, 1, 2, 3, 9), 4), lambda v: 2 * scores(v), k, noise_multiplier
+    )
     assert sharper > k  # at twice the scores the bound would be broken
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.75])
 def test_no_quantile_is_more_than_epsilon_likelier_with_one_record_more(q, noise_multiplier):
-    """Exact, over all data sets of up to 5 records, on candidates, between them, beyond them and NaN."""
-    universe, grid = (-1.0, 1.0, 2.0, 2.5, 9.0, math.nan), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    """Exact, over all data sets of up to 5 records, on candidates, between them, beyond them and
+    NaN.
+    """
+    universe = (-1.0, 1.0, 2.0, 2.5, 9.0, math.nan)
+    grid = torch.tensor([0.0, 1.0, 2.0, 4.0])
     utility = Quantile(q=q, candidates=grid)
 
     def scores(values):
@@ -75,25 +88,30 @@ def test_no_quantile_is_more_than_epsilon_likelier_with_one_record_more(q, noise
     assert doubled > 1  # without the half of a score that is not monotone, it would be broken
     moves = [scores(more) - scores(less) for less, more in neighbours(universe, 5)]
     assert max(float(move.abs().max()) for move in moves) <= 0.5 + 1e-12
-    assert any(float(move.max()) > 0.01 and float(move.min()) < -0.01 for move in moves)  # not monotone
+    # not monotone
+    assert any(float(move.max()) > 0.01 and float(move.min()) < -0.01 for move in moves)
 
 
 @pytest.mark.property
 @settings(deadline=None, max_examples=300)
 @given(
-    st.lists(st.floats(-5, 5) | st.just(math.nan), max_size=9), st.floats(-5, 5), st.floats(0.02, 0.98),
+    st.lists(st.floats(-5, 5) | st.just(math.nan), max_size=9),
+    st.floats(-5, 5),
+    st.floats(0.02, 0.98),
     st.lists(st.floats(-6, 6), min_size=1, max_size=6, unique=True),
-)  # fmt: skip
+)
 def test_scores_of_candidates_move_by_half_at_most(values, more, q, grid):
     utility = Quantile(q=q, candidates=torch.tensor(sorted(grid), dtype=torch.float64))
     before, after = (
-        utility.scores(torch.tensor(v, dtype=torch.float64), strict=False) for v in (values, [*values, more])
+        utility.scores(torch.tensor(v, dtype=torch.float64), strict=False)
+        for v in (values, [*values, more])
     )
     assert float((after - before).abs().max()) <= 0.5 + 1e-9
 
 
 def test_the_score_of_a_candidate_is_its_distance_from_the_rank():
-    values, grid = torch.tensor([1.5, 2.5, 2.6, 7.0]), [0.0, 2.0, 3.0, 9.0]
+    values = torch.tensor([1.5, 2.5, 2.6, 7.0])
+    grid = [0.0, 2.0, 3.0, 9.0]
     below = torch.tensor([0.0, 1.0, 3.0, 4.0])  # no record equals a candidate
     for q in (0.25, 0.5, 0.9):
         scores = Quantile(q=q, candidates=torch.tensor(grid)).scores(values, strict=True)
@@ -114,9 +132,11 @@ def test_a_value_that_many_have_is_told_from_its_neighbours():
 
 
 def test_what_is_not_a_number_lies_above_all_or_is_refused():
-    values, utility = torch.tensor([math.nan, 0.0, math.inf]), Quantile(q=0.5, candidates=torch.tensor([1.0, 2.0]))
+    values = torch.tensor([math.nan, 0.0, math.inf])
+    utility = Quantile(q=0.5, candidates=torch.tensor([1.0, 2.0]))
     assert torch.equal(
-        utility.scores(values, strict=False), utility.scores(torch.tensor([math.inf, 0.0, 5.0]), strict=True)
+        utility.scores(values, strict=False),
+        utility.scores(torch.tensor([math.inf, 0.0, 5.0]), strict=True),
     )
     with pytest.raises(DataError, match="1 records have NaN"):
         utility.scores(values, strict=True)
@@ -125,12 +145,16 @@ def test_what_is_not_a_number_lies_above_all_or_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": 0.0}, "q = 0.0"), ({"q": 1.0}, "q = 1.0"), ({"q": math.nan}, "q = nan"),
-        ({"candidates": torch.tensor([1.0, 1.0])}, "candidates"), ({"candidates": torch.tensor([2.0, 1.0])}, "above"),
-        ({"candidates": torch.tensor([])}, "candidates"), ({"candidates": torch.tensor([[1.0]])}, "one row"),
+        ({"q": 0.0}, "q = 0.0"),
+        ({"q": 1.0}, "q = 1.0"),
+        ({"q": math.nan}, "q = nan"),
+        ({"candidates": torch.tensor([1.0, 1.0])}, "candidates"),
+        ({"candidates": torch.tensor([2.0, 1.0])}, "above"),
+        ({"candidates": torch.tensor([])}, "candidates"),
+        ({"candidates": torch.tensor([[1.0]])}, "one row"),
         ({"candidates": torch.tensor([0.0, math.inf])}, "finite"),
     ],
-)  # fmt: skip
+)
 def test_quantiles_that_are_none_are_refused_in_one_line(change, message):
     with pytest.raises(ConfigError, match=message) as error:
         Quantile(**{"q": 0.5, "candidates": torch.tensor([0.0, 1.0])} | change)
@@ -151,16 +175,24 @@ def test_the_best_are_in_order_and_of_equals_the_first():
 @pytest.mark.parametrize("k", [1, 2])
 def test_choices_come_as_often_as_the_exponential_mechanism_says(k):
     """Chi-square over 10,000 draws, flakiness 1e-6; noise of 2/3 and 3/2 is rejected at 1e-6."""
-    key, n = NoiseKey.from_seed(8), 10_000
-    scores, noise = torch.tensor([0.0, 2.0, 3.0, 1.0], dtype=torch.float64), 1.5
+    key = NoiseKey.from_seed(8)
+    n = 10_000
+    scores = torch.tensor([0.0, 2.0, 3.0, 1.0], dtype=torch.float64)
+    noise = 1.5
     drawn = [
-        tuple(exponential(scores, k, noise_multiplier=noise, uniform=key.uniform(4, **PLACE, step=i)).tolist())
+        tuple(
+            exponential(
+                scores, k, noise_multiplier=noise, uniform=key.uniform(4, **PLACE, step=i)
+            ).tolist()
+        )
         for i in range(n)
     ]
 
     def p_value(multiplier):
         law = chances(scores, k, multiplier)
-        return stats.chisquare([drawn.count(order) for order in law], [n * p for p in law.values()]).pvalue
+        return stats.chisquare(
+            [drawn.count(order) for order in law], [n * p for p in law.values()]
+        ).pvalue
 
     assert p_value(noise) > 1e-6
     assert p_value(noise * 2 / 3) < 1e-6 > p_value(noise * 3 / 2)
@@ -169,5 +201,8 @@ def test_choices_come_as_often_as_the_exponential_mechanism_says(k):
 def test_gumbel_noise_is_finite_at_both_ends():
     ends = torch.tensor([0.0, 1 - 2.0**-53, 0.5], dtype=torch.float64)
     for far in (33.0, 41.2):
-        chosen = exponential(torch.tensor([far, 0.0, -99.0]).double(), 1, noise_multiplier=1.0, uniform=ends)
-        assert chosen.tolist() == [1 if far < 41 else 0]  # -3.60 is the least there is, 37.43 the greatest
+        chosen = exponential(
+            torch.tensor([far, 0.0, -99.0]).double(), 1, noise_multiplier=1.0, uniform=ends
+        )
+        # -3.60 is the least there is, 37.43 the greatest
+        assert chosen.tolist() == [1 if far < 41 else 0]

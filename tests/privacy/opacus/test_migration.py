@@ -1,4 +1,6 @@
-"""The way over from Opacus: what a PrivacyEngine spent, its settings, its model; and back into its accountants."""
+"""The way over from Opacus: what a PrivacyEngine spent, its settings, its model; and back into its
+accountants.
+"""
 
 import subprocess
 import sys
@@ -23,7 +25,14 @@ from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
 from perdure.privacy.ledger.account import Account
 from perdure.privacy.ledger.entries import Entry
-from perdure.privacy.opacus.migration import STATEMENT, accountant, sampling_rate, settings, spent, unwrapped
+from perdure.privacy.opacus.migration import (
+    STATEMENT,
+    accountant,
+    sampling_rate,
+    settings,
+    spent,
+    unwrapped,
+)
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 
@@ -41,14 +50,21 @@ def small():
 
 
 def engine_for(model, *, kind="rdp", noise=1.3, steps=5, clip=0.7, **options):
-    """A PrivacyEngine that trained the model for some steps, with its model, optimiser and loader."""
+    """A PrivacyEngine that trained the model for some steps, with its model, optimiser and
+    loader.
+    """
     place = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.rand(60, 5, generator=place), torch.arange(60) % 4)
-    engine, optimizer = PrivacyEngine(accountant=kind), torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = PrivacyEngine(accountant=kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped, optimizer, *criterion, loader = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=12), noise_multiplier=noise,
-        max_grad_norm=clip, **options,
-    )  # fmt: skip
+        module=model,
+        optimizer=optimizer,
+        data_loader=DataLoader(data, batch_size=12),
+        noise_multiplier=noise,
+        max_grad_norm=clip,
+        **options,
+    )
     loss_of = criterion[0] if criterion else F.cross_entropy
     inner = wrapped if isinstance(wrapped, nn.Module) else model
     done = 0
@@ -83,7 +99,9 @@ def test_what_changed_on_the_way_is_kept_apart():
 @pytest.mark.reference
 def test_epsilon_of_what_was_spent_is_that_of_opacus():
     engine, *_ = engine_for(small(), steps=11)
-    assert epsilon(spent(engine), delta=1e-3, accountant="rdp") == pytest.approx(engine.get_epsilon(1e-3), abs=1e-3)
+    assert epsilon(spent(engine), delta=1e-3, accountant="rdp") == pytest.approx(
+        engine.get_epsilon(1e-3), abs=1e-3
+    )
 
 
 class Trees(RDPAccountant):
@@ -93,13 +111,18 @@ class Trees(RDPAccountant):
 
 
 def test_histories_that_are_something_else_are_refused():
-    with pytest.raises(PrivacyError, match=r"Trees accounts for tree aggregation; give a PrivacyEngine.*rdp, prv, gdp"):
+    with pytest.raises(
+        PrivacyError,
+        match=r"Trees accounts for tree aggregation; give a PrivacyEngine.*rdp, prv, gdp",
+    ):
         spent(Trees())
     with pytest.raises(PrivacyError, match="Sequential accounts for nothing that Opacus knows"):
         spent(small())
     accumulated = RDPAccountant()
     accumulated.step(noise_multiplier=1.0, sample_rate=0.6 * 2)
-    with pytest.raises(PrivacyError, match=r"cannot be taken over: sampling_rate = 1.2 is not allowed"):
+    with pytest.raises(
+        PrivacyError, match=r"cannot be taken over: sampling_rate = 1.2 is not allowed"
+    ):
         spent(accumulated)
     torn = RDPAccountant()
     torn.history = [(1.0, 0.1)]
@@ -110,7 +133,10 @@ def test_histories_that_are_something_else_are_refused():
 def test_a_loader_that_does_not_sample_as_accounted_is_refused():
     engine, _, _, loader = engine_for(small(), poisson_sampling=False)
     assert spent(engine) == (Charge(0.2, 1.3, 5),)  # Opacus says Poisson all the same
-    with pytest.raises(PrivacyError, match="DataLoader does not do Poisson sampling, although Opacus accounts for it"):
+    with pytest.raises(
+        PrivacyError,
+        match="DataLoader does not do Poisson sampling, although Opacus accounts for it",
+    ):
         sampling_rate(loader)
 
 
@@ -125,14 +151,19 @@ def test_the_settings_of_a_flat_optimiser_are_two_numbers(options):
 
 def test_optimisers_that_two_numbers_do_not_describe_are_refused():
     adaptive = {
-        "target_unclipped_quantile": 0.5, "clipbound_learning_rate": 0.2, "max_clipbound": 10, "min_clipbound": 0.1,
+        "target_unclipped_quantile": 0.5,
+        "clipbound_learning_rate": 0.2,
+        "max_clipbound": 10,
+        "min_clipbound": 0.1,
         "unclipped_num_std": 2.0,
-    }  # fmt: skip
+    }
     _, _, optimizer, _ = engine_for(small(), clipping="adaptive", **adaptive)
     with pytest.raises(PrivacyError, match=r"AdaClipDPOptimizer moves its clip norm.*Adaptive"):
         settings(optimizer)
     _, _, optimizer, _ = engine_for(small(), clipping="per_layer", clip=[0.5, 0.5, 0.5, 0.5])
-    with pytest.raises(PrivacyError, match=r"DPPerLayerOptimizer has a clip norm for every parameter.*per-layer"):
+    with pytest.raises(
+        PrivacyError, match=r"DPPerLayerOptimizer has a clip norm for every parameter.*per-layer"
+    ):
         settings(optimizer)
     _, _, optimizer, _ = engine_for(small(), grad_sample_mode="ghost")
     optimizer._adjusted_noise_multiplier = 1.4  # what PrivacyEngineAdaptiveClipping sets
@@ -144,7 +175,9 @@ def test_optimisers_that_two_numbers_do_not_describe_are_refused():
 
 def test_the_guard_refuses_the_optimiser_of_opacus_inside_a_learner():
     _, _, optimizer, _ = engine_for(small())
-    with pytest.raises(GuardError, match=r"DPOptimizer of Opacus.*noise a second time.*original_optimizer"):
+    with pytest.raises(
+        GuardError, match=r"DPOptimizer of Opacus.*noise a second time.*original_optimizer"
+    ):
         check_optimizer(optimizer)
     check_optimizer(optimizer.original_optimizer)
 
@@ -154,12 +187,21 @@ def test_the_guard_refuses_the_optimiser_of_opacus_inside_a_learner():
 
 def traces(model):
     on_params = {name for p in model.parameters() for name in vars(p)}
-    hooks = sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    hooks = sum(
+        len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks)
+        for m in model.modules()
+    )
     usual = vars(nn.Linear(1, 1)).keys() | vars(nn.Sequential()).keys()
-    return on_params, hooks, {name for m in model.modules() for name in vars(m) if name not in usual}
+    return (
+        on_params,
+        hooks,
+        {name for m in model.modules() for name in vars(m) if name not in usual},
+    )
 
 
-@pytest.mark.parametrize("options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ghost")])
+@pytest.mark.parametrize(
+    "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ghost")]
+)
 @pytest.mark.parametrize("wrap", [True, False])
 def test_the_model_comes_out_of_its_wrapper_clean_and_with_the_same_parameters(options, wrap):
     model = small()
@@ -187,7 +229,11 @@ def test_an_interrupted_pass_leaves_nothing_either():
     model["layer"](torch.rand(3, 4, 5))
     assert vars(model["layer"].l0.ih)["activations"]
     inside = unwrapped(wrapped)
-    assert inside is model and traces(inside)[:2] == (set(), 0) and "activations" not in traces(inside)[2]
+    assert (
+        inside is model
+        and traces(inside)[:2] == (set(), 0)
+        and "activations" not in traces(inside)[2]
+    )
 
 
 def test_a_model_without_a_wrapper_comes_back_as_it_is():
@@ -214,13 +260,23 @@ def test_data_parallel_wrappers_are_taken_off_too(tmp_path):
 
 def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
     stream = toy_stream()
-    engine, wrapped, optimizer, _ = engine_for(nn.Sequential(nn.Flatten(), toy_model(stream)), steps=6)
+    engine, wrapped, optimizer, _ = engine_for(
+        nn.Sequential(nn.Flatten(), toy_model(stream)), steps=6
+    )
     privacy = replace(Privacy.from_opacus(engine, optimizer, delta=1e-3), seed=0)
-    assert (privacy.noise_multiplier, privacy.clip_norm, privacy.spent) == (1.3, 0.7, (Charge(0.2, 1.3, 6),))
+    assert (privacy.noise_multiplier, privacy.clip_norm, privacy.spent) == (
+        1.3,
+        0.7,
+        (Charge(0.2, 1.3, 6),),
+    )
     learner = Learner(
-        model=unwrapped(wrapped)[1], strategy=Naive(), optimizer=torch.optim.SGD, iterations=2, batch_size=4,
+        model=unwrapped(wrapped)[1],
+        strategy=Naive(),
+        optimizer=torch.optim.SGD,
+        iterations=2,
+        batch_size=4,
         privacy=privacy,
-    )  # fmt: skip
+    )
     learner.fit(stream)
     for partition in learner.mechanism.ledger.partitions:
         charges = merged(learner.mechanism.ledger.charges(partition))
@@ -235,8 +291,13 @@ def test_the_statement_says_what_is_and_what_is_not_accounted():
 # --------------------------------------------------------------------------- back into Opacus
 
 FACTS = {
-    "clip_norm": 1.0, "first_step": 0, "data": "", "start": "", "simulated": False, "mechanism": "gaussian",
-}  # fmt: skip
+    "clip_norm": 1.0,
+    "first_step": 0,
+    "data": "",
+    "start": "",
+    "simulated": False,
+    "mechanism": "gaussian",
+}
 
 
 def account(*entries, relation="add-remove"):
@@ -246,14 +307,25 @@ def account(*entries, relation="add-remove"):
         sampling = "none" if set(scope.values()) == {1.0} else "poisson"
         facts = FACTS | {"mechanism": "gaussian" if noise else "none", "relation": relation}
         result.entries.append(
-            Entry(**facts, purpose=f"{number}", noise_multiplier=noise, steps=steps, scope=scope, sampling=sampling)
+            Entry(
+                **facts,
+                purpose=f"{number}",
+                noise_multiplier=noise,
+                steps=steps,
+                scope=scope,
+                sampling=sampling,
+            )
         )
     return result
 
 
 HISTORIES = [
     account(({"one": 0.01, "two": 0.01}, 1.0, 1000)),
-    account(({"one": 0.02}, 1.1, 469), ({"one": 0.015, "two": 0.015}, 1.3, 300), ({"two": 0.5}, 2.0, 100)),
+    account(
+        ({"one": 0.02}, 1.1, 469),
+        ({"one": 0.015, "two": 0.015}, 1.3, 300),
+        ({"two": 0.5}, 2.0, 100),
+    ),
     account(({"one": 0.02}, 1.1, 200), ({"one": 0.02}, 1.1, 269), ({"one": 1.0}, 4.4, 1)),
 ]
 
@@ -264,12 +336,15 @@ HISTORIES = [
 def test_an_exported_history_has_the_epsilon_of_opacus(ours, delta):
     theirs = accountant(ours, ["one"])
     assert isinstance(theirs, IAccountant) and theirs.mechanism() == "rdp"
-    assert theirs.get_epsilon(delta) == pytest.approx(ours.epsilon(["one"], delta=delta, accountant="rdp"), abs=1e-3)
+    assert theirs.get_epsilon(delta) == pytest.approx(
+        ours.epsilon(["one"], delta=delta, accountant="rdp"), abs=1e-3
+    )
     assert spent(theirs) == merged(ours.charges("one"))
 
 
 @pytest.mark.reference
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log(1 - q) of a step without sampling
+# log(1 - q) of a step without sampling
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("ours", HISTORIES)
 def test_an_exported_prv_accountant_is_near_our_own_number_and_above_it(ours):
     theirs = accountant(ours, ["one"], mechanism="prv").get_epsilon(1e-5)
@@ -282,7 +357,10 @@ def test_a_record_of_two_partitions_is_exported_with_both():
 
 
 def test_histories_that_opacus_cannot_express_are_refused():
-    with pytest.raises(PrivacyError, match=r"Opacus cannot express Charge\(.*noise_multiplier=0.*use Account.epsilon"):
+    with pytest.raises(
+        PrivacyError,
+        match=r"Opacus cannot express Charge\(.*noise_multiplier=0.*use Account.epsilon",
+    ):
         accountant(account(({"one": 1.0}, 0.0, 1)), ["one"])
     with pytest.raises(PrivacyError, match="replace-one, and Opacus knows add-remove only"):
         accountant(account(({"one": 0.1}, 1.0, 1), relation="replace-one"), ["one"])
@@ -295,7 +373,8 @@ def test_histories_that_opacus_cannot_express_are_refused():
 @pytest.mark.parametrize("noise", ["discrete-gaussian", "exponential"])
 def test_noise_of_another_kind_is_refused(noise):
     ours = account(({"one": 1.0}, 1.0, 1))
-    ours.entries = [replace(entry, mechanism=noise) for entry in ours.entries]  # as of a histogram or a selection
+    # as of a histogram or a selection
+    ours.entries = [replace(entry, mechanism=noise) for entry in ours.entries]
     with pytest.raises(PrivacyError, match=f"cannot express.*{noise}"):
         accountant(ours, ["one"])
 
@@ -317,7 +396,9 @@ tried(torch.nn.Bilinear(2, 2, 2), (x, x))
 tried(torch.nn.Sequential(torch.nn.Linear(2, 2)), (x,))
 tried(torch.nn.Conv1d(2, 2, 1, groups=2), (x[:, :, None],))
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.stdout.split("\n")[:3] == ["True False", "True False", "False True"], done.stderr
 
 
@@ -325,7 +406,10 @@ def test_a_wrapped_model_without_its_history_is_taken_with_a_statement_of_what_i
     _, wrapped, _, _ = engine_for(small())
     with pytest.warns(UserWarning, match=r"releases from now on.*Privacy\.from_opacus"):
         learner = Learner(
-            model=wrapped, strategy=Naive(), optimizer=torch.optim.SGD, epochs=1,
+            model=wrapped,
+            strategy=Naive(),
+            optimizer=torch.optim.SGD,
+            epochs=1,
             privacy=Privacy(noise_multiplier=1.0, seed=0),
-        )  # fmt: skip
+        )
     assert not isinstance(learner.model, GradSampleModule)

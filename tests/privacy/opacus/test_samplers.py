@@ -15,16 +15,23 @@ from perdure.privacy.guard.model_checks import fix
 from perdure.privacy.opacus import samplers as bridge
 from perdure.privacy.opacus.samplers import grad_sample_sum
 
-LENGTH, RECORDS, CLIP = 4, 7, Clip(norm=0.5)
+LENGTH = 4
+RECORDS = 7
+CLIP = Clip(norm=0.5)
 COUNTED = Clip(norm=0.5, per_layer=True, counted=True)
 
 
 class Around(nn.Module):
-    """(n, 4, 5) through `inner`, the mean over positions, and a head; what a recurrent layer gives beside is left."""
+    """(n, 4, 5) through `inner`, the mean over positions, and a head; what a recurrent layer gives
+    beside is left.
+    """
 
     def __init__(self, inner, size, call=None, positions=1):
         super().__init__()
-        self.inner, self.head, self.call, self.positions = inner, nn.Linear(size, 3), call, positions
+        self.inner = inner
+        self.head = nn.Linear(size, 3)
+        self.call = call
+        self.positions = positions
 
     def forward(self, x):
         x = self.call(self.inner, x) if self.call else self.inner(x)
@@ -36,7 +43,9 @@ class Block(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.attention, self.first, self.second = attention, nn.LayerNorm(8), nn.RMSNorm(8)
+        self.attention = attention
+        self.first = nn.LayerNorm(8)
+        self.second = nn.RMSNorm(8)
         self.between = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
     def forward(self, x):
@@ -69,25 +78,38 @@ def attention(**options):
 MODELS = {
     "DPLSTM": lambda: Around(DPLSTM(5, 8, batch_first=True), 8),
     "DPLSTM, length first": lambda: Around(DPLSTM(5, 8), 8, lambda m, x: m(x.transpose(0, 1)), 0),
-    "DPLSTM, two layers both ways": lambda: Around(DPLSTM(5, 8, 2, batch_first=True, bidirectional=True), 16),
+    "DPLSTM, two layers both ways": lambda: Around(
+        DPLSTM(5, 8, 2, batch_first=True, bidirectional=True), 16
+    ),
     "DPLSTM without bias": lambda: Around(DPLSTM(5, 8, bias=False, batch_first=True), 8),
     "DPGRU": lambda: Around(DPGRU(5, 8, batch_first=True), 8),
     "DPRNN": lambda: Around(DPRNN(5, 8, batch_first=True), 8),
     "block with DPMultiheadAttention": lambda: Around(Block(attention()), 8),
     "block with SequenceBias": lambda: Around(Block(attention(add_bias_kv=True)), 8),
-    "grouped convolution": lambda: Around(nn.Conv2d(4, 8, 3, padding=(1, 2), groups=2, stride=(1, 2)), 20, as_picture),
+    "grouped convolution": lambda: Around(
+        nn.Conv2d(4, 8, 3, padding=(1, 2), groups=2, stride=(1, 2)), 20, as_picture
+    ),
     "depthwise convolution": lambda: Around(nn.Conv1d(4, 8, 3, padding=1, groups=4), 5),
-    "convolution with padding 'same'": lambda: Around(nn.Conv1d(4, 8, 4, padding="same", dilation=2), 5),
-    "convolution of volumes": lambda: Around(nn.Conv3d(4, 8, (1, 2, 3), padding=1, groups=2), 126, as_volume),
+    "convolution with padding 'same'": lambda: Around(
+        nn.Conv1d(4, 8, 4, padding="same", dilation=2), 5
+    ),
+    "convolution of volumes": lambda: Around(
+        nn.Conv3d(4, 8, (1, 2, 3), padding=1, groups=2), 126, as_volume
+    ),
     "InstanceNorm": lambda: Around(nn.InstanceNorm1d(4, affine=True), 5),
     "RMSNorm": lambda: Around(nn.RMSNorm((4, 5)), 5),
     "mixed": lambda: Around(
         nn.Sequential(
-            nn.Conv1d(4, 4, 3, padding=1, groups=2), nn.RMSNorm(5), nn.Linear(5, 6), DPLSTM(6, 8, batch_first=True)
+            nn.Conv1d(4, 4, 3, padding=1, groups=2),
+            nn.RMSNorm(5),
+            nn.Linear(5, 6),
+            DPLSTM(6, 8, batch_first=True),
         ),
         8,
     ),
-    "words": lambda: Around(nn.Sequential(nn.Embedding(10, 6), DPLSTM(6, 8, batch_first=True)), 8, words),
+    "words": lambda: Around(
+        nn.Sequential(nn.Embedding(10, 6), DPLSTM(6, 8, batch_first=True)), 8, words
+    ),
     "repaired": lambda: fix(Around(nn.LSTM(5, 8, 2, batch_first=True, bidirectional=True), 16)),
 }
 
@@ -108,7 +130,9 @@ def by_loop(model, params, x, y, clip, losses=plain):
         torch.autograd.grad(losses(model, x[i : i + 1], y[i : i + 1]).sum(), list(params.values()))
         for i in range(len(x))
     ]
-    return sum_of_clipped({n: torch.stack(g) for n, g in zip(params, zip(*rows, strict=True), strict=True)}, clip)
+    return sum_of_clipped(
+        {n: torch.stack(g) for n, g in zip(params, zip(*rows, strict=True), strict=True)}, clip
+    )
 
 
 def by_bridge(model, params, x, y, clip, losses=plain):
@@ -142,7 +166,9 @@ def test_the_clipped_sum_is_that_of_one_backward_pass_a_record(name, clip, recor
 @pytest.mark.parametrize("name", MODELS)
 def test_dropping_one_record_moves_the_sum_by_at_most_the_clip_norm(name):
     model, x, y = case(name)
-    params, clip = dict(model.named_parameters()), Clip(norm=0.01)  # so small that every record is clipped
+    # so small that every record is clipped
+    params = dict(model.named_parameters())
+    clip = Clip(norm=0.01)
     whole = by_bridge(model, params, x, y, clip)
     for i in range(len(x)):
         kept = torch.arange(len(x)) != i
@@ -167,7 +193,9 @@ def test_a_layer_that_is_used_twice_is_one_layer():
     torch.manual_seed(0)
     norm = nn.RMSNorm(5)
     model = Around(nn.Sequential(norm, nn.Tanh(), norm, nn.Conv1d(4, 4, 3, padding=1, groups=2)), 5)
-    x, y, params = torch.randn(RECORDS, LENGTH, 5), torch.randint(3, (RECORDS,)), dict(model.named_parameters())
+    x = torch.randn(RECORDS, LENGTH, 5)
+    y = torch.randint(3, (RECORDS,))
+    params = dict(model.named_parameters())
     expected = by_loop(model, params, x, y, CLIP)
     assert distance(by_bridge(model, params, x, y, CLIP), expected) < 1e-5 * size(expected)
 
@@ -181,7 +209,9 @@ def test_whole_layers_may_be_left_out_and_a_teacher_is_not_heard():
     model, x, y = case("mixed")
     params = {n: p for n, p in model.named_parameters() if n.startswith(("inner.1", "inner.3"))}
     expected = by_loop(model, params, x, y, CLIP, with_teacher)
-    assert distance(by_bridge(model, params, x, y, CLIP, with_teacher), expected) < 1e-5 * size(expected)
+    assert distance(by_bridge(model, params, x, y, CLIP, with_teacher), expected) < 1e-5 * size(
+        expected
+    )
 
 
 def test_a_layer_that_no_loss_reaches_gets_zeros():
@@ -193,7 +223,8 @@ def test_a_layer_that_no_loss_reaches_gets_zeros():
 
 def test_double_precision_stays():
     model, x, y = case("mixed")
-    model, x = model.double(), x.double()
+    model = model.double()
+    x = x.double()
     params = dict(model.named_parameters())
     expected = by_loop(model, params, x, y, CLIP)
     total = by_bridge(model, params, x, y, CLIP)
@@ -201,14 +232,17 @@ def test_double_precision_stays():
     assert distance(total, expected) < 1e-6 * size(expected)
 
 
-@pytest.mark.parametrize("name", ["block with DPMultiheadAttention", "DPGRU", "grouped convolution"])
+@pytest.mark.parametrize(
+    "name", ["block with DPMultiheadAttention", "DPGRU", "grouped convolution"]
+)
 def test_under_autocast_sums_stay_in_the_precision_of_the_parameters(name):
     def lowered(model, x, y):
         with torch.autocast("cpu", torch.bfloat16):
             return plain(model, x, y).float()
 
     model, x, y = case(name, records=64)
-    params, clip = dict(model.named_parameters()), Clip(norm=0.01)
+    params = dict(model.named_parameters())
+    clip = Clip(norm=0.01)
     total = by_bridge(model, params, x, y, clip, lowered)
     fewer = by_bridge(model, params, x[1:], y[1:], clip, lowered)
     assert {v.dtype for v in total.values()} == {torch.float32}
@@ -217,7 +251,7 @@ def test_under_autocast_sums_stay_in_the_precision_of_the_parameters(name):
     assert distance(total, expected) < 0.1 * size(expected)
 
 
-# --------------------------------------------------------------------------- what is refused or left to the next way
+# ---------------------------------------------------------- what is refused or left to the next way
 
 
 def halves(model, x, y):
@@ -225,20 +259,30 @@ def halves(model, x, y):
     return torch.cat([plain(model, x[:n], y[:n]), plain(model, x[n:], y[n:])])
 
 
-@pytest.mark.parametrize("name", ["DPLSTM", "block with SequenceBias", "grouped convolution", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["DPLSTM", "block with SequenceBias", "grouped convolution", "mixed"]
+)
 def test_passes_of_half_of_the_records_each_are_left_to_the_next_way(name):
     model, x, y = case(name, records=6)
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x, y, CLIP, halves) is None
-    assert by_bridge(model, params, x, y, CLIP, lambda m, x, y: plain(m, x, y) + plain(m, x[:1], y[:1]).sum()) is None
+    assert (
+        by_bridge(
+            model, params, x, y, CLIP, lambda m, x, y: plain(m, x, y) + plain(m, x[:1], y[:1]).sum()
+        )
+        is None
+    )
 
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 def test_the_hooks_of_opacus_would_mix_the_halves_without_an_error():
     model, x, y = case("DPLSTM", records=6)
-    params, clip = dict(model.named_parameters()), Clip(norm=0.01)
-    x, y = x[:1].expand_as(x), y[:1].expand_as(y)  # gradients that add up
+    params = dict(model.named_parameters())
+    clip = Clip(norm=0.01)
+    # gradients that add up
+    x = x[:1].expand_as(x)
+    y = y[:1].expand_as(y)
     expected = by_loop(model, params, x, y, clip)
     hooked = GradSampleModule(model, loss_reduction="sum")
     halves(hooked, x, y).sum().backward()
@@ -250,7 +294,8 @@ def test_the_hooks_of_opacus_would_mix_the_halves_without_an_error():
 class Raw(nn.Module):
     def __init__(self):
         super().__init__()
-        self.shift, self.layer = nn.Parameter(torch.zeros(5)), DPLSTM(5, 8, batch_first=True)
+        self.shift = nn.Parameter(torch.zeros(5))
+        self.layer = DPLSTM(5, 8, batch_first=True)
 
     def forward(self, x):
         return self.layer(x + self.shift)
@@ -259,17 +304,21 @@ class Raw(nn.Module):
 class Packed(nn.Module):
     def __init__(self, lengths):
         super().__init__()
-        self.layer, self.lengths = DPLSTM(5, 8, batch_first=True), lengths
+        self.layer = DPLSTM(5, 8, batch_first=True)
+        self.lengths = lengths
 
     def forward(self, x):
-        packed = nn.utils.rnn.pack_padded_sequence(x, self.lengths[: len(x)], batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, self.lengths[: len(x)], batch_first=True, enforce_sorted=False
+        )
         return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
 
 
 class ByKeyword(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.layer = nn.RMSNorm(5), nn.Linear(5, 8)
+        self.norm = nn.RMSNorm(5)
+        self.layer = nn.Linear(5, 8)
 
     def forward(self, x):
         return self.layer(input=self.norm(x))
@@ -289,11 +338,19 @@ LEFT = {
     "linear layers that see the length first": lambda: Around(
         Block(DPMultiheadAttention(8, 2)), 8, lambda m, x: m(x.transpose(0, 1)), 0
     ),
-    "padding that the sampler ignores": lambda: Around(nn.Conv1d(4, 8, 3, padding=1, padding_mode="reflect"), 5),
+    "padding that the sampler ignores": lambda: Around(
+        nn.Conv1d(4, 8, 3, padding=1, padding_mode="reflect"), 5
+    ),
     "words that repeat in a bag": lambda: Around(nn.EmbeddingBag(10, 8), 8, bag),
-    "running statistics": lambda: Around(nn.InstanceNorm1d(4, affine=True, track_running_stats=True), 5),
-    "sequences that are sorted by length": lambda: Around(Packed(torch.tensor([4, 2, 4, 3, 1, 4, 4])), 8),
-    "sequences that are sorted although all are full": lambda: Around(Packed(torch.full((7,), 4)), 8),
+    "running statistics": lambda: Around(
+        nn.InstanceNorm1d(4, affine=True, track_running_stats=True), 5
+    ),
+    "sequences that are sorted by length": lambda: Around(
+        Packed(torch.tensor([4, 2, 4, 3, 1, 4, 4])), 8
+    ),
+    "sequences that are sorted although all are full": lambda: Around(
+        Packed(torch.full((7,), 4)), 8
+    ),
     "a layer called by keyword": lambda: Around(ByKeyword(), 8),
 }
 
@@ -301,7 +358,9 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_not_understood_is_left_to_the_next_way(name):
     torch.manual_seed(0)
-    model, x, y = LEFT[name](), torch.randn(RECORDS, LENGTH, 5), torch.randint(3, (RECORDS,))
+    model = LEFT[name]()
+    x = torch.randn(RECORDS, LENGTH, 5)
+    y = torch.randint(3, (RECORDS,))
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -309,7 +368,8 @@ def test_what_is_not_understood_is_left_to_the_next_way(name):
 def test_rows_that_are_positions_are_not_taken_for_as_many_records():
     torch.manual_seed(0)
     model = LEFT["linear layers that see the length first"]()
-    x, y = torch.randn(LENGTH, LENGTH, 5), torch.randint(3, (LENGTH,))
+    x = torch.randn(LENGTH, LENGTH, 5)
+    y = torch.randint(3, (LENGTH,))
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
 
 
@@ -320,18 +380,27 @@ def test_layers_that_are_only_partly_trained_are_left_to_the_next_way():
         assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_no_records_values_that_are_no_numbers_and_rows_too_many_are_left_to_the_next_way(monkeypatch):
+def test_no_records_values_that_are_no_numbers_and_rows_too_many_are_left_to_the_next_way(
+    monkeypatch,
+):
     model, x, y = case("grouped convolution")
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x[:0], y[:0], CLIP) is None
-    assert by_bridge(model, params, torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x), y, CLIP) is None
+    assert (
+        by_bridge(
+            model, params, torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x), y, CLIP
+        )
+        is None
+    )
     assert by_bridge(model, params, x, y, CLIP) is not None
     monkeypatch.setattr(bridge, "PASS_NUMBERS", 100)  # small, so that few rows are too many
     assert by_bridge(model, params, x, y, CLIP) is None
 
 
 def test_a_model_with_a_rule_for_every_layer_is_book_keeping_s():
-    model, x, y = Around(nn.Linear(5, 8), 8), torch.randn(RECORDS, LENGTH, 5), torch.zeros(RECORDS, dtype=torch.int64)
+    model = Around(nn.Linear(5, 8), 8)
+    x = torch.randn(RECORDS, LENGTH, 5)
+    y = torch.zeros(RECORDS, dtype=torch.int64)
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
 
 
@@ -345,12 +414,16 @@ def test_nothing_is_left_on_the_model_also_after_an_error(name):
     params = dict(model.named_parameters())
     for param in params.values():
         param.grad = torch.ones_like(param)
-    before = [(vars(m).keys(), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()]
+    before = [
+        (vars(m).keys(), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()
+    ]
     own = [set(vars(p)) for p in params.values()]
     by_bridge(model, params, x, y, CLIP)
     with pytest.raises(ZeroDivisionError):
         by_bridge(model, params, x, y, CLIP, broken)
-    assert [(vars(m).keys(), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()] == before
+    assert [
+        (vars(m).keys(), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()
+    ] == before
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert [set(vars(p)) for p in params.values()] == own
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in params.values())
@@ -368,13 +441,19 @@ def test_record_by_record_is_a_way_for_the_layers_of_opacus_too(name):
     params = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(params, one):
-        return plain(lambda x: torch.func.functional_call(model, params, (x,)), one["x"][None], one["y"][None]).sum()
+        return plain(
+            lambda x: torch.func.functional_call(model, params, (x,)),
+            one["x"][None],
+            one["y"][None],
+        ).sum()
 
     total = clipped_sum(torch.func.grad(loss), params, {"x": x, "y": y}, CLIP, 3)
-    assert distance(total, by_bridge(model, dict(model.named_parameters()), x, y, CLIP)) < 1e-5 * size(total)
+    assert distance(
+        total, by_bridge(model, dict(model.named_parameters()), x, y, CLIP)
+    ) < 1e-5 * size(total)
 
 
-# --------------------------------------------------------------------------- layers of somebody else
+# -------------------------------------------------------------------------- layers of somebody else
 
 
 class Scale(nn.Module):
@@ -396,29 +475,44 @@ class Product(Scale):
 
 
 def register(undone, kind, sampler):
-    """Opacus's own `register_grad_sampler`, in its own registry; undone after the test, as other tests read it too."""
+    """Opacus's own `register_grad_sampler`, in its own registry; undone after the test, as other
+    tests read it too.
+    """
     undone.setitem(GradSampleModule.GRAD_SAMPLERS, kind, None)
     register_grad_sampler(kind)(sampler)
 
 
 def test_a_layer_of_two_inputs_is_left_to_the_next_way(monkeypatch):
     register(
-        monkeypatch, Product, lambda layer, entered, back: {layer.weight: (entered[0] * back).flatten(1, -2).sum(1)}
+        monkeypatch,
+        Product,
+        lambda layer, entered, back: {layer.weight: (entered[0] * back).flatten(1, -2).sum(1)},
     )
     model = Around(Product(), 5, lambda m, x: m(x, x))
-    x, y = torch.randn(RECORDS, LENGTH, 5), torch.randint(3, (RECORDS,))
+    x = torch.randn(RECORDS, LENGTH, 5)
+    y = torch.randint(3, (RECORDS,))
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
 
 
 def test_a_sampler_that_the_user_registered_with_opacus_is_used(monkeypatch):
-    register(monkeypatch, Scale, lambda layer, entered, back: {layer.weight: (entered[0] * back).flatten(1, -2).sum(1)})
     register(
-        monkeypatch, WrongScale, lambda layer, entered, back: {layer.weight: (entered[0] * back).flatten(0, -2).sum(0)}
+        monkeypatch,
+        Scale,
+        lambda layer, entered, back: {layer.weight: (entered[0] * back).flatten(1, -2).sum(1)},
     )
-    x, y = torch.randn(RECORDS, LENGTH, 5), torch.randint(3, (RECORDS,))
+    register(
+        monkeypatch,
+        WrongScale,
+        lambda layer, entered, back: {layer.weight: (entered[0] * back).flatten(0, -2).sum(0)},
+    )
+    x = torch.randn(RECORDS, LENGTH, 5)
+    y = torch.randint(3, (RECORDS,))
     model = Around(nn.Sequential(nn.Linear(5, 5), Scale()), 5)
     expected = by_loop(model, params := dict(model.named_parameters()), x, y, CLIP)
     assert distance(by_bridge(model, params, x, y, CLIP), expected) < 1e-5 * size(expected)
     model = Around(nn.Sequential(nn.Linear(5, 5), WrongScale()), 5)
-    with pytest.raises(PrivacyError, match=r"grad sampler of WrongScale gives shape \(5,\) for weight and 7 records"):
+    with pytest.raises(
+        PrivacyError,
+        match=r"grad sampler of WrongScale gives shape \(5,\) for weight and 7 records",
+    ):
         by_bridge(model, dict(model.named_parameters()), x, y, CLIP)

@@ -20,28 +20,112 @@ ADULT_NUMERIC: dict[int, tuple[str, float, float]] = {
     11: ("capital-loss", 0, 4_500),
     12: ("hours-per-week", 0, 100),
 }
-"""Column to name and declared public range. The ranges are round numbers, not extremes of the records."""
+"""Column to name and declared public range.
+
+The ranges are round numbers, not extremes of the records.
+"""
 
 ADULT_CATEGORIES: dict[int, tuple[str, ...]] = {
-    1: ("Private", "Self-emp-not-inc", "Self-emp-inc", "Federal-gov", "Local-gov", "State-gov",
-        "Without-pay", "Never-worked"),
-    3: ("Bachelors", "Some-college", "11th", "HS-grad", "Prof-school", "Assoc-acdm", "Assoc-voc", "9th",
-        "7th-8th", "12th", "Masters", "1st-4th", "10th", "Doctorate", "5th-6th", "Preschool"),
-    5: ("Married-civ-spouse", "Divorced", "Never-married", "Separated", "Widowed", "Married-spouse-absent",
-        "Married-AF-spouse"),
-    6: ("Tech-support", "Craft-repair", "Other-service", "Sales", "Exec-managerial", "Prof-specialty",
-        "Handlers-cleaners", "Machine-op-inspct", "Adm-clerical", "Farming-fishing", "Transport-moving",
-        "Priv-house-serv", "Protective-serv", "Armed-Forces"),
+    1: (
+        "Private",
+        "Self-emp-not-inc",
+        "Self-emp-inc",
+        "Federal-gov",
+        "Local-gov",
+        "State-gov",
+        "Without-pay",
+        "Never-worked",
+    ),
+    3: (
+        "Bachelors",
+        "Some-college",
+        "11th",
+        "HS-grad",
+        "Prof-school",
+        "Assoc-acdm",
+        "Assoc-voc",
+        "9th",
+        "7th-8th",
+        "12th",
+        "Masters",
+        "1st-4th",
+        "10th",
+        "Doctorate",
+        "5th-6th",
+        "Preschool",
+    ),
+    5: (
+        "Married-civ-spouse",
+        "Divorced",
+        "Never-married",
+        "Separated",
+        "Widowed",
+        "Married-spouse-absent",
+        "Married-AF-spouse",
+    ),
+    6: (
+        "Tech-support",
+        "Craft-repair",
+        "Other-service",
+        "Sales",
+        "Exec-managerial",
+        "Prof-specialty",
+        "Handlers-cleaners",
+        "Machine-op-inspct",
+        "Adm-clerical",
+        "Farming-fishing",
+        "Transport-moving",
+        "Priv-house-serv",
+        "Protective-serv",
+        "Armed-Forces",
+    ),
     7: ("Wife", "Own-child", "Husband", "Not-in-family", "Other-relative", "Unmarried"),
     8: ("White", "Asian-Pac-Islander", "Amer-Indian-Eskimo", "Other", "Black"),
     9: ("Female", "Male"),
-    13: ("United-States", "Cambodia", "England", "Puerto-Rico", "Canada", "Germany",
-         "Outlying-US(Guam-USVI-etc)", "India", "Japan", "Greece", "South", "China", "Cuba", "Iran",
-         "Honduras", "Philippines", "Italy", "Poland", "Jamaica", "Vietnam", "Mexico", "Portugal", "Ireland",
-         "France", "Dominican-Republic", "Laos", "Ecuador", "Taiwan", "Haiti", "Columbia", "Hungary",
-         "Guatemala", "Nicaragua", "Scotland", "Thailand", "Yugoslavia", "El-Salvador", "Trinadad&Tobago",
-         "Peru", "Hong", "Holand-Netherlands"),
-}  # fmt: skip
+    13: (
+        "United-States",
+        "Cambodia",
+        "England",
+        "Puerto-Rico",
+        "Canada",
+        "Germany",
+        "Outlying-US(Guam-USVI-etc)",
+        "India",
+        "Japan",
+        "Greece",
+        "South",
+        "China",
+        "Cuba",
+        "Iran",
+        "Honduras",
+        "Philippines",
+        "Italy",
+        "Poland",
+        "Jamaica",
+        "Vietnam",
+        "Mexico",
+        "Portugal",
+        "Ireland",
+        "France",
+        "Dominican-Republic",
+        "Laos",
+        "Ecuador",
+        "Taiwan",
+        "Haiti",
+        "Columbia",
+        "Hungary",
+        "Guatemala",
+        "Nicaragua",
+        "Scotland",
+        "Thailand",
+        "Yugoslavia",
+        "El-Salvador",
+        "Trinadad&Tobago",
+        "Peru",
+        "Hong",
+        "Holand-Netherlands",
+    ),
+}
 """Column to the categories that the data set's own documentation lists (spelt as there)."""
 
 ADULT_COLUMNS = 15
@@ -51,8 +135,8 @@ ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 def adult(root: str | Path | None = None) -> Dataset:
     """48,842 people of the 1994 census, inputs (105,) in [0, 1], label 1 for an income above 50K.
 
-    Reads ROOT/adult/adult.data and adult.test. Categories are those of the data set's documentation and
-    ranges are declared in advance, so that nothing is taken from the records.
+    Reads ROOT/adult/adult.data and adult.test. Categories are those of the data set's documentation
+    and ranges are declared in advance, so that nothing is taken from the records.
 
     Raises:
         DataError: when a file is missing, or a row is not as documented.
@@ -70,11 +154,13 @@ def adult(root: str | Path | None = None) -> Dataset:
 def read_adult(path: Path) -> tuple[Tensor, Tensor]:
     """Features (n, 105) float32 in [0, 1] and labels (n,) int64 of one file of the UCI Adult table.
 
-    Numeric columns come first, each clamped to its declared range and scaled by it; then one indicator per
-    listed category. A missing category ("?") has no indicator set. The label is 1 for an income above 50K.
+    Numeric columns come first, each clamped to its declared range and scaled by it; then one
+    indicator per listed category. A missing category ("?") has no indicator set. The label is 1 for
+    an income above 50K.
 
     Raises:
-        DataError: with the line number, when a row has other columns, numbers or categories than documented.
+        DataError: with the line number, when a row has other columns, numbers or categories than
+            documented.
 
     Source: Becker and Kohavi 1996, "Adult", UCI Machine Learning Repository.
     """
@@ -85,7 +171,10 @@ def read_adult(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _adult_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with line numbers, without blank lines, header, or the remark on top of the original test file."""
+    """Rows with line numbers, without blank lines and header.
+
+    The remark on top of the original test file is left out too.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as lines:
             for number, row in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
@@ -117,5 +206,7 @@ def _scaled(text: str, bounds: tuple[str, float, float], source: str) -> float:
 
 def _indicators(text: str, categories: tuple[str, ...], source: str) -> list[float]:
     if text != "?" and text not in categories:
-        raise DataError(f"{source} has an unknown category {text!r}; allowed: ?, {', '.join(categories)}")
+        raise DataError(
+            f"{source} has an unknown category {text!r}; allowed: ?, {', '.join(categories)}"
+        )
     return [float(text == category) for category in categories]

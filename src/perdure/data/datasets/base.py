@@ -1,8 +1,9 @@
 """Type of a data set, and the folders where published files and caches are looked for.
 
-The data root is the argument, else the environment variable PERDURE_DATA, else the user's cache folder
-(XDG_CACHE_HOME or ~/.cache, and perdure within it). Ids are indices into the published source: those of the
-test part go on where those of the training part end, so that one id never names two records.
+The data root is the argument, else the environment variable PERDURE_DATA, else the user's cache
+folder (XDG_CACHE_HOME or ~/.cache, and perdure within it). Ids are indices into the published
+source: those of the test part go on where those of the training part end, so that one id never
+names two records.
 """
 
 import contextlib
@@ -46,11 +47,16 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for part, records in (("train", self.train), ("test", self.test)):
-            shape, labels = tuple(records.inputs.shape[1:]), records.labels
+            shape = tuple(records.inputs.shape[1:])
+            labels = records.labels
             if shape != self.input_shape:
-                raise DataError(f"{self.name} {part} inputs have shape {shape}; allowed: {self.input_shape}")
+                raise DataError(
+                    f"{self.name} {part} inputs have shape {shape}; allowed: {self.input_shape}"
+                )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise DataError(f"{self.name} {part} labels leave the range 0 .. {self.num_classes - 1}")
+                raise DataError(
+                    f"{self.name} {part} labels leave the range 0 .. {self.num_classes - 1}"
+                )
 
 
 def cache_folder() -> Path:
@@ -60,7 +66,10 @@ def cache_folder() -> Path:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Where data sets are looked for: the argument, else PERDURE_DATA, else the user's cache folder."""
+    """Where data sets are looked for.
+
+    The argument, else PERDURE_DATA, else the user's cache folder.
+    """
     chosen = root or os.environ.get("PERDURE_DATA")
     return Path(chosen) if chosen else cache_folder()
 
@@ -93,13 +102,17 @@ def bytes_to_unit(images: Tensor) -> Tensor:
 def download_failed(place: Path, name: str, hint: str, error: Exception) -> DataError:
     reason = (str(error).splitlines() or [type(error).__name__])[-1]
     return DataError(
-        f"no {name} in {place} and the download failed ({reason}); {hint}, or set PERDURE_DATA to the folder "
+        f"no {name} in {place} and the download failed ({reason}); {hint}, or set "
+        "PERDURE_DATA to the folder "
         f"that holds it"
     )
 
 
 def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors at `path`; where they are not there or not readable, make them and keep them if that works."""
+    """Tensors at `path`.
+
+    Where they are not there or not readable, make them and keep them if that works.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -121,4 +134,6 @@ def file_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} (or .gz) cannot be read: {error}; put a complete copy there") from error
+        raise DataError(
+            f"{path} (or .gz) cannot be read: {error}; put a complete copy there"
+        ) from error

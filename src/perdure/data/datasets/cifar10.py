@@ -23,19 +23,32 @@ from perdure.errors import DataError
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_FILES = {"train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test": ("test_batch.bin",)}
+CIFAR10_FILES = {
+    "train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
 CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
 CIFAR_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 def cifar10(root: str | Path | None = None) -> Dataset:
     """60,000 colour images of ten classes, inputs (3, 32, 32) in [0, 1], not normalised.
 
-    Looked for in this order: ROOT/cifar-10-batches-bin (the binary version; the pickled version is never
-    opened), ROOT/cifar10-jpeg.zip (train|test/CLASS/NAME.jpg; JPEG moves pixels a little, so compare with
-    figures on the same files only; decoded once and cached), a download of the binary version.
+    Looked for in this order: ROOT/cifar-10-batches-bin (the binary version; the pickled version is
+    never opened), ROOT/cifar10-jpeg.zip (train|test/CLASS/NAME.jpg; JPEG moves pixels a little, so
+    compare with figures on the same files only; decoded once and cached), a download of the binary
+    version.
 
     Raises:
         DataError: when the files are missing and cannot be downloaded, or are damaged.
@@ -43,12 +56,15 @@ def cifar10(root: str | Path | None = None) -> Dataset:
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images".
     """
     base = data_root(root)
-    folder, archive = base / "cifar-10-batches-bin", base / "cifar10-jpeg.zip"
+    folder = base / "cifar-10-batches-bin"
+    archive = base / "cifar10-jpeg.zip"
     if not folder.is_dir() and archive.is_file():
         return _cifar10_from_zip(archive)
     if not folder.is_dir():
         _download_cifar10(base)
-    parts = [read_cifar_binary([folder / name for name in names]) for names in CIFAR10_FILES.values()]
+    parts = [
+        read_cifar_binary([folder / name for name in names]) for names in CIFAR10_FILES.values()
+    ]
     return from_published_split(
         "cifar10", *((bytes_to_unit(images), labels) for images, labels in parts), num_classes=10
     )
@@ -69,7 +85,10 @@ def _download_cifar10(base: Path) -> None:
 def _cifar10_from_zip(archive: Path) -> Dataset:
     cached = cache_folder() / f"cifar10-jpeg-{zip_digest(archive)}.safetensors"
     tensors = load_or_make(cached, lambda: _decoded(archive))
-    parts = [(bytes_to_unit(tensors[f"{part}.images"]), tensors[f"{part}.labels"]) for part in CIFAR10_FILES]
+    parts = [
+        (bytes_to_unit(tensors[f"{part}.images"]), tensors[f"{part}.labels"])
+        for part in CIFAR10_FILES
+    ]
     return from_published_split("cifar10", *parts, num_classes=10)
 
 
@@ -88,38 +107,51 @@ def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: when a file is not a whole number of records.
 
-    Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images"; binary version.
+    Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images"; binary
+    version.
     """
     content = [(path, file_bytes(path)) for path in paths]
     for path, data in content:
         if not data or len(data) % CIFAR_RECORD_BYTES:
-            raise DataError(f"{path} has {len(data)} bytes, no multiple of {CIFAR_RECORD_BYTES}; get it again")
+            raise DataError(
+                f"{path} has {len(data)} bytes, no multiple of {CIFAR_RECORD_BYTES}; get it again"
+            )
     joined = np.frombuffer(b"".join(data for _, data in content), dtype=np.uint8)
     rows = torch.from_numpy(joined.reshape(-1, CIFAR_RECORD_BYTES).copy())
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
 def read_image_zip(archive: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of PART/CLASS/NAME.jpg, in the order of the names.
+    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of PART/CLASS/NAME.jpg.
+
+    They are in the order of the names.
 
     A label is the place of its class in alphabetical order, which is CIFAR-10's own order.
 
     Raises:
-        DataError: when the archive is damaged, has no images of `part`, or one of an unknown class or size.
+        DataError: when the archive is damaged, has no images of `part`, or one of an unknown class
+            or size.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            names = sorted(n for n in opened.namelist() if n.startswith(f"{part}/") and n.endswith(".jpg"))
+            names = sorted(
+                n for n in opened.namelist() if n.startswith(f"{part}/") and n.endswith(".jpg")
+            )
             images = [_decode(opened.read(name), f"{archive}:{name}") for name in names]
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{archive} cannot be read: {error}; get it again") from error
     if not images:
-        raise DataError(f"{archive} holds no {part}/CLASS/NAME.jpg; expected the classes {CIFAR_CLASSES}")
+        raise DataError(
+            f"{archive} holds no {part}/CLASS/NAME.jpg; expected the classes {CIFAR_CLASSES}"
+        )
     return torch.stack(images), torch.tensor([_class_of(name, archive) for name in names])
 
 
 def zip_digest(archive: Path) -> str:
-    """Short digest of an archive's names and check sums: the same for the same content, read without it."""
+    """Short digest of an archive's names and check sums.
+
+    The same for the same content, read without it.
+    """
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = [f"{entry.filename} {entry.CRC}" for entry in opened.infolist()]

@@ -28,13 +28,14 @@ UNSIGNED_BYTE = 0x08
 def mnist(root: str | Path | None = None) -> Dataset:
     """70,000 handwritten digits, inputs (1, 28, 28) in [0, 1].
 
-    Reads the IDX files in ROOT/MNIST/raw, gzipped or not. Where the files are missing, torchvision's
-    downloader is tried.
+    Reads the IDX files in ROOT/MNIST/raw, gzipped or not. Where the files are missing,
+    torchvision's downloader is tried.
 
     Raises:
         DataError: when the files are missing and cannot be downloaded, or are damaged.
 
-    Source: LeCun, Bottou, Bengio, Haffner 1998, "Gradient-based learning applied to document recognition".
+    Source: LeCun, Bottou, Bengio, Haffner 1998, "Gradient-based learning applied to document
+    recognition".
     """
     base = data_root(root)
     folder = base / "MNIST" / "raw"
@@ -51,15 +52,24 @@ def _mnist_file(folder: Path, stem: str, dimensions: int) -> Path | None:
 
 
 def _mnist_part(folder: Path, stem: str) -> tuple[Tensor, Tensor]:
-    images_path, labels_path = (folder / f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    images_path, labels_path = (
+        folder / f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
+    )
     content = file_bytes(images_path)
     published_size = stem == "train" and len(content) == MNIST_TRAIN_IMAGES_BYTES
-    if published_size and hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_TRAIN_IMAGES_MD5:
-        raise DataError(f"{images_path} does not have the published MD5 {MNIST_TRAIN_IMAGES_MD5}; get it again")
+    if (
+        published_size
+        and hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_TRAIN_IMAGES_MD5
+    ):
+        raise DataError(
+            f"{images_path} does not have the published MD5 {MNIST_TRAIN_IMAGES_MD5}; get it again"
+        )
     images = parse_idx(content, str(images_path))
     labels = parse_idx(file_bytes(labels_path), str(labels_path))
     if images.dim() != 3 or labels.dim() != 1:
-        raise DataError(f"{folder} has {stem} images of shape {tuple(images.shape)}; allowed: (n, 28, 28)")
+        raise DataError(
+            f"{folder} has {stem} images of shape {tuple(images.shape)}; allowed: (n, 28, 28)"
+        )
     return bytes_to_unit(images.unsqueeze(1)), labels.long()
 
 
@@ -70,14 +80,16 @@ def _download_mnist(base: Path) -> None:
     try:
         MNIST(str(base), download=True)
     except (OSError, RuntimeError) as error:
-        raise download_failed(base / "MNIST" / "raw", "MNIST", "put the four IDX files there", error) from error
+        raise download_failed(
+            base / "MNIST" / "raw", "MNIST", "put the four IDX files there", error
+        ) from error
 
 
 def parse_idx(content: bytes, source: str) -> Tensor:
     """Array of unsigned bytes in the IDX format.
 
-    Layout: two zero bytes, the element type, the number of dimensions; each dimension as a big-endian 32-bit
-    integer; then the elements, last dimension fastest.
+    Layout: two zero bytes, the element type, the number of dimensions; each dimension as a
+    big-endian 32-bit integer; then the elements, last dimension fastest.
 
     Args:
         content: the whole file, unzipped.
@@ -92,10 +104,15 @@ def parse_idx(content: bytes, source: str) -> Tensor:
     Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits", file formats.
     """
     if len(content) < 4 or content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
-        raise DataError(f"{source} is not an IDX file of bytes (it starts {content[:4].hex()}); get it again")
+        raise DataError(
+            f"{source} is not an IDX file of bytes (it starts {content[:4].hex()}); get it again"
+        )
     header = 4 + 4 * content[3]
     shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
     if len(content) - header != math.prod(shape):
-        raise DataError(f"{source} holds {len(content)} bytes, not the {header} + {shape} of its head; get it again")
+        raise DataError(
+            f"{source} holds {len(content)} bytes, not the {header} + {shape} of its head; "
+            "get it again"
+        )
     body = np.frombuffer(content[header:], dtype=np.uint8)
     return torch.from_numpy(body.reshape(shape).copy())

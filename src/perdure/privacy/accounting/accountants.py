@@ -1,4 +1,7 @@
-"""What one record was exposed to, and the epsilon of it all, by dp-accounting's loss distributions and Renyi DP."""
+"""Exposure of one record, and the epsilon of it all.
+
+By dp-accounting's loss distributions and Renyi DP.
+"""
 
 import logging
 import math
@@ -36,14 +39,19 @@ def rdp_epsilon(history: History, delta: float, relation: Relation) -> float:
 def _event(charge: Charge, relation: Relation, library: Any) -> Any:
     """Build the event for the RDP accountant, which ignores the relation of an unsampled Gaussian.
 
-    A discrete Gaussian costs no more than the Gaussian (Canonne, Kamath and Steinke 2020, theorem 4). What is
-    epsilon-DP is randomised response at epsilon, processed further (Kairouz, Oh and Viswanath 2015).
+    A discrete Gaussian costs no more than the Gaussian (Canonne, Kamath and Steinke 2020, theorem
+    4). What is epsilon-DP is randomised response at epsilon, processed further (Kairouz, Oh and
+    Viswanath 2015).
     """
     if relation == "replace-one" and charge.sampling_rate < 1:
-        raise PrivacyError("RDP has no bound for Poisson sampling under replace-one; use accountant='pld'")
+        raise PrivacyError(
+            "RDP has no bound for Poisson sampling under replace-one; use accountant='pld'"
+        )
     change = 2.0 if relation == "replace-one" else 1.0
     if charge.noise == "exponential":
-        return library.RandomizedResponseDpEvent(2 / (1 + math.exp(min(change / charge.noise_multiplier, 700))), 2)
+        return library.RandomizedResponseDpEvent(
+            2 / (1 + math.exp(min(change / charge.noise_multiplier, 700))), 2
+        )
     if charge.noise == "discrete-gaussian":
         change = math.sqrt(change)  # one count falls by 1 and another rises by 1
     gaussian = library.GaussianDpEvent(charge.noise_multiplier / change)
@@ -51,7 +59,7 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
     return library.PoissonSampledDpEvent(charge.sampling_rate, gaussian) if sampled else gaussian
 
 
-# --------------------------------------------------------------------------- privacy loss distributions
+# ----------------------------------------------------------------------- privacy loss distributions
 
 
 @lru_cache(maxsize=4096)
@@ -78,7 +86,9 @@ def pld_epsilon(history: History, delta: float, relation: Relation, interval: fl
 def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
     """PLD of all steps of `charge`; n unsampled steps are exactly one at noise / sqrt(n)."""
     if charge.noise == "exponential":
-        one = _selection((2 if relation == "replace-one" else 1) / charge.noise_multiplier, interval)
+        one = _selection(
+            (2 if relation == "replace-one" else 1) / charge.noise_multiplier, interval
+        )
     elif charge.noise == "discrete-gaussian":
         one = _counted(charge.noise_multiplier, interval)
         return one.self_compose(2 * charge.steps if relation == "replace-one" else charge.steps)
@@ -93,15 +103,19 @@ def _spread(history: History, relation: Relation) -> float:
     """Size of the losses that matter, by which the grid is widened to fit into memory.
 
     Those of one step reach 1/(2 s^2) + 10/s; the sum of all has mean at most
-    k = sum n min(q / (2 s^2), q^2 (exp(1/s^2) - 1)), a bound on the KL divergence, give or take 10 sqrt(2k).
-    A selection's loss reaches e = 1/s, with mean at most min(e, e^2 / 2).
+    k = sum n min(q / (2 s^2), q^2 (exp(1/s^2) - 1)), a bound on the KL divergence, give or take 10
+    sqrt(2k). A selection's loss reaches e = 1/s, with mean at most min(e, e^2 / 2).
     """
     shift = 2.0 if relation == "replace-one" else 1.0
-    reach, mean = 0.0, 0.0
+    reach = 0.0
+    mean = 0.0
     for charge in history:
-        n, q, s = charge.steps, charge.sampling_rate, charge.noise_multiplier / shift
+        n = charge.steps
+        q = charge.sampling_rate
+        s = charge.noise_multiplier / shift
         if charge.noise == "exponential":
-            reach, mean = max(reach, 1 / s), mean + n * min(1 / s, 0.5 / s**2)
+            reach = max(reach, 1 / s)
+            mean = mean + n * min(1 / s, 0.5 / s**2)
             continue
         ratio = math.sqrt(n) / s if q == 1 else 1 / s
         reach = max(reach, ratio**2 / 2 + 10 * ratio)
@@ -130,7 +144,9 @@ def _single(rate: float, noise: float, relation: Relation, interval: float) -> A
 def _counted(noise: float, interval: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
-    return privacy_loss_distribution.from_discrete_gaussian_mechanism(noise, value_discretization_interval=interval)
+    return privacy_loss_distribution.from_discrete_gaussian_mechanism(
+        noise, value_discretization_interval=interval
+    )
 
 
 @lru_cache(maxsize=8)
@@ -139,7 +155,9 @@ def _selection(epsilon: float, interval: float) -> Any:
     from dp_accounting.pld import common, privacy_loss_distribution
 
     parameters = common.DifferentialPrivacyParameters(epsilon, 0.0)
-    return privacy_loss_distribution.from_privacy_parameters(parameters, value_discretization_interval=interval)
+    return privacy_loss_distribution.from_privacy_parameters(
+        parameters, value_discretization_interval=interval
+    )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """From charges to epsilon, and from epsilon to a noise multiplier.
 
-Privacy loss distributions (PLD) decide, on a coarse grid first, which bounds epsilon as surely as the fine one, takes
-no longer than Renyi DP (RDP) and is far tighter. RDP is there to be shown beside it. The central-limit approximation
-of Gaussian DP is left out: it claims less than was spent.
+Privacy loss distributions (PLD) decide, on a coarse grid first, which bounds epsilon as surely as
+the fine one, takes no longer than Renyi DP (RDP) and is far tighter. RDP is there to be shown
+beside it. The central-limit approximation of Gaussian DP is left out: it claims less than was
+spent.
 """
 
 import math
@@ -27,17 +28,19 @@ def epsilon(
 ) -> float:
     """Epsilon of the composition of `charges` at `delta`.
 
-    Guarantee: an upper bound, also where queries depend on earlier answers, as long as the charges do not.
-    PLD is pessimistically discretised at 1e-4, coarser where epsilon runs into the hundreds; a million and more
-    is infinity.
+    Guarantee: an upper bound, also where queries depend on earlier answers, as long as the charges
+    do not. PLD is pessimistically discretised at 1e-4, coarser where epsilon runs into the
+    hundreds; a million and more is infinity.
 
     Under replace-one a record may change into any other, and one step is dominated by the pair
-    (1-q) N(0, s^2) + q N(-1, s^2)  against  (1-q) N(0, s^2) + q N(1, s^2),  s = noise multiplier, q = rate,
-    which is sensitivity 2C at q = 1. Why no other pair v, v' with |v|, |v'| <= 1 is worse: with L and L' the
-    densities of N(v') and N(0) relative to N(v), the divergence at order a >= 1 is
-    q E[(1 - a L - (1-q)(a-1)/q L')+], a convex function with non-negative mixed derivative of two log-normals
-    of mean 1; it grows with each entry of their covariance (Kahane's inequality), and |v-v'|^2, |v|^2 and
-    (v-v').v are all largest at v = -v', |v| = 1. Orders below 1 follow by exchanging the two sides.
+    (1-q) N(0, s^2) + q N(-1, s^2) against (1-q) N(0, s^2) + q N(1, s^2), s = noise multiplier, q =
+    rate, which is sensitivity 2C at q = 1. Why no other pair v, v' with |v|, |v'| <= 1 is worse:
+    with L and L' the densities of N(v') and N(0) relative to N(v), the divergence at order a >= 1
+    is
+    q E[(1 - a L - (1-q)(a-1)/q L')+], a convex function with non-negative mixed derivative of two
+    log-normals of mean 1; it grows with each entry of their covariance (Kahane's inequality), and
+    |v-v'|^2, |v|^2 and (v-v').v are all largest at v = -v', |v| = 1. Orders below 1 follow by
+    exchanging the two sides.
 
     Args:
         charges: any number of them; none gives 0.
@@ -47,7 +50,8 @@ def epsilon(
 
     Raises:
         ConfigError: for a delta, accountant or relation that is not allowed.
-        PrivacyError: for RDP of Poisson-sampled charges under replace-one, for which no bound is implemented.
+        PrivacyError: for RDP of Poisson-sampled charges under replace-one, for which no bound is
+            implemented.
 
     Source: Koskela et al. 2020, Doroshenko et al. 2022 (PLD); Mironov, Talwar and Zhang 2019 (RDP).
     """
@@ -80,12 +84,18 @@ def check_target(epsilon: float, delta: float) -> None:
 def worst(
     histories: Mapping[str, Sequence[Charge]], *, delta: float, relation: Relation = "add-remove"
 ) -> tuple[str, float]:
-    """Name and PLD epsilon of the history that spent most; ("none", 0) where there is no history."""
+    """Name and PLD epsilon of the history that spent most.
+
+    ("none", 0) where there is no history.
+    """
     names: dict[History, str] = {}
     for name, charges in histories.items():
         names.setdefault(merged(charges), name)
     found = ("none", 0.0)
-    bounds = [(pld_epsilon(history, delta, relation, COARSE_INTERVAL), history) for history in _undominated(names)]
+    bounds = [
+        (pld_epsilon(history, delta, relation, COARSE_INTERVAL), history)
+        for history in _undominated(names)
+    ]
     for bound, history in sorted(bounds, reverse=True):
         if found[0] != "none" and bound <= found[1]:
             break  # the coarse grid bounds all that follow
@@ -95,8 +105,13 @@ def worst(
     return found
 
 
-def within(charges: Iterable[Charge], target: float, *, delta: float, relation: Relation = "add-remove") -> bool:
-    """Whether `charges` cost at most `target`: a coarse grid accepts, and else the fine one decides."""
+def within(
+    charges: Iterable[Charge], target: float, *, delta: float, relation: Relation = "add-remove"
+) -> bool:
+    """Whether `charges` cost at most `target`.
+
+    A coarse grid accepts, and else the fine one decides.
+    """
     history = merged(charges)
     # the margin keeps the verdict the same as that of the fine grid
     coarse = pld_epsilon(history, delta, relation, COARSE_INTERVAL)
@@ -114,7 +129,8 @@ def calibrate(
 
     Rounded up to four digits, found to a relative 1e-3, searched between 0.05 and 10,000.
 
-    Guarantee: `charges_at` of the result costs at most `epsilon` in each history, checked by PLD at 1e-4.
+    Guarantee: `charges_at` of the result costs at most `epsilon` in each history, checked by PLD at
+    1e-4.
 
     Args:
         charges_at: noise multiplier to histories, one per partition, always in the same order.
@@ -141,11 +157,15 @@ def calibrate(
     return noise
 
 
-def _at(charges_at: Callable[[float], Sequence[Sequence[Charge]]], index: int) -> Callable[[float], History]:
+def _at(
+    charges_at: Callable[[float], Sequence[Sequence[Charge]]], index: int
+) -> Callable[[float], History]:
     return lambda noise: merged(charges_at(noise)[index])
 
 
-def _over(histories: Sequence[History], target: float, delta: float, relation: Relation) -> int | None:
+def _over(
+    histories: Sequence[History], target: float, delta: float, relation: Relation
+) -> int | None:
     """Index of a history that costs more than `target`, if there is one."""
     for history in _undominated(histories):
         if not within(history, target, delta=delta, relation=relation):
@@ -156,7 +176,9 @@ def _over(histories: Sequence[History], target: float, delta: float, relation: R
 def _undominated(histories: Iterable[History]) -> list[History]:
     """Histories of which no other one contains every step."""
     distinct = list(dict.fromkeys(histories))
-    return [h for h in distinct if not any(h != other and _contains(other, h) for other in distinct)]
+    return [
+        h for h in distinct if not any(h != other and _contains(other, h) for other in distinct)
+    ]
 
 
 def _contains(large: History, small: History) -> bool:
@@ -164,8 +186,13 @@ def _contains(large: History, small: History) -> bool:
     return all(charge.steps <= steps.get(charge.kind, 0) for charge in small)
 
 
-def _solve(history_at: Callable[[float], History], target: float, delta: float, relation: Relation) -> float:
-    """Root on a coarse grid, one correction on the fine grid, then up in small steps until PLD agrees."""
+def _solve(
+    history_at: Callable[[float], History], target: float, delta: float, relation: Relation
+) -> float:
+    """Root on a coarse grid, with one correction on the fine grid.
+
+    Then it is raised in small steps until PLD agrees.
+    """
     interval = COARSE_INTERVAL * max(1.0, target / 3)
 
     def excess(log_noise: float) -> float:
@@ -186,13 +213,17 @@ def _solve(history_at: Callable[[float], History], target: float, delta: float, 
 
 
 def _bracket(excess: Callable[[float], float]) -> tuple[float, float]:
-    """Logarithms of two noise multipliers with the root between them; equal where the smallest is enough."""
+    """Logarithms of two noise multipliers with the root between them.
+
+    Equal where the smallest is enough.
+    """
     lowest, highest = (math.log(noise) for noise in NOISE_RANGE)
     high = 0.0
     while excess(high) > 0:
         if high >= highest:
             raise BudgetError(
-                f"no noise multiplier up to {NOISE_RANGE[1]:g} meets the epsilon: charges that do not depend "
+                f"no noise multiplier up to {NOISE_RANGE[1]:g} meets the epsilon: charges "
+                "that do not depend "
                 "on it cost more already; raise epsilon or take them out"
             )
         high += 1.0
@@ -200,22 +231,31 @@ def _bracket(excess: Callable[[float], float]) -> tuple[float, float]:
     while excess(low) <= 0:
         if low <= lowest:
             return lowest, lowest
-        low, high = max(low - 0.5, lowest), low
+        high = low
+        low = max(low - 0.5, lowest)
     return low, high
 
 
 def _root(excess: Callable[[float], float], low: float, high: float) -> float:
-    """Where a decreasing function is 0 to 2e-3, between `low` and `high` (regula falsi, Illinois variant)."""
-    at_low, at_high = excess(low), excess(high)
+    """Root of a decreasing function to 2e-3, between `low` and `high`.
+
+    By regula falsi, Illinois variant.
+    """
+    at_low = excess(low)
+    at_high = excess(high)
     for _ in range(50):
         middle = (low * at_high - high * at_low) / (at_high - at_low)
         at_middle = excess(middle)
         if abs(at_middle) < 2e-3 or high - low < 2e-4:
             break
         if at_middle > 0:
-            low, at_low, at_high = middle, at_middle, at_high / 2
+            low = middle
+            at_low = at_middle
+            at_high = at_high / 2
         else:
-            high, at_high, at_low = middle, at_middle, at_low / 2
+            high = middle
+            at_high = at_middle
+            at_low = at_low / 2
     return middle
 
 

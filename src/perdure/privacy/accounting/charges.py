@@ -18,12 +18,14 @@ class Charge:
     """Some steps of one mechanism, as seen by one record.
 
     Args:
-        sampling_rate: probability in (0, 1] that the record is in a step (Poisson); 1.0 means no sampling.
-        noise_multiplier: standard deviation of the noise divided by the sensitivity; 0 means none. Of `exponential`:
-            1 / epsilon of one selection.
+        sampling_rate: probability in (0, 1] that the record is in a step (Poisson); 1.0 means no
+            sampling.
+        noise_multiplier: standard deviation of the noise divided by the sensitivity; 0 means none.
+            Of `exponential`: 1 / epsilon of one selection.
         steps: how often.
-        noise: `gaussian`; `discrete-gaussian`, integer noise on one count that the record moves by 1; `exponential`,
-            one selection by the exponential mechanism. The last two are not sampled.
+        noise: `gaussian`; `discrete-gaussian`, integer noise on one count that the record moves by
+            1; `exponential`, one selection by the exponential mechanism. The last two are not
+            sampled.
 
     Raises:
         ConfigError: for a value outside these ranges.
@@ -44,7 +46,9 @@ class Charge:
         if self.noise not in get_args(Noise):
             raise ConfigError.of("noise", self.noise, get_args(Noise))
         if self.noise != "gaussian" and self.sampling_rate != 1:
-            raise ConfigError.of("sampling_rate", self.sampling_rate, f"1.0 for {self.noise}, which is not sampled")
+            raise ConfigError.of(
+                "sampling_rate", self.sampling_rate, f"1.0 for {self.noise}, which is not sampled"
+            )
 
     @property
     def kind(self) -> tuple[float, float, Noise]:
@@ -57,4 +61,6 @@ def merged(charges: Iterable[Charge]) -> History:
     steps: dict[tuple[float, float, Noise], int] = {}
     for charge in charges:
         steps[charge.kind] = steps.get(charge.kind, 0) + charge.steps
-    return tuple(sorted(Charge(rate, sigma, n, noise) for (rate, sigma, noise), n in steps.items() if n))
+    return tuple(
+        sorted(Charge(rate, sigma, n, noise) for (rate, sigma, noise), n in steps.items() if n)
+    )

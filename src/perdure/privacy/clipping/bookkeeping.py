@@ -1,8 +1,11 @@
-"""Clipped sums of per-record gradients by one forward pass and one backward pass to the outputs of the layers.
+"""Clipped sums of per-record gradients by book-keeping.
 
-Bu, Wang, Zha and Karypis, Differentially Private Optimization on Large Model at Small Cost, ICML 2023 (book-keeping).
-The norms come from what entered each layer and what came back to its output (`layer_rules`), and so do the clipped
-sums; the gradient of a weight is never formed for the batch as a whole.
+One forward pass and one backward pass to the outputs of the layers are enough.
+
+Bu, Wang, Zha and Karypis, Differentially Private Optimization on Large Model at Small Cost, ICML
+2023 (book-keeping). The norms come from what entered each layer and what came back to its output
+(`layer_rules`), and so do the clipped sums; the gradient of a weight is never formed for the batch
+as a whole.
 """
 
 import math
@@ -31,9 +34,14 @@ from perdure.types import Params
 Layers = Mapping[str, nn.Module]
 
 RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[Use]], Rule]] = {
-    nn.Linear: linear_rule, nn.Conv1d: conv_rule, nn.Conv2d: conv_rule, nn.Embedding: EmbeddingRule,
-    nn.LayerNorm: normalisation_rule, nn.GroupNorm: normalisation_rule, CosineHead: CosineRows,
-}  # fmt: skip
+    nn.Linear: linear_rule,
+    nn.Conv1d: conv_rule,
+    nn.Conv2d: conv_rule,
+    nn.Embedding: EmbeddingRule,
+    nn.LayerNorm: normalisation_rule,
+    nn.GroupNorm: normalisation_rule,
+    CosineHead: CosineRows,
+}
 OWN = {"weight", "bias", "scale"}
 """Parameters that rules know of, by their names in a layer."""
 LinearRule = linear_rule
@@ -44,9 +52,13 @@ class Call:
     """One differentiable call of a layer, as taped; what left it is kept as its place in the graph.
 
     Args:
-        layer: its name. entered: the input, detached. version: how often that tensor had been written to by then.
-        edge: the output's gradient. before: where the graph goes on below the layer; None at its end.
-        shape: of the output. derived: whether its weights were computed from others, whose gradients no rule gives.
+        layer: its name.
+        entered: the input, detached.
+        version: how often that tensor had been written to by then.
+        edge: the output's gradient.
+        before: where the graph goes on below the layer; None at its end.
+        shape: of the output.
+        derived: whether its weights were computed from others, whose gradients no rule gives.
     """
 
     layer: str
@@ -61,43 +73,57 @@ class Call:
 def clipped_gradient_sum(
     module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip: Clip
 ) -> Params | None:
-    """Sum over records of clip(gradient of the record's loss, C); None where it cannot be had this way.
+    """Sum over records of clip(gradient of the record's loss, C).
 
-    That is: for a parameter without a rule, shared, or used outside its layer's own call (as in a layer that runs with
-    weights computed from the parameters); for a pass that does not
-    cover all records; and where a norm is not finite. `clipping.clipped_sum` does without such conditions.
+    By rules where there are any and else by Opacus.
 
-    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm, provided that row i
-    of `losses()` depends on record i only and every differentiable pass of the module covers all rows in row order.
-    Under autocast or in half precision, norms, factors and sums are those of the numbers that flowed, in float32.
+    That is: for a parameter without a rule, shared, or used outside its layer's own call (as in a
+    layer that runs with weights computed from the parameters); for a pass that does not
+    cover all records; and where a norm is not finite. `clipping.clipped_sum` does without such
+    conditions.
+
+    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm,
+    provided that row i of `losses()` depends on record i only and every differentiable pass of the
+    module covers all rows in row order. Under autocast or in half precision, norms, factors and
+    sums are those of the numbers that flowed, in float32.
 
     Args:
-        module: the model, at its own parameters. params: those to differentiate.
-        losses: runs the module and returns (n,) losses. records: n.
+        module: the model, at its own parameters.
+        params: those to differentiate.
+        losses: runs the module and returns (n,) losses.
+        records: n.
         clip: the bound C.
 
     Returns:
-        The sums, in the parameters' dtypes, but float32 for half precision: rounded before the noise, a sum of many
-        records would move by more than C.
+        The sums, in the parameters' dtypes, but float32 for half precision: rounded before the
+        noise, a sum of many records would move by more than C.
     """
     layers = ruled_layers(module, params)
     if layers is None or records == 0:
         return None
     with _taped(layers) as tape:
         total = losses().sum()
-    if not all(_covers(layers[call.layer], call, records) for call in tape) or _escapes(total, tape, params):
+    if not all(_covers(layers[call.layer], call, records) for call in tape) or _escapes(
+        total, tape, params
+    ):
         return None
     uses = _went_back(total, tape)
     del tape
     device = total.device.type
     mixed = torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
-        rules = {name: RULES[type(layers[name])](layers[name], uses.pop(name)) for name in list(uses)}
-        unruled = {name: torch.zeros(records, device=total.device) for name in layers if name not in rules}
+        rules = {
+            name: RULES[type(layers[name])](layers[name], uses.pop(name)) for name in list(uses)
+        }
+        unruled = {
+            name: torch.zeros(records, device=total.device) for name in layers if name not in rules
+        }
         return _clipped(rules, unruled, params, clip)
 
 
-def _clipped(rules: dict[str, Rule], squares: dict[str, Tensor], params: Params, clip: Clip) -> Params | None:
+def _clipped(
+    rules: dict[str, Rule], squares: dict[str, Tensor], params: Params, clip: Clip
+) -> Params | None:
     """Sums of all layers; `squares` has the norms in those without a rule."""
     squares |= {name: rule.squared_norms().float() for name, rule in rules.items()}
     if not math.isfinite(sum_of(list(squares.values())).sum()):
@@ -107,23 +133,34 @@ def _clipped(rules: dict[str, Rule], squares: dict[str, Tensor], params: Params,
     for name in list(rules):  # a layer's activations go as soon as its sum is there
         own = rules.pop(name).weighted(factors[name])
         sums |= {f"{name}.{key}".removeprefix("."): value for key, value in own.items()}
-    return {name: sums[name] if name in sums else zeros(value) for name, value in params.items()} | clip.count(squares)
+    return {
+        name: sums[name] if name in sums else zeros(value) for name, value in params.items()
+    } | clip.count(squares)
 
 
 def zeros(value: Tensor) -> Tensor:
     """Nothing, in the shape of a parameter and the precision of sums."""
-    return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32), requires_grad=False)
+    return torch.zeros_like(
+        value, dtype=torch.promote_types(value.dtype, torch.float32), requires_grad=False
+    )
 
 
 # --------------------------------------------------------------------------- which layers
 
 
 def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | None:
-    """Layers that own the parameters, by name; None where one has no rule or is only partly trained."""
+    """Layers that own the parameters, by name.
+
+    None where one has no rule or is only partly trained.
+    """
     layers = {name: module.get_submodule(name) for name in dict.fromkeys(map(layer_of, params))}
     if not all(_ruled(layer) for layer in layers.values()):
         return None
-    own = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer._parameters.items()}
+    own = {
+        f"{name}.{key}": value
+        for name, layer in layers.items()
+        for key, value in layer._parameters.items()
+    }
     owned = {name.removeprefix("."): id(value) for name, value in own.items() if value is not None}
     return layers if owned == {name: id(value) for name, value in params.items()} else None
 
@@ -144,20 +181,30 @@ def _ruled(layer: nn.Module) -> bool:
 
 @contextmanager
 def _taped(layers: Layers) -> Iterator[list[Call]]:
-    """Record every differentiable call of the layers; a teacher, which runs without gradients, is not recorded."""
+    """Record every differentiable call of the layers.
+
+    What is given names calls that are not understood.
+    """
     tape: list[Call] = []
 
     def listen(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], left: Tensor) -> None:
+        def hook(
+            layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], left: Tensor
+        ) -> None:
             if left.requires_grad:
                 entered: Tensor = args[0] if args else named["input"]
-                derived = any(value is not None and value.grad_fn for value in layer._parameters.values())
+                derived = any(
+                    value is not None and value.grad_fn for value in layer._parameters.values()
+                )
                 place = (get_gradient_edge(left), entered.grad_fn, left.shape, derived)
                 tape.append(Call(name, entered.detach(), entered._version, *place))
 
         return hook
 
-    handles = [layer.register_forward_hook(listen(n), prepend=True, with_kwargs=True) for n, layer in layers.items()]
+    handles = [
+        layer.register_forward_hook(listen(n), prepend=True, with_kwargs=True)
+        for n, layer in layers.items()
+    ]
     try:
         yield tape
     finally:
@@ -173,8 +220,12 @@ def _covers(layer: nn.Module, call: Call, records: int) -> bool:
 
 
 def _escapes(total: Tensor, tape: list[Call], params: Params) -> bool:
-    """Whether the losses depend on a parameter otherwise than by the taped calls, so that the tape misses a part."""
-    own, jumps = {id(value) for value in params.values()}, {call.edge.node: call.before for call in tape}
+    """Whether the losses depend on a parameter past the taped calls.
+
+    The tape would then miss a part.
+    """
+    own = {id(value) for value in params.values()}
+    jumps = {call.edge.node: call.before for call in tape}
     todo: list[Node | None] = [total.grad_fn]
     seen: set[Node | None] = {None}
     while todo:

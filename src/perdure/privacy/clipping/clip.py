@@ -1,4 +1,7 @@
-"""Per-record gradients and their clipped sum: the only place where a record's influence is bounded."""
+"""Per-record gradients and their clipped sum.
+
+The only place where a record's influence is bounded.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +28,15 @@ WITHIN = "within clip norm"
 class Clip:
     """How a record's vector is bounded.
 
-    Guarantee: its L2 norm, all names but `WITHIN` together, is at most `norm`; what it adds to `WITHIN` is 1/2 or -1/2.
+    Guarantee: its L2 norm, all names but `WITHIN` together, is at most `norm`; what it adds to
+    `WITHIN` is 1/2 or -1/2.
 
     Args:
         norm: the bound C.
-        per_layer: bound each of the L layers by C / sqrt(L) by itself. A layer is a module with parameters of its own.
-        counted: also sum, as `WITHIN`, 1/2 for a record whose norm is at most C and -1/2 for another (Andrew et al.
-            2021, section 2.2): one record moves it by 1/2.
+        per_layer: bound each of the L layers by C / sqrt(L) by itself. A layer is a module with
+            parameters of its own.
+        counted: also sum, as `WITHIN`, 1/2 for a record whose norm is at most C and -1/2 for
+            another (Andrew et al. 2021, section 2.2): one record moves it by 1/2.
     """
 
     norm: float
@@ -86,27 +91,41 @@ def squared_norms(rows: Params) -> dict[str, Tensor]:
     """Layer to (n,) squared L2 norms, in float32."""
     squares: dict[str, list[Tensor]] = {}
     for name, row in rows.items():
-        squares.setdefault(layer_of(name), []).append(row.float().unsqueeze(-1).flatten(1).square().sum(1))
+        squares.setdefault(layer_of(name), []).append(
+            row.float().unsqueeze(-1).flatten(1).square().sum(1)
+        )
     return {layer: sum_of(parts) for layer, parts in squares.items()}
 
 
 def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:
     """Rows times their layer's factors (n,); what is not a number becomes 0."""
-    clean = {name: torch.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for name, row in rows.items()}
-    return {n: r * factors[layer_of(n)].view(-1, *[1] * (r.dim() - 1)).to(r.dtype) for n, r in clean.items()}
+    clean = {
+        name: torch.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for name, row in rows.items()
+    }
+    return {
+        n: r * factors[layer_of(n)].view(-1, *[1] * (r.dim() - 1)).to(r.dtype)
+        for n, r in clean.items()
+    }
 
 
 def per_pass(params: Params) -> int:
-    """Records whose vectors, each of the size of `params`, are formed at once: at most 256, and about 0.5 GB."""
+    """Records whose vectors, each of the size of `params`, are formed at once.
+
+    At most 256, and about 0.5 GB.
+    """
     size = sum(value.numel() for value in params.values())
     return min(LARGEST_PASS, max(1, PASS_NUMBERS // max(1, size)))
 
 
-@torch.no_grad()  # only `rows` differentiates; without this every pass would be kept for a second derivative
-def clipped_sum(rows: Rows, params: Params, tensors: Mapping[str, Tensor], clip: Clip, chunk: int) -> Params | None:
+# only `rows` differentiates; without this every pass would be kept for a second derivative
+@torch.no_grad()
+def clipped_sum(
+    rows: Rows, params: Params, tensors: Mapping[str, Tensor], clip: Clip, chunk: int
+) -> Params | None:
     """Sum over records of clip(rows(record), C), or None when there is no record.
 
-    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm (and `WITHIN` by 1/2).
+    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm
+    (and `WITHIN` by 1/2).
 
     Args:
         rows: the query for one record.
@@ -117,7 +136,11 @@ def clipped_sum(rows: Rows, params: Params, tensors: Mapping[str, Tensor], clip:
     for piece in chunks(tensors, chunk):
         vectors = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")(params, piece)
         clipped = sum_of_clipped(vectors, clip)
-        total = clipped if total is None else {name: total[name] + value for name, value in clipped.items()}
+        total = (
+            clipped
+            if total is None
+            else {name: total[name] + value for name, value in clipped.items()}
+        )
     return total
 
 

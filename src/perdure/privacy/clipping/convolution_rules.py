@@ -1,7 +1,10 @@
-"""Norms and clipped sums of per-record gradients of convolutions; positions (`layer_rules`) are places of the output.
+"""Norms and clipped sums of per-record gradients of convolutions.
 
-What entered a place is the patch of the input that it sees. All patches are much larger than the input; so rows are
-formed without them, as the weight gradient of one convolution that has a group for every record.
+Positions (`layer_rules`) are places of the output.
+
+What entered a place is the patch of the input that it sees. All patches are much larger than the
+input; so rows are formed without them, as the weight gradient of one convolution that has a group
+for every record.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from perdure.privacy.clipping.clip import sum_of
-from perdure.privacy.clipping.layer_rules import GHOST_COST, FormedRule, Rule, Use, ghost_norms, squared_lengths, wide
+from perdure.privacy.clipping.layer_rules import (
+    GHOST_COST,
+    FormedRule,
+    Rule,
+    Use,
+    ghost_norms,
+    squared_lengths,
+    wide,
+)
 from perdure.types import Params
 
 CHANNELS = 16
@@ -37,7 +48,9 @@ class Geometry:
         """Read them off a layer with numeric padding and one group."""
         assert isinstance(layer, nn.Conv1d | nn.Conv2d)
         settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        pairs = [(*high, *own)[-2:] for high, own in zip(((1,), (1,), (0,), (1,)), settings, strict=True)]
+        pairs = [
+            (*high, *own)[-2:] for high, own in zip(((1,), (1,), (0,), (1,)), settings, strict=True)
+        ]
         return cls(layer.in_channels, layer.out_channels, *pairs)
 
     @property
@@ -50,7 +63,10 @@ class Geometry:
         return F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
 
     def gradients(self, x: Tensor, back: Tensor) -> Tensor:
-        """(n, outs, fan_in): gradient of every record's weight, as one convolution with a group a record."""
+        """(n, outs, fan_in).
+
+        Gradient of every record's weight, as one convolution with a group a record.
+        """
         n = len(x)
         rows = self.gradient(x.flatten(0, 1)[None], back.flatten(0, 1)[None], n)
         return rows.view(n, self.outs, self.fan_in)
@@ -65,21 +81,37 @@ class Geometry:
 
     @property
     def lines_up(self) -> bool:
-        """Whether a column of the kernel's taps, as channels, fills the vector registers that the channels do not."""
-        (height, width), (_, columns) = self.kernel, self.stride
+        """Whether a column of the kernel's taps fills the vector registers as channels.
+
+        This matters where the channels alone do not.
+        """
+        height, width = self.kernel
+        _, columns = self.stride
         fills = self.ins % CHANNELS > 0 and self.ins * columns * height % CHANNELS == 0
         return fills and width % columns == 0 and self.dilation == (1, 1)
 
     @property
     def lines(self) -> "Geometry":
-        """The same convolution with a column of taps, for every column that the stride steps over, as its channels."""
-        (height, width), (_, columns) = self.kernel, self.stride
-        return Geometry(self.ins * columns * height, self.outs, (1, width // columns), (1, 1), (0, 0), (1, 1))
+        """The same convolution with columns of taps as channels.
+
+        There is one for every column that the stride steps over.
+        """
+        height, width = self.kernel
+        _, columns = self.stride
+        return Geometry(
+            self.ins * columns * height, self.outs, (1, width // columns), (1, 1), (0, 0), (1, 1)
+        )
 
     def to_lines(self, x: Tensor, places: int) -> Tensor:
-        """(n, ins x columns x height, ., .): the input of `lines`, for an output of `places` columns."""
-        (height, width), (rows, columns), (top, left) = self.kernel, self.stride, self.padding
-        right = columns * (places - 1) + width - x.shape[3] - left  # below 0 where no place sees the last columns
+        """(n, ins x columns x height, ., .).
+
+        The input of `lines`, for an output of `places` columns.
+        """
+        height, width = self.kernel
+        rows, columns = self.stride
+        top, left = self.padding
+        # below 0 where no place sees the last columns
+        right = columns * (places - 1) + width - x.shape[3] - left
         padded = F.pad(x, (left, right, top, top))
         split = padded.view(*padded.shape[:3], -1, columns).permute(0, 1, 4, 2, 3).contiguous()
         taps: Tensor = split.unfold(3, height, rows)
@@ -87,17 +119,28 @@ class Geometry:
 
     def from_lines(self, weight: Tensor) -> Tensor:
         """(outs, ins, *kernel) from a weight of `lines`."""
-        (height, width), (_, columns) = self.kernel, self.stride
-        return weight.view(self.outs, self.ins, columns, height, width // columns).permute(0, 1, 3, 4, 2)
+        height, width = self.kernel
+        _, columns = self.stride
+        return weight.view(self.outs, self.ins, columns, height, width // columns).permute(
+            0, 1, 3, 4, 2
+        )
 
 
 def conv_rule(layer: nn.Module, uses: list[Use]) -> Rule:
-    """(n, in, ...) to (n, out, ...) in one or two dimensions, the cheapest way; more uses are places side by side."""
+    """(n, in, ...) to (n, out, ...) in one or two dimensions, the cheapest way.
+
+    More uses are places side by side.
+    """
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    geometry, places = Geometry.of(layer), sum(use.back[0, 0].numel() for use in uses)
-    ghost = GHOST_COST * places * (geometry.fan_in + geometry.outs) < geometry.fan_in * geometry.outs
+    geometry = Geometry.of(layer)
+    places = sum(use.back[0, 0].numel() for use in uses)
+    ghost = (
+        GHOST_COST * places * (geometry.fan_in + geometry.outs) < geometry.fan_in * geometry.outs
+    )
     images = [Use(_image(use.entered), use.left, _image(use.back)) for use in uses]
-    return (ConvGhost if ghost else ConvRows)(geometry, images, layer.bias is not None, layer.weight.shape)
+    return (ConvGhost if ghost else ConvRows)(
+        geometry, images, layer.bias is not None, layer.weight.shape
+    )
 
 
 def _image(x: Tensor) -> Tensor:
@@ -107,8 +150,13 @@ def _image(x: Tensor) -> Tensor:
 class ConvRows(FormedRule):
     """Small kernels, or many places."""
 
-    def __init__(self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size) -> None:
-        self.geometry, self.uses, self.has_bias, self.shape = geometry, uses, has_bias, shape
+    def __init__(
+        self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size
+    ) -> None:
+        self.geometry = geometry
+        self.uses = uses
+        self.has_bias = has_bias
+        self.shape = shape
         self.on_cpu = uses[0].back.device.type == "cpu"
         self.lined = self.on_cpu and geometry.lines_up
         super().__init__(len(uses[0].back), geometry.fan_in * geometry.outs)
@@ -122,26 +170,41 @@ class ConvRows(FormedRule):
         """See `FormedRule`."""
         flowed = [use.of(piece).flowed() for use in self.uses]
         rows = {"weight": sum_of([self._weights(x, back) for x, back in flowed])}
-        return rows | ({"bias": sum_of([back.sum((2, 3)) for _, back in flowed])} if self.has_bias else {})
+        return rows | (
+            {"bias": sum_of([back.sum((2, 3)) for _, back in flowed])} if self.has_bias else {}
+        )
 
     def _weights(self, x: Tensor, back: Tensor) -> Tensor:
-        """(m, out, fan_in): rows of the weight, in an order of their own where the convolution is by lines."""
+        """(m, out, fan_in).
+
+        Rows of the weight, in an order of their own where the convolution is by lines.
+        """
         if self.lined:
             return self.geometry.lines.gradients(self.geometry.to_lines(x, back.shape[3]), back)
-        return self.geometry.gradients(x, back) if self.on_cpu else back.flatten(2) @ self.geometry.patches(x).mT
+        return (
+            self.geometry.gradients(x, back)
+            if self.on_cpu
+            else back.flatten(2) @ self.geometry.patches(x).mT
+        )
 
 
 class ConvGhost:
     """Large kernels over few places."""
 
-    def __init__(self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size) -> None:
-        self.geometry, self.uses, self.shape = geometry, uses, shape
+    def __init__(
+        self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size
+    ) -> None:
+        self.geometry = geometry
+        self.uses = uses
+        self.shape = shape
         self.bias = sum_of([wide(use.back).sum((2, 3)) for use in uses]) if has_bias else None
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""
         places = sum(use.back[0, 0].numel() for use in self.uses)
-        norms = ghost_norms(self._grams, len(self.uses[0].back), places * (self.geometry.fan_in + places))
+        norms = ghost_norms(
+            self._grams, len(self.uses[0].back), places * (self.geometry.fan_in + places)
+        )
         return norms if self.bias is None else norms + squared_lengths(self.bias)
 
     def weighted(self, factors: Tensor) -> Params:

@@ -1,16 +1,19 @@
 """Norms and clipped sums of per-record gradients, one rule a kind of layer.
 
-With a_t what entered a layer at position t and d_t what came back to its output, a record's gradient of the weight is
-sum_t d_t a_t^T. There are three ways to its norm and to the clipped sum:
+With a_t what entered a layer at position t and d_t what came back to its output, a record's
+gradient of the weight is sum_t d_t a_t^T. There are three ways to its norm and to the clipped sum:
 
-- one position: |a| |d|, and D^T diag(c) A, one matrix product (Goodfellow 2015, "Efficient per-example gradient
-  computations");
-- ghost, for few positions of a large layer: |sum_t d_t a_t^T|^2 = sum_ts (a_t . a_s)(d_t . d_s), and the weighted sum
-  over records and positions (Li, Tramer, Liang and Hashimoto 2022, section 4; Bu, Mao and Xu 2022 for convolutions);
-- rows, for the others: the gradients themselves, a cacheful at a time, and a matrix-vector product with them.
+- one position: |a| |d|, and D^T diag(c) A, one matrix product (Goodfellow 2015, "Efficient
+  per-example gradient computations");
+- ghost, for few positions of a large layer: |sum_t d_t a_t^T|^2 = sum_ts (a_t . a_s)(d_t . d_s),
+  and the weighted sum over records and positions (Li, Tramer, Liang and Hashimoto 2022, section 4;
+  Bu, Mao and Xu 2022 for convolutions);
+- rows, for the others: the gradients themselves, a cacheful at a time, and a matrix-vector product
+  with them.
 
-Whatever flowed, norms and sums are taken in float32, or in float64 where it was that. Numbers of half precision are
-used as they flowed; but a sum rounded to half precision would move by more than the clip norm.
+Whatever flowed, norms and sums are taken in float32, or in float64 where it was that. Numbers of
+half precision are used as they flowed; but a sum rounded to half precision would move by more than
+the clip norm.
 """
 
 from abc import ABC, abstractmethod
@@ -39,22 +42,30 @@ GHOST_COST = 2
 """Time of one multiplication of a ghost norm in those of forming a row; measured."""
 
 SLACK = 2.0**-22
-"""Share of (sum_t |a_t| |d_t|)^2 that a ghost norm's square is rounded up by, four times float32's precision.
+"""Share of (sum_t |a_t| |d_t|)^2 that a ghost norm's square is rounded up by, four times float32's
+precision.
 
-Where a record's positions cancel, rounding hides what is left of them, and too small a norm would not bound it.
+Where a record's positions cancel, rounding hides what is left of them, and too small a norm would
+not bound it.
 """
 
 
 @dataclass(eq=False)
 class Use:
-    """One call of a layer: what entered it, what left it, and the loss's gradient there; (n, ...) each."""
+    """One call of a layer: what entered it, what left it, and the loss's gradient there.
+
+    (n, ...) each.
+    """
 
     entered: Tensor
     left: Tensor
     back: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def flowed(self) -> tuple[Tensor, Tensor]:
-        """The numbers that flowed in and back; under autocast the layer saw its input in its output's precision."""
+        """The numbers that flowed in and back.
+
+        Under autocast the layer saw its input in its output's precision.
+        """
         return wide(self.entered.to(self.back.dtype)), wide(self.back)
 
     def of(self, piece: slice) -> "Use":
@@ -69,7 +80,10 @@ class Rule(Protocol):
         """(n,) squared L2 norm of each record's gradient in this layer, in float32 or wider."""
 
     def weighted(self, factors: Tensor) -> Params:
-        """Sum over records of factor times gradient, by the layer's own parameter names, in float32 or wider."""
+        """Sum over records of factor times gradient, by the layer's own parameter names.
+
+        It is in float32 or wider.
+        """
 
 
 def wide(x: Tensor) -> Tensor:
@@ -78,14 +92,20 @@ def wide(x: Tensor) -> Tensor:
 
 
 def squared_lengths(rows: Tensor) -> Tensor:
-    """(n,) squared L2 norms of (n, ...), in two stages: over millions of numbers one stage loses three digits."""
+    """(n,) squared L2 norms of (n, ...), in two stages.
+
+    Over millions of numbers one stage loses three digits.
+    """
     inner = torch.linalg.vector_norm(rows.flatten(2), dim=2) if rows.dim() > 2 else rows
     squares: Tensor = torch.linalg.vector_norm(inner, dim=1).square()
     return squares
 
 
 def pieces(n: int, numbers: int) -> list[slice]:
-    """Slices of n records, `numbers` numbers each; about equally long, so that few lengths occur."""
+    """Slices of n records, `numbers` numbers each.
+
+    About equally long, so that few lengths occur.
+    """
     most = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // max(1, numbers)))
     rows = -(-n // -(-n // most))
     return [slice(start, start + rows) for start in range(0, n, rows)]
@@ -114,11 +134,13 @@ class FormedRule(ABC):
     """Rows formed a piece at a time: what is summed is, number by number, what was measured.
 
     Args:
-        n: records. numbers: in one record's row.
+        n: records.
+        numbers: in one record's row.
     """
 
     def __init__(self, n: int, numbers: int) -> None:
-        self.n, self.numbers = n, numbers
+        self.n = n
+        self.numbers = numbers
         self.kept: list[RowsRule] = []
 
     @abstractmethod
@@ -152,8 +174,10 @@ def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers
     """(n,) sum_ts (a_t . a_s)(d_t . d_s), rounded up.
 
     Args:
-        grams: from a piece of the records to the inner products of their a and of their d, each (m, T, T).
-        n: records. numbers: formed for one of them.
+        grams: from a piece of the records to the inner products of their a and of their d, each (m,
+            T, T).
+        n: records.
+        numbers: formed for one of them.
     """
     squares = []
     for piece in pieces(n, numbers):
@@ -173,7 +197,9 @@ def linear_rule(layer: nn.Module, uses: list[Use]) -> Rule:
     if len(uses) == 1 and uses[0].back.dim() == 2:
         return LinearOuter(uses[0], has_bias)
     use = _joined(uses)
-    positions, ins, outs = use.back.shape[1], use.entered.shape[2], use.back.shape[2]
+    positions = use.back.shape[1]
+    ins = use.entered.shape[2]
+    outs = use.back.shape[2]
     ghost = GHOST_COST * positions * (ins + outs) < ins * outs
     return LinearGhost(use, has_bias) if ghost else LinearRows(use, has_bias)
 
@@ -181,7 +207,10 @@ def linear_rule(layer: nn.Module, uses: list[Use]) -> Rule:
 def _joined(uses: list[Use]) -> Use:
     """All uses' positions, (n, positions, k)."""
     entered = [use.entered.to(use.back.dtype) for use in uses]
-    parts = [[x.flatten(1, -2) if x.dim() > 2 else x[:, None] for x in xs] for xs in (entered, [u.back for u in uses])]
+    parts = [
+        [x.flatten(1, -2) if x.dim() > 2 else x[:, None] for x in xs]
+        for xs in (entered, [u.back for u in uses])
+    ]
     whole = [part[0] if len(part) == 1 else torch.cat(part, 1) for part in parts]
     return Use(whole[0], whole[1], whole[1])
 
@@ -190,11 +219,13 @@ class LinearOuter:
     """One position: the gradient is the outer product d a^T."""
 
     def __init__(self, use: Use, has_bias: bool) -> None:
-        (self.entered, self.back), self.has_bias = use.flowed(), has_bias
+        self.entered, self.back = use.flowed()
+        self.has_bias = has_bias
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""
-        a, d = squared_lengths(self.entered), squared_lengths(self.back)
+        a = squared_lengths(self.entered)
+        d = squared_lengths(self.back)
         return torch.addcmul(d, a, d) if self.has_bias else a * d
 
     def weighted(self, factors: Tensor) -> Params:
@@ -207,7 +238,8 @@ class LinearRows(FormedRule):
     """Small layers, or many positions."""
 
     def __init__(self, use: Use, has_bias: bool) -> None:
-        self.use, self.has_bias = use, has_bias
+        self.use = use
+        self.has_bias = has_bias
         super().__init__(len(use.back), use.entered.shape[2] * use.back.shape[2])
 
     def formed(self, piece: slice) -> Params:
@@ -220,7 +252,8 @@ class LinearGhost:
     """Few positions of a large layer."""
 
     def __init__(self, use: Use, has_bias: bool) -> None:
-        self.use, self.bias = use, wide(use.back).sum(1) if has_bias else None
+        self.use = use
+        self.bias = wide(use.back).sum(1) if has_bias else None
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""
@@ -246,19 +279,22 @@ class LinearGhost:
 class CosineRows(FormedRule):
     """Rows of a head that looks at angles: logits s <a, w_c>, with a and w_c of norm 1.
 
-    With d what came back, a record's gradient of w_c before it was scaled to norm 1 is s d_c (a - <a, w_c> w_c) over
-    its length, and that of s is sum_c d_c <a, w_c>; both add up over positions and uses.
+    With d what came back, a record's gradient of w_c before it was scaled to norm 1 is s d_c (a -
+    <a, w_c> w_c) over its length, and that of s is sum_c d_c <a, w_c>; both add up over positions
+    and uses.
     """
 
     def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
         assert isinstance(layer, CosineHead)
-        self.use, self.layer = _joined(uses), layer
+        self.use = _joined(uses)
+        self.layer = layer
         super().__init__(len(self.use.back), layer.weight.numel())
 
     def formed(self, piece: slice) -> Params:
         """See `FormedRule`."""
         entered, back = self.use.of(piece).flowed()
-        a, w = directions(entered), directions(self.layer.weight)
+        a = directions(entered)
+        w = directions(self.layer.weight)
         angles = back * (a @ w.mT)
         rows = back.mT @ a - angles.sum(1)[:, :, None] * w
         return {
@@ -267,15 +303,19 @@ class CosineRows(FormedRule):
         }
 
 
-# --------------------------------------------------------------------------- embeddings and normalisations
+# -------------------------------------------------------------------- embeddings and normalisations
 
 
 class EmbeddingRule:
-    """A record's gradient adds up where it uses a word more than once: |g|^2 = sum over equal words of d_t . d_s."""
+    """A record's gradient adds up where it uses a word more than once.
+
+    |g|^2 = sum over equal words of d_t . d_s.
+    """
 
     def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
         assert isinstance(layer, nn.Embedding)
-        self.shape, n = layer.weight.shape, len(uses[0].back)
+        self.shape = layer.weight.shape
+        n = len(uses[0].back)
         self.words = torch.cat([use.entered.reshape(n, -1) for use in uses], 1)
         back = torch.cat([wide(use.back).reshape(n, -1, layer.embedding_dim) for use in uses], 1)
         padding = layer.padding_idx
@@ -289,10 +329,15 @@ class EmbeddingRule:
     def weighted(self, factors: Tensor) -> Params:
         """See `Rule`."""
         back = self.back * factors.to(self.back.dtype)[:, None, None]
-        return {"weight": back.new_zeros(self.shape).index_add_(0, self.words.flatten(), back.flatten(0, 1))}
+        return {
+            "weight": back.new_zeros(self.shape).index_add_(
+                0, self.words.flatten(), back.flatten(0, 1)
+            )
+        }
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
-        words, back = self.words[piece], self.back[piece]
+        words = self.words[piece]
+        back = self.back[piece]
         return (words[:, :, None] == words[:, None, :]).to(back.dtype), back @ back.mT
 
 
@@ -302,17 +347,23 @@ def normalisation_rule(layer: nn.Module, uses: list[Use]) -> Rule:
 
     def form(piece: slice) -> Params:
         parts = [_scale_and_shift(layer, *use.of(piece).flowed()) for use in uses]
-        rows = {"weight": sum_of([scale for scale, _ in parts]), "bias": sum_of([shift for _, shift in parts])}
+        rows = {
+            "weight": sum_of([scale for scale, _ in parts]),
+            "bias": sum_of([shift for _, shift in parts]),
+        }
         return {name: rows[name] for name in names}
 
-    formed = [form(piece) for piece in pieces(len(uses[0].back), sum(use.back[0].numel() for use in uses))]
+    formed = [
+        form(piece) for piece in pieces(len(uses[0].back), sum(use.back[0].numel() for use in uses))
+    ]
     return RowsRule({name: torch.cat([rows[name] for rows in formed]) for name in names})
 
 
 def _scale_and_shift(layer: nn.Module, x: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over positions of d * normalised and of d, one row a record."""
     if isinstance(layer, nn.GroupNorm):
-        normal, over = F.group_norm(x, layer.num_groups, eps=layer.eps), tuple(range(2, back.dim()))
+        normal = F.group_norm(x, layer.num_groups, eps=layer.eps)
+        over = tuple(range(2, back.dim()))
     else:
         assert isinstance(layer, nn.LayerNorm)
         normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)

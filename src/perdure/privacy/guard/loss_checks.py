@@ -10,7 +10,9 @@ from torch.utils.hooks import RemovableHandle
 from perdure.errors import GuardError
 
 Losses = Callable[[Tensor, Tensor], Tensor]
-"""(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per record."""
+"""(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per
+record.
+"""
 
 TOLERANCE = 1e-4
 """Relative change of a record's loss that rounding in another batch shape may explain."""
@@ -23,17 +25,23 @@ ROUNDING = 1e-2
 
 
 def quiet_training(model: nn.Module) -> None:
-    """Put the model into training mode with dropout off, so that what mixes records only while training shows."""
+    """Put the model into training mode with dropout off.
+
+    What mixes records only while training then shows.
+    """
     for module in model.train().modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
 
 
 def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
-    """Drop-one-record test: each record's loss must be the same alone, in the batch, and among fewer neighbours.
+    """Drop-one-record test.
+
+    Each record's loss must be the same alone, in the batch, and among fewer neighbours.
 
     Args:
-        inputs, labels: synthetic records. what: name for the message.
+        inputs, labels: synthetic records.
+        what: name for the message.
 
     Raises:
         GuardError: when the loss couples records or gives no loss per record.
@@ -44,18 +52,23 @@ def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> N
         whole = losses(inputs, labels).detach()
         if whole.shape != (n,):
             raise GuardError(
-                f"{what} gives shape {tuple(whole.shape)} for {n} records; return one loss per record, "
+                f"{what} gives shape {tuple(whole.shape)} for {n} records; return one loss "
+                "per record, "
                 "with reduction='none'"
             )
         torch.manual_seed(0)
         fewer = losses(inputs[:-1], labels[:-1]).detach()
         alone = torch.cat([losses(inputs[i : i + 1], labels[i : i + 1]).detach() for i in range(n)])
     scale = whole.abs().clamp(min=1.0)
-    moved = torch.maximum(((whole - alone) / scale).abs(), ((whole[:-1] - fewer) / scale[:-1]).abs().max())
+    moved = torch.maximum(
+        ((whole - alone) / scale).abs(), ((whole[:-1] - fewer) / scale[:-1]).abs().max()
+    )
     if not bool((moved < TOLERANCE).all()):
         raise GuardError(
-            f"{what} couples records: dropping one record moved the loss of another by {float(moved.max()):.2g} of its "
-            "value; compute each row from that row only (no batch means, class-weighted means, in-batch negatives; no "
+            f"{what} couples records: dropping one record moved the loss of another by "
+            f"{float(moved.max()):.2g} of its "
+            "value; compute each row from that row only (no batch means, class-weighted "
+            "means, in-batch negatives; no "
             "chance but torch.nn.Dropout)"
         )
 
@@ -64,28 +77,37 @@ def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> N
 
 
 def check_rows(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
-    """Change-one and drop-one test of every layer: its row i, and the gradient that comes back to it, are record i's.
+    """Change-one and drop-one test of every layer.
 
-    Book-keeping reads per-record gradients off the rows of a layer, so this is what its bound rests on. A layer that
-    sees (length, n, features) fails it, and would mix records in the one batch whose size equals the length; so does a
-    backward pass that mixes records, which no test of the losses sees. One row in all, or k > 1 rows a record,
-    pass: they are never taken for several records.
+    Its row i, and the gradient that comes back to it, are record i's.
+
+    Book-keeping reads per-record gradients off the rows of a layer, so this is what its bound rests
+    on. A layer that sees (length, n, features) fails it, and would mix records in the one batch
+    whose size equals the length; so does a backward pass that mixes records, which no test of the
+    losses sees. One row in all, or k > 1 rows a record, pass: they are never taken for several
+    records.
 
     Args:
         losses: runs `model`, in training mode without dropout (see `quiet_training`).
-        inputs, labels: synthetic records, at least 3. what: name for the message.
+        inputs, labels: synthetic records, at least 3.
+        what: name for the message.
 
     Raises:
         GuardError: naming the layer.
     """
-    n, whole = len(inputs), _calls(model, losses, inputs, labels)
+    n = len(inputs)
+    whole = _calls(model, losses, inputs, labels)
     fewer = _calls(model, losses, inputs[:-1], labels[:-1])
     if [call[0] for call in whole] != [call[0] for call in fewer]:
-        raise GuardError(f"{what} calls other layers when one record is left out; compute each row from that row only")
+        raise GuardError(
+            f"{what} calls other layers when one record is left out; compute each row from "
+            "that row only"
+        )
     for (name, rows, _), (_, rows_of_fewer, _) in zip(whole, fewer, strict=True):
         if rows * rows_of_fewer != 1 and (rows * (n - 1) != rows_of_fewer * n or rows < n):
             raise GuardError(
-                f"layer {name} gives {rows} rows for {n} records and {rows_of_fewer} for {n - 1} in {what}; pass all "
+                f"layer {name} gives {rows} rows for {n} records and {rows_of_fewer} for "
+                f"{n - 1} in {what}; pass all "
                 "records at once and put them first: batch_first=True, positions as (n, length)"
             )
     kept = torch.arange(n)
@@ -97,13 +119,17 @@ def check_rows(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor,
 
 
 Call = tuple[str, int, dict[str, Tensor]]
-"""A layer's name; how many rows left it in one call; what entered it and what came back to it, records first."""
+"""A layer's name; how many rows left it in one call; what entered it and what came back to it,
+records first.
+"""
 
 
 def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> list[Call]:
     """Differentiable calls of the innermost layers that have parameters, in order."""
     heard: list[tuple[str, nn.Module, Tensor, Any]] = []
-    handles = [_listen(name, layer, heard) for name, layer in model.named_modules() if _innermost(layer)]
+    handles = [
+        _listen(name, layer, heard) for name, layer in model.named_modules() if _innermost(layer)
+    ]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -112,7 +138,11 @@ def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> 
         for handle in handles:
             handle.remove()
     outputs = [left for _, _, left, _ in heard]
-    backs = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True) if outputs else ()
+    backs = (
+        torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True)
+        if outputs
+        else ()
+    )
     return [_call(*call, back) for call, back in zip(heard, backs, strict=True)]
 
 
@@ -129,7 +159,9 @@ def _innermost(layer: nn.Module) -> bool:
     return any(True for _ in layer.parameters(recurse=False)) and not any(True for _ in below)
 
 
-def _listen(name: str, layer: nn.Module, heard: list[tuple[str, nn.Module, Tensor, Any]]) -> RemovableHandle:
+def _listen(
+    name: str, layer: nn.Module, heard: list[tuple[str, nn.Module, Tensor, Any]]
+) -> RemovableHandle:
     def hook(_: nn.Module, entered: tuple[Any, ...], left: Any) -> None:
         # a parametrisation is called without inputs; its output is a weight
         if entered and isinstance(left, Tensor) and left.requires_grad and left.dim():
@@ -138,15 +170,20 @@ def _listen(name: str, layer: nn.Module, heard: list[tuple[str, nn.Module, Tenso
     return layer.register_forward_hook(hook)
 
 
-def _compare(whole: list[Call], other: list[Call], rows: Tensor, what: str, tolerance: float) -> None:
+def _compare(
+    whole: list[Call], other: list[Call], rows: Tensor, what: str, tolerance: float
+) -> None:
     """Refuse a layer whose `rows` differ between two runs that differ in another record only."""
     for (name, n, parts), (_, _, others) in zip(whole, other, strict=True):
         for part, value in parts.items() if n == len(rows) + 1 else ():
-            mine, theirs = value[rows].double(), others[part][rows].double()
+            mine = value[rows].double()
+            theirs = others[part][rows].double()
             moved = float((mine - theirs).norm() / mine.norm().clamp(min=1e-30))
             if not moved < tolerance:
                 raise GuardError(
-                    f"layer {name} mixes records in {what}: changing one record moved another one's {part} by "
-                    f"{moved:.2g} of its size; compute each row from that row only, forwards and backwards, and keep "
+                    f"layer {name} mixes records in {what}: changing one record moved "
+                    f"another one's {part} by "
+                    f"{moved:.2g} of its size; compute each row from that row only, forwards "
+                    "and backwards, and keep "
                     "the records first and in order"
                 )

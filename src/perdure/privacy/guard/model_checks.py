@@ -1,7 +1,10 @@
-"""Refuse what breaks the bound on one record's influence, naming the part, the reason and the fix; repair what can be.
+"""Refuse what breaks the bound on one record's influence, naming the part, the reason and the fix.
 
-The guard walks every module and buffer of a model, runs drop-one-record tests of the loss and of every layer on
-synthetic records, and tries the optimiser. `fix` replaces the layers that have a safe counterpart.
+Repair what can be.
+
+The guard walks every module and buffer of a model, runs drop-one-record tests of the loss and of
+every layer on synthetic records, and tries the optimiser. `fix` replaces the layers that have a
+safe counterpart.
 """
 
 import copy
@@ -29,10 +32,11 @@ def check_model(model: nn.Module) -> None:
     """Walk all modules, buffers and parameters.
 
     Raises:
-        GuardError: for BatchNorm in any form (also frozen, affine-free or in evaluation mode: its running statistics
-            move without noise), InstanceNorm with running statistics, recurrent layers of torch (no per-record
-            gradients), attention with dropout (its chance cannot be drawn in secret), spectral normalisation, weights
-            computed by a hook, subclasses of Dropout, lazy modules and half precision.
+        GuardError: for BatchNorm in any form (also frozen, affine-free or in evaluation mode: its
+            running statistics move without noise), InstanceNorm with running statistics, recurrent
+            layers of torch (no per-record gradients), attention with dropout (its chance cannot be
+            drawn in secret), spectral normalisation, weights computed by a hook, subclasses of
+            Dropout, lazy modules and half precision.
     """
     for name, module in model.named_modules():
         for refusal in _REFUSALS:
@@ -41,14 +45,18 @@ def check_model(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if value.dtype.is_floating_point and value.dtype.itemsize < 4:
             raise GuardError(
-                f"parameter {name} is {value.dtype}: a sum in half precision is rounded, and one record can move the "
+                f"parameter {name} is {value.dtype}: a sum in half precision is rounded, and "
+                "one record can move the "
                 "rounding by more than the clip norm; call model.float()"
             )
 
 
 def _lazy(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return ": the first private batch would shape its parameters; run synthetic inputs through the model first"
+        return (
+            ": the first private batch would shape its parameters; run synthetic inputs "
+            "through the model first"
+        )
     return None
 
 
@@ -75,7 +83,8 @@ def _recurrent(module: nn.Module) -> str | None:
     ways = ", which has no proj_size" if getattr(module, "proj_size", 0) else f", {FIX}"
     return (
         ": torch computes it in fused steps that have no gradients per record; replace it by "
-        f"opacus.layers.dp_rnn.DP{type(module).__name__}{ways if isinstance(module, nn.RNNBase) else ''}"
+        f"opacus.layers.dp_rnn.DP{type(module).__name__}"
+        f"{ways if isinstance(module, nn.RNNBase) else ''}"
     )
 
 
@@ -84,7 +93,8 @@ def _attention(module: nn.Module) -> str | None:
         return None
     plain = module.bias_k is None and not module.add_zero_attn
     return (
-        " with dropout inside, whose chance is not drawn in secret as that of torch.nn.Dropout is; build it with "
+        " with dropout inside, whose chance is not drawn in secret as that of "
+        "torch.nn.Dropout is; build it with "
         f"dropout=0.0{', ' + FIX if plain else ''}"
     )
 
@@ -92,14 +102,18 @@ def _attention(module: nn.Module) -> str | None:
 def _computed_weight(module: nn.Module) -> str | None:
     if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
         return (
-            ": its buffers move at every forward pass, and how many passes a step takes depends on the size of the "
-            "private batch; remove it by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            ": its buffers move at every forward pass, and how many passes a step takes "
+            "depends on the size of the "
+            "private batch; remove it by "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
         )
     if not isinstance(vars(module).get("weight"), Tensor):
         return None
     return (
-        " with a weight that a hook computes (torch.nn.utils.weight_norm, spectral_norm or prune), so gradients per "
-        "record would miss its parameters; use torch.nn.utils.parametrizations.weight_norm, or make the weight a "
+        " with a weight that a hook computes (torch.nn.utils.weight_norm, spectral_norm or "
+        "prune), so gradients per "
+        "record would miss its parameters; use torch.nn.utils.parametrizations.weight_norm, "
+        "or make the weight a "
         "parameter again by remove_weight_norm, remove_spectral_norm or prune.remove"
     )
 
@@ -109,7 +123,8 @@ def _chance(module: nn.Module) -> str | None:
     if own or not isinstance(module, nn.modules.dropout._DropoutNd):
         return None
     return (
-        ", a Dropout that somebody changed: the tests of the guard run without dropout and would not see what it does; "
+        ", a Dropout that somebody changed: the tests of the guard run without dropout and "
+        "would not see what it does; "
         "use torch.nn.Dropout"
     )
 
@@ -117,28 +132,34 @@ def _chance(module: nn.Module) -> str | None:
 _REFUSALS = (_lazy, _statistics, _recurrent, _attention, _computed_weight, _chance)
 
 
-# --------------------------------------------------------------------------- what a forward pass leaves behind
+# ---------------------------------------------------------------- what a forward pass leaves behind
 
 
 def check_buffers(model: nn.Module, inputs: Tensor) -> None:
-    """Run synthetic inputs through copies of the model in training mode and refuse what they leave behind.
+    """Run synthetic inputs through copies of the model and refuse what they leave behind.
+
+    The copies are in training mode.
 
     Raises:
-        GuardError: naming a buffer that changes, or an attribute (a tensor, a number, also inside a list or dict) whose
-            content depends on the records.
+        GuardError: naming a buffer that changes, or an attribute (a tensor, a number, also inside a
+            list or dict) whose content depends on the records.
     """
-    before, trial = dict(model.named_buffers()), _after(model, inputs)
+    before = dict(model.named_buffers())
+    trial = _after(model, inputs)
     for name, value in trial.named_buffers():
         if name not in before or not torch.equal(before[name], value):
             raise GuardError(
-                f"buffer {name} of the model changes in a forward pass: it records private inputs without noise; "
+                f"buffer {name} of the model changes in a forward pass: it records private "
+                "inputs without noise; "
                 "remove it, or compute it from public data and freeze it"
             )
-    one, other = _kept(trial), _kept(_after(model, inputs[len(inputs) // 2].expand_as(inputs).contiguous()))
+    one = _kept(trial)
+    other = _kept(_after(model, inputs[len(inputs) // 2].expand_as(inputs).contiguous()))
     for name in one.keys() | other.keys():
         if name not in one or name not in other or not _equal(one[name], other[name]):
             raise GuardError(
-                f"attribute {name} of the model depends on the records of the last forward pass: it keeps private "
+                f"attribute {name} of the model depends on the records of the last forward "
+                "pass: it keeps private "
                 "inputs without noise; return it instead of keeping it"
             )
 
@@ -185,23 +206,29 @@ def _equal(one: object, other: object) -> bool:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimiser that cannot step from one released gradient; the one given is left as it is.
+    """Refuse an optimiser that cannot step from one released gradient.
+
+    The one given is left as it is.
 
     Raises:
-        GuardError: for an optimiser of Opacus, which adds noise of its own, and for one that needs a closure or more
-            gradients a step (LBFGS, sharpness-aware minimisation), or gradients of another kind (SparseAdam).
+        GuardError: for an optimiser of Opacus, which adds noise of its own, and for one that needs
+            a closure or more gradients a step (LBFGS, sharpness-aware minimisation), or gradients
+            of another kind (SparseAdam).
     """
     kind = type(optimizer).__name__
     if any(base.__module__.startswith("opacus.") for base in type(optimizer).__mro__):
         raise GuardError(
-            f"optimizer is {kind} of Opacus, which would add noise a second time and account for it elsewhere; give "
+            f"optimizer is {kind} of Opacus, which would add noise a second time and account "
+            "for it elsewhere; give "
             "the one inside, optimizer.original_optimizer, and its settings as Privacy(...)"
         )
     reason = "" if isinstance(optimizer, torch.optim.LBFGS) else _failure(optimizer)
     if reason is not None:
         raise GuardError(
-            f"optimizer is {kind}, which does not step from one gradient{reason}: every further gradient of a step is "
-            "another release of the private records; use torch.optim.SGD, Adam or another that needs one a step"
+            f"optimizer is {kind}, which does not step from one gradient{reason}: every "
+            "further gradient of a step is "
+            "another release of the private records; use torch.optim.SGD, Adam or another "
+            "that needs one a step"
         )
 
 
@@ -226,10 +253,11 @@ def _failure(optimizer: Optimizer) -> str | None:
 def fix(model: nn.Module) -> nn.Module:
     """Return a copy of the model that may be trained in private; the one given is left as it is.
 
-    BatchNorm becomes GroupNorm with the same scale and shift, InstanceNorm loses its running statistics, torch.nn.LSTM,
-    GRU and RNN become the layers of Opacus, and attention becomes `perdure.privacy.guard.repair.Attention`, out of linear
-    layers, which is faster. The last two keep their weights and what they compute, except that Opacus applies dropout
-    inside the recurrence too; GroupNorm computes something else than BatchNorm.
+    BatchNorm becomes GroupNorm with the same scale and shift, InstanceNorm loses its running
+    statistics, torch.nn.LSTM, GRU and RNN become the layers of Opacus, and attention becomes
+    `perdure.privacy.guard.repair.Attention`, out of linear layers, which is faster. The last two
+    keep their weights and what they compute, except that Opacus applies dropout inside the
+    recurrence too; GroupNorm computes something else than BatchNorm.
 
     Guarantee: `check_model` accepts the result.
 

@@ -1,8 +1,9 @@
-"""Safe counterparts of layers that cannot be trained in private, with the weights that the layers had.
+"""Safe counterparts, with the same weights, of layers that cannot be trained in private.
 
-Opacus's own ModuleValidator.fix is not used: as of 1.6 it copies the model by pickle, leaves frozen and affine-free
-BatchNorm as it is, drops the scale and shift of the others, goes on moving the running statistics of InstanceNorm, and
-turns attention with more than one head and batch_first=True into another function. Its recurrent layers are right.
+Opacus's own ModuleValidator.fix is not used: as of 1.6 it copies the model by pickle, leaves frozen
+and affine-free BatchNorm as it is, drops the scale and shift of the others, goes on moving the
+running statistics of InstanceNorm, and turns attention with more than one head and batch_first=True
+into another function. Its recurrent layers are right.
 """
 
 import copy
@@ -26,13 +27,19 @@ def repaired(model: nn.Module) -> nn.Module:
         parent, _, own = name.rpartition(".")
         setattr(result.get_submodule(parent), own, new)
     for module in result.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(part, Attention) for part in module.modules()):
-            module.use_nested_tensor = False  # a short cut for inference that reads the weights of torch's attention
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(part, Attention) for part in module.modules()
+        ):
+            # a short cut for inference that reads the weights of torch's attention
+            module.use_nested_tensor = False
     return result
 
 
 def replacements(model: nn.Module) -> Replacements:
-    """Counterparts by name; a layer that stands in two places has one counterpart. No random number is used up."""
+    """Counterparts by name; a layer that stands in two places has one counterpart.
+
+    No random number is used up.
+    """
     found: Replacements = {}
     made: dict[nn.Module, nn.Module | None] = {}
     with torch.random.fork_rng(devices=[]):
@@ -46,14 +53,19 @@ def replacements(model: nn.Module) -> Replacements:
 
 
 def counterpart(module: nn.Module) -> nn.Module | None:
-    """Safe layer with the module's weights, mode, device and precision; None where none is needed or known."""
+    """Safe layer with the module's weights, mode, device and precision.
+
+    None where none is needed or known.
+    """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         new: nn.Module | None = _group_norm(module)
     elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
         new = _instance_norm(module)
     elif type(module) in (nn.LSTM, nn.GRU, nn.RNN):
         new = _recurrent(module)  # type: ignore[arg-type]
-    elif type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
+    elif (
+        type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
+    ):
         return Attention(module)
     else:
         return None
@@ -61,7 +73,10 @@ def counterpart(module: nn.Module) -> nn.Module | None:
 
 
 def groups(module: nn.Module) -> int:
-    """Groups of the GroupNorm that replaces a BatchNorm: at most 16, and 1 where a channel may be a single number."""
+    """Groups of the GroupNorm that replaces a BatchNorm.
+
+    At most 16, and 1 where a channel may be a single number.
+    """
     channels = int(module.num_features)  # type: ignore[arg-type]
     return 1 if isinstance(module, nn.BatchNorm1d) else math.gcd(LARGEST_GROUP_COUNT, channels)
 
@@ -75,7 +90,9 @@ def _group_norm(module: nn.modules.batchnorm._BatchNorm) -> nn.Module | None:
 def _instance_norm(module: nn.modules.instancenorm._InstanceNorm) -> nn.Module | None:
     if module.running_mean is None and not module.track_running_stats:
         return None
-    return type(module)(module.num_features, eps=module.eps, affine=module.affine, track_running_stats=False)
+    return type(module)(
+        module.num_features, eps=module.eps, affine=module.affine, track_running_stats=False
+    )
 
 
 def _recurrent(module: nn.RNNBase) -> nn.Module | None:
@@ -84,12 +101,19 @@ def _recurrent(module: nn.RNNBase) -> nn.Module | None:
     if module.proj_size:
         return None
     kind = {"nonlinearity": module.nonlinearity} if isinstance(module, nn.RNN) else {}
-    # torch drops out between layers only, so with one layer nothing; Opacus would drop out there too
+    # torch drops out between layers only, so with one layer nothing; Opacus would drop out there
+    # too
     dropout = module.dropout if module.num_layers > 1 else 0.0
     new: nn.Module = getattr(layers, f"DP{type(module).__name__}")(
-        module.input_size, module.hidden_size, num_layers=module.num_layers, bias=module.bias,
-        batch_first=module.batch_first, dropout=dropout, bidirectional=module.bidirectional, **kind,
-    )  # fmt: skip
+        module.input_size,
+        module.hidden_size,
+        num_layers=module.num_layers,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        dropout=dropout,
+        bidirectional=module.bidirectional,
+        **kind,
+    )
     return new
 
 
@@ -109,41 +133,68 @@ def _carried(old: nn.Module, new: nn.Module) -> nn.Module:
 class Attention(nn.Module):
     """torch.nn.MultiheadAttention out of linear layers, with dropout as a layer.
 
-    softmax(q k^T / sqrt(d) + mask) v for each head of d features; arguments, shapes and result are those of the layer
-    it is made from (which needs inputs with a batch dimension). Every linear layer sees (n, length, features), also
-    where `batch_first` is False, so that book-keeping finds each record in its own row.
+    softmax(q k^T / sqrt(d) + mask) v for each head of d features; arguments, shapes and result are
+    those of the layer it is made from (which needs inputs with a batch dimension). Every linear
+    layer sees (n, length, features), also where `batch_first` is False, so that book-keeping finds
+    each record in its own row.
 
     Args:
-        source: the layer whose weights, mode, device and precision are taken over; without bias_k and add_zero_attn.
+        source: the layer whose weights, mode, device and precision are taken over; without bias_k
+            and add_zero_attn.
     """
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads, self.batch_first = source.embed_dim, source.num_heads, source.batch_first
+        self.embed_dim = source.embed_dim
+        self.num_heads = source.num_heads
+        self.batch_first = source.batch_first
         joint = source.in_proj_weight
-        weights = joint.chunk(3) if joint is not None else (
-            source.q_proj_weight, source.k_proj_weight, source.v_proj_weight,
-        )  # fmt: skip
+        weights = (
+            joint.chunk(3)
+            if joint is not None
+            else (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
+        )
         shifts = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
-        self.query, self.key, self.value = (_linear(w, b) for w, b in zip(weights, shifts, strict=True))
+        self.query, self.key, self.value = (
+            _linear(w, b) for w, b in zip(weights, shifts, strict=True)
+        )
         self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
         self.dropout = nn.Dropout(source.dropout)
         # torch's encoder layers ask for these before they take a short cut around the layer
-        self._qkv_same_embed_dim, self.in_proj_weight, self.in_proj_bias = False, None, None
+        self._qkv_same_embed_dim = False
+        self.in_proj_weight = None
+        self.in_proj_bias = None
         self.train(source.training).requires_grad_(source.out_proj.weight.requires_grad)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Attention output, and the weights (n, length, length) where asked for; see torch.nn.MultiheadAttention."""
-        inputs = [query, key, value] if self.batch_first else [x.transpose(0, 1) for x in (query, key, value)]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output, and the weights (n, length, length) where asked for.
+
+        See torch.nn.MultiheadAttention.
+        """
+        inputs = (
+            [query, key, value]
+            if self.batch_first
+            else [x.transpose(0, 1) for x in (query, key, value)]
+        )
         layers = (self.query, self.key, self.value)
         q, k, v = (self._heads(layer(x)) for layer, x in zip(layers, inputs, strict=True))
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         for mask in (attn_mask, key_padding_mask):
-            scores = scores if mask is None else scores + _penalty(mask, scores, padding=mask is key_padding_mask)
+            scores = (
+                scores
+                if mask is None
+                else scores + _penalty(mask, scores, padding=mask is key_padding_mask)
+            )
         weights = self.dropout(scores.softmax(-1))
         out = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
         shown = weights.mean(1) if average_attn_weights else weights
@@ -162,7 +213,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _penalty(mask: Tensor, scores: Tensor, *, padding: bool) -> Tensor:
-    """What is added to the scores (n, heads, length, length): minus infinity where a mask of truth values is True."""
+    """What is added to the scores (n, heads, length, length).
+
+    Minus infinity where a mask of truth values is True.
+    """
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -math.inf)
     if padding:

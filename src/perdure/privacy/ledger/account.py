@@ -29,21 +29,39 @@ class Statement:
 
     def __str__(self) -> str:
         # rounded up, so that what is printed was never exceeded
-        value = "infinite" if math.isinf(self.epsilon) else f"{math.ceil(self.epsilon * 100 - 1e-9) / 100:.2f}"
+        value = (
+            "infinite"
+            if math.isinf(self.epsilon)
+            else f"{math.ceil(self.epsilon * 100 - 1e-9) / 100:.2f}"
+        )
         relation = self.relation.replace("add-remove", "add/remove")
         delta = f"{self.delta:g}".replace("e-0", "e-")
-        facts = (self.unit, relation, f"delta {delta}", self.accountant.upper(), self.sampling, self.trust)
+        facts = (
+            self.unit,
+            relation,
+            f"delta {delta}",
+            self.accountant.upper(),
+            self.sampling,
+            self.trust,
+        )
         warning = "; simulation: not a private release" if self.simulated else ""
         return f"epsilon {value} ({', '.join(facts)}{warning})"
 
 
 class Account:
-    """What was spent: partitions with declared sizes, entries in order. The reading side of every ledger."""
+    """What was spent: partitions with declared sizes, entries in order.
 
-    def __init__(self, *, owner: str = "", unit: Unit = "record", relation: Relation = "add-remove") -> None:
+    The reading side of every ledger.
+    """
+
+    def __init__(
+        self, *, owner: str = "", unit: Unit = "record", relation: Relation = "add-remove"
+    ) -> None:
         require_one_of("unit", unit, Unit)
         require_one_of("relation", relation, Relation)
-        self.owner, self.unit, self.relation = owner, unit, relation
+        self.owner = owner
+        self.unit = unit
+        self.relation = relation
         self.sizes: dict[str, int] = {}
         self.entries: list[Entry] = []
 
@@ -64,7 +82,8 @@ class Account:
 
     def take(self, body: Body) -> None:
         """Take in one line of this version."""
-        kind, content = body["kind"], {name: value for name, value in body.items() if name != "kind"}
+        kind = body["kind"]
+        content = {name: value for name, value in body.items() if name != "kind"}
         if kind == "partition":
             self.sizes[content["name"]] = content["size"]
         elif kind == "entry":
@@ -87,15 +106,23 @@ class Account:
         return self.exposure([partition])
 
     def epsilon(
-        self, partitions: Iterable[str] | None = None, *, delta: float, accountant: Accountant = "pld"
+        self,
+        partitions: Iterable[str] | None = None,
+        *,
+        delta: float,
+        accountant: Accountant = "pld",
     ) -> float:
-        """Epsilon of a record that is in all of `partitions` (None: of the worst record of one partition).
+        """Epsilon of a record that is in all of `partitions`.
+
+        With None: of the worst record of one partition.
 
         Under replace-one, `partitions` are all that the old and the new record touch.
         """
         if partitions is None and accountant == "pld":
             return self.worst(delta)[1]
-        histories = self._histories() if partitions is None else {"": self.exposure(list(partitions))}
+        histories = (
+            self._histories() if partitions is None else {"": self.exposure(list(partitions))}
+        )
         spent = (
             accounting.epsilon(history, delta=delta, accountant=accountant, relation=self.relation)
             for history in histories.values()
@@ -103,14 +130,19 @@ class Account:
         return max(spent, default=0.0)
 
     def worst(self, delta: float) -> tuple[str, float]:
-        """Partition whose records spent most (under replace-one perhaps two) and its PLD epsilon."""
+        """Partition whose records spent most, and its PLD epsilon.
+
+        Under replace-one there may be two.
+        """
         return accounting.worst(self._histories(), delta=delta, relation=self.relation)
 
     def statement(self, delta: float) -> Statement:
         """Worst epsilon so far, with all that belongs to it."""
         kinds = {entry.sampling for entry in self.entries}
         sampled = "Poisson sampling" if "none" not in kinds else "Poisson sampling and full passes"
-        trust = sorted({"trusted curator" if e.trust == "curator" else e.trust for e in self.entries})
+        trust = sorted(
+            {"trusted curator" if e.trust == "curator" else e.trust for e in self.entries}
+        )
         return Statement(
             epsilon=self.epsilon(delta=delta),
             delta=delta,
@@ -131,7 +163,10 @@ class Account:
         return tuple(charge for charge in charges if charge is not None)
 
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Partitions that one neighbouring change may touch: one, or under replace-one also any two."""
+        """Partitions that one neighbouring change may touch.
+
+        One, or under replace-one also any two.
+        """
         groups: list[tuple[str, ...]] = [(partition,) for partition in self.sizes]
         if self.relation == "replace-one":
             groups += list(combinations(self.sizes, 2))

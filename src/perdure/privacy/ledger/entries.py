@@ -14,10 +14,15 @@ Unit = Literal["record", "client"]
 Sampling = Literal["poisson", "none"]
 Mechanism = Literal["gaussian", "discrete-gaussian", "exponential", "banded-gaussian", "none"]
 CHARGED: Mapping[str, Noise] = {
-    "gaussian": "gaussian", "discrete-gaussian": "discrete-gaussian", "exponential": "exponential",
-    "banded-gaussian": "gaussian", "none": "gaussian",
-}  # fmt: skip
-"""How a mechanism is accounted: correlated noise as the Gaussian of its strategy matrix, raw data as no noise."""
+    "gaussian": "gaussian",
+    "discrete-gaussian": "discrete-gaussian",
+    "exponential": "exponential",
+    "banded-gaussian": "gaussian",
+    "none": "gaussian",
+}
+"""How a mechanism is accounted: correlated noise as the Gaussian of its strategy matrix, raw data
+as no noise.
+"""
 
 
 def require_one_of(field: str, value: object, literal: Any) -> None:
@@ -31,24 +36,25 @@ class Entry:
 
     Args:
         purpose: what for ("gradient", "reference", "release:fisher").
-        mechanism: "gaussian"; "discrete-gaussian" of integer counts; "exponential", a selection (see `Charge`);
-            "banded-gaussian", whose noise is correlated over the steps (see `perdure.privacy.noise.banded`); "none" for
-            data handed out raw (noise multiplier 0, epsilon infinite).
+        mechanism: "gaussian"; "discrete-gaussian" of integer counts; "exponential", a selection
+            (see `Charge`); "banded-gaussian", whose noise is correlated over the steps (see
+            `perdure.privacy.noise.banded`); "none" for data handed out raw (noise multiplier 0,
+            epsilon infinite).
         noise_multiplier: standard deviation of the noise divided by the clip norm.
         clip_norm: bound on the L2 norm of one unit's contribution.
         first_step: first step of the block in the run.
         steps: how many steps are reserved; unused ones stay charged.
         sampling: "poisson" where it really ran and stayed secret, else "none".
         scope: origin partition to the probability that one of its units is in a step.
-        participations: in how many of the steps one unit takes part at most, where their order is fixed; None for
-            all of them.
+        participations: in how many of the steps one unit takes part at most, where their order is
+            fixed; None for all of them.
         unit: what the entry protects.
         relation: how neighbouring data sets differ.
         trust: who sees raw data.
         data: keyed fingerprint of the data.
-        start: digest of model, optimiser and strategy state at the first step and of all else that decides
-            what is released. Noise is keyed by this entry's digest: a change of any of it never meets the same
-            noise.
+        start: digest of model, optimiser and strategy state at the first step and of all else that
+            decides what is released. Noise is keyed by this entry's digest: a change of any of it
+            never meets the same noise.
         simulated: whether noise comes from a seed that the user chose.
 
     Raises:
@@ -80,33 +86,50 @@ class Entry:
         ):
             object.__setattr__(self, field, value)
         for field, literal in (
-            ("mechanism", Mechanism), ("sampling", Sampling), ("unit", Unit), ("relation", Relation)
-        ):  # fmt: skip
+            ("mechanism", Mechanism),
+            ("sampling", Sampling),
+            ("unit", Unit),
+            ("relation", Relation),
+        ):
             require_one_of(field, getattr(self, field), literal)
         if self.mechanism == "none" and self.noise_multiplier:
-            raise ConfigError.of("noise_multiplier", self.noise_multiplier, "0 where data is handed out raw")
+            raise ConfigError.of(
+                "noise_multiplier", self.noise_multiplier, "0 where data is handed out raw"
+            )
         if not 0 < self.clip_norm < math.inf:
             raise ConfigError.of("clip_norm", self.clip_norm, "finite and above 0")
         if self.steps < 1 or self.first_step < 0:
-            raise ConfigError.of("steps", (self.first_step, self.steps), "first_step >= 0 and steps >= 1")
+            raise ConfigError.of(
+                "steps", (self.first_step, self.steps), "first_step >= 0 and steps >= 1"
+            )
         if self.participations is not None and not 1 <= self.participations <= self.steps:
-            raise ConfigError.of("participations", self.participations, f"from 1 to the {self.steps} steps")
+            raise ConfigError.of(
+                "participations", self.participations, f"from 1 to the {self.steps} steps"
+            )
         if not self.scope or (self.sampling == "none" and set(self.scope.values()) != {1.0}):
-            raise ConfigError.of("scope", self.scope, "at least one partition, at rate 1.0 without sampling")
+            raise ConfigError.of(
+                "scope", self.scope, "at least one partition, at rate 1.0 without sampling"
+            )
         for partition in self.scope:
             self.charge([partition])
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the entry's canonical JSON; it keys the noise and knows nothing of the chain."""
+        """SHA-256 of the entry's canonical JSON.
+
+        It keys the noise and knows nothing of the chain.
+        """
         return sha256(canonical(asdict(self)))
 
     def charge(self, partitions: Iterable[str]) -> Charge | None:
         """Return what the entry costs a record that is in all of `partitions`, if it touches any.
 
-        A record is in a step at most once, so its rates add up to a bound on its probability of being there.
+        A record is in a step at most once, so its rates add up to a bound on its probability of
+        being there.
         """
         rates = [self.scope[partition] for partition in partitions if partition in self.scope]
         rate = rates[0] if len(rates) == 1 else min(1.0, sum(rates))
         times = self.steps if self.participations is None else self.participations
-        return Charge(rate, self.noise_multiplier, times, CHARGED[self.mechanism]) if rates else None
+        return (
+            Charge(rate, self.noise_multiplier, times, CHARGED[self.mechanism]) if rates else None
+        )

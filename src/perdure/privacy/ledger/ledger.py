@@ -1,4 +1,7 @@
-"""The ledger: who was exposed to which mechanism how often, on disk before noise is drawn. Nothing resets."""
+"""The ledger: who was exposed to which mechanism how often, on disk before noise is drawn.
+
+Nothing resets.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,16 +27,19 @@ def _silent(point: str) -> None:
 
 
 class Ledger(Account):
-    """Append-only account of one curator: hash-chained lines and a head sealed with the curator's key.
+    """Append-only account of one curator.
 
-    Guarantee: when `charge` returns, its entry is on disk, so that noise drawn afterwards is always accounted
-    for. A grant, once written, binds all later charges, also after a restart.
+    Hash-chained lines and a head sealed with the curator's key.
+
+    Guarantee: when `charge` returns, its entry is on disk, so that noise drawn afterwards is always
+    accounted for. A grant, once written, binds all later charges, also after a restart.
 
     >>> ledger = Ledger.open(None, key=NoiseKey.from_seed(0))
     >>> ledger.declare("task 0", 12_000)
     >>> entry = Entry(
-    ...     purpose="gradient", mechanism="gaussian", noise_multiplier=1.1, clip_norm=1.0, first_step=0,
-    ...     steps=469, sampling="poisson", scope={"task 0": 256 / 12_000}, data="", start="", simulated=True,
+    ...     purpose="gradient", mechanism="gaussian", noise_multiplier=1.1, clip_norm=1.0,
+    ...     first_step=0, steps=469, sampling="poisson", scope={"task 0": 256 / 12_000},
+    ...     data="", start="", simulated=True,
     ... )
     >>> ledger.charge(entry) == entry.digest
     True
@@ -41,7 +47,9 @@ class Ledger(Account):
     2.38
     """
 
-    def __init__(self, chain: Chain, key: NoiseKey, *, owner: str, unit: Unit, relation: Relation) -> None:
+    def __init__(
+        self, chain: Chain, key: NoiseKey, *, owner: str, unit: Unit, relation: Relation
+    ) -> None:
         super().__init__(owner=owner, unit=unit, relation=relation)
         self.chain = chain
         self.trace = chain.trace
@@ -75,8 +83,8 @@ class Ledger(Account):
             relation: which every entry must use.
 
         Raises:
-            LedgerError: for a ledger that is damaged, sealed with another key, or of another owner, unit or
-                relation.
+            LedgerError: for a ledger that is damaged, sealed with another key, or of another owner,
+                unit or relation.
         """
         ledger = cls(Chain(path, key, trace), key, owner=owner, unit=unit, relation=relation)
         asked = {"owner": owner, "unit": unit, "relation": relation}
@@ -84,7 +92,9 @@ class Ledger(Account):
             ledger._write({"kind": "header", "schema": SCHEMA, **asked})
         found = header(ledger.chain.bodies, str(path))
         if found != asked:
-            raise LedgerError(f"{path} belongs to {found}, not to {asked}; open it so, or use another file")
+            raise LedgerError(
+                f"{path} belongs to {found}, not to {asked}; open it so, or use another file"
+            )
         for number, body in enumerate(ledger.chain.bodies[1:], 2):
             ledger.read(body, f"{path}, line {number}")
         return ledger
@@ -107,34 +117,48 @@ class Ledger(Account):
         if known is None:
             self._write({"kind": "partition", "name": partition, "size": int(size)})
         elif known != size:
-            raise LedgerError(f"partition {partition!r} was declared with {known} records, now {size}")
+            raise LedgerError(
+                f"partition {partition!r} was declared with {known} records, now {size}"
+            )
 
     def grant(
-        self, charges: Mapping[str, Sequence[Charge]], *, epsilon: float | Mapping[str, float], delta: float
+        self,
+        charges: Mapping[str, Sequence[Charge]],
+        *,
+        epsilon: float | Mapping[str, float],
+        delta: float,
     ) -> None:
-        """Check a whole plan once and reserve it; from then on only what it contains may be charged.
+        """Check a whole plan once and reserve it.
 
-        Guarantee: no partition's epsilon, spent and planned together, exceeds `epsilon` at `delta` (under replace-one,
-        no two partitions' together).
+        From then on only what it contains may be charged.
 
-        A plan is that of the partitions' whole lives: what of it was charged already is not charged again, so a run
-        that is resumed, or goes on with new partitions, grants what it would have granted at once. A plan replaces
-        the one before, whose unused part lapses.
+        Guarantee: no partition's epsilon, spent and planned together, exceeds `epsilon` at `delta`
+        (under replace-one, no two partitions' together).
+
+        A plan is that of the partitions' whole lives: what of it was charged already is not charged
+        again, so a run that is resumed, or goes on with new partitions, grants what it would have
+        granted at once. A plan replaces the one before, whose unused part lapses.
 
         Args:
             charges: partition to all that is to be charged to it, from the beginning.
-            epsilon: the most that may be spent, above 0; one for all, or one for each partition (add/remove only).
+            epsilon: the most that may be spent, above 0; one for all, or one for each partition
+                (add/remove only).
             delta: in (0, 1).
 
         Raises:
             BudgetError: when it would cost more.
             LedgerError: for a partition that was not declared.
         """
-        each = dict(epsilon) if isinstance(epsilon, Mapping) else dict.fromkeys(self.groups(), epsilon)
+        each = (
+            dict(epsilon) if isinstance(epsilon, Mapping) else dict.fromkeys(self.groups(), epsilon)
+        )
         for target in epsilon.values() if isinstance(epsilon, Mapping) else [epsilon]:
             check_target(target, delta)
         self._known([*charges, *(epsilon if isinstance(epsilon, Mapping) else ())])
-        plan = {name: [list(asdict(c).values()) for c in merged(planned)] for name, planned in charges.items()}
+        plan = {
+            name: [list(asdict(c).values()) for c in merged(planned)]
+            for name, planned in charges.items()
+        }
         body: Body = {
             "kind": "grant",
             "charges": plan,
@@ -154,8 +178,8 @@ class Ledger(Account):
 
         Raises:
             BudgetError: when a grant is in force and does not contain it.
-            LedgerError: for a partition that was not declared, or a unit, relation or kind of noise that is
-                not this ledger's.
+            LedgerError: for a partition that was not declared, or a unit, relation or kind of noise
+                that is not this ledger's.
         """
         for field, own in (
             ("unit", self.unit),
@@ -163,7 +187,9 @@ class Ledger(Account):
             ("simulated", self._key.simulated),
         ):
             if getattr(entry, field) != own:
-                raise LedgerError(f"entry with {field} = {getattr(entry, field)!r}, but this ledger's is {own!r}")
+                raise LedgerError(
+                    f"entry with {field} = {getattr(entry, field)!r}, but this ledger's is {own!r}"
+                )
         self._known(entry.scope)
         if entry.digest not in self._digests:
             self._allow(entry)
@@ -171,7 +197,10 @@ class Ledger(Account):
         return entry.digest
 
     def project(self, entry: Entry, delta: float) -> dict[str, float]:
-        """Epsilon of each partition that `entry` touches, as it would be after it. Nothing is written."""
+        """Epsilon of each partition that `entry` touches, as it would be after it.
+
+        Nothing is written.
+        """
         self._known(entry.scope)
         spent = {}
         for partition in entry.scope:
@@ -205,7 +234,9 @@ class Ledger(Account):
     def _known(self, partitions: Iterable[str]) -> None:
         for partition in partitions:
             if partition not in self.sizes:
-                raise LedgerError(f"partition {partition!r} has no declared size; call declare() for it first")
+                raise LedgerError(
+                    f"partition {partition!r} has no declared size; call declare() for it first"
+                )
 
     def _allow(self, entry: Entry) -> None:
         if not self._plans:
@@ -216,8 +247,10 @@ class Ledger(Account):
             if left < charge.steps:
                 rate, sigma, noise = charge.kind
                 raise BudgetError(
-                    f"partition {partition!r}: given {charge.steps} steps of {noise} noise at sampling rate {rate:g} "
-                    f"and noise multiplier {sigma:g}, allowed {left} by the grant; grant a plan that contains them"
+                    f"partition {partition!r}: given {charge.steps} steps of {noise} noise "
+                    f"at sampling rate {rate:g} "
+                    f"and noise multiplier {sigma:g}, allowed {left} by the grant; grant a "
+                    "plan that contains them"
                 )
 
     def _charged(self, partition: str) -> dict[object, int]:
@@ -237,14 +270,25 @@ class Ledger(Account):
             assert charge is not None
             yield partition, charge
 
-    def _check(self, charges: Mapping[str, Sequence[Charge]], targets: Mapping[str, float], delta: float) -> None:
+    def _check(
+        self, charges: Mapping[str, Sequence[Charge]], targets: Mapping[str, float], delta: float
+    ) -> None:
         plans = {
-            name: merged([*self.exposure(group), *(c for p in group for c in self._new(p, charges.get(p, ())))])
+            name: merged(
+                [
+                    *self.exposure(group),
+                    *(c for p in group for c in self._new(p, charges.get(p, ()))),
+                ]
+            )
             for name, group in self.groups().items()
             if not charges.keys().isdisjoint(group)
         }
         asked = {(plan, targets[name]) for name, plan in plans.items()}
-        over = {each for each in asked if not accounting.within(*each, delta=delta, relation=self.relation)}
+        over = {
+            each
+            for each in asked
+            if not accounting.within(*each, delta=delta, relation=self.relation)
+        }
         if not over:
             return
         beyond = {name: plan for name, plan in plans.items() if (plan, targets[name]) in over}
@@ -252,7 +296,9 @@ class Ledger(Account):
         epsilon = targets[name]
         before = self.epsilon(self.groups()[name], delta=delta)
         raise BudgetError(
-            f"partition {name!r} would reach epsilon {cost:.4g} ({before:.4g} of it spent before), which is "
-            f"{cost - epsilon:.2g} above the {epsilon:g} granted at delta {delta:g}; plan fewer steps, a "
+            f"partition {name!r} would reach epsilon {cost:.4g} ({before:.4g} of it spent "
+            "before), which is "
+            f"{cost - epsilon:.2g} above the {epsilon:g} granted at delta {delta:g}; plan "
+            "fewer steps, a "
             "larger noise multiplier or a larger epsilon"
         )

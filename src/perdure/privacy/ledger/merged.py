@@ -8,7 +8,16 @@ from pathlib import Path
 from perdure.errors import LedgerError
 from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.ledger.storage import SCHEMA, Body, Head, canonical, cover, head_path, load, read_lines
+from perdure.privacy.ledger.storage import (
+    SCHEMA,
+    Body,
+    Head,
+    canonical,
+    cover,
+    head_path,
+    load,
+    read_lines,
+)
 from perdure.privacy.noise.key import NoiseKey
 from perdure.utils.atomic_files import write_atomically
 
@@ -26,8 +35,9 @@ class Part:
 class Merged(Account):
     """The accounts of several curators, with partitions named `owner/partition`.
 
-    Guarantee: the worst epsilon over all partitions of all owners, for records that stand in one of them.
-    A record that several owners hold is exposed to all of them: name its partitions in `epsilon(...)`.
+    Guarantee: the worst epsilon over all partitions of all owners, for records that stand in one of
+    them. A record that several owners hold is exposed to all of them: name its partitions in
+    `epsilon(...)`.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -40,15 +50,23 @@ class Merged(Account):
     def _join(self, account: Account) -> None:
         if (account.unit, account.relation) != (self.unit, self.relation):
             raise LedgerError(
-                f"ledger of {account.owner!r} protects {account.unit} under {account.relation}, the others "
+                f"ledger of {account.owner!r} protects {account.unit} under "
+                f"{account.relation}, the others "
                 f"{self.unit} under {self.relation}; units and relations never mix"
             )
-        names = {name: f"{account.owner}/{name}" if account.owner else name for name in account.sizes}
+        names = {
+            name: f"{account.owner}/{name}" if account.owner else name for name in account.sizes
+        }
         if not self.sizes.keys().isdisjoint(names.values()):
-            raise LedgerError(f"two ledgers hold partitions of {account.owner!r}; open each with its own owner=...")
+            raise LedgerError(
+                f"two ledgers hold partitions of {account.owner!r}; open each with its own "
+                "owner=..."
+            )
         self.sizes |= {names[name]: size for name, size in account.sizes.items()}
         for entry in account.entries:
-            self.entries.append(replace(entry, scope={names[name]: rate for name, rate in entry.scope.items()}))
+            self.entries.append(
+                replace(entry, scope={names[name]: rate for name, rate in entry.scope.items()})
+            )
 
     @property
     def simulated(self) -> bool:
@@ -68,10 +86,15 @@ class Merged(Account):
 
     def statement(self, delta: float) -> Statement:
         """Worst epsilon over all owners; the trust model holds for each of them."""
-        return replace(super().statement(delta), trust=super().statement(delta).trust + " per client")
+        return replace(
+            super().statement(delta), trust=super().statement(delta).trust + " per client"
+        )
 
     def export(self, path: Path) -> None:
-        """Write one file that keeps every chain and head line by line, so that each can be verified."""
+        """Write one file with every chain and head, so that each can be verified.
+
+        They are kept line by line.
+        """
         lines = [_title(len(self.parts))]
         for part in self.parts:
             lines += [part.head.text(), *part.lines]
@@ -113,29 +136,42 @@ def read(path: Path, keys: Mapping[str, NoiseKey] | None = None) -> Merged:
 
 
 def _parts(path: Path, keys: Mapping[str, NoiseKey]) -> Iterator[Part]:
-    lines, start = read_lines(path), 1
+    lines = read_lines(path)
+    start = 1
     for _ in range(_count(lines, path)):
-        head = Head.parse(lines[start] if start < len(lines) else "", where=f"{path}, line {start + 1}")
+        head = Head.parse(
+            lines[start] if start < len(lines) else "", where=f"{path}, line {start + 1}"
+        )
         chain = lines[start + 1 : start + 1 + head.count]
         bodies = cover(chain, head, where=str(path), first=start + 2)
         yield _part(chain, bodies, head, keys, f"{path}, line {start + 1}")
         start += 1 + head.count
     if start != len(lines) or not path.read_bytes().endswith(b"\n"):
-        raise LedgerError(f"{path}, line {start + 1}: after the last ledger; restore the file from a backup")
+        raise LedgerError(
+            f"{path}, line {start + 1}: after the last ledger; restore the file from a backup"
+        )
 
 
 def _count(lines: Sequence[str], path: Path) -> int:
     for count in re.findall(r'"ledgers":(\d{1,9}),', lines[0] if lines else ""):
         if lines[0] == _title(int(count)):
             return int(count)
-    raise LedgerError(f"{path}, line 1: not an exported ledger, and {head_path(path).name} is not beside it")
+    raise LedgerError(
+        f"{path}, line 1: not an exported ledger, and {head_path(path).name} is not beside it"
+    )
 
 
 def _title(count: int) -> str:
     return canonical({"kind": "merged", "schema": SCHEMA, "ledgers": count})
 
 
-def _part(lines: Sequence[str], bodies: Sequence[Body], head: Head, keys: Mapping[str, NoiseKey], where: str) -> Part:
+def _part(
+    lines: Sequence[str],
+    bodies: Sequence[Body],
+    head: Head,
+    keys: Mapping[str, NoiseKey],
+    where: str,
+) -> Part:
     account = Account.replay(bodies, where=where)
     key = keys.get(account.owner)
     if key is not None:

@@ -1,8 +1,11 @@
-"""The ledger on disk: JSON lines in a hash chain, and a keyed head that says how many of them count.
+"""The ledger on disk.
 
-A line is appended and synced, then the head is replaced and synced, and only then may noise be drawn. So the
-noise of what stands beyond the head was never drawn, and it is dropped; what the head covers must be there.
-Not detected: putting back an older head, or deleting both files; keep copies elsewhere if that is a threat.
+JSON lines in a hash chain, and a keyed head that says how many of them count.
+
+A line is appended and synced, then the head is replaced and synced, and only then may noise be
+drawn. So the noise of what stands beyond the head was never drawn, and it is dropped; what the head
+covers must be there. Not detected: putting back an older head, or deleting both files; keep copies
+elsewhere if that is a threat.
 """
 
 import hashlib
@@ -62,18 +65,22 @@ def unlink(line: str, previous: str) -> tuple[Body, str]:
 
 
 def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Body], str]:
-    """Bodies of a whole chain and its last hash; `first` is the number of its first line in the file.
+    """Bodies of a whole chain and its last hash.
+
+    `first` is the number of its first line in the file.
 
     Raises:
         LedgerError: naming the first line that was edited, moved, inserted or taken out.
     """
-    bodies, last = [], GENESIS
+    bodies = []
+    last = GENESIS
     for number, line in enumerate(lines, first):
         try:
             body, last = unlink(line, last)
         except (ValueError, RecursionError) as error:
             raise LedgerError(
-                f"{where}, line {number}: edited, moved or after a gap; restore the file from a backup"
+                f"{where}, line {number}: edited, moved or after a gap; restore the file "
+                "from a backup"
             ) from error
         bodies.append(body)
     return bodies, last
@@ -119,7 +126,10 @@ class Head:
             LedgerError: when the MAC does not fit.
         """
         if not hmac.compare_digest(self.mac, key.mac(_sealed(self.count, self.hash))):
-            raise LedgerError(f"{where}: the head was not sealed with this key; it was edited, or the key is another")
+            raise LedgerError(
+                f"{where}: the head was not sealed with this key; it was edited, or the key "
+                "is another"
+            )
 
 
 def _sealed(count: int, last: str) -> bytes:
@@ -138,14 +148,18 @@ def read_lines(path: Path) -> list[str]:
 
 
 def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], Head]:
-    """Lines and bodies that the head covers, and the head; without a key only the chain is verified.
+    """Lines and bodies that the head covers, and the head.
+
+    Without a key only the chain is verified.
 
     Raises:
         LedgerError: for a file that was edited, reordered, rewritten or shortened, naming the line.
     """
     beside = head_path(path)
     if not beside.exists():
-        raise LedgerError(f"{beside} is missing, so {path.name} cannot be trusted; restore it from a backup")
+        raise LedgerError(
+            f"{beside} is missing, so {path.name} cannot be trusted; restore it from a backup"
+        )
     head = Head.parse(beside.read_bytes().decode("ascii", errors="replace"), where=str(beside))
     if key is not None:
         head.check(key, where=str(beside))
@@ -162,19 +176,22 @@ def cover(lines: Sequence[str], head: Head, *, where: str, first: int = 1) -> li
     bodies, last = verify(lines, where=where, first=first)
     if len(lines) < head.count:
         raise LedgerError(
-            f"{where}, line {first + len(lines)}: missing; {len(lines)} lines are there, the head counts "
+            f"{where}, line {first + len(lines)}: missing; {len(lines)} lines are there, the "
+            "head counts "
             f"{head.count}; restore the file from a backup"
         )
     if last != head.hash:
-        raise LedgerError(f"{where}, line {first + head.count - 1}: rewritten; it is not the line the head seals")
+        raise LedgerError(
+            f"{where}, line {first + head.count - 1}: rewritten; it is not the line the head seals"
+        )
     return bodies
 
 
 class Chain:
     """An append-only chain of lines with its head, on disk or (path None) in memory.
 
-    Guarantee: when `append` returns, line and head survive a crash; when it raises, the next `open` takes the
-    line exactly if the head covers it.
+    Guarantee: when `append` returns, line and head survive a crash; when it raises, the next `open`
+    takes the line exactly if the head covers it.
     """
 
     def __init__(self, path: Path | None, key: NoiseKey, trace: Callable[[str], None]) -> None:
@@ -182,7 +199,8 @@ class Chain:
         self.bodies: list[Body] = []
         self.last = GENESIS
         self.trace = trace
-        self._path, self._key = path, key
+        self._path = path
+        self._key = key
         self._size = 0
         self._interrupted = True
         if path is not None and (path.exists() or head_path(path).exists()):
@@ -217,14 +235,17 @@ class Chain:
             write_atomically(head_path(self._path), head.text().encode())
         self.lines.append(line)
         self.bodies.append(body)
-        self.last, self._interrupted = own, False
+        self.last = own
+        self._interrupted = False
         self._size += len(line) + 1
 
     def _drop_uncovered(self, path: Path) -> None:
         """Cut what a crash left beyond the head: its noise was never drawn."""
         size = path.stat().st_size if path.exists() else 0
         if size != self._size and not self._interrupted:
-            raise LedgerError(f"{path}: another process wrote to this ledger; let one process at a time use it")
+            raise LedgerError(
+                f"{path}: another process wrote to this ledger; let one process at a time use it"
+            )
         if size > self._size:
             os.truncate(path, self._size)
         self._interrupted = False

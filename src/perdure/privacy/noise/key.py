@@ -1,8 +1,9 @@
 """Secret noise and coins: one 256-bit key per curator, one keystream per (purpose, entry, step).
 
-A stream's key is HMAC-SHA256(key, kind, purpose, entry, step and shapes); its words are AES-256 in counter
-mode. General-purpose generators would not do: torch's CPU generator keeps 32 bits of its seed, so that its
-streams collide and can be guessed, and the state of a Mersenne twister can be solved for from its output.
+A stream's key is HMAC-SHA256(key, kind, purpose, entry, step and shapes); its words are AES-256 in
+counter mode. General-purpose generators would not do: torch's CPU generator keeps 32 bits of its
+seed, so that its streams collide and can be guessed, and the state of a Mersenne twister can be
+solved for from its output.
 """
 
 import contextlib
@@ -27,15 +28,19 @@ from perdure.errors import ConfigError, PrivacyError
 KEY_BYTES = 32
 BLOCK_BYTES = 16
 DRAWN_AT_ONCE = 2**16
-"""Normals, an even number, drawn at a time: they stay in the processor's cache. The values drawn depend on it."""
+"""Normals, an even number, drawn at a time: they stay in the processor's cache.
+
+The values drawn depend on it.
+"""
 
 
 class NoiseKey:
     """The secret from which one curator draws all its noise and coins.
 
-    Guarantee: to whoever lacks the 256 bits, the streams look like independent uniform bits (AES-256 and
-    HMAC-SHA256 as pseudo-random functions). A key made by `NoiseKey.from_seed(seed, name, ...)` comes from a
-    seed that anyone may know and guarantees nothing: what is drawn from it is a simulation, not a release.
+    Guarantee: to whoever lacks the 256 bits, the streams look like independent uniform bits
+    (AES-256 and HMAC-SHA256 as pseudo-random functions). A key made by
+    `NoiseKey.from_seed(seed, name, ...)` comes from a seed that anyone may know and guarantees
+    nothing: what is drawn from it is a simulation, not a release.
 
     >>> key = NoiseKey.from_seed(0, "client 3")
     >>> key, key.simulated
@@ -48,13 +53,17 @@ class NoiseKey:
 
     def __init__(self, secret: bytes, *, simulated: bool) -> None:
         if len(secret) != KEY_BYTES:
-            raise PrivacyError(f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file")
+            raise PrivacyError(
+                f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file"
+            )
         self._secret = secret
         self.simulated = simulated
 
     @classmethod
     def from_os(cls, path: Path) -> "NoiseKey":
-        """Read the key at `path`, or draw one from the operating system and store it there with mode 0600.
+        """Read the key at `path`, or draw one and store it there with mode 0600.
+
+        It is drawn from the operating system.
 
         Raises:
             PrivacyError: when others may read the file, or when it is not a key.
@@ -63,25 +72,33 @@ class NoiseKey:
             _create(path, secrets.token_bytes(KEY_BYTES))
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
-            raise PrivacyError(f"key file {path} has mode {mode:04o}, allowed: 0600; run chmod 600 {path}")
+            raise PrivacyError(
+                f"key file {path} has mode {mode:04o}, allowed: 0600; run chmod 600 {path}"
+            )
         return cls(path.read_bytes(), simulated=False)
 
     @classmethod
     def from_seed(cls, *parts: object) -> "NoiseKey":
-        """Derive a key from a seed that anyone may know and from names, such as the client's: a simulation.
+        """Derive a key from a seed that anyone may know and from names, such as the client's.
+
+        A simulation.
 
         Raises:
             ConfigError: for parts that are neither strings nor numbers.
         """
         if not all(isinstance(part, str | int | float) for part in parts):
             raise ConfigError.of("NoiseKey.from_seed", parts, "strings and numbers")
-        return cls(hashlib.sha256(_encode("perdure simulated key", *parts)).digest(), simulated=True)
+        return cls(
+            hashlib.sha256(_encode("perdure simulated key", *parts)).digest(), simulated=True
+        )
 
     def __repr__(self) -> str:
         return "NoiseKey(simulated)" if self.simulated else "NoiseKey(secret)"
 
     def __reduce__(self) -> NoReturn:
-        raise PrivacyError("a NoiseKey is not pickled or copied; open its file with NoiseKey.from_os instead")
+        raise PrivacyError(
+            "a NoiseKey is not pickled or copied; open its file with NoiseKey.from_os instead"
+        )
 
     def mac(self, message: bytes) -> str:
         """HMAC-SHA256 of `message` in hexadecimal, under a subkey that no stream shares."""
@@ -98,12 +115,13 @@ class NoiseKey:
     ) -> dict[str, Tensor]:
         """Independent standard normals, one float32 tensor for each name in `shapes`.
 
-        z = sqrt(-2 ln u) (cos t, sin t), u = (w + 1) / 2^32, t = 2 pi w' / 2^32   (w, w' 32-bit words)
+        z = sqrt(-2 ln u) (cos t, sin t)
+        u = (w + 1) / 2^32,   t = 2 pi w' / 2^32   (w, w' 32-bit words)
 
-        The tail is cut at |z| <= sqrt(64 ln 2) = 6.66 (two-sided mass 3e-11 beyond it), and values lie on the
-        grid of float32: the noise is that of the textbook up to floating point (Mironov 2012 says what that
-        leaves open). The same arguments give the same values; a change of any of them, shapes and their order
-        included, gives an independent stream.
+        The tail is cut at |z| <= sqrt(64 ln 2) = 6.66 (two-sided mass 3e-11 beyond it), and values
+        lie on the grid of float32: the noise is that of the textbook up to floating point (Mironov
+        2012 says what that leaves open). The same arguments give the same values; a change of any
+        of them, shapes and their order included, gives an independent stream.
 
         Args:
             shapes: name to shape.
@@ -121,25 +139,35 @@ class NoiseKey:
         return {name: part.view(tuple(shape)) for (name, shape), part in parts}
 
     def uniform(self, n: int, *, purpose: str, entry: str, step: int) -> Tensor:
-        """(n,) float64 uniform in [0, 1) with 53 random bits each: the coins of a Poisson sample."""
+        """(n,) float64 uniform in [0, 1): the coins of a Poisson sample.
+
+        Each has 53 random bits.
+        """
         words = _keystream(self._subkey("uniform", purpose, entry, step, n), 8 * n).view("<u8")
         return _unit_interval(words)
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
-        """(n,) float64 uniform in [0, 1), a function of each record's id (int64) and of `purpose` alone.
+        """(n,) float64 uniform in [0, 1), by record.
+
+        It is a function of each record's id (int64) and of `purpose` alone.
 
         A record keeps its tag whatever else is in the data set, so that a membership decided by
         tag < threshold never depends on another record.
         """
         blocks = np.zeros((len(ids), BLOCK_BYTES // 8), dtype="<i8")
         blocks[:, 0] = ids.detach().cpu().numpy()
-        return _unit_interval(_permute(self._subkey("tags", purpose), blocks.tobytes()).view("<u8")[::2])
+        return _unit_interval(
+            _permute(self._subkey("tags", purpose), blocks.tobytes()).view("<u8")[::2]
+        )
 
     def _subkey(self, *context: object) -> bytes:
         return hmac.new(self._secret, _encode("perdure", *context), hashlib.sha256).digest()
 
     def stream(self, *, purpose: str, entry: str, step: int) -> Callable[[int], bytes]:
-        """Hand out uniform random bytes, so many at every call: a stream without end, for samplers that reject."""
+        """Hand out uniform random bytes, so many at every call.
+
+        A stream without end, for samplers that reject.
+        """
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
         key = self._subkey("bytes", purpose, entry, step)
@@ -176,13 +204,15 @@ def _reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.uint8]]:
     """AES-256 in counter mode; each key is used for one stream only, so the counter starts at zero.
 
     Returns:
-        A function that reads on, at most `most` bytes at a time; what it gives is good until the next call.
+        A function that reads on, at most `most` bytes at a time; what it gives is good until the
+        next call.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
     zeros = memoryview(bytes(most))
-    out = np.empty(most + BLOCK_BYTES - 1, dtype=np.uint8)  # the cipher asks for room for a block more
+    # the cipher asks for room for a block more
+    out = np.empty(most + BLOCK_BYTES - 1, dtype=np.uint8)
 
     def read(n_bytes: int) -> npt.NDArray[np.uint8]:
         cipher.update_into(zeros[:n_bytes], out.data)
@@ -192,7 +222,10 @@ def _reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.uint8]]:
 
 
 def _permute(key: bytes, blocks: bytes) -> npt.NDArray[np.uint8]:
-    """AES-256 of each 16-byte block by itself: here equal ids must give equal tags, which ECB does."""
+    """AES-256 of each 16-byte block by itself.
+
+    Here equal ids must give equal tags, which ECB does.
+    """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305
@@ -204,7 +237,9 @@ def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
 
 
 def _normals(key: bytes, n: int) -> Tensor:
-    """(n,) float32, by NumPy, whose logarithm, sine and cosine are three times as fast as torch's on the processor.
+    """(n,) float32, by NumPy.
+
+    Its logarithm, sine and cosine are three times as fast as torch's on the processor.
 
     The words are read unsigned, since small u, the tail, needs their full precision.
     """
@@ -239,7 +274,8 @@ def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
         return NoiseKey.from_seed(seed, "client", client)
     if folder is None:
         raise PrivacyError(
-            "secret noise needs a folder to keep its key and ledger in; give Learner(folder=...), or "
+            "secret noise needs a folder to keep its key and ledger in; give "
+            "Learner(folder=...), or "
             "Privacy(seed=...) for a simulation"
         )
     return NoiseKey.from_os(folder / "private" / "key")

@@ -19,55 +19,76 @@ from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.ledger.account import Account
 
 STATEMENT = (
-    "Accounted is what perdure's curator releases from now on. What Opacus spent before counts where "
-    "Privacy.from_opacus(engine, optimizer) takes it over, as Opacus recorded it: Poisson sampling at its rate."
+    "Accounted is what perdure's curator releases from now on. What Opacus spent before "
+    "counts where "
+    "Privacy.from_opacus(engine, optimizer) takes it over, as Opacus recorded it: Poisson "
+    "sampling at its rate."
 )
 """What an epsilon of perdure covers for a model that Opacus trained before."""
 
 MECHANISMS = ("rdp", "prv", "gdp")
-"""Opacus's accountants of Poisson-sampled Gaussian steps under add/remove; what is taken over is their history."""
+"""Opacus's accountants of Poisson-sampled Gaussian steps under add/remove; what is taken over is
+their history.
+"""
 
 
 def spent(engine: Any) -> tuple[Charge, ...]:
     """What a `PrivacyEngine` (or accountant) of Opacus recorded, as charges of one record.
 
-    Guarantee: none of its own. Opacus records Poisson sampling also where `poisson_sampling=False` switched it off;
-    `sampling_rate` of the loader tells.
+    Guarantee: none of its own. Opacus records Poisson sampling also where `poisson_sampling=False`
+    switched it off; `sampling_rate` of the loader tells.
 
     Raises:
-        PrivacyError: for an accountant of anything but Poisson-sampled Gaussian steps under add/remove.
+        PrivacyError: for an accountant of anything but Poisson-sampled Gaussian steps under
+            add/remove.
     """
     accountant = getattr(engine, "accountant", engine)
     mechanism = accountant.mechanism() if callable(getattr(accountant, "mechanism", None)) else None
     if mechanism not in MECHANISMS:
         raise PrivacyError(
-            f"{type(engine).__name__} accounts for {mechanism or 'nothing that Opacus knows'}; give a PrivacyEngine or "
+            f"{type(engine).__name__} accounts for "
+            f"{mechanism or 'nothing that Opacus knows'}; give a PrivacyEngine or "
             f"accountant of Opacus whose mechanism is one of {', '.join(MECHANISMS)}"
         )
     try:
-        return tuple(Charge(float(rate), float(noise), int(steps)) for noise, rate, steps in accountant.history)
+        return tuple(
+            Charge(float(rate), float(noise), int(steps))
+            for noise, rate, steps in accountant.history
+        )
     except (ConfigError, TypeError, ValueError) as error:
         raise PrivacyError(
-            f"the history of the Opacus accountant cannot be taken over: {error}; it must be (noise multiplier, "
+            f"the history of the Opacus accountant cannot be taken over: {error}; it must be "
+            "(noise multiplier, "
             "sampling rate up to 1, steps)"
         ) from error
 
 
 def settings(optimizer: Any) -> tuple[float, float]:
-    """(noise multiplier, clip norm) of a DPOptimizer of Opacus, flat or ghost; as they are now, under a scheduler.
+    """(noise multiplier, clip norm) of a DPOptimizer of Opacus, flat or ghost.
+
+    As they are now, under a scheduler.
 
     Raises:
-        PrivacyError: for one that two numbers do not describe: per-layer or adaptive clipping, or no DPOptimizer.
+        PrivacyError: for one that two numbers do not describe: per-layer or adaptive clipping, or
+            no DPOptimizer.
     """
     from opacus import optimizers as of_opacus
 
     kind = type(optimizer)
     flat = (
-        of_opacus.DPOptimizer, of_opacus.DistributedDPOptimizer, of_opacus.DPOptimizerFastGradientClipping,
-        of_opacus.DistributedDPOptimizerFastGradientClipping, of_opacus.FSDPOptimizerFastGradientClipping,
-    )  # fmt: skip
-    if issubclass(kind, of_opacus.AdaClipDPOptimizer) or hasattr(optimizer, "_adjusted_noise_multiplier"):
-        reason = "moves its clip norm and spends on the count of clipped records; use Privacy(clipping=Adaptive(...))"
+        of_opacus.DPOptimizer,
+        of_opacus.DistributedDPOptimizer,
+        of_opacus.DPOptimizerFastGradientClipping,
+        of_opacus.DistributedDPOptimizerFastGradientClipping,
+        of_opacus.FSDPOptimizerFastGradientClipping,
+    )
+    if issubclass(kind, of_opacus.AdaClipDPOptimizer) or hasattr(
+        optimizer, "_adjusted_noise_multiplier"
+    ):
+        reason = (
+            "moves its clip norm and spends on the count of clipped records; use "
+            "Privacy(clipping=Adaptive(...))"
+        )
     elif isinstance(getattr(optimizer, "max_grad_norms", None), list):
         reason = "has a clip norm for every parameter; use Privacy(clipping='per-layer')"
     elif kind not in flat:
@@ -87,24 +108,30 @@ def sampling_rate(loader: Any) -> float:
 
     if not isinstance(loader, DPDataLoader):
         raise PrivacyError(
-            f"{type(loader).__name__} does not do Poisson sampling, although Opacus accounts for it; use the loader "
+            f"{type(loader).__name__} does not do Poisson sampling, although Opacus accounts "
+            "for it; use the loader "
             "that make_private(..., poisson_sampling=True) returns"
         )
     return float(loader.sample_rate)
 
 
-def accountant(account: Account, partitions: Sequence[str], *, mechanism: Literal["rdp", "prv"] = "rdp") -> Any:
+def accountant(
+    account: Account, partitions: Sequence[str], *, mechanism: Literal["rdp", "prv"] = "rdp"
+) -> Any:
     """An accountant of Opacus with the history of a record that is in all of `partitions`.
 
-    Guarantee: its epsilon bounds what those records were exposed to. It cannot say unit, trust or simulation; print
-    `Account.statement` for that. RDP agrees with ours where the best order is one that both try (to 1e-3 at noise 1 and
-    more); PRV is about 0.01 above our PLD, which is the error that it allows for.
+    Guarantee: its epsilon bounds what those records were exposed to. It cannot say unit, trust or
+    simulation; print `Account.statement` for that. RDP agrees with ours where the best order is one
+    that both try (to 1e-3 at noise 1 and more); PRV is about 0.01 above our PLD, which is the error
+    that it allows for.
 
     Args:
-        account: a ledger or its reading side. mechanism: rdp (RDPAccountant) or prv (PRVAccountant, tighter).
+        account: a ledger or its reading side.
+        mechanism: rdp (RDPAccountant) or prv (PRVAccountant, tighter).
 
     Raises:
-        PrivacyError: for a history that Opacus cannot express: replace-one, raw data, noise that is not Gaussian.
+        PrivacyError: for a history that Opacus cannot express: replace-one, raw data, noise that is
+            not Gaussian.
         ConfigError: for a partition or mechanism that is not known.
     """
     from opacus.accountants import PRVAccountant, RDPAccountant
@@ -113,7 +140,10 @@ def accountant(account: Account, partitions: Sequence[str], *, mechanism: Litera
     if mechanism not in kinds:
         raise ConfigError.of("mechanism", mechanism, kinds)
     if account.relation != "add-remove":
-        raise PrivacyError(f"the ledger is {account.relation}, and Opacus knows add-remove only; use Account.epsilon")
+        raise PrivacyError(
+            f"the ledger is {account.relation}, and Opacus knows add-remove only; use "
+            "Account.epsilon"
+        )
     result = kinds[mechanism]()
     for charge in merged(account.exposure(partitions)):
         if charge.noise != "gaussian" or charge.noise_multiplier == 0:
@@ -123,9 +153,12 @@ def accountant(account: Account, partitions: Sequence[str], *, mechanism: Litera
 
 
 def unwrapped(model: Any, *, known: bool = True) -> nn.Module:
-    """The model inside Opacus's wrapper (hooks or ghost) and any data-parallel one, with the same parameters.
+    """The model inside Opacus's wrapper (hooks or ghost) and any data-parallel one.
 
-    Hooks and what Opacus left on parameters and modules are removed, so the wrapper is of no further use.
+    The parameters are the same.
+
+    Hooks and what Opacus left on parameters and modules are removed, so the wrapper is of no
+    further use.
 
     Args:
         known: whether what Opacus spent on the model is accounted; else `STATEMENT` is a warning.
@@ -156,5 +189,9 @@ def _inside(model: Any) -> Any:
 
     if isinstance(model, AbstractGradSampleHooks):
         return model._module
-    parallel = nn.parallel.DistributedDataParallel | nn.DataParallel | DifferentiallyPrivateDistributedDataParallel
+    parallel = (
+        nn.parallel.DistributedDataParallel
+        | nn.DataParallel
+        | DifferentiallyPrivateDistributedDataParallel
+    )
     return model.module if isinstance(model, parallel) else None

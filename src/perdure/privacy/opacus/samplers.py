@@ -24,8 +24,10 @@ class Layer:
     """A layer whose per-record gradients are known.
 
     Args:
-        module: the layer. names: its own parameter names to those in the model.
-        rule: from the layer and its uses to norms and weighted sums. records: dimension of its output that counts them.
+        module: the layer.
+        names: its own parameter names to those in the model.
+        rule: from the layer and its uses to norms and weighted sums.
+        records: dimension of its output that counts them.
     """
 
     module: nn.Module
@@ -40,7 +42,10 @@ class Layer:
         return layer_of(next(iter(self.names.values())))
 
     def take_precision(self) -> None:
-        """Bring what autocast left in half precision to that of the parameters, so that sums are not rounded."""
+        """Bring what autocast left in half precision to the precision of the parameters.
+
+        Sums are then not rounded.
+        """
         dtype = next(self.module.parameters()).dtype
         for use in self.uses:
             use.back = use.back.to(dtype)
@@ -50,25 +55,32 @@ class Layer:
 def grad_sample_sum(
     module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip: Clip
 ) -> Params | None:
-    """Sum over records of clip(gradient of the record's loss, C), by rules where there are any and else by Opacus.
+    """Sum over records of clip(gradient of the record's loss, C).
 
-    For DPLSTM, DPGRU, DPRNN, grouped and three-dimensional convolutions, RMSNorm, InstanceNorm, SequenceBias and what
-    was registered with `opacus.grad_sample.register_grad_sampler`. The layers are listened to here, not by Opacus's
-    own hooks, which add up passes of part of the rows as if they were the same records.
+    By rules where there are any and else by Opacus.
 
-    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm, provided that row i
-    of `losses()` depends on record i only and every differentiable pass of the module covers all rows in row order.
-    Gradients and attributes of the parameters are left as they are.
+    For DPLSTM, DPGRU, DPRNN, grouped and three-dimensional convolutions, RMSNorm, InstanceNorm,
+    SequenceBias and what was registered with `opacus.grad_sample.register_grad_sampler`. The layers
+    are listened to here, not by Opacus's own hooks, which add up passes of part of the rows as if
+    they were the same records.
+
+    Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm,
+    provided that row i of `losses()` depends on record i only and every differentiable pass of the
+    module covers all rows in row order. Gradients and attributes of the parameters are left as they
+    are.
 
     Args:
-        module: the model, at its own parameters. params: those to differentiate.
-        losses: runs the module and returns (n,) losses. records: n.
+        module: the model, at its own parameters.
+        params: those to differentiate.
+        losses: runs the module and returns (n,) losses.
+        records: n.
         clip: the bound C.
 
     Returns:
-        None, for the caller to go on record by record, where a parameter belongs to no such layer, to two layers, or to
-        a layer that is only partly trained; where a pass does not cover all rows; where rows would take too much memory
-        or a norm is not finite; and where book-keeping has a rule for every layer, which is tried first.
+        None, for the caller to go on record by record, where a parameter belongs to no such layer,
+        to two layers, or to a layer that is only partly trained; where a pass does not cover all
+        rows; where rows would take too much memory or a norm is not finite; and where book-keeping
+        has a rule for every layer, which is tried first.
     """
     if not records or ruled_layers(module, params) is not None:
         return None
@@ -78,10 +90,14 @@ def grad_sample_sum(
     with _listening(module, layers) as strange:
         total = losses().sum()
     uses = [use for layer in layers for use in layer.uses]
-    complete = all(use.left.shape[layer.records] == records for layer in layers for use in layer.uses)
+    complete = all(
+        use.left.shape[layer.records] == records for layer in layers for use in layer.uses
+    )
     if strange or not uses or not complete:
         return None
-    backs = torch.autograd.grad(total, [use.left for use in uses], allow_unused=True, materialize_grads=True)
+    backs = torch.autograd.grad(
+        total, [use.left for use in uses], allow_unused=True, materialize_grads=True
+    )
     for use, back in zip(uses, backs, strict=True):
         use.back = back
     for layer in layers:
@@ -103,12 +119,17 @@ def _clipped(layers: Sequence[Layer], params: Params, records: int, clip: Clip) 
         layer.names[own]: value
         for layer, rule in rules
         for own, value in rule.weighted(factors[layer.group]).items()
-    }  # fmt: skip
-    return {name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()} | clip.count(squares)
+    }
+    return {
+        name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()
+    } | clip.count(squares)
 
 
 def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
-    """Layers that own the parameters; None where one is not known, is shared or is only partly trained."""
+    """Layers that own the parameters.
+
+    None where one is not known, is shared or is only partly trained.
+    """
     if "opacus" not in sys.modules and not _hopeful(module):
         return None
     from opacus.layers.dp_multihead_attention import DPMultiheadAttention
@@ -121,7 +142,10 @@ def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
             return None  # its linear layers see (length, n, features)
         if isinstance(part, DPRNNBase):
             continue  # it only lends its parameters other names
-        names = {own: known[param] for own, param in part.named_parameters(recurse=False, remove_duplicate=False)}
+        names = {
+            own: known[param]
+            for own, param in part.named_parameters(recurse=False, remove_duplicate=False)
+        }
         if not params.keys() & set(names.values()):
             continue
         layer = _layer(part, names)
@@ -133,10 +157,19 @@ def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
 
 
 def _hopeful(module: nn.Module) -> bool:
-    """Whether it is worth importing Opacus: every parameter belongs to a layer that may be known."""
-    convolutions, norms = nn.modules.conv._ConvNd, nn.modules.instancenorm._InstanceNorm
-    owners = [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
-    return all(type(part) in RULES or isinstance(part, convolutions | norms | nn.RMSNorm) for part in owners)
+    """Whether it is worth importing Opacus.
+
+    Every parameter belongs to a layer that may be known.
+    """
+    convolutions = nn.modules.conv._ConvNd
+    norms = nn.modules.instancenorm._InstanceNorm
+    owners = [
+        part for part in module.modules() if any(True for _ in part.parameters(recurse=False))
+    ]
+    return all(
+        type(part) in RULES or isinstance(part, convolutions | norms | nn.RMSNorm)
+        for part in owners
+    )
 
 
 def _layer(part: nn.Module, names: Mapping[str, str]) -> Layer | None:
@@ -151,14 +184,19 @@ def _layer(part: nn.Module, names: Mapping[str, str]) -> Layer | None:
     if type(part) is RNNLinear:  # one use a time step
         return Layer(module=part, names=names, rule=LinearRule)
     if type(part) is SequenceBias:
-        return Layer(module=part, names=names, rule=_last_of_sequence, records=0 if part.batch_first else 1)
+        return Layer(
+            module=part, names=names, rule=_last_of_sequence, records=0 if part.batch_first else 1
+        )
     if type(part) not in GradSampleModule.GRAD_SAMPLERS or not _sampled_rightly(part):
         return None
     return Layer(module=part, names=names, rule=_by_sampler)
 
 
 def _sampled_rightly(part: nn.Module) -> bool:
-    """Whether Opacus's sampler heeds the settings of the layer; EmbeddingBag's adds a repeated word once."""
+    """Whether Opacus's sampler heeds the settings of the layer.
+
+    EmbeddingBag's adds a repeated word once.
+    """
     if isinstance(part, nn.modules.conv._ConvNd):
         return part.padding_mode == "zeros"
     if isinstance(part, nn.modules.instancenorm._InstanceNorm):
@@ -186,14 +224,16 @@ def _by_sampler(layer: nn.Module, uses: list[Use]) -> Rule:
     """
     from opacus.grad_sample import GradSampleModule
 
-    sampler, own = GradSampleModule.GRAD_SAMPLERS[type(layer)], dict(layer.named_parameters())
+    sampler = GradSampleModule.GRAD_SAMPLERS[type(layer)]
+    own = dict(layer.named_parameters())
     parts = [sampler(layer, [use.entered], use.back) for use in uses]
     for name, param in own.items():
         for use, part in zip(uses, parts, strict=True):
             shape = tuple(part[param].shape) if param in part else None
             if shape != (len(use.left), *param.shape):
                 raise PrivacyError(
-                    f"the grad sampler of {type(layer).__name__} gives shape {shape} for {name} and {len(use.left)} "
+                    f"the grad sampler of {type(layer).__name__} gives shape {shape} for "
+                    f"{name} and {len(use.left)} "
                     f"records; return (n, *{tuple(param.shape)}), one row per record"
                 )
     return Rows({name: sum_of([part[param] for part in parts]) for name, param in own.items()})
@@ -201,12 +241,17 @@ def _by_sampler(layer: nn.Module, uses: list[Use]) -> Rule:
 
 def _last_of_sequence(layer: nn.Module, uses: list[Use]) -> Rule:
     """SequenceBias adds one element at the end: what comes back there."""
-    return Rows({"bias": sum_of([use.back[:, -1] if layer.batch_first else use.back[-1] for use in uses])})
+    return Rows(
+        {"bias": sum_of([use.back[:, -1] if layer.batch_first else use.back[-1] for use in uses])}
+    )
 
 
 @contextmanager
 def _listening(module: nn.Module, layers: Sequence[Layer]) -> Iterator[list[str]]:
-    """Record every differentiable call of the layers; what is given names calls that are not understood."""
+    """Record every differentiable call of the layers.
+
+    What is given names calls that are not understood.
+    """
     from opacus.layers.dp_rnn import DPRNNBase
 
     strange: list[str] = []
@@ -225,7 +270,9 @@ def _listening(module: nn.Module, layers: Sequence[Layer]) -> Iterator[list[str]
             strange.append(type(part).__name__)
 
     handles = [layer.module.register_forward_hook(listen(layer)) for layer in layers]
-    handles += [p.register_forward_pre_hook(packed) for p in module.modules() if isinstance(p, DPRNNBase)]
+    handles += [
+        p.register_forward_pre_hook(packed) for p in module.modules() if isinstance(p, DPRNNBase)
+    ]
     try:
         yield strange
     finally:
