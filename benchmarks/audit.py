@@ -32,14 +32,14 @@ from torch import Tensor
 
 from perdure.auditing.bounds import Method
 from perdure.auditing.canaries import audit
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.data.datasets.embedded import digits
 from perdure.data.experience import Stream
 from perdure.data.scenarios import split
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
 from perdure.utils.environment import store_rows
@@ -75,13 +75,15 @@ class HalfNoise(Learner):
         super().prepare(stream)
         honest = self.mechanism
         assert honest is not None
-        self.mechanism = Mechanism(
+        self.mechanism = PrivateSum(
             privacy=honest.privacy,
             schedule=honest.schedule,
             ledger=honest.ledger,
             key=HalfKey.from_seed(honest.privacy.seed, "client", self.client),
         )
-        self.curator = Curator(seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism)
+        self.curator = LocalCurator(
+            seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism
+        )
 
 
 MECHANISMS: dict[str, type[Learner]] = {"correct": Learner, "half_noise": HalfNoise}

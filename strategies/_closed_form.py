@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perdure.contract.context import MASKED, Context, Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -30,7 +30,7 @@ from perdure.types import Params
 from perdure.utils.chunking import chunks
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 BLOCK = 512
@@ -252,7 +252,7 @@ class Analytic(Strategy, ABC):
 
     normalise: bool = True
     bound: float | None = None
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
     def __post_init__(self) -> None:
         field = f"{self.name.lower()}.bound"

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from perdure.contract.plan import Asks, MemoryPlan, Plan, Selection, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, Selection, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -43,7 +43,7 @@ class AGEM(Strategy):
     selection: Selection = "class-balanced"
     per_class: int | None = None
     batch_size: int | None = None
-    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, reuses_past_records=True)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from perdure.contract.context import MASKED, Context, Spec
 from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -49,7 +49,7 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 ROUNDS = 6
@@ -74,7 +74,9 @@ class BiC(Strategy):
     memory_size: int | str
     per_class: int | None = None
     temperature: float = 2.0
-    asks: ClassVar[Asks] = Asks(recalls=ROUNDS, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(
+        memory_releases=ROUNDS, reuses_past_records=True
+    )
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from perdure.contract.context import MASKED, Context, Spec
 from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -44,7 +44,7 @@ from perdure.errors import StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -57,7 +57,7 @@ class CWRStar(Strategy):
     """
 
     head: str = "head."
-    asks: ClassVar[Asks] = Asks(histograms=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(histograms=1)
 
     def init(self, spec: Spec) -> State:
         """Start with no class consolidated.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from perdure.contract.context import Context
 from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -52,7 +52,7 @@ class DER(Strategy):
     alpha: float = 0.5
     beta: float = 0.0
     batch_size: int | None = None
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

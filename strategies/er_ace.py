@@ -24,7 +24,7 @@ from torch import Tensor
 
 from perdure.contract.context import MASKED, Context
 from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Asks, MemoryPlan, Plan, Update, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, Update, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -47,7 +47,7 @@ class ERACE(Strategy):
     memory_size: int | str
     batch_size: int | None = None
     update: Update = "step"
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

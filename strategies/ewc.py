@@ -36,7 +36,7 @@ from torch import Tensor
 
 from perdure.contract.context import Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -47,7 +47,7 @@ from perdure.utils.hashing import uniforms
 from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -69,7 +69,7 @@ class EWC(Strategy):
     mode: Literal["separate", "online"] = "separate"
     fisher: Literal["exact", "sampled", "empirical"] = "exact"
     decay: float = 1.0
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -89,7 +89,7 @@ class EWC(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """There is nothing to hold on to in the first experience."""
-        return Plan(penalised=experience.index > 0)
+        return Plan(applies_penalty=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Half the strength times the Fisher-weighted squared distance from the anchor."""

@@ -17,7 +17,7 @@ quotas are those of the declared sizes.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
 from perdure.contract.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class GDumb(Strategy):
     """
 
     memory_size: int | str
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

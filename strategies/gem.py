@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.plan import Asks, MemoryPlan, Plan, Selection, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, Selection, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 RIDGE = 1e-3
@@ -60,7 +60,7 @@ class GEM(Strategy):
     per_class: int | None = None
     batch_size: int | None = None
     margin: float = 0.5
-    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, reuses_past_records=True)
     not_vmappable_because: ClassVar[str | None] = (
         "its quadratic program is solved on the host, one at a time"
     )

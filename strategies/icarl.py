@@ -31,7 +31,7 @@ from torch import Tensor
 
 from perdure.contract.context import MASKED, Context, Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -39,7 +39,7 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -59,7 +59,7 @@ class ICaRL(Strategy):
     memory_size: int | str
     per_class: int | None = None
     temperature: float = 2.0
-    asks: ClassVar[Asks] = Asks(recalls=1, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(memory_releases=1, reuses_past_records=True)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

@@ -9,7 +9,7 @@ in all later experiences, at the sampling rate of the growing pool.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Joint(Strategy):
     """Retrain from the initial parameters on all records seen so far."""
 
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def plan(self, experience: "Experience") -> Plan:
         """Pool all experiences and start afresh."""

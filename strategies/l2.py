@@ -27,7 +27,7 @@ from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -52,7 +52,7 @@ class L2(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """There is nothing to hold on to in the first experience."""
-        return Plan(penalised=experience.index > 0)
+        return Plan(applies_penalty=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the squared distance from the anchor."""

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from perdure.contract.context import MASKED, Context, Spec
 from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -50,7 +50,7 @@ from perdure.models.cosine_head import cosines, directions
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 WEIGHT = "head.weight"
@@ -76,7 +76,7 @@ class LUCIR(Strategy):
     ranking: float = 1.0
     margin: float = 0.5
     negatives: int = 2
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def __post_init__(self) -> None:
         for name in ("less_forget", "ranking"):

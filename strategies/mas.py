@@ -29,7 +29,7 @@ from torch import Tensor
 
 from perdure.contract.context import Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -38,7 +38,7 @@ from perdure.queries.squared_gradients import AbsoluteGradient
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -51,7 +51,7 @@ class MAS(Strategy):
     """
 
     strength: float
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -68,7 +68,7 @@ class MAS(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """There is nothing to hold on to in the first experience."""
-        return Plan(penalised=experience.index > 0)
+        return Plan(applies_penalty=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""

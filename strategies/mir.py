@@ -32,7 +32,7 @@ from torch import Tensor
 
 from perdure.contract.context import Context
 from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.plan import Asks, MemoryPlan, Plan, records_in, refuse_size
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -60,7 +60,7 @@ class MIR(Strategy):
     candidates: int = 50
     batch_size: int | None = 10
     rate: float = 0.1
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
     couples_records: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from perdure.contract.context import Context, Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks
+from perdure.contract.plan import PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -56,7 +56,7 @@ from perdure.utils.hashing import uniforms
 from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
 
 DEPENDENT = 1e-6
 """Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the
@@ -77,7 +77,7 @@ class OGD(Strategy):
 
     directions: int = 20
     logit: Literal["true", "mean"] = "true"
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
     def __post_init__(self) -> None:
         if not self.directions >= 1:

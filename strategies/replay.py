@@ -26,7 +26,15 @@ from torch import Tensor
 
 from perdure.contract.context import Context
 from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.plan import Asks, MemoryPlan, Plan, Selection, Update, records_in, refuse_size
+from perdure.contract.plan import (
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    Selection,
+    Update,
+    records_in,
+    refuse_size,
+)
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -58,7 +66,7 @@ class Replay(Strategy):
     batch_size: int | None = None
     weighting: Literal["experiences", "equal"] = "experiences"
     update: Update = "experience"
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from perdure.contract.context import Spec
 from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -45,7 +45,7 @@ from perdure.strategies.si import progress
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 NUMBERS = ("steps", "past", "fisher_scale", "score_scale")
@@ -66,7 +66,7 @@ class RWalk(Strategy):
     window: int = 10
     decay: float = 0.9
     damping: float = 1e-3
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -92,7 +92,7 @@ class RWalk(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """There is nothing to hold on to in the first experience."""
-        return Plan(penalised=experience.index > 0)
+        return Plan(applies_penalty=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""

@@ -42,7 +42,7 @@ from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -76,7 +76,7 @@ class SI(Strategy):
 
     def plan(self, experience: "Experience") -> Plan:
         """There is nothing to hold on to in the first experience."""
-        return Plan(penalised=experience.index > 0)
+        return Plan(applies_penalty=experience.index > 0)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the importance-weighted squared distance from the anchor."""

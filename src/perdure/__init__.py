@@ -8,7 +8,7 @@ from `perdure.data.scenarios`. `perdure.federated` runs the same learner in Flow
 from perdure.contract.combine import Combine
 from perdure.contract.context import Context, Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience, Stream
@@ -19,7 +19,6 @@ from perdure.privacy.settings import Privacy
 
 __version__ = "0.1.0"
 __all__ = [
-    "Asks",
     "Batch",
     "Combine",
     "Context",
@@ -30,6 +29,7 @@ __all__ = [
     "PerdureError",
     "Plan",
     "Privacy",
+    "PrivacyCost",
     "Records",
     "Spec",
     "State",

@@ -20,7 +20,7 @@ from perdure.auditing.canaries import (
     joined,
     with_canaries,
 )
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.experiment.audits import audit_run
@@ -29,7 +29,7 @@ from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.queries.per_record import gradient_rows
 from perdure.strategies.ewc import EWC
 from perdure.strategies.lwf import LwF
@@ -56,7 +56,7 @@ def learner(toy_model, toy_stream):
     return build
 
 
-def broken(key=NoiseKey, mechanism=Mechanism):
+def broken(key=NoiseKey, mechanism=PrivateSum):
     """Class of learners with another key or mechanism than `prepare` gave them, and the ledger of
     an honest one.
     """
@@ -71,7 +71,7 @@ def broken(key=NoiseKey, mechanism=Mechanism):
                 ledger=honest.ledger,
                 key=key.from_seed(honest.privacy.seed, "client", 0),
             )
-            self.curator = Curator(
+            self.curator = LocalCurator(
                 seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism
             )
 
@@ -92,7 +92,7 @@ class LoadedCoins(NoiseKey):
         return super().uniform(n, **place) * 1e-3
 
 
-class Unclipped(Mechanism):
+class Unclipped(PrivateSum):
     """Forgets to clip."""
 
     def gradient(self, clipped, params, *, step):

@@ -16,7 +16,7 @@ from helpers.avalanche_harness import SameBatches, accuracies, adam, assert_clos
 from helpers.strategy_examples import EXAMPLES, example, model_of
 from perdure.avalanche.benchmarks import from_avalanche
 from perdure.avalanche.plugin import as_plugin
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
@@ -105,7 +105,7 @@ def test_rows_of_a_step_have_ids_of_their_own(benchmark, toy_model, template):
 class Referred(Strategy):
     """Adds the gradient over the latest rows, kept at every step, and only trains the head."""
 
-    asks = Asks(references=1, reuses=True)
+    privacy_cost = PrivacyCost(references=1, reuses_past_records=True)
 
     def plan(self, experience):
         memory = MemoryPlan(
@@ -214,7 +214,7 @@ def test_pooled_rows_keep_their_task_in_a_task_incremental_stream(benchmark, toy
 class Counted(Strategy):
     """Learns nothing but how many records it met; predicts the class of that number."""
 
-    asks = Asks(releases=1)
+    privacy_cost = PrivacyCost(releases=1)
 
     def init(self, spec):
         return super().init(spec).declare("met", torch.zeros(()), "sum")

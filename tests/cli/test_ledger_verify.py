@@ -9,7 +9,7 @@ import pytest
 
 from helpers.ledger_cli import ARMS, KEY, assert_refused, shown
 from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.ledger.storage import Head, head_path, link
+from perdure.privacy.ledger.storage import SealedHead, head_path, link
 from perdure.privacy.noise.key import NoiseKey
 
 # --------------------------------------------------------------------------- verify
@@ -123,7 +123,7 @@ def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, min
         new, last = link(body, last)
         lines.append(new)
     path.write_text("".join(f"{line}\n" for line in lines))
-    head_path(path).write_text(Head(len(lines), last, "0" * 64).text())
+    head_path(path).write_text(SealedHead(len(lines), last, "0" * 64).text())
     (mine / "ledger.jsonl").unlink()
     code, out, _ = perdure("verify", mine)
     assert code == 1 and f"WRONG: {head_path(path)}: the head was not sealed with this key" in out
@@ -164,7 +164,9 @@ def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine):
     key = NoiseKey.from_os(path.parent / "private" / "key")
     lines = path.read_text().splitlines()[:-1]
     path.write_text("".join(f"{line}\n" for line in lines))
-    head_path(path).write_text(Head.seal(len(lines), json.loads(lines[-1])["hash"], key).text())
+    head_path(path).write_text(
+        SealedHead.seal(len(lines), json.loads(lines[-1])["hash"], key).text()
+    )
     # nothing else is there to compare it with: as the last line says
     assert perdure("verify", path)[0] == 0
     code, out, _ = perdure("verify", mine)

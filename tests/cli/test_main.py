@@ -396,20 +396,27 @@ def test_bench_lists_as_a_table_too(perdure):
 
 
 def test_a_cost_says_all_that_is_asked():
-    from perdure.contract.plan import Asks, Plan
+    from perdure.contract.plan import Plan, PrivacyCost
     from perdure.experiment.strategy_catalogue import privacy_cost
 
-    everything = Asks(releases=2, histograms=1, selections=3, recalls=2, references=1, reuses=True)
+    everything = PrivacyCost(
+        releases=2,
+        histograms=1,
+        selections=3,
+        memory_releases=2,
+        references=1,
+        reuses_past_records=True,
+    )
     assert privacy_cost(everything, Plan(), False) == (
         "gradient; 1 reference gradient of stored records a step; 2 releases an experience; "
         "2 releases over memory an "
         "experience; 1 histogram an experience; 3 selections an experience; records go on "
         "being used"
     )
-    assert privacy_cost(Asks(references=2), Plan(train=False), False).startswith(
+    assert privacy_cost(PrivacyCost(references=2), Plan(train=False), False).startswith(
         "no gradient; 2 reference gradients of"
     )
-    assert privacy_cost(Asks(), Plan(), True) == "refused: it couples records"
+    assert privacy_cost(PrivacyCost(), Plan(), True) == "refused: it couples records"
 
 
 def test_an_argument_without_a_simplest_value_needs_a_default():

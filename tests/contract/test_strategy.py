@@ -8,7 +8,7 @@ from torch import nn
 from perdure.contract.combine import Combine
 from perdure.contract.context import MASKED, Context, Spec, contexts
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -303,7 +303,7 @@ class Shifter(Strategy):
 class Referrer(Strategy):
     """Adds what it was given, and refuses what others asked for."""
 
-    asks: ClassVar[Asks] = Asks(references=1, recalls=2)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, memory_releases=2)
 
     def references(self, curator, params, state):
         return ({"w": torch.full((1,), 5.0)},)
@@ -403,7 +403,9 @@ def test_a_combination_says_all_that_its_parts_say():
         Rememberer(),
         Referrer(),
     )
-    assert both.asks == Asks(releases=2, references=1, recalls=2, reuses=True)
+    assert both.privacy_cost == PrivacyCost(
+        releases=2, references=1, memory_releases=2, reuses_past_records=True
+    )
     assert both.couples_records and both.not_vmappable_because == "it says so"
     assert both.name == "EWC+EWC+Replay+Rememberer+Referrer"
     assert repr(Combine(Naive(), Predictor())) == "Combine(Naive(), Predictor())"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.curator_bench import REPLAY, declared, simulated
 from perdure.contract.plan import MemoryPlan, Plan
-from perdure.curator.record_groups import copies
+from perdure.curator.record_groups import group_records
 from perdure.data.records import Records
 from perdure.data.scenarios import permuted, split
 from perdure.errors import PrivacyError
@@ -129,7 +129,7 @@ def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
 )
 def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
     rows = torch.tensor(ids)
-    grouped = copies(rows, torch.zeros_like(rows))
+    grouped = group_records(rows, torch.zeros_like(rows))
     assert sorted(grouped.order.tolist()) == list(range(len(ids)))
     coins = torch.rand(
         len(grouped.counts), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
@@ -140,7 +140,9 @@ def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
 
 def test_the_largest_coin_below_the_rate_picks_the_last_row():
     coin = torch.tensor([torch.nextafter(torch.tensor(1.0).double(), torch.tensor(0.0).double())])
-    assert copies(torch.tensor([5, 5, 5]), torch.zeros(3)).rows(coin < 1.0, coin).tolist() == [2]
+    assert group_records(torch.tensor([5, 5, 5]), torch.zeros(3)).rows(
+        coin < 1.0, coin
+    ).tolist() == [2]
 
 
 @pytest.mark.statistical
@@ -238,6 +240,6 @@ def test_equal_ids_in_two_partitions_are_two_records():
     """One of them missing must not hand its place to the other, which is another record."""
     ids = torch.tensor([7, 7, 8, 7])
     owner = torch.tensor([0, 1, 0, 0])
-    grouped = copies(ids, owner)
+    grouped = group_records(ids, owner)
     assert grouped.ids.tolist() == [7, 7, 8] and grouped.counts.tolist() == [2, 1, 1]
     assert sorted(grouped.order[:2].tolist()) == [0, 3] and grouped.order[2:].tolist() == [1, 2]

@@ -19,7 +19,7 @@ from helpers.reference_gradients import (
     reserved,
     stopping,
 )
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.strategies import AGEM
 
 # --------------------------------------------------------------------------- a restart
@@ -138,7 +138,7 @@ def test_noise_that_met_two_sums_would_be_seen(four, toy_model, meetings, monkey
     would meet it.
     """
     if blind:
-        monkeypatch.setattr(Mechanism, "fingerprint", lambda mechanism, data: "all alike")
+        monkeypatch.setattr(PrivateSum, "fingerprint", lambda mechanism, data: "all alike")
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
     for scale in (1.0, 0.01):
         learner.begin(1)

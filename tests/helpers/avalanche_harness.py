@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from perdure.avalanche.benchmarks import from_avalanche
 from perdure.contract.plan import Plan
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.learner.learner import Learner
 from perdure.strategies.naive import Naive
 
@@ -64,7 +64,7 @@ class SameBatches:
     def before_training_exp(self, template, **_):
         learner = self.learner
         index = template.experience.current_experience
-        curator = Curator(seed=0, batch_size=BATCH)
+        curator = LocalCurator(seed=0, batch_size=BATCH)
         curator.open(
             learner.stream.experiences[: index + 1], Plan(), learner.context(index), learner.forward
         )

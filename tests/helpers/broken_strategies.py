@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from perdure.contract.forward import cross_entropy, cross_entropy_of
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.strategies import Replay
@@ -95,12 +95,12 @@ class Dividing(Remembering):
         return state.replace({"seen": state["seen"] / 0})
 
 
-@broken("alone", "penalty() pulls", "in experience 0", "penalised=False")
+@broken("alone", "penalty() pulls", "in experience 0", "applies_penalty=False")
 class Decaying(Strategy):
     """Weight decay that is declared away."""
 
     def plan(self, experience):
-        return Plan(penalised=False)
+        return Plan(applies_penalty=False)
 
     def penalty(self, params, state):
         return torch.stack([value.square().sum() for value in params.values()]).sum()
@@ -233,7 +233,7 @@ class PredictingByCompany(Strategy):
 
 @broken("rows", "question 0 (centred) gives a record another value")
 class AskingByCompany(Strategy):
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
     def after_experience(self, curator, params, state):
         curator.release(lambda f, b: b.inputs - b.inputs.mean(0), clip_norm=1.0, purpose="centred")
@@ -243,7 +243,7 @@ class AskingByCompany(Strategy):
 @broken("rows", "question 0 (reference) gives a record another value", memory_size=16)
 class ReferringByCompany(Strategy):
     memory_size: int
-    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, reuses_past_records=True)
 
     def plan(self, experience):
         return Plan(memory=MemoryPlan(capacity=self.memory_size, use="reference"))

@@ -7,10 +7,10 @@ import pytest
 from perdure.contract.context import contexts
 from perdure.contract.forward import Forward, cross_entropy
 from perdure.contract.plan import MemoryPlan, Plan
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
 
 REPLAY = Plan(memory=MemoryPlan(capacity=1000))
@@ -34,7 +34,7 @@ class Bench:
         self.params = dict(model.named_parameters())
         self.context = contexts(stream, "cpu")
         self.mechanism = self._mechanism(privacy) if privacy else None
-        self.curator = Curator(seed=seed, batch_size=batch_size, mechanism=self.mechanism)
+        self.curator = LocalCurator(seed=seed, batch_size=batch_size, mechanism=self.mechanism)
 
     def _mechanism(self, privacy):
         key = NoiseKey.from_seed(privacy.seed)
@@ -43,7 +43,7 @@ class Bench:
             self.ledger.declare(e.train.partition, e.train.declared_size)
         self.trace.clear()
         schedule = Schedule(noise=(privacy.noise_multiplier,))
-        return Mechanism(privacy=privacy, schedule=schedule, ledger=self.ledger, key=key)
+        return PrivateSum(privacy=privacy, schedule=schedule, ledger=self.ledger, key=key)
 
     def open(self, index=0, plan=None, steps=range(0)):
         past = self.stream.experiences[: index + 1]

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from perdure.contract.context import contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
 from perdure.queries.gram import Gram
 
@@ -25,7 +25,7 @@ SILENT = {"noise_multiplier": 1e-3, "release_noise": 1e-3, "seed": 0}
 GRID = [0.1 * i for i in range(11)]
 
 
-class Listening(Mechanism):
+class Listening(PrivateSum):
     """Keeps what it is about to put noise on."""
 
     def __init__(self, **parts):
@@ -67,7 +67,7 @@ class Party:
             self.trace.clear()
         self.stream = stream
         self.model = model
-        self.curator = Curator(seed=0, batch_size=8, mechanism=self.mechanism)
+        self.curator = LocalCurator(seed=0, batch_size=8, mechanism=self.mechanism)
         self.open()
 
     def open(self):

@@ -9,7 +9,7 @@ from perdure.contract.forward import cross_entropy
 from perdure.data.scenarios import permuted, split
 from perdure.learner.learner import Learner
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, GEM
 
@@ -75,7 +75,7 @@ class Meetings:
         self.of = {}
         self._last = {}
         normal = NoiseKey.normal
-        noised = Mechanism._noised
+        noised = PrivateSum._noised
 
         def drawn(key, shapes, **of):
             self._last = normal(key, shapes, **of)
@@ -92,7 +92,7 @@ class Meetings:
         # both call the real one and write down what went through: noise and exact sum are seen
         # nowhere else
         monkeypatch.setattr(NoiseKey, "normal", drawn)
-        monkeypatch.setattr(Mechanism, "_noised", met)
+        monkeypatch.setattr(PrivateSum, "_noised", met)
 
     @property
     def reused(self):

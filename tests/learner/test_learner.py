@@ -193,7 +193,7 @@ def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_
     learner_of(quiet, iterations=3, privacy=None).fit(stream)
     assert len(asked) == 3 * (len(stream) - 1)  # not in the first experience
     # of the part that always pulls
-    assert [loud.plan(e).penalised for e in stream] == [True] * len(stream)
+    assert [loud.plan(e).applies_penalty for e in stream] == [True] * len(stream)
 
 
 def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):

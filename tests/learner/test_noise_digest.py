@@ -31,7 +31,7 @@ OTHER_PLANS = {
     "restart": True,
     "trainable": ("head.",),
     "train": False,
-    "penalised": False,
+    "applies_penalty": False,
 }
 OTHER_MEMORIES = {
     "capacity": 12,

@@ -12,7 +12,7 @@ from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip, sum_of_clipped
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
 from perdure.strategies.ewc import EWC
 from perdure.strategies.naive import Naive
@@ -25,7 +25,7 @@ def mechanism(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
     key = NoiseKey.from_seed(0)
     ledger = Ledger.open(None, key=key)
     ledger.declare("p", 1000)
-    made = Mechanism(
+    made = PrivateSum(
         privacy=privacy, schedule=Schedule(noise=(noise_multiplier,)), ledger=ledger, key=key
     )
     made.reserve(scope={"p": 0.256}, steps=range(steps), start="", data="", expected=expected)

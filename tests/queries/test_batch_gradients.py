@@ -8,7 +8,7 @@ from perdure.data.records import Batch
 from perdure.learner.learner import Learner
 from perdure.privacy.clipping.clip import Clip
 from perdure.privacy.settings import Privacy
-from perdure.queries.batch_gradients import clipped_gradient, mean_gradient, pieces
+from perdure.queries.batch_gradients import clipped_gradient, mean_gradient, micro_batches
 from perdure.strategies.naive import Naive
 
 
@@ -25,11 +25,15 @@ def problem(toy_stream, toy_model):
 
 def test_pieces_hold_every_row_once(problem):
     _, _, batch = problem
-    assert [len(piece) for piece in pieces(batch, 7)] == [7, 7, 7, 3]
-    assert torch.equal(torch.cat([piece.ids for piece in pieces(batch, 7)]), batch.ids)
-    assert [len(piece) for size in (None, 24, 100) for piece in pieces(batch, size)] == [24, 24, 24]
+    assert [len(piece) for piece in micro_batches(batch, 7)] == [7, 7, 7, 3]
+    assert torch.equal(torch.cat([piece.ids for piece in micro_batches(batch, 7)]), batch.ids)
+    assert [len(piece) for size in (None, 24, 100) for piece in micro_batches(batch, size)] == [
+        24,
+        24,
+        24,
+    ]
     nobody = batch.take(slice(0, 0))
-    assert [len(piece) for piece in pieces(nobody, 7)] == [0]
+    assert [len(piece) for piece in micro_batches(nobody, 7)] == [0]
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])

@@ -29,7 +29,7 @@ from helpers.curator_harness import (
 )
 from perdure.contract.combine import Combine
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks
+from perdure.contract.plan import PrivacyCost
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import BudgetError, PrivacyError
@@ -282,7 +282,7 @@ class Curious(Strategy):
     """Asks for one of everything after every experience, and for `more` besides."""
 
     more: str = ""
-    asks: ClassVar[Asks] = Asks(releases=2, histograms=1, selections=3)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=2, histograms=1, selections=3)
 
     def after_experience(self, curator, params, state):
         for asked in ("mean", "gram", "histogram", "quantile", "top-k", self.more):
@@ -338,7 +338,7 @@ def test_what_was_not_declared_is_refused(toy_stream, toy_model, more, refused):
 
 def test_a_combination_asks_for_what_its_parts_ask(toy_stream, toy_model):
     both = Combine(Curious(), EWC(strength=1.0), Curious())
-    assert both.asks == Asks(releases=5, histograms=2, selections=6)
+    assert both.privacy_cost == PrivacyCost(releases=5, histograms=2, selections=6)
     made = learner(toy_stream(), toy_model, both, noise_multiplier=1.0)
     made.fit(toy_stream())
     ledger = made.mechanism.ledger

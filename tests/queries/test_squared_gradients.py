@@ -78,14 +78,14 @@ def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind)
 def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_stream, toy_model):
     """Over the classes that may be predicted; not the square of the batch's mean gradient."""
     from perdure.contract.context import contexts
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator
 
     stream = toy_stream()
     module = toy_model(stream).eval()
     params = {name: value.detach().clone() for name, value in module.named_parameters()}
     strategy = EWC(strength=1.0, fisher=fisher)
     spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
-    curator = Curator(seed=0, batch_size=8)
+    curator = LocalCurator(seed=0, batch_size=8)
     curator.open(
         stream.experiences[:1],
         strategy.plan(stream[0]),

@@ -157,7 +157,7 @@ def test_plans_ask_for_a_memory_for_one_reference(toy_stream):
         first
     ).memory == MemoryPlan(capacity=9, selection="ring", per_class=2, batch_size=3, use="reference")
     assert AGEM(memory_size="0.36 kB").plan(first).memory.capacity == 10
-    assert AGEM.asks.references == 1 and AGEM.asks.reuses
+    assert AGEM.privacy_cost.references == 1 and AGEM.privacy_cost.reuses_past_records
 
 
 @pytest.mark.parametrize(

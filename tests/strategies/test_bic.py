@@ -208,7 +208,7 @@ def test_under_privacy_every_round_is_an_entry_and_over_clients_the_fits_are_ave
         for entry in learner.mechanism.ledger.entries
         if "bias correction" in entry.purpose
     ]
-    assert len(asked) == 2 * ROUNDS == 2 * strategy.asks.recalls
+    assert len(asked) == 2 * ROUNDS == 2 * strategy.privacy_cost.memory_releases
     state = run_federation(
         lambda _: learner_of(strategy, stream, blocks=2),
         iid(stream, clients=2),

@@ -8,13 +8,13 @@ from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.contract.state import State
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
 from perdure.queries.squared_gradients import SquaredGradient
 from perdure.strategies import EWC
@@ -82,7 +82,7 @@ def same(mine, theirs):
 
 @pytest.mark.reference
 def test_one_merged_penalty_is_the_sum_of_all_penalties_up_to_a_constant(toy_stream):
-    past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
+    past = Past(EWC(strength=7.0), toy_stream(), LocalCurator(seed=0, batch_size=8))
     separate = [
         quadratic(7.0, fisher, point)
         for fisher, point in zip(past.fishers, past.points, strict=True)
@@ -103,7 +103,9 @@ def test_one_merged_penalty_is_the_sum_of_all_penalties_up_to_a_constant(toy_str
 @pytest.mark.reference
 def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
     past = Past(
-        EWC(strength=7.0, mode="online", decay=0.5), toy_stream(), Curator(seed=0, batch_size=8)
+        EWC(strength=7.0, mode="online", decay=0.5),
+        toy_stream(),
+        LocalCurator(seed=0, batch_size=8),
     )
     first, second, third = past.fishers
     decayed = {name: 0.25 * first[name] + 0.5 * second[name] + third[name] for name in first}
@@ -116,7 +118,7 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
 
 
 def test_without_a_past_there_is_no_penalty(toy_stream):
-    past = Past(EWC(strength=7.0), toy_stream(), Curator(seed=0, batch_size=8))
+    past = Past(EWC(strength=7.0), toy_stream(), LocalCurator(seed=0, batch_size=8))
     assert float(past.strategy.penalty(somewhere(), past.empty)) == 0
     assert set(past.state.rules.values()) == {"mean", "local"} and len(past.state) == 3 * len(
         past.points[0]
@@ -128,13 +130,13 @@ def private_curator(stream, privacy):
     ledger = Ledger.open(None, key=key)
     for e in stream:
         ledger.declare(e.train.partition, e.train.declared_size)
-    mechanism = Mechanism(
+    mechanism = PrivateSum(
         privacy=privacy,
         schedule=Schedule(noise=(privacy.noise_multiplier,)),
         ledger=ledger,
         key=key,
     )
-    return Curator(seed=0, batch_size=8, mechanism=mechanism), ledger
+    return LocalCurator(seed=0, batch_size=8, mechanism=mechanism), ledger
 
 
 def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(
@@ -158,7 +160,9 @@ def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and
         state = strategy.after_experience(curator, params, strategy.init(spec))
         (entry,) = ledger.entries
         assert entry.purpose == "release:fisher" and entry.clip_norm == pytest.approx(0.04)
-        assert entry.noise_multiplier == 4.0 and len(ledger.entries) == strategy.asks.releases
+        assert (
+            entry.noise_multiplier == 4.0 and len(ledger.entries) == strategy.privacy_cost.releases
+        )
         values += [value.flatten() for value in state.group("fisher").values()]
     values = torch.cat(values)
     # noise, cut at 0
@@ -172,7 +176,7 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
     stream = toy_stream()
     strategy = EWC(strength=1.0)
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0)
-    curator = Curator(seed=0, batch_size=8)
+    curator = LocalCurator(seed=0, batch_size=8)
     curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
     batch = Batch.current(stream[0].train, 0)
     rows = SquaredGradient(lambda f, b: strategy._terms(curator, f, b))(Forward(model), batch)
@@ -191,7 +195,7 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
 
 def opened(stream, experience):
     model = mlp(input_shape=(5,), num_classes=stream.num_classes, hidden=(6,), seed=0).eval()
-    curator = Curator(seed=0, batch_size=8)
+    curator = LocalCurator(seed=0, batch_size=8)
     curator.open(
         stream.experiences[: experience + 1],
         Plan(),

@@ -143,7 +143,10 @@ def test_plans_ask_for_a_fresh_start_on_memory(four):
     assert GDumb(memory_size=9).plan(four[1]) == Plan(
         pool="memory", restart=True, memory=MemoryPlan(capacity=9)
     )
-    assert GDumb(memory_size="0.36 kB").plan(four[1]).memory.capacity == 10 and GDumb.asks.reuses
+    assert (
+        GDumb(memory_size="0.36 kB").plan(four[1]).memory.capacity == 10
+        and GDumb.privacy_cost.reuses_past_records
+    )
 
 
 @pytest.mark.parametrize(

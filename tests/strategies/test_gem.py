@@ -157,7 +157,10 @@ def test_plans_ask_for_a_memory_for_references(toy_stream):
     assert GEM(memory_size=9, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="ring", batch_size=3, use="references"
     )
-    assert GEM(memory_size="0.36 kB").plan(first).memory.capacity == 10 and GEM.asks.references == 1
+    assert (
+        GEM(memory_size="0.36 kB").plan(first).memory.capacity == 10
+        and GEM.privacy_cost.references == 1
+    )
 
 
 @pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan])

@@ -308,7 +308,7 @@ def test_plans_ask_for_herded_exemplars_in_the_pool(toy_stream):
         capacity=9, selection="herding", per_class=2, use="pooled"
     )
     assert ICaRL(memory_size="0.36 kB").plan(first).memory.capacity == 10
-    assert ICaRL.asks.recalls == 1 and ICaRL.asks.reuses
+    assert ICaRL.privacy_cost.memory_releases == 1 and ICaRL.privacy_cost.reuses_past_records
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])

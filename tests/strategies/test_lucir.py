@@ -8,7 +8,7 @@ from torch import nn
 
 from perdure.contract.context import MASKED, Spec, contexts
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.strategy import Strategy
 from perdure.data.datasets.embedded import digits
 from perdure.data.records import Batch
@@ -32,7 +32,7 @@ class Pooled(Strategy):
     """Cross entropy over the same pool, and nothing else."""
 
     memory_size: int
-    asks = Asks(reuses=True)
+    privacy_cost = PrivacyCost(reuses_past_records=True)
 
     def plan(self, experience):
         return Plan(memory=MemoryPlan(capacity=self.memory_size, selection="herding", use="pooled"))

@@ -6,7 +6,7 @@ import torch
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
@@ -23,7 +23,7 @@ def consolidated(strategy, stream, model, index, state=None):
         feature_size=6,
         scenario=stream.scenario,
     )
-    curator = Curator(seed=0, batch_size=8)
+    curator = LocalCurator(seed=0, batch_size=8)
     curator.open(
         stream.experiences[: index + 1],
         Plan(),

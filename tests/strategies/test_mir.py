@@ -241,7 +241,10 @@ def test_plans_ask_for_the_candidates(toy_stream):
     assert MIR(memory_size=9, candidates=7, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="reservoir", batch_size=7, update="step"
     )
-    assert MIR(memory_size="0.36 kB").plan(first).memory.capacity == 10 and MIR.asks.reuses
+    assert (
+        MIR(memory_size="0.36 kB").plan(first).memory.capacity == 10
+        and MIR.privacy_cost.reuses_past_records
+    )
 
 
 @pytest.mark.parametrize(

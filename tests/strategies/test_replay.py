@@ -113,7 +113,10 @@ def test_plans_ask_for_the_memory(toy_stream):
         toy_stream()[0]
     )
     assert plan.memory == MemoryPlan(capacity=9, selection="reservoir", per_class=2, batch_size=3)
-    assert Replay(memory_size=9).asks.reuses and contexts(toy_stream(), "cpu")(0).memory_share == 0
+    assert (
+        Replay(memory_size=9).privacy_cost.reuses_past_records
+        and contexts(toy_stream(), "cpu")(0).memory_share == 0
+    )
 
 
 @pytest.mark.parametrize(

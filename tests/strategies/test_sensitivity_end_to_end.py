@@ -204,17 +204,17 @@ def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_o
     # by layers it may be one of two or three that is at its bound
     nearly = 0.5 if clipping == "per-layer" else 0.9
     assert moved and max(row[2] / row[1] for row in moved) > nearly
-    asked = example(name).asks
+    asked = example(name).privacy_cost
     gradients = [row for row in found if row[0] == "gradient"]
     beside = [row for row in found if row[0].startswith("reference")]
-    once = asked.releases + asked.recalls
+    once = asked.releases + asked.memory_releases
     assert len(gradients) == (12 if example(name).plan(whole.stream[0]).train else 0)
     assert len(beside) == 6 * asked.references
     assert len(found) - len(gradients) - len(beside) == 2 * once
     assert any(row[0].startswith("reference") for row in moved) == bool(asked.references)
     once_moved = any(row not in gradients and row not in beside for row in moved)
     # memory may lack the record by its coin
-    assert once_moved == bool(once) or (asked.recalls and not once_moved)
+    assert once_moved == bool(once) or (asked.memory_releases and not once_moved)
 
 
 @pytest.mark.parametrize("name", private())

@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers.broken_strategies import BROKEN, Centred, Remembering, broken
 from perdure.contract.forward import cross_entropy
-from perdure.contract.plan import Asks, MemoryPlan, Plan
+from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConformanceError, StrategyError
@@ -20,7 +20,7 @@ from perdure.models.classifiers import mlp
 from perdure.queries.releases import histogram, top_k
 from perdure.strategies import EWC, Combine, ICaRL, Naive, Replay
 from perdure.testing import CHECKS, check_strategy
-from perdure.testing.fixtures import Stand
+from perdure.testing.fixtures import StrategyFixture
 
 # --------------------------------------------------------------------------- private
 
@@ -46,21 +46,21 @@ class AskingForRaw(Remembering):
 @broken(
     "private",
     "asked for 1 releases in experience 0 and declares 0",
-    "Asks(releases=1)",
+    "PrivacyCost(releases=1)",
     strength=1.0,
 )
 class Undeclared(EWC):
-    asks: ClassVar[Asks] = Asks()
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
 
 
 @broken("private", "asked for 0 releases in experience 0 and declares 1")
 class Overdeclared(Strategy):
-    asks: ClassVar[Asks] = Asks(releases=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
 
-@broken("private", "asked for 1 recalls in experience 0 and declares 0", memory_size=16)
+@broken("private", "asked for 1 memory_releases in experience 0 and declares 0", memory_size=16)
 class UndeclaredRecall(ICaRL):
-    asks: ClassVar[Asks] = Asks(releases=1, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1, reuses_past_records=True)
 
     def after_experience(self, curator, params, state):
         curator.release(lambda f, b: b.inputs, clip_norm=1.0, purpose="sum")
@@ -76,7 +76,7 @@ class UndeclaredHistogram(Strategy):
 
 @broken("private", "asked for 2 selections in experience 0 and declares 1")
 class TooManySelections(Strategy):
-    asks: ClassVar[Asks] = Asks(selections=1)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(selections=1)
 
     def after_experience(self, curator, params, state):
         top_k(curator, lambda batch: batch.labels, bins=6, k=2, purpose="classes")
@@ -90,7 +90,7 @@ class TooManySelections(Strategy):
 )
 class UndeclaredReference(Strategy):
     memory_size: int
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
     def plan(self, experience):
         return Plan(memory=MemoryPlan(capacity=self.memory_size, use="reference"))
@@ -102,22 +102,22 @@ class UndeclaredReference(Strategy):
 
 @broken("private", "asked for reference gradients in 0 steps and declares 1", memory_size=16)
 class OverdeclaredReference(Replay):
-    asks: ClassVar[Asks] = Asks(references=1, reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, reuses_past_records=True)
 
 
 @broken(
     "private",
-    "records of experience 0 are used later and reuses=False",
-    "reuses=True",
+    "records of experience 0 are used later and reuses_past_records=False",
+    "reuses_past_records=True",
     memory_size=16,
 )
 class Reusing(Replay):
-    asks: ClassVar[Asks] = Asks()
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
 
 
-@broken("private", "records of experience 0 are not used later and reuses=True")
+@broken("private", "records of experience 0 are not used later and reuses_past_records=True")
 class NotReusing(Strategy):
-    asks: ClassVar[Asks] = Asks(reuses=True)
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
 
 
 @broken("private", "changes with its records", "declared_size")
@@ -305,11 +305,14 @@ def test_a_strategy_that_needs_another_model_is_tested_on_one():
 
 def test_the_model_that_is_given_goes_before_the_strategys_own():
     shapes = {"input_shape": (4,), "num_classes": 6}
-    assert Stand(strategy=Naive(), scenario="class").build().feature_size == 5
+    assert StrategyFixture(strategy=Naive(), scenario="class").build().feature_size == 5
     for strategy in (GatingAtHome(), Combine(Naive(), GatingAtHome())):
         assert strategy.small_model(**shapes).feature_size == 4
-        assert Stand(strategy=strategy, scenario="class").build().feature_size == 4
-        assert Stand(strategy=strategy, scenario="class", model=gated).build().feature_size == 3
+        assert StrategyFixture(strategy=strategy, scenario="class").build().feature_size == 4
+        assert (
+            StrategyFixture(strategy=strategy, scenario="class", model=gated).build().feature_size
+            == 3
+        )
     assert Combine(Naive(), Gating()).small_model(**shapes) is None
 
 

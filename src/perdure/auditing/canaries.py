@@ -30,7 +30,7 @@ from perdure.types import Params
 from perdure.utils.seeding import derive, generator
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
 
 LOUDNESS = 10.0
 """Gradient norm of a canary before clipping, in units of the clip norm: clipping is on trial
@@ -294,7 +294,7 @@ class Audited(Strategy):
     loudness: float
 
     def __post_init__(self) -> None:
-        for fact in ("asks", "couples_records", "not_vmappable_because"):
+        for fact in ("privacy_cost", "couples_records", "not_vmappable_because"):
             object.__setattr__(self, fact, getattr(self.inner, fact))
 
     @property

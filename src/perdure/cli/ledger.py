@@ -20,7 +20,7 @@ from rich.progress import Progress
 from perdure.errors import ConfigError, PrivacyError, RunError
 from perdure.experiment.config import Config
 from perdure.experiment.config import read as read_config
-from perdure.experiment.results import epsilon_row, together
+from perdure.experiment.results import epsilon_of_all_arms, epsilon_row
 from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.merged import Merged
@@ -370,7 +370,7 @@ def all_arms(account: Merged, delta: float) -> dict[str, object] | None:
     owners = [part.account.owner for part in account.parts]
     arms = {found[1] for found in map(OWNER.fullmatch, owners) if found and found[1]}
     of_a_run = all(arm_of(owner) in arms for owner in owners)
-    return together(account, delta) if of_a_run and len(arms) > 1 else None
+    return epsilon_of_all_arms(account, delta) if of_a_run and len(arms) > 1 else None
 
 
 def without_privacy(source: Source) -> list[str]:

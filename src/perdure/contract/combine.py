@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from perdure.contract.context import Context, Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, Plan, Pooled
+from perdure.contract.plan import Plan, Pooled, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
@@ -17,7 +17,7 @@ from perdure.errors import StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -39,17 +39,17 @@ class Combine(Strategy):
         object.__setattr__(self, "parts", parts)
         for hook in ("losses", "predict", "remember", "references"):
             self._only(hook)
-        total = [part.asks for part in parts]
+        total = [part.privacy_cost for part in parts]
         object.__setattr__(
             self,
-            "asks",
-            Asks(
+            "privacy_cost",
+            PrivacyCost(
                 releases=sum(a.releases for a in total),
                 histograms=sum(a.histograms for a in total),
                 selections=sum(a.selections for a in total),
-                recalls=sum(a.recalls for a in total),
+                memory_releases=sum(a.memory_releases for a in total),
                 references=sum(a.references for a in total),
-                reuses=any(a.reuses for a in total),
+                reuses_past_records=any(a.reuses_past_records for a in total),
             ),
         )
         object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))
@@ -141,7 +141,7 @@ class Combine(Strategy):
             restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
             trainable=one("trainable"),
             train=all(p.train for _, p in plans),  # type: ignore[arg-type]
-            penalised=any(p.penalised for _, p in plans),
+            applies_penalty=any(p.applies_penalty for _, p in plans),
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

@@ -125,7 +125,7 @@ class Plan:
         trainable: prefixes of the parameter names that are trained; None for all.
         train: False where no gradient is taken at all, because everything that is learnt is a
             release.
-        penalised: False where the penalty is known to be 0 all the time, so that it need not be
+        applies_penalty: False where the penalty is known to be 0 all the time, so that it need not be
             computed.
     """
 
@@ -134,7 +134,7 @@ class Plan:
     restart: bool = False
     trainable: tuple[str, ...] | None = None
     train: bool = True
-    penalised: bool = True
+    applies_penalty: bool = True
 
     def __post_init__(self) -> None:
         if self.pool not in get_args(Pooled):
@@ -142,21 +142,21 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asks:
+class PrivacyCost:
     """What a strategy asks of private data beyond the gradient; its declared privacy cost.
 
     Args:
         releases: noisy sums over the experience, after it.
-        recalls: noisy sums over memory, after every experience.
+        memory_releases: noisy sums over memory, after every experience.
         histograms: counts after every experience, with integer noise.
         selections: choices of one public answer after every experience; a top-k is k of them.
         references: reference gradients that one stored record takes part in at every step: 0 or 1.
-        reuses: whether records of earlier experiences go on being used.
+        reuses_past_records: True where records of earlier experiences go on being used.
     """
 
     releases: int = 0
     histograms: int = 0
     selections: int = 0
-    recalls: int = 0
+    memory_releases: int = 0
     references: int = 0
-    reuses: bool = False
+    reuses_past_records: bool = False

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from perdure.contract.context import MASKED, Context, Spec
 from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
     from perdure.data.experience import Experience
 
 
@@ -30,12 +30,12 @@ class Strategy:
     records are reached only through the curator, in `references` and `after_experience`.
 
     Class attributes:
-        asks: what it asks of private data (see `Asks`).
+        privacy_cost: what it asks of private data beyond the gradient (see `PrivacyCost`).
         couples_records: True where the loss of one row depends on other rows; refused under differential privacy.
         vmappable: a sentence that says why the hooks cannot run under `torch.func.vmap`, or None where they can.
     """
 
-    asks: ClassVar[Asks] = Asks()
+    privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
     couples_records: ClassVar[bool] = False
     not_vmappable_because: ClassVar[str | None] = None
 

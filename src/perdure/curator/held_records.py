@@ -14,8 +14,8 @@ from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.contract.plan import MODELLED, Plan
 from perdure.curator.memory import Memory, concatenate
 from perdure.curator.sampling import (
-    Drawing,
     Pool,
+    PrivateSampler,
     refuse_shared_ids,
     refuse_shared_partitions,
     replayed,
@@ -25,8 +25,8 @@ from perdure.data.experience import Experience
 from perdure.data.records import Batch
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.planning.exposure import Exposure, exposure, references
-from perdure.privacy.private_sum import Mechanism
-from perdure.queries.per_record import CHUNK, asked_alone
+from perdure.privacy.private_sum import PrivateSum
+from perdure.queries.per_record import CHUNK, rows_one_by_one
 from perdure.types import Params
 from perdure.utils.modules import evaluating, untouched
 from perdure.utils.seeding import generator
@@ -38,7 +38,7 @@ WHEN = "(whether it was noted)"
 """Name beside those that `remember` gives; none of them has brackets."""
 
 
-class Holding:
+class HeldRecords:
     """Records of one party.
 
     Args:
@@ -48,7 +48,7 @@ class Holding:
     """
 
     def __init__(
-        self, *, seed: int, client: int, batch_size: int, mechanism: Mechanism | None
+        self, *, seed: int, client: int, batch_size: int, mechanism: PrivateSum | None
     ) -> None:
         self._seed = seed
         self._client = client
@@ -57,7 +57,7 @@ class Holding:
         self.memory = Memory()
         self.exposure: Exposure
         self.fingerprint = ""
-        self.drawings: dict[str, Drawing] = {}
+        self.drawings: dict[str, PrivateSampler] = {}
         self._pool: Pool | None = None
         self._noted: Params = {}
 
@@ -282,7 +282,7 @@ class Holding:
         pooled = [e for e in self.experiences if e.train.partition not in self.left]
         return concatenate([Batch.current(e.train, e.index) for e in pooled])
 
-    def _by_coin(self, mechanism: Mechanism, asked: Mapping[str, Exposure]) -> None:
+    def _by_coin(self, mechanism: PrivateSum, asked: Mapping[str, Exposure]) -> None:
         """Lay out what is drawn by coins.
 
         The pool, and the stored rows of every reference gradient.
@@ -291,7 +291,7 @@ class Holding:
         seen = self.experiences
         rows = self.pool.rows
         back = self.back
-        self.drawings = {"gradient": Drawing.of(rows, seen, self.exposure, "gradient")}
+        self.drawings = {"gradient": PrivateSampler.of(rows, seen, self.exposure, "gradient")}
         for name, exposed in asked.items():
             stored = self.pool.current.take(slice(0, 0)) if back is None else replayed(back)
             own = (
@@ -299,7 +299,7 @@ class Holding:
                 if " " in name
                 else torch.ones_like(stored.valid)
             )
-            self.drawings[name] = Drawing.of(stored.take(own), seen, exposed, name)
+            self.drawings[name] = PrivateSampler.of(stored.take(own), seen, exposed, name)
         kept = (
             {f"reference {n}": t for n, t in back.tensors().items()}
             if asked and back is not None
@@ -379,6 +379,8 @@ def remembered(rows: Batch, remember: Remember, forward: Forward, *, alone: bool
     """
     with torch.no_grad(), evaluating(forward.module):
         stored = (
-            asked_alone(remember, forward, rows) if alone and len(rows) else remember(forward, rows)
+            rows_one_by_one(remember, forward, rows)
+            if alone and len(rows)
+            else remember(forward, rows)
         )
     return replace(rows, stored={name: value.detach() for name, value in stored.items()})

@@ -15,8 +15,8 @@ from torch import Tensor
 from perdure.contract.context import Context
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
-from perdure.curator.held_records import Holding, Remember
-from perdure.curator.sampling import Drawing, replayed
+from perdure.curator.held_records import HeldRecords, Remember
+from perdure.curator.sampling import PrivateSampler, replayed
 from perdure.data.experience import Experience
 from perdure.data.records import Batch
 from perdure.errors import PrivacyError
@@ -24,9 +24,9 @@ from perdure.planning.exposure import Exposure
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.guard.loss_checks import check_losses
 from perdure.privacy.noise.discrete import Frequency, Quantile, Utility, best, counted
-from perdure.privacy.private_sum import Mechanism, Occasion
+from perdure.privacy.private_sum import PrivateSum, ReleaseKey
 from perdure.queries.batch_gradients import Losses, clipped_gradient, mean_gradient
-from perdure.queries.evaluation import bounded_sum, exact_sum, shapes_of, tried
+from perdure.queries.evaluation import bounded_sum, evaluate_on_synthetic, exact_sum, shapes_of
 from perdure.queries.gram import Gram
 from perdure.queries.per_record import CHUNK, Of, Query, numbers_of
 from perdure.types import Params
@@ -38,7 +38,7 @@ QUESTIONS = 16
 Over = Literal["experience", "memory"]
 
 
-class Curator:
+class LocalCurator:
     """Holds the records of one party.
 
     Args:
@@ -55,14 +55,16 @@ class Curator:
         seed: int,
         client: int = 0,
         batch_size: int,
-        mechanism: Mechanism | None = None,
+        mechanism: PrivateSum | None = None,
         micro_batch_size: int | None = None,
     ) -> None:
-        self._held = Holding(seed=seed, client=client, batch_size=batch_size, mechanism=mechanism)
+        self._held = HeldRecords(
+            seed=seed, client=client, batch_size=batch_size, mechanism=mechanism
+        )
         self._mechanism = mechanism
-        self._at_once = micro_batch_size
+        self._micro_batch_size = micro_batch_size
         self.private = mechanism is not None
-        self._seen: Diagnostics | None = None
+        self._last_step: Diagnostics | None = None
 
     # ------------------------------------------------------------------ an experience
 
@@ -176,7 +178,7 @@ class Curator:
             PrivacyError: under privacy, unless `Privacy(diagnostics="raw")` gave up the guarantee.
         """
         self._open_to("the loss, size and clipped share of a batch")
-        return self._seen
+        return self._last_step
 
     # ------------------------------------------------------------------ releases
 
@@ -193,8 +195,8 @@ class Curator:
                 partial(self._clipped, losses, params, batch), params, step=step
             )
             return {name: value / self.exposure.expected for name, value in total.items()}
-        mean, loss = mean_gradient(self._forward, losses, params, batch, self._at_once)
-        self._seen = Diagnostics(rows=len(batch), loss=loss)
+        mean, loss = mean_gradient(self._forward, losses, params, batch, self._micro_batch_size)
+        self._last_step = Diagnostics(rows=len(batch), loss=loss)
         return mean
 
     def reference(self, losses: Losses, params: Params, *, of: int | None = None) -> Params:
@@ -216,7 +218,7 @@ class Curator:
             return (
                 nothing(params)
                 if rows is None
-                else mean_gradient(self._forward, losses, params, rows, self._at_once)[0]
+                else mean_gradient(self._forward, losses, params, rows, self._micro_batch_size)[0]
             )
         if name not in self._held.drawings:
             if not self._held.planned(of):
@@ -254,7 +256,9 @@ class Curator:
             lambda clip: bounded_sum(query, module, params, data, clip),
             purpose=purpose,
             occasion=self._occasion(
-                tried(query, self._forward, self.synthetic(QUESTIONS)), rows, exposed
+                evaluate_on_synthetic(query, self._forward, self.synthetic(QUESTIONS)),
+                rows,
+                exposed,
             ),
             shapes=shapes_of(query, self._forward, data),
             clip_norm=clip_norm,
@@ -353,7 +357,9 @@ class Curator:
             return self._held.in_memory()
         return self._held.pool.current, (self._held.experiences[-1].train.partition,)
 
-    def _reserve_reference(self, mechanism: Mechanism, drawing: Drawing, losses: Losses) -> None:
+    def _reserve_reference(
+        self, mechanism: PrivateSum, drawing: PrivateSampler, losses: Losses
+    ) -> None:
         """Charge the block's reference gradients before the first is drawn.
 
         Another loss is another entry.
@@ -382,26 +388,26 @@ class Curator:
 
     def _clipped(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
         """Clipped sum by book-keeping where every layer has a rule, else record by record."""
-        if not self._shows:
+        if not self._raw_diagnostics:
             return self._sum(losses, params, batch, clip)
         total = self._sum(losses, params, batch, replace(clip, counted=True)) or {}
         within = float(total.get(WITHIN, 0.0)) if clip.counted else float(total.pop(WITHIN, 0.0))
         with torch.no_grad():
             loss = losses(self._forward, batch).sum() / max(1, len(batch))
-        self._seen = Diagnostics(
+        self._last_step = Diagnostics(
             rows=len(batch), loss=loss, clipped=0.5 - within / max(1, len(batch))
         )
         return total or None
 
     def _sum(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
-        return clipped_gradient(self._forward, losses, params, batch, clip, self._at_once)
+        return clipped_gradient(self._forward, losses, params, batch, clip, self._micro_batch_size)
 
     @property
-    def _shows(self) -> bool:
+    def _raw_diagnostics(self) -> bool:
         return self._mechanism is not None and self._mechanism.privacy.diagnostics == "raw"
 
     def _open_to(self, what: str) -> None:
-        if self._mechanism and not self._shows:
+        if self._mechanism and not self._raw_diagnostics:
             raise PrivacyError(
                 f"{what} would leave the curator without noise; signal_to_noise is free, a "
                 "release is paid for, and "
@@ -410,7 +416,7 @@ class Curator:
 
     def _occasion(
         self, shown: Params, rows: Batch, exposed: tuple[str, ...], releases: int = 1
-    ) -> Occasion:
+    ) -> ReleaseKey:
         """The next release (or releases) of the experience.
 
         Args:
@@ -421,7 +427,7 @@ class Curator:
             exposed: their partitions.
         """
         self._releases += releases
-        return Occasion(
+        return ReleaseKey(
             partitions=exposed,
             data=rows.tensors(),
             numbers=range(self._releases - releases, self._releases),

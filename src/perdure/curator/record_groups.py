@@ -13,7 +13,7 @@ from perdure.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Copies:
+class RecordGroups:
     """Rows of a pool by record.
 
     Permuted copies of an image, or a stored row beside a new one, are one record.
@@ -42,11 +42,11 @@ class Copies:
         return self.order[self.starts[hit] + row]
 
 
-def copies(ids: Tensor, owner: Tensor) -> Copies:
+def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:
     """Group rows by record: its id (n,) within the partition (n,) that owns it."""
     whose = torch.stack([ids.cpu(), owner.cpu()], dim=1)
     own, record, counts = torch.unique(whose, dim=0, return_inverse=True, return_counts=True)
-    return Copies(
+    return RecordGroups(
         ids=own[:, 0],
         order=torch.argsort(record, stable=True),
         starts=counts.cumsum(0) - counts,
@@ -54,7 +54,7 @@ def copies(ids: Tensor, owner: Tensor) -> Copies:
     )
 
 
-def owners(tasks: Tensor, experiences: Sequence[Experience]) -> Tensor:
+def partition_index(tasks: Tensor, experiences: Sequence[Experience]) -> Tensor:
     """(n,) a number for the partition of the experience that each row came from."""
     names = sorted({experience.train.partition for experience in experiences})
     table = torch.tensor(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from perdure.contract.plan import MemoryPlan
 from perdure.curator.memory import concatenate
-from perdure.curator.record_groups import Copies, copies, owners
+from perdure.curator.record_groups import RecordGroups, group_records, partition_index
 from perdure.data.experience import Experience
 from perdure.data.records import Batch, Records
 from perdure.errors import PrivacyError
 from perdure.planning.exposure import Exposure
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
 
 
@@ -104,7 +104,7 @@ class Pool:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawing:
+class PrivateSampler:
     """A pool under privacy: each record by its own coin, or at its own place of the epoch.
 
     Args:
@@ -115,19 +115,19 @@ class Drawing:
     """
 
     rows: Batch
-    records: Copies
+    records: RecordGroups
     exposure: Exposure
     purpose: str = "gradient"
 
     @classmethod
     def of(
         cls, rows: Batch, experiences: Sequence[Experience], exposure: Exposure, purpose: str
-    ) -> "Drawing":
+    ) -> "PrivateSampler":
         """A drawing from rows of these experiences."""
-        found = copies(rows.ids, owners(rows.tasks, experiences))
+        found = group_records(rows.ids, partition_index(rows.tasks, experiences))
         return cls(rows=rows, records=found, exposure=exposure, purpose=purpose)
 
-    def positions(self, mechanism: Mechanism, step: int) -> Tensor:
+    def positions(self, mechanism: PrivateSum, step: int) -> Tensor:
         """Positions of a step's rows, on their device."""
         records = self.records
         exposed = self.exposure

@@ -33,7 +33,7 @@ class Spending(TypedDict):
     sampling_rate: float
 
 
-class Arm(TypedDict):
+class ArmResult(TypedDict):
     """One strategy of the run, with or without privacy.
 
     Accuracies in percent, differences in points.
@@ -59,7 +59,7 @@ class Arm(TypedDict):
     seconds: float
 
 
-class Stream(TypedDict):
+class StreamResult(TypedDict):
     """The experiences, in the order they were learnt."""
 
     name: str
@@ -68,7 +68,7 @@ class Stream(TypedDict):
     classes: list[list[int]]
 
 
-class Attack(TypedDict):
+class AttackResult(TypedDict):
     """The attack behind robust accuracy."""
 
     name: str
@@ -91,12 +91,12 @@ class Result(TypedDict):
     schema: int
     name: str
     seed: int
-    stream: Stream
+    stream: StreamResult
     model: dict[str, Any]
     federation: dict[str, Any] | None
     environment: dict[str, Any]
-    attack: Attack | None
-    arms: list[Arm]
+    attack: AttackResult | None
+    arms: list[ArmResult]
     epsilon_of_all_arms: Epsilon | None
     explanations: Explanations | None
 
@@ -136,11 +136,11 @@ def checked(content: object, source: str = "result") -> Result:
     _require(content, Result, source)
     if not content["arms"]:
         raise RunError(f"{source} has no arms; a finished run has at least one")
-    _require(content["stream"], Stream, f"{source}: stream")
+    _require(content["stream"], StreamResult, f"{source}: stream")
     for number, arm in enumerate(content["arms"]):
         _check_arm(arm, f"{source}: arms[{number}]")
     for name, shape in (
-        ("attack", Attack),
+        ("attack", AttackResult),
         ("explanations", Explanations),
         ("epsilon_of_all_arms", Epsilon),
     ):
@@ -150,7 +150,7 @@ def checked(content: object, source: str = "result") -> Result:
 
 
 def _check_arm(arm: Mapping[str, Any], source: str) -> None:
-    _require(arm, Arm, source)
+    _require(arm, ArmResult, source)
     if arm["private"] != (arm["epsilon"] is not None):
         given = f"private = {arm['private']} but epsilon = {arm['epsilon']!r}"
         raise RunError(f"{source} has {given}; a private arm states its epsilon, another has none")

@@ -48,7 +48,7 @@ def summary(
         "environment": versions() | {k: v for k, v in machine().items() if v is not None},
         "attack": asdict(config.attack) if config.attack else None,
         "arms": rows,
-        "epsilon_of_all_arms": together(merged, config.privacy.delta)
+        "epsilon_of_all_arms": epsilon_of_all_arms(merged, config.privacy.delta)
         if merged and config.privacy
         else None,
         "explanations": explanations,
@@ -108,7 +108,7 @@ def epsilon_row(stated: Statement) -> dict[str, Any]:
     }
 
 
-def together(merged: Merged, delta: float) -> dict[str, Any]:
+def epsilon_of_all_arms(merged: Merged, delta: float) -> dict[str, Any]:
     """Statement for somebody who sees all private models.
 
     The same record's uses in all arms compose.
@@ -150,7 +150,11 @@ def attack_of(config: AttackConfig, stream: Stream) -> Attack:
 
 def explained_arm(config: Config) -> Arm:
     """Arm whose predictions are explained: the first with a memory, else the first."""
-    with_memory = [arm for arm in config.arms if arm.strategy.asks.reuses and not arm.private]
+    with_memory = [
+        arm
+        for arm in config.arms
+        if arm.strategy.privacy_cost.reuses_past_records and not arm.private
+    ]
     return (with_memory or list(config.arms))[0]
 
 

@@ -2,7 +2,7 @@
 
 Both are found by asking the strategy itself.
 
-Nothing here is written by hand for a strategy: privacy costs are said from its `asks`, memory from
+Nothing here is written by hand for a strategy: privacy costs are said from its `privacy_cost`, memory from
 the state that it lays out for a small model and from its plan, and the paper is that of its
 module's docstring.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from perdure.contract.context import Spec
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Asks, Plan
+from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience
@@ -47,7 +47,7 @@ YEAR = re.compile(r"\b(19|20)\d\d\b")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class StrategyCard:
     """One strategy of the list.
 
     Args:
@@ -71,12 +71,12 @@ class Entry:
     not_vmappable_because: str | None
 
 
-def entries() -> list[Entry]:
+def entries() -> list[StrategyCard]:
     """Every strategy there is, in the order of its name."""
     return [entry(name) for name in names()]
 
 
-def entry(name: str) -> Entry:
+def entry(name: str) -> StrategyCard:
     """What is to be said of one strategy.
 
     Raises:
@@ -89,12 +89,12 @@ def entry(name: str) -> Entry:
     state = strategy.init(_spec(model))
     plan = strategy.plan(stage)
     numbers = sum(value.numel() for value in state.values())
-    return Entry(
+    return StrategyCard(
         name=name,
         strategy=repr(strategy),
         summary=summary,
         paper=paper,
-        privacy=privacy_cost(strategy.asks, plan, strategy.couples_records),
+        privacy=privacy_cost(strategy.privacy_cost, plan, strategy.couples_records),
         memory=", ".join(
             [
                 *state_in_words(state, _parameters(model)),
@@ -160,21 +160,21 @@ def described(kind: type[Strategy]) -> tuple[str, str]:
     return summary, rest[0][: cited.end()] if cited else ""
 
 
-def privacy_cost(asks: Asks, plan: Plan, couples_records: bool) -> str:
+def privacy_cost(cost: PrivacyCost, plan: Plan, couples_records: bool) -> str:
     """What a strategy asks of private data.
 
-    >>> privacy_cost(Asks(releases=1, reuses=True), Plan(), False)
+    >>> privacy_cost(PrivacyCost(releases=1, reuses_past_records=True), Plan(), False)
     'gradient; 1 release an experience; records go on being used'
     """
     if couples_records:
         return "refused: it couples records"
     parts = ["gradient" if plan.train else "no gradient"]
     for number, what in (
-        (asks.references, "reference gradient of stored records a step"),
-        (asks.releases, "release an experience"),
-        (asks.recalls, "release over memory an experience"),
-        (asks.histograms, "histogram an experience"),
-        (asks.selections, "selection an experience"),
+        (cost.references, "reference gradient of stored records a step"),
+        (cost.releases, "release an experience"),
+        (cost.memory_releases, "release over memory an experience"),
+        (cost.histograms, "histogram an experience"),
+        (cost.selections, "selection an experience"),
     ):
         if number:
             first, _, after = what.partition(" ")
@@ -182,7 +182,7 @@ def privacy_cost(asks: Asks, plan: Plan, couples_records: bool) -> str:
                 first, f"{first}s {after}"
             )
             parts.append(f"{number} {what if number == 1 else many}")
-    return "; ".join([*parts, *(["records go on being used"] if asks.reuses else [])])
+    return "; ".join([*parts, *(["records go on being used"] if cost.reuses_past_records else [])])
 
 
 def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
@@ -265,7 +265,7 @@ def _stage() -> Experience:
 # --------------------------------------------------------------------------- the table
 
 
-def table(listed: Sequence[Entry]) -> Table:
+def table(listed: Sequence[StrategyCard]) -> Table:
     """The list for a terminal, readable in 120 columns."""
     drawn = Table(
         title=f"{len(listed)} strategies",

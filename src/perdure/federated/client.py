@@ -20,19 +20,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from perdure.data.experience import Stream
-from perdure.federated.client_store import FRESH, Seat, client_folder, restore, save
+from perdure.federated.client_store import FRESH, ClientSession, client_folder, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.messages import from_record, load_shared, shared, to_record
 from perdure.federated.state_merging import sent
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import drawn_from
+from perdure.planning.exposure import pool_size
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
 """From a client's number to its freshly built learner and its own stream."""
 Handler = Callable[[Message, Context], Message]
 
 
-class Seats:
+class ClientSessions:
     """Learners of the clients that live in this process, each at the exchange it has reached.
 
     Args:
@@ -43,10 +43,10 @@ class Seats:
     def __init__(self, make: MakeParty, folder: Path | None) -> None:
         self._make = make
         self._folder = folder
-        self._seats: dict[int, Seat] = {}
+        self._seats: dict[int, ClientSession] = {}
         self.private = True
 
-    def take(self, client: int, exchange: int) -> Seat:
+    def take(self, client: int, exchange: int) -> ClientSession:
         """The client as it stood after `exchange`.
 
         It must be put back, or it is built anew from the disk.
@@ -64,7 +64,7 @@ class Seats:
         learner.prepare(stream)
         return restore(learner, exchange)
 
-    def put(self, client: int, seat: Seat, exchange: int) -> None:
+    def put(self, client: int, seat: ClientSession, exchange: int) -> None:
         """Keep the client as it stands after `exchange`."""
         save(seat, exchange)
         self._seats[client] = seat
@@ -84,7 +84,7 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
             this process only.
     """
     app = ClientApp()
-    seats = Seats(make, folder)
+    seats = ClientSessions(make, folder)
 
     def answering(handler: Handler) -> Handler:
         @wraps(handler)
@@ -129,11 +129,13 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
 def declared_size(learner: Learner, index: int) -> int:
     """Public number of records that experience `index` is trained on."""
     experiences = learner.stream.experiences[: index + 1]
-    size, _ = drawn_from(experiences, learner.plan(experiences[-1]))
+    size, _ = pool_size(experiences, learner.plan(experiences[-1]))
     return round(size)
 
 
-def _opened(message: Message, context: Context, seats: Seats) -> tuple[dict[str, int], Seat]:
+def _opened(
+    message: Message, context: Context, seats: ClientSessions
+) -> tuple[dict[str, int], ClientSession]:
     """Bring the client to where the exchange starts.
 
     Its own state, its records, and what the server sent.

@@ -12,7 +12,7 @@ FRESH = -1
 
 
 @dataclass
-class Seat:
+class ClientSession:
     """A client's learner, the exchange at whose end it stands, and its last checkpoint's number."""
 
     learner: Learner
@@ -25,7 +25,7 @@ def client_folder(folder: Path, client: int) -> Path:
     return folder / "clients" / f"{client:03d}"
 
 
-def save(seat: Seat, exchange: int) -> None:
+def save(seat: ClientSession, exchange: int) -> None:
     """Write the learner as it stands after `exchange`, when it has a folder.
 
     Checkpoints are numbered by how many there are, not by exchange: the one before the last must
@@ -42,14 +42,14 @@ def save(seat: Seat, exchange: int) -> None:
         _tell(learner, "checkpoint.end")
 
 
-def restore(learner: Learner, exchange: int) -> Seat:
+def restore(learner: Learner, exchange: int) -> ClientSession:
     """Bring a prepared learner to where it stood after `exchange`.
 
     Raises:
         FederationError: when that state is not kept (any more).
     """
     if exchange == FRESH:
-        return Seat(learner)
+        return ClientSession(learner)
     store = Store(learner.folder) if learner.folder else None
     held: dict[int, int] = {}
     for number in reversed(store.numbers()) if store else ():
@@ -58,7 +58,7 @@ def restore(learner: Learner, exchange: int) -> Seat:
         held[number] = int(snapshot.facts["exchange"])
         if held[number] == exchange:
             learner.restore(snapshot)
-            return Seat(learner, exchange, number)
+            return ClientSession(learner, exchange, number)
     kept = (
         f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
     )

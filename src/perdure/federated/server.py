@@ -233,7 +233,7 @@ class Server:
         if self.round == 0 and learner.plan(self.stream[self.experience]).restart:
             load_shared(learner.model, self._initial)
             self._aggregator = ready(self.federation.aggregator)
-        self._at("round.begin")
+        self._notify("round.begin")
         number = self.experience * self.federation.rounds + self.round + 1
         cohort = [
             self._nodes[client] for client in self.federation.cohort(self.experience, self.round)
@@ -244,7 +244,7 @@ class Server:
                 number, arrays, ConfigRecord(), Cohort(grid, cohort)
             )
             replies = self._ask(grid, list(messages))
-            self._at("round.received")
+            self._notify("round.received")
             result, _ = self._aggregator.aggregate_train(number, replies)
         except AppExitException as error:
             raise FederationError(
@@ -255,7 +255,7 @@ class Server:
                 f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another"
             )
         load_shared(learner.model, from_record(result))
-        self._at("round.end")
+        self._notify("round.end")
 
     def _consolidate(self, grid: Grid) -> None:
         """Close the experience at the global parameters on all clients.
@@ -268,7 +268,7 @@ class Server:
             Message(RecordDict(dict(content)), node, "train.finish") for node in self._nodes
         ]
         replies = self._ask(grid, messages)
-        self._at("experience.received")
+        self._notify("experience.received")
         rules = sent(learner.state).rules
         states = [State(_tensors(reply, "state"), rules) for reply in replies]
         weights = [_number(reply, "num-examples") for reply in replies]
@@ -277,9 +277,9 @@ class Server:
             learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
         )
         learner.position = Position(experience=self.experience + 1)
-        self._at("experience.combined")
+        self._notify("experience.combined")
         learner.matrix.append(learner.evaluate(self.stream))
-        self._at("evaluated")
+        self._notify("evaluated")
 
     def _ask(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
         """Send, each client's task added, and return the replies in the order of the clients."""
@@ -309,7 +309,7 @@ class Server:
     def _save(self) -> None:
         """Write the learner's checkpoint with the exchange and what the aggregator remembers."""
         if self.folder:
-            self._at("checkpoint.begin")
+            self._notify("checkpoint.begin")
             arrays, kinds = recall(self._aggregator)
             snapshot = self.learner.snapshot()
             tensors = {
@@ -319,7 +319,7 @@ class Server:
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
             facts["federation"] = self.federation.facts()
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
-            self._at("checkpoint.end")
+            self._notify("checkpoint.end")
 
     def _resume(self) -> None:
         snapshot = Store(self.folder).load() if self.folder else None
@@ -340,7 +340,7 @@ class Server:
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self.exchange = snapshot.facts["exchange"]
 
-    def _at(self, point: str) -> None:
+    def _notify(self, point: str) -> None:
         for callback in self.callbacks:
             callback(point, self)
 

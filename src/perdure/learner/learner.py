@@ -16,7 +16,7 @@ from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.curator.local_curator import Curator
+from perdure.curator.local_curator import LocalCurator
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, StrategyError
@@ -30,14 +30,14 @@ from perdure.learner.checkpoint import (
 )
 from perdure.learner.noise_digest import NoiseDigestInputs, learning_rates, noise_digest
 from perdure.learner.sanity_checks import (
-    a_state,
     refuse_outputs,
     refuse_runaway,
     refuse_second_ledger,
+    require_state,
 )
 from perdure.metrics import accuracy
-from perdure.planning.exposure import Exposure, drawn_from, exposure, pieces
-from perdure.privacy.private_sum import Mechanism
+from perdure.planning.exposure import Exposure, exposure, pool_size, split_steps
+from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import with_penalty
 from perdure.types import Params
@@ -156,7 +156,7 @@ class Learner:
         self.forward = Forward(self.model)
         self.position = Position()
         self.state = State()
-        self.mechanism: Mechanism | None = None
+        self.mechanism: PrivateSum | None = None
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     # ------------------------------------------------------------------ a whole stream
@@ -177,7 +177,7 @@ class Learner:
                 self.save()
             self.finish()
             self.matrix.append(self.evaluate(stream))
-            self._at("evaluated")
+            self._notify("evaluated")
             self.save()
         # of a stream that grew
         rows = [row + [math.nan] * (len(stream) - len(row)) for row in self.matrix]
@@ -200,12 +200,12 @@ class Learner:
         initial = {name: value.detach().clone() for name, value in self.params.items()}
         refuse_outputs(self.model, self.stream)
         spec = spec_of(self.model, initial, stream, private=self.privacy is not None)
-        self.state = a_state("init", self.strategy, self.strategy.init(spec))
+        self.state = require_state("init", self.strategy, self.strategy.init(spec))
         if self.privacy:
             from perdure.learner.private_setup import private_mechanism
 
-            self.mechanism = private_mechanism(self, self._at)
-        self.curator = Curator(
+            self.mechanism = private_mechanism(self, self._notify)
+        self.curator = LocalCurator(
             seed=self.seed,
             client=self.client,
             batch_size=self.batch_size,
@@ -229,7 +229,7 @@ class Learner:
         context = self.context(index, declared_size=experience.train.declared_size)
         self.curator.open(self.stream.experiences[: index + 1], plan, context, self.forward)
         self._select(plan)
-        self._at("experience.begin")
+        self._notify("experience.begin")
 
     def plan(self, experience: Experience) -> Plan:
         """Plan of the experience by the strategy."""
@@ -250,7 +250,7 @@ class Learner:
         plan = self.plan(experiences[-1])
         if self.iterations is not None or not plan.train:
             return (self.iterations or 0) if plan.train else 0
-        size, _ = drawn_from(experiences, plan, left)
+        size, _ = pool_size(experiences, plan, left)
         rate = self.privacy.sampling_rate if self.privacy else None
         return math.ceil(
             (self.epochs or 1) * (1 / rate if rate else max(1.0, size / self.batch_size))
@@ -263,11 +263,11 @@ class Learner:
 
     def block(self, number: int, of: int) -> range:
         """Steps of piece `number` when the current experience is done in `of` pieces."""
-        return pieces(self.steps(self.position.experience), of)[number]
+        return split_steps(self.steps(self.position.experience), of)[number]
 
     def remaining_blocks(self) -> list[range]:
         """Blocks of the current experience that are not done yet."""
-        all_blocks = pieces(self.steps(self.position.experience), self.blocks)
+        all_blocks = split_steps(self.steps(self.position.experience), self.blocks)
         return [block for block in all_blocks if block.stop > self.position.step]
 
     @flushed()
@@ -280,13 +280,13 @@ class Learner:
         curator = self.curator
         strategy = self.strategy
         params = self._trained
-        self._at("block.begin")
+        self._notify("block.begin")
         curator.reserve(steps, self._start())
         self.model.train()
         for step in steps:
             self._seed_layers(step)
             drawn = batch = curator.sample(step)
-            self._at("step.sampled")
+            self._notify("step.sampled")
             if self.adversary:
                 batch = self._perturbed(batch, step)
             if self.views:
@@ -295,7 +295,7 @@ class Learner:
                 strategy.references(curator, params, self.state) if self._uses["references"] else ()
             )
             gradient = curator.gradient(self._losses, params, batch, step)
-            self._at("step.gradient")
+            self._notify("step.gradient")
             if self._observes:
                 curator.observe(drawn, self._remember)
             penalty = strategy.penalty(self.params, self.state) if self._uses["penalty"] else None
@@ -304,8 +304,8 @@ class Learner:
                 total = strategy.project(total, references, self.state)
             self._step(total, gradient)
             self.position.step = step + 1
-            self._at("step.done")
-        self._at("block.end")
+            self._notify("step.done")
+        self._notify("block.end")
 
     @flushed()
     def finish(self) -> None:
@@ -319,11 +319,11 @@ class Learner:
         self.curator.store(self._remember)
         detached = {name: value.detach().clone() for name, value in self.params.items()}
         new = self.strategy.after_experience(self.curator, detached, self.state)
-        self.state = self.strategy.derive(a_state("after_experience", self.strategy, new))
-        self._at("experience.consolidated")
+        self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
+        self._notify("experience.consolidated")
         self.curator.close()
         self.position = Position(experience=self.position.experience + 1)
-        self._at("experience.end")
+        self._notify("experience.end")
 
     # ------------------------------------------------------------------ evaluation
 
@@ -393,10 +393,10 @@ class Learner:
     def save(self) -> None:
         """Write a checkpoint, when there is a folder."""
         if self.folder:
-            self._at("checkpoint.begin")
+            self._notify("checkpoint.begin")
             store = Store(self.folder)
             store.save(max([*store.numbers(), 0]) + 1, self.snapshot())
-            self._at("checkpoint.end")
+            self._notify("checkpoint.end")
 
     def resume(self) -> bool:
         """Go on from the last checkpoint in the folder, if there is one."""
@@ -466,7 +466,7 @@ class Learner:
             param.grad = None  # the optimiser must not go on with what an earlier experience left
         hooks = ("references", "penalty", "project", "after_step")
         self._uses = {hook: self.strategy.uses(hook) for hook in hooks}
-        self._uses["penalty"] &= plan.penalised
+        self._uses["penalty"] &= plan.applies_penalty
         self._observes = plan.memory is not None and plan.memory.update == "step"
         self._stochastic = any(
             isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules()
@@ -490,7 +490,7 @@ class Learner:
     def _seed_of(self, what: str, step: int) -> int:
         """Seed of what records draw at random in a step.
 
-        Secret under privacy (see `Mechanism.secret`).
+        Secret under privacy (see `PrivateSum.secret`).
         """
         seed = self.mechanism.secret(what, step) if self.mechanism else self.seed
         return derive(seed, what, self.client, self.position.experience, step)
@@ -530,6 +530,6 @@ class Learner:
         )
         return noise_digest(inputs)
 
-    def _at(self, point: str) -> None:
+    def _notify(self, point: str) -> None:
         for callback in self.callbacks:
             callback(point, self)

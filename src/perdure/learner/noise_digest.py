@@ -6,7 +6,7 @@ If anything here changes, a block that is run again draws fresh noise and is cha
 Otherwise two different sums could be released with the same noise, and their difference would be
 free of it.
 
-The digest covers an explicit list of fields (`settings` below) and tensors (`behaviour`), never the
+The digest covers an explicit list of fields (`settings` below) and tensors (`probe_strategy`), never the
 `repr` of an object: renaming a class or a field of the library must not change which noise a
 simulation draws.
 """
@@ -84,7 +84,7 @@ class NoiseDigestInputs:
 def noise_digest(inputs: NoiseDigestInputs) -> str:
     """SHA-256 of the settings, the tensors of the snapshot, and what the code does to synthetic records."""
     text = canonical_text({"version": VERSION, **settings(inputs)})
-    shown = digest({**inputs.snapshot.tensors, **behaviour(inputs)})
+    shown = digest({**inputs.snapshot.tensors, **probe_strategy(inputs)})
     return hashlib.sha256(text.encode() + shown).hexdigest()
 
 
@@ -136,7 +136,7 @@ def plan_settings(plan: Plan) -> JSONValue:
     """Every field of a plan."""
     memory = memory_settings(plan.memory) if plan.memory else None
     trainable = canonical(plan.trainable)
-    return [plan.pool, memory, plan.restart, trainable, plan.train, plan.penalised]
+    return [plan.pool, memory, plan.restart, trainable, plan.train, plan.applies_penalty]
 
 
 def memory_settings(plan: MemoryPlan) -> JSONValue:
@@ -152,7 +152,7 @@ def exposure_settings(exposure: Exposure) -> JSONValue:
 def module_settings(path: str, module: nn.Module) -> JSONValue:
     """Place of a module, its class where it is not one of perdure's, and its settings in the order they were made.
 
-    A value of another kind (a transform, say) is left out: `behaviour` shows what it does.
+    A value of another kind (a transform, say) is left out: `probe_strategy` shows what it does.
     """
     kind = type(module).__name__ if not type(module).__module__.startswith("perdure.") else ""
     own = [
@@ -182,7 +182,7 @@ def learning_rates(
     return rates
 
 
-def behaviour(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
+def probe_strategy(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
     """Results of views, model and strategy on synthetic records.
 
     Other code under the same names shows here.

@@ -15,14 +15,14 @@ from perdure.privacy.guard.loss_checks import check_losses, check_rows, quiet_tr
 from perdure.privacy.guard.model_checks import check_buffers, check_model, check_optimizer
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import noise_key
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
     from perdure.learner.learner import Learner
 
 
-def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mechanism:
+def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> PrivateSum:
     """Check model and strategy, calibrate the noise, open the ledger and reserve the plan in it.
 
     Raises:
@@ -44,7 +44,7 @@ def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> Mecha
         plan = planned(learner, schedule)
         known = {name: plan[name] for name in ledger.partitions if name in plan}
         ledger.grant(known, epsilon=targets(learner, known), delta=privacy.delta)
-    return Mechanism(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
+    return PrivateSum(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
 
 
 def inspect(learner: "Learner") -> None:

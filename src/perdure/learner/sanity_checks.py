@@ -35,7 +35,7 @@ def refuse_second_ledger(position: Position) -> None:
         )
 
 
-def a_state(hook: str, strategy: Strategy, answer: object) -> State:
+def require_state(hook: str, strategy: Strategy, answer: object) -> State:
     """The answer of a hook that has to return a state."""
     if not isinstance(answer, State):
         given = f"{hook}() of {strategy.name} returned {answer!r}"

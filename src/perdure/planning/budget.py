@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from perdure.data.experience import Experience
 from perdure.errors import BudgetError, ConfigError
-from perdure.planning.exposure import pieces, references
+from perdure.planning.exposure import references, split_steps
 from perdure.privacy.accounting.calibration import calibrate, within
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.entries import Entry
@@ -48,12 +48,12 @@ def charges(
 ) -> Histories:
     """What the last of `stages` costs every partition that it exposes."""
     privacy = learner.privacy
-    asks = learner.strategy.asks
+    cost = learner.strategy.privacy_cost
     current = stages[-1].train.partition
     assert privacy is not None
     exposed = learner.exposure(stages, left)
     total = learner.steps_of(stages, left)
-    blocks = [exposed.times(len(block)) for block in pieces(total, learner.blocks)]
+    blocks = [exposed.times(len(block)) for block in split_steps(total, learner.blocks)]
     spent: Histories = {
         p: [Charge(rate, noise_multiplier, sum(blocks))]
         for p, rate in exposed.scope.items()
@@ -67,12 +67,14 @@ def charges(
                 [Charge(rate, noise_multiplier, total)] if total else []
             )
     noise = noise_multiplier * privacy.release_noise
-    for partition in {stage.train.partition for stage in stages} - left if asks.recalls else ():
-        spent.setdefault(partition, []).append(Charge(1.0, noise, asks.recalls))
+    for partition in (
+        {stage.train.partition for stage in stages} - left if cost.memory_releases else ()
+    ):
+        spent.setdefault(partition, []).append(Charge(1.0, noise, cost.memory_releases))
     asked = (
-        Charge(1.0, noise, asks.releases),
-        Charge(1.0, noise, asks.histograms, "discrete-gaussian"),
-        Charge(1.0, noise / 2, asks.selections, "exponential"),
+        Charge(1.0, noise, cost.releases),
+        Charge(1.0, noise, cost.histograms, "discrete-gaussian"),
+        Charge(1.0, noise / 2, cost.selections, "exponential"),
     )
     spent.setdefault(current, []).extend(charge for charge in asked if charge.steps)
     return spent
@@ -113,7 +115,7 @@ def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...
         scope == {stage.train.partition} for scope, stage in zip(scopes, stages, strict=True)
     )
     if (
-        learner.strategy.asks.reuses
+        learner.strategy.privacy_cost.reuses_past_records
         or not alone
         or len({s.train.partition for s in stages}) < len(stages)
     ):

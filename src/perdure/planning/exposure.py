@@ -63,10 +63,10 @@ def exposure(
     Raises:
         ConfigError: for an epoch shorter than `bands`.
     """
-    size, exposed = drawn_from(experiences, plan, left)
+    size, exposed = pool_size(experiences, plan, left)
     past = experiences[:-1]
     if plan.memory and plan.memory.rehearsed and plan.pool != "memory":
-        size += stored_of(past, plan.memory.capacity, left)
+        size += expected_stored(past, plan.memory.capacity, left)
         exposed |= {e.train.partition for e in past} - left
     chosen = min(1.0, batch_size / size) if rate is None else rate
     slots = None
@@ -81,7 +81,7 @@ def exposure(
     return Exposure(scope=scope, rate=chosen, pool_size=size, slots=slots)
 
 
-def drawn_from(
+def pool_size(
     experiences: Sequence[Experience], plan: Plan, left: Set[str] = frozenset()
 ) -> tuple[float, set[str]]:
     """Declared number of pooled records and their partitions.
@@ -92,11 +92,13 @@ def drawn_from(
     staying = [e.train for e in pooled if e.train.partition not in left]
     partitions = {records.partition for records in staying}
     if plan.pool == "memory" and plan.memory:
-        return stored_of(experiences, plan.memory.capacity, left), partitions
+        return expected_stored(experiences, plan.memory.capacity, left), partitions
     return sum(records.declared_size for records in staying), partitions
 
 
-def stored_of(seen: Sequence[Experience], capacity: int, left: Set[str] = frozenset()) -> float:
+def expected_stored(
+    seen: Sequence[Experience], capacity: int, left: Set[str] = frozenset()
+) -> float:
     """Declared number of records in a memory, without the partitions `left`."""
     everything = sum(e.train.declared_size for e in seen)
     staying = sum(e.train.declared_size for e in seen if e.train.partition not in left)
@@ -114,7 +116,7 @@ def references(
     past = [e for e in experiences[:-1] if e.train.partition not in left]
     if not plan.memory or plan.memory.rehearsed or not past:
         return {}
-    whole = stored_of(experiences[:-1], plan.memory.capacity, left)
+    whole = expected_stored(experiences[:-1], plan.memory.capacity, left)
     sizes = {f"reference {e.index}": (whole * share(e, past), {e.train.partition}) for e in past}
     if plan.memory.use == "reference":
         sizes = {"reference": (whole, {e.train.partition for e in past})}
@@ -134,7 +136,7 @@ def share(experience: Experience, among: Sequence[Experience]) -> float:
     return experience.train.declared_size / sum(e.train.declared_size for e in among)
 
 
-def pieces(steps: int, blocks: int) -> list[range]:
+def split_steps(steps: int, blocks: int) -> list[range]:
     """Cut the steps of an experience into blocks of nearly equal length."""
     return [
         range(number * steps // blocks, (number + 1) * steps // blocks) for number in range(blocks)

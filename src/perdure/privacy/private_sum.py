@@ -16,7 +16,7 @@ from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.noise.banded import Chain
+from perdure.privacy.noise.banded import BandedNoise
 from perdure.privacy.noise.discrete import discrete_gaussian, exponential
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.settings import Privacy
@@ -49,7 +49,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class ReservedSteps:
     """Steps that a ledger entry pays for.
 
     Args:
@@ -66,7 +66,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Occasion:
+class ReleaseKey:
     """Which of an experience's releases an answer is, and what its noise is keyed by.
 
     Args:
@@ -83,7 +83,7 @@ class Occasion:
     data: Tensors
 
 
-class Mechanism:
+class PrivateSum:
     """Sums over records with noise, and the ledger that they are charged to.
 
     Guarantee: every sum that leaves was charged to the ledger, on disk, before its noise was drawn;
@@ -104,14 +104,14 @@ class Mechanism:
         self.ledger = ledger
         self._key = key
         self.clip_norm = privacy.clip_norm
-        self._chain: Chain | None = None
+        self._chain: BandedNoise | None = None
         self._last: tuple[Params, float] | None = None
         self.open(0)
 
     def open(self, index: int) -> None:
         """Go to experience `index`; what was reserved pays for nothing more."""
         self.noise_multiplier = self.schedule.noise_in(index)
-        self._blocks: dict[str, Block] = {}
+        self._blocks: dict[str, ReservedSteps] = {}
 
     def fingerprint(self, data: Tensors) -> str:
         """Keyed fingerprint of private records; without the key it says nothing about them."""
@@ -166,7 +166,7 @@ class Mechanism:
             data,
             participations=slots and math.ceil(len(steps) / slots),
         )
-        block = Block(entry=entry, steps=steps, expected=expected, drawn=steps.start)
+        block = ReservedSteps(entry=entry, steps=steps, expected=expected, drawn=steps.start)
         if purpose != "gradient":
             self._blocks[purpose] = block
             return
@@ -174,7 +174,7 @@ class Mechanism:
             everyone = dict.fromkeys(scope, 1.0)
             self._charge("diagnostics", "none", 0.0, self.clip_norm, everyone, steps, start, data)
         self._blocks = {purpose: block}
-        self._chain = None if self.privacy.bands is None else Chain(self.privacy.bands)
+        self._chain = None if self.privacy.bands is None else BandedNoise(self.privacy.bands)
 
     def reserved(self, purpose: str) -> bool:
         """Whether the present block of gradients has one of this purpose beside it."""
@@ -286,7 +286,7 @@ class Mechanism:
         clipped: Clipped,
         *,
         purpose: str,
-        occasion: Occasion,
+        occasion: ReleaseKey,
         shapes: Mapping[str, torch.Size],
         clip_norm: float,
     ) -> Params:
@@ -305,7 +305,7 @@ class Mechanism:
         step = occasion.numbers.start
         return self._noised(total, shapes, scales, name, entry, step, device, chained=False)
 
-    def count(self, counts: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
+    def count(self, counts: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
         """Counts (bins,) int64 plus integer noise.
 
         A record is in one bin at most, which it moves by 1.
@@ -318,7 +318,7 @@ class Mechanism:
         self.ledger.trace("noise.drawn")
         return counts + drawn.to(counts.device)
 
-    def select(self, scores: Tensor, *, purpose: str, occasion: Occasion) -> Tensor:
+    def select(self, scores: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
         """Places of high scores (m,), as many as the occasion has numbers.
 
         Each is a draw of the exponential mechanism.
@@ -362,7 +362,7 @@ class Mechanism:
             return {name: scales[name] * value for name, value in noise.items()}
         return {name: total[name].detach() + scales[name] * value for name, value in noise.items()}
 
-    def _in_turn(self, step: int, purpose: str = "gradient") -> Block:
+    def _in_turn(self, step: int, purpose: str = "gradient") -> ReservedSteps:
         """Block that pays for the step, which is drawn once.
 
         Another sum must not meet its noise again.
@@ -375,8 +375,8 @@ class Mechanism:
         self._blocks[purpose] = replace(block, drawn=step + 1)
         return block
 
-    def _paid(self, step: int, purpose: str = "gradient") -> Block:
-        block = self._blocks.get(purpose, Block())
+    def _paid(self, step: int, purpose: str = "gradient") -> ReservedSteps:
+        block = self._blocks.get(purpose, ReservedSteps())
         if step not in block.steps:
             raise PrivacyError(
                 f"step {step} was not charged to the ledger; call reserve() for it first"
@@ -386,7 +386,7 @@ class Mechanism:
     def _charge_once(
         self,
         name: str,
-        occasion: Occasion,
+        occasion: ReleaseKey,
         mechanism: str,
         multiplier: float,
         answer: Tensors,

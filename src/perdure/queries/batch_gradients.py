@@ -20,7 +20,7 @@ from perdure.types import Params
 Losses = Callable[[Forward, Batch], Tensor]
 
 
-def pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
+def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
     """Micro-batches of at most `size` rows; the batch itself where it fits."""
     if size is None or len(batch) <= size:
         yield batch
@@ -40,7 +40,7 @@ def mean_gradient(
     count = batch.valid.sum()
     total = None
     loss = torch.zeros((), device=batch.inputs.device)
-    for piece in pieces(batch, at_once):
+    for piece in micro_batches(batch, at_once):
         part = (losses(forward, piece) * piece.valid).sum() / count
         grads = torch.autograd.grad(
             part, list(params.values()), allow_unused=True, materialize_grads=True
@@ -75,7 +75,7 @@ def clipped_gradient(
         at_once: rows of one pass through the model; None for all.
     """
     total: Params | None = None
-    for piece in pieces(batch, at_once):
+    for piece in micro_batches(batch, at_once):
         part = _clipped(forward, losses, params, piece, clip)
         if part is not None:
             total = (

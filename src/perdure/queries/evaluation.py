@@ -76,7 +76,7 @@ def shapes_of(
     return {name: rows.shape[1:] for name, rows in answer.items()}
 
 
-def tried(query: Query, forward: Forward, batch: Batch) -> Params:
+def evaluate_on_synthetic(query: Query, forward: Forward, batch: Batch) -> Params:
     """What the query makes of synthetic records, without rows of d^2 numbers.
 
     It tells one question from another.

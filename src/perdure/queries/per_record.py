@@ -32,7 +32,7 @@ def rows_of(query: Query, module: nn.Module) -> Rows:
     return rows
 
 
-def asked_alone(query: Query, forward: Forward, batch: Batch) -> Params:
+def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
     """Rows of the query, each record asked about by itself under `torch.func.vmap`."""
     params = {name: value.detach() for name, value in forward.module.named_parameters()}
     ask = torch.func.vmap(rows_of(query, forward.module), in_dims=(None, 0))

@@ -19,7 +19,7 @@ epsilon. Each sum and each histogram costs 1 / (2 m^2) of zero-concentrated priv
 selection, being of bounded range, at most as much: e^2 / 8. The ledger charges selections as e-DP
 and leaves the range aside: few of them cost less than as many sums, many of them more.
 
-A strategy says in its `Asks` what it will ask for: sums, means and Gram matrices are `releases`,
+A strategy says in its `PrivacyCost` what it will ask for: sums, means and Gram matrices are `releases`,
 histograms are `histograms`, a quantile is one of the `selections` and a top-k is k of them. Where a
 budget was granted, what was not declared is refused.
 
@@ -41,7 +41,7 @@ from perdure.queries.per_record import Of, Query
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
 
 
 def mean(curator: "Curator", query: Query, *, clip_norm: float, purpose: str) -> Params:

@@ -159,7 +159,7 @@ class AbsoluteGradient(SquaredGradient):
         return values.abs()
 
 
-class Tap:
+class LayerTap:
     """Hooks on layers.
 
     Adds a shift to what leaves each of them, keeps what entered it, and counts its calls.
@@ -192,8 +192,8 @@ class Tap:
 
 
 @contextmanager
-def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[Tap]:
-    tap = Tap()
+def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[LayerTap]:
+    tap = LayerTap()
     handles = [layer.register_forward_hook(tap.hook(name)) for name, layer in layers.items()]
     try:
         yield tap

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perdure.errors import RunError
-from perdure.experiment.result_schema import Arm, Result
+from perdure.experiment.result_schema import ArmResult, Result
 from perdure.report.picture import INK, MUTED, STYLE, Picture
 from perdure.report.wording import SIMULATION, by_privacy, decimal, epsilon_number, terms
 
@@ -74,7 +74,7 @@ def _matrices(result: Result) -> Picture:
     )
 
 
-def _matrix(axes: "Axes", arm: Arm) -> Any:
+def _matrix(axes: "Axes", arm: ArmResult) -> Any:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
@@ -214,9 +214,9 @@ def _epsilons(result: Result) -> Picture | None:
     )
 
 
-def _same_terms(result: Result) -> dict[str, list[tuple[Arm, str]]]:
+def _same_terms(result: Result) -> dict[str, list[tuple[ArmResult, str]]]:
     """Private arms with a history, grouped by what their epsilons are about: units never mix."""
-    groups: dict[str, list[tuple[Arm, str]]] = {}
+    groups: dict[str, list[tuple[ArmResult, str]]] = {}
     for arm, label in by_privacy(result["arms"]):
         if arm["epsilon"] and arm["epsilon_over_time"]:
             simulated = f"\n{SIMULATION}" if arm["epsilon"]["simulated"] else ""
@@ -224,7 +224,7 @@ def _same_terms(result: Result) -> dict[str, list[tuple[Arm, str]]]:
     return groups
 
 
-def _merged(arms: Sequence[tuple[Arm, str]]) -> "list[Line]":
+def _merged(arms: Sequence[tuple[ArmResult, str]]) -> "list[Line]":
     """Arms whose epsilons agree at every moment, as one line with all their names."""
     lines: dict[tuple[float | None, ...], list[str]] = {}
     for arm, label in arms:
@@ -335,7 +335,7 @@ def _figure(height: float) -> "Figure":
 
 def _panels(
     result: Result, height: float, *, sharex: bool = False, sharey: bool = False
-) -> "tuple[Figure, list[tuple[Arm, str, Axes]]]":
+) -> "tuple[Figure, list[tuple[ArmResult, str, Axes]]]":
     """One panel per arm.
 
     A row for those without privacy, then a row for those with, `COLUMNS` to a row.
@@ -356,7 +356,7 @@ def _panels(
     return figure, panels
 
 
-def _rows(result: Result) -> list[list[tuple[Arm, str]]]:
+def _rows(result: Result) -> list[list[tuple[ArmResult, str]]]:
     arms = by_privacy(result["arms"])
     groups = [
         [named for named in arms if named[0]["private"] == private] for private in (False, True)
@@ -382,7 +382,7 @@ def _last_accuracies(result: Result) -> str:
     return f"Average accuracy at the end: {', '.join(told)}."
 
 
-def _last_epsilons(groups: dict[str, list[tuple[Arm, str]]]) -> list[str]:
+def _last_epsilons(groups: dict[str, list[tuple[ArmResult, str]]]) -> list[str]:
     told = []
     for title, arms in groups.items():
         ends = ", ".join(

@@ -27,7 +27,7 @@ TERMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
+class ChargeSummary:
     """One mechanism that the records of a partition were exposed to, equal ones added up.
 
     Args:
@@ -72,7 +72,7 @@ class Exposed:
     owner: str
     partition: str
     declared_size: int
-    uses: tuple[Use, ...]
+    uses: tuple[ChargeSummary, ...]
     epsilon_pld: float
     epsilon_rdp: float | None
     worst: bool = False
@@ -127,16 +127,16 @@ def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) 
     ]
 
 
-def uses(entries: Iterable[Entry], partition: str) -> tuple[Use, ...]:
+def uses(entries: Iterable[Entry], partition: str) -> tuple[ChargeSummary, ...]:
     """Charges of `entries` to a partition, in the order of the ledger.
 
     The steps of equal mechanisms are added up.
     """
-    found: dict[Use, Use] = {}
+    found: dict[ChargeSummary, ChargeSummary] = {}
     for entry in entries:
         charge = entry.charge([partition])
         if charge:
-            kind = Use(
+            kind = ChargeSummary(
                 purpose=entry.purpose,
                 mechanism=entry.mechanism,
                 sampling=entry.sampling,
@@ -244,7 +244,7 @@ def _head(drawn: Table, owner: str) -> None:
     drawn.add_row(Text(printable(owner)))
 
 
-def told(uses: Sequence[Use]) -> str:
+def told(uses: Sequence[ChargeSummary]) -> str:
     """One line a mechanism."""
     return "\n".join(printable(str(use)) for use in uses) or "nothing yet"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, cast
 
-from perdure.experiment.result_schema import Arm, Result
+from perdure.experiment.result_schema import ArmResult, Result
 from perdure.report.picture import Picture
 from perdure.report.wording import (
     MISSING,
@@ -104,7 +104,7 @@ def answer(result: Result) -> str:
     )
 
 
-def _best_without(free: tuple[Arm, str] | None, experiences: int) -> str:
+def _best_without(free: tuple[ArmResult, str] | None, experiences: int) -> str:
     if free is None:
         return "No model was measured without privacy."
     arm, label = free
@@ -115,7 +115,7 @@ def _best_without(free: tuple[Arm, str] | None, experiences: int) -> str:
     )
 
 
-def _best_with(paid: tuple[Arm, str] | None, free: tuple[Arm, str] | None) -> str:
+def _best_with(paid: tuple[ArmResult, str] | None, free: tuple[ArmResult, str] | None) -> str:
     if paid is None or paid[0]["epsilon"] is None:
         return "No model was measured with privacy, so nothing in this run may be called private."
     arm, label = paid
@@ -126,7 +126,7 @@ def _best_with(paid: tuple[Arm, str] | None, free: tuple[Arm, str] | None) -> st
     )
 
 
-def _price(arm: Arm, free: tuple[Arm, str] | None) -> str:
+def _price(arm: ArmResult, free: tuple[ArmResult, str] | None) -> str:
     if free is None:
         return ""
     price = (free[0]["average_accuracy"] or 0.0) - (arm["average_accuracy"] or 0.0)
@@ -159,7 +159,7 @@ def _group(result: Result, private: bool) -> str:
     return f"<tbody>{head}{rows}</tbody>"
 
 
-def _arm_row(arm: Arm, label: str, wins: bool) -> str:
+def _arm_row(arm: ArmResult, label: str, wins: bool) -> str:
     star = ' <span class="star" role="img" aria-label="best of its group">★</span>' if wins else ""
     name = f'<th scope="row">{escape(label)}{star}<code>{escape(arm["options"])}</code></th>'
     numbers = cast(Mapping[str, float | None], arm)
@@ -171,7 +171,7 @@ def _arm_row(arm: Arm, label: str, wins: bool) -> str:
     )
 
 
-def _epsilon_cell(arm: Arm) -> str:
+def _epsilon_cell(arm: ArmResult) -> str:
     epsilon = arm["epsilon"]
     if epsilon is None:
         return "none, no guarantee"
@@ -199,7 +199,7 @@ def _numbers_behind(result: Result) -> str:
     return _details("The numbers behind the pictures", f'<div class="columns">{tables}</div>')
 
 
-def _matrix_table(arm: Arm, label: str) -> str:
+def _matrix_table(arm: ArmResult, label: str) -> str:
     matrix = arm["accuracy_matrix"]
     columns = ["after", *(f"exp. {j + 1}" for j in range(len(matrix[0])))]
     body = "".join(
@@ -272,7 +272,7 @@ def glossary() -> str:
     return f'<dl class="glossary">{words}</dl>'
 
 
-def spending_table(arm: Arm, label: str) -> str:
+def spending_table(arm: ArmResult, label: str) -> str:
     """Return what privacy was spent on, as a table."""
     rows = (
         _row(

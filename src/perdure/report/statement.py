@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from perdure.experiment.result_schema import Arm, Epsilon, Result
+from perdure.experiment.result_schema import ArmResult, Epsilon, Result
 from perdure.report.sections import spending_table
 from perdure.report.wording import SIMULATION, by_privacy, epsilon_number, phrase, small
 
@@ -108,7 +108,7 @@ def _unprotected(free: int) -> str:
     )
 
 
-def _meaning(private: list[tuple[Arm, str]]) -> str:
+def _meaning(private: list[tuple[ArmResult, str]]) -> str:
     stated = [arm["epsilon"] for arm, _ in private if arm["epsilon"]]
     units = {epsilon["unit"]: UNITS.get(epsilon["unit"], "") for epsilon in stated}
     relations = {
@@ -124,7 +124,7 @@ def _meaning(private: list[tuple[Arm, str]]) -> str:
     return f'<h3>What is protected, in plain words</h3><dl class="facts">{rows}</dl>'
 
 
-def _arm(arm: Arm, label: str, epsilon: Epsilon) -> str:
+def _arm(arm: ArmResult, label: str, epsilon: Epsilon) -> str:
     terms = {
         "accountant": epsilon["accountant"],
         "sampling": epsilon["sampling"],

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from perdure.experiment.result_schema import Arm, Result, checked
+from perdure.experiment.result_schema import ArmResult, Result, checked
 from perdure.report.wording import (
     MISSING,
     SIMULATION,
@@ -67,7 +67,7 @@ def _empty(run: Result) -> Table:
     return drawn
 
 
-def _cells(arm: Arm, label: str) -> list[Text]:
+def _cells(arm: ArmResult, label: str) -> list[Text]:
     accuracies = [
         decimal(arm[name]) for name in ("average_accuracy", "forgetting", "robust_accuracy")
     ]
@@ -83,7 +83,7 @@ def _cells(arm: Arm, label: str) -> list[Text]:
     ]
 
 
-def _epsilon(arm: Arm) -> str:
+def _epsilon(arm: ArmResult) -> str:
     epsilon = arm["epsilon"]
     if epsilon is None:
         return MISSING

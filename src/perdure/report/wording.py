@@ -4,13 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from perdure.experiment.result_schema import Arm, Attack, Epsilon
+from perdure.experiment.result_schema import ArmResult, AttackResult, Epsilon
 
 SIMULATION = "simulation: not a private release"
 MISSING = "–"
 
 
-def labels(arms: Sequence[Arm]) -> list[str]:
+def labels(arms: Sequence[ArmResult]) -> list[str]:
     """Name each arm.
 
     By its strategy, or its options where a strategy occurs twice at the same privacy.
@@ -22,12 +22,12 @@ def labels(arms: Sequence[Arm]) -> list[str]:
     ]
 
 
-def by_privacy(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
+def by_privacy(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, str]]:
     """Arms with their labels, those without privacy first, otherwise in the order of the run."""
     return sorted(zip(arms, labels(arms), strict=True), key=lambda named: named[0]["private"])
 
 
-def best(arms: Sequence[tuple[Arm, str]]) -> tuple[Arm, str] | None:
+def best(arms: Sequence[tuple[ArmResult, str]]) -> tuple[ArmResult, str] | None:
     """Return the arm with the highest average accuracy; None where none was measured."""
     measured = [named for named in arms if is_number(named[0]["average_accuracy"])]
     return max(measured, key=lambda named: named[0]["average_accuracy"] or 0.0, default=None)
@@ -77,7 +77,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def attack_name(attack: Attack | None) -> str:
+def attack_name(attack: AttackResult | None) -> str:
     """Write an attack with its strength: PGD-10, L∞ 0.1."""
     if attack is None:
         return "no attack"

@@ -11,7 +11,7 @@ import torch
 
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConformanceError
-from perdure.testing.fixtures import Builder, NotApplicable, Stand
+from perdure.testing.fixtures import Builder, NotApplicable, StrategyFixture
 from perdure.testing.hook_checks import bounds, pure, rows, vmap
 from perdure.testing.privacy_checks import private
 from perdure.testing.run_checks import alone, declared, federated, resume
@@ -19,7 +19,7 @@ from perdure.types import Scenario
 
 __all__ = ["CHECKS", "Report", "check_strategy"]
 
-CHECKS: Mapping[str, Callable[[Stand], str | None]] = {
+CHECKS: Mapping[str, Callable[[StrategyFixture], str | None]] = {
     "declared": declared,
     "alone": alone,
     "pure": pure,
@@ -84,7 +84,7 @@ def check_strategy(
         vmap        the hooks on tensors give for stacked parameters and states what they give one
                     by one
         private     records are reached through a curator's releases only; what was asked is what
-                    `asks` declares, what the plan reserves and what the ledger holds; on other
+                    `privacy_cost` declares, what the plan reserves and what the ledger holds; on other
                     records, with the same answers, the same model and state come out to the bit
         resume      stopped in the middle, saved and loaded, it ends in the same bits, without and
                     with privacy
@@ -102,7 +102,7 @@ def check_strategy(
     Raises:
         ConformanceError: naming the check, what was found, what is allowed and the fix.
     """
-    stand = Stand(strategy=strategy, scenario=scenario, model=model)
+    stand = StrategyFixture(strategy=strategy, scenario=scenario, model=model)
     passed = list[str]()
     skipped = dict[str, str]()
     for name, check in CHECKS.items():
@@ -112,7 +112,7 @@ def check_strategy(
         return Report(
             strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped
         )
-    there = Stand(strategy=strategy, scenario=scenario, model=model, device="cuda")
+    there = StrategyFixture(strategy=strategy, scenario=scenario, model=model, device="cuda")
     for name in ON_CUDA:
         _run(f"{name} on cuda", CHECKS[name], there, passed, skipped)
     return Report(strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped)
@@ -120,8 +120,8 @@ def check_strategy(
 
 def _run(
     name: str,
-    check: Callable[[Stand], str | None],
-    stand: Stand,
+    check: Callable[[StrategyFixture], str | None],
+    stand: StrategyFixture,
     passed: list[str],
     skipped: dict[str, str],
 ) -> None:

@@ -23,7 +23,7 @@ from perdure.errors import ConformanceError
 from perdure.learner.learner import Callback, Learner
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
-from perdure.testing.recording_curator import Door, Question
+from perdure.testing.recording_curator import Question, RecordingCurator
 from perdure.types import Params, Scenario
 
 EXPERIENCES = 3
@@ -111,7 +111,7 @@ Builder = Callable[[Stream], nn.Module]
 
 
 @dataclass(kw_only=True)
-class Stand:
+class StrategyFixture:
     """What a check needs: copies of the strategy as it was given, and learners for them.
 
     Args:
@@ -195,13 +195,13 @@ class Stand:
         return learner
 
 
-class Scene:
+class MidRunFixture:
     """A learner in the middle of its second experience, and every hook ready to be called there.
 
     Questions are asked as under privacy, but answered without noise.
     """
 
-    def __init__(self, stand: Stand) -> None:
+    def __init__(self, stand: StrategyFixture) -> None:
         self.stand = stand
         self.learner = stand.middle()
         self.learner.model.eval()
@@ -227,9 +227,9 @@ class Scene:
         """The model at the parameters of the scene."""
         return Forward(self.learner.model, self.params)
 
-    def door(self) -> Door:
+    def door(self) -> RecordingCurator:
         """A door to the curator that looks like one under privacy and answers exactly."""
-        return Door(self.learner.curator, clip_norm=CLIP_NORM)
+        return RecordingCurator(self.learner.curator, clip_norm=CLIP_NORM)
 
     @cached_property
     def references(self) -> tuple[Params, ...]:

@@ -19,9 +19,9 @@ from perdure.queries.per_record import as_params, gradient_rows
 from perdure.testing.fixtures import (
     CLIP_NORM,
     NOISE,
+    MidRunFixture,
     NotApplicable,
-    Scene,
-    Stand,
+    StrategyFixture,
     copied,
     differing,
     require,
@@ -37,12 +37,12 @@ Rows = Callable[[Batch], Mapping[str, Tensor]]
 # --------------------------------------------------------------------------- a hook changes nothing
 
 
-def pure(stand: Stand) -> None:
+def pure(stand: StrategyFixture) -> None:
     """Check that hooks are pure.
 
     Every hook leaves alone what it is given and what the strategy is, and says the same twice.
     """
-    scene = Scene(stand)
+    scene = MidRunFixture(stand)
     for hook, call in scene.calls().items():
         before = copied(held(scene))
         own = inside(scene.strategy)
@@ -71,7 +71,7 @@ def pure(stand: Stand) -> None:
     _derive_keeps_to_local_names(scene)
 
 
-def _derive_keeps_to_local_names(scene: Scene) -> None:
+def _derive_keeps_to_local_names(scene: MidRunFixture) -> None:
     state = scene.strategy.after_experience(scene.door().curator, scene.params, scene.state)
     wrong = [
         name
@@ -86,7 +86,7 @@ def _derive_keeps_to_local_names(scene: Scene) -> None:
     )
 
 
-def held(scene: Scene) -> dict[str, Tensor]:
+def held(scene: MidRunFixture) -> dict[str, Tensor]:
     """Everything that a hook is given."""
     parts: dict[str, Mapping[str, Tensor]] = {
         "parameter": scene.params,
@@ -118,9 +118,9 @@ def inside(value: object) -> object:
 # ---------------------------------------------------------------------- a row is that of one record
 
 
-def rows(stand: Stand) -> str | None:
+def rows(stand: StrategyFixture) -> str | None:
     """Every row is the same alone, in the batch, and among other or fewer neighbours."""
-    scene = Scene(stand)
+    scene = MidRunFixture(stand)
     skipped = scene_couples(stand.strategy)
     for what, ask in _asked_by_row(scene).items():
         if what == "losses()" and skipped:
@@ -138,7 +138,7 @@ def scene_couples(strategy: Strategy) -> str | None:
     )
 
 
-def _asked_by_row(scene: Scene) -> dict[str, Rows]:
+def _asked_by_row(scene: MidRunFixture) -> dict[str, Rows]:
     strategy = scene.strategy
     state = scene.state
     found: dict[str, Rows] = {
@@ -219,14 +219,14 @@ def _same(
 # ---------------------------------------------------------------- a record moves a sum by its bound
 
 
-def bounds(stand: Stand) -> None:
+def bounds(stand: StrategyFixture) -> None:
     """Check the sensitivity of the clipped gradient and of the sum of every question.
 
     One record less moves them by at most the clip norm.
     """
     if skipped := scene_couples(stand.strategy):
         raise NotApplicable(skipped)
-    scene = Scene(stand)
+    scene = MidRunFixture(stand)
     for what, (clip, total) in _sums(scene).items():
         whole = total(scene.batch, clip) or {}
         for dropped in range(0, len(scene.batch), EVERY):
@@ -248,7 +248,7 @@ def bounds(stand: Stand) -> None:
 Total = Callable[[Batch, Clip], Params | None]
 
 
-def _sums(scene: Scene) -> dict[str, tuple[Clip, Total]]:
+def _sums(scene: MidRunFixture) -> dict[str, tuple[Clip, Total]]:
     model = scene.learner.model
     params = scene.learner.params
     clip = Clip(norm=CLIP_NORM)
@@ -268,7 +268,7 @@ def _sums(scene: Scene) -> dict[str, tuple[Clip, Total]]:
         "the gradient of a batch": (clip, by_bookkeeping),
     }
     for number, question in enumerate(scene.questions):
-        if question.kind in ("releases", "recalls") and question.clip_norm is not None:
+        if question.kind in ("releases", "memory_releases") and question.clip_norm is not None:
             asked = Clip(norm=question.clip_norm)
             found[f"question {number} ({question.purpose})"] = (
                 asked,
@@ -277,7 +277,9 @@ def _sums(scene: Scene) -> dict[str, tuple[Clip, Total]]:
     return found
 
 
-def _released(scene: Scene, query: Callable[..., Any], batch: Batch, clip: Clip) -> Params | None:
+def _released(
+    scene: MidRunFixture, query: Callable[..., Any], batch: Batch, clip: Clip
+) -> Params | None:
     return bounded_sum(query, scene.learner.model, scene.params, batch.tensors(), clip)
 
 
@@ -288,7 +290,7 @@ def _but(dropped: int, batch: Batch) -> Tensor:
 # --------------------------------------------------------------------------- many replicas at once
 
 
-def vmap(stand: Stand) -> None:
+def vmap(stand: StrategyFixture) -> None:
     """Hooks on tensors give for stacked parameters and states what they give one by one."""
     reason = stand.strategy.not_vmappable_because
     if reason is not None:
@@ -299,7 +301,7 @@ def vmap(stand: Stand) -> None:
             fix="say what stands in the way",
         )
         raise NotApplicable(reason)
-    scene = Scene(stand)
+    scene = MidRunFixture(stand)
     fix = "use masks and torch.where, no .item() or branch on values, or set not_vmappable_because"
     stacks = _stacks(scene)
     for hook, call in _on_tensors(scene).items():
@@ -332,7 +334,7 @@ def vmap(stand: Stand) -> None:
             )
 
 
-def _stacks(scene: Scene) -> tuple[Params, Params, Params, Params]:
+def _stacks(scene: MidRunFixture) -> tuple[Params, Params, Params, Params]:
     """Three parameters, later ones, states and references, the first as they are."""
     place = torch.Generator().manual_seed(4)
 
@@ -357,7 +359,7 @@ def _stacks(scene: Scene) -> tuple[Params, Params, Params, Params]:
 Hook = Callable[[Params, Params, Params, Params], object]
 
 
-def _on_tensors(scene: Scene) -> dict[str, Hook]:
+def _on_tensors(scene: MidRunFixture) -> dict[str, Hook]:
     strategy = scene.strategy
     batch = scene.batch
     rules = scene.state.rules

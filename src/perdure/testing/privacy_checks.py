@@ -13,29 +13,29 @@ from perdure.errors import ConformanceError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.planning.budget import planned
 from perdure.privacy.accounting.charges import merged
-from perdure.privacy.private_sum import Mechanism, Schedule
+from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.testing.fixtures import (
     SIMULATED,
     NotApplicable,
-    Stand,
+    StrategyFixture,
     copied,
     differing,
     other_records,
     require,
     run,
 )
-from perdure.testing.recording_curator import ONCE, Watched, declared
+from perdure.testing.recording_curator import ONCE, RecordingStrategy, declared
 
 ANSWERS = ("gradient", "reference", "release", "count", "select")
 
 
-def private(stand: Stand) -> None:
+def private(stand: StrategyFixture) -> None:
     """A whole private run, and the same answers on other records."""
     if stand.strategy.couples_records:
         _refused(stand)
         raise NotApplicable("it declares couples_records, and is refused under privacy")
     _planned_from_public_facts(stand)
-    watched = Watched(stand.fresh())
+    watched = RecordingStrategy(stand.fresh())
     trace = list[str]()
     begun = dict[int, int]()
 
@@ -55,7 +55,7 @@ def private(stand: Stand) -> None:
     _same_from_other_records(stand, learner, answers)
 
 
-def _refused(stand: Stand) -> None:
+def _refused(stand: StrategyFixture) -> None:
     try:
         stand.prepared(SIMULATED)
     except PrivacyError:
@@ -65,7 +65,7 @@ def _refused(stand: Stand) -> None:
     )
 
 
-def _planned_from_public_facts(stand: Stand) -> None:
+def _planned_from_public_facts(stand: StrategyFixture) -> None:
     strategy = stand.fresh()
     for one, other in zip(stand.stream, other_records(stand.stream), strict=True):
         require(
@@ -76,23 +76,23 @@ def _planned_from_public_facts(stand: Stand) -> None:
         )
 
 
-def _asked_as_declared(stand: Stand, watched: Watched) -> None:
-    asks = stand.strategy.asks
+def _asked_as_declared(stand: StrategyFixture, watched: RecordingStrategy) -> None:
+    cost = stand.strategy.privacy_cost
     for index in range(len(stand.stream)):
         for kind in ONCE:
             asked = watched.count_of(kind, index)
-            said = declared(asks, kind)
+            said = declared(cost, kind)
             require(
                 asked == said,
                 f"it asked for {asked} {kind} in experience {index} and declares {said}",
-                allowed="what `asks` declares",
-                fix=f"set asks = Asks({kind}={asked}), or ask for {said}",
+                allowed="what `privacy_cost` declares",
+                fix=f"set privacy_cost = PrivacyCost({kind}={asked}), or ask for {said}",
             )
     _references_as_declared(stand, watched)
 
 
-def _references_as_declared(stand: Stand, watched: Watched) -> None:
-    said = stand.strategy.asks.references
+def _references_as_declared(stand: StrategyFixture, watched: RecordingStrategy) -> None:
+    said = stand.strategy.privacy_cost.references
     steps = {q.place for q in watched.asked if q.kind == "references"}
     for index, step in sorted(steps):
         there = [q.of for q in watched.asked if q.kind == "references" and q.place == (index, step)]
@@ -103,18 +103,18 @@ def _references_as_declared(stand: Stand, watched: Watched) -> None:
                 f"step {step} of experience {index} asked for {asked} reference gradients of "
                 "experience "
                 f"{past} and declares {said}",
-                allowed="what `asks` declares",
-                fix=f"set asks = Asks(references={asked}), or ask for {said}",
+                allowed="what `privacy_cost` declares",
+                fix=f"set privacy_cost = PrivacyCost(references={asked}), or ask for {said}",
             )
     require(
         bool(steps) == bool(said),
         f"it asked for reference gradients in {len(steps)} steps and declares {said} a step",
-        allowed="what `asks` declares",
-        fix="set asks = Asks(references=1) where, and only where, references() asks",
+        allowed="what `privacy_cost` declares",
+        fix="set privacy_cost = PrivacyCost(references=1) where, and only where, references() asks",
     )
 
 
-def _charged_as_asked(learner: Learner, watched: Watched, drawn: int) -> None:
+def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) -> None:
     assert learner.mechanism is not None
     ledger = learner.mechanism.ledger
     gradients = sum(learner.steps(index) for index in range(len(learner.stream)))
@@ -134,20 +134,20 @@ def _charged_as_asked(learner: Learner, watched: Watched, drawn: int) -> None:
             spent == merged(history),
             f"{partition} was charged {spent}, planned were {merged(history)}",
             allowed="the plan, which calibrates the noise",
-            fix="make asks and plan() say what the hooks do",
+            fix="make privacy_cost and plan() say what the hooks do",
         )
 
 
-def _reuses_as_declared(stand: Stand, learner: Learner, since: int) -> None:
+def _reuses_as_declared(stand: StrategyFixture, learner: Learner, since: int) -> None:
     assert learner.mechanism is not None
     first = stand.stream[0].train.partition
-    said = stand.strategy.asks.reuses
+    said = stand.strategy.privacy_cost.reuses_past_records
     later = any(first in entry.scope for entry in learner.mechanism.ledger.entries[since:])
     require(
         later == said,
-        f"records of experience 0 are {'used' if later else 'not used'} later and reuses={said}",
-        allowed="what `asks` declares",
-        fix=f"set asks = Asks(reuses={later})",
+        f"records of experience 0 are {'used' if later else 'not used'} later and reuses_past_records={said}",
+        allowed="what `privacy_cost` declares",
+        fix=f"set privacy_cost = PrivacyCost(reuses_past_records={later})",
     )
 
 
@@ -157,7 +157,7 @@ Answer = tuple[Any, Any, float]
 """What the mechanism said, and what it knows of its last gradient and its clip norm then."""
 
 
-def _recorded(mechanism: Mechanism) -> list[Answer]:
+def _recorded(mechanism: PrivateSum) -> list[Answer]:
     answers: list[Answer] = []
 
     def recording(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +174,7 @@ def _recorded(mechanism: Mechanism) -> list[Answer]:
     return answers
 
 
-def _same_from_other_records(stand: Stand, first: Learner, answers: list[Answer]) -> None:
+def _same_from_other_records(stand: StrategyFixture, first: Learner, answers: list[Answer]) -> None:
     """All that comes out is a function of the answers.
 
     Other records with the same answers give the same bits.
@@ -195,7 +195,7 @@ def _same_from_other_records(stand: Stand, first: Learner, answers: list[Answer]
     require(
         next(waiting, None) is None,
         "how much it asks for changes with the records",
-        allowed="what `asks` declares",
+        allowed="what `privacy_cost` declares",
         fix="decide from public facts what to ask for",
     )
     wrong = differing(_outcome(first), _outcome(learner))

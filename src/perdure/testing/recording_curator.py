@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
-from perdure.contract.plan import Asks
+from perdure.contract.plan import PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConformanceError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import Curator
+    from perdure.curator.local_curator import LocalCurator as Curator
 
-Kind = Literal["releases", "recalls", "histograms", "selections", "references"]
-"""What is asked, by its name in `Asks`."""
+Kind = Literal["releases", "memory_releases", "histograms", "selections", "references"]
+"""What is asked, by its name in `PrivacyCost`."""
 FACTS = (
     "context",
     "declared_size",
@@ -57,7 +57,7 @@ class Question:
     of: int | None = None
 
 
-class Door:
+class RecordingCurator:
     """Stands before a curator.
 
     Args:
@@ -81,7 +81,7 @@ class Door:
         self, query: Callable[..., Any], *, clip_norm: float, purpose: str, over: Any = "experience"
     ) -> Params:
         """`Curator.release`, noted."""
-        kind: Kind = "recalls" if over == "memory" else "releases"
+        kind: Kind = "memory_releases" if over == "memory" else "releases"
         self.asked.append(
             Question(kind=kind, rows=query, purpose=purpose, place=self._place, clip_norm=clip_norm)
         )
@@ -126,7 +126,7 @@ class Door:
         return self._real.context.experience, getattr(self._real._held, "step", 0)
 
 
-class Watched:
+class RecordingStrategy:
     """A strategy whose hooks reach the curator through a door; all else is the strategy's own."""
 
     def __init__(self, strategy: Strategy) -> None:
@@ -146,12 +146,14 @@ class Watched:
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
         """`Strategy.references`, through a door."""
-        return self._strategy.references(Door(curator, asked=self.asked).curator, params, state)
+        return self._strategy.references(
+            RecordingCurator(curator, asked=self.asked).curator, params, state
+        )
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """`Strategy.after_experience`, through a door."""
         return self._strategy.after_experience(
-            Door(curator, asked=self.asked).curator, params, state
+            RecordingCurator(curator, asked=self.asked).curator, params, state
         )
 
     def count_of(self, kind: Kind, experience: int) -> int:
@@ -159,9 +161,9 @@ class Watched:
         return sum(q.times for q in self.asked if q.kind == kind and q.place[0] == experience)
 
 
-ONCE: tuple[Kind, ...] = ("releases", "recalls", "histograms", "selections")
+ONCE: tuple[Kind, ...] = ("releases", "memory_releases", "histograms", "selections")
 
 
-def declared(asks: Asks, kind: Kind) -> int:
-    """The number that `asks` gives for a kind."""
-    return int(getattr(asks, kind))
+def declared(cost: PrivacyCost, kind: Kind) -> int:
+    """The number that `privacy_cost` gives for a kind."""
+    return int(getattr(cost, kind))

@@ -16,12 +16,20 @@ from perdure.learner.checkpoint import Store
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import with_penalty
-from perdure.testing.fixtures import BLOCKS, SIMULATED, Stand, copied, differing, require, run
+from perdure.testing.fixtures import (
+    BLOCKS,
+    SIMULATED,
+    StrategyFixture,
+    copied,
+    differing,
+    require,
+    run,
+)
 
 # --------------------------------------------------------------------------- what it is
 
 
-def declared(stand: Stand) -> None:
+def declared(stand: StrategyFixture) -> None:
     """Check for a frozen, hashable dataclass.
 
     The model must not change from one learner to the next.
@@ -86,7 +94,7 @@ def declared(stand: Stand) -> None:
 # --------------------------------------------------------------------------- alone
 
 
-def alone(stand: Stand) -> None:
+def alone(stand: StrategyFixture) -> None:
     """Check a whole stream.
 
     The state keeps its layout, numbers are finite, and masks and the plan are respected.
@@ -113,7 +121,7 @@ def alone(stand: Stand) -> None:
 def _free_of_penalty(learner: Learner) -> None:
     experience = learner.stream[learner.position.experience]
     params = learner.params
-    if learner.plan(experience).penalised:
+    if learner.plan(experience).applies_penalty:
         return
     none = {name: torch.zeros_like(value) for name, value in params.items()}
     pull = with_penalty(none, learner.strategy.penalty(params, learner.state), params)
@@ -121,8 +129,8 @@ def _free_of_penalty(learner: Learner) -> None:
     require(
         not pulled,
         f"penalty() pulls {', '.join(pulled[:3])} in experience {experience.index}",
-        allowed="none where plan() says penalised=False",
-        fix="leave penalised out of the plan of that experience",
+        allowed="none where plan() says applies_penalty=False",
+        fix="leave applies_penalty out of the plan of that experience",
     )
 
 
@@ -191,7 +199,7 @@ def _predictions(learner: Learner) -> None:
 # --------------------------------------------------------------------------- stopped and resumed
 
 
-def resume(stand: Stand) -> str | None:
+def resume(stand: StrategyFixture) -> str | None:
     """Stopped in the middle of an experience, saved and loaded, it ends in the same bits."""
     for privacy in (None,) if stand.strategy.couples_records else (None, SIMULATED):
         _resumed(stand, privacy)
@@ -202,7 +210,7 @@ def resume(stand: Stand) -> str | None:
     )
 
 
-def _resumed(stand: Stand, privacy: Privacy | None) -> None:
+def _resumed(stand: StrategyFixture, privacy: Privacy | None) -> None:
     first = stand.middle(privacy)
     with TemporaryDirectory(prefix="perdure-") as folder:
         store = Store(Path(folder))
@@ -237,13 +245,13 @@ def _to_the_end(learner: Learner) -> None:
 # --------------------------------------------------------------------------- in a federation
 
 
-def federated(stand: Stand) -> None:
+def federated(stand: StrategyFixture) -> None:
     """One client is the learner alone; two are combined as declared."""
     _only_client(stand)
     _two_clients(stand)
 
 
-def _only_client(stand: Stand) -> None:
+def _only_client(stand: StrategyFixture) -> None:
     from perdure.federated import Federation, run_federation
 
     learner = stand.prepared()
@@ -271,7 +279,7 @@ def _shared(learner: Learner) -> dict[str, Tensor]:
     return state | {f"parameter {n}": t for n, t in learner.model.state_dict().items()}
 
 
-def _two_clients(stand: Stand) -> None:
+def _two_clients(stand: StrategyFixture) -> None:
     from perdure.federated import Federation, Server, iid, run_federation
     from perdure.federated.client import declared_size
 

@@ -27,7 +27,7 @@ from helpers.noise_tapes import (
 from perdure.privacy.clipping import layer_rules
 from perdure.privacy.clipping.clip import Clip, squared_norms
 from perdure.privacy.clipping.convolution_rules import ConvGhost, conv_rule
-from perdure.privacy.clipping.layer_rules import LinearGhost, Use, linear_rule
+from perdure.privacy.clipping.layer_rules import LayerCall, LinearGhost, linear_rule
 
 ROUNDING = 1 + 1e-4
 CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [
@@ -55,7 +55,7 @@ def test_each_case_goes_the_way_that_it_is_a_case_of(name):
     layer = module.layer
     y = module.layer(x)
     rule = (linear_rule if isinstance(layer, nn.Linear) else conv_rule)(
-        layer, [Use(x, y, torch.ones_like(y))]
+        layer, [LayerCall(x, y, torch.ones_like(y))]
     )
     assert type(rule) is way
     assert getattr(rule, "lined", False) == ("lines" in name)
@@ -78,7 +78,7 @@ def test_rows_by_patches_equal_rows_by_groups(name):
     """
     module, x, _ = made(name)
     y = module.layer(x)
-    use = Use(x, y, torch.rand_like(y))
+    use = LayerCall(x, y, torch.rand_like(y))
     groups, patches = (conv_rule(module.layer, [use]) for _ in range(2))
     patches.on_cpu = patches.lined = False
     assert torch.allclose(groups.squared_norms(), patches.squared_norms(), rtol=1e-5)
@@ -162,9 +162,9 @@ def test_a_ghost_norm_is_not_too_small_where_positions_cancel(kind):
     )
     d[:, 0] *= 1 + 2e-4
     if kind is LinearGhost:
-        rule = linear_rule(nn.Linear(40, 30), [Use(a, d, d)])
+        rule = linear_rule(nn.Linear(40, 30), [LayerCall(a, d, d)])
     else:
-        rule = conv_rule(nn.Conv1d(40, 30, 1), [Use(a.mT, d.mT, d.mT)])
+        rule = conv_rule(nn.Conv1d(40, 30, 1), [LayerCall(a.mT, d.mT, d.mT)])
     assert type(rule) is kind
     factors = Clip(norm=1.0).factors({"": rule.squared_norms()})[""]
     for i in range(64):

@@ -10,7 +10,7 @@ from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import Charge
-from perdure.privacy.noise.banded import Chain, coefficients
+from perdure.privacy.noise.banded import BandedNoise, coefficients
 from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
@@ -39,7 +39,7 @@ def test_the_coefficients_are_those_of_the_square_root():
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 9, 12])
 def test_the_chain_is_the_inverse_of_the_matrix(bands):
-    chain = Chain(bands)
+    chain = BandedNoise(bands)
     fresh = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     inverse = torch.linalg.inv(strategy_matrix(STEPS, bands))
     expected = chain.gain * inverse @ fresh
@@ -54,7 +54,7 @@ def test_k_steps_of_a_record_cost_what_k_gaussians_cost(bands):
     over the gain.
     """
     matrix = strategy_matrix(STEPS, bands)
-    gain = Chain(bands).gain
+    gain = BandedNoise(bands).gain
     for k in (1, 2, 3):
         for places in combinations(range(STEPS), k):
             if all(later - earlier >= bands for earlier, later in pairwise(places)):
@@ -73,7 +73,7 @@ def test_the_sum_of_all_steps_has_less_noise_than_independent_noise_would_leave(
     def error(bands):
         return (
             float((ones @ torch.linalg.inv(strategy_matrix(steps, bands))).square().sum(1).mean())
-            * Chain(bands).gain ** 2
+            * BandedNoise(bands).gain ** 2
         )
 
     assert error(1) > 2 * error(4) > 2 * error(16)

@@ -24,8 +24,8 @@ from perdure.privacy.clipping.convolution_rules import conv_rule
 from perdure.privacy.clipping.layer_rules import (
     CosineRows,
     EmbeddingRule,
+    LayerCall,
     Rule,
-    Use,
     linear_rule,
     normalisation_rule,
 )
@@ -33,7 +33,7 @@ from perdure.types import Params
 
 Layers = Mapping[str, nn.Module]
 
-RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[Use]], Rule]] = {
+RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[LayerCall]], Rule]] = {
     nn.Linear: linear_rule,
     nn.Conv1d: conv_rule,
     nn.Conv2d: conv_rule,
@@ -239,13 +239,13 @@ def _escapes(total: Tensor, tape: list[Call], params: Params) -> bool:
     return False
 
 
-def _went_back(total: Tensor, tape: list[Call]) -> dict[str, list[Use]]:
+def _went_back(total: Tensor, tape: list[Call]) -> dict[str, list[LayerCall]]:
     """Uses of the layers that the losses depend on; the weights' gradients are not computed."""
     if not (tape and total.requires_grad):
         return {}
     backs = torch.autograd.grad(total, [call.edge for call in tape], allow_unused=True)
-    uses: dict[str, list[Use]] = {}
+    uses: dict[str, list[LayerCall]] = {}
     for call, back in zip(tape, backs, strict=True):
         if back is not None:
-            uses.setdefault(call.layer, []).append(Use(call.entered, back, back))
+            uses.setdefault(call.layer, []).append(LayerCall(call.entered, back, back))
     return uses

@@ -18,11 +18,11 @@ from perdure.privacy.clipping.clip import sum_of
 from perdure.privacy.clipping.layer_rules import (
     GHOST_COST,
     FormedRule,
+    LayerCall,
     Rule,
-    Use,
+    at_least_float32,
     ghost_norms,
     squared_lengths,
-    wide,
 )
 from perdure.types import Params
 
@@ -126,7 +126,7 @@ class Geometry:
         )
 
 
-def conv_rule(layer: nn.Module, uses: list[Use]) -> Rule:
+def conv_rule(layer: nn.Module, uses: list[LayerCall]) -> Rule:
     """(n, in, ...) to (n, out, ...) in one or two dimensions, the cheapest way.
 
     More uses are places side by side.
@@ -137,7 +137,7 @@ def conv_rule(layer: nn.Module, uses: list[Use]) -> Rule:
     ghost = (
         GHOST_COST * places * (geometry.fan_in + geometry.outs) < geometry.fan_in * geometry.outs
     )
-    images = [Use(_image(use.entered), use.left, _image(use.back)) for use in uses]
+    images = [LayerCall(_image(use.entered), use.left, _image(use.back)) for use in uses]
     return (ConvGhost if ghost else ConvRows)(
         geometry, images, layer.bias is not None, layer.weight.shape
     )
@@ -151,7 +151,7 @@ class ConvRows(FormedRule):
     """Small kernels, or many places."""
 
     def __init__(
-        self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size
+        self, geometry: Geometry, uses: list[LayerCall], has_bias: bool, shape: torch.Size
     ) -> None:
         self.geometry = geometry
         self.uses = uses
@@ -192,12 +192,14 @@ class ConvGhost:
     """Large kernels over few places."""
 
     def __init__(
-        self, geometry: Geometry, uses: list[Use], has_bias: bool, shape: torch.Size
+        self, geometry: Geometry, uses: list[LayerCall], has_bias: bool, shape: torch.Size
     ) -> None:
         self.geometry = geometry
         self.uses = uses
         self.shape = shape
-        self.bias = sum_of([wide(use.back).sum((2, 3)) for use in uses]) if has_bias else None
+        self.bias = (
+            sum_of([at_least_float32(use.back).sum((2, 3)) for use in uses]) if has_bias else None
+        )
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""

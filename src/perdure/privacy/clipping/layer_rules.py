@@ -51,7 +51,7 @@ not bound it.
 
 
 @dataclass(eq=False)
-class Use:
+class LayerCall:
     """One call of a layer: what entered it, what left it, and the loss's gradient there.
 
     (n, ...) each.
@@ -66,11 +66,11 @@ class Use:
 
         Under autocast the layer saw its input in its output's precision.
         """
-        return wide(self.entered.to(self.back.dtype)), wide(self.back)
+        return at_least_float32(self.entered.to(self.back.dtype)), at_least_float32(self.back)
 
-    def of(self, piece: slice) -> "Use":
+    def of(self, piece: slice) -> "LayerCall":
         """The use by some of the records."""
-        return Use(self.entered[piece], self.left, self.back[piece])
+        return LayerCall(self.entered[piece], self.left, self.back[piece])
 
 
 class Rule(Protocol):
@@ -86,7 +86,7 @@ class Rule(Protocol):
         """
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Float32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -101,7 +101,7 @@ def squared_lengths(rows: Tensor) -> Tensor:
     return squares
 
 
-def pieces(n: int, numbers: int) -> list[slice]:
+def record_slices(n: int, numbers: int) -> list[slice]:
     """Slices of n records, `numbers` numbers each.
 
     About equally long, so that few lengths occur.
@@ -122,11 +122,11 @@ class RowsRule:
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""
-        return sum_of([squared_lengths(wide(row)) for row in self.rows.values()])
+        return sum_of([squared_lengths(at_least_float32(row)) for row in self.rows.values()])
 
     def weighted(self, factors: Tensor) -> Params:
         """See `Rule`."""
-        wider = {name: wide(row) for name, row in self.rows.items()}
+        wider = {name: at_least_float32(row) for name, row in self.rows.items()}
         return {n: (factors.to(r.dtype) @ r.flatten(1)).view(r.shape[1:]) for n, r in wider.items()}
 
 
@@ -154,7 +154,7 @@ class FormedRule(ABC):
     def squared_norms(self) -> Tensor:
         """See `Rule`; the rows are kept for `weighted` where they are few."""
         squares = []
-        for piece in pieces(self.n, self.numbers):
+        for piece in record_slices(self.n, self.numbers):
             rule = RowsRule(self.formed(piece))
             squares.append(rule.squared_norms())
             self.kept += [rule] if self.n * self.numbers <= KEPT_NUMBERS else []
@@ -163,7 +163,7 @@ class FormedRule(ABC):
     def weighted(self, factors: Tensor) -> Params:
         """See `Rule`."""
         sums: Params = {}
-        for i, piece in enumerate(pieces(self.n, self.numbers)):
+        for i, piece in enumerate(record_slices(self.n, self.numbers)):
             rule = self.kept[i] if self.kept else RowsRule(self.formed(piece))
             part = rule.weighted(factors[piece])
             sums = {name: sums[name].add_(value) for name, value in part.items()} if sums else part
@@ -180,7 +180,7 @@ def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers
         numbers: formed for one of them.
     """
     squares = []
-    for piece in pieces(n, numbers):
+    for piece in record_slices(n, numbers):
         entered, back = grams(piece)
         lengths = entered.diagonal(dim1=1, dim2=2) * back.diagonal(dim1=1, dim2=2)
         slack = SLACK * lengths.clamp(min=0.0).sqrt().sum(1).square()
@@ -191,7 +191,7 @@ def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers
 # --------------------------------------------------------------------------- linear layers
 
 
-def linear_rule(layer: nn.Module, uses: list[Use]) -> Rule:
+def linear_rule(layer: nn.Module, uses: list[LayerCall]) -> Rule:
     """(n, ..., in) to (n, ..., out), the cheapest way; several uses are positions side by side."""
     has_bias = layer.bias is not None
     if len(uses) == 1 and uses[0].back.dim() == 2:
@@ -204,7 +204,7 @@ def linear_rule(layer: nn.Module, uses: list[Use]) -> Rule:
     return LinearGhost(use, has_bias) if ghost else LinearRows(use, has_bias)
 
 
-def _joined(uses: list[Use]) -> Use:
+def _joined(uses: list[LayerCall]) -> LayerCall:
     """All uses' positions, (n, positions, k)."""
     entered = [use.entered.to(use.back.dtype) for use in uses]
     parts = [
@@ -212,13 +212,13 @@ def _joined(uses: list[Use]) -> Use:
         for xs in (entered, [u.back for u in uses])
     ]
     whole = [part[0] if len(part) == 1 else torch.cat(part, 1) for part in parts]
-    return Use(whole[0], whole[1], whole[1])
+    return LayerCall(whole[0], whole[1], whole[1])
 
 
 class LinearOuter:
     """One position: the gradient is the outer product d a^T."""
 
-    def __init__(self, use: Use, has_bias: bool) -> None:
+    def __init__(self, use: LayerCall, has_bias: bool) -> None:
         self.entered, self.back = use.flowed()
         self.has_bias = has_bias
 
@@ -237,7 +237,7 @@ class LinearOuter:
 class LinearRows(FormedRule):
     """Small layers, or many positions."""
 
-    def __init__(self, use: Use, has_bias: bool) -> None:
+    def __init__(self, use: LayerCall, has_bias: bool) -> None:
         self.use = use
         self.has_bias = has_bias
         super().__init__(len(use.back), use.entered.shape[2] * use.back.shape[2])
@@ -251,9 +251,9 @@ class LinearRows(FormedRule):
 class LinearGhost:
     """Few positions of a large layer."""
 
-    def __init__(self, use: Use, has_bias: bool) -> None:
+    def __init__(self, use: LayerCall, has_bias: bool) -> None:
         self.use = use
-        self.bias = wide(use.back).sum(1) if has_bias else None
+        self.bias = at_least_float32(use.back).sum(1) if has_bias else None
 
     def squared_norms(self) -> Tensor:
         """See `Rule`."""
@@ -284,7 +284,7 @@ class CosineRows(FormedRule):
     and uses.
     """
 
-    def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
+    def __init__(self, layer: nn.Module, uses: list[LayerCall]) -> None:
         assert isinstance(layer, CosineHead)
         self.use = _joined(uses)
         self.layer = layer
@@ -312,12 +312,14 @@ class EmbeddingRule:
     |g|^2 = sum over equal words of d_t . d_s.
     """
 
-    def __init__(self, layer: nn.Module, uses: list[Use]) -> None:
+    def __init__(self, layer: nn.Module, uses: list[LayerCall]) -> None:
         assert isinstance(layer, nn.Embedding)
         self.shape = layer.weight.shape
         n = len(uses[0].back)
         self.words = torch.cat([use.entered.reshape(n, -1) for use in uses], 1)
-        back = torch.cat([wide(use.back).reshape(n, -1, layer.embedding_dim) for use in uses], 1)
+        back = torch.cat(
+            [at_least_float32(use.back).reshape(n, -1, layer.embedding_dim) for use in uses], 1
+        )
         padding = layer.padding_idx
         self.back = back if padding is None else back * (self.words != padding)[:, :, None]
 
@@ -341,7 +343,7 @@ class EmbeddingRule:
         return (words[:, :, None] == words[:, None, :]).to(back.dtype), back @ back.mT
 
 
-def normalisation_rule(layer: nn.Module, uses: list[Use]) -> Rule:
+def normalisation_rule(layer: nn.Module, uses: list[LayerCall]) -> Rule:
     """Scale and shift of a normalisation: few numbers a record."""
     names = [name for name, _ in layer.named_parameters()]
 
@@ -354,7 +356,8 @@ def normalisation_rule(layer: nn.Module, uses: list[Use]) -> Rule:
         return {name: rows[name] for name in names}
 
     formed = [
-        form(piece) for piece in pieces(len(uses[0].back), sum(use.back[0].numel() for use in uses))
+        form(piece)
+        for piece in record_slices(len(uses[0].back), sum(use.back[0].numel() for use in uses))
     ]
     return RowsRule({name: torch.cat([rows[name] for rows in formed]) for name in names})
 

@@ -118,13 +118,13 @@ def check_rows(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor,
         _compare(whole, _calls(model, losses, changed, labels), kept[kept != i], what, TOLERANCE)
 
 
-Call = tuple[str, int, dict[str, Tensor]]
+LayerRows = tuple[str, int, dict[str, Tensor]]
 """A layer's name; how many rows left it in one call; what entered it and what came back to it,
 records first.
 """
 
 
-def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> list[Call]:
+def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> list[LayerRows]:
     """Differentiable calls of the innermost layers that have parameters, in order."""
     heard: list[tuple[str, nn.Module, Tensor, Any]] = []
     handles = [
@@ -146,7 +146,7 @@ def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> 
     return [_call(*call, back) for call, back in zip(heard, backs, strict=True)]
 
 
-def _call(name: str, layer: nn.Module, left: Tensor, entered: Any, back: Tensor) -> Call:
+def _call(name: str, layer: nn.Module, left: Tensor, entered: Any, back: Tensor) -> LayerRows:
     dim = 0 if getattr(layer, "batch_first", True) else 1
     parts = {"gradient": back.movedim(dim, 0)}
     if isinstance(entered, Tensor) and entered.shape[dim : dim + 1] == left.shape[dim : dim + 1]:
@@ -171,7 +171,7 @@ def _listen(
 
 
 def _compare(
-    whole: list[Call], other: list[Call], rows: Tensor, what: str, tolerance: float
+    whole: list[LayerRows], other: list[LayerRows], rows: Tensor, what: str, tolerance: float
 ) -> None:
     """Refuse a layer whose `rows` differ between two runs that differ in another record only."""
     for (name, n, parts), (_, _, others) in zip(whole, other, strict=True):

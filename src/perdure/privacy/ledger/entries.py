@@ -12,7 +12,7 @@ from perdure.privacy.ledger.storage import canonical, sha256
 
 Unit = Literal["record", "client"]
 Sampling = Literal["poisson", "none"]
-Mechanism = Literal["gaussian", "discrete-gaussian", "exponential", "banded-gaussian", "none"]
+MechanismName = Literal["gaussian", "discrete-gaussian", "exponential", "banded-gaussian", "none"]
 CHARGED: Mapping[str, Noise] = {
     "gaussian": "gaussian",
     "discrete-gaussian": "discrete-gaussian",
@@ -86,7 +86,7 @@ class Entry:
         ):
             object.__setattr__(self, field, value)
         for field, literal in (
-            ("mechanism", Mechanism),
+            ("mechanism", MechanismName),
             ("sampling", Sampling),
             ("unit", Unit),
             ("relation", Relation),

@@ -13,12 +13,7 @@ from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge, Relation, merged
 from perdure.privacy.ledger.account import Account, header
 from perdure.privacy.ledger.entries import Entry, Unit
-from perdure.privacy.ledger.storage import (
-    SCHEMA,
-    Body,
-    Chain,
-    canonical,
-)
+from perdure.privacy.ledger.storage import SCHEMA, Body, HashChain, canonical
 from perdure.privacy.noise.key import NoiseKey
 
 
@@ -48,7 +43,7 @@ class Ledger(Account):
     """
 
     def __init__(
-        self, chain: Chain, key: NoiseKey, *, owner: str, unit: Unit, relation: Relation
+        self, chain: HashChain, key: NoiseKey, *, owner: str, unit: Unit, relation: Relation
     ) -> None:
         super().__init__(owner=owner, unit=unit, relation=relation)
         self.chain = chain
@@ -86,7 +81,7 @@ class Ledger(Account):
             LedgerError: for a ledger that is damaged, sealed with another key, or of another owner,
                 unit or relation.
         """
-        ledger = cls(Chain(path, key, trace), key, owner=owner, unit=unit, relation=relation)
+        ledger = cls(HashChain(path, key, trace), key, owner=owner, unit=unit, relation=relation)
         asked = {"owner": owner, "unit": unit, "relation": relation}
         if not ledger.chain.bodies:
             ledger._write({"kind": "header", "schema": SCHEMA, **asked})

@@ -11,7 +11,7 @@ from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.storage import (
     SCHEMA,
     Body,
-    Head,
+    SealedHead,
     canonical,
     cover,
     head_path,
@@ -28,7 +28,7 @@ class Part:
 
     account: Account
     lines: tuple[str, ...]
-    head: Head
+    head: SealedHead
     keyed: bool
 
 
@@ -139,7 +139,7 @@ def _parts(path: Path, keys: Mapping[str, NoiseKey]) -> Iterator[Part]:
     lines = read_lines(path)
     start = 1
     for _ in range(_count(lines, path)):
-        head = Head.parse(
+        head = SealedHead.parse(
             lines[start] if start < len(lines) else "", where=f"{path}, line {start + 1}"
         )
         chain = lines[start + 1 : start + 1 + head.count]
@@ -168,7 +168,7 @@ def _title(count: int) -> str:
 def _part(
     lines: Sequence[str],
     bodies: Sequence[Body],
-    head: Head,
+    head: SealedHead,
     keys: Mapping[str, NoiseKey],
     where: str,
 ) -> Part:

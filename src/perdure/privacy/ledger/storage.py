@@ -87,7 +87,7 @@ def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Bo
 
 
 @dataclass(frozen=True)
-class Head:
+class SealedHead:
     """How many lines count, the hash of the last one, and the curator's MAC over both."""
 
     count: int
@@ -95,12 +95,12 @@ class Head:
     mac: str
 
     @classmethod
-    def seal(cls, count: int, last: str, key: NoiseKey) -> "Head":
+    def seal(cls, count: int, last: str, key: NoiseKey) -> "SealedHead":
         """Make the head of a chain with `count` lines."""
         return cls(count, last, key.mac(_sealed(count, last)))
 
     @classmethod
-    def parse(cls, text: str, *, where: str) -> "Head":
+    def parse(cls, text: str, *, where: str) -> "SealedHead":
         """Read `text`.
 
         Raises:
@@ -147,7 +147,7 @@ def read_lines(path: Path) -> list[str]:
     return [line.decode("ascii", errors="replace") for line in data.split(b"\n")[:-1]]
 
 
-def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], Head]:
+def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], SealedHead]:
     """Lines and bodies that the head covers, and the head.
 
     Without a key only the chain is verified.
@@ -160,14 +160,16 @@ def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], Head]
         raise LedgerError(
             f"{beside} is missing, so {path.name} cannot be trusted; restore it from a backup"
         )
-    head = Head.parse(beside.read_bytes().decode("ascii", errors="replace"), where=str(beside))
+    head = SealedHead.parse(
+        beside.read_bytes().decode("ascii", errors="replace"), where=str(beside)
+    )
     if key is not None:
         head.check(key, where=str(beside))
     lines = read_lines(path)[: head.count]
     return lines, cover(lines, head, where=str(path)), head
 
 
-def cover(lines: Sequence[str], head: Head, *, where: str, first: int = 1) -> list[Body]:
+def cover(lines: Sequence[str], head: SealedHead, *, where: str, first: int = 1) -> list[Body]:
     """Bodies of `lines`, which must be exactly the chain that `head` seals.
 
     Raises:
@@ -187,7 +189,7 @@ def cover(lines: Sequence[str], head: Head, *, where: str, first: int = 1) -> li
     return bodies
 
 
-class Chain:
+class HashChain:
     """An append-only chain of lines with its head, on disk or (path None) in memory.
 
     Guarantee: when `append` returns, line and head survive a crash; when it raises, the next `open`
@@ -213,9 +215,9 @@ class Chain:
             write_atomically(head_path(path), self.head.text().encode())
 
     @property
-    def head(self) -> Head:
+    def head(self) -> SealedHead:
         """Head of the lines so far."""
-        return Head.seal(len(self.lines), self.last, self._key)
+        return SealedHead.seal(len(self.lines), self.last, self._key)
 
     def append(self, body: Body) -> None:
         """Add one line, write-ahead.
@@ -230,7 +232,7 @@ class Chain:
             self._interrupted = True
             _append(self._path, line + "\n")
         self.trace("ledger.appended")
-        head = Head.seal(len(self.lines) + 1, own, self._key)
+        head = SealedHead.seal(len(self.lines) + 1, own, self._key)
         if self._path is not None:
             write_atomically(head_path(self._path), head.text().encode())
         self.lines.append(line)

@@ -34,7 +34,7 @@ def coefficients(bands: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-class Chain:
+class BandedNoise:
     """Noise of the steps of one reserved block, in order; a block begins a chain of its own.
 
     Guarantee: over a block, the noise is `gain * C^-1 z`; with blocks in one chain a repeated block

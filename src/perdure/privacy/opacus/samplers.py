@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.bookkeeping import RULES, LinearRule, ruled_layers
 from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, layer_of, sum_of
-from perdure.privacy.clipping.layer_rules import RowsRule, Rule, Use
+from perdure.privacy.clipping.layer_rules import LayerCall, RowsRule, Rule
 from perdure.types import Params
 
 
@@ -32,9 +32,9 @@ class Layer:
 
     module: nn.Module
     names: Mapping[str, str]
-    rule: Callable[[nn.Module, list[Use]], Rule]
+    rule: Callable[[nn.Module, list[LayerCall]], Rule]
     records: int = 0
-    uses: list[Use] = field(default_factory=list)
+    uses: list[LayerCall] = field(default_factory=list)
 
     @property
     def group(self) -> str:
@@ -209,14 +209,14 @@ def _too_large(layer: Layer, records: int) -> bool:
     return layer.rule is _by_sampler and records * size > PASS_NUMBERS
 
 
-class Rows(RowsRule):
+class PrecomputedRows(RowsRule):
     """Per-record gradients that are already there."""
 
     def __init__(self, rows: Params) -> None:
         self.rows = rows
 
 
-def _by_sampler(layer: nn.Module, uses: list[Use]) -> Rule:
+def _by_sampler(layer: nn.Module, uses: list[LayerCall]) -> Rule:
     """Rows by Opacus, summed over the layer's uses.
 
     Raises:
@@ -236,12 +236,14 @@ def _by_sampler(layer: nn.Module, uses: list[Use]) -> Rule:
                     f"{name} and {len(use.left)} "
                     f"records; return (n, *{tuple(param.shape)}), one row per record"
                 )
-    return Rows({name: sum_of([part[param] for part in parts]) for name, param in own.items()})
+    return PrecomputedRows(
+        {name: sum_of([part[param] for part in parts]) for name, param in own.items()}
+    )
 
 
-def _last_of_sequence(layer: nn.Module, uses: list[Use]) -> Rule:
+def _last_of_sequence(layer: nn.Module, uses: list[LayerCall]) -> Rule:
     """SequenceBias adds one element at the end: what comes back there."""
-    return Rows(
+    return PrecomputedRows(
         {"bias": sum_of([use.back[:, -1] if layer.batch_first else use.back[-1] for use in uses])}
     )
 
@@ -261,7 +263,7 @@ def _listening(module: nn.Module, layers: Sequence[Layer]) -> Iterator[list[str]
             if len(entered) != 1 or not all(isinstance(x, Tensor) for x in (*entered, left)):
                 strange.append(type(layer.module).__name__)
             elif left.requires_grad:
-                layer.uses.append(Use(entered[0].detach(), left))
+                layer.uses.append(LayerCall(entered[0].detach(), left))
 
         return hook
 
