@@ -136,14 +136,14 @@ def run(stream: Stream, strategy: Strategy, seed: int, epsilon: float | None = N
         forgetting=forgetting(matrix),
         seconds=time.perf_counter() - start,
     )
-    if learner.mechanism is None:
+    if learner.private_sum is None:
         return found
-    ledger = learner.mechanism.ledger
+    ledger = learner.private_sum.ledger
     return replace(
         found,
         releases=len(ledger.entries),
         spent=ledger.worst(DELTA)[1],
-        noise_multiplier=learner.mechanism.release_noise,
+        noise_multiplier=learner.private_sum.release_noise,
     )
 
 

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from perdure.auditing.bounds import Method
 from perdure.auditing.canaries import audit
-from perdure.curator.local_curator import LocalCurator
 from perdure.data.datasets.embedded import digits
 from perdure.data.experience import Stream
 from perdure.data.scenarios import split
@@ -73,16 +72,13 @@ class HalfNoise(Learner):
     def prepare(self, stream: Stream) -> None:
         """Exchange the key of the mechanism for a broken one."""
         super().prepare(stream)
-        honest = self.mechanism
+        honest = self.private_sum
         assert honest is not None
-        self.mechanism = PrivateSum(
+        self.session.held.private_sum = PrivateSum(
             privacy=honest.privacy,
             schedule=honest.schedule,
             ledger=honest.ledger,
             key=HalfKey.from_seed(honest.privacy.seed, "client", self.client),
-        )
-        self.curator = LocalCurator(
-            seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism
         )
 
 

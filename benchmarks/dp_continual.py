@@ -136,13 +136,13 @@ def run(stream: Stream, strategy: Strategy, epsilon: float, seed: int) -> Outcom
         privacy=Privacy(epsilon=epsilon, delta=DELTA, clip_norm=CLIP_NORM, seed=seed),
     )
     matrix = learner.fit(stream)
-    assert learner.mechanism is not None
-    ledger = learner.mechanism.ledger
+    assert learner.private_sum is not None
+    ledger = learner.private_sum.ledger
     return Outcome(
         accuracy=average_accuracy(matrix),
         forgetting=forgetting(matrix),
         spent=ledger.worst(DELTA)[1],
-        noise_multiplier=learner.mechanism.noise_multiplier,
+        noise_multiplier=learner.private_sum.noise_multiplier,
         paid=spending(ledger, DELTA),
         seconds=time.perf_counter() - start,
     )

@@ -114,8 +114,8 @@ def run(stream: Stream, epsilon: float, seed: int) -> Outcome:
         privacy=Privacy(epsilon=epsilon, delta=DELTA, clip_norm=CLIP_NORM, seed=seed),
     )
     accuracy = float(learner.fit(stream)[-1, -1])
-    assert learner.mechanism is not None
-    mechanism = learner.mechanism
+    assert learner.private_sum is not None
+    mechanism = learner.private_sum
     times = clocks() - start
     _, spent = mechanism.ledger.worst(DELTA)
     return Outcome(

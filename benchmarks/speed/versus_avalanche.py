@@ -118,11 +118,15 @@ def ours(stream: Stream, name: str) -> Timed:
     for index in range(len(stream)):
         start = time.perf_counter()
         learner.begin(index)
-        for block in learner.remaining_blocks() if learner.steps(index) else ():
+        for block in (
+            learner.training.remaining_blocks(learner.position.experience, learner.position.step)
+            if learner.training.steps(index)
+            else ()
+        ):
             learner.train(block)
         learner.finish()
         spent.seconds += time.perf_counter() - start
-        spent.steps += learner.steps(index)
+        spent.steps += learner.training.steps(index)
     return spent
 
 

@@ -102,7 +102,7 @@ def trainer(privacy=None, iterations=80, learning_rate=0.01):
             )
         )
         learner.begin(0)
-        learner.train(learner.block(0, 1))
+        learner.train(learner.training.block(learner.position.experience, 0, 1))
         return learner.predictor(0, after=0)
 
     return train

@@ -349,7 +349,7 @@ def test_si_has_the_same_importance_after_the_first_experience(
     )
     learner.prepare(from_avalanche(made))
     learner.begin(0)
-    learner.train(range(learner.steps(0)))
+    learner.train(range(learner.training.steps(0)))
     path = flat(learner.state.group("path").values())
     torch.testing.assert_close(
         -path, flat(v.data for v in plugin.syn_data["trajectory"].values()), atol=1e-6, rtol=1e-3

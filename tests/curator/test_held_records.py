@@ -61,14 +61,14 @@ def test_a_memory_that_moves_brings_back_what_earlier_steps_offered(toy_stream, 
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
     )
     for step in range(4):
-        batch = learner.curator.sample(step)
+        batch = learner.session.held.sample(step)
         new = batch.take(~batch.from_memory)
         assert len(new) == 8 and int(batch.from_memory.sum()) == (8 if offered else 0)
         assert learner.curator.context.memory_share == (0.5 if offered else 0.0)
         assert set(batch.ids[batch.from_memory].tolist()) <= set(offered)
-        learner.curator.observe(batch, lambda forward, rows: {})
+        learner.session.held.observe(batch, lambda forward, rows: {})
         offered += new.ids.tolist()
-        memory = learner.curator._held.memory
+        memory = learner.session.held.memory
         assert memory.offered == len(offered) and len(memory) == min(12, len(offered))
         assert set(memory.rows.ids.tolist()) <= set(offered) and not memory.rows.from_memory.any()
 
@@ -79,9 +79,9 @@ def test_a_moving_memory_is_not_offered_the_experience_again_at_its_end(toy_stre
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
     )
     learner.train(range(3))
-    before = learner.curator._held.memory.rows
+    before = learner.session.held.memory.rows
     learner.finish()
-    memory = learner.curator._held.memory
+    memory = learner.session.held.memory
     assert memory.rows is before and memory.offered == 24 and memory.latest == 0
 
 
@@ -100,9 +100,9 @@ def test_a_memory_that_moves_every_step_is_uniform_over_everything_seen(toy_stre
         for index in range(2):
             learner.begin(index)
             for step in range(3):  # an epoch
-                learner.curator.observe(learner.curator.sample(step), lambda forward, rows: {})
-            learner.curator.store(lambda forward, rows: {})
-        counts[learner.curator._held.memory.rows.ids] += 1
+                learner.session.held.observe(learner.session.held.sample(step), lambda forward, rows: {})
+            learner.session.held.store(lambda forward, rows: {})
+        counts[learner.session.held.memory.rows.ids] += 1
     spread = (trials * 0.25 * 0.75) ** 0.5
     assert counts.sum() == 12 * trials and float((counts - trials / 4).abs().max()) < 4.5 * spread
     # labels 0, 1 came before 2, 3
@@ -182,13 +182,13 @@ def test_under_privacy_what_is_remembered_is_asked_of_each_row_alone(toy_stream,
         toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
     )
     opened(learner, stream)
-    learner.curator.reserve(range(2), "start")
+    learner.session.held.reserve(range(2), "start")
     for step in range(2):
-        batch = learner.curator.sample(step)
+        batch = learner.session.held.sample(step)
         if update == "step":
-            learner.curator.observe(batch, peeking)
-    learner.curator.store(peeking)
-    stored = learner.curator._held.memory.rows.stored
+            learner.session.held.observe(batch, peeking)
+    learner.session.held.store(peeking)
+    stored = learner.session.held.memory.rows.stored
     assert len(stored["rows"]) > 4 and bool((stored["rows"] == 1).all())
     torch.testing.assert_close(stored["seen"], torch.zeros_like(stored["seen"]), atol=1e-6, rtol=0)
 
@@ -198,8 +198,8 @@ def test_without_privacy_it_sees_the_rows_of_the_step(toy_stream, toy_model):
     learner = opened(
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
     )
-    learner.curator.observe(learner.curator.sample(0), peeking)
-    assert bool((learner.curator._held.memory.rows.stored["rows"] == 8).all())
+    learner.session.held.observe(learner.session.held.sample(0), peeking)
+    assert bool((learner.session.held.memory.rows.stored["rows"] == 8).all())
 
 
 @pytest.mark.parametrize("update", ["experience", "step"])
@@ -274,15 +274,15 @@ def test_remembering_leaves_running_statistics_as_they_were(toy_stream):
     model = Classifier(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), 6, 4)
     learner = opened(learner_of(model, DER(memory_size=8)), stream)
     model.train()
-    batch = learner.curator.sample(0)
+    batch = learner.session.held.sample(0)
     model(batch.inputs)
     before = {name: value.clone() for name, value in model.named_buffers()}
-    learner.curator.observe(batch, lambda forward, rows: {"logits": forward(rows.inputs)})
+    learner.session.held.observe(batch, lambda forward, rows: {"logits": forward(rows.inputs)})
     assert (
         all(torch.equal(value, before[name]) for name, value in model.named_buffers())
         and model.training
     )
-    logits = learner.curator._held.memory.rows.stored["logits"]
+    logits = learner.session.held.memory.rows.stored["logits"]
     with untouched(model):
         # in training mode, as the loss saw them
         torch.testing.assert_close(logits, model(batch.inputs).detach())
@@ -321,7 +321,7 @@ def test_the_steps_on_a_pool_of_memory_follow_its_size(four, toy_model):
         toy_model(four), GDumb(memory_size=16), epochs=3, iterations=None, batch_size=4
     )
     learner.prepare(four)
-    assert [learner.steps(index) for index in range(4)] == [9, 12, 12, 12]
+    assert [learner.training.steps(index) for index in range(4)] == [9, 12, 12, 12]
     assert (
         learner_of(toy_model(four), Naive(), epochs=3, iterations=None).steps_of(
             four.experiences[:1]
@@ -334,24 +334,24 @@ def test_the_steps_on_a_pool_of_memory_follow_its_size(four, toy_model):
 def test_a_pool_of_memory_holds_stored_records_only(four, toy_model, privacy):
     learner = learner_of(toy_model(four), GDumb(memory_size=16), privacy=privacy)
     opened(learner, four, index=2)
-    pooled = learner.curator._pool
-    stored = learner.curator._held.memory.rows
+    pooled = learner.session.held.rows
+    stored = learner.session.held.memory.rows
     assert set(pooled.ids.tolist()) == set(stored.ids.tolist()) and set(stored.tasks.tolist()) == {
         0,
         1,
         2,
     }
-    assert learner.curator._held.memory.latest == 2 and learner.curator._held.memory.offered == 36
+    assert learner.session.held.memory.latest == 2 and learner.session.held.memory.offered == 36
     learner.begin(2)  # as after a stop: it is not offered again
-    assert learner.curator._held.memory.offered == 36
-    assert torch.equal(learner.curator._held.memory.rows.ids, stored.ids)
+    assert learner.session.held.memory.offered == 36
+    assert torch.equal(learner.session.held.memory.rows.ids, stored.ids)
     if privacy:
-        learner.curator.reserve(range(6), "start")
+        learner.session.held.reserve(range(6), "start")
     for step in range(6):
-        batch = learner.curator.sample(step)
+        batch = learner.session.held.sample(step)
         assert set(batch.ids.tolist()) <= set(stored.ids.tolist())
-    learner.curator.store(lambda forward, rows: {})
-    assert learner.curator._held.memory.offered == 36
+    learner.session.held.store(lambda forward, rows: {})
+    assert learner.session.held.memory.offered == 36
 
 
 def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
@@ -360,7 +360,7 @@ def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
     """
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), given(use="pooled")), stream, index=1)
-    batches = [learner.curator.sample(step) for step in range(5)]
+    batches = [learner.session.held.sample(step) for step in range(5)]
     assert [len(batch) for batch in batches] == [
         8,
         8,
@@ -370,11 +370,11 @@ def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
     ] and learner.curator.context.memory_share == 0
     ids = torch.cat([batch.ids for batch in batches])
     stored = torch.cat([batch.from_memory for batch in batches])
-    held = learner.curator._held.memory.rows.ids.tolist()
+    held = learner.session.held.memory.rows.ids.tolist()
     assert sorted(ids.tolist()) == sorted(stream[1].train.ids.tolist() + held)
     assert sorted(ids[stored].tolist()) == sorted(held)
     assert len({int(batch.from_memory.sum()) for batch in batches}) > 1
-    again = learner.curator.sample(5)
+    again = learner.session.held.sample(5)
     assert not torch.equal(again.ids, batches[0].ids)
 
 

@@ -22,7 +22,7 @@ def ones(forward, batch):
 
 def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
     learner = opened(learner_of(toy_model(four), Replay(memory_size=8), privacy=None), four, 1)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     total = learner.curator.release(
         lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="x", over="memory"
     )
@@ -33,9 +33,9 @@ def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
 
 def test_a_private_sum_over_memory_exposes_all_that_was_seen(four, toy_model, meetings):
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 2)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     learner.curator.release(ones, clip_norm=0.5, purpose="x", over="memory")
-    entry = learner.mechanism.ledger.entries[-1]
+    entry = learner.private_sum.ledger.entries[-1]
     assert entry.scope == {f"experience-{k}": 1.0 for k in range(3)}
     assert (entry.purpose, entry.steps, entry.clip_norm) == ("release:x", 1, 0.5)
     assert (
@@ -46,13 +46,13 @@ def test_a_private_sum_over_memory_exposes_all_that_was_seen(four, toy_model, me
 def test_another_memory_gives_another_entry(four, toy_model, meetings):
     """Also where the sum happens to be the same."""
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 1)
-    held = learner.curator._held
+    held = learner.session.held
     scope = []
     for shift in (0.0, 0.0, 1e-3):
         learner.begin(1)
         held.memory.rows = replace(held.memory.rows, inputs=held.memory.rows.inputs + shift)
         learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")
-        scope.append(len(learner.mechanism.ledger.entries))
+        scope.append(len(learner.private_sum.ledger.entries))
     assert scope[1] == scope[0] and scope[2] == scope[0] + 1 and meetings.reused == 0
 
 
@@ -65,8 +65,8 @@ def test_recalls_are_planned_for_every_partition_seen(four, toy_model):
     out = charges(learner, four.experiences[:3], 1.0, frozenset({"experience-1"}))
     assert out.keys() == {"experience-0", "experience-2"}
     learner.fit(four)
-    for partition, plan in planned(learner, learner.mechanism.schedule).items():
-        assert merged(learner.mechanism.ledger.charges(partition)) == merged(plan)
+    for partition, plan in planned(learner, learner.private_sum.schedule).items():
+        assert merged(learner.private_sum.ledger.charges(partition)) == merged(plan)
         assert sum(c.steps for c in plan if c.sampling_rate == 1.0) == 4 - int(partition[-1])
 
 
@@ -74,11 +74,11 @@ def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
     privacy = replace(PRIVATE, epsilon=6, delta=1e-5)
     learner = learner_of(toy_model(four), ICaRL(memory_size=12), privacy=privacy)
     learner.fit(four)
-    left = learner.mechanism.schedule.left
+    left = learner.private_sum.schedule.excluded
     assert any(left)
     sums = [
         entry
-        for entry in learner.mechanism.ledger.entries
+        for entry in learner.private_sum.ledger.entries
         if entry.purpose == "release:class means"
     ]
     assert [entry.scope.keys() for entry in sums] == [
@@ -88,7 +88,7 @@ def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
         sums = torch.as_tensor(exact).view(4, -1)  # of the classes, one an experience
         assert not any(bool(sums[int(name[-1])].any()) for name in left[i])
         assert bool(sums[i].any())
-    assert learner.mechanism.ledger.epsilon(delta=1e-5) <= 6
+    assert learner.private_sum.ledger.epsilon(delta=1e-5) <= 6
 
 
 def test_where_experiences_share_records_a_private_sum_over_memory_is_refused(copies, toy_model):
@@ -96,13 +96,13 @@ def test_where_experiences_share_records_a_private_sum_over_memory_is_refused(co
     # there is one experience so far
     learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")
     learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 1)
-    entries = len(learner.mechanism.ledger.entries)
+    entries = len(learner.private_sum.ledger.entries)
     with pytest.raises(
         PrivacyError,
         match="experiences share records, so a sum over memory would count one record tw",
     ):
         learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")
-    assert len(learner.mechanism.ledger.entries) == entries
+    assert len(learner.private_sum.ledger.entries) == entries
     plain = opened(learner_of(toy_model(copies), Replay(memory_size=24), privacy=None), copies, 1)
     assert (
         float(plain.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")["value"]) == 24

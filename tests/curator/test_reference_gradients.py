@@ -76,8 +76,8 @@ def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, 
     stream = request.getfixturevalue(which)
     learner = learner_of(toy_model(stream), strategy, privacy=replace(PRIVATE, bands=bands))
     learner.fit(stream)
-    ledger = learner.mechanism.ledger
-    for partition, plan in planned(learner, learner.mechanism.schedule).items():
+    ledger = learner.private_sum.ledger
+    for partition, plan in planned(learner, learner.private_sum.schedule).items():
         assert merged(ledger.charges(partition)) == merged(plan)
 
 
@@ -85,7 +85,7 @@ def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, 
 def test_a_calibrated_run_stays_within_its_budget_and_uses_it(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=Privacy(epsilon=4, seed=0, delta=1e-5))
     learner.fit(four)
-    assert 3.9 < learner.mechanism.ledger.epsilon(delta=1e-5) <= 4
+    assert 3.9 < learner.private_sum.ledger.epsilon(delta=1e-5) <= 4
 
 
 def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
@@ -107,8 +107,8 @@ def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, s
     """
     learner = learner_of(toy_model(copies), strategy)
     learner.fit(copies)
-    (partition,) = learner.mechanism.ledger.partitions
-    found = {c.sampling_rate: c.steps for c in merged(learner.mechanism.ledger.charges(partition))}
+    (partition,) = learner.private_sum.ledger.partitions
+    found = {c.sampling_rate: c.steps for c in merged(learner.private_sum.ledger.charges(partition))}
     assert found[4 / 48] == 3 * 4  # gradients
     others = sum(steps for rate, steps in found.items() if rate > 4 / 48)
     assert others == 4 * sum(beside)
@@ -122,11 +122,11 @@ def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
         learner_of(toy_model(four), GEM(memory_size=12, batch_size=6), privacy=None), four, 2
     )
     curator = learner.curator
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     curator.sample(0)
     for k in (0, 1):
         own = rows.take(rows.tasks == k)
-        loss = loss_of(learner)(learner.forward, own).mean()
+        loss = loss_of(learner)(learner.session.forward, own).mean()
         expected = torch.autograd.grad(loss, list(learner.params.values()))
         mine = curator.reference(loss_of(learner), learner.params, of=k)
         torch.testing.assert_close(flat(mine), torch.cat([value.flatten() for value in expected]))
@@ -142,13 +142,13 @@ def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_mod
         return loss_of(learner)(forward, batch)
 
     for step in range(3):
-        learner.curator.sample(step)
+        learner.session.held.sample(step)
         learner.curator.reference(losses, learner.params)
     assert [len(batch) for batch in met] == [4, 4, 2] and all(
         bool(batch.from_memory.all()) for batch in met
     )
     ids = torch.cat([batch.ids for batch in met])
-    assert sorted(ids.tolist()) == sorted(learner.curator._held.memory.rows.ids.tolist())
+    assert sorted(ids.tolist()) == sorted(learner.session.held.memory.rows.ids.tolist())
 
 
 def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy_model, meetings):
@@ -157,13 +157,13 @@ def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy
     """
     learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6)), four, 2)
     curator = reserved(learner)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     for k in (0, 1):
         mine = flat(curator.reference(loss_of(learner, 5.0), learner.params, of=k))
         by_hand = torch.zeros_like(mine)
         own = rows.take(rows.tasks == k)
         for i in range(len(own)):
-            loss = loss_of(learner, 5.0)(learner.forward, own.take(slice(i, i + 1))).sum()
+            loss = loss_of(learner, 5.0)(learner.session.forward, own.take(slice(i, i + 1))).sum()
             one = torch.cat(
                 [g.flatten() for g in torch.autograd.grad(loss, list(learner.params.values()))]
             )
@@ -181,8 +181,8 @@ def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(
     learner = opened(
         learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2
     )
-    whole = learner.curator._held.memory.rows
-    held = learner.curator._held
+    whole = learner.session.held.memory.rows
+    held = learner.session.held
     names = ["reference"] if strategy.name == "AGEM" else ["reference 0", "reference 1"]
 
     def sums(rows):
@@ -208,7 +208,7 @@ def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(
 
 def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meetings):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
-    learner.curator._held.memory.rows = None
+    learner.session.held.memory.rows = None
     learner.begin(1)
     curator = reserved(learner)
     mine = flat(curator.reference(loss_of(learner), learner.params))
@@ -223,7 +223,7 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
 
     def look(point, learner):
         if point == "experience.begin":
-            drawings = learner.curator._held.drawings
+            drawings = learner.session.held.drawings
             drawn[learner.position.experience] = (
                 set(drawings["reference"].rows.tasks.tolist())
                 if ("reference" in drawings)
@@ -234,10 +234,10 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
         toy_model(four), AGEM(memory_size=6), privacy=privacy, iterations=6, callbacks=[look]
     )
     learner.fit(four)
-    left = [{int(name[-1]) for name in gone} for gone in learner.mechanism.schedule.left]
+    left = [{int(name[-1]) for name in gone} for gone in learner.private_sum.schedule.excluded]
     assert any(left)
     assert drawn == {k: set(range(k)) - left[k] for k in range(4)}
-    assert learner.mechanism.ledger.epsilon(delta=1e-5) <= 15
+    assert learner.private_sum.ledger.epsilon(delta=1e-5) <= 15
 
 
 @BOTH
@@ -259,7 +259,7 @@ def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_m
         toy_model(four), strategy, callbacks=[lambda point, _: trace.append(point)]
     )
     opened(learner, four, 1)
-    before = len(learner.mechanism.ledger.entries)
+    before = len(learner.private_sum.ledger.entries)
     curator = reserved(learner)
     trace.clear()
     of = None if strategy.name == "AGEM" else 0
@@ -273,7 +273,7 @@ def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_m
     curator.sample(1)
     curator.reference(loss_of(learner), learner.params, of=of)
     assert trace[4:] == ["noise.drawn"]
-    gradient, beside = learner.mechanism.ledger.entries[before:]
+    gradient, beside = learner.private_sum.ledger.entries[before:]
     assert (gradient.purpose, gradient.scope) == ("gradient", {"experience-1": 4 / 12})
     assert beside.purpose == ("reference" if of is None else "reference 0")
     assert (beside.scope, beside.first_step, beside.steps) == ({"experience-0": 4 / 12}, 0, 4)
@@ -316,7 +316,7 @@ def test_what_was_not_planned_is_refused(four, toy_model, strategy, of):
 
 def test_without_memory_there_is_no_reference(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
-    learner.curator.sample(0)
+    learner.session.held.sample(0)
     with pytest.raises(StrategyError, match="no reference gradient before the second experience"):
         learner.curator.reference(loss_of(learner), learner.params)
 
@@ -335,9 +335,9 @@ def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scal
     """
     learner = opened(learner_of(toy_model(four), GEM(memory_size=12), iterations=1), four, 2)
     meetings.of.clear()
-    learner.curator.reserve(steps := range(400), "start")
+    learner.session.held.reserve(steps := range(400), "start")
     for step in steps:
-        batch = learner.curator.sample(step)
+        batch = learner.session.held.sample(step)
         for k in (0, 1):
             learner.curator.reference(loss_of(learner), learner.params, of=k)
         learner.curator.gradient(loss_of(learner), learner.params, batch, step)

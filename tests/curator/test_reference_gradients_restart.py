@@ -36,7 +36,7 @@ def stopped(toy_stream, toy_model, tmp_path):
     def again(strategy, stream=stream, **changes):
         learner = made(toy_model(stream), strategy, **changes)
         learner.fit(stream)
-        return learner.mechanism.ledger
+        return learner.private_sum.ledger
 
     def start(strategy, **changes):
         with pytest.raises(Stopped):
@@ -128,7 +128,7 @@ def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings,
         learner.begin(1)
         reserved(learner).reference(loss, learner.params, of=of)
     assert meetings.reused == 0
-    purposes = [entry.purpose.split()[0] for entry in learner.mechanism.ledger.entries]
+    purposes = [entry.purpose.split()[0] for entry in learner.private_sum.ledger.entries]
     assert purposes.count("reference") == (1 if scale == 1.0 else 2)
 
 

@@ -134,12 +134,12 @@ def test_views_cost_no_privacy_and_one_record_still_moves_the_sum_by_at_most_c(l
         one.train(one.block(0, 1))
     charges = [one.mechanism.ledger.charges("experience-0") for one in (learner, plain)]
     assert charges[0] == charges[1]
-    batch = learner.views.attach(learner.curator._pool, 5)
+    batch = learner.views.attach(learner.session.held.rows, 5)
     clip = Clip(norm=0.01)
-    whole = learner.curator._clipped(learner._losses, learner.params, batch, clip)
+    whole = learner.curator._clipped(learner.session.losses, learner.params, batch, clip)
     for i in range(0, len(batch), 5):
         fewer = learner.curator._clipped(
-            learner._losses, learner.params, batch.take(torch.arange(len(batch)) != i), clip
+            learner.session.losses, learner.params, batch.take(torch.arange(len(batch)) != i), clip
         )
         moved = torch.stack([(whole[n] - fewer[n]).square().sum() for n in whole]).sum().sqrt()
         assert 0.009 < float(moved) <= 0.01 * (1 + 1e-4)
@@ -176,18 +176,18 @@ def test_in_bfloat16_one_record_moves_the_sum_by_at_most_c(kind, learner_of, toy
         views=None, precision="bfloat16", privacy=Privacy(noise_multiplier=1.0, seed=0)
     )
     learner.begin(0)
-    batch = learner.curator._pool
+    batch = learner.session.held.rows
     params = learner.params
     if kind == "cnn":
         model = cnn(input_shape=(1, 8, 8), num_classes=4, width=4, seed=0)
         place = torch.Generator().manual_seed(1)
         inputs = torch.rand(len(batch), 1, 8, 8, generator=place)
         batch = Batch.from_tensors(batch.tensors() | {"inputs": inputs})
-        learner.curator._forward = type(learner.forward)(model)
+        learner.curator._forward = type(learner.session.forward)(model)
         params = dict(model.named_parameters())
     clip = Clip(norm=0.01)
     sums = [
-        learner.curator._clipped(learner._losses, params, rows, clip)
+        learner.curator._clipped(learner.session.losses, params, rows, clip)
         for rows in (batch, batch.take(slice(1, None)), batch.take(slice(0, 1)))
     ]
     assert {value.dtype for value in sums[0].values()} == {torch.float32}

@@ -66,9 +66,9 @@ class SameBatches:
         index = template.experience.current_experience
         curator = LocalCurator(seed=0, batch_size=BATCH)
         curator.open(
-            learner.stream.experiences[: index + 1], Plan(), learner.context(index), learner.forward
+            learner.stream.experiences[: index + 1], Plan(), learner.session.context(index), learner.session.forward
         )
-        drawn = [curator.sample(step) for step in range(learner.steps(index))]
+        drawn = [curator.sample(step) for step in range(learner.training.steps(index))]
         template.dataloader = [
             [rows.inputs, rows.labels, torch.zeros_like(rows.labels)] for rows in drawn
         ]

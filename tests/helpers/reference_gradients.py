@@ -34,7 +34,7 @@ def opened(learner, stream, index=0):
     learner.prepare(stream)
     for before in range(index):
         learner.begin(before)
-        learner.train(range(learner.steps(before)))
+        learner.train(range(learner.training.steps(before)))
         learner.finish()
     learner.begin(index)
     return learner
@@ -42,8 +42,8 @@ def opened(learner, stream, index=0):
 
 def reserved(learner, steps=range(4)):
     """The curator of an open experience, with these steps charged and the first sampled."""
-    learner.curator.reserve(steps, "start")
-    learner.curator.sample(steps.start)
+    learner.session.held.reserve(steps, "start")
+    learner.session.held.sample(steps.start)
     return learner.curator
 
 

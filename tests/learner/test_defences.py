@@ -52,11 +52,11 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(
 
     def look(point, learner):
         if point == "step.sampled":
-            held = learner.curator._held
+            held = learner.session.held
             drawn = (
                 held.rows.take(held._drawn)
                 if privacy
-                else learner.curator.sample(learner.position.step)
+                else learner.session.held.sample(learner.position.step)
             )
             trained.append(drawn)
 
@@ -72,7 +72,7 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(
     for experience, copy in zip(stream, copies, strict=True):
         assert torch.equal(experience.train.inputs, copy["inputs"])
         assert torch.equal(experience.test.inputs, copy["test"])
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     originals = torch.cat([e.train.inputs for e in stream])[
         torch.cat([e.train.ids for e in stream]).argsort()
     ]
@@ -114,10 +114,10 @@ def test_adversarial_training_raises_robust_accuracy_on_digits():
 def test_the_whole_plan_is_calibrated_and_granted_before_the_first_draw(learner_of, toy_stream):
     learner = learner_of(EWC(strength=1.0), privacy=Privacy(epsilon=4.0, delta=1e-2, seed=0))
     learner.prepare(toy_stream())
-    ledger = learner.mechanism.ledger
+    ledger = learner.private_sum.ledger
     assert not ledger.entries and ledger.epsilon(delta=1e-2) == 0
     learner.fit(toy_stream())
-    spent = learner.mechanism.ledger.epsilon(delta=1e-2)
+    spent = learner.private_sum.ledger.epsilon(delta=1e-2)
     assert 3.5 < spent <= 4.0
 
 
@@ -141,7 +141,7 @@ def test_two_fisher_matrices_are_paid_for_twice(learner_of, toy_stream):
     both = Combine(EWC(strength=1.0), EWC(strength=1.0, fisher="empirical"))
     learner = learner_of(both, privacy=SIMULATED)
     learner.fit(toy_stream())
-    purposes = [entry.purpose for entry in learner.mechanism.ledger.entries]
+    purposes = [entry.purpose for entry in learner.private_sum.ledger.entries]
     assert purposes == ["gradient", "release:fisher", "release:fisher"] * 2
 
 
@@ -181,7 +181,7 @@ def test_another_loss_or_view_under_the_same_name_meets_fresh_noise(learner_of, 
         learner = learner_of(Scaled(), privacy=SIMULATED, views=views)
         learner.prepare(toy_stream())
         learner.begin(0)
-        return learner._start()
+        return learner.noise_digest()
 
     assert start(1.0, 0.9) == start(1.0, 0.9)
     assert len({start(1.0, 0.9), start(2.0, 0.9), start(1.0, 0.8)}) == 3
@@ -198,7 +198,7 @@ def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_s
         learner.begin(0)
         return learner.curator.release(query, clip_norm=100.0, purpose="mean")[
             "value"
-        ], learner.mechanism.ledger
+        ], learner.private_sum.ledger
 
     (one, ledger), (same, _), (other, others) = (
         answer(lambda f, b, k=k: k * b.inputs) for k in (1.0, 1.0, 2.0)
@@ -231,8 +231,8 @@ def test_whatever_shapes_a_sum_or_its_noise_keys_it(learner_of, toy_stream):
         learner = learner_of(**{"privacy": SIMULATED} | options)
         learner.prepare(toy_stream())
         learner.begin(0)
-        learner.curator.reserve(range(2), learner._start())
-        return learner.mechanism.ledger.entries[-1].digest
+        learner.session.held.reserve(range(2), learner.noise_digest())
+        return learner.private_sum.ledger.entries[-1].digest
 
     first, again = ([digest(options) for options in SETTINGS] for _ in range(2))
     assert first == again
@@ -244,6 +244,6 @@ def test_a_step_is_drawn_once(learner_of, toy_stream):
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(toy_stream())
     learner.begin(0)
-    learner.train(learner.block(0, 1))
+    learner.train(learner.training.block(learner.position.experience, 0, 1))
     with pytest.raises(PrivacyError, match="step 0 is out of turn: every step is drawn once"):
-        learner.curator.gradient(learner._losses, learner.params, learner.curator._pool, 0)
+        learner.curator.gradient(learner.session.losses, learner.params, learner.session.held.rows, 0)

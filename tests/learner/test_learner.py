@@ -28,7 +28,7 @@ def test_epochs_and_iterations_say_how_many_steps(learner_of, toy_stream):
     for options, steps in (({"iterations": 7}, 7), ({"iterations": None, "epochs": 3}, 9)):
         learner = learner_of(**options)
         learner.prepare(stream)
-        assert [learner.steps(index) for index in range(2)] == [steps, steps]
+        assert [learner.training.steps(index) for index in range(2)] == [steps, steps]
     ragged = learner_of(iterations=None, epochs=3, batch_size=7)
     ragged.prepare(stream)
     assert ragged.steps(0) == 11  # 3 * 24 / 7, rounded up
@@ -37,7 +37,7 @@ def test_epochs_and_iterations_say_how_many_steps(learner_of, toy_stream):
 def test_under_privacy_an_epoch_is_one_over_the_rate(learner_of, toy_stream):
     learner = learner_of(iterations=None, epochs=2, privacy=replace(SIMULATED, sampling_rate=0.15))
     learner.prepare(toy_stream())
-    assert learner.steps(0) == 14
+    assert learner.training.steps(0) == 14
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_options_are_checked(learner_of, options, message):
 def test_blocks_cut_an_experience_without_a_gap(learner_of, toy_stream):
     learner = learner_of(iterations=7, blocks=3)
     learner.prepare(toy_stream())
-    assert learner.remaining_blocks() == [range(0, 2), range(2, 4), range(4, 7)]
+    assert learner.training.remaining_blocks(learner.position.experience, learner.position.step) == [range(0, 2), range(2, 4), range(4, 7)]
     learner.position.step = 4
-    assert learner.remaining_blocks() == [range(4, 7)]
+    assert learner.training.remaining_blocks(learner.position.experience, learner.position.step) == [range(4, 7)]
     many = learner_of(iterations=2, blocks=5)
     many.prepare(toy_stream())
     assert [step for block in many.remaining_blocks() for step in block] == [0, 1]
@@ -121,9 +121,9 @@ def test_penalty_projection_and_path_are_handed_the_right_things(learner_of, toy
 
     def look(point, learner):
         if point == "step.gradient":
-            batch = learner.curator.sample(learner.position.step)
+            batch = learner.session.held.sample(learner.position.step)
             loss = learner.strategy.losses(
-                learner.forward, batch, learner.curator.context, learner.state
+                learner.session.forward, batch, learner.curator.context, learner.state
             ).mean()
             grads = torch.autograd.grad(loss, list(learner.params.values()))
             losses.append(dict(zip(learner.params, grads, strict=True)))

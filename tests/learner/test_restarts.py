@@ -105,8 +105,8 @@ def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
     privacy = replace(PRIVATE, epsilon=8, delta=1e-5)
     learner = learner_of(toy_model(four), strategy, privacy=privacy, iterations=6)
     assert learner.fit(four).isfinite().all()
-    ledger = learner.mechanism.ledger
-    left = learner.mechanism.schedule.left
+    ledger = learner.private_sum.ledger
+    left = learner.private_sum.schedule.excluded
     assert left[-1] and ledger.worst(1e-5)[1] <= 8
     assert ledger.entries[-1].scope.keys() == {"experience-3"}
 
@@ -114,20 +114,20 @@ def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
 def test_a_reference_is_of_its_own_experience_where_partitions_are_shared(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
     for k in (0, 1):
-        assert learner.curator._held.drawings[f"reference {k}"].rows.tasks.unique().tolist() == [k]
+        assert learner.session.held.drawings[f"reference {k}"].rows.tasks.unique().tolist() == [k]
 
 
 def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):
     learner = opened(learner_of(toy_model(four), GDumb(memory_size=12), privacy=None), four, 1)
-    assert len(learner.curator._pool) == 12
-    assert len(learner.curator.sample(0)) == 4
+    assert len(learner.session.held.rows) == 12
+    assert len(learner.session.held.sample(0)) == 4
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_an_experience_that_left_nothing_in_memory_is_no_reference(four, toy_model, private):
     learner = learner_of(toy_model(four), GEM(memory_size=2), privacy=PRIVATE if private else None)
     assert learner.fit(four).isfinite().all()
-    kept = learner.curator._held.memory.rows.tasks.unique().tolist()
+    kept = learner.session.held.memory.rows.tasks.unique().tolist()
     assert len(kept) < 4  # some experience left nothing
 
 
@@ -147,7 +147,7 @@ def test_rows_of_a_reference_have_the_role_of_stored_ones(four, toy_model, priva
     if private:
         reserved(learner)
     else:
-        learner.curator.sample(0)
+        learner.session.held.sample(0)
     learner.curator.reference(losses, learner.params)
     assert bool(roles[-1].from_memory.all())
 
@@ -159,7 +159,7 @@ def test_any_name_may_be_remembered(four, toy_model):
             return {"when": batch.ids.float()}
 
     learner = opened(learner_of(toy_model(four), W(memory_size=12)), four, 1)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     assert len(rows) and torch.equal(rows.stored["when"], rows.ids.float())
 
 

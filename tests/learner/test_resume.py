@@ -55,17 +55,17 @@ def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_
     """
     learner = learner_of(seed=5)
     learner.prepare(toy_stream())
-    seeds = [learner._seed_of("layers", 0)]
+    seeds = [learner.session.seed_of("layers", 0)]
     for privacy in (SIMULATED, replace(SIMULATED, seed=1), replace(SIMULATED, seed=1)):
         learner = learner_of(seed=5, privacy=privacy)
         learner.prepare(toy_stream())
         learner.begin(0)
-        learner.curator.reserve(range(9), "start")
-        seeds.append(learner._seed_of("layers", 0))
+        learner.session.held.reserve(range(9), "start")
+        seeds.append(learner.session.seed_of("layers", 0))
     assert (
         len(set(seeds)) == 3
         and seeds[2] == seeds[3]
-        and len({learner._seed_of("layers", s) for s in range(9)}) == 9
+        and len({learner.session.seed_of("layers", s) for s in range(9)}) == 9
     )
 
 
@@ -263,7 +263,7 @@ def test_a_changed_request_meets_fresh_noise_and_is_charged_again(
 
         def look(point, learner, drawn=drawn):
             if point == "step.gradient":
-                drawn.append(learner.mechanism._paid(learner.position.step))
+                drawn.append(learner.private_sum._paid(learner.position.step))
                 raise Stop
 
         settings = {"scheduler": schedule} | options

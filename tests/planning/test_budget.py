@@ -47,8 +47,8 @@ def learner_of(toy_model):
 
 def spent(learner):
     return {
-        p: learner.mechanism.ledger.epsilon([p], delta=DELTA)
-        for p in learner.mechanism.ledger.partitions
+        p: learner.private_sum.ledger.epsilon([p], delta=DELTA)
+        for p in learner.private_sum.ledger.partitions
     }
 
 
@@ -130,9 +130,9 @@ def test_every_experience_has_its_own_budget_where_records_are_used_once(learner
         value <= target for value, target in zip(spent(learner).values(), targets, strict=True)
     )
     noise = [
-        e.noise_multiplier for e in learner.mechanism.ledger.entries if e.purpose == "gradient"
+        e.noise_multiplier for e in learner.private_sum.ledger.entries if e.purpose == "gradient"
     ]
-    assert noise == sorted(noise, reverse=True) == list(learner.mechanism.schedule.noise)
+    assert noise == sorted(noise, reverse=True) == list(learner.private_sum.schedule.noise)
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=4), Joint()])
@@ -178,18 +178,18 @@ def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(
     def watch(point, learner):
         if point == "step.done":
             here = seen.setdefault(learner.position.experience, set())
-            here |= set(learner.curator._pool.tasks.tolist())
+            here |= set(learner.session.held.rows.tasks.tolist())
 
     learner = capped(stream, learner_of, strategy, cap, callbacks=[watch])
     learner.fit(stream)
-    left = learner.mechanism.schedule.left
+    left = learner.private_sum.schedule.excluded
     assert left[0] == frozenset() and "experience-0" in left[3] and "experience-3" not in left[3]
     assert all(earlier <= later for earlier, later in pairwise(left))
     assert 0 not in seen[3] and 3 in seen[3] and 0 in seen[1] | {0}
     assert max(spent(learner).values()) <= cap
     touched = {i: set() for i in range(4)}
     for number, entry in enumerate(
-        e for e in learner.mechanism.ledger.entries if e.purpose == "gradient"
+        e for e in learner.private_sum.ledger.entries if e.purpose == "gradient"
     ):
         touched[number] |= entry.scope.keys()
     assert all(touched[i].isdisjoint(left[i]) for i in range(4))
@@ -214,7 +214,7 @@ def test_a_cap_that_nobody_reaches_changes_nothing(learner_of, stream):
         learner = learner_of(stream, Replay(memory_size=6), privacy=privacy)
         learner.fit(stream)
         ends.append(learner.model.state_dict())
-        assert learner.mechanism.schedule.left in ((), (frozenset(),) * 4)
+        assert learner.private_sum.schedule.excluded in ((), (frozenset(),) * 4)
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
@@ -226,7 +226,7 @@ def test_what_was_spent_elsewhere_counts_and_is_written_down_once(learner_of, st
     privacy = Privacy(epsilon=3, spent=before, seed=0)
     fresh = learner_of(stream, EWC(strength=1.0), privacy=replace(privacy, spent=()))
     learner = learner_of(stream, EWC(strength=1.0), privacy=privacy, folder=tmp_path)
-    assert learner.mechanism.noise_multiplier > fresh.mechanism.noise_multiplier
+    assert learner.private_sum.noise_multiplier > fresh.mechanism.noise_multiplier
     learner.fit(stream)
     assert all(2.9 < value <= 3 for value in spent(learner).values())
     again = learner_of(stream, EWC(strength=1.0), privacy=privacy, folder=tmp_path)
@@ -305,7 +305,7 @@ def test_raw_diagnostics_are_shown_and_make_epsilon_infinite(learner_of, stream,
     assert sum(shown.clipped for shown, _ in seen) > 0 and all(
         float(shown.loss) >= 0 for shown, _ in seen
     )
-    ledger = learner.mechanism.ledger
+    ledger = learner.private_sum.ledger
     assert ledger.epsilon(delta=DELTA) == float("inf") and "infinite" in str(
         ledger.statement(DELTA)
     )

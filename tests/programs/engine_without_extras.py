@@ -74,7 +74,7 @@ def main():
             print(
                 "trained",
                 name,
-                learner.mechanism.ledger.statement(delta=1e-3) if privacy else "without privacy",
+                learner.private_sum.ledger.statement(delta=1e-3) if privacy else "without privacy",
             )
     attack = PGD(epsilon=0.1)
     learner, matrix = train(stream, "joint", adversary=attack)

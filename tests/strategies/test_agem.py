@@ -137,7 +137,7 @@ def test_stored_rows_are_not_in_the_batches(toy_stream, toy_model):
 
     def look(point, learner):
         if point == "step.done":
-            batch = learner.curator.sample(learner.position.step - 1)
+            batch = learner.session.held.sample(learner.position.step - 1)
             roles.append((bool(batch.from_memory.any()), set(batch.tasks.tolist())))
 
     Learner(

@@ -116,7 +116,7 @@ def test_the_fit_is_the_minimum_over_what_memory_holds_out():
     stream = split(digits(), scenario="class", experiences=2)
     learner = learner_of(BiC(memory_size=200), stream)
     learner.fit(stream)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     rows = rows.take(held_out(rows.ids))
     with torch.no_grad():
         raw = learner.model.eval()(rows.inputs).double()
@@ -205,7 +205,7 @@ def test_under_privacy_every_round_is_an_entry_and_over_clients_the_fits_are_ave
     assert learner.fit(stream).isfinite().all()
     asked = [
         entry.purpose
-        for entry in learner.mechanism.ledger.entries
+        for entry in learner.private_sum.ledger.entries
         if "bias correction" in entry.purpose
     ]
     assert len(asked) == 2 * ROUNDS == 2 * strategy.privacy_cost.memory_releases

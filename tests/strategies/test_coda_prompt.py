@@ -101,7 +101,7 @@ def test_an_experience_moves_its_own_components_and_the_head_alone(toy_stream, o
     for index in range(2):
         before = {name: value.detach().clone() for name, value in learner.params.items()}
         learner.begin(index)
-        learner.train(learner.block(0, 1))
+        learner.train(learner.training.block(learner.position.experience, 0, 1))
         learner.finish()
         changed = {
             name for name, value in learner.params.items() if not torch.equal(value, before[name])

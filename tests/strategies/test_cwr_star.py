@@ -160,7 +160,7 @@ def test_under_privacy_counts_are_a_histogram_and_noise_below_zero_does_no_harm(
     assert learner.fit(stream).isfinite().all()
     asked = [
         entry.purpose
-        for entry in learner.mechanism.ledger.entries
+        for entry in learner.private_sum.ledger.entries
         if "class counts" in entry.purpose
     ]
     assert len(asked) == 2

@@ -79,7 +79,7 @@ def test_the_loss_is_the_formula(toy_stream, toy_model, beta, stored):
         assert (
             int(batch.from_memory.sum()) == (stored or 8) and int((~batch.from_memory).sum()) == 8
         )
-        mine = learner.strategy.losses(learner.forward, batch, at, State()).mean()
+        mine = learner.strategy.losses(learner.session.forward, batch, at, State()).mean()
         torch.testing.assert_close(mine, by_hand(model(batch.inputs), batch, at.seen, 0.3, beta))
 
 
@@ -91,7 +91,7 @@ def test_without_stored_rows_it_is_plain_training(toy_stream, toy_model):
     learner.fit(stream)
     batch, at = watch.batches[0]
     assert "logits" not in batch.stored and at.memory_share == 0
-    losses = learner.strategy.losses(learner.forward, batch, at, State())
+    losses = learner.strategy.losses(learner.session.forward, batch, at, State())
     torch.testing.assert_close(
         losses, F.cross_entropy(model(batch.inputs)[:, :2], batch.labels, reduction="none")
     )
@@ -112,7 +112,7 @@ def test_stored_logits_are_those_of_a_step_that_the_record_was_in(toy_stream, to
         callbacks=[watch],
     )
     learner.fit(stream)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     assert len(rows) == 20 and set(rows.tasks.tolist()) == {0, 1}
     for row, stored in zip(rows.ids.tolist(), rows.stored["logits"], strict=True):
         moments = watch.logits[row]
@@ -182,8 +182,8 @@ def test_under_privacy_logits_are_those_of_the_last_step_and_all_rows_weigh_the_
     learner.begin(0)
     learner.train(range(6))
     learner.finish()
-    rows = learner.curator._held.memory.rows
-    end = model(learner.curator._held.memory.rows.inputs).detach()
+    rows = learner.session.held.memory.rows
+    end = model(learner.session.held.memory.rows.inputs).detach()
     moments = [watch.logits.get(row, [end[i]])[-1] for i, row in enumerate(rows.ids.tolist())]
     assert len(rows) == 24 and len(watch.logits) > 12
     torch.testing.assert_close(rows.stored["logits"], torch.stack(moments), rtol=1e-4, atol=1e-5)
@@ -193,7 +193,7 @@ def test_under_privacy_logits_are_those_of_the_last_step_and_all_rows_weigh_the_
         pair for pair in watch.batches[7:] if 0 < int(pair[0].from_memory.sum()) < len(pair[0])
     )
     assert at.memory_share == 0
-    losses = learner.strategy.losses(learner.forward, batch, at, State())
+    losses = learner.strategy.losses(learner.session.forward, batch, at, State())
     logits = model(batch.inputs)
     entropy = F.cross_entropy(logits, batch.labels, reduction="none")
     stored = 0.3 * (logits - batch.stored["logits"]).square().mean(1) + 0.7 * entropy

@@ -133,7 +133,7 @@ def test_under_privacy_masks_stay_and_all_rows_weigh_the_same(toy_stream, toy_mo
     )
     learner.fit(stream)
     assert seen == [0.0] * 8
-    assert [entry.scope for entry in learner.mechanism.ledger.entries] == [
+    assert [entry.scope for entry in learner.private_sum.ledger.entries] == [
         {"experience-0": 0.5},
         {"experience-0": 0.5, "experience-1": 0.5},
     ]

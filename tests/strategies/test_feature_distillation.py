@@ -89,7 +89,7 @@ def test_features_of_new_inputs_stay_where_they_were(toy_stream, toy_model):
         def look(point, learner):
             if point == "experience.end":
                 with torch.no_grad():
-                    seen.append(learner.forward.features(stream[1].train.inputs))
+                    seen.append(learner.session.forward.features(stream[1].train.inputs))
 
         Learner(
             model=model,

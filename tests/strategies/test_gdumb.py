@@ -41,7 +41,7 @@ def test_batches_are_of_the_memory_only_in_equal_quotas(four, toy_model, privacy
 
     def look(point, learner):
         if point == "step.sampled":
-            held = learner.curator._held
+            held = learner.session.held
             rows = held.memory.rows
             found.append((learner.position.experience, set(held.rows.ids.tolist()), rows))
 
@@ -61,7 +61,7 @@ def test_every_experience_is_offered_once(four, toy_model, privacy):
 
     def look(point, learner):
         if point in ("experience.begin", "experience.consolidated"):
-            memory = learner.curator._held.memory
+            memory = learner.session.held.memory
             offered.append((memory.offered, memory.latest))
 
     learner_of(toy_model(four), privacy=privacy, callbacks=[look]).fit(four)
@@ -134,7 +134,7 @@ def test_the_loss_is_plain_cross_entropy(four, toy_model):
 def test_under_privacy_all_that_was_seen_is_exposed_at_the_rate_of_the_memory(four, toy_model):
     learner = learner_of(toy_model(four), privacy=Privacy(noise_multiplier=1.0, seed=0))
     learner.fit(four)
-    assert [entry.scope for entry in learner.mechanism.ledger.entries] == [
+    assert [entry.scope for entry in learner.private_sum.ledger.entries] == [
         {f"experience-{k}": 4 / 12 for k in range(index + 1)} for index in range(4)
     ]
 

@@ -312,13 +312,13 @@ def test_under_privacy_only_gradients_are_charged_and_no_record_is_kept(toy_stre
         privacy=Privacy(noise_multiplier=1.0, seed=0),
     )
     assert learner.fit(stream).isfinite().all()
-    entries = learner.mechanism.ledger.entries
+    entries = learner.private_sum.ledger.entries
     assert {entry.purpose for entry in entries} == {"gradient"} and sum(
         entry.steps for entry in entries
     ) == 8
     first = stream[0].train.partition
     assert sum(entry.steps for entry in entries if first in entry.scope) == 4
-    assert learner.curator._held.memory.rows is None
+    assert learner.session.held.memory.rows is None
 
 
 def test_its_mechanism_can_be_audited(toy_stream, toy_model):

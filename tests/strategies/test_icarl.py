@@ -28,7 +28,7 @@ def finished(learner, stream, experiences=2):
     learner.prepare(stream)
     for index in range(experiences):
         learner.begin(index)
-        learner.train(range(learner.steps(index)))
+        learner.train(range(learner.training.steps(index)))
         learner.finish()
     return learner
 
@@ -168,7 +168,7 @@ def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, 
         return own[torch.tensor(chosen)].tolist()
 
     expected = {label: best(0, label, 8) for label in (0, 1)}
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     assert {label: rows.ids[rows.labels == label].tolist() for label in (0, 1)} == expected
     learner.begin(1)
     learner.train(range(6))
@@ -176,7 +176,7 @@ def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, 
     expected = {label: ids[:4] for label, ids in expected.items()} | {
         label: best(1, label, 4) for label in (2, 3)
     }
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     assert {label: rows.ids[rows.labels == label].tolist() for label in range(4)} == expected
 
 
@@ -184,7 +184,7 @@ def test_exemplars_and_new_records_are_one_pool(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
     learner.begin(1)
-    batches = [learner.curator.sample(step) for step in range(5)]  # 24 + 16 rows, 8 a step
+    batches = [learner.session.held.sample(step) for step in range(5)]  # 24 + 16 rows, 8 a step
     assert [len(batch) for batch in batches] == [
         8
     ] * 5 and learner.curator.context.memory_share == 0
@@ -215,7 +215,7 @@ def test_prediction_is_the_nearest_mean_of_exemplars_under_the_model_at_the_end(
 ):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
-    rows = learner.curator._held.memory.rows
+    rows = learner.session.held.memory.rows
     model = learner.model
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)  # noqa: E731
     with torch.no_grad():
@@ -254,13 +254,13 @@ def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped
     with torch.no_grad():
         for value in learner.params.values():
             value.mul_(stretch)
-    learner.curator.store(lambda forward, batch: {})
+    learner.session.held.store(lambda forward, batch: {})
 
     class Asked:
         statistics = learner.curator.statistics
 
         def release(self, query, **options):
-            asked.update(options, rows=query(learner.forward, Batch.current(stream[0].train, 0)))
+            asked.update(options, rows=query(learner.session.forward, Batch.current(stream[0].train, 0)))
             return learner.curator.release(query, **options)
 
     params = {name: value.detach() for name, value in learner.params.items()}
@@ -280,8 +280,8 @@ def test_under_privacy_exemplars_are_chosen_by_their_own_coins_and_means_are_noi
         ),
         stream,
     )
-    rows = learner.curator._held.memory.rows
-    tags = learner.mechanism.tags
+    rows = learner.session.held.memory.rows
+    tags = learner.private_sum.tags
     ids = torch.cat([experience.train.ids for experience in stream])
     assert set(rows.ids.tolist()) == set(ids[tags(ids) < 16 / 48].tolist())
     with torch.no_grad():
@@ -289,7 +289,7 @@ def test_under_privacy_exemplars_are_chosen_by_their_own_coins_and_means_are_noi
     exact = torch.stack([features[rows.labels == label].sum(0) for label in range(4)])
     assert not torch.allclose(learner.state["sums"], exact, atol=0.1)
     torch.testing.assert_close(learner.state["means"].norm(dim=1), torch.ones(4))
-    purposes = [entry.purpose for entry in learner.mechanism.ledger.entries]
+    purposes = [entry.purpose for entry in learner.private_sum.ledger.entries]
     assert purposes == ["gradient", "release:class means"] * 2
 
 

@@ -129,7 +129,7 @@ def test_an_experience_moves_its_own_set_and_the_head_alone(toy_stream, optimize
     for index in range(2):
         before = bits(learner.model)
         learner.begin(index)
-        learner.train(learner.block(0, 1))
+        learner.train(learner.training.block(learner.position.experience, 0, 1))
         learner.finish()
         now = bits(learner.model)
         changed = {name for name in now if not torch.equal(now[name], before[name])}
@@ -167,13 +167,13 @@ def test_under_privacy_only_what_trains_is_released(toy_stream):
     asked = []
     learner = learner_of(stream, privacy=Privacy(noise_multiplier=1.0, seed=0))
     learner.prepare(stream)
-    real = learner.mechanism.gradient
+    real = learner.private_sum.gradient
 
     def listen(clipped, params, *, step):
         asked.append(set(params))
         return real(clipped, params, step=step)
 
-    learner.mechanism.gradient = listen
+    learner.private_sum.gradient = listen
     learner.begin(0)
     learner.train(range(2))
     own = {name for name in learner.params if name.startswith(("head.", "body.adapters.0."))}

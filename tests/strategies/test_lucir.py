@@ -222,7 +222,7 @@ def test_old_embeddings_stay_as_they_were_whatever_moves_the_parameters(privacy)
     ends = []
     for index in range(3):
         learner.begin(index)
-        learner.train(range(learner.steps(index)))
+        learner.train(range(learner.training.steps(index)))
         learner.finish()
         ends.append(learner.params["head.weight"].detach().clone())
     expected = torch.cat([ends[0][:2], ends[1][2:4], ends[2][4:]])
@@ -275,9 +275,9 @@ def test_under_privacy_it_asks_for_gradients_alone():
         LUCIR(memory_size=50), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0)
     )
     assert learner.fit(stream).isfinite().all()
-    assert {entry.purpose for entry in learner.mechanism.ledger.entries} == {"gradient"}
+    assert {entry.purpose for entry in learner.private_sum.ledger.entries} == {"gradient"}
     # those who may be stored are charged again
-    assert len(learner.mechanism.ledger.entries[-1].scope) == 2
+    assert len(learner.private_sum.ledger.entries[-1].scope) == 2
 
 
 def test_with_a_model_that_normalises_and_drops_out():

@@ -122,7 +122,7 @@ def test_under_privacy_it_is_one_release_clipped_to_c_and_clamped(toy_stream, to
         learner.fit(stream)
         released = [
             entry
-            for entry in learner.mechanism.ledger.entries
+            for entry in learner.private_sum.ledger.entries
             if entry.purpose == "release:importance"
         ]
         assert [entry.clip_norm for entry in released] == [0.2, 0.2]

@@ -31,8 +31,8 @@ def test_naive_is_a_plain_loop(toy_stream, toy_model):
         if point == "experience.begin":
             batches.append(
                 [
-                    learner.curator.sample(step)
-                    for step in range(learner.steps(learner.position.experience))
+                    learner.session.held.sample(step)
+                    for step in range(learner.training.steps(learner.position.experience))
                 ]
             )
 
@@ -79,7 +79,7 @@ def test_joint_takes_an_epoch_of_the_pool(toy_stream, toy_model):
     stream = toy_stream()
     learner, _ = fit(stream, toy_model(stream), Joint())
     # 4 epochs of 24, then of 48, in batches of 8
-    assert [learner.steps(index) for index in range(2)] == [12, 24]
+    assert [learner.training.steps(index) for index in range(2)] == [12, 24]
 
 
 def test_joint_keeps_what_naive_forgets(toy_stream, toy_model):

@@ -73,7 +73,7 @@ def test_a_class_without_records_is_never_predicted():
 
 def test_under_privacy_it_is_one_release_an_experience_and_hardly_suffers():
     learner = alone(NCM(), privacy=SIMULATED)
-    entries = learner.mechanism.ledger.entries
+    entries = learner.private_sum.ledger.entries
     assert [list(entry.scope) for entry in entries] == [
         [f"experience-{index}"] for index in range(5)
     ]

@@ -292,7 +292,7 @@ def test_directions_of_every_experience_stay_and_every_step_is_orthogonal_to_all
     learner.callbacks = [listen]
     for index in range(3):
         learner.begin(index)
-        learner.train(learner.block(0, 1))
+        learner.train(learner.training.block(learner.position.experience, 0, 1))
         kept = learner.state.group("directions")
         learner.finish()
         for name, value in learner.state.group("directions").items():
@@ -311,7 +311,7 @@ def test_under_privacy_an_experience_costs_one_release_and_the_directions_are_no
     )
     assert learner.fit(stream).isfinite().all()
     asked = [
-        entry for entry in learner.mechanism.ledger.entries if "logit gradients" in entry.purpose
+        entry for entry in learner.private_sum.ledger.entries if "logit gradients" in entry.purpose
     ]
     assert [entry.scope for entry in asked] == [{"experience-0": 1.0}, {"experience-1": 1.0}]
     assert all(entry.clip_norm == learner.privacy.clip_norm for entry in asked)

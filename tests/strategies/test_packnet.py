@@ -54,7 +54,7 @@ def test_no_later_step_moves_an_earlier_answer_by_a_bit(optimizer, dense_steps):
     bare = []
     for index in range(len(stream)):
         learner.begin(index)
-        learner.train(learner.block(0, 1))
+        learner.train(learner.training.block(learner.position.experience, 0, 1))
         learner.finish()
         for k in range(index + 1):
             with torch.no_grad():
@@ -121,7 +121,7 @@ def test_the_network_of_every_task_is_the_formula():
                 elif task == 2 and (own[at] == 3 or (own[at] == 0 and name.startswith("head"))):
                     weights[name][at] = live[at] - held[at]
         x = stream[task].test.inputs
-        expected = torch.where(learner.context(task).current, network(weights, x), -1e9)
+        expected = torch.where(learner.session.context(task).current, network(weights, x), -1e9)
         with torch.no_grad():
             torch.testing.assert_close(learner.predictor(task, after=2)(x), expected)
 
@@ -166,7 +166,7 @@ def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
     learner.train(range(15))
     state = learner.state
     batch = Batch.current(stream[1].train, 1)
-    losses = strategy.losses(learner.forward, batch, learner.context(1), state)
+    losses = strategy.losses(learner.session.forward, batch, learner.session.context(1), state)
     mine = dict(
         zip(
             learner.params,
@@ -177,7 +177,7 @@ def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
     projected = strategy.project(mine, (), state)
     weights = strategy._weights(learner.params, state, torch.tensor(1))
     leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
-    logits = torch.where(learner.context(1).current, network(leaves, batch.inputs), -1e9)
+    logits = torch.where(learner.session.context(1).current, network(leaves, batch.inputs), -1e9)
     full = torch.autograd.grad(F.cross_entropy(logits, batch.labels), list(leaves.values()))
     for (name, value), theirs in zip(projected.items(), full, strict=True):
         owner = state[f"owner/{name}"]

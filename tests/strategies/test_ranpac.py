@@ -124,7 +124,7 @@ def test_the_projection_is_random_features_with_relu_drawn_from_the_seed():
 
 def test_under_privacy_it_is_one_release_an_experience_clipped_to_the_declared_norm():
     learner = alone(RanPAC(bias=0.5), privacy=SIMULATED)
-    entries = learner.mechanism.ledger.entries
+    entries = learner.private_sum.ledger.entries
     assert [(entry.purpose, entry.steps, list(entry.scope)) for entry in entries] == [
         ("release:sums of features", 1, [f"experience-{index}"]) for index in range(5)
     ]
@@ -133,7 +133,7 @@ def test_under_privacy_it_is_one_release_an_experience_clipped_to_the_declared_n
         [math.sqrt(length**4 + 0.49 * length**2)] * 5
     )
     assert float(learner.state["noisy"]) == 5
-    assert 5 < learner.mechanism.ledger.worst(1e-5)[1] <= 8
+    assert 5 < learner.private_sum.ledger.worst(1e-5)[1] <= 8
 
 
 def test_no_record_is_clipped_where_features_are_normalised():

@@ -31,7 +31,7 @@ def batches(stream, learner):
     learner.curator.gradient = lambda *arguments: spy(*arguments, ask=ask)
     for index in range(len(stream)):
         learner.begin(index)
-        learner.train(range(learner.steps(index)))
+        learner.train(range(learner.training.steps(index)))
         learner.finish()
     return seen
 
@@ -49,7 +49,7 @@ def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(
     learner = learner_of(model, Replay(memory_size=12, batch_size=stored))
     batch, at, _ = batches(stream, learner)[4]
     assert int(batch.from_memory.sum()) == stored and len(batch) == 6 + stored
-    mine = learner.strategy.losses(learner.forward, batch, at, State()).mean()
+    mine = learner.strategy.losses(learner.session.forward, batch, at, State()).mean()
     each = F.cross_entropy(model(batch.inputs), batch.labels, reduction="none")
     expected = (
         weights[0] * each[~batch.from_memory].mean() + weights[1] * each[batch.from_memory].mean()
@@ -101,7 +101,7 @@ def test_under_privacy_new_and_stored_records_are_one_pool_with_equal_weights(
     seen = batches(stream, learner)
     assert all(at.memory_share == 0 for _, at, _ in seen)
     assert any(batch.from_memory.any() for batch, _, _ in seen[4:])
-    entries = learner.mechanism.ledger.entries
+    entries = learner.private_sum.ledger.entries
     assert [entry.scope for entry in entries] == [
         {"experience-0": 0.5},
         {"experience-0": 0.5, "experience-1": 0.5},

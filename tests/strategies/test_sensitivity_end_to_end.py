@@ -165,7 +165,7 @@ def compared(whole, fewer):
         return real(beside(clipped, purpose), params, step=step, purpose=purpose)
 
     def listening(learner, seen):
-        def release(clipped, real=learner.mechanism.release, **facts):
+        def release(clipped, real=learner.private_sum.release, **facts):
             def kept(clip):
                 total = clipped(clip)
                 seen.append((facts["purpose"], clip.norm, total))
@@ -178,7 +178,7 @@ def compared(whole, fewer):
     whole.mechanism.gradient = gradient
     whole.mechanism.reference = reference
     for learner, seen in ((whole, here), (fewer, there)):
-        learner.mechanism.release = listening(learner, seen)
+        learner.private_sum.release = listening(learner, seen)
     for index in range(len(whole.stream)):
         for learner in (whole, fewer):
             learner.begin(index)
@@ -231,7 +231,7 @@ def test_a_memory_keeps_the_same_of_all_others(pair):
     """Membership goes by each record's own coin: one record less evicts and admits nobody."""
     whole, fewer = pair(example("replay"))
     compared(whole, fewer)
-    kept = [set(learner.curator._held.memory.rows.ids.tolist()) for learner in (whole, fewer)]
+    kept = [set(learner.session.held.memory.rows.ids.tolist()) for learner in (whole, fewer)]
     assert kept[0] - {int(whole.stream[0].train.ids[DROPPED])} == kept[1] and kept[1]
 
 

@@ -36,7 +36,7 @@ class Path:
         for index in range(len(stream)):
             learner.begin(index)
             self._before = self._now(learner)
-            learner.train(range(learner.steps(index)))
+            learner.train(range(learner.training.steps(index)))
             learner.finish()
 
     @staticmethod

@@ -64,7 +64,7 @@ def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(st
 
 def test_under_privacy_it_is_one_release_an_experience():
     learner = alone(SLDA(), privacy=SIMULATED)
-    entries = learner.mechanism.ledger.entries
+    entries = learner.private_sum.ledger.entries
     assert [list(entry.scope) for entry in entries] == [
         [f"experience-{index}"] for index in range(5)
     ]

@@ -42,7 +42,7 @@ def test_a_teacher_is_the_model_as_it_was_running_statistics_included(strategy):
         learner.finish()
         was = model.eval()(x)
     assert not torch.allclose(model.eval()(x), was, rtol=0.1)
-    assert torch.equal(learner.forward.at(learner.state.group("teacher"))(x), was)
+    assert torch.equal(learner.session.forward.at(learner.state.group("teacher"))(x), was)
 
 
 def test_groups_need_none():

@@ -168,12 +168,12 @@ def audit(
         ),
     )
     trial.fit(with_canaries(stream, experience, first + torch.nonzero(included).flatten()))
-    assert trial.mechanism is not None
+    assert trial.private_sum is not None
     return AuditResult(
         lower_bound=lower_bound(
             ear.scores, included, delta=privacy.delta, confidence=confidence, method=method
         ),
-        claimed=trial.mechanism.ledger.epsilon([partition], delta=privacy.delta),
+        claimed=trial.private_sum.ledger.epsilon([partition], delta=privacy.delta),
         confidence=confidence,
         delta=privacy.delta,
         canaries=canaries,
@@ -260,12 +260,12 @@ class Listener:
         exposure = learner.curator.exposure if point == "step.done" else None
         if exposure is None or self.partition not in exposure.scope:
             return
-        assert learner.mechanism is not None
+        assert learner.private_sum is not None
         rate = exposure.scope[self.partition]
         expected = exposure.rate * exposure.pool_size
         released = learner.state[RELEASED].cpu() * expected / learner.curator.clip_norm
         ratios = log_likelihood_ratio(
-            released, rate=rate, noise_multiplier=learner.mechanism.noise_multiplier
+            released, rate=rate, noise_multiplier=learner.private_sum.noise_multiplier
         )
         self.scores += ratios
         self.rates.append(rate)

@@ -49,7 +49,7 @@ def log_to(evaluator: Any) -> "Callback":
             shown.task_incremental = learner.stream.scenario == "task"
             shown.training(learner.position.experience)
         elif point == "evaluated":
-            steps = sum(learner.steps(index) for index in range(len(rows)))
+            steps = sum(learner.training.steps(index) for index in range(len(rows)))
             shown.evaluation(torch.tensor(rows, dtype=torch.float64), steps)
 
     return listen

@@ -1,10 +1,7 @@
-"""A perdure strategy as a plugin of an Avalanche training loop.
+"""A perdure strategy as a plugin of an Avalanche training loop; `perdure.avalanche.as_plugin` makes one.
 
-`perdure.avalanche.plugin.as_plugin` makes one.
-
-Avalanche draws the batches, runs the model and steps the optimiser. A learner stands beside it
-without a loop of its own: it holds records, memory and state, and answers what the strategy's hooks
-ask.
+Avalanche draws the batches, runs the model and steps the optimiser. A session stands beside it: it
+holds records, memory and state, and calls the strategy's hooks.
 """
 
 from dataclasses import replace
@@ -18,17 +15,17 @@ from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.curator.sampling import beside
+from perdure.curator.sampling import concat_new_and_stored
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
-from perdure.learner.learner import Learner
-from perdure.queries.batch_gradients import with_penalty
+from perdure.learner.session import Session
+from perdure.planning.training_plan import TrainingPlan
 from perdure.types import Params
-from perdure.utils.modules import evaluating
+from perdure.utils.modules import evaluating, trainable_parameters
 
 
 class StrategyPlugin:
-    """See `perdure.avalanche.plugin.as_plugin`.
+    """See `perdure.avalanche.as_plugin`.
 
     Avalanche finds callbacks by name, so this needs no base class of Avalanche's.
     """
@@ -39,159 +36,124 @@ class StrategyPlugin:
         self.strategy = strategy
         self._benchmark = benchmark
         self._seed = seed
-        self._learner: Learner | None = None
+        self._session: Session | None = None
         self._plan = Plan()
-        self._beside = False
+        self._memory_apart = False
         self._pool: Batch | None = None
         self._penalty: Tensor | None = None
         self._references: tuple[Params, ...] = ()
-        self._gradient: Params = {}
-        self._before: Params = {}
 
     def __repr__(self) -> str:
         return f"as_plugin({self.strategy!r})"
 
     @property
     def state(self) -> State:
-        """What the strategy remembers."""
-        return self.learner.state
+        """Tensors that the strategy remembers."""
+        return self.session.state
 
     @property
-    def learner(self) -> Learner:
-        """What holds records, memory and state.
+    def session(self) -> Session:
+        """Records, memory and state of the strategy.
 
         Raises:
             ConfigError: before the first experience.
         """
-        if self._learner is None:
+        if self._session is None:
             raise ConfigError(
                 "the plugin has met no experience yet; call train() of the Avalanche strategy first"
             )
-        return self._learner
+        return self._session
 
     # ------------------------------------------------------------------ an experience
 
     def after_train_dataset_adaptation(self, template: Any, **_: Any) -> None:
-        """Open the experience.
-
-        Hand Avalanche the rows of a plan that does not draw from the experience alone.
-        """
-        learner = self._learner = self._learner or self._prepared(template)
+        """Open the experience; give Avalanche the rows of a plan that draws from others too."""
+        session = self._session = self._session or self._open_session(template)
         index = template.experience.logging().current_experience
-        if index != learner.position.experience:
-            expected = f"{learner.position.experience}: each once, in order"
+        if index != session.position.experience:
+            expected = f"{session.position.experience}: each once, in order"
             raise ConfigError.of("experience", index, expected)
-        self._plan = plan = learner.plan(learner.stream[index])
-        learner.begin(index)
-        self._beside = plan.memory is not None and plan.memory.use != "pooled"
+        plan = self._plan = session.training.of(session.stream[index])
+        if session.open(index) and plan.restart:
+            template.make_optimizer(reset_optimizer_state=True)
+        pooled = plan.memory is not None and plan.memory.use == "pooled"
+        self._memory_apart = plan.memory is not None and not pooled
         self._pool = None
-        if plan.pool != "experience" or (plan.memory and plan.memory.use == "pooled"):
-            rows = learner.curator.raw("Avalanche draws the batches")
-            self._pool = rows.take(~rows.from_memory) if self._beside else rows
+        if plan.pool != "experience" or pooled:
+            rows = session.curator.raw("Avalanche draws the batches")
+            self._pool = rows.take(~rows.from_memory) if self._memory_apart else rows
             template.adapted_dataset = _dataset(self._pool, self._tasks)
 
     def before_training_exp(self, template: Any, **_: Any) -> None:
         """Skip the epochs of a plan that takes no gradient."""
-        shapes = {
-            name: value.shape
-            for name, value in template.model.named_parameters()
-            if value.requires_grad
-        }
-        if shapes != {name: value.shape for name, value in self.learner.params.items()}:
-            raise ConfigError.of(
-                "model",
-                type(template.model).__name__,
-                "one whose parameters stay: no growing heads",
-            )
+        own = trainable_parameters(template.model)
+        shapes = {name: value.shape for name, value in own.items()}
+        if shapes != {name: value.shape for name, value in self.session.params.items()}:
+            name = type(template.model).__name__
+            raise ConfigError.of("model", name, "one whose parameters stay: no growing heads")
         if not self._plan.train:
             template.stop_training()
 
     def after_training_exp(self, template: Any, **_: Any) -> None:
         """Offer the records to memory and consolidate."""
         with evaluating(template.model):
-            self.learner.finish()
+            self.session.consolidate()
 
     # ------------------------------------------------------------------ a step
 
     def before_forward(self, template: Any, **_: Any) -> None:
-        """Put what memory brings back beside Avalanche's rows, and ask for reference gradients."""
-        learner = self.learner
+        """Put stored rows beside Avalanche's rows, and ask for reference gradients."""
+        session = self.session
         self._batch = self._rows(template)
-        if self._beside:
-            drawn = learner.curator.sample(learner.position.step)
+        if self._memory_apart:
+            drawn = session.held.sample(session.position.step)
             self._rehearse(template, drawn.take(drawn.from_memory))
-        if learner._uses["references"]:
-            self._references = self.strategy.references(
-                learner.curator, learner._trained, learner.state
-            )
+        self._references = session.references()
 
     def before_backward(self, template: Any, **_: Any) -> None:
-        """Give the strategy's own loss in place of the criterion's, and show the penalty."""
-        learner = self.learner
-        if self.strategy.uses("losses"):
+        """Put the strategy's own loss in place of the criterion's, and show the penalty."""
+        session = self.session
+        if session.uses["losses"]:
             given = _Given(template.model, template.mb_x, template.mb_output)
-            template.loss = learner._losses(given, self._batch).mean()
-        if learner._uses["penalty"]:
-            self._penalty = self.strategy.penalty(learner.params, learner.state)
+            template.loss = session.losses(given, self._batch).mean()
+        self._penalty = session.penalty()
         if self._penalty is not None:
             template.loss = template.loss + self._penalty.detach()
 
     def after_backward(self, template: Any, **_: Any) -> None:
         """Add the penalty's gradient and project, as the learner does."""
-        learner = self.learner
+        session = self.session
         gradient = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad
-            for n, p in learner._trained.items()
+            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in session.trained.items()
         }
-        if learner._observes:
-            learner.curator.observe(self._batch, learner._remember)
-        if learner._uses["after_step"]:
-            self._gradient = {name: value.clone() for name, value in gradient.items()}
-        total = with_penalty(gradient, self._penalty, learner._trained)
-        if learner._uses["project"]:
-            total = self.strategy.project(total, self._references, learner.state)
-        for name, param in learner.params.items():
-            param.grad = total.get(name)
+        session.observe(self._batch)
+        session.set_gradients(gradient, self._penalty, self._references)
+        for name, param in session.params.items():
+            if name not in session.trained:
+                param.grad = None
         self._penalty = None
 
-    def before_update(self, template: Any, **_: Any) -> None:
-        """Keep the parameters for a strategy that follows the path."""
-        if self.learner._uses["after_step"]:
-            self._before = {
-                name: param.detach().clone() for name, param in self.learner._trained.items()
-            }
-
     def after_update(self, template: Any, **_: Any) -> None:
-        """Follow the path."""
-        learner = self.learner
-        if learner._uses["after_step"]:
-            after = {name: param.detach() for name, param in learner._trained.items()}
-            learner.state = self.strategy.after_step(
-                self._before, after, self._gradient, learner.state
-            )
-        learner.position.step += 1
+        """Let the strategy follow the optimiser's step."""
+        self.session.after_step()
 
     # ------------------------------------------------------------------ evaluation
 
     def after_eval_forward(self, template: Any, **_: Any) -> None:
         """Put the strategy's prediction in place of the model's output."""
-        learner = self._learner
-        if learner is None:
+        session = self._session
+        if session is None:
             return
-        after = learner.position.experience - (not learner.position.begun)
-        index = (
-            template.experience.logging().current_experience
-            if learner.stream.scenario == "task"
-            else max(0, after)
-        )
+        index = max(0, session.position.experience - (not session.position.begun))
+        if session.stream.scenario == "task":
+            index = template.experience.logging().current_experience
         given = _Given(template.model, template.mb_x, template.mb_output)
-        template.mb_output = self.strategy.predict(
-            given, template.mb_x, learner.context(index), learner.state
-        )
+        context = session.context(index)
+        template.mb_output = self.strategy.predict(given, template.mb_x, context, session.state)
 
     # ------------------------------------------------------------------ inside
 
-    def _prepared(self, template: Any) -> Learner:
+    def _open_session(self, template: Any) -> Session:
         _check(template, self.strategy)
         benchmark = self._benchmark or getattr(
             template.experience.logging().origin_stream, "benchmark", None
@@ -209,23 +171,17 @@ class StrategyPlugin:
                     "all classes"
                 )
 
-        def optimizer(_: object) -> Any:
-            if learner.position.begun:  # a plan that starts afresh
-                template.make_optimizer(reset_optimizer_state=True)
-            return template.optimizer
-
-        learner = Learner(
-            model=template.model,
+        training = TrainingPlan(
+            stream=stream,
             strategy=self.strategy,
-            optimizer=optimizer,
-            epochs=template.train_epochs,
             batch_size=template.train_mb_size,
-            seed=self._seed,
-            device=template.device,
+            epochs=template.train_epochs,
         )
-        learner.prepare(stream)
+        session = Session(
+            model=template.model, training=training, seed=self._seed, device=template.device
+        )
         self._tasks = torch.tensor(task_labels(benchmark), device=template.device)
-        return learner
+        return session
 
     def _rows(self, template: Any) -> Batch:
         """The mini-batch as Avalanche drew it.
@@ -241,19 +197,18 @@ class StrategyPlugin:
             inputs=x,
             labels=y,
             ids=-1 - torch.arange(len(y), device=y.device),
-            tasks=torch.full_like(y, self.learner.position.experience),
+            tasks=torch.full_like(y, self.session.position.experience),
             from_memory=torch.zeros_like(y, dtype=torch.bool),
             valid=torch.ones_like(y, dtype=torch.bool),
         )
 
     def _rehearse(self, template: Any, back: Batch) -> None:
         new = self._batch
-        curator = self.learner.curator
         if len(back):
-            self._batch = beside(new, back)
+            self._batch = concat_new_and_stored(new, back)
             labels = [self._tasks[self._batch.tasks]] if len(template.mbatch) > 2 else []
             template.mbatch = [self._batch.inputs, self._batch.labels, *labels]
-        curator.context = replace(curator.context, memory_share=len(back) / (len(new) + len(back)))
+        self.session.held.set_memory_share(len(back) / (len(new) + len(back)))
 
 
 class _Given(Forward):
@@ -350,5 +305,4 @@ def as_plugin(strategy: Strategy, *, benchmark: Any = None, seed: int = 0) -> St
             that would be ignored.
         PrivacyError: for a model or optimiser of Opacus.
     """
-
     return StrategyPlugin(strategy, benchmark=benchmark, seed=seed)

@@ -137,10 +137,10 @@ class Combine(Strategy):
             raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
         return Plan(
             pool=pools.pop() if pools else "experience",
-            memory=one("memory"),
-            restart=any(p.restart for _, p in plans),  # type: ignore[arg-type]
-            trainable=one("trainable"),
-            train=all(p.train for _, p in plans),  # type: ignore[arg-type]
+            memory=one("memory"),  # type: ignore[arg-type]
+            restart=any(p.restart for _, p in plans),
+            trainable=one("trainable"),  # type: ignore[arg-type]
+            train=all(p.train for _, p in plans),
             applies_penalty=any(p.applies_penalty for _, p in plans),
         )
 

@@ -1,6 +1,6 @@
-"""What a party holds: the rows of the open experience, memory, and which of them a step draws.
+"""Records that a party holds: the open experience, memory, and the rows that a step draws.
 
-Nothing here adds noise or leaves the curator, who answers for it.
+Nothing here adds noise; the curator answers for the records.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perdure.contract.context import Context
+from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.contract.plan import MODELLED, Plan
 from perdure.curator.memory import Memory, concatenate
@@ -24,7 +25,7 @@ from perdure.curator.sampling import (
 from perdure.data.experience import Experience
 from perdure.data.records import Batch
 from perdure.errors import DataError, PrivacyError, StrategyError
-from perdure.planning.exposure import Exposure, exposure, references
+from perdure.planning.exposure import exposure, reference_exposures
 from perdure.privacy.private_sum import PrivateSum
 from perdure.queries.per_record import CHUNK, rows_one_by_one
 from perdure.types import Params
@@ -32,138 +33,194 @@ from perdure.utils.modules import evaluating, untouched
 from perdure.utils.seeding import generator
 
 Remember = Callable[[Forward, Batch], Params]
-"""What memory stores beside each row, name to (n, ...)."""
+"""Tensors that memory stores beside each row, name to (n, ...)."""
 
 WHEN = "(whether it was noted)"
 """Name beside those that `remember` gives; none of them has brackets."""
 
 
 class HeldRecords:
-    """Records of one party.
+    """Records of one party: those of the open experience, and memory.
 
     Args:
-        seed, client: of sampling and memory selection (without privacy).
+        seed: of sampling and memory selection (without privacy).
+        client: number of the party, 0 when there is only one.
         batch_size: new records a step.
-        mechanism: its coins decide who is drawn and kept; None without privacy.
+        private_sum: decides by secret coins who is drawn and kept; None without privacy.
     """
 
     def __init__(
-        self, *, seed: int, client: int, batch_size: int, mechanism: PrivateSum | None
+        self, *, seed: int, client: int = 0, batch_size: int, private_sum: PrivateSum | None = None
     ) -> None:
         self._seed = seed
         self._client = client
         self._batch_size = batch_size
-        self._mechanism = mechanism
+        self.private_sum = private_sum
         self.memory = Memory()
+        self.context: Context
+        self.forward: Forward
         self.exposure: Exposure
+        self.block: tuple[range, str] = (range(0), "")
         self.fingerprint = ""
-        self.drawings: dict[str, PrivateSampler] = {}
+        self.samplers: dict[str, PrivateSampler] = {}
         self._pool: Pool | None = None
         self._noted: Params = {}
+        self._drawn = torch.zeros(0, dtype=torch.int64)
 
     # ------------------------------------------------------------------ an experience
 
-    def open(self, experiences: Sequence[Experience], plan: Plan, forward: Forward) -> None:
-        """Pool the records of the current experience, earlier ones and memory as planned.
+    def open(
+        self,
+        experiences: Sequence[Experience],
+        plan: Plan,
+        context: Context,
+        forward: Forward,
+    ) -> None:
+        """Pool the records of the last of `experiences`, of earlier ones and of memory as planned.
 
-        The current experience is the last given.
+        Args:
+            experiences: all so far, the one to open last.
+            plan: what the experience is trained on.
+            context: public facts of the experience.
+            forward: the model, for memories that rank records by it.
         """
         self.experiences = experiences
         self._plan = plan
-        self._forward = forward
+        self.context = context
+        self.forward = forward
         self.step = -1
-        mechanism = self._mechanism
+        self._releases = 0
+        private_sum = self.private_sum
         experience = experiences[-1]
         size = self._batch_size
         if plan.memory and plan.memory.update == "step" and plan.pool != "experience":
             raise StrategyError(
                 f"a memory updated every step needs pool='experience'; given pool={plan.pool!r}"
             )
-        self.left = mechanism.schedule.left_in(experience.index) if mechanism else frozenset()
+        self.excluded = (
+            private_sum.schedule.excluded_in(experience.index) if private_sum else frozenset()
+        )
         current = Batch.current(experience.train, experience.index)
         if plan.pool == "memory":
             self._offer(current)
         self._pool = Pool(
             current=current,
             new=self._pooled(current),
-            stored=None if plan.pool == "memory" else self.back,
+            stored=None if plan.pool == "memory" else self.stored,
             plan=plan.memory,
             batch_size=size,
             place=(self._seed, self._client, experience.index),
         )
-        if not len(self._pool.new) and not mechanism:
+        if not len(self._pool.new) and not private_sum:
             raise DataError(
                 f"experience {experience.index} has no training records; leave it out of the stream"
             )
-        rate, bands = (
-            (mechanism.privacy.sampling_rate, mechanism.privacy.bands)
-            if mechanism
-            else (None, None)
-        )
+        rate = private_sum.privacy.sampling_rate if private_sum else None
+        bands = private_sum.privacy.bands if private_sum else None
         self.exposure = exposure(
-            experiences, plan, batch_size=size, rate=rate, bands=bands, left=self.left
+            experiences, plan, batch_size=size, rate=rate, bands=bands, excluded=self.excluded
         )
-        if mechanism:
+        if private_sum:
             refuse_shared_ids(experience.train)
-            self._by_coin(mechanism, references(experiences, plan, batch_size=size, left=self.left))
+            references = reference_exposures(
+                experiences, plan, batch_size=size, excluded=self.excluded
+            )
+            self._open_samplers(private_sum, references)
 
-    def sample(self, step: int) -> tuple[Batch, float]:
-        """Rows of one step, and the share from memory where these were drawn apart."""
-        if self._mechanism is None:
+    def reserve(self, steps: range, digest: str) -> None:
+        """Charge a block of steps to every exposed partition, before the first of them draws noise.
+
+        Args:
+            steps: of the open experience.
+            digest: of everything but the records that determines what the steps do.
+        """
+        self.block = (steps, digest)
+        if self.private_sum and len(steps):
+            exposed = self.exposure
+            self.private_sum.reserve(
+                scope=exposed.scope,
+                steps=steps,
+                start=digest,
+                data=self.fingerprint,
+                expected=exposed.expected,
+                slots=exposed.slots,
+            )
+
+    def sample(self, step: int) -> Batch:
+        """Draw the rows of one step: by coins over the whole pool under privacy, else shuffled.
+
+        Raises:
+            PrivacyError: under privacy, for a step that was drawn already.
+        """
+        if self.private_sum is None:
             self.step = step
-            return self.pool.side_by_side(step)
+            batch, share = self.pool.side_by_side(step)
+            self.set_memory_share(share)
+            return batch
         if step <= self.step:
             raise PrivacyError(
                 f"step {step} was drawn already; rows of a step are for the loop, ask for a release"
             )
         self.step = step
-        drawing = self.drawings["gradient"]
-        self._drawn = drawing.positions(self._mechanism, step)
-        return drawing.rows.take(self._drawn), 0.0
+        sampler = self.samplers["gradient"]
+        self._drawn = sampler.positions(self.private_sum, step)
+        self.set_memory_share(0.0)
+        return sampler.rows.take(self._drawn)
 
-    def recalled(self, of: int | None) -> Batch | None:
+    def set_memory_share(self, share: float) -> None:
+        """Say which share of the present batch comes from memory, where it was drawn apart."""
+        if share != self.context.memory_share:
+            self.context = replace(self.context, memory_share=share)
+
+    def reference_rows(self, of: int | None) -> Batch | None:
         """Stored rows of one step's reference gradient (without privacy).
 
-        Of an earlier experience, or of all.
+        Args:
+            of: the earlier experience that they come from; None for all.
 
-        None where nothing of that experience was stored.
+        Returns:
+            the rows; None where nothing of that experience was stored.
         """
-        back = self.pool.stored
-        if back is None:
+        stored = self.pool.stored
+        if stored is None:
             raise StrategyError(
                 "memory is empty: there is no reference gradient before the second experience"
             )
-        back = back if of is None else back.take(back.tasks == of)
-        return (
-            replayed(self.pool.recalled(back, f"reference {of}", self.step)) if len(back) else None
-        )
+        if of is not None:
+            stored = stored.take(stored.tasks == of)
+        if not len(stored):
+            return None
+        return replayed(self.pool.stored_rows(stored, f"reference {of}", self.step))
 
-    def planned(self, of: int | None) -> bool:
-        """Whether the plan keeps memory for a reference gradient of that name.
-
-        It need not have anyone left to draw.
-        """
+    def plans_reference(self, of: int | None) -> bool:
+        """Whether the plan keeps memory for a reference gradient of this name, with rows or without."""
         use = self._plan.memory.use if self._plan.memory else ""
-        return (
-            use == "reference"
-            if of is None
-            else use == "references" and 0 <= of < len(self.experiences) - 1
-        )
+        if of is None:
+            return use == "reference"
+        return use == "references" and 0 <= of < len(self.experiences) - 1
+
+    def next_releases(self, count: int) -> range:
+        """Numbers of the next `count` releases of the open experience."""
+        first = self._releases
+        self._releases += count
+        return range(first, self._releases)
 
     def observe(self, batch: Batch, remember: Remember) -> None:
-        """Offer the new rows of a step to memory.
+        """Offer the new rows of a step to a memory that is updated every step.
 
-        Under privacy only note what is to be stored beside them.
+        Under privacy each record's own coin decides at the end of the experience; until then only
+        the tensors to be stored beside it are noted, as they were in its last step.
         """
-        if self._mechanism:
+        if self.private_sum:
             self._note(remember)
             return
         plan = self._plan.memory
-        place = ("memory", self._client, self.experiences[-1].index, self.step)
         assert plan is not None
-        # in training mode, as the loss sees these rows
-        with untouched(self._forward.module), torch.no_grad():
-            stored = remember(self._forward, new := batch.take(~batch.from_memory))
+        place = ("memory", self._client, self.experiences[-1].index, self.step)
+        new = batch.take(~batch.from_memory)
+        # In training mode, as the loss sees these rows.
+        with untouched(self.forward.module), torch.no_grad():
+            stored = remember(self.forward, new)
         new = replace(new, stored={name: value.detach() for name, value in stored.items()})
         self.memory.offer(new, plan, generator(self._seed, *place), stages=self._stages())
         self.pool.stored = self.memory.rows
@@ -172,29 +229,24 @@ class HeldRecords:
         """Offer the finished experience to memory, where it was not offered before."""
         plan = self._plan.memory
         index = self.experiences[-1].index
-        private = self._mechanism is not None
+        private = self.private_sum is not None
         if plan and self.memory.latest < index and (private or plan.update == "experience"):
-            self._offer(
-                self._as_noted(
-                    remembered(self.pool.current, remember, self._forward, alone=private)
-                )
-            )
+            rows = remembered(self.pool.current, remember, self.forward, one_by_one=private)
+            self._offer(self._as_noted(rows))
         if plan:
             self.memory.latest = index
 
     def close(self) -> None:
-        """Let go of the records of the experience."""
+        """Release the records of the experience."""
         self._pool = None
-        self.drawings = {}
+        self.samplers = {}
         self._noted = {}
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Memory for a checkpoint's `private/` folder, and its public counts of offered rows."""
+        """Memory for a checkpoint's `private/` folder, and the public counts of what it was offered."""
         rows = self.memory.rows
         kept = (
-            {f"memory.{name}": value for name, value in rows.tensors().items()}
-            if rows is not None
-            else {}
+            {f"memory.{name}": t for name, t in rows.tensors().items()} if rows is not None else {}
         )
         noted = {f"noted.{name}": value for name, value in self._noted.items()}
         facts = {"offered": self.memory.offered, "latest": self.memory.latest}
@@ -213,9 +265,8 @@ class HeldRecords:
             for prefix in ("memory.", "noted.")
         )
         self._noted = noted
-        self.memory = Memory(
-            rows=Batch.from_tensors(rows) if rows else None, tags=private["tags"], **facts
-        )
+        memory_rows = Batch.from_tensors(rows) if rows else None
+        self.memory = Memory(rows=memory_rows, tags=private["tags"], **facts)
 
     # ------------------------------------------------------------------ its rows
 
@@ -233,40 +284,50 @@ class HeldRecords:
     @property
     def rows(self) -> Batch:
         """All rows that a step may draw."""
-        return self.drawings["gradient"].rows if self.drawings else self.pool.rows
+        return self.samplers["gradient"].rows if self.samplers else self.pool.rows
 
     @property
-    def back(self) -> Batch | None:
-        """Rows of memory that may be drawn, those of partitions that left excepted."""
+    def drawn_rows(self) -> Batch:
+        """Rows of the last private step, in the order in which they were drawn."""
+        return self.rows.take(self._drawn)
+
+    @property
+    def stored(self) -> Batch | None:
+        """Rows of memory that may be drawn; those of excluded partitions are left out."""
         rows = self.memory.rows
         if not self._plan.memory or rows is None or not len(rows):
             return None
-        gone = [e.index for e in self.experiences if e.train.partition in self.left]
+        gone = [e.index for e in self.experiences if e.train.partition in self.excluded]
         return without(rows, gone) if gone else rows
 
-    def in_memory(self) -> tuple[Batch, tuple[str, ...]]:
+    def rows_of_memory(self) -> tuple[Batch, tuple[str, ...]]:
         """Rows of memory for a sum over them, and the partitions that it exposes.
 
         Raises:
             PrivacyError: under privacy, where a record may be stored twice.
         """
-        if self._mechanism:
+        if self.private_sum:
             refuse_shared_partitions(self.experiences)
-        back = self.back
+        stored = self.stored
+        rows = self.pool.current.take(slice(0, 0)) if stored is None else stored
         names = [experience.train.partition for experience in self.experiences]
-        rows = self.pool.current.take(slice(0, 0)) if back is None else back
-        return rows, tuple(name for name in names if name not in self.left)
+        return rows, tuple(name for name in names if name not in self.excluded)
 
-    def synthetic(self, n: int, context: Context) -> Batch:
-        """Return n rows like those of the open pool that owe nothing to any record."""
+    def rows_of_experience(self) -> tuple[Batch, tuple[str, ...]]:
+        """Rows of the open experience for a sum over them, and the partition that it exposes."""
+        return self.pool.current, (self.experiences[-1].train.partition,)
+
+    def synthetic(self, n: int) -> Batch:
+        """Return n random rows with the pool's shapes and dtypes, independent of the data."""
         place = generator(self._seed, "synthetic")
         rows = {
             name: torch.zeros(n, *t.shape[1:], dtype=t.dtype)
             for name, t in self.rows.tensors().items()
         }
-        classes = torch.nonzero(context.current).flatten().cpu()
+        classes = torch.nonzero(self.context.current).flatten().cpu()
+        inputs = rows["inputs"]
         rows |= {
-            "inputs": torch.rand(rows["inputs"].shape, generator=place).to(rows["inputs"].dtype),
+            "inputs": torch.rand(inputs.shape, generator=place).to(inputs.dtype),
             "labels": classes[torch.arange(n) % len(classes)],
             "valid": torch.ones(n, dtype=torch.bool),
             "tasks": torch.full((n,), self.experiences[-1].index),
@@ -276,36 +337,30 @@ class HeldRecords:
     def _pooled(self, current: Batch) -> Batch:
         """Rows that batches are drawn from in the role of new ones."""
         if self._plan.pool == "memory":
-            return current.take(slice(0, 0)) if self.back is None else self.back
+            stored = self.stored
+            return current.take(slice(0, 0)) if stored is None else stored
         if self._plan.pool == "experience":
             return current
-        pooled = [e for e in self.experiences if e.train.partition not in self.left]
+        pooled = [e for e in self.experiences if e.train.partition not in self.excluded]
         return concatenate([Batch.current(e.train, e.index) for e in pooled])
 
-    def _by_coin(self, mechanism: PrivateSum, asked: Mapping[str, Exposure]) -> None:
-        """Lay out what is drawn by coins.
-
-        The pool, and the stored rows of every reference gradient.
-        """
-        mechanism.open(self.experiences[-1].index)
+    def _open_samplers(self, private_sum: PrivateSum, references: Mapping[str, Exposure]) -> None:
+        """Lay out what is drawn by coins: the pool, and the stored rows of every reference gradient."""
+        private_sum.open(self.experiences[-1].index)
         seen = self.experiences
         rows = self.pool.rows
-        back = self.back
-        self.drawings = {"gradient": PrivateSampler.of(rows, seen, self.exposure, "gradient")}
-        for name, exposed in asked.items():
-            stored = self.pool.current.take(slice(0, 0)) if back is None else replayed(back)
-            own = (
-                stored.tasks == int(name.split()[-1])
-                if " " in name
-                else torch.ones_like(stored.valid)
-            )
-            self.drawings[name] = PrivateSampler.of(stored.take(own), seen, exposed, name)
-        kept = (
-            {f"reference {n}": t for n, t in back.tensors().items()}
-            if asked and back is not None
-            else {}
-        )
-        self.fingerprint = mechanism.fingerprint({**rows.tensors(), **kept})
+        stored = self.stored
+        self.samplers = {"gradient": PrivateSampler.of(rows, seen, self.exposure, "gradient")}
+        for name, exposed in references.items():
+            back = self.pool.current.take(slice(0, 0)) if stored is None else replayed(stored)
+            own = torch.ones_like(back.valid)
+            if " " in name:
+                own = back.tasks == int(name.split()[-1])
+            self.samplers[name] = PrivateSampler.of(back.take(own), seen, exposed, name)
+        kept = {}
+        if references and stored is not None:
+            kept = {f"reference {n}": t for n, t in stored.tensors().items()}
+        self.fingerprint = private_sum.fingerprint({**rows.tensors(), **kept})
 
     # ------------------------------------------------------------------ its memory
 
@@ -316,11 +371,10 @@ class HeldRecords:
         experience = self.experiences[-1]
         if plan is None or memory.latest >= experience.index:
             return
-        if self._mechanism:
+        if self.private_sum:
             offered = memory.offered + experience.train.declared_size
-            memory.offer_by_coin(
-                new, self._mechanism.tags(new.ids), min(1.0, plan.capacity / offered)
-            )
+            tags = self.private_sum.tags(new.ids)
+            memory.offer_by_coin(new, tags, min(1.0, plan.capacity / offered))
             memory.offered = offered
         else:
             known = self._known(new, plan.selection) if plan.selection in MODELLED else None
@@ -334,32 +388,28 @@ class HeldRecords:
 
     def _known(self, rows: Batch, selection: str) -> Tensor:
         """Features (n, f) of the rows, or their cross entropy (n,) over all classes."""
-        ask = self._forward.features if selection == "herding" else self._forward
-        with torch.no_grad(), evaluating(self._forward.module):
+        ask = self.forward.features if selection == "herding" else self.forward
+        with torch.no_grad(), evaluating(self.forward.module):
             answers = torch.cat([ask(piece) for piece in torch.split(rows.inputs, CHUNK)])
         return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)
 
     def _note(self, remember: Remember) -> None:
-        """Keep what is stored beside the new rows of the last step.
-
-        It is computed at the parameters of the moment.
-        """
+        """Keep what is to be stored beside the new rows of the last step, at the present parameters."""
         current = self.pool.current
         at = self._drawn[self._drawn < len(current)]
-        new = remembered(current.take(at), remember, self._forward, alone=True)
+        new = remembered(current.take(at), remember, self.forward, one_by_one=True)
         if not self._noted:
             self._noted = {
                 n: t.new_zeros(len(current), *t.shape[1:]) for n, t in new.stored.items()
             }
-            self._noted[WHEN] = torch.zeros(
-                len(current), dtype=torch.bool, device=current.inputs.device
-            )
+            device = current.inputs.device
+            self._noted[WHEN] = torch.zeros(len(current), dtype=torch.bool, device=device)
         for name, value in new.stored.items():
             self._noted[name][at] = value
         self._noted[WHEN][at] = True
 
     def _as_noted(self, new: Batch) -> Batch:
-        """Rows with what was noted of them, where anything was."""
+        """Rows with the tensors that were noted for them, where any were."""
         if not self._noted:
             return new
         when = self._noted[WHEN]
@@ -370,17 +420,20 @@ class HeldRecords:
         return replace(new, stored=stored)
 
 
-def remembered(rows: Batch, remember: Remember, forward: Forward, *, alone: bool = False) -> Batch:
-    """Rows with what `remember` says beside them, in evaluation mode.
+def remembered(
+    rows: Batch, remember: Remember, forward: Forward, *, one_by_one: bool = False
+) -> Batch:
+    """Rows with the tensors that `remember` gives beside them, in evaluation mode.
 
     Args:
-        alone: ask it about each row by itself, so that what is stored beside a record depends on no
-            other.
+        rows: to be stored.
+        remember: from the model and rows to tensors with one row each.
+        forward: the model at the present parameters.
+        one_by_one: ask about each row by itself, so that no stored tensor depends on another row.
     """
     with torch.no_grad(), evaluating(forward.module):
-        stored = (
-            rows_one_by_one(remember, forward, rows)
-            if alone and len(rows)
-            else remember(forward, rows)
-        )
+        if one_by_one and len(rows):
+            stored = rows_one_by_one(remember, forward, rows)
+        else:
+            stored = remember(forward, rows)
     return replace(rows, stored={name: value.detach() for name, value in stored.items()})

@@ -10,13 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from perdure.contract.exposure import Exposure
 from perdure.contract.plan import MemoryPlan
 from perdure.curator.memory import concatenate
 from perdure.curator.record_groups import RecordGroups, group_records, partition_index
 from perdure.data.experience import Experience
 from perdure.data.records import Batch, Records
 from perdure.errors import PrivacyError
-from perdure.planning.exposure import Exposure
 from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
 
@@ -51,7 +51,7 @@ class Pool:
     def rows(self) -> Batch:
         """New and rehearsed rows as one pool, of a memory that does not move."""
         back = self.rehearsed
-        return self.new if back is None else beside(self.new, back)
+        return self.new if back is None else concat_new_and_stored(self.new, back)
 
     @property
     def device(self) -> torch.device:
@@ -72,10 +72,10 @@ class Pool:
         )
         if self.rehearsed is None:
             return new, 0.0
-        back = self.recalled(self.rehearsed, "memory", step)
-        return beside(new, back), len(back) / (len(new) + len(back))
+        back = self.stored_rows(self.rehearsed, "memory", step)
+        return concat_new_and_stored(new, back), len(back) / (len(new) + len(back))
 
-    def recalled(self, back: Batch, what: str, step: int) -> Batch:
+    def stored_rows(self, back: Batch, what: str, step: int) -> Batch:
         """Stored rows of one step.
 
         In a fresh order every epoch, or where memory moves, drawn anew.
@@ -143,7 +143,7 @@ class PrivateSampler:
         return drawn.to(self.rows.inputs.device)
 
 
-def beside(new: Batch, back: Batch) -> Batch:
+def concat_new_and_stored(new: Batch, back: Batch) -> Batch:
     """New rows, then stored ones in their role."""
     return concatenate([with_blanks(new, back.stored), replayed(back)])
 

@@ -260,7 +260,7 @@ class ArmRun:
         here = learner.position
         blocks = learner.blocks
         clients = self.config.federation.clients if self.config.federation else 1
-        done = blocks * here.step / learner.steps(here.experience)
+        done = blocks * here.step / learner.training.steps(here.experience)
         whole = math.ceil(done) - 1
         within = (whole + (learner.client + done - whole) / clients) / blocks
         return (here.experience + within) / len(self.stream)

@@ -115,7 +115,7 @@ def trained(folder: Path, arm: str) -> Learner:
         config, chosen, open_stream(config), folder, MetricsLog(folder / "metrics.jsonl")
     ).untrained()
     learner.model.load_state_dict(under("model.", tensors))
-    learner.state = learner.state.replace(under("state.", tensors))
+    learner.session.state = learner.state.replace(under("state.", tensors))
     return learner
 
 

@@ -25,7 +25,6 @@ from perdure.federated.flower_adapter import error_reply
 from perdure.federated.messages import from_record, load_shared, shared, to_record
 from perdure.federated.state_merging import sent
 from perdure.learner.learner import Learner
-from perdure.planning.exposure import pool_size
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
 """From a client's number to its freshly built learner and its own stream."""
@@ -108,7 +107,7 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         task, seat = _opened(message, context, seats)
         learner = seat.learner
-        block = learner.block(task["round"], task["rounds"])
+        block = learner.training.block(learner.position.experience, task["round"], task["rounds"])
         if len(block):
             learner.train(block)
         seats.put(_number(context), seat, task["exchange"])
@@ -124,13 +123,6 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
         return _reply(message, learner, task, state=to_record(sent(learner.state)))
 
     return app
-
-
-def declared_size(learner: Learner, index: int) -> int:
-    """Public number of records that experience `index` is trained on."""
-    experiences = learner.stream.experiences[: index + 1]
-    size, _ = pool_size(experiences, learner.plan(experiences[-1]))
-    return round(size)
 
 
 def _opened(
@@ -153,14 +145,14 @@ def _opened(
         combined = learner.state.replace(
             {name: value.to(learner.device) for name, value in new.items()}
         )
-        learner.state = learner.strategy.derive(combined)
+        learner.session.state = learner.strategy.derive(combined)
     return task, seat
 
 
 def _reply(
     message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord
 ) -> Message:
-    size = MetricRecord({"num-examples": declared_size(learner, task["experience"])})
+    size = MetricRecord({"num-examples": learner.training.declared_pool_size(task["experience"])})
     return Message(RecordDict({**records, "metrics": size}), reply_to=message)
 
 

@@ -230,7 +230,7 @@ class Server:
     def _train(self, grid: Grid) -> None:
         """One round: the aggregator says what is sent and makes one model of the answers."""
         learner = self.learner
-        if self.round == 0 and learner.plan(self.stream[self.experience]).restart:
+        if self.round == 0 and learner.training.of(self.stream[self.experience]).restart:
             load_shared(learner.model, self._initial)
             self._aggregator = ready(self.federation.aggregator)
         self._notify("round.begin")
@@ -273,10 +273,10 @@ class Server:
         states = [State(_tensors(reply, "state"), rules) for reply in replies]
         weights = [_number(reply, "num-examples") for reply in replies]
         combined = combine(learner.state, states, weights)
-        learner.state = learner.strategy.derive(
+        learner.session.state = learner.strategy.derive(
             learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
         )
-        learner.position = Position(experience=self.experience + 1)
+        learner.session.position = Position(experience=self.experience + 1)
         self._notify("experience.combined")
         learner.matrix.append(learner.evaluate(self.stream))
         self._notify("evaluated")

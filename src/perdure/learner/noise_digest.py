@@ -1,36 +1,29 @@
 """Digest of everything apart from the records that determines a block of steps.
 
-The noise of the block is keyed by it.
+The noise of the block is keyed by it. If anything here changes, a block that is run again draws
+fresh noise and is charged again. Otherwise two different sums could be released with the same
+noise, and their difference would be free of it.
 
-If anything here changes, a block that is run again draws fresh noise and is charged again.
-Otherwise two different sums could be released with the same noise, and their difference would be
-free of it.
-
-The digest covers an explicit list of fields (`settings` below) and tensors (`probe_strategy`), never the
-`repr` of an object: renaming a class or a field of the library must not change which noise a
-simulation draws.
+The digest covers an explicit list of fields (`settings` below) and tensors (`probe_strategy`),
+never the `repr` of an object: renaming a class or a field of the library must not change which
+noise a simulation draws.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from perdure.adversarial.base import Attack
+from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.augmentation import Views
-from perdure.data.experience import Stream
 from perdure.data.records import Batch
 from perdure.learner.checkpoint import Snapshot
-from perdure.planning.exposure import Exposure
-from perdure.types import Params
+from perdure.learner.session import Session
 from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
 from perdure.utils.seeding import generator
 
@@ -38,90 +31,72 @@ VERSION = 1
 """Raise it when the list of fields changes: every simulation draws other noise from then on."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class NoiseDigestInputs:
-    """Everything apart from the records that determines the next block of steps.
+def noise_digest(
+    session: Session,
+    snapshot: Snapshot,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    rates: list[float],
+) -> str:
+    """SHA-256 of the settings, the tensors of the snapshot, and the code's results on synthetic records.
 
     Args:
-        snapshot: parameters, strategy state, optimiser and position now.
-        strategy, plan: how forgetting is fought, and what the open experience trains on.
-        exposures: of the gradient and of every reference gradient of a step.
-        model: the module;
-        params: its parameters that require gradients;
-        trained: those that the experience trains.
-        state: what the strategy remembers.
-        losses: (forward, batch) to the loss of every row, views and precision included.
-        synthetic: number of rows to a batch of random rows, independent of every record.
-        optimizer, scheduler: as they stand;
+        session: with the experience open whose steps come next.
+        snapshot: of the session and its optimiser now.
+        optimizer: that takes the steps.
+        scheduler: of its learning rate.
         rates: learning rates of all steps up to the end of the experience.
-        adversary, views: what changes a batch before its gradient.
-        seed, precision, micro_batch_size, device: settings of the learner.
-        stream: its public facts are used, never its records.
     """
-
-    snapshot: Snapshot
-    strategy: Strategy
-    plan: Plan
-    exposures: Mapping[str, Exposure]
-    model: nn.Module
-    params: Params
-    trained: Params
-    state: State
-    losses: Callable[[Forward, Batch], Tensor]
-    synthetic: Callable[[int], Batch]
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
-    rates: list[float]
-    adversary: Attack | None
-    views: Views | None
-    seed: int
-    precision: str
-    micro_batch_size: int | None
-    device: str
-    stream: Stream
-
-
-def noise_digest(inputs: NoiseDigestInputs) -> str:
-    """SHA-256 of the settings, the tensors of the snapshot, and what the code does to synthetic records."""
-    text = canonical_text({"version": VERSION, **settings(inputs)})
-    shown = digest({**inputs.snapshot.tensors, **probe_strategy(inputs)})
+    text = canonical_text(
+        {"version": VERSION, **settings(session, snapshot, optimizer, scheduler, rates)}
+    )
+    shown = digest({**snapshot.tensors, **probe_strategy(session)})
     return hashlib.sha256(text.encode() + shown).hexdigest()
 
 
 # --------------------------------------------------------------------------- settings
 
 
-def settings(inputs: NoiseDigestInputs) -> dict[str, JSONValue]:
+def settings(
+    session: Session,
+    snapshot: Snapshot,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    rates: list[float],
+) -> dict[str, JSONValue]:
     """Every setting that determines the steps, under names that belong to the digest alone.
 
     Raises:
         ConfigError: for a strategy or attack with a field that cannot be described.
     """
-    facts = inputs.snapshot.facts
+    facts = snapshot.facts
     position = facts["position"]
-    stream = inputs.stream
+    stream = session.stream
+    experience = stream[session.position.experience]
     return {
-        "strategy": canonical(inputs.strategy),
-        "plan": plan_settings(inputs.plan),
-        "exposures": {name: exposure_settings(value) for name, value in inputs.exposures.items()},
-        "model": [module_settings(path, module) for path, module in inputs.model.named_modules()],
+        "strategy": canonical(session.strategy),
+        "plan": plan_settings(session.training.of(experience)),
+        "exposures": {
+            name: exposure_settings(value) for name, value in session.curator.exposures.items()
+        },
+        "model": [module_settings(path, part) for path, part in session.model.named_modules()],
         "optimizer": [
-            type(inputs.optimizer).__name__,
+            type(optimizer).__name__,
             canonical(facts["optimizer"]),
             canonical(facts["groups"]),
         ],
         "scheduler": [
-            type(inputs.scheduler).__name__,
+            type(scheduler).__name__,
             canonical(facts["scheduler"]),
-            canonical(inputs.rates),
+            canonical(rates),
         ],
-        "adversary": canonical(inputs.adversary),
-        "views": inputs.views and inputs.views.count,
+        "adversary": canonical(session.adversary),
+        "views": session.views and session.views.count,
         "learner": [
-            inputs.seed,
-            inputs.precision,
-            inputs.micro_batch_size,
-            inputs.device,
+            session.seed,
+            session.precision,
+            session.micro_batch_size,
+            str(session.device),
             torch.__version__,
         ],
         "position": [position["experience"], position["step"], position["begun"]],
@@ -182,26 +157,26 @@ def learning_rates(
     return rates
 
 
-def probe_strategy(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
+def probe_strategy(session: Session) -> dict[str, Tensor]:
     """Results of views, model and strategy on synthetic records.
 
     Other code under the same names shows here.
     """
-    batch = inputs.synthetic(4)
-    batch = inputs.views.attach(batch, 0) if inputs.views else batch
-    inputs.model.eval()
-    forward = Forward(inputs.model)
+    batch = session.curator.synthetic(4)
+    batch = session.views.attach(batch, 0) if session.views else batch
+    session.model.eval()
+    forward = Forward(session.model)
     shown = {**batch.stored}
-    for role, rows in (("new", batch), ("stored", stored_like(batch, inputs.seed))):
-        losses = inputs.losses(forward, rows)
-        leaves = list(inputs.trained.values())
+    for role, rows in (("new", batch), ("stored", stored_like(batch, session.seed))):
+        losses = session.losses(forward, rows)
+        leaves = list(session.trained.values())
         gradients = torch.autograd.grad(
             losses.sum(), leaves, allow_unused=True, materialize_grads=True
         )
         shown |= {f"{role} losses": losses.detach()}
         shown |= {f"{role} gradient {i}": gradient for i, gradient in enumerate(gradients)}
     with torch.no_grad():
-        return shown | hooks(inputs)
+        return shown | hooks(session)
 
 
 def stored_like(batch: Batch, seed: int) -> Batch:
@@ -216,13 +191,13 @@ def stored_like(batch: Batch, seed: int) -> Batch:
     return replace(batch, from_memory=torch.ones_like(batch.from_memory), stored=stored)
 
 
-def hooks(inputs: NoiseDigestInputs) -> dict[str, Tensor]:
+def hooks(session: Session) -> dict[str, Tensor]:
     """Results of the strategy's hooks on parameters and on a gradient, where it overrides any."""
-    strategy = inputs.strategy
-    state = inputs.state
-    params = {name: value.detach().clone() for name, value in inputs.trained.items()}
+    strategy = session.strategy
+    state = session.state
+    params = {name: value.detach().clone() for name, value in session.trained.items()}
     later = {name: value + 1 for name, value in params.items()}
-    whole = {name: value.detach() for name, value in inputs.params.items()}
+    whole = {name: value.detach() for name, value in session.params.items()}
     shown = {}
     if strategy.uses("penalty") and (penalty := strategy.penalty(whole, state)) is not None:
         shown["penalty"] = penalty

@@ -1,106 +1,128 @@
-"""Prepare a private learner: check model and strategy, calibrate noise, open the ledger."""
+"""Prepare a private session: check model and strategy, calibrate the noise, open the ledger."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from perdure.data.records import Batch, Records
 from perdure.errors import GuardError
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
+from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.charges import merged
 from perdure.privacy.guard.loss_checks import check_losses, check_rows, quiet_training
 from perdure.privacy.guard.model_checks import check_buffers, check_model, check_optimizer
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.key import noise_key
 from perdure.privacy.private_sum import PrivateSum
+from perdure.types import Params
 from perdure.utils.seeding import generator
 
-if TYPE_CHECKING:
-    from perdure.learner.learner import Learner
 
+def open_private_sum(
+    training: TrainingPlan,
+    *,
+    folder: Path | None,
+    client: int,
+    owner: str,
+    trace: Callable[[str], None],
+) -> PrivateSum:
+    """Calibrate the noise, open the ledger and reserve the plan of the whole stream in it.
 
-def private_mechanism(learner: "Learner", trace: Callable[[str], None]) -> PrivateSum:
-    """Check model and strategy, calibrate the noise, open the ledger and reserve the plan in it.
+    Args:
+        training: stream, strategy, privacy and length of every experience.
+        folder: where ledger and key are kept; None for neither.
+        client: number of the party, 0 when there is only one.
+        owner: its name in the ledger.
+        trace: called with the name of every point of a ledger write or noise draw.
 
     Raises:
-        GuardError: for a model or strategy that breaks the sensitivity bound.
-        BudgetError: when the plan does not fit what was granted.
+        BudgetError: when the plan does not fit the budget.
     """
-    privacy = learner.privacy
+    privacy = training.privacy
     assert privacy is not None
-    inspect(learner)
-    schedule = scheduled(learner)
-    key = noise_key(learner.folder, privacy.seed, learner.client)
-    path = learner.folder / "ledger.jsonl" if learner.folder else None
-    ledger = Ledger.open(path, key=key, trace=trace, owner=learner.owner)
-    for experience in learner.stream:
+    schedule = scheduled(training)
+    key = noise_key(folder, privacy.seed, client)
+    path = folder / "ledger.jsonl" if folder else None
+    ledger = Ledger.open(path, key=key, trace=trace, owner=owner)
+    for experience in training.stream:
         ledger.declare(experience.train.partition, experience.train.declared_size)
         for charge in merged(privacy.spent):
             ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
     if privacy.epsilons and privacy.diagnostics == "released":
-        plan = planned(learner, schedule)
+        plan = planned(training, schedule)
         known = {name: plan[name] for name in ledger.partitions if name in plan}
-        ledger.grant(known, epsilon=targets(learner, known), delta=privacy.delta)
+        ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
     return PrivateSum(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
 
 
-def inspect(learner: "Learner") -> None:
+def inspect(
+    training: TrainingPlan,
+    model: nn.Module,
+    losses: Callable[[int, Tensor, Tensor], Tensor],
+    *,
+    seed: int,
+    device: str | torch.device,
+) -> None:
     """Guard model, stream and strategy, on synthetic records only.
+
+    Args:
+        training: stream and strategy.
+        model: the module that is trained.
+        losses: index of an experience, inputs (n, ...), labels and ids (n, 2) to the losses (n,).
+        seed: of the synthetic records.
+        device: where the model is.
 
     Raises:
         GuardError: naming the part that breaks the bound on one record's influence, and the fix.
     """
-    strategy = learner.strategy
-    stream = learner.stream
-    model = learner.model
+    strategy = training.strategy
+    stream = training.stream
     if not stream.assigned_by_record:
         raise GuardError(
-            f"stream {stream.name} places records by their position among others, so one "
-            "record moves others between "
-            "experiences; build it with exact=False, or from a split by class"
+            f"stream {stream.name} places records by their position among others, so one record "
+            "moves others between experiences; build it with exact=False, or from a split by class"
         )
     if strategy.couples_records:
         raise GuardError(
-            f"{strategy.name} couples the records of a batch in its loss; use a strategy "
-            "that does not"
+            f"{strategy.name} couples the records of a batch in its loss; use a strategy that does "
+            "not"
         )
     check_model(model)
-    inputs, facts = synthetic(learner, records=6)
+    inputs, facts = synthetic(training, records=6, seed=seed, device=device)
     check_buffers(model, inputs)
-    check_optimizer(
-        learner.optimizer(
-            [nn.Parameter(value.detach().clone()) for value in learner.params.values()]
-        )
-    )
+    name = f"{strategy.name}.losses()"
     for mode in (model.eval, partial(quiet_training, model)):
         mode()
         for index in range(min(2, len(stream))):
-            check_losses(
-                partial(_losses, learner, index), inputs, facts[index], f"{strategy.name}.losses()"
-            )
-    check_rows(model, partial(_losses, learner, 0), inputs, facts[0], f"{strategy.name}.losses()")
+            check_losses(partial(losses, index), inputs, facts[index], name)
+    check_rows(model, partial(losses, 0), inputs, facts[0], name)
 
 
-def synthetic(learner: "Learner", records: int) -> tuple[Tensor, list[Tensor]]:
-    """Random inputs (n, ...), independent of the data, and what goes with them (n, 2).
+def synthetic(
+    training: TrainingPlan, *, records: int, seed: int, device: str | torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Random inputs (n, ...), independent of the data; labels and ids (n, 2) for every experience.
 
-    There is one pair of numbers for every experience.
-
-    That is a label of its declared classes and an id, which a row keeps whatever stands beside it.
+    A label is one of the declared classes of the experience, and an id stays with its row.
     """
-    stream = learner.stream
-    place = generator(learner.seed, "guard")
-    inputs = torch.rand(records, *stream.input_shape, generator=place).to(learner.device)
+    stream = training.stream
+    place = generator(seed, "guard")
+    inputs = torch.rand(records, *stream.input_shape, generator=place).to(device)
     facts = [
         torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream
     ]
-    return inputs, [fact.to(learner.device) for fact in facts]
+    return inputs, [fact.to(device) for fact in facts]
 
 
-def _losses(learner: "Learner", index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-    labels, ids = facts.unbind(1)
-    batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
-    return learner.strategy.losses(learner.forward, batch, learner.context(index), learner.state)
+def refuse_optimizer(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], params: Params
+) -> None:
+    """Refuse an optimiser that needs more than one gradient a step.
+
+    Raises:
+        GuardError: naming the optimiser.
+    """
+    check_optimizer(optimizer([nn.Parameter(value.detach().clone()) for value in params.values()]))

@@ -1,66 +1,59 @@
-"""From what a run will do to the noise it needs.
-
-Exposure of every partition, calibration, ledger and grant.
-"""
+"""Noise that a training plan needs: charges of every partition, calibration, and the budget's cap."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from perdure.data.experience import Experience
 from perdure.errors import BudgetError, ConfigError
-from perdure.planning.exposure import references, split_steps
+from perdure.planning.exposure import reference_exposures, split_steps
+from perdure.planning.training_plan import NOBODY, TrainingPlan
 from perdure.privacy.accounting.calibration import calibrate, within
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.private_sum import Schedule
 
-if TYPE_CHECKING:
-    from perdure.learner.learner import Learner
-
 Histories = dict[str, list[Charge]]
-NOBODY: frozenset[str] = frozenset()
 
 
-def planned(learner: "Learner", schedule: Schedule) -> Histories:
+def planned(training: TrainingPlan, schedule: Schedule) -> Histories:
     """Charges of every partition over the whole declared stream, spent elsewhere included.
 
     From public facts only.
     """
-    privacy = learner.privacy
-    stages = horizon(learner)
+    privacy = training.privacy
+    stages = horizon(training)
     assert privacy is not None
     histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
     for stage in stages:
         noise = schedule.noise_in(stage.index)
-        left = schedule.left_in(stage.index)
-        for partition, new in charges(learner, stages[: stage.index + 1], noise, left).items():
+        excluded = schedule.excluded_in(stage.index)
+        for partition, new in charges(training, stages[: stage.index + 1], noise, excluded).items():
             histories[partition] += new
     return histories
 
 
 def charges(
-    learner: "Learner",
+    training: TrainingPlan,
     stages: Sequence[Experience],
     noise_multiplier: float,
-    left: frozenset[str] = NOBODY,
+    excluded: frozenset[str] = NOBODY,
 ) -> Histories:
     """What the last of `stages` costs every partition that it exposes."""
-    privacy = learner.privacy
-    cost = learner.strategy.privacy_cost
+    privacy = training.privacy
+    cost = training.strategy.privacy_cost
     current = stages[-1].train.partition
     assert privacy is not None
-    exposed = learner.exposure(stages, left)
-    total = learner.steps_of(stages, left)
-    blocks = [exposed.times(len(block)) for block in split_steps(total, learner.blocks)]
+    exposed = training.exposure(stages, excluded)
+    total = training.steps_of(stages, excluded)
+    blocks = [exposed.times(len(block)) for block in split_steps(total, training.blocks)]
     spent: Histories = {
         p: [Charge(rate, noise_multiplier, sum(blocks))]
         for p, rate in exposed.scope.items()
         if total
     }
-    for beside in references(
-        stages, learner.plan(stages[-1]), batch_size=learner.batch_size, left=left
+    for beside in reference_exposures(
+        stages, training.of(stages[-1]), batch_size=training.batch_size, excluded=excluded
     ).values():
         for partition, rate in beside.scope.items():
             spent.setdefault(partition, []).extend(
@@ -68,7 +61,7 @@ def charges(
             )
     noise = noise_multiplier * privacy.release_noise
     for partition in (
-        {stage.train.partition for stage in stages} - left if cost.memory_releases else ()
+        {stage.train.partition for stage in stages} - excluded if cost.memory_releases else ()
     ):
         spent.setdefault(partition, []).append(Charge(1.0, noise, cost.memory_releases))
     asked = (
@@ -80,7 +73,7 @@ def charges(
     return spent
 
 
-def scheduled(learner: "Learner") -> Schedule:
+def scheduled(training: TrainingPlan) -> Schedule:
     """Noise multipliers that meet the budget, or the partitions that leave the pools.
 
     Partitions leave where the noise is given and the budget is a cap.
@@ -89,40 +82,42 @@ def scheduled(learner: "Learner") -> Schedule:
         BudgetError: when no noise is enough, or new records could not be used once.
         ConfigError: for budgets that do not fit the stream.
     """
-    privacy = learner.privacy
+    privacy = training.privacy
     assert privacy is not None
     if privacy.noise_multiplier is not None:
         noise = (privacy.noise_multiplier,)
-        return Schedule(noise=noise, left=leaving(learner, noise[0]) if privacy.epsilons else ())
+        return Schedule(
+            noise=noise, excluded=excluded_by_cap(training, noise[0]) if privacy.epsilons else ()
+        )
     if isinstance(privacy.epsilon, tuple):
-        return Schedule(noise=one_by_one(learner, privacy.epsilon))
+        return Schedule(noise=one_by_one(training, privacy.epsilon))
     (target,) = privacy.epsilons
     noise_multiplier = calibrate(
-        lambda sigma: list(planned(learner, Schedule(noise=(sigma,))).values()),
+        lambda sigma: list(planned(training, Schedule(noise=(sigma,))).values()),
         epsilon=target,
         delta=privacy.delta,
     )
     return Schedule(noise=(noise_multiplier,))
 
 
-def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...]:
+def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float, ...]:
     """A noise multiplier for every experience, where its records are used in no other one."""
-    privacy = learner.privacy
-    stages = horizon(learner)
+    privacy = training.privacy
+    stages = horizon(training)
     assert privacy is not None
-    scopes = [learner.exposure(stages[: i + 1]).scope.keys() for i in range(len(stages))]
+    scopes = [training.exposure(stages[: i + 1]).scope.keys() for i in range(len(stages))]
     alone = all(
         scope == {stage.train.partition} for scope, stage in zip(scopes, stages, strict=True)
     )
     if (
-        learner.strategy.privacy_cost.reuses_past_records
+        training.strategy.privacy_cost.reuses_past_records
         or not alone
         or len({s.train.partition for s in stages}) < len(stages)
     ):
         raise ConfigError.of(
             "privacy.epsilon",
             targets,
-            f"one number with {learner.strategy.name} on {learner.stream.name}, which uses "
+            f"one number with {training.strategy.name} on {training.stream.name}, which uses "
             "records again later",
         )
     if len(targets) != len(stages):
@@ -131,7 +126,7 @@ def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...
         )
 
     def history(index: int, sigma: float) -> list[list[Charge]]:
-        new = charges(learner, stages[: index + 1], sigma)
+        new = charges(training, stages[: index + 1], sigma)
         return [[*privacy.spent, *new[stages[index].train.partition]]]
 
     found = [
@@ -141,26 +136,26 @@ def one_by_one(learner: "Learner", targets: Sequence[float]) -> tuple[float, ...
     return tuple(found)
 
 
-def targets(learner: "Learner", partitions: Iterable[str]) -> float | dict[str, float]:
+def targets(training: TrainingPlan, partitions: Iterable[str]) -> float | dict[str, float]:
     """Epsilon of every partition: one for all, or that of its experience."""
-    assert learner.privacy is not None
-    epsilons = learner.privacy.epsilons
+    assert training.privacy is not None
+    epsilons = training.privacy.epsilons
     if len(epsilons) == 1:
         return epsilons[0]
     own = {
         stage.train.partition: epsilon
-        for stage, epsilon in zip(learner.stream, epsilons, strict=True)
+        for stage, epsilon in zip(training.stream, epsilons, strict=True)
     }
     return {name: own[name] for name in partitions}
 
 
-def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str], ...]:
+def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[frozenset[str], ...]:
     """Partitions out of the pools in every experience.
 
     Those whose records would exceed the cap by one more use.
     """
-    privacy = learner.privacy
-    stages = horizon(learner)
+    privacy = training.privacy
+    stages = horizon(training)
     assert privacy is not None
     (cap,) = privacy.epsilons
     histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
@@ -169,7 +164,7 @@ def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str]
         gone = out[-1] if out else NOBODY
         own = stage.train.partition
         while True:
-            new = charges(learner, stages[: stage.index + 1], noise_multiplier, gone)
+            new = charges(training, stages[: stage.index + 1], noise_multiplier, gone)
             over = {
                 p
                 for p, c in new.items()
@@ -191,7 +186,7 @@ def leaving(learner: "Learner", noise_multiplier: float) -> tuple[frozenset[str]
     return tuple(out)
 
 
-def horizon(learner: "Learner") -> list[Experience]:
+def horizon(training: TrainingPlan) -> list[Experience]:
     """Experiences to plan for.
 
     Those of the stream, and as many more like the last as were declared to come.
@@ -199,8 +194,8 @@ def horizon(learner: "Learner") -> list[Experience]:
     Raises:
         ConfigError: when the stream is longer than what was declared.
     """
-    known = list(learner.stream.experiences)
-    privacy = learner.privacy
+    known = list(training.stream.experiences)
+    privacy = training.privacy
     asked = privacy.horizon if privacy and privacy.horizon is not None else len(known)
     if asked < len(known):
         raise ConfigError.of(

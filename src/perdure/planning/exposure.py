@@ -1,42 +1,12 @@
-"""Public facts of a stream, found without looking at a record.
-
-They are what a loss may know, who is exposed how often, and how many steps there are.
-"""
+"""Exposure of every partition, from declared sizes and without looking at a record."""
 
 import math
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
 
+from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
 from perdure.data.experience import Experience
 from perdure.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exposure:
-    """Who is exposed in one experience, and how often: a function of public facts.
-
-    Args:
-        scope: partition name to the probability that one of its records may enter a step.
-        rate: expected share of the pool in a step.
-        pool_size: declared number of records in the pool.
-        slots: steps an epoch where every record has a place of its own in it; None for Poisson
-            sampling.
-    """
-
-    scope: Mapping[str, float]
-    rate: float
-    pool_size: float
-    slots: int | None = None
-
-    @property
-    def expected(self) -> float:
-        """Declared number of records in a step."""
-        return self.rate * self.pool_size
-
-    def times(self, steps: int) -> int:
-        """In how many of `steps` one record may take part."""
-        return steps if self.slots is None else -(-steps // self.slots)
 
 
 def exposure(
@@ -46,7 +16,7 @@ def exposure(
     batch_size: int,
     rate: float | None = None,
     bands: int | None = None,
-    left: Set[str] = frozenset(),
+    excluded: Set[str] = frozenset(),
 ) -> Exposure:
     """Exposure in the last of `experiences`, from declared sizes only.
 
@@ -58,16 +28,16 @@ def exposure(
         batch_size: expected records a step.
         rate: sampling rate, instead of that.
         bands: least distance of a record's steps, where they are in a fixed order.
-        left: partitions out of every pool.
+        excluded: partitions out of every pool.
 
     Raises:
         ConfigError: for an epoch shorter than `bands`.
     """
-    size, exposed = pool_size(experiences, plan, left)
+    size, exposed = pool_size(experiences, plan, excluded)
     past = experiences[:-1]
     if plan.memory and plan.memory.rehearsed and plan.pool != "memory":
-        size += expected_stored(past, plan.memory.capacity, left)
-        exposed |= {e.train.partition for e in past} - left
+        size += expected_stored(past, plan.memory.capacity, excluded)
+        exposed |= {e.train.partition for e in past} - excluded
     chosen = min(1.0, batch_size / size) if rate is None else rate
     slots = None
     if bands is not None:
@@ -82,41 +52,45 @@ def exposure(
 
 
 def pool_size(
-    experiences: Sequence[Experience], plan: Plan, left: Set[str] = frozenset()
+    experiences: Sequence[Experience], plan: Plan, excluded: Set[str] = frozenset()
 ) -> tuple[float, set[str]]:
     """Declared number of pooled records and their partitions.
 
     Records that are rehearsed beside the pool are not counted.
     """
     pooled = experiences[-1:] if plan.pool == "experience" else experiences
-    staying = [e.train for e in pooled if e.train.partition not in left]
+    staying = [e.train for e in pooled if e.train.partition not in excluded]
     partitions = {records.partition for records in staying}
     if plan.pool == "memory" and plan.memory:
-        return expected_stored(experiences, plan.memory.capacity, left), partitions
+        return expected_stored(experiences, plan.memory.capacity, excluded), partitions
     return sum(records.declared_size for records in staying), partitions
 
 
 def expected_stored(
-    seen: Sequence[Experience], capacity: int, left: Set[str] = frozenset()
+    seen: Sequence[Experience], capacity: int, excluded: Set[str] = frozenset()
 ) -> float:
-    """Declared number of records in a memory, without the partitions `left`."""
+    """Declared number of records in a memory, without the partitions `excluded`."""
     everything = sum(e.train.declared_size for e in seen)
-    staying = sum(e.train.declared_size for e in seen if e.train.partition not in left)
+    staying = sum(e.train.declared_size for e in seen if e.train.partition not in excluded)
     return min(capacity, everything) * staying / everything if everything else 0.0
 
 
-def references(
-    experiences: Sequence[Experience], plan: Plan, *, batch_size: int, left: Set[str] = frozenset()
+def reference_exposures(
+    experiences: Sequence[Experience],
+    plan: Plan,
+    *,
+    batch_size: int,
+    excluded: Set[str] = frozenset(),
 ) -> dict[str, Exposure]:
-    """Exposure by each reference gradient of a step in the last of `experiences`, by name.
+    """Exposure by every reference gradient of a step in the last of `experiences`, by name.
 
     One over all that is stored (`reference`), or one for every earlier experience (`reference 0`,
     ...).
     """
-    past = [e for e in experiences[:-1] if e.train.partition not in left]
+    past = [e for e in experiences[:-1] if e.train.partition not in excluded]
     if not plan.memory or plan.memory.rehearsed or not past:
         return {}
-    whole = expected_stored(experiences[:-1], plan.memory.capacity, left)
+    whole = expected_stored(experiences[:-1], plan.memory.capacity, excluded)
     sizes = {f"reference {e.index}": (whole * share(e, past), {e.train.partition}) for e in past}
     if plan.memory.use == "reference":
         sizes = {"reference": (whole, {e.train.partition for e in past})}

@@ -33,19 +33,21 @@ class Schedule:
 
     Args:
         noise: noise multiplier of a step; the last one holds for all that follow.
-        left: partitions that are out of every pool; empty where none ever leaves.
+        excluded: partitions that are out of every pool; empty where none ever is.
     """
 
     noise: tuple[float, ...]
-    left: tuple[frozenset[str], ...] = ()
+    excluded: tuple[frozenset[str], ...] = ()
 
     def noise_in(self, index: int) -> float:
         """Noise multiplier of a step in experience `index`."""
         return self.noise[min(index, len(self.noise) - 1)]
 
-    def left_in(self, index: int) -> frozenset[str]:
+    def excluded_in(self, index: int) -> frozenset[str]:
         """Partitions out of the pools in experience `index`."""
-        return self.left[min(index, len(self.left) - 1)] if self.left else frozenset()
+        if not self.excluded:
+            return frozenset()
+        return self.excluded[min(index, len(self.excluded) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class PrivateSum:
         self._key = key
         self.clip_norm = privacy.clip_norm
         self._chain: BandedNoise | None = None
-        self._last: tuple[Params, float] | None = None
+        self.last_gradient: tuple[Params, float] | None = None
         self.open(0)
 
     def open(self, index: int) -> None:
@@ -232,7 +234,7 @@ class PrivateSum:
         if adaptive:
             counted = float(released.pop(WITHIN))
             self.clip_norm = adaptive.updated(self.clip_norm, counted, expected)
-        self._last = (
+        self.last_gradient = (
             released,
             scales[next(iter(params))] * (self._chain.deviation if self._chain else 1.0),
         )
@@ -258,7 +260,7 @@ class PrivateSum:
 
         It is 0 before the first.
         """
-        return self._last[1] if self._last else 0.0
+        return self.last_gradient[1] if self.last_gradient else 0.0
 
     @property
     def signal_to_noise(self) -> float:
@@ -269,9 +271,9 @@ class PrivateSum:
         (|released|^2 - d s^2) / (d s^2), with d coordinates and noise of standard deviation s; it
         may be negative.
         """
-        if self._last is None:
+        if self.last_gradient is None:
             return math.nan
-        released, scale = self._last
+        released, scale = self.last_gradient
         energy = sum(float(value.double().square().sum()) for value in released.values())
         noise = scale**2 * sum(value.numel() for value in released.values())
         return energy / noise - 1

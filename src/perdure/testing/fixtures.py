@@ -100,7 +100,9 @@ def run(learner: Learner, stream: Stream) -> None:
     """Train a prepared learner to the end of the stream, and measure."""
     for index in range(learner.position.experience, len(stream)):
         learner.begin(index)
-        for block in learner.remaining_blocks():
+        for block in learner.training.remaining_blocks(
+            learner.position.experience, learner.position.step
+        ):
             learner.train(block)
         learner.finish()
         learner.matrix.append(learner.evaluate(stream))
@@ -189,7 +191,7 @@ class StrategyFixture:
         for index, blocks in ((0, BLOCKS), (1, 1)):
             learner.begin(index)
             for number in range(blocks):
-                learner.train(learner.block(number, BLOCKS))
+                learner.train(learner.training.block(learner.position.experience, number, BLOCKS))
             if index == 0:
                 learner.finish()
         return learner
@@ -207,7 +209,7 @@ class MidRunFixture:
         self.learner.model.eval()
         self.strategy: Strategy = self.learner.strategy
         self.state: State = self.learner.state
-        self.batch: Batch = self.learner.curator._pool
+        self.batch: Batch = self.learner.session.held.rows
         share = 0.5 if bool(self.batch.from_memory.any()) else 0.0
         self.context: Context = replace(self.learner.curator.context, memory_share=share)
         self.params: Params = {

@@ -260,7 +260,11 @@ def _sums(scene: MidRunFixture) -> dict[str, tuple[Clip, Total]]:
 
     def by_bookkeeping(batch: Batch, clip: Clip) -> Params | None:
         return clipped_gradient_sum(
-            model, params, lambda: scene.losses(scene.learner.forward, batch), len(batch), clip
+            model,
+            params,
+            lambda: scene.losses(scene.learner.session.forward, batch),
+            len(batch),
+            clip,
         ) or by_rows(batch, clip)
 
     found: dict[str, tuple[Clip, Total]] = {

@@ -41,13 +41,13 @@ def private(stand: StrategyFixture) -> None:
 
     def listen(point: str, learner: Learner) -> None:
         trace.append(point)
-        if point == "experience.begin" and learner.mechanism:
-            begun[learner.position.experience] = len(learner.mechanism.ledger.entries)
+        if point == "experience.begin" and learner.private_sum:
+            begun[learner.position.experience] = len(learner.private_sum.ledger.entries)
 
     learner = stand.learner(SIMULATED, watched.strategy, [listen])
     learner.prepare(stand.stream)
-    assert learner.mechanism is not None
-    answers = _recorded(learner.mechanism)
+    assert learner.private_sum is not None
+    answers = _recorded(learner.private_sum)
     run(learner, stand.stream)
     _asked_as_declared(stand, watched)
     _charged_as_asked(learner, watched, trace.count("noise.drawn"))
@@ -115,9 +115,9 @@ def _references_as_declared(stand: StrategyFixture, watched: RecordingStrategy) 
 
 
 def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) -> None:
-    assert learner.mechanism is not None
-    ledger = learner.mechanism.ledger
-    gradients = sum(learner.steps(index) for index in range(len(learner.stream)))
+    assert learner.private_sum is not None
+    ledger = learner.private_sum.ledger
+    gradients = sum(learner.training.steps(index) for index in range(len(learner.stream)))
     charged = sum(entry.steps for entry in ledger.entries)
     asked = gradients + sum(q.times for q in watched.asked)
     # the choices of one selection are drawn together
@@ -128,7 +128,7 @@ def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) 
         allowed="one draw and one charge for everything asked",
         fix="ask the curator that the hook is given",
     )
-    for partition, history in planned(learner, Schedule(noise=(1.0,))).items():
+    for partition, history in planned(learner.training, Schedule(noise=(1.0,))).items():
         spent = merged(ledger.charges(partition))
         require(
             spent == merged(history),
@@ -139,10 +139,10 @@ def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) 
 
 
 def _reuses_as_declared(stand: StrategyFixture, learner: Learner, since: int) -> None:
-    assert learner.mechanism is not None
+    assert learner.private_sum is not None
     first = stand.stream[0].train.partition
     said = stand.strategy.privacy_cost.reuses_past_records
-    later = any(first in entry.scope for entry in learner.mechanism.ledger.entries[since:])
+    later = any(first in entry.scope for entry in learner.private_sum.ledger.entries[since:])
     require(
         later == said,
         f"records of experience 0 are {'used' if later else 'not used'} later and reuses_past_records={said}",
@@ -164,7 +164,7 @@ def _recorded(mechanism: PrivateSum) -> list[Answer]:
         def answer(*args: Any, **facts: Any) -> Any:
             said = real(*args, **facts)
             kept = said.clone() if isinstance(said, Tensor) else copied(said)
-            answers.append((kept, mechanism._last, mechanism.clip_norm))
+            answers.append((kept, mechanism.last_gradient, mechanism.clip_norm))
             return said
 
         return answer
@@ -181,12 +181,12 @@ def _same_from_other_records(stand: StrategyFixture, first: Learner, answers: li
     """
     other = other_records(stand.stream)
     learner = stand.prepared(SIMULATED, other)
-    mechanism = learner.mechanism
+    mechanism = learner.private_sum
     waiting = iter(answers)
     assert mechanism is not None
 
     def answer(*_: Any, **__: Any) -> Any:
-        said, mechanism._last, mechanism.clip_norm = next(waiting)
+        said, mechanism.last_gradient, mechanism.clip_norm = next(waiting)
         return said.clone() if isinstance(said, Tensor) else copied(said)
 
     for name in ANSWERS:

@@ -123,7 +123,7 @@ class RecordingCurator:
 
     @property
     def _place(self) -> tuple[int, int]:
-        return self._real.context.experience, getattr(self._real._held, "step", 0)
+        return self._real.context.experience, self._real.step
 
 
 class RecordingStrategy:

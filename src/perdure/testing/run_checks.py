@@ -121,7 +121,7 @@ def alone(stand: StrategyFixture) -> None:
 def _free_of_penalty(learner: Learner) -> None:
     experience = learner.stream[learner.position.experience]
     params = learner.params
-    if learner.plan(experience).applies_penalty:
+    if learner.training.of(experience).applies_penalty:
         return
     none = {name: torch.zeros_like(value) for name, value in params.items()}
     pull = with_penalty(none, learner.strategy.penalty(params, learner.state), params)
@@ -172,7 +172,9 @@ def _predictions(learner: Learner) -> None:
     for index in range(after + 1):
         experience = learner.stream[index]
         c = learner.stream.num_classes
-        allowed = learner.context(index if learner.stream.scenario == "task" else after).allowed
+        allowed = learner.session.context(
+            index if learner.stream.scenario == "task" else after
+        ).allowed
         with torch.no_grad():
             logits = learner.predictor(index, after=after)(experience.test.inputs)
         require(
@@ -238,7 +240,7 @@ def _resumed(stand: StrategyFixture, privacy: Privacy | None) -> None:
 
 
 def _to_the_end(learner: Learner) -> None:
-    learner.train(learner.block(BLOCKS - 1, BLOCKS))
+    learner.train(learner.training.block(learner.position.experience, BLOCKS - 1, BLOCKS))
     learner.finish()
 
 
@@ -281,7 +283,6 @@ def _shared(learner: Learner) -> dict[str, Tensor]:
 
 def _two_clients(stand: StrategyFixture) -> None:
     from perdure.federated import Federation, Server, iid, run_federation
-    from perdure.federated.client import declared_size
 
     streams = iid(stand.stream, clients=2, min_size=2)
     clients = dict[int, Learner]()
@@ -296,7 +297,9 @@ def _two_clients(stand: StrategyFixture) -> None:
             old.update(copied(server.learner.state))
         if point == "experience.combined":
             both = [clients[0], clients[1]]
-            weights = [float(declared_size(client, server.experience)) for client in both]
+            weights = [
+                float(client.training.declared_pool_size(server.experience)) for client in both
+            ]
             _combined(server.learner, [client.state for client in both], weights, old)
 
     run_federation(make, streams, Federation(clients=2, rounds=BLOCKS), callbacks=[listen])

@@ -39,3 +39,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in before.items():
             buffer.copy_(value)
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}

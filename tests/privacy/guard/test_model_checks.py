@@ -320,7 +320,7 @@ def test_a_strategy_that_couples_records_is_refused_before_anything_is_drawn(
     learner = private(toy_model(stream), strategy)
     with pytest.raises(GuardError, match=message):
         learner.prepare(stream)
-    assert learner.mechanism is None
+    assert learner.private_sum is None
 
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0), LwF(), Replay(memory_size=8)])
@@ -330,7 +330,7 @@ def test_our_strategies_pass_with_a_model_that_drops_out(toy_stream, toy_model, 
     model.body.append(nn.Dropout(0.5))
     learner = private(model, strategy)
     learner.prepare(stream)
-    assert learner.mechanism is not None
+    assert learner.private_sum is not None
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,9 @@ def batches(learner, index=0):
     """Ids of every step of an experience."""
     learner.begin(index)
     seen = []
-    for block in learner.remaining_blocks():
-        learner.curator.reserve(block, "start")
-        seen += [set(learner.curator.sample(step).ids.tolist()) for step in block]
+    for block in learner.training.remaining_blocks(learner.position.experience, learner.position.step):
+        learner.session.held.reserve(block, "start")
+        seen += [set(learner.session.held.sample(step).ids.tolist()) for step in block]
     return seen
 
 
@@ -125,12 +125,12 @@ def test_every_record_takes_part_once_an_epoch_at_its_own_place(learner_of, toy_
 def test_the_ledger_charges_participations_and_not_steps(learner_of):
     learner = learner_of()
     learner.fit(learner.stream)
-    entries = learner.mechanism.ledger.entries
+    entries = learner.private_sum.ledger.entries
     assert {e.mechanism for e in entries} == {"banded-gaussian"} and {
         e.sampling for e in entries
     } == {"none"}
     assert [(e.steps, e.participations) for e in entries] == [(6, 1)] * 4
-    spent = learner.mechanism.ledger.epsilon(["experience-0"], delta=1e-5)
+    spent = learner.private_sum.ledger.epsilon(["experience-0"], delta=1e-5)
     assert spent == epsilon([Charge(1.0, 2.0, 2)], delta=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_a_target_is_calibrated_for_the_participations(learner_of):
         privacy=Privacy(epsilon=2.0, bands=3, seed=0), strategy=Replay(memory_size=8)
     )
     learner.fit(learner.stream)
-    assert 1.95 < learner.mechanism.ledger.worst(1e-5)[1] <= 2.0
+    assert 1.95 < learner.private_sum.ledger.worst(1e-5)[1] <= 2.0
 
 
 def test_an_epoch_shorter_than_the_bands_is_refused(learner_of):
@@ -162,21 +162,21 @@ def test_noise_follows_the_steps_in_turn_and_a_block_again_is_the_same(learner_o
     none = lambda clip: None  # noqa: E731
 
     def draws():
-        learner.curator.reserve(range(6), "start")
+        learner.session.held.reserve(range(6), "start")
         return [
-            learner.mechanism.gradient(none, learner.params, step=step)["head.weight"]
+            learner.private_sum.gradient(none, learner.params, step=step)["head.weight"]
             for step in range(6)
         ]
 
     first = draws()
     again = draws()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    learner.curator.reserve(range(6), "start")
-    learner.mechanism.gradient(none, learner.params, step=0)
+    learner.session.held.reserve(range(6), "start")
+    learner.private_sum.gradient(none, learner.params, step=0)
     with pytest.raises(
         PrivacyError, match="step 2 is out of turn: every step is drawn once, next is step 1"
     ):
-        learner.mechanism.gradient(none, learner.params, step=2)
+        learner.private_sum.gradient(none, learner.params, step=2)
 
 
 @pytest.mark.statistical
@@ -187,11 +187,11 @@ def test_neighbouring_steps_of_noise_are_negatively_correlated(toy_stream, toy_m
     """
     learner = learner_of(iterations=200, epochs=None, blocks=1)
     learner.begin(0)
-    learner.curator.reserve(range(200), "start")
+    learner.session.held.reserve(range(200), "start")
     none = lambda clip: None  # noqa: E731
     name = next(iter(learner.params))
     drawn = [
-        learner.mechanism.gradient(none, learner.params, step=step)[name].flatten()
+        learner.private_sum.gradient(none, learner.params, step=step)[name].flatten()
         for step in range(200)
     ]
     noise = torch.stack(drawn[20:])

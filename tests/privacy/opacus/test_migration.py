@@ -278,10 +278,10 @@ def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
         privacy=privacy,
     )
     learner.fit(stream)
-    for partition in learner.mechanism.ledger.partitions:
-        charges = merged(learner.mechanism.ledger.charges(partition))
+    for partition in learner.private_sum.ledger.partitions:
+        charges = merged(learner.private_sum.ledger.charges(partition))
         assert Charge(0.2, 1.3, 6) in charges and sum(c.steps for c in charges) == 8
-    assert learner.mechanism.ledger.epsilon(delta=1e-3) > epsilon(spent(engine), delta=1e-3)
+    assert learner.private_sum.ledger.epsilon(delta=1e-3) > epsilon(spent(engine), delta=1e-3)
 
 
 def test_the_statement_says_what_is_and_what_is_not_accounted():

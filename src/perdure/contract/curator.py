@@ -1,0 +1,123 @@
+"""Questions that the hooks of a strategy may ask of a curator, which holds the private records."""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from perdure.contract.context import Context
+from perdure.contract.exposure import Exposure
+from perdure.contract.forward import Forward
+from perdure.data.records import Batch
+from perdure.types import Params
+
+Query = Callable[[Forward, Batch], Tensor | Params]
+"""(forward, batch) -> (n, ...) or a mapping of such; row i must depend on record i only."""
+Of = Callable[[Batch], Tensor]
+"""batch -> (n,) one number of each record."""
+Losses = Callable[[Forward, Batch], Tensor]
+"""(forward, batch) -> (n,) one loss of each record."""
+Over = Literal["experience", "memory"]
+
+
+class Utility(Protocol):
+    """Scores of public answers, of which one record moves any two by at most 1 against each other."""
+
+    @property
+    def k(self) -> int:
+        """Number of answers to choose."""
+        ...
+
+    def scores(self, numbers: Tensor, *, strict: bool) -> Tensor:
+        """(m,) scores of the answers, from one number of each record (n,)."""
+        ...
+
+
+class Curator(Protocol):
+    """Holder of private records as the hooks of a strategy see it.
+
+    Guarantee: under privacy every answer is a release, charged to the ledger before its noise is drawn, or a function
+    of declared values; without privacy answers are exact.
+    """
+
+    @property
+    def context(self) -> Context:
+        """Public facts of the open experience."""
+        ...
+
+    @property
+    def declared_size(self) -> int:
+        """Declared number of records of the open experience."""
+        ...
+
+    @property
+    def private(self) -> bool:
+        """Whether answers are noised and charged."""
+        ...
+
+    @property
+    def clip_norm(self) -> float:
+        """L2 bound on the gradient of one record; infinite without privacy."""
+        ...
+
+    @property
+    def signal_to_noise(self) -> float:
+        """Estimated energy of the last gradient over the energy of its noise, from the released sum."""
+        ...
+
+    @property
+    def exposure(self) -> Exposure:
+        """Exposure of every partition in a step of the open experience."""
+        ...
+
+    @property
+    def statistics(self) -> Params:
+        """Running means and variances of the model now; none under privacy."""
+        ...
+
+    def synthetic(self, n: int) -> Batch:
+        """Return n random rows with the pool's shapes and dtypes, independent of the data."""
+        ...
+
+    def release(
+        self, query: Query, *, clip_norm: float, purpose: str, over: Over = "experience"
+    ) -> Params:
+        """Sum over records of clip(query(record), clip_norm), plus noise under privacy.
+
+        Args:
+            query: one row per record (see `perdure.queries`).
+            clip_norm: bound on the L2 norm of one record's row, all names together.
+            purpose: name of the release in the ledger.
+            over: the records of the open experience, or those in memory.
+        """
+        ...
+
+    def count(self, of: Of, *, bins: int, purpose: str) -> Tensor:
+        """(bins,) int64 numbers of records in each bin, plus integer noise under privacy.
+
+        Args:
+            of: batch -> (n,) bins, whole numbers from 0; a record outside is in no bin.
+            bins: public number of bins.
+            purpose: name of the release in the ledger.
+        """
+        ...
+
+    def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
+        """(k,) int64 positions of the best scores, best first.
+
+        Args:
+            of: batch -> (n,) numbers, from which `utility` computes the scores.
+            utility: `Frequency` or `Quantile` of `perdure.privacy`.
+            purpose: name of the release in the ledger.
+        """
+        ...
+
+    def reference(self, losses: Losses, params: Params, *, of: int | None = None) -> Params:
+        """Mean gradient over stored rows, as private as the gradient of a step.
+
+        Args:
+            losses: (forward, batch) to one loss per record.
+            params: parameters of the gradient.
+            of: earlier experience whose rows are drawn; None for all.
+        """
+        ...

@@ -1,0 +1,311 @@
+"""A session: model, strategy and records of one party between the steps of a training loop.
+
+The loop of `Learner`, the Avalanche plugin and a loop of the user's own stand on the same session, so a strategy sees
+the same calls in the same order wherever it runs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adversarial.base import Attack
+from perdure.contract.context import contexts, spec_of
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.curator.held_records import HeldRecords
+from perdure.curator.local_curator import LocalCurator
+from perdure.data.augmentation import Views
+from perdure.data.experience import Stream
+from perdure.data.records import Batch, Records
+from perdure.errors import StrategyError
+from perdure.learner.checkpoint import Position
+from perdure.learner.private_setup import inspect, open_private_sum
+from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
+from perdure.planning.training_plan import TrainingPlan
+from perdure.privacy.private_sum import PrivateSum
+from perdure.queries.batch_gradients import with_penalty
+from perdure.types import Params
+from perdure.utils.denormals import flushed
+from perdure.utils.modules import trainable_parameters
+from perdure.utils.seeding import derive
+
+HOOKS = ("losses", "references", "penalty", "project", "after_step")
+
+
+def _silent(point: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Session:
+    """A model, a strategy and the records of one party, between the steps of a loop.
+
+    >>> session = Session(model=model, training=TrainingPlan(stream=stream, strategy=strategy, ...))
+    >>> session.open(0)
+    >>> session.reserve(steps)
+    >>> for step in steps:
+    ...     batch = session.sample(step)
+    ...     session.backward(batch)        # fills .grad: mean or private gradient, penalty, projection
+    ...     optimizer.step()
+    ...     session.after_step()
+    >>> session.consolidate()
+
+    Guarantee: under privacy a record influences the model through releases alone, each charged before its noise is
+    drawn; `reserve` charges the steps.
+
+    Args:
+        model: any module with a full-width head.
+        training: stream, strategy and length of every experience.
+        seed: of everything but private noise.
+        client: number of the party, 0 when there is only one.
+        owner: its name in the ledger.
+        folder: where ledger and keys are kept; None for none.
+        device: where records and model live.
+        micro_batch_size: rows of one pass through the model; None for a whole batch.
+        precision: of the passes through the model while training.
+        adversary: attack applied to every batch before its gradient.
+        views: random versions of every record, averaged inside its loss.
+        initial: values of the model that a strategy which starts afresh goes back to; None for the present ones.
+        notify: called with the name of every point of the loop.
+
+    Raises:
+        ConfigError: for a model whose outputs are not one for every class.
+        GuardError: under privacy, for a model or strategy that breaks the sensitivity bound.
+        BudgetError: when the training plan does not fit the budget.
+    """
+
+    model: nn.Module
+    training: TrainingPlan
+    seed: int = 0
+    client: int = 0
+    owner: str = "curator"
+    folder: Path | None = None
+    device: str | torch.device = "cpu"
+    micro_batch_size: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    adversary: Attack | None = None
+    views: Views | None = None
+    initial: Mapping[str, Tensor] | None = None
+    notify: Callable[[str], None] = _silent
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        self.strategy: Strategy = self.training.strategy
+        self.stream: Stream = self.training.stream.to(self.device)
+        self.context = contexts(self.stream, self.device)
+        self.params: Params = dict(trainable_parameters(model))
+        self.forward = Forward(model)
+        self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
+        refuse_outputs(model, self.stream)
+        private = self.training.privacy is not None
+        spec = spec_of(model, self._detached(), self.stream, private=private)
+        self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
+        self.held = HeldRecords(
+            seed=self.seed,
+            client=self.client,
+            batch_size=self.training.batch_size,
+            private_sum=self._open_private_sum() if private else None,
+        )
+        self.curator = LocalCurator(self.held, micro_batch_size=self.micro_batch_size)
+        self.uses: dict[str, bool] = {}
+        self.trained: Params = {}
+        self._references: tuple[Params, ...] = ()
+        self._before: Params = {}
+        self._gradient: Params = {}
+        self._stochastic = any(
+            isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()
+        )
+
+    @property
+    def private_sum(self) -> PrivateSum | None:
+        """Ledger and noise; None without privacy."""
+        return self.held.private_sum
+
+    def _open_private_sum(self) -> PrivateSum:
+        inspect(
+            self.training, self.model, self._synthetic_losses, seed=self.seed, device=self.device
+        )
+        private_sum = open_private_sum(
+            self.training,
+            folder=self.folder,
+            client=self.client,
+            owner=self.owner,
+            trace=self.notify,
+        )
+        self.training = replace(self.training, schedule=private_sum.schedule)
+        return private_sum
+
+    def _synthetic_losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
+        labels, ids = facts.unbind(1)
+        batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
+        return self.strategy.losses(self.forward, batch, self.context(index), self.state)
+
+    # ------------------------------------------------------------------ an experience
+
+    def open(self, index: int) -> bool:
+        """Open experience `index`; return whether it begins now.
+
+        Called again after a resume in its middle, it only reopens the records.
+        """
+        experience = self.stream[index]
+        plan = self.training.of(experience)
+        begins = not self.position.begun or self.position.experience != index
+        if begins:
+            self.position = Position(experience=index, begun=True)
+            if plan.restart:
+                self.model.load_state_dict(self._initial)
+        context = self.context(index, declared_size=experience.train.declared_size)
+        self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
+        self.select(plan)
+        return begins
+
+    def select(self, plan: Plan) -> None:
+        """Choose the parameters and hooks that an experience uses."""
+        prefixes = plan.trainable
+        self.trained = {
+            name: param
+            for name, param in self.params.items()
+            if prefixes is None or name.startswith(prefixes)
+        }
+        if not self.trained:
+            known = ", ".join(self.params)
+            raise StrategyError(f"no parameter begins with {prefixes}; the model trains {known}")
+        for param in self.params.values():
+            param.grad = None  # the optimiser must not use what an earlier experience left
+        self.uses = {hook: self.strategy.uses(hook) for hook in HOOKS}
+        self.uses["penalty"] &= plan.applies_penalty
+        self.uses["observe"] = plan.memory is not None and plan.memory.update == "step"
+
+    def reserve(self, steps: range, digest: str) -> None:
+        """Charge a block of steps to every exposed partition, before the first of them draws noise.
+
+        Args:
+            steps: of the open experience.
+            digest: of everything but the records that determines what the steps do (see `noise_digest`).
+        """
+        self.held.reserve(steps, digest)
+
+    # ------------------------------------------------------------------ a step
+
+    def sample(self, step: int) -> Batch:
+        """Return the rows of one step: by coins under privacy, else shuffled, new beside stored."""
+        self.position.step = step
+        if self._stochastic:
+            # Dropout draws from torch's global generator: give it its own place in every step.
+            torch.manual_seed(self.seed_of("layers", step))
+        return self.held.sample(step)
+
+    def backward(self, batch: Batch) -> None:
+        """Fill `.grad` of the trained parameters: gradient, penalty, projection.
+
+        Args:
+            batch: rows that `sample` returned for the present step.
+        """
+        step = self.position.step
+        changed = self.perturb(batch, step) if self.adversary else batch
+        if self.views:
+            changed = self.views.attach(changed, self.seed_of("views", step))
+        references = self.references()
+        gradient = self.curator.gradient(self.losses, self.trained, changed, step)
+        self.notify("step.gradient")
+        self.observe(batch)
+        self.set_gradients(gradient, self.penalty(), references)
+
+    def references(self) -> tuple[Params, ...]:
+        """Return the released reference gradients of the present step, where the strategy uses any."""
+        if not self.uses["references"]:
+            return ()
+        return self.strategy.references(self.curator, self.trained, self.state)
+
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """(n,) the strategy's loss of every row, averaged over views where there are any."""
+
+        def of(rows: Batch) -> Tensor:
+            return self.strategy.losses(forward, rows, self.curator.context, self.state)
+
+        low = self.precision == "bfloat16"
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=low):
+            return (self.views.losses(of, batch) if self.views else of(batch)).float()
+
+    def observe(self, batch: Batch) -> None:
+        """Offer the rows of a step to a memory that is updated every step."""
+        if self.uses["observe"]:
+            self.held.observe(batch, self.remember)
+
+    def remember(self, forward: Forward, batch: Batch) -> Params:
+        """Return the tensors that memory stores beside each row."""
+        return self.strategy.remember(forward, batch, self.state)
+
+    def penalty(self) -> Tensor | None:
+        """Return the strategy's penalty at the present parameters; None where it has none."""
+        return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
+
+    def set_gradients(
+        self, gradient: Params, penalty: Tensor | None, references: tuple[Params, ...]
+    ) -> None:
+        """Put the gradient with penalty and projection into `.grad`."""
+        total = with_penalty(gradient, penalty, self.trained)
+        if self.uses["project"]:
+            total = self.strategy.project(total, references, self.state)
+        if self.uses["after_step"]:
+            self._before = {n: p.detach().clone() for n, p in self.trained.items()}
+            # An optimiser may write into .grad, which may be the released gradient itself.
+            self._gradient = {name: value.clone() for name, value in gradient.items()}
+        for name, param in self.trained.items():
+            param.grad = total[name]
+
+    def after_step(self) -> None:
+        """Let the strategy follow the optimiser's step, and go to the next one."""
+        if self.uses["after_step"]:
+            after = {name: param.detach() for name, param in self.trained.items()}
+            self.state = self.strategy.after_step(
+                self._before, after, self._gradient, self.state, self.curator.noise_variance
+            )
+        self.position.step += 1
+
+    # ------------------------------------------------------------------ the end of an experience
+
+    @flushed()
+    def consolidate(self) -> None:
+        """Offer the records to memory, let the strategy ask for its releases, and end the experience.
+
+        Raises:
+            RunawayError: where training diverged and parameters are NaN or infinite.
+        """
+        refuse_runaway(self.params, self.strategy, self.position.experience)
+        self.model.eval()
+        self.held.store(self.remember)
+        new = self.strategy.after_experience(self.curator, self._detached(), self.state)
+        self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
+        self.notify("experience.consolidated")
+        self.held.close()
+        self.position = Position(experience=self.position.experience + 1)
+
+    # ------------------------------------------------------------------ inside
+
+    def perturb(self, batch: Batch, step: int) -> Batch:
+        """Return each record's own worst case at the present parameters, on an unhooked copy of the model."""
+        assert self.adversary is not None
+        fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
+        place = torch.Generator().manual_seed(self.seed_of("adversary", step))
+
+        def losses(inputs: Tensor) -> Tensor:
+            return self.losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": inputs}))
+
+        inputs = self.adversary.perturb(losses, batch.inputs, generator=place)
+        return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
+
+    def seed_of(self, purpose: str, step: int) -> int:
+        """Return the seed of draws inside a step; secret under privacy (see `PrivateSum.secret`)."""
+        seed = self.private_sum.secret(purpose, step) if self.private_sum else self.seed
+        return derive(seed, purpose, self.client, self.position.experience, step)
+
+    def _detached(self) -> Params:
+        return {name: value.detach().clone() for name, value in self.params.items()}

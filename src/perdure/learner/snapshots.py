@@ -1,0 +1,65 @@
+"""Copies of everything that a run needs to go on, and the way back to them."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from perdure.learner.checkpoint import (
+    Position,
+    Snapshot,
+    flatten_optimizer,
+    load_optimizer,
+    numbered,
+)
+from perdure.learner.session import Session
+
+
+def take_snapshot(
+    session: Session,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    matrix: list[list[float]],
+) -> Snapshot:
+    """Copy everything that a run needs to go on; memory rows apart, because they are private."""
+    moments, facts = flatten_optimizer(optimizer)
+    live = {f"model.{n}": t for n, t in session.model.state_dict().items()}
+    live |= {f"state.{n}": t for n, t in session.state.items()}
+    live |= moments
+    tensors = {name: value.detach().clone() for name, value in live.items()}
+    private, memory = session.held.snapshot()
+    facts |= {
+        "position": vars(session.position),
+        "matrix": matrix,
+        "memory": memory,
+        "scheduler": scheduler.state_dict() if scheduler else None,
+        "clip_norm": session.private_sum.clip_norm if session.private_sum else None,
+    }
+    return Snapshot(tensors=tensors, private=private, facts=facts)
+
+
+def restore_snapshot(
+    snapshot: Snapshot, session: Session, optimizer: Optimizer, scheduler: LRScheduler | None
+) -> list[list[float]]:
+    """Bring a prepared session and its optimiser back to a snapshot; return the accuracies so far."""
+    session.model.load_state_dict(_under("model.", snapshot.tensors))
+    states = _under("state.", snapshot.tensors)
+    moved = {name: value.to(session.device) for name, value in states.items()}
+    session.state = session.state.replace(moved)
+    facts = snapshot.facts
+    session.position = Position(**facts["position"])
+    session.held.restore(snapshot.private, facts["memory"], session.device)
+    if session.private_sum:
+        session.private_sum.clip_norm = facts["clip_norm"]
+    last = len(session.stream) - 1
+    experience = session.stream[min(session.position.experience, last)]
+    session.select(session.training.of(experience))
+    load_optimizer(optimizer, snapshot.tensors, facts)
+    if scheduler and facts["scheduler"]:
+        scheduler.load_state_dict(numbered(facts["scheduler"]))
+    return [list(row) for row in facts["matrix"]]
+
+
+def _under(prefix: str, tensors: Any) -> dict[str, Any]:
+    """Entries whose name begins with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,102 @@
+"""Length of every experience and exposure of every partition, from declared sizes alone."""
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from perdure.contract.exposure import Exposure
+from perdure.contract.plan import Plan
+from perdure.contract.strategy import Strategy
+from perdure.data.experience import Experience, Stream
+from perdure.planning.exposure import exposure, pool_size, split_steps
+from perdure.privacy.private_sum import Schedule
+from perdure.privacy.settings import Privacy
+
+NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingPlan:
+    """How a stream is trained: over which records, for how many steps, in which blocks.
+
+    A function of public facts: no record is looked at, so a run can be calibrated before it begins.
+
+    Args:
+        stream: its declared sizes and classes are used, never its records.
+        strategy: says what an experience is trained on.
+        batch_size: expected number of new records in a step.
+        epochs, iterations: length of an experience; exactly one is given.
+        blocks: number of pieces an experience is trained in; a piece is charged to the ledger as one.
+        privacy: settings of differential privacy, or None.
+        schedule: noise and excluded partitions of every experience, once they are calibrated.
+    """
+
+    stream: Stream
+    strategy: Strategy
+    batch_size: int
+    epochs: int | None = None
+    iterations: int | None = None
+    blocks: int = 1
+    privacy: Privacy | None = None
+    schedule: Schedule | None = None
+
+    def of(self, experience: Experience) -> Plan:
+        """Return the strategy's plan of an experience."""
+        return self.strategy.plan(experience)
+
+    def upto(self, index: int) -> tuple[Experience, ...]:
+        """Return the experiences of the stream up to `index`, that one included."""
+        return self.stream.experiences[: index + 1]
+
+    def exposure(self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY) -> Exposure:
+        """Return the exposure of every partition in the last of `experiences`.
+
+        Args:
+            experiences: all so far, the one in question last.
+            excluded: partitions that are out of every pool.
+        """
+        rate = self.privacy.sampling_rate if self.privacy else None
+        bands = self.privacy.bands if self.privacy else None
+        return exposure(
+            experiences,
+            self.of(experiences[-1]),
+            batch_size=self.batch_size,
+            rate=rate,
+            bands=bands,
+            excluded=excluded,
+        )
+
+    def steps_of(self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY) -> int:
+        """Return the number of optimiser steps in the last of `experiences`.
+
+        Args:
+            experiences: all so far, the one in question last.
+            excluded: partitions that are out of every pool.
+        """
+        plan = self.of(experiences[-1])
+        if not plan.train:
+            return 0
+        if self.iterations is not None:
+            return self.iterations
+        size, _ = pool_size(experiences, plan, excluded)
+        rate = self.privacy.sampling_rate if self.privacy else None
+        steps_an_epoch = 1 / rate if rate else max(1.0, size / self.batch_size)
+        return math.ceil((self.epochs or 1) * steps_an_epoch)
+
+    def steps(self, index: int) -> int:
+        """Return the number of optimiser steps in experience `index`."""
+        excluded = self.schedule.excluded_in(index) if self.schedule else NOBODY
+        return self.steps_of(self.upto(index), excluded)
+
+    def block(self, index: int, number: int, of: int) -> range:
+        """Return the steps of piece `number` where experience `index` is trained in `of` pieces."""
+        return split_steps(self.steps(index), of)[number]
+
+    def remaining_blocks(self, index: int, step: int) -> list[range]:
+        """Return the blocks of experience `index` that are not complete after `step` steps."""
+        return [block for block in split_steps(self.steps(index), self.blocks) if block.stop > step]
+
+    def declared_pool_size(self, index: int) -> int:
+        """Return the declared number of records that experience `index` is trained on."""
+        size, _ = pool_size(self.upto(index), self.of(self.stream[index]))
+        return round(size)
