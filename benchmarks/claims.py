@@ -61,7 +61,7 @@ from perdure.strategies.si import SI
 from perdure.types import Params, Scenario
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 # --------------------------------------------------------------------------- data
 

@@ -30,7 +30,7 @@ from perdure.types import Params
 from perdure.utils.chunking import chunks
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 BLOCK = 512

@@ -22,7 +22,7 @@ from perdure.contract.strategy import Strategy
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 

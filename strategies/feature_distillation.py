@@ -31,7 +31,7 @@ from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ from perdure.utils.hashing import normals
 from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 

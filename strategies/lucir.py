@@ -50,7 +50,7 @@ from perdure.models.cosine_head import cosines, directions
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 WEIGHT = "head.weight"

@@ -38,7 +38,7 @@ from perdure.queries.squared_gradients import AbsoluteGradient
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 

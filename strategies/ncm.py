@@ -26,7 +26,7 @@ from perdure.queries.gram import Gram
 from perdure.strategies._closed_form import Analytic, ClassSums, absent, class_means, layout, unit
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 COUNT_WEIGHT = 0.25
 """v: a count of thousands bears four times the noise of a coordinate, and a sum of vectors then

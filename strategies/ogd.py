@@ -56,7 +56,7 @@ from perdure.utils.hashing import uniforms
 from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 DEPENDENT = 1e-6
 """Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the

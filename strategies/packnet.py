@@ -48,7 +48,7 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from perdure.strategies._closed_form import Analytic, WideGram, denoised, layout
 from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 WEIGHT = 0.7
 """w: the matrix, which is inverted, bears noise worse than the class sums."""

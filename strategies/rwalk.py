@@ -45,7 +45,7 @@ from perdure.strategies.si import progress
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 NUMBERS = ("steps", "past", "fisher_scale", "score_scale")

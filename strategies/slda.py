@@ -40,7 +40,7 @@ from perdure.strategies._closed_form import (
 )
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 WEIGHT = 0.7
 COUNT_WEIGHT = 0.5

@@ -30,7 +30,7 @@ from perdure.types import Params
 from perdure.utils.seeding import derive, generator
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 LOUDNESS = 10.0
 """Gradient norm of a canary before clipping, in units of the clip norm: clipping is on trial

@@ -18,7 +18,7 @@ from perdure.data.records import Batch
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
 

@@ -41,7 +41,7 @@ from perdure.queries.per_record import Of, Query
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
+    from perdure.contract.curator import Curator
 
 
 def mean(curator: "Curator", query: Query, *, clip_norm: float, purpose: str) -> Params:

@@ -5,31 +5,22 @@ Only what a strategy may ask for passes, and every question is noted.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
+from perdure.contract.curator import Curator
 from perdure.contract.plan import PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
+from perdure.curator.local_curator import LocalCurator
 from perdure.errors import ConformanceError
 from perdure.types import Params
 
-if TYPE_CHECKING:
-    from perdure.curator.local_curator import LocalCurator as Curator
-
 Kind = Literal["releases", "memory_releases", "histograms", "selections", "references"]
 """What is asked, by its name in `PrivacyCost`."""
-FACTS = (
-    "context",
-    "declared_size",
-    "private",
-    "clip_norm",
-    "signal_to_noise",
-    "synthetic",
-    "exposure",
-    "statistics",
-)
+ALLOWED = tuple(name for name in vars(Curator) if not name.startswith("_"))
+"""Everything that hooks may use of a curator: the members of the protocol."""
 REFUSING = ("raw", "stored", "diagnostics")
 """What the curator itself refuses under privacy."""
 
@@ -66,16 +57,19 @@ class RecordingCurator:
     """
 
     def __init__(
-        self, real: "Curator", clip_norm: float | None = None, asked: list[Question] | None = None
+        self,
+        real: LocalCurator,
+        clip_norm: float | None = None,
+        asked: list[Question] | None = None,
     ) -> None:
         self._real = real
         self._clip_norm = clip_norm
         self.asked: list[Question] = [] if asked is None else asked
 
     @property
-    def curator(self) -> "Curator":
+    def curator(self) -> Curator:
         """The door, as what it stands for."""
-        return cast("Curator", self)
+        return cast(Curator, self)
 
     def release(
         self, query: Callable[..., Any], *, clip_norm: float, purpose: str, over: Any = "experience"
@@ -113,11 +107,11 @@ class RecordingCurator:
     def __getattr__(self, name: str) -> Any:
         if self._clip_norm is not None and name in ("private", "clip_norm"):
             return True if name == "private" else self._clip_norm
-        if name in FACTS or name in REFUSING:
+        if name in ALLOWED or name in REFUSING:
             return getattr(self._real, name)
         raise ConformanceError(
             f"it reads curator.{name}, which no charge covers; allowed: "
-            f"{', '.join((*FACTS, 'release', 'count', 'select', 'reference'))}; ask "
+            f"{', '.join(ALLOWED)}; ask "
             "curator.release(query, ...) instead"
         )
 
@@ -144,13 +138,13 @@ class RecordingStrategy:
         """As what it stands for."""
         return cast(Strategy, self)
 
-    def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
+    def references(self, curator: LocalCurator, params: Params, state: State) -> tuple[Params, ...]:
         """`Strategy.references`, through a door."""
         return self._strategy.references(
             RecordingCurator(curator, asked=self.asked).curator, params, state
         )
 
-    def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
+    def after_experience(self, curator: LocalCurator, params: Params, state: State) -> State:
         """`Strategy.after_experience`, through a door."""
         return self._strategy.after_experience(
             RecordingCurator(curator, asked=self.asked).curator, params, state
