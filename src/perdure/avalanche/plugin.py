@@ -1,4 +1,4 @@
-"""A perdure strategy as a plugin of an Avalanche training loop; `perdure.avalanche.as_plugin` makes one.
+"""A perdure strategy as a plugin of an Avalanche training loop (`perdure.avalanche.as_plugin`).
 
 Avalanche draws the batches, runs the model and steps the optimiser. A session stands beside it: it
 holds records, memory and state, and calls the strategy's hooks.

@@ -21,7 +21,7 @@ Over = Literal["experience", "memory"]
 
 
 class Utility(Protocol):
-    """Scores of public answers, of which one record moves any two by at most 1 against each other."""
+    """Scores of public answers; one record moves the difference of any two by at most 1."""
 
     @property
     def k(self) -> int:
@@ -36,8 +36,8 @@ class Utility(Protocol):
 class Curator(Protocol):
     """Holder of private records as the hooks of a strategy see it.
 
-    Guarantee: under privacy every answer is a release, charged to the ledger before its noise is drawn, or a function
-    of declared values; without privacy answers are exact.
+    Guarantee: under privacy every answer is a release, charged to the ledger before its noise is
+    drawn, or a function of declared values; without privacy answers are exact.
     """
 
     @property
@@ -62,7 +62,7 @@ class Curator(Protocol):
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimated energy of the last gradient over the energy of its noise, from the released sum."""
+        """Estimated energy of the last gradient over that of its noise, from the release."""
         ...
 
     @property

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Exposure:
-    """Partitions that a step of one experience may draw from, and how often; a function of public facts.
+    """Partitions that a step of one experience may draw from, and how often.
+
+    A function of public facts.
 
     Args:
         scope: partition name to the probability that one of its records enters a step.
         rate: expected share of the pool in a step.
         pool_size: declared number of records in the pool.
-        slots: steps an epoch where every record has a fixed step of the epoch; None for Poisson sampling.
+        slots: steps of an epoch where every record has a fixed step in it; None for Poisson
+            sampling.
     """
 
     scope: Mapping[str, float]

@@ -125,8 +125,8 @@ class Plan:
         trainable: prefixes of the parameter names that are trained; None for all.
         train: False where no gradient is taken at all, because everything that is learnt is a
             release.
-        applies_penalty: False where the penalty is known to be 0 all the time, so that it need not be
-            computed.
+        applies_penalty: False where the penalty is known to be 0 all the time, so that it need not
+            be computed.
     """
 
     pool: Pooled = "experience"

@@ -31,8 +31,10 @@ class Strategy:
 
     Class attributes:
         privacy_cost: what it asks of private data beyond the gradient (see `PrivacyCost`).
-        couples_records: True where the loss of one row depends on other rows; refused under differential privacy.
-        vmappable: a sentence that says why the hooks cannot run under `torch.func.vmap`, or None where they can.
+        couples_records: True where the loss of one row depends on other rows; refused under
+            differential privacy.
+        not_vmappable_because: reason why the hooks cannot run under `torch.func.vmap`; None where
+            they can.
     """
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()

@@ -193,7 +193,7 @@ class HeldRecords:
         return replayed(self.pool.stored_rows(stored, f"reference {of}", self.step))
 
     def plans_reference(self, of: int | None) -> bool:
-        """Whether the plan keeps memory for a reference gradient of this name, with rows or without."""
+        """Whether the plan keeps memory for a reference gradient of this name, rows or none."""
         use = self._plan.memory.use if self._plan.memory else ""
         if of is None:
             return use == "reference"
@@ -243,7 +243,7 @@ class HeldRecords:
         self._noted = {}
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Memory for a checkpoint's `private/` folder, and the public counts of what it was offered."""
+        """Memory for a checkpoint's `private/` folder, and public counts of offered records."""
         rows = self.memory.rows
         kept = (
             {f"memory.{name}": t for name, t in rows.tensors().items()} if rows is not None else {}
@@ -345,7 +345,7 @@ class HeldRecords:
         return concatenate([Batch.current(e.train, e.index) for e in pooled])
 
     def _open_samplers(self, private_sum: PrivateSum, references: Mapping[str, Exposure]) -> None:
-        """Lay out what is drawn by coins: the pool, and the stored rows of every reference gradient."""
+        """Open the pool and the stored rows of every reference gradient to drawing by coins."""
         private_sum.open(self.experiences[-1].index)
         seen = self.experiences
         rows = self.pool.rows
@@ -394,7 +394,7 @@ class HeldRecords:
         return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)
 
     def _note(self, remember: Remember) -> None:
-        """Keep what is to be stored beside the new rows of the last step, at the present parameters."""
+        """Note the tensors to be stored beside the new rows of the last step, as they are now."""
         current = self.pool.current
         at = self._drawn[self._drawn < len(current)]
         new = remembered(current.take(at), remember, self.forward, one_by_one=True)

@@ -1,4 +1,4 @@
-"""The curator of one party: it answers questions about private records, and nothing else touches them.
+"""The curator of one party answers questions about its private records; nothing else touches them.
 
 Without privacy a release is the exact sum, at full speed. With privacy every row is clipped, the
 ledger is written, and only then noise is drawn.
@@ -70,7 +70,7 @@ class LocalCurator:
 
     @property
     def statistics(self) -> Params:
-        """Running means and variances of the model now; none under privacy, where no layer has any."""
+        """Running means and variances of the model now; none under privacy."""
         return {} if self._private_sum else statistics_of(self._held.forward.module)
 
     @property
@@ -85,7 +85,7 @@ class LocalCurator:
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimated energy of the last gradient over the energy of its noise, from the released sum."""
+        """Estimated energy of the last gradient over that of its noise, from the release."""
         return self._private_sum.signal_to_noise if self._private_sum else float("inf")
 
     @property
@@ -109,7 +109,7 @@ class LocalCurator:
         """Return n random rows with the pool's shapes and dtypes, independent of the data."""
         return self._held.synthetic(n)
 
-    # ------------------------------------------------------------------ raw facts, refused under privacy
+    # ------------------------------------------------------------------ refused under privacy
 
     @property
     def stored(self) -> int:
@@ -278,7 +278,7 @@ class LocalCurator:
     def _reserve_reference(
         self, private_sum: PrivateSum, sampler: PrivateSampler, losses: Losses
     ) -> None:
-        """Charge the block's reference gradients before the first is drawn; another loss is another entry."""
+        """Charge the block's reference gradients before the first is drawn, once for every loss."""
         if private_sum.reserved(sampler.purpose):
             return
         steps, start = self._held.block
@@ -304,7 +304,7 @@ class LocalCurator:
         )
 
     def _clipped(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
-        """Clipped sum of the rows' gradients; with raw diagnostics their loss and clipped share too."""
+        """Clipped sum of the rows' gradients; raw diagnostics note loss and clipped share."""
         forward = self._held.forward
         size = self._micro_batch_size
         if not self._raw_diagnostics:

@@ -52,7 +52,7 @@ POINTS = (
     "ledger.head-written",
     "noise.drawn",
 )
-"""Where a callback is called, and where the tests stop a run to see that it resumes to the same bits."""
+"""Points at which callbacks are called; a run stopped at any of them resumes to the same bits."""
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,9 @@ class Learner:
 
     @flushed()
     def train(self, steps: range) -> None:
-        """THE loop: sample; perturb, gradient, penalty and projection (`Session.backward`); step; follow.
+        """THE loop: sample, backward, step, follow.
+
+        `Session.backward` perturbs the batch, takes the gradient and adds penalty and projection.
 
         Args:
             steps: a block of the current experience; charged to the ledger as one.
@@ -222,7 +224,7 @@ class Learner:
     # ------------------------------------------------------------------ evaluation
 
     def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
-        """Return a function from inputs of experience `index` to logits after experience `after`."""
+        """Return a function from inputs of experience `index` to logits after `after`."""
         session = self.session
         context = session.context(index if self.stream.scenario == "task" else after)
         self.model.eval()
@@ -242,7 +244,7 @@ class Learner:
     # ------------------------------------------------------------------ stopping and resuming
 
     def snapshot(self) -> Snapshot:
-        """Copy everything that a run needs to go on; memory rows apart, because they are private."""
+        """Copy everything that a run needs to go on; memory rows apart, as they are private."""
         return take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
 
     def restore(self, snapshot: Snapshot) -> None:

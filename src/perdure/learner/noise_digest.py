@@ -38,7 +38,7 @@ def noise_digest(
     scheduler: LRScheduler | None,
     rates: list[float],
 ) -> str:
-    """SHA-256 of the settings, the tensors of the snapshot, and the code's results on synthetic records.
+    """SHA-256 of the settings, the snapshot and the code's results on synthetic records.
 
     Args:
         session: with the experience open whose steps come next.
@@ -125,7 +125,7 @@ def exposure_settings(exposure: Exposure) -> JSONValue:
 
 
 def module_settings(path: str, module: nn.Module) -> JSONValue:
-    """Place of a module, its class where it is not one of perdure's, and its settings in the order they were made.
+    """Place of a module, its class unless it is perdure's own, and its settings in order.
 
     A value of another kind (a transform, say) is left out: `probe_strategy` shows what it does.
     """
@@ -146,7 +146,10 @@ def learning_rates(
     scheduler: Callable[[Optimizer], LRScheduler],
     steps: int,
 ) -> list[float]:
-    """Learning rates of the first `steps` steps under a schedule, which may be a function that no state holds."""
+    """Learning rates of the first `steps` steps under a schedule.
+
+    A schedule may be a function that no state holds, so it is run.
+    """
     own = optimizer([nn.Parameter(torch.zeros(1))])
     schedule = scheduler(own)
     rates = []

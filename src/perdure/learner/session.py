@@ -1,7 +1,7 @@
 """A session: model, strategy and records of one party between the steps of a training loop.
 
-The loop of `Learner`, the Avalanche plugin and a loop of the user's own stand on the same session, so a strategy sees
-the same calls in the same order wherever it runs.
+The loop of `Learner`, the Avalanche plugin and a loop of the user's own stand on the same session,
+so a strategy sees the same calls in the same order wherever it runs.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,16 +48,16 @@ class Session:
 
     >>> session = Session(model=model, training=TrainingPlan(stream=stream, strategy=strategy, ...))
     >>> session.open(0)
-    >>> session.reserve(steps)
+    >>> session.reserve(steps, digest)  # under privacy: charges the block
     >>> for step in steps:
     ...     batch = session.sample(step)
-    ...     session.backward(batch)        # fills .grad: mean or private gradient, penalty, projection
+    ...     session.backward(batch)  # fills .grad: gradient, penalty, projection
     ...     optimizer.step()
     ...     session.after_step()
     >>> session.consolidate()
 
-    Guarantee: under privacy a record influences the model through releases alone, each charged before its noise is
-    drawn; `reserve` charges the steps.
+    Guarantee: under privacy a record influences the model through releases alone, each charged
+    before its noise is drawn; `reserve` charges the steps.
 
     Args:
         model: any module with a full-width head.
@@ -71,7 +71,8 @@ class Session:
         precision: of the passes through the model while training.
         adversary: attack applied to every batch before its gradient.
         views: random versions of every record, averaged inside its loss.
-        initial: values of the model that a strategy which starts afresh goes back to; None for the present ones.
+        initial: values of the model that a strategy which starts afresh goes back to; None for the
+            present ones.
         notify: called with the name of every point of the loop.
 
     Raises:
@@ -188,7 +189,8 @@ class Session:
 
         Args:
             steps: of the open experience.
-            digest: of everything but the records that determines what the steps do (see `noise_digest`).
+            digest: of everything but the records that determines what the steps do (see
+                `noise_digest`).
         """
         self.held.reserve(steps, digest)
 
@@ -219,7 +221,7 @@ class Session:
         self.set_gradients(gradient, self.penalty(), references)
 
     def references(self) -> tuple[Params, ...]:
-        """Return the released reference gradients of the present step, where the strategy uses any."""
+        """Return the released reference gradients of the present step; () where none is used."""
         if not self.uses["references"]:
             return ()
         return self.strategy.references(self.curator, self.trained, self.state)
@@ -274,7 +276,7 @@ class Session:
 
     @flushed()
     def consolidate(self) -> None:
-        """Offer the records to memory, let the strategy ask for its releases, and end the experience.
+        """Offer the records to memory, let the strategy consolidate, and end the experience.
 
         Raises:
             RunawayError: where training diverged and parameters are NaN or infinite.
@@ -291,7 +293,10 @@ class Session:
     # ------------------------------------------------------------------ inside
 
     def perturb(self, batch: Batch, step: int) -> Batch:
-        """Return each record's own worst case at the present parameters, on an unhooked copy of the model."""
+        """Return each record's own worst case at the present parameters.
+
+        The attack runs on an unhooked copy of the model.
+        """
         assert self.adversary is not None
         fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
         place = torch.Generator().manual_seed(self.seed_of("adversary", step))
@@ -303,7 +308,7 @@ class Session:
         return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
 
     def seed_of(self, purpose: str, step: int) -> int:
-        """Return the seed of draws inside a step; secret under privacy (see `PrivateSum.secret`)."""
+        """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""
         seed = self.private_sum.secret(purpose, step) if self.private_sum else self.seed
         return derive(seed, purpose, self.client, self.position.experience, step)
 

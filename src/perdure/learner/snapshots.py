@@ -41,7 +41,7 @@ def take_snapshot(
 def restore_snapshot(
     snapshot: Snapshot, session: Session, optimizer: Optimizer, scheduler: LRScheduler | None
 ) -> list[list[float]]:
-    """Bring a prepared session and its optimiser back to a snapshot; return the accuracies so far."""
+    """Bring a session and its optimiser back to a snapshot; return the accuracies so far."""
     session.model.load_state_dict(_under("model.", snapshot.tensors))
     states = _under("state.", snapshot.tensors)
     moved = {name: value.to(session.device) for name, value in states.items()}

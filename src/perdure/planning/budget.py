@@ -1,4 +1,4 @@
-"""Noise that a training plan needs: charges of every partition, calibration, and the budget's cap."""
+"""Noise that a training plan needs: charges of partitions, calibration, and the budget's cap."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -26,7 +26,7 @@ class TrainingPlan:
         strategy: says what an experience is trained on.
         batch_size: expected number of new records in a step.
         epochs, iterations: length of an experience; exactly one is given.
-        blocks: number of pieces an experience is trained in; a piece is charged to the ledger as one.
+        blocks: number of pieces an experience is trained in; each is charged to the ledger as one.
         privacy: settings of differential privacy, or None.
         schedule: noise and excluded partitions of every experience, once they are calibrated.
     """
