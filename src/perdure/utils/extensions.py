@@ -1,0 +1,192 @@
+"""Extensions found by name: one a file of a package, or one an entry point of a distribution.
+
+EXTENSIONS = Extensions(
+    kind="attack",                   # the word that messages use
+    package="perdure.adversarial",   # every file of its folder is one extension
+    group="perdure.attacks",         # entry-point group of other distributions
+    fits=_is_attack,                 # a TypeGuard: gives `find` its return type
+    wanted="a subclass of perdure.adversarial.Attack",
+    helpers=("base", "robust_accuracy"),
+)
+EXTENSIONS.names()                          # ("fgsm", "pgd"); imports none of them
+EXTENSIONS.find("pgd")                      # the class of adversarial/pgd.py
+EXTENSIONS.find("my_package.attacks:Mine")  # the class of any module
+"""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from typing import Any, Generic, TypeGuard, TypeVar
+
+from perdure.errors import ConfigError
+
+T = TypeVar("T")
+
+MODULE_AND_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extensions(Generic[T]):
+    """Find the extensions of one kind by their names.
+
+    A name is the stem of a file in the package's folder, the name of an entry point in the group,
+    or `"module:name"`. Files that begin with an underscore are helpers.
+
+    Args:
+        kind: noun for one extension, as messages write it.
+        package: dotted name of the package whose files are the extensions.
+        group: entry-point group in which other distributions register theirs.
+        fits: whether an object is such an extension.
+        wanted: plain words for `fits`.
+        helpers: stems of further files in the folder that hold no extension.
+        named_as_file: an extension must have the name of its file. For functions: a file may then
+            hold other public functions.
+    """
+
+    kind: str
+    package: str
+    group: str
+    fits: Callable[[object], TypeGuard[T]]
+    wanted: str
+    helpers: tuple[str, ...] = ()
+    named_as_file: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """Return the sorted names of all files and entry points; none of them is imported."""
+        return tuple(sorted({*self.files(), *(entry.name for entry in self._entries())}))
+
+    def files(self) -> tuple[str, ...]:
+        """Return the sorted names of the extensions in the package's own folder."""
+        folder = importlib.import_module(self.package).__path__
+        return tuple(
+            sorted(
+                found.name
+                for found in pkgutil.iter_modules(folder)
+                if not (found.ispkg or found.name.startswith("_") or found.name in self.helpers)
+            )
+        )
+
+    def find(self, name: str, *, field: str | None = None) -> T:
+        """Return the extension called `name`.
+
+        Args:
+            name: a name of `names()`, or "module:name".
+            field: where the name was given, for the message; None for the kind.
+
+        Raises:
+            ConfigError: when nothing has this name, it cannot be imported, it is not of this kind,
+                its file does not define exactly one, or two sources claim the name.
+        """
+        if ":" in name:
+            return self._of_module(name, field or self.kind)
+        in_folder = name in self.files()
+        entries = [entry for entry in self._entries() if entry.name == name]
+        if in_folder + len(entries) > 1:
+            own = [f"perdure ({name}.py)"] if in_folder else []
+            raise self._ambiguous(name, field or self.kind, [*own, *map(_source, entries)])
+        if in_folder:
+            return self._of_file(name)
+        if entries:
+            return self._of_entry(entries[0])
+        raise self._unknown(name, field or self.kind)
+
+    def _entries(self) -> list[EntryPoint]:
+        """Entry points of the group, ordered by name and distribution."""
+        entries = _installed(tuple(sys.path)).select(group=self.group)
+        return sorted(entries, key=lambda entry: (entry.name, _source(entry)))
+
+    def _of_file(self, name: str) -> T:
+        module = importlib.import_module(f"{self.package}.{name}")
+        found = {
+            id(value): value
+            for key, value in vars(module).items()
+            if not key.startswith("_")
+            and (key == name or not self.named_as_file)
+            and self.fits(value)
+            and getattr(value, "__module__", None) == module.__name__
+        }
+        if len(found) != 1:
+            place = f"{self.package.rpartition('.')[2]}/{name}.py"
+            exactly = f"called {name}" if self.named_as_file else "a file"
+            raise ConfigError(
+                f"{place} defines {len(found)} objects that are {self.wanted}; allowed: exactly "
+                f"one {exactly}; begin the name of a helper file with an underscore"
+            )
+        return next(iter(found.values()))
+
+    def _of_entry(self, entry: EntryPoint) -> T:
+        given = f"entry point {entry.name!r} of {_source(entry)}"
+        found = _loaded(entry, f"{given} in group {self.group}")
+        if not self.fits(found):
+            raise ConfigError(
+                f"{given} = {entry.value!r} is not allowed; allowed: {self.wanted}; "
+                "fix or uninstall that distribution"
+            )
+        return found
+
+    def _of_module(self, name: str, field: str) -> T:
+        if not MODULE_AND_NAME.fullmatch(name):
+            raise ConfigError.of(field, name, '"package.module:Name", both of them importable')
+        found = _loaded(EntryPoint(name=name, value=name, group=self.group), f"{field} = {name!r}")
+        if not self.fits(found):
+            raise ConfigError.of(field, name, f"{self.wanted}; name such an object after the colon")
+        return found
+
+    def _ambiguous(self, name: str, field: str, sources: list[str]) -> ConfigError:
+        return ConfigError(
+            f"{field} = {name!r} is claimed by {' and '.join(sources)}; allowed: one {self.kind} "
+            'a name; uninstall one of them, or give "module:name"'
+        )
+
+    def _unknown(self, name: str, field: str) -> ConfigError:
+        known = self.names()
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return ConfigError.of(field, name, f'{", ".join(known)}, or "module:name"{hint}')
+
+
+def is_proper_subclass(value: object, base: type[Any]) -> bool:
+    """Return whether a value is a class below `base` of which objects can be made."""
+    return (
+        isinstance(value, type)
+        and issubclass(value, base)
+        and value is not base
+        and not inspect.isabstract(value)
+    )
+
+
+@cache
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """All entry points of the distributions on `path`, which is `sys.path`.
+
+    Reading them takes as long as there are distributions, up to a tenth of a second.
+    """
+    return entry_points()
+
+
+def _source(entry: EntryPoint) -> str:
+    """Name of the distribution that registers an entry point."""
+    return f"distribution {entry.dist.name}" if entry.dist is not None else "an unnamed source"
+
+
+def _loaded(entry: EntryPoint, given: str) -> object:
+    """Import an object.
+
+    Foreign code runs here, and may raise anything.
+    """
+    try:
+        found: object = entry.load()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{given} cannot be imported ({type(error).__name__}: {reason}); allowed: "
+            f"an importable {entry.value!r}; install or repair it"
+        ) from error
+    return found
