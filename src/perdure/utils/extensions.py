@@ -99,7 +99,7 @@ class Extensions(Generic[T]):
 
     def _entries(self) -> list[EntryPoint]:
         """Entry points of the group, ordered by name and distribution."""
-        entries = _installed(tuple(sys.path)).select(group=self.group)
+        entries = _installed(self.group, tuple(sys.path))
         return sorted(entries, key=lambda entry: (entry.name, _source(entry)))
 
     def _of_file(self, name: str) -> T:
@@ -163,12 +163,12 @@ def is_proper_subclass(value: object, base: type[Any]) -> bool:
 
 
 @cache
-def _installed(path: tuple[str, ...]) -> EntryPoints:
-    """All entry points of the distributions on `path`, which is `sys.path`.
+def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """Entry points of a group in the distributions on `path`, which is `sys.path`.
 
-    Reading them takes as long as there are distributions, up to a tenth of a second.
+    They are kept because reading them can take a tenth of a second.
     """
-    return entry_points()
+    return entry_points(group=group)
 
 
 def _source(entry: EntryPoint) -> str:
