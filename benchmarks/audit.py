@@ -32,7 +32,7 @@ from torch import Tensor
 
 from perdure.auditing.bounds import Method
 from perdure.auditing.canaries import audit
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.experience import Stream
 from perdure.data.scenarios import split
 from perdure.learner.learner import Learner

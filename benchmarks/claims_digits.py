@@ -21,7 +21,7 @@ from perdure.contract.context import MASKED, Context
 from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.datasets.mnist import mnist
 from perdure.data.experience import Stream
 from perdure.data.records import Batch

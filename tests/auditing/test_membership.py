@@ -14,7 +14,7 @@ from perdure.auditing.membership import (
     logit_confidence,
     true_positives,
 )
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.experience import Experience, Stream
 from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp

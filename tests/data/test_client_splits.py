@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perdure.data.client_splits import dirichlet, iid
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError
 

@@ -1,8 +1,10 @@
 """Data sets: what is embedded, and the readers, on small files in the published formats."""
 
 import gzip
+import importlib
 import os
 import struct
+import sys
 import zipfile
 from io import BytesIO
 
@@ -12,11 +14,14 @@ import torch
 from PIL import Image
 
 from perdure.data.datasets import base as datasets
-from perdure.data.datasets import cifar10, embedded
+from perdure.data.datasets import cifar10, find, names
 from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.breast_cancer import breast_cancer
+from perdure.data.datasets.digits import digits
 from perdure.data.datasets.registry import load
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
+from perdure.experiment.config import DataConfig
 
 ADULT_HEADER = "age, workclass, fnlwgt, education, education-num, marital-status, ..."
 ADULT_ROW = (
@@ -100,7 +105,7 @@ def test_embedded_sets(name, total, shape, classes):
 def test_digits_are_the_published_pixels_over_16():
     from sklearn.datasets import load_digits
 
-    data = embedded.digits(seed=4)
+    data = digits(seed=4)
     source = load_digits()
     expected = torch.from_numpy(source.images).float()[data.train.ids]
     assert torch.equal(data.train.inputs[:, 0] * 16, expected)
@@ -109,13 +114,13 @@ def test_digits_are_the_published_pixels_over_16():
 
 
 def test_the_split_is_a_function_of_the_seed():
-    first, again, other = (embedded.digits(seed=seed).test.ids for seed in (0, 0, 1))
+    first, again, other = (digits(seed=seed).test.ids for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_breast_cancer_is_standardised_over_the_published_table():
-    data = embedded.breast_cancer()
+    data = breast_cancer()
     whole = torch.cat([data.train.inputs, data.test.inputs])
     torch.testing.assert_close(whole.mean(0), torch.zeros(30), atol=1e-5, rtol=0)
     torch.testing.assert_close(whole.std(0, correction=0), torch.ones(30), atol=1e-5, rtol=0)
@@ -339,10 +344,13 @@ def test_the_data_root_is_argument_then_environment_then_cache(monkeypatch, tmp_
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="digits, breast-cancer, mnist, cifar10, adult"):
+    known = (
+        "data set = 'imagenet' .* adult, breast_cancer, cifar10, digits, mnist, or \"module:name"
+    )
+    with pytest.raises(ConfigError, match=known):
         load("imagenet")
     with pytest.raises(ConfigError, match="test_share"):
-        embedded.digits(test_share=1.0)
+        digits(test_share=1.0)
 
 
 def test_a_data_set_checks_shape_and_labels():
@@ -352,3 +360,71 @@ def test_a_data_set_checks_shape_and_labels():
         Dataset(name="x", train=good, test=bad, num_classes=2, input_shape=(2,))
     with pytest.raises(DataError, match="shape"):
         Dataset(name="x", train=good, test=good, num_classes=2, input_shape=(3,))
+
+
+# ---------------------------------------------------------------- data sets of one's own
+
+TWINS = """
+import torch
+from perdure.data.datasets import Dataset
+from perdure.data.records import Records
+
+
+def build(labels):
+    rows = Records(inputs=torch.zeros(2, 3), labels=torch.tensor(labels))
+    return Dataset(name="twins", train=rows, test=rows, num_classes=2, input_shape=(3,))
+
+
+def twins(root=None, seed=0, share=0.5):
+    assert root == "here" and share == 0.5
+    return build([seed, seed])
+
+
+def list_of_twins():
+    return [twins("here")]
+
+
+def needs_more(share):
+    return twins("here")
+"""
+
+
+@pytest.fixture
+def twins(tmp_path, monkeypatch):
+    """A module with a data set, as a file of perdure.data.datasets and as one of the path."""
+    package = importlib.import_module("perdure.data.datasets")
+    (tmp_path / "twins.py").write_text(TWINS)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "twins"
+    for name in ("twins", "perdure.data.datasets.twins"):
+        sys.modules.pop(name, None)
+    vars(package).pop("twins", None)
+
+
+def test_names_are_those_of_the_files():
+    assert names() == ("adult", "breast_cancer", "cifar10", "digits", "mnist")
+    assert find("digits") is digits
+    assert find("breast-cancer") is find("breast_cancer") is breast_cancer
+
+
+def test_adding_a_data_set_is_adding_a_file(twins):
+    assert "twins" in names()
+    assert load("twins", root="here", seed=1).train.labels.tolist() == [1, 1]
+    assert DataConfig(name="twins").name == "twins"
+
+
+def test_a_data_set_outside_is_named_by_module_and_function(twins):
+    assert load("twins:twins", root="here").train.labels.tolist() == [0, 0]
+    assert DataConfig(name="twins:twins").name == "twins:twins"
+    with pytest.raises(
+        ConfigError, match=r"twins:list_of_twins' is a list; .* perdure.data.Dataset"
+    ):
+        load("twins:list_of_twins")
+    with pytest.raises(ConfigError, match=r"twins:needs_more' is not allowed; .* of `root` and"):
+        load("twins:needs_more")
+
+
+def test_a_config_refuses_an_unknown_data_set():
+    with pytest.raises(ConfigError, match=r"name = 'mnits' is not allowed; .* mean 'mnist'\?"):
+        DataConfig(name="mnits")

@@ -7,7 +7,8 @@ import torch
 
 from helpers.toy_data import places
 from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.embedded import breast_cancer, digits
+from perdure.data.datasets.breast_cancer import breast_cancer
+from perdure.data.datasets.digits import digits
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.data.scenarios import online, permute, permuted, rotate, rotated, split

@@ -3,7 +3,7 @@ import torch
 
 # first, because it knows which warnings of Flower's dependencies to let pass
 import perdure.federated  # noqa: F401
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import split
 
 

@@ -105,11 +105,23 @@ class Tree:
 
     @cached_property
     def graph(self) -> dict[str, set[str]]:
-        """Module to the modules that it imports."""
+        """Module to the modules that it loads.
+
+        Importing a file of a sub-package loads the sub-package's `__init__` as well.
+        """
         return {
-            module: {found.target for found in imports if found.target in self.modules} - {module}
+            module: {name for found in imports for name in self._loaded(module, found.target)}
             for module, imports in self.imports.items()
         }
+
+    def _loaded(self, module: str, target: str) -> set[str]:
+        """Modules that one import of `module` loads, as far as they share its package."""
+        own = package_of(module)
+        words = target.split(".")
+        above = {".".join(words[:end]) for end in range(3, len(words))}
+        around = {name for name in above if package_of(name) == own and name != module}
+        around -= {name for name in around if module.startswith(f"{name}.")}
+        return ({target, *around} & set(self.modules)) - {module}
 
     def unknown_packages(self) -> list[str]:
         """List packages that no layer has: those of the tree and those that are imported."""
@@ -167,7 +179,7 @@ class Tree:
             for path in top.iterdir()
             if path.name != "__pycache__"
             and not (path / "__init__.py").is_file()
-            and (path.is_dir() or path.suffix == ".py" and path.name not in TOP_FILES)
+            and (path.is_dir() or (path.suffix == ".py" and path.name not in TOP_FILES))
         )
 
     def _all_imports(self) -> Iterator[Import]:

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import split
 from perdure.federated import Federation, dirichlet, iid, run_federation
 from perdure.learner.learner import Learner

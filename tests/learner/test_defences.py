@@ -82,7 +82,7 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(
 
 
 def test_adversarial_training_raises_robust_accuracy_on_digits():
-    from perdure.data.datasets.embedded import digits
+    from perdure.data.datasets.digits import digits
     from perdure.data.scenarios import split
 
     stream = split(digits(), scenario="domain", experiences=1)

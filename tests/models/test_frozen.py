@@ -112,7 +112,7 @@ def test_a_norm_that_mixes_records_even_in_evaluation_mode_is_refused():
 
 
 def test_in_private_training_the_backbone_is_accepted_where_the_open_one_is_not():
-    from perdure.data.datasets.embedded import digits
+    from perdure.data.datasets.digits import digits
 
     stream = split(digits(), scenario="class", experiences=5)
     options = {

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
 from perdure.contract.context import Spec
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import split
 from perdure.errors import StrategyError
 from perdure.federated import Federation, dirichlet, run_federation

@@ -11,7 +11,7 @@ from perdure.auditing.canaries import audit
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.state import State
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError

@@ -10,7 +10,7 @@ from perdure.contract.context import MASKED, Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError

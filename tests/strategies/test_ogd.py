@@ -10,7 +10,7 @@ from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.curator.local_curator import LocalCurator
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError, StrategyError

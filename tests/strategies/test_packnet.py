@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, FederationError, StrategyError

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.data.datasets.embedded import digits
+from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import split
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import cnn

@@ -48,7 +48,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.registry import NAMES
+from perdure.data.datasets.registry import find as find_dataset
 from perdure.errors import ConfigError
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
@@ -95,7 +95,7 @@ class DataConfig:
     """Which stream.
 
     Args:
-        name: digits, breast-cancer, mnist, cifar10 or adult.
+        name: of a data set: digits, breast-cancer, mnist, cifar10, adult, or "module:name".
         root: folder of the data; None for the usual places.
         scenario: task, domain or class.
         experiences: how many.
@@ -109,7 +109,7 @@ class DataConfig:
     shuffle_classes: bool = False
 
     def __post_init__(self) -> None:
-        check(self, "name", NAMES.__contains__, ", ".join(NAMES))
+        find_dataset(self.name, field="name")
         check(self, "experiences", counts, "1 to 1000000000")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perdure.data.records import Records
-from perdure.errors import DataError
+from perdure.errors import ConfigError, DataError
 from perdure.utils.atomic_files import save_tensors
 
 
@@ -66,10 +66,7 @@ def cache_folder() -> Path:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Where data sets are looked for.
-
-    The argument, else PERDURE_DATA, else the user's cache folder.
-    """
+    """Folder of data sets: the argument, else PERDURE_DATA, else the user's cache folder."""
     chosen = root or os.environ.get("PERDURE_DATA")
     return Path(chosen) if chosen else cache_folder()
 
@@ -94,12 +91,53 @@ def from_published_split(
     )
 
 
+def from_stratified_split(
+    name: str,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    test_share: float,
+    facts: tuple[str, ...] = (),
+) -> Dataset:
+    """Build a data set by a seeded split that takes the same share of every class for the test.
+
+    Ids index the source.
+
+    Raises:
+        ConfigError: when `test_share` is not between 0 and 1.
+    """
+    if not 0 < test_share < 1:
+        raise ConfigError.of("test_share", test_share, "a number between 0 and 1, both excluded")
+    generator = torch.Generator().manual_seed(seed)
+    num_classes = int(labels.max()) + 1
+    in_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(num_classes):
+        rows = (labels == label).nonzero().squeeze(1)
+        in_test[
+            rows[torch.randperm(len(rows), generator=generator)[: round(test_share * len(rows))]]
+        ] = True
+    source = Records(inputs=inputs, labels=labels, partition=name)
+    test = source.take(in_test)
+    return Dataset(
+        name=name,
+        train=source.take(~in_test),
+        test=Records(
+            inputs=test.inputs, labels=test.labels, ids=test.ids, partition=f"{name}-test"
+        ),
+        num_classes=num_classes,
+        input_shape=tuple(inputs.shape[1:]),
+        public_facts=facts,
+    )
+
+
 def bytes_to_unit(images: Tensor) -> Tensor:
     """Bytes to float32 in [0, 1]."""
     return images.float().div_(255)
 
 
 def download_failed(place: Path, name: str, hint: str, error: Exception) -> DataError:
+    """Build the error that names the place, the data set, the reason and the remedy."""
     reason = (str(error).splitlines() or [type(error).__name__])[-1]
     return DataError(
         f"no {name} in {place} and the download failed ({reason}); {hint}, or set "

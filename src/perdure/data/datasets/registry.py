@@ -1,41 +1,80 @@
-"""Find a data set by its name."""
+"""Find a data set by its name: its file's, an entry point's, or "module:name"."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
-from perdure.data.datasets.adult import adult
 from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.cifar10 import cifar10
-from perdure.data.datasets.embedded import breast_cancer, digits
-from perdure.data.datasets.mnist import mnist
 from perdure.errors import ConfigError
+from perdure.utils.extensions import Extensions
 
-NAMES = ("digits", "breast-cancer", "mnist", "cifar10", "adult")
+GIVEN = ("root", "seed")
+"""Parameters that `load` passes to those data sets that have them."""
+
+
+def _is_loader(value: object) -> TypeGuard[Callable[..., Dataset]]:
+    return inspect.isfunction(value) and all(
+        parameter.name in GIVEN or parameter.default is not parameter.empty
+        for parameter in inspect.signature(value).parameters.values()
+    )
+
+
+EXTENSIONS = Extensions(
+    kind="data set",
+    package="perdure.data.datasets",
+    group="perdure.datasets",
+    fits=_is_loader,
+    wanted="a function of `root` and `seed`, or of one or neither, that returns a Dataset",
+    helpers=("base", "registry"),
+    named_as_file=True,
+)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all data sets, found from the files and the entry points."""
+    return EXTENSIONS.names()
+
+
+def find(name: str, *, field: str | None = None) -> Callable[..., Dataset]:
+    """Return the function that makes the data set called `name`.
+
+    Args:
+        name: one of `names()`, with dashes or underscores, or "module:name".
+        field: where the name was given, for the message.
+
+    Raises:
+        ConfigError: when there is no such data set; it lists those there are.
+
+    >>> find("breast-cancer").__name__
+    'breast_cancer'
+    """
+    plain = name.replace("-", "_")
+    return EXTENSIONS.find(plain if plain in names() else name, field=field)
 
 
 def load(name: str, root: str | Path | None = None, seed: int = 0) -> Dataset:
     """Load a data set by name.
 
     Args:
-        name: digits, breast-cancer, mnist, cifar10 or adult.
-        root: data root, for the last three; see `perdure.data.datasets.base`.
-        seed: of the split into training and test part, for the first two.
+        name: one of `names()`, with dashes or underscores, or "module:name".
+        root: data root, for data sets that are read from files; see `perdure.data.datasets.base`.
+        seed: of the split into training and test part, for data sets that publish none.
 
     Raises:
-        ConfigError: for another name.
+        ConfigError: for another name, or a function that returns no data set.
         DataError: for files that are missing or damaged.
 
     >>> load("digits").input_shape
     (1, 8, 8)
     """
-    match name:
-        case "digits":
-            return digits(seed=seed)
-        case "breast-cancer":
-            return breast_cancer(seed=seed)
-        case "mnist":
-            return mnist(root)
-        case "cifar10":
-            return cifar10(root)
-        case "adult":
-            return adult(root)
-    raise ConfigError.of("dataset", name, NAMES)
+    loader = find(name)
+    given = {"root": root, "seed": seed}
+    taken = inspect.signature(loader).parameters
+    made: object = loader(**{key: value for key, value in given.items() if key in taken})
+    if not isinstance(made, Dataset):
+        raise ConfigError(
+            f"data set {name!r} is a {type(made).__name__}; allowed: a perdure.data.Dataset; "
+            f"return one from {loader.__module__}.{loader.__qualname__}"
+        )
+    return made
