@@ -1,9 +1,14 @@
-"""perdure: continual, federated and private learning in one library.
+"""Continual and federated learning with differential privacy, in one PyTorch library.
 
-Start with `Learner` (one model on a stream), a strategy from `perdure.strategies`, and a stream
-from `perdure.data.scenarios`. `perdure.federated` runs the same learner in Flower clients;
-`Privacy` makes every release private.
+Import here what every program needs: `Learner`, `Privacy`, and what strategies, streams and records
+are made of. The rest is in packages: `perdure.data` for streams, `perdure.models`,
+`perdure.strategies`, `perdure.federated`, `perdure.privacy` and others. A package is loaded when it
+is first used.
 """
+
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from perdure.contract.combine import Combine
 from perdure.contract.context import Context, Spec
@@ -16,6 +21,7 @@ from perdure.data.records import Batch, Records
 from perdure.errors import PerdureError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
+from perdure.types import Params
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +32,7 @@ __all__ = [
     "Forward",
     "Learner",
     "MemoryPlan",
+    "Params",
     "PerdureError",
     "Plan",
     "Privacy",
@@ -36,3 +43,25 @@ __all__ = [
     "Strategy",
     "Stream",
 ]
+
+if TYPE_CHECKING:
+    from perdure import adversarial as adversarial
+    from perdure import auditing as auditing
+    from perdure import avalanche as avalanche
+    from perdure import data as data
+    from perdure import experiment as experiment
+    from perdure import explain as explain
+    from perdure import federated as federated
+    from perdure import metrics as metrics
+    from perdure import models as models
+    from perdure import queries as queries
+    from perdure import report as report
+    from perdure import strategies as strategies
+    from perdure import testing as testing
+else:
+
+    def __getattr__(name: str) -> object:
+        """Load a package of perdure when it is first used."""
+        if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")

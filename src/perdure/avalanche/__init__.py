@@ -1,1 +1,17 @@
-"""Adapters to and from Avalanche: benchmarks, plugin and loggers."""
+"""Adapters to and from Avalanche.
+
+Import `from_avalanche` to take a benchmark as a stream, `as_plugin` to put a strategy into an
+Avalanche template, and `log_to` to send metrics to Avalanche's loggers.
+"""
+
+from perdure.avalanche.benchmarks import from_avalanche, task_labels
+from perdure.avalanche.loggers import log_to
+from perdure.avalanche.plugin import StrategyPlugin, as_plugin
+
+__all__ = [
+    "StrategyPlugin",
+    "as_plugin",
+    "from_avalanche",
+    "log_to",
+    "task_labels",
+]

@@ -1,1 +1,44 @@
-"""Records, experiences and streams: what a learner is given."""
+"""Records, experiences and streams: what a learner is given.
+
+Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenario that makes a
+stream of it (`split`, `permuted`, `rotated`, `online`, `blurry`), a split over clients
+(`dirichlet`, `iid`), and augmentation inside a record (`Views`). Data sets of your own are
+described in `perdure.data.datasets`.
+"""
+
+from perdure.data.augmentation import Change, Views, shift_and_flip
+from perdure.data.client_splits import dirichlet, iid
+from perdure.data.datasets.adult import adult
+from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.breast_cancer import breast_cancer
+from perdure.data.datasets.cifar10 import cifar10
+from perdure.data.datasets.digits import digits
+from perdure.data.datasets.mnist import mnist
+from perdure.data.datasets.registry import load
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Batch, Records
+from perdure.data.scenarios import blurry, online, permuted, rotated, split
+
+__all__ = [
+    "Batch",
+    "Change",
+    "Dataset",
+    "Experience",
+    "Records",
+    "Stream",
+    "Views",
+    "adult",
+    "blurry",
+    "breast_cancer",
+    "cifar10",
+    "digits",
+    "dirichlet",
+    "iid",
+    "load",
+    "mnist",
+    "online",
+    "permuted",
+    "rotated",
+    "shift_and_flip",
+    "split",
+]

@@ -1,1 +1,33 @@
-"""Experiments on disk: configuration, runs, results, audits and tuning."""
+"""Experiments on disk: configuration, runs, results, audits and tuning.
+
+Import `read` or `parse` for a `Config`, and `run` to train and measure what it describes; a stopped
+run goes on where it was. `tune` searches hyper-parameters on training records, `attack_run` and
+`audit_run` attack the models of a run, and `read_result` reads what a run has stored.
+"""
+
+from perdure.experiment.audits import attack_run, audit_run
+from perdure.experiment.config import Config, parse, read, read_text
+from perdure.experiment.result_schema import Result, read_result
+from perdure.experiment.results import spending
+from perdure.experiment.run import run, untimed
+from perdure.experiment.strategy_catalogue import simplest
+from perdure.experiment.tuning import Space, Tuned, Values, tune
+
+__all__ = [
+    "Config",
+    "Result",
+    "Space",
+    "Tuned",
+    "Values",
+    "attack_run",
+    "audit_run",
+    "parse",
+    "read",
+    "read_result",
+    "read_text",
+    "run",
+    "simplest",
+    "spending",
+    "tune",
+    "untimed",
+]

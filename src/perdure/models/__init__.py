@@ -1,1 +1,51 @@
-"""Classifiers with a fixed full-width head, and the bodies and layers they are built from."""
+"""Models with a fixed full-width head, and the bodies and layers they are built from.
+
+Import a function that makes a model (`mlp`, `cnn`, `resnet18`, `transformer`, or `build` for a
+`ModelConfig`), a fixed feature extractor (`frozen` with `Scattering` or `RandomConvolutions`), or
+what goes on top of a frozen transformer (`prompted`, `composed`, `adapted`).
+"""
+
+from perdure.models.bodies import LARGEST_GROUP_COUNT
+from perdure.models.classifier import Classifier
+from perdure.models.classifiers import build, cnn, mlp, resnet18
+from perdure.models.config import ModelConfig
+from perdure.models.cosine_head import CosineHead, cosines, directions
+from perdure.models.frozen import Fixed, FixedNorm, Frozen, frozen
+from perdure.models.low_rank_adapters import Adapted, adapted
+from perdure.models.prompts import Composed, Prompted, composed, prompted
+from perdure.models.random_convolutions import RandomConvolutions, random_filters
+from perdure.models.scattering import Scattering
+from perdure.models.vae import Generative, generative
+from perdure.models.vision_transformer import Transformer, from_timm, tiny, transformer
+
+__all__ = [
+    "LARGEST_GROUP_COUNT",
+    "Adapted",
+    "Classifier",
+    "Composed",
+    "CosineHead",
+    "Fixed",
+    "FixedNorm",
+    "Frozen",
+    "Generative",
+    "ModelConfig",
+    "Prompted",
+    "RandomConvolutions",
+    "Scattering",
+    "Transformer",
+    "adapted",
+    "build",
+    "cnn",
+    "composed",
+    "cosines",
+    "directions",
+    "from_timm",
+    "frozen",
+    "generative",
+    "mlp",
+    "prompted",
+    "random_filters",
+    "resnet18",
+    "tiny",
+    "transformer",
+]

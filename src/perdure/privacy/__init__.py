@@ -1,9 +1,30 @@
-"""Privacy: what may leave a curator, at what noise, and what was spent.
+"""Differential privacy: what may leave a curator, at what noise, and what was spent.
 
-It knows nothing of learning.
+Import `Privacy`, the settings of a learner, and `Adaptive` for clip norms that follow the
+gradients; `Ledger`, `Entry` and `Statement` for what was spent; `check_model`, `fixes` and `fix`
+for models that no guarantee covers; `from_opacus` to go on where Opacus stopped. This package knows
+nothing of learning.
 """
 
 from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.guard.model_checks import check_model, fix, fixes
+from perdure.privacy.ledger.account import Account, Statement
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.opacus.migration import from_opacus
+from perdure.privacy.private_sum import Mechanism
 from perdure.privacy.settings import Privacy
 
-__all__ = ["Adaptive", "Privacy"]
+__all__ = [
+    "Account",
+    "Adaptive",
+    "Entry",
+    "Ledger",
+    "Mechanism",
+    "Privacy",
+    "Statement",
+    "check_model",
+    "fix",
+    "fixes",
+    "from_opacus",
+]

@@ -1,14 +1,11 @@
 """What a user asks of privacy, validated once."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from perdure.errors import ConfigError
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.adaptive_clipping import Adaptive
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 RANGES = {
     "noise_multiplier": (1e-3, 1e6),
@@ -141,29 +138,4 @@ class Privacy:
             else ()
             if self.epsilon is None
             else (self.epsilon,)
-        )
-
-    @classmethod
-    def from_opacus(cls, engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> "Privacy":
-        """Go on where an Opacus `PrivacyEngine` stopped.
-
-        Its noise, its clip norm, and what it has spent.
-
-        What its history says was spent is written to the ledger for every partition, so the records
-        that Opacus saw must be those of the stream. Set an `epsilon` with `dataclasses.replace` to
-        calibrate, or to cap.
-
-        Args:
-            engine: the engine, or an Opacus accountant.
-            optimizer: the DPOptimizer that `make_private` returned.
-            delta: as in `Privacy`.
-
-        Raises:
-            PrivacyError: for a history or an optimiser that cannot be stated so.
-        """
-        from perdure.privacy.opacus.migration import settings, spent
-
-        noise_multiplier, clip_norm = settings(optimizer)
-        return cls(
-            noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=delta, spent=spent(engine)
         )

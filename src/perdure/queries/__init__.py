@@ -1,1 +1,23 @@
-"""Questions to a curator, and their exact and clipped sums."""
+"""Questions to a curator, and their exact and clipped sums.
+
+Import a query to release (`Gram`, `SquaredGradient`, `AbsoluteGradient`, `GroupedGradient`), or a
+function that releases a statistic (`mean`, `histogram`, `quantile`, `top_k`).
+"""
+
+from perdure.queries.gram import Gram, svec, unsvec
+from perdure.queries.grouped_gradients import GroupedGradient
+from perdure.queries.releases import histogram, mean, quantile, top_k
+from perdure.queries.squared_gradients import AbsoluteGradient, SquaredGradient
+
+__all__ = [
+    "AbsoluteGradient",
+    "Gram",
+    "GroupedGradient",
+    "SquaredGradient",
+    "histogram",
+    "mean",
+    "quantile",
+    "svec",
+    "top_k",
+    "unsvec",
+]

@@ -28,6 +28,7 @@ from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.opacus.migration import (
     STATEMENT,
     accountant,
+    from_opacus,
     sampling_rate,
     settings,
     spent,
@@ -263,7 +264,7 @@ def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
     engine, wrapped, optimizer, _ = engine_for(
         nn.Sequential(nn.Flatten(), toy_model(stream)), steps=6
     )
-    privacy = replace(Privacy.from_opacus(engine, optimizer, delta=1e-3), seed=0)
+    privacy = replace(from_opacus(engine, optimizer, delta=1e-3), seed=0)
     assert (privacy.noise_multiplier, privacy.clip_norm, privacy.spent) == (
         1.3,
         0.7,
@@ -285,7 +286,7 @@ def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
 
 
 def test_the_statement_says_what_is_and_what_is_not_accounted():
-    assert "releases from now on" in STATEMENT and "Privacy.from_opacus" in STATEMENT
+    assert "releases from now on" in STATEMENT and "from_opacus" in STATEMENT
 
 
 # --------------------------------------------------------------------------- back into Opacus
@@ -404,7 +405,7 @@ tried(torch.nn.Conv1d(2, 2, 1, groups=2), (x[:, :, None],))
 
 def test_a_wrapped_model_without_its_history_is_taken_with_a_statement_of_what_is_accounted():
     _, wrapped, _, _ = engine_for(small())
-    with pytest.warns(UserWarning, match=r"releases from now on.*Privacy\.from_opacus"):
+    with pytest.warns(UserWarning, match=r"releases from now on.*from_opacus"):
         learner = Learner(
             model=wrapped,
             strategy=Naive(),

@@ -1,1 +1,25 @@
-"""The ledger: every charge on disk before its noise is drawn."""
+"""The ledger: every release is written down, and synced, before its noise is drawn.
+
+Import `Ledger`, the append-only account of one curator; `merge` and `read` for the accounts of
+several; `Statement`, an epsilon with its delta, unit, relation, accountant, sampling and trust
+model.
+"""
+
+from perdure.privacy.ledger.account import Account, Statement
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.merged import Merged, merge, read
+from perdure.privacy.ledger.storage import Head, head_path, load
+
+__all__ = [
+    "Account",
+    "Entry",
+    "Head",
+    "Ledger",
+    "Merged",
+    "Statement",
+    "head_path",
+    "load",
+    "merge",
+    "read",
+]

@@ -1,1 +1,12 @@
-"""Noise behind private releases: keyed, discrete and correlated."""
+"""Private noise: drawn from a secret key, discrete or correlated over steps.
+
+Import `NoiseKey`, the source of all private noise and coins, and `noise_key`, which opens the key
+of a folder.
+"""
+
+from perdure.privacy.noise.key import NoiseKey, noise_key
+
+__all__ = [
+    "NoiseKey",
+    "noise_key",
+]

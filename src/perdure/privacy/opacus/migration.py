@@ -2,7 +2,7 @@
 
 >>> engine = PrivacyEngine()
 >>> model, optimizer, loader = engine.make_private(...)             # trained for a while, then:
->>> privacy = Privacy.from_opacus(engine, optimizer)                # goes on from what was spent
+>>> privacy = from_opacus(engine, optimizer)                        # goes on from what was spent
 >>> learner = Learner(model=unwrapped(model), ..., privacy=privacy)
 
 Opacus is imported where it is used.
@@ -10,18 +10,22 @@ Opacus is imported where it is used.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from perdure.errors import ConfigError, PrivacyError
 from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.ledger.account import Account
+from perdure.privacy.settings import Privacy
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 STATEMENT = (
     "Accounted is what perdure's curator releases from now on. What Opacus spent before "
     "counts where "
-    "Privacy.from_opacus(engine, optimizer) takes it over, as Opacus recorded it: Poisson "
+    "from_opacus(engine, optimizer) takes it over, as Opacus recorded it: Poisson "
     "sampling at its rate."
 )
 """What an epsilon of perdure covers for a model that Opacus trained before."""
@@ -30,6 +34,29 @@ MECHANISMS = ("rdp", "prv", "gdp")
 """Opacus's accountants of Poisson-sampled Gaussian steps under add/remove; what is taken over is
 their history.
 """
+
+
+def from_opacus(engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> Privacy:
+    """Go on where an Opacus `PrivacyEngine` stopped.
+
+    Its noise, its clip norm, and what it has spent.
+
+    What its history says was spent is written to the ledger for every partition, so the records
+    that Opacus saw must be those of the stream. Set an `epsilon` with `dataclasses.replace` to
+    calibrate, or to cap.
+
+    Args:
+        engine: the engine, or an Opacus accountant.
+        optimizer: the DPOptimizer that `make_private` returned.
+        delta: as in `Privacy`.
+
+    Raises:
+        PrivacyError: for a history or an optimiser that cannot be stated so.
+    """
+    noise_multiplier, clip_norm = settings(optimizer)
+    return Privacy(
+        noise_multiplier=noise_multiplier, clip_norm=clip_norm, delta=delta, spent=spent(engine)
+    )
 
 
 def spent(engine: Any) -> tuple[Charge, ...]:

@@ -1,0 +1,143 @@
+"""Run a strategy through every check of its contract, in order."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from perdure.contract.strategy import Strategy
+from perdure.errors import ConformanceError
+from perdure.testing.fixtures import Builder, NotApplicable, StrategyFixture
+from perdure.testing.hook_checks import bounds, pure, rows, vmap
+from perdure.testing.privacy_checks import private
+from perdure.testing.run_checks import alone, declared, federated, resume
+from perdure.types import Scenario
+
+CHECKS: Mapping[str, Callable[[StrategyFixture], str | None]] = {
+    "declared": declared,
+    "alone": alone,
+    "pure": pure,
+    "rows": rows,
+    "bounds": bounds,
+    "vmap": vmap,
+    "private": private,
+    "resume": resume,
+    "federated": federated,
+}
+"""Name to check, in order.
+
+A check raises ConformanceError, or gives the reason why a part of it does not apply.
+"""
+ON_CUDA = ("alone", "rows", "vmap", "private")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a strategy passed.
+
+    Args:
+        strategy: its repr.
+        scenario: of the stream it ran on.
+        passed: names of the checks that ran.
+        skipped: name to the reason why a check, or a part of it, does not apply.
+    """
+
+    strategy: str
+    scenario: Scenario
+    passed: tuple[str, ...]
+    skipped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.strategy}, {self.scenario}-incremental",
+            f"  passed: {', '.join(self.passed)}",
+        ]
+        return "\n".join(
+            lines + [f"  not applicable: {name}: {why}" for name, why in self.skipped.items()]
+        )
+
+
+def check_strategy(
+    strategy: Strategy, *, scenario: Scenario = "class", model: Builder | None = None
+) -> Report:
+    """Run a strategy alone, federated, private and under `vmap`, on small synthetic streams.
+
+    In order, each stopping at its first failure:
+
+        declared    a frozen, hashable dataclass of hyper-parameters; a model that is the same every
+                    time
+        alone       a whole stream: names, shapes, types and devices of the state as `init` laid
+                    them out; finite numbers; no probability for a class that may not be predicted;
+                    no penalty where the plan says so
+        pure        a hook changes neither parameters nor state nor rows nor the strategy, and says
+                    the same twice; `derive` writes to `local` names only
+        rows        loss, prediction, what memory stores and every row of every question: the same
+                    alone, in the batch, and among other or fewer neighbours
+        bounds      one record moves the clipped gradient, and the sum of every question, by at most
+                    its clip norm
+        vmap        the hooks on tensors give for stacked parameters and states what they give one
+                    by one
+        private     records are reached through a curator's releases only; what was asked is what
+                    `privacy_cost` declares, what the plan reserves and what the ledger holds; on other
+                    records, with the same answers, the same model and state come out to the bit
+        resume      stopped in the middle, saved and loaded, it ends in the same bits, without and
+                    with privacy
+        federated   the only client of a federation ends where the learner alone does, to the bit;
+                    states of two clients are combined as declared
+
+    Where there is a CUDA device, the checks in `ON_CUDA` run there too.
+
+    Args:
+        strategy: an instance; a copy of it is tested.
+        scenario: of the streams.
+        model: from a stream (inputs of 4 numbers in [0, 1], 6 classes) to the model to test it on,
+            the same every time; None for the strategy's `small_model`, else a small perceptron.
+
+    Raises:
+        ConformanceError: naming the check, what was found, what is allowed and the fix.
+    """
+    stand = StrategyFixture(strategy=strategy, scenario=scenario, model=model)
+    passed = list[str]()
+    skipped = dict[str, str]()
+    for name, check in CHECKS.items():
+        _run(name, check, stand, passed, skipped)
+    if not torch.cuda.is_available():
+        skipped["cuda"] = "there is no CUDA device here"
+        return Report(
+            strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped
+        )
+    there = StrategyFixture(strategy=strategy, scenario=scenario, model=model, device="cuda")
+    for name in ON_CUDA:
+        _run(f"{name} on cuda", CHECKS[name], there, passed, skipped)
+    return Report(strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped)
+
+
+def _run(
+    name: str,
+    check: Callable[[StrategyFixture], str | None],
+    stand: StrategyFixture,
+    passed: list[str],
+    skipped: dict[str, str],
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            reason = check(stand)
+        except NotApplicable as reason_of_all:
+            skipped[name] = str(reason_of_all)
+            return
+        except ConformanceError as error:
+            raise ConformanceError(f"{stand.name} fails the check {name!r}: {error}") from error
+        except Exception as error:  # whatever a strategy of somebody else raises
+            told = (
+                f"{type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no message'}"
+            )
+            raise ConformanceError(
+                f"{stand.name} fails the check {name!r}: it raised {told}; allowed: no error "
+                "on a small "
+                f"{stand.scenario}-incremental stream; see the traceback above for the line to mend"
+            ) from error
+    passed.append(name)
+    if reason:
+        skipped[f"{name}, a part"] = reason
