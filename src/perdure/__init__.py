@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from perdure.contract.combine import Combine
 from perdure.contract.context import Context, Spec
+from perdure.contract.curator import Curator
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "Combine",
     "Context",
+    "Curator",
     "Experience",
     "Forward",
     "Learner",

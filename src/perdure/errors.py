@@ -18,6 +18,21 @@ A message is one line: what was given, what is allowed, and the fix.
 
 from collections.abc import Iterable
 
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "ConformanceError",
+    "DataError",
+    "FederationError",
+    "GuardError",
+    "LedgerError",
+    "PerdureError",
+    "PrivacyError",
+    "RunError",
+    "RunawayError",
+    "StrategyError",
+]
+
 
 class PerdureError(Exception):
     """Base of everything perdure raises on purpose."""

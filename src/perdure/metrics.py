@@ -16,6 +16,20 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 
+__all__ = [
+    "Summary",
+    "accuracy",
+    "area_under_accuracy",
+    "average_accuracy",
+    "backward_transfer",
+    "expected_calibration_error",
+    "forgetting",
+    "forward_transfer",
+    "learning_accuracy",
+    "summarise",
+    "worst_experience_accuracy",
+]
+
 _SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
 
 

@@ -100,7 +100,9 @@ def test_a_memory_that_moves_every_step_is_uniform_over_everything_seen(toy_stre
         for index in range(2):
             learner.begin(index)
             for step in range(3):  # an epoch
-                learner.session.held.observe(learner.session.held.sample(step), lambda forward, rows: {})
+                learner.session.held.observe(
+                    learner.session.held.sample(step), lambda forward, rows: {}
+                )
             learner.session.held.store(lambda forward, rows: {})
         counts[learner.session.held.memory.rows.ids] += 1
     spread = (trials * 0.25 * 0.75) ** 0.5

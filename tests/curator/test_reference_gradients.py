@@ -108,7 +108,9 @@ def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, s
     learner = learner_of(toy_model(copies), strategy)
     learner.fit(copies)
     (partition,) = learner.private_sum.ledger.partitions
-    found = {c.sampling_rate: c.steps for c in merged(learner.private_sum.ledger.charges(partition))}
+    found = {
+        c.sampling_rate: c.steps for c in merged(learner.private_sum.ledger.charges(partition))
+    }
     assert found[4 / 48] == 3 * 4  # gradients
     others = sum(steps for rate, steps in found.items() if rate > 4 / 48)
     assert others == 4 * sum(beside)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers.federations import SIMULATED, maker, outcome, short
+from perdure.data.client_splits import dirichlet
 from perdure.errors import ConfigError, FederationError, PrivacyError
-from perdure.federated import Federation, Server, dirichlet, fit_federated, run_federation
+from perdure.federated import Federation, Server, fit_federated, run_federation
 from perdure.federated.client_store import FRESH
 from perdure.federated.messages import load_shared, shared
 from perdure.learner.learner import Learner

@@ -66,7 +66,10 @@ class SameBatches:
         index = template.experience.current_experience
         curator = LocalCurator(seed=0, batch_size=BATCH)
         curator.open(
-            learner.stream.experiences[: index + 1], Plan(), learner.session.context(index), learner.session.forward
+            learner.stream.experiences[: index + 1],
+            Plan(),
+            learner.session.context(index),
+            learner.session.forward,
         )
         drawn = [curator.sample(step) for step in range(learner.training.steps(index))]
         template.dataloader = [

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from flwr.serverapp.strategy import FedAdam
 
-from perdure.federated import Federation, dirichlet
+from perdure.data.client_splits import dirichlet
+from perdure.federated import Federation
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy

@@ -5,9 +5,10 @@ from functools import cache
 import torch
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
+from perdure.data.client_splits import dirichlet, iid
 from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import split
-from perdure.federated import Federation, dirichlet, iid, run_federation
+from perdure.federated import Federation, run_federation
 from perdure.learner.learner import Learner
 from perdure.models.frozen import frozen
 from perdure.models.random_convolutions import RandomConvolutions

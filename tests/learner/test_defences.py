@@ -246,4 +246,6 @@ def test_a_step_is_drawn_once(learner_of, toy_stream):
     learner.begin(0)
     learner.train(learner.training.block(learner.position.experience, 0, 1))
     with pytest.raises(PrivacyError, match="step 0 is out of turn: every step is drawn once"):
-        learner.curator.gradient(learner.session.losses, learner.params, learner.session.held.rows, 0)
+        learner.curator.gradient(
+            learner.session.losses, learner.params, learner.session.held.rows, 0
+        )

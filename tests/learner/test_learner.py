@@ -58,9 +58,13 @@ def test_options_are_checked(learner_of, options, message):
 def test_blocks_cut_an_experience_without_a_gap(learner_of, toy_stream):
     learner = learner_of(iterations=7, blocks=3)
     learner.prepare(toy_stream())
-    assert learner.training.remaining_blocks(learner.position.experience, learner.position.step) == [range(0, 2), range(2, 4), range(4, 7)]
+    assert learner.training.remaining_blocks(
+        learner.position.experience, learner.position.step
+    ) == [range(0, 2), range(2, 4), range(4, 7)]
     learner.position.step = 4
-    assert learner.training.remaining_blocks(learner.position.experience, learner.position.step) == [range(4, 7)]
+    assert learner.training.remaining_blocks(
+        learner.position.experience, learner.position.step
+    ) == [range(4, 7)]
     many = learner_of(iterations=2, blocks=5)
     many.prepare(toy_stream())
     assert [step for block in many.remaining_blocks() for step in block] == [0, 1]

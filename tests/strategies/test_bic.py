@@ -8,11 +8,12 @@ import torch.nn.functional as F
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
+from perdure.data.client_splits import iid
 from perdure.data.datasets.digits import digits
 from perdure.data.records import Batch
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, StrategyError
-from perdure.federated import Federation, iid, run_federation
+from perdure.federated import Federation, run_federation
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
 from perdure.models.classifiers import mlp

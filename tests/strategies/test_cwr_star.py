@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 import perdure.federated  # noqa: F401  # first: it lets the warnings of Flower's dependencies pass
 from perdure.contract.context import Spec
+from perdure.data.client_splits import dirichlet
 from perdure.data.datasets.digits import digits
 from perdure.data.scenarios import split
 from perdure.errors import StrategyError
-from perdure.federated import Federation, dirichlet, run_federation
+from perdure.federated import Federation, run_federation
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
 from perdure.models.classifiers import mlp

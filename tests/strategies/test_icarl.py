@@ -260,7 +260,9 @@ def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped
         statistics = learner.curator.statistics
 
         def release(self, query, **options):
-            asked.update(options, rows=query(learner.session.forward, Batch.current(stream[0].train, 0)))
+            asked.update(
+                options, rows=query(learner.session.forward, Batch.current(stream[0].train, 0))
+            )
             return learner.curator.release(query, **options)
 
     params = {name: value.detach() for name, value in learner.params.items()}

@@ -163,7 +163,8 @@ def test_features_without_a_bound_are_refused_under_privacy():
 
 
 def test_clients_under_privacy_add_up_with_their_noise():
-    from perdure.federated import Federation, iid, run_federation
+    from perdure.data.client_splits import iid
+    from perdure.federated import Federation, run_federation
 
     def make(number):
         return learner_of(RanPAC(projection=16), privacy=Privacy(noise_multiplier=1.0, seed=3))

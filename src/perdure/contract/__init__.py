@@ -1,18 +1,20 @@
 """The contract between strategies and the learner: all that a strategy author reads.
 
 Import `Strategy`, the base class with its hooks, what the hooks are given (`Spec`, `Context`,
-`Forward`, `State`), and what a strategy declares (`Plan`, `MemoryPlan`, `Asks`). `Combine` joins
-strategies.
+`Forward`, `State`), and what a strategy declares (`Plan`, `MemoryPlan`, `PrivacyCost`). `Curator` is the holder of
+private records as its hooks see it. `Combine` joins strategies.
 """
 
 from perdure.contract.combine import Combine
 from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.curator import Curator, Losses, Of, Query, Utility
+from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward, cross_entropy, cross_entropy_of
 from perdure.contract.plan import (
-    Asks,
     MemoryPlan,
     Plan,
     Pooled,
+    PrivacyCost,
     Selection,
     Update,
     records_in,
@@ -23,19 +25,25 @@ from perdure.contract.strategy import Strategy
 
 __all__ = [
     "MASKED",
-    "Asks",
     "Combine",
     "Context",
+    "Curator",
+    "Exposure",
     "Forward",
+    "Losses",
     "MemoryPlan",
+    "Of",
     "Plan",
     "Pooled",
+    "PrivacyCost",
+    "Query",
     "Rule",
     "Selection",
     "Spec",
     "State",
     "Strategy",
     "Update",
+    "Utility",
     "cross_entropy",
     "cross_entropy_of",
     "records_in",

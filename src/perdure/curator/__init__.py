@@ -1,12 +1,12 @@
 """The curator: it holds the private records of one party and answers releases.
 
-A `Learner` makes its own; import `Curator` to ask one directly. Strategies see no more of it than
-`perdure.contract` says.
+A `Learner` makes its own; import `LocalCurator` to ask one directly. Strategies see it as the
+`Curator` of `perdure.contract`.
 """
 
-from perdure.curator.local_curator import Curator, Diagnostics
+from perdure.curator.local_curator import Diagnostics, LocalCurator
 
 __all__ = [
-    "Curator",
     "Diagnostics",
+    "LocalCurator",
 ]

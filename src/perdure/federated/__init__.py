@@ -1,8 +1,10 @@
-"""Federations on Flower.
+"""Federations on Flower: the same learner in a client app, Flower's own aggregators on the server.
 
-The same learner inside a client app, Flower's own aggregators on the server.
+Import `Federation`, the settings, and `fit_federated` to train and evaluate in one process;
+`client_app` and `server_app` are what Flower deploys.
 
->>> from perdure.federated import Federation, dirichlet, fit_federated
+>>> from perdure.data import dirichlet
+>>> from perdure.federated import Federation, fit_federated
 >>> streams = dirichlet(stream, clients=10, alpha=0.5, min_size=20)
 >>> federation = Federation(clients=10, rounds=5)
 >>> matrix = fit_federated(make_learner, streams, federation, folder=Path("runs/mine"))
@@ -13,7 +15,6 @@ import warnings
 with warnings.catch_warnings():
     # Flower loads typer, which reads names that click has marked
     warnings.filterwarnings("ignore", "'click.utils", DeprecationWarning)
-    from perdure.data.client_splits import dirichlet, iid
     from perdure.federated.client import client_app
     from perdure.federated.flower_adapter import InProcessGrid
     from perdure.federated.server import (
@@ -31,9 +32,7 @@ __all__ = [
     "Server",
     "client_app",
     "combine",
-    "dirichlet",
     "fit_federated",
-    "iid",
     "run_federation",
     "server_app",
 ]

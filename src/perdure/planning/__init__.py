@@ -1,12 +1,11 @@
 """From declared sizes to steps, sampling rates and noise, for a whole stream in advance.
 
-Nothing here sees a record. A `Learner` plans by itself; import `exposure` to see what one
-experience exposes its records to.
+Nothing here sees a record. Import `TrainingPlan`, which a `Learner` makes by itself and a `Session`
+is given.
 """
 
-from perdure.planning.exposure import Exposure, exposure
+from perdure.planning.training_plan import TrainingPlan
 
 __all__ = [
-    "Exposure",
-    "exposure",
+    "TrainingPlan",
 ]

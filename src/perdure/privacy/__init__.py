@@ -12,7 +12,7 @@ from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.opacus.migration import from_opacus
-from perdure.privacy.private_sum import Mechanism
+from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "Adaptive",
     "Entry",
     "Ledger",
-    "Mechanism",
     "Privacy",
+    "PrivateSum",
     "Statement",
     "check_model",
     "fix",

@@ -282,7 +282,8 @@ def _shared(learner: Learner) -> dict[str, Tensor]:
 
 
 def _two_clients(stand: StrategyFixture) -> None:
-    from perdure.federated import Federation, Server, iid, run_federation
+    from perdure.data.client_splits import iid
+    from perdure.federated import Federation, Server, run_federation
 
     streams = iid(stand.stream, clients=2, min_size=2)
     clients = dict[int, Learner]()

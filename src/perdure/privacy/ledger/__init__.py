@@ -9,14 +9,14 @@ from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.merged import Merged, merge, read
-from perdure.privacy.ledger.storage import Head, head_path, load
+from perdure.privacy.ledger.storage import SealedHead, head_path, load
 
 __all__ = [
     "Account",
     "Entry",
-    "Head",
     "Ledger",
     "Merged",
+    "SealedHead",
     "Statement",
     "head_path",
     "load",
