@@ -38,16 +38,10 @@ from rows import Row, options, show, spread, store
 from torch import Tensor, nn
 
 from perdure import Learner, Privacy, Strategy, Stream
-from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.mnist import mnist
-from perdure.data.scenarios import split
+from perdure.data import Dataset, mnist, split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.frozen import frozen
-from perdure.models.random_convolutions import RandomConvolutions
-from perdure.models.scattering import Scattering
-from perdure.strategies.ncm import NCM
-from perdure.strategies.ranpac import RanPAC
-from perdure.strategies.slda import SLDA
+from perdure.models import RandomConvolutions, Scattering, frozen
+from perdure.strategies import NCM, SLDA, RanPAC
 
 DELTA = 1e-5
 EPSILONS = (1.0, 3.0, 8.0)
@@ -195,7 +189,8 @@ def alone(data: Dataset, experiences: int, seed: int | None) -> Tensor:
 
 def federated(data: Dataset) -> Tensor:
     """Logits of a federation of clients with different shares of the labels."""
-    from perdure.federated import Federation, dirichlet, run_federation
+    from perdure.data import dirichlet
+    from perdure.federated import Federation, run_federation
 
     stream = split(data, scenario="class", experiences=5)
     parts = dirichlet(stream, clients=CLIENTS, alpha=0.5)

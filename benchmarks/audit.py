@@ -30,18 +30,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from perdure.auditing.bounds import Method
-from perdure.auditing.canaries import audit
-from perdure.data.datasets.digits import digits
-from perdure.data.experience import Stream
-from perdure.data.scenarios import split
-from perdure.learner.learner import Learner
-from perdure.models.classifiers import mlp
-from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import PrivateSum
-from perdure.privacy.settings import Privacy
-from perdure.strategies.naive import Naive
-from perdure.utils.environment import store_rows
+from perdure import Learner, Privacy, Stream
+from perdure.auditing import Method, audit
+from perdure.data import digits, split
+from perdure.models import mlp
+from perdure.privacy import PrivateSum
+from perdure.privacy.noise import NoiseKey
+from perdure.strategies import Naive
+from perdure.utils import store_rows
 
 EPSILON = 4.0
 DELTA = 1e-5

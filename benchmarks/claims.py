@@ -30,38 +30,33 @@ from comparison import NOTHING, PAPER, RATE, Arm, Claim, main
 from torch import nn
 from torch.optim import SGD
 
-from perdure.contract.plan import Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.mnist import mnist
-from perdure.data.experience import Experience, Stream
-from perdure.data.records import Records
-from perdure.data.scenarios import rotated, split
-from perdure.models.classifiers import mlp
-from perdure.models.random_convolutions import RandomConvolutions
-from perdure.strategies import Combine
-from perdure.strategies.bic import BiC
-from perdure.strategies.cwr_star import CWRStar
-from perdure.strategies.der import DER
-from perdure.strategies.er_ace import ERACE
-from perdure.strategies.ewc import EWC
-from perdure.strategies.feature_distillation import FeatureDistillation
-from perdure.strategies.gdumb import GDumb
-from perdure.strategies.icarl import ICaRL
-from perdure.strategies.l2 import L2
-from perdure.strategies.lwf import LwF
-from perdure.strategies.mas import MAS
-from perdure.strategies.mir import MIR
-from perdure.strategies.naive import Naive
-from perdure.strategies.packnet import PackNet
-from perdure.strategies.replay import Replay
-from perdure.strategies.rwalk import RWalk
-from perdure.strategies.si import SI
+from perdure import Experience, Plan, Records, State, Strategy, Stream
+from perdure.data import Dataset, mnist, rotated, split
+from perdure.models import RandomConvolutions, mlp
+from perdure.strategies import (
+    DER,
+    ERACE,
+    EWC,
+    L2,
+    MAS,
+    MIR,
+    SI,
+    BiC,
+    Combine,
+    CWRStar,
+    FeatureDistillation,
+    GDumb,
+    ICaRL,
+    LwF,
+    Naive,
+    PackNet,
+    Replay,
+    RWalk,
+)
 from perdure.types import Params, Scenario
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure import Curator
 
 # --------------------------------------------------------------------------- data
 

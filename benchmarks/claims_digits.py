@@ -17,33 +17,33 @@ from comparison import PAPER, Arm, Claim
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from perdure.contract.context import MASKED, Context
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.datasets.digits import digits
-from perdure.data.datasets.mnist import mnist
-from perdure.data.experience import Stream
-from perdure.data.records import Batch
-from perdure.data.scenarios import rotated, split
-from perdure.models.classifier import Classifier
-from perdure.models.classifiers import mlp
-from perdure.models.frozen import frozen
-from perdure.models.low_rank_adapters import adapted
-from perdure.models.prompts import composed, prompted
-from perdure.models.vae import generative
-from perdure.models.vision_transformer import Transformer, transformer
-from perdure.strategies.coda_prompt import CODAPrompt
-from perdure.strategies.generative_replay import GenerativeReplay
-from perdure.strategies.icarl import ICaRL
-from perdure.strategies.l2p import L2P
-from perdure.strategies.lora import LoRA
-from perdure.strategies.lucir import LUCIR
-from perdure.strategies.lwf import LwF
-from perdure.strategies.naive import Naive
-from perdure.strategies.ogd import OGD
-from perdure.strategies.replay import Replay
-from perdure.utils.seeding import seeded
+from perdure import Batch, Context, Forward, State, Strategy, Stream
+from perdure.contract import MASKED, cross_entropy_of
+from perdure.data import digits, mnist, rotated, split
+from perdure.models import (
+    Classifier,
+    Transformer,
+    adapted,
+    composed,
+    frozen,
+    generative,
+    mlp,
+    prompted,
+    transformer,
+)
+from perdure.strategies import (
+    L2P,
+    LUCIR,
+    OGD,
+    CODAPrompt,
+    GenerativeReplay,
+    ICaRL,
+    LoRA,
+    LwF,
+    Naive,
+    Replay,
+)
+from perdure.utils import seeded
 
 ADAM = partial(torch.optim.Adam, lr=3e-3, fused=True)
 LONG = {"iterations": 200, "batch_size": 64}

@@ -5,7 +5,7 @@ Arms trained on the same streams, seed by seed, and the differences between them
 A seed sets the stream (the order of the classes, the permutations), the initial model and the order
 of records, for all arms alike, so that differences are taken within a seed. Hyper-parameters that
 are searched are searched once, on held-out training records of the first experiences of seed 0
-(`perdure.experiment.tuning`), each arm with as many trials. Arms that a paper does not compare its
+(`perdure.experiment.tune`), each arm with as many trials. Arms that a paper does not compare its
 method with may stand beside, and do not decide whether its claim is shown.
 """
 
@@ -27,11 +27,10 @@ from rows import Row, origin, spread, store, stored
 from rows import options as command_line
 from torch import Tensor, nn
 
-from perdure import Learner, Strategy
-from perdure.data.experience import Stream
-from perdure.experiment.tuning import Space, Tuned, Values, tune
+from perdure import Learner, Strategy, Stream
+from perdure.experiment import Space, Tuned, Values, tune
 from perdure.metrics import area_under_accuracy, average_accuracy, forgetting, learning_accuracy
-from perdure.models.classifiers import mlp
+from perdure.models import mlp
 
 PAPER = "paper"
 FIXED = "fixed, one value tried"

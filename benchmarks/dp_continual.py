@@ -28,14 +28,10 @@ from rows import Row, options, show, spread, store
 
 from perdure import Learner, Privacy, Records, Strategy, Stream
 from perdure import strategies as catalogue
-from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.mnist import mnist
-from perdure.data.scenarios import split
-from perdure.experiment.results import spending
-from perdure.experiment.strategy_catalogue import simplest
+from perdure.data import Dataset, mnist, split
+from perdure.experiment import simplest, spending
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.classifiers import mlp
-from perdure.models.scattering import Scattering
+from perdure.models import Scattering, mlp
 
 DELTA = 1e-5
 EPSILONS = (1.0, 3.0, 8.0)

@@ -34,11 +34,9 @@ from rows import options, show, spread, store
 from torch import Tensor
 
 from perdure import Experience, Learner, Privacy, Records, Stream
-from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.mnist import mnist
-from perdure.models.classifiers import mlp
-from perdure.models.scattering import Scattering
-from perdure.strategies.naive import Naive
+from perdure.data import Dataset, mnist
+from perdure.models import Scattering, mlp
+from perdure.strategies import Naive
 
 DELTA = 1e-5
 COLUMNS = (

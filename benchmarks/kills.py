@@ -10,7 +10,7 @@ the run's remaining draws will take and a quarter more, so that a process may al
 Times are measured on the processes before; what comes after the end is no kill.
 
 The process appends a line to a journal beside the run at every traced point of the loop
-(`perdure.learner.learner.POINTS`): the point, the time, and at "noise.drawn" which entry of the
+(`perdure.learner.POINTS`): the point, the time, and at "noise.drawn" which entry of the
 ledger the noise was drawn for, at which step, and a digest of the values.
 A written line survives the process, so nothing is synced. After every kill:
 
@@ -50,14 +50,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from perdure.experiment.config import parse
-from perdure.experiment.run import run, untimed
-from perdure.learner.learner import Learner
-from perdure.privacy.ledger.entries import Entry
-from perdure.privacy.ledger.storage import head_path, load
-from perdure.privacy.noise.key import NoiseKey, noise_key
-from perdure.utils.environment import store_rows
-from perdure.utils.seeding import generator
+from perdure import Learner
+from perdure.experiment import parse, run, untimed
+from perdure.privacy import Entry
+from perdure.privacy.ledger import head_path, load
+from perdure.privacy.noise import NoiseKey, noise_key
+from perdure.utils import generator, store_rows
 
 CONFIG = """
 name = "killed"

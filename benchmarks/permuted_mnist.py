@@ -1,4 +1,4 @@
-"""Permuted MNIST: ten experiences, each with its own fixed order of the pixels.
+r"""Permuted MNIST: ten experiences, each with its own fixed order of the pixels.
 
 Domain-incremental, one head of ten.
 
@@ -11,13 +11,13 @@ images. These settings were chosen by looking at whole streams of seed 10, measu
 training records: SI had 88.4 % with 2 x 400 units and 2,500 steps at 1e-4, 91.8 % with 1,876 steps
 at 1e-3, 94.8 % with 2 x 800 units and 1,200.
 
-Strengths are tuned, not given: by `perdure.experiment.tuning.tune` on the training records of the
+Strengths are tuned, not given: by `perdure.experiment.tune` on the training records of the
 first three experiences of seed 0, a fifth of which is held out to be measured on. No test record
 and no later experience has a say. Every trial is stored beside the result.
 
 The targets are those of a table of results: EWC at least 94 and SI at least 95 %.
 
-    python benchmarks/permuted_mnist.py --strategy all --seeds 5 \\
+    python benchmarks/permuted_mnist.py --strategy all --seeds 5 \
         --json benchmarks/results/permuted_mnist.json
 """
 
@@ -34,17 +34,12 @@ import torch
 from rich.progress import Progress
 from rows import options, origin, show, spread, store, stored
 
-from perdure.contract.strategy import Strategy
-from perdure.data.datasets.mnist import mnist
-from perdure.data.experience import Stream
-from perdure.data.scenarios import permuted
-from perdure.experiment.tuning import Space, Tuned, Values, tune
-from perdure.learner.learner import Learner
+from perdure import Learner, Strategy, Stream
+from perdure.data import mnist, permuted
+from perdure.experiment import Space, Tuned, Values, tune
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.classifiers import mlp
-from perdure.strategies.ewc import EWC
-from perdure.strategies.naive import Naive
-from perdure.strategies.si import SI
+from perdure.models import mlp
+from perdure.strategies import EWC, SI, Naive
 
 EXPERIENCES = 10
 ITERATIONS = 1200

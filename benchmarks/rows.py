@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from perdure.utils.environment import command, machine, store_rows
+from perdure.utils import command, machine, store_rows
 
 Row = dict[str, Any]
 

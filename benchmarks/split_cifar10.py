@@ -30,14 +30,10 @@ from rich.progress import Progress
 from rows import Row, options, origin, show, spread, store, stored
 
 from perdure import Learner, Records, Strategy, Stream
-from perdure.data.augmentation import Views, shift_and_flip
-from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.cifar10 import cifar10
-from perdure.data.scenarios import split
+from perdure.data import Dataset, Views, cifar10, shift_and_flip, split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.classifiers import resnet18
-from perdure.strategies.der import DER
-from perdure.strategies.replay import Replay
+from perdure.models import resnet18
+from perdure.strategies import DER, Replay
 
 MEAN = (0.4914, 0.4822, 0.4465)
 DEVIATION = (0.2470, 0.2435, 0.2615)

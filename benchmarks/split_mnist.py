@@ -52,27 +52,11 @@ from rich.progress import Progress
 from rows import Row, options, origin, show, spread, store, stored
 from torch.optim import SGD, Adam
 
-from perdure import Learner, Records, Strategy
-from perdure.data.datasets.base import Dataset
-from perdure.data.datasets.mnist import mnist
-from perdure.data.experience import Experience, Stream
-from perdure.data.scenarios import split
+from perdure import Experience, Learner, Records, Strategy, Stream
+from perdure.data import Dataset, mnist, split
 from perdure.metrics import average_accuracy, forgetting
-from perdure.models.classifier import Classifier
-from perdure.models.classifiers import mlp
-from perdure.models.frozen import frozen
-from perdure.models.random_convolutions import RandomConvolutions
-from perdure.strategies.agem import AGEM
-from perdure.strategies.ewc import EWC
-from perdure.strategies.gem import GEM
-from perdure.strategies.icarl import ICaRL
-from perdure.strategies.joint import Joint
-from perdure.strategies.lwf import LwF
-from perdure.strategies.mas import MAS
-from perdure.strategies.naive import Naive
-from perdure.strategies.ranpac import RanPAC
-from perdure.strategies.replay import Replay
-from perdure.strategies.si import SI
+from perdure.models import Classifier, RandomConvolutions, frozen, mlp
+from perdure.strategies import AGEM, EWC, GEM, MAS, SI, ICaRL, Joint, LwF, Naive, RanPAC, Replay
 from perdure.types import Scenario
 
 Name = Literal["vandeven", "hsu"]

@@ -13,8 +13,7 @@ from typing import Any
 if __name__ != "perdure.strategies":
     raise ImportError(f"import this package as perdure.strategies, not as {__name__}")
 
-from perdure.contract.combine import Combine
-from perdure.contract.strategy import Strategy
+from perdure.contract import Combine, Strategy
 from perdure.errors import ConfigError
 
 __all__ = ["Combine", "find", "names"]

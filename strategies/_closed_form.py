@@ -18,20 +18,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward
-from perdure.contract.plan import Plan, PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import MASKED, Context, Forward, Plan, PrivacyCost, Spec, State, Strategy
+from perdure.data import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
-from perdure.queries.gram import Gram
+from perdure.queries import Gram
 from perdure.types import Params
-from perdure.utils.chunking import chunks
+from perdure.utils import chunks
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 BLOCK = 512
 """Rows of a Gram matrix that are added up at once; what lies below the diagonal is mirrored, not
@@ -167,7 +163,7 @@ def denoised(matrix: Tensor, share: float = SHARE) -> Tensor:
         V (max(values, 0) + share * floor) V^T,   floor = -(least eigenvalue)
 
     Symmetric noise of standard deviation s on the diagonal and s / sqrt(2) off it (see
-    `perdure.queries.gram.Gram`) moves eigenvalues by up to about s sqrt(2 d). Where the true matrix
+    `perdure.queries.Gram`) moves eigenvalues by up to about s sqrt(2 d). Where the true matrix
     has a weak direction, and wide ones do, the least eigenvalue shows that bound: nothing else
     takes it below 0. So the noise is read off the release itself, also where those of many
     experiences and clients were added up. Without noise the matrix comes back as it is.

@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, Selection, records_in, refuse_size
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
+from perdure.contract import (
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    Selection,
+    State,
+    Strategy,
+    records_in,
+    refuse_size,
+)
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +39,7 @@ class AGEM(Strategy):
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB".
-        selection: see `perdure.contract.plan.MemoryPlan`.
+        selection: see `perdure.contract.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of
             `memory_size`.
         batch_size: stored records in the reference gradient of a step; None for as many as new

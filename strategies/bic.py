@@ -39,18 +39,27 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    Spec,
+    State,
+    Strategy,
+    cross_entropy_of,
+    records_in,
+    refuse_size,
+)
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 ROUNDS = 6
 PRIOR = 1.0
@@ -205,7 +214,7 @@ def held_out(ids: Tensor) -> Tensor:
     """(n,) bool, one record in ten, by its id alone.
 
     Ids that follow one another are held out in even steps, so that a small memory has its tenth.
-    With independent draws (`perdure.utils.hashing`) the correction of 100 records lost accuracy in
+    With independent draws (`perdure.utils`) the correction of 100 records lost accuracy in
     one of eight runs on digits; so it gains in all.
     """
     return ((ids * 2654435761 + 97) >> 16) % ONE_IN == 1

@@ -25,7 +25,7 @@ A record of experience k is predicted, where it says so (task-incremental), by t
 k; else by those of all experiences so far. The bare model uses all components, trained or not: ask
 `predict`.
 
-The model is `perdure.models.prompts.composed(backbone, experiences=...)`.
+The model is `perdure.models.composed(backbone, experiences=...)`.
 
 State: `done`, the number of experiences that are over.
 Memory cost: components * (2 * length + 2) * width numbers a block and experience. A step and a
@@ -41,20 +41,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.models.prompts import composed
-from perdure.models.vision_transformer import tiny
+from perdure.models import composed, tiny
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 COMPONENTS = "body.components."
 HEAD = "head."
@@ -94,7 +89,7 @@ class CODAPrompt(Strategy):
         if not wanted <= spec.params.keys():
             raise StrategyError(
                 f"the model has no {sorted(wanted - spec.params.keys())[0]}; CODAPrompt "
-                "needs perdure.models.prompts.composed("
+                "needs perdure.models.composed("
                 f"backbone, num_classes={spec.num_classes}, experiences={spec.num_experiences})"
             )
         return State().declare(

@@ -34,18 +34,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Plan, PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    Plan,
+    PrivacyCost,
+    Spec,
+    State,
+    Strategy,
+    cross_entropy_of,
+)
+from perdure.data import Batch
 from perdure.errors import StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

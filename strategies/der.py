@@ -23,16 +23,23 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Context
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import (
+    Context,
+    Forward,
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    State,
+    Strategy,
+    cross_entropy_of,
+    records_in,
+    refuse_size,
+)
+from perdure.data import Batch
 from perdure.errors import ConfigError
 
 if TYPE_CHECKING:
-    from perdure.data.experience import Experience
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

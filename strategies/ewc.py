@@ -34,21 +34,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Spec
-from perdure.contract.forward import Forward
-from perdure.contract.plan import Plan, PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import Forward, Plan, PrivacyCost, Spec, State, Strategy
+from perdure.data import Batch
 from perdure.errors import ConfigError
-from perdure.queries.squared_gradients import SquaredGradient
+from perdure.queries import SquaredGradient
 from perdure.types import Params
-from perdure.utils.hashing import uniforms
-from perdure.utils.seeding import derive
+from perdure.utils import derive, uniforms
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,16 +22,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from perdure.contract.context import Context, Spec
-from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import Context, Forward, Spec, State, Strategy, cross_entropy
+from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure.contract import Curator
 
 
 @dataclass(frozen=True, kw_only=True)

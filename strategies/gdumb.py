@@ -17,11 +17,10 @@ quotas are those of the declared sizes.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
-from perdure.contract.strategy import Strategy
+from perdure.contract import MemoryPlan, Plan, PrivacyCost, Strategy, records_in, refuse_size
 
 if TYPE_CHECKING:
-    from perdure.data.experience import Experience
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

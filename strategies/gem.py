@@ -24,15 +24,22 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, Selection, records_in, refuse_size
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
+from perdure.contract import (
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    Selection,
+    State,
+    Strategy,
+    records_in,
+    refuse_size,
+)
 from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 RIDGE = 1e-3
 """Added to the diagonal of the quadratic program, so that it has one solution; the value of the
@@ -46,7 +53,7 @@ class GEM(Strategy):
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB".
-        selection: see `perdure.contract.plan.MemoryPlan`.
+        selection: see `perdure.contract.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of
             `memory_size`.
         batch_size: stored records in each reference gradient of a step; None for as many as new

@@ -17,7 +17,7 @@ the classes that `perdure.strategies.lwf.answered` gives, in task-incremental st
 every earlier task, averaged.
 
 Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the
-record's id and of the step (`perdure.utils.hashing`). Classifier and generator are trained by one
+record's id and of the step (`perdure.utils`). Classifier and generator are trained by one
 loss; they share no parameter, so that without privacy each goes its own way, as in the paper.
 
 State: `teacher`, the model at the end of the last experience, generator included, and the number of
@@ -38,30 +38,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy, cross_entropy_of
-from perdure.contract.plan import Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    Plan,
+    Spec,
+    State,
+    Strategy,
+    cross_entropy,
+    cross_entropy_of,
+)
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.models.classifiers import mlp
-from perdure.models.vae import generative
+from perdure.models import generative, mlp
 from perdure.strategies.lwf import answered
 from perdure.types import Params
-from perdure.utils.hashing import normals
-from perdure.utils.seeding import derive
+from perdure.utils import derive, normals
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeReplay(Strategy):
     """Rehearse samples of the previous generator, with the previous classifier's answers.
 
-    It needs a model with a generator, by `perdure.models.vae.generative` or
+    It needs a model with a generator, by `perdure.models.generative` or
     `model.name = "generative"`: with `encode`, `decode` and `latent`, and parameters under
     `encoder.` and `decoder.`. Inputs lie in [0, 1].
 
@@ -94,7 +98,7 @@ class GenerativeReplay(Strategy):
         if not all(any(part in name for name in spec.params) for part in ("encoder.", "decoder.")):
             raise StrategyError(
                 "GenerativeReplay needs a model with a generator; make it by "
-                "perdure.models.vae.generative(classifier, "
+                "perdure.models.generative(classifier, "
                 'input_shape=...), or set model.name = "generative"'
             )
         steps = torch.zeros((), dtype=torch.int64, device=next(iter(spec.params.values())).device)

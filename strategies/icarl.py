@@ -29,18 +29,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost, records_in, refuse_size
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    Spec,
+    State,
+    Strategy,
+    records_in,
+    refuse_size,
+)
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

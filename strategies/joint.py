@@ -9,11 +9,10 @@ in all later experiences, at the sampling rate of the growing pool.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.plan import Plan, PrivacyCost
-from perdure.contract.strategy import Strategy
+from perdure.contract import Plan, PrivacyCost, Strategy
 
 if TYPE_CHECKING:
-    from perdure.data.experience import Experience
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ often each prompt was picked, by which section 4.2 makes frequent ones less like
 and one choice of prompts for a whole batch, by vote (an option of the code): here every record has
 its own, trained and tested alike.
 
-The model is `perdure.models.prompts.prompted(backbone)`.
+The model is `perdure.models.prompted(backbone)`.
 
 State: none. Memory cost: the pool. A step and a prediction take two passes through the transformer.
 Privacy cost: none beyond the gradient: what a record picks depends on the record and the parameters
@@ -32,14 +32,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.models.prompts import prompted
-from perdure.models.vision_transformer import tiny
+from perdure.models import prompted, tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ class L2P(Strategy):
         if not {"body.prompts.weight", "body.keys.weight"} <= spec.params.keys():
             raise StrategyError(
                 "the model has no pool of prompts; L2P needs "
-                f"perdure.models.prompts.prompted(backbone, num_classes={spec.num_classes})"
+                f"perdure.models.prompted(backbone, num_classes={spec.num_classes})"
             )
         return State()
 

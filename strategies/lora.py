@@ -19,7 +19,7 @@ out of the loss, as L2P and CODA-Prompt do, so that the rows of old classes in t
 gradient; what an optimiser remembers moves them still, unless it starts afresh with every
 experience (`Learner(reset_optimizer=True)`).
 
-The model is `perdure.models.low_rank_adapters.adapted(backbone, experiences=...)`.
+The model is `perdure.models.adapted(backbone, experiences=...)`.
 
 State: `done`, the number of experiences that are over.
 Memory cost: 2 * rank * width numbers a projection and experience; two projections a block. Privacy
@@ -35,20 +35,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.models.low_rank_adapters import adapted
-from perdure.models.vision_transformer import tiny
+from perdure.models import adapted, tiny
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ class LoRA(Strategy):
             StrategyError: where the model has no set of adapters for every experience.
         """
         sets = spec.num_experiences
-        builder = "perdure.models.low_rank_adapters.adapted"
+        builder = "perdure.models.adapted"
         for prefix in (*(f"{self.adapters}{number}." for number in range(sets)), self.head):
             if not any(name.startswith(prefix) for name in spec.params):
                 raise StrategyError(

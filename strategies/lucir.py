@@ -38,20 +38,26 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    MemoryPlan,
+    Plan,
+    PrivacyCost,
+    Spec,
+    State,
+    Strategy,
+    cross_entropy_of,
+)
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.models.classifiers import mlp
-from perdure.models.cosine_head import cosines, directions
+from perdure.models import cosines, directions, mlp
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 WEIGHT = "head.weight"
 SCALE = "head.scale"

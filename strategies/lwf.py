@@ -30,16 +30,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy_of
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure.contract import Curator
 
 
 @dataclass(frozen=True, kw_only=True)

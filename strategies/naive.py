@@ -7,7 +7,7 @@ State: none. Memory: none. Privacy cost: none beyond the gradient.
 
 from dataclasses import dataclass
 
-from perdure.contract.strategy import Strategy
+from perdure.contract import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ features and then means are divided by their norm, as in Rebuffi et al., iCaRL, 
 2.1: what counts is the angle.
 
 Loss: none; the features are those of the model as it is (frozen ones:
-`perdure.models.frozen.frozen`). State: the classes' sums of features and counts, which add up over
+`perdure.models.frozen`). State: the classes' sums of features and counts, which add up over
 experiences and clients, and the means. Memory cost: two tables of classes x features, in float64.
 Privacy cost: one release an experience, of the joint vector (f y^T, v y); with |f| = 1 it is
 clipped to sqrt(1 + v^2). A class can be predicted where its (noisy) count is at least one half;
@@ -20,13 +20,12 @@ with `normalise` counts are used for nothing else.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perdure.contract.context import Spec
-from perdure.contract.state import State
-from perdure.queries.gram import Gram
+from perdure.contract import Spec, State
+from perdure.queries import Gram
 from perdure.strategies._closed_form import Analytic, ClassSums, absent, class_means, layout, unit
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure.contract import Curator
 
 COUNT_WEIGHT = 0.25
 """v: a count of thousands bears four times the noise of a coordinate, and a sum of vectors then

@@ -30,7 +30,7 @@ party with all records and the same model would; `inverse`, of their inner produ
 long as the stream: one that has grown since does not fit.
 Memory cost: experiences x `directions` times the parameters, read twice in every step. The release
 takes `directions` times the parameters, since a record's row of that length is never formed
-(`perdure.queries.grouped_gradients`). Privacy cost: one release an experience. A record adds the
+(`perdure.queries.GroupedGradient`). Privacy cost: one release an experience. A record adds the
 gradient of one number to one direction, clipped as its gradient is; the rest is free. Directions
 are then as noisy as they come: the noise of one is noise multiplier x clip norm x sqrt(parameters)
 long, the sum itself at most clip norm x records of the group. So few groups of many records; a
@@ -43,20 +43,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Context, Spec
-from perdure.contract.forward import Forward
-from perdure.contract.plan import PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import Context, Forward, PrivacyCost, Spec, State, Strategy
+from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.queries.grouped_gradients import GroupedGradient
+from perdure.queries import GroupedGradient
 from perdure.types import Params
-from perdure.utils.hashing import uniforms
-from perdure.utils.seeding import derive
+from perdure.utils import derive, uniforms
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure.contract import Curator
 
 DEPENDENT = 1e-6
 """Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the

@@ -14,11 +14,11 @@ it is: the sums add up over experiences (ACIL) and clients (AFL). ACIL's expansi
 is `projection`.
 
 Loss: none; the features are those of the model as it is (frozen ones:
-`perdure.models.frozen.frozen`). State: Gram matrix and class sums, which add up over experiences
+`perdure.models.frozen`). State: Gram matrix and class sums, which add up over experiences
 and clients, the projection, drawn from `seed` by every party alike, and the solved head.
 Memory cost: a matrix of features x features and two tables of classes x features, in float64; the
 projection. Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of
-`perdure.queries.gram.Gram`; with |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 +
+`perdure.queries.Gram`; with |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 +
 w^2 (1 + b^2)), so leave the bias feature out. Negative eigenvalues of the noisy matrix are cut, and
 half of the noise that they show is added to the ridge: free (see
 `perdure.strategies._closed_form.denoised`). Noise grows with the number of features: some hundreds
@@ -32,16 +32,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Spec
-from perdure.contract.forward import Forward
-from perdure.contract.state import State
+from perdure.contract import Forward, Spec, State
 from perdure.errors import ConfigError
-from perdure.queries.gram import Gram
+from perdure.queries import Gram
 from perdure.strategies._closed_form import Analytic, WideGram, denoised, layout, ridge_head, unit
-from perdure.utils.seeding import generator
+from perdure.utils import generator
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure.contract import Curator
 
 WEIGHT = 0.7
 """w: the matrix, which is inverted, bears noise worse than the class sums."""

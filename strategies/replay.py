@@ -24,24 +24,25 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Context
-from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.plan import (
+from perdure.contract import (
+    Context,
+    Forward,
     MemoryPlan,
     Plan,
     PrivacyCost,
     Selection,
+    State,
+    Strategy,
     Update,
+    cross_entropy,
     records_in,
     refuse_size,
 )
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.data import Batch
 from perdure.errors import ConfigError
 
 if TYPE_CHECKING:
-    from perdure.data.experience import Experience
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Replay(Strategy):
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB".
-        selection: see `perdure.contract.plan.MemoryPlan`.
+        selection: see `perdure.contract.MemoryPlan`.
         per_class: fixed quota for every class of every experience instead of an equal share of
             `memory_size`.
         batch_size: stored records a step; None for as many as new ones.

@@ -33,20 +33,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Spec
-from perdure.contract.forward import Forward, cross_entropy
-from perdure.contract.plan import Plan, PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch
+from perdure.contract import Forward, Plan, PrivacyCost, Spec, State, Strategy, cross_entropy
+from perdure.data import Batch
 from perdure.errors import ConfigError
-from perdure.queries.squared_gradients import SquaredGradient
+from perdure.queries import SquaredGradient
 from perdure.strategies.si import progress
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 NUMBERS = ("steps", "past", "fisher_scale", "score_scale")
 

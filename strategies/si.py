@@ -34,16 +34,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perdure.contract.context import Spec
-from perdure.contract.plan import Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
+from perdure.contract import Plan, Spec, State, Strategy
 from perdure.errors import ConfigError
 from perdure.types import Params
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
-    from perdure.data.experience import Experience
+    from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)

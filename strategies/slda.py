@@ -12,10 +12,10 @@ shrinkage e is towards m I with m the mean variance, so that it means the same f
 length; the paper has m = 1 (`scaled=False`).
 
 Loss: none; the features are those of the model as it is (frozen ones:
-`perdure.models.frozen.frozen`). State: Gram matrix, class sums and counts, which add up over
+`perdure.models.frozen`). State: Gram matrix, class sums and counts, which add up over
 experiences and clients, and the solved head. Memory cost: a matrix of features x features and two
 tables of classes x features, in float64. Privacy cost: one release an experience, of the joint
-vector (svec(f f^T), w f y^T, v y) of `perdure.queries.gram.Gram`; with |f| = 1 it is clipped to
+vector (svec(f f^T), w f y^T, v y) of `perdure.queries.Gram`; with |f| = 1 it is clipped to
 sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the noise
 that they show is added as a ridge (`perdure.strategies._closed_form.denoised`): free.
 """
@@ -23,10 +23,9 @@ that they show is added as a ridge (`perdure.strategies._closed_form.denoised`):
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.contract.context import Spec
-from perdure.contract.state import State
+from perdure.contract import Spec, State
 from perdure.errors import ConfigError
-from perdure.queries.gram import Gram
+from perdure.queries import Gram
 from perdure.strategies._closed_form import (
     Analytic,
     WideGram,
@@ -40,7 +39,7 @@ from perdure.strategies._closed_form import (
 )
 
 if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
+    from perdure.contract import Curator
 
 WEIGHT = 0.7
 COUNT_WEIGHT = 0.5

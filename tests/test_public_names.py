@@ -1,4 +1,4 @@
-"""Public is what a package lists in `__all__`: sorted, complete, documented, and all that users need."""
+"""Public is what a package lists in `__all__`: sorted, complete, documented, and enough to use."""
 
 import ast
 import importlib
@@ -7,12 +7,14 @@ import pkgutil
 import re
 import types
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import perdure
 from helpers.import_rules import imported
+from perdure import strategies
 
 ROOT = Path(__file__).parents[1]
 FILES = ("errors", "metrics", "types")
@@ -20,6 +22,8 @@ FILES = ("errors", "metrics", "types")
 MODULES = {found.name: found.ispkg for found in pkgutil.walk_packages(perdure.__path__, "perdure.")}
 FACES = ["perdure", *(name for name, is_package in MODULES.items() if is_package)]
 PUBLIC = [*FACES, *(f"perdure.{name}" for name in FILES)]
+FACES_BELOW = {name.rpartition(".")[2] for name in PUBLIC}
+"""Packages may be imported from the one above."""
 every = pytest.mark.parametrize("name", PUBLIC)
 
 
@@ -36,7 +40,7 @@ def source(name: str) -> list[ast.stmt]:
 
 
 def own_names(name: str) -> dict[str, str]:
-    """Name to the module that defines it, of all that a face defines or takes from its own files."""
+    """Name to the module it comes from, of all that a face defines or takes from its own files."""
     found = {}
     for node in source(name):
         match node:
@@ -76,29 +80,33 @@ def test_all_is_complete(name):
 @every
 def test_all_is_documented(name):
     module = importlib.import_module(name)
-    for public in module.__all__:
-        value = getattr(module, public)
-        if inspect.isclass(value) or inspect.isfunction(value):
-            assert value.__module__.startswith("perdure."), f"{public} is of another library"
-            text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-            assert text, f"{public} has no docstring of its own"
-            assert not text.startswith(f"{public}("), f"dataclass made the docstring of {public}"
-        else:
-            assert_constant_is_documented(own_names(name)[public], public)
+    found = {public: fault(name, public) for public in module.__all__}
+    assert not any(found.values()), {key: value for key, value in found.items() if value}
 
 
-def assert_constant_is_documented(module: str, name: str) -> None:
+def fault(face: str, name: str) -> str | None:
+    """Reason why a public name does not count as documented."""
+    value = getattr(importlib.import_module(face), name)
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return None if name in documented(own_names(face)[name]) else "no docstring below it"
+    text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    if not value.__module__.startswith("perdure."):
+        return "of another library"
+    if not text:
+        return "no docstring of its own"
+    return "a docstring made up by dataclass" if text.startswith(f"{name}(") else None
+
+
+def documented(module: str) -> set[str]:
+    """Constants of a module that have a docstring below them."""
     body = source(module)
-    [place] = [
-        index
-        for index, node in enumerate(body)
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        and name in ast.unparse(node).partition("=")[0].replace(":", " ").split()
-    ]
-    after = body[place + 1] if place + 1 < len(body) else None
-    assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), (
-        f"{name} has no docstring below it in {module}"
-    )
+    return {
+        target.id
+        for node, after in pairwise(body)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        for target in getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(target, ast.Name)
+    }
 
 
 @every
@@ -111,41 +119,31 @@ def test_a_public_name_is_not_its_file(name):
     assert not [public for public, value in values.items() if isinstance(value, types.ModuleType)]
 
 
-def texts() -> Iterator[tuple[str, str]]:
-    """What users read and copy: file and Python source."""
+def texts() -> dict[str, str]:
+    """File to Python source of what users read and copy."""
+    found = {}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
-        yield path.name, "\n".join(blocks)
-    for folder in ("benchmarks", "strategies"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), path.read_text()
+        found[path.relative_to(ROOT).as_posix()] = "\n".join(blocks)
+    for path in [*sorted((ROOT / "benchmarks").rglob("*.py")), *(ROOT / "strategies").glob("*.py")]:
+        found[path.relative_to(ROOT).as_posix()] = path.read_text()
+    return found
 
 
-@pytest.mark.parametrize("file", [file for file, _ in texts()])
-def test_users_import_from_packages(file):
+@pytest.mark.parametrize("file", sorted(texts()))
+def test_users_import_public_names_of_packages(file):
     """A strategy may take helpers from the file of another one."""
-    modules = {target for _, target in imported(dict(texts())[file], "perdure", MODULES)}
-    siblings = {name for name in modules if name.startswith("perdure.strategies.")}
-    allowed = {*PUBLIC, *(siblings if file.startswith("strategies/") else ())}
-    assert modules <= allowed, f"{file} imports {sorted(modules - allowed)}"
-
-
-@pytest.mark.parametrize("file", [file for file, _ in texts()])
-def test_users_import_public_names(file):
-    for node in ast.walk(ast.parse(dict(texts())[file])):
-        if isinstance(node, ast.ImportFrom) and node.module in FACES:
-            for alias in node.names:
-                public = {*importlib.import_module(node.module).__all__, *_strategies(node.module)}
-                public |= {found.rpartition(".")[2] for found in FACES}
-                assert alias.name in public, f"{file}: {alias.name} of {node.module}"
-
-
-def _strategies(module: str) -> set[str]:
-    """Classes that perdure.strategies finds in its files."""
-    from perdure import strategies
-
-    found = {strategies.find(name).__name__ for name in strategies.names()}
-    return found if module == "perdure.strategies" else set()
+    text = texts()[file]
+    modules = {target for _, target in imported(text, "perdure", MODULES)}
+    if file.startswith("strategies/"):
+        modules -= {name for name in modules if name.startswith("perdure.strategies.")}
+    assert modules <= {*PUBLIC}, f"{file} imports {sorted(modules - {*PUBLIC})}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module in PUBLIC:
+            public = {*dir(strategies)} if node.module == "perdure.strategies" else {*FACES_BELOW}
+            public |= {*importlib.import_module(node.module).__all__}
+            lost = {alias.name for alias in node.names} - public
+            assert not lost, f"{file} imports {sorted(lost)} of {node.module}, which are not public"
 
 
 def test_packages_load_when_they_are_first_used():

@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from perdure import Experience, Learner, Privacy, Records, Stream
-from perdure.privacy.noise.key import NoiseKey
-from perdure.strategies.naive import Naive
-from perdure.utils.environment import store_rows
+from perdure.privacy.noise import NoiseKey
+from perdure.strategies import Naive
+from perdure.utils import store_rows
 
 METHODS = ("plain", "perdure", "opacus_ghost", "opacus_hooks")
 POOL = 12_000

@@ -22,17 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Strategy
-from perdure.data.datasets.mnist import mnist
-from perdure.data.experience import Stream
-from perdure.data.scenarios import split
-from perdure.learner.learner import Learner
-from perdure.models.classifiers import mlp
-from perdure.strategies.ewc import EWC
-from perdure.strategies.naive import Naive
-from perdure.strategies.replay import Replay
-from perdure.utils.denormals import flushed
-from perdure.utils.environment import store_rows
+from perdure import Learner, Strategy, Stream
+from perdure.data import mnist, split
+from perdure.models import mlp
+from perdure.strategies import EWC, Naive, Replay
+from perdure.utils import flushed, store_rows
 
 BATCH = 128
 LEARNING_RATE = 1e-3

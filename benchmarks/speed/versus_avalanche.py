@@ -35,19 +35,11 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from perdure.contract.strategy import Strategy
-from perdure.data.datasets.mnist import mnist
-from perdure.data.experience import Stream
-from perdure.data.records import Records
-from perdure.data.scenarios import split
-from perdure.learner.learner import Learner
-from perdure.models.classifier import Classifier
-from perdure.models.classifiers import mlp
-from perdure.strategies.ewc import EWC
-from perdure.strategies.naive import Naive
-from perdure.strategies.replay import Replay
-from perdure.strategies.slda import SLDA
-from perdure.utils.environment import store_rows
+from perdure import Learner, Records, Strategy, Stream
+from perdure.data import mnist, split
+from perdure.models import Classifier, mlp
+from perdure.strategies import EWC, SLDA, Naive, Replay
+from perdure.utils import store_rows
 
 BATCH = 128
 LEARNING_RATE = 1e-3

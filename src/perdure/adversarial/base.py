@@ -23,6 +23,7 @@ only.
 """
 
 Norm = Literal["linf", "l2"]
+"""Norm that bounds a perturbation."""
 
 
 def input_gradient(losses: Losses, inputs: Tensor) -> Tensor:

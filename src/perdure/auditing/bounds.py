@@ -29,6 +29,7 @@ from torch import Tensor
 from perdure.errors import ConfigError
 
 Method = Literal["gaussian", "one-run-f-dp", "one-run"]
+"""Bound on epsilon, from the tightest to the one that assumes least."""
 
 GUESSED = (0.02, 0.1, 0.3, 1.0)
 """Shares of the canaries that a one-run bound guesses about; each takes an equal part of what may

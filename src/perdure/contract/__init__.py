@@ -1,8 +1,8 @@
 """The contract between strategies and the learner: all that a strategy author reads.
 
-Import `Strategy`, the base class with its hooks, what the hooks are given (`Spec`, `Context`,
-`Forward`, `State`), and what a strategy declares (`Plan`, `MemoryPlan`, `PrivacyCost`). `Curator` is the holder of
-private records as its hooks see it. `Combine` joins strategies.
+Import `Strategy`, the base class with its hooks; what the hooks are given (`Spec`, `Context`,
+`Forward`, `State`, and the `Curator` of private records); and what a strategy declares (`Plan`,
+`MemoryPlan`, `PrivacyCost`). `Combine` joins strategies.
 """
 
 from perdure.contract.combine import Combine

@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from perdure.data.experience import Experience
 
 Selection = Literal["reservoir", "class-balanced", "ring", "herding", "loss-aware"]
+"""Rule by which memory chooses records; see `MemoryPlan`."""
 Update = Literal["experience", "step"]
+"""When memory takes records in: at the end of an experience, or at every step."""
 Use = Literal["rehearsal", "pooled", "reference", "references"]
 MODELLED = ("herding", "loss-aware")
 """Selections that depend on what the model makes of the records."""
 ALLOWED = {"selection": get_args(Selection), "update": get_args(Update), "use": get_args(Use)}
 Pooled = Literal["experience", "all", "memory"]
+"""Records that an experience is trained on; see `Plan`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from perdure.errors import StrategyError
 from perdure.types import Params
 
 Rule = Literal["sum", "mean", "local"]
+"""How the states of clients are combined; `local` tensors stay with their client."""
 
 
 class State(Mapping[str, Tensor]):

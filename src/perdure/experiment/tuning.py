@@ -24,6 +24,7 @@ from perdure.metrics import average_accuracy
 from perdure.utils.seeding import generator
 
 Values = dict[str, float]
+"""Hyper-parameters by name."""
 Space = Mapping[str, tuple[float, float]]
 """Name of a hyper-parameter to its lowest and highest value, both above 0; searched on a
 logarithmic scale.

@@ -16,6 +16,7 @@ LARGEST_GROUP_COUNT = 16
 
 
 def mlp_body(config: ModelConfig, inputs: int) -> tuple[nn.Module, int]:
+    """Multilayer perceptron on flat inputs, and the size of its features."""
     sizes = (inputs, *config.hidden)
     return nn.Sequential(
         nn.Flatten(), *fully_connected(sizes, ACTIVATIONS[config.activation])
@@ -34,6 +35,7 @@ def fully_connected(
 
 
 def cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
+    """Three convolutions with pooling, and the size of their features."""
     sizes = (channels, config.width // 2, config.width, 2 * config.width)
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
@@ -43,6 +45,7 @@ def cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
 
 
 def resnet_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
+    """ResNet-18 up to its last mean over positions, and the size of its features."""
     sizes = [config.width * 2**stage for stage in range(4)]
     stem = nn.Conv2d(channels, sizes[0], 3, padding=1, bias=config.norm == "none")
     layers = [stem, _norm(config.norm, sizes[0]), nn.ReLU()]

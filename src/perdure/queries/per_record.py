@@ -105,4 +105,5 @@ def _numbers(of: Of, batch: Batch) -> Tensor:
 
 
 def add_to(sums: Params, name: str, value: Tensor) -> None:
+    """Add a value to the sum of its name, which it begins where there is none."""
     sums[name] = sums[name] + value if name in sums else value

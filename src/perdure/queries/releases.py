@@ -6,22 +6,22 @@ Neighbours differ by one record, added or removed. Under privacy every answer is
 before its noise is drawn, to the records of the current experience, each of which it touches once
 (no sampling). Without, it is exact.
 
-    asked for                              one record moves               mechanism
-    curator.release(query, clip_norm=C)    the sum by C in L2 norm        Gaussian, s = m C
-    curator.release(Gram(), clip_norm=C)   (gram, cross, totals) by C     Gaussian, s = m C, symmetric
-    mean(curator, query, clip_norm=C)      the mean by C / declared size  Gaussian, s = m C / size
-    histogram(curator, of, bins=B)         one count by 1                 discrete Gaussian, s = m
-    quantile(curator, of, q, candidates)   two scores by 1 to each other  exponential, e = 2 / m
-    top_k(curator, of, bins=B, k=k)        one count by 1                 exponential, e = 2 / m, k times
+    asked for                             one record moves               mechanism
+    curator.release(query, clip_norm=C)   the sum by C in L2 norm        Gaussian, s = m C
+    curator.release(Gram(), clip_norm=C)  (gram, cross, totals) by C     symmetric Gaussian, s = m C
+    mean(curator, query, clip_norm=C)     the mean by C / declared size  Gaussian, s = m C / size
+    histogram(curator, of, bins=B)        one count by 1                 discrete Gaussian, s = m
+    quantile(curator, of, q, candidates)  two scores by 1 to each other  exponential, e = 2 / m
+    top_k(curator, of, bins=B, k=k)       one count by 1                 k x exponential, e = 2 / m
 
 m is the noise multiplier of a step times `Privacy.release_noise`, s a standard deviation and e an
 epsilon. Each sum and each histogram costs 1 / (2 m^2) of zero-concentrated privacy, and a
 selection, being of bounded range, at most as much: e^2 / 8. The ledger charges selections as e-DP
 and leaves the range aside: few of them cost less than as many sums, many of them more.
 
-A strategy says in its `PrivacyCost` what it will ask for: sums, means and Gram matrices are `releases`,
-histograms are `histograms`, a quantile is one of the `selections` and a top-k is k of them. Where a
-budget was granted, what was not declared is refused.
+A strategy says in its `PrivacyCost` what it will ask for: sums, means and Gram matrices are
+`releases`, histograms are `histograms`, a quantile is one of the `selections` and a top-k is k of
+them. Where a budget was granted, what was not declared is refused.
 
 Under privacy what a function says of a record depends on that record alone, since it is evaluated
 on each by itself, in batches of one under `torch.func.vmap`. Write it with masks and `where`,

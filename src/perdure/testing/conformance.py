@@ -78,8 +78,9 @@ def check_strategy(
         vmap        the hooks on tensors give for stacked parameters and states what they give one
                     by one
         private     records are reached through a curator's releases only; what was asked is what
-                    `privacy_cost` declares, what the plan reserves and what the ledger holds; on other
-                    records, with the same answers, the same model and state come out to the bit
+                    `privacy_cost` declares, what the plan reserves and what the ledger holds; on
+                    other records, with the same answers, the same model and state come out to the
+                    bit
         resume      stopped in the middle, saved and loaded, it ends in the same bits, without and
                     with privacy
         federated   the only client of a federation ends where the learner alone does, to the bit;

@@ -145,7 +145,8 @@ def _reuses_as_declared(stand: StrategyFixture, learner: Learner, since: int) ->
     later = any(first in entry.scope for entry in learner.private_sum.ledger.entries[since:])
     require(
         later == said,
-        f"records of experience 0 are {'used' if later else 'not used'} later and reuses_past_records={said}",
+        f"records of experience 0 are {'used' if later else 'not used'} later "
+        f"and reuses_past_records={said}",
         allowed="what `privacy_cost` declares",
         fix=f"set privacy_cost = PrivacyCost(reuses_past_records={later})",
     )

@@ -26,6 +26,7 @@ as no noise.
 
 
 def require_one_of(field: str, value: object, literal: Any) -> None:
+    """Refuse a value that a Literal type does not list."""
     if value not in get_args(literal):
         raise ConfigError.of(field, value, get_args(literal))
 
