@@ -29,18 +29,12 @@ from rich.table import Table
 
 import perdure
 import perdure.strategies
-from perdure.contract.strategy import Strategy
-from perdure.data.datasets.embedded import digits
-from perdure.data.experience import Stream
-from perdure.data.scenarios import split
-from perdure.federated import Federation, fit_federated, iid
-from perdure.federated.server import Server
-from perdure.learner.learner import Learner
-from perdure.models.classifiers import mlp
-from perdure.privacy.settings import Privacy
-from perdure.strategies.ewc import EWC
-from perdure.strategies.replay import Replay
-from perdure.utils.environment import command, machine, store_rows, versions
+from perdure import Learner, Privacy, Strategy, Stream
+from perdure.data import digits, iid, split
+from perdure.federated import Federation, Server, fit_federated
+from perdure.models import mlp
+from perdure.strategies import EWC, Replay
+from perdure.utils import command, machine, store_rows, versions
 
 PACKAGE = Path(perdure.__file__).resolve().parent
 STRATEGIES = Path(perdure.strategies.__file__).resolve().parent
@@ -127,7 +121,7 @@ def private_step() -> Entered:
     learner.prepare(stream)
     for index in range(2):
         learner.begin(index)
-        for block in learner.remaining_blocks():
+        for block in learner.training.remaining_blocks(index, learner.position.step):
             learner.train(block)
         learner.finish()
     return entered

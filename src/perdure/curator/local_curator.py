@@ -50,10 +50,6 @@ class LocalCurator:
     # ------------------------------------------------------------------ public facts
 
     @property
-    def _private_sum(self) -> PrivateSum | None:
-        return self._held.private_sum
-
-    @property
     def step(self) -> int:
         """Number of the present step in the open experience; -1 before the first."""
         return self._held.step
@@ -61,7 +57,7 @@ class LocalCurator:
     @property
     def private(self) -> bool:
         """Whether answers are noised and charged."""
-        return self._private_sum is not None
+        return self._held.private_sum is not None
 
     @property
     def context(self) -> Context:
@@ -71,7 +67,7 @@ class LocalCurator:
     @property
     def statistics(self) -> Params:
         """Running means and variances of the model now; none under privacy."""
-        return {} if self._private_sum else statistics_of(self._held.forward.module)
+        return {} if self._held.private_sum else statistics_of(self._held.forward.module)
 
     @property
     def exposure(self) -> Exposure:
@@ -86,19 +82,19 @@ class LocalCurator:
     @property
     def signal_to_noise(self) -> float:
         """Estimated energy of the last gradient over that of its noise, from the release."""
-        return self._private_sum.signal_to_noise if self._private_sum else float("inf")
+        return self._held.private_sum.signal_to_noise if self._held.private_sum else float("inf")
 
     @property
     def noise_variance(self) -> float:
         """Variance of the noise in one coordinate of the last gradient; 0 without privacy."""
-        if self._private_sum is None:
+        if self._held.private_sum is None:
             return 0.0
-        return (self._private_sum.deviation / self.exposure.expected) ** 2
+        return (self._held.private_sum.deviation / self.exposure.expected) ** 2
 
     @property
     def clip_norm(self) -> float:
         """The bound C on one record's gradient; infinite without privacy."""
-        return self._private_sum.clip_norm if self._private_sum else float("inf")
+        return self._held.private_sum.clip_norm if self._held.private_sum else float("inf")
 
     @property
     def declared_size(self) -> int:
@@ -137,7 +133,7 @@ class LocalCurator:
         Raises:
             PrivacyError: under privacy, where it would make epsilon infinite.
         """
-        if self._private_sum:
+        if self._held.private_sum:
             raise PrivacyError(
                 f"raw records were asked for ({reason}): that has no finite epsilon; ask for a "
                 "release instead, curator.release(query, clip_norm=...)"
@@ -158,9 +154,9 @@ class LocalCurator:
             batch: rows of the step.
             step: number of the step in the experience.
         """
-        if self._private_sum:
+        if self._held.private_sum:
             clipped = partial(self._clipped, losses, params, batch)
-            total = self._private_sum.gradient(clipped, params, step=step)
+            total = self._held.private_sum.gradient(clipped, params, step=step)
             return {name: value / self.exposure.expected for name, value in total.items()}
         mean, loss = self._mean(losses, params, batch)
         self._last_step = Diagnostics(rows=len(batch), loss=loss)
@@ -180,7 +176,7 @@ class LocalCurator:
                 are excluded from every pool.
         """
         name = "reference" if of is None else f"reference {of}"
-        if self._private_sum is None:
+        if self._held.private_sum is None:
             rows = self._held.reference_rows(of)
             return zeros_like(params) if rows is None else self._mean(losses, params, rows)[0]
         if name not in self._held.samplers:
@@ -191,10 +187,10 @@ class LocalCurator:
             return zeros_like(params)
         sampler = self._held.samplers[name]
         step = self._held.step
-        self._reserve_reference(self._private_sum, sampler, losses)
-        batch = sampler.rows.take(sampler.positions(self._private_sum, step))
+        self._reserve_reference(self._held.private_sum, sampler, losses)
+        batch = sampler.rows.take(sampler.positions(self._held.private_sum, step))
         clipped = partial(self._clipped, losses, params, batch)
-        total = self._private_sum.reference(clipped, params, step=step, purpose=name)
+        total = self._held.private_sum.reference(clipped, params, step=step, purpose=name)
         return {key: value / sampler.exposure.expected for key, value in total.items()}
 
     def release(
@@ -211,13 +207,13 @@ class LocalCurator:
         """
         rows, exposed = self._rows_over(over)
         forward = self._held.forward
-        if self._private_sum is None:
+        if self._held.private_sum is None:
             return exact_sum(query, forward, rows, CHUNK)
         module = forward.module
         data = rows.tensors()
         params = {name: value.detach() for name, value in module.named_parameters()}
         shown = evaluate_on_synthetic(query, forward, self.synthetic(SYNTHETIC_RECORDS))
-        released = self._private_sum.release(
+        released = self._held.private_sum.release(
             lambda clip: bounded_sum(query, module, params, data, clip),
             purpose=purpose,
             occasion=self._release_key(shown, rows, exposed),
@@ -236,11 +232,11 @@ class LocalCurator:
         """
         rows, exposed = self._held.rows_of_experience()
         counts = counted(numbers_of(of, rows, alone=self.private), bins, strict=not self.private)
-        if self._private_sum is None:
+        if self._held.private_sum is None:
             return counts
         shown = {"bins": numbers_of(of, self.synthetic(SYNTHETIC_RECORDS), alone=True)}
         key = self._release_key(shown, rows, exposed)
-        return self._private_sum.count(counts, purpose=purpose, occasion=key)
+        return self._held.private_sum.count(counts, purpose=purpose, occasion=key)
 
     def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
         """(k,) int64 positions of the best scores; by the exponential mechanism under privacy.
@@ -259,11 +255,11 @@ class LocalCurator:
         rows, exposed = self._held.rows_of_experience()
         numbers = numbers_of(of, rows, alone=self.private)
         scores = utility.scores(numbers, strict=not self.private)
-        if self._private_sum is None:
+        if self._held.private_sum is None:
             return best(scores, utility.k)
         shown = {"numbers": numbers_of(of, self.synthetic(SYNTHETIC_RECORDS), alone=True)}
         key = self._release_key(shown, rows, exposed, utility.k)
-        return self._private_sum.select(scores, purpose=purpose, occasion=key)
+        return self._held.private_sum.select(scores, purpose=purpose, occasion=key)
 
     # ------------------------------------------------------------------ inside
 
@@ -322,10 +318,13 @@ class LocalCurator:
 
     @property
     def _raw_diagnostics(self) -> bool:
-        return self._private_sum is not None and self._private_sum.privacy.diagnostics == "raw"
+        return (
+            self._held.private_sum is not None
+            and self._held.private_sum.privacy.diagnostics == "raw"
+        )
 
     def _refuse_raw(self, what: str) -> None:
-        if self._private_sum and not self._raw_diagnostics:
+        if self._held.private_sum and not self._raw_diagnostics:
             raise PrivacyError(
                 f"{what} would leave the curator without noise; signal_to_noise is free, a release "
                 "is paid for, and Privacy(diagnostics='raw') shows it and labels the run as not "
