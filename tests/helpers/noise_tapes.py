@@ -14,8 +14,8 @@ from perdure.data.records import Batch, Records
 from perdure.models.cosine_head import CosineHead
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
-from perdure.privacy.clipping.convolution_rules import ConvGhost, ConvRows
-from perdure.privacy.clipping.layer_rules import LinearGhost, LinearOuter, LinearRows
+from perdure.privacy.clipping.rules.convolution import ConvGhost, ConvRows
+from perdure.privacy.clipping.rules.linear import LinearGhost, LinearOuter, LinearRows
 from perdure.queries.per_record import gradient_rows
 
 N = 9

@@ -16,9 +16,9 @@ from perdure.models.classifier import Classifier
 from perdure.models.classifiers import cnn, mlp, resnet18
 from perdure.models.cosine_head import SCALE, SHORTEST, CosineHead, cosines, directions
 from perdure.models.frozen import frozen
-from perdure.privacy.clipping import bookkeeping
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.privacy.clipping.rules.cosine_head import CosineHeadRule
 from perdure.privacy.guard.model_checks import check_buffers, check_model
 from perdure.privacy.settings import Privacy
 from perdure.queries.per_record import gradient_rows
@@ -156,12 +156,13 @@ def test_weights_used_outside_the_head_are_left_to_the_gradients_of_records(toy_
 def test_the_guard_takes_it_and_a_private_run_goes_by_the_rule(toy_stream, monkeypatch):
     stream = toy_stream()
     called = []
-    rule = bookkeeping.RULES[CosineHead]
-    rules = {
-        **bookkeeping.RULES,
-        CosineHead: lambda layer, uses: called.append(len(uses)) or rule(layer, uses),
-    }
-    monkeypatch.setattr(bookkeeping, "RULES", rules)
+    rule = CosineHeadRule.gradients
+
+    def counted(self, layer, calls):
+        called.append(len(calls))
+        return rule(self, layer, calls)
+
+    monkeypatch.setattr(CosineHeadRule, "gradients", counted)
     model = mlp(
         input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine"
     )

@@ -24,10 +24,11 @@ from helpers.noise_tapes import (
     made,
     size,
 )
-from perdure.privacy.clipping import layer_rules
 from perdure.privacy.clipping.clip import Clip, squared_norms
-from perdure.privacy.clipping.convolution_rules import ConvGhost, conv_rule
-from perdure.privacy.clipping.layer_rules import LayerCall, LinearGhost, linear_rule
+from perdure.privacy.clipping.rules import base
+from perdure.privacy.clipping.rules.base import LayerCall
+from perdure.privacy.clipping.rules.convolution import ConvGhost, ConvolutionRule
+from perdure.privacy.clipping.rules.linear import LinearGhost, LinearRule
 
 ROUNDING = 1 + 1e-4
 CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [
@@ -54,7 +55,7 @@ def test_each_case_goes_the_way_that_it_is_a_case_of(name):
     module, x, way = made(name)
     layer = module.layer
     y = module.layer(x)
-    rule = (linear_rule if isinstance(layer, nn.Linear) else conv_rule)(
+    rule = (LinearRule() if isinstance(layer, nn.Linear) else ConvolutionRule()).gradients(
         layer, [LayerCall(x, y, torch.ones_like(y))]
     )
     assert type(rule) is way
@@ -63,8 +64,8 @@ def test_each_case_goes_the_way_that_it_is_a_case_of(name):
 
 @pytest.mark.parametrize("name", ["linear, many positions", "conv1d", "conv2d", "conv2d, by lines"])
 def test_rows_that_are_not_kept_are_formed_again(name, monkeypatch):
-    monkeypatch.setattr(layer_rules, "KEPT_NUMBERS", 0)  # as where they would not fit
-    monkeypatch.setattr(layer_rules, "ROWS_AT_ONCE", 4)  # several pieces of few rows
+    monkeypatch.setattr(base, "KEPT_NUMBERS", 0)  # as where they would not fit
+    monkeypatch.setattr(base, "ROWS_AT_ONCE", 4)  # several pieces of few rows
     module, x, _ = made(name)
     assert_equal(module, x)
 
@@ -79,7 +80,7 @@ def test_rows_by_patches_equal_rows_by_groups(name):
     module, x, _ = made(name)
     y = module.layer(x)
     use = LayerCall(x, y, torch.rand_like(y))
-    groups, patches = (conv_rule(module.layer, [use]) for _ in range(2))
+    groups, patches = (ConvolutionRule().gradients(module.layer, [use]) for _ in range(2))
     patches.on_cpu = patches.lined = False
     assert torch.allclose(groups.squared_norms(), patches.squared_norms(), rtol=1e-5)
     for name, value in groups.weighted(SHARES).items():
@@ -162,9 +163,9 @@ def test_a_ghost_norm_is_not_too_small_where_positions_cancel(kind):
     )
     d[:, 0] *= 1 + 2e-4
     if kind is LinearGhost:
-        rule = linear_rule(nn.Linear(40, 30), [LayerCall(a, d, d)])
+        rule = LinearRule().gradients(nn.Linear(40, 30), [LayerCall(a, d, d)])
     else:
-        rule = conv_rule(nn.Conv1d(40, 30, 1), [LayerCall(a.mT, d.mT, d.mT)])
+        rule = ConvolutionRule().gradients(nn.Conv1d(40, 30, 1), [LayerCall(a.mT, d.mT, d.mT)])
     assert type(rule) is kind
     factors = Clip(norm=1.0).factors({"": rule.squared_norms()})[""]
     for i in range(64):

@@ -18,9 +18,9 @@ from helpers.noise_tapes import (
     words,
 )
 from perdure.contract.forward import Forward
-from perdure.privacy.clipping import convolution_rules
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.clipping.rules.convolution import Geometry
 
 # --------------------------------------------------------------------------- what models do
 
@@ -196,7 +196,7 @@ def test_a_layer_that_is_partly_trained_is_left_to_the_rows(part):
 def test_lines_are_another_way_to_write_a_convolution():
     layer = nn.Conv2d(1, 4, 8, stride=2, padding=3, bias=False)
     x = floats(1, 13, 12)
-    geometry = convolution_rules.Geometry.of(layer)
+    geometry = Geometry.of(layer)
     y = layer(x)
     weight = layer.weight.view(4, 1, 8, 4, 2).permute(0, 1, 4, 2, 3).reshape(4, 16, 1, 4)
     assert torch.allclose(F.conv2d(geometry.to_lines(x, y.shape[3]), weight), y, atol=1e-5)

@@ -3,53 +3,33 @@
 One forward pass and one backward pass to the outputs of the layers are enough.
 
 Bu, Wang, Zha and Karypis, Differentially Private Optimization on Large Model at Small Cost, ICML
-2023 (book-keeping). The norms come from what entered each layer and what came back to its output
-(`layer_rules`), and so do the clipped sums; the gradient of a weight is never formed for the batch
-as a whole.
+2023 (book-keeping). Norms and clipped sums come from the inputs of each layer and the gradients at
+its outputs (see `rules`); the gradient of a weight is never formed for the batch as a whole.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from perdure.models.cosine_head import CosineHead
+from perdure.errors import PrivacyError
 from perdure.privacy.clipping.clip import Clip, layer_of, sum_of
-from perdure.privacy.clipping.convolution_rules import conv_rule
-from perdure.privacy.clipping.layer_rules import (
-    CosineRows,
-    EmbeddingRule,
-    LayerCall,
-    Rule,
-    linear_rule,
-    normalisation_rule,
-)
+from perdure.privacy.clipping.rule_table import clipping_rules
+from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients
 from perdure.types import Params
 
 Layers = Mapping[str, nn.Module]
 
-RULES: Mapping[type[nn.Module], Callable[[nn.Module, list[LayerCall]], Rule]] = {
-    nn.Linear: linear_rule,
-    nn.Conv1d: conv_rule,
-    nn.Conv2d: conv_rule,
-    nn.Embedding: EmbeddingRule,
-    nn.LayerNorm: normalisation_rule,
-    nn.GroupNorm: normalisation_rule,
-    CosineHead: CosineRows,
-}
-OWN = {"weight", "bias", "scale"}
-"""Parameters that rules know of, by their names in a layer."""
-LinearRule = linear_rule
 
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One differentiable call of a layer, as taped; what left it is kept as its place in the graph.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TapedCall:
+    """One differentiable call of a layer; its output is kept as a place in the graph.
 
     Args:
         layer: its name.
@@ -73,19 +53,12 @@ class Call:
 def clipped_gradient_sum(
     module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip: Clip
 ) -> Params | None:
-    """Sum over records of clip(gradient of the record's loss, C).
-
-    By rules where there are any and else by Opacus.
-
-    That is: for a parameter without a rule, shared, or used outside its layer's own call (as in a
-    layer that runs with weights computed from the parameters); for a pass that does not
-    cover all records; and where a norm is not finite. `clipping.clipped_sum` does without such
-    conditions.
+    """Sum over records of clip(gradient of the record's loss, C), by the rules of the layers.
 
     Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm,
-    provided that row i of `losses()` depends on record i only and every differentiable pass of the
-    module covers all rows in row order. Under autocast or in half precision, norms, factors and
-    sums are those of the numbers that flowed, in float32.
+    provided that row i of `losses()` depends on record i only, every differentiable pass of the
+    module covers all rows in row order, and rules keep what `ClippingRule` says. Under autocast or
+    in half precision, norms, factors and sums are computed in float32 from the numbers that flowed.
 
     Args:
         module: the model, at its own parameters.
@@ -96,53 +69,88 @@ def clipped_gradient_sum(
 
     Returns:
         The sums, in the parameters' dtypes, but float32 for half precision: rounded before the
-        noise, a sum of many records would move by more than C.
+        noise, a sum of many records would move by more than C. None, for the caller to go on in
+        another way, where a parameter has no rule, is shared, or is used outside its layer's own
+        call (as in a layer that runs with weights computed from the parameters); where a pass does
+        not cover all records; and where a norm is not finite.
+
+    Raises:
+        PrivacyError: where a rule gives numbers of another shape than it must.
     """
     layers = ruled_layers(module, params)
     if layers is None or records == 0:
         return None
     with _taped(layers) as tape:
         total = losses().sum()
-    if not all(_covers(layers[call.layer], call, records) for call in tape) or _escapes(
-        total, tape, params
-    ):
+    calls = _understood(layers, tape, records)
+    if calls is None or _escapes(total, calls, params):
         return None
-    uses = _went_back(total, tape)
-    del tape
+    flowed = _went_back(total, calls)
+    del tape, calls  # each input goes as soon as its layer is done
     device = total.device.type
     mixed = torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
-        rules = {
-            name: RULES[type(layers[name])](layers[name], uses.pop(name)) for name in list(uses)
-        }
-        unruled = {
-            name: torch.zeros(records, device=total.device) for name in layers if name not in rules
-        }
-        return _clipped(rules, unruled, params, clip)
+        return _clipped(layers, flowed, params, records, clip)
 
 
 def _clipped(
-    rules: dict[str, Rule], squares: dict[str, Tensor], params: Params, clip: Clip
+    layers: Layers, calls: dict[str, list[LayerCall]], params: Params, records: int, clip: Clip
 ) -> Params | None:
-    """Sums of all layers; `squares` has the norms in those without a rule."""
-    squares |= {name: rule.squared_norms().float() for name, rule in rules.items()}
+    """Clipped sums of all layers; None where a norm is not finite."""
+    rules = clipping_rules()
+    device = next(iter(params.values())).device
+    squares = {name: torch.zeros(records, device=device) for name in layers if name not in calls}
+    known: dict[str, RecordGradients] = {}
+    for name in list(calls):
+        layer = layers[name]
+        known[name] = rules[type(layer)].gradients(layer, calls.pop(name))
+        squares[name] = own_squared_norms(layer, known[name], records).float()
+    # a factor of 0 would not silence a row of NaN in a matrix product
     if not math.isfinite(sum_of(list(squares.values())).sum()):
-        return None  # a factor of 0 would not silence a row of NaN in a matrix product
+        return None
     factors = clip.factors(squares)
     sums: Params = {}
-    for name in list(rules):  # a layer's activations go as soon as its sum is there
-        own = rules.pop(name).weighted(factors[name])
+    for name in list(known):  # a layer's activations go as soon as its sum is there
+        own = own_sums(layers[name], known.pop(name), factors[name])
         sums |= {f"{name}.{key}".removeprefix("."): value for key, value in own.items()}
-    return {
-        name: sums[name] if name in sums else zeros(value) for name, value in params.items()
-    } | clip.count(squares)
+    for name, value in params.items():
+        if name not in sums:
+            wide = torch.promote_types(value.dtype, torch.float32)
+            sums[name] = torch.zeros_like(value, dtype=wide, requires_grad=False)
+    return {name: sums[name] for name in params} | clip.count(squares)
 
 
-def zeros(value: Tensor) -> Tensor:
-    """Nothing, in the shape of a parameter and the precision of sums."""
-    return torch.zeros_like(
-        value, dtype=torch.promote_types(value.dtype, torch.float32), requires_grad=False
-    )
+def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int) -> Tensor:
+    """(n,) squared norms of the records' gradients in one layer.
+
+    Raises:
+        PrivacyError: where its rule gives another shape.
+    """
+    squares = gradients.squared_norms()
+    if squares.shape != (records,):
+        raise PrivacyError(
+            f"the clipping rule of {type(layer).__name__} gives squared norms of shape "
+            f"{tuple(squares.shape)} for {records} records; return (n,), one a record"
+        )
+    return squares
+
+
+def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> Params:
+    """Weighted sums of the records' gradients in one layer, by its own parameter names.
+
+    Raises:
+        PrivacyError: where its rule gives other names or shapes.
+    """
+    sums = gradients.weighted(factors)
+    own = layer._parameters.items()
+    shapes = {name: tuple(value.shape) for name, value in own if value is not None}
+    given = {name: tuple(value.shape) for name, value in sums.items()}
+    if given != shapes:
+        raise PrivacyError(
+            f"the clipping rule of {type(layer).__name__} gives sums of shapes {given}; allowed: "
+            f"{shapes}, the shapes of its parameters"
+        )
+    return sums
 
 
 # --------------------------------------------------------------------------- which layers
@@ -153,57 +161,35 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
 
     None where one has no rule or is only partly trained.
     """
-    layers = {name: module.get_submodule(name) for name in dict.fromkeys(map(layer_of, params))}
-    if not all(_ruled(layer) for layer in layers.values()):
-        return None
-    own = {
-        f"{name}.{key}": value
-        for name, layer in layers.items()
-        for key, value in layer._parameters.items()
-    }
-    owned = {name.removeprefix("."): id(value) for name, value in own.items() if value is not None}
+    rules = clipping_rules()
+    layers: dict[str, nn.Module] = {}
+    owned: dict[str, int] = {}
+    for name in dict.fromkeys(map(layer_of, params)):
+        layer = module.get_submodule(name)
+        rule = rules.get(type(layer))
+        # a part with parameters would have its calls inside the layer's own
+        plain = not any(True for part in layer.children() for _ in part.parameters())
+        if rule is None or not (plain and layer._parameters.keys() <= rule.parameters):
+            return None
+        if not rule.covers(layer):
+            return None
+        layers[name] = layer
+        for own, value in layer._parameters.items():
+            if value is not None:
+                owned[f"{name}.{own}".removeprefix(".")] = id(value)
     return layers if owned == {name: id(value) for name, value in params.items()} else None
-
-
-def _ruled(layer: nn.Module) -> bool:
-    """Whether a rule covers the layer and its settings."""
-    if type(layer) not in RULES or not layer._parameters.keys() <= OWN:
-        return False
-    if isinstance(layer, nn.Embedding):
-        return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
-    return not isinstance(layer, nn.Conv1d | nn.Conv2d) or (
-        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    )
 
 
 # --------------------------------------------------------------------------- what they did
 
 
 @contextmanager
-def _taped(layers: Layers) -> Iterator[list[Call]]:
-    """Record every differentiable call of the layers.
-
-    What is given names calls that are not understood.
-    """
-    tape: list[Call] = []
-
-    def listen(name: str) -> Callable[..., None]:
-        def hook(
-            layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], left: Tensor
-        ) -> None:
-            if left.requires_grad:
-                entered: Tensor = args[0] if args else named["input"]
-                derived = any(
-                    value is not None and value.grad_fn for value in layer._parameters.values()
-                )
-                place = (get_gradient_edge(left), entered.grad_fn, left.shape, derived)
-                tape.append(Call(name, entered.detach(), entered._version, *place))
-
-        return hook
-
+def _taped(layers: Layers) -> Iterator[list[TapedCall | None]]:
+    """Record every differentiable call of the layers; None for one that no rule understands."""
+    tape: list[TapedCall | None] = []
     handles = [
-        layer.register_forward_hook(listen(n), prepend=True, with_kwargs=True)
-        for n, layer in layers.items()
+        layer.register_forward_hook(partial(_record, tape, name), prepend=True, with_kwargs=True)
+        for name, layer in layers.items()
     ]
     try:
         yield tape
@@ -212,20 +198,64 @@ def _taped(layers: Layers) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def _covers(layer: nn.Module, call: Call, records: int) -> bool:
-    """Whether the call gave one row a record and its input is still what it was."""
-    unbatched = isinstance(layer, nn.Conv1d | nn.Conv2d) and len(call.shape) < layer.weight.dim()
-    whole = len(call.shape) > 1 and call.shape[0] == records and not unbatched
-    return whole and call.entered._version == call.version and not call.derived
+def _record(
+    tape: list[TapedCall | None],
+    name: str,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+    left: Any,
+) -> None:
+    """Put a call on the tape; a forward hook."""
+    if isinstance(left, Tensor) and not left.requires_grad:
+        return
+    inputs = (*args, *named.values())
+    if len(inputs) != 1 or not (isinstance(inputs[0], Tensor) and isinstance(left, Tensor)):
+        tape.append(None)
+        return
+    entered = inputs[0]
+    own = layer._parameters.values()
+    call = TapedCall(
+        layer=name,
+        entered=entered.detach(),
+        version=entered._version,
+        edge=get_gradient_edge(left),
+        before=entered.grad_fn,
+        shape=left.shape,
+        derived=any(value is not None and value.grad_fn is not None for value in own),
+    )
+    tape.append(call)
 
 
-def _escapes(total: Tensor, tape: list[Call], params: Params) -> bool:
+def _understood(
+    layers: Layers, tape: Sequence[TapedCall | None], records: int
+) -> list[TapedCall] | None:
+    """Calls on the tape.
+
+    None where one did not turn a row a record into a row a record, or where its input is no longer
+    what it was.
+    """
+    rules = clipping_rules()
+    calls = []
+    for call in tape:
+        if call is None or call.derived or call.entered._version != call.version:
+            return None
+        layer = layers[call.layer]
+        if len(call.shape) < rules[type(layer)].output_dims(layer):
+            return None
+        if call.shape[0] != records or call.entered.shape[:1] != (records,):
+            return None
+        calls.append(call)
+    return calls
+
+
+def _escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:
     """Whether the losses depend on a parameter past the taped calls.
 
     The tape would then miss a part.
     """
-    own = {id(value) for value in params.values()}
-    jumps = {call.edge.node: call.before for call in tape}
+    own = set(map(id, params.values()))
+    jumps = {call.edge.node: call.before for call in calls}
     todo: list[Node | None] = [total.grad_fn]
     seen: set[Node | None] = {None}
     while todo:
@@ -239,13 +269,13 @@ def _escapes(total: Tensor, tape: list[Call], params: Params) -> bool:
     return False
 
 
-def _went_back(total: Tensor, tape: list[Call]) -> dict[str, list[LayerCall]]:
-    """Uses of the layers that the losses depend on; the weights' gradients are not computed."""
-    if not (tape and total.requires_grad):
-        return {}
-    backs = torch.autograd.grad(total, [call.edge for call in tape], allow_unused=True)
-    uses: dict[str, list[LayerCall]] = {}
-    for call, back in zip(tape, backs, strict=True):
-        if back is not None:
-            uses.setdefault(call.layer, []).append(LayerCall(call.entered, back, back))
-    return uses
+def _went_back(total: Tensor, calls: Sequence[TapedCall]) -> dict[str, list[LayerCall]]:
+    """Calls that the losses depend on, by layer; the weights' gradients are not computed."""
+    flowed: dict[str, list[LayerCall]] = {}
+    if calls and total.requires_grad:
+        edges = [call.edge for call in calls]
+        backs = torch.autograd.grad(total, edges, allow_unused=True)
+        for call, back in zip(calls, backs, strict=True):
+            if back is not None:
+                flowed.setdefault(call.layer, []).append(LayerCall(call.entered, back, back))
+    return flowed

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping.bookkeeping import RULES, LinearRule, ruled_layers
+from perdure.privacy.clipping.bookkeeping import own_squared_norms, own_sums, ruled_layers
 from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, layer_of, sum_of
-from perdure.privacy.clipping.layer_rules import LayerCall, RowsRule, Rule
+from perdure.privacy.clipping.rule_table import clipping_rules
+from perdure.privacy.clipping.rules.base import LayerCall, PrecomputedRows, RecordGradients
 from perdure.types import Params
+
+Gradients = Callable[[nn.Module, list[LayerCall]], RecordGradients]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,15 +29,15 @@ class Layer:
     Args:
         module: the layer.
         names: its own parameter names to those in the model.
-        rule: from the layer and its uses to norms and weighted sums.
+        gradients: from the layer and its calls to norms and weighted sums.
         records: dimension of its output that counts them.
     """
 
     module: nn.Module
     names: Mapping[str, str]
-    rule: Callable[[nn.Module, list[LayerCall]], Rule]
+    gradients: Gradients
     records: int = 0
-    uses: list[LayerCall] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
 
     @property
     def group(self) -> str:
@@ -47,9 +50,11 @@ class Layer:
         Sums are then not rounded.
         """
         dtype = next(self.module.parameters()).dtype
-        for use in self.uses:
-            use.back = use.back.to(dtype)
-            use.entered = use.entered.to(dtype) if use.entered.is_floating_point() else use.entered
+        for call in self.calls:
+            call.back = call.back.to(dtype)
+            call.entered = (
+                call.entered.to(dtype) if call.entered.is_floating_point() else call.entered
+            )
 
 
 def grad_sample_sum(
@@ -89,36 +94,37 @@ def grad_sample_sum(
         return None
     with _listening(module, layers) as strange:
         total = losses().sum()
-    uses = [use for layer in layers for use in layer.uses]
+    calls = [call for layer in layers for call in layer.calls]
     complete = all(
-        use.left.shape[layer.records] == records for layer in layers for use in layer.uses
+        call.left.shape[layer.records] == records for layer in layers for call in layer.calls
     )
-    if strange or not uses or not complete:
+    if strange or not calls or not complete:
         return None
     backs = torch.autograd.grad(
-        total, [use.left for use in uses], allow_unused=True, materialize_grads=True
+        total, [call.left for call in calls], allow_unused=True, materialize_grads=True
     )
-    for use, back in zip(uses, backs, strict=True):
-        use.back = back
+    for call, back in zip(calls, backs, strict=True):
+        call.back = back
     for layer in layers:
         layer.take_precision()
     with torch.no_grad():
-        return _clipped([layer for layer in layers if layer.uses], params, records, clip)
+        return _clipped([layer for layer in layers if layer.calls], params, records, clip)
 
 
 def _clipped(layers: Sequence[Layer], params: Params, records: int, clip: Clip) -> Params | None:
-    rules = [(layer, layer.rule(layer.module, layer.uses)) for layer in layers]
+    known = [(layer, layer.gradients(layer.module, layer.calls)) for layer in layers]
     device = next(iter(params.values())).device
     squares = {layer_of(name): torch.zeros(records, device=device) for name in params}
-    for layer, rule in rules:
-        squares[layer.group] = squares[layer.group] + rule.squared_norms()
+    for layer, gradients in known:
+        norms = own_squared_norms(layer.module, gradients, records)
+        squares[layer.group] = squares[layer.group] + norms
     if not bool(torch.isfinite(sum_of(list(squares.values()))).all()):
         return None
     factors = clip.factors(squares)
     sums = {
         layer.names[own]: value
-        for layer, rule in rules
-        for own, value in rule.weighted(factors[layer.group]).items()
+        for layer, gradients in known
+        for own, value in own_sums(layer.module, gradients, factors[layer.group]).items()
     }
     return {
         name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()
@@ -166,8 +172,9 @@ def _hopeful(module: nn.Module) -> bool:
     owners = [
         part for part in module.modules() if any(True for _ in part.parameters(recurse=False))
     ]
+    rules = clipping_rules()
     return all(
-        type(part) in RULES or isinstance(part, convolutions | norms | nn.RMSNorm)
+        type(part) in rules or isinstance(part, convolutions | norms | nn.RMSNorm)
         for part in owners
     )
 
@@ -180,16 +187,19 @@ def _layer(part: nn.Module, names: Mapping[str, str]) -> Layer | None:
 
     alone = nn.Sequential(part)
     if ruled_layers(alone, dict(alone.named_parameters())) is not None:
-        return Layer(module=part, names=names, rule=RULES[type(part)])
-    if type(part) is RNNLinear:  # one use a time step
-        return Layer(module=part, names=names, rule=LinearRule)
+        return Layer(module=part, names=names, gradients=clipping_rules()[type(part)].gradients)
+    if type(part) is RNNLinear:  # one call a time step
+        return Layer(module=part, names=names, gradients=clipping_rules()[nn.Linear].gradients)
     if type(part) is SequenceBias:
         return Layer(
-            module=part, names=names, rule=_last_of_sequence, records=0 if part.batch_first else 1
+            module=part,
+            names=names,
+            gradients=_last_of_sequence,
+            records=0 if part.batch_first else 1,
         )
     if type(part) not in GradSampleModule.GRAD_SAMPLERS or not _sampled_rightly(part):
         return None
-    return Layer(module=part, names=names, rule=_by_sampler)
+    return Layer(module=part, names=names, gradients=_by_sampler)
 
 
 def _sampled_rightly(part: nn.Module) -> bool:
@@ -201,23 +211,16 @@ def _sampled_rightly(part: nn.Module) -> bool:
         return part.padding_mode == "zeros"
     if isinstance(part, nn.modules.instancenorm._InstanceNorm):
         return part.running_mean is None and not part.track_running_stats
-    return type(part) not in RULES and type(part) is not nn.EmbeddingBag
+    return type(part) not in clipping_rules() and type(part) is not nn.EmbeddingBag
 
 
 def _too_large(layer: Layer, records: int) -> bool:
     size = sum(param.numel() for param in layer.module.parameters())
-    return layer.rule is _by_sampler and records * size > PASS_NUMBERS
+    return layer.gradients is _by_sampler and records * size > PASS_NUMBERS
 
 
-class PrecomputedRows(RowsRule):
-    """Per-record gradients that are already there."""
-
-    def __init__(self, rows: Params) -> None:
-        self.rows = rows
-
-
-def _by_sampler(layer: nn.Module, uses: list[LayerCall]) -> Rule:
-    """Rows by Opacus, summed over the layer's uses.
+def _by_sampler(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
+    """Rows by Opacus, summed over the layer's calls.
 
     Raises:
         PrivacyError: where a sampler that somebody registered gives no row per record.
@@ -226,14 +229,14 @@ def _by_sampler(layer: nn.Module, uses: list[LayerCall]) -> Rule:
 
     sampler = GradSampleModule.GRAD_SAMPLERS[type(layer)]
     own = dict(layer.named_parameters())
-    parts = [sampler(layer, [use.entered], use.back) for use in uses]
+    parts = [sampler(layer, [call.entered], call.back) for call in calls]
     for name, param in own.items():
-        for use, part in zip(uses, parts, strict=True):
+        for call, part in zip(calls, parts, strict=True):
             shape = tuple(part[param].shape) if param in part else None
-            if shape != (len(use.left), *param.shape):
+            if shape != (len(call.left), *param.shape):
                 raise PrivacyError(
                     f"the grad sampler of {type(layer).__name__} gives shape {shape} for "
-                    f"{name} and {len(use.left)} "
+                    f"{name} and {len(call.left)} "
                     f"records; return (n, *{tuple(param.shape)}), one row per record"
                 )
     return PrecomputedRows(
@@ -241,10 +244,14 @@ def _by_sampler(layer: nn.Module, uses: list[LayerCall]) -> Rule:
     )
 
 
-def _last_of_sequence(layer: nn.Module, uses: list[LayerCall]) -> Rule:
+def _last_of_sequence(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
     """SequenceBias adds one element at the end: what comes back there."""
     return PrecomputedRows(
-        {"bias": sum_of([use.back[:, -1] if layer.batch_first else use.back[-1] for use in uses])}
+        {
+            "bias": sum_of(
+                [call.back[:, -1] if layer.batch_first else call.back[-1] for call in calls]
+            )
+        }
     )
 
 
@@ -263,7 +270,7 @@ def _listening(module: nn.Module, layers: Sequence[Layer]) -> Iterator[list[str]
             if len(entered) != 1 or not all(isinstance(x, Tensor) for x in (*entered, left)):
                 strange.append(type(layer.module).__name__)
             elif left.requires_grad:
-                layer.uses.append(LayerCall(entered[0].detach(), left))
+                layer.calls.append(LayerCall(entered[0].detach(), left))
 
         return hook
 

@@ -1,10 +1,10 @@
 """Norms and clipped sums of per-record gradients of convolutions.
 
-Positions (`layer_rules`) are places of the output.
+Positions (see `base`) are places of the output.
 
-What entered a place is the patch of the input that it sees. All patches are much larger than the
-input; so rows are formed without them, as the weight gradient of one convolution that has a group
-for every record.
+The input of a place is the patch of the layer's input that it sees. All patches are much larger
+than the input; so rows are formed without them, as the weight gradient of one convolution that has
+a group for every record.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from perdure.privacy.clipping.clip import sum_of
-from perdure.privacy.clipping.layer_rules import (
+from perdure.privacy.clipping.rules.base import (
     GHOST_COST,
-    FormedRule,
+    ClippingRule,
+    FormedRows,
     LayerCall,
-    Rule,
+    RecordGradients,
     at_least_float32,
     ghost_norms,
     squared_lengths,
@@ -126,49 +127,64 @@ class Geometry:
         )
 
 
-def conv_rule(layer: nn.Module, uses: list[LayerCall]) -> Rule:
-    """(n, in, ...) to (n, out, ...) in one or two dimensions, the cheapest way.
+class ConvolutionRule(ClippingRule):
+    """`nn.Conv1d` and `nn.Conv2d`, from (n, in, ...) to (n, out, ...), the cheapest way.
 
-    More uses are places side by side.
+    Several calls are places side by side.
     """
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    geometry = Geometry.of(layer)
-    places = sum(use.back[0, 0].numel() for use in uses)
-    ghost = (
-        GHOST_COST * places * (geometry.fan_in + geometry.outs) < geometry.fan_in * geometry.outs
-    )
-    images = [LayerCall(_image(use.entered), use.left, _image(use.back)) for use in uses]
-    return (ConvGhost if ghost else ConvRows)(
-        geometry, images, layer.bias is not None, layer.weight.shape
-    )
+
+    layers = (nn.Conv1d, nn.Conv2d)
+
+    def covers(self, layer: nn.Module) -> bool:
+        """Return whether the layer has one group and pads with a number of zeros."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+        zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return layer.groups == 1 and zeros
+
+    def output_dims(self, layer: nn.Module) -> int:
+        """See `ClippingRule`: records, channels, and one or two dimensions of places."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+        return layer.weight.dim()
+
+    def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
+        """See `ClippingRule`."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+        geometry = Geometry.of(layer)
+        fan_in = geometry.fan_in
+        outs = geometry.outs
+        places = sum(call.back[0, 0].numel() for call in calls)
+        ghost = GHOST_COST * places * (fan_in + outs) < fan_in * outs
+        images = [LayerCall(_image(call.entered), call.left, _image(call.back)) for call in calls]
+        way = ConvGhost if ghost else ConvRows
+        return way(geometry, images, layer.bias is not None, layer.weight.shape)
 
 
 def _image(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 3 else x
 
 
-class ConvRows(FormedRule):
+class ConvRows(FormedRows):
     """Small kernels, or many places."""
 
     def __init__(
-        self, geometry: Geometry, uses: list[LayerCall], has_bias: bool, shape: torch.Size
+        self, geometry: Geometry, calls: list[LayerCall], has_bias: bool, shape: torch.Size
     ) -> None:
         self.geometry = geometry
-        self.uses = uses
+        self.calls = calls
         self.has_bias = has_bias
         self.shape = shape
-        self.on_cpu = uses[0].back.device.type == "cpu"
+        self.on_cpu = calls[0].back.device.type == "cpu"
         self.lined = self.on_cpu and geometry.lines_up
-        super().__init__(len(uses[0].back), geometry.fan_in * geometry.outs)
+        super().__init__(len(calls[0].back), geometry.fan_in * geometry.outs)
 
     def finished(self, sums: Params) -> Params:
-        """See `FormedRule`."""
+        """See `FormedRows`."""
         weight = self.geometry.from_lines(sums["weight"]) if self.lined else sums["weight"]
         return sums | {"weight": weight.reshape(self.shape)}
 
     def formed(self, piece: slice) -> Params:
-        """See `FormedRule`."""
-        flowed = [use.of(piece).flowed() for use in self.uses]
+        """See `FormedRows`."""
+        flowed = [call.of(piece).flowed() for call in self.calls]
         rows = {"weight": sum_of([self._weights(x, back) for x, back in flowed])}
         return rows | (
             {"bias": sum_of([back.sum((2, 3)) for _, back in flowed])} if self.has_bias else {}
@@ -192,33 +208,35 @@ class ConvGhost:
     """Large kernels over few places."""
 
     def __init__(
-        self, geometry: Geometry, uses: list[LayerCall], has_bias: bool, shape: torch.Size
+        self, geometry: Geometry, calls: list[LayerCall], has_bias: bool, shape: torch.Size
     ) -> None:
         self.geometry = geometry
-        self.uses = uses
+        self.calls = calls
         self.shape = shape
         self.bias = (
-            sum_of([at_least_float32(use.back).sum((2, 3)) for use in uses]) if has_bias else None
+            sum_of([at_least_float32(call.back).sum((2, 3)) for call in calls])
+            if has_bias
+            else None
         )
 
     def squared_norms(self) -> Tensor:
-        """See `Rule`."""
-        places = sum(use.back[0, 0].numel() for use in self.uses)
+        """See `RecordGradients`."""
+        places = sum(call.back[0, 0].numel() for call in self.calls)
         norms = ghost_norms(
-            self._grams, len(self.uses[0].back), places * (self.geometry.fan_in + places)
+            self._grams, len(self.calls[0].back), places * (self.geometry.fan_in + places)
         )
         return norms if self.bias is None else norms + squared_lengths(self.bias)
 
     def weighted(self, factors: Tensor) -> Params:
-        """See `Rule`."""
-        flowed = [use.flowed() for use in self.uses]
+        """See `RecordGradients`."""
+        flowed = [call.flowed() for call in self.calls]
         factors = factors.to(flowed[0][1].dtype)
         parts = [self.geometry.gradient(x, d * factors[:, None, None, None]) for x, d in flowed]
         sums = {"weight": sum_of(parts).view(self.shape)}
         return sums if self.bias is None else sums | {"bias": factors @ self.bias}
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
-        flowed = [use.of(piece).flowed() for use in self.uses]
+        flowed = [call.of(piece).flowed() for call in self.calls]
         a = torch.cat([self.geometry.patches(x) for x, _ in flowed], 2)
         d = torch.cat([back.flatten(2) for _, back in flowed], 2)
         return a.mT @ a, d.mT @ d

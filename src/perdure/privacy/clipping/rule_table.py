@@ -1,0 +1,76 @@
+"""The table of clipping rules by layer type: a rule a file of `rules`, and those of other code."""
+
+from functools import cache
+from typing import TypeGuard
+
+from torch import nn
+
+from perdure.errors import ConfigError
+from perdure.privacy.clipping.rules.base import ClippingRule
+from perdure.utils.extensions import Extensions, is_proper_subclass
+
+
+def _is_rule(value: object) -> TypeGuard[type[ClippingRule]]:
+    return is_proper_subclass(value, ClippingRule)
+
+
+EXTENSIONS = Extensions(
+    kind="clipping rule",
+    package="perdure.privacy.clipping.rules",
+    group="perdure.clipping_rules",
+    fits=_is_rule,
+    wanted="a subclass of perdure.privacy.clipping.ClippingRule",
+    helpers=("base",),
+)
+
+
+def register_rule(module_type: type[nn.Module], rule: ClippingRule) -> None:
+    """Give the layers of a type a rule of your own, so that book-keeping clips them too.
+
+    Guarantee: none is added. The bound on one record's influence rests on the rule, which must
+    keep what `ClippingRule` says; a type without a rule is clipped record by record, more slowly.
+
+    Args:
+        module_type: type of the layers; subclasses of it keep going record by record.
+        rule: an object of a subclass of `ClippingRule`.
+
+    Raises:
+        ConfigError: for anything else, or where the type has another rule.
+
+    >>> register_rule(Gain, GainRule())                                     # doctest: +SKIP
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise ConfigError.of("module_type", module_type, "a subclass of torch.nn.Module")
+    _add(clipping_rules(), module_type, rule)
+
+
+@cache
+def clipping_rules() -> dict[type[nn.Module], ClippingRule]:
+    """Rules by layer type; files and entry points are read at the first call."""
+    table: dict[type[nn.Module], ClippingRule] = {}
+    for name in EXTENSIONS.names():
+        rule = EXTENSIONS.find(name)()
+        for module_type in rule.layers:
+            _add(table, module_type, rule)
+    return table
+
+
+def _add(
+    table: dict[type[nn.Module], ClippingRule], module_type: type[nn.Module], rule: ClippingRule
+) -> None:
+    if not isinstance(rule, ClippingRule):
+        raise ConfigError.of(
+            "rule", rule, "an object of a subclass of perdure.privacy.clipping.ClippingRule"
+        )
+    known = table.get(module_type)
+    # a cell of a notebook that runs again defines the same class anew
+    if known is not None and _name(known) != _name(rule):
+        raise ConfigError(
+            f"{module_type.__name__} has a clipping rule, {_name(known)}, and is given another, "
+            f"{_name(rule)}; allowed: one rule a layer type; register a subclass of the layer"
+        )
+    table[module_type] = rule
+
+
+def _name(rule: ClippingRule) -> str:
+    return f"{type(rule).__module__}.{type(rule).__qualname__}"

@@ -1,0 +1,269 @@
+"""The clipping rule of a layer type, and the ways to norms and clipped sums that rules share.
+
+With a_t the input of a layer at position t and d_t the loss's gradient at its output, a record's
+gradient of the weight is sum_t d_t a_t^T. There are three ways to its norm and to the clipped sum:
+
+- one position: |a| |d|, and D^T diag(c) A, one matrix product (Goodfellow 2015, "Efficient
+  per-example gradient computations");
+- ghost, for few positions of a large layer: |sum_t d_t a_t^T|^2 = sum_ts (a_t . a_s)(d_t . d_s),
+  and the weighted sum over records and positions (Li, Tramer, Liang and Hashimoto 2022, section 4;
+  Bu, Mao and Xu 2022 for convolutions);
+- rows, for the others: the gradients themselves, a cacheful at a time, and a matrix-vector product
+  with them.
+
+Norms and sums are taken in float32, or in float64 where the numbers are float64. Inputs and
+gradients in half precision are used as they are; but a sum rounded to half precision would move by
+more than the clip norm.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from perdure.privacy.clipping.clip import sum_of
+from perdure.types import Params
+
+ROWS_AT_ONCE = 64
+"""Largest number of records whose gradients are formed at a time."""
+
+NUMBERS_AT_ONCE = 2**20
+"""Numbers (4 MiB) that are formed at a time: they stay in the processor's cache."""
+
+KEPT_NUMBERS = 2**24
+"""Numbers (64 MiB) of one layer's per-record gradients that are kept instead of formed again."""
+
+GHOST_COST = 2
+"""Time of one multiplication of a ghost norm in those of forming a row; measured."""
+
+SLACK = 2.0**-22
+"""Share of (sum_t |a_t| |d_t|)^2 that a ghost norm's square is rounded up by, four times float32's
+precision.
+
+Where a record's positions cancel, rounding hides what is left of them, and too small a norm would
+not bound it.
+"""
+
+
+# --------------------------------------------------------------------------- the contract
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a layer in the forward pass of a batch.
+
+    Args:
+        entered: input (n, ...), detached.
+        left: output (n, ...).
+        back: gradient (n, ...) of the summed losses at the output.
+    """
+
+    entered: Tensor
+    left: Tensor
+    back: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def flowed(self) -> tuple[Tensor, Tensor]:
+        """Input and gradient in float32 or wider.
+
+        Under autocast the layer saw its input in its output's precision.
+        """
+        return at_least_float32(self.entered.to(self.back.dtype)), at_least_float32(self.back)
+
+    def of(self, piece: slice) -> "LayerCall":
+        """The call with the rows of some of the records."""
+        return LayerCall(self.entered[piece], self.left, self.back[piece])
+
+
+class RecordGradients(Protocol):
+    """Norms and weighted sums of the per-record gradients of one layer, over all its calls."""
+
+    def squared_norms(self) -> Tensor:
+        """(n,) squared L2 norm of each record's gradient in this layer, in float32 or wider."""
+
+    def weighted(self, factors: Tensor) -> Params:
+        """Sum over records of factor times gradient, by the layer's own parameter names.
+
+        It is in float32 or wider.
+        """
+
+
+class ClippingRule(ABC):
+    """Per-record gradients of one layer type, or of a family of types, without forming them all.
+
+    Guarantee that a rule must keep, because book-keeping takes its word for it: for every layer
+    that it covers, with g_i the gradient of record i's loss in all parameters of the layer, added
+    up over the calls,
+
+    - `squared_norms()` of its answer is (|g_1|^2, ..., |g_n|^2), not less, up to float32 rounding;
+    - `weighted(c)` is sum_i c_i g_i of these same g_i, in the parameters' shapes;
+    - g_i is computed from row i of what entered and came back, and from the parameters.
+
+    A norm that is too small lets a record move the sum by more than the clip norm, and epsilon is
+    then wrong. Shapes are checked in every step; values are not, so compare a new rule with
+    `perdure.privacy.clipping.clip.clipped_sum`, which goes record by record, on random inputs.
+
+    A layer with a rule takes one tensor and returns one tensor, both with one row a record; other
+    calls go record by record.
+
+    >>> class Gain(nn.Module):
+    ...     def __init__(self, width):
+    ...         super().__init__()
+    ...         self.gain = nn.Parameter(torch.ones(width))
+    ...     def forward(self, x):
+    ...         return x * self.gain
+    >>> class GainRule(ClippingRule):
+    ...     layers = (Gain,)
+    ...     parameters = frozenset({"gain"})
+    ...     def gradients(self, layer, calls):
+    ...         products = [entered * back for entered, back in map(LayerCall.flowed, calls)]
+    ...         return PrecomputedRows({"gain": sum_of(products)})
+
+    Attributes:
+        layers: types of the layers, exactly: a subclass may compute something else.
+        parameters: names, in a layer, of the parameters that the rule knows. A layer with others
+            goes record by record.
+    """
+
+    layers: ClassVar[tuple[type[nn.Module], ...]]
+    parameters: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
+
+    def covers(self, layer: nn.Module) -> bool:
+        """Return whether the rule is right for a layer with these settings."""
+        return True
+
+    def output_dims(self, layer: nn.Module) -> int:
+        """Least number of dimensions of an output with one row a record.
+
+        An output with fewer is the output of a single record without batch dimension.
+        """
+        return 2
+
+    @abstractmethod
+    def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
+        """Per-record gradients of the layer, over all its calls (one or more)."""
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Float32, or float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def squared_lengths(rows: Tensor) -> Tensor:
+    """(n,) squared L2 norms of (n, ...), in two stages.
+
+    Over millions of numbers one stage loses three digits.
+    """
+    inner = torch.linalg.vector_norm(rows.flatten(2), dim=2) if rows.dim() > 2 else rows
+    squares: Tensor = torch.linalg.vector_norm(inner, dim=1).square()
+    return squares
+
+
+def record_slices(n: int, numbers: int) -> list[slice]:
+    """Slices of n records, `numbers` numbers each.
+
+    About equally long, so that few lengths occur.
+    """
+    most = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // max(1, numbers)))
+    rows = -(-n // -(-n // most))
+    return [slice(start, start + rows) for start in range(0, n, rows)]
+
+
+def joined(calls: list[LayerCall]) -> LayerCall:
+    """One call with the positions of all calls, (n, positions, k)."""
+    entered = [call.entered.to(call.back.dtype) for call in calls]
+    parts = [
+        [x.flatten(1, -2) if x.dim() > 2 else x[:, None] for x in xs]
+        for xs in (entered, [call.back for call in calls])
+    ]
+    whole = [part[0] if len(part) == 1 else torch.cat(part, 1) for part in parts]
+    return LayerCall(whole[0], whole[1], whole[1])
+
+
+# --------------------------------------------------------------------------- ways
+
+
+class PrecomputedRows:
+    """Per-record gradients that are there.
+
+    Args:
+        rows: parameter name to (n, ...).
+    """
+
+    def __init__(self, rows: Params) -> None:
+        self.rows = rows
+
+    def squared_norms(self) -> Tensor:
+        """See `RecordGradients`."""
+        return sum_of([squared_lengths(at_least_float32(row)) for row in self.rows.values()])
+
+    def weighted(self, factors: Tensor) -> Params:
+        """See `RecordGradients`."""
+        wider = {name: at_least_float32(row) for name, row in self.rows.items()}
+        return {n: (factors.to(r.dtype) @ r.flatten(1)).view(r.shape[1:]) for n, r in wider.items()}
+
+
+class FormedRows(ABC):
+    """Per-record gradients formed a piece at a time.
+
+    The numbers that are summed are the numbers that were measured.
+
+    Args:
+        n: records.
+        numbers: in one record's row.
+    """
+
+    def __init__(self, n: int, numbers: int) -> None:
+        self.n = n
+        self.numbers = numbers
+        self.kept: list[PrecomputedRows] = []
+
+    @abstractmethod
+    def formed(self, piece: slice) -> Params:
+        """Rows of a piece of the records."""
+
+    def finished(self, sums: Params) -> Params:
+        """Sums of rows in the shapes of the parameters."""
+        return sums
+
+    def squared_norms(self) -> Tensor:
+        """See `RecordGradients`; the rows are kept for `weighted` where they are few."""
+        squares = []
+        for piece in record_slices(self.n, self.numbers):
+            rows = PrecomputedRows(self.formed(piece))
+            squares.append(rows.squared_norms())
+            if self.n * self.numbers <= KEPT_NUMBERS:
+                self.kept.append(rows)
+        return torch.cat(squares)
+
+    def weighted(self, factors: Tensor) -> Params:
+        """See `RecordGradients`."""
+        sums: Params = {}
+        for i, piece in enumerate(record_slices(self.n, self.numbers)):
+            rows = self.kept[i] if self.kept else PrecomputedRows(self.formed(piece))
+            part = rows.weighted(factors[piece])
+            sums = {name: sums[name].add_(value) for name, value in part.items()} if sums else part
+        return self.finished(sums)
+
+
+def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers: int) -> Tensor:
+    """(n,) sum_ts (a_t . a_s)(d_t . d_s), rounded up.
+
+    Args:
+        grams: from a piece of the records to the inner products of their a and of their d, each (m,
+            T, T).
+        n: records.
+        numbers: formed for one of them.
+    """
+    squares = []
+    for piece in record_slices(n, numbers):
+        entered, back = grams(piece)
+        lengths = entered.diagonal(dim1=1, dim2=2) * back.diagonal(dim1=1, dim2=2)
+        slack = SLACK * lengths.clamp(min=0.0).sqrt().sum(1).square()
+        squares.append((entered.mul_(back).sum((1, 2)) + slack).clamp(min=0.0))
+    return torch.cat(squares)

@@ -1,0 +1,45 @@
+"""Cosine heads, whose logits are s <a, w_c> with a and w_c of norm 1."""
+
+from torch import nn
+
+from perdure.models.cosine_head import CosineHead, directions, reciprocal_lengths
+from perdure.privacy.clipping.rules.base import ClippingRule, FormedRows, LayerCall, joined
+from perdure.types import Params
+
+
+class CosineHeadRule(ClippingRule):
+    """`perdure.models.cosine_head.CosineHead`, from (n, ..., in) to (n, ..., out)."""
+
+    layers = (CosineHead,)
+    parameters = frozenset({"weight", "scale"})
+
+    def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> "CosineRows":
+        """See `ClippingRule`."""
+        assert isinstance(layer, CosineHead)
+        return CosineRows(layer, calls)
+
+
+class CosineRows(FormedRows):
+    """Rows of a cosine head.
+
+    With d the gradient at the output, a record's gradient of w_c before it was scaled to norm 1 is
+    s d_c (a - <a, w_c> w_c) over its length, and the gradient of s is sum_c d_c <a, w_c>; both add
+    up over positions and calls.
+    """
+
+    def __init__(self, layer: CosineHead, calls: list[LayerCall]) -> None:
+        self.call = joined(calls)
+        self.layer = layer
+        super().__init__(len(self.call.back), layer.weight.numel())
+
+    def formed(self, piece: slice) -> Params:
+        """See `FormedRows`."""
+        entered, back = self.call.of(piece).flowed()
+        a = directions(entered)
+        w = directions(self.layer.weight)
+        angles = back * (a @ w.mT)
+        rows = back.mT @ a - angles.sum(1)[:, :, None] * w
+        return {
+            "weight": self.layer.scale * reciprocal_lengths(self.layer.weight) * rows,
+            "scale": angles.sum((1, 2))[:, None],
+        }

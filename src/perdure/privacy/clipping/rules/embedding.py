@@ -1,0 +1,63 @@
+"""Embeddings: a record's gradient adds up where the record has a word more than once."""
+
+import torch
+from torch import Tensor, nn
+
+from perdure.privacy.clipping.rules.base import (
+    ClippingRule,
+    LayerCall,
+    at_least_float32,
+    ghost_norms,
+)
+from perdure.types import Params
+
+
+class EmbeddingRule(ClippingRule):
+    """`nn.Embedding`, from words (n, ...) to (n, ..., features)."""
+
+    layers = (nn.Embedding,)
+
+    def covers(self, layer: nn.Module) -> bool:
+        """Return whether the layer neither renormalises its weight nor counts words in the batch.
+
+        Both would couple records.
+        """
+        assert isinstance(layer, nn.Embedding)
+        return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
+
+    def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> "EmbeddingGhost":
+        """See `ClippingRule`."""
+        assert isinstance(layer, nn.Embedding)
+        return EmbeddingGhost(layer, calls)
+
+
+class EmbeddingGhost:
+    """|g|^2 = sum over equal words of d_t . d_s."""
+
+    def __init__(self, layer: nn.Embedding, calls: list[LayerCall]) -> None:
+        self.shape = layer.weight.shape
+        n = len(calls[0].back)
+        width = layer.embedding_dim
+        self.words = torch.cat([call.entered.reshape(n, -1) for call in calls], 1)
+        back = torch.cat([at_least_float32(call.back).reshape(n, -1, width) for call in calls], 1)
+        padding = layer.padding_idx
+        self.back = back if padding is None else back * (self.words != padding)[:, :, None]
+
+    def squared_norms(self) -> Tensor:
+        """See `RecordGradients`."""
+        n, positions = self.words.shape
+        return ghost_norms(self._grams, n, positions**2)
+
+    def weighted(self, factors: Tensor) -> Params:
+        """See `RecordGradients`."""
+        back = self.back * factors.to(self.back.dtype)[:, None, None]
+        return {
+            "weight": back.new_zeros(self.shape).index_add_(
+                0, self.words.flatten(), back.flatten(0, 1)
+            )
+        }
+
+    def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+        words = self.words[piece]
+        back = self.back[piece]
+        return (words[:, :, None] == words[:, None, :]).to(back.dtype), back @ back.mT

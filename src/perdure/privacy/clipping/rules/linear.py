@@ -1,0 +1,93 @@
+"""Linear layers, the cheapest of three ways; several calls are positions side by side."""
+
+import torch
+from torch import Tensor, nn
+
+from perdure.privacy.clipping.rules.base import (
+    GHOST_COST,
+    ClippingRule,
+    FormedRows,
+    LayerCall,
+    RecordGradients,
+    at_least_float32,
+    ghost_norms,
+    joined,
+    squared_lengths,
+)
+from perdure.types import Params
+
+
+class LinearRule(ClippingRule):
+    """`nn.Linear`, from (n, ..., in) to (n, ..., out)."""
+
+    layers = (nn.Linear,)
+
+    def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
+        """See `ClippingRule`."""
+        has_bias = layer.bias is not None
+        if len(calls) == 1 and calls[0].back.dim() == 2:
+            return LinearOuter(calls[0], has_bias)
+        call = joined(calls)
+        positions = call.back.shape[1]
+        ins = call.entered.shape[2]
+        outs = call.back.shape[2]
+        ghost = GHOST_COST * positions * (ins + outs) < ins * outs
+        return LinearGhost(call, has_bias) if ghost else LinearRows(call, has_bias)
+
+
+class LinearOuter:
+    """One position: the gradient is the outer product d a^T."""
+
+    def __init__(self, call: LayerCall, has_bias: bool) -> None:
+        self.entered, self.back = call.flowed()
+        self.has_bias = has_bias
+
+    def squared_norms(self) -> Tensor:
+        """See `RecordGradients`."""
+        a = squared_lengths(self.entered)
+        d = squared_lengths(self.back)
+        return torch.addcmul(d, a, d) if self.has_bias else a * d
+
+    def weighted(self, factors: Tensor) -> Params:
+        """See `RecordGradients`."""
+        back = self.back * factors.to(self.back.dtype)[:, None]
+        return {"weight": back.mT @ self.entered} | ({"bias": back.sum(0)} if self.has_bias else {})
+
+
+class LinearRows(FormedRows):
+    """Small layers, or many positions."""
+
+    def __init__(self, call: LayerCall, has_bias: bool) -> None:
+        self.call = call
+        self.has_bias = has_bias
+        super().__init__(len(call.back), call.entered.shape[2] * call.back.shape[2])
+
+    def formed(self, piece: slice) -> Params:
+        """See `FormedRows`."""
+        a, d = self.call.of(piece).flowed()
+        return {"weight": d.mT @ a} | ({"bias": d.sum(1)} if self.has_bias else {})
+
+
+class LinearGhost:
+    """Few positions of a large layer."""
+
+    def __init__(self, call: LayerCall, has_bias: bool) -> None:
+        self.call = call
+        self.bias = at_least_float32(call.back).sum(1) if has_bias else None
+
+    def squared_norms(self) -> Tensor:
+        """See `RecordGradients`."""
+        n, positions = self.call.back.shape[:2]
+        norms = ghost_norms(self._grams, n, positions**2)
+        return norms if self.bias is None else norms + squared_lengths(self.bias)
+
+    def weighted(self, factors: Tensor) -> Params:
+        """See `RecordGradients`."""
+        a, d = self.call.flowed()
+        factors = factors.to(d.dtype)
+        sums = {"weight": (d * factors[:, None, None]).flatten(0, 1).mT @ a.flatten(0, 1)}
+        return sums if self.bias is None else sums | {"bias": factors @ self.bias}
+
+    def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+        a, d = self.call.of(piece).flowed()
+        return a @ a.mT, d @ d.mT
