@@ -21,7 +21,7 @@ from perdure.privacy.clipping import (
     register_rule,
 )
 from perdure.privacy.clipping.clip import Clip, sum_of
-from perdure.privacy.clipping.rule_table import clipping_rules
+from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import clipped_gradient
 from perdure.strategies import Replay

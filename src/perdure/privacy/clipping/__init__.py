@@ -1,10 +1,12 @@
 """Clipping of per-record gradients: the only place where a record's influence is bounded.
 
-A layer type of your own is clipped by book-keeping, as fast as torch's own layers, once it has a
-rule: `register_rule(MyLayer, MyRule())` (see `ClippingRule`).
+Import `clipped_sum`, which goes record by record, and `clipped_gradient_sum`, which goes by the
+rules of the layers; `Clip` is the bound. A layer type of your own is clipped by rule as well, as
+fast as torch's own layers, after `register_rule(MyLayer, MyRule())` (see `ClippingRule`).
 """
 
-from perdure.privacy.clipping.rule_table import register_rule
+from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
+from perdure.privacy.clipping.clip import Clip, clipped_sum, sum_of
 from perdure.privacy.clipping.rules.base import (
     ClippingRule,
     FormedRows,
@@ -12,12 +14,17 @@ from perdure.privacy.clipping.rules.base import (
     PrecomputedRows,
     RecordGradients,
 )
+from perdure.privacy.clipping.rules.registry import register_rule
 
 __all__ = [
+    "Clip",
     "ClippingRule",
     "FormedRows",
     "LayerCall",
     "PrecomputedRows",
     "RecordGradients",
+    "clipped_gradient_sum",
+    "clipped_sum",
     "register_rule",
+    "sum_of",
 ]

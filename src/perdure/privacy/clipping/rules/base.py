@@ -102,8 +102,9 @@ class ClippingRule(ABC):
     - g_i is computed from row i of what entered and came back, and from the parameters.
 
     A norm that is too small lets a record move the sum by more than the clip norm, and epsilon is
-    then wrong. Shapes are checked in every step; values are not, so compare a new rule with
-    `perdure.privacy.clipping.clip.clipped_sum`, which goes record by record, on random inputs.
+    then wrong. Shapes are checked in every step; values are not. So compare, on random inputs,
+    `clipped_gradient_sum` of a model with the layer and `clipped_sum` of its gradients, which goes
+    record by record and needs no rule.
 
     A layer with a rule takes one tensor and returns one tensor, both with one row a record; other
     calls go record by record.

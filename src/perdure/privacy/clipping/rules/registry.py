@@ -20,7 +20,7 @@ EXTENSIONS = Extensions(
     group="perdure.clipping_rules",
     fits=_is_rule,
     wanted="a subclass of perdure.privacy.clipping.ClippingRule",
-    helpers=("base",),
+    helpers=("base", "registry"),
 )
 
 
