@@ -47,7 +47,7 @@ class WideGram(Gram):
     Without privacy only: under it the curator would take it row by row.
     """
 
-    def exact(self, forward: Forward, batch: Batch, chunk: int) -> Params:
+    def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sums `gram` (d, d), `cross` (d, c) and `totals` (c,), float64."""
         sums: Params = {}
         for parts in wide(self, forward, batch, chunk):
@@ -86,7 +86,7 @@ class ClassSums(Gram):
         c = parts["targets"].shape[1]
         return {"cross": torch.Size([d, c]), "totals": torch.Size([c])}
 
-    def exact(self, forward: Forward, batch: Batch, chunk: int) -> Params:
+    def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sums without privacy."""
         sums: Params = {}
         for parts in wide(self, forward, batch, chunk):

@@ -2,6 +2,7 @@
 never as rows.
 """
 
+import functools
 import math
 
 import pytest
@@ -26,10 +27,10 @@ from helpers.curator_harness import (
 )
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
-from perdure.errors import ConfigError, DataError
+from perdure.errors import ConfigError, DataError, PrivacyError
 from perdure.models.classifiers import mlp
 from perdure.privacy.clipping.clip import Clip, clip_rows
-from perdure.queries.evaluation import bounded_sum
+from perdure.queries.evaluation import SummedQuery, bounded_sum
 from perdure.queries.gram import Gram, svec, unsvec
 
 # --------------------------------------------------------------------------- Gram matrices
@@ -59,7 +60,7 @@ def test_no_record_exceeds_the_bound_whatever_it_holds(values, bound, weight, to
         batch = Batch.current(
             Records(inputs=rows, labels=torch.zeros(len(rows), dtype=torch.int64)), 0
         )
-        sums.append(query.clipped(nn.Identity(), {}, batch.tensors(), Clip(norm=bound)))
+        sums.append(query.clipped_sum(nn.Identity(), {}, batch.tensors(), Clip(norm=bound)))
     assert float(flat(sums[2]).norm()) <= bound * ROUNDING
     less = flat(sums[1]) if sums[1] else torch.zeros_like(flat(sums[0]))
     assert float((flat(sums[0]) - less).norm()) <= bound * ROUNDING + 1e-6 * float(less.abs().max())
@@ -197,8 +198,8 @@ def test_a_class_of_the_users_cannot_clip_for_itself(party, toy_stream):
     """Its rows are clipped like anyone's; only `Gram` itself takes the short way."""
 
     class Loose(Gram):
-        def clipped(self, module, params, tensors, clip):
-            return super().clipped(module, params, tensors, Clip(norm=1e6))
+        def clipped_sum(self, module, params, tensors, clip):
+            return super().clipped_sum(module, params, tensors, Clip(norm=1e6))
 
     change = moved(
         party, toy_stream(), 2, lambda c: c.release(Loose(features), clip_norm=0.1, purpose="x")
@@ -208,6 +209,84 @@ def test_a_class_of_the_users_cannot_clip_for_itself(party, toy_stream):
         party, toy_stream(), 2, lambda c: c.release(Gram(features), clip_norm=0.1, purpose="x")
     )
     torch.testing.assert_close(flat(change), flat(fair), rtol=1e-3, atol=1e-5)
+
+
+class Named:
+    """A query of the user's that is no `SummedQuery` but has the names of one."""
+
+    def __call__(self, forward, batch):
+        return {"value": forward.features(batch.inputs)}
+
+    def clipped_sum(self, module, params, tensors, clip):
+        return {"value": 1e6 * module.features(tensors["inputs"]).sum(0)}
+
+    summed = clipped_sum
+
+
+class Derived(Named, SummedQuery):
+    """The same below the library's base."""
+
+
+@functools.wraps(Gram, updated=())
+class Disguised(Named, SummedQuery):
+    """The same under the name and module of a class of the library."""
+
+
+@pytest.mark.parametrize("kind", [Named, Derived, Disguised])
+def test_a_method_called_clipped_sum_of_the_users_is_never_asked(kind, party, toy_stream):
+    def plain(forward, batch):
+        return {"value": forward.features(batch.inputs)}
+
+    change, fair = (
+        moved(party, toy_stream(), 2, lambda c, q=q: c.release(q, clip_norm=0.1, purpose="x"))
+        for q in (kind(), plain)
+    )
+    assert float(flat(change).norm()) <= 0.1 * ROUNDING
+    torch.testing.assert_close(flat(change), flat(fair), rtol=1e-3, atol=1e-5)
+
+
+def test_an_attribute_of_a_query_does_not_clip_for_it(toy_stream, toy_model):
+    stream = toy_stream()
+    model = toy_model(stream).eval()
+    tensors = Batch.current(stream[0].train, 0).tensors()
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    query = Gram(features)
+    expected = bounded_sum(query, model, params, tensors, Clip(norm=0.1))
+    object.__setattr__(query, "clipped_sum", Named().clipped_sum)
+    torch.testing.assert_close(
+        bounded_sum(query, model, params, tensors, Clip(norm=0.1)), expected, rtol=0, atol=0
+    )
+
+
+class OneShape(Derived):
+    """Says that its rows are single numbers, so that all numbers of the sum would share one."""
+
+    def shapes(self, forward, batch):
+        return {"value": torch.Size([1])}
+
+
+def test_a_sum_of_other_shapes_than_its_noise_is_refused(party):
+    with pytest.raises(PrivacyError, match=r"has shapes .*allowed: those of the query's rows.*1"):
+        party(**NOISY).curator.release(OneShape(), clip_norm=1.0, purpose="x")
+
+
+class Doubled(Derived):
+    """Knows its exact sum, and hands out half of what is released."""
+
+    def exact_sum(self, forward, batch, chunk):
+        return {"value": 3 * forward.features(batch.inputs).detach().sum(0)}
+
+    def unpacked(self, released):
+        return {name: value / 2 for name, value in released.items()}
+
+
+def test_exact_sums_and_the_form_of_releases_are_the_users_to_choose(party):
+    test = party()
+    rows = test.model.features(test.stream[0].train.inputs).detach()
+    exact = test.curator.release(Doubled(), clip_norm=1e3, purpose="x")["value"]
+    torch.testing.assert_close(exact, 3 * rows.sum(0))
+    noised = party(**SILENT).curator.release(Doubled(), clip_norm=1e3, purpose="x")["value"]
+    torch.testing.assert_close(noised, rows.sum(0) / 2, rtol=1e-3, atol=2e-2)
 
 
 def test_targets_longer_than_one_are_scaled_or_refused(party):

@@ -156,6 +156,8 @@ class Cheating(GroupedGradient):
             for name, value in super().summed(module, params, tensors, clip).items()
         }
 
+    clipped_sum = summed
+
 
 def test_a_class_of_somebody_else_may_not_clip_for_itself():
     module, data = problem("mlp")

@@ -23,8 +23,13 @@ from perdure.privacy.guard.loss_checks import check_losses
 from perdure.privacy.noise.discrete import Frequency, Quantile, best, counted
 from perdure.privacy.private_sum import PrivateSum, ReleaseKey
 from perdure.queries.batch_gradients import clipped_gradient, mean_gradient
-from perdure.queries.evaluation import bounded_sum, evaluate_on_synthetic, exact_sum, shapes_of
-from perdure.queries.gram import Gram
+from perdure.queries.evaluation import (
+    bounded_sum,
+    evaluate_on_synthetic,
+    exact_sum,
+    shapes_of,
+    unpacked,
+)
 from perdure.queries.per_record import CHUNK, numbers_of
 from perdure.types import Params
 from perdure.utils.hashing import digest
@@ -220,7 +225,7 @@ class LocalCurator:
             shapes=shapes_of(query, forward, data),
             clip_norm=clip_norm,
         )
-        return query.unpacked(released) if isinstance(query, Gram) else released
+        return unpacked(query, released)
 
     def count(self, of: Of, *, bins: int, purpose: str) -> Tensor:
         """(bins,) int64 numbers of records in each bin, plus integer noise under privacy.

@@ -295,12 +295,24 @@ class PrivateSum:
         """Noised sum of one clipped row per record.
 
         Args:
-            clipped: from this package's `queries`.
+            clipped: from the bound to the clipped sum (see `perdure.queries`).
+            purpose: name of the release, for the ledger.
+            occasion: which release it is, and of which records.
             shapes: of the sum, also where there is no record.
+            clip_norm: bound on the L2 norm of one record's row.
+
+        Raises:
+            PrivacyError: where the sum has other names or shapes, whose noise would be shared.
         """
         name = f"release:{purpose}"
         noise = self.release_noise
         total = clipped(Clip(norm=clip_norm))
+        given = None if total is None else {key: value.shape for key, value in total.items()}
+        if given is not None and given != dict(shapes):
+            raise PrivacyError(
+                f"the sum for {purpose!r} has shapes { {k: tuple(v) for k, v in given.items()} }; "
+                f"allowed: those of the query's rows, { {k: tuple(v) for k, v in shapes.items()} }"
+            )
         entry = self._charge_once(name, occasion, "gaussian", noise, total or {}, clip_norm)
         scales = dict.fromkeys(shapes, noise * clip_norm)
         device = next(iter(occasion.data.values())).device

@@ -1,9 +1,11 @@
 """Questions to a curator, and their exact and clipped sums.
 
 Import a query to release (`Gram`, `SquaredGradient`, `AbsoluteGradient`, `GroupedGradient`), or a
-function that releases a statistic (`mean`, `histogram`, `quantile`, `top_k`).
+function that releases a statistic (`mean`, `histogram`, `quantile`, `top_k`). `SummedQuery` is the
+base of queries with faster exact sums than row by row.
 """
 
+from perdure.queries.evaluation import SummedQuery
 from perdure.queries.gram import Gram, svec, unsvec
 from perdure.queries.grouped_gradients import GroupedGradient
 from perdure.queries.releases import histogram, mean, quantile, top_k
@@ -14,6 +16,7 @@ __all__ = [
     "Gram",
     "GroupedGradient",
     "SquaredGradient",
+    "SummedQuery",
     "histogram",
     "mean",
     "quantile",

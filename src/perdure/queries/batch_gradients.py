@@ -3,11 +3,12 @@
 Their mean, or their clipped sum by the fastest way that fits the model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from perdure.contract.curator import Losses
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
@@ -16,8 +17,6 @@ from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
 from perdure.privacy.opacus.samplers import grad_sample_sum
 from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
-
-Losses = Callable[[Forward, Batch], Tensor]
 
 
 def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:

@@ -1,46 +1,80 @@
-"""What may be asked of a curator: functions that give one row per record.
+"""Sums of queries: functions that give one row per record, to which a curator adds noise.
 
-A function of the user's gives rows, and the curator clips them. `Gram`, `SquaredGradient` and its
-kin know a faster way to their sum, clipped or not. Only they may clip for themselves, and they do
-so with the curator's own factors.
+The curator clips the rows of a query. `Gram`, `SquaredGradient` and their like know a faster way to
+their sum, clipped or not: they are a `SummedQuery`.
 """
 
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from perdure.contract.curator import Query
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch
-from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
-from perdure.queries.gram import Gram
-from perdure.queries.grouped_gradients import GroupedGradient
-from perdure.queries.per_record import CHUNK, Query, add_to, as_params, rows_of
-from perdure.queries.squared_gradients import AbsoluteGradient, SquaredGradient
+from perdure.privacy.clipping.clip import Clip
+from perdure.queries.per_record import CHUNK, as_params, clipped_row_sum, exact_row_sum
 from perdure.types import Params
-from perdure.utils.chunking import chunks
 
-SUMMED = (SquaredGradient, AbsoluteGradient, GroupedGradient)
-"""Queries that may clip for themselves, besides `Gram`; not their subclasses, which could clip
-otherwise.
-"""
+
+class SummedQuery(ABC):
+    """A query that may know a faster way to its sums than row by row.
+
+    Rows define the query; every other method has a default that forms them.
+
+    Guarantee: one record moves a sum that was clipped for a release by at most the clip norm, also
+    where a subclass of yours overrides `clipped_sum`: only the classes of `perdure.queries` clip
+    for themselves, and the rows of all others are clipped by the library.
+    """
+
+    @abstractmethod
+    def __call__(self, forward: Forward, batch: Batch) -> Tensor | Params:
+        """Rows (n, ...), or a mapping of such; row i depends on record i only."""
+
+    def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
+        """Sum of the rows without privacy, in pieces of at most `chunk` records."""
+        return exact_row_sum(self, forward, batch, chunk)
+
+    def clipped_sum(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
+    ) -> Params | None:
+        """Sum over records of the row, clipped as `clip` says; None without records."""
+        return clipped_row_sum(self, module, params, tensors, clip)
+
+    def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
+        """Shapes of one row, from any batch."""
+        answer = as_params(self(forward, batch))
+        return {name: rows.shape[1:] for name, rows in answer.items()}
+
+    def on_synthetic(self, forward: Forward, batch: Batch) -> Params:
+        """Answer on synthetic records that tells the query from others."""
+        return self.exact_sum(forward, batch, CHUNK)
+
+    def unpacked(self, released: Params) -> Params:
+        """Released sum in the form that is handed out; a function of the release alone."""
+        return released
+
+
+@dataclass(frozen=True)
+class _RowQuery(SummedQuery):
+    """A function of the user's, as a query with the default ways to its sums."""
+
+    rows: Query
+
+    def __call__(self, forward: Forward, batch: Batch) -> Tensor | Params:
+        return self.rows(forward, batch)
+
+
+def _summed(query: Query) -> SummedQuery:
+    return query if isinstance(query, SummedQuery) else _RowQuery(query)
 
 
 def exact_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Params:
     """Sum of the query's rows over the batch, in pieces of at most `chunk` records."""
-    if isinstance(query, Gram):
-        return query.exact(forward, batch, chunk)
-    total: Params = {}
-    if isinstance(query, SquaredGradient):
-        params = forward.params or {
-            name: value.detach() for name, value in forward.module.named_parameters()
-        }
-        total = query.summed(forward.module, params, batch.tensors()) or {}
-        chunk = min(chunk, per_pass(params))  # each row is as large as the parameters
-    for piece in () if total else chunks(batch.tensors(), chunk):
-        for name, rows in as_params(query(forward, Batch.from_tensors(piece))).items():
-            add_to(total, name, rows.sum(0).detach())
-    return total
+    return _summed(query).exact_sum(forward, batch, chunk)
 
 
 def bounded_sum(
@@ -50,14 +84,20 @@ def bounded_sum(
 
     Guarantee: one record moves it by at most `clip.norm` in L2 norm, whatever the query does.
     """
-    # not isinstance: a class of the user's could clip otherwise; its rows are clipped here
-    if type(query) is Gram:
-        return query.clipped(module, params, tensors, clip)
-    if isinstance(query, SquaredGradient) and type(query) in SUMMED:
-        total = query.summed(module, params, tensors, clip)
-        if total:
-            return total
-    return clipped_sum(rows_of(query, module), params, tensors, clip, per_pass(params))
+    if isinstance(query, SummedQuery) and _is_own(type(query)):
+        # of the class: an attribute of the object could clip otherwise
+        return type(query).clipped_sum(query, module, params, tensors, clip)
+    return clipped_row_sum(query, module, params, tensors, clip)
+
+
+def _is_own(kind: type[SummedQuery]) -> bool:
+    """Whether this very class is defined in a file of this package.
+
+    A subclass is defined elsewhere, and a class that took over the names of another one
+    (`functools.wraps`) is not found under them.
+    """
+    inside = kind.__module__.startswith(f"{__package__}.")
+    return inside and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
 
 
 def shapes_of(
@@ -70,19 +110,14 @@ def shapes_of(
     blank = {
         n: torch.zeros(1, *t.shape[1:], dtype=t.dtype, device=t.device) for n, t in tensors.items()
     }
-    if isinstance(query, Gram):
-        return query.shapes(forward, Batch.from_tensors(blank))
-    answer = as_params(query(forward, Batch.from_tensors(blank)))
-    return {name: rows.shape[1:] for name, rows in answer.items()}
+    return _summed(query).shapes(forward, Batch.from_tensors(blank))
 
 
 def evaluate_on_synthetic(query: Query, forward: Forward, batch: Batch) -> Params:
-    """What the query makes of synthetic records, without rows of d^2 numbers.
+    """Answer of the query on synthetic records, which tells one question from another."""
+    return _summed(query).on_synthetic(forward, batch)
 
-    It tells one question from another.
-    """
-    return (
-        query.parts(forward, batch)
-        if isinstance(query, Gram)
-        else exact_sum(query, forward, batch, CHUNK)
-    )
+
+def unpacked(query: Query, released: Params) -> Params:
+    """Released sum of the query in the form that is handed out."""
+    return _summed(query).unpacked(released)

@@ -11,6 +11,7 @@ from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, DataError
 from perdure.privacy.clipping.clip import Clip, clip_factors
+from perdure.queries.evaluation import SummedQuery
 from perdure.queries.per_record import CHUNK, add_to, explain_vmap_errors, rows_of
 from perdure.types import Params
 from perdure.utils.chunking import chunks
@@ -20,7 +21,7 @@ Table = Callable[[Forward, Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class Gram:
+class Gram(SummedQuery):
     """Gram matrix of features, their products with targets, and the sum of targets.
 
     All that analytic heads need.
@@ -112,7 +113,7 @@ class Gram:
             parts["targets"] = _finite(targets) * clip_factors(squares, 1.0)[:, None]
         return parts
 
-    def exact(self, forward: Forward, batch: Batch, chunk: int) -> Params:
+    def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sums without privacy.
 
         `gram` (d, d), `cross` (d, c) and `totals` (c,), in pieces of `chunk` records.
@@ -124,13 +125,10 @@ class Gram:
         matrix = sums["gram"]
         return sums | {"gram": matrix.triu() + matrix.triu(1).T}
 
-    def clipped(
+    def clipped_sum(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
     ) -> Params | None:
-        """Sum over records of their clipped vectors, or None without records.
-
-        As `clipped_sum`.
-        """
+        """Sum over records of their clipped vectors, or None without records."""
         sums: Params = {}
         alone = torch.func.vmap(rows_of(self.parts, module), in_dims=(None, 0))
         with torch.no_grad(), explain_vmap_errors():
@@ -147,12 +145,16 @@ class Gram:
         scales = {"cross": self.weight, "totals": self.totals}
         return {n: svec(value) if n == "gram" else scales[n] * value for n, value in sums.items()}
 
-    def unpacked(self, vector: Params) -> Params:
+    def unpacked(self, released: Params) -> Params:
         """`gram` (d, d), symmetric, `cross` (d, c) and `totals` (c,) of a sum of vectors."""
         scales = {"cross": self.weight, "totals": self.totals}
         return {
-            n: unsvec(value) if n == "gram" else value / scales[n] for n, value in vector.items()
+            n: unsvec(value) if n == "gram" else value / scales[n] for n, value in released.items()
         }
+
+    def on_synthetic(self, forward: Forward, batch: Batch) -> Params:
+        """Features and targets, without rows of d^2 numbers."""
+        return self.parts(forward, batch)
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
         """Shapes of one record's vector, without forming it."""

@@ -1,25 +1,21 @@
 """Evaluate a query on each record alone, so that no row depends on another record."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from perdure.contract.curator import Losses, Of, Query
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, batch_of_one
 from perdure.errors import DataError, PrivacyError
-from perdure.privacy.clipping.clip import Rows
+from perdure.privacy.clipping.clip import Clip, Rows, clipped_sum, per_pass
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
 CHUNK = 1024
 """Records that are looked at together; it bounds memory only."""
-
-Query = Callable[[Forward, Batch], Tensor | Params]
-"""(forward, batch) -> (n, ...) or a mapping of such; row i must depend on record i only."""
-Of = Callable[[Batch], Tensor]
-"""batch -> (n,) one number of each record."""
 
 
 def rows_of(query: Query, module: nn.Module) -> Rows:
@@ -41,13 +37,32 @@ def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def gradient_rows(losses: Callable[[Forward, Batch], Tensor], module: nn.Module) -> Rows:
+def gradient_rows(losses: Losses, module: nn.Module) -> Rows:
     """Gradient of one record's loss, the record alone in its batch."""
 
     def loss(params: Params, tensors: Mapping[str, Tensor]) -> Tensor:
         return losses(Forward(module, params), batch_of_one(tensors)).squeeze(0)
 
     return torch.func.grad(loss)
+
+
+def exact_row_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Params:
+    """Sum of the query's rows, of `chunk` records at a time."""
+    sums: Params = {}
+    for piece in chunks(batch.tensors(), chunk):
+        for name, rows in as_params(query(forward, Batch.from_tensors(piece))).items():
+            add_to(sums, name, rows.sum(0).detach())
+    return sums
+
+
+def clipped_row_sum(
+    query: Query, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
+) -> Params | None:
+    """Sum of the query's clipped rows, each record asked about by itself; None without records.
+
+    Guarantee: one record moves it by at most `clip.norm` in L2 norm, whatever the query does.
+    """
+    return clipped_sum(rows_of(query, module), params, tensors, clip, per_pass(params))
 
 
 def as_params(answer: Tensor | Params) -> Params:
@@ -105,5 +120,5 @@ def _numbers(of: Of, batch: Batch) -> Tensor:
 
 
 def add_to(sums: Params, name: str, value: Tensor) -> None:
-    """Add a value to the sum of its name, which it begins where there is none."""
+    """Add a value to the sum of this name, or begin the sum with it."""
     sums[name] = sums[name] + value if name in sums else value

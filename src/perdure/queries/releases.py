@@ -31,20 +31,16 @@ candidates.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from perdure.contract.curator import Curator, Of, Query
 from perdure.privacy.noise.discrete import Frequency, Quantile
-from perdure.queries.per_record import Of, Query
 from perdure.types import Params
 
-if TYPE_CHECKING:
-    from perdure.contract.curator import Curator
 
-
-def mean(curator: "Curator", query: Query, *, clip_norm: float, purpose: str) -> Params:
+def mean(curator: Curator, query: Query, *, clip_norm: float, purpose: str) -> Params:
     """Sum of clip(query(record), clip_norm) plus noise, over the declared number of records.
 
     Guarantee: that of one Gaussian release; the divisor is public and owes nothing to the records
@@ -60,7 +56,7 @@ def mean(curator: "Curator", query: Query, *, clip_norm: float, purpose: str) ->
     return {name: value / curator.declared_size for name, value in total.items()}
 
 
-def histogram(curator: "Curator", of: Of, *, bins: int, purpose: str) -> Tensor:
+def histogram(curator: Curator, of: Of, *, bins: int, purpose: str) -> Tensor:
     """(bins,) int64: how many records are in each bin.
 
     Noise may take a count below 0; to clamp it is free.
@@ -82,7 +78,7 @@ def histogram(curator: "Curator", of: Of, *, bins: int, purpose: str) -> Tensor:
 
 
 def quantile(
-    curator: "Curator", of: Of, *, q: float, candidates: Tensor | Sequence[float], purpose: str
+    curator: Curator, of: Of, *, q: float, candidates: Tensor | Sequence[float], purpose: str
 ) -> float:
     """One of the candidates, near the q-quantile of the records' numbers.
 
@@ -109,7 +105,7 @@ def quantile(
     return float(utility.candidates[place])
 
 
-def top_k(curator: "Curator", of: Of, *, bins: int, k: int, purpose: str) -> Tensor:
+def top_k(curator: Curator, of: Of, *, bins: int, k: int, purpose: str) -> Tensor:
     """(k,) int64: the most frequent bins, the most frequent first.
 
     Gumbel noise on every count, and the k highest: k selections one after another. Their counts are

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, batch_of_one
-from perdure.privacy.clipping.clip import Clip, sum_of
-from perdure.queries.per_record import CHUNK
+from perdure.privacy.clipping.clip import Clip, per_pass, sum_of
+from perdure.queries.evaluation import SummedQuery
+from perdure.queries.per_record import CHUNK, clipped_row_sum, exact_row_sum
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
@@ -31,7 +32,7 @@ u_i.
 
 
 @dataclass(frozen=True)
-class SquaredGradient:
+class SquaredGradient(SummedQuery):
     """Per record, the weighted sum over terms k of the squared gradient.
 
     sum_k w_k (d l_k / d theta)^2
@@ -61,6 +62,22 @@ class SquaredGradient:
         The size of a product is the product of the factors' sizes.
         """
         return values.square()
+
+    def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
+        """Sum of the rows without privacy; rows are formed where `summed` does not know it."""
+        params = forward.params or {
+            name: value.detach() for name, value in forward.module.named_parameters()
+        }
+        total = self.summed(forward.module, params, batch.tensors())
+        # each row is as large as the parameters
+        return total or exact_row_sum(self, forward, batch, min(chunk, per_pass(params)))
+
+    def clipped_sum(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
+    ) -> Params | None:
+        """Sum of the clipped rows; rows are formed where `summed` does not know it."""
+        total = self.summed(module, params, tensors, clip)
+        return total or clipped_row_sum(self, module, params, tensors, clip)
 
     def summed(
         self,
