@@ -53,20 +53,20 @@ def test_a_rate_is_at_most_one_and_may_be_given(toy_stream):
 
 
 def test_without_privacy_an_epoch_is_a_permutation(bench):
-    curator = bench(batch_size=7).open()
-    sizes = [len(curator.sample(step)) for step in range(4)]
+    test = bench(batch_size=7).open()
+    sizes = [len(test.held.sample(step)) for step in range(4)]
     assert sizes == [7, 7, 7, 3]
     epochs = [
-        torch.cat([curator.sample(step).ids for step in range(4 * e, 4 * e + 4)]) for e in range(2)
+        torch.cat([test.held.sample(step).ids for step in range(4 * e, 4 * e + 4)])
+        for e in range(2)
     ]
-    assert all(
-        torch.equal(ids.sort().values, curator.raw("a test").ids.sort().values) for ids in epochs
-    )
+    everyone = test.curator.raw("a test").ids.sort().values
+    assert all(torch.equal(ids.sort().values, everyone) for ids in epochs)
     assert not torch.equal(*epochs)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(bench):
-    first, again, other = (bench(seed=seed).open() for seed in (0, 0, 1))
+    first, again, other = (bench(seed=seed).open().held for seed in (0, 0, 1))
     forth = [first.sample(step).ids for step in range(6)]
     back = [again.sample(step).ids for step in reversed(range(6))]
     assert all(torch.equal(a, b) for a, b in zip(forth, reversed(back), strict=True))
@@ -77,17 +77,16 @@ def test_memory_has_rows_of_its_own_in_every_batch(bench):
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=10, batch_size=4))
     test.whole(0, plan)
-    curator = test.open(1, plan)
-    batch = curator.sample(0)
+    batch = test.open(1, plan).held.sample(0)
     assert batch.from_memory.tolist() == [False] * 6 + [True] * 4
     assert set(batch.tasks[:6].tolist()) == {1} and set(batch.tasks[6:].tolist()) == {0}
     assert set(batch.labels[:6].tolist()) <= {2, 3} and set(batch.labels[6:].tolist()) <= {0, 1}
 
 
 def test_joint_pools_all_records_of_all_experiences(bench):
-    curator = bench().open(1, Plan(pool="all"))
-    assert torch.bincount(curator.raw("a test").tasks).tolist() == [24, 24]
-    assert curator._held.pool.current.tasks.unique().tolist() == [1]
+    test = bench().open(1, Plan(pool="all"))
+    assert torch.bincount(test.curator.raw("a test").tasks).tolist() == [24, 24]
+    assert test.held.pool.current.tasks.unique().tolist() == [1]
 
 
 @pytest.mark.statistical
@@ -97,19 +96,19 @@ def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
     6."""
     test = bench(simulated(), declared(toy_stream(), 32, 32))
     steps = range(2000)
-    curator = test.open(0, steps=steps)
+    held = test.open(0, steps=steps).held
     counts = torch.zeros(2000)
     sizes = []
     for step in steps:
-        ids = curator.sample(step).ids
+        ids = held.sample(step).ids
         counts[ids] += 1
         sizes.append(float(len(ids)))
 
     def score(total, trials, rate):
         return float((total - trials * rate) / (trials * rate * (1 - rate)) ** 0.5)
 
-    members = counts[curator._pool.ids]
-    assert curator.exposure.rate == 8 / 32 and len(members) == 24  # declared 32, there are 24
+    members = counts[held.rows.ids]
+    assert held.exposure.rate == 8 / 32 and len(members) == 24  # declared 32, there are 24
     assert abs(score(members.sum(), 48_000, 0.25)) < 4
     assert max(abs(score(count, 2000, 0.25)) for count in members) < 5
     assert (
@@ -155,11 +154,11 @@ def test_copies_of_one_image_are_one_record(bench, toy_data, plan):
     """
     test = bench(simulated(sampling_rate=0.125), permuted(toy_data, experiences=2))
     test.whole(0, plan)
-    curator = test.open(1, plan, steps=range(400))
-    assert len(curator._pool) == 96 and len(curator._pool.ids.unique()) == 48
+    held = test.open(1, plan, steps=range(400)).held
+    assert len(held.rows) == 96 and len(held.rows.ids.unique()) == 48
     tasks = []
     for step in range(400):
-        batch = curator.sample(step)
+        batch = held.sample(step)
         assert len(batch.ids.unique()) == len(batch)
         tasks += batch.tasks.tolist()
     n = 400 * 48
@@ -181,15 +180,15 @@ def test_one_id_for_two_records_of_an_experience_is_refused(bench, toy_stream):
 
 
 def test_raw_records_are_refused_under_privacy(bench):
-    assert len(bench().open().raw("a plot")) == 24
+    assert len(bench().open().curator.raw("a plot")) == 24
     with pytest.raises(
         PrivacyError, match=r"raw records were asked for \(a plot\).*curator.release"
     ):
-        bench(simulated()).open().raw("a plot")
+        bench(simulated()).open().curator.raw("a plot")
     closed = bench()
     with pytest.raises(PrivacyError, match="no open experience; call open"):
         closed.curator.raw("nothing")
-    closed.open().close()
+    closed.open().held.close()
     with pytest.raises(PrivacyError, match="no open experience"):
         closed.curator.raw("the past")
 
@@ -199,13 +198,13 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=8))
     test.whole(0, plan, remember=lambda forward, batch: {"logits": forward(batch.inputs)})
-    batch = test.open(1, plan).sample(0)
+    batch = test.open(1, plan).held.sample(0)
     replayed = batch.from_memory
     expected = test.model(batch.inputs[replayed]).detach()
     torch.testing.assert_close(batch.stored["logits"][replayed], expected)
     assert batch.stored["logits"][~replayed].abs().sum() == 0 and len(expected) == 6
     test.finish(lambda forward, batch: {"logits": forward(batch.inputs) + 1})
-    rows = test.curator._held.memory.rows
+    rows = test.held.memory.rows
     torch.testing.assert_close(
         rows.stored["logits"], test.model(rows.inputs).detach() + (rows.tasks == 1)[:, None]
     )
@@ -214,20 +213,20 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
 def test_under_privacy_memory_is_by_coin_at_the_declared_threshold(bench, toy_stream):
     plan = Plan(memory=MemoryPlan(capacity=30))
     test = bench(simulated(), declared(toy_stream(), 40, 60))
-    tags = {int(i): float(test.mechanism.tags(torch.tensor([i]))) for i in range(48)}
+    tags = {int(i): float(test.private_sum.tags(torch.tensor([i]))) for i in range(48)}
     for index, threshold in ((0, 30 / 40), (1, 30 / 100)):
         test.whole(index, plan)
-        kept = set(test.curator._held.memory.rows.ids.tolist())
+        kept = set(test.held.memory.rows.ids.tolist())
         offered = torch.cat([e.train.ids for e in test.stream.experiences[: index + 1]]).tolist()
         assert kept == {i for i in offered if tags[i] < threshold}
-    assert test.curator._held.memory.offered == 100
+    assert test.held.memory.offered == 100
 
 
 def test_class_balance_of_memory_without_privacy(bench):
     test = bench()
     for index in range(2):
         test.whole(index, Plan(memory=MemoryPlan(capacity=12)))
-    assert torch.bincount(test.curator._held.memory.rows.labels).tolist() == [3, 3, 3, 3]
+    assert torch.bincount(test.held.memory.rows.labels).tolist() == [3, 3, 3, 3]
 
 
 def test_split_streams_have_disjoint_partitions(toy_data):

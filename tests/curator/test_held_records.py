@@ -210,14 +210,14 @@ def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, u
     learner = learner_of(
         toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
     )
-    curator = opened(learner, stream).curator
-    curator.reserve(range(1), "start")
-    batch = curator.sample(0)
+    held = opened(learner, stream).session.held
+    held.reserve(range(1), "start")
+    batch = held.sample(0)
 
     def at_random(forward, batch):
         return {"noise": torch.rand_like(batch.inputs)}
 
-    ask = partial(curator.observe, batch) if update == "step" else curator.store
+    ask = partial(held.observe, batch) if update == "step" else held.store
     with pytest.raises(PrivacyError, match="may not draw at random or branch on values"):
         ask(at_random)
 
@@ -235,17 +235,17 @@ def test_under_privacy_the_values_are_those_of_the_last_step_a_record_was_in(toy
         given(capacity=1000, selection="reservoir", update="step"),
         privacy=PRIVATE,
     )
-    curator = opened(learner, stream).curator
-    curator.reserve(range(5), "start")
+    held = opened(learner, stream).session.held
+    held.reserve(range(5), "start")
     last = {}
     for step in range(5):
         moment[0] = step + 1.0
-        batch = curator.sample(step)
-        curator.observe(batch, lambda forward, rows: {"at": remember(forward, rows)["when"]})
+        batch = held.sample(step)
+        held.observe(batch, lambda forward, rows: {"at": remember(forward, rows)["when"]})
         last |= dict.fromkeys(batch.ids.tolist(), moment[0])
     moment[0] = 9.0
-    curator.store(lambda forward, rows: {"at": remember(forward, rows)["when"]})
-    rows = curator._held.memory.rows
+    held.store(lambda forward, rows: {"at": remember(forward, rows)["when"]})
+    rows = held.memory.rows
     expected = [last.get(i, 9.0) for i in rows.ids.tolist()]
     assert rows.stored["at"].tolist() == expected and len(rows) == 24
     assert set(expected) >= {9.0, 5.0} and len(set(expected)) > 3
@@ -259,16 +259,16 @@ def test_under_privacy_stored_rows_in_a_step_do_not_change_what_is_noted(toy_str
         given(capacity=1000, selection="reservoir", update="step"),
         privacy=PRIVATE,
     )
-    curator = opened(learner, stream, index=1).curator
-    curator.reserve(range(4), "start")
-    kept = curator._held.memory.rows.ids.tolist()
+    held = opened(learner, stream, index=1).session.held
+    held.reserve(range(4), "start")
+    kept = held.memory.rows.ids.tolist()
     for step in range(4):
-        curator.observe(curator.sample(step), lambda forward, rows: {})
-    drawn = curator._held._noted[WHEN]
+        held.observe(held.sample(step), lambda forward, rows: {})
+    drawn = held.snapshot()[0][f"noted.{WHEN}"]
     assert len(drawn) == 24 and 0 < int(drawn.sum()) < 24
-    curator.store(lambda forward, rows: {})
-    ids = curator._held.memory.rows.ids.tolist()
-    assert ids == kept + stream[1].train.ids.tolist() and curator._held.memory.offered == 48
+    held.store(lambda forward, rows: {})
+    ids = held.memory.rows.ids.tolist()
+    assert ids == kept + stream[1].train.ids.tolist() and held.memory.offered == 48
 
 
 def test_remembering_leaves_running_statistics_as_they_were(toy_stream):
@@ -310,7 +310,7 @@ def test_the_exposure_of_a_pool_of_memory_is_declared(four):
         found = exposure(stages[:seen], plan, batch_size=20)
         assert found.pool_size == size and found.rate == 20 / size
         assert found.scope == {f"experience-{k}": 20 / size for k in range(seen)}
-    found = exposure(stages[:3], plan, batch_size=20, left={"experience-1"})
+    found = exposure(stages[:3], plan, batch_size=20, excluded={"experience-1"})
     assert found.pool_size == 200 * 700 / 1000 and found.scope.keys() == {
         "experience-0",
         "experience-2",
@@ -324,12 +324,9 @@ def test_the_steps_on_a_pool_of_memory_follow_its_size(four, toy_model):
     )
     learner.prepare(four)
     assert [learner.training.steps(index) for index in range(4)] == [9, 12, 12, 12]
-    assert (
-        learner_of(toy_model(four), Naive(), epochs=3, iterations=None).steps_of(
-            four.experiences[:1]
-        )
-        == 5
-    )
+    naive = learner_of(toy_model(four), Naive(), epochs=3, iterations=None)
+    naive.prepare(four)
+    assert naive.training.steps_of(four.experiences[:1]) == 5
 
 
 @EITHER
@@ -410,12 +407,12 @@ def test_copies_of_one_record_are_noted_at_the_row_that_was_drawn(toy_data, toy_
         given(capacity=1000, selection="reservoir", update="step"),
         privacy=PRIVATE,
     )
-    curator = opened(learner, stream, index=1).curator
-    curator.reserve(range(6), "start")
+    held = opened(learner, stream, index=1).session.held
+    held.reserve(range(6), "start")
     noted = set()
     for step in range(6):
-        batch = curator.sample(step)
-        curator.observe(batch, lambda forward, rows: {})
+        batch = held.sample(step)
+        held.observe(batch, lambda forward, rows: {})
         noted |= set(batch.ids[~batch.from_memory].tolist())
-    when = curator._held._noted[WHEN]
+    when = held.snapshot()[0][f"noted.{WHEN}"]
     assert set(stream[1].train.ids[when].tolist()) == noted and 0 < len(noted) < 48

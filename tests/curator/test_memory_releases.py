@@ -59,13 +59,13 @@ def test_another_memory_gives_another_entry(four, toy_model, meetings):
 def test_recalls_are_planned_for_every_partition_seen(four, toy_model):
     learner = learner_of(toy_model(four), ICaRL(memory_size=12))
     learner.prepare(four)
-    assert charges(learner, four.experiences[:3], 1.0) == {
+    assert charges(learner.training, four.experiences[:3], 1.0) == {
         f"experience-{k}": [Charge(4 / 24, 1.0, 4), Charge(1.0, 4.0, 1)] for k in range(3)
     }
-    out = charges(learner, four.experiences[:3], 1.0, frozenset({"experience-1"}))
+    out = charges(learner.training, four.experiences[:3], 1.0, frozenset({"experience-1"}))
     assert out.keys() == {"experience-0", "experience-2"}
     learner.fit(four)
-    for partition, plan in planned(learner, learner.private_sum.schedule).items():
+    for partition, plan in planned(learner.training, learner.private_sum.schedule).items():
         assert merged(learner.private_sum.ledger.charges(partition)) == merged(plan)
         assert sum(c.steps for c in plan if c.sampling_rate == 1.0) == 4 - int(partition[-1])
 

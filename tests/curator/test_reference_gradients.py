@@ -13,7 +13,7 @@ from helpers.reference_gradients import BOTH, PRIVATE, flat, learner_of, loss_of
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.errors import BudgetError, PrivacyError, StrategyError
 from perdure.planning.budget import charges, planned
-from perdure.planning.exposure import references
+from perdure.planning.exposure import reference_exposures
 from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, GEM, Replay
@@ -33,40 +33,50 @@ def test_rates_come_from_declared_sizes(four):
         use: Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=20))
         for use in ("reference", "references")
     }
-    (together,) = references(stages, plans["reference"], batch_size=99).items()
+    (together,) = reference_exposures(stages, plans["reference"], batch_size=99).items()
     assert (
         together[0] == "reference" and together[1].pool_size == 200 and together[1].expected == 20
     )
     assert together[1].scope == {"experience-0": 0.1, "experience-1": 0.1}
-    apart = references(stages, plans["references"], batch_size=99)
+    apart = reference_exposures(stages, plans["references"], batch_size=99)
     assert {name: each.scope for name, each in apart.items()} == {
         "reference 0": {"experience-0": 20 / 50},
         "reference 1": {"experience-1": 20 / 150},
     }
     assert [each.pool_size for each in apart.values()] == [50, 150]
     by_new = replace(plans["reference"], memory=replace(plans["reference"].memory, batch_size=None))
-    assert references(stages, by_new, batch_size=50)["reference"].rate == 0.25
-    assert references(stages, by_new, batch_size=500)["reference"].rate == 1.0
+    assert reference_exposures(stages, by_new, batch_size=50)["reference"].rate == 0.25
+    assert reference_exposures(stages, by_new, batch_size=500)["reference"].rate == 1.0
 
 
 def test_there_are_none_without_a_past_or_where_memory_is_rehearsed(four):
     stages = four.experiences
     only = Plan(memory=MemoryPlan(capacity=9, use="reference"))
     assert (
-        references(stages[:1], only, batch_size=4) == {} == references(stages, Plan(), batch_size=4)
+        reference_exposures(stages[:1], only, batch_size=4)
+        == {}
+        == reference_exposures(stages, Plan(), batch_size=4)
     )
     for use in ("rehearsal", "pooled"):
-        assert references(stages, Plan(memory=MemoryPlan(capacity=9, use=use)), batch_size=4) == {}
+        assert (
+            reference_exposures(stages, Plan(memory=MemoryPlan(capacity=9, use=use)), batch_size=4)
+            == {}
+        )
 
 
 def test_who_left_is_in_none(four):
     stages = declared(four, 100, 300, 600, 12)[:3]
     for use, names in (("reference", ["reference"]), ("references", ["reference 1"])):
         plan = Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=15))
-        found = references(stages, plan, batch_size=4, left={"experience-0"})
+        found = reference_exposures(stages, plan, batch_size=4, excluded={"experience-0"})
         assert list(found) == names
         assert found[names[0]].scope == {"experience-1": 0.1} and found[names[0]].pool_size == 150
-        assert references(stages, plan, batch_size=4, left={"experience-0", "experience-1"}) == {}
+        assert (
+            reference_exposures(
+                stages, plan, batch_size=4, excluded={"experience-0", "experience-1"}
+            )
+            == {}
+        )
 
 
 @BOTH
@@ -77,7 +87,7 @@ def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, 
     learner = learner_of(toy_model(stream), strategy, privacy=replace(PRIVATE, bands=bands))
     learner.fit(stream)
     ledger = learner.private_sum.ledger
-    for partition, plan in planned(learner, learner.private_sum.schedule).items():
+    for partition, plan in planned(learner.training, learner.private_sum.schedule).items():
         assert merged(ledger.charges(partition)) == merged(plan)
 
 
@@ -91,7 +101,7 @@ def test_a_calibrated_run_stays_within_its_budget_and_uses_it(four, toy_model, s
 def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
     learner = learner_of(toy_model(four), GEM(memory_size=12, batch_size=2))
     learner.prepare(four)
-    assert charges(learner, four.experiences[:3], 1.0) == {
+    assert charges(learner.training, four.experiences[:3], 1.0) == {
         "experience-2": [Charge(4 / 12, 1.0, 4)],
         "experience-0": [Charge(2 / 6, 1.0, 4)],
         "experience-1": [Charge(2 / 6, 1.0, 4)],
@@ -125,7 +135,7 @@ def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
     )
     curator = learner.curator
     rows = learner.session.held.memory.rows
-    curator.sample(0)
+    learner.session.held.sample(0)
     for k in (0, 1):
         own = rows.take(rows.tasks == k)
         loss = loss_of(learner)(learner.session.forward, own).mean()
@@ -225,11 +235,9 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
 
     def look(point, learner):
         if point == "experience.begin":
-            drawings = learner.session.held.drawings
+            samplers = learner.session.held.samplers
             drawn[learner.position.experience] = (
-                set(drawings["reference"].rows.tasks.tolist())
-                if ("reference" in drawings)
-                else set()
+                set(samplers["reference"].rows.tasks.tolist()) if "reference" in samplers else set()
             )
 
     learner = learner_of(
@@ -272,7 +280,7 @@ def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_m
         "ledger.head-written",
         "noise.drawn",
     ]
-    curator.sample(1)
+    learner.session.held.sample(1)
     curator.reference(loss_of(learner), learner.params, of=of)
     assert trace[4:] == ["noise.drawn"]
     gradient, beside = learner.private_sum.ledger.entries[before:]
@@ -293,12 +301,12 @@ def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(
     ask()
     with pytest.raises(PrivacyError, match="step 0 is out of turn"):
         ask()
-    curator.sample(1)
+    learner.session.held.sample(1)
     ask()
     with pytest.raises(PrivacyError, match="step 1 is out of turn"):
         ask()
     with pytest.raises(PrivacyError, match="step 2 was not charged"):
-        curator.sample(2)
+        learner.session.held.sample(2)
 
 
 @pytest.mark.parametrize(

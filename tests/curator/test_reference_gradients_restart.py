@@ -138,11 +138,11 @@ def test_noise_that_met_two_sums_would_be_seen(four, toy_model, meetings, monkey
     would meet it.
     """
     if blind:
-        monkeypatch.setattr(PrivateSum, "fingerprint", lambda mechanism, data: "all alike")
+        monkeypatch.setattr(PrivateSum, "fingerprint", lambda private_sum, data: "all alike")
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
     for scale in (1.0, 0.01):
         learner.begin(1)
         curator = reserved(learner)
-        rows = curator._pool
+        rows = learner.session.held.rows
         curator.gradient(loss_of(learner, scale), learner.params, rows, 0)
     assert meetings.reused == int(blind)

@@ -16,7 +16,7 @@ from perdure.errors import PrivacyError
 
 def test_without_privacy_the_gradient_is_that_of_the_mean(bench):
     test = bench()
-    batch = test.open().sample(0)
+    batch = test.open().held.sample(0)
     loss = cross_entropy(Forward(test.model), batch, test.curator.context).mean()
     expected = torch.autograd.grad(loss, list(test.params.values()))
     for mine, theirs in zip(test.gradient(batch).values(), expected, strict=True):
@@ -25,7 +25,7 @@ def test_without_privacy_the_gradient_is_that_of_the_mean(bench):
 
 def test_padding_does_not_count(bench):
     test = bench()
-    batch = test.open().sample(0)
+    batch = test.open().held.sample(0)
     padded = replace(batch, valid=torch.arange(len(batch)) < 3)
     for mine, theirs in zip(
         test.gradient(padded).values(), test.gradient(batch.take(slice(3))).values(), strict=True
@@ -45,13 +45,13 @@ def test_the_normaliser_is_the_declared_expectation(bench, toy_stream):
     steps = []
     for size in (24, 48):
         test = bench(tiny, declared(toy_stream(), size, size))
-        curator = test.open(0, steps=range(1))
-        steps.append(flat(test.gradient(curator._pool.take(slice(5)))))
+        held = test.open(0, steps=range(1)).held
+        steps.append(flat(test.gradient(held.rows.take(slice(5)))))
         assert float(steps[-1].norm()) > 0.02
     noise = {"rtol": 1e-4, "atol": 3e-4}  # seven standard deviations of 1e-3 * 0.5 / 12
     torch.testing.assert_close(steps[1], steps[0] / 2, **noise)
     rows = bench()
-    batch = rows.open().raw("a test").take(slice(5))
+    batch = rows.open().curator.raw("a test").take(slice(5))
     by_hand = torch.zeros_like(steps[0])
     for i in range(5):
         one = flat(rows.gradient(batch.take(slice(i, i + 1))))
@@ -76,9 +76,9 @@ def has_scale(noise, scale):
 def test_an_empty_batch_still_adds_noise_of_the_stated_scale(bench, toy_stream):
     stream = toy_stream()
     test = bench(simulated(noise_multiplier=1.5, clip_norm=0.2), stream, big_model(stream))
-    curator = test.open(0, steps=range(2))
-    empty = curator._pool.take(slice(0))
-    noise = flat(test.gradient(empty, 0)) * curator.exposure.rate * curator.exposure.pool_size
+    held = test.open(0, steps=range(2)).held
+    empty = held.rows.take(slice(0))
+    noise = flat(test.gradient(empty, 0)) * held.exposure.rate * held.exposure.pool_size
     assert len(noise) > 10_000 and has_scale(noise, 1.5 * 0.2) and abs(float(noise.mean())) < 0.02
     assert not has_scale(noise, 1.5 * 0.2 * 2 / 3) and not has_scale(noise, 1.5 * 0.2 * 3 / 2)
     other = flat(test.gradient(empty, 1)) * 8
@@ -92,7 +92,7 @@ def test_a_release_has_the_stated_noise_around_the_clipped_sum(bench, toy_stream
     """
     stream = toy_stream()
     test = bench(simulated(noise_multiplier=2.0, release_noise=3.0), stream)
-    curator = test.open()
+    curator = test.open().curator
 
     def query(forward, batch):
         return torch.zeros(len(batch), 10_000).index_fill(1, torch.tensor([0]), 5.0)
@@ -115,9 +115,9 @@ def test_a_release_has_the_stated_noise_around_the_clipped_sum(bench, toy_stream
 
 def test_a_step_is_charged_before_its_noise_is_drawn(bench):
     test = bench(simulated())
-    curator = test.open(0, steps=range(3))
+    held = test.open(0, steps=range(3)).held
     assert test.trace == ["ledger.before-append", "ledger.appended", "ledger.head-written"]
-    test.gradient(curator.sample(0), 0)
+    test.gradient(held.sample(0), 0)
     assert test.trace[3:] == ["noise.drawn"]
     (entry,) = test.ledger.entries
     assert (entry.first_step, entry.steps, entry.scope) == (
@@ -129,7 +129,7 @@ def test_a_step_is_charged_before_its_noise_is_drawn(bench):
 
 def test_a_release_is_charged_before_its_noise_is_drawn(bench):
     test = bench(simulated())
-    test.open().release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")
+    test.open().curator.release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")
     assert test.trace == [
         "ledger.before-append",
         "ledger.appended",
@@ -140,26 +140,26 @@ def test_a_release_is_charged_before_its_noise_is_drawn(bench):
 
 def test_a_step_that_was_not_charged_is_refused(bench):
     test = bench(simulated())
-    curator = test.open(0, steps=range(2, 4))
+    held = test.open(0, steps=range(2, 4)).held
     for step in (0, 4):
         with pytest.raises(PrivacyError, match=f"step {step} was not charged.*reserve"):
-            curator.sample(step)
+            held.sample(step)
         with pytest.raises(PrivacyError, match=f"step {step} was not charged"):
-            test.gradient(curator._pool, step)
+            test.gradient(held.rows, step)
     assert "noise.drawn" not in test.trace
 
 
 def test_the_reservation_of_one_experience_does_not_pay_for_the_next(bench):
     test = bench(simulated())
     test.whole(0, REPLAY, steps=range(2))
-    curator = test.open(1, REPLAY)
+    held = test.open(1, REPLAY).held
     with pytest.raises(PrivacyError, match="step 0 was not charged"):
-        test.gradient(curator._pool, 0)
+        test.gradient(held.rows, 0)
 
 
 def test_two_releases_of_one_purpose_are_two_charges_with_noise_of_their_own(bench):
     test = bench(simulated())
-    curator = test.open()
+    curator = test.open().curator
     queries = (lambda forward, batch: batch.inputs, lambda forward, batch: 1 - batch.inputs)
     first, second = (
         curator.release(query, clip_norm=10.0, purpose="mean")["value"] for query in queries
@@ -174,9 +174,9 @@ def test_two_releases_of_one_purpose_are_two_charges_with_noise_of_their_own(ben
 def test_the_same_release_asked_again_after_a_restart_is_not_charged_again(bench):
     test = bench(simulated())
     answers = [
-        test.open().release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")[
-            "value"
-        ]
+        test.open().curator.release(
+            lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean"
+        )["value"]
         for _ in "ab"
     ]
     assert torch.equal(*answers) and len(test.ledger.entries) == 1
@@ -191,7 +191,9 @@ def test_other_records_never_meet_the_same_noise(bench, toy_stream):
             simulated(), replace(stream, experiences=(replace(stream[0], train=moved), stream[1]))
         )
         answers.append(
-            test.open().release(lambda f, b: b.inputs, clip_norm=1e-6, purpose="mean")["value"]
+            test.open().curator.release(lambda f, b: b.inputs, clip_norm=1e-6, purpose="mean")[
+                "value"
+            ]
         )
     # clipped to nearly nothing: this is noise
     assert float((answers[0] - answers[1]).abs().max()) > 1e-6
@@ -203,14 +205,14 @@ def test_an_empty_partition_still_gives_noise(bench, toy_stream):
     test = bench(
         simulated(), replace(stream, experiences=(replace(stream[0], train=nobody), stream[1]))
     )
-    curator = test.open(0, steps=range(1))
-    batch = curator.sample(0)
+    held = test.open(0, steps=range(1)).held
+    batch = held.sample(0)
     assert len(batch) == 0
     with pytest.raises(
         PrivacyError, match="step 0 was drawn already; rows of a step are for the loop"
     ):
-        curator.sample(0)
-    released = curator.release(
+        held.sample(0)
+    released = test.curator.release(
         lambda f, b: {"x": b.inputs, "n": b.labels.float()}, clip_norm=1.0, purpose="sums"
     )
     assert (

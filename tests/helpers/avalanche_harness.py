@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from helpers.parties import opened_party
 from perdure.avalanche.benchmarks import from_avalanche
-from perdure.contract.plan import Plan
-from perdure.curator.local_curator import LocalCurator
 from perdure.learner.learner import Learner
 from perdure.strategies.naive import Naive
 
@@ -64,14 +63,8 @@ class SameBatches:
     def before_training_exp(self, template, **_):
         learner = self.learner
         index = template.experience.current_experience
-        curator = LocalCurator(seed=0, batch_size=BATCH)
-        curator.open(
-            learner.stream.experiences[: index + 1],
-            Plan(),
-            learner.session.context(index),
-            learner.session.forward,
-        )
-        drawn = [curator.sample(step) for step in range(learner.training.steps(index))]
+        held, _ = opened_party(learner.stream, learner.model, experience=index, batch_size=BATCH)
+        drawn = [held.sample(step) for step in range(learner.training.steps(index))]
         template.dataloader = [
             [rows.inputs, rows.labels, torch.zeros_like(rows.labels)] for rows in drawn
         ]

@@ -1,16 +1,14 @@
-"""A curator on a stream, with its model, contexts, ledger and trace."""
+"""Records and curator of one party on a stream, with its model, ledger and trace."""
 
 from dataclasses import replace
 
 import pytest
 
-from perdure.contract.context import contexts
-from perdure.contract.forward import Forward, cross_entropy
+from helpers.parties import open_experience, private_sum_of
+from perdure.contract.forward import cross_entropy
 from perdure.contract.plan import MemoryPlan, Plan
+from perdure.curator.held_records import HeldRecords
 from perdure.curator.local_curator import LocalCurator
-from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
 
 REPLAY = Plan(memory=MemoryPlan(capacity=1000))
@@ -23,8 +21,8 @@ def declared(stream, *sizes):
 
 
 class Bench:
-    """A curator on a stream, with its model, contexts, ledger and the trace of what happened in
-    which order.
+    """Records and curator of one party on a stream, with its model, ledger and the trace of what
+    happened in which order.
     """
 
     def __init__(self, stream, model, *, privacy=None, batch_size=8, seed=0):
@@ -32,25 +30,20 @@ class Bench:
         self.model = model
         self.trace = []
         self.params = dict(model.named_parameters())
-        self.context = contexts(stream, "cpu")
-        self.mechanism = self._mechanism(privacy) if privacy else None
-        self.curator = LocalCurator(seed=seed, batch_size=batch_size, mechanism=self.mechanism)
+        self.private_sum = privacy and private_sum_of(stream, privacy, trace=self.trace)
+        self.held = HeldRecords(seed=seed, batch_size=batch_size, private_sum=self.private_sum)
+        self.curator = LocalCurator(self.held)
 
-    def _mechanism(self, privacy):
-        key = NoiseKey.from_seed(privacy.seed)
-        self.ledger = Ledger.open(None, key=key, trace=self.trace.append)
-        for e in self.stream:
-            self.ledger.declare(e.train.partition, e.train.declared_size)
-        self.trace.clear()
-        schedule = Schedule(noise=(privacy.noise_multiplier,))
-        return PrivateSum(privacy=privacy, schedule=schedule, ledger=self.ledger, key=key)
+    @property
+    def ledger(self):
+        return self.private_sum.ledger
 
     def open(self, index=0, plan=None, steps=range(0)):
-        past = self.stream.experiences[: index + 1]
-        self.curator.open(past, plan or Plan(), self.context(index), Forward(self.model))
+        """This bench, with an experience open and these steps charged."""
+        open_experience(self.held, self.stream, self.model, experience=index, plan=plan)
         if len(steps):
-            self.curator.reserve(steps, "start")
-        return self.curator
+            self.held.reserve(steps, "start")
+        return self
 
     def whole(self, index=0, plan=None, remember=lambda forward, batch: {}, **options):
         """An experience from beginning to end."""
@@ -58,8 +51,8 @@ class Bench:
         self.finish(remember)
 
     def finish(self, remember=lambda forward, batch: {}):
-        self.curator.store(remember)
-        self.curator.close()
+        self.held.store(remember)
+        self.held.close()
 
     def gradient(self, batch, step=0):
         losses = lambda forward, rows: cross_entropy(forward, rows, self.curator.context)  # noqa: E731

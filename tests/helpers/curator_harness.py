@@ -9,13 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perdure.contract.context import contexts
-from perdure.contract.forward import Forward
-from perdure.contract.plan import Plan
-from perdure.curator.local_curator import LocalCurator
-from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import PrivateSum, Schedule
+from helpers.parties import open_experience, opened_party, private_sum_of
+from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.queries.gram import Gram
 
@@ -51,28 +46,24 @@ class Listening(PrivateSum):
 class Party:
     """A curator on the toy stream's first experience, and the ledger behind it."""
 
-    def __init__(self, stream, model, *, trace=None, **privacy):
+    def __init__(self, stream, model, **privacy):
         self.trace = []
-        self.mechanism = None
+        self.private_sum = None
         if privacy:
-            key = NoiseKey.from_seed(0)
-            self.ledger = Ledger.open(None, key=key, trace=self.trace.append)
-            for e in stream:
-                self.ledger.declare(e.train.partition, e.train.declared_size)
-            asked = Privacy(**privacy)
-            schedule = Schedule(noise=(asked.noise_multiplier,))
-            self.mechanism = Listening(
-                privacy=asked, schedule=schedule, ledger=self.ledger, key=key
+            self.private_sum = private_sum_of(
+                stream, Privacy(**privacy), kind=Listening, trace=self.trace
             )
-            self.trace.clear()
         self.stream = stream
         self.model = model
-        self.curator = LocalCurator(seed=0, batch_size=8, mechanism=self.mechanism)
-        self.open()
+        self.held, self.curator = opened_party(stream, model, private_sum=self.private_sum)
+
+    @property
+    def ledger(self):
+        return self.private_sum.ledger
 
     def open(self):
-        at = contexts(self.stream, "cpu")(0)
-        self.curator.open(self.stream.experiences[:1], Plan(), at, Forward(self.model))
+        """The curator, with the experience opened anew."""
+        open_experience(self.held, self.stream, self.model)
         return self.curator
 
 
@@ -130,7 +121,7 @@ def moved(party, stream, place, ask, **privacy):
     for each in (stream, without(stream, place)):
         test = party(each, **(SILENT | privacy))
         ask(test.curator)
-        heard.append(test.mechanism.heard[-1])
+        heard.append(test.private_sum.heard[-1])
     return {name: heard[0][name].double() - heard[1][name].double() for name in heard[0]}
 
 

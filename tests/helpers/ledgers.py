@@ -38,6 +38,7 @@ def opened(path=None, partitions=5, key=KEY, **options):
 
 def filled(path, entries=3, **options):
     ledger = opened(path, 2, **options)
+    simulated = options.get("key", KEY).simulated
     for i in range(entries):
-        ledger.charge(entry(first_step=i, steps=1, simulated=ledger._key.simulated))
+        ledger.charge(entry(first_step=i, steps=1, simulated=simulated))
     return ledger

@@ -73,26 +73,34 @@ class Meetings:
     def __init__(self, monkeypatch):
         self.sums = {}
         self.of = {}
-        self._last = {}
-        normal = NoiseKey.normal
-        noised = PrivateSum._noised
+        self._total = None
+        # All call the real one and write down what went through: noise and exact sum are seen
+        # nowhere else. The sum is taken first, then its noise is drawn.
+        monkeypatch.setattr(NoiseKey, "normal", self._noting(NoiseKey.normal))
+        for name in ("gradient", "reference", "release"):
+            monkeypatch.setattr(PrivateSum, name, self._keeping(getattr(PrivateSum, name)))
 
-        def drawn(key, shapes, **of):
-            self._last = normal(key, shapes, **of)
-            return self._last
+    def _keeping(self, summed):
+        def keeping(private_sum, clipped, *rest, **more):
+            def kept(clip):
+                self._total = clipped(clip)
+                return self._total
 
-        def met(mechanism, total, shapes, scales, purpose, entry, step, *rest, **more):
-            released = noised(mechanism, total, shapes, scales, purpose, entry, step, *rest, **more)
-            noise = flat(self._last)
-            exact = torch.zeros_like(noise) if total is None else flat(total).clone()
+            return summed(private_sum, kept, *rest, **more)
+
+        return keeping
+
+    def _noting(self, normal):
+        def noting(key, shapes, *, purpose, entry, step, **more):
+            drawn = normal(key, shapes, purpose=purpose, entry=entry, step=step, **more)
+            noise = flat(drawn)
+            exact = torch.zeros_like(noise) if self._total is None else flat(self._total).clone()
             self.sums.setdefault(noise.numpy().tobytes(), []).append(exact)
-            self.of[entry, purpose, step] = noise, exact
-            return released
+            # noise is drawn under the entry that pays and a fingerprint of the sum
+            self.of[entry.split(" ")[0], purpose, step] = noise, exact
+            return drawn
 
-        # both call the real one and write down what went through: noise and exact sum are seen
-        # nowhere else
-        monkeypatch.setattr(NoiseKey, "normal", drawn)
-        monkeypatch.setattr(PrivateSum, "_noised", met)
+        return noting
 
     @property
     def reused(self):

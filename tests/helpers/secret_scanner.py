@@ -202,23 +202,30 @@ def hearing():
         heard.secrets.rows.append(memory.rows.inputs.flatten(1).clone())
         heard.secrets.ids.append(memory.rows.ids.tolist())
 
-    def carry(grid, args, answer):
-        for message in (*args, answer):
+    def carry(messages):
+        for message in messages:
             heard.messages[f"message {len(heard.messages)}"] = message_views(message)
 
+    push = InProcessGrid.push_messages
+
+    def pushed(grid, messages):
+        waiting = list(messages)
+        numbers = push(grid, waiting)
+        carry(waiting)
+        return numbers
+
     with pytest.MonkeyPatch.context() as patch:
-        listen(
-            NoiseKey, "__init__", lambda self, args, answer: heard.secrets.keys.add(self._secret)
-        )
-        listen(NoiseKey, "uniform", lambda self, args, answer: heard.secrets.coins.append(answer))
-        listen(NoiseKey, "tags", lambda self, args, answer: heard.secrets.coins.append(answer))
+        listen(NoiseKey, "__init__", lambda key, args, answer: heard.secrets.keys.add(args[0]))
+        listen(NoiseKey, "uniform", lambda key, args, answer: heard.secrets.coins.append(answer))
+        listen(NoiseKey, "tags", lambda key, args, answer: heard.secrets.coins.append(answer))
         listen(
             NoiseKey,
             "normal",
-            lambda self, args, answer: heard.noise.extend(map(torch.clone, answer.values())),
+            lambda key, args, answer: heard.noise.extend(map(torch.clone, answer.values())),
         )
         listen(Memory, "offer_by_coin", keep)
-        listen(InProcessGrid, "_deliver", carry)
+        patch.setattr(InProcessGrid, "push_messages", pushed)
+        listen(InProcessGrid, "pull_messages", lambda grid, args, answer: carry(answer))
         yield heard
 
 
