@@ -134,7 +134,8 @@ class GenerativeReplay(Strategy):
             return new
         teacher = forward.at(state.group("teacher"))
         made = torch.sigmoid(teacher.method("decode")(z))
-        old = self._distil(forward(made), teacher(made), context) + vae_loss(forward, made, e_made)
+        old = distillation(forward(made), teacher(made), context, self.temperature)
+        old = old + vae_loss(forward, made, e_made)
         return torch.lerp(old, new, 1 / (context.experience + 1))
 
     def after_step(
@@ -152,19 +153,30 @@ class GenerativeReplay(Strategy):
         """Take the present model, generator and all, as the next teacher."""
         return state.replace_group("teacher", params | curator.statistics)
 
-    def _distil(self, logits: Tensor, teacher: Tensor, context: Context) -> Tensor:
-        """(n,) how far the answers are from the teacher's."""
-        each = [
-            self._apart(torch.where(allowed, logits, MASKED), torch.where(known, teacher, MASKED))
-            for known, allowed in answered(context)
-        ]
-        return torch.stack(each).mean(0)
 
-    def _apart(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        if self.temperature is None:
+def distillation(
+    logits: Tensor, teacher: Tensor, context: Context, temperature: float | None
+) -> Tensor:
+    """(n,) distance of the answers from the teacher's, averaged over tasks.
+
+    Args:
+        logits: (n, C) of the student.
+        teacher: (n, C) logits.
+        context: says which classes each of them answers over.
+        temperature: both are divided by it; None for the teacher's best class alone.
+    """
+
+    def apart(logits: Tensor, teacher: Tensor) -> Tensor:
+        if temperature is None:
             return cross_entropy_of(logits, teacher.argmax(1))
-        targets = torch.softmax(teacher / self.temperature, dim=1)
-        return -(targets * torch.log_softmax(logits / self.temperature, dim=1)).sum(1)
+        targets = torch.softmax(teacher / temperature, dim=1)
+        return -(targets * torch.log_softmax(logits / temperature, dim=1)).sum(1)
+
+    each = [
+        apart(torch.where(allowed, logits, MASKED), torch.where(known, teacher, MASKED))
+        for known, allowed in answered(context)
+    ]
+    return torch.stack(each).mean(0)
 
 
 def drawn(ids: Tensor, step: Tensor, count: int, seed: int) -> Tensor:

@@ -73,7 +73,9 @@ class LwF(Strategy):
         if context.experience == 0:
             return new
         teacher = forward.at(state.group("teacher"))(batch.inputs)
-        old = torch.stack([self._distil(logits, teacher, *pair) for pair in answered(context)])
+        old = torch.stack(
+            [distillation(logits, teacher, *pair, self.temperature) for pair in answered(context)]
+        )
         if self.weighting == "experiences":
             share = 1 / (context.experience + 1)
             return share * new + (1 - share) * self.strength * self.temperature**2 * old.mean(0)
@@ -84,10 +86,22 @@ class LwF(Strategy):
         """Take the present model as the next teacher."""
         return state.replace_group("teacher", params | curator.statistics)
 
-    def _distil(self, logits: Tensor, teacher: Tensor, known: Tensor, allowed: Tensor) -> Tensor:
-        targets = torch.softmax(torch.where(known, teacher, MASKED) / self.temperature, dim=1)
-        log_p = torch.log_softmax(torch.where(allowed, logits, MASKED) / self.temperature, dim=1)
-        return -(targets * log_p).sum(1)
+
+def distillation(
+    logits: Tensor, teacher: Tensor, known: Tensor, allowed: Tensor, temperature: float
+) -> Tensor:
+    """(n,) cross entropy of the student's softened answers under the teacher's.
+
+    Args:
+        logits: (n, C) of the student.
+        teacher: (n, C) logits.
+        known: (C,) classes that the teacher answers over.
+        allowed: (C,) classes that the student answers over.
+        temperature: both are divided by it.
+    """
+    targets = torch.softmax(torch.where(known, teacher, MASKED) / temperature, dim=1)
+    log_p = torch.log_softmax(torch.where(allowed, logits, MASKED) / temperature, dim=1)
+    return -(targets * log_p).sum(1)
 
 
 def answered(context: Context) -> list[tuple[Tensor, Tensor]]:

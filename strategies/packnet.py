@@ -110,7 +110,7 @@ class PackNet(Strategy):
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
         """Drop what frozen and pruned weights got."""
         return {
-            name: torch.where(self._open(name, state), value, 0.0)
+            name: torch.where(in_training(name, state, self.head), value, 0.0)
             for name, value in gradient.items()
         }
 
@@ -140,7 +140,7 @@ class PackNet(Strategy):
             name: self._claimed(name, value, task, classes)
             for name, value in state.group("owner").items()
         }
-        weights = self._weights(params, state, task)
+        weights = network_weights(params, state, task, self.head)
         held = {
             name: torch.where(owner[name] > 0, weights[name], value)
             for name, value in params.items()
@@ -183,39 +183,16 @@ class PackNet(Strategy):
         given = forward.params or {}
         live = {**dict(forward.module.named_parameters()), **given}
         own = {name: live[name] for name in state.group("owner")}
-        return Forward(
-            forward.module, {**given, **self._weights(own, state, torch.as_tensor(task))}
-        )
-
-    def _weights(self, params: Params, state: State, task: Tensor) -> Params:
-        """The network of the task at these parameters; see the formula above."""
-        last = torch.minimum(state["done"], task + 1)
-        weights = {}
-        for name, live in params.items():
-            owner = state[f"owner/{name}"]
-            held = state[f"held/{name}"]
-            trained = torch.where(
-                (task >= state["done"]) & self._open(name, state), live - held, 0.0
-            )
-            weights[name] = torch.where((owner > 0) & (owner <= last), held, trained)
-        return weights
-
-    def _open(self, name: str, state: State) -> Tensor:
-        """Which weights of the parameter the present task is training."""
-        owner = state[f"owner/{name}"]
-        free = (owner == 0) & ((state["pruned"] == 0) | (not self._prunable(name, owner)))
-        return free | (owner == state["done"] + 1)
-
-    def _prunable(self, name: str, value: Tensor) -> bool:
-        return value.dim() > 1 and not name.startswith(self.head)
+        weights = network_weights(own, state, torch.as_tensor(task), self.head)
+        return Forward(forward.module, {**given, **weights})
 
     def _prune(self, params: Params, state: State) -> State:
         """Give the task the largest of the free weights in every layer."""
-        weights = self._weights(params, state, state["done"])
+        weights = network_weights(params, state, state["done"], self.head)
         task = state["done"]
         owner = {
             name: largest(weights[name], value, self.pruned_share, task + 1)
-            if self._prunable(name, value)
+            if prunable(name, value, self.head)
             else value
             for name, value in state.group("owner").items()
         }
@@ -226,7 +203,7 @@ class PackNet(Strategy):
 
         It takes its rows of the head, and the first task all biases.
         """
-        if self._prunable(name, owner):
+        if prunable(name, owner, self.head):
             return owner
         rows = (
             classes.view(-1, *[1] * (owner.dim() - 1))
@@ -234,6 +211,39 @@ class PackNet(Strategy):
             else torch.ones_like(classes[0])
         )
         return torch.where((owner == 0) & rows, task + 1, owner)
+
+
+def network_weights(params: Params, state: State, task: Tensor, head: str) -> Params:
+    """The network of the task at these parameters; see the formula above.
+
+    Args:
+        params: by name.
+        state: owners and held values of every weight.
+        task: () its number.
+        head: prefix of the head's parameters.
+    """
+    last = torch.minimum(state["done"], task + 1)
+    weights = {}
+    for name, live in params.items():
+        owner = state[f"owner/{name}"]
+        held = state[f"held/{name}"]
+        trained = torch.where(
+            (task >= state["done"]) & in_training(name, state, head), live - held, 0.0
+        )
+        weights[name] = torch.where((owner > 0) & (owner <= last), held, trained)
+    return weights
+
+
+def in_training(name: str, state: State, head: str) -> Tensor:
+    """Weights of the parameter that the present task is training, as a mask."""
+    owner = state[f"owner/{name}"]
+    free = (owner == 0) & ((state["pruned"] == 0) | (not prunable(name, owner, head)))
+    return free | (owner == state["done"] + 1)
+
+
+def prunable(name: str, value: Tensor, head: str) -> bool:
+    """Whether the parameter is a weight matrix below the head."""
+    return value.dim() > 1 and not name.startswith(head)
 
 
 def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) -> Tensor:

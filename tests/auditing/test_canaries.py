@@ -20,7 +20,6 @@ from perdure.auditing.canaries import (
     joined,
     with_canaries,
 )
-from perdure.curator.local_curator import LocalCurator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.experiment.audits import audit_run
@@ -56,23 +55,20 @@ def learner(toy_model, toy_stream):
     return build
 
 
-def broken(key=NoiseKey, mechanism=PrivateSum):
-    """Class of learners with another key or mechanism than `prepare` gave them, and the ledger of
+def broken(key=NoiseKey, private_sum=PrivateSum):
+    """Class of learners with another key or private sum than `prepare` gave them, and the ledger of
     an honest one.
     """
 
     class Broken(Learner):
         def prepare(self, stream):
             super().prepare(stream)
-            honest = self.mechanism
-            self.mechanism = mechanism(
+            honest = self.private_sum
+            self.session.held.private_sum = private_sum(
                 privacy=honest.privacy,
                 schedule=honest.schedule,
                 ledger=honest.ledger,
                 key=key.from_seed(honest.privacy.seed, "client", 0),
-            )
-            self.curator = LocalCurator(
-                seed=self.seed, batch_size=self.batch_size, mechanism=self.mechanism
             )
 
     return Broken
@@ -192,9 +188,10 @@ def test_the_claim_is_what_the_same_learner_spends_without_canaries(learner, toy
     plain = learner(strategy=EWC(strength=1.0))
     stream = toy_stream()
     result = audit(plain, stream, canaries=20)
-    assert plain.mechanism is None
+    with pytest.raises(ConfigError, match="no stream yet"):  # the audit trained copies
+        _ = plain.private_sum
     plain.fit(stream)
-    assert result.claimed == plain.mechanism.ledger.epsilon(["experience-0"], delta=PRIVACY.delta)
+    assert result.claimed == plain.private_sum.ledger.epsilon(["experience-0"], delta=PRIVACY.delta)
     assert (result.sampling_rate, result.steps, result.partition) == (0.4, 25, "experience-0")
 
 

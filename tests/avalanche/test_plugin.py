@@ -202,7 +202,7 @@ def test_pooled_rows_keep_their_task_in_a_task_incremental_stream(benchmark, toy
     teacher.plugins.append(
         Watch(
             after_backward=lambda t: met.update(
-                set((plugin._batch.tasks == plugin._batch.labels // 2).tolist())
+                set((plugin.batch.tasks == plugin.batch.labels // 2).tolist())
             )
         )
     )

@@ -153,7 +153,9 @@ def test_the_folder_can_be_chosen_and_is_not_shared_by_two_configs(perdure, tmp_
 def test_a_terminal_gets_bars_and_a_pipe_gets_a_line_a_quarter():
     for terminal in (True, False):
         written = io.StringIO()
-        with cli._progress(Console(file=written, force_terminal=terminal, width=80)) as progress:
+        with cli.shown_progress(
+            Console(file=written, force_terminal=terminal, width=80)
+        ) as progress:
             for hundredth in (0, 10, 26, 27, 80, 100):
                 progress("naive-plain", hundredth / 100)
             progress("ewc-plain", 1.0)

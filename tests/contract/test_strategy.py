@@ -355,6 +355,16 @@ def test_plans_are_merged(toy_stream):
     )
 
 
+def part_of(state, position):
+    """The state of one part of a combination, under its own names."""
+    prefix = f"{position}."
+    names = [name for name in state if name.startswith(prefix)]
+    return State(
+        {name.removeprefix(prefix): state[name] for name in names},
+        {name.removeprefix(prefix): state.rules[name] for name in names},
+    )
+
+
 def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
@@ -366,7 +376,7 @@ def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
     state = both.init(spec(model))
     state = state.replace({n: torch.full_like(t, 0.5 + float(n[0])) for n, t in state.items()})
     assert {name.split(".")[0] for name in state} == {"0", "2"}  # prefixed by position
-    alone = [part.penalty(params, both._own(state, i)) for i, part in enumerate(parts)]
+    alone = [part.penalty(params, part_of(state, i)) for i, part in enumerate(parts)]
     torch.testing.assert_close(both.penalty(params, state), alone[0] + alone[2])
     plain = Naive().losses(Forward(model), batch, at, State())
     assert torch.equal(both.losses(Forward(model), batch, at, state), plain)

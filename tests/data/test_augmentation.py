@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from perdure.adversarial import PGD
+from perdure.contract.forward import Forward
 from perdure.data.augmentation import Views, shift_and_flip
 from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
@@ -12,6 +13,7 @@ from perdure.learner.learner import Learner
 from perdure.models.classifiers import cnn
 from perdure.privacy.clipping.clip import Clip
 from perdure.privacy.settings import Privacy
+from perdure.queries.batch_gradients import clipped_gradient
 from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
@@ -131,16 +133,16 @@ def test_views_cost_no_privacy_and_one_record_still_moves_the_sum_by_at_most_c(l
     )
     for one in (learner, plain):
         one.begin(0)
-        one.train(one.block(0, 1))
-    charges = [one.mechanism.ledger.charges("experience-0") for one in (learner, plain)]
+        one.train(one.training.block(0, 0, 1))
+    charges = [one.private_sum.ledger.charges("experience-0") for one in (learner, plain)]
     assert charges[0] == charges[1]
     batch = learner.views.attach(learner.session.held.rows, 5)
     clip = Clip(norm=0.01)
-    whole = learner.curator._clipped(learner.session.losses, learner.params, batch, clip)
+    forward = learner.session.forward
+    whole = clipped_gradient(forward, learner.session.losses, learner.params, batch, clip)
     for i in range(0, len(batch), 5):
-        fewer = learner.curator._clipped(
-            learner.session.losses, learner.params, batch.take(torch.arange(len(batch)) != i), clip
-        )
+        others = batch.take(torch.arange(len(batch)) != i)
+        fewer = clipped_gradient(forward, learner.session.losses, learner.params, others, clip)
         moved = torch.stack([(whole[n] - fewer[n]).square().sum() for n in whole]).sum().sqrt()
         assert 0.009 < float(moved) <= 0.01 * (1 + 1e-4)
 
@@ -178,16 +180,17 @@ def test_in_bfloat16_one_record_moves_the_sum_by_at_most_c(kind, learner_of, toy
     learner.begin(0)
     batch = learner.session.held.rows
     params = learner.params
+    forward = learner.session.forward
     if kind == "cnn":
         model = cnn(input_shape=(1, 8, 8), num_classes=4, width=4, seed=0)
         place = torch.Generator().manual_seed(1)
         inputs = torch.rand(len(batch), 1, 8, 8, generator=place)
         batch = Batch.from_tensors(batch.tensors() | {"inputs": inputs})
-        learner.curator._forward = type(learner.session.forward)(model)
+        forward = Forward(model)
         params = dict(model.named_parameters())
     clip = Clip(norm=0.01)
     sums = [
-        learner.curator._clipped(learner.session.losses, params, rows, clip)
+        clipped_gradient(forward, learner.session.losses, params, rows, clip)
         for rows in (batch, batch.take(slice(1, None)), batch.take(slice(0, 1)))
     ]
     assert {value.dtype for value in sums[0].values()} == {torch.float32}

@@ -9,7 +9,7 @@ import torch
 
 from perdure.data.datasets.registry import load
 from perdure.errors import ConfigError, RunError
-from perdure.experiment.arm import MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import parse
 from perdure.experiment.result_schema import checked
 from perdure.experiment.results import attack_of
@@ -167,9 +167,12 @@ def test_the_stored_model_has_the_accuracy_of_the_result(either, arm):
     assert not learner.callbacks
 
 
-def test_the_stored_model_is_a_trained_one(secret):
+def test_the_stored_model_is_a_trained_one(secret, tmp_path):
     learner = trained(secret[0], "replay-plain")
-    before = {name: value.clone() for name, value in learner._initial.items()}
+    config = parse(SMALL)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    fresh = ArmRun(config, config.arms[0], open_stream(config), tmp_path, log).untrained()
+    before = fresh.model.state_dict()
     assert any(
         not torch.equal(value, before[name]) for name, value in learner.model.state_dict().items()
     )

@@ -53,12 +53,7 @@ def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(
     def look(point, learner):
         if point == "step.sampled":
             held = learner.session.held
-            drawn = (
-                held.rows.take(held._drawn)
-                if privacy
-                else learner.session.held.sample(learner.position.step)
-            )
-            trained.append(drawn)
+            trained.append(held.drawn_rows if privacy else held.sample(learner.position.step))
 
     attack = Watched(epsilon=0.05)
     learner = learner_of(
@@ -244,7 +239,7 @@ def test_a_step_is_drawn_once(learner_of, toy_stream):
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(toy_stream())
     learner.begin(0)
-    learner.train(learner.training.block(learner.position.experience, 0, 1))
+    learner.train(learner.training.block(0, 0, 1))
     with pytest.raises(PrivacyError, match="step 0 is out of turn: every step is drawn once"):
         learner.curator.gradient(
             learner.session.losses, learner.params, learner.session.held.rows, 0

@@ -31,7 +31,7 @@ def test_epochs_and_iterations_say_how_many_steps(learner_of, toy_stream):
         assert [learner.training.steps(index) for index in range(2)] == [steps, steps]
     ragged = learner_of(iterations=None, epochs=3, batch_size=7)
     ragged.prepare(stream)
-    assert ragged.steps(0) == 11  # 3 * 24 / 7, rounded up
+    assert ragged.training.steps(0) == 11  # 3 * 24 / 7, rounded up
 
 
 def test_under_privacy_an_epoch_is_one_over_the_rate(learner_of, toy_stream):
@@ -58,16 +58,11 @@ def test_options_are_checked(learner_of, options, message):
 def test_blocks_cut_an_experience_without_a_gap(learner_of, toy_stream):
     learner = learner_of(iterations=7, blocks=3)
     learner.prepare(toy_stream())
-    assert learner.training.remaining_blocks(
-        learner.position.experience, learner.position.step
-    ) == [range(0, 2), range(2, 4), range(4, 7)]
-    learner.position.step = 4
-    assert learner.training.remaining_blocks(
-        learner.position.experience, learner.position.step
-    ) == [range(4, 7)]
+    assert learner.training.remaining_blocks(0, 0) == [range(0, 2), range(2, 4), range(4, 7)]
+    assert learner.training.remaining_blocks(0, 4) == [range(4, 7)]
     many = learner_of(iterations=2, blocks=5)
     many.prepare(toy_stream())
-    assert [step for block in many.remaining_blocks() for step in block] == [0, 1]
+    assert [step for block in many.training.remaining_blocks(0, 0) for step in block] == [0, 1]
 
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=9.0), Replay(memory_size=12)])
@@ -205,7 +200,7 @@ def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
 
     def look(point, learner):
         if point == "step.sampled":
-            rates.append(learner._optimizer.param_groups[0]["lr"])
+            rates.append(learner.current_optimizer.param_groups[0]["lr"])
 
     learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look]).fit(
         toy_stream()
@@ -223,7 +218,7 @@ def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
 def test_an_experience_may_begin_with_a_fresh_optimiser(learner_of, toy_stream, reset, steps):
     learner = learner_of(reset_optimizer=reset)
     learner.fit(toy_stream())
-    assert {float(entry["step"]) for entry in learner._optimizer.state.values()} == {steps}
+    assert {float(entry["step"]) for entry in learner.current_optimizer.state.values()} == {steps}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from perdure.contract.exposure import Exposure
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.data.augmentation import shift_and_flip
 from perdure.errors import ConfigError
@@ -18,7 +19,6 @@ from perdure.learner.noise_digest import (
     module_settings,
     plan_settings,
 )
-from perdure.planning.exposure import Exposure
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.private_sum import clipping_settings
 from perdure.strategies import EWC, Replay

@@ -35,7 +35,7 @@ def twice(toy_stream, toy_model, tmp_path):
         again.fit(toy_stream())
         blocks = [
             (e.purpose, e.first_step, tuple(e.scope))
-            for e in again.mechanism.ledger.entries
+            for e in again.private_sum.ledger.entries
             if e.purpose in ("gradient", "reference", "reference 0")
         ]
         assert len(blocks) > len(set(blocks))  # what was begun was charged again
@@ -114,7 +114,7 @@ def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
 def test_a_reference_is_of_its_own_experience_where_partitions_are_shared(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
     for k in (0, 1):
-        assert learner.session.held.drawings[f"reference {k}"].rows.tasks.unique().tolist() == [k]
+        assert learner.session.held.samplers[f"reference {k}"].rows.tasks.unique().tolist() == [k]
 
 
 def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):

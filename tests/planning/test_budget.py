@@ -64,7 +64,7 @@ def test_a_longer_horizon_takes_more_noise_only_where_records_are_used_again(
     long = learner_of(first, strategy, privacy=Privacy(epsilon=3, horizon=6, seed=0))
     reuses_past_records = strategy.privacy_cost.reuses_past_records
     assert (
-        long.mechanism.noise_multiplier > 1.02 * short.mechanism.noise_multiplier
+        long.private_sum.noise_multiplier > 1.02 * short.private_sum.noise_multiplier
     ) == reuses_past_records
     long.fit(first)
     assert (
@@ -74,14 +74,15 @@ def test_a_longer_horizon_takes_more_noise_only_where_records_are_used_again(
 
 def test_what_is_expected_to_come_is_like_the_last_experience(learner_of, stream):
     learner = learner_of(stream, privacy=Privacy(epsilon=3, horizon=6, seed=0))
-    stages = horizon(learner)
+    stages = horizon(learner.training)
     assert [stage.index for stage in stages] == list(range(6))
     assert [stage.train.partition for stage in stages[4:]] == [
         "experience-3, 1 later",
         "experience-3, 2 later",
     ]
     copies = permuted_stream(stream)
-    later = horizon(learner_of(copies, privacy=Privacy(epsilon=3, horizon=4, seed=0)))
+    longer = learner_of(copies, privacy=Privacy(epsilon=3, horizon=4, seed=0))
+    later = horizon(longer.training)
     assert {stage.train.partition for stage in later} == {copies[0].train.partition}
 
 
@@ -110,12 +111,12 @@ def test_the_run_goes_on_within_its_horizon_when_more_records_arrive(learner_of,
     early = replace(stream, experiences=stream.experiences[:2])
     first = learner_of(early, Replay(memory_size=6), privacy=privacy, folder=tmp_path)
     first.fit(early)
-    entries = len(first.mechanism.ledger.entries)
+    entries = len(first.private_sum.ledger.entries)
     second = learner_of(stream, Replay(memory_size=6), privacy=privacy, folder=tmp_path)
-    assert second.mechanism.noise_multiplier == first.mechanism.noise_multiplier
+    assert second.private_sum.noise_multiplier == first.private_sum.noise_multiplier
     second.fit(stream)
-    assert second.mechanism.ledger.entries[:entries] == first.mechanism.ledger.entries
-    assert len(second.mechanism.ledger.entries) > entries and max(spent(second).values()) <= 3
+    assert second.private_sum.ledger.entries[:entries] == first.private_sum.ledger.entries
+    assert len(second.private_sum.ledger.entries) > entries and max(spent(second).values()) <= 3
 
 
 # --------------------------------------------------------------------------- budgets by experience
@@ -226,13 +227,13 @@ def test_what_was_spent_elsewhere_counts_and_is_written_down_once(learner_of, st
     privacy = Privacy(epsilon=3, spent=before, seed=0)
     fresh = learner_of(stream, EWC(strength=1.0), privacy=replace(privacy, spent=()))
     learner = learner_of(stream, EWC(strength=1.0), privacy=privacy, folder=tmp_path)
-    assert learner.private_sum.noise_multiplier > fresh.mechanism.noise_multiplier
+    assert learner.private_sum.noise_multiplier > fresh.private_sum.noise_multiplier
     learner.fit(stream)
     assert all(2.9 < value <= 3 for value in spent(learner).values())
     again = learner_of(stream, EWC(strength=1.0), privacy=privacy, folder=tmp_path)
-    old = [e for e in again.mechanism.ledger.entries if e.purpose == "spent elsewhere"]
+    old = [e for e in again.private_sum.ledger.entries if e.purpose == "spent elsewhere"]
     assert len(old) == 2 * len(stream)
-    plan = planned(again, Schedule(noise=(again.mechanism.noise_multiplier,)))
+    plan = planned(again.training, Schedule(noise=(again.private_sum.noise_multiplier,)))
     for partition, history in plan.items():
         assert spent(again)[partition] == pytest.approx(epsilon(history, delta=DELTA))
 
@@ -256,7 +257,7 @@ def test_a_budget_of_an_experience_holds_when_the_run_is_asked_for_more(
     privacy = Privacy(epsilon=(1.0, 8.0, 8.0, 8.0), seed=0)
     first = learner_of(stream, privacy=privacy, folder=tmp_path)
     first.begin(0)
-    first.train(first.block(0, 1))
+    first.train(first.training.block(0, 0, 1))
     with pytest.raises(
         BudgetError, match=r"'experience-0' would reach epsilon 1\.\d+ .* above the 1 granted"
     ):

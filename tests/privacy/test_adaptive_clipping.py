@@ -20,7 +20,7 @@ from perdure.strategies.naive import Naive
 SHAPE = {"w": torch.zeros(20_000)}
 
 
-def mechanism(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
+def private_sum(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
     privacy = Privacy(noise_multiplier=noise_multiplier, clipping=Adaptive(**changes), seed=0)
     key = NoiseKey.from_seed(0)
     ledger = Ledger.open(None, key=key)
@@ -65,7 +65,7 @@ def test_the_clip_norm_finds_the_quantile(quantile):
     """Norms 1 to 256 of the 256 records of every step; the count's noise moves the share by 0.05,
     averaged out.
     """
-    made = mechanism(noise_multiplier=0.5, quantile=quantile)
+    made = private_sum(noise_multiplier=0.5, quantile=quantile)
     norms = torch.arange(1.0, 257.0)
 
     def clipped(clip):
@@ -81,7 +81,7 @@ def test_the_clip_norm_finds_the_quantile(quantile):
 @pytest.mark.statistical
 def test_the_noise_has_the_larger_multiplier_and_follows_the_clip_norm():
     """Standard deviations of 20,000 draws: 0.5 % off on average, 3 % never."""
-    made = mechanism(count_noise=0.05, expected=20.0)
+    made = private_sum(count_noise=0.05, expected=20.0)
     of_gradient = Adaptive().gradient_noise(1.0, 20.0)
     assert of_gradient > 1.15
     for step in range(3):
@@ -127,12 +127,12 @@ def test_an_adaptive_run_goes_on_to_the_same_bits(toy_stream, toy_model, strateg
     first = fresh()
     second = fresh()
     for part in (0, 1):
-        whole.train(whole.block(part, 2))
-    first.train(first.block(0, 2))
+        whole.train(whole.training.block(0, part, 2))
+    first.train(first.training.block(0, 0, 2))
     second.restore(first.snapshot())
     assert second.curator.clip_norm == first.curator.clip_norm != 0.1
     second.begin(0)
-    second.train(second.block(1, 2))
+    second.train(second.training.block(0, 1, 2))
     for learner in (whole, second):
         learner.finish()
     assert second.curator.clip_norm == whole.curator.clip_norm
@@ -141,6 +141,6 @@ def test_an_adaptive_run_goes_on_to_the_same_bits(toy_stream, toy_model, strateg
         torch.equal(value, theirs[name]) for name, value in second.model.state_dict().items()
     )
     releases = [
-        entry for entry in whole.mechanism.ledger.entries if entry.purpose == "release:fisher"
+        entry for entry in whole.private_sum.ledger.entries if entry.purpose == "release:fisher"
     ]
     assert all(entry.clip_norm == pytest.approx(whole.curator.clip_norm**2) for entry in releases)

@@ -90,7 +90,7 @@ def test_an_experience_in_micro_batches_learns_and_charges_the_same(toy_stream, 
         )
         learner.prepare(stream)
         learner.begin(0)
-        learner.train(learner.training.block(learner.position.experience, 0, 1))
+        learner.train(learner.training.block(0, 0, 1))
         ends.append(learner.model.state_dict())
         charged.append(learner.private_sum.ledger.charges("experience-0") if private else ())
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-2)

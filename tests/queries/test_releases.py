@@ -308,9 +308,9 @@ def learner(stream, model, strategy, **privacy):
 def test_what_is_declared_is_planned_granted_and_spent_to_the_last(toy_stream, toy_model):
     made = learner(toy_stream(), toy_model, Curious(), epsilon=8.0)
     made.fit(toy_stream())
-    ledger = made.mechanism.ledger
-    noise = made.mechanism.schedule.noise[0]
-    for partition, history in planned(made, Schedule(noise=(noise,))).items():
+    ledger = made.private_sum.ledger
+    noise = made.private_sum.schedule.noise[0]
+    for partition, history in planned(made.training, Schedule(noise=(noise,))).items():
         assert merged(ledger.charges(partition)) == merged(history)
         for charge in (
             Charge(1.0, 4 * noise, 2),
@@ -341,6 +341,6 @@ def test_a_combination_asks_for_what_its_parts_ask(toy_stream, toy_model):
     assert both.privacy_cost == PrivacyCost(releases=5, histograms=2, selections=6)
     made = learner(toy_stream(), toy_model, both, noise_multiplier=1.0)
     made.fit(toy_stream())
-    ledger = made.mechanism.ledger
-    for partition, history in planned(made, Schedule(noise=(1.0,))).items():
+    ledger = made.private_sum.ledger
+    for partition, history in planned(made.training, Schedule(noise=(1.0,))).items():
         assert merged(ledger.charges(partition)) == merged(history)

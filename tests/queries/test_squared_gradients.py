@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.module_hooks import any_hooks
+from helpers.parties import opened_party
 from helpers.squared_gradients import (
     Sequence,
     Twice,
@@ -77,21 +79,12 @@ def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind)
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_stream, toy_model):
     """Over the classes that may be predicted; not the square of the batch's mean gradient."""
-    from perdure.contract.context import contexts
-    from perdure.curator.local_curator import LocalCurator
-
     stream = toy_stream()
     module = toy_model(stream).eval()
     params = {name: value.detach().clone() for name, value in module.named_parameters()}
     strategy = EWC(strength=1.0, fisher=fisher)
     spec = Spec(params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class")
-    curator = LocalCurator(seed=0, batch_size=8)
-    curator.open(
-        stream.experiences[:1],
-        strategy.plan(stream[0]),
-        contexts(stream, "cpu")(0),
-        Forward(module),
-    )
+    _, curator = opened_party(stream, module, plan=strategy.plan(stream[0]))
     state = strategy.after_experience(curator, params, strategy.init(spec))
 
     records = stream[0].train
@@ -186,7 +179,7 @@ def test_hooks_do_not_outlive_the_fast_sum():
 
     with pytest.raises(RuntimeError, match="stop"):
         summed(SquaredGradient(failing), module, batch())
-    assert not any(layer._forward_hooks for layer in module.modules())
+    assert not any_hooks(module)
 
 
 # --------------------------------------------------------------------------- clipped

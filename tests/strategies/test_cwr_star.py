@@ -59,14 +59,14 @@ def by_hand(stream, experiences, seed=0):
     past = torch.zeros(stream.num_classes)
     for index in range(experiences):
         sampler.begin(index)
-        context = sampler.context(index)
+        context = sampler.session.context(index)
         classes = sorted(stream[index].classes)
         for name, value in cw.items():
             params[name] = torch.zeros_like(value)
             params[name][classes] = value[classes]
         allowed = context.seen if stream.scenario == "class" else torch.ones_like(context.seen)
         for number in range(STEPS):
-            batch = sampler.curator.sample(number)
+            batch = sampler.session.held.sample(number)
             params = step(params, list(cw) if index else list(params), batch, allowed)
         for name, value in cw.items():
             mean = params[name][classes].mean()
@@ -75,7 +75,7 @@ def by_hand(stream, experiences, seed=0):
                 value[c] = (value[c] * weight + params[name][c] - mean) / (weight + 1)
         for c in classes:
             past[c] += (stream[index].train.labels == c).sum()
-        sampler.curator.close()
+        sampler.session.held.close()
     return params, cw
 
 

@@ -33,8 +33,9 @@ class Watch:
 
     def __call__(self, point, learner):
         if point == "experience.begin" and not hasattr(learner, "watched"):
-            learner.watched = learner.curator.sample
-            learner.curator.sample = lambda step: self._kept(learner, learner.watched(step))
+            held = learner.session.held
+            learner.watched = held.sample
+            held.sample = lambda step: self._kept(learner, learner.watched(step))
 
     def _kept(self, learner, batch):
         self.batches.append((batch, learner.curator.context))
@@ -136,7 +137,7 @@ def test_so_they_are_after_a_stop_in_mid_experience(toy_stream, toy_model, tmp_p
     }
     whole = learner_of(toy_model(stream), DER(memory_size=20), callbacks=[watch], **options)
     whole.fit(stream)
-    expected = whole.curator._held.memory.rows
+    expected = whole.session.held.memory.rows
 
     class Stopped(BaseException):
         pass
@@ -158,7 +159,7 @@ def test_so_they_are_after_a_stop_in_mid_experience(toy_stream, toy_model, tmp_p
         cut.fit(stream)
     again = learner_of(toy_model(stream), DER(memory_size=20), folder=tmp_path, blocks=3, **options)
     again.fit(stream)
-    rows = again.curator._held.memory.rows
+    rows = again.session.held.memory.rows
     if not private:  # under privacy blocks are entries, with coins of their own
         assert torch.equal(rows.ids, expected.ids) and torch.equal(
             rows.stored["logits"], expected.stored["logits"]

@@ -4,19 +4,15 @@ import pytest
 import torch
 
 from helpers.learners import distinct_rows
+from helpers.parties import opened_party, private_sum_of
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
-from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.curator.local_curator import LocalCurator
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp
-from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.noise.key import NoiseKey
-from perdure.privacy.private_sum import PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
-from perdure.queries.squared_gradients import SquaredGradient
 from perdure.strategies import EWC
 from perdure.strategies.ewc import anchor, drawn
 from perdure.testing import check_strategy
@@ -29,7 +25,7 @@ class Past:
     strategy's state.
     """
 
-    def __init__(self, strategy, stream, curator):
+    def __init__(self, strategy, stream):
         self.strategy = strategy
         self.stream = stream
         self.models = [
@@ -49,9 +45,7 @@ class Past:
         self.empty = self.state = strategy.init(spec)
         self.fishers = []
         for index, (model, point) in enumerate(zip(self.models, self.points, strict=True)):
-            part = min(index, 1)
-            at = contexts(stream, "cpu")(part)
-            curator.open(stream.experiences[: part + 1], Plan(), at, Forward(model.eval()))
+            _, curator = opened_party(stream, model.eval(), experience=min(index, 1))
             # an EWC with no past: this Fisher matrix
             alone = strategy.after_experience(curator, point, self.empty)
             self.fishers.append(alone.group("fisher"))
@@ -82,7 +76,7 @@ def same(mine, theirs):
 
 @pytest.mark.reference
 def test_one_merged_penalty_is_the_sum_of_all_penalties_up_to_a_constant(toy_stream):
-    past = Past(EWC(strength=7.0), toy_stream(), LocalCurator(seed=0, batch_size=8))
+    past = Past(EWC(strength=7.0), toy_stream())
     separate = [
         quadratic(7.0, fisher, point)
         for fisher, point in zip(past.fishers, past.points, strict=True)
@@ -105,7 +99,6 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
     past = Past(
         EWC(strength=7.0, mode="online", decay=0.5),
         toy_stream(),
-        LocalCurator(seed=0, batch_size=8),
     )
     first, second, third = past.fishers
     decayed = {name: 0.25 * first[name] + 0.5 * second[name] + third[name] for name in first}
@@ -118,25 +111,11 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
 
 
 def test_without_a_past_there_is_no_penalty(toy_stream):
-    past = Past(EWC(strength=7.0), toy_stream(), LocalCurator(seed=0, batch_size=8))
+    past = Past(EWC(strength=7.0), toy_stream())
     assert float(past.strategy.penalty(somewhere(), past.empty)) == 0
     assert set(past.state.rules.values()) == {"mean", "local"} and len(past.state) == 3 * len(
         past.points[0]
     )
-
-
-def private_curator(stream, privacy):
-    key = NoiseKey.from_seed(0)
-    ledger = Ledger.open(None, key=key)
-    for e in stream:
-        ledger.declare(e.train.partition, e.train.declared_size)
-    mechanism = PrivateSum(
-        privacy=privacy,
-        schedule=Schedule(noise=(privacy.noise_multiplier,)),
-        ledger=ledger,
-        key=key,
-    )
-    return LocalCurator(seed=0, batch_size=8, mechanism=mechanism), ledger
 
 
 def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(
@@ -149,14 +128,15 @@ def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and
     values = []
     privacy = Privacy(noise_multiplier=1.0, clip_norm=0.2, seed=0)
     for seed in range(16):
-        curator, ledger = private_curator(stream, privacy)
         model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=seed).eval()
         params = {name: value.detach().clone() for name, value in model.named_parameters()}
         spec = Spec(
             params=params, num_classes=4, num_experiences=2, feature_size=6, scenario="class"
         )
         strategy = EWC(strength=1.0)
-        curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
+        private_sum = private_sum_of(stream, privacy)
+        ledger = private_sum.ledger
+        _, curator = opened_party(stream, model, private_sum=private_sum)
         state = strategy.after_experience(curator, params, strategy.init(spec))
         (entry,) = ledger.entries
         assert entry.purpose == "release:fisher" and entry.clip_norm == pytest.approx(0.04)
@@ -169,6 +149,30 @@ def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and
     assert float(values.min()) == 0.0 and 0.3 < float((values == 0).float().mean()) < 0.7
 
 
+class Listening(LocalCurator):
+    """Keeps the query that it was asked last."""
+
+    def release(self, query, **options):
+        self.query = query
+        return super().release(query, **options)
+
+
+def query_of(strategy, stream, model, experience=0):
+    """The query that the strategy asks at the end of an experience."""
+    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    spec = Spec(
+        params=params,
+        num_classes=stream.num_classes,
+        num_experiences=2,
+        feature_size=6,
+        scenario=stream.scenario,
+    )
+    held, _ = opened_party(stream, model, experience=experience)
+    curator = Listening(held)
+    strategy.after_experience(curator, params, strategy.init(spec))
+    return curator.query
+
+
 def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_squared(toy_stream):
     """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie
     within C.
@@ -176,13 +180,12 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
     stream = toy_stream()
     strategy = EWC(strength=1.0)
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0)
-    curator = LocalCurator(seed=0, batch_size=8)
-    curator.open(stream.experiences[:1], Plan(), contexts(stream, "cpu")(0), Forward(model))
+    query = query_of(strategy, stream, model)
     batch = Batch.current(stream[0].train, 0)
-    rows = SquaredGradient(lambda f, b: strategy._terms(curator, f, b))(Forward(model), batch)
+    rows = query(Forward(model), batch)
     lengths = torch.cat([row.flatten(1) for row in rows.values()], dim=1).norm(dim=1)
     for i, length in enumerate(lengths):
-        terms, _ = strategy._terms(curator, Forward(model), batch.take(slice(i, i + 1)))
+        terms, _ = query.terms(Forward(model), batch.take(slice(i, i + 1)))
         norms = [
             sum(
                 g.square().sum()
@@ -193,21 +196,11 @@ def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_square
         assert 0 < float(length.detach()) <= float(max(norms)) * (1 + 1e-5)
 
 
-def opened(stream, experience):
+def rows_of(fisher, stream, experience, batch):
+    """Squared gradients of the rows of a batch at one model, as the strategy asks for them."""
     model = mlp(input_shape=(5,), num_classes=stream.num_classes, hidden=(6,), seed=0).eval()
-    curator = LocalCurator(seed=0, batch_size=8)
-    curator.open(
-        stream.experiences[: experience + 1],
-        Plan(),
-        contexts(stream, "cpu")(experience),
-        Forward(model),
-    )
-    return model, curator
-
-
-def rows_of(fisher, model, curator, batch):
-    strategy = EWC(strength=1.0, fisher=fisher)
-    rows = SquaredGradient(lambda f, b: strategy._terms(curator, f, b))(Forward(model), batch)
+    query = query_of(EWC(strength=1.0, fisher=fisher), stream, model, experience)
+    rows = query(Forward(model), batch)
     return torch.cat([row.detach().flatten(1) for row in rows.values()], dim=1)
 
 
@@ -221,27 +214,25 @@ def test_over_many_ids_the_sampled_fisher_matrix_is_the_exact_one(toy_stream, sc
     """
     stream = toy_stream(scenario)
     n = 4000
-    model, curator = opened(stream, experience)
     one = Batch.current(stream[experience].train, experience).take(slice(3, 4))
     many = replace(one.take(torch.zeros(n, dtype=torch.int64)), ids=10_000 + torch.arange(n))
-    [exact] = rows_of("exact", model, curator, one)
-    sampled = rows_of("sampled", model, curator, many)
+    [exact] = rows_of("exact", stream, experience, one)
+    sampled = rows_of("sampled", stream, experience, many)
     errors = sampled.double().std(0) / n**0.5
     assert ((sampled.double().mean(0) - exact).abs() <= 4 * errors + 1e-7).all()
-    assert distinct_rows(sampled) == int(curator.context.allowed.sum())
-    [empirical] = rows_of("empirical", model, curator, one)
+    assert distinct_rows(sampled) == int(contexts(stream, "cpu")(experience).allowed.sum())
+    [empirical] = rows_of("empirical", stream, experience, one)
     assert ((empirical - exact).abs() > 8 * errors).any(), "a test that could not tell them apart"
 
 
 def test_the_draw_of_a_record_is_its_own_and_another_in_every_experience(toy_stream):
     stream = toy_stream()
     batch = Batch.current(stream[1].train, 1)
-    model, curator = opened(stream, 1)
-    rows = rows_of("sampled", model, curator, batch)
+    rows = rows_of("sampled", stream, 1, batch)
     torch.testing.assert_close(
-        rows_of("sampled", model, curator, batch.take(slice(0, None, 3))), rows[::3]
+        rows_of("sampled", stream, 1, batch.take(slice(0, None, 3))), rows[::3]
     )
-    assert torch.equal(rows, rows_of("sampled", model, curator, batch))
+    assert torch.equal(rows, rows_of("sampled", stream, 1, batch))
     ids = torch.arange(1000)
     p = torch.full((1000, 4), 0.25)
     labels = [drawn(p, uniforms(ids, derive("fisher", experience))) for experience in (0, 1)]

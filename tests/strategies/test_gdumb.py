@@ -76,7 +76,7 @@ def test_training_starts_afresh_from_the_initial_parameters(four, toy_model, pri
 
     def look(point, learner):
         if point == "experience.begin":
-            moments = len(learner._optimizer.state)
+            moments = len(learner.current_optimizer.state)
             starts.append(
                 (
                     moments,

@@ -3,10 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perdure.contract.context import Spec, contexts
-from perdure.contract.forward import Forward
-from perdure.contract.plan import Plan
-from perdure.curator.local_curator import LocalCurator
+from helpers.parties import opened_party
+from perdure.contract.context import Spec
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
@@ -23,13 +21,7 @@ def consolidated(strategy, stream, model, index, state=None):
         feature_size=6,
         scenario=stream.scenario,
     )
-    curator = LocalCurator(seed=0, batch_size=8)
-    curator.open(
-        stream.experiences[: index + 1],
-        Plan(),
-        contexts(stream, "cpu")(index),
-        Forward(model.eval()),
-    )
+    _, curator = opened_party(stream, model.eval(), experience=index)
     return strategy.after_experience(curator, params, state or strategy.init(spec)), params
 
 

@@ -65,7 +65,7 @@ def test_joint_starts_every_experience_from_the_initial_parameters_on_a_pool_of_
         if point == "experience.begin":
             starts.append(weights(learner.model))
             pools.append(learner.curator.raw("to look at it").ids.sort().values)
-            assert not learner._optimizer.state_dict()["state"]  # and from a fresh optimiser
+            assert not learner.current_optimizer.state_dict()["state"]  # and from a fresh optimiser
 
     fit(stream, model, Joint(), callbacks=[look])
     for start in starts:

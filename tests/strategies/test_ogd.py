@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
+from perdure.curator.held_records import HeldRecords
 from perdure.curator.local_curator import LocalCurator
 from perdure.data.datasets.digits import digits
 from perdure.data.records import Batch
@@ -110,8 +111,9 @@ def consolidated(strategy, stream, model, index, train=None):
     experiences = list(stream.experiences[: index + 1])
     experiences[-1] = replace(experiences[-1], train=train or experiences[-1].train)
     at = contexts(stream, "cpu")(index, declared_size=experiences[-1].train.declared_size)
-    curator = LocalCurator(seed=0, batch_size=8)
-    curator.open(experiences, Plan(), at, Forward(model.eval()))
+    held = HeldRecords(seed=0, batch_size=8)
+    held.open(experiences, Plan(), at, Forward(model.eval()))
+    curator = LocalCurator(held)
     return strategy.derive(strategy.after_experience(curator, params, strategy.init(spec))), at
 
 

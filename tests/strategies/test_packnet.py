@@ -18,6 +18,7 @@ from perdure.metrics import average_accuracy, forgetting
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive, PackNet
+from perdure.strategies.packnet import network_weights
 
 OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, lr=0.01),
@@ -176,7 +177,7 @@ def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
         )
     )
     projected = strategy.project(mine, (), state)
-    weights = strategy._weights(learner.params, state, torch.tensor(1))
+    weights = network_weights(learner.params, state, torch.tensor(1), strategy.head)
     leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
     logits = torch.where(learner.session.context(1).current, network(leaves, batch.inputs), -1e9)
     full = torch.autograd.grad(F.cross_entropy(logits, batch.labels), list(leaves.values()))
@@ -201,7 +202,9 @@ def test_what_is_pruned_starts_the_next_task_from_zero(toy_stream, toy_model):
     learner.begin(0)
     learner.train(range(5))
     learner.finish()
-    weights = strategy._weights(learner.params, learner.state, torch.tensor(1))["body.1.weight"]
+    weights = network_weights(learner.params, learner.state, torch.tensor(1), strategy.head)[
+        "body.1.weight"
+    ]
     owner = learner.state["owner/body.1.weight"]
     assert (weights[owner == 0] == 0).all() and (weights[owner == 1] != 0).all()
 
@@ -262,7 +265,11 @@ def test_without_a_task_every_network_answers_for_its_own_classes(toy_model, toy
     forward = Forward(learner.model.eval())
     with torch.no_grad():
         mine = strategy.predict(forward, x, at(1), learner.state)
-        parts = [strategy._network(forward, learner.state, k)(x) for k in range(2)]
+        networks = [
+            network_weights(learner.params, learner.state, torch.tensor(k), strategy.head)
+            for k in range(2)
+        ]
+        parts = [forward.at(weights)(x) for weights in networks]
         assert torch.equal(mine, torch.cat([parts[0][:, :2], parts[1][:, 2:]], dim=1))
         first = strategy.predict(forward, x, at(0), learner.state)
     assert torch.equal(first[:, :2], mine[:, :2]) and (first[:, 2:] == -1e9).all()

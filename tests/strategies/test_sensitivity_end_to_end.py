@@ -7,18 +7,22 @@ curator is about to release: gradients, reference gradients, and sums over the e
 memory.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 
 from helpers.strategy_examples import example, model_of, private
+from perdure.curator.sampling import PrivateSampler
 from perdure.data.records import Batch
 from perdure.learner.learner import Learner
 from perdure.privacy.adaptive_clipping import Adaptive
-from perdure.privacy.clipping.clip import WITHIN
+from perdure.privacy.clipping.clip import WITHIN, Clip
+from perdure.privacy.noise.key import noise_key
+from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
+from perdure.queries.batch_gradients import clipped_gradient
 from perdure.strategies.naive import Naive
 
 BOUND = 0.05
@@ -47,6 +51,22 @@ class Silent:
 
     def uniform(self, n, *, purpose, entry, step):
         return self._key.uniform(n, purpose=purpose, entry="", step=step)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen(PrivateSampler):
+    """Draws the rows at these places, whatever the coins."""
+
+    places: torch.Tensor
+
+    @classmethod
+    def of_places(cls, sampler, places):
+        return cls(
+            rows=sampler.rows, records=sampler.records, exposure=sampler.exposure, places=places
+        )
+
+    def positions(self, private_sum, step):
+        return self.places
 
 
 def without_record(stream, record):
@@ -80,7 +100,13 @@ def pair(toy_stream, toy_model):
                 privacy=privacy,
             )
             made.prepare(stream)
-            made.mechanism._key = Silent(made.mechanism._key)
+            honest = made.private_sum
+            made.session.held.private_sum = PrivateSum(
+                privacy=privacy,
+                schedule=honest.schedule,
+                ledger=honest.ledger,
+                key=Silent(noise_key(made.folder, privacy.seed, made.client)),
+            )
             return made
 
         stream = toy_stream()
@@ -110,8 +136,13 @@ def distance(here, there):
 def follow(whole, fewer):
     """The neighbour at the same parameters, state and clip norm."""
     fewer.model.load_state_dict(whole.model.state_dict())
-    fewer.state = whole.state
-    fewer.mechanism.clip_norm = whole.mechanism.clip_norm
+    fewer.session.state = whole.state
+    fewer.private_sum.clip_norm = whole.private_sum.clip_norm
+
+
+def clipped_sum_of(learner, losses, params, batch, clip):
+    """Sum of the clipped gradients of a batch, as the learner's curator takes it before noise."""
+    return clipped_gradient(learner.session.forward, losses, params, batch, clip)
 
 
 def same_rows(pool, batch):
@@ -133,36 +164,36 @@ def compared(whole, fewer):
     here = []
     there = []
 
-    def beside(clipped, what, losses=None):
+    def beside(clipped, what, step, losses=None):
         """The clipped sum of one, which notes how far it is from the other's over the same
         records.
         """
         own, trained, batch = clipped.args
         follow(whole, fewer)
-        held = fewer.curator._held
+        held = fewer.session.held
         params = {name: fewer.params[name] for name in trained}
-        pool = held.drawings[what].rows
+        pool = held.samplers[what].rows
         places = same_rows(pool, batch)
 
         def both(clip):
             total = clipped(clip)
-            theirs = fewer.curator._clipped(losses or own, params, pool.take(places), clip)
+            theirs = clipped_sum_of(fewer, losses or own, params, pool.take(places), clip)
             found.append(
                 (what, clip.norm, distance(total or theirs or {}, theirs if total else None))
             )
             return total
 
         # what memory stores beside the rows of a step is of that step
-        if what == "gradient" and whole._observes:
-            held._drawn = places
-            fewer.curator.observe(pool.take(places), fewer._remember)
+        if what == "gradient" and whole.session.uses["observe"]:
+            held.samplers[what] = Chosen.of_places(held.samplers[what], places)
+            held.observe(held.sample(step), fewer.session.remember)
         return both
 
-    def gradient(clipped, params, *, step, real=whole.mechanism.gradient):
-        return real(beside(clipped, "gradient", fewer._losses), params, step=step)
+    def gradient(clipped, params, *, step, real=whole.private_sum.gradient):
+        return real(beside(clipped, "gradient", step, fewer.session.losses), params, step=step)
 
-    def reference(clipped, params, *, step, purpose, real=whole.mechanism.reference):
-        return real(beside(clipped, purpose), params, step=step, purpose=purpose)
+    def reference(clipped, params, *, step, purpose, real=whole.private_sum.reference):
+        return real(beside(clipped, purpose, step), params, step=step, purpose=purpose)
 
     def listening(learner, seen):
         def release(clipped, real=learner.private_sum.release, **facts):
@@ -175,15 +206,16 @@ def compared(whole, fewer):
 
         return release
 
-    whole.mechanism.gradient = gradient
-    whole.mechanism.reference = reference
+    whole.private_sum.gradient = gradient
+    whole.private_sum.reference = reference
     for learner, seen in ((whole, here), (fewer, there)):
         learner.private_sum.release = listening(learner, seen)
     for index in range(len(whole.stream)):
         for learner in (whole, fewer):
             learner.begin(index)
-        assert set(whole.curator._pool.ids.tolist()) >= set(fewer.curator._pool.ids.tolist())
-        for block in whole.remaining_blocks():
+        ids = [set(learner.session.held.rows.ids.tolist()) for learner in (whole, fewer)]
+        assert ids[0] >= ids[1]
+        for block in whole.training.remaining_blocks(index, 0):
             whole.train(block)
         follow(whole, fewer)
         for learner in (whole, fewer):
@@ -223,7 +255,7 @@ def test_with_noise_in_a_fixed_order_too(pair_of, name):
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
     touched = [row for row in found[:6] if row[0] == "gradient" and row[2] > 0]
-    trains = whole.plan(whole.stream[0]).train
+    trains = whole.training.of(whole.stream[0]).train
     assert len(touched) == 3 * trains  # six steps of the first experience are three epochs of two
 
 
@@ -249,7 +281,7 @@ def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds
     it.
     """
-    monkeypatch.setattr("perdure.learner.private_setup.inspect", lambda learner: None)
+    monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: None)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))
@@ -257,11 +289,9 @@ def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
     lonely = Batch.current(records.take(torch.cat([first[:8], second[:1]])), 0)
     for learner in (whole, fewer):
         learner.begin(0)
-    from perdure.privacy.clipping.clip import Clip
-
     clip = Clip(norm=BOUND)
     sums = [
-        whole.curator._clipped(whole._losses, whole.params, rows, clip)
+        clipped_sum_of(whole, whole.session.losses, whole.params, rows, clip)
         for rows in (lonely, lonely.take(slice(0, 8)))
     ]
     assert distance(*sums) > 1.3 * BOUND

@@ -3,6 +3,7 @@ breaks it.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import ClassVar
 
 import pytest
@@ -25,10 +26,10 @@ from perdure.testing.fixtures import StrategyFixture
 # --------------------------------------------------------------------------- private
 
 
-@broken("pure", "curator._pool", "curator.release")
+@broken("pure", "curator._held", "curator.release")
 class Peeping(Remembering):
     def after_experience(self, curator, params, state):
-        return state.replace({"seen": curator._pool.inputs.mean(0)[:2]})
+        return state.replace({"seen": attrgetter("_held")(curator).rows.inputs.mean(0)[:2]})
 
 
 @broken("pure", "curator.sample", "no charge covers")

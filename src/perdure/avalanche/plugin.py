@@ -64,6 +64,11 @@ class StrategyPlugin:
             )
         return self._session
 
+    @property
+    def batch(self) -> Batch:
+        """Rows of the present mini-batch: those that Avalanche drew, then those of memory."""
+        return self._batch
+
     # ------------------------------------------------------------------ an experience
 
     def after_train_dataset_adaptation(self, template: Any, **_: Any) -> None:

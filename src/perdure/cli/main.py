@@ -137,7 +137,7 @@ def audit(
     if shadows:
         from perdure.experiment.audits import attack_run
 
-        with _progress(console) as progress:
+        with shown_progress(console) as progress:
             attacks = attack_run(config, shadows=shadows, progress=progress)
         for arm, attack in attacks.items():
             console.print(f"{arm}: {attack}", highlight=False)
@@ -179,7 +179,7 @@ def _run(source: str, text: str, out: Path | None) -> None:
     config = parse(text, source=source)
     folder = out or Path("runs") / config.name
     console = wide_console()
-    with _progress(console) as progress:
+    with shown_progress(console) as progress:
         result = run_config(config, text, folder, progress)
     page = write_report(folder)
     write_figures(folder)
@@ -188,7 +188,7 @@ def _run(source: str, text: str, out: Path | None) -> None:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     """A bar for every arm, or a line for every quarter of one where nobody watches a terminal."""
     columns = (
         TextColumn("{task.description:16}"),

@@ -305,6 +305,16 @@ class Learner:
         return self.session.state
 
     @property
+    def current_optimizer(self) -> Optimizer:
+        """Optimiser that takes the steps, made by `optimizer`; another one after a fresh start.
+
+        Raises:
+            ConfigError: before `prepare`.
+        """
+        _ = self.session  # refuse before there is any
+        return self._optimizer
+
+    @property
     def position(self) -> Position:
         """Progress of the run; the start before `prepare`."""
         return self._session.position if self._session else Position()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.module_hooks import any_hooks
 from perdure.errors import GuardError
 from perdure.models.classifiers import cnn, resnet18
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
@@ -85,7 +86,7 @@ def row_test(model, losses=None):
 @pytest.mark.parametrize("way", ["plain", "1 position", "n positions"])
 def test_layers_whose_rows_are_the_records_pass(way):
     assert row_test(model := Reading(way)) is None
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any_hooks(model)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_losses_that_pass_rows_in_pieces_or_out_of_order_are_refused(losses, mes
 @pytest.mark.parametrize("losses", [twice, side_by_side])
 def test_several_passes_of_every_record_pass(losses):
     assert row_test(model := Reading("plain"), losses) is None
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any_hooks(model)
 
 
 @pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
@@ -218,7 +219,7 @@ def test_the_rows_of_our_models_are_the_records(make):
         "Mine.losses()",
     )
     assert torch.equal(before, torch.random.get_rng_state())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any_hooks(model)
 
 
 # --------------------------------------------------------------------------- optimisers

@@ -103,9 +103,7 @@ def batches(learner, index=0):
     """Ids of every step of an experience."""
     learner.begin(index)
     seen = []
-    for block in learner.training.remaining_blocks(
-        learner.position.experience, learner.position.step
-    ):
+    for block in learner.training.remaining_blocks(index, 0):
         learner.session.held.reserve(block, "start")
         seen += [set(learner.session.held.sample(step).ids.tolist()) for step in block]
     return seen

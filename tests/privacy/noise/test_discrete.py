@@ -14,7 +14,7 @@ from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.noise.discrete import (
     Frequency,
     Integers,
-    _bernoulli_exp,
+    bernoulli_exp,
     counted,
     discrete_gaussian,
 )
@@ -73,7 +73,7 @@ def test_a_coin_of_rate_exp_minus_gamma(rate):
     """Flakiness 1e-6 each; a fifth more or less often is rejected."""
     n = 20_000
     source = Integers(stream(seed=1))
-    hits = sum(_bernoulli_exp(rate.numerator, rate.denominator, source) for _ in range(n))
+    hits = sum(bernoulli_exp(rate.numerator, rate.denominator, source) for _ in range(n))
     p = math.exp(-rate)
     assert stats.binomtest(hits, n, p).pvalue > 1e-6
     for wrong in (p * 0.8, min(p * 1.2, 1 - 1e-9)):

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.privacy.noise.key import DRAWN_AT_ONCE, NoiseKey, _keystream, _reader
+from perdure.privacy.noise.key import DRAWN_AT_ONCE, NoiseKey, keystream, keystream_reader, subkey
 
 STREAM = {"purpose": "gradient", "entry": "e0", "step": 0}
 N = 40_000
@@ -99,7 +99,7 @@ def test_mac_is_domain_separated_from_every_stream():
     assert key.mac(b"m") != hmac.new(bytes(32), b"m", hashlib.sha256).hexdigest()
     assert key.mac(b"m") != key.mac(b"n")
     kinds = [
-        key._subkey(*c)
+        subkey(bytes(32), *c)
         for c in [("mac",), ("tags", ""), ("uniform", "", "", 0, 1), ("normal", "", "", 0, [])]
     ]
     assert len(set(kinds)) == 4
@@ -118,24 +118,25 @@ def test_keystream_is_aes_256_ctr():
     key = bytes(range(32))
     block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     expected = b"".join(block.update(i.to_bytes(16, "big")) for i in range(300))
-    assert _keystream(key, 16 * 300 - 3).tobytes() == expected[:-3]
-    assert _keystream(key, 0).tobytes() == b""
+    assert keystream(key, 16 * 300 - 3).tobytes() == expected[:-3]
+    assert keystream(key, 0).tobytes() == b""
 
 
 def test_a_reader_goes_on_where_it_stopped():
-    read = _reader(bytes(32), 40)
+    read = keystream_reader(bytes(32), 40)
     assert (
         b"".join(read(n).tobytes() for n in (40, 5, 0, 16, 39))
-        == _keystream(bytes(32), 100).tobytes()
+        == keystream(bytes(32), 100).tobytes()
     )
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("n", [1, 2, 4001, DRAWN_AT_ONCE + 3])
 def test_normals_are_those_of_the_formula_whatever_the_pieces(n):
-    key = NoiseKey.from_seed(0)
+    secret = bytes(range(32))
+    key = NoiseKey(secret, simulated=True)
     words = (
-        _keystream(key._subkey("normal", *STREAM.values(), [["w", n]]), 4 * (n + 1))
+        keystream(subkey(secret, "normal", *STREAM.values(), [["w", n]]), 4 * (n + 1))
         .view("<u4")
         .astype(np.float32)
     )
@@ -200,11 +201,13 @@ def test_shapes_names_and_odd_sizes():
 def test_the_tail_is_cut_where_the_docstring_says(monkeypatch):
     # no key can be found whose stream begins with 128 zeros, or ones
     extreme = np.zeros(16, dtype=np.uint8)
-    monkeypatch.setattr("perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme)
+    monkeypatch.setattr(
+        "perdure.privacy.noise.key.keystream_reader", lambda key, most: lambda n: extreme
+    )
     peak = draw(n=4).abs().max().item()
     assert peak == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
     monkeypatch.setattr(
-        "perdure.privacy.noise.key._reader", lambda key, most: lambda n: extreme + 255
+        "perdure.privacy.noise.key.keystream_reader", lambda key, most: lambda n: extreme + 255
     )
     assert torch.isfinite(draw(n=4)).all()
 

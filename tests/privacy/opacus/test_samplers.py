@@ -7,6 +7,7 @@ from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from torch import nn
 
+from helpers.module_hooks import any_hooks, hooks_on
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import WITHIN, Clip, clipped_sum, sum_of_clipped
@@ -362,7 +363,7 @@ def test_what_is_not_understood_is_left_to_the_next_way(name):
     x = torch.randn(RECORDS, LENGTH, 5)
     y = torch.randint(3, (RECORDS,))
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any_hooks(model)
 
 
 def test_rows_that_are_positions_are_not_taken_for_as_many_records():
@@ -414,17 +415,13 @@ def test_nothing_is_left_on_the_model_also_after_an_error(name):
     params = dict(model.named_parameters())
     for param in params.values():
         param.grad = torch.ones_like(param)
-    before = [
-        (vars(m).keys(), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()
-    ]
+    before = [(set(vars(m)), hooks_on(m)) for m in model.modules()]
     own = [set(vars(p)) for p in params.values()]
     by_bridge(model, params, x, y, CLIP)
     with pytest.raises(ZeroDivisionError):
         by_bridge(model, params, x, y, CLIP, broken)
-    assert [
-        (vars(m).keys(), len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()
-    ] == before
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert [(set(vars(m)), hooks_on(m)) for m in model.modules()] == before
+    assert not any("pre_hooks" in kind for m in model.modules() for kind in hooks_on(m))
     assert [set(vars(p)) for p in params.values()] == own
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in params.values())
 

@@ -100,7 +100,7 @@ def _gaussian(variance: Fraction, integers: Integers) -> int:
     t = math.isqrt(a // b) + 1
     while True:
         y = _laplace(t, integers)
-        if _bernoulli_exp((abs(y) * t * b - a) ** 2, 2 * a * b * t**2, integers):
+        if bernoulli_exp((abs(y) * t * b - a) ** 2, 2 * a * b * t**2, integers):
             return y
 
 
@@ -108,10 +108,10 @@ def _laplace(t: int, integers: Integers) -> int:
     """Algorithm 2: P(y) proportional to exp(-|y| / t)."""
     while True:
         remainder = integers.below(t)
-        if not _bernoulli_exp(remainder, t, integers):
+        if not bernoulli_exp(remainder, t, integers):
             continue
         times = 0
-        while _bernoulli_exp(1, 1, integers):
+        while bernoulli_exp(1, 1, integers):
             times += 1
         size = remainder + t * times
         negative = integers.below(2)
@@ -119,10 +119,10 @@ def _laplace(t: int, integers: Integers) -> int:
             return -size if negative else size
 
 
-def _bernoulli_exp(numerator: int, denominator: int, integers: Integers) -> bool:
+def bernoulli_exp(numerator: int, denominator: int, integers: Integers) -> bool:
     """Algorithm 1: true with probability exp(-numerator / denominator)."""
     while numerator > denominator:
-        if not _bernoulli_exp(1, 1, integers):
+        if not bernoulli_exp(1, 1, integers):
             return False
         numerator -= denominator
     k = 1

@@ -102,7 +102,7 @@ class NoiseKey:
 
     def mac(self, message: bytes) -> str:
         """HMAC-SHA256 of `message` in hexadecimal, under a subkey that no stream shares."""
-        return hmac.new(self._subkey("mac"), message, hashlib.sha256).hexdigest()
+        return hmac.new(subkey(self._secret, "mac"), message, hashlib.sha256).hexdigest()
 
     def normal(
         self,
@@ -134,7 +134,9 @@ class NoiseKey:
         """
         layout = [[name, *shape] for name, shape in shapes.items()]
         sizes = [math.prod(shape) for shape in shapes.values()]
-        flat = _normals(self._subkey("normal", purpose, entry, step, layout), sum(sizes)).to(device)
+        flat = _normals(
+            subkey(self._secret, "normal", purpose, entry, step, layout), sum(sizes)
+        ).to(device)
         parts = zip(shapes.items(), torch.split(flat, sizes), strict=True)
         return {name: part.view(tuple(shape)) for (name, shape), part in parts}
 
@@ -143,7 +145,9 @@ class NoiseKey:
 
         Each has 53 random bits.
         """
-        words = _keystream(self._subkey("uniform", purpose, entry, step, n), 8 * n).view("<u8")
+        words = keystream(subkey(self._secret, "uniform", purpose, entry, step, n), 8 * n).view(
+            "<u8"
+        )
         return _unit_interval(words)
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
@@ -157,11 +161,8 @@ class NoiseKey:
         blocks = np.zeros((len(ids), BLOCK_BYTES // 8), dtype="<i8")
         blocks[:, 0] = ids.detach().cpu().numpy()
         return _unit_interval(
-            _permute(self._subkey("tags", purpose), blocks.tobytes()).view("<u8")[::2]
+            _permute(subkey(self._secret, "tags", purpose), blocks.tobytes()).view("<u8")[::2]
         )
-
-    def _subkey(self, *context: object) -> bytes:
-        return hmac.new(self._secret, _encode("perdure", *context), hashlib.sha256).digest()
 
     def stream(self, *, purpose: str, entry: str, step: int) -> Callable[[int], bytes]:
         """Hand out uniform random bytes, so many at every call.
@@ -170,9 +171,14 @@ class NoiseKey:
         """
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-        key = self._subkey("bytes", purpose, entry, step)
+        key = subkey(self._secret, "bytes", purpose, entry, step)
         cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
         return lambda n: cipher.update(bytes(n))
+
+
+def subkey(secret: bytes, *context: object) -> bytes:
+    """Key of one stream: HMAC-SHA256 of its context under the secret."""
+    return hmac.new(secret, _encode("perdure", *context), hashlib.sha256).digest()
 
 
 def _encode(*parts: object) -> bytes:
@@ -196,11 +202,12 @@ def _create(path: Path, secret: bytes) -> None:
         draft.unlink()
 
 
-def _keystream(key: bytes, n_bytes: int) -> npt.NDArray[np.uint8]:
-    return _reader(key, n_bytes)(n_bytes)
+def keystream(key: bytes, n_bytes: int) -> npt.NDArray[np.uint8]:
+    """First bytes of AES-256 in counter mode."""
+    return keystream_reader(key, n_bytes)(n_bytes)
 
 
-def _reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.uint8]]:
+def keystream_reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.uint8]]:
     """AES-256 in counter mode; each key is used for one stream only, so the counter starts at zero.
 
     Returns:
@@ -245,7 +252,7 @@ def _normals(key: bytes, n: int) -> Tensor:
     """
     even = n + n % 2
     numbers = np.empty(even, dtype=np.float32)
-    read = _reader(key, 4 * min(even, DRAWN_AT_ONCE))
+    read = keystream_reader(key, 4 * min(even, DRAWN_AT_ONCE))
     for start in range(0, even, DRAWN_AT_ONCE):
         piece = numbers[start : start + DRAWN_AT_ONCE]
         piece[:] = read(4 * len(piece)).view("<u4")
