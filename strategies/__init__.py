@@ -1,61 +1,125 @@
-"""The strategies, one method a file. Import them as `perdure.strategies`.
+"""The strategies, one method a file.
 
->>> from perdure.strategies import EWC
->>> from perdure.strategies.ewc import EWC          # the same, with types
+    from perdure.strategies import EWC
+    from perdure.strategies import find     # find("ewc") is EWC
 
-Adding a strategy is adding a file: `my_method.py` with one class `MyMethod(Strategy)`.
+Adding a strategy is adding a file: `my_method.py` with one class `MyMethod(Strategy)`. It works at
+once. Type checkers and editors know it when it is also listed below; `make lint` names those that
+are not.
 """
 
-import importlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 if __name__ != "perdure.strategies":
     raise ImportError(f"import this package as perdure.strategies, not as {__name__}")
 
 from perdure.contract import Combine, Strategy
-from perdure.errors import ConfigError
+from perdure.utils import Extensions, is_proper_subclass
 
-__all__ = ["Combine", "find", "names"]
+if TYPE_CHECKING:
+    from perdure.strategies.agem import AGEM
+    from perdure.strategies.bic import BiC
+    from perdure.strategies.coda_prompt import CODAPrompt
+    from perdure.strategies.cwr_star import CWRStar
+    from perdure.strategies.der import DER
+    from perdure.strategies.er_ace import ERACE
+    from perdure.strategies.ewc import EWC
+    from perdure.strategies.feature_distillation import FeatureDistillation
+    from perdure.strategies.gdumb import GDumb
+    from perdure.strategies.gem import GEM
+    from perdure.strategies.generative_replay import GenerativeReplay
+    from perdure.strategies.icarl import ICaRL
+    from perdure.strategies.joint import Joint
+    from perdure.strategies.l2 import L2
+    from perdure.strategies.l2p import L2P
+    from perdure.strategies.lora import LoRA
+    from perdure.strategies.lucir import LUCIR
+    from perdure.strategies.lwf import LwF
+    from perdure.strategies.mas import MAS
+    from perdure.strategies.mir import MIR
+    from perdure.strategies.naive import Naive
+    from perdure.strategies.ncm import NCM
+    from perdure.strategies.ogd import OGD
+    from perdure.strategies.packnet import PackNet
+    from perdure.strategies.ranpac import RanPAC
+    from perdure.strategies.replay import Replay
+    from perdure.strategies.rwalk import RWalk
+    from perdure.strategies.si import SI
+    from perdure.strategies.slda import SLDA
+
+__all__ = [
+    "AGEM",
+    "DER",
+    "ERACE",
+    "EWC",
+    "GEM",
+    "L2",
+    "L2P",
+    "LUCIR",
+    "MAS",
+    "MIR",
+    "NCM",
+    "OGD",
+    "SI",
+    "SLDA",
+    "BiC",
+    "CODAPrompt",
+    "CWRStar",
+    "Combine",
+    "FeatureDistillation",
+    "GDumb",
+    "GenerativeReplay",
+    "ICaRL",
+    "Joint",
+    "LoRA",
+    "LwF",
+    "Naive",
+    "PackNet",
+    "RWalk",
+    "RanPAC",
+    "Replay",
+    "find",
+    "names",
+]
+
+
+def _is_strategy(value: object) -> TypeGuard[type[Strategy]]:
+    return is_proper_subclass(value, Strategy)
+
+
+_EXTENSIONS = Extensions(
+    kind="strategy",
+    package=__name__,
+    group="perdure.strategies",
+    fits=_is_strategy,
+    wanted="a subclass of perdure.Strategy",
+)
 
 
 def names() -> tuple[str, ...]:
-    """Names of all strategies, found from the files."""
-    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
+    """Return the sorted names of all strategies: files here, and entry points elsewhere."""
+    return _EXTENSIONS.names()
 
 
-def find(name: str) -> type[Strategy]:
-    """Return the class of the strategy called `name` (its file's name).
+def find(name: str, *, field: str = "strategy") -> type[Strategy]:
+    """Return the class of a strategy.
+
+    Args:
+        name: one of `names()`, or "my_package.my_module:MyMethod".
+        field: where the name was given, for the message.
 
     Raises:
-        ConfigError: when there is no such file; it lists those there are.
+        ConfigError: when there is no such strategy, or it cannot be imported.
     """
-    if name not in names():
-        raise ConfigError.of("strategy", name, names())
-    module = importlib.import_module(f"{__name__}.{name}")
-    own = [
-        value
-        for value in vars(module).values()
-        if _is_strategy(value) and value.__module__ == module.__name__
-    ]
-    if len(own) != 1:
-        raise ConfigError(
-            f"strategies/{name}.py defines {len(own)} strategies; allowed: exactly one class a file"
-        )
-    return own[0]  # type: ignore[no-any-return]
+    return _EXTENSIONS.find(name, field=field)
 
 
-def _is_strategy(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Strategy)
+# Hidden from type checkers: they would take every name for one that exists.
+if not TYPE_CHECKING:
 
-
-def __getattr__(name: str) -> Any:
-    file = {stem.replace("_", ""): stem for stem in names()}.get(name.lower())
-    found = find(file) if file else None
-    if found is None or found.__name__ != name:
-        raise AttributeError(f"perdure.strategies has no {name!r}; it has {', '.join(names())}")
-    return found
+    def __getattr__(name: str) -> type[Strategy]:
+        return _EXTENSIONS.attribute(name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(find(name).__name__ for name in names())]
+    return sorted({*__all__, *(find(file).__name__ for file in _EXTENSIONS.files())})

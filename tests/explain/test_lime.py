@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from perdure.errors import ConfigError
-from perdure.explain import lime
+from perdure.explain import LIME
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,7 @@ def test_a_linear_model_is_given_back():
     weight = data(6, 2)
     x = data(3, 6, 1)
     targets = torch.tensor([0, 1, 1])
-    got = lime(lambda rows: rows @ weight + 5, x, targets=targets, ridge=1e-9)
+    got = LIME(ridge=1e-9).explain(lambda rows: rows @ weight + 5, x, targets=targets)
     assert torch.allclose(got.values, weight.T[targets], atol=1e-8)
     assert torch.allclose(got.base, (x @ weight + 5)[torch.arange(3), targets], atol=1e-8)
     assert torch.allclose(got.fidelity, torch.ones(3, dtype=torch.float64))
@@ -40,7 +40,7 @@ def test_slopes_are_per_unit_of_input_whatever_the_scale_of_the_noise():
     weight = data(4, 1)
     x = data(2, 4, 1)
     scale = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64)
-    got = lime(lambda rows: rows @ weight, x, noise_scale=scale, ridge=1e-9)
+    got = LIME(ridge=1e-9).explain(lambda rows: rows @ weight, x, feature_scales=scale)
     assert torch.allclose(got.values, weight.T.expand(2, 4), atol=1e-7)
 
 
@@ -57,7 +57,9 @@ def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
         outputs.append(model(batch))
         return outputs[-1]
 
-    got = lime(predict, x, targets=torch.tensor([1]), samples=200, noise_scale=0.5, ridge=3.0)
+    got = LIME(samples=200, noise_scale=0.5, ridge=3.0).explain(
+        predict, x, targets=torch.tensor([1])
+    )
     noise = (rows[0] - x) / 0.5
     target = outputs[0][:, 1].detach()
     weights = torch.exp(-noise.square().sum(1) / (2 * 0.75**2 * 5))
@@ -75,17 +77,17 @@ def test_close_to_the_instance_slopes_are_the_gradient():
     targets = torch.tensor([0, 1, 0])
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[torch.arange(3), targets].sum(), leaf)
-    got = lime(model, x, targets=targets, noise_scale=1e-3, ridge=1e-12)
+    got = LIME(noise_scale=1e-3, ridge=1e-12).explain(model, x, targets=targets)
     assert torch.allclose(got.values, gradient, atol=1e-5)
 
 
 def test_a_batch_is_explained_as_one_by_one():
     model = nn.Sequential(nn.Flatten(), smooth(6))
     x = data(4, 6, 1).view(4, 2, 3)
-    together = lime(model, x, samples=100, chunk=33, generator=seed(2))
+    together = LIME(samples=100, chunk=33).explain(model, x, generator=seed(2))
     assert torch.equal(together.targets, model(x).argmax(1))
     for i in range(4):
-        alone = lime(model, x[i : i + 1], samples=100, generator=seed(2))
+        alone = LIME(samples=100).explain(model, x[i : i + 1], generator=seed(2))
         for name in ("values", "base", "fidelity"):
             assert torch.allclose(
                 getattr(together, name)[i : i + 1], getattr(alone, name), atol=1e-10
@@ -96,9 +98,9 @@ def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
     x = torch.zeros(1, 3)
 
     def fidelity(bend):
-        return lime(lambda rows: rows[:, :1] + bend * rows[:, :1] ** 2, x).fidelity.item()
+        return LIME().explain(lambda rows: rows[:, :1] + bend * rows[:, :1] ** 2, x).fidelity.item()
 
-    assert lime(lambda rows: rows[:, :1] * 0 + 0.1, x).fidelity.item() == 1.0
+    assert LIME().explain(lambda rows: rows[:, :1] * 0 + 0.1, x).fidelity.item() == 1.0
     assert 1 > fidelity(0.1) > fidelity(0.5) > fidelity(5.0)
     assert fidelity(5.0) < 0.1
 
@@ -107,8 +109,8 @@ def test_one_seed_one_explanation_and_no_gradients():
     model = smooth(5)
     x = data(2, 5, 1)
     state = torch.get_rng_state()
-    first, again = (lime(model, x, samples=20) for _ in range(2))
-    other = lime(model, x, samples=20, generator=seed(5))
+    first, again = (LIME(samples=20).explain(model, x) for _ in range(2))
+    other = LIME(samples=20).explain(model, x, generator=seed(5))
     assert torch.equal(first.values, again.values)
     assert not torch.allclose(first.values, other.values)
     assert torch.equal(torch.get_rng_state(), state)
@@ -136,8 +138,8 @@ def test_agrees_with_the_reference_implementation_on_a_smooth_model():
         feature_selection="none",
         random_state=0,
     )
-    ours = lime(
-        probability, x, targets=torch.ones(5, dtype=torch.int64), samples=5000, noise_scale=scale
+    ours = LIME(samples=5000).explain(
+        probability, x, targets=torch.ones(5, dtype=torch.int64), feature_scales=scale
     )
     for i in range(5):
         theirs = explainer.explain_instance(
@@ -156,20 +158,35 @@ def test_agrees_with_the_reference_implementation_on_a_smooth_model():
 
 
 @pytest.mark.parametrize(
-    "change, field",
+    "fields, field",
     [
         ({"samples": 7}, "samples"),
         ({"samples": 0}, "samples"),
         ({"kernel_width": 0.0}, "kernel_width"),
-        ({"kernel_width": 1e-3}, "kernel_width"),
         ({"ridge": 0.0}, "ridge"),
         ({"ridge": math.nan}, "ridge"),
         ({"noise_scale": 0.0}, "noise_scale"),
-        ({"noise_scale": torch.ones(3)}, "noise_scale.shape"),
         ({"chunk": 0}, "chunk"),
+    ],
+)
+def test_a_bad_field_is_named_when_the_explainer_is_made(fields, field):
+    with pytest.raises(ConfigError, match=f"^{field} = "):
+        LIME(**fields)
+
+
+def test_a_kernel_that_sees_no_perturbation_is_refused():
+    with pytest.raises(ConfigError, match=r"^kernel_width = 0\.001"):
+        LIME(kernel_width=1e-3).explain(smooth(4), data(2, 4))
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"feature_scales": torch.ones(3)}, "feature_scales.shape"),
+        ({"feature_scales": torch.tensor([1.0, 1.0, 0.0, 1.0])}, "feature_scales"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, "targets"),
     ],
 )
-def test_a_bad_value_is_named(change, field):
-    with pytest.raises(ConfigError, match=f"^{field}"):
-        lime(smooth(4), data(2, 4), **change)
+def test_an_argument_that_does_not_fit_is_named(change, field):
+    with pytest.raises(ConfigError, match=f"^{field} = "):
+        LIME().explain(smooth(4), data(2, 4), **change)

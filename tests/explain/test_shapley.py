@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from perdure.errors import ConfigError
-from perdure.explain import exact_shapley, kernel_shap
+from perdure.explain import ExactShapley, KernelSHAP
 
 torch.set_num_threads(1)
 
@@ -53,15 +53,17 @@ def brute_force(predict, x, background, target):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("explain", [kernel_shap, exact_shapley])
-def test_exact_on_eight_features(explain, dtype, tolerance):
+@pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
+def test_exact_on_eight_features(explainer, dtype, tolerance):
     model = network(8)
     x = data(3, 8)
     background = data(5, 8, 1)
     targets = torch.tensor([2, 0, 1])
     with torch.no_grad():
         expected = torch.stack([brute_force(model, x[i], background, targets[i]) for i in range(3)])
-    got = explain(network(8, dtype=dtype), x.to(dtype), background.to(dtype), targets=targets)
+    got = explainer.explain(
+        network(8, dtype=dtype), x.to(dtype), background.to(dtype), targets=targets
+    )
     assert got.values.dtype == dtype
     scale = expected.abs().max()
     assert (got.values - expected).abs().max() <= tolerance * scale
@@ -73,9 +75,11 @@ def test_a_batch_is_explained_as_one_by_one(samples):
     model = network(9)
     x = data(4, 9)
     background = data(6, 9, 1)
-    together = kernel_shap(model, x, background, samples=samples, chunk=50, generator=seed())
+    together = KernelSHAP(samples=samples, chunk=50).explain(model, x, background, generator=seed())
     for i in range(4):
-        alone = kernel_shap(model, x[i : i + 1], background, samples=samples, generator=seed())
+        alone = KernelSHAP(samples=samples).explain(
+            model, x[i : i + 1], background, generator=seed()
+        )
         assert torch.allclose(together.values[i : i + 1], alone.values, atol=1e-10)
         assert torch.allclose(together.base[i : i + 1], alone.base, atol=1e-10)
 
@@ -85,7 +89,7 @@ def test_values_add_up_to_the_output_less_the_mean_over_the_background(samples):
     model = network(10)
     x = data(4, 10)
     background = data(7, 10, 1)
-    got = kernel_shap(model, x, background, samples=samples, generator=seed())
+    got = KernelSHAP(samples=samples).explain(model, x, background, generator=seed())
     rows = torch.arange(4)
     assert torch.equal(got.targets, model(x).argmax(1))
     assert torch.allclose(got.base, model(background).mean(0)[got.targets])
@@ -102,8 +106,8 @@ def test_a_feature_that_the_model_ignores_gets_nothing(value, dummy, exact):
     def model(rows):
         return torch.tanh(rows @ weight).cumprod(1)
 
-    explain = exact_shapley if exact else kernel_shap
-    values = explain(model, data(2, 6, value + 1), data(3, 6, value + 2)).values
+    explainer = ExactShapley() if exact else KernelSHAP()
+    values = explainer.explain(model, data(2, 6, value + 1), data(3, 6, value + 2)).values
     assert values[:, dummy].abs().max() < 1e-9
     assert values.abs().max() > 1e-6
 
@@ -122,8 +126,8 @@ def test_features_that_play_the_same_part_get_the_same(value, pair, exact):
     def model(rows):
         return torch.tanh(rows @ weight).cumprod(1)
 
-    explain = exact_shapley if exact else kernel_shap
-    values = explain(model, x, background).values
+    explainer = ExactShapley() if exact else KernelSHAP()
+    values = explainer.explain(model, x, background).values
     assert torch.allclose(values[:, first], values[:, second], atol=1e-9)
 
 
@@ -134,11 +138,12 @@ def test_sampling_comes_close_to_the_exact_values_and_closer_with_more():
     model = network(12)
     x = data(4, 12)
     background = data(5, 12, 1)
-    exact = exact_shapley(model, x, background).values
+    exact = ExactShapley().explain(model, x, background).values
 
     def error(samples):
         runs = (
-            kernel_shap(model, x, background, samples=samples, generator=seed(s)) for s in range(5)
+            KernelSHAP(samples=samples).explain(model, x, background, generator=seed(s))
+            for s in range(5)
         )
         return (
             sum((run.values - exact).abs().max().item() for run in runs)
@@ -154,7 +159,9 @@ def test_many_features_with_no_coalition_to_spare():
     weight = data(40, 2)
     x = data(2, 40)
     background = data(3, 40, 1)
-    got = kernel_shap(lambda rows: rows @ weight, x, background, samples=400, generator=seed())
+    got = KernelSHAP(samples=400).explain(
+        lambda rows: rows @ weight, x, background, generator=seed()
+    )
     # A linear model is in the span of the regression, so any sample that spans gives it back.
     expected = (x - background.mean(0)) * weight.T[got.targets]
     assert torch.allclose(got.values, expected, atol=1e-8)
@@ -170,20 +177,20 @@ def test_no_forward_pass_is_larger_than_the_chunk():
 
     x = data(3, 6)
     background = data(10, 6, 1)
-    small = kernel_shap(predict, x, background, chunk=4)
+    small = KernelSHAP(chunk=4).explain(predict, x, background)
     assert max(sizes) <= 4
-    assert torch.allclose(small.values, kernel_shap(model, x, background).values)
+    assert torch.allclose(small.values, KernelSHAP().explain(model, x, background).values)
 
 
-@pytest.mark.parametrize("explain", [kernel_shap, exact_shapley])
-def test_groups_join_together_and_share_equally(explain):
+@pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
+def test_groups_join_together_and_share_equally(explainer):
     groups = torch.tensor([[7, 7, 2], [2, 2, 5]])
     model = nn.Sequential(nn.Flatten(), network(6))
     x = data(2, 6)
     background = data(4, 6, 1)
     x = x.view(2, 2, 3)
     background = background.view(4, 2, 3)
-    got = explain(model, x, background, groups=groups)
+    got = explainer.explain(model, x, background, groups=groups)
 
     def on_groups(members):
         """The same game told by group: which groups are present, for instance 0."""
@@ -193,16 +200,18 @@ def test_groups_join_together_and_share_equally(explain):
 
     ones = torch.ones(1, 3, dtype=torch.float64)
     zeros = torch.zeros(1, 3, dtype=torch.float64)
-    whole = exact_shapley(on_groups, ones, zeros, targets=got.targets[:1]).values[0]
+    whole = ExactShapley().explain(on_groups, ones, zeros, targets=got.targets[:1]).values[0]
     expected = torch.stack(
         [whole[2] / 2, whole[2] / 2, whole[0] / 3, whole[0] / 3, whole[0] / 3, whole[1]]
     )
     assert torch.allclose(got.values[0].flatten(), expected)
 
 
-@pytest.mark.parametrize("explain", [kernel_shap, exact_shapley])
-def test_a_single_feature_gets_everything(explain):
-    got = explain(lambda rows: rows**2, torch.tensor([[3.0]]), torch.tensor([[1.0], [2.0]]))
+@pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
+def test_a_single_feature_gets_everything(explainer):
+    got = explainer.explain(
+        lambda rows: rows**2, torch.tensor([[3.0]]), torch.tensor([[1.0], [2.0]])
+    )
     assert got.values.item() == pytest.approx(6.5)
     assert got.base.item() == pytest.approx(2.5)
 
@@ -212,8 +221,8 @@ def test_one_seed_one_explanation_and_no_gradients():
     x = data(2, 10)
     background = data(3, 10, 1)
     state = torch.get_rng_state()
-    first, again = (kernel_shap(model, x, background, samples=40) for _ in range(2))
-    other = kernel_shap(model, x, background, samples=40, generator=seed(5))
+    first, again = (KernelSHAP(samples=40).explain(model, x, background) for _ in range(2))
+    other = KernelSHAP(samples=40).explain(model, x, background, generator=seed(5))
     assert torch.equal(first.values, again.values)
     assert not torch.allclose(first.values, other.values)
     assert torch.equal(torch.get_rng_state(), state)
@@ -239,7 +248,7 @@ def test_agrees_with_the_reference_implementation():
             explainer.shap_values(x.numpy(), l1_reg=False, nsamples=2**7, silent=True)
         )
     for target in range(3):
-        ours = kernel_shap(model, x, background, targets=torch.full((3,), target)).values
+        ours = KernelSHAP().explain(model, x, background, targets=torch.full((3,), target)).values
         assert torch.allclose(ours, theirs[:, :, target], atol=1e-4)
 
 
@@ -252,7 +261,6 @@ def test_agrees_with_the_reference_implementation():
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets"),
         ({"targets": torch.zeros(2)}, "targets"),
         ({"samples": 20}, "samples"),
-        ({"chunk": 0}, "chunk"),
         ({"predict": lambda rows: rows.sum(1)}, "predict"),
     ],
 )
@@ -260,10 +268,24 @@ def test_a_bad_value_is_named(change, field):
     given = {"predict": network(12, dtype=torch.float32), "background": torch.zeros(3, 12)} | change
     if field == "predict":
         given["targets"] = torch.zeros(2, dtype=torch.int64)
+    explainer = KernelSHAP(samples=given.pop("samples", 2048))
     with pytest.raises(ConfigError, match=f"^{field}"):
-        kernel_shap(inputs=torch.ones(2, 12), **given)
+        explainer.explain(inputs=torch.ones(2, 12), **given)
+
+
+@pytest.mark.parametrize(
+    "make, field",
+    [
+        (lambda: KernelSHAP(samples=1), "samples"),
+        (lambda: KernelSHAP(chunk=0), "chunk"),
+        (lambda: ExactShapley(chunk=-1), "chunk"),
+    ],
+)
+def test_a_bad_field_is_named_when_the_explainer_is_made(make, field):
+    with pytest.raises(ConfigError, match=f"^{field} = "):
+        make()
 
 
 def test_too_many_features_for_brute_force_are_refused():
-    with pytest.raises(ConfigError, match="kernel_shap"):
-        exact_shapley(network(17), data(1, 17), data(1, 17))
+    with pytest.raises(ConfigError, match="KernelSHAP"):
+        ExactShapley().explain(network(17), data(1, 17), data(1, 17))

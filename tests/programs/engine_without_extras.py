@@ -22,7 +22,7 @@ from perdure import Learner, Privacy, Records  # noqa: E402
 from perdure.adversarial import PGD, robust_accuracy  # noqa: E402
 from perdure.data.datasets.base import Dataset  # noqa: E402
 from perdure.data.scenarios import split  # noqa: E402
-from perdure.explain import kernel_shap  # noqa: E402
+from perdure.explain import KernelSHAP  # noqa: E402
 from perdure.models.classifiers import mlp  # noqa: E402
 from perdure.strategies import find, names  # noqa: E402
 
@@ -86,7 +86,8 @@ def main():
     print("trained against PGD", robust)
     background = torch.zeros(1, 6)
     rows = data.test.inputs[:3]
-    shares = kernel_shap(learner.model, rows, background, targets=torch.zeros(3, dtype=torch.long))
+    targets = torch.zeros(3, dtype=torch.long)
+    shares = KernelSHAP().explain(learner.model, rows, background, targets=targets)
     output = learner.model(rows)[:, 0] - learner.model(background)[:, 0]
     torch.testing.assert_close(shares.values.sum(1), output.detach(), atol=1e-4, rtol=0)
     print("explained", len(rows))

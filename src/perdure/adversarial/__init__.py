@@ -1,8 +1,64 @@
-"""Attacks that raise each record's own loss, as a step of training and as an evaluation."""
+"""Attacks that raise each record's own loss, as a step of training and as an evaluation.
+
+    from perdure.adversarial import find    # find("pgd") is PGD
+
+Adding an attack is adding a file: `my_attack.py` with one class `MyAttack(Attack)`.
+"""
+
+from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.adversarial.base import Attack, Losses, Norm
 from perdure.adversarial.fgsm import FGSM
 from perdure.adversarial.pgd import PGD
 from perdure.adversarial.robust_accuracy import robust_accuracy
+from perdure.utils.extensions import Extensions, is_proper_subclass
 
-__all__ = ["FGSM", "PGD", "Attack", "Losses", "Norm", "robust_accuracy"]
+__all__ = [
+    "FGSM",
+    "PGD",
+    "Attack",
+    "Losses",
+    "Norm",
+    "find",
+    "names",
+    "robust_accuracy",
+]
+
+
+def _is_attack(value: object) -> TypeGuard[type[Attack]]:
+    return is_proper_subclass(value, Attack)
+
+
+_EXTENSIONS = Extensions(
+    kind="attack",
+    package=__name__,
+    group="perdure.attacks",
+    fits=_is_attack,
+    wanted="a subclass of perdure.adversarial.Attack",
+    helpers=("base", "robust_accuracy"),
+)
+
+
+def names() -> tuple[str, ...]:
+    """Return the sorted names of all attacks: files here, and entry points elsewhere."""
+    return _EXTENSIONS.names()
+
+
+def find(name: str, *, field: str = "attack") -> type[Attack]:
+    """Return the class of an attack.
+
+    Args:
+        name: one of `names()`, or "my_package.my_module:MyAttack".
+        field: where the name was given, for the message.
+
+    Raises:
+        ConfigError: when there is no such attack, or it cannot be imported.
+    """
+    return _EXTENSIONS.find(name, field=field)
+
+
+# Hidden from type checkers: they would take every name for one that exists.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Attack]:
+        return _EXTENSIONS.attribute(name)

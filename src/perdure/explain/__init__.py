@@ -1,16 +1,67 @@
-"""Explanations on plain tensors: Shapley values, local linear models, and their pictures."""
+"""Explanations on plain tensors: Shapley values, local linear models, and their pictures.
 
-from perdure.explain.base import Attribution, Predict
-from perdure.explain.lime import LocalModel, lime
+    from perdure.explain import find    # find("kernel_shap") is KernelSHAP
+
+Adding an explainer is adding a file: `my_explainer.py` with one class `MyExplainer(Explainer)`.
+"""
+
+from typing import TYPE_CHECKING, TypeGuard
+
+from perdure.explain.base import Attribution, Explainer, Predict
+from perdure.explain.exact_shapley import ExactShapley
+from perdure.explain.kernel_shap import KernelSHAP
+from perdure.explain.lime import LIME, LocalModel
 from perdure.explain.plots import heat_maps
-from perdure.explain.shapley import exact_shapley, kernel_shap
+from perdure.utils.extensions import Extensions, is_proper_subclass
 
 __all__ = [
+    "LIME",
     "Attribution",
+    "ExactShapley",
+    "Explainer",
+    "KernelSHAP",
     "LocalModel",
     "Predict",
-    "exact_shapley",
+    "find",
     "heat_maps",
-    "kernel_shap",
-    "lime",
+    "names",
 ]
+
+
+def _is_explainer(value: object) -> TypeGuard[type[Explainer]]:
+    return is_proper_subclass(value, Explainer)
+
+
+_EXTENSIONS = Extensions(
+    kind="explainer",
+    package=__name__,
+    group="perdure.explainers",
+    fits=_is_explainer,
+    wanted="a subclass of perdure.explain.Explainer",
+    helpers=("base", "plots"),
+)
+
+
+def names() -> tuple[str, ...]:
+    """Return the sorted names of all explainers: files here, and entry points elsewhere."""
+    return _EXTENSIONS.names()
+
+
+def find(name: str, *, field: str = "explainer") -> type[Explainer]:
+    """Return the class of an explainer.
+
+    Args:
+        name: one of `names()`, or "my_package.my_module:MyExplainer".
+        field: where the name was given, for the message.
+
+    Raises:
+        ConfigError: when there is no such explainer, or it cannot be imported.
+    """
+    return _EXTENSIONS.find(name, field=field)
+
+
+# Hidden from type checkers: they would take every name for one that exists.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Explainer]:
+        return _EXTENSIONS.attribute(name)

@@ -1,5 +1,6 @@
-"""What an explanation is, and how explainers ask a model for its outputs."""
+"""Explanations and the base of explainers, on plain tensors."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,51 @@ class Attribution:
         return f"{type(self).__name__}({len(self.values)} of shape {tuple(self.values.shape[1:])})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explainer(ABC):
+    """Explain a model's output by how much every feature did for it.
+
+    A subclass is a frozen dataclass. Its fields are numbers and words, so that a config can give
+    them; tensors in the shape of the data are arguments of `explain`.
+
+    Args:
+        chunk: most rows in one forward pass.
+
+    Raises:
+        ConfigError: when a value is not allowed.
+    """
+
+    chunk: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ConfigError.of("chunk", self.chunk, "1 or more rows")
+
+    @abstractmethod
+    def explain(
+        self,
+        predict: Predict,
+        inputs: Tensor,
+        background: Tensor,
+        *,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Attribution:
+        """Return how much every feature of every instance did for one output.
+
+        Guarantee: none of its own. With a model that was released under privacy it is
+        post-processing, as long as `background` is public or synthetic.
+
+        Args:
+            predict: (rows, ...) -> (rows, outputs), called without gradients.
+            inputs: (n, ...) instances to explain.
+            background: (b, ...) public or synthetic rows that show what an absent feature looks
+                like; an explainer that needs none ignores them.
+            targets: (n,) int64 output to explain for each instance; None for its largest.
+            generator: CPU generator for the explainer's randomness; None for seed 0.
+        """
+
+
 def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
     """Output `targets[i]` of the model for each row, (rows,) float64."""
     outputs = predict(rows)
@@ -45,8 +91,6 @@ def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def chosen_targets(predict: Predict, inputs: Tensor, targets: Tensor | None, chunk: int) -> Tensor:
     """Return the outputs to explain (n,): those given, else each instance's largest."""
-    if chunk < 1:
-        raise ConfigError.of("chunk", chunk, "1 or more rows")
     if targets is None:
         return torch.cat([predict(rows).argmax(1) for rows in torch.split(inputs, chunk)])
     if targets.shape != inputs.shape[:1] or targets.dtype != torch.int64:

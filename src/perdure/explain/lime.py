@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.explain.base import Attribution, Predict, chosen_targets, scores, seeded
+from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets, scores, seeded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,18 +24,8 @@ class LocalModel(Attribution):
     fidelity: Tensor
 
 
-def lime(
-    predict: Predict,
-    inputs: Tensor,
-    *,
-    targets: Tensor | None = None,
-    samples: int = 1000,
-    kernel_width: float | None = None,
-    noise_scale: float | Tensor = 1.0,
-    ridge: float = 1.0,
-    chunk: int = 8192,
-    generator: torch.Generator | None = None,
-) -> LocalModel:
+@dataclass(frozen=True, kw_only=True)
+class LIME(Explainer):
     """Slopes of a weighted ridge regression on Gaussian perturbations around each instance.
 
         min_(a, b)  sum_k w_k (f(x + noise_scale * z_k) - a - <b, z_k>)^2 + ridge |b|^2
@@ -45,73 +35,104 @@ def lime(
     instance, so one regression matrix serves all of them. No feature is left out for sparsity.
 
     Guarantee: none of its own. With a model that was released under privacy it is post-processing,
-    as long as `noise_scale` is public: a scale measured on private records must be paid for as a
-    query on them.
+    as long as the scale of the noise is public: a scale measured on private records must be paid
+    for as a query on them.
 
     Args:
-        predict: (rows, ...) -> (rows, outputs), called without gradients.
-        inputs: (n, ...) instances to explain.
-        targets: (n,) int64 output to explain for each instance; None for its largest.
         samples: perturbations per instance, an even number; n * samples forward rows.
         kernel_width: in units of the noise; None for 0.75 * sqrt(features).
-        noise_scale: standard deviation of the perturbation in units of the inputs: a number, or one
-            per feature in the shape of an instance.
+        noise_scale: standard deviation of the perturbation in units of the inputs.
         ridge: penalty on the slopes per unit of noise.
-        chunk: most rows in one forward pass.
-        generator: CPU generator that draws the perturbations; None for seed 0.
-
-    Returns:
-        LocalModel with slopes, value at the instance, and fidelity.
+        chunk: see `Explainer`.
 
     Raises:
         ConfigError: when a value is not allowed.
 
     >>> import torch
     >>> linear = lambda rows: rows @ torch.tensor([[2.0], [-1.0]])
-    >>> lime(linear, torch.zeros(1, 2)).values.round(decimals=1)
+    >>> LIME().explain(linear, torch.zeros(1, 2)).values.round(decimals=1)
     tensor([[ 2., -1.]])
 
     Source: Ribeiro, Singh, Guestrin 2016, "Why should I trust you?", section 3.
     """
-    width = 0.75 * math.sqrt(inputs.shape[1:].numel()) if kernel_width is None else kernel_width
-    scale = _checked_scale(inputs, samples, width, noise_scale, ridge)
-    half = torch.randn(
-        samples // 2, scale.numel(), generator=seeded(generator), dtype=torch.float64
-    )
-    noise = torch.cat([half, -half])
-    weights = torch.exp(noise.square().sum(1) / (-2 * width**2))
-    if weights.sum() == 0:
-        raise ConfigError.of(
-            "kernel_width", width, f"about {math.sqrt(scale.numel()):.2g}; all weights are zero"
+
+    samples: int = 1000
+    kernel_width: float | None = None
+    noise_scale: float = 1.0
+    ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 2 or self.samples % 2:
+            raise ConfigError.of("samples", self.samples, "an even number, 2 or more")
+        for name in ("kernel_width", "noise_scale", "ridge"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError.of(name, value, "a positive number")
+
+    def explain(
+        self,
+        predict: Predict,
+        inputs: Tensor,
+        background: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        feature_scales: Tensor | None = None,
+    ) -> LocalModel:
+        """Return slopes, value at the instance, and fidelity.
+
+        Args:
+            predict: see `Explainer.explain`, as for the others.
+            inputs: (n, ...) instances to explain.
+            background: not used.
+            targets: (n,) int64 output to explain for each instance; None for its largest.
+            generator: CPU generator that draws the perturbations; None for seed 0.
+            feature_scales: one `noise_scale` per feature, in the shape of an instance; None for
+                the same in all.
+
+        Raises:
+            ConfigError: when shapes do not fit, or the kernel is so narrow that all weights are
+                zero.
+        """
+        scale = self._scale(inputs.shape[1:], feature_scales)
+        noise, weights = self._perturbations(scale.numel(), seeded(generator))
+        targets = chosen_targets(predict, inputs, targets, self.chunk)
+        outputs = _perturbed_outputs(
+            predict, inputs, noise.view(-1, *scale.shape) * scale, targets, self.chunk
         )
-    targets = chosen_targets(predict, inputs, targets, chunk)
-    outputs = _perturbed_outputs(
-        predict, inputs, noise.view(-1, *scale.shape) * scale, targets, chunk
-    )
-    slopes, base, fidelity = _local_model(outputs, noise, weights, ridge)
-    values = slopes.view(inputs.shape) / scale.to(inputs.device)
-    kept = {"values": values, "base": base, "fidelity": fidelity}
-    return LocalModel(
-        targets=targets, **{name: value.to(inputs.dtype) for name, value in kept.items()}
-    )
+        slopes, base, fidelity = _local_model(outputs, noise, weights, self.ridge)
+        values = slopes.view(inputs.shape) / scale.to(inputs.device)
+        return LocalModel(
+            values=values.to(inputs.dtype),
+            base=base.to(inputs.dtype),
+            fidelity=fidelity.to(inputs.dtype),
+            targets=targets,
+        )
 
+    def _scale(self, shape: torch.Size, feature_scales: Tensor | None) -> Tensor:
+        """Noise scale of every feature, float64 on the CPU."""
+        if feature_scales is None:
+            return torch.full(shape, self.noise_scale, dtype=torch.float64)
+        if feature_scales.shape != shape:
+            raise ConfigError.of(
+                "feature_scales.shape", tuple(feature_scales.shape), f"{tuple(shape)}"
+            )
+        if not (feature_scales > 0).all():
+            raise ConfigError.of("feature_scales", float(feature_scales.min()), "positive numbers")
+        return feature_scales.to("cpu", torch.float64)
 
-def _checked_scale(
-    inputs: Tensor, samples: int, width: float, noise_scale: float | Tensor, ridge: float
-) -> Tensor:
-    """Noise scale of every feature, float64 on the CPU, once all values are known to be allowed."""
-    if samples < 2 or samples % 2:
-        raise ConfigError.of("samples", samples, "an even number, 2 or more")
-    for name, value in (("kernel_width", width), ("ridge", ridge)):
-        if not 0 < value < math.inf:
-            raise ConfigError.of(name, value, "a positive number")
-    scale = torch.as_tensor(noise_scale, dtype=torch.float64, device="cpu")
-    if scale.ndim and scale.shape != inputs.shape[1:]:
-        shape = tuple(inputs.shape[1:])
-        raise ConfigError.of("noise_scale.shape", tuple(scale.shape), f"a number, or {shape}")
-    if not (scale > 0).all():
-        raise ConfigError.of("noise_scale", noise_scale, "positive numbers")
-    return scale.expand(inputs.shape[1:])
+    def _perturbations(self, features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise (samples, features) in opposite pairs, and the weight of each (samples,)."""
+        width = 0.75 * math.sqrt(features) if self.kernel_width is None else self.kernel_width
+        half = torch.randn(self.samples // 2, features, generator=generator, dtype=torch.float64)
+        noise = torch.cat([half, -half])
+        weights = torch.exp(noise.square().sum(1) / (-2 * width**2))
+        if weights.sum() == 0:
+            raise ConfigError.of(
+                "kernel_width", width, f"about {math.sqrt(features):.2g}; all weights are zero"
+            )
+        return noise, weights
 
 
 @torch.no_grad()

@@ -1,24 +1,27 @@
 """Small helpers without knowledge of learning: files, seeds, hashing, the machine.
 
 Import `derive` and `generator` for randomness that is a function of one seed, `chunks` for batches
-that fit into memory, `evaluating` for a module in evaluation mode, and `store_rows` for the results
-of a benchmark.
+that fit into memory, `evaluating` for a module in evaluation mode, `store_rows` for the results of a
+benchmark, and `Extensions` to find one extension a file.
 """
 
 from perdure.utils.chunking import chunks
 from perdure.utils.denormals import flushed
 from perdure.utils.environment import command, machine, store_rows, versions
+from perdure.utils.extensions import Extensions, is_proper_subclass
 from perdure.utils.hashing import normals, uniforms
 from perdure.utils.modules import evaluating
 from perdure.utils.seeding import derive, generator, seeded
 
 __all__ = [
+    "Extensions",
     "chunks",
     "command",
     "derive",
     "evaluating",
     "flushed",
     "generator",
+    "is_proper_subclass",
     "machine",
     "normals",
     "seeded",

@@ -102,39 +102,70 @@ class Extensions(Generic[T]):
         entries = _installed(self.group, tuple(sys.path))
         return sorted(entries, key=lambda entry: (entry.name, _source(entry)))
 
+    def attribute(self, name: str) -> T:
+        """Return the extension of the package's own folder whose class is called `name`.
+
+        For the package's `__getattr__`: `from perdure.strategies import EWC` finds ewc.py.
+
+        Raises:
+            AttributeError: when no file defines it.
+        """
+        by_class_name = {file.replace("_", ""): file for file in self.files()}
+        file = by_class_name.get(name.lower())
+        found = self._of_file(file) if file else None
+        if found is None or getattr(found, "__name__", None) != name:
+            raise AttributeError(
+                f"{self.package} has no {name!r}; its {self.kind} files are "
+                f"{', '.join(self.files())}"
+            )
+        return found
+
     def _of_file(self, name: str) -> T:
-        module = importlib.import_module(f"{self.package}.{name}")
+        place = f"{self.package.rpartition('.')[2]}/{name}.py"
+        module = _imported(
+            lambda: importlib.import_module(f"{self.package}.{name}"),
+            place,
+            "a module that can be imported; correct the file",
+        )
         found = {
             id(value): value
             for key, value in vars(module).items()
             if not key.startswith("_")
             and (key == name or not self.named_as_file)
             and self.fits(value)
-            and getattr(value, "__module__", None) == module.__name__
+            and getattr(value, "__module__", None) == f"{self.package}.{name}"
         }
         if len(found) != 1:
-            place = f"{self.package.rpartition('.')[2]}/{name}.py"
-            exactly = f"called {name}" if self.named_as_file else "a file"
+            exactly = f"one called {name}" if self.named_as_file else "one"
             raise ConfigError(
                 f"{place} defines {len(found)} objects that are {self.wanted}; allowed: exactly "
-                f"one {exactly}; begin the name of a helper file with an underscore"
+                f"{exactly}; move others to files of their own, and begin a helper file's name "
+                "with an underscore"
             )
         return next(iter(found.values()))
 
     def _of_entry(self, entry: EntryPoint) -> T:
         given = f"entry point {entry.name!r} of {_source(entry)}"
-        found = _loaded(entry, f"{given} in group {self.group}")
+        found = _imported(
+            entry.load,
+            f"{given} in group {self.group}",
+            f"an importable {entry.value!r}; repair or uninstall that distribution",
+        )
         if not self.fits(found):
             raise ConfigError(
                 f"{given} = {entry.value!r} is not allowed; allowed: {self.wanted}; "
-                "fix or uninstall that distribution"
+                "repair or uninstall that distribution"
             )
         return found
 
     def _of_module(self, name: str, field: str) -> T:
         if not MODULE_AND_NAME.fullmatch(name):
             raise ConfigError.of(field, name, '"package.module:Name", both of them importable')
-        found = _loaded(EntryPoint(name=name, value=name, group=self.group), f"{field} = {name!r}")
+        found = _imported(
+            EntryPoint(name=name, value=name, group=self.group).load,
+            f"{field} = {name!r}",
+            '"package.module:Name", both of them importable; install the package',
+        )
         if not self.fits(found):
             raise ConfigError.of(field, name, f"{self.wanted}; name such an object after the colon")
         return found
@@ -176,17 +207,15 @@ def _source(entry: EntryPoint) -> str:
     return f"distribution {entry.dist.name}" if entry.dist is not None else "an unnamed source"
 
 
-def _loaded(entry: EntryPoint, given: str) -> object:
-    """Import an object.
+def _imported(load: Callable[[], object], given: str, allowed: str) -> object:
+    """Import an object; its code may raise anything, which becomes one line.
 
-    Foreign code runs here, and may raise anything.
+    The traceback stays with the error as its cause.
     """
     try:
-        found: object = entry.load()
+        return load()
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{given} cannot be imported ({type(error).__name__}: {reason}); allowed: "
-            f"an importable {entry.value!r}; install or repair it"
+            f"{given} cannot be imported ({type(error).__name__}: {reason}); allowed: {allowed}"
         ) from error
-    return found
