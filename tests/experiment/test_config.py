@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from helpers.config_errors import ARM, HEAD, refusal
+from perdure.adversarial import FGSM, PGD
 from perdure.errors import ConfigError
 from perdure.experiment.config import (
     OPTIMIZERS,
     Arm,
     AttackConfig,
     Config,
+    ExplainConfig,
     FederationConfig,
     TrainingConfig,
     build,
     parse,
     read,
 )
+from perdure.explain import KernelSHAP
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names
 
@@ -39,7 +42,6 @@ def test_every_table_is_read():
     name = "all"
     seed = 7
     threads = 2
-    explain = 3
     [data]
     name = "mnist"
     root = "/somewhere"
@@ -55,6 +57,10 @@ def test_every_table_is_read():
     learning_rate = 1
     momentum = 0.5
     iterations = 9
+    [training.adversary]
+    name = "pgd"
+    epsilon = 0.5
+    bounds = [0, 2]
     [private_training]
     epochs = 2
     [federation]
@@ -65,7 +71,12 @@ def test_every_table_is_read():
     seed = 5
     [attack]
     name = "fgsm"
+    epsilon = 0.25
     norm = "l2"
+    [explain]
+    method = "kernel_shap"
+    records = 3
+    samples = 99
     {ARM}
     [[arms]]
     strategy = "ewc"
@@ -73,7 +84,7 @@ def test_every_table_is_read():
     private = true
     """
     config = parse(text)
-    assert (config.name, config.seed, config.threads, config.explain) == ("all", 7, 2, 3)
+    assert (config.name, config.seed, config.threads) == ("all", 7, 2)
     assert config.data.root == "/somewhere"
     assert config.data.shuffle_classes is True
     assert (config.model.hidden, config.model.head) == ((3, 4), "cosine")
@@ -85,7 +96,15 @@ def test_every_table_is_read():
     assert config.private_training == TrainingConfig(epochs=2)
     assert config.federation == FederationConfig(clients=4, fraction=0.5)
     assert config.privacy == Privacy(epsilon=2.0, seed=5)
-    assert config.attack == AttackConfig(name="fgsm", norm="l2")
+    assert config.attack == AttackConfig(
+        name="fgsm", attack=FGSM(epsilon=0.25, norm="l2"), bounds_given=False
+    )
+    assert config.training.adversary == AttackConfig(
+        name="pgd", attack=PGD(epsilon=0.5, bounds=(0.0, 2.0))
+    )
+    assert config.explain == ExplainConfig(
+        method="kernel_shap", explainer=KernelSHAP(samples=99), records=3
+    )
     assert [arm.name for arm in config.arms] == ["naive-plain", "ewc-private"]
     assert config.arms[1].strategy == find("ewc")(strength=2.0)
     assert isinstance(config.arms[1].strategy.strength, float)
@@ -96,6 +115,8 @@ def test_the_demo_is_right():
         resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8")
     )
     assert config.name == "demo"
+    assert config.attack.attack == PGD(epsilon=0.1, steps=10)
+    assert config.explain == ExplainConfig(method="kernel_shap", explainer=KernelSHAP(), records=6)
     assert {arm.file for arm in config.arms} == {"naive", "ewc", "lwf", "replay"}
     assert [arm.private for arm in config.arms] == [False] * 4 + [True] * 4
 
@@ -141,8 +162,8 @@ def test_arms_are_a_list_of_tables(arms):
 @pytest.mark.parametrize(
     ("arm", "start"),
     [
-        ("[[arms]]\n", "arms[0] = {}"),
-        ("[[arms]]\nstrategy = 3\n", "arms[0] = {'strategy': 3}"),
+        ("[[arms]]\n", "arms[0].strategy is missing; allowed: agem, "),
+        ("[[arms]]\nstrategy = 3\n", "arms[0].strategy = 3"),
         ('arms = ["naive"]\n', "arms[0] = 'naive'"),
         ('[[arms]]\nstrategy = "ewcc"\n', "arms[0].strategy = 'ewcc'"),
         ('[[arms]]\nstrategy = "../ewc"\n', "arms[0].strategy = '../ewc'"),
@@ -165,6 +186,28 @@ def test_arms_are_a_list_of_tables(arms):
 )
 def test_a_wrong_arm_is_refused(arm, start):
     assert refusal(HEAD + arm).startswith(start)
+
+
+def test_a_strategy_of_another_module_has_a_safe_folder_name():
+    [arm] = parse(f'{HEAD}[[arms]]\nstrategy = "perdure.strategies.l2:L2"\nstrength = 1\n').arms
+    assert arm.strategy == find("l2")(strength=1.0)
+    assert (arm.file, arm.name) == ("perdure.strategies.l2:L2", "perdure.strategies.l2.L2-plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("perdure.strategies.l2:L3", "AttributeError"),
+        ("no_such_package.inside:Mine", "ModuleNotFoundError"),
+        ("perdure:Strategy", "allowed: a subclass of perdure.Strategy"),
+        ("perdure:Learner", "allowed: a subclass of perdure.Strategy"),
+        ("../naive:Naive", '"package.module:Name"'),
+    ],
+)
+def test_a_strategy_of_another_module_that_is_none_is_refused(name, end):
+    message = refusal(f'{HEAD}[[arms]]\nstrategy = "{name}"\n')
+    assert message.startswith(f"arms[0].strategy = {name!r} ")
+    assert end in message
 
 
 def test_an_unknown_strategy_is_refused_with_those_there_are():

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.config_errors import ARM, HEAD, refusal
+from perdure.adversarial import PGD
 from perdure.errors import ConfigError
 from perdure.experiment.config import (
-    AttackConfig,
     Config,
     DataConfig,
     FederationConfig,
@@ -19,6 +19,7 @@ from perdure.experiment.config import (
     build,
     parse,
 )
+from perdure.explain import KernelSHAP
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
 
@@ -29,7 +30,8 @@ TABLES = {
     "private_training": "epochs = 1\n",
     "federation": "",
     "privacy": "epsilon = 1.0\n",
-    "attack": "",
+    "attack": 'name = "pgd"\nepsilon = 0.1\n',
+    "explain": 'method = "kernel_shap"\n',
 }
 CLASSES = {
     "data": DataConfig,
@@ -38,7 +40,8 @@ CLASSES = {
     "private_training": TrainingConfig,
     "federation": FederationConfig,
     "privacy": Privacy,
-    "attack": AttackConfig,
+    "attack": PGD,
+    "explain": KernelSHAP,
 }
 
 
@@ -64,7 +67,7 @@ WRONG = {
     ("", "name"): (*TEXT, '""', '"a/b"', '".."', '"."', '"a b"', '"a\\nb"', f'"{"a" * 101}"'),
     ("", "seed"): ("-1", "4294967296", "1.0", "true", "nan"),
     ("", "threads"): (*COUNTS, "1025"),
-    ("", "explain"): ("-1", "0.5", "false"),
+    ("", "explain"): ("6", "true", "[]"),
     ("", "data"): ('"digits"', "3", "[]"),
     ("", "training"): ("true", "[]"),
     ("", "federation"): ("true", '"yes"'),
@@ -119,7 +122,16 @@ WRONG = {
     ("attack", "name"): CHOICES,
     ("attack", "epsilon"): ("-0.1", "nan", "inf", "true"),
     ("attack", "norm"): CHOICES,
-    ("attack", "steps"): COUNTS,
+    ("attack", "bounds"): ("1", "[0]", "[0, 1, 2]", "[1, 0]", "[nan, 1]", '"inputs"'),
+    ("attack", "steps"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
+    ("attack", "step_size"): POSITIVE,
+    ("attack", "random_start"): SWITCH,
+    ("explain", "method"): CHOICES,
+    ("explain", "records"): COUNTS,
+    ("explain", "samples"): ("1", "-1", "true", "1.5", '"2"', "[1]"),
+    ("explain", "chunk"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
+    ("training", "adversary"): ("true", '"pgd"', "{}", '{name = "pgd"}', '{name = "lime"}'),
+    ("private_training", "adversary"): ('{name = "pgd", epsilon = -1}',),
 }
 
 
@@ -137,6 +149,8 @@ def test_no_field_was_forgotten():
     known = {(table, field.name) for table, cls in tables.items() for field in fields(cls)}
     repeated = {("private_training", field.name) for field in fields(TrainingConfig)}
     other = {("", name) for name in ("model", "private_training", "privacy", "attack", "arms")}
+    chosen = {("attack", "name"), ("explain", "method"), ("explain", "records")}
+    assert chosen <= WRONG.keys()
     assert known - repeated - other - WRONG.keys() == {("privacy", "noise_multiplier")}
 
 

@@ -18,7 +18,6 @@ from perdure.learner.learner import POINTS
 ARMS = ("replay-plain", "ewc-private")
 CONFIG = """
 name = "stopped"
-explain = 1
 [data]
 experiences = 2
 [model]
@@ -31,6 +30,9 @@ noise_multiplier = 1.0
 delta = 0.001
 sampling_rate = 0.25
 seed = 0
+[explain]
+method = "kernel_shap"
+records = 1
 [[arms]]
 strategy = "replay"
 memory_size = 20

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from perdure.adversarial import FGSM
 from perdure.data.datasets.registry import load
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import parse
 from perdure.experiment.result_schema import checked
-from perdure.experiment.results import attack_of
 from perdure.experiment.run import TIMINGS, occupied, run, trained, untimed
 from perdure.learner.learner import POINTS
 from perdure.privacy.ledger.merged import read as read_ledger
@@ -22,7 +23,6 @@ from perdure.report.wording import epsilon_number
 
 SMALL = """
 name = "small"
-explain = 1
 [data]
 experiences = 2
 [model]
@@ -35,7 +35,12 @@ epochs = 1
 noise_multiplier = 1.0
 delta = 0.001
 sampling_rate = 0.25
+[explain]
+method = "kernel_shap"
+records = 1
 [attack]
+name = "pgd"
+epsilon = 0.1
 steps = 1
 [[arms]]
 strategy = "replay"
@@ -52,7 +57,9 @@ private = true
 ARMS = ("replay-plain", "ewc-private", "replay-private")
 PRIVATE = ARMS[1:]
 SEEDED = SMALL.replace("sampling_rate", "seed = 3\nsampling_rate")
-FEDERATED = SEEDED.replace("[attack]\nsteps = 1\n", "[federation]\nclients = 2\nrounds = 2\n")
+ATTACK = '[attack]\nname = "pgd"\nepsilon = 0.1\nsteps = 1\n'
+EXPLAIN = '[explain]\nmethod = "kernel_shap"\nrecords = 1\n'
+FEDERATED = SEEDED.replace(ATTACK, "[federation]\nclients = 2\nrounds = 2\n")
 
 
 def ran(folder, text, **options):
@@ -454,25 +461,91 @@ def test_a_damaged_result_is_refused(secret, tmp_path):
 # ------------------------------------------------------------------------ data that are no pictures
 
 
-def breast(explain):
-    text = SMALL.replace("[data]\n", '[data]\nname = "breast-cancer"\n').replace(
-        "explain = 1", f"explain = {explain}"
-    )
+def breast(explained):
+    text = SMALL.replace("[data]\n", '[data]\nname = "breast-cancer"\n')
+    text = text if explained else text.replace(EXPLAIN, "")
     return text.split('[[arms]]\nstrategy = "ewc"')[0]
 
 
 def test_explanations_are_for_pictures(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"explain = 1 is not allowed; allowed: 0 for inputs of shape \(30,\)"
+        ConfigError,
+        match=r"explain.method = 'kernel_shap' is not allowed; allowed: no \[explain\] table: "
+        r"inputs of shape \(30,\) make no picture",
     ):
-        ran(tmp_path, breast(explain=1))
+        ran(tmp_path, breast(explained=True))
 
 
 def test_inputs_without_bounds_are_attacked_without_bounds(tmp_path):
-    config = parse(breast(explain=0))
-    assert attack_of(config.attack, open_stream(config)).bounds is None
-    assert attack_of(config.attack, open_stream(parse(SMALL))).bounds == (0.0, 1.0)
-    result, _ = ran(tmp_path, breast(explain=0))
+    config = parse(breast(explained=False))
+    assert config.attack.on(open_stream(config)).bounds is None
+    assert config.attack.on(open_stream(parse(SMALL))).bounds == (0.0, 1.0)
+    result, _ = ran(tmp_path, breast(explained=False))
     arm = result["arms"][0]
     assert 0 <= arm["robust_accuracy"] <= arm["average_accuracy"]
     assert Path(write_report(tmp_path)).exists()
+
+
+def test_bounds_that_a_config_gives_are_kept():
+    text = SMALL.replace("epsilon = 0.1", "epsilon = 0.1\nbounds = [-1, 2.5]")
+    assert parse(text).attack.on(open_stream(parse(text))).bounds == (-1.0, 2.5)
+
+
+OTHERS = """
+name = "others"
+[data]
+experiences = 2
+[model]
+hidden = [6]
+[training]
+optimizer = "SGD"
+learning_rate = 0.1
+epochs = 1
+[training.adversary]
+name = "perdure.adversarial.fgsm:FGSM"
+epsilon = 0.1
+[attack]
+name = "fgsm"
+epsilon = 0.1
+[explain]
+method = "lime"
+samples = 20
+records = 2
+[[arms]]
+strategy = "perdure.strategies.naive:Naive"
+"""
+
+
+def test_adversary_attack_and_explainer_are_chosen_by_name(tmp_path):
+    config = parse(OTHERS)
+    [arm] = config.arms
+    log = MetricsLog(tmp_path / "unused.jsonl")
+    learner = ArmRun(config, arm, open_stream(config), tmp_path / "unused", log).learner(
+        open_stream(config)
+    )
+    assert learner.adversary == FGSM(epsilon=0.1, bounds=(0.0, 1.0))
+    result, _ = ran(tmp_path / "run", OTHERS)
+    name = "perdure.strategies.naive.Naive-plain"
+    assert (tmp_path / "run" / "checkpoint" / name / "model.safetensors").exists()
+    assert result["attack"] == {"name": "fgsm", "epsilon": 0.1, "norm": "linf"}
+    assert result["arms"][0]["strategy"] == "perdure.strategies.naive:Naive"
+    assert result["explanations"]["method"] == "lime"
+    values = load_file(tmp_path / "run" / "explanations.safetensors")["values"]
+    assert values.shape == (2, 2, 1, 8, 8)
+    page = Path(write_report(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "local linear models (LIME)" in page
+    assert "fgsm, L∞ 0.1" in page or "fgsm,<br>L∞ 0.1" in page
+
+
+def test_an_adversary_changes_what_is_learnt(tmp_path):
+    plain = OTHERS.replace(
+        '[training.adversary]\nname = "perdure.adversarial.fgsm:FGSM"\nepsilon = 0.1\n', ""
+    ).replace('[explain]\nmethod = "lime"\nsamples = 20\nrecords = 2\n', "")
+    hardened = plain.replace(
+        "epochs = 1\n", 'epochs = 1\n[training.adversary]\nname = "fgsm"\nepsilon = 0.3\n'
+    )
+    results = [
+        ran(tmp_path / name, text)[0]["arms"][0] for name, text in (("a", plain), ("b", hardened))
+    ]
+    assert results[0]["accuracy_matrix"] != results[1]["accuracy_matrix"]
+    assert "explanations.safetensors" not in {path.name for path in (tmp_path / "a").iterdir()}

@@ -27,7 +27,6 @@ from perdure.strategies import EWC, Replay
 
 CONFIG = """
 name = "secret"
-explain = 1
 [data]
 experiences = 2
 [model]
@@ -40,6 +39,9 @@ epochs = 1
 noise_multiplier = 1.0
 delta = 0.001
 sampling_rate = 0.25
+[explain]
+method = "kernel_shap"
+records = 1
 [[arms]]
 strategy = "ewc"
 strength = 1.0

@@ -130,6 +130,7 @@ def _result() -> dict[str, Any]:
         ),
         "explanations": {
             "file": "explanations.safetensors",
+            "method": "kernel_shap",
             "arm": "replay",
             "moments": ["after experience 1", "after experience 5"],
         },

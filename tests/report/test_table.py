@@ -99,7 +99,7 @@ def test_another_schema_is_refused(result: dict[str, Any], schema: object) -> No
         (lambda r: r["arms"][1]["epsilon"].pop("unit"), r"arms\[1\].epsilon lacks unit"),
         (lambda r: r["arms"][1].update(epsilon=None), "private"),
         (lambda r: r["stream"].pop("classes"), "stream lacks classes"),
-        (lambda r: r["attack"].pop("steps"), "attack lacks steps"),
+        (lambda r: r["attack"].pop("norm"), "attack lacks norm"),
     ],
 )
 def test_an_incomplete_result_is_refused_by_name(

@@ -6,20 +6,19 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from perdure.adversarial.robust_accuracy import robust_accuracy
+from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.datasets.registry import load
 from perdure.data.experience import Stream
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, RunError
-from perdure.experiment.config import Arm, Config
+from perdure.experiment.config import Arm, Config, TrainingConfig
 from perdure.experiment.results import (
-    attack_of,
     calibration,
     client_streams,
     epsilon_row,
@@ -61,8 +60,8 @@ def open_stream(config: Config) -> Stream:
         data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order
     )
     if config.explain and len(stream.input_shape) < 2:
-        allowed = f"0 for inputs of shape {stream.input_shape}, which make no picture"
-        raise ConfigError.of("explain", config.explain, allowed)
+        allowed = f"no [explain] table: inputs of shape {stream.input_shape} make no picture"
+        raise ConfigError.of("explain.method", config.explain.method, allowed)
     return stream
 
 
@@ -141,7 +140,7 @@ class ArmRun:
         """Return a fresh learner for one party of this arm."""
         config = self.config
         private = self.arm.private
-        training = (config.private_training or config.training) if private else config.training
+        training = self._training
         rounds = config.federation.rounds if config.federation else 1
         return Learner(
             model=build(
@@ -160,11 +159,23 @@ class ArmRun:
             privacy=config.privacy if private else None,
             reset_optimizer=training.reset_optimizer,
             precision=training.precision,
+            adversary=self._adversary,
             client=client,
             owner=f"{self.arm.name}/client-{client}",
             folder=folder,
             callbacks=[self._listen, *self.callbacks],
         )
+
+    @property
+    def _training(self) -> TrainingConfig:
+        private = self.config.private_training if self.arm.private else None
+        return private or self.config.training
+
+    @cached_property
+    def _adversary(self) -> Attack | None:
+        """Adversary of the training; its bounds come from the test records of the whole stream."""
+        chosen = self._training.adversary
+        return chosen.on(self.stream) if chosen else None
 
     def untrained(self) -> Learner:
         """Learner that was shown nothing, at the end of the stream."""
@@ -284,20 +295,15 @@ class ArmRun:
 
     def _explain(self, learner: Learner, index: int) -> None:
         last = len(self.stream) - 1
-        if (
-            not self.config.explain
-            or self.arm != explained_arm(self.config)
-            or index not in (0, last)
-        ):
+        chosen = self.config.explain
+        if chosen is None or self.arm != explained_arm(self.config) or index not in (0, last):
             return
-        from perdure.explain import kernel_shap
-
-        chosen = self.stream[0].test
-        inputs = chosen.inputs[: self.config.explain]
-        labels = chosen.labels[: self.config.explain]
+        test = self.stream[0].test
+        inputs = test.inputs[: chosen.records]
+        labels = test.labels[: chosen.records]
         blank = torch.zeros_like(inputs[:1])
         with torch.no_grad():
-            values = kernel_shap(
+            values = chosen.explainer.explain(
                 learner.predictor(0, after=index),
                 inputs,
                 blank,
@@ -312,7 +318,7 @@ class ArmRun:
     def _robust(self, learner: Learner) -> float | None:
         if self.config.attack is None:
             return None
-        attack = attack_of(self.config.attack, self.stream)
+        attack = self.config.attack.on(self.stream)
         last = len(self.stream) - 1
         shares = [
             robust_accuracy(

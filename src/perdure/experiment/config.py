@@ -25,9 +25,21 @@ delta = 1e-5
 clients = 10
 rounds = 3
 
+[training.adversary]           # optional: train on each record's worst case
+name = "fgsm"
+epsilon = 0.05
+
+[attack]                       # optional: measure robust accuracy
+name = "pgd"                   # a file in adversarial/, an entry point, or "my_package.module:Mine"
+epsilon = 0.1                  # and its own fields
+
+[explain]                      # optional
+method = "kernel_shap"         # a file in explain/, and so on
+records = 6
+
 [[arms]]
-strategy = "ewc"               # a file in strategies/
-strength = 100.0               # and its options
+strategy = "ewc"               # a file in strategies/, and so on
+strength = 100.0               # and its own fields
 private = false
 """
 
@@ -38,20 +50,29 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from perdure.adversarial import Attack
+from perdure.adversarial import find as find_attack
+from perdure.adversarial import names as attack_names
 from perdure.contract.strategy import Strategy
 from perdure.data.datasets.registry import find as find_dataset
+from perdure.data.experience import Stream
 from perdure.errors import ConfigError
+from perdure.explain import Explainer
+from perdure.explain import find as find_explainer
+from perdure.explain import names as explainer_names
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
+from perdure.strategies import find as find_strategy
+from perdure.strategies import names as strategy_names
 from perdure.types import Scenario
 
 T = TypeVar("T")
@@ -114,6 +135,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """An attack as a table names it.
+
+    Args:
+        name: one of `perdure.adversarial.names()`, or "my_package.my_module:MyAttack".
+        attack: with its own fields.
+        bounds_given: whether the bounds are those of `attack`. Otherwise inputs stay in [0, 1]
+            where all public test inputs lie there, and are unbounded elsewhere.
+    """
+
+    TABLE: ClassVar[str] = "a table with name = NAME and the attack's own fields"
+
+    name: str
+    attack: Attack
+    bounds_given: bool = True
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
+        """Find the attack by its name, and build it from the other fields."""
+        name, attack = _extension(find_attack, attack_names, "name", table, where)
+        return cls(name=name, attack=attack, bounds_given="bounds" in table)
+
+    def on(self, stream: Stream) -> Attack:
+        """Return the attack with the bounds that hold for a stream's inputs."""
+        if self.bounds_given:
+            return self.attack
+        unit = all(bool(((e.test.inputs >= 0) & (e.test.inputs <= 1)).all()) for e in stream)
+        return replace(self.attack, bounds=(0.0, 1.0) if unit else None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long and with what an experience is trained.
 
@@ -125,6 +177,7 @@ class TrainingConfig:
         batch_size: records a step.
         reset_optimizer: start every experience with a fresh optimiser.
         precision: of the passes through the model while training.
+        adversary: attack that moves every batch before its gradient (adversarial training).
     """
 
     optimizer: str = "Adam"
@@ -135,6 +188,7 @@ class TrainingConfig:
     batch_size: int = 32
     reset_optimizer: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    adversary: AttackConfig | None = None
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
@@ -204,38 +258,68 @@ class FederationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig:
-    """The attack that robust accuracy is measured under.
+class ExplainConfig:
+    """Explanations after the first and the last experience.
 
     Args:
-        name: pgd or fgsm.
-        epsilon: radius in units of the inputs (pixels in [0, 1]).
-        norm: linf or l2.
-        steps: of pgd.
+        method: one of `perdure.explain.names()`, or "my_package.my_module:MyExplainer".
+        explainer: with its own fields.
+        records: test records of the first experience that are explained.
     """
 
-    name: Literal["pgd", "fgsm"] = "pgd"
-    epsilon: float = 0.1
-    norm: Literal["linf", "l2"] = "linf"
-    steps: int = 10
+    TABLE: ClassVar[str] = "a table with method = NAME, records, and the explainer's own fields"
+
+    method: str
+    explainer: Explainer
+    records: int = 6
 
     def __post_init__(self) -> None:
-        check(self, "epsilon", lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
-        check(self, "steps", counts, "1 to 1000000000")
+        check(self, "records", counts, "1 to 1000000000")
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str) -> "ExplainConfig":
+        """Find the explainer by its name, and build it from the other fields."""
+        options = dict(table)
+        records = _value(options.pop("records", cls.records), int, f"{where}.records")
+        method, explainer = _extension(find_explainer, explainer_names, "method", options, where)
+        try:
+            return cls(method=method, explainer=explainer, records=typing.cast(int, records))
+        except ConfigError as error:
+            raise ConfigError(_placed(str(error), where, ("records",))) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One model of the run: a strategy, with or without privacy."""
+    """One model of the run: a strategy, with or without privacy.
+
+    Args:
+        strategy: with its own fields.
+        file: name that it was found by: one of `perdure.strategies.names()`, or
+            "my_package.my_module:MyMethod".
+        private: train it under the run's privacy.
+    """
+
+    TABLE: ClassVar[str] = (
+        "a table with strategy = NAME, its own fields, and private = true or false"
+    )
 
     strategy: Strategy
     file: str
     private: bool = False
 
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str) -> "Arm":
+        """Find the strategy by its name, and build it from the other fields."""
+        options = dict(table)
+        private = _value(options.pop("private", False), bool, f"{where}.private")
+        file, strategy = _extension(find_strategy, strategy_names, "strategy", options, where)
+        return cls(strategy=strategy, file=file, private=typing.cast(bool, private))
+
     @property
     def name(self) -> str:
-        """Folder and row name."""
-        return f"{self.file}-{'private' if self.private else 'plain'}"
+        """Folder and row name; "my_package.my_module:Mine" gives my_package.my_module.Mine."""
+        safe = re.sub(r"[^A-Za-z0-9._-]", ".", self.file)
+        return f"{safe}-{'private' if self.private else 'plain'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +331,15 @@ class Config:
             letter or digit.
         seed: of everything but secret noise.
         threads: torch threads; results are bit-identical for the same number.
-        explain: test records explained by SHAP after the first and the last experience.
-        private_training: training of the private arms, where it differs.
+        private_training: training of the private arms, where it differs; it replaces the whole of
+            `training`.
+        attack: under which robust accuracy is measured.
+        explain: explainer, and how many test records it explains.
     """
 
     name: str
     seed: int = 0
     threads: int = 1
-    explain: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=10))
@@ -262,6 +347,7 @@ class Config:
     federation: FederationConfig | None = None
     privacy: Privacy | None = None
     attack: AttackConfig | None = None
+    explain: ExplainConfig | None = None
     arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:
@@ -274,7 +360,6 @@ class Config:
         )
         check(self, "seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
         check(self, "threads", lambda value: 1 <= value <= 1024, "1 to 1024")
-        check(self, "explain", lambda value: value >= 0, "0 or more")
         if not self.arms:
             raise ConfigError(
                 "arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME"
@@ -330,12 +415,7 @@ def parse(text: str, source: str = "config") -> Config:
             raise ConfigError(
                 f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63"
             )
-    arms = table.pop("arms", [])
-    if not isinstance(arms, list):
-        raise ConfigError.of("arms", arms, "[[arms]] tables with strategy = NAME")
-    return build(
-        Config, table, "", arms=tuple(_arm(entry, f"arms[{i}]") for i, entry in enumerate(arms))
-    )
+    return build(Config, table, "")
 
 
 def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
@@ -350,24 +430,25 @@ def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
         yield where, value
 
 
-def _arm(entry: object, where: str) -> Arm:
-    from perdure.strategies import find, names
+def _extension(
+    find: Callable[..., type[T]],
+    names: Callable[[], tuple[str, ...]],
+    key: str,
+    table: Mapping[str, Any],
+    where: str,
+) -> tuple[str, T]:
+    """Name under `key` of a table, and the extension built from the table's other fields."""
+    options = dict(table)
+    field = f"{where}.{key}"
+    if key not in options:
+        raise ConfigError(f'{field} is missing; allowed: {", ".join(names())}, or "module:name"')
+    name = options.pop(key)
+    if not isinstance(name, str):
+        raise ConfigError.of(field, name, names())
+    return name, build(find(name, field=field), options, where)
 
-    if not isinstance(entry, dict) or not isinstance(entry.get("strategy"), str):
-        raise ConfigError.of(
-            where, entry, "a table with strategy = NAME, its options, and private = true or false"
-        )
-    options = dict(entry)
-    name = options.pop("strategy")
-    private = options.pop("private", False)
-    if name not in names():
-        raise ConfigError.of(f"{where}.strategy", name, names())
-    if not isinstance(private, bool):
-        raise ConfigError.of(f"{where}.private", private, "true or false")
-    return Arm(strategy=build(find(name), options, where), file=name, private=private)
 
-
-def build(cls: type[T], table: Mapping[str, Any], where: str, **ready: object) -> T:
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Make a dataclass from a TOML table.
 
     Unknown fields, missing fields and wrong types are refused by name.
@@ -376,21 +457,21 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, **ready: object) -
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for name in table:
-        if name not in known or name in ready:
+        if name not in known:
             raise ConfigError.of(
                 f"{prefix}{_key(name)}", table[name], f"one of the fields {', '.join(known)}"
             )
     required = [
         n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
     ]
-    missing = [name for name in required if name not in table and name not in ready]
+    missing = [name for name in required if name not in table]
     if missing:
         raise ConfigError(
             f"{prefix}{missing[0]} is missing; allowed: {_describe(hints[missing[0]])}"
         )
     values = {name: _value(value, hints[name], f"{prefix}{name}") for name, value in table.items()}
     try:
-        return cls(**values, **ready)
+        return cls(**values)
     except ConfigError as error:
         raise ConfigError(_placed(str(error), where, known)) from None
 
@@ -425,15 +506,13 @@ def _value(value: object, hint: Any, where: str) -> object:
     Numbers, text, choices, lists as tuples, tables as dataclasses.
     """
     for option in _options(hint):
-        if (
-            isinstance(option, type)
-            and hasattr(option, "__dataclass_fields__")
-            and isinstance(value, dict)
-        ):
+        if isinstance(value, dict) and hasattr(option, "from_table"):
+            return option.from_table(value, where)
+        if isinstance(value, dict) and hasattr(option, "__dataclass_fields__"):
             return build(option, value, where)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if typing.get_origin(option) is tuple and isinstance(value, list):
+        if isinstance(value, list) and _length_fits(value, option):
             return tuple(
                 _value(item, typing.get_args(option)[0], f"{where}[{i}]")
                 for i, item in enumerate(value)
@@ -441,6 +520,14 @@ def _value(value: object, hint: Any, where: str) -> object:
         if option in (int, float, str, bool) and _fits(value, option):
             return option(value)
     raise ConfigError.of(where, value, _describe(hint))
+
+
+def _length_fits(value: list[object], hint: Any) -> bool:
+    """Whether a list may become such a tuple, of any length or of a fixed one."""
+    if typing.get_origin(hint) is not tuple:
+        return False
+    kinds = typing.get_args(hint)
+    return Ellipsis in kinds or len(value) == len(kinds)
 
 
 def _fits(value: object, kind: type) -> bool:
@@ -461,7 +548,11 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(options[0]) is Literal:
         return ", ".join(map(str, typing.get_args(options[0])))
     if typing.get_origin(options[0]) is tuple:
-        return f"a list of which each is {_describe(typing.get_args(options[0])[0])}"
+        kinds = typing.get_args(options[0])
+        length = "" if Ellipsis in kinds else f"{len(kinds)} values, "
+        return f"a list of {length}which each is {_describe(kinds[0])}"
+    if hasattr(options[0], "TABLE"):
+        return typing.cast(str, options[0].TABLE)
     if hasattr(options[0], "__dataclass_fields__"):
         return f"a table with {', '.join(f.name for f in fields(options[0]) if f.init)}"
     return names.get(options[0], "nothing that TOML can say")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from perdure.errors import RunError
 
@@ -69,18 +69,19 @@ class StreamResult(TypedDict):
 
 
 class AttackResult(TypedDict):
-    """The attack behind robust accuracy."""
+    """The attack behind robust accuracy; `steps` where it takes several."""
 
     name: str
     epsilon: float
-    steps: int
+    steps: NotRequired[int]
     norm: str
 
 
 class Explanations(TypedDict):
-    """Where the explanation tensors are, and of which arm and moments."""
+    """Where the explanation tensors are, by which explainer, and of which arm and moments."""
 
     file: str
+    method: str
     moments: list[str]
     arm: str
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 
-from perdure.adversarial.base import Attack
-from perdure.adversarial.fgsm import FGSM
-from perdure.adversarial.pgd import PGD
 from perdure.data.experience import Stream
 from perdure.experiment.config import Arm, AttackConfig, Config
 from perdure.learner.learner import Learner
@@ -46,7 +43,7 @@ def summary(
         "model": asdict(config.model),
         "federation": federation_row(config, stream),
         "environment": versions() | {k: v for k, v in machine().items() if v is not None},
-        "attack": asdict(config.attack) if config.attack else None,
+        "attack": attack_row(config.attack),
         "arms": rows,
         "epsilon_of_all_arms": epsilon_of_all_arms(merged, config.privacy.delta)
         if merged and config.privacy
@@ -136,16 +133,16 @@ def ledger_files(arm: Path) -> list[Path]:
     return sorted([*arm.glob("ledger.jsonl"), *arm.glob("clients/*/ledger.jsonl")])
 
 
-def attack_of(config: AttackConfig, stream: Stream) -> Attack:
-    """Make the attack that the config names.
-
-    Inputs stay in [0, 1] where all (public) test inputs lie there.
-    """
-    unit = all(bool(((e.test.inputs >= 0) & (e.test.inputs <= 1)).all()) for e in stream)
-    bounds = (0.0, 1.0) if unit else None
-    if config.name == "fgsm":
-        return FGSM(epsilon=config.epsilon, norm=config.norm, bounds=bounds)
-    return PGD(epsilon=config.epsilon, norm=config.norm, steps=config.steps, bounds=bounds)
+def attack_row(chosen: AttackConfig | None) -> dict[str, Any] | None:
+    """Attack behind robust accuracy, as far as the report names its strength."""
+    if chosen is None:
+        return None
+    strength = {
+        name: getattr(chosen.attack, name)
+        for name in ("epsilon", "norm", "steps")
+        if hasattr(chosen.attack, name)
+    }
+    return {"name": chosen.name} | strength
 
 
 def explained_arm(config: Config) -> Arm:
@@ -172,4 +169,9 @@ def collect_explanations(config: Config, folder: Path) -> dict[str, Any] | None:
         folder / EXPLAINED, joined | {"values": torch.stack([part["values"] for part in parts])}
     )
     moments = [f"after experience {int(path.stem.split('-')[1]) + 1}" for path in files]
-    return {"file": EXPLAINED, "moments": moments, "arm": arm.file}
+    return {
+        "file": EXPLAINED,
+        "method": config.explain.method,
+        "moments": moments,
+        "arm": arm.file,
+    }

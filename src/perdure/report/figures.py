@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from perdure.errors import RunError
 from perdure.experiment.result_schema import ArmResult, Result
 from perdure.report.picture import INK, MUTED, STYLE, Picture
-from perdure.report.wording import SIMULATION, by_privacy, decimal, epsilon_number, terms
+from perdure.report.wording import (
+    SIMULATION,
+    by_privacy,
+    decimal,
+    epsilon_number,
+    explainer_name,
+    terms,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -301,13 +308,13 @@ def _explanations(result: Result, run: Path) -> Picture | None:
     return Picture(
         name="explanations",
         title="What the model looks at, before and after",
-        caption=f"The arm {told['arm']}, explained with Shapley "
-        "values (SHAP) on a few test inputs. "
+        caption=f"The arm {told['arm']}, explained with "
+        f"{explainer_name(told['method'])} on a few test inputs. "
         "Red "
         "pixels speak for the class named above, blue ones against it; where the picture "
         "changes between "
         "the rows, the reasons were forgotten or replaced, even if the answer stayed right.",
-        alternative=f"SHAP heat maps of {len(inputs)} inputs "
+        alternative=f"Heat maps of {len(inputs)} inputs "
         f"({', '.join(titles)}), arm {told['arm']}: " + ", then ".join(told["moments"]) + ".",
         figure=figure,
     )

@@ -81,6 +81,17 @@ def attack_name(attack: AttackResult | None) -> str:
     """Write an attack with its strength: PGD-10, L∞ 0.1."""
     if attack is None:
         return "no attack"
-    steps = f"-{attack['steps']}" if attack["steps"] > 1 else ""
+    steps = attack.get("steps", 1)
+    repeated = f"-{steps}" if steps > 1 else ""
     norm = {"linf": "L∞", "l2": "L2", "l1": "L1"}.get(attack["norm"], attack["norm"])
-    return f"{attack['name']}{steps}, {norm} {attack['epsilon']:g}"
+    return f"{attack['name']}{repeated}, {norm} {attack['epsilon']:g}"
+
+
+def explainer_name(method: str) -> str:
+    """Write an explainer as its papers call it; one from elsewhere keeps its own name."""
+    shipped = {
+        "kernel_shap": "Shapley values (SHAP)",
+        "exact_shapley": "Shapley values",
+        "lime": "local linear models (LIME)",
+    }
+    return shipped.get(method, method)
