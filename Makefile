@@ -28,6 +28,7 @@ lint: setup ## ruff, mypy, and whether the installed packages fit together
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
+	@$(BIN)/python tests/helpers/typed_list.py  # only reports
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -95,6 +95,14 @@ def test_a_new_file_is_found_and_keeps_the_contract_and_learns(package):
 
 
 @pytest.mark.slow
+def test_a_new_file_that_type_checkers_do_not_know_is_reported(package):
+    script = Path(__file__).parents[1] / "helpers" / "typed_list.py"
+    assert python(package, str(script)) == (
+        "perdure.strategies: type checkers do not know Tether; add to its __init__.py\n"
+    )
+
+
+@pytest.mark.slow
 def test_a_new_file_is_listed_with_its_costs(package):
     printed = python(package, "-m", "perdure.cli.main", "bench", "--list", "--json")
     [row] = [row for row in json.loads(printed) if row["name"] == "tether"]

@@ -89,7 +89,7 @@ class Extensions(Generic[T]):
         in_folder = name in self.files()
         entries = [entry for entry in self._entries() if entry.name == name]
         if in_folder + len(entries) > 1:
-            own = [f"perdure ({name}.py)"] if in_folder else []
+            own = [f"{self.package} ({name}.py)"] if in_folder else []
             raise self._ambiguous(name, field or self.kind, [*own, *map(_source, entries)])
         if in_folder:
             return self._of_file(name)

@@ -1,0 +1,165 @@
+"""Extensions of another distribution: found by entry point and by module:name, in Python and from
+a config, with nothing of perdure changed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import perdure
+from helpers.distributions import distribution
+
+MODULE = '''
+    """One extension of each kind, as somebody else's package brings them."""
+
+    from dataclasses import dataclass
+
+    import torch
+
+    from perdure import Strategy
+    from perdure.adversarial import Attack
+    from perdure.explain import Attribution, Explainer
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Shrink(Strategy):
+        """Pull all parameters towards 0."""
+
+        strength: float
+
+        def penalty(self, params, state):
+            return self.strength * sum(value.square().sum() for value in params.values())
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Darken(Attack):
+        """Make every pixel darker, whatever the loss."""
+
+        share: float = 1.0
+
+        def perturb(self, losses, inputs, *, generator=None):
+            limits = self._limits(inputs)
+            return self._feasible(inputs, inputs - self.share * self.epsilon, limits)
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Occlusion(Explainer):
+        """Fall of the output when one feature takes the value of the background."""
+
+        scale: float = 1.0
+
+        def explain(self, predict, inputs, background, *, targets=None, generator=None):
+            rows = torch.arange(len(inputs))
+            targets = predict(inputs).argmax(1) if targets is None else targets
+            whole = predict(inputs)[rows, targets]
+            values = torch.zeros(len(inputs), inputs[0].numel())
+            for feature in range(values.shape[1]):
+                changed = inputs.clone().flatten(1)
+                changed[:, feature] = background.flatten(1)[0, feature]
+                without = predict(changed.view_as(inputs))[rows, targets]
+                values[:, feature] = self.scale * (whole - without)
+            return Attribution(values=values.view_as(inputs), base=whole, targets=targets)
+'''
+KINDS = {
+    # group: (package with `find` and `names`, name of the entry point, object in MODULE)
+    "perdure.strategies": ("perdure.strategies", "shrink", "Shrink"),
+    "perdure.attacks": ("perdure.adversarial", "darken", "Darken"),
+    "perdure.explainers": ("perdure.explain", "occlusion", "Occlusion"),
+}
+FINDING = """
+import importlib, json, sys
+found = {}
+for package, name, target in json.loads(sys.argv[1]):
+    module = importlib.import_module(package)
+    assert name in module.names(), (name, module.names())
+    assert "somebody.extensions" not in sys.modules or found
+    by_entry_point = module.find(name)
+    assert module.find(f"somebody.extensions:{target}") is by_entry_point
+    found[package] = f"{by_entry_point.__module__}:{by_entry_point.__qualname__}"
+print(json.dumps(found))
+"""
+CONFIG = """
+name = "outside"
+[data]
+experiences = 2
+[model]
+hidden = [4]
+[training]
+epochs = 1
+[training.adversary]
+name = "somebody.extensions:Darken"
+epsilon = 0.1
+[attack]
+name = "darken"
+epsilon = 0.2
+share = 0.5
+[explain]
+method = "occlusion"
+records = 2
+scale = 2.0
+[[arms]]
+strategy = "shrink"
+strength = 0.001
+[[arms]]
+strategy = "somebody.extensions:Shrink"
+strength = 0.002
+"""
+RUNNING = """
+import json, sys
+from pathlib import Path
+from perdure.experiment.config import parse
+from perdure.experiment.run import run
+text = sys.stdin.read()
+print(json.dumps(run(parse(text), text, Path(sys.argv[1]))))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder that holds the distribution, as site-packages holds an installed wheel."""
+    modules = {"somebody/__init__.py": "", "somebody/extensions.py": MODULE}
+    groups = {
+        group: {name: f"somebody.extensions:{target}"} for group, (_, name, target) in KINDS.items()
+    }
+    return distribution(tmp_path_factory.mktemp("site"), "somebody-extensions", modules, groups)
+
+
+def python(installed, *words, text=""):
+    """Run the interpreter where the distribution is installed, and return what it prints."""
+    path = [str(installed), str(Path(perdure.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_each_kind_is_found_by_entry_point_and_by_module_and_name(installed):
+    found = json.loads(python(installed, "-c", FINDING, json.dumps(list(KINDS.values()))))
+    assert found == {
+        package: f"somebody.extensions:{target}" for package, _, target in KINDS.values()
+    }
+
+
+@pytest.mark.slow
+def test_a_config_runs_with_them(installed, tmp_path):
+    result = json.loads(python(installed, "-c", RUNNING, str(tmp_path / "run"), text=CONFIG))
+    assert [arm["strategy"] for arm in result["arms"]] == ["shrink", "somebody.extensions:Shrink"]
+    assert [arm["options"] for arm in result["arms"]] == [
+        "Shrink(strength=0.001)",
+        "Shrink(strength=0.002)",
+    ]
+    assert result["attack"] == {"name": "darken", "epsilon": 0.2, "norm": "linf"}
+    assert result["explanations"]["method"] == "occlusion"
+    folders = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    assert folders == {"shrink-plain", "somebody.extensions.Shrink-plain"}
