@@ -22,6 +22,7 @@ MODULE = '''
 
     from perdure import Strategy
     from perdure.adversarial import Attack
+    from perdure.data.datasets import Dataset, from_stratified_split
     from perdure.explain import Attribution, Explainer
 
 
@@ -63,12 +64,21 @@ MODULE = '''
                 without = predict(changed.view_as(inputs))[rows, targets]
                 values[:, feature] = self.scale * (whole - without)
             return Attribution(values=values.view_as(inputs), base=whole, targets=targets)
+
+
+    def stripes(seed: int = 0) -> Dataset:
+        """Pictures of (1, 4, 4) in [0, 1] in which the row of the class is bright."""
+        labels = torch.arange(4).repeat(30)
+        noise = torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+        pictures = 0.3 * noise + 0.7 * torch.eye(4)[labels].view(120, 1, 4, 1)
+        return from_stratified_split("stripes", pictures, labels, seed=seed, test_share=0.2)
 '''
 KINDS = {
     # group: (package with `find` and `names`, name of the entry point, object in MODULE)
     "perdure.strategies": ("perdure.strategies", "shrink", "Shrink"),
     "perdure.attacks": ("perdure.adversarial", "darken", "Darken"),
     "perdure.explainers": ("perdure.explain", "occlusion", "Occlusion"),
+    "perdure.datasets": ("perdure.data.datasets", "stripes", "stripes"),
 }
 FINDING = """
 import importlib, json, sys
@@ -85,6 +95,7 @@ print(json.dumps(found))
 CONFIG = """
 name = "outside"
 [data]
+name = "stripes"
 experiences = 2
 [model]
 hidden = [4]
@@ -159,6 +170,7 @@ def test_a_config_runs_with_them(installed, tmp_path):
         "Shrink(strength=0.001)",
         "Shrink(strength=0.002)",
     ]
+    assert result["stream"]["classes"] == [[0, 1], [2, 3]]
     assert result["attack"] == {"name": "darken", "epsilon": 0.2, "norm": "linf"}
     assert result["explanations"]["method"] == "occlusion"
     folders = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}

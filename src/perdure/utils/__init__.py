@@ -1,8 +1,8 @@
 """Small helpers without knowledge of learning: files, seeds, hashing, the machine.
 
 Import `derive` and `generator` for randomness that is a function of one seed, `chunks` for batches
-that fit into memory, `evaluating` for a module in evaluation mode, `store_rows` for the results of a
-benchmark, and `Extensions` to find one extension a file.
+that fit into memory, `evaluating` for a module in evaluation mode, `store_rows` for the results
+of a benchmark, and `Extensions` to find one extension a file.
 """
 
 from perdure.utils.chunking import chunks
