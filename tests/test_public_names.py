@@ -14,7 +14,6 @@ import pytest
 
 import perdure
 from helpers.import_rules import imported
-from perdure import strategies
 
 ROOT = Path(__file__).parents[1]
 FILES = ("errors", "metrics", "types")
@@ -22,8 +21,6 @@ FILES = ("errors", "metrics", "types")
 MODULES = {found.name: found.ispkg for found in pkgutil.walk_packages(perdure.__path__, "perdure.")}
 FACES = ["perdure", *(name for name, is_package in MODULES.items() if is_package)]
 PUBLIC = [*FACES, *(f"perdure.{name}" for name in FILES)]
-FACES_BELOW = {name.rpartition(".")[2] for name in PUBLIC}
-"""Packages may be imported from the one above."""
 every = pytest.mark.parametrize("name", PUBLIC)
 
 
@@ -86,7 +83,7 @@ def test_all_is_documented(name):
 
 def fault(face: str, name: str) -> str | None:
     """Reason why a public name does not count as documented."""
-    value = getattr(importlib.import_module(face), name)
+    value = inspect.unwrap(getattr(importlib.import_module(face), name))  # of a cache
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         return None if name in documented(own_names(face)[name]) else "no docstring below it"
     text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
@@ -133,17 +130,25 @@ def texts() -> dict[str, str]:
 @pytest.mark.parametrize("file", sorted(texts()))
 def test_users_import_public_names_of_packages(file):
     """A strategy may take helpers from the file of another one."""
-    text = texts()[file]
-    modules = {target for _, target in imported(text, "perdure", MODULES)}
-    if file.startswith("strategies/"):
-        modules -= {name for name in modules if name.startswith("perdure.strategies.")}
-    assert modules <= {*PUBLIC}, f"{file} imports {sorted(modules - {*PUBLIC})}"
-    for node in ast.walk(ast.parse(text)):
+    lost = []
+    for _, target in imported(texts()[file], "perdure", MODULES):
+        package, _, name = target.rpartition(".")
+        sibling = package == "perdure.strategies" and file.startswith("strategies/")
+        if not (target in PUBLIC or sibling or name in public_names(package)):
+            lost.append(target)
+    for node in ast.walk(ast.parse(texts()[file])):
         if isinstance(node, ast.ImportFrom) and node.module in PUBLIC:
-            public = {*dir(strategies)} if node.module == "perdure.strategies" else {*FACES_BELOW}
-            public |= {*importlib.import_module(node.module).__all__}
-            lost = {alias.name for alias in node.names} - public
-            assert not lost, f"{file} imports {sorted(lost)} of {node.module}, which are not public"
+            names = {alias.name for alias in node.names} - public_names(node.module)
+            lost += [f"{node.module}.{name}" for name in names]
+    assert not lost, f"{file} imports what is not public: {sorted(lost)}"
+
+
+def public_names(package: str) -> set[str]:
+    """Names that may be imported from a package: those of its `__all__` and its packages."""
+    if package not in PUBLIC:
+        return set()
+    below = {face.rpartition(".")[2] for face in PUBLIC if face.rpartition(".")[0] == package}
+    return below | {*importlib.import_module(package).__all__}
 
 
 def test_packages_load_when_they_are_first_used():

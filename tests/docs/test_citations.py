@@ -1,0 +1,47 @@
+"""What project files cite is in the project: no document or folder that a reader has not got."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("src", "strategies", "benchmarks", "tests", "docs", ".ci")
+SUFFIXES = (".py", ".md", ".toml", ".txt", ".css", ".yaml", "")
+DOCUMENT = re.compile(r"(?<![\w/.:-])[\w./-]*\w\.(?:md|rst)\b")
+NOTES = re.compile(r"(?<![\w-])\w+[-]notes\b|(?<![\w/.-])shared[/]\w|(?<![\w.])/work[/]|/tmp[/]\w")
+
+
+def project_files():
+    """Text files of the project: those of its folders and those beside them."""
+    found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
+    for folder in FOLDERS:
+        found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return sorted(
+        path
+        for path in found
+        if path.suffix in SUFFIXES and not {"__pycache__", "results"} & {*path.parts}
+    )
+
+
+def citations(text):
+    """Documents, notes and folders outside the project that a text names."""
+    return DOCUMENT.findall(text), NOTES.findall(text)
+
+
+@pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_cited_is_there(path):
+    documents, notes = citations(path.read_text(errors="replace"))
+    lost = [
+        name for name in documents if not any((f / name).is_file() for f in (ROOT, path.parent))
+    ]
+    assert not lost and not notes, f"{path.relative_to(ROOT)} cites {[*lost, *notes]}"
+
+
+def test_citations_are_recognised():
+    page, note, folder = ".".join(("plan", "md")), "-".join(("private", "notes")), "shared" + "/x"
+    assert citations(f"see {page}, docs/{page} and {note} in {folder}") == (
+        [page, f"docs/{page}"],
+        [note, folder],
+    )
+    assert citations(f"https://example.org/{page} and release notes") == ([], [])
