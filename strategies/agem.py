@@ -12,7 +12,7 @@ ones, charged to every partition that may be in memory; the projection is free.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -54,6 +54,11 @@ class AGEM(Strategy):
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory that is not rehearsed."""

@@ -34,7 +34,7 @@ for all.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ class BiC(Strategy):
         refuse_size(self.memory_size)
         if not 0 < self.temperature < math.inf:
             raise ConfigError.of("bic.temperature", self.temperature, "a finite number above 0")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def init(self, spec: Spec) -> State:
         """Start without correction.

@@ -18,7 +18,7 @@ was in, and all rows weigh the same.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ class DER(Strategy):
                 raise ConfigError.of(
                     f"der.{name}", getattr(self, name), "a finite number, 0 or more"
                 )
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records, and the loss on their labels (DER++)."""
+        return cls(memory_size=16, beta=0.5)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir that takes in the rows of every step."""

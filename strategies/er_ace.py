@@ -17,7 +17,7 @@ classes against the old ones before the next experience: the newest classes are 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class ERACE(Strategy):
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir."""

@@ -29,7 +29,7 @@ size and clamped at 0.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class EWC(Strategy):
             raise ConfigError.of("ewc.mode", self.mode, ("separate", "online"))
         if self.fisher not in ("exact", "sampled", "empirical"):
             raise ConfigError.of("ewc.fisher", self.fisher, ("exact", "sampled", "empirical"))
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a penalty of strength 50.0."""
+        return cls(strength=50.0)
 
     def init(self, spec: Spec) -> State:
         """Start with no importance, and so with no pull."""

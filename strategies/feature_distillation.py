@@ -18,7 +18,7 @@ Privacy cost: none beyond the gradient: the teacher is a released model, and the
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
@@ -46,6 +46,11 @@ class FeatureDistillation(Strategy):
             raise ConfigError.of(
                 "feature_distillation.strength", self.strength, "a finite number, 0 or more"
             )
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a distillation of strength 0.5."""
+        return cls(strength=0.5)
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on.

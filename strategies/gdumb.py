@@ -15,7 +15,7 @@ quotas are those of the declared sizes.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from perdure.contract import MemoryPlan, Plan, PrivacyCost, Strategy, records_in, refuse_size
 
@@ -36,6 +36,11 @@ class GDumb(Strategy):
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
         """Offer the experience to memory first, then start afresh on what it holds."""

@@ -19,7 +19,7 @@ stored records of that experience alone and charged to its partition; the projec
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -76,6 +76,11 @@ class GEM(Strategy):
         refuse_size(self.memory_size)
         if not 0 <= self.margin < math.inf:
             raise ConfigError.of("gem.margin", self.margin, "a finite number, 0 or more")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory that is not rehearsed."""

@@ -32,7 +32,7 @@ back what it was shown.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,11 @@ class GenerativeReplay(Strategy):
             raise ConfigError.of(
                 "generative_replay.temperature", self.temperature, "a number above 0, or none"
             )
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: answers softened by a temperature of 2."""
+        return cls(temperature=2.0)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A perceptron with a generator of two latent numbers."""

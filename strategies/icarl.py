@@ -23,7 +23,7 @@ of herding, and the means are noisy.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,11 @@ class ICaRL(Strategy):
         refuse_size(self.memory_size)
         if not 0 < self.temperature < math.inf:
             raise ConfigError.of("icarl.temperature", self.temperature, "a finite number above 0")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def init(self, spec: Spec) -> State:
         """Lay out teacher and class means.

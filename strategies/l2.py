@@ -14,7 +14,7 @@ Privacy cost: none: the anchor is a released model.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class L2(Strategy):
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
             raise ConfigError.of("l2.strength", self.strength, "a finite number, 0 or more")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a penalty of strength 0.05."""
+        return cls(strength=0.05)
 
     def init(self, spec: Spec) -> State:
         """Lay out the anchor; it pulls from the second experience on."""

@@ -33,7 +33,7 @@ used outside the head.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,11 @@ class LUCIR(Strategy):
         for name in ("memory_size", "negatives"):
             if getattr(self, name) < 1:
                 raise ConfigError.of(f"lucir.{name}", getattr(self, name), "1 or more")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A perceptron with a cosine head."""

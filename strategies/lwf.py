@@ -25,7 +25,7 @@ Privacy cost: none beyond the gradient: the teacher is a released model, and the
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class LwF(Strategy):
             raise ConfigError.of("lwf.strength", self.strength, "a finite number, 0 or more")
         if self.weighting not in ("sum", "experiences"):
             raise ConfigError.of("lwf.weighting", self.weighting, ("sum", "experiences"))
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a distillation of strength 0.5."""
+        return cls(strength=0.5)
 
     def init(self, spec: Spec) -> State:
         """Lay out the teacher; it is used from the second experience on."""

@@ -22,7 +22,7 @@ size and clamped at 0.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class MAS(Strategy):
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
             raise ConfigError.of("mas.strength", self.strength, "a finite number, 0 or more")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a penalty of strength 0.1."""
+        return cls(strength=0.1)
 
     def init(self, spec: Spec) -> State:
         """Start with no importance, and so with no pull."""

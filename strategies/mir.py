@@ -25,7 +25,7 @@ Privacy cost: refused under differential privacy.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -80,6 +80,11 @@ class MIR(Strategy):
             raise ConfigError.of(
                 "mir.candidates", self.candidates, "at least batch_size records, of which to choose"
             )
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records and 12 candidates a step."""
+        return cls(memory_size=16, candidates=12)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a reservoir that takes in the rows of every step, and bring back the candidates."""

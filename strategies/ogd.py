@@ -38,7 +38,7 @@ direction of noise alone protects nothing, and hardly changes g' either.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +79,11 @@ class OGD(Strategy):
             raise ConfigError.of("ogd.directions", self.directions, "1 or more")
         if self.logit not in ("true", "mean"):
             raise ConfigError.of("ogd.logit", self.logit, ("true", "mean"))
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: 4 directions an experience."""
+        return cls(directions=4)
 
     def init(self, spec: Spec) -> State:
         """Start with no direction to keep clear of."""

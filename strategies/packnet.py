@@ -34,7 +34,7 @@ weights, frozen ones included; what they got is dropped after the noise.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class PackNet(Strategy):
             raise ConfigError.of(
                 "packnet.dense_steps", self.dense_steps, "1 or more steps, or none"
             )
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: half of the free weights pruned, after 4 dense steps."""
+        return cls(pruned_share=0.5, dense_steps=4)
 
     def init(self, spec: Spec) -> State:
         """Start with weights that nobody owns.

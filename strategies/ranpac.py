@@ -27,7 +27,7 @@ do best, thousands without privacy.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class RanPAC(Analytic):
             raise ConfigError.of("ranpac.bias", self.bias, "a finite number, 0 or more")
         if self.projection < 0:
             raise ConfigError.of("ranpac.projection", self.projection, "whole numbers from 0")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a projection to 12 features, and a bias."""
+        return cls(ridge=0.01, bias=0.5, projection=12)
 
     def init(self, spec: Spec) -> State:
         """Start with no records; draw the projection."""

@@ -19,7 +19,7 @@ rate, and all weights are equal.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Replay(Strategy):
         self._memory(1 if isinstance(self.memory_size, str) else self.memory_size)
         if self.weighting not in ("experiences", "equal"):
             raise ConfigError.of("replay.weighting", self.weighting, ("experiences", "equal"))
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a memory of 16 records."""
+        return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
         """Keep a memory."""

@@ -28,7 +28,7 @@ it is taken off `won`, and raises R for all alike.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +73,11 @@ class RWalk(Strategy):
             raise ConfigError.of("rwalk.decay", self.decay, "a number above 0, at most 1")
         if not 0 < self.damping < math.inf:
             raise ConfigError.of("rwalk.damping", self.damping, "a finite number above 0")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a penalty of strength 0.5, with scores over 2 steps."""
+        return cls(strength=0.5, window=2)
 
     def init(self, spec: Spec) -> State:
         """Start with no importance, at the beginning of a walk."""

@@ -29,7 +29,7 @@ expectation for plain SGD, too much with momentum.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -62,6 +62,11 @@ class SI(Strategy):
             raise ConfigError.of("si.strength", self.strength, "a finite number, 0 or more")
         if not 0 < self.damping < math.inf:
             raise ConfigError.of("si.damping", self.damping, "a finite number above 0")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a penalty of strength 0.5."""
+        return cls(strength=0.5)
 
     def init(self, spec: Spec) -> State:
         """Start with no importance, at the beginning of a path."""

@@ -21,7 +21,7 @@ that they show is added as a ridge (`perdure.strategies._closed_form.denoised`):
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from perdure.contract import Spec, State
 from perdure.errors import ConfigError
@@ -69,6 +69,11 @@ class SLDA(Analytic):
         super().__post_init__()
         if not 0 < self.shrinkage <= 1:
             raise ConfigError.of("slda.shrinkage", self.shrinkage, "a number above 0 and at most 1")
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance: a covariance shrunk by 0.01."""
+        return cls(shrinkage=0.01)
 
     def init(self, spec: Spec) -> State:
         """Start with no records."""

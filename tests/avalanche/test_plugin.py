@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from helpers.avalanche_harness import SameBatches, accuracies, adam, assert_close, learnt
-from helpers.strategy_examples import EXAMPLES, example, model_of
+from helpers.strategy_examples import example, model_of
+from perdure import strategies
 from perdure.avalanche.benchmarks import from_avalanche
 from perdure.avalanche.plugin import as_plugin
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
@@ -65,7 +66,7 @@ def comparable():
     """
     # what it makes up goes by the record, which Avalanche does not name
     by_id = ["generative_replay"]
-    names = [name for name in sorted(EXAMPLES) if not pools(example(name)) and name not in by_id]
+    names = [name for name in strategies.names() if not pools(example(name)) and name not in by_id]
     # it needs tasks, or classes of their own
     everywhere = [name for name in names if name != "packnet"]
     return [(name, "domain") for name in everywhere] + [
@@ -136,7 +137,7 @@ def test_reference_gradients_and_a_memory_of_every_step(benchmark, toy_model, te
     assert rows == [pytest.approx(row) for row in matrix.tolist()]
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(EXAMPLES) if pools(example(name))])
+@pytest.mark.parametrize("name", [name for name in strategies.names() if pools(example(name))])
 def test_a_plan_with_a_pool_of_its_own_is_given_its_rows(name, benchmark, toy_model, template):
     """All rows are in every batch, so that their order does not matter."""
     strategy = example(name)

@@ -4,8 +4,8 @@ Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and t
 add one.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from perdure.contract.forward import Forward, cross_entropy
 from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.data.records import Batch
+from perdure.errors import StrategyError
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -24,34 +25,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How forgetting is fought. Subclass it as a frozen dataclass and override the hooks you need.
+    """Base class of the methods against forgetting.
 
-    A strategy holds hyper-parameters only. What it remembers is the `State` handed in and out;
-    records are reached only through the curator, in `references` and `after_experience`.
+    Subclass it as a frozen dataclass and override the hooks you need. The fields are
+    hyper-parameters only. The method's memory is the `State` that `init` lays out and that the
+    hooks are given and return. Records are reached only through the curator, in `references` and
+    `after_experience`.
 
     Class attributes:
-        privacy_cost: what it asks of private data beyond the gradient (see `PrivacyCost`).
-        couples_records: True where the loss of one row depends on other rows; refused under
-            differential privacy.
-        not_vmappable_because: reason why the hooks cannot run under `torch.func.vmap`; None where
-            they can.
+        privacy_cost: the declared privacy cost beyond the gradient (see `PrivacyCost`).
+        couples_records: True where the loss of one row depends on other rows; such a strategy is
+            refused under differential privacy.
+        not_vmappable_because: the reason why the hooks cannot run under `torch.func.vmap`, as a
+            sentence; None where they can.
     """
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
     couples_records: ClassVar[bool] = False
     not_vmappable_because: ClassVar[str | None] = None
 
+    @classmethod
+    def example(cls) -> Self:
+        """Return a small instance for checks and lists.
+
+        Override it where a field has no default, or where checks need smaller values than the
+        defaults.
+
+        Returns:
+            An instance with the defaults of all fields.
+
+        Raises:
+            StrategyError: where a field has no default; it names the fields.
+        """
+        needed = [
+            field.name
+            for field in fields(cls)
+            if field.init and field.default is MISSING and field.default_factory is MISSING
+        ]
+        if needed:
+            raise StrategyError(
+                f"{cls.__name__}.example() has no value for {', '.join(needed)}; allowed: fields "
+                "with defaults; give them defaults, or override example() to return a small "
+                "instance"
+            )
+        return cls()
+
     @property
     def name(self) -> str:
-        """The strategy's name in tables."""
+        """Name of the strategy in tables."""
         return type(self).__name__
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
-        """A small model that it can work on, the same every time.
+        """Build a small model that the strategy can train, the same at every call.
 
-        None where any classifier will do.
+        Checks and lists use it. A strategy that needs more than a classifier refuses other models
+        in `init`.
 
-        Checks and lists use it. A strategy that needs more of a model refuses others in `init`.
+        Returns:
+            The model, or None where any classifier will do.
         """
         return None
 
@@ -60,27 +91,38 @@ class Strategy:
         return State()
 
     def plan(self, experience: "Experience") -> Plan:
-        """Say what the experience is trained on, from public facts only."""
+        """Choose the pool, the memory and the trained parameters of an experience.
+
+        The plan depends on public facts only: never on the values of records.
+        """
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) one loss per row; row i depends on row i, parameters, state and context only."""
+        """Compute one loss per row.
+
+        Returns:
+            (n,) losses. Loss i depends on row i, the parameters, the state and the context only.
+        """
         return cross_entropy(forward, batch, context)
 
     def penalty(self, params: Params, state: State) -> Tensor | None:
-        """Scalar added to the mean loss; touches no data.
+        """Compute a scalar that is added to the mean loss; it uses no data.
 
         Args:
-            params: all of the model's; its gradient is taken by those that the experience trains.
+            params: all parameters of the model. The gradient is taken with respect to those that
+                the experience trains.
+
+        Returns:
+            The scalar, or None for no penalty.
         """
         return None
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """Released reference gradients for `project` (A-GEM, GEM)."""
+        """Ask the curator for the reference gradients that `project` needs (A-GEM, GEM)."""
         return ()
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Change the released gradient; touches no data."""
+        """Change the released gradient before the optimiser's step; it uses no data."""
         return gradient
 
     def after_step(
@@ -91,46 +133,57 @@ class Strategy:
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Follow the training path.
+        """Update the state after a step of the optimiser.
 
         Args:
-            gradient: the released one, before penalty and projection.
-            noise_variance: of the noise in every coordinate of it; public, 0 without privacy.
+            before: parameters before the step.
+            after: parameters after the step.
+            gradient: the released gradient, before penalty and projection.
+            state: the state before the step.
+            noise_variance: variance of the noise in every coordinate of `gradient`; public, and 0
+                without privacy.
         """
         return state
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """What memory stores beside each row, name to (n, ...).
+        """Compute the values that memory stores beside each row.
 
-        Goes to the curator, never to the state.
+        The values go to the curator, never to the state. Stored rows come back with them in
+        `batch.stored`. In rows that were not stored the values are zero; where nothing was stored
+        yet the names are missing.
 
-        Row i depends on row i, parameters and state only. Stored rows come back with it in
-        `batch.stored`; in rows that were not stored, and where nothing was stored yet, it is zero
-        or missing.
+        Returns:
+            Name to values (n, ...). Value i depends on row i, the parameters and the state only.
         """
         return {}
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Consolidate at the final (in a federation: global) parameters; may ask for releases."""
+        """Update the state at the end of an experience; the curator may be asked for releases.
+
+        Args:
+            curator: answers questions about the records of the experience and of memory.
+            params: the final parameters, in a federation the global ones.
+            state: the state after the last step.
+        """
         return state
 
     def derive(self, state: State) -> State:
-        """What follows from the state alone, such as a solved head; free.
+        """Compute the parts of the state that follow from its other parts, such as a solved head.
 
-        Called after `after_experience`, and again where the states of clients were combined. Write
-        to names that are declared `local` only.
+        It is called after `after_experience`, and again after the states of clients were combined.
+        It uses no data, so it costs no privacy. Write only to names that are declared `local`.
         """
         return state
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """(n, C) logits, masked to the classes that may be predicted."""
+        """Compute (n, C) logits, masked to the classes that may be predicted."""
         return torch.where(context.allowed, forward(x), MASKED)
 
     @classmethod
     def overrides(cls, hook: str) -> bool:
-        """Whether the class changes `hook`; the loop skips what nobody overrides."""
+        """Tell if the class overrides `hook`; the loop skips hooks that are not overridden."""
         return getattr(cls, hook) is not getattr(Strategy, hook)
 
     def uses(self, hook: str) -> bool:
-        """Whether this strategy changes `hook`."""
+        """Tell if this strategy overrides `hook`; a combination looks at its parts."""
         return self.overrides(hook)
