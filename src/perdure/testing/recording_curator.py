@@ -120,8 +120,12 @@ class RecordingCurator:
         return self._real.context.experience, self._real.step
 
 
+@dataclass(init=False, repr=False, eq=False)
 class RecordingStrategy:
     """A strategy whose hooks reach the curator through a door; all else is the strategy's own."""
+
+    # A field, because the noise digest describes a strategy by its fields; `asked` is none.
+    _strategy: Strategy
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
