@@ -9,7 +9,7 @@ INSTALL := --constraint constraints.txt --editable '.[dev]'
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint tables clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' Makefile
@@ -23,12 +23,17 @@ demo: setup ## continual, federated and private learning on real digits; ends wi
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
+# The last line only reports a missing or stale row of the README's table; it does not fail for it.
 lint: setup ## ruff, mypy, and whether the installed packages fit together
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
 	@$(BIN)/python tests/helpers/typed_list.py  # only reports
+	@$(BIN)/python -m perdure.experiment.tables --report
+
+tables: setup ## write the README's table of strategies from the strategies
+	$(BIN)/python -m perdure.experiment.tables
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ from rows import Row, options, show, spread, store
 from perdure import Learner, Privacy, Records, Strategy, Stream
 from perdure import strategies as catalogue
 from perdure.data import Dataset, mnist, split
-from perdure.experiment import simplest, spending
+from perdure.experiment import spending
 from perdure.metrics import average_accuracy, forgetting
 from perdure.models import Scattering, mlp
 
@@ -76,7 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def fitting() -> list[str]:
     """Strategies that any model will do for, and that privacy does not refuse."""
-    return [name for name in catalogue.names() if fits(simplest(catalogue.find(name)))]
+    return [name for name in catalogue.names() if fits(catalogue.find(name).example())]
 
 
 def fits(strategy: Strategy) -> bool:

@@ -349,10 +349,10 @@ def test_audit_refuses_a_config_without_private_arms(perdure, tmp_path):
 # --------------------------------------------------------------------------- the list of strategies
 
 
-def test_bench_lists_every_strategy_with_its_costs(perdure):
+def test_strategies_are_listed_with_their_costs(perdure):
     from perdure.strategies import names
 
-    code, out, err = perdure("bench", "--list", "--json")
+    code, out, err = perdure("strategies", "--json")
     assert (code, err) == (0, "")
     listed = {row["name"]: row for row in json.loads(out)}
     assert tuple(listed) == names()
@@ -385,63 +385,12 @@ def test_bench_lists_every_strategy_with_its_costs(perdure):
     assert ewc["not_vmappable_because"] is None
 
 
-def test_bench_lists_as_a_table_too(perdure):
+def test_strategies_are_listed_as_a_table(perdure):
     from perdure.strategies import names
 
-    code, out, err = perdure("bench", "--list")
+    code, out, err = perdure("strategies")
     assert (code, err) == (0, "")
     rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()]
     assert set(names()) <= set(rows)
     assert "3 x parameters" in out
     assert max(map(len, out.splitlines())) <= 120
-    assert_refused(perdure("bench"), "perdure bench --list")
-
-
-def test_a_cost_says_all_that_is_asked():
-    from perdure.contract.plan import Plan, PrivacyCost
-    from perdure.experiment.strategy_catalogue import privacy_cost
-
-    everything = PrivacyCost(
-        releases=2,
-        histograms=1,
-        selections=3,
-        memory_releases=2,
-        references=1,
-        reuses_past_records=True,
-    )
-    assert privacy_cost(everything, Plan(), False) == (
-        "gradient; 1 reference gradient of stored records a step; 2 releases an experience; "
-        "2 releases over memory an "
-        "experience; 1 histogram an experience; 3 selections an experience; records go on "
-        "being used"
-    )
-    assert privacy_cost(PrivacyCost(references=2), Plan(train=False), False).startswith(
-        "no gradient; 2 reference gradients of"
-    )
-    assert privacy_cost(PrivacyCost(), Plan(), True) == "refused: it couples records"
-
-
-def test_an_argument_without_a_simplest_value_needs_a_default():
-    from dataclasses import dataclass
-    from pathlib import Path
-    from typing import Literal
-
-    from perdure.contract.strategy import Strategy
-    from perdure.errors import ConfigError
-    from perdure.experiment.strategy_catalogue import simplest
-
-    @dataclass(frozen=True, kw_only=True)
-    class Simple(Strategy):
-        strength: float
-        size: int | str
-        mode: Literal["a", "b"]
-        more: float = 3.0
-
-    assert repr(simplest(Simple)).endswith("Simple(strength=1.0, size=100, mode='a', more=3.0)")
-
-    @dataclass(frozen=True, kw_only=True)
-    class Odd(Strategy):
-        where: Path
-
-    with pytest.raises(ConfigError, match=r"Odd.where has no default .* give it a default"):
-        simplest(Odd)

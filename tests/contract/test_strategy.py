@@ -427,3 +427,36 @@ def test_states_of_eleven_parts_do_not_run_into_each_other(toy_stream, toy_model
     both = Combine(*[Shifter(times=float(i)) for i in range(11)])
     after = both.after_step({}, {}, {}, both.init(spec(toy_model(toy_stream()))))
     assert [float(after[f"{i}.steps"]) for i in range(11)] == [float(i) for i in range(11)]
+
+
+# --------------------------------------------------------------------------- examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Strategy):
+    """A strategy of two hyper-parameters, one of them with a default."""
+
+    strength: float
+    decay: float = 0.5
+
+
+def test_an_example_has_the_defaults():
+    assert Naive.example() == Naive()
+    assert Strategy.example() == Strategy()
+
+
+def test_an_example_is_refused_where_a_field_has_no_default():
+    with pytest.raises(
+        StrategyError, match=r"Weighted.example\(\) has no value for strength; allowed: fields with"
+    ):
+        Weighted.example()
+
+
+def test_an_example_of_a_subclass_is_of_the_subclass():
+    @dataclass(frozen=True, kw_only=True)
+    class Milder(EWC):
+        """EWC with one more field."""
+
+        rate: float = 0.1
+
+    assert Milder.example() == Milder(strength=50.0, rate=0.1)

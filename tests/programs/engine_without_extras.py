@@ -8,9 +8,7 @@ for what is kept on disk.
 """
 
 import sys
-from dataclasses import MISSING, fields
 from functools import partial
-from typing import get_type_hints
 
 ABSENT = ("flwr", "avalanche", "opacus", "ray", "matplotlib", "sklearn", "torchvision")
 # None there makes an import fail as if nothing were installed
@@ -26,8 +24,6 @@ from perdure.explain import KernelSHAP  # noqa: E402
 from perdure.models.classifiers import mlp  # noqa: E402
 from perdure.strategies import find, names  # noqa: E402
 
-REQUIRED = {int: 20, int | str: 100, float: 0.01}
-
 
 def blobs(seed, per_class=60):
     generator = torch.Generator().manual_seed(seed)
@@ -36,23 +32,14 @@ def blobs(seed, per_class=60):
     return Records(inputs=inputs, labels=labels, ids=torch.arange(len(labels)) + 10_000 * seed)
 
 
-def strategy(name):
-    """Build a strategy, with a plain number for each hyper-parameter that has no default."""
-    cls = find(name)
-    kinds = get_type_hints(cls)
-    needed = [
-        field.name for field in fields(cls) if field.default is field.default_factory is MISSING
-    ]
-    return cls(**{field: REQUIRED[kinds[field]] for field in needed})
-
-
 def train(stream, name, privacy=None, adversary=None):
+    strategy = find(name).example()
     shapes = {"input_shape": stream.input_shape, "num_classes": stream.num_classes}
-    own = strategy(name).small_model(**shapes)
+    own = strategy.small_model(**shapes)
     model = mlp(**shapes, hidden=(16,), seed=0) if own is None else own
     learner = Learner(
         model=model,
-        strategy=strategy(name),
+        strategy=strategy,
         optimizer=partial(torch.optim.SGD, lr=0.5),
         iterations=40,
         batch_size=30,
@@ -68,7 +55,7 @@ def main():
     stream = split(data, scenario="class", experiences=2)
     for name in names():
         simulated = Privacy(noise_multiplier=1.0, release_noise=1.0, delta=1e-3, seed=0)
-        for privacy in (None,) if strategy(name).couples_records else (None, simulated):
+        for privacy in (None,) if find(name).couples_records else (None, simulated):
             learner, matrix = train(stream, name, privacy=privacy)
             assert matrix[0, 0] > 80, (name, privacy, matrix)
             print(

@@ -39,7 +39,7 @@ runs it.
 
 `perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
 
-`perdure bench --list` lists the strategies, and what each costs in privacy and memory.
+`perdure strategies` lists the strategies, and the cost of each in privacy and memory.
 
 `perdure ledger show runs/demo` says which records were exposed to what, how often, and the \
 epsilon that follows.
@@ -145,25 +145,16 @@ def audit(
 
 
 @app.command()
-def bench(
-    listing: Annotated[
-        bool, typer.Option("--list", help="List the strategies and what each costs.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
+def strategies(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List every strategy.
+    """List every strategy: paper, use of private data, memory, and support of vmap.
 
-    Its paper, what it asks of private data, what it keeps, and whether it runs under vmap.
-
-    Costs are not written down anywhere: they are read from the strategies themselves.
+    The costs are read from the strategies themselves.
     """
-    if not listing:
-        raise ConfigError.of(
-            "perdure bench", "without --list", "perdure bench --list, with or without --json"
-        )
-    from perdure.experiment.strategy_catalogue import entries, table
+    from perdure.experiment.strategy_catalogue import cards, table
 
-    listed = entries()
+    listed = cards()
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in listed], indent=2) + "\n")
     else:

@@ -2,7 +2,8 @@
 
 Import `read` or `parse` for a `Config`, and `run` to train and measure what it describes; a stopped
 run goes on where it was. `tune` searches hyper-parameters on training records, `attack_run` and
-`audit_run` attack the models of a run, and `read_result` reads what a run has stored.
+`audit_run` attack the models of a run, `read_result` reads what a run has stored, and `cards`
+describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run
@@ -10,23 +11,24 @@ from perdure.experiment.config import Config, parse, read, read_text
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import spending
 from perdure.experiment.run import run, untimed
-from perdure.experiment.strategy_catalogue import simplest
+from perdure.experiment.strategy_catalogue import StrategyCard, cards
 from perdure.experiment.tuning import Space, Tuned, Values, tune
 
 __all__ = [
     "Config",
     "Result",
     "Space",
+    "StrategyCard",
     "Tuned",
     "Values",
     "attack_run",
     "audit_run",
+    "cards",
     "parse",
     "read",
     "read_result",
     "read_text",
     "run",
-    "simplest",
     "spending",
     "tune",
     "untimed",

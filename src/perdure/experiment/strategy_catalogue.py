@@ -1,10 +1,8 @@
-"""The list of strategies, with the privacy cost and the memory of each.
+"""The catalogue of strategies: paper, privacy cost and memory cost of each.
 
-Both are found by asking the strategy itself.
-
-Nothing here is written by hand for a strategy: privacy costs are said from its `privacy_cost`, memory from
-the state that it lays out for a small model and from its plan, and the paper is that of its
-module's docstring.
+Nothing is written by hand for a strategy. The privacy cost is read from its `privacy_cost`, the
+memory cost from its plan and from the state that it lays out for a small model, and the paper from
+the docstring of its module.
 """
 
 import inspect
@@ -12,9 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 from rich import box
@@ -29,7 +25,6 @@ from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience
 from perdure.data.records import Batch, Records
-from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp
 from perdure.strategies import find, names
 
@@ -42,22 +37,22 @@ EXPERIENCES = 5
 what it is of.
 """
 WORDS = {INPUTS: "inputs", FEATURES: "features", CLASSES: "classes", EXPERIENCES: "experiences"}
-SIMPLEST: dict[object, object] = {bool: False, float: 1.0, int: 100, str: ""}
 YEAR = re.compile(r"\b(19|20)\d\d\b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyCard:
-    """One strategy of the list.
+    """One strategy of the catalogue.
 
     Args:
-        name: of its file.
+        name: name of its file.
         strategy: the class and its arguments.
         summary: first line of its docstring.
         paper: authors, title, venue and year; empty where there is none.
-        privacy: what it asks of private data.
-        memory: what it keeps, in words.
-        state_multiple: numbers in its state over parameters of the model that it was laid out for.
+        privacy: its use of private data, in words.
+        memory: its state and its stored records, in words.
+        state_multiple: numbers in its state, divided by the parameters of the model that it was
+            laid out for.
         not_vmappable_because: the reason, or None.
     """
 
@@ -71,18 +66,21 @@ class StrategyCard:
     not_vmappable_because: str | None
 
 
-def entries() -> list[StrategyCard]:
-    """Every strategy there is, in the order of its name."""
-    return [entry(name) for name in names()]
+def cards() -> list[StrategyCard]:
+    """Describe every strategy, in the order of the names."""
+    return [card(name) for name in names()]
 
 
-def entry(name: str) -> StrategyCard:
-    """What is to be said of one strategy.
+def card(name: str) -> StrategyCard:
+    """Describe one strategy.
+
+    Args:
+        name: name of its file.
 
     Raises:
-        ConfigError: for an argument without a default that has no simplest value.
+        StrategyError: for a field without a default, where `example()` is not overridden.
     """
-    strategy = simplest(find(name))
+    strategy = with_defaults(find(name))
     stage = _stage()
     model = _model(strategy)
     summary, paper = described(type(strategy))
@@ -109,46 +107,24 @@ def entry(name: str) -> StrategyCard:
     )
 
 
-# --------------------------------------------------------------------------- an instance
-
-
-def simplest(kind: type[Strategy]) -> Strategy:
-    """An instance: defaults where there are any, else the simplest value of the argument's type.
-
-    That is 1.0 for a float, 100 for an int, the first of a `Literal` or of a union.
+def with_defaults(kind: type[Strategy]) -> Strategy:
+    """Return the example of a strategy, with the default of every field that has one.
 
     Raises:
-        ConfigError: for an argument of another type; it needs a default.
+        StrategyError: for a field without a default, where `example()` is not overridden.
     """
-    types = get_type_hints(kind)
-    needed = [
-        f.name
-        for f in fields(kind)
-        if f.init and f.default is MISSING and f.default_factory is MISSING
-    ]
-    return kind(**{name: _value(kind, name, types[name]) for name in needed})
-
-
-def _value(kind: type[Strategy], name: str, of: Any) -> object:
-    if get_origin(of) is Literal:
-        return get_args(of)[0]
-    if get_origin(of) in (Union, UnionType):
-        return _value(kind, name, get_args(of)[0])
-    if of not in SIMPLEST:
-        raise ConfigError(
-            f"{kind.__name__}.{name} has no default and is {of}; give it a default, so it "
-            "can be listed"
-        )
-    return SIMPLEST[of]
+    # The example's own values are small, which would understate a cost such as OGD's directions.
+    defaults = {f.name: f.default for f in fields(kind) if f.init and f.default is not MISSING}
+    return replace(kind.example(), **defaults)
 
 
 # --------------------------------------------------------------------------- in words
 
 
 def described(kind: type[Strategy]) -> tuple[str, str]:
-    """First line of the docstring, and the citation in it, up to its year.
+    """Read the first line of a strategy's docstring, and the citation below it, up to its year.
 
-    The docstring is the module's, else the class's.
+    The docstring is the one of the module, or else the one of the class.
     """
     text = (
         inspect.cleandoc(sys.modules[kind.__module__].__doc__ or "")
@@ -161,7 +137,7 @@ def described(kind: type[Strategy]) -> tuple[str, str]:
 
 
 def privacy_cost(cost: PrivacyCost, plan: Plan, couples_records: bool) -> str:
-    """What a strategy asks of private data.
+    """Say in words which private data a strategy uses.
 
     >>> privacy_cost(PrivacyCost(releases=1, reuses_past_records=True), Plan(), False)
     'gradient; 1 release an experience; records go on being used'
@@ -186,7 +162,7 @@ def privacy_cost(cost: PrivacyCost, plan: Plan, couples_records: bool) -> str:
 
 
 def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
-    """The state by its shapes: how many times the parameters, and what else by its dimensions."""
+    """Describe a state: a multiple of the parameters, and the shapes of all other tensors."""
     groups = Counter(name.partition("/")[0] for name in state if name.partition("/")[2] in params)
     whole = [group for group, count in groups.items() if count == len(params)]
     others = [value for name, value in state.items() if name.partition("/")[0] not in whole]
@@ -208,10 +184,7 @@ def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
 def _stored(
     strategy: Strategy, plan: Plan, stage: Experience, model: nn.Module, state: State
 ) -> Iterator[str]:
-    """Rows that are kept.
-
-    All of them, or as many as the plan says, with what is remembered beside each.
-    """
+    """Describe the stored records: all, or the capacity of the plan with the values beside each."""
     if plan.pool == "all":
         yield "all records"
     if plan.memory is None:
@@ -230,7 +203,7 @@ def _stored(
     )
 
 
-# -------------------------------------------------------------------------- what it is laid out for
+# --------------------------------------------------------------------------- model and stream
 
 
 def _model(strategy: Strategy) -> nn.Module:
@@ -262,11 +235,11 @@ def _stage() -> Experience:
     return Experience(index=0, train=records, test=records, classes=tuple(range(CLASSES)))
 
 
-# --------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------- tables
 
 
 def table(listed: Sequence[StrategyCard]) -> Table:
-    """The list for a terminal, readable in 120 columns."""
+    """Build the catalogue for a terminal, readable in 120 columns."""
     drawn = Table(
         title=f"{len(listed)} strategies",
         box=box.SIMPLE_HEAD,
@@ -287,3 +260,22 @@ def table(listed: Sequence[StrategyCard]) -> Table:
         )
         drawn.add_row(*(Text(cell) for cell in cells), end_section=True)
     return drawn
+
+
+def markdown(listed: Sequence[StrategyCard]) -> str:
+    """Build the catalogue as a table of Markdown, one line a strategy; the README holds it."""
+    header = ("strategy", "in one line", "use of private data", "keeps", "vmap", "paper")
+    rows = [
+        (
+            f"`{find(row.name).__name__}`",
+            row.summary,
+            row.privacy,
+            row.memory,
+            f"no: {row.not_vmappable_because}" if row.not_vmappable_because else "yes",
+            row.paper,
+        )
+        for row in listed
+    ]
+    lines = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in [header, *rows]]
+    rule = "|".join("---" for _ in header)
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])

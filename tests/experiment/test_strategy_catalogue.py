@@ -1,0 +1,62 @@
+"""The catalogue of strategies: instances with defaults, costs in words, and a table of Markdown."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from perdure.contract.plan import Plan, PrivacyCost
+from perdure.contract.strategy import Strategy
+from perdure.errors import StrategyError
+from perdure.experiment.strategy_catalogue import card, markdown, privacy_cost, with_defaults
+from perdure.strategies import OGD, Replay
+
+
+def test_a_cost_says_all_that_is_asked():
+    everything = PrivacyCost(
+        releases=2,
+        histograms=1,
+        selections=3,
+        memory_releases=2,
+        references=1,
+        reuses_past_records=True,
+    )
+    assert privacy_cost(everything, Plan(), False) == (
+        "gradient; 1 reference gradient of stored records a step; 2 releases an experience; "
+        "2 releases over memory an "
+        "experience; 1 histogram an experience; 3 selections an experience; records go on "
+        "being used"
+    )
+    assert privacy_cost(PrivacyCost(references=2), Plan(train=False), False).startswith(
+        "no gradient; 2 reference gradients of"
+    )
+    assert privacy_cost(PrivacyCost(), Plan(), True) == "refused: it couples records"
+
+
+def test_a_card_has_defaults_and_takes_the_rest_from_the_example():
+    assert OGD.example().directions == 4
+    assert with_defaults(OGD) == OGD(directions=20)
+    assert with_defaults(Replay) == Replay(memory_size=16)
+    assert card("ogd").memory == "100 x parameters, 100 x 100"  # 20 at each of 5 experiences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Strategy):
+    """A strategy without a default for one of its fields."""
+
+    where: Path
+    strength: float = 1.0
+
+
+def test_a_field_without_a_default_needs_an_example():
+    with pytest.raises(StrategyError, match=r"Placed.example\(\) has no value for where; allowed"):
+        with_defaults(Placed)
+
+
+def test_a_row_of_markdown_has_one_cell_a_column():
+    row = replace(card("gem"), summary="never p(c | x)")
+    head, rule, line = markdown([row]).splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|") - line.count(r"\|") == 7
+    assert r"| never p(c \| x) |" in line
+    assert "| no: its quadratic program is solved on the host, one at a time |" in line
+    assert line.startswith("| `GEM` | ")

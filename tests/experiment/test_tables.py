@@ -1,0 +1,73 @@
+"""Texts that are written from the code, between two markers of a file."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from perdure.errors import ConfigError
+from perdure.experiment.tables import TEXTS, GeneratedText
+
+OLD = """# Fruit
+<!-- fruit -->
+| fruit | colour |
+|---|---|
+| `apple` | green |
+| `plum` | blue |
+<!-- end -->
+More.
+"""
+
+
+@pytest.fixture
+def fruit(tmp_path):
+    """From rows to the text of a table of fruit, in a file that has the old one."""
+    (tmp_path / "README.md").write_text(OLD)
+    return lambda *rows: GeneratedText(
+        path="README.md",
+        title="table of fruit",
+        begin="<!-- fruit -->",
+        end="<!-- end -->",
+        row=re.compile(r"\| `(\w+)`"),
+        build=lambda: "\n".join(["| fruit | colour |", "|---|---|", *rows]),
+    )
+
+
+def test_a_report_names_rows_that_are_missing_stale_or_left_over(fruit, tmp_path):
+    text = fruit("| `apple` | red |", "| `pear` | green |")
+    assert text.report(tmp_path) == (
+        "README.md, table of fruit: missing: pear; stale: apple; left over: plum; "
+        "make tables writes it anew"
+    )
+    assert (tmp_path / "README.md").read_text() == OLD
+
+
+def test_a_table_is_written_between_its_markers_and_nowhere_else(fruit, tmp_path):
+    text = fruit("| `apple` | red |", "| `pear` | green |")
+    text.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (
+        "# Fruit\n<!-- fruit -->\n| fruit | colour |\n|---|---|\n| `apple` | red |\n"
+        "| `pear` | green |\n<!-- end -->\nMore.\n"
+    )
+    assert text.report(tmp_path) is None
+
+
+def test_what_is_up_to_date_is_written_as_it_was(fruit, tmp_path):
+    text = fruit("| `apple` | green |", "| `plum` | blue |")
+    assert text.report(tmp_path) is None
+    text.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == OLD
+
+
+def test_a_file_without_both_markers_is_refused(fruit, tmp_path):
+    (tmp_path / "README.md").write_text(OLD.replace("<!-- end -->\n", ""))
+    with pytest.raises(
+        ConfigError, match=r"README.md.* is not allowed; allowed: a file with the lines"
+    ):
+        fruit().report(tmp_path)
+
+
+def test_the_files_of_the_project_have_the_markers():
+    for text in TEXTS:
+        before, between, after = text.parts(Path(__file__).parents[2])
+        assert before and text.row.search(between) and after
