@@ -64,7 +64,7 @@ class Entered:
     def stop(self) -> None:
         """Watch no more."""
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]  # typeshed does not know that None is allowed
+        threading.setprofile(None)  # typeshed does not know that None is allowed
 
     def _called(self, frame: FrameType, event: str, _: object) -> None:
         if event != "call":
