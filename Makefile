@@ -9,10 +9,10 @@ INSTALL := --constraint constraints.txt --editable '.[dev]'
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint tables clean
+.PHONY: help setup demo test test-all lint tables clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' Makefile
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile
 
 setup: $(STAMP) ## install into .venv, again only when pyproject.toml or constraints.txt changed
 
@@ -20,8 +20,13 @@ demo: setup ## continual, federated and private learning on real digits; ends wi
 	$(BIN)/perdure demo
 
 # Every test uses one thread, so the files are shared out over the cores. A worker needs up to 1.5 GB: four at most.
-test: setup ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test: setup ## every behaviour, without the deep tests; under 10 minutes on two cores
+	$(PYTEST) -m 'not deep'
+
+test-all: setup ## all tests, also those that are deep: kills, builds, parity, whole runs; under 45 minutes
+	$(PYTEST)
 
 # The last line only reports a missing or stale row of the README's table; it does not fail for it.
 lint: setup ## ruff, mypy, and whether the installed packages fit together

@@ -21,8 +21,8 @@ from perdure.federated.flower_adapter import (
     contained,
     error_reply,
     failure,
-    meet,
     simulate,
+    wait_for_clients,
 )
 
 
@@ -202,9 +202,9 @@ def test_nodes_are_known_by_the_partition_they_hold():
             return [3, 1, 2]
 
     with Shuffled(echo(), clients=3).running() as grid:
-        assert meet(grid, 3) == [1, 2, 3]
+        assert wait_for_clients(grid, 3) == [1, 2, 3]
         with pytest.raises(FederationError, match=r"needed: each of 0 \.\. 1 once"):
-            meet(grid, 2)
+            wait_for_clients(grid, 2)
 
 
 def test_the_identity_of_the_process_is_put_back():

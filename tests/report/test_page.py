@@ -5,6 +5,7 @@ result.
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from perdure.experiment.result_schema import checked
 from perdure.report import write_figures, write_report
 from perdure.report.figures import pictures
 from perdure.report.page import html
+from perdure.report.sections import arms_table
 from perdure.report.statement import guess_limit
 from perdure.report.wording import SIMULATION
 
@@ -120,6 +122,41 @@ def test_the_page_adapts_to_dark_paper_and_small_screens(written: Path) -> None:
     source = (written / "report.html").read_text(encoding="utf-8")
     for query in ("prefers-color-scheme: dark", "@media print", "max-width: 40rem"):
         assert query in source
+
+
+def test_options_stand_in_chips_that_wrap_and_not_in_a_cell_of_the_numbers(
+    result: dict[str, Any],
+) -> None:
+    replay = next(arm for arm in result["arms"] if arm["strategy"] == "replay")
+    replay["options"] = "Replay(memory_size=200, selection='ring', per_class=None)"
+    arms = Page(arms_table(checked(result)))
+    assert "Replay(" not in arms.text and "per_class" not in arms.text
+    assert "memory_size = 200 selection = ring" in arms.text
+    chips = [attributes for attributes in arms.all("ul") if attributes["class"] == "chips"]
+    assert {"class": "chips", "aria-label": "options of replay"} in chips
+    rows = [attributes["class"] for attributes in arms.all("tr") if "class" in attributes]
+    assert rows.count("arm") + rows.count("arm best") == 8
+    assert len(chips) == sum(name.startswith("options") for name in rows)
+
+
+def test_an_options_row_and_the_cells_beside_it_fill_the_table(result: dict[str, Any]) -> None:
+    arms = Page(arms_table(checked(result)))
+    width = sum(attributes.get("scope") == "col" for attributes in arms.all("th"))
+    (span,) = {
+        int(attributes["colspan"]) for attributes in arms.all("td") if "colspan" in attributes
+    }
+    beside = sum("rowspan" in attributes for attributes in arms.all("td"))
+    assert span + beside // len(arms.all("ul")) == width
+
+
+def test_nothing_in_the_table_of_arms_is_kept_on_one_line_but_numbers(written: Path) -> None:
+    style = (written / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
+    rules = dict(re.findall(r"^([^@{}\n]+?) \{([^}]*)\}", style, flags=re.MULTILINE))
+    kept = {name for name, rule in rules.items() if "white-space: nowrap" in rule}
+    assert kept == {"thead th small", "td.number"}
+    assert "flex-wrap: wrap" in rules[".chips"]
+    assert "overflow-wrap: anywhere" in rules[".chips li"]
+    assert "overflow-x: auto" in rules[".scroll"]
 
 
 def test_the_answer_names_the_best_of_each_kind(result: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The terminal table: every arm, every term of its epsilon, in 100 columns."""
 
 import math
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from perdure.errors import RunError
+from perdure.report.options import shown_options
 from perdure.report.table import table
-from perdure.report.wording import SIMULATION, epsilon_number
+from perdure.report.wording import SIMULATION, epsilon_number, labels
+from perdure.strategies import find, names
 
 COLUMNS = 100
 
@@ -71,10 +74,78 @@ def test_what_was_not_measured_is_a_dash(result: dict[str, Any]) -> None:
     assert line_of(text, "naive", "no").split()[2:5:2] == ["–", "–"]
 
 
+def test_changed_options_stand_below_the_strategy_in_lines_of_their_own(
+    result: dict[str, Any],
+) -> None:
+    result["arms"][2].update(
+        options="EWC(strength=1000.0, mode='online', fisher='exact', decay=1.0)"
+    )
+    lines = [line.rstrip() for line in printed(result).splitlines()]
+    row = next(i for i, line in enumerate(lines) if line.split()[:2] == ["ewc", "no"])
+    assert lines[row + 1 : row + 3] == [" strength = 1000", " mode = online"]
+    assert lines[row + 3].split()[0] == "lwf", "what is at its default is left out"
+
+
 def test_two_arms_of_one_strategy_are_told_apart_by_their_options(result: dict[str, Any]) -> None:
-    result["arms"][2]["strategy"] = "naive"
+    weak, strong = result["arms"][2], result["arms"][4]
+    weak.update(options="EWC(strength=100.0, mode='online')")
+    strong.update(strategy="ewc", options="EWC(strength=5.0, mode='online')")
+    lines = printed(result).splitlines()
+    shown = {
+        tuple(option.strip() for option in lines[i + 1 : i + 3])
+        for i, line in enumerate(lines)
+        if line.split()[:2] == ["ewc", "no"]
+    }
+    assert shown == {("strength = 100", "mode = online"), ("strength = 5", "mode = online")}
+    assert labels([weak, strong]) == ["ewc (strength = 100)", "ewc (strength = 5)"]
+
+
+@pytest.mark.parametrize("arms", [1, 2])
+def test_options_that_cannot_be_read_are_shown_as_they_are(
+    result: dict[str, Any], arms: int
+) -> None:
+    chosen = result["arms"][:arms]
+    texts = ["Combine(EWC(), Replay())", "odd \0 (", "x" * 5, "(" * 5000, "**{}"][-len(chosen) :]
+    for arm, text in zip(chosen, texts, strict=True):
+        arm.update(strategy="own", private=False, options=text)
+        assert shown_options(arm, chosen) == [text]
+    assert labels(chosen) == (["own"] if arms == 1 else [f"own ({text})" for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("1000.0", "1000"),
+        ("1e-05", "1e-05"),
+        ("0.5", "0.5"),
+        ("'class-balanced'", "class-balanced"),
+        ("'\\x1b[31m'", "'\\x1b[31m'"),
+        ("None", "None"),
+        ("(1, 2)", "(1, 2)"),
+        ("Inner(a=1.0)", "Inner(a=1.0)"),
+    ],
+)
+def test_a_value_is_written_plainly(result: dict[str, Any], written: str, shown: str) -> None:
+    arm = result["arms"][0] | {"strategy": "own", "options": f"Own(option={written})"}
+    assert shown_options(arm, [arm]) == [f"option = {shown}"]
+
+
+def test_every_strategy_at_its_defaults_shows_no_option(result: dict[str, Any]) -> None:
+    for name in names():
+        strategy = find(name)
+        if any(option.default is MISSING is option.default_factory for option in fields(strategy)):
+            continue  # it needs an option
+        arm = result["arms"][0] | {"strategy": name, "options": repr(strategy())}
+        assert shown_options(arm, [arm]) == []
+
+
+def test_long_options_wrap_and_nothing_is_cut_off(result: dict[str, Any]) -> None:
+    result["arms"][6]["options"] = f"Replay(memory_size=200, {'x' * 50}='{'y' * 50}')"
     text = printed(result)
-    assert line_of(text, "Naive()", "no") and line_of(text, "naive", "yes")
+    assert text.count("x") >= 50 and text.count("y") >= 50
+    assert max(len(line) for line in text.splitlines()) <= COLUMNS
+    assert "14.5" in line_of(text, "replay", "yes")
+    assert line_of(text, "memory_size").strip() == "memory_size = 200"
 
 
 def test_names_are_text_and_not_markup(result: dict[str, Any]) -> None:

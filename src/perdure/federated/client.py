@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from perdure.data.experience import Stream
 from perdure.federated.client_store import FRESH, ClientSession, client_folder, restore, save
 from perdure.federated.flower_adapter import error_reply
-from perdure.federated.messages import from_record, load_shared, shared, to_record
+from perdure.federated.messages import load_shared, read_tensors, shared, to_record
 from perdure.federated.state_merging import sent
 from perdure.learner.learner import Learner
 
@@ -132,16 +132,14 @@ def _opened(
 
     Its own state, its records, and what the server sent.
     """
-    content = message.content
-    task = {
-        name: int(cast(int, value)) for name, value in cast(ConfigRecord, content["task"]).items()
-    }
+    sent_task = cast(ConfigRecord, message.content["task"])
+    task = {name: int(cast(int, value)) for name, value in sent_task.items()}
     seat = seats.take(_number(context), task["previous"])
     learner = seat.learner
     learner.begin(task["experience"])
-    load_shared(learner.model, from_record(cast(ArrayRecord, content["arrays"])))
-    if "state" in content:
-        new = from_record(cast(ArrayRecord, content["state"]))
+    load_shared(learner.model, read_tensors(message, "arrays"))
+    if "state" in message.content:
+        new = read_tensors(message, "state")
         combined = learner.state.replace(
             {name: value.to(learner.device) for name, value in new.items()}
         )

@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from flwr.app import (
     Context,
     Error,
     Message,
-    MetricRecord,
     RecordDict,
     UserConfig,
 )
@@ -38,7 +36,7 @@ from torch import Tensor
 
 from perdure import errors
 from perdure.errors import FederationError, PerdureError, PrivacyError
-from perdure.federated.messages import to_record
+from perdure.federated.messages import read_metric, to_record
 from perdure.types import Params
 
 Progress = Callable[[int, int], None]
@@ -69,7 +67,16 @@ class InProcessGrid(Grid):
     def __init__(self, app: ClientApp, clients: int, progress: Progress | None = None) -> None:
         self._app = app
         self._progress = progress
-        self._contexts = {number + 1: _context(number, clients) for number in range(clients)}
+        self._contexts: dict[int, Context] = {}
+        for number in range(clients):
+            place: UserConfig = {"partition-id": number, "num-partitions": clients}
+            self._contexts[number + 1] = Context(
+                run_id=IDENTITY["_run_id"],
+                node_id=number + 1,
+                node_config=place,
+                state=RecordDict(),
+                run_config={},
+            )
         self._run = Run.create_empty(IDENTITY["_run_id"])
         self._replies: dict[str, Message] = {}
         self._sent = 0
@@ -116,7 +123,12 @@ class InProcessGrid(Grid):
             self._sent += 1
             ids.append(str(self._sent))
             message.metadata.__dict__["_message_id"] = ids[-1]
-            self._replies[ids[-1]] = self._deliver(message)
+            message.content = copy.deepcopy(message.content)
+            try:
+                reply = self._app(message, self._contexts[message.metadata.dst_node_id])
+            except Exception as error:
+                reply = error_reply(message, error)
+            self._replies[ids[-1]] = reply
             if self._progress:
                 self._progress(done, len(waiting))
         return ids
@@ -130,13 +142,6 @@ class InProcessGrid(Grid):
     ) -> Iterable[Message]:
         """Deliver and return the replies in the same order; nothing is late in one process."""
         return self.pull_messages(self.push_messages(messages))
-
-    def _deliver(self, message: Message) -> Message:
-        message.content = copy.deepcopy(message.content)
-        try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:
-            return error_reply(message, error)
 
 
 class Cohort(Grid):
@@ -205,11 +210,8 @@ def error_reply(message: Message, error: Exception, *, private: bool = False) ->
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {text}"), reply_to=message)
 
 
-def meet(grid: Grid, clients: int) -> list[int]:
-    """Wait for all nodes and ask which partition each holds.
-
-    Returns node ids in the order of partitions.
-    """
+def wait_for_clients(grid: Grid, clients: int) -> list[int]:
+    """Wait for all nodes, ask which partition each holds, and return them in that order."""
     nodes = sorted(grid.get_node_ids())
     patience = time.monotonic() + WAIT
     while len(nodes) < clients and time.monotonic() < patience:
@@ -219,12 +221,11 @@ def meet(grid: Grid, clients: int) -> list[int]:
         Message(RecordDict({"task": ConfigRecord({})}), node, "query.partition") for node in nodes
     ]
     replies = answers(grid, messages, {node: place for place, node in enumerate(nodes)})
-    found = {_partition(reply): reply.metadata.src_node_id for reply in replies}
+    found = {int(read_metric(reply, "partition")): reply.metadata.src_node_id for reply in replies}
     if sorted(found) != list(range(clients)) or len(nodes) != clients:
         raise FederationError(
             f"{len(nodes)} nodes hold partitions {sorted(found)}; needed: each of 0 .. "
-            f"{clients - 1} once; start "
-            "as many nodes as federation.clients"
+            f"{clients - 1} once; start as many nodes as federation.clients"
         )
     return [found[client] for client in range(clients)]
 
@@ -239,12 +240,16 @@ def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int])
     replies = {
         clients[reply.metadata.src_node_id]: reply for reply in grid.send_and_receive(messages)
     }
-    for client, reply in sorted(replies.items(), key=lambda pair: (not _refused(pair[1]), pair[0])):
-        if reply.has_error():
-            raise failure(client, reply.error.reason or "no reason given")
-    missing = sorted(
-        {clients[message.metadata.dst_node_id] for message in messages} - replies.keys()
-    )
+    failures = [
+        failure(client, reply.error.reason or "no reason given")
+        for client, reply in sorted(replies.items())
+        if reply.has_error()
+    ]
+    if failures:
+        refusals = [error for error in failures if isinstance(error, PrivacyError)]
+        raise (refusals or failures)[0]
+    asked = {clients[message.metadata.dst_node_id] for message in messages}
+    missing = sorted(asked - replies.keys())
     if missing:
         raise FederationError(
             f"no reply from clients {missing}; check that they run, and start the server again"
@@ -263,10 +268,6 @@ def failure(client: int, reason: str) -> PerdureError:
     if isinstance(known, type) and issubclass(known, PrivacyError):
         return known(f"client {client}: {text}")
     return FederationError(f"client {client} stopped: {line}")
-
-
-def _refused(reply: Message) -> bool:
-    return reply.has_error() and isinstance(failure(0, reply.error.reason or ""), PrivacyError)
 
 
 @contextmanager
@@ -328,21 +329,6 @@ def _unobserved() -> Iterator[None]:
             del os.environ[RAY_USAGE]
 
 
-def _partition(reply: Message) -> int:
-    return int(cast(int, cast(MetricRecord, reply.content["metrics"])["partition"]))
-
-
-def _context(number: int, clients: int) -> Context:
-    place: UserConfig = {"partition-id": number, "num-partitions": clients}
-    return Context(
-        run_id=IDENTITY["_run_id"],
-        node_id=number + 1,
-        node_config=place,
-        state=RecordDict(),
-        run_config={},
-    )
-
-
 def _identify(identity: dict[str, int]) -> None:
     for name, value in identity.items():
         setattr(TaskIdentity, name, value)
@@ -356,12 +342,22 @@ def recall(aggregator: Aggregator) -> tuple[Params, dict[str, str]]:
     tensors: Params = {}
     kinds: dict[str, str] = {}
     for name, value in vars(aggregator).items():
-        kind = _kind(value)
-        if kind:
+        if isinstance(value, ArrayRecord):
+            kind = "record"
+            arrays = {key: array.numpy() for key, array in value.items()}
+        elif isinstance(value, dict):
+            kind = "dict"
+            arrays = value
+        elif isinstance(value, list):
+            kind = "list"
+            arrays = {str(i): array for i, array in enumerate(value)}
+        else:
+            continue
+        # settings may be containers too, and an empty one says nothing of what it is for
+        numeric = all(isinstance(array, np.ndarray | np.generic) for array in arrays.values())
+        if kind == "record" or (arrays and numeric):
             kinds[name] = kind
-            tensors |= {
-                f"{name}.{key}": torch.tensor(np.asarray(array)) for key, array in _entries(value)
-            }
+            tensors |= {f"{name}.{key}": torch.tensor(np.asarray(arrays[key])) for key in arrays}
     return tensors, kinds
 
 
@@ -374,29 +370,3 @@ def remind(aggregator: Aggregator, tensors: Mapping[str, Tensor], kinds: Mapping
         arrays = {key: value.numpy() for key, value in own.items()}
         in_order = [arrays[str(i)] for i in range(len(arrays))] if kind == "list" else arrays
         setattr(aggregator, name, to_record(own) if kind == "record" else in_order)
-
-
-def _kind(value: object) -> str | None:
-    if isinstance(value, ArrayRecord):
-        return "record"
-    kinds = {
-        "dict": isinstance(value, dict) and value.values(),
-        "list": isinstance(value, list) and value,
-    }
-    full = [kind for kind, arrays in kinds.items() if arrays]
-    return (
-        full[0]
-        if full and all(isinstance(a, np.ndarray | np.generic) for a in kinds[full[0]] or ())
-        else None
-    )
-
-
-def _entries(
-    value: ArrayRecord | dict[str, np.ndarray] | list[np.ndarray],
-) -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(value, list):
-        yield from ((str(i), array) for i, array in enumerate(value))
-    elif isinstance(value, ArrayRecord):
-        yield from ((key, array.numpy()) for key, array in value.items())
-    else:
-        yield from value.items()

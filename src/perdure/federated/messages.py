@@ -1,10 +1,11 @@
 """Conversions between tensors and the records of Flower."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor, nn
 
 from perdure.errors import FederationError
@@ -30,6 +31,16 @@ def from_record(record: ArrayRecord) -> Params:
     return {name: torch.from_numpy(np.asarray(array.numpy())) for name, array in record.items()}
 
 
+def read_tensors(message: Message, record: str) -> Params:
+    """Tensors of one array record of a message, as copies."""
+    return from_record(cast(ArrayRecord, message.content[record]))
+
+
+def read_metric(message: Message, name: str) -> float:
+    """One number of a message's record `metrics`."""
+    return float(cast(float, cast(MetricRecord, message.content["metrics"])[name]))
+
+
 def shared(model: nn.Module) -> Params:
     """Parameters and floating-point buffers; integer buffers (counters) stay with the client."""
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
@@ -47,8 +58,8 @@ def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise FederationError(
-            f"{', '.join(wrong[:3])}: name or shape is not the model's; build it alike on "
-            "all parties"
+            f"{', '.join(wrong[:3])}: name or shape is not the model's; build it alike on all "
+            "parties"
         )
     with torch.no_grad():
         for name, value in own.items():

@@ -12,10 +12,10 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as aggregators
@@ -32,12 +32,19 @@ from perdure.federated.flower_adapter import (
     Progress,
     answers,
     contained,
-    meet,
     recall,
     remind,
     simulate,
+    wait_for_clients,
 )
-from perdure.federated.messages import from_record, load_shared, shared, to_record
+from perdure.federated.messages import (
+    from_record,
+    load_shared,
+    read_metric,
+    read_tensors,
+    shared,
+    to_record,
+)
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.learner import Learner
@@ -61,15 +68,12 @@ POINTS = (
 bits.
 """
 
+MISSING_NOISE = "its noise would be missing from the ledger"
 UNSUPPORTED = {
-    aggregators.DifferentialPrivacyClientSideAdaptiveClipping: "its noise would be "
-    "missing from the ledger",
-    aggregators.DifferentialPrivacyClientSideFixedClipping: "its noise would be "
-    "missing from the ledger",
-    aggregators.DifferentialPrivacyServerSideAdaptiveClipping: "its noise would be "
-    "missing from the ledger",
-    aggregators.DifferentialPrivacyServerSideFixedClipping: "its noise would be "
-    "missing from the ledger",
+    aggregators.DifferentialPrivacyClientSideAdaptiveClipping: MISSING_NOISE,
+    aggregators.DifferentialPrivacyClientSideFixedClipping: MISSING_NOISE,
+    aggregators.DifferentialPrivacyServerSideAdaptiveClipping: MISSING_NOISE,
+    aggregators.DifferentialPrivacyServerSideFixedClipping: MISSING_NOISE,
     aggregators.FedProx: "its proximal term belongs into the clients' loss",
     aggregators.QFedAvg: "it needs the clients' training losses",
     aggregators.FedXgbBagging: "it aggregates trees",
@@ -220,7 +224,7 @@ class Server:
         self._resume()
         with contained():
             while self.exchange < self.exchanges:
-                self._nodes = self._nodes or meet(grid, self.federation.clients)
+                self._nodes = self._nodes or wait_for_clients(grid, self.federation.clients)
                 (self._consolidate if self.round == self.federation.rounds else self._train)(grid)
                 self.exchange += 1
                 self._save()
@@ -270,8 +274,8 @@ class Server:
         replies = self._ask(grid, messages)
         self._notify("experience.received")
         rules = sent(learner.state).rules
-        states = [State(_tensors(reply, "state"), rules) for reply in replies]
-        weights = [_number(reply, "num-examples") for reply in replies]
+        states = [State(read_tensors(reply, "state"), rules) for reply in replies]
+        weights = [read_metric(reply, "num-examples") for reply in replies]
         combined = combine(learner.state, states, weights)
         learner.session.state = learner.strategy.derive(
             learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
@@ -289,20 +293,21 @@ class Server:
         state = to_record(sent(self.learner.state))
         for message in waiting:
             previous = before[clients[message.metadata.dst_node_id]]
-            records = dict(message.content) | {"task": ConfigRecord(self._task(previous))}
+            task = ConfigRecord(
+                {
+                    "experience": self.experience,
+                    "round": self.round,
+                    "rounds": self.federation.rounds,
+                    "exchange": self.exchange,
+                    "previous": previous,
+                }
+            )
+            records = dict(message.content) | {"task": task}
+            # a client that has met the experience already holds the state of its beginning
             if state and previous < self.exchange - self.round:
                 records["state"] = state
             message.content = RecordDict(records)
         return answers(grid, waiting, clients)
-
-    def _task(self, previous: int) -> dict[str, Any]:
-        return {
-            "experience": self.experience,
-            "round": self.round,
-            "rounds": self.federation.rounds,
-            "exchange": self.exchange,
-            "previous": previous,
-        }
 
     # ------------------------------------------------------------------ stopping and going on
 
@@ -413,7 +418,7 @@ def run_federation(
         simulate(server_app(server), client, federation.clients)
         return server
     with InProcessGrid(client, federation.clients, progress).running() as grid:
-        server_app(server)(grid, Context(grid.run.run_id, 0, {}, RecordDict(), {}))
+        server.serve(grid)
     return server
 
 
@@ -470,11 +475,3 @@ def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
         if hasattr(fresh, name):
             setattr(fresh, name, value)
     return fresh
-
-
-def _tensors(reply: Message, name: str) -> dict[str, Tensor]:
-    return from_record(cast(ArrayRecord, reply.content[name]))
-
-
-def _number(reply: Message, name: str) -> float:
-    return float(cast(float, cast(MetricRecord, reply.content["metrics"])[name]))

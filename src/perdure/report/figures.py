@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from perdure.errors import RunError
@@ -35,6 +36,8 @@ SHADES = ["#f3f6fa", "#b5d0e8", "#5b9bd0", "#1f66ab", "#0a3463"]
 LINES = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#7a5c00", "#332288"]
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2))]
+LONGEST_NAME = 26  # characters; a panel has no room for a longer line
+LINE_HEIGHT = 0.085  # of a name beside a line, as a share of the panel's height
 MOST_CELLS = 10  # a wider matrix has no room for numbers in its cells
 
 
@@ -71,10 +74,8 @@ def _matrices(result: Result) -> Picture:
         name="accuracy_matrix",
         title="What was kept, and when it was lost",
         caption="One matrix per arm. Read a row from left to right: what the model could do after "
-        "that "
-        "experience. Read a column downwards: how one experience fared from then on. The "
-        "framed diagonal "
-        "is the moment of learning; pale cells below it are forgetting.",
+        "that experience. Read a column downwards: how one experience fared from then on. The "
+        "framed diagonal is the moment of learning; pale cells below it are forgetting.",
         alternative="Heat maps of accuracy per experience, one per arm. "
         + _last_accuracies(result),
         figure=figure,
@@ -154,10 +155,9 @@ def _curves(result: Result) -> Picture:
     return Picture(
         name="accuracy_over_time",
         title="Every experience over time",
-        caption="Each coloured line starts when its experience is "
-        "learnt; a flat line is remembered, "
-        "a "
-        "falling one forgotten. The grey band is the mean over the experiences learnt so far.",
+        caption="Each coloured line starts when its experience is learnt; a flat line is "
+        "remembered, a falling one forgotten. The grey band is the mean over the experiences "
+        "learnt so far.",
         alternative="Lines of accuracy on every experience over time, one panel per arm. "
         + _last_accuracies(result),
         figure=figure,
@@ -211,11 +211,9 @@ def _epsilons(result: Result) -> Picture | None:
     return Picture(
         name="epsilon_over_time",
         title="Privacy spent over time",
-        caption="Epsilon of the record or client that is worst "
-        "off, after each experience. It never "
-        "falls: what was spent stays spent. Arms that spend the same share one line. Only "
-        "arms with the "
-        "same unit, relation and delta share axes.",
+        caption="Epsilon of the record or client that is worst off, after each experience. It "
+        "never falls: what was spent stays spent. Arms that spend the same share one line. Only "
+        "arms with the same unit, relation and delta share axes.",
         alternative="Lines of epsilon after each experience. " + " ".join(_last_epsilons(groups)),
         figure=figure,
     )
@@ -268,13 +266,16 @@ def _epsilon_lines(axes: "Axes", title: str, lines: "list[Line]") -> None:
 def _name_line_ends(axes: "Axes", lines: "list[Line]") -> None:
     """Write the names beside the ends of the lines, pushed apart where they would overlap."""
     top = axes.get_ylim()[1]
-    ceiling = 1.0
+    ceiling = 1.0 + LINE_HEIGHT / 2
     for k in sorted(range(len(lines)), key=lambda k: -lines[k][1][-1]):
         names, line = lines[k]
-        height = min(line[-1] / top, ceiling)
-        ceiling = height - 0.085
+        named = fill(f"{', '.join(names)}: {epsilon_number(line[-1])}", LONGEST_NAME)
+        # a name is centred at its height, so a longer one starts lower and ends lower
+        half = LINE_HEIGHT / 2 * len(named.splitlines())
+        height = min(line[-1] / top, ceiling - half)
+        ceiling = height - half
         axes.annotate(
-            f"{', '.join(names)}: {epsilon_number(line[-1])}",
+            named,
             (1.0, height),
             xycoords="axes fraction",
             xytext=(10, 0),
@@ -308,14 +309,12 @@ def _explanations(result: Result, run: Path) -> Picture | None:
     return Picture(
         name="explanations",
         title="What the model looks at, before and after",
-        caption=f"The arm {told['arm']}, explained with "
-        f"{explainer_name(told['method'])} on a few test inputs. "
-        "Red "
-        "pixels speak for the class named above, blue ones against it; where the picture "
-        "changes between "
-        "the rows, the reasons were forgotten or replaced, even if the answer stayed right.",
-        alternative=f"Heat maps of {len(inputs)} inputs "
-        f"({', '.join(titles)}), arm {told['arm']}: " + ", then ".join(told["moments"]) + ".",
+        caption=f"The arm {told['arm']}, explained with {explainer_name(told['method'])} on a few "
+        "test inputs. Red pixels speak for the class named above, blue ones against it; where the "
+        "picture changes between the rows, the reasons were forgotten or replaced, even if the "
+        "answer stayed right.",
+        alternative=f"Heat maps of {len(inputs)} inputs ({', '.join(titles)}), arm "
+        f"{told['arm']}: " + ", then ".join(told["moments"]) + ".",
         figure=figure,
     )
 
@@ -358,7 +357,7 @@ def _panels(
                 axes.set_visible(False)
                 continue
             arm, label = named
-            axes.set_title(f"{label}, private" if arm["private"] else label)
+            axes.set_title(fill(f"{label}, private" if arm["private"] else label, LONGEST_NAME))
             panels.append((arm, label, axes))
     return figure, panels
 

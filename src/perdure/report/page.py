@@ -128,8 +128,8 @@ def _lead(result: Result) -> str:
     )
     told = (
         f"{stream['name']}, {stream['scenario']}-incremental in "
-        f"{count(stream['experiences'], 'experience')}"
-        f"{clients}; {count(len(result['arms']), 'arm')}, seed {result['seed']}"
+        f"{count(stream['experiences'], 'experience')}{clients}; "
+        f"{count(len(result['arms']), 'arm')}, seed {result['seed']}"
     )
     return escape(told)
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any, cast
 
 from perdure.experiment.result_schema import ArmResult, Result
+from perdure.report.options import shown_options
 from perdure.report.picture import Picture
 from perdure.report.wording import (
     MISSING,
@@ -29,6 +30,7 @@ NUMBERS = (
     ("worst_experience_accuracy", "worst experience", "%"),
     ("area_under_accuracy", "area under the curve", "%"),
 )
+COLUMNS = len(NUMBERS) + 4  # strategy, robust accuracy, epsilon and time beside them
 GLOSSARY = (
     (
         "arm",
@@ -121,8 +123,8 @@ def _best_with(paid: tuple[ArmResult, str] | None, free: tuple[ArmResult, str] |
     arm, label = paid
     return (
         f"With privacy, <strong>{escape(label)}</strong> is best at "
-        f"<strong>{decimal(arm['average_accuracy'])} %</strong>{_price(arm, free)}, "
-        f"at epsilon {escape(phrase(paid[0]['epsilon']))}."
+        f"<strong>{decimal(arm['average_accuracy'])} %</strong>{_price(arm, free)}, at epsilon "
+        f"{escape(phrase(paid[0]['epsilon']))}."
     )
 
 
@@ -142,7 +144,10 @@ def arms_table(result: Result) -> str:
     )
     columns = ["strategy", *heads, "epsilon<small>rounded up</small>", "time<small>seconds</small>"]
     body = "".join(_group(result, private) for private in (False, True))
-    caption = "Every arm of the run. The best average accuracy of each group is marked with a star."
+    caption = (
+        "Every arm of the run. The best average accuracy of each group is marked with a star. "
+        "Below an arm stand the options that differ from its strategy's defaults."
+    )
     return _table(caption, columns, body)
 
 
@@ -151,23 +156,45 @@ def _group(result: Result, private: bool) -> str:
     if not arms:
         return ""
     title = "With privacy" if private else "Without privacy"
-    head = f'<tr><th scope="rowgroup" colspan="{len(NUMBERS) + 4}">{title}</th></tr>'
+    head = f'<tr><th scope="rowgroup" colspan="{COLUMNS}">{title}</th></tr>'
     winner = best(arms)
     rows = "".join(
-        _arm_row(arm, label, winner is not None and arm is winner[0]) for arm, label in arms
+        _arm_row(
+            arm, label, shown_options(arm, result["arms"]), winner is not None and arm is winner[0]
+        )
+        for arm, label in arms
     )
     return f"<tbody>{head}{rows}</tbody>"
 
 
-def _arm_row(arm: ArmResult, label: str, wins: bool) -> str:
-    star = ' <span class="star" role="img" aria-label="best of its group">★</span>' if wins else ""
-    name = f'<th scope="row">{escape(label)}{star}<code>{escape(arm["options"])}</code></th>'
+def _arm_row(arm: ArmResult, label: str, options: Sequence[str], wins: bool) -> str:
+    """Return the arm's numbers, and a second row with its options where it has any to show."""
+    star = (
+        '&nbsp;<span class="star" role="img" aria-label="best of its group">★</span>'
+        if wins
+        else ""
+    )
     numbers = cast(Mapping[str, float | None], arm)
     values = [decimal(numbers[key]) for key in (*(key for key, *_ in NUMBERS), "robust_accuracy")]
     cells = "".join(f'<td class="number">{value}</td>' for value in values)
+    # epsilon takes several lines: it and the time reach down beside the options
+    height = ' rowspan="2"' if options else ""
     return (
-        f'<tr{" class=best" * wins}>{name}{cells}<td class="epsilon">{_epsilon_cell(arm)}</td>'
-        f'<td class="number">{decimal(arm["seconds"])}</td></tr>'
+        f'<tr class="arm{" best" * wins}">'
+        f'<th scope="row">{escape(arm["strategy"])}{star}</th>{cells}'
+        f'<td class="epsilon"{height}>{_epsilon_cell(arm)}</td>'
+        f'<td class="number"{height}>{decimal(arm["seconds"])}</td></tr>'
+        f"{_options_row(options, label, wins)}"
+    )
+
+
+def _options_row(options: Sequence[str], label: str, wins: bool) -> str:
+    if not options:
+        return ""
+    chips = "".join(f"<li>{escape(option)}</li>" for option in options)
+    return (
+        f'<tr class="options{" best" * wins}"><td colspan="{COLUMNS - 2}">'
+        f'<ul class="chips" aria-label="options of {escape(label)}">{chips}</ul></td></tr>'
     )
 
 
@@ -260,8 +287,8 @@ def _again(result: Result, config: str | None) -> str:
         command = f"perdure run {shlex.quote('runs/' + result['name'] + '/config.toml')}"
         return f"<p>To run it again:</p><pre><code>{escape(command)}</code></pre>"
     return (
-        "<p>To run it again, save the configuration as <code>config.toml</code> and type:</p>"
-        "<pre><code>perdure run config.toml</code></pre>"
+        "<p>To run it again, save the configuration as <code>config.toml</code> and "
+        "type:</p><pre><code>perdure run config.toml</code></pre>"
         + _details("The configuration", f"<pre><code>{escape(config)}</code></pre>")
     )
 
@@ -296,7 +323,7 @@ def _table(caption: str, columns: Iterable[str], body: str) -> str:
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
-        f"<table><caption>{caption}</caption>"
+        f"<table><caption><span>{caption}</span></caption>"
         f"<thead><tr>{head}</tr></thead>{body}</table></div>"
     )
 

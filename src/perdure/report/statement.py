@@ -8,11 +8,9 @@ from perdure.report.sections import spending_table
 from perdure.report.wording import SIMULATION, by_privacy, epsilon_number, phrase, small
 
 UNITS = {
-    "record": "One record is one row of data as it was at its "
-    "source. All its copies, rotations and "
-    "replays count as the same record. A person with several records is protected less; "
-    "where each person "
-    "is one client, client-level privacy covers them all.",
+    "record": "One record is one row of data as it was at its source. All its copies, rotations "
+    "and replays count as the same record. A person with several records is protected less; where "
+    "each person is one client, client-level privacy covers them all.",
     "client": "One client is one participant of the federation with everything it holds.",
 }
 RELATIONS = {
@@ -31,8 +29,7 @@ def statement(result: Result) -> str:
     if not private:
         return (
             "<p><strong>No promise.</strong> Every model of this run was trained without "
-            "differential "
-            "privacy. Treat each as if it contained its training records.</p>"
+            "differential privacy. Treat each as if it contained its training records.</p>"
         )
     arms = "".join(_arm(arm, label, arm["epsilon"]) for arm, label in private if arm["epsilon"])
     return f"{_warning(result)}{_together(result, len(private))}{_meaning(private)}{arms}"
@@ -80,9 +77,8 @@ def _together(result: Result, private: int) -> str:
 
 def _stated(joint: Epsilon) -> str:
     return (
-        f"Epsilon {escape(phrase(joint))}. This is the number that counts as soon as more "
-        "than one of these models is "
-        "shown, or the best is picked by comparing them."
+        f"Epsilon {escape(phrase(joint))}. This is the number that counts as soon as more than one "
+        "of these models is shown, or the best is picked by comparing them."
     )
 
 
@@ -90,9 +86,8 @@ def _unstated(private: int) -> str:
     if private == 1:
         return "One model was trained with privacy; its own statement below is the whole one."
     return (
-        f"No joint epsilon was computed for the {private} models with privacy. It is no "
-        "smaller than any "
-        "single one below, so show one model only, chosen without looking at the others."
+        f"No joint epsilon was computed for the {private} models with privacy. It is no smaller "
+        "than any single one below, so show one model only, chosen without looking at the others."
     )
 
 
@@ -102,9 +97,8 @@ def _unprotected(free: int) -> str:
     which = "One model was" if free == 1 else f"{free} models were"
     return (
         f"<p>{which} trained without privacy on the same records and carry no promise (epsilon is "
-        "infinite). The statement above holds only while those models stay with whoever may "
-        "see the "
-        "records.</p>"
+        "infinite). The statement above holds only while those models stay with whoever may see "
+        "the records.</p>"
     )
 
 
@@ -151,10 +145,7 @@ def _plainly(epsilon: Epsilon) -> str:
     limit = math.ceil(guess_limit(epsilon["value"], epsilon["delta"]) * 10_000 - 1e-9) / 100
     return (
         f"In plain words: someone who sees this model, knows all other {unit}s and guesses "
-        f"{question}, "
-        f"starting from even odds, is right at most {limit:g} % of the time (50 % would be "
-        "pure chance). "
-        f"This follows from epsilon and δ = {small(epsilon['delta'])}; nothing that is later "
-        "computed from "
-        "the model can change it."
+        f"{question}, starting from even odds, is right at most {limit:g} % of the time (50 % "
+        f"would be pure chance). This follows from epsilon and δ = {small(epsilon['delta'])}; "
+        "nothing that is later computed from the model can change it."
     )

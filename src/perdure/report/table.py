@@ -1,4 +1,7 @@
-"""One finished run as a table in the terminal, readable in 100 columns."""
+"""One finished run as a table in the terminal, readable in 100 columns.
+
+Below its strategy, each arm shows the options that differ from the strategy's defaults.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.experiment.result_schema import ArmResult, Result, checked
+from perdure.report.options import shown_options
 from perdure.report.wording import (
     MISSING,
     SIMULATION,
@@ -22,6 +26,8 @@ from perdure.report.wording import (
 UNITS = (
     "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
 )
+LONGEST_OPTION = 20
+"""Columns that an option gets before it wraps: with them the table fits in 100 columns."""
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -41,8 +47,8 @@ def table(result: Mapping[str, Any]) -> Table:
     for private in (False, True):
         group = [named for named in arms if named[0]["private"] == private]
         winner = best(group)
-        for arm, label in group:
-            drawn.add_row(*_cells(arm, label), style="bold" if winner and arm is winner[0] else "")
+        for arm, _ in group:
+            drawn.add_row(*_cells(arm, run), style="bold" if winner and arm is winner[0] else "")
         drawn.add_section()
     return drawn
 
@@ -58,7 +64,7 @@ def _empty(run: Result) -> Table:
         show_edge=False,
     )
     attack = attack_name(run["attack"]).replace(", ", "\n")
-    drawn.add_column("strategy", overflow="fold")
+    drawn.add_column("strategy,\nchanged options", overflow="fold", max_width=LONGEST_OPTION)
     drawn.add_column("private")
     for header in ("average\naccuracy", "forgetting", Text(f"robust\n{attack}")):
         drawn.add_column(header, justify="right", no_wrap=True)
@@ -67,20 +73,18 @@ def _empty(run: Result) -> Table:
     return drawn
 
 
-def _cells(arm: ArmResult, label: str) -> list[Text]:
+def _cells(arm: ArmResult, run: Result) -> list[Text]:
+    options = "".join(f"\n {option}" for option in shown_options(arm, run["arms"]))
     accuracies = [
         decimal(arm[name]) for name in ("average_accuracy", "forgetting", "robust_accuracy")
     ]
-    return [
-        Text(cell)
-        for cell in (
-            label,
-            "yes" if arm["private"] else "no",
-            *accuracies,
-            _epsilon(arm),
-            decimal(arm["seconds"]),
-        )
-    ]
+    others = (
+        "yes" if arm["private"] else "no",
+        *accuracies,
+        _epsilon(arm),
+        decimal(arm["seconds"]),
+    )
+    return [Text.assemble(arm["strategy"], (options, "dim not bold")), *map(Text, others)]
 
 
 def _epsilon(arm: ArmResult) -> str:

@@ -1,25 +1,25 @@
 """Wording of results: labels, numbers and units, the same in every place."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from perdure.experiment.result_schema import ArmResult, AttackResult, Epsilon
+from perdure.report.options import telling_options
 
 SIMULATION = "simulation: not a private release"
 MISSING = "–"
 
 
 def labels(arms: Sequence[ArmResult]) -> list[str]:
-    """Name each arm.
+    """Name each arm by its strategy.
 
-    By its strategy, or its options where a strategy occurs twice at the same privacy.
+    Where a strategy occurs twice at the same privacy, the options that tell its arms apart follow.
     """
-    count = Counter((arm["strategy"], arm["private"]) for arm in arms)
-    return [
-        arm["strategy"] if count[arm["strategy"], arm["private"]] == 1 else arm["options"]
-        for arm in arms
-    ]
+    named = []
+    for arm in arms:
+        telling = ", ".join(telling_options(arm, arms))
+        named.append(f"{arm['strategy']} ({telling})" if telling else arm["strategy"])
+    return named
 
 
 def by_privacy(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, str]]:

@@ -1,0 +1,93 @@
+"""Options of a strategy for a reader: `name = value`, without those that are at their default."""
+
+import ast
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+
+from perdure.experiment.result_schema import ArmResult
+from perdure.strategies import find, names
+
+
+def shown_options(arm: ArmResult, arms: Sequence[ArmResult]) -> list[str]:
+    """Return the options of `arm` that a reader needs, each as `name = value`.
+
+    These are the options that differ from the strategy's defaults, and those that tell the arm from
+    another one of the same strategy and privacy. A strategy that is not installed here has no known
+    defaults, and all its options are returned. Options that are not written as
+    `Name(option=value, ...)` are returned as they are.
+
+    >>> arm = {"strategy": "lwf", "options": "LwF(temperature=2.0, strength=4.0)", "private": True}
+    >>> shown_options(arm, [arm])
+    ['strength = 4']
+    """
+    options = read_options(arm["options"])
+    if options is None:
+        return [arm["options"]]
+    compared = [_defaults(arm["strategy"]), *_options_of_rivals(arm, arms)]
+    return _differing(options, compared)
+
+
+def telling_options(arm: ArmResult, arms: Sequence[ArmResult]) -> list[str]:
+    """Return the options of `arm` that tell it from others of the same strategy and privacy."""
+    options = read_options(arm["options"])
+    rivals = _options_of_rivals(arm, arms)
+    if options is None:
+        return [arm["options"]] if rivals else []
+    return _differing(options, rivals)
+
+
+def _options_of_rivals(arm: ArmResult, arms: Sequence[ArmResult]) -> list[dict[str, str]]:
+    return [
+        read_options(other["options"]) or {}
+        for other in arms
+        if other is not arm
+        and (other["strategy"], other["private"]) == (arm["strategy"], arm["private"])
+    ]
+
+
+def _differing(options: dict[str, str], compared: Sequence[dict[str, str]]) -> list[str]:
+    return [
+        option(name, value)
+        for name, value in options.items()
+        if any(other.get(name) != value for other in compared)
+    ]
+
+
+def read_options(text: str) -> dict[str, str] | None:
+    """Split `Name(option=value, ...)` into its options, or return None for any other text.
+
+    The text is parsed and never evaluated: a result may be anybody's.
+    """
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            return None
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    # text that is nested too deeply is a MemoryError or RecursionError, a null byte a ValueError
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    return {name: value for name, value in options.items() if name is not None}
+
+
+def option(name: str, value: str) -> str:
+    """Write one option; texts without quotes, whole numbers without a trailing `.0`."""
+    try:
+        constant = ast.literal_eval(value)
+    except ValueError:
+        return f"{name} = {value}"
+    if isinstance(constant, str) and constant.isprintable():
+        return f"{name} = {constant}"
+    return f"{name} = {value.removesuffix('.0') if isinstance(constant, float) else value}"
+
+
+def _defaults(strategy: str) -> dict[str, str]:
+    """Default of every option of an installed strategy, written as `read_options` writes it."""
+    if strategy not in names():
+        return {}
+    defaults = {}
+    for known in fields(find(strategy)):
+        value = known.default if known.default_factory is MISSING else known.default_factory()
+        written = read_options(f"_(value={value!r})")
+        if written:
+            defaults[known.name] = written["value"]
+    return defaults
