@@ -9,7 +9,7 @@ INSTALL := --constraint constraints.txt --editable '.[dev]'
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint tables clean
+.PHONY: help setup demo test test-all lint tables measure clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile
@@ -39,6 +39,9 @@ lint: setup ## ruff, mypy, and whether the installed packages fit together
 
 tables: setup ## write the README's table of strategies from the strategies
 	$(BIN)/python -m perdure.experiment.tables
+
+measure: setup ## shape of the code: length of functions, comments, docstrings, private access
+	$(BIN)/python benchmarks/measure.py
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
