@@ -183,3 +183,7 @@ def test_no_function_is_longer_than_sixty_lines(measure, whole):
     ]
     assert len(every) > 1000
     assert [pair for pair in every if pair[1] > measure.LONGEST] == []
+
+
+def test_private_names_stay_in_their_module(measure, whole):
+    assert [line for source in whole for line in measure.private_accesses(source)] == []

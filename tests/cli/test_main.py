@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.request
 import warnings
 from importlib import resources
 
@@ -236,12 +237,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(perdure, tmp_path):
     )
 
 
-@pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
-def test_data_that_are_not_there_are_one_line(perdure, tmp_path, monkeypatch, data):
+@pytest.fixture
+def no_network(monkeypatch):
+    """A proxy that nobody listens at: a download fails at once, with or without a network."""
     for name in ("http_proxy", "https_proxy"):
-        # a port that nobody listens at: a download fails at once, with or without a network
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setattr("urllib.request._opener", None)
+    # None makes urllib read the proxies again: those above, and afterwards those from before
+    urllib.request.install_opener(None)
+    yield
+    urllib.request.install_opener(None)
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
+def test_data_that_are_not_there_are_one_line(perdure, tmp_path, monkeypatch, no_network, data):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PERDURE_DATA", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
