@@ -164,7 +164,6 @@ class HeldRecords:
         self.step = step
         sampler = self.samplers["gradient"]
         self._drawn = sampler.positions(self.private_sum, step)
-        self.set_memory_share(0.0)
         return sampler.rows.take(self._drawn)
 
     def set_memory_share(self, share: float) -> None:

@@ -228,13 +228,16 @@ class Session:
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         """(n,) the strategy's loss of every row, averaged over views where there are any."""
-
-        def of(rows: Batch) -> Tensor:
-            return self.strategy.losses(forward, rows, self.curator.context, self.state)
-
+        strategy = self.strategy
+        context = self.held.context
+        state = self.state
         low = self.precision == "bfloat16"
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=low):
-            return (self.views.losses(of, batch) if self.views else of(batch)).float()
+            if self.views is None:
+                return strategy.losses(forward, batch, context, state).float()
+            return self.views.losses(
+                lambda rows: strategy.losses(forward, rows, context, state), batch
+            ).float()
 
     def observe(self, batch: Batch) -> None:
         """Offer the rows of a step to a memory that is updated every step."""
