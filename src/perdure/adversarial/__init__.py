@@ -7,7 +7,7 @@ Adding an attack is adding a file: `my_attack.py` with one class `MyAttack(Attac
 
 from typing import TYPE_CHECKING, TypeGuard
 
-from perdure.adversarial.base import Attack, Losses, Norm
+from perdure.adversarial.base import Attack, InputLosses, Norm
 from perdure.adversarial.fgsm import FGSM
 from perdure.adversarial.pgd import PGD
 from perdure.adversarial.robust_accuracy import robust_accuracy
@@ -17,7 +17,7 @@ __all__ = [
     "FGSM",
     "PGD",
     "Attack",
-    "Losses",
+    "InputLosses",
     "Norm",
     "find",
     "names",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 
-Losses = Callable[[Tensor], Tensor]
+InputLosses = Callable[[Tensor], Tensor]
 """Inputs (n, ...) to one loss per record (n,); row i of the result depends on row i of the inputs
 only.
 """
@@ -26,7 +26,7 @@ Norm = Literal["linf", "l2"]
 """Norm that bounds a perturbation."""
 
 
-def input_gradient(losses: Losses, inputs: Tensor) -> Tensor:
+def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
     """Gradient of each record's loss with respect to that record; parameters receive none.
 
     Raises:
@@ -116,7 +116,7 @@ class Attack(ABC):
 
     @abstractmethod
     def perturb(
-        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+        self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return inputs (n, ...), each moved so as to raise its own loss.
 

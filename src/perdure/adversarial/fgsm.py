@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.adversarial.base import Attack, Losses, input_gradient, steepest_direction
+from perdure.adversarial.base import Attack, InputLosses, input_gradient, steepest_direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class FGSM(Attack):
     """
 
     def perturb(
-        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+        self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """One step uphill; deterministic, so `generator` is not used. See `Attack.perturb`."""
         origin = inputs.detach()

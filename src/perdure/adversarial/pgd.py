@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perdure.adversarial.base import (
     Attack,
-    Losses,
+    InputLosses,
     input_gradient,
     steepest_direction,
     uniform_in_ball,
@@ -46,7 +46,7 @@ class PGD(Attack):
             )
 
     def perturb(
-        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+        self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Climb `steps` times; `generator` is needed with a random start. See `Attack.perturb`."""
         origin = inputs.detach()

@@ -39,7 +39,7 @@ from perdure.errors import FederationError, PerdureError, PrivacyError
 from perdure.federated.messages import read_metric, to_record
 from perdure.types import Params
 
-Progress = Callable[[int, int], None]
+MessageProgress = Callable[[int, int], None]
 """Called as progress(replies so far, replies expected) after every reply."""
 
 IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
@@ -64,7 +64,9 @@ class InProcessGrid(Grid):
         progress: told about every reply.
     """
 
-    def __init__(self, app: ClientApp, clients: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self, app: ClientApp, clients: int, progress: MessageProgress | None = None
+    ) -> None:
         self._app = app
         self._progress = progress
         self._contexts: dict[int, Context] = {}

@@ -29,7 +29,7 @@ from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import (
     Cohort,
     InProcessGrid,
-    Progress,
+    MessageProgress,
     answers,
     contained,
     recall,
@@ -51,7 +51,7 @@ from perdure.learner.learner import Learner
 from perdure.utils.seeding import generator
 
 Engine = Literal["inprocess", "ray"]
-Callback = Callable[[str, "Server"], None]
+ServerCallback = Callable[[str, "Server"], None]
 """Called at every named point of the server's loop; the names are `POINTS`."""
 
 POINTS = (
@@ -181,7 +181,7 @@ class Server:
     stream: Stream
     federation: Federation
     folder: Path | None = None
-    callbacks: Sequence[Callback] = ()
+    callbacks: Sequence[ServerCallback] = ()
 
     def __post_init__(self) -> None:
         bare: dict[str, Any] = {
@@ -370,9 +370,9 @@ def run_federation(
     federation: Federation,
     *,
     folder: Path | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
 ) -> Server:
     """Train one model on the streams of all clients and return the server, which holds it.
 
@@ -428,9 +428,9 @@ def fit_federated(
     federation: Federation,
     *,
     folder: Path | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
-    progress: Progress | None = None,
+    progress: MessageProgress | None = None,
 ) -> Tensor:
     """`run_federation`, for the accuracy matrix (T, T) in percent alone."""
     server = run_federation(

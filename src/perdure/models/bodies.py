@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perdure.models.config import ACTIVATIONS, ModelConfig, Norm
+from perdure.models.config import ACTIVATIONS, ModelConfig, Normalisation
 
 LARGEST_GROUP_COUNT = 16
 """Groups of a normalisation at most, as in De et al.
@@ -57,7 +57,7 @@ def resnet_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, _MeanOverPositions()), sizes[-1]
 
 
-def _norm(kind: Norm, channels: int) -> nn.Module:
+def _norm(kind: Normalisation, channels: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "group":
@@ -78,7 +78,7 @@ class _MeanOverPositions(nn.Module):
 class _Block(nn.Module):
     """Residual block: relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
 
-    def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
+    def __init__(self, before: int, after: int, stride: int, norm: Normalisation) -> None:
         super().__init__()
         bias = norm == "none"  # a normalisation brings its own
         self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=bias)

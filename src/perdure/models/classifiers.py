@@ -18,7 +18,7 @@ from torch import nn
 from perdure.errors import ConfigError
 from perdure.models.bodies import cnn_body, mlp_body, resnet_body
 from perdure.models.classifier import Classifier, Head
-from perdure.models.config import Activation, ModelConfig, Norm
+from perdure.models.config import Activation, ModelConfig, Normalisation
 from perdure.models.vae import generative
 from perdure.utils.seeding import seeded
 
@@ -75,7 +75,7 @@ def cnn(
     input_shape: Sequence[int],
     num_classes: int,
     seed: int,
-    norm: Norm = "group",
+    norm: Normalisation = "group",
     activation: Activation = "relu",
     width: int = 64,
     head: Head = "linear",
@@ -93,7 +93,7 @@ def resnet18(
     input_shape: Sequence[int],
     num_classes: int,
     seed: int,
-    norm: Norm = "group",
+    norm: Normalisation = "group",
     width: int = 64,
     head: Head = "linear",
 ) -> Classifier:

@@ -8,11 +8,11 @@ from torch import nn
 from perdure.errors import ConfigError
 from perdure.models.classifier import HEADS, Head
 
-Norm = Literal["none", "group", "batch"]
+Normalisation = Literal["none", "group", "batch"]
 ModelName = Literal["mlp", "cnn", "resnet18", "generative"]
 Activation = Literal["relu", "tanh", "gelu"]
 
-NORMS: tuple[Norm, ...] = ("none", "group", "batch")
+NORMS: tuple[Normalisation, ...] = ("none", "group", "batch")
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn", "resnet18", "generative")
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -38,7 +38,7 @@ class ModelConfig:
     name: ModelName = "mlp"
     hidden: tuple[int, ...] = (400, 400)
     activation: Activation = "relu"
-    norm: Norm = "group"
+    norm: Normalisation = "group"
     width: int = 64
     latent: int = 100
     head: Head = "linear"

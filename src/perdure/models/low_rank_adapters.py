@@ -41,7 +41,7 @@ class LowRank(nn.Module):
         return self.scale * change
 
 
-class Pair(nn.Module):
+class LowRankPair(nn.Module):
     """Adapters of the query and the value projection of one block."""
 
     def __init__(self, width: int, rank: int, scale: float) -> None:
@@ -61,7 +61,8 @@ class Adapted(nn.Module):
         self.backbone = fixed(backbone)
         sets = range(experiences)
         self.adapters = nn.ModuleList(
-            nn.ModuleList(Pair(backbone.width, rank, scale) for _ in backbone.blocks) for _ in sets
+            nn.ModuleList(LowRankPair(backbone.width, rank, scale) for _ in backbone.blocks)
+            for _ in sets
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from perdure.types import Params
 ROUNDING = 1 + 1e-4
 EVERY = 5
 """Every how manyth row is looked at by itself."""
-Rows = Callable[[Batch], Mapping[str, Tensor]]
+RowsOfBatch = Callable[[Batch], Mapping[str, Tensor]]
 
 # --------------------------------------------------------------------------- a hook changes nothing
 
@@ -138,10 +138,10 @@ def scene_couples(strategy: Strategy) -> str | None:
     )
 
 
-def _asked_by_row(scene: MidRunFixture) -> dict[str, Rows]:
+def _asked_by_row(scene: MidRunFixture) -> dict[str, RowsOfBatch]:
     strategy = scene.strategy
     state = scene.state
-    found: dict[str, Rows] = {
+    found: dict[str, RowsOfBatch] = {
         "losses()": lambda batch: {"loss": scene.losses(scene.forward, batch)},
         "remember()": lambda batch: strategy.remember(scene.forward, batch, state),
         "predict()": lambda b: {
@@ -158,7 +158,7 @@ def _asked_by_row(scene: MidRunFixture) -> dict[str, Rows]:
     return found
 
 
-def _same_for_every_company(what: str, ask: Rows, batch: Batch) -> None:
+def _same_for_every_company(what: str, ask: RowsOfBatch, batch: Batch) -> None:
     whole = tensors_of(ask(batch))
     n = len(batch)
     wrong = [

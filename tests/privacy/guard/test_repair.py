@@ -9,7 +9,7 @@ from torch import nn
 from perdure.errors import GuardError
 from perdure.privacy.clipping.bookkeeping import ruled_layers
 from perdure.privacy.guard.model_checks import check_model, fix, fixes
-from perdure.privacy.guard.repair import Attention, replacements
+from perdure.privacy.guard.repair import RepairedAttention, replacements
 
 
 def randomised(module, seed=0):
@@ -167,7 +167,7 @@ def test_attention_out_of_linear_layers_computes_the_same(heads, options, batch_
         nn.MultiheadAttention(8, heads, dropout=0.3, batch_first=batch_first, **options)
     ).eval()
     new = fix(old)
-    assert type(new) is Attention and new.dropout.p == 0.3
+    assert type(new) is RepairedAttention and new.dropout.p == 0.3
     turn = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
     q = turn(inputs(3, 4, 8))
     k = turn(inputs(3, 5, old.kdim, seed=1))
@@ -215,7 +215,7 @@ def test_attention_is_book_kept_and_the_whole_decoder_too():
     model = fix(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True))
     assert ruled_layers(model, dict(model.named_parameters())) is not None
     assert [type(m) for n, m in model.named_modules() if n in ("self_attn", "multihead_attn")] == [
-        Attention
+        RepairedAttention
     ] * 2
 
 

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from perdure.errors import GuardError
 
-Losses = Callable[[Tensor, Tensor], Tensor]
+SyntheticLosses = Callable[[Tensor, Tensor], Tensor]
 """(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per
 record.
 """
@@ -34,7 +34,7 @@ def quiet_training(model: nn.Module) -> None:
             module.eval()
 
 
-def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
+def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: str) -> None:
     """Drop-one-record test.
 
     Each record's loss must be the same alone, in the batch, and among fewer neighbours.
@@ -76,7 +76,9 @@ def check_losses(losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> N
 # --------------------------------------------------------------------------- layers
 
 
-def check_rows(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor, what: str) -> None:
+def check_rows(
+    model: nn.Module, losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: str
+) -> None:
     """Change-one and drop-one test of every layer.
 
     Its row i, and the gradient that comes back to it, are record i's.
@@ -124,7 +126,9 @@ records first.
 """
 
 
-def _calls(model: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> list[LayerRows]:
+def _calls(
+    model: nn.Module, losses: SyntheticLosses, inputs: Tensor, labels: Tensor
+) -> list[LayerRows]:
     """Differentiable calls of the innermost layers that have parameters, in order."""
     heard: list[tuple[str, nn.Module, Tensor, Any]] = []
     handles = [

@@ -255,8 +255,8 @@ def fix(model: nn.Module) -> nn.Module:
 
     BatchNorm becomes GroupNorm with the same scale and shift, InstanceNorm loses its running
     statistics, torch.nn.LSTM, GRU and RNN become the layers of Opacus, and attention becomes
-    `perdure.privacy.guard.repair.Attention`, out of linear layers, which is faster. The last two
-    keep their weights and what they compute, except that Opacus applies dropout inside the
+    `perdure.privacy.guard.repair.RepairedAttention`, out of linear layers, which is faster. The
+    last two keep their weights and what they compute, except that Opacus applies dropout inside the
     recurrence too; GroupNorm computes something else than BatchNorm.
 
     Guarantee: `check_model` accepts the result.

@@ -28,7 +28,7 @@ def repaired(model: nn.Module) -> nn.Module:
         setattr(result.get_submodule(parent), own, new)
     for module in result.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(part, Attention) for part in module.modules()
+            isinstance(part, RepairedAttention) for part in module.modules()
         ):
             # a short cut for inference that reads the weights of torch's attention
             module.use_nested_tensor = False
@@ -66,7 +66,7 @@ def counterpart(module: nn.Module) -> nn.Module | None:
     elif (
         type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
     ):
-        return Attention(module)
+        return RepairedAttention(module)
     else:
         return None
     return None if new is None else _carried(module, new)
@@ -130,7 +130,7 @@ def _carried(old: nn.Module, new: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
-class Attention(nn.Module):
+class RepairedAttention(nn.Module):
     """torch.nn.MultiheadAttention out of linear layers, with dropout as a layer.
 
     softmax(q k^T / sqrt(d) + mask) v for each head of d features; arguments, shapes and result are

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from perdure.errors import ConfigError
 from perdure.privacy.accounting.charges import Charge, Noise, Relation
-from perdure.privacy.ledger.storage import canonical, sha256
+from perdure.privacy.ledger.storage import canonical_json, sha256
 
 Unit = Literal["record", "client"]
 Sampling = Literal["poisson", "none"]
@@ -120,7 +120,7 @@ class Entry:
 
         It keys the noise and knows nothing of the chain.
         """
-        return sha256(canonical(asdict(self)))
+        return sha256(canonical_json(asdict(self)))
 
     def charge(self, partitions: Iterable[str]) -> Charge | None:
         """Return what the entry costs a record that is in all of `partitions`, if it touches any.

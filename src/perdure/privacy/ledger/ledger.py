@@ -13,7 +13,7 @@ from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge, Relation, merged
 from perdure.privacy.ledger.account import Account, header
 from perdure.privacy.ledger.entries import Entry, Unit
-from perdure.privacy.ledger.storage import SCHEMA, Body, HashChain, canonical
+from perdure.privacy.ledger.storage import SCHEMA, Body, HashChain, canonical_json
 from perdure.privacy.noise.key import NoiseKey
 
 
@@ -160,7 +160,7 @@ class Ledger(Account):
             "epsilon": each if isinstance(epsilon, Mapping) else float(epsilon),
             "delta": float(delta),
         }
-        text = canonical(body)
+        text = canonical_json(body)
         if text not in self._plans:
             self._check(charges, each, delta)
             self._write(body)
@@ -208,7 +208,7 @@ class Ledger(Account):
         """Take in one line, and what it does to the allowance."""
         super().take(body)
         if body["kind"] == "grant":
-            self._plans.append(canonical(body))
+            self._plans.append(canonical_json(body))
             self._allowance = {
                 (name, *charge.kind): max(0, charge.steps - self._charged(name).get(charge.kind, 0))
                 for name, plan in body["charges"].items()

@@ -12,7 +12,7 @@ from perdure.privacy.ledger.storage import (
     SCHEMA,
     Body,
     SealedHead,
-    canonical,
+    canonical_json,
     cover,
     head_path,
     load,
@@ -162,7 +162,7 @@ def _count(lines: Sequence[str], path: Path) -> int:
 
 
 def _title(count: int) -> str:
-    return canonical({"kind": "merged", "schema": SCHEMA, "ledgers": count})
+    return canonical_json({"kind": "merged", "schema": SCHEMA, "ledgers": count})
 
 
 def _part(

@@ -31,7 +31,7 @@ HEX = re.compile("[0-9a-f]{64}")
 SCHEMA = 1
 
 
-def canonical(value: object) -> str:
+def canonical_json(value: object) -> str:
     """Return the one JSON text of `value`: sorted keys, no spaces, no NaN, plain ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -44,8 +44,8 @@ def sha256(text: str) -> str:
 def link(body: Body, previous: str) -> tuple[str, str]:
     """Line and hash of `body` after a line with hash `previous`."""
     chained = {**body, "prev": previous}
-    own = sha256(canonical(chained))
-    return canonical({**chained, "hash": own}), own
+    own = sha256(canonical_json(chained))
+    return canonical_json({**chained, "hash": own}), own
 
 
 def unlink(line: str, previous: str) -> tuple[Body, str]:
@@ -117,7 +117,7 @@ class SealedHead:
 
     def text(self) -> str:
         """One line of JSON."""
-        return canonical(asdict(self))
+        return canonical_json(asdict(self))
 
     def check(self, key: NoiseKey, *, where: str) -> None:
         """Refuse a head that another key made.
@@ -133,7 +133,7 @@ class SealedHead:
 
 
 def _sealed(count: int, last: str) -> bytes:
-    return canonical({"count": count, "hash": last}).encode()
+    return canonical_json({"count": count, "hash": last}).encode()
 
 
 def head_path(path: Path) -> Path:

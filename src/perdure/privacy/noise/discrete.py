@@ -267,7 +267,7 @@ class Quantile:
         return torch.bincount(passed, minlength=len(self.candidates) + 1).cumsum(0)[:-1].double()
 
 
-Utility = Frequency | Quantile
+KnownUtility = Frequency | Quantile
 
 
 def best(scores: Tensor, k: int) -> Tensor:

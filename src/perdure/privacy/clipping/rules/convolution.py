@@ -30,7 +30,7 @@ from perdure.types import Params
 CHANNELS = 16
 """Input channels that a vectorised convolution takes at a time."""
 
-Pair = tuple[int, int]
+Sides = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Geometry:
 
     ins: int
     outs: int
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
+    kernel: Sides
+    stride: Sides
+    padding: Sides
+    dilation: Sides
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Geometry":
