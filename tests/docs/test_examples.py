@@ -1,6 +1,7 @@
 """The README's Python examples run, in order, in one namespace, as a reader would type them."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "simulation: not a private release" in printed
     assert "1: BatchNorm2d -> GroupNorm(8, 8" in printed
     assert tuple(namespace["matrix"].shape) == (5, 5)
+
+
+def test_the_example_config_is_right() -> None:
+    from perdure.adversarial import FGSM, PGD
+    from perdure.experiment import parse
+    from perdure.explain import KernelSHAP
+
+    first, second = re.findall(r"```toml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    config = parse(first)
+    assert config.training.adversary is not None
+    assert config.training.adversary.attack == FGSM(epsilon=0.05)
+    assert config.attack is not None
+    assert config.attack.attack == PGD(epsilon=0.1, steps=20)
+    assert config.explain is not None
+    assert (config.explain.explainer, config.explain.records) == (KernelSHAP(), 6)
+    assert set(tomllib.loads(second)["project"]["entry-points"]) == {"perdure.strategies"}
 
 
 def test_every_row_of_the_strategies_is_of_a_class_that_exists() -> None:

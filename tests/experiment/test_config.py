@@ -253,6 +253,18 @@ def test_its_fields_are_checked_like_all_others(table, message):
     assert str(caught.value) == message
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """A field whose type is imported for type checkers only."""
+
+    how: "NotImported"  # noqa: F821
+
+
+def test_types_that_cannot_be_read_are_refused():
+    with pytest.raises(ConfigError, match=r"^x: the types of Unreadable cannot be read \(name 'No"):
+        build(Unreadable, {"how": 1}, "x")
+
+
 # --------------------------------------------------------------------------- text and files
 
 

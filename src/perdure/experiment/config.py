@@ -453,7 +453,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
     Unknown fields, missing fields and wrong types are refused by name.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls, where)
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for name in table:
@@ -474,6 +474,17 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(_placed(str(error), where, known)) from None
+
+
+def _type_hints(cls: type, where: str) -> dict[str, Any]:
+    """Types of a class's fields; those of a foreign class may name what cannot be imported."""
+    try:
+        return typing.get_type_hints(cls)
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: the types of {cls.__qualname__} cannot be read ({error}); allowed: types "
+            "that are imported at runtime; move their imports out of TYPE_CHECKING"
+        ) from error
 
 
 def _placed(message: str, where: str, known: Iterable[str]) -> str:
