@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from perdure import federated as federated
     from perdure import metrics as metrics
     from perdure import models as models
+    from perdure import privacy as privacy
     from perdure import queries as queries
     from perdure import report as report
     from perdure import strategies as strategies
