@@ -403,7 +403,7 @@ def twins(tmp_path, monkeypatch):
 
 
 def test_names_are_those_of_the_files():
-    assert names() == ("adult", "breast_cancer", "cifar10", "digits", "mnist")
+    assert {"adult", "breast_cancer", "cifar10", "digits", "mnist"} <= set(names())
     assert find("digits") is digits
     assert find("breast-cancer") is find("breast_cancer") is breast_cancer
 
