@@ -2,14 +2,14 @@
 
 
 def hooks_on(module):
-    """Number of hooks of every kind on the module itself."""
+    """Number of hooks on the module itself of every kind that a forward or backward pass calls."""
     return {
         kind: len(hooks)
         for kind, hooks in vars(module).items()
-        if kind.endswith("_hooks") and hooks
+        if kind.endswith("_hooks") and ("forward" in kind or "backward" in kind) and hooks
     }
 
 
 def any_hooks(model):
-    """Whether a hook of any kind stands on a layer of the model."""
+    """Whether such a hook stands on a layer of the model."""
     return any(hooks_on(module) for module in model.modules())
