@@ -181,7 +181,7 @@ def test_replay_has_the_same_loss_and_stores_as_many_of_each_experience(
             "the default weighs experiences"
         )
     learner, _ = learnt(ours, made, toy_model)
-    kept = learner.curator.snapshot()[0]["memory.tasks"].bincount().tolist()
+    kept = learner.session.held.snapshot()[0]["memory.tasks"].bincount().tolist()
     theirs = [len(buffer.buffer) for buffer in replay.storage_policy.buffer_groups.values()]
     assert kept == pytest.approx(theirs, abs=1), (
         "what does not divide by two goes to the one or the other"
@@ -311,7 +311,7 @@ def test_mas_has_the_same_importance_record_by_record(avalanche, benchmark, toy_
     )
     first.prepare(from_avalanche(made))
     first.begin(0)
-    first.train(range(first.steps(0)))
+    first.train(range(first.training.steps(0)))
     first.finish()
     ours = flat(first.state.group("importance").values())
     torch.testing.assert_close(

@@ -285,7 +285,7 @@ def test_the_criterion_stays_and_shows_the_penalty(benchmark, toy_model, templat
                     for v in (
                         t.loss,
                         t.criterion(),
-                        strategy.penalty(plugin.learner.params, plugin.state),
+                        strategy.penalty(plugin.session.params, plugin.state),
                     )
                 ]
             )
@@ -326,7 +326,7 @@ def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(
             (12, 12, entries),
             (8, 8, entries),
         ]
-        assert plugin.learner.curator.stored == 6
+        assert plugin.session.curator.stored == 6
 
 
 def test_the_model_keeps_its_mode_over_a_whole_stream(benchmark, toy_model, template):

@@ -136,14 +136,14 @@ def test_every_earlier_experience_has_a_reference_of_its_own(toy_data, toy_model
     learner.prepare(stream)
     for index in range(4):
         learner.begin(index)
-        ask = type(learner.session.held).recalled
+        ask = type(learner.session.held).reference_rows
 
         def spy(of, held=learner.session.held, ask=ask):
             rows = ask(held, of)
             seen.append((held.experiences[-1].index, of, set(rows.tasks.tolist())))
             return rows
 
-        learner.session.held.recalled = spy
+        learner.session.held.reference_rows = spy
         learner.train(range(2))
         learner.finish()
     assert seen == [

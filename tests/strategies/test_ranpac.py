@@ -119,7 +119,7 @@ def test_the_projection_is_random_features_with_relu_drawn_from_the_seed():
     assert abs(float(drawn.mean())) < 0.02 and abs(float(drawn.std()) - 1) < 0.02
     x = stream_of()[0].test.inputs
     expected = (first.model.features(x) @ drawn).clamp(min=0)
-    torch.testing.assert_close(strategy.features(first.forward, x, first.state), expected)
+    torch.testing.assert_close(strategy.features(first.session.forward, x, first.state), expected)
 
 
 def test_under_privacy_it_is_one_release_an_experience_clipped_to_the_declared_norm():
@@ -157,7 +157,7 @@ def test_features_without_a_bound_are_refused_under_privacy():
     ):
         alone(RAW, privacy=SIMULATED)
     bounded = alone(RanPAC(normalise=False, bound=2.0), privacy=SIMULATED)
-    assert [e.clip_norm for e in bounded.mechanism.ledger.entries] == pytest.approx(
+    assert [e.clip_norm for e in bounded.private_sum.ledger.entries] == pytest.approx(
         [math.sqrt(16 + 0.49 * 4)] * 5
     )
 
