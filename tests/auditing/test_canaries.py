@@ -237,7 +237,7 @@ def test_a_correct_mechanism_passes(seed, learner, toy_stream):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(
-    "kind", [broken(HalfKey), broken(LoadedCoins), broken(mechanism=Unclipped)]
+    "kind", [broken(HalfKey), broken(LoadedCoins), broken(private_sum=Unclipped)]
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):

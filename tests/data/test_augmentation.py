@@ -139,10 +139,12 @@ def test_views_cost_no_privacy_and_one_record_still_moves_the_sum_by_at_most_c(l
     batch = learner.views.attach(learner.session.held.rows, 5)
     clip = Clip(norm=0.01)
     forward = learner.session.forward
-    whole = clipped_gradient(forward, learner.session.losses, learner.params, batch, clip)
+    whole = clipped_gradient(forward, learner.session.losses, learner.params, batch, clip, None)
     for i in range(0, len(batch), 5):
         others = batch.take(torch.arange(len(batch)) != i)
-        fewer = clipped_gradient(forward, learner.session.losses, learner.params, others, clip)
+        fewer = clipped_gradient(
+            forward, learner.session.losses, learner.params, others, clip, None
+        )
         moved = torch.stack([(whole[n] - fewer[n]).square().sum() for n in whole]).sum().sqrt()
         assert 0.009 < float(moved) <= 0.01 * (1 + 1e-4)
 
@@ -190,7 +192,7 @@ def test_in_bfloat16_one_record_moves_the_sum_by_at_most_c(kind, learner_of, toy
         params = dict(model.named_parameters())
     clip = Clip(norm=0.01)
     sums = [
-        clipped_gradient(forward, learner.session.losses, params, rows, clip)
+        clipped_gradient(forward, learner.session.losses, params, rows, clip, None)
         for rows in (batch, batch.take(slice(1, None)), batch.take(slice(0, 1)))
     ]
     assert {value.dtype for value in sums[0].values()} == {torch.float32}

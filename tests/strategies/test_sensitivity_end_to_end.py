@@ -142,7 +142,7 @@ def follow(whole, fewer):
 
 def clipped_sum_of(learner, losses, params, batch, clip):
     """Sum of the clipped gradients of a batch, as the learner's curator takes it before noise."""
-    return clipped_gradient(learner.session.forward, losses, params, batch, clip)
+    return clipped_gradient(learner.session.forward, losses, params, batch, clip, None)
 
 
 def same_rows(pool, batch):
