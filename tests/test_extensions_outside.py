@@ -24,6 +24,7 @@ MODULE = '''
     from perdure.adversarial import Attack
     from perdure.data.datasets import Dataset, from_stratified_split
     from perdure.explain import Attribution, Explainer
+    from perdure.privacy.clipping import ClippingRule, PrecomputedRows
 
 
     @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,37 @@ MODULE = '''
         noise = torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
         pictures = 0.3 * noise + 0.7 * torch.eye(4)[labels].view(120, 1, 4, 1)
         return from_stratified_split("stripes", pictures, labels, seed=seed, test_share=0.2)
+
+
+    class Gain(torch.nn.Module):
+        """Scale every feature."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.weight
+
+
+    class GainRule(ClippingRule):
+        """Gradient of the scale: input times gradient of the output."""
+
+        layers = (Gain,)
+        parameters = frozenset({"weight"})
+
+        def gradients(self, layer, calls):
+            return PrecomputedRows({"weight": sum(x * back for x, back in map(_flowed, calls))})
+
+
+    def _flowed(call):
+        return call.flowed()
 '''
+RULES = """
+from perdure.privacy.clipping.rules.registry import clipping_rules
+from somebody.extensions import Gain
+print(type(clipping_rules()[Gain]).__name__)
+"""
 KINDS = {
     # group: (package with `find` and `names`, name of the entry point, object in MODULE)
     "perdure.strategies": ("perdure.strategies", "shrink", "Shrink"),
@@ -136,6 +167,7 @@ def installed(tmp_path_factory):
     groups = {
         group: {name: f"somebody.extensions:{target}"} for group, (_, name, target) in KINDS.items()
     }
+    groups["perdure.clipping_rules"] = {"gain": "somebody.extensions:GainRule"}
     return distribution(tmp_path_factory.mktemp("site"), "somebody-extensions", modules, groups)
 
 
@@ -160,6 +192,12 @@ def test_each_kind_is_found_by_entry_point_and_by_module_and_name(installed):
     assert found == {
         package: f"somebody.extensions:{target}" for package, _, target in KINDS.values()
     }
+
+
+@pytest.mark.slow
+def test_a_clipping_rule_holds_for_its_layers(installed):
+    """Rules are found by the type of a layer, so that nobody names one."""
+    assert python(installed, "-c", RULES).strip() == "GainRule"
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""Promises of `Attack.perturb` that every attack keeps, also one whose file was added just now."""
+
+import pytest
+import torch
+
+from perdure.adversarial import find, names
+
+EPSILON = 0.2
+every = pytest.mark.parametrize("name", names())
+both = pytest.mark.parametrize("norm", ["linf", "l2"])
+
+
+def losses(rows):
+    """A curved loss of each row alone."""
+    return torch.sin(3 * rows).sum(1) * rows.square().sum(1)
+
+
+def moved(name, norm, inputs, bounds=(0.0, 1.0)):
+    attack = find(name)(epsilon=EPSILON, norm=norm, bounds=bounds)
+    return attack.perturb(losses, inputs, generator=torch.Generator().manual_seed(0))
+
+
+@every
+@both
+def test_results_lie_in_the_ball_and_the_bounds(name, norm):
+    inputs = torch.rand(20, 5, generator=torch.Generator().manual_seed(1))
+    before = inputs.clone()
+    result = moved(name, norm, inputs)
+    change = result - inputs
+    length = change.norm(dim=1) if norm == "l2" else change.abs().amax(1)
+    assert length.max() <= EPSILON + 1e-5
+    assert change.abs().max() > 0.01
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert torch.equal(inputs, before)
+
+
+@every
+@both
+def test_a_radius_of_0_leaves_inputs_as_they_are(name, norm):
+    inputs = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
+    attack = find(name)(epsilon=0.0, norm=norm)
+    result = attack.perturb(losses, inputs, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(result, inputs)
+
+
+@every
+@both
+def test_the_change_of_a_row_depends_on_that_row_alone(name, norm):
+    inputs = torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
+    others = inputs.clone()
+    others[1:] = 1 - others[1:]
+    assert torch.allclose(moved(name, norm, inputs)[0], moved(name, norm, others)[0], atol=1e-6)

@@ -1,0 +1,47 @@
+"""Promises of `Explainer.explain` that every explainer keeps, also one whose file was added just
+now.
+"""
+
+import pytest
+import torch
+
+from perdure.explain import find, names
+
+every = pytest.mark.parametrize("name", names())
+INPUTS = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(1))
+BACKGROUND = torch.zeros(1, 2, 3)
+WEIGHT = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+
+
+def predict(rows):
+    return torch.tanh(rows.flatten(1) @ WEIGHT)
+
+
+def explained(name, inputs, targets=None):
+    generator = torch.Generator().manual_seed(0)
+    explainer = find(name)()
+    return explainer.explain(predict, inputs, BACKGROUND, targets=targets, generator=generator)
+
+
+@every
+def test_values_have_the_shape_of_the_inputs(name):
+    result = explained(name, INPUTS)
+    assert result.values.shape == INPUTS.shape
+    assert result.values.dtype == INPUTS.dtype
+    assert result.base.shape == result.targets.shape == (4,)
+    assert torch.isfinite(result.values).all()
+    assert not result.values.requires_grad
+
+
+@every
+def test_the_largest_output_is_explained_unless_another_is_given(name):
+    assert torch.equal(explained(name, INPUTS).targets, predict(INPUTS).argmax(1))
+    targets = torch.tensor([2, 0, 1, 2])
+    assert torch.equal(explained(name, INPUTS, targets).targets, targets)
+
+
+@every
+def test_an_instance_is_explained_alike_alone_and_in_a_batch(name):
+    whole = explained(name, INPUTS)
+    alone = explained(name, INPUTS[:1])
+    assert torch.allclose(whole.values[:1], alone.values, atol=1e-5)
