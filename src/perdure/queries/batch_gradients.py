@@ -4,6 +4,7 @@ Their mean, or their clipped sum by the fastest way that fits the model.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,38 +66,36 @@ def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Pa
 def clipped_gradient(
     forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip, at_once: int | None
 ) -> Params | None:
-    """Sum over the rows of clip(gradient of the row's loss); None without rows.
+    """Sum over the rows of clip(gradient of the row's loss), the fastest way that fits the model.
+
+    By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record.
 
     Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm;
     micro-batches change memory only, since every row is clipped by itself.
 
     Args:
+        forward: the model at its own parameters.
+        losses: (forward, batch) to one loss per row.
+        params: parameters of the gradient.
+        batch: rows, each of them a record.
+        clip: the bound on one row.
         at_once: rows of one pass through the model; None for all.
-    """
-    total: Params | None = None
-    for piece in micro_batches(batch, at_once):
-        part = _clipped(forward, losses, params, piece, clip)
-        if part is not None:
-            total = (
-                part
-                if total is None
-                else {name: total[name] + value for name, value in part.items()}
-            )
-    return total
 
-
-def _clipped(
-    forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip
-) -> Params | None:
-    """Clipped sum by the fastest way that fits the model.
-
-    By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record.
+    Returns:
+        The sum by parameter name; None without rows.
     """
     module = forward.module
-    for way in (clipped_gradient_sum, grad_sample_sum):
-        total = way(module, params, lambda: losses(forward, batch), len(batch), clip)
-        if total is not None:
-            return total
-    return clipped_sum(
-        gradient_rows(losses, module), params, batch.tensors(), clip, per_pass(params)
-    )
+    total: Params | None = None
+    for piece in micro_batches(batch, at_once):
+        run = partial(losses, forward, piece)
+        part = clipped_gradient_sum(module, params, run, len(piece), clip)
+        if part is None:
+            part = grad_sample_sum(module, params, run, len(piece), clip)
+        if part is None:
+            rows = gradient_rows(losses, module)
+            part = clipped_sum(rows, params, piece.tensors(), clip, per_pass(params))
+        if total is None or part is None:
+            total = part or total
+        else:
+            total = {name: total[name] + value for name, value in part.items()}
+    return total

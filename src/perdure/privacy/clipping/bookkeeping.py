@@ -99,7 +99,8 @@ def _clipped(
     """Clipped sums of all layers; None where a norm is not finite."""
     rules = clipping_rules()
     device = next(iter(params.values())).device
-    squares = {name: torch.zeros(records, device=device) for name in layers if name not in calls}
+    nothing = torch.zeros(records, device=device)
+    squares = dict.fromkeys(layers.keys() - calls.keys(), nothing)
     known: dict[str, RecordGradients] = {}
     for name in list(calls):
         layer = layers[name]
@@ -111,13 +112,15 @@ def _clipped(
     factors = clip.factors(squares)
     sums: Params = {}
     for name in list(known):  # a layer's activations go as soon as its sum is there
-        own = own_sums(layers[name], known.pop(name), factors[name])
-        sums |= {f"{name}.{key}".removeprefix("."): value for key, value in own.items()}
+        for own, value in own_sums(layers[name], known.pop(name), factors[name]).items():
+            sums[f"{name}.{own}".removeprefix(".")] = value
+    total: Params = {}
     for name, value in params.items():
         if name not in sums:
             wide = torch.promote_types(value.dtype, torch.float32)
             sums[name] = torch.zeros_like(value, dtype=wide, requires_grad=False)
-    return {name: sums[name] for name in params} | clip.count(squares)
+        total[name] = sums[name]
+    return total | clip.count(squares)
 
 
 def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int) -> Tensor:
@@ -142,14 +145,13 @@ def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> P
         PrivacyError: where its rule gives other names or shapes.
     """
     sums = gradients.weighted(factors)
-    own = layer._parameters.items()
-    shapes = {name: tuple(value.shape) for name, value in own if value is not None}
-    given = {name: tuple(value.shape) for name, value in sums.items()}
-    if given != shapes:
-        raise PrivacyError(
-            f"the clipping rule of {type(layer).__name__} gives sums of shapes {given}; allowed: "
-            f"{shapes}, the shapes of its parameters"
-        )
+    for name, param in layer._parameters.items():
+        given = tuple(sums[name].shape) if name in sums else None
+        if param is not None and given != tuple(param.shape):
+            raise PrivacyError(
+                f"the clipping rule of {type(layer).__name__} gives a sum of shape {given} for "
+                f"{name}; return {tuple(param.shape)}, the shape of the parameter"
+            )
     return sums
 
 
@@ -163,21 +165,22 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
     """
     rules = clipping_rules()
     layers: dict[str, nn.Module] = {}
-    owned: dict[str, int] = {}
+    owned = 0
     for name in dict.fromkeys(map(layer_of, params)):
         layer = module.get_submodule(name)
         rule = rules.get(type(layer))
+        if rule is None or not layer._parameters.keys() <= rule.parameters:
+            return None
         # a part with parameters would have its calls inside the layer's own
-        plain = not any(True for part in layer.children() for _ in part.parameters())
-        if rule is None or not (plain and layer._parameters.keys() <= rule.parameters):
+        parted = layer._modules and any(True for p in layer.children() for _ in p.parameters())
+        if parted or not rule.covers(layer):
             return None
-        if not rule.covers(layer):
-            return None
-        layers[name] = layer
         for own, value in layer._parameters.items():
-            if value is not None:
-                owned[f"{name}.{own}".removeprefix(".")] = id(value)
-    return layers if owned == {name: id(value) for name, value in params.items()} else None
+            if value is not None and params.get(f"{name}.{own}".removeprefix(".")) is not value:
+                return None
+            owned += value is not None
+        layers[name] = layer
+    return layers if owned == len(params) else None
 
 
 # --------------------------------------------------------------------------- what they did
@@ -187,10 +190,10 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
 def _taped(layers: Layers) -> Iterator[list[TapedCall | None]]:
     """Record every differentiable call of the layers; None for one that no rule understands."""
     tape: list[TapedCall | None] = []
-    handles = [
-        layer.register_forward_hook(partial(_record, tape, name), prepend=True, with_kwargs=True)
-        for name, layer in layers.items()
-    ]
+    handles = []
+    for name, layer in layers.items():
+        hook = partial(_record, tape, name)
+        handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
         yield tape
     finally:

@@ -133,7 +133,7 @@ class NoiseKey:
         Source: Box and Muller 1958.
         """
         layout = [[name, *shape] for name, shape in shapes.items()]
-        sizes = [math.prod(shape) for shape in shapes.values()]
+        sizes = list(map(math.prod, shapes.values()))
         flat = _normals(
             subkey(self._secret, "normal", purpose, entry, step, layout), sum(sizes)
         ).to(device)
@@ -244,35 +244,30 @@ def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
 
 
 def _normals(key: bytes, n: int) -> Tensor:
-    """(n,) float32, by NumPy.
+    """(n,) float32 standard normals (see `NoiseKey.normal`).
 
-    Its logarithm, sine and cosine are three times as fast as torch's on the processor.
-
-    The words are read unsigned, since small u, the tail, needs their full precision.
+    By NumPy, whose logarithm, sine and cosine are three times as fast as torch's on the processor.
     """
     even = n + n % 2
     numbers = np.empty(even, dtype=np.float32)
     read = keystream_reader(key, 4 * min(even, DRAWN_AT_ONCE))
     for start in range(0, even, DRAWN_AT_ONCE):
         piece = numbers[start : start + DRAWN_AT_ONCE]
+        # unsigned, since small u, the tail, needs the full precision of the words
         piece[:] = read(4 * len(piece)).view("<u4")
-        half = len(piece) // 2
-        _box_muller(piece[:half], piece[half:])
+        # Box and Muller, in place: half of the words are u, half are t
+        u, t = np.split(piece, 2)
+        u += np.float32(1.0)
+        u *= np.float32(2.0**-32)
+        np.log(u, out=u)
+        u *= np.float32(-2.0)
+        np.sqrt(u, out=u)
+        t *= np.float32(2.0 * math.pi * 2.0**-32)
+        cosine = np.cos(t)
+        np.sin(t, out=t)
+        t *= u
+        u *= cosine
     return torch.from_numpy(numbers)[:n]
-
-
-def _box_muller(u: npt.NDArray[np.float32], t: npt.NDArray[np.float32]) -> None:
-    """Words, as numbers, into normals, in place."""
-    u += np.float32(1.0)
-    u *= np.float32(2.0**-32)
-    np.log(u, out=u)
-    u *= np.float32(-2.0)
-    np.sqrt(u, out=u)
-    t *= np.float32(2.0 * math.pi * 2.0**-32)
-    cosine = np.cos(t)
-    np.sin(t, out=t)
-    t *= u
-    u *= cosine
 
 
 def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
