@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.adversarial.base import Attack, Losses, uniform_in_ball
+from perdure.adversarial.base import Attack, InputLosses, uniform_in_ball
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class RandomPoint(Attack):
     points: int = 4
 
     def perturb(
-        self, losses: Losses, inputs: Tensor, *, generator: torch.Generator | None = None
+        self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the best point of each record. See `Attack.perturb`."""
         generator = generator or torch.Generator().manual_seed(0)
