@@ -17,6 +17,7 @@ that the numbers can be had again.
 import gc
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -95,7 +96,7 @@ class Outcome:
     forgetting: float
     spent: float
     noise_multiplier: float
-    paid: list[dict[str, Any]]
+    paid: Sequence[Mapping[str, Any]]
     seconds: float
 
 
@@ -165,7 +166,7 @@ def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) 
     }
 
 
-def paid(spent: list[dict[str, Any]]) -> str:
+def paid(spent: Sequence[Mapping[str, Any]]) -> str:
     """What the worst record took part in, in few words."""
     counts: dict[str, int] = {}
     for charge in spent:

@@ -1,5 +1,6 @@
 """The gate: what `.ci/run` and the Makefile offer, and which tests only the long run takes."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MARK = re.compile(r"mark\.deep\b(?P<arguments>\((?:reason=)?[\"']\w[^\"']+[\"']\))?")
+KINDS = ("deployment", "chaos", "docs", "full replay", "all devices")
+"""Words before the colon of a deep mark's reason."""
 
 
 def shell(*command):
@@ -42,11 +44,25 @@ def test_only_the_long_run_takes_the_deep_tests():
 
 
 def test_every_deep_mark_says_why():
-    marks = [
-        (path.name, match["arguments"])
-        for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        for match in MARK.finditer(path.read_text())
-        if path != Path(__file__)
-    ]
-    assert [name for name, arguments in marks if arguments is None] == []
-    assert len(marks) > 5
+    reasons = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        named = {
+            call.func: word.value.value
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+            for word in call.keywords
+            if word.arg == "reason" and isinstance(word.value, ast.Constant)
+        }
+        reasons |= {
+            f"{path.name}:{mark.lineno}": named.get(mark)
+            for mark in ast.walk(tree)
+            if isinstance(mark, ast.Attribute) and mark.attr == "deep"
+        }
+    assert len(reasons) > 5
+    unknown = {
+        place: reason
+        for place, reason in reasons.items()
+        if not str(reason).startswith(tuple(f"{kind}: " for kind in KINDS))
+    }
+    assert unknown == {}

@@ -37,13 +37,23 @@ def test_import_perdure_loads_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_the_engine_works_without_the_heavy_libraries():
-    done = python(
-        "-W", "error", str(Path(__file__).parent / "programs" / "engine_without_extras.py")
-    )
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("ewc", "slda"), id="a penalty and a solved head"),
+        pytest.param(
+            strategies.names(),
+            marks=pytest.mark.deep(reason="deployment: trains every strategy in a fresh process"),
+            id="all strategies",
+        ),
+    ],
+)
+def test_the_engine_works_without_the_heavy_libraries(names):
+    program = Path(__file__).parent / "programs" / "engine_without_extras.py"
+    done = python("-W", "error", str(program), *names)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for name in strategies.names():
+    for name in names:
         assert f"trained {name} without privacy" in lines
         private = [line for line in lines if line.startswith(f"trained {name} epsilon")]
         assert len(private) == (not strategies.find(name).couples_records)

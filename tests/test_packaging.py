@@ -116,7 +116,7 @@ def test_the_licence_travels_with_it(names):
     assert f"perdure-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="deployment: builds the sdist, and the wheel from it")
 def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
     again = build(ROOT, tmp_path)  # the sdist, and from it the wheel
     assert again.read_bytes() == wheel.read_bytes()
@@ -128,7 +128,7 @@ def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
 # --------------------------------------------------------------- what it does where it is installed
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="deployment: installs the wheel into a fresh environment")
 def test_a_folder_of_the_user_does_not_shadow_the_strategies(installed, tmp_path):
     decoy = tmp_path / "strategies"
     decoy.mkdir()
@@ -150,7 +150,7 @@ def test_the_folder_refuses_another_name():
     assert last == "ImportError: import this package as perdure.strategies, not as strategies"
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="deployment: installs the wheel into a fresh environment")
 def test_the_command_is_installed(installed, tmp_path):
     done = python(str(installed.with_name("perdure")), "--help", cwd=tmp_path, executable=installed)
     assert done.returncode == 0, done.stderr

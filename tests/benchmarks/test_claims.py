@@ -183,7 +183,7 @@ def test_a_seed_says_everything_and_packnet_forgets_nothing(comparison, tiny):
     assert comparison.run(claim, method, {}, 0)["forgetting"] == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="full replay: tunes, trains and stores a whole claim")
 def test_a_run_stores_its_rows_and_takes_up_those_that_are_there(
     comparison, tiny, tmp_path, monkeypatch, capsys
 ):

@@ -1,5 +1,6 @@
 """The README's Python examples run, in order, in one namespace, as a reader would type them."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -9,9 +10,24 @@ import pytest
 README = Path(__file__).parents[2] / "README.md"
 
 
-@pytest.mark.slow
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_python_examples_import_what_there_is() -> None:
+    imports = [
+        node
+        for block in python_blocks()
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert len(imports) > 10
+    exec(compile("\n".join(map(ast.unparse, imports)), str(README), "exec"), {})
+
+
+@pytest.mark.deep(reason="docs: trains what the README's examples train, in full")
 def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = python_blocks()
     namespace: dict[str, object] = {"__name__": "readme"}
     assert len(blocks) == 7
     for block in blocks:

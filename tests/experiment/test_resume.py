@@ -98,6 +98,11 @@ def undisturbed(request, tmp_path_factory):
 
 # ------------------------------------------------------------------------ stops at the named points
 
+EVERY_POINT = pytest.mark.deep(
+    reason="full replay: three stops at every point, alone and federated"
+)
+IN_SHORT = {"ledger.appended", "experience.consolidated"}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("undisturbed", ["alone"], indirect=True)
@@ -111,7 +116,10 @@ def test_a_stop_at_the_last_pass_of_a_point_changes_nothing(undisturbed, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(point, marks=() if point in IN_SHORT else EVERY_POINT) for point in POINTS],
+)
 def test_several_stops_at_a_point_change_nothing(undisturbed, tmp_path, point):
     text, expected, passed, _ = undisturbed
     for at in (0, passed[point] // 2, passed[point] // 3):
@@ -211,7 +219,7 @@ def kill(process, folder, target, pause):
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="chaos: kills the process of a long run three times")
 def test_three_kills_of_a_federated_run_change_nothing(tmp_path):
     config = tmp_path / "config.toml"
     folder = tmp_path / "killed"

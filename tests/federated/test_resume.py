@@ -34,7 +34,16 @@ def stopping(point, times):
 STRATEGY = Combine(EWC(strength=20.0), Replay(memory_size=30))
 
 
-@pytest.fixture(scope="module", params=[None, SIMULATED], ids=["plain", "private"])
+AGAIN_PLAIN = pytest.mark.deep(reason="full replay: every point again without privacy")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(None, marks=AGAIN_PLAIN, id="plain"),
+        pytest.param(SIMULATED, id="private"),
+    ],
+)
 def reference(request, stream):
     streams, federation = hard(stream)
     make = maker(stream, STRATEGY, privacy=request.param)

@@ -275,7 +275,13 @@ def test_figures_are_files_too(written: Path) -> None:
     ]
     assert all(path.parent == written / "figures" for path in paths)
     assert paths[0].read_text().startswith("<?xml") and paths[1].read_bytes().startswith(b"\x89PNG")
-    assert not list(written.rglob("*.partial"))
+    assert sorted(path.name for path in written.iterdir()) == [
+        "explanations.safetensors",
+        "figures",
+        "report.html",
+        "result.json",
+    ]
+    assert len(list((written / "figures").iterdir())) == len(paths)
 
 
 def test_units_never_share_axes(run: Path, result: dict[str, Any]) -> None:

@@ -164,7 +164,7 @@ def test_added_files_pass_the_linter_and_the_formatter(project):
 # ------------------------------------------------------------------------------- in full, minutes
 
 
-@pytest.mark.deep
+@pytest.mark.deep(reason="deployment: lints and type-checks a copy of the whole project")
 def test_the_project_with_added_files_passes_every_check_of_lint(project):
     python(project, "-m", "ruff", "check")
     python(project, "-m", "ruff", "format", "--check")
@@ -179,13 +179,13 @@ def run_tests(project, *words):
     python(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
 
 
-@pytest.mark.deep
+@pytest.mark.deep(reason="deployment: runs a copy's tests over all extensions")
 @every_addition
 def test_tests_over_all_extensions_of_a_kind_pass_with_an_added_file(project, addition):
     run_tests(project, *addition.tests)
 
 
-@pytest.mark.deep
+@pytest.mark.deep(reason="deployment: runs a copy's tests of names, layers and documents")
 def test_tests_of_names_layers_and_documents_pass_with_added_files(project):
     top = [path for path in project.glob("tests/test_*.py") if path.stem != "test_packaging"]
     lists = [

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from perdure.errors import ConfigError, PrivacyError, RunError
 from perdure.experiment.config import Config
 from perdure.experiment.config import read as read_config
+from perdure.experiment.result_schema import Epsilon
 from perdure.experiment.results import epsilon_of_all_arms, epsilon_row
 from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge
@@ -362,7 +363,7 @@ def summary(source: Source, chosen: Merged, delta: float) -> dict[str, object]:
     }
 
 
-def all_arms(account: Merged, delta: float) -> dict[str, object] | None:
+def all_arms(account: Merged, delta: float) -> Epsilon | None:
     """Statement over several arms, in which the same records compose.
 
     None for one arm, or ledgers of no run.

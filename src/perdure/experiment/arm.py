@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from perdure.data.experience import Stream
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.config import Arm, Config, TrainingConfig
+from perdure.experiment.result_schema import ArmResult, PrivacyResult
 from perdure.experiment.results import (
     calibration,
     client_streams,
@@ -125,15 +126,14 @@ class ArmRun:
         self._began = time.perf_counter() - before
         self._shown = 0.0
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> ArmResult:
         """Train if that is not done yet, and return the arm's row of the result."""
         done = self.folder / "arm.json"
         if not done.exists():
             self.progress(self.arm.name, 0.0)
-            row = self._train()
-            write_json(done, row | {"seconds": self._seconds()})
+            write_json(done, self._train())
         self.progress(self.arm.name, 1.0)
-        loaded: dict[str, Any] = json.loads(done.read_text())
+        loaded: ArmResult = json.loads(done.read_text())
         return loaded
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
@@ -186,7 +186,7 @@ class ArmRun:
         fresh.position.experience = len(self.stream)
         return fresh
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> ArmResult:
         learner = self._fit()
         final = {
             n: t
@@ -195,17 +195,24 @@ class ArmRun:
         }
         save_tensors(self.run_folder / "checkpoint" / self.arm.name / "model.safetensors", final)
         start = torch.tensor(self.untrained().evaluate(self.stream), dtype=torch.float64)
-        measures = asdict(summarise(torch.tensor(learner.matrix, dtype=torch.float64), start))
+        measures = summarise(torch.tensor(learner.matrix, dtype=torch.float64), start)
         return {
             "strategy": self.arm.file,
             "options": repr(self.arm.strategy),
             "private": self.arm.private,
             "accuracy_matrix": learner.matrix,
-            **measures,
+            "average_accuracy": measures.average_accuracy,
+            "learning_accuracy": measures.learning_accuracy,
+            "forgetting": measures.forgetting,
+            "backward_transfer": measures.backward_transfer,
+            "forward_transfer": measures.forward_transfer,
+            "worst_experience_accuracy": measures.worst_experience_accuracy,
+            "area_under_accuracy": measures.area_under_accuracy,
             "calibration_error": calibration(learner, self.stream),
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
             "robust_accuracy": self._robust(learner),
             **self._privacy(),
+            "seconds": self._seconds(),
         }
 
     def _fit(self) -> Learner:
@@ -332,7 +339,7 @@ class ArmRun:
         ]
         return sum(shares) / len(shares)
 
-    def _privacy(self) -> dict[str, Any]:
+    def _privacy(self) -> PrivacyResult:
         account = self._account()
         if account is None or self.config.privacy is None:
             return {"epsilon": None, "epsilon_over_time": None, "spending": []}

@@ -1,7 +1,7 @@
-"""Schema of `result.json`, and its reader."""
+"""Schema of `result.json`, for the run that writes it and for everything that reads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -33,7 +33,18 @@ class Spending(TypedDict):
     sampling_rate: float
 
 
-class ArmResult(TypedDict):
+class PrivacyResult(TypedDict):
+    """Privacy of one arm: its statement, epsilon after each experience, and the uses that add up.
+
+    An arm without privacy has no statement, no history and no spending.
+    """
+
+    epsilon: Epsilon | None
+    epsilon_over_time: list[float | None] | None
+    spending: list[Spending]
+
+
+class ArmResult(PrivacyResult):
     """One strategy of the run, with or without privacy.
 
     Accuracies in percent, differences in points.
@@ -42,7 +53,7 @@ class ArmResult(TypedDict):
     strategy: str
     options: str
     private: bool
-    accuracy_matrix: list[list[float | None]]
+    accuracy_matrix: Sequence[Sequence[float | None]]
     average_accuracy: float | None
     learning_accuracy: float | None
     forgetting: float | None
@@ -53,9 +64,6 @@ class ArmResult(TypedDict):
     calibration_error: list[float]
     state_bytes: int
     robust_accuracy: float | None
-    epsilon: Epsilon | None
-    epsilon_over_time: list[float | None] | None
-    spending: list[Spending]
     seconds: float
 
 

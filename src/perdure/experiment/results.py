@@ -1,6 +1,6 @@
-"""The pieces of a run's result, put together in schema 1.
+"""The pieces of a run's result, put together in the schema of `perdure.experiment.result_schema`.
 
-They are privacy statements, federation and explanations.
+They are privacy statements, federation, attack and explanations.
 """
 
 from dataclasses import asdict, replace
@@ -12,6 +12,15 @@ import torch
 
 from perdure.data.experience import Stream
 from perdure.experiment.config import Arm, AttackConfig, Config
+from perdure.experiment.result_schema import (
+    SCHEMA,
+    ArmResult,
+    AttackResult,
+    Epsilon,
+    Explanations,
+    Result,
+    Spending,
+)
 from perdure.learner.learner import Learner
 from perdure.metrics import expected_calibration_error
 from perdure.privacy.ledger.account import Account, Statement
@@ -25,13 +34,13 @@ EXPLAINED = "explanations.safetensors"
 def summary(
     config: Config,
     stream: Stream,
-    rows: list[dict[str, Any]],
+    arms: list[ArmResult],
     merged: Merged | None,
-    explanations: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Put the result together, schema 1."""
+    explanations: Explanations | None,
+) -> Result:
+    """Put the result together."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "name": config.name,
         "seed": config.seed,
         "stream": {
@@ -44,7 +53,7 @@ def summary(
         "federation": federation_row(config, stream),
         "environment": versions() | {k: v for k, v in machine().items() if v is not None},
         "attack": attack_row(config.attack),
-        "arms": rows,
+        "arms": arms,
         "epsilon_of_all_arms": epsilon_of_all_arms(merged, config.privacy.delta)
         if merged and config.privacy
         else None,
@@ -90,7 +99,7 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
     )
 
 
-def epsilon_row(stated: Statement) -> dict[str, Any]:
+def epsilon_row(stated: Statement) -> Epsilon:
     """One privacy statement as the result keeps it."""
     return {
         "value": stated.epsilon,
@@ -105,7 +114,7 @@ def epsilon_row(stated: Statement) -> dict[str, Any]:
     }
 
 
-def epsilon_of_all_arms(merged: Merged, delta: float) -> dict[str, Any]:
+def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
     """Statement for somebody who sees all private models.
 
     The same record's uses in all arms compose.
@@ -116,7 +125,7 @@ def epsilon_of_all_arms(merged: Merged, delta: float) -> dict[str, Any]:
     return epsilon_row(replace(merged.statement(delta), epsilon=worst))
 
 
-def spending(account: Account, delta: float) -> list[dict[str, Any]]:
+def spending(account: Account, delta: float) -> list[Spending]:
     """What the worst partition's budget went to, equal charges added up."""
     worst, _ = account.worst(delta)
     steps: dict[tuple[str, float, float], int] = {}
@@ -124,8 +133,10 @@ def spending(account: Account, delta: float) -> list[dict[str, Any]]:
         if worst in entry.scope:
             key = (entry.purpose, entry.noise_multiplier, entry.scope[worst])
             steps[key] = steps.get(key, 0) + entry.steps
-    names = ("purpose", "noise_multiplier", "sampling_rate")
-    return [dict(zip(names, key, strict=True)) | {"steps": count} for key, count in steps.items()]
+    return [
+        {"purpose": purpose, "noise_multiplier": noise, "sampling_rate": rate, "steps": count}
+        for (purpose, noise, rate), count in steps.items()
+    ]
 
 
 def ledger_files(arm: Path) -> list[Path]:
@@ -133,16 +144,15 @@ def ledger_files(arm: Path) -> list[Path]:
     return sorted([*arm.glob("ledger.jsonl"), *arm.glob("clients/*/ledger.jsonl")])
 
 
-def attack_row(chosen: AttackConfig | None) -> dict[str, Any] | None:
+def attack_row(chosen: AttackConfig | None) -> AttackResult | None:
     """Attack behind robust accuracy, as far as the report names its strength."""
     if chosen is None:
         return None
-    strength = {
-        name: getattr(chosen.attack, name)
-        for name in ("epsilon", "norm", "steps")
-        if hasattr(chosen.attack, name)
-    }
-    return {"name": chosen.name} | strength
+    attack = chosen.attack
+    row: AttackResult = {"name": chosen.name, "epsilon": attack.epsilon, "norm": attack.norm}
+    if hasattr(attack, "steps"):
+        row["steps"] = attack.steps
+    return row
 
 
 def explained_arm(config: Config) -> Arm:
@@ -155,7 +165,7 @@ def explained_arm(config: Config) -> Arm:
     return (with_memory or list(config.arms))[0]
 
 
-def collect_explanations(config: Config, folder: Path) -> dict[str, Any] | None:
+def collect_explanations(config: Config, folder: Path) -> Explanations | None:
     """Join the explanations of both moments into the run's file."""
     if not config.explain:
         return None

@@ -15,7 +15,7 @@ runs/NAME/arms/ARM/         the arm's own checkpoints, clients and `private/` (k
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from perdure.errors import RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
 from perdure.experiment.config import Config, read
-from perdure.experiment.result_schema import read_result
+from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import (
     collect_explanations,
     ledger_files,
@@ -52,7 +52,7 @@ def run(
     folder: Path,
     progress: Progress = silent,
     callbacks: Sequence[Callback] = (),
-) -> dict[str, Any]:
+) -> Result:
     """Run every arm and write the run's files; a run that was stopped goes on where it was.
 
     Args:
@@ -71,7 +71,7 @@ def run(
         if (folder / "result.json").exists():
             for arm in config.arms:
                 progress(arm.name, 1.0)
-            return cast(dict[str, Any], read_result(folder))
+            return read_result(folder)
         torch.set_num_threads(config.threads)
         stream = open_stream(config)
         log = MetricsLog(folder / "metrics.jsonl")
@@ -85,7 +85,7 @@ def run(
             merged.export(folder / "ledger.jsonl")
         explanations = collect_explanations(config, folder)
         write_json(folder / "result.json", summary(config, stream, rows, merged, explanations))
-        return cast(dict[str, Any], read_result(folder))
+        return read_result(folder)
 
 
 def trained(folder: Path, arm: str) -> Learner:

@@ -4,7 +4,7 @@ Every partition, what its records were exposed to, and the epsilon that follows.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -265,6 +265,6 @@ def document(rows: Iterable[Exposed]) -> list[dict[str, Any]]:
     return [finite(asdict(row)) for row in rows]
 
 
-def finite(row: dict[str, Any]) -> dict[str, Any]:
+def finite(row: Mapping[str, object]) -> dict[str, object]:
     """Row with null for infinite numbers, which JSON does not have."""
     return {n: None if isinstance(v, float) and math.isinf(v) else v for n, v in row.items()}

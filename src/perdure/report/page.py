@@ -3,7 +3,6 @@
 No script, no request, readable on screen and on paper.
 """
 
-import os
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -15,6 +14,7 @@ from perdure.report.picture import Picture
 from perdure.report.sections import answer, arms_table, facts, gallery, glossary
 from perdure.report.statement import statement
 from perdure.report.wording import count
+from perdure.utils.atomic_files import write_atomically
 
 
 def write_report(run: Path) -> Path:
@@ -35,8 +35,9 @@ def write_report(run: Path) -> Path:
     result = read_result(run)
     config = run / "config.toml"
     quoted = config.read_text(encoding="utf-8") if config.is_file() else None
-    page = html(result, pictures(result, run), quoted)
-    return _write(run / "report.html", page.encode())
+    page = run / "report.html"
+    write_atomically(page, html(result, pictures(result, run), quoted).encode())
+    return page
 
 
 def write_figures(run: Path) -> list[Path]:
@@ -51,12 +52,13 @@ def write_figures(run: Path) -> list[Path]:
     """
     folder = run / "figures"
     drawn = pictures(read_result(run), run)
-    folder.mkdir(exist_ok=True)
-    written = []
+    written = {}
     for picture in drawn:
-        written.append(_write(folder / f"{picture.name}.svg", picture.svg().encode()))
-        written.append(_write(folder / f"{picture.name}.png", picture.png()))
-    return written
+        written[folder / f"{picture.name}.svg"] = picture.svg().encode()
+        written[folder / f"{picture.name}.png"] = picture.png()
+    for path, content in written.items():
+        write_atomically(path, content)
+    return list(written)
 
 
 def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
@@ -132,14 +134,3 @@ def _lead(result: Result) -> str:
         f"{count(len(result['arms']), 'arm')}, seed {result['seed']}"
     )
     return escape(told)
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Replace the file in one step, so that a reader sees the old page or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return path

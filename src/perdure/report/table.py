@@ -4,7 +4,6 @@ Below its strategy, each arm shows the options that differ from the strategy's d
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -30,7 +29,7 @@ LONGEST_OPTION = 20
 """Columns that an option gets before it wraps: with them the table fits in 100 columns."""
 
 
-def table(result: Mapping[str, Any]) -> Table:
+def table(result: Mapping[str, object]) -> Table:
     """One row per arm, those without privacy first.
 
     The best average accuracy of each group in bold.
