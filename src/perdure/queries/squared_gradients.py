@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, batch_of_one
-from perdure.privacy.clipping.clip import Clip, per_pass, sum_of
+from perdure.privacy.clipping.clip import Clip, per_pass
+from perdure.privacy.clipping.rules.base import sum_of
 from perdure.queries.evaluation import SummedQuery
 from perdure.queries.per_record import CHUNK, clipped_row_sum, exact_row_sum
 from perdure.types import Params

@@ -19,8 +19,9 @@ from perdure.privacy.clipping import (
     LayerCall,
     PrecomputedRows,
     register_rule,
+    sum_of,
 )
-from perdure.privacy.clipping.clip import Clip, sum_of
+from perdure.privacy.clipping.clip import Clip
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import clipped_gradient

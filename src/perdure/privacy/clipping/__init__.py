@@ -6,13 +6,14 @@ fast as torch's own layers, after `register_rule(MyLayer, MyRule())` (see `Clipp
 """
 
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping.clip import Clip, clipped_sum, sum_of
+from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.clipping.rules.base import (
     ClippingRule,
     FormedRows,
     LayerCall,
     PrecomputedRows,
     RecordGradients,
+    sum_of,
 )
 from perdure.privacy.clipping.rules.registry import register_rule
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping.clip import Clip, layer_of, sum_of
-from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients
+from perdure.privacy.clipping.clip import Clip, layer_of
+from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients, sum_of
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.types import Params
 

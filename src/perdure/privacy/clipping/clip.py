@@ -4,12 +4,13 @@ The only place where a record's influence is bounded.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from perdure.privacy.clipping.rules.base import sum_of
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
@@ -61,11 +62,6 @@ class Clip:
 def layer_of(name: str) -> str:
     """Layer that a parameter belongs to."""
     return name.rpartition(".")[0]
-
-
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of equally shaped tensors."""
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
 def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.bookkeeping import own_squared_norms, own_sums, ruled_layers
-from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, layer_of, sum_of
-from perdure.privacy.clipping.rules.base import LayerCall, PrecomputedRows, RecordGradients
+from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, layer_of
+from perdure.privacy.clipping.rules.base import (
+    LayerCall,
+    PrecomputedRows,
+    RecordGradients,
+    sum_of,
+)
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.types import Params
 

@@ -5,12 +5,12 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from perdure.privacy.clipping.clip import sum_of
 from perdure.privacy.clipping.rules.base import (
     ClippingRule,
     LayerCall,
     PrecomputedRows,
     record_slices,
+    sum_of,
 )
 from perdure.types import Params
 

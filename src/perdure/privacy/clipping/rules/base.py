@@ -17,14 +17,13 @@ more than the clip norm.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from perdure.privacy.clipping.clip import sum_of
 from perdure.types import Params
 
 ROWS_AT_ONCE = 64
@@ -148,6 +147,11 @@ class ClippingRule(ABC):
 
 
 # --------------------------------------------------------------------------- numbers
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of equally shaped tensors."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

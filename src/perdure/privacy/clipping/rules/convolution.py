@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from perdure.privacy.clipping.clip import sum_of
 from perdure.privacy.clipping.rules.base import (
     GHOST_COST,
     ClippingRule,
@@ -24,6 +23,7 @@ from perdure.privacy.clipping.rules.base import (
     at_least_float32,
     ghost_norms,
     squared_lengths,
+    sum_of,
 )
 from perdure.types import Params
 
