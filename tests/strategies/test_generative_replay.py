@@ -430,7 +430,7 @@ def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
         batch_size=8,
     )
     with pytest.raises(
-        StrategyError, match=r"needs a model with a generator.*perdure.models.vae.generative"
+        StrategyError, match=r"needs a model with a generator.*perdure.models.generative"
     ):
         learner.fit(stream)
     small = GenerativeReplay().small_model(input_shape=(5,), num_classes=4)

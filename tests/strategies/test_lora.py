@@ -185,7 +185,7 @@ def test_a_model_without_a_set_for_every_experience_is_refused(toy_stream):
     plain = mlp(input_shape=(5,), num_classes=4, seed=0)
     with pytest.raises(
         StrategyError,
-        match=r"'body.adapters.0.'; LoRA needs .*adapters.adapted\(backbone, num_classes=4",
+        match=r"'body.adapters.0.'; LoRA needs .*perdure.models.adapted\(backbone, num_classes=4",
     ):
         learner_of(stream, model=plain).prepare(stream)
     with pytest.raises(StrategyError, match=r"'body.adapters.2.'.* experiences=3\)"):

@@ -32,10 +32,16 @@ class Peeping(Remembering):
         return state.replace({"seen": attrgetter("_held")(curator).rows.inputs.mean(0)[:2]})
 
 
-@broken("pure", "curator.sample", "no charge covers")
+@broken("alone", "AttributeError", "no attribute 'sample'")
 class Drawing(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": curator.sample(0).inputs.mean(0)[:2]})
+
+
+@broken("pure", "curator._held", "no charge covers")
+class DrawingBehindTheCurator(Remembering):
+    def after_experience(self, curator, params, state):
+        return state.replace({"seen": attrgetter("_held")(curator).sample(0).inputs.mean(0)[:2]})
 
 
 @broken("private", "PrivacyError: raw records were asked for")
