@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from perdure.privacy.clipping.clip import sum_of
-from perdure.privacy.clipping.rules.base import ClippingRule, LayerCall, PrecomputedRows
+from perdure.privacy.clipping.rules.base import ClippingRule, LayerCall, PrecomputedRows, sum_of
 
 
 class PReLURule(ClippingRule):
