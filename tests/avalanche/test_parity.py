@@ -241,10 +241,10 @@ def test_lwf_differs_in_class_incremental_streams(avalanche):
     place = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 4, generator=place)
     teacher = torch.randn(5, 4, generator=place)
-    plugin = LearningWithoutForgetting(temperature=2.0)
-    plugin.prev_model = lambda x: teacher
-    plugin.prev_classes = {"0": {0, 1}}
-    theirs = plugin.penalty(logits, torch.rand(5, 3), 1.0, None)
+    regularizer = LearningWithoutForgetting(alpha=1.0, temperature=2.0)
+    regularizer.prev_model = lambda inputs: teacher
+    regularizer.prev_classes_by_task = {0: {0, 1}}
+    theirs = regularizer(torch.rand(5, 3), logits, None)
     known = torch.tensor([True, True, False, False])
     seen = torch.ones(4, dtype=torch.bool)
     q = torch.softmax(teacher[:, :2] / 2, dim=1)

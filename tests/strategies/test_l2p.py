@@ -82,7 +82,7 @@ def test_it_keeps_the_contract_where_tasks_are_told():
 def test_a_model_without_a_pool_is_refused(toy_stream):
     stream = toy_stream()
     with pytest.raises(
-        StrategyError, match=r"L2P needs perdure.models.prompts.prompted\(backbone, num_classes=4\)"
+        StrategyError, match=r"L2P needs perdure.models.prompted\(backbone, num_classes=4\)"
     ):
         learner_of(stream, model=mlp(input_shape=(5,), num_classes=4, seed=0)).prepare(stream)
 

@@ -244,7 +244,7 @@ def test_a_repair_says_what_it_does_and_leaves_the_model_and_chance_alone():
         "2: InstanceNorm1d -> InstanceNorm1d(8, eps=1e-05, momentum=0.1, affine=False, bias=False, "
         "track_running_stats=False)",
         "3: LSTM -> DPLSTM",
-        "4.attention: MultiheadAttention -> Attention",
+        "4.attention: MultiheadAttention -> RepairedAttention",
     )
     result = fix(model)
     assert torch.equal(before, torch.random.get_rng_state())

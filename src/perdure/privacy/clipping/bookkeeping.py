@@ -172,7 +172,7 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
         if rule is None or not layer._parameters.keys() <= rule.parameters:
             return None
         # a part with parameters would have its calls inside the layer's own
-        parted = layer._modules and any(True for p in layer.children() for _ in p.parameters())
+        parted = any(True for part in layer.children() for _ in part.parameters())
         if parted or not rule.covers(layer):
             return None
         for own, value in layer._parameters.items():
