@@ -344,9 +344,7 @@ def test_the_data_root_is_argument_then_environment_then_cache(monkeypatch, tmp_
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    known = (
-        "data set = 'imagenet' .* adult, breast_cancer, cifar10, digits, mnist, or \"module:name"
-    )
+    known = f"data set = 'imagenet' .* allowed: {', '.join(names())}, or \"module:name"
     with pytest.raises(ConfigError, match=known):
         load("imagenet")
     with pytest.raises(ConfigError, match="test_share"):

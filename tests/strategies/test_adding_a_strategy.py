@@ -74,9 +74,9 @@ ADDITIONS = {
         tests=("tests/adversarial",),
     ),
     "explainer": Addition(
-        path="src/perdure/explain/occlusion.py",
-        text=(FILES / "occlusion.py").read_text(),
-        program="tests/additions/use_occlusion.py",
+        path="src/perdure/explain/leave_one_out.py",
+        text=(FILES / "leave_one_out.py").read_text(),
+        program="tests/additions/use_leave_one_out.py",
         tests=("tests/explain",),
     ),
     "data set": Addition(
@@ -135,7 +135,7 @@ def test_classes_that_type_checkers_do_not_know_are_reported_only(project):
     for package, name in (
         ("strategies", "Tether"),
         ("adversarial", "RandomPoint"),
-        ("explain", "Occlusion"),
+        ("explain", "LeaveOneOut"),
     ):
         line = rf"^perdure\.{package}: type checkers do not know .*\b{name}\b"
         assert re.search(line, printed, flags=re.MULTILINE)

@@ -300,7 +300,7 @@ def test_what_is_no_type_or_no_rule_is_refused(module_type, rule, message):
 
 def test_every_file_of_rules_is_in_the_table():
     found = {kind.__name__ for kind, rule in clipping_rules().items() if "perdure" in repr(rule)}
-    assert found == {
+    assert found >= {
         "Linear",
         "Conv1d",
         "Conv2d",

@@ -1,4 +1,4 @@
-"""Occlusion: the fall of the output when one feature is replaced by its background value."""
+"""Leave one out: the fall of the output when one feature takes its background value."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Occlusion(Explainer):
+class LeaveOneOut(Explainer):
     """Difference of the output with and without each feature, one feature at a time.
 
     Guarantee: see `Explainer.explain`.
