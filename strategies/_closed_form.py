@@ -41,22 +41,29 @@ PRESENT = 0.5
 # --------------------------------------------------------------------------- what is asked
 
 
-class WideGram(Gram):
-    """`Gram`, with exact sums in float64.
+class Float64Gram(Gram):
+    """`Gram` with exact sums in float64 instead of float32.
 
-    Without privacy only: under it the curator would take it row by row.
+    For use without privacy: under privacy the curator does not know this class as its own, and
+    would clip its rows of d^2 numbers one by one.
     """
 
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sums `gram` (d, d), `cross` (d, c) and `totals` (c,), float64."""
+        """Sums `gram` (d, d), `cross` (d, c) and `totals` (c,) in float64, not clipped.
+
+        `totals` is the sum of targets: with one-hot targets the number of records of each class.
+
+        Args:
+            chunk: number of records whose features are computed at a time.
+        """
         sums: Params = {}
-        for parts in wide(self, forward, batch, chunk):
+        for parts in float64_parts(self, forward, batch, chunk):
             f = parts["features"]
             y = parts["targets"]
             if not sums:
-                sums = {"gram": f.new_zeros(f.shape[1], f.shape[1])} | _no_sums(f, y)
-            _add_products(sums["gram"], f)
-            _add_classes(sums, f, y)
+                sums = {"gram": f.new_zeros(f.shape[1], f.shape[1])} | _zero_class_sums(f, y)
+            _add_upper_triangle(sums["gram"], f)
+            _add_class_sums(sums, f, y)
         return sums | {"gram": mirrored(sums["gram"])}
 
 
@@ -69,11 +76,11 @@ class ClassSums(Gram):
     """
 
     def norm(self, length: float) -> float:
-        """Norm of a record's vector where its features have norm `length`."""
+        """Largest L2 norm of the vector of a record whose features have L2 norm `length`."""
         return math.sqrt((self.weight * length) ** 2 + self.totals**2)
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Rows: each record's vector before it is clipped."""
+        """Each record's vector before it is clipped, (n, d, c) and (n, c)."""
         parts = self.parts(forward, batch)
         f = parts["features"]
         y = parts["targets"]
@@ -87,42 +94,44 @@ class ClassSums(Gram):
         return {"cross": torch.Size([d, c]), "totals": torch.Size([c])}
 
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sums without privacy."""
+        """Sums `cross` (d, c) and `totals` (c,) in float64, not clipped."""
         sums: Params = {}
-        for parts in wide(self, forward, batch, chunk):
+        for parts in float64_parts(self, forward, batch, chunk):
             f = parts["features"]
             y = parts["targets"]
-            sums = sums or _no_sums(f, y)
-            _add_classes(sums, f, y)
+            sums = sums or _zero_class_sums(f, y)
+            _add_class_sums(sums, f, y)
         return sums
 
 
-def wide(query: Gram, forward: Forward, batch: Batch, chunk: int) -> Iterator[Params]:
-    """Features and targets in pieces of `chunk` records, as float64."""
+def float64_parts(query: Gram, forward: Forward, batch: Batch, chunk: int) -> Iterator[Params]:
+    """Features (m, d) and targets (m, c) of at most `chunk` records at a time, as float64."""
     with torch.no_grad():
         for piece in chunks(batch.tensors(), chunk):
             parts = query.parts(forward, Batch.from_tensors(piece), strict=True)
             yield {name: value.double() for name, value in parts.items()}
 
 
-def _no_sums(f: Tensor, y: Tensor) -> Params:
+def _zero_class_sums(f: Tensor, y: Tensor) -> Params:
+    """Zeros to start `cross` (d, c) and `totals` (c,) from."""
     return {"cross": f.new_zeros(f.shape[1], y.shape[1]), "totals": f.new_zeros(y.shape[1])}
 
 
-def _add_classes(sums: Params, f: Tensor, y: Tensor) -> None:
+def _add_class_sums(sums: Params, f: Tensor, y: Tensor) -> None:
+    """Add f^T y to `cross` and the sum of y to `totals`, in place."""
     sums["cross"].addmm_(f.T, y)
     sums["totals"] += y.sum(0)
 
 
-def _add_products(matrix: Tensor, f: Tensor) -> None:
-    """Add f^T f (d, d) to the upper triangle."""
+def _add_upper_triangle(matrix: Tensor, f: Tensor) -> None:
+    """Add f^T f to the upper triangle of the matrix (d, d) in place; `mirrored` fills the other."""
     for start in range(0, len(matrix), BLOCK):
         rows = slice(start, start + BLOCK)
         matrix[rows, start:].addmm_(f[:, rows].T, f[:, start:])
 
 
 def mirrored(matrix: Tensor) -> Tensor:
-    """Symmetric matrix of the upper triangle of (d, d)."""
+    """Symmetric matrix (d, d) with the upper triangle of the one given."""
     return matrix.triu() + matrix.triu(1).T
 
 
@@ -264,7 +273,7 @@ class Analytic(Strategy, ABC):
         return Plan(train=False)
 
     def features(self, forward: Forward, x: Tensor, state: State) -> Tensor:
-        """(n, d) what the head sees of inputs (n, ...); row by row."""
+        """Features (n, d) that the head is solved on, of inputs (n, ...)."""
         features = forward.features(x).flatten(1)
         return unit(features) if self.normalise else features
 
@@ -275,7 +284,7 @@ class Analytic(Strategy, ABC):
         return torch.where(context.allowed, logits.to(features.dtype), MASKED)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Add what the experience's one release says."""
+        """Release the sums over the experience's records and add them to the state."""
         query = self.query(curator, state)
         released = curator.release(
             query, clip_norm=query.norm(self.length(curator)), purpose="sums of features"
@@ -289,7 +298,7 @@ class Analytic(Strategy, ABC):
 
     @abstractmethod
     def query(self, curator: "Curator", state: State) -> Gram:
-        """What is asked of the records of an experience."""
+        """Query whose sum over the records of an experience is released."""
 
     def asking(
         self, state: State, kind: type[Gram], *, weight: float = 1.0, totals: float = 0.0
@@ -306,7 +315,7 @@ class Analytic(Strategy, ABC):
         return kind(features, targets, weight=weight, totals=totals)
 
     def length(self, curator: "Curator") -> float:
-        """Norm of a record's features that is just not clipped.
+        """Largest L2 norm of a record's features at which the record is not clipped.
 
         Raises:
             PrivacyError: under privacy, where none was declared.

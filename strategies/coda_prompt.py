@@ -13,9 +13,9 @@ sections 4.1 to 4.3.
 Every experience has components of its own. In experience t those of experience t and the head are
 trained, those of earlier ones are frozen and take part, those of later ones do not, in prompts as
 in the penalty. p is a prefix: one half goes before the keys of the block's attention, the other
-before its values. A row of P is a component with all its numbers. The penalty is the paper's sum of
-squares; the authors' code takes the mean over the entries of each matrix, so that its strength is
-larger.
+before its values. A row of P is the whole prompt vector of a component. The penalty is the paper's
+sum of squares; the authors' code takes the mean over the entries of each matrix, so that its
+strength is larger.
 
 As in the paper the logits of all other classes are left out of the loss, so that the rows of old
 classes in the head have no gradient; what an optimiser remembers moves them still, unless it starts
@@ -101,7 +101,7 @@ class CODAPrompt(Strategy):
         return Plan(trainable=(f"{COMPONENTS}{experience.index}.", HEAD))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy over the classes of the record's experience."""
+        """(n,) cross entropy over the classes of the record's own experience (its task)."""
         logits = forward.method("upto")(batch.inputs, context.experience)
         own = context.task_classes[batch.tasks]
         return cross_entropy_of(torch.where(own, logits, MASKED), batch.labels)
@@ -121,7 +121,7 @@ class CODAPrompt(Strategy):
 
 
 def rows(params: Params) -> list[Tensor]:
-    """(experiences, components, numbers) of each block's prompts, keys and attention vectors."""
+    """(experiences, components, size) each block's prompts, keys and attention vectors."""
     found: dict[str, dict[int, Tensor]] = {}
     for name, value in params.items():
         if name.startswith(COMPONENTS):
@@ -136,7 +136,7 @@ def correlation(sets: Tensor, now: Tensor) -> Tensor:
     """|B B^T - I|^2 for the rows B of experiences 0 to t.
 
     Args:
-        sets: (experiences, components, numbers).
+        sets: (experiences, components, size), the rows of all experiences.
         now: (), the number t.
     """
     known = (torch.arange(len(sets), device=sets.device) <= now).repeat_interleave(sets.shape[1])

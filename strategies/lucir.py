@@ -1,4 +1,4 @@
-"""LUCIR: rehearse, classify by angles, hold features' directions, keep new classes away.
+"""LUCIR: rehearse, classify by cosines, hold features' directions, keep new classes away.
 
 Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019,
 section 3, equations 4 and 6 to 10.
@@ -119,7 +119,7 @@ class LUCIR(Strategy):
 
         Raises:
             StrategyError: where old and new classes are not told apart by one model, or its head is
-                none of angles.
+                no cosine head.
         """
         if spec.scenario != "class":
             raise StrategyError(
@@ -141,11 +141,11 @@ class LUCIR(Strategy):
         return Plan(memory=MemoryPlan(capacity=self.memory_size, selection="herding", use="pooled"))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of scaled cosines, what features turned, and the ranking of old rows."""
+        """Cross entropy of scaled cosines, less-forget constraint, and ranking loss of old rows."""
         old = before(context)
         features = forward.features(batch.inputs)
-        angles, scale = self._angles(forward, features, old, state)
-        losses = cross_entropy_of(context.mask(scale * angles, batch), batch.labels)
+        cosine, scale = self._scaled_cosines(forward, features, old, state)
+        losses = cross_entropy_of(context.mask(scale * cosine, batch), batch.labels)
         if context.experience == 0:
             return losses
         new = context.current & ~old
@@ -154,7 +154,8 @@ class LUCIR(Strategy):
         strength = self.less_forget * (old.sum() / new.sum().clamp(min=1)).sqrt()
         stored = state["records"].clamp(1, self.memory_size)
         rate = self.ranking * (context.declared_size + stored) / stored
-        return losses + strength * turned + rate * self._ranked(angles, batch.labels, old, new)
+        ranked = self._ranking_losses(cosine, batch.labels, old, new)
+        return losses + strength * turned + rate * ranked
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model as the next teacher.
@@ -168,23 +169,35 @@ class LUCIR(Strategy):
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
         """Scaled cosines with the embeddings, those of earlier experiences as they were."""
-        angles, scale = self._angles(forward, forward.features(x), before(context), state)
-        return torch.where(context.allowed, scale * angles, MASKED)
+        features = forward.features(x)
+        cosine, scale = self._scaled_cosines(forward, features, before(context), state)
+        return torch.where(context.allowed, scale * cosine, MASKED)
 
-    def _angles(
+    def _scaled_cosines(
         self, forward: Forward, features: Tensor, old: Tensor, state: State
     ) -> tuple[Tensor, Tensor]:
-        """(n, C) cosines of features with all embeddings, and eta."""
+        """(n, C) cosines of features (n, f) with all class embeddings, and their scale eta.
+
+        Embeddings of the old classes, a mask (C,), are the held ones.
+        """
         live = {**dict(forward.module.named_parameters()), **(forward.params or {})}
         return cosines(features, torch.where(old[:, None], state["held"], live[WEIGHT])), live[
             SCALE
         ]
 
-    def _ranked(self, angles: Tensor, labels: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """(n,) margin ranking loss of rows of old classes, 0 for others."""
-        rivals = torch.where(new, angles, MASKED).topk(min(self.negatives, len(new)), dim=1).values
-        short = (self.margin - angles.gather(1, labels[:, None]) + rivals).clamp(min=0).sum(1)
-        return torch.where(old[labels], short, 0.0)
+    def _ranking_losses(self, cosine: Tensor, labels: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """(n,) margin ranking loss of records of old classes, 0 for others.
+
+        Args:
+            cosine: (n, C), of the features with every class embedding.
+            labels: (n,).
+            old, new: (C,) bool, the classes of earlier experiences and of this one.
+        """
+        count = min(self.negatives, len(new))
+        rivals = torch.where(new, cosine, MASKED).topk(count, dim=1).values
+        true = cosine.gather(1, labels[:, None])
+        shortfall = (self.margin - true + rivals).clamp(min=0).sum(1)
+        return torch.where(old[labels], shortfall, 0.0)
 
 
 def before(context: Context) -> Tensor:

@@ -113,7 +113,7 @@ class PackNet(Strategy):
         return cross_entropy_of(torch.where(context.current, logits, MASKED), batch.labels)
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Drop what frozen and pruned weights got."""
+        """Set the gradient of frozen and pruned weights to 0."""
         return {
             name: torch.where(in_training(name, state, self.head), value, 0.0)
             for name, value in gradient.items()
@@ -142,7 +142,7 @@ class PackNet(Strategy):
         task = state["done"]
         classes = curator.context.current
         owner = {
-            name: self._claimed(name, value, task, classes)
+            name: self._owner_after_task(name, value, task, classes)
             for name, value in state.group("owner").items()
         }
         weights = network_weights(params, state, task, self.head)
@@ -185,6 +185,7 @@ class PackNet(Strategy):
         return torch.stack(answers).amax(0)
 
     def _network(self, forward: Forward, state: State, task: int) -> Forward:
+        """The model with the weights of the task's network."""
         given = forward.params or {}
         live = {**dict(forward.module.named_parameters()), **given}
         own = {name: live[name] for name in state.group("owner")}
@@ -203,28 +204,34 @@ class PackNet(Strategy):
         }
         return state.replace_group("owner", owner).replace({"pruned": torch.ones_like(task)})
 
-    def _claimed(self, name: str, owner: Tensor, task: Tensor, classes: Tensor) -> Tensor:
-        """Owners when the task is over.
+    def _owner_after_task(self, name: str, owner: Tensor, task: Tensor, classes: Tensor) -> Tensor:
+        """Owner of every entry of one parameter, once the task is over.
 
-        It takes its rows of the head, and the first task all biases.
+        The task gets the free rows of its classes in the head, and all free entries of biases and
+        normalisation, which so belong to the first task. `_prune` gave it its weights before.
+
+        Args:
+            name: of the parameter.
+            owner: shaped like it; 0 for nobody, else the number of the task from 1.
+            task: (), number of the task from 0.
+            classes: (C,) bool, the classes of the task.
         """
         if prunable(name, owner, self.head):
             return owner
-        rows = (
-            classes.view(-1, *[1] * (owner.dim() - 1))
-            if name.startswith(self.head)
-            else torch.ones_like(classes[0])
-        )
-        return torch.where((owner == 0) & rows, task + 1, owner)
+        if name.startswith(self.head):
+            taken = classes.view(-1, *[1] * (owner.dim() - 1))
+        else:
+            taken = torch.ones_like(classes[0])
+        return torch.where((owner == 0) & taken, task + 1, owner)
 
 
 def network_weights(params: Params, state: State, task: Tensor, head: str) -> Params:
-    """The network of the task at these parameters; see the formula above.
+    """Weights w of the task's network at these parameters, by the formula of the module.
 
     Args:
-        params: by name.
+        params: theta, by name.
         state: owners and held values of every weight.
-        task: () its number.
+        task: (), number of the task from 0.
         head: prefix of the head's parameters.
     """
     last = torch.minimum(state["done"], task + 1)
@@ -240,21 +247,27 @@ def network_weights(params: Params, state: State, task: Tensor, head: str) -> Pa
 
 
 def in_training(name: str, state: State, head: str) -> Tensor:
-    """Weights of the parameter that the present task is training, as a mask."""
+    """Mask, shaped like the parameter, of the entries that the present task trains."""
     owner = state[f"owner/{name}"]
     free = (owner == 0) & ((state["pruned"] == 0) | (not prunable(name, owner, head)))
     return free | (owner == state["done"] + 1)
 
 
 def prunable(name: str, value: Tensor, head: str) -> bool:
-    """Whether the parameter is a weight matrix below the head."""
+    """Return True for a weight matrix or kernel that is not of the head: only these are pruned."""
     return value.dim() > 1 and not name.startswith(head)
 
 
 def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) -> Tensor:
-    """Owners after `number` took the largest of the free weights.
+    """Owner of every weight, after the task takes the free weights of largest magnitude.
 
-    It takes all but the pruned share of them, rounded.
+    It takes all but the pruned share of the free weights, a rounded number.
+
+    Args:
+        weight: of the task's network.
+        owner: shaped like it; 0 for nobody, else the number of the task from 1.
+        pruned_share: share of the free weights that is left to later tasks.
+        number: (), number of the task from 1.
     """
     free = owner == 0
     kept = round((1 - pruned_share) * int(free.sum()))

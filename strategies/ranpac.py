@@ -35,7 +35,14 @@ from torch import Tensor
 from perdure.contract import Forward, Spec, State
 from perdure.errors import ConfigError
 from perdure.queries import Gram
-from perdure.strategies._closed_form import Analytic, WideGram, denoised, layout, ridge_head, unit
+from perdure.strategies._closed_form import (
+    Analytic,
+    Float64Gram,
+    denoised,
+    layout,
+    ridge_head,
+    unit,
+)
 from perdure.utils import generator
 
 if TYPE_CHECKING:
@@ -114,7 +121,7 @@ class RanPAC(Analytic):
 
     def query(self, curator: "Curator", state: State) -> Gram:
         """Gram matrix and class sums."""
-        return self.asking(state, Gram if curator.private else WideGram, weight=WEIGHT)
+        return self.asking(state, Gram if curator.private else Float64Gram, weight=WEIGHT)
 
     def derive(self, state: State) -> State:
         """Solve the ridge regression."""

@@ -28,7 +28,7 @@ from perdure.errors import ConfigError
 from perdure.queries import Gram
 from perdure.strategies._closed_form import (
     Analytic,
-    WideGram,
+    Float64Gram,
     absent,
     class_means,
     denoised,
@@ -82,7 +82,7 @@ class SLDA(Analytic):
     def query(self, curator: "Curator", state: State) -> Gram:
         """Gram matrix, class sums and counts."""
         return self.asking(
-            state, Gram if curator.private else WideGram, weight=WEIGHT, totals=COUNT_WEIGHT
+            state, Gram if curator.private else Float64Gram, weight=WEIGHT, totals=COUNT_WEIGHT
         )
 
     def derive(self, state: State) -> State:

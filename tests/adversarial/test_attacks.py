@@ -285,5 +285,5 @@ def test_robust_accuracy_refuses_inputs_outside_the_bounds_and_labels_that_do_no
         measure(torch.tensor([[-2.0, 0.5]]), torch.tensor([1]))
     with pytest.raises(ConfigError, match=r"labels\.shape"):
         measure(torch.rand(2, 2), torch.tensor([1]))
-    with pytest.raises(ConfigError, match="not none"):
+    with pytest.raises(ConfigError, match="at least one record"):
         measure(torch.rand(0, 2), torch.zeros(0, dtype=torch.int64))

@@ -12,7 +12,7 @@ from torch import nn
 from helpers.reference_gradients import opened
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.contract.strategy import Strategy
-from perdure.curator.held_records import WHEN
+from perdure.curator.held_records import NOTED_ROWS
 from perdure.data.scenarios import permuted, split
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.learner.learner import Learner
@@ -264,7 +264,7 @@ def test_under_privacy_stored_rows_in_a_step_do_not_change_what_is_noted(toy_str
     kept = held.memory.rows.ids.tolist()
     for step in range(4):
         held.observe(held.sample(step), lambda forward, rows: {})
-    drawn = held.snapshot()[0][f"noted.{WHEN}"]
+    drawn = held.snapshot()[0][f"noted.{NOTED_ROWS}"]
     assert len(drawn) == 24 and 0 < int(drawn.sum()) < 24
     held.store(lambda forward, rows: {})
     ids = held.memory.rows.ids.tolist()
@@ -414,5 +414,5 @@ def test_copies_of_one_record_are_noted_at_the_row_that_was_drawn(toy_data, toy_
         batch = held.sample(step)
         held.observe(batch, lambda forward, rows: {})
         noted |= set(batch.ids[~batch.from_memory].tolist())
-    when = held.snapshot()[0][f"noted.{WHEN}"]
-    assert set(stream[1].train.ids[when].tolist()) == noted and 0 < len(noted) < 48
+    mask = held.snapshot()[0][f"noted.{NOTED_ROWS}"]
+    assert set(stream[1].train.ids[mask].tolist()) == noted and 0 < len(noted) < 48

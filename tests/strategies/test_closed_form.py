@@ -16,7 +16,7 @@ from perdure.queries.gram import Gram, unsvec
 from perdure.strategies._closed_form import (
     BLOCK,
     ClassSums,
-    WideGram,
+    Float64Gram,
     absent,
     class_means,
     denoised,
@@ -57,7 +57,7 @@ MODULE = torch.nn.Identity()
 @pytest.mark.parametrize("d", [5, BLOCK - 1, BLOCK, BLOCK + 3])
 def test_wide_sums_are_those_of_gram_in_float64(d):
     f, y = rows(n=40, d=d)
-    found = exact_sum(asked(WideGram), Forward(MODULE), batch_of(f, y), 7)
+    found = exact_sum(asked(Float64Gram), Forward(MODULE), batch_of(f, y), 7)
     assert {value.dtype for value in found.values()} == {torch.float64}
     wide = f.double()
     targets = torch.eye(3, dtype=torch.float64)[y]
@@ -79,14 +79,14 @@ def test_wide_sums_do_not_know_their_order_where_narrow_ones_do():
         )
         return float((here["gram"] - there["gram"]).abs().max() / here["gram"].abs().max())
 
-    assert gap(WideGram) < 1e-14 < 1e-8 < gap(Gram)
+    assert gap(Float64Gram) < 1e-14 < 1e-8 < gap(Gram)
 
 
 def test_class_sums_are_gram_without_its_matrix_with_and_without_clipping():
     f, y = rows()
     narrow = asked(ClassSums, weight=0.5, totals=0.25)
     found = exact_sum(narrow, Forward(MODULE), batch_of(f, y), 7)
-    expected = exact_sum(asked(WideGram), Forward(MODULE), batch_of(f, y), 7)
+    expected = exact_sum(asked(Float64Gram), Forward(MODULE), batch_of(f, y), 7)
     expected.pop("gram")
     assert found.keys() == expected.keys() == narrow.shapes(Forward(MODULE), batch_of(f, y)).keys()
     for name, value in expected.items():

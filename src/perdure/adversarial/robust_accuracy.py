@@ -62,6 +62,7 @@ def _survivors(
     attack: Attack,
     generator: torch.Generator | None,
 ) -> int:
+    """Number of records that are classified right both as they are and under attack."""
     with torch.no_grad():
         right = predict(inputs).argmax(1) == labels
     inputs = inputs[right]
@@ -78,9 +79,12 @@ def _survivors(
 
 
 def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> None:
+    """Refuse arguments that do not fit together; see `robust_accuracy`."""
     if len(inputs) == 0 or labels.shape != inputs.shape[:1]:
         raise ConfigError.of(
-            "labels.shape", tuple(labels.shape), f"({len(inputs)},), one per record, and not none"
+            "labels.shape",
+            tuple(labels.shape),
+            f"({len(inputs)},), one label per record, and at least one record",
         )
     if batch_size < 1:
         raise ConfigError.of("batch_size", batch_size, "1 or more")
@@ -88,8 +92,8 @@ def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> N
         return
     low = inputs.min().item()
     high = inputs.max().item()
-    # An attack cannot move such entries freely; a robust accuracy computed anyway would flatter the
-    # model.
+    # An attack cannot move entries outside its bounds freely, so a robust accuracy computed anyway
+    # would be too high.
     if low < attack.bounds[0] or high > attack.bounds[1]:
         raise ConfigError.of(
             "attack.bounds", attack.bounds, f"bounds that hold the inputs ({low:.4g} to {high:.4g})"

@@ -109,7 +109,7 @@ def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scena
 
 
 def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[int]:
-    """Find what to add to the labels of each experience so that no two tasks share an output."""
+    """Offsets added to the labels of each experience, so that no two tasks share an output."""
     by_task = {
         task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held}
         for task in tasks
@@ -120,6 +120,7 @@ def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[i
 
 
 def _shifted(records: Records, offset: int, partition: str) -> Records:
+    """Records with `offset` added to their labels, as records of this partition."""
     return Records(
         inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition
     )
@@ -130,13 +131,15 @@ def _of_classes(records: Records, classes: tuple[int, ...]) -> Records:
 
 
 def _same_records(parts: Sequence[Records]) -> bool:
+    """Return whether all experiences hold the same records, in any order."""
     return all(torch.equal(part.ids.sort().values, parts[0].ids.sort().values) for part in parts)
 
 
 class _Sources:
-    """The data sets at the bottom of a benchmark.
+    """The data sets that all views, subsets and joins of a benchmark are made of.
 
-    Each has its own range of ids, in order of appearance.
+    Each source gets a range of record ids, as long as the source, when it is first met. A record
+    that several experiences show has the same id in all of them: privacy counts it as one.
     """
 
     def __init__(self) -> None:
@@ -144,15 +147,18 @@ class _Sources:
         self._next = 0
 
     def records(self, dataset: Any) -> Records:
-        """All records of an Avalanche data set, in its order."""
-        plain = dataset.eval()
-        transforms: list[Any] = []
-        origins = _origins(plain, range(len(plain)), transforms)
-        inputs, labels = _resident(plain, origins, transforms) or _item_by_item(plain)
+        """All records of an Avalanche data set after its eval transforms, in its order."""
+        with_eval_transforms = dataset.eval()
+        transforms: list[Any] = []  # filled by _origins
+        positions = range(len(with_eval_transforms))
+        origins = _origins(with_eval_transforms, positions, transforms)
+        selected = _selected_at_once(with_eval_transforms, origins, transforms)
+        inputs, labels = selected or _item_by_item(with_eval_transforms)
         ids = torch.tensor([self._first_id(source) + row for source, row in origins])
         return Records(inputs=inputs, labels=labels, ids=ids)
 
     def _first_id(self, source: Any) -> int:
+        """Id of the source's first record; a source that was not met yet is given the next ids."""
         for known, first in self._first_ids:
             if known is source:
                 return first
@@ -162,9 +168,9 @@ class _Sources:
 
 
 def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
-    """Trace rows to the data set at the bottom and their index there.
+    """Trace each row to its source data set and its index there.
 
-    Collect the transforms on the way.
+    Appends the transforms of every layer on the way to `transforms`.
 
     Avalanche's own `leaf_datasets` loses the order across sources and fails where a source has no
     row.
@@ -188,7 +194,7 @@ def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[t
 def _origins_of_parts(
     parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]
 ) -> list[tuple[Any, int]]:
-    """Trace rows of data sets that are joined end to end."""
+    """Trace rows of data sets that are joined end to end; see `_origins`."""
     ends = list(accumulate(len(part) for part in parts))
     which = [bisect_right(ends, row) for row in rows]
     traced = []
@@ -199,12 +205,12 @@ def _origins_of_parts(
     return [next(traced[owner]) for owner in which]
 
 
-def _resident(
+def _selected_at_once(
     dataset: Any, origins: Sequence[tuple[Any, int]], transforms: Sequence[Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Select inputs and labels at once.
+    """Inputs (n, ...) float32 and labels (n,), by one index selection instead of item by item.
 
-    This holds where one TensorDataset without input transforms lies beneath.
+    None unless all rows come from one TensorDataset without input transforms.
     """
     source = origins[0][0]
     changed = any(
@@ -218,11 +224,16 @@ def _resident(
 
 
 def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
+    """Inputs (n, ...) float32 and labels (n,), each item through the data set's own transforms.
+
+    Raises:
+        DataError: for inputs that are neither tensors nor arrays.
+    """
     items = [dataset[position][:2] for position in range(len(dataset))]
     if not all(hasattr(x, "__array__") and hasattr(x, "dtype") for x, _ in items):
         given = type(items[0][0]).__name__
         raise DataError(
-            f"items are {given} after the eval transforms; give the benchmark "
+            f"inputs are {given} after the eval transforms; give the benchmark "
             "eval_transform=ToTensor()"
         )
     inputs = torch.stack([torch.as_tensor(x) for x, _ in items]).float().cpu()

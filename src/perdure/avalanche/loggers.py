@@ -41,16 +41,16 @@ def log_to(evaluator: Any) -> "Callback":
     Raises:
         ConfigError: for something else, or with metrics that would need Avalanche's own loop.
     """
-    shown = _Shown(evaluator)
+    publisher = _MetricPublisher(evaluator)
 
     def listen(point: str, learner: "Learner") -> None:
         rows = learner.matrix
         if point == "experience.begin" and not learner.position.step:
-            shown.task_incremental = learner.stream.scenario == "task"
-            shown.training(learner.position.experience)
+            publisher.task_incremental = learner.stream.scenario == "task"
+            publisher.training(learner.position.experience)
         elif point == "evaluated":
             steps = sum(learner.training.steps(index) for index in range(len(rows)))
-            shown.evaluation(torch.tensor(rows, dtype=torch.float64), steps)
+            publisher.evaluation(torch.tensor(rows, dtype=torch.float64), steps)
 
     return listen
 
@@ -70,15 +70,15 @@ def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
         ConfigError: when the matrix is not one of accuracies, or for another evaluator.
     """
     summarise(matrix)
-    shown = _Shown(evaluator)
+    publisher = _MetricPublisher(evaluator)
     for row in range(len(matrix)):
-        shown.training(row)
-        shown.evaluation(matrix[: row + 1], row)
+        publisher.training(row)
+        publisher.evaluation(matrix[: row + 1], row)
     last: dict[str, Any] = evaluator.get_last_metrics()
     return last
 
 
-class _Shown:
+class _MetricPublisher:
     """Calls an evaluator as an Avalanche strategy would, and publishes values on the way."""
 
     def __init__(self, evaluator: Any) -> None:
@@ -130,6 +130,7 @@ class _Shown:
         evaluator.after_eval(self._moment(last, "test"))
 
     def _publish(self, name: str, percent: Tensor | float, position: int) -> None:
+        """Publish one value as a fraction, at this position of the x axis."""
         from avalanche.evaluation.metric_results import MetricValue
 
         self._evaluator.publish_metric_value(
@@ -137,7 +138,7 @@ class _Shown:
         )
 
     def _moment(self, index: int, stream: str) -> Any:
-        """What loggers ask of an Avalanche strategy."""
+        """Stand-in for an Avalanche strategy, with the attributes that loggers read."""
         training = stream == "train"
         experience = SimpleNamespace(
             current_experience=index,
@@ -151,6 +152,7 @@ class _Shown:
 
 
 def _name(metric: str, moment: Any) -> str:
+    """Avalanche's name of a metric, with stream, task label and experience."""
     from avalanche.evaluation.metric_utils import get_metric_name
 
     return str(get_metric_name(metric, moment, add_experience=True))

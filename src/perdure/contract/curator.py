@@ -52,7 +52,7 @@ class Curator(Protocol):
 
     @property
     def private(self) -> bool:
-        """Whether answers are noised and charged."""
+        """True where answers are noised and charged to the ledger."""
         ...
 
     @property
@@ -82,13 +82,16 @@ class Curator(Protocol):
     def release(
         self, query: Query, *, clip_norm: float, purpose: str, over: Over = "experience"
     ) -> Params:
-        """Sum over records of clip(query(record), clip_norm), plus noise under privacy.
+        """Sum over records of query(record); under privacy each is clipped, and noise is added.
+
+        Without privacy the sum is exact: nothing is clipped.
 
         Args:
-            query: one row per record (see `perdure.queries`).
-            clip_norm: bound on the L2 norm of one record's row, all names together.
+            query: one row per record, a tensor or named tensors (see `perdure.queries`).
+            clip_norm: bound on the L2 norm of one record's row, all names together; used under
+                privacy only.
             purpose: name of the release in the ledger.
-            over: the records of the open experience, or those in memory.
+            over: "experience" for the records of the open experience, "memory" for stored ones.
         """
         ...
 

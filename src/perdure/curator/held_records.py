@@ -33,10 +33,13 @@ from perdure.utils.modules import evaluating, untouched
 from perdure.utils.seeding import generator
 
 Remember = Callable[[Forward, Batch], Params]
-"""Tensors that memory stores beside each row, name to (n, ...)."""
+"""(forward, batch) -> tensors (n, ...) by name, one row of each to be stored with every record."""
 
-WHEN = "(whether it was noted)"
-"""Name beside those that `remember` gives; none of them has brackets."""
+NOTED_ROWS = "(whether it was noted)"
+"""Key, among the noted tensors, of the mask (n,) of rows that were noted; checkpoints hold it.
+
+The other keys are the names that `remember` gives, none of which has brackets.
+"""
 
 
 class HeldRecords:
@@ -64,6 +67,9 @@ class HeldRecords:
         self.fingerprint = ""
         self.samplers: dict[str, PrivateSampler] = {}
         self._pool: Pool | None = None
+        # Answers of `remember` for the rows of the experience, from the last step that drew each:
+        # name to (n, ...), and the mask NOTED_ROWS. Empty unless memory is updated every step under
+        # privacy.
         self._noted: Params = {}
         self._drawn = torch.zeros(0, dtype=torch.int64)
 
@@ -192,7 +198,13 @@ class HeldRecords:
         return replayed(self.pool.stored_rows(stored, f"reference {of}", self.step))
 
     def plans_reference(self, of: int | None) -> bool:
-        """Whether the plan keeps memory for a reference gradient of this name, rows or none."""
+        """True where the plan keeps memory for reference gradients of experience `of`.
+
+        It need not hold rows yet.
+
+        Args:
+            of: an earlier experience; None for one gradient over all of them.
+        """
         use = self._plan.memory.use if self._plan.memory else ""
         if of is None:
             return use == "reference"
@@ -207,21 +219,22 @@ class HeldRecords:
     def observe(self, batch: Batch, remember: Remember) -> None:
         """Offer the new rows of a step to a memory that is updated every step.
 
-        Under privacy each record's own coin decides at the end of the experience; until then only
-        the tensors to be stored beside it are noted, as they were in its last step.
+        Under privacy each record's own coin decides at the end of the experience whether memory
+        keeps it. Until then only the tensors that would be stored with it are noted, at the
+        parameters of the last step that drew it.
         """
         if self.private_sum:
             self._note(remember)
             return
         plan = self._plan.memory
         assert plan is not None
-        place = ("memory", self._client, self.experiences[-1].index, self.step)
+        stream = ("memory", self._client, self.experiences[-1].index, self.step)
         new = batch.take(~batch.from_memory)
         # In training mode, as the loss sees these rows.
         with untouched(self.forward.module), torch.no_grad():
             stored = remember(self.forward, new)
         new = replace(new, stored={name: value.detach() for name, value in stored.items()})
-        self.memory.offer(new, plan, generator(self._seed, *place), stages=self._stages())
+        self.memory.offer(new, plan, generator(self._seed, *stream), stages=self._stages())
         self.pool.stored = self.memory.rows
 
     def store(self, remember: Remember) -> None:
@@ -318,7 +331,7 @@ class HeldRecords:
 
     def synthetic(self, n: int) -> Batch:
         """Return n random rows with the pool's shapes and dtypes, independent of the data."""
-        place = generator(self._seed, "synthetic")
+        rng = generator(self._seed, "synthetic")
         rows = {
             name: torch.zeros(n, *t.shape[1:], dtype=t.dtype)
             for name, t in self.rows.tensors().items()
@@ -326,7 +339,7 @@ class HeldRecords:
         classes = torch.nonzero(self.context.current).flatten().cpu()
         inputs = rows["inputs"]
         rows |= {
-            "inputs": torch.rand(inputs.shape, generator=place).to(inputs.dtype),
+            "inputs": torch.rand(inputs.shape, generator=rng).to(inputs.dtype),
             "labels": classes[torch.arange(n) % len(classes)],
             "valid": torch.ones(n, dtype=torch.bool),
             "tasks": torch.full((n,), self.experiences[-1].index),
@@ -377,8 +390,8 @@ class HeldRecords:
             memory.offered = offered
         else:
             known = self._known(new, plan.selection) if plan.selection in MODELLED else None
-            place = generator(self._seed, "memory", self._client, experience.index)
-            memory.offer(new, plan, place, known, self._stages())
+            rng = generator(self._seed, "memory", self._client, experience.index)
+            memory.offer(new, plan, rng, known, self._stages())
         memory.latest = experience.index
 
     def _stages(self) -> Tensor:
@@ -393,8 +406,12 @@ class HeldRecords:
         return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)
 
     def _note(self, remember: Remember) -> None:
-        """Note the tensors to be stored beside the new rows of the last step, as they are now."""
+        """Note the answers of `remember`, at the present parameters, for the last step's new rows.
+
+        A row that was noted in an earlier step is overwritten.
+        """
         current = self.pool.current
+        # positions from len(current) on are rows of memory, which keep what is stored with them
         at = self._drawn[self._drawn < len(current)]
         new = remembered(current.take(at), remember, self.forward, one_by_one=True)
         if not self._noted:
@@ -402,18 +419,18 @@ class HeldRecords:
                 n: t.new_zeros(len(current), *t.shape[1:]) for n, t in new.stored.items()
             }
             device = current.inputs.device
-            self._noted[WHEN] = torch.zeros(len(current), dtype=torch.bool, device=device)
+            self._noted[NOTED_ROWS] = torch.zeros(len(current), dtype=torch.bool, device=device)
         for name, value in new.stored.items():
             self._noted[name][at] = value
-        self._noted[WHEN][at] = True
+        self._noted[NOTED_ROWS][at] = True
 
     def _as_noted(self, new: Batch) -> Batch:
-        """Rows with the tensors that were noted for them, where any were."""
+        """Rows of the experience, those that were noted with the noted tensors."""
         if not self._noted:
             return new
-        when = self._noted[WHEN]
+        noted = self._noted[NOTED_ROWS]
         stored = {
-            name: torch.where(when.view(-1, *[1] * (value.dim() - 1)), self._noted[name], value)
+            name: torch.where(noted.view(-1, *[1] * (value.dim() - 1)), self._noted[name], value)
             for name, value in new.stored.items()
         }
         return replace(new, stored=stored)
@@ -422,13 +439,14 @@ class HeldRecords:
 def remembered(
     rows: Batch, remember: Remember, forward: Forward, *, one_by_one: bool = False
 ) -> Batch:
-    """Rows with the tensors that `remember` gives beside them, in evaluation mode.
+    """Rows with the tensors that `remember` gives for them, the model in evaluation mode.
 
     Args:
         rows: to be stored.
         remember: from the model and rows to tensors with one row each.
         forward: the model at the present parameters.
-        one_by_one: ask about each row by itself, so that no stored tensor depends on another row.
+        one_by_one: evaluate each row in a batch of one, so that the tensors stored with it depend
+            on no other record (needed under privacy).
     """
     with torch.no_grad(), evaluating(forward.module):
         if one_by_one and len(rows):

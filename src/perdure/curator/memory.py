@@ -25,9 +25,13 @@ def concatenate(parts: list[Batch]) -> Batch:
 
 @dataclass
 class Memory:
-    """Rows kept so far, and what was offered.
+    """Rows kept so far, and counts of the records that were offered.
 
-    The latter is the number of records in all, and the last experience that was offered whole.
+    Args:
+        rows: kept rows, in the order of the selection; None before any is kept.
+        offered: number of records that were offered in all.
+        latest: index of the last experience that was offered whole; -1 for none.
+        tags: (len(rows),) float64, the secret number in [0, 1) of each kept record under privacy.
     """
 
     rows: Batch | None = None
@@ -49,7 +53,8 @@ class Memory:
         """Take in records, each once (no privacy).
 
         Args:
-            known: what the model makes of the new rows: features (n, f) to herd, or losses (n,).
+            known: features (n, f) of the new rows for herding, their losses (n,) for a loss-aware
+                selection, None for others.
             stages: (T,) int64, the stage of every experience so far; None where each is its own.
         """
         if plan.selection == "reservoir":
@@ -67,9 +72,9 @@ class Memory:
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
-        """Keep the records whose private tag lies below `threshold`.
+        """Keep the stored and new records whose private tag lies below `threshold`.
 
-        It only ever falls (differential privacy).
+        The threshold of a memory only ever falls, so a dropped record never comes back.
 
         Guarantee: membership of a record depends on its own secret coin and on declared sizes,
         never on other records.
@@ -83,7 +88,7 @@ class Memory:
     def _order(
         self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None
     ) -> Tensor:
-        """Order in which the new rows fill their quotas."""
+        """(m,) positions of the new rows, in the order in which they fill their quotas."""
         if plan.selection == "class-balanced":
             return torch.randperm(len(new), generator=generator)
         if plan.selection == "ring":
@@ -92,27 +97,29 @@ class Memory:
         if plan.selection == "loss-aware":
             return known.argsort(descending=True, stable=True).cpu()
         most = plan.capacity if plan.per_class is None else plan.per_class
-        places = [
+        classes = [
             torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)
         ]
-        herds = [where[herded(known[where], most)] for where in places]
+        herds = [positions[herded(known[positions], most)] for positions in classes]
         return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
 
     def _keep(self, new: list[Batch], kept: Tensor) -> None:
+        """Keep these positions of the stored rows, followed by the new ones."""
         if self.rows is not None and len(kept) == len(self) and bool((kept < len(self)).all()):
-            return  # nothing came in, and so nothing went
+            return  # no new row is kept, so the stored ones stay as they are: spare the copy
         self._take(([self.rows] if self.rows is not None else []) + new, kept)
 
     def _take(self, parts: list[Batch], kept: Tensor) -> None:
+        """Store these positions of all parts, copied, so that the other rows can be freed."""
         everything = concatenate(parts)
         self.rows = everything.take(kept.to(everything.inputs.device)).map(lambda t: t.clone())
 
 
 @torch.no_grad()
 def herded(features: Tensor, most: int) -> Tensor:
-    """(min(n, most),) places of rows (n, f), the best first.
+    """(min(n, most),) positions of the chosen rows of features (n, f), the best first.
 
-    The running mean of the chosen rows stays closest to the mean of all.
+    Each row is chosen so that the mean of the chosen rows is closest to the mean of all.
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
@@ -133,9 +140,9 @@ def herded(features: Tensor, most: int) -> Tensor:
 def reservoir(
     stored: int, offered: int, new: int, capacity: int, generator: torch.Generator
 ) -> Tensor:
-    """Positions kept after offering `new` records.
+    """Positions of the rows that are kept after offering `new` records.
 
-    They count the stored rows, followed by the new ones.
+    Positions count the stored rows, followed by the new ones.
 
     Vitter 1985, algorithm R: record k (counted from 0 over the whole stream) replaces a uniformly
     drawn slot with probability capacity / (k + 1), so that every record offered so far is kept with
@@ -153,25 +160,33 @@ def reservoir(
 
 
 def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
-    """Positions of the first rows of every group (n, k) int64.
+    """Positions, ascending, of the rows that a memory with a quota for every group keeps.
 
-    `per_class`, else an equal share of `capacity`.
+    A group keeps its first rows, up to its quota: `per_class` rows, or without it an equal share of
+    `capacity`. The remainder of the division goes to the first groups, one row each. Where there
+    are more groups than `capacity`, so that some get nothing, the order of the groups is that of a
+    public hash instead: groups that arrive late are as likely to get a row. A quota never grows
+    when groups are added, so a row that was dropped is never missed.
 
-    What does not divide goes to the first groups, one more each; where there are more groups than
-    places, to those that a hash puts first, so that late groups have the same chance. A share never
-    grows when groups are added.
+    Args:
+        groups: (n, k) int64; rows that are equal in all k columns (stage and label) are one group.
+        capacity: rows in all; with `per_class` it bounds nothing.
+        per_class: rows of every group; None for equal shares.
     """
     found, group = torch.unique(groups, dim=0, return_inverse=True)
     n_groups = max(1, len(found))
-    place = torch.arange(n_groups)
+    order_of_group = torch.arange(n_groups)
     if n_groups > capacity:
-        place[hashed(found[:, -1], *found[:, :-1].T).argsort()] = torch.arange(n_groups)
-    share = (capacity + n_groups - 1 - place) // n_groups
+        # the hash of a group is of its label (last column), salted with the other columns
+        by_hash = hashed(found[:, -1], *found[:, :-1].T).argsort()
+        order_of_group[by_hash] = torch.arange(n_groups)
+    share = (capacity + n_groups - 1 - order_of_group) // n_groups
     quota = share if per_class is None else torch.full_like(share, per_class)
     order = torch.argsort(group, stable=True)
     starts = torch.cumsum(torch.bincount(group, minlength=n_groups), 0) - torch.bincount(
         group, minlength=n_groups
     )
+    # rank of each row in its group, in the order in which rows are given
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - starts[group[order]]
     return torch.nonzero(rank < quota[group]).flatten()

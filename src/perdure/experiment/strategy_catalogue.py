@@ -81,11 +81,11 @@ def card(name: str) -> StrategyCard:
         StrategyError: for a field without a default, where `example()` is not overridden.
     """
     strategy = with_defaults(find(name))
-    stage = _stage()
+    experience = _small_experience()
     model = _model(strategy)
     summary, paper = described(type(strategy))
     state = strategy.init(_spec(model))
-    plan = strategy.plan(stage)
+    plan = strategy.plan(experience)
     numbers = sum(value.numel() for value in state.values())
     return StrategyCard(
         name=name,
@@ -96,7 +96,7 @@ def card(name: str) -> StrategyCard:
         memory=", ".join(
             [
                 *state_in_words(state, _parameters(model)),
-                *_stored(strategy, plan, stage, model, state),
+                *_stored(strategy, plan, experience, model, state),
             ]
         )
         or "none",
@@ -182,7 +182,7 @@ def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
 
 
 def _stored(
-    strategy: Strategy, plan: Plan, stage: Experience, model: nn.Module, state: State
+    strategy: Strategy, plan: Plan, experience: Experience, model: nn.Module, state: State
 ) -> Iterator[str]:
     """Describe the stored records: all, or the capacity of the plan with the values beside each."""
     if plan.pool == "all":
@@ -190,7 +190,7 @@ def _stored(
     if plan.memory is None:
         return
     sizes = [f.name for f in fields(strategy) if getattr(strategy, f.name) == plan.memory.capacity]
-    batch = Batch.current(stage.train, 0)
+    batch = Batch.current(experience.train, 0)
     with torch.no_grad():
         beside = strategy.remember(Forward(model), batch, state)
     extra = [
@@ -207,6 +207,7 @@ def _stored(
 
 
 def _model(strategy: Strategy) -> nn.Module:
+    """Small model that the strategy is laid out for: its own, or else a perceptron."""
     plain = mlp(input_shape=(INPUTS,), num_classes=CLASSES, hidden=(HIDDEN, FEATURES), seed=0)
     own = strategy.small_model(input_shape=(INPUTS,), num_classes=CLASSES)
     return plain if own is None else own
@@ -217,6 +218,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _spec(model: nn.Module) -> Spec:
+    """Public facts that a strategy lays its state out by, for this model."""
     return Spec(
         params=_parameters(model),
         num_classes=CLASSES,
@@ -226,7 +228,11 @@ def _spec(model: nn.Module) -> Spec:
     )
 
 
-def _stage() -> Experience:
+def _small_experience() -> Experience:
+    """Experience with one random record of every class, to ask a strategy's plan and stored values.
+
+    Values of the records do not matter: only sizes and shapes are read.
+    """
     labels = torch.arange(CLASSES)
     records = Records(
         inputs=torch.rand(CLASSES, INPUTS, generator=torch.Generator().manual_seed(0)),

@@ -138,20 +138,21 @@ class Federation:
         return sorted(order[:size].tolist())
 
     def previous(self, exchange: int) -> list[int]:
-        """For every client the last exchange before this one that it was part of.
+        """For every client the last exchange before this one that it took part in.
 
-        FRESH for none.
+        FRESH, which is below all numbers of exchanges, for none.
         """
         experience, number = divmod(exchange, self.rounds + 1)
         first = exchange - number
-        met = [first - 1 if experience else FRESH] * self.clients
+        # all clients take part in the consolidation that ends an experience
+        last = [first - 1 if experience else FRESH] * self.clients
         for earlier in range(number):
             for client in self.cohort(experience, earlier):
-                met[client] = first + earlier
-        return met
+                last[client] = first + earlier
+        return last
 
     def facts(self) -> dict[str, Any]:
-        """What a run must be resumed with."""
+        """Settings that a stopped run must be resumed with."""
         kind = type(self.aggregator).__name__
         return {
             "clients": self.clients,
@@ -206,9 +207,9 @@ class Server:
 
     @property
     def round(self) -> int:
-        """Number of the next round in its experience.
+        """Number of the next exchange in its experience, from 0.
 
-        `federation.rounds` stands for the consolidation.
+        Training rounds come first; `federation.rounds` is the consolidation.
         """
         return self.exchange % (self.federation.rounds + 1)
 
@@ -286,13 +287,16 @@ class Server:
         self._notify("evaluated")
 
     def _ask(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
-        """Send, each client's task added, and return the replies in the order of the clients."""
+        """Add to each message its client's task, send all, and return the replies by client.
+
+        Messages and replies are in ascending order of the clients' numbers.
+        """
         clients = {node: client for client, node in enumerate(self._nodes)}
-        waiting = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
-        before = self.federation.previous(self.exchange)
+        outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
+        previous_exchanges = self.federation.previous(self.exchange)
         state = to_record(sent(self.learner.state))
-        for message in waiting:
-            previous = before[clients[message.metadata.dst_node_id]]
+        for message in outgoing:
+            previous = previous_exchanges[clients[message.metadata.dst_node_id]]
             task = ConfigRecord(
                 {
                     "experience": self.experience,
@@ -303,11 +307,12 @@ class Server:
                 }
             )
             records = dict(message.content) | {"task": task}
-            # a client that has met the experience already holds the state of its beginning
+            # The combined state goes to a client with its first message of an experience only: sent
+            # again, it would overwrite what the strategy has changed on the client since then.
             if state and previous < self.exchange - self.round:
                 records["state"] = state
             message.content = RecordDict(records)
-        return answers(grid, waiting, clients)
+        return answers(grid, outgoing, clients)
 
     # ------------------------------------------------------------------ stopping and going on
 

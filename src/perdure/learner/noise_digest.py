@@ -184,9 +184,9 @@ def probe_strategy(session: Session) -> dict[str, Tensor]:
 
 def stored_like(batch: Batch, seed: int) -> Batch:
     """The same synthetic rows in the role of stored ones, with something stored beside them."""
-    place = generator(seed, "stored beside synthetic rows")
+    rng = generator(seed, "stored beside synthetic rows")
     stored = {
-        name: torch.rand(value.shape, generator=place).to(value)
+        name: torch.rand(value.shape, generator=rng).to(value)
         if value.is_floating_point()
         else value
         for name, value in batch.stored.items()

@@ -109,8 +109,8 @@ def synthetic(
     A label is one of the declared classes of the experience, and an id stays with its row.
     """
     stream = training.stream
-    place = generator(seed, "guard")
-    inputs = torch.rand(records, *stream.input_shape, generator=place).to(device)
+    rng = generator(seed, "guard")
+    inputs = torch.rand(records, *stream.input_shape, generator=rng).to(device)
     facts = [
         torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream
     ]

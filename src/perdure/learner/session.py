@@ -302,12 +302,12 @@ class Session:
         """
         assert self.adversary is not None
         fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
-        place = torch.Generator().manual_seed(self.seed_of("adversary", step))
+        rng = torch.Generator().manual_seed(self.seed_of("adversary", step))
 
         def losses(inputs: Tensor) -> Tensor:
             return self.losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": inputs}))
 
-        inputs = self.adversary.perturb(losses, batch.inputs, generator=place)
+        inputs = self.adversary.perturb(losses, batch.inputs, generator=rng)
         return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
 
     def seed_of(self, purpose: str, step: int) -> int:

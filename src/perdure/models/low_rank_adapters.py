@@ -20,7 +20,7 @@ from perdure.utils.seeding import seeded
 
 
 class LowRank(nn.Module):
-    """x to scale * B A x.
+    """Low-rank linear map, x to scale * B A x, that starts as 0.
 
     Args:
         width: of x.
@@ -51,9 +51,9 @@ class LowRankPair(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen transformer with adapters.
+    """A frozen transformer with one set of low-rank adapters an experience.
 
-    `adapters.T.BLOCK.query` and `.value` are those of experience T.
+    `adapters.T.BLOCK.query` and `.value` are the adapters of experience T for a block.
     """
 
     def __init__(self, backbone: Transformer, rank: int, experiences: int, scale: float) -> None:
@@ -67,11 +67,12 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature vectors (n, width) of inputs (n, ...)."""
-        additions = [self._of_block(block) for block in range(len(self.backbone.blocks))]
+        additions = [self._addition(block) for block in range(len(self.backbone.blocks))]
         return self.backbone.encode(self.backbone.tokens(x), additions)[:, 0]
 
-    def _of_block(self, number: int) -> Addition:
-        pairs = [pairs[number] for pairs in self.adapters]  # type: ignore[index]
+    def _addition(self, block: int) -> Addition:
+        """Sums over experiences of the block's adapters, for its query and value projections."""
+        pairs = [blocks[block] for blocks in self.adapters]  # type: ignore[index]
 
         def query(x: Tensor) -> Tensor:
             return torch.stack([pair.query(x) for pair in pairs]).sum(0)

@@ -1,6 +1,6 @@
 """Prompts on a frozen transformer.
 
-A pool of which each record picks some (L2P), or weighted sums (CODA-Prompt).
+Each record picks some prompts of a pool (L2P), or gets a weighted sum of components (CODA-Prompt).
 
 Both ask the frozen transformer without prompts for a query q(x), its features, and run it again
 with prompts. Which prompts a record gets is a function of that record and the parameters alone.
@@ -21,13 +21,15 @@ from perdure.utils.seeding import seeded
 
 
 class PromptPool(nn.Module):
-    """A frozen transformer with prompts before its input.
+    """A frozen transformer that puts prompts before the tokens of its input.
 
-    They are the prompts of the `chosen` keys nearest to the query.
+    A record gets the `chosen` prompts whose keys have the largest cosine with its query.
 
-    features(x) = mean of the last states of the prompts' tokens
+        features(x) = mean of the last states of the prompts' tokens
 
-    `prompts` has the `pool` prompts of `length` tokens, one a row, and `keys` their keys.
+    Attributes:
+        prompts: embedding with the `pool` prompts, each a row of `length` tokens, flattened.
+        keys: embedding with their keys, (pool, width).
     """
 
     def __init__(self, backbone: Transformer, pool: int, length: int, chosen: int) -> None:
@@ -44,10 +46,7 @@ class PromptPool(nn.Module):
         return self.matched(x)[0]
 
     def matched(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, width) of inputs (n, ...), and cos(q(x), key) (n, chosen).
-
-        The keys are the chosen ones.
-        """
+        """Features (n, width) of inputs (n, ...), and cosines (n, chosen) with the chosen keys."""
         tokens = self.backbone.tokens(x)
         query = self.backbone.encode(tokens)[:, 0]
         similarity, numbers = cosines(query, self.keys(every_row(self.keys, query))).topk(
@@ -111,15 +110,16 @@ def prompted(
 
 
 class Components(nn.Module):
-    """Components of one experience for one block.
+    """Prompt components of one experience for one transformer block.
 
-    p(q) = sum over m of cos(q * attention_m, key_m) prompt_m.
+        p(q) = sum over components m of cos(q * attention_m, key_m) prompt_m
 
-    `prompts` has the components as columns; all start as rows of the orthonormal matrices given.
+    The attention vector of a component weighs the entries of the query; it is no self-attention.
 
     Args:
-        prompts: (components, numbers).
-        keys, attention: (components, width).
+        prompts: (components, size) initial prompts, with size = 2 * length * width: the keys and
+            values of a prompt in one vector. `prompts.weight` is the transpose.
+        keys, attention: (components, width), initial.
     """
 
     def __init__(self, prompts: Tensor, keys: Tensor, attention: Tensor) -> None:
@@ -133,18 +133,18 @@ class Components(nn.Module):
                 layer.weight.copy_(start)
 
     def forward(self, query: Tensor) -> Tensor:
-        """(n, numbers) of queries (n, width)."""
+        """Prompt vectors p(q) (n, size) of queries (n, width), for this block and experience."""
+        # looked up for every record, because book-keeping has per-record gradients of lookups
         rows = every_row(self.keys, query)
-        prompt: Tensor = self.prompts(
-            cosines(query[:, None] * self.attention(rows), self.keys(rows))
-        )
+        weights = cosines(query[:, None] * self.attention(rows), self.keys(rows))
+        prompt: Tensor = self.prompts(weights)
         return prompt
 
 
 class ComposedPrompts(nn.Module):
-    """A frozen transformer with prefixes.
+    """A frozen transformer with composed prompts, as prefixes of its first `depth` blocks.
 
-    `components.T.BLOCK` are those of experience T for a block.
+    `components.T.BLOCK` are the `Components` of experience T for a block.
     """
 
     def __init__(
@@ -153,13 +153,13 @@ class ComposedPrompts(nn.Module):
         super().__init__()
         self.backbone = fixed(backbone)
         self.length = length
-        numbers = 2 * length * backbone.width
         width = backbone.width
+        size = 2 * length * width  # of a prompt: keys and values
         total = experiences * components
         starts = [
             [
                 orthonormal(total, n).reshape(experiences, components, n)
-                for n in (numbers, width, width)
+                for n in (size, width, width)
             ]
             for _ in range(depth)
         ]
@@ -173,16 +173,17 @@ class ComposedPrompts(nn.Module):
         return self.upto(x, len(self.components) - 1)
 
     def upto(self, x: Tensor, experience: int) -> Tensor:
-        """The same, by the components of experiences 0 to `experience`."""
+        """Feature vectors (n, width), by the components of experiences 0 to `experience`."""
         tokens = self.backbone.tokens(x)
         query = self.backbone.encode(tokens)[:, 0]
-        each = zip(*self.components[: experience + 1], strict=True)
+        blocks = zip(*self.components[: experience + 1], strict=True)
         prefixes = [
-            torch.stack([components(query) for components in block]).sum(0) for block in each
+            torch.stack([components(query) for components in block]).sum(0) for block in blocks
         ]
         return self.backbone.encode(tokens, [self._addition(prefix) for prefix in prefixes])[:, 0]
 
     def _addition(self, prefix: Tensor) -> Addition:
+        """Prompt vectors (n, size) as keys and values (n, length, width) of a block's attention."""
         keys, values = prefix.reshape(len(prefix), 2, self.length, -1).unbind(1)
         return Addition(keys=keys, values=values)
 
@@ -223,7 +224,8 @@ def composed(
         backbone: copied.
         num_classes: full width of the head.
         experiences: length of the stream.
-        components: of an experience (M / number of experiences).
+        components: number of components of one experience (in the paper M / experiences).
+        length: keys, and values, of a prompt.
         depth: blocks with prompts; None for all.
         seed: of components and head.
 
@@ -232,8 +234,8 @@ def composed(
 
     Source: Smith et al., CODA-Prompt, CVPR 2023, sections 4.1 and 4.2; for prefix tuning section 3.
     """
-    fits = fixed(backbone)
-    depth = len(fits.blocks) if depth is None else depth
+    frozen = fixed(backbone)
+    depth = len(frozen.blocks) if depth is None else depth
     _check(
         num_classes=num_classes,
         experiences=experiences,
@@ -241,18 +243,19 @@ def composed(
         length=length,
         depth=depth,
     )
-    if depth > len(fits.blocks):
+    if depth > len(frozen.blocks):
         raise ConfigError.of(
-            "depth", depth, f"at most the {len(fits.blocks)} blocks of the backbone"
+            "depth", depth, f"at most the {len(frozen.blocks)} blocks of the backbone"
         )
-    if experiences * components > fits.width:
+    # more vectors than the width has dimensions cannot be orthonormal
+    if experiences * components > frozen.width:
         raise ConfigError.of(
-            "components", components, f"at most width / experiences = {fits.width // experiences}"
+            "components", components, f"at most width / experiences = {frozen.width // experiences}"
         )
     with seeded(seed):
         return Composed(
             ComposedPrompts(backbone, experiences, components, length, depth),
-            fits.width,
+            frozen.width,
             num_classes,
         )
 
@@ -261,18 +264,18 @@ def composed(
 
 
 def cosines(query: Tensor, keys: Tensor) -> Tensor:
-    """(n, keys) cos of queries (n, width), or (n, keys, width), and keys (n, keys, width)."""
+    """(n, k) cosines of queries (n, width), or (n, k, width), with keys (n, k, width)."""
     query = query[:, None] if query.dim() == 2 else query
     return F.cosine_similarity(query, keys, dim=2)
 
 
 def every_row(table: nn.Embedding, like: Tensor) -> Tensor:
-    """(n, rows) the numbers of all rows, once for every one of n records."""
+    """(n, rows) indices of all rows of the table, repeated for each of the n records of `like`."""
     return torch.arange(table.num_embeddings, device=like.device).expand(len(like), -1)
 
 
 def orthonormal(rows: int, width: int) -> Tensor:
-    """(rows, width) with orthonormal rows."""
+    """Random matrix (rows, width) with orthonormal rows."""
     return nn.init.orthogonal_(torch.empty(rows, width))
 
 

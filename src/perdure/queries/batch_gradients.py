@@ -52,7 +52,16 @@ def mean_gradient(
 
 
 def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Params:
-    """The gradient of loss and penalty, of that of the loss; the penalty touches no record."""
+    """Gradient of the loss plus the gradient of the penalty, which depends on no record.
+
+    Args:
+        gradient: of the loss, by parameter name.
+        penalty: one number with a graph to `params`; None for no penalty.
+        params: trained parameters.
+
+    Raises:
+        StrategyError: for a penalty that is not one number.
+    """
     if penalty is None:
         return gradient
     if not isinstance(penalty, Tensor) or penalty.dim():

@@ -76,17 +76,17 @@ class Gram(SummedQuery):
             )
 
     def norm(self, length: float) -> float:
-        """Norm of a record's vector where its features have norm `length`.
+        """Largest L2 norm of the vector of a record whose features have L2 norm `length`.
 
-        The clip norm that cuts nothing shorter.
+        Given as clip norm, it leaves records with features of at most this norm unclipped.
         """
-        crossed = (self.weight * length) ** 2 if self.targets else 0.0
-        return math.sqrt(length**4 + crossed + self.totals**2)
+        cross = (self.weight * length) ** 2 if self.targets else 0.0
+        return math.sqrt(length**4 + cross + self.totals**2)
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Rows: each record's vector before it is clipped.
+        """Each record's vector before it is clipped: (n, d (d + 1) / 2), (n, d, c) and (n, c).
 
-        They are long; the sums below do without them.
+        The sums below are computed without these rows, which are large.
         """
         parts = self.parts(forward, batch)
         left = parts["features"][:, :, None]
@@ -114,9 +114,9 @@ class Gram(SummedQuery):
         return parts
 
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sums without privacy.
+        """Sums without privacy: `gram` (d, d), `cross` (d, c) and `totals` (c,).
 
-        `gram` (d, d), `cross` (d, c) and `totals` (c,), in pieces of `chunk` records.
+        Features are computed for `chunk` records at a time.
         """
         sums: Params = {}
         with torch.no_grad():
@@ -138,15 +138,12 @@ class Gram(SummedQuery):
         return self.packed(sums) if sums else None
 
     def packed(self, sums: Params) -> Params:
-        """Vector whose norm is bounded, of the sums.
-
-        Of rows too, with a dimension in front.
-        """
+        """Scaled form of sums or rows, in which a record's norm is bounded; see the class."""
         scales = {"cross": self.weight, "totals": self.totals}
         return {n: svec(value) if n == "gram" else scales[n] * value for n, value in sums.items()}
 
     def unpacked(self, released: Params) -> Params:
-        """`gram` (d, d), symmetric, `cross` (d, c) and `totals` (c,) of a sum of vectors."""
+        """Undo `packed` for a released sum: symmetric `gram`, `cross` and `totals`."""
         scales = {"cross": self.weight, "totals": self.totals}
         return {
             n: unsvec(value) if n == "gram" else value / scales[n] for n, value in released.items()
@@ -169,6 +166,7 @@ class Gram(SummedQuery):
         return shapes
 
     def _squared_norms(self, parts: Params) -> Tensor:
+        """(n,) squared L2 norms of the records' vectors."""
         f = parts["features"].square().sum(1)
         if "targets" not in parts:
             return f.square()
@@ -176,7 +174,7 @@ class Gram(SummedQuery):
         return f.square() + self.weight**2 * f * y + self.totals**2 * y
 
     def _add(self, sums: Params, parts: Params, factors: Tensor | None = None) -> None:
-        """Add up the parts, each record times its factor (n,)."""
+        """Add the parts to the sums in place, each record times its factor (n,)."""
         f = parts["features"]
         y = parts.get("targets")
         weighted = f if factors is None else (f := _finite(f)) * factors[:, None]
@@ -210,8 +208,9 @@ def unsvec(vector: Tensor) -> Tensor:
     return matrix
 
 
-def _table(what: Table, forward: Forward, batch: Batch, name: str) -> Tensor:
-    answer = what(forward, batch)
+def _table(table: Table, forward: Forward, batch: Batch, name: str) -> Tensor:
+    """Evaluate the features or targets and check that they are (n, width)."""
+    answer = table(forward, batch)
     if answer.dim() != 2 or len(answer) != len(batch):
         raise DataError(
             f"{name} of {len(batch)} records have shape {tuple(answer.shape)}; allowed: (n, width)"
@@ -220,4 +219,5 @@ def _table(what: Table, forward: Forward, batch: Batch, name: str) -> Tensor:
 
 
 def _finite(values: Tensor) -> Tensor:
+    """Values with 0 in place of NaN and infinity, so that one record cannot spoil a sum."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

@@ -112,10 +112,12 @@ class SquaredGradient(SummedQuery):
         point: Params,
         tensors: Mapping[str, Tensor],
     ) -> tuple[Params, Params]:
-        """sum_k w_k size(d l_k / d point) of one record, and what `at` kept aside.
+        """sum_k w_k size(d l_k / d point) of one record, and the mapping that `at` returned.
 
         Args:
-            at: from the point to the model there, and a mapping that fills while it runs.
+            at: from the point to the model there, and a mapping that fills while the model runs.
+            point: tensors that gradients are taken with respect to, by name.
+            tensors: one record.
         """
 
         def alone(p: Params) -> tuple[Tensor, tuple[Tensor, Params]]:
@@ -139,7 +141,7 @@ class SquaredGradient(SummedQuery):
         params: Params,
         tensors: Mapping[str, Tensor],
     ) -> Outer | None:
-        """Rows as outer products.
+        """Rows as outer products, for all records of `tensors`.
 
         None where a layer is not called exactly once, on one vector a record.
         """
@@ -151,7 +153,7 @@ class SquaredGradient(SummedQuery):
                     for name, layer in layers.items()
                 }
                 return self._sizes(
-                    lambda p: (Forward(module, params), tap.with_shifts(p)), shifts, tensors
+                    lambda p: (Forward(module, params), tap.start_pass(p)), shifts, tensors
                 )
 
             backs, entered = torch.func.vmap(one, in_dims=(None, 0))(params, dict(tensors))
@@ -178,39 +180,46 @@ class AbsoluteGradient(SquaredGradient):
 
 
 class LayerTap:
-    """Hooks on layers.
+    """Forward hooks that add a shift to the output of each layer and keep its input.
 
-    Adds a shift to what leaves each of them, keeps what entered it, and counts its calls.
+    Shifts are zeros, one (1, out) a layer: the gradient with respect to a layer's shift is the
+    gradient at its output.
+
+    Attributes:
+        calls: number of calls of each layer in the pass.
     """
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
         self._shifts: Params = {}
-        self._entered: Params = {}
+        self._inputs: Params = {}
 
-    def with_shifts(self, shifts: Params) -> Params:
-        """Begin a pass with these shifts.
+    def start_pass(self, shifts: Params) -> Params:
+        """Forget the last pass and use these shifts, by layer, in the next one.
 
-        The mapping that is returned will hold the inputs of the layers.
+        Returns:
+            an empty mapping, which the hooks fill during the pass: layer to its input (1, in).
         """
         self.calls = {}
         self._shifts = shifts
-        self._entered = {}
-        return self._entered
+        self._inputs = {}
+        return self._inputs
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         """Forward hook of the layer `name`."""
 
-        def listen(_: nn.Module, entered: tuple[Tensor, ...], left: Tensor) -> Tensor:
+        def listen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             self.calls[name] = self.calls.get(name, 0) + 1
-            self._entered[name] = entered[0]
-            return left + self._shifts[name] if left.dim() == 2 else left
+            self._inputs[name] = inputs[0]
+            # other outputs have several positions a record: `_outer` refuses them
+            return output + self._shifts[name] if output.dim() == 2 else output
 
         return listen
 
 
 @contextmanager
 def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[LayerTap]:
+    """Hook a tap to the layers, and unhook it at the end."""
     tap = LayerTap()
     handles = [layer.register_forward_hook(tap.hook(name)) for name, layer in layers.items()]
     try:
@@ -221,6 +230,7 @@ def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[LayerTap]:
 
 
 def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Params:
+    """Sum of the rows, clipped where `clip` is given, by parameter name."""
     outer = clipped_outer(layers, outer, clip)
     sums = {f"{name}.weight": u.T @ v for name, (u, v) in outer.items()}
     return sums | {
@@ -245,15 +255,18 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
-    """Return the linear layers by name, or None where they do not own all parameters.
+    """Return the linear layers with parameters by name, if all parameters are theirs and trained.
 
-    None too where a parameter is shared or frozen.
+    None where another module has a parameter, two layers share one, or one does not require a
+    gradient.
     """
     linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    # not those of a frozen body
+    # Layers of a frozen body hold buffers instead of parameters: they have no gradient to square.
     layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}
     owned = {
-        f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()
+        f"{name}.{parameter}"
+        for name, layer in layers.items()
+        for parameter, _ in layer.named_parameters()
     }
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
     return layers if owned == trained == {name for name, _ in module.named_parameters()} else None

@@ -97,11 +97,11 @@ def check_strategy(
     Raises:
         ConformanceError: naming the check, what was found, what is allowed and the fix.
     """
-    stand = StrategyFixture(strategy=strategy, scenario=scenario, model=model)
+    fixture = StrategyFixture(strategy=strategy, scenario=scenario, model=model)
     passed = list[str]()
     skipped = dict[str, str]()
     for name, check in CHECKS.items():
-        _run(name, check, stand, passed, skipped)
+        _run(name, check, fixture, passed, skipped)
     if not torch.cuda.is_available():
         skipped["cuda"] = "there is no CUDA device here"
         return Report(
@@ -116,28 +116,28 @@ def check_strategy(
 def _run(
     name: str,
     check: Callable[[StrategyFixture], str | None],
-    stand: StrategyFixture,
+    fixture: StrategyFixture,
     passed: list[str],
     skipped: dict[str, str],
 ) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            reason = check(stand)
+            reason = check(fixture)
         except NotApplicable as reason_of_all:
             skipped[name] = str(reason_of_all)
             return
         except ConformanceError as error:
-            raise ConformanceError(f"{stand.name} fails the check {name!r}: {error}") from error
+            raise ConformanceError(f"{fixture.name} fails the check {name!r}: {error}") from error
         except Exception as error:  # whatever a strategy of somebody else raises
             told = (
                 f"{type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else 'no message'}"
             )
             raise ConformanceError(
-                f"{stand.name} fails the check {name!r}: it raised {told}; allowed: no error "
-                "on a small "
-                f"{stand.scenario}-incremental stream; see the traceback above for the line to mend"
+                f"{fixture.name} fails the check {name!r}: it raised {told}; allowed: no error "
+                f"on a small {fixture.scenario}-incremental stream; see the traceback above for "
+                "the line to mend"
             ) from error
     passed.append(name)
     if reason:

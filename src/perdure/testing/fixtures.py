@@ -1,7 +1,4 @@
-"""Where a strategy is put to the test.
-
-A small stream, a small model, and a learner in the middle of its work.
-"""
+"""Fixtures of the checks: a small stream, a small model, and a learner in the middle of a run."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +37,7 @@ SIMULATED = Privacy(noise_multiplier=1.0, clip_norm=CLIP_NORM, seed=0)
 
 
 class NotApplicable(Exception):  # noqa: N818  # it is none of the errors that a user meets
-    """A check has nothing to look at; says why."""
+    """Raised by a check that does not apply to a strategy; the message is the reason."""
 
 
 def require(ok: bool, found: str, *, allowed: str, fix: str) -> None:
@@ -58,12 +55,12 @@ def small_stream(scenario: Scenario) -> Stream:
 
     There are six training records a class.
     """
-    place = torch.Generator().manual_seed(0)
-    centres = torch.rand(CLASSES, FEATURES, generator=place)
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.rand(CLASSES, FEATURES, generator=rng)
 
     def records(per_class: int, first: int) -> Records:
         labels = torch.arange(CLASSES).repeat(per_class)
-        inputs = centres[labels] + 0.1 * torch.randn(len(labels), FEATURES, generator=place)
+        inputs = centres[labels] + 0.1 * torch.randn(len(labels), FEATURES, generator=rng)
         return Records(
             inputs=inputs.clamp(0, 1), labels=labels, ids=first + torch.arange(len(labels))
         )
@@ -97,7 +94,10 @@ def other_records(stream: Stream) -> Stream:
 
 
 def run(learner: Learner, stream: Stream) -> None:
-    """Train a prepared learner to the end of the stream, and measure."""
+    """Train a prepared learner from where it is to the end of the stream.
+
+    After each experience a row of accuracies is appended to `learner.matrix`.
+    """
     for index in range(learner.position.experience, len(stream)):
         learner.begin(index)
         for block in learner.training.remaining_blocks(
@@ -114,12 +114,12 @@ Builder = Callable[[Stream], nn.Module]
 
 @dataclass(kw_only=True)
 class StrategyFixture:
-    """What a check needs: copies of the strategy as it was given, and learners for them.
+    """Source of what a check needs: unused copies of the strategy, and learners for them.
 
     Args:
         strategy: an instance, copied before anything runs.
         scenario: of the stream.
-        device: where everything lives.
+        device: of models and records.
         model: from the stream to a model; None for the strategy's own small one, else a small
             perceptron.
     """
@@ -177,16 +177,13 @@ class StrategyFixture:
         )
 
     def prepared(self, privacy: Privacy | None = None, stream: Stream | None = None) -> Learner:
-        """The same, ready for the first experience."""
+        """A learner that is ready for the first experience."""
         learner = self.learner(privacy)
         learner.prepare(stream or self.stream)
         return learner
 
     def middle(self, privacy: Privacy | None = None) -> Learner:
-        """The same in the middle of its second experience.
-
-        Everything that it remembers is in place.
-        """
+        """A learner in the middle of its second experience, so that state and memory are filled."""
         learner = self.prepared(privacy)
         for index, blocks in ((0, BLOCKS), (1, 1)):
             learner.begin(index)
@@ -198,26 +195,35 @@ class StrategyFixture:
 
 
 class MidRunFixture:
-    """A learner in the middle of its second experience, and every hook ready to be called there.
+    """A learner in the middle of its second experience, with arguments for every hook.
 
     Questions are asked as under privacy, but answered without noise.
+
+    Attributes:
+        batch: all rows that a step may draw, new and stored.
+        context: of the open experience, as in a step with both kinds of rows.
+        params: copy of the parameters.
+        gradient: small random gradient, the same every time.
+        later: parameters one step of size 0.1 against this gradient later.
     """
 
-    def __init__(self, stand: StrategyFixture) -> None:
-        self.stand = stand
-        self.learner = stand.middle()
+    def __init__(self, fixture: StrategyFixture) -> None:
+        self.fixture = fixture
+        self.learner = fixture.middle()
+        # evaluation mode: hooks are compared between calls, so dropout must not differ
         self.learner.model.eval()
         self.strategy: Strategy = self.learner.strategy
         self.state: State = self.learner.state
         self.batch: Batch = self.learner.session.held.rows
+        # the share that a step would set; half and half, so that both kinds of rows count
         share = 0.5 if bool(self.batch.from_memory.any()) else 0.0
         self.context: Context = replace(self.learner.curator.context, memory_share=share)
         self.params: Params = {
             name: value.detach().clone() for name, value in self.learner.params.items()
         }
-        place = torch.Generator().manual_seed(2)
+        rng = torch.Generator().manual_seed(2)
         self.gradient: Params = {
-            name: (0.1 * torch.randn(value.shape, generator=place)).to(value)
+            name: (0.1 * torch.randn(value.shape, generator=rng)).to(value)
             for name, value in self.params.items()
         }
         self.later: Params = {
@@ -226,32 +232,32 @@ class MidRunFixture:
 
     @property
     def forward(self) -> Forward:
-        """The model at the parameters of the scene."""
+        """The model at `params`."""
         return Forward(self.learner.model, self.params)
 
     def door(self) -> RecordingCurator:
-        """A door to the curator that looks like one under privacy and answers exactly."""
+        """A recording curator: to the strategy it looks private, and it answers exactly."""
         return RecordingCurator(self.learner.curator, clip_norm=CLIP_NORM)
 
     @cached_property
     def references(self) -> tuple[Params, ...]:
-        """As many as the strategy asks for."""
+        """Reference gradients, as many as the strategy asks for."""
         return self.strategy.references(self.door().curator, self.learner.params, self.state)
 
     @cached_property
     def questions(self) -> list[Question]:
-        """Everything that is asked of records beyond the gradient of a step."""
+        """All questions that the strategy asks of records, beyond the gradient of a step."""
         door = self.door()
         self.strategy.references(door.curator, self.learner.params, self.state)
         self.strategy.after_experience(door.curator, self.params, self.state)
         return door.asked
 
     def calls(self) -> Mapping[str, Callable[[], object]]:
-        """Every hook of the strategy, called on what the scene holds."""
+        """Calls of every hook of the strategy, by its name."""
         strategy = self.strategy
         state = self.state
         params = self.params
-        spec = spec_of(self.learner.model, params, self.stand.stream)
+        spec = spec_of(self.learner.model, params, self.fixture.stream)
         return {
             "init": lambda: strategy.init(spec),
             "losses": lambda: self.losses(self.forward, self.batch),
@@ -279,7 +285,7 @@ class MidRunFixture:
 
 
 def tensors_of(answer: object) -> dict[str, Tensor]:
-    """What a hook gave, as named tensors."""
+    """Named tensors of a hook's answer, whatever its type."""
     if isinstance(answer, Tensor):
         return {"value": answer.detach()}
     if isinstance(answer, Mapping):
@@ -294,7 +300,7 @@ def tensors_of(answer: object) -> dict[str, Tensor]:
 
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Names that only one has, or whose tensors differ in any bit that counts."""
+    """Names that only one mapping has, or whose tensors are not equal; see `equal`."""
     shared = one.keys() & other.keys()
     return sorted(
         (one.keys() ^ other.keys()) | {name for name in shared if not equal(one[name], other[name])}
@@ -302,12 +308,12 @@ def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Same type, shape and values; NaN is like NaN."""
+    """Return True for the same dtype, shape and values; NaN equals NaN."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Params:
-    """The same values elsewhere."""
+    """Detached copies of the tensors."""
     return {name: value.detach().clone() for name, value in tensors.items()}

@@ -37,12 +37,12 @@ RowsOfBatch = Callable[[Batch], Mapping[str, Tensor]]
 # --------------------------------------------------------------------------- a hook changes nothing
 
 
-def pure(stand: StrategyFixture) -> None:
+def pure(fixture: StrategyFixture) -> None:
     """Check that hooks are pure.
 
     Every hook leaves alone what it is given and what the strategy is, and says the same twice.
     """
-    scene = MidRunFixture(stand)
+    scene = MidRunFixture(fixture)
     for hook, call in scene.calls().items():
         before = copied(held(scene))
         own = inside(scene.strategy)
@@ -118,10 +118,10 @@ def inside(value: object) -> object:
 # ---------------------------------------------------------------------- a row is that of one record
 
 
-def rows(stand: StrategyFixture) -> str | None:
+def rows(fixture: StrategyFixture) -> str | None:
     """Every row is the same alone, in the batch, and among other or fewer neighbours."""
-    scene = MidRunFixture(stand)
-    skipped = scene_couples(stand.strategy)
+    scene = MidRunFixture(fixture)
+    skipped = scene_couples(fixture.strategy)
     for what, ask in _asked_by_row(scene).items():
         if what == "losses()" and skipped:
             continue
@@ -219,14 +219,14 @@ def _same(
 # ---------------------------------------------------------------- a record moves a sum by its bound
 
 
-def bounds(stand: StrategyFixture) -> None:
+def bounds(fixture: StrategyFixture) -> None:
     """Check the sensitivity of the clipped gradient and of the sum of every question.
 
     One record less moves them by at most the clip norm.
     """
-    if skipped := scene_couples(stand.strategy):
+    if skipped := scene_couples(fixture.strategy):
         raise NotApplicable(skipped)
-    scene = MidRunFixture(stand)
+    scene = MidRunFixture(fixture)
     for what, (clip, total) in _sums(scene).items():
         whole = total(scene.batch, clip) or {}
         for dropped in range(0, len(scene.batch), EVERY):
@@ -294,9 +294,9 @@ def _but(dropped: int, batch: Batch) -> Tensor:
 # --------------------------------------------------------------------------- many replicas at once
 
 
-def vmap(stand: StrategyFixture) -> None:
+def vmap(fixture: StrategyFixture) -> None:
     """Hooks on tensors give for stacked parameters and states what they give one by one."""
-    reason = stand.strategy.not_vmappable_because
+    reason = fixture.strategy.not_vmappable_because
     if reason is not None:
         require(
             " " in reason.strip(),
@@ -305,7 +305,7 @@ def vmap(stand: StrategyFixture) -> None:
             fix="say what stands in the way",
         )
         raise NotApplicable(reason)
-    scene = MidRunFixture(stand)
+    scene = MidRunFixture(fixture)
     fix = "use masks and torch.where, no .item() or branch on values, or set not_vmappable_because"
     stacks = _stacks(scene)
     for hook, call in _on_tensors(scene).items():
@@ -340,10 +340,10 @@ def vmap(stand: StrategyFixture) -> None:
 
 def _stacks(scene: MidRunFixture) -> tuple[Params, Params, Params, Params]:
     """Three parameters, later ones, states and references, the first as they are."""
-    place = torch.Generator().manual_seed(4)
+    rng = torch.Generator().manual_seed(4)
 
     def near(value: Tensor) -> Tensor:
-        return value + 0.1 * torch.randn(value.shape, generator=place).to(value)
+        return value + 0.1 * torch.randn(value.shape, generator=rng).to(value)
 
     # symmetric matrices and counts must stay what they are
     def scaled(value: Tensor, factor: float) -> Tensor:

@@ -29,13 +29,13 @@ from perdure.testing.recording_curator import ONCE, RecordingStrategy, declared
 ANSWERS = ("gradient", "reference", "release", "count", "select")
 
 
-def private(stand: StrategyFixture) -> None:
+def private(fixture: StrategyFixture) -> None:
     """A whole private run, and the same answers on other records."""
-    if stand.strategy.couples_records:
-        _refused(stand)
+    if fixture.strategy.couples_records:
+        _refused(fixture)
         raise NotApplicable("it declares couples_records, and is refused under privacy")
-    _planned_from_public_facts(stand)
-    watched = RecordingStrategy(stand.fresh())
+    _planned_from_public_facts(fixture)
+    watched = RecordingStrategy(fixture.fresh())
     trace = list[str]()
     begun = dict[int, int]()
 
@@ -44,20 +44,20 @@ def private(stand: StrategyFixture) -> None:
         if point == "experience.begin" and learner.private_sum:
             begun[learner.position.experience] = len(learner.private_sum.ledger.entries)
 
-    learner = stand.learner(SIMULATED, watched.strategy, [listen])
-    learner.prepare(stand.stream)
+    learner = fixture.learner(SIMULATED, watched.strategy, [listen])
+    learner.prepare(fixture.stream)
     assert learner.private_sum is not None
     answers = _recorded(learner.private_sum)
-    run(learner, stand.stream)
-    _asked_as_declared(stand, watched)
+    run(learner, fixture.stream)
+    _asked_as_declared(fixture, watched)
     _charged_as_asked(learner, watched, trace.count("noise.drawn"))
-    _reuses_as_declared(stand, learner, begun[1])
-    _same_from_other_records(stand, learner, answers)
+    _reuses_as_declared(fixture, learner, begun[1])
+    _same_from_other_records(fixture, learner, answers)
 
 
-def _refused(stand: StrategyFixture) -> None:
+def _refused(fixture: StrategyFixture) -> None:
     try:
-        stand.prepared(SIMULATED)
+        fixture.prepared(SIMULATED)
     except PrivacyError:
         return
     raise ConformanceError(
@@ -65,9 +65,9 @@ def _refused(stand: StrategyFixture) -> None:
     )
 
 
-def _planned_from_public_facts(stand: StrategyFixture) -> None:
-    strategy = stand.fresh()
-    for one, other in zip(stand.stream, other_records(stand.stream), strict=True):
+def _planned_from_public_facts(fixture: StrategyFixture) -> None:
+    strategy = fixture.fresh()
+    for one, other in zip(fixture.stream, other_records(fixture.stream), strict=True):
         require(
             strategy.plan(one) == strategy.plan(other),
             f"plan() of experience {one.index} changes with its records",
@@ -76,9 +76,9 @@ def _planned_from_public_facts(stand: StrategyFixture) -> None:
         )
 
 
-def _asked_as_declared(stand: StrategyFixture, watched: RecordingStrategy) -> None:
-    cost = stand.strategy.privacy_cost
-    for index in range(len(stand.stream)):
+def _asked_as_declared(fixture: StrategyFixture, watched: RecordingStrategy) -> None:
+    cost = fixture.strategy.privacy_cost
+    for index in range(len(fixture.stream)):
         for kind in ONCE:
             asked = watched.count_of(kind, index)
             said = declared(cost, kind)
@@ -88,11 +88,11 @@ def _asked_as_declared(stand: StrategyFixture, watched: RecordingStrategy) -> No
                 allowed="what `privacy_cost` declares",
                 fix=f"set privacy_cost = PrivacyCost({kind}={asked}), or ask for {said}",
             )
-    _references_as_declared(stand, watched)
+    _references_as_declared(fixture, watched)
 
 
-def _references_as_declared(stand: StrategyFixture, watched: RecordingStrategy) -> None:
-    said = stand.strategy.privacy_cost.references
+def _references_as_declared(fixture: StrategyFixture, watched: RecordingStrategy) -> None:
+    said = fixture.strategy.privacy_cost.references
     steps = {q.place for q in watched.asked if q.kind == "references"}
     for index, step in sorted(steps):
         there = [q.of for q in watched.asked if q.kind == "references" and q.place == (index, step)]
@@ -138,10 +138,10 @@ def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) 
         )
 
 
-def _reuses_as_declared(stand: StrategyFixture, learner: Learner, since: int) -> None:
+def _reuses_as_declared(fixture: StrategyFixture, learner: Learner, since: int) -> None:
     assert learner.private_sum is not None
-    first = stand.stream[0].train.partition
-    said = stand.strategy.privacy_cost.reuses_past_records
+    first = fixture.stream[0].train.partition
+    said = fixture.strategy.privacy_cost.reuses_past_records
     later = any(first in entry.scope for entry in learner.private_sum.ledger.entries[since:])
     require(
         later == said,
@@ -175,13 +175,15 @@ def _recorded(mechanism: PrivateSum) -> list[Answer]:
     return answers
 
 
-def _same_from_other_records(stand: StrategyFixture, first: Learner, answers: list[Answer]) -> None:
+def _same_from_other_records(
+    fixture: StrategyFixture, first: Learner, answers: list[Answer]
+) -> None:
     """All that comes out is a function of the answers.
 
     Other records with the same answers give the same bits.
     """
-    other = other_records(stand.stream)
-    learner = stand.prepared(SIMULATED, other)
+    other = other_records(fixture.stream)
+    learner = fixture.prepared(SIMULATED, other)
     mechanism = learner.private_sum
     waiting = iter(answers)
     assert mechanism is not None

@@ -29,12 +29,12 @@ from perdure.testing.fixtures import (
 # --------------------------------------------------------------------------- what it is
 
 
-def declared(stand: StrategyFixture) -> None:
+def declared(fixture: StrategyFixture) -> None:
     """Check for a frozen, hashable dataclass.
 
     The model must not change from one learner to the next.
     """
-    kind = type(stand.strategy)
+    kind = type(fixture.strategy)
     fix = "write @dataclass(frozen=True, kw_only=True) above the class"
     parameters = getattr(kind, "__dataclass_params__", None)
     require(
@@ -55,13 +55,13 @@ def declared(stand: StrategyFixture) -> None:
             else []
         )
         require(
-            not meant or stand.strategy.uses(meant[0]),
+            not meant or fixture.strategy.uses(meant[0]),
             f"{name}() is no hook",
             allowed=", ".join(hooks),
             fix=f"did you mean {meant[0] if meant else ''}()? Rename it, or give a helper "
             "another name",
         )
-    known = {field.name for field in dataclasses.fields(stand.strategy)}
+    known = {field.name for field in dataclasses.fields(fixture.strategy)}
     own = [
         name
         for name, of in inspect.get_annotations(kind).items()
@@ -74,7 +74,7 @@ def declared(stand: StrategyFixture) -> None:
         fix=fix,
     )
     try:
-        hash(stand.strategy)
+        hash(fixture.strategy)
     except TypeError as error:
         require(
             False,
@@ -82,7 +82,7 @@ def declared(stand: StrategyFixture) -> None:
             allowed="hashable fields",
             fix="use tuples instead of lists",
         )
-    moved = differing(stand.build().state_dict(), stand.build().state_dict())
+    moved = differing(fixture.build().state_dict(), fixture.build().state_dict())
     require(
         not moved,
         f"its model is made with another {', '.join(moved[:3])} every time",
@@ -94,12 +94,12 @@ def declared(stand: StrategyFixture) -> None:
 # --------------------------------------------------------------------------- alone
 
 
-def alone(stand: StrategyFixture) -> None:
+def alone(fixture: StrategyFixture) -> None:
     """Check a whole stream.
 
     The state keeps its layout, numbers are finite, and masks and the plan are respected.
     """
-    learner = stand.prepared()
+    learner = fixture.prepared()
     as_laid_out = layout(learner.state)
 
     def watch(point: str, learner: Learner) -> None:
@@ -109,13 +109,13 @@ def alone(stand: StrategyFixture) -> None:
                 as_laid_out,
                 "after_step()" if point == "step.done" else "after_experience() or derive()",
             )
-        if point == "step.done" and stand.strategy.uses("penalty"):
+        if point == "step.done" and fixture.strategy.uses("penalty"):
             _free_of_penalty(learner)
         if point == "experience.end":
             _predictions(learner)
 
     learner.callbacks = [watch]
-    run(learner, stand.stream)
+    run(learner, fixture.stream)
 
 
 def _free_of_penalty(learner: Learner) -> None:
@@ -201,19 +201,19 @@ def _predictions(learner: Learner) -> None:
 # --------------------------------------------------------------------------- stopped and resumed
 
 
-def resume(stand: StrategyFixture) -> str | None:
+def resume(fixture: StrategyFixture) -> str | None:
     """Stopped in the middle of an experience, saved and loaded, it ends in the same bits."""
-    for privacy in (None,) if stand.strategy.couples_records else (None, SIMULATED):
-        _resumed(stand, privacy)
+    for privacy in (None,) if fixture.strategy.couples_records else (None, SIMULATED):
+        _resumed(fixture, privacy)
     return (
         "under privacy: it declares couples_records, and is refused"
-        if stand.strategy.couples_records
+        if fixture.strategy.couples_records
         else None
     )
 
 
-def _resumed(stand: StrategyFixture, privacy: Privacy | None) -> None:
-    first = stand.middle(privacy)
+def _resumed(fixture: StrategyFixture, privacy: Privacy | None) -> None:
+    first = fixture.middle(privacy)
     with TemporaryDirectory(prefix="perdure-") as folder:
         store = Store(Path(folder))
         store.save(1, first.snapshot())
@@ -221,7 +221,7 @@ def _resumed(stand: StrategyFixture, privacy: Privacy | None) -> None:
     assert snapshot is not None
     # before another learner is there, with whom it could share what it should not have
     _to_the_end(first)
-    again = stand.prepared(privacy)
+    again = fixture.prepared(privacy)
     again.restore(snapshot)
     again.begin(1)
     _to_the_end(again)
@@ -231,7 +231,7 @@ def _resumed(stand: StrategyFixture, privacy: Privacy | None) -> None:
     require(
         not wrong
         and mine.facts == theirs.facts
-        and first.evaluate(stand.stream) == again.evaluate(stand.stream),
+        and first.evaluate(fixture.stream) == again.evaluate(fixture.stream),
         f"stopped and resumed {'under privacy' if privacy else 'without privacy'}, "
         f"{', '.join(wrong[:3]) or 'its accuracy'} differs from a run that went through",
         allowed="the same bits",
@@ -247,19 +247,19 @@ def _to_the_end(learner: Learner) -> None:
 # --------------------------------------------------------------------------- in a federation
 
 
-def federated(stand: StrategyFixture) -> None:
+def federated(fixture: StrategyFixture) -> None:
     """One client is the learner alone; two are combined as declared."""
-    _only_client(stand)
-    _two_clients(stand)
+    _only_client(fixture)
+    _two_clients(fixture)
 
 
-def _only_client(stand: StrategyFixture) -> None:
+def _only_client(fixture: StrategyFixture) -> None:
     from perdure.federated import Federation, run_federation
 
-    learner = stand.prepared()
-    run(learner, stand.stream)
+    learner = fixture.prepared()
+    run(learner, fixture.stream)
     server = run_federation(
-        lambda _: stand.learner(), [stand.stream], Federation(clients=1, rounds=BLOCKS)
+        lambda _: fixture.learner(), [fixture.stream], Federation(clients=1, rounds=BLOCKS)
     ).learner
     wrong = differing(_shared(learner), _shared(server))
     require(
@@ -281,16 +281,16 @@ def _shared(learner: Learner) -> dict[str, Tensor]:
     return state | {f"parameter {n}": t for n, t in learner.model.state_dict().items()}
 
 
-def _two_clients(stand: StrategyFixture) -> None:
+def _two_clients(fixture: StrategyFixture) -> None:
     from perdure.data.client_splits import iid
     from perdure.federated import Federation, Server, run_federation
 
-    streams = iid(stand.stream, clients=2, min_size=2)
+    streams = iid(fixture.stream, clients=2, min_size=2)
     clients = dict[int, Learner]()
     old = dict[str, Tensor]()
 
     def make(number: int) -> Learner:
-        clients[number] = stand.learner()
+        clients[number] = fixture.learner()
         return clients[number]
 
     def listen(point: str, server: Server) -> None:

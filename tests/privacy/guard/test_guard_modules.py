@@ -156,7 +156,7 @@ def test_weight_normalisation_as_a_parametrisation_passes():
 
 def test_a_changed_dropout_is_refused_because_the_tests_switch_it_off():
     with pytest.raises(
-        GuardError, match=r"1 is Louder, a Dropout that somebody changed.*use torch.nn.Dropout"
+        GuardError, match=r"1 is Louder, a subclass of torch's Dropout.*use torch.nn.Dropout"
     ):
         check_model(nn.Sequential(nn.Linear(5, 3), Louder()))
     check_model(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)))

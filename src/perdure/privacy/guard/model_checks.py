@@ -29,14 +29,23 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 def check_model(model: nn.Module) -> None:
-    """Walk all modules, buffers and parameters.
+    """Refuse a model with a module or parameter that breaks the bound on one record's influence.
+
+    Buffers are checked by `check_buffers`, which needs inputs.
 
     Raises:
-        GuardError: for BatchNorm in any form (also frozen, affine-free or in evaluation mode: its
-            running statistics move without noise), InstanceNorm with running statistics, recurrent
-            layers of torch (no per-record gradients), attention with dropout (its chance cannot be
-            drawn in secret), spectral normalisation, weights computed by a hook, subclasses of
-            Dropout, lazy modules and half precision.
+        GuardError: naming the first such part:
+
+            - BatchNorm in any form (also frozen, affine-free or in evaluation mode: its running
+              statistics move without noise), and InstanceNorm with running statistics;
+            - recurrent layers of torch (no per-record gradients);
+            - attention with dropout inside (its random mask is not drawn from the secret seed, as
+              the mask of torch.nn.Dropout is);
+            - spectral normalisation (its buffers move in every forward pass) and weights computed
+              by a hook (no gradients of the parameters behind them);
+            - subclasses of Dropout (the guard's tests run with dropout off and would not see them);
+            - lazy modules (private records would set their shapes);
+            - parameters in half precision (sums are rounded by more than the clip norm).
     """
     for name, module in model.named_modules():
         for refusal in _REFUSALS:
@@ -93,8 +102,8 @@ def _attention(module: nn.Module) -> str | None:
         return None
     plain = module.bias_k is None and not module.add_zero_attn
     return (
-        " with dropout inside, whose chance is not drawn in secret as that of "
-        "torch.nn.Dropout is; build it with "
+        " with dropout inside, whose random mask is not drawn from the secret seed, as the mask "
+        "of torch.nn.Dropout is; build it with "
         f"dropout=0.0{', ' + FIX if plain else ''}"
     )
 
@@ -118,27 +127,28 @@ def _computed_weight(module: nn.Module) -> str | None:
     )
 
 
-def _chance(module: nn.Module) -> str | None:
+def _dropout_subclass(module: nn.Module) -> str | None:
     own = type(module).__module__ == nn.modules.dropout.__name__
     if own or not isinstance(module, nn.modules.dropout._DropoutNd):
         return None
     return (
-        ", a Dropout that somebody changed: the tests of the guard run without dropout and "
+        ", a subclass of torch's Dropout: the tests of the guard run without dropout and "
         "would not see what it does; "
         "use torch.nn.Dropout"
     )
 
 
-_REFUSALS = (_lazy, _statistics, _recurrent, _attention, _computed_weight, _chance)
+_REFUSALS = (_lazy, _statistics, _recurrent, _attention, _computed_weight, _dropout_subclass)
+"""Checks of one module: the text after its class name that says why it is refused, or None."""
 
 
 # ---------------------------------------------------------------- what a forward pass leaves behind
 
 
 def check_buffers(model: nn.Module, inputs: Tensor) -> None:
-    """Run synthetic inputs through copies of the model and refuse what they leave behind.
+    """Run synthetic inputs through copies of the model, and refuse changes that they leave behind.
 
-    The copies are in training mode.
+    The copies are in training mode; the model itself does not run.
 
     Raises:
         GuardError: naming a buffer that changes, or an attribute (a tensor, a number, also inside a
@@ -186,6 +196,7 @@ def _kept(model: nn.Module) -> dict[str, object]:
 
 
 def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
+    """Tensors and numbers in a value, also inside lists and dicts, each with its path."""
     if isinstance(value, Tensor | int | float):
         yield path, value
     elif isinstance(value, dict):
@@ -233,7 +244,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _failure(optimizer: Optimizer) -> str | None:
-    """Why a copy of the optimiser cannot step with one gradient, or None where it can."""
+    """Reason why a copy of the optimiser cannot step with one gradient; None where it can."""
     if hasattr(optimizer, "first_step"):
         return " (it has a first_step)"
     trial = copy.deepcopy(optimizer)
@@ -275,7 +286,7 @@ def fix(model: nn.Module) -> nn.Module:
 
 
 def fixes(model: nn.Module) -> tuple[str, ...]:
-    """What `fix` would replace, one line each: where, what, by what."""
+    """Replacements that `fix` would make, one line each: where, what, by what."""
     return tuple(
         f"{name or 'model'}: {type(old).__name__} -> {repr(new).splitlines()[0].rstrip('(')}"
         for name, (old, new) in replacements(model).items()

@@ -82,10 +82,7 @@ class Geometry:
 
     @property
     def lines_up(self) -> bool:
-        """Whether a column of the kernel's taps fills the vector registers as channels.
-
-        This matters where the channels alone do not.
-        """
+        """True where channels alone do not fill vector registers, but columns of taps do."""
         height, width = self.kernel
         _, columns = self.stride
         fills = self.ins % CHANNELS > 0 and self.ins * columns * height % CHANNELS == 0
@@ -164,7 +161,14 @@ def _image(x: Tensor) -> Tensor:
 
 
 class ConvRows(FormedRows):
-    """Small kernels, or many places."""
+    """Per-record gradients that are formed: for small kernels, or many places.
+
+    Args:
+        geometry: settings of the convolution.
+        calls: its calls, with inputs (n, ins, height, width) and the gradients at their outputs.
+        has_bias: whether there is a bias.
+        shape: of the layer's weight.
+    """
 
     def __init__(
         self, geometry: Geometry, calls: list[LayerCall], has_bias: bool, shape: torch.Size
@@ -205,7 +209,13 @@ class ConvRows(FormedRows):
 
 
 class ConvGhost:
-    """Large kernels over few places."""
+    """Ghost norms, which need no per-record gradient: for large kernels over few places.
+
+    The bias is small, so the gradients of its n records are formed: (n, outs).
+
+    Args:
+        geometry, calls, has_bias, shape: see `ConvRows`.
+    """
 
     def __init__(
         self, geometry: Geometry, calls: list[LayerCall], has_bias: bool, shape: torch.Size
@@ -213,6 +223,7 @@ class ConvGhost:
         self.geometry = geometry
         self.calls = calls
         self.shape = shape
+        # the gradient of a bias is the gradient at the output, summed over all places
         self.bias = (
             sum_of([at_least_float32(call.back).sum((2, 3)) for call in calls])
             if has_bias
@@ -236,6 +247,7 @@ class ConvGhost:
         return sums if self.bias is None else sums | {"bias": factors @ self.bias}
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+        """Inner products (m, places, places) of the inputs and of the gradients at the outputs."""
         flowed = [call.of(piece).flowed() for call in self.calls]
         a = torch.cat([self.geometry.patches(x) for x, _ in flowed], 2)
         d = torch.cat([back.flatten(2) for _, back in flowed], 2)

@@ -37,9 +37,9 @@ class CosineRows(FormedRows):
         entered, back = self.call.of(piece).flowed()
         a = directions(entered)
         w = directions(self.layer.weight)
-        angles = back * (a @ w.mT)
-        rows = back.mT @ a - angles.sum(1)[:, :, None] * w
+        weighted_cosines = back * (a @ w.mT)
+        rows = back.mT @ a - weighted_cosines.sum(1)[:, :, None] * w
         return {
             "weight": self.layer.scale * reciprocal_lengths(self.layer.weight) * rows,
-            "scale": angles.sum((1, 2))[:, None],
+            "scale": weighted_cosines.sum((1, 2))[:, None],
         }

@@ -32,7 +32,7 @@ class EmbeddingRule(ClippingRule):
 
 
 class EmbeddingGhost:
-    """|g|^2 = sum over equal words of d_t . d_s."""
+    """Ghost norms: |g|^2 is the sum of d_t . d_s over positions t, s with the same word."""
 
     def __init__(self, layer: nn.Embedding, calls: list[LayerCall]) -> None:
         self.shape = layer.weight.shape

@@ -36,7 +36,7 @@ class LinearRule(ClippingRule):
 
 
 class LinearOuter:
-    """One position: the gradient is the outer product d a^T."""
+    """One position: a record's gradient is the outer product d a^T, and its norm |d| |a|."""
 
     def __init__(self, call: LayerCall, has_bias: bool) -> None:
         self.entered, self.back = call.flowed()
@@ -55,7 +55,7 @@ class LinearOuter:
 
 
 class LinearRows(FormedRows):
-    """Small layers, or many positions."""
+    """Per-record gradients that are formed: for small layers, or many positions."""
 
     def __init__(self, call: LayerCall, has_bias: bool) -> None:
         self.call = call
@@ -69,7 +69,7 @@ class LinearRows(FormedRows):
 
 
 class LinearGhost:
-    """Few positions of a large layer."""
+    """Ghost norms, which need no per-record gradient: for few positions of a large layer."""
 
     def __init__(self, call: LayerCall, has_bias: bool) -> None:
         self.call = call
@@ -89,5 +89,6 @@ class LinearGhost:
         return sums if self.bias is None else sums | {"bias": factors @ self.bias}
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+        """Inner products (m, T, T) of the inputs and of the gradients at the output."""
         a, d = self.call.of(piece).flowed()
         return a @ a.mT, d @ d.mT
