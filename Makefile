@@ -20,7 +20,7 @@ demo: setup ## continual, federated and private learning on real digits; ends wi
 	$(BIN)/perdure demo
 
 # Every test uses one thread, so the files are shared out over the cores. A worker needs up to 1.5 GB: four at most.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup ## every behaviour, without the deep tests; under 10 minutes on two cores
 	$(PYTEST) -m 'not deep'

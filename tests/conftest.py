@@ -45,6 +45,12 @@ def pytest_configure(config):
     patch.setattr(socket, "getaddrinfo", _only_this_machine(socket.getaddrinfo))
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first: workers would wait for a long file that comes last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def _only_this_machine(look_up):
     def getaddrinfo(host, *args, **options):
         if host not in (

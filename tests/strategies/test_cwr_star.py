@@ -191,6 +191,7 @@ def convolutions(seed):
     return frozen(features, input_shape=(1, 8, 8), num_classes=10, seed=seed)
 
 
+@pytest.mark.slow
 def test_it_keeps_classes_that_training_on_forgets():
     for seed in range(3):
         assert scores(CWRStar(), seed) > scores(Naive(), seed) + 20

@@ -220,6 +220,7 @@ def scores(strategy, scenario, seed, hidden=(100,), iterations=200):
     return float(average_accuracy(matrix)), float(forgetting(matrix))
 
 
+@pytest.mark.slow
 def test_it_forgets_nothing_where_training_on_forgets():
     for seed in range(3):
         (naive, lost), (kept, nothing) = (
@@ -228,6 +229,7 @@ def test_it_forgets_nothing_where_training_on_forgets():
         assert nothing == 0 < lost and kept > 99 and kept > naive + 1
 
 
+@pytest.mark.slow
 def test_retraining_wins_back_what_pruning_cost():
     pruned, retrained = (
         sum(
