@@ -38,5 +38,7 @@ class LeaveOneOut(Explainer):
             rows = inputs.flatten(1).clone()
             rows[:, feature] = absent[feature]
             differences.append(whole - scores(predict, rows.view_as(inputs), targets))
-        values = torch.stack(differences, 1).view_as(inputs)
-        return Attribution(values=values, base=whole - values.flatten(1).sum(1), targets=targets)
+        values = torch.stack(differences, 1)
+        base = (whole - values.sum(1)).to(inputs.dtype)
+        values = values.view_as(inputs).to(inputs.dtype)
+        return Attribution(values=values, base=base, targets=targets)
