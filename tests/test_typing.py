@@ -51,7 +51,7 @@ def reported():
             yield note[1], int(note[2]), None, note[3]
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="deployment: checks users' files against the types of the whole package")
 def test_mypy_reports_what_the_comments_expect_and_nothing_else():
     said = sorted(reported(), key=lambda each: each[:2])
     assert len(said) > 20

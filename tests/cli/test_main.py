@@ -17,6 +17,8 @@ from rich.console import Console
 with warnings.catch_warnings():
     # typer takes names from click that click is about to move
     warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
+    import typer
+
     from perdure.cli import main as cli
 
 CONFIG = """
@@ -285,7 +287,14 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.slow
+def test_an_interrupt_ends_with_one_line_and_the_exit_code_of_shells(capsys):
+    with pytest.raises(typer.Exit) as ended, cli.resumable():
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "perdure: stopped; the same command goes on where it was\n"
+
+
+@pytest.mark.deep(reason="chaos: interrupts a running process")
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(

@@ -85,6 +85,7 @@ def test_no_label_leaves_the_page_and_it_saves_as_png_and_svg(pictures):
         assert page.getvalue().startswith(start)
 
 
+@pytest.mark.deep(reason="deployment: a fresh process that loads a library where it is used")
 def test_matplotlib_is_loaded_by_the_first_picture_and_pyplot_never():
     code = (
         "import sys, torch; from perdure.explain import heat_maps; x = torch.rand(2, 4, 4); "

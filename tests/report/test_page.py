@@ -399,7 +399,7 @@ def test_guess_limit_is_reached_by_the_worst_mechanism_there_is(
     assert guess_limit(epsilon, delta) == pytest.approx(right, abs=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="deployment: a fresh process that loads a library where it is used")
 def test_matplotlib_is_loaded_only_to_draw_and_pyplot_never(run: Path) -> None:
     program = (
         "import sys, pathlib, perdure.report as report\n"

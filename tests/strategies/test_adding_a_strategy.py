@@ -125,7 +125,18 @@ def python(project, *words):
 
 
 @pytest.mark.slow
-@every_addition
+@pytest.mark.parametrize(
+    "addition",
+    [
+        addition
+        if kind == "strategy"
+        else pytest.param(
+            addition, marks=pytest.mark.deep(reason="deployment: a fresh process for every kind")
+        )
+        for kind, addition in ADDITIONS.items()
+    ],
+    ids=ADDITIONS,
+)
 def test_an_added_file_is_found_and_works(project, addition):
     python(project, addition.program)
 

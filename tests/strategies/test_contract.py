@@ -62,7 +62,17 @@ def test_it_runs_alone(learner_of, toy_stream, name):
     assert repr(example(name)) == f"{example(name).name}({fields})"
 
 
-@every
+IN_SHORT = {*strategies.names()} - OWN | {"l2p"}
+TRANSFORMERS = pytest.mark.deep(reason="full replay: runs a model of the strategy's own many times")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_SHORT else TRANSFORMERS)
+        for name in strategies.names()
+    ],
+)
 def test_it_keeps_the_contract(name):
     """Alone, as a Flower client, under privacy, under vmap, stopped and resumed: see
     `perdure.testing`.

@@ -382,7 +382,7 @@ def test_noise_of_another_kind_is_refused(noise):
         accountant(ours, ["one"])
 
 
-@pytest.mark.slow
+@pytest.mark.deep(reason="deployment: fresh processes that load libraries where they are used")
 def test_opacus_is_imported_only_where_it_can_help():
     code = """
 import sys, torch
