@@ -19,7 +19,6 @@ exactly Gaussian and the bound tight. At 99.9 % confidence a correct mechanism i
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -46,20 +45,13 @@ LEARNING_RATE = 0.5
 
 
 class HalfKey(NoiseKey):
-    """A broken key: its normals have standard deviation 1/2."""
+    """A broken key: its noise has half the standard deviation."""
 
-    def normal(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        *,
-        purpose: str,
-        entry: str,
-        step: int,
-        device: torch.device | str = "cpu",
-    ) -> dict[str, Tensor]:
-        """Half of what was asked for."""
-        whole = super().normal(shapes, purpose=purpose, entry=entry, step=step, device=device)
-        return {name: value / 2 for name, value in whole.items()}
+    def add_noise(
+        self, total: Tensor, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
+    ) -> None:
+        """Add half of what was asked for."""
+        super().add_noise(total, scale / 2, purpose=purpose, entry=entry, step=step, nonce=nonce)
 
 
 class HalfNoise(Learner):

@@ -77,8 +77,8 @@ def broken(key=NoiseKey, private_sum=PrivateSum):
 class HalfKey(NoiseKey):
     """Draws half the noise."""
 
-    def normal(self, shapes, **place):
-        return {name: value / 2 for name, value in super().normal(shapes, **place).items()}
+    def add_noise(self, total, scale, **place):
+        super().add_noise(total, scale / 2, **place)
 
 
 class LoadedCoins(NoiseKey):

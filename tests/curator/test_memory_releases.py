@@ -60,7 +60,11 @@ def test_recalls_are_planned_for_every_partition_seen(four, toy_model):
     learner = learner_of(toy_model(four), ICaRL(memory_size=12))
     learner.prepare(four)
     assert charges(learner.training, four.experiences[:3], 1.0) == {
-        f"experience-{k}": [Charge(4 / 24, 1.0, 4), Charge(1.0, 4.0, 1)] for k in range(3)
+        f"experience-{k}": [
+            Charge(4 / 24, 1.0, 4, "grid-gaussian"),
+            Charge(1.0, 4.0, 1, "grid-gaussian"),
+        ]
+        for k in range(3)
     }
     out = charges(learner.training, four.experiences[:3], 1.0, frozenset({"experience-1"}))
     assert out.keys() == {"experience-0", "experience-2"}

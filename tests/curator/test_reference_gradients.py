@@ -102,9 +102,9 @@ def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
     learner = learner_of(toy_model(four), GEM(memory_size=12, batch_size=2))
     learner.prepare(four)
     assert charges(learner.training, four.experiences[:3], 1.0) == {
-        "experience-2": [Charge(4 / 12, 1.0, 4)],
-        "experience-0": [Charge(2 / 6, 1.0, 4)],
-        "experience-1": [Charge(2 / 6, 1.0, 4)],
+        "experience-2": [Charge(4 / 12, 1.0, 4, "grid-gaussian")],
+        "experience-0": [Charge(2 / 6, 1.0, 4, "grid-gaussian")],
+        "experience-1": [Charge(2 / 6, 1.0, 4, "grid-gaussian")],
     }
 
 

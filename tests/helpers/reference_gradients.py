@@ -76,7 +76,7 @@ class Meetings:
         self._total = None
         # All call the real one and write down what went through: noise and exact sum are seen
         # nowhere else. The sum is taken first, then its noise is drawn.
-        monkeypatch.setattr(NoiseKey, "normal", self._noting(NoiseKey.normal))
+        monkeypatch.setattr(NoiseKey, "add_noise", self._noting(NoiseKey.add_noise))
         for name in ("gradient", "reference", "release"):
             monkeypatch.setattr(PrivateSum, name, self._keeping(getattr(PrivateSum, name)))
 
@@ -90,15 +90,15 @@ class Meetings:
 
         return keeping
 
-    def _noting(self, normal):
-        def noting(key, shapes, *, purpose, entry, step, **more):
-            drawn = normal(key, shapes, purpose=purpose, entry=entry, step=step, **more)
-            noise = flat(drawn)
+    def _noting(self, add_noise):
+        def noting(key, units, scale, *, purpose, entry, step, **more):
+            before = units.clone()
+            add_noise(key, units, scale, purpose=purpose, entry=entry, step=step, **more)
+            drawn = units - before
+            noise = drawn.double() / scale
             exact = torch.zeros_like(noise) if self._total is None else flat(self._total).clone()
-            self.sums.setdefault(noise.numpy().tobytes(), []).append(exact)
-            # noise is drawn under the entry that pays and a fingerprint of the sum
-            self.of[entry.split(" ")[0], purpose, step] = noise, exact
-            return drawn
+            self.sums.setdefault(drawn.numpy().tobytes(), []).append(exact)
+            self.of[entry, purpose, step] = noise, exact
 
         return noting
 

@@ -202,6 +202,14 @@ def hearing():
         heard.secrets.rows.append(memory.rows.inputs.flatten(1).clone())
         heard.secrets.ids.append(memory.rows.ids.tolist())
 
+    def noted(add_noise, noise):
+        def adding(key, total, scale, **place):
+            before = total.clone()
+            add_noise(key, total, scale, **place)
+            noise.append((total - before).double())
+
+        return adding
+
     def carry(messages):
         for message in messages:
             heard.messages[f"message {len(heard.messages)}"] = message_views(message)
@@ -218,11 +226,7 @@ def hearing():
         listen(NoiseKey, "__init__", lambda key, args, answer: heard.secrets.keys.add(args[0]))
         listen(NoiseKey, "uniform", lambda key, args, answer: heard.secrets.coins.append(answer))
         listen(NoiseKey, "tags", lambda key, args, answer: heard.secrets.coins.append(answer))
-        listen(
-            NoiseKey,
-            "normal",
-            lambda key, args, answer: heard.noise.extend(map(torch.clone, answer.values())),
-        )
+        patch.setattr(NoiseKey, "add_noise", noted(NoiseKey.add_noise, heard.noise))
         listen(Memory, "offer_by_coin", keep)
         patch.setattr(InProcessGrid, "push_messages", pushed)
         listen(InProcessGrid, "pull_messages", lambda grid, args, answer: carry(answer))

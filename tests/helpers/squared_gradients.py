@@ -27,7 +27,7 @@ def small(model="mlp"):
 def assert_same(mine, theirs, atol=1e-7):
     assert list(mine) == list(theirs)
     for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=atol)
+        torch.testing.assert_close(mine[name].float(), value.float(), rtol=1e-4, atol=atol)
 
 
 def summed(query, module, data, clip=None):

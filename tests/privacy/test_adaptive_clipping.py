@@ -28,7 +28,14 @@ def private_sum(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
     made = PrivateSum(
         privacy=privacy, schedule=Schedule(noise=(noise_multiplier,)), ledger=ledger, key=key
     )
-    made.reserve(scope={"p": 0.256}, steps=range(steps), start="", data="", expected=expected)
+    made.reserve(
+        scope={"p": 0.256},
+        steps=range(steps),
+        start="",
+        data="",
+        expected=expected,
+        numbers=20_000,
+    )
     return made
 
 

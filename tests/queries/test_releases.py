@@ -324,7 +324,7 @@ def test_what_is_declared_is_planned_granted_and_spent_to_the_last(toy_stream, t
 @pytest.mark.parametrize(
     ("more", "refused"),
     [
-        ("sum", "1 steps of gaussian noise"),
+        ("sum", "1 steps of grid-gaussian noise"),
         ("histogram", "1 steps of discrete-gaussian noise"),
         ("quantile", "1 steps of exponential noise"),
         ("top-k", "2 steps of exponential noise"),

@@ -43,13 +43,10 @@ class Silent:
     def __getattr__(self, name):
         return getattr(self._key, name)
 
-    def normal(self, shapes, **place):
-        return {
-            name: torch.zeros_like(value)
-            for name, value in self._key.normal(shapes, **place).items()
-        }
+    def add_noise(self, total, scale, **place):
+        self._key.add_noise(total.clone(), scale, **place)
 
-    def uniform(self, n, *, purpose, entry, step):
+    def uniform(self, n, *, purpose, entry, step, nonce=""):
         return self._key.uniform(n, purpose=purpose, entry="", step=step)
 
 

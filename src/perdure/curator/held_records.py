@@ -149,8 +149,14 @@ class HeldRecords:
                 start=digest,
                 data=self.fingerprint,
                 expected=exposed.expected,
+                numbers=self.numbers,
                 slots=exposed.slots,
             )
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in all parameters of the model."""
+        return sum(value.numel() for value in self.forward.module.parameters())
 
     def sample(self, step: int) -> Batch:
         """Draw the rows of one step: by coins over the whole pool under privacy, else shuffled.
@@ -168,6 +174,14 @@ class HeldRecords:
                 f"step {step} was drawn already; rows of a step are for the loop, ask for a release"
             )
         self.step = step
+        return self.draw(step)
+
+    def draw(self, step: int) -> Batch:
+        """Draw the rows of a private step by the coins of the entry that pays for it.
+
+        A step is drawn again where another entry has come to pay for it.
+        """
+        assert self.private_sum is not None
         sampler = self.samplers["gradient"]
         self._drawn = sampler.positions(self.private_sum, step)
         return sampler.rows.take(self._drawn)

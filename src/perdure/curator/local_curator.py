@@ -5,6 +5,7 @@ ledger is written, and only then noise is drawn.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +22,7 @@ from perdure.errors import PrivacyError
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.guard.loss_checks import check_losses
 from perdure.privacy.noise.discrete import Frequency, Quantile, best, counted
-from perdure.privacy.private_sum import PrivateSum, ReleaseKey
+from perdure.privacy.private_sum import ChangedSumError, PrivateSum, ReleaseKey
 from perdure.queries.batch_gradients import clipped_gradient, mean_gradient
 from perdure.queries.evaluation import (
     bounded_sum,
@@ -193,9 +194,13 @@ class LocalCurator:
         sampler = self._held.samplers[name]
         step = self._held.step
         self._reserve_reference(self._held.private_sum, sampler, losses)
-        batch = sampler.rows.take(sampler.positions(self._held.private_sum, step))
-        clipped = partial(self._clipped, losses, params, batch)
-        total = self._held.private_sum.reference(clipped, params, step=step, purpose=name)
+        total = None
+        while total is None:
+            batch = sampler.rows.take(sampler.positions(self._held.private_sum, step))
+            clipped = partial(self._clipped, losses, params, batch)
+            # Where the step was charged again, other coins decide who is in it.
+            with suppress(ChangedSumError):
+                total = self._held.private_sum.reference(clipped, params, step=step, purpose=name)
         return {key: value / sampler.exposure.expected for key, value in total.items()}
 
     def release(
@@ -304,6 +309,7 @@ class LocalCurator:
             start=start + shown,
             data=self._held.fingerprint,
             expected=exposed.expected,
+            numbers=self._held.numbers,
             purpose=sampler.purpose,
         )
 

@@ -15,6 +15,7 @@ from perdure.privacy.accounting.charges import merged
 from perdure.privacy.guard.loss_checks import check_losses, check_rows, quiet_training
 from perdure.privacy.guard.model_checks import check_buffers, check_model, check_optimizer
 from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import noise_key
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Params
@@ -55,7 +56,8 @@ def open_private_sum(
         plan = planned(training, schedule)
         known = {name: plan[name] for name in ledger.partitions if name in plan}
         ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
-    return PrivateSum(privacy=privacy, schedule=schedule, ledger=ledger, key=key)
+    draws = DrawLog(folder / "private" / "draws.jsonl" if folder else None, key)
+    return PrivateSum(privacy=privacy, schedule=schedule, ledger=ledger, key=key, draws=draws)
 
 
 def inspect(

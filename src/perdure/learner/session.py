@@ -28,7 +28,7 @@ from perdure.learner.checkpoint import Position
 from perdure.learner.private_setup import inspect, open_private_sum
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.private_sum import PrivateSum
+from perdure.privacy.private_sum import ChangedSumError, PrivateSum
 from perdure.queries.batch_gradients import with_penalty
 from perdure.types import Params
 from perdure.utils.denormals import flushed
@@ -199,10 +199,13 @@ class Session:
     def sample(self, step: int) -> Batch:
         """Return the rows of one step: by coins under privacy, else shuffled, new beside stored."""
         self.position.step = step
+        self._seed_layers(step)
+        return self.held.sample(step)
+
+    def _seed_layers(self, step: int) -> None:
         if self._stochastic:
             # Dropout draws from torch's global generator: give it its own place in every step.
             torch.manual_seed(self.seed_of("layers", step))
-        return self.held.sample(step)
 
     def backward(self, batch: Batch) -> None:
         """Fill `.grad` of the trained parameters: gradient, penalty, projection.
@@ -211,14 +214,25 @@ class Session:
             batch: rows that `sample` returned for the present step.
         """
         step = self.position.step
-        changed = self.perturb(batch, step) if self.adversary else batch
-        if self.views:
-            changed = self.views.attach(changed, self.seed_of("views", step))
+        changed = self._varied(batch, step)
         references = self.references()
-        gradient = self.curator.gradient(self.losses, self.trained, changed, step)
+        gradient = None
+        while gradient is None:
+            try:
+                gradient = self.curator.gradient(self.losses, self.trained, changed, step)
+            except ChangedSumError:
+                # The step was charged again, and other coins decide who is in it.
+                self._seed_layers(step)
+                batch = self.held.draw(step)
+                changed = self._varied(batch, step)
         self.notify("step.gradient")
         self.observe(batch)
         self.set_gradients(gradient, self.penalty(), references)
+
+    def _varied(self, batch: Batch, step: int) -> Batch:
+        """Return the rows under attack, with their views."""
+        changed = self.perturb(batch, step) if self.adversary else batch
+        return self.views.attach(changed, self.seed_of("views", step)) if self.views else changed
 
     def references(self) -> tuple[Params, ...]:
         """Return the released reference gradients of the present step; () where none is used."""

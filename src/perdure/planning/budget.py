@@ -48,7 +48,7 @@ def charges(
     total = training.steps_of(stages, excluded)
     blocks = [exposed.times(len(block)) for block in split_steps(total, training.blocks)]
     spent: Histories = {
-        p: [Charge(rate, noise_multiplier, sum(blocks))]
+        p: [Charge(rate, noise_multiplier, sum(blocks), "grid-gaussian")]
         for p, rate in exposed.scope.items()
         if total
     }
@@ -57,15 +57,17 @@ def charges(
     ).values():
         for partition, rate in beside.scope.items():
             spent.setdefault(partition, []).extend(
-                [Charge(rate, noise_multiplier, total)] if total else []
+                [Charge(rate, noise_multiplier, total, "grid-gaussian")] if total else []
             )
     noise = noise_multiplier * privacy.release_noise
     for partition in (
         {stage.train.partition for stage in stages} - excluded if cost.memory_releases else ()
     ):
-        spent.setdefault(partition, []).append(Charge(1.0, noise, cost.memory_releases))
+        spent.setdefault(partition, []).append(
+            Charge(1.0, noise, cost.memory_releases, "grid-gaussian")
+        )
     asked = (
-        Charge(1.0, noise, cost.releases),
+        Charge(1.0, noise, cost.releases, "grid-gaussian"),
         Charge(1.0, noise, cost.histograms, "discrete-gaussian"),
         Charge(1.0, noise / 2, cost.selections, "exponential"),
     )

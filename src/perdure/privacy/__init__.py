@@ -1,12 +1,14 @@
 """Differential privacy: what may leave a curator, at what noise, and what was spent.
 
 Import `Privacy`, the settings of a learner, and `Adaptive` for clip norms that follow the
-gradients; `Ledger`, `Entry` and `Statement` for what was spent; `check_model`, `fixes` and `fix`
+gradients; `Ledger`, `Entry` and `Statement` for what was spent; `Grid`, on which
+sums are exact; `check_model`, `fixes` and `fix`
 for models that no guarantee covers; `from_opacus` to go on where Opacus stopped. This package knows
 nothing of learning.
 """
 
 from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.grid import Grid
 from perdure.privacy.guard.model_checks import check_model, fix, fixes
 from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.entries import Entry
@@ -19,6 +21,7 @@ __all__ = [
     "Account",
     "Adaptive",
     "Entry",
+    "Grid",
     "Ledger",
     "Privacy",
     "PrivateSum",

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from torch import Tensor
 from perdure.errors import PrivacyError
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip
-from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.grid import Grid
+from perdure.privacy.ledger.entries import Entry, MechanismName
 from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.noise.banded import BandedNoise
+from perdure.privacy.noise.banded import PARTS, BandedNoise
 from perdure.privacy.noise.discrete import discrete_gaussian, exponential
+from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.settings import Privacy
 from perdure.types import Params, Tensors
@@ -25,6 +28,41 @@ from perdure.utils.hashing import JSONValue, canonical_text, digest
 
 Clipped = Callable[[Clip], Params | None]
 """From the bound on a record to the clipped sum over records; None where there is no record."""
+
+
+class ChangedSumError(PrivacyError):
+    """A step that is executed again has another sum than noise was drawn for.
+
+    The rest of its block was charged again, under a new entry. Draw the records of the step anew,
+    by the coins of that entry, and ask again.
+    """
+
+
+VOTE = 0.5
+"""How far one record moves the count beside an adaptive clip norm."""
+WITHIN_SHAPE = {WITHIN: torch.Size([])}
+
+
+class Draw(TypedDict):
+    """Which noise of a key is drawn."""
+
+    purpose: str
+    entry: str
+    step: int
+    nonce: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """How the count beside an adaptive clip norm is noised.
+
+    Args:
+        grid: of the count.
+        noise: standard deviation over what one record moves it by.
+    """
+
+    grid: Grid
+    noise: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +93,25 @@ class ReservedSteps:
     """Steps that a ledger entry pays for.
 
     Args:
-        entry: its digest.
+        entry: in the ledger.
         steps: which.
         expected: declared number of records in one of them.
+        slots: steps an epoch where the order is fixed.
+        grid: that their sums are counted on.
         drawn: the step that is drawn next.
     """
 
-    entry: str = ""
-    steps: range = range(0)
-    expected: float = 1.0
-    drawn: int = 0
+    entry: Entry
+    steps: range
+    expected: float
+    slots: int | None
+    grid: Grid
+    drawn: int
+
+    @property
+    def paid_by(self) -> str:
+        """Digest of the entry."""
+        return self.entry.digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,15 +143,23 @@ class PrivateSum:
         schedule: what was calibrated.
         ledger: where it is charged.
         key: of noise and coins.
+        draws: log of the sums that noise was drawn for; None keeps one in memory.
     """
 
     def __init__(
-        self, *, privacy: Privacy, schedule: Schedule, ledger: Ledger, key: NoiseKey
+        self,
+        *,
+        privacy: Privacy,
+        schedule: Schedule,
+        ledger: Ledger,
+        key: NoiseKey,
+        draws: DrawLog | None = None,
     ) -> None:
         self.privacy = privacy
         self.schedule = schedule
         self.ledger = ledger
         self._key = key
+        self._draws = DrawLog(None, key) if draws is None else draws
         self.clip_norm = privacy.clip_norm
         self._chain: BandedNoise | None = None
         self.last_gradient: tuple[Params, float] | None = None
@@ -127,6 +182,7 @@ class PrivateSum:
         start: str,
         data: str,
         expected: float,
+        numbers: int,
         slots: int | None = None,
         purpose: str = "gradient",
     ) -> None:
@@ -141,14 +197,15 @@ class PrivateSum:
             start: digest of everything else that determines the steps; a change of it never meets
                 the same noise.
             expected: declared number of records in a step.
+            numbers: most numbers in a sum, those of all parameters.
             slots: steps an epoch where the order is fixed.
             purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
         """
         # whose noise shapes the parameters
-        beside = "" if purpose == "gradient" else self._blocks["gradient"].entry
+        beside = "" if purpose == "gradient" else self._blocks["gradient"].paid_by
         # Everything here shapes the noise or the sum.
         chosen = {
-            "version": 1,
+            "version": 2,
             "start": start,
             "beside": beside,
             "clipping": clipping_settings(self.privacy.clipping),
@@ -156,25 +213,44 @@ class PrivateSum:
             "slots": slots,
             "expected": expected,
         }
-        start = hashlib.sha256(canonical_text(chosen).encode()).hexdigest()
-        entry = self._charge(
+        grid = Grid.of(numbers, self._gradient_noise(expected))
+        entry = self._entry(
             purpose,
             "gaussian" if slots is None else "banded-gaussian",
             self.noise_multiplier,
             self.clip_norm,
             scope,
             steps,
-            start,
+            hashlib.sha256(canonical_text(chosen).encode()).hexdigest(),
             data,
+            grid=grid,
             participations=slots and math.ceil(len(steps) / slots),
         )
-        block = ReservedSteps(entry=entry, steps=steps, expected=expected, drawn=steps.start)
+        block = ReservedSteps(
+            entry=self._charge(entry),
+            steps=steps,
+            expected=expected,
+            slots=slots,
+            grid=grid,
+            drawn=steps.start,
+        )
         if purpose != "gradient":
             self._blocks[purpose] = block
             return
         if self.privacy.diagnostics == "raw":
             everyone = dict.fromkeys(scope, 1.0)
-            self._charge("diagnostics", "none", 0.0, self.clip_norm, everyone, steps, start, data)
+            self.ledger.charge(
+                self._entry(
+                    "diagnostics",
+                    "none",
+                    0.0,
+                    self.clip_norm,
+                    everyone,
+                    steps,
+                    entry.start,
+                    data,
+                )
+            )
         self._blocks = {purpose: block}
         self._chain = None if self.privacy.bands is None else BandedNoise(self.privacy.bands)
 
@@ -185,7 +261,7 @@ class PrivateSum:
     def coins(self, n: int, step: int, purpose: str = "gradient") -> Tensor:
         """(n,) secret uniform numbers that decide who enters the step."""
         return self._key.uniform(
-            n, purpose="coins", entry=self._paid(step, purpose).entry, step=step
+            n, purpose="coins", entry=self._paid(step, purpose).paid_by, step=step
         )
 
     def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
@@ -203,56 +279,68 @@ class PrivateSum:
         Such draws go by a row's place in the batch. Were they public, one record more would hand
         the others known, other draws, and the sum would move by more than the clip norm.
         """
-        return self._key.mac(f"seed of {purpose} for {self._paid(step).entry}".encode())
+        return self._key.mac(f"seed of {purpose} for {self._paid(step).paid_by}".encode())
 
     def gradient(self, clipped: Clipped, params: Params, *, step: int) -> Params:
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.
 
         Args:
             clipped: from this package's `clipping` or `bookkeeping`.
+
+        Raises:
+            ChangedSumError: where the step is executed again with another sum.
         """
         block = self._in_turn(step)
-        clipping = self.privacy.clipping
-        entry = block.entry
-        expected = block.expected
-        adaptive = clipping if isinstance(clipping, Adaptive) else None
-        noise = (
-            adaptive.gradient_noise(self.noise_multiplier, expected)
-            if adaptive
-            else self.noise_multiplier
-        )
-        shapes = {name: value.shape for name, value in params.items()}
-        scales = dict.fromkeys(shapes, noise * self.clip_norm)
-        if adaptive:
-            shapes[WITHIN] = torch.Size()
-            scales[WITHIN] = adaptive.count_noise * expected
+        adaptive = self._adaptive
         clip = Clip(
-            norm=self.clip_norm, per_layer=clipping == "per-layer", counted=adaptive is not None
+            norm=self.clip_norm,
+            per_layer=self.privacy.clipping == "per-layer",
+            counted=adaptive is not None,
+            steps=block.grid.steps,
         )
+        total = clipped(clip)
+        shapes = {name: value.shape for name, value in params.items()}
+        units = block.grid.units(total, shapes, self.clip_norm)
+        votes = _votes(adaptive, block.expected)
+        counted = votes.grid.units(total, WITHIN_SHAPE, VOTE) if votes else units[:0]
+        nonce = self._nonce("gradient", block, step, torch.cat([units, counted]))
+        noise = self._gradient_noise(block.expected)
+        value = self._noised(units, block, noise, "gradient", step, nonce, chain=self._chain)
         device = next(iter(params.values())).device
-        released = self._noised(clipped(clip), shapes, scales, "gradient", entry, step, device)
-        if adaptive:
-            counted = float(released.pop(WITHIN))
-            self.clip_norm = adaptive.updated(self.clip_norm, counted, expected)
-        self.last_gradient = (
-            released,
-            scales[next(iter(params))] * (self._chain.deviation if self._chain else 1.0),
-        )
+        released = block.grid.values(value, shapes, self.clip_norm, device)
+        scale = noise * self.clip_norm * (self._chain.deviation if self._chain else 1.0)
+        if adaptive and votes:
+            self._key.add_noise(
+                counted,
+                votes.noise * votes.grid.steps,
+                purpose="count",
+                entry=block.paid_by,
+                step=step,
+                nonce=nonce,
+            )
+            within = float(counted) / votes.grid.steps * VOTE
+            self.clip_norm = adaptive.updated(self.clip_norm, within, block.expected)
+        self.last_gradient = (released, scale)
+        self._drawn("gradient", step)
         return released
 
     def reference(self, clipped: Clipped, params: Params, *, step: int, purpose: str) -> Params:
         """Noised sum of clipped per-record gradients beside the gradient of a step.
 
         Both were charged by `reserve`.
+
+        Raises:
+            ChangedSumError: where the step is executed again with another sum.
         """
         block = self._in_turn(step, purpose)
         shapes = {name: value.shape for name, value in params.items()}
-        scales = dict.fromkeys(shapes, self.noise_multiplier * self.clip_norm)
-        total = clipped(Clip(norm=self.clip_norm))
+        total = clipped(Clip(norm=self.clip_norm, steps=block.grid.steps))
+        units = block.grid.units(total, shapes, self.clip_norm)
+        nonce = self._nonce(purpose, block, step, units)
+        value = self._noised(units, block, self.noise_multiplier, purpose, step, nonce)
+        self._drawn(purpose, step)
         device = next(iter(params.values())).device
-        return self._noised(
-            total, shapes, scales, purpose, block.entry, step, device, chained=False
-        )
+        return block.grid.values(value, shapes, self.clip_norm, device)
 
     @property
     def deviation(self) -> float:
@@ -306,18 +394,20 @@ class PrivateSum:
         """
         name = f"release:{purpose}"
         noise = self.release_noise
-        total = clipped(Clip(norm=clip_norm))
+        grid = Grid.of(sum(map(math.prod, shapes.values())), noise)
+        total = clipped(Clip(norm=clip_norm, steps=grid.steps))
         given = None if total is None else {key: value.shape for key, value in total.items()}
         if given is not None and given != dict(shapes):
             raise PrivacyError(
                 f"the sum for {purpose!r} has shapes { {k: tuple(v) for k, v in given.items()} }; "
                 f"allowed: those of the query's rows, { {k: tuple(v) for k, v in shapes.items()} }"
             )
-        entry = self._charge_once(name, occasion, "gaussian", noise, total or {}, clip_norm)
-        scales = dict.fromkeys(shapes, noise * clip_norm)
+        units = grid.units(total, shapes, clip_norm)
+        draw = self._charge_once(name, occasion, "gaussian", noise, units, clip_norm, grid)
+        self._key.add_noise(units, noise * grid.steps, **draw)
+        self._seen(draw)
         device = next(iter(occasion.data.values())).device
-        step = occasion.numbers.start
-        return self._noised(total, shapes, scales, name, entry, step, device, chained=False)
+        return grid.values(units, shapes, clip_norm, device)
 
     def count(self, counts: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
         """Counts (bins,) int64 plus integer noise.
@@ -326,10 +416,9 @@ class PrivateSum:
         """
         name = f"release:{purpose}"
         noise = self.release_noise
-        entry = self._charge_once(name, occasion, "discrete-gaussian", noise, {"counts": counts})
-        stream = self._key.stream(purpose=name, entry=entry, step=occasion.numbers.start)
-        drawn = discrete_gaussian(len(counts), noise, stream)
-        self.ledger.trace("noise.drawn")
+        draw = self._charge_once(name, occasion, "discrete-gaussian", noise, counts.cpu())
+        drawn = discrete_gaussian(len(counts), noise, self._key.stream(**draw))
+        self._seen(draw)
         return counts + drawn.to(counts.device)
 
     def select(self, scores: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
@@ -346,35 +435,74 @@ class PrivateSum:
         name = f"release:{purpose}"
         noise = self.release_noise / 2
         numbers = occasion.numbers
-        entry = self._charge_once(name, occasion, "exponential", noise, {"scores": scores})
-        uniform = self._key.uniform(len(scores), purpose=name, entry=entry, step=numbers.start)
-        self.ledger.trace("noise.drawn")
+        exact = scores.detach().double().cpu().contiguous().view(torch.int64)
+        draw = self._charge_once(name, occasion, "exponential", noise, exact)
+        uniform = self._key.uniform(len(scores), **draw)
+        self._seen(draw)
         return exponential(scores, len(numbers), noise_multiplier=noise, uniform=uniform)
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _adaptive(self) -> Adaptive | None:
+        clipping = self.privacy.clipping
+        return clipping if isinstance(clipping, Adaptive) else None
+
+    def _gradient_noise(self, expected: float) -> float:
+        """Noise multiplier of a gradient, beside a noisy count where there is one."""
+        if self._adaptive:
+            return self._adaptive.gradient_noise(self.noise_multiplier, expected)
+        return self.noise_multiplier
 
     def _noised(
         self,
-        total: Params | None,
-        shapes: Mapping[str, torch.Size],
-        scales: Mapping[str, float],
+        units: Tensor,
+        block: ReservedSteps,
+        noise: float,
         purpose: str,
-        entry: str,
         step: int,
-        device: torch.device,
-        chained: bool = True,
-    ) -> Params:
-        # The exact sum keys its noise too. Should code that no digest saw change a sum after a
-        # restart, it meets other noise; with the same, the difference of the two answers would be
-        # that of the sums.
-        answer = self.fingerprint(total) if total else ""
-        noise = self._key.normal(
-            shapes, purpose=purpose, entry=f"{entry} {answer}", step=step, device=device
+        nonce: str,
+        chain: BandedNoise | None = None,
+    ) -> Tensor:
+        """Integers with their noise added, in grid steps."""
+        scale = noise * block.grid.steps
+        if chain:
+            units = chain.weighted(units)
+            scale *= chain.gain * PARTS
+        self._key.add_noise(
+            units, scale, purpose=purpose, entry=block.paid_by, step=step, nonce=nonce
         )
         self.ledger.trace("noise.drawn")
-        if self._chain and chained:
-            noise = self._chain.next(noise)
-        if total is None:
-            return {name: scales[name] * value for name, value in noise.items()}
-        return {name: total[name].detach() + scales[name] * value for name, value in noise.items()}
+        return chain.released(units) if chain else units
+
+    def _nonce(self, purpose: str, block: ReservedSteps, step: int, units: Tensor) -> str:
+        """Nonce of a step's noise, once its exact sum is in the log.
+
+        Raises:
+            ChangedSumError: where noise was drawn for another sum; the rest of the block was
+                charged again.
+        """
+        nonce = self._draws.nonce_for(f"{purpose} {block.paid_by} {step}", units.numpy())
+        if nonce is not None:
+            return nonce
+        rest = range(step, block.steps.stop)
+        again = block.entry.again(rest, block.slots)
+        self._blocks[purpose] = replace(
+            block, entry=self._charge(again), steps=rest, drawn=rest.start
+        )
+        if purpose == "gradient" and self._chain and self.privacy.bands is not None:
+            self._chain = BandedNoise(self.privacy.bands)
+        raise ChangedSumError(
+            f"step {step} is executed again with another sum; steps {rest.start} to "
+            f"{rest.stop - 1} were charged again"
+        )
+
+    def _drawn(self, purpose: str, step: int) -> None:
+        """Go to the next step; the last one of a block closes it."""
+        block = self._blocks[purpose]
+        self._blocks[purpose] = replace(block, drawn=step + 1)
+        if step == block.steps.stop - 1:
+            self._draws.close(block.paid_by)
 
     def _in_turn(self, step: int, purpose: str = "gradient") -> ReservedSteps:
         """Block that pays for the step, which is drawn once.
@@ -386,12 +514,11 @@ class PrivateSum:
             raise PrivacyError(
                 f"step {step} is out of turn: every step is drawn once, next is step {block.drawn}"
             )
-        self._blocks[purpose] = replace(block, drawn=step + 1)
         return block
 
     def _paid(self, step: int, purpose: str = "gradient") -> ReservedSteps:
-        block = self._blocks.get(purpose, ReservedSteps())
-        if step not in block.steps:
+        block = self._blocks.get(purpose)
+        if block is None or step not in block.steps:
             raise PrivacyError(
                 f"step {step} was not charged to the ledger; call reserve() for it first"
             )
@@ -401,61 +528,79 @@ class PrivateSum:
         self,
         name: str,
         occasion: ReleaseKey,
-        mechanism: str,
+        mechanism: MechanismName,
         multiplier: float,
-        answer: Tensors,
+        exact: Tensor,
         clip_norm: float = 1.0,
-    ) -> str:
+        grid: Grid | None = None,
+    ) -> Draw:
         """Charge a release.
 
-        The exact `answer` keys its noise too: after a restart, another question gets other noise.
-
-        It goes in under its own name and number, or the ledger would tell which answers are equal.
+        The `exact` answer, integers, is part of what the entry is for: after a restart, another
+        answer is charged again and gets other noise. It goes in under its own name and number, or
+        the ledger would tell which answers are equal.
         """
-        exact = {
-            f"answer {occasion.numbers.start} to {name}, {part}": value
-            for part, value in answer.items()
-        }
-        scope = dict.fromkeys(occasion.partitions, 1.0)
-        return self._charge(
+        step = occasion.numbers.start
+        entry = self._entry(
             name,
             mechanism,
             multiplier,
             clip_norm,
-            scope,
+            dict.fromkeys(occasion.partitions, 1.0),
             occasion.numbers,
             occasion.start,
-            self.fingerprint({**occasion.data, **exact}),
+            self.fingerprint({**occasion.data, f"answer {step} to {name}": exact}),
+            grid=grid,
         )
+        paid_by = self._charge(entry).digest
+        nonce = self._draws.nonce_for(f"{name} {paid_by} {step}", exact.numpy())
+        assert nonce is not None, "an entry of a release has one answer"
+        return {"purpose": name, "entry": paid_by, "step": step, "nonce": nonce}
 
-    def _charge(
+    def _seen(self, draw: Draw) -> None:
+        """Noise of a release was drawn: sync the log before the release leaves."""
+        self.ledger.trace("noise.drawn")
+        self._draws.close(draw["entry"])
+
+    def _charge(self, entry: Entry) -> Entry:
+        """Charge the entry, again where its noise may have been drawn and the log does not tell.
+
+        An entry that is in the ledger already and whose draws are known costs nothing more.
+        """
+        while self.ledger.has(entry) and self._draws.seen(entry.digest):
+            entry = replace(entry, attempt=entry.attempt + 1)
+        self.ledger.charge(entry)
+        self._draws.open(entry.digest)
+        return entry
+
+    def _entry(
         self,
         purpose: str,
-        mechanism: str,
+        mechanism: MechanismName,
         multiplier: float,
         clip_norm: float,
         scope: Mapping[str, float],
         steps: range,
         start: str,
         data: str,
+        grid: Grid | None = None,
         participations: int | None = None,
-    ) -> str:
+    ) -> Entry:
         sampled = mechanism == "gaussian" and not purpose.startswith("release:")
-        return self.ledger.charge(
-            Entry(
-                purpose=purpose,
-                mechanism=mechanism,
-                noise_multiplier=multiplier,
-                clip_norm=clip_norm,
-                first_step=steps.start,
-                steps=len(steps),
-                sampling="poisson" if sampled else "none",
-                scope=dict(scope),
-                participations=participations,
-                data=data,
-                start=start,
-                simulated=self._key.simulated,
-            )
+        return Entry(
+            purpose=purpose,
+            mechanism=mechanism,
+            noise_multiplier=multiplier,
+            clip_norm=clip_norm,
+            first_step=steps.start,
+            steps=len(steps),
+            sampling="poisson" if sampled else "none",
+            scope=dict(scope),
+            grid=grid.facts() if grid else None,
+            participations=participations,
+            data=data,
+            start=start,
+            simulated=self._key.simulated,
         )
 
 
@@ -464,3 +609,11 @@ def clipping_settings(clipping: str | Adaptive) -> JSONValue:
     if isinstance(clipping, Adaptive):
         return [clipping.quantile, clipping.learning_rate, clipping.count_noise]
     return clipping
+
+
+def _votes(adaptive: Adaptive | None, expected: float) -> Votes | None:
+    """Grid and noise of the count beside a gradient; one record moves it by one vote, 1/2."""
+    if adaptive is None:
+        return None
+    noise = adaptive.count_noise * expected / VOTE
+    return Votes(grid=Grid.of(1, noise), noise=noise)

@@ -106,5 +106,6 @@ def clipped_gradient(
         if total is None or part is None:
             total = part or total
         else:
-            total = {name: total[name] + value for name, value in part.items()}
+            # in float64, so that rounding does not grow with the number of micro-batches
+            total = {name: total[name].double() + value for name, value in part.items()}
     return total

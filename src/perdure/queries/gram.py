@@ -133,7 +133,8 @@ class Gram(SummedQuery):
         alone = torch.func.vmap(rows_of(self.parts, module), in_dims=(None, 0))
         with torch.no_grad(), explain_vmap_errors():
             for piece in chunks(tensors, CHUNK):
-                parts = alone(params, piece)
+                # in float64: over many records, sums in float32 move by more than the clip norm
+                parts = {name: value.double() for name, value in alone(params, piece).items()}
                 self._add(sums, parts, clip_factors(self._squared_norms(parts), clip.norm))
         return self.packed(sums) if sums else None
 

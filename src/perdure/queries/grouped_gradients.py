@@ -77,9 +77,12 @@ class GroupedGradient(SquaredGradient):
         if not len(tensors["labels"]):
             return None
         layers = linear_layers(module)
+        # one group more, for the others; in float64 where clipped (see `clipped_outer`)
+        wide = None if clip is None else torch.float64
         sums = {
-            name: value.new_zeros(self.groups + 1, *value.shape) for name, value in params.items()
-        }  # one for others
+            name: value.new_zeros(self.groups + 1, *value.shape, dtype=wide)
+            for name, value in params.items()
+        }
         for piece in chunks(tensors, CHUNK):
             outer = self._outer(module, layers, params, piece) if layers else None
             if layers and outer is not None:
@@ -99,7 +102,9 @@ class GroupedGradient(SquaredGradient):
         """Add the gradients of the records, a few at a time, each in its place."""
         for piece in chunks(tensors, per_pass(params)):
             rows = torch.func.vmap(lambda record: self._row(module, params, record))(piece)
-            rows = rows if clip is None else scaled(rows, clip.factors(squared_norms(rows)))
+            if clip is not None:
+                rows = {name: value.double() for name, value in rows.items()}
+                rows = scaled(rows, clip.factors(squared_norms(rows)))
             places = self._places(piece)
             for name, total in sums.items():
                 total.index_add_(0, places, rows[name])

@@ -239,9 +239,13 @@ def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> P
 
 
 def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Outer:
-    """Outer products that make each record's clipped row; as they are where there is no clip."""
+    """Outer products that make each record's clipped row; as they are where there is no clip.
+
+    Clipped ones are in float64: over many records, sums in float32 move by more than the clip norm.
+    """
     if clip is None:
         return outer
+    outer = {name: (u.double(), v.double()) for name, (u, v) in outer.items()}
     biased = {name: float(layer.bias is not None) for name, layer in layers.items()}
     squares = {
         n: u.square().sum(1) * (v.square().sum(1) + biased[n]) for n, (u, v) in outer.items()

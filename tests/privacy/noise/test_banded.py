@@ -10,7 +10,7 @@ from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import Charge
-from perdure.privacy.noise.banded import BandedNoise, coefficients
+from perdure.privacy.noise.banded import PARTS, BandedNoise, coefficients
 from perdure.privacy.settings import Privacy
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
@@ -26,26 +26,42 @@ def strategy_matrix(steps, bands):
     values = coefficients(bands)
     for i in range(steps):
         for k in range(min(bands, i + 1)):
-            matrix[i, i - k] = values[k]
+            matrix[i, i - k] = values[k] / PARTS
     return matrix
 
 
 @pytest.mark.reference
 def test_the_coefficients_are_those_of_the_square_root():
-    assert coefficients(6) == pytest.approx([comb(2 * k, k) / 4**k for k in range(6)])
+    exact = [comb(2 * k, k) / 4**k for k in range(6)]
+    assert [c / PARTS for c in coefficients(6)] == pytest.approx(exact, abs=0.5 / PARTS)
     root = strategy_matrix(STEPS, STEPS)
-    torch.testing.assert_close(root @ root, torch.ones(STEPS, STEPS, dtype=torch.float64).tril())
+    ones = torch.ones(STEPS, STEPS, dtype=torch.float64).tril()
+    torch.testing.assert_close(root @ root, ones, rtol=0, atol=STEPS / PARTS)
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 9, 12])
 def test_the_chain_is_the_inverse_of_the_matrix(bands):
+    """Sums x and noise z, both integers, give x + C^-1 z."""
     chain = BandedNoise(bands)
-    fresh = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    sums = torch.randint(-(2**30), 2**30, (STEPS, 3), generator=rng)
+    fresh = torch.randint(-(2**40), 2**40, (STEPS, 3), generator=rng)
     inverse = torch.linalg.inv(strategy_matrix(STEPS, bands))
-    expected = chain.gain * inverse @ fresh
+    expected = sums + inverse @ fresh.double() / PARTS
     for step in range(STEPS):
-        torch.testing.assert_close(chain.next({"w": fresh[step]})["w"], expected[step])
+        weighted = chain.weighted(sums[step])
+        torch.testing.assert_close(chain.released(weighted + fresh[step]), expected[step])
         assert chain.deviation == pytest.approx(float(chain.gain * inverse[step].norm()))
+
+
+def test_a_weighted_sum_is_exact_where_a_float64_would_round():
+    chain = BandedNoise(3)
+    first = torch.tensor([2**43 + 1])
+    chain.weighted(first)
+    second = chain.weighted(torch.tensor([1]))
+    assert int(second) == PARTS + coefficients(3)[1] * (2**43 + 1)
+    with pytest.raises(PrivacyError, match="too large for correlated noise"):
+        chain.weighted(torch.tensor([2**45]))
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4])
@@ -131,7 +147,7 @@ def test_the_ledger_charges_participations_and_not_steps(learner_of):
     } == {"none"}
     assert [(e.steps, e.participations) for e in entries] == [(6, 1)] * 4
     spent = learner.private_sum.ledger.epsilon(["experience-0"], delta=1e-5)
-    assert spent == epsilon([Charge(1.0, 2.0, 2)], delta=1e-5)
+    assert spent == epsilon([Charge(1.0, 2.0, 2, "grid-gaussian")], delta=1e-5)
 
 
 def test_a_target_is_calibrated_for_the_participations(learner_of):

@@ -5,17 +5,26 @@ By dp-accounting's loss distributions and Renyi DP.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
 from perdure.errors import PrivacyError
 from perdure.privacy.accounting.charges import Charge, History, Relation
+from perdure.privacy.grid import SENSITIVITY
+from perdure.privacy.noise.table import DEVIATIONS, LOG2_ERROR
 
 Accountant = Literal["pld", "rdp"]
 
 WIDEST = 1e7
+
+MOST_DRAWS = 2**48
+"""Integers that a record's history may draw; a ledger refuses more, and every statement allows for
+so many.
+"""
+DELTA_SHARE = 2.0**-10
+"""Share of delta that is kept for what the integer sampler is not: ideal."""
 
 
 # --------------------------------------------------------------------------- Renyi DP
@@ -33,7 +42,7 @@ def rdp_epsilon(history: History, delta: float, relation: Relation) -> float:
     with _quiet_absl():
         for charge in history:
             accountant.compose(_event(charge, relation, dp_accounting), charge.steps)
-        return float(accountant.get_epsilon(delta))
+        return with_sampler(lambda d: float(accountant.get_epsilon(d)), history, delta)
 
 
 def _event(charge: Charge, relation: Relation, library: Any) -> Any:
@@ -54,6 +63,8 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
         )
     if charge.noise == "discrete-gaussian":
         change = math.sqrt(change)  # one count falls by 1 and another rises by 1
+    if charge.noise == "grid-gaussian":
+        change *= SENSITIVITY
     gaussian = library.GaussianDpEvent(charge.noise_multiplier / change)
     sampled = charge.sampling_rate < 1
     return library.PoissonSampledDpEvent(charge.sampling_rate, gaussian) if sampled else gaussian
@@ -80,7 +91,7 @@ def pld_epsilon(history: History, delta: float, relation: Relation, interval: fl
     for charge in history:
         part = _steps(charge, relation, interval)
         total = part if total is None else total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))
+    return with_sampler(lambda d: float(total.get_epsilon_for_delta(d)), history, delta)
 
 
 def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
@@ -93,9 +104,9 @@ def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
         one = _counted(charge.noise_multiplier, interval)
         return one.self_compose(2 * charge.steps if relation == "replace-one" else charge.steps)
     elif charge.sampling_rate == 1:
-        return _single(1.0, charge.noise_multiplier / math.sqrt(charge.steps), relation, interval)
+        return _single(1.0, _effective(charge) / math.sqrt(charge.steps), relation, interval)
     else:
-        one = _single(charge.sampling_rate, charge.noise_multiplier, relation, interval)
+        one = _single(charge.sampling_rate, _effective(charge), relation, interval)
     return one.self_compose(charge.steps)
 
 
@@ -112,7 +123,7 @@ def _spread(history: History, relation: Relation) -> float:
     for charge in history:
         n = charge.steps
         q = charge.sampling_rate
-        s = charge.noise_multiplier / shift
+        s = _effective(charge) / shift
         if charge.noise == "exponential":
             reach = max(reach, 1 / s)
             mean = mean + n * min(1 / s, 0.5 / s**2)
@@ -121,6 +132,55 @@ def _spread(history: History, relation: Relation) -> float:
         reach = max(reach, ratio**2 / 2 + 10 * ratio)
         mean += n * min(q / (2 * s**2), q**2 * math.expm1(min(1 / s**2, 700)))
     return max(reach, mean + 10 * math.sqrt(2 * mean))
+
+
+def _effective(charge: Charge) -> float:
+    """Noise multiplier over what a record may move a sum by, in units of the clip norm."""
+    if charge.noise != "grid-gaussian":
+        return charge.noise_multiplier
+    return charge.noise_multiplier / SENSITIVITY
+
+
+# ---------------------------------------------------------------- integers instead of real numbers
+
+
+def with_sampler(epsilon_at: Callable[[float], float], history: History, delta: float) -> float:
+    """Epsilon at delta of integer noise, from that of the ideal noise at a smaller delta.
+
+    Over the N draws of a history, ln(real probability / ideal probability) of everything released
+    is a sum of N terms of at most eta, the relative error of the sampler, with mean at most eta^2.
+    By Hoeffding it exceeds lambda = N eta^2 + eta sqrt(2 N ln(1 / beta)) with probability at most
+    beta. So epsilon grows by 2 lambda, and delta becomes
+
+        delta e^lambda + (1 + e^(epsilon + lambda)) beta + the mass beyond the cut
+
+    The cut at t standard deviations matters where one of two neighbours gives an output that the
+    other cannot: with probability at most N P(|Z| > t - 1 / noise multiplier), and at most
+    (1 + e^epsilon) N P(|Z| > t). Sampling and adaptive queries change nothing, since noise is
+    independent of the data. See Prest 2017 for relative errors.
+
+    Returns:
+        Epsilon; infinite where the mass beyond the cut is too large for delta.
+    """
+    own = [charge for charge in history if charge.noise == "grid-gaussian"]
+    ideal = epsilon_at(delta)
+    if not own or math.isinf(ideal):
+        return ideal
+    ideal = epsilon_at(delta * (1 - DELTA_SHARE))
+    error = 2.0**LOG2_ERROR
+    # beta = delta / (2^12 e^(ideal + 2)): its share is below a quarter of DELTA_SHARE
+    log_beta = math.log(delta) - 12 * math.log(2) - ideal - 2
+    loss = MOST_DRAWS * error**2 + error * math.sqrt(2 * MOST_DRAWS * -log_beta)
+    shift = SENSITIVITY / min(charge.noise_multiplier for charge in own)
+    seen = MOST_DRAWS * (_two_sided(DEVIATIONS - shift) + _two_sided(DEVIATIONS))
+    factored = MOST_DRAWS * _two_sided(DEVIATIONS) * (1 + math.exp(min(ideal + 1, 700)))
+    beyond = min(seen, factored)
+    return ideal + 2 * loss if beyond <= delta * DELTA_SHARE / 4 else math.inf
+
+
+def _two_sided(t: float) -> float:
+    """P(|Z| > t) of a standard normal Z."""
+    return math.erfc(t / math.sqrt(2)) if t > 0 else 1.0
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 from perdure.errors import ConfigError
 
 Relation = Literal["add-remove", "replace-one"]
-Noise = Literal["gaussian", "discrete-gaussian", "exponential"]
+Noise = Literal["gaussian", "grid-gaussian", "discrete-gaussian", "exponential"]
+SAMPLED: frozenset[str] = frozenset({"gaussian", "grid-gaussian"})
+"""Kinds of noise that may be added to a Poisson sample."""
 History = tuple["Charge", ...]
 """What one record was exposed to, merged by `merged`."""
 
@@ -23,9 +25,10 @@ class Charge:
         noise_multiplier: standard deviation of the noise divided by the sensitivity; 0 means none.
             Of `exponential`: 1 / epsilon of one selection.
         steps: how often.
-        noise: `gaussian`; `discrete-gaussian`, integer noise on one count that the record moves by
-            1; `exponential`, one selection by the exponential mechanism. The last two are not
-            sampled.
+        noise: `gaussian`, that of the textbook; `grid-gaussian`, that of `perdure.privacy.grid`,
+            with what rounding, slack and sampler cost; `discrete-gaussian`, integer noise on one
+            count that the record moves by 1; `exponential`, one selection by the exponential
+            mechanism. The last two are not sampled.
 
     Raises:
         ConfigError: for a value outside these ranges.
@@ -45,7 +48,7 @@ class Charge:
             raise ConfigError.of("steps", self.steps, "integers from 0")
         if self.noise not in get_args(Noise):
             raise ConfigError.of("noise", self.noise, get_args(Noise))
-        if self.noise != "gaussian" and self.sampling_rate != 1:
+        if self.noise not in SAMPLED and self.sampling_rate != 1:
             raise ConfigError.of(
                 "sampling_rate", self.sampling_rate, f"1.0 for {self.noise}, which is not sampled"
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.privacy.clipping.rules.base import sum_of
+from perdure.privacy.clipping.rules.base import at_least_float32, record_slices, sum_of
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
@@ -36,6 +36,8 @@ class Clip:
         norm: the bound C.
         per_layer: bound each of the L layers by C / sqrt(L) by itself. A layer is a module with
             parameters of its own.
+        steps: number of grid steps in the bound C: every clipped row is rounded to the grid, and
+            sums are exact. 0 for no grid.
         counted: also sum, as `WITHIN`, 1/2 for a record whose norm is at most C and -1/2 for
             another (Andrew et al. 2021, section 2.2): one record moves it by 1/2.
     """
@@ -43,6 +45,7 @@ class Clip:
     norm: float
     per_layer: bool = False
     counted: bool = False
+    steps: int = 0
 
     def factors(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layer to (n,) scales, from each layer's (n,) squared norms."""
@@ -56,7 +59,7 @@ class Clip:
         if not self.counted:
             return {}
         within = sum_of(list(squares.values())) <= self.norm**2
-        return {WITHIN: (within.float() - 0.5).sum()}
+        return {WITHIN: (within.double() - 0.5).sum()}
 
 
 def layer_of(name: str) -> str:
@@ -67,9 +70,9 @@ def layer_of(name: str) -> str:
 def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     """(n,) min(1, C / norm), and 0 for a row whose norm is not finite, so that no row can exceed C.
 
-    Norms are computed in float32 whatever the precision of the rows.
+    Norms are in float32 or wider whatever the precision of the rows.
     """
-    norms = squared_norms.float().sqrt()
+    norms = at_least_float32(squared_norms).sqrt()
     factors = (clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
@@ -84,12 +87,11 @@ def clip_rows(rows: Params, clip: Clip) -> Params:
 
 
 def squared_norms(rows: Params) -> dict[str, Tensor]:
-    """Layer to (n,) squared L2 norms, in float32."""
+    """Layer to (n,) squared L2 norms, in float64."""
     squares: dict[str, list[Tensor]] = {}
     for name, row in rows.items():
-        squares.setdefault(layer_of(name), []).append(
-            row.float().unsqueeze(-1).flatten(1).square().sum(1)
-        )
+        norms = torch.linalg.vector_norm(row.unsqueeze(-1).flatten(1), dim=1, dtype=torch.float64)
+        squares.setdefault(layer_of(name), []).append(norms.square())
     return {layer: sum_of(parts) for layer, parts in squares.items()}
 
 
@@ -98,10 +100,12 @@ def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:
     clean = {
         name: torch.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for name, row in rows.items()
     }
-    return {
-        n: r * factors[layer_of(n)].view(-1, *[1] * (r.dim() - 1)).to(r.dtype)
+    # in float64: a factor of a very long row is no float32 number
+    wide = {
+        n: r.double() * factors[layer_of(n)].double().view(-1, *[1] * (r.dim() - 1))
         for n, r in clean.items()
     }
+    return {n: value.to(clean[n].dtype) for n, value in wide.items()}
 
 
 def per_pass(params: Params) -> int:
@@ -130,8 +134,13 @@ def clipped_sum(
     """
     total: Params | None = None
     for piece in chunks(tensors, chunk):
-        vectors = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")(params, piece)
-        clipped = sum_of_clipped(vectors, clip)
+        # The last chunk is filled up to the size of the others: a row moves a little with the size
+        # of its chunk.
+        count = len(next(iter(piece.values())))
+        missing = chunk - count if total is not None else 0
+        full = {n: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for n, t in piece.items()}
+        vectors = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")(params, full)
+        clipped = sum_of_clipped({n: v[:count] for n, v in vectors.items()}, clip)
         total = (
             clipped
             if total is None
@@ -141,7 +150,36 @@ def clipped_sum(
 
 
 def sum_of_clipped(rows: Params, clip: Clip) -> Params:
-    """Clipped sum of rows that are already there."""
+    """Clipped sum of rows that are already there; in float64 where the clip has a grid.
+
+    Guarantee: on a grid, a row enters as integers whose L2 norm was checked, and integers below
+    2^53 add up exactly in float64, in any order. So a record moves the sum by the norm of its own
+    row, at most C and half a grid step in every coordinate.
+    """
     squares = squared_norms(rows)
-    clipped = scaled(rows, clip.factors(squares))
-    return {name: row.sum(0) for name, row in clipped.items()} | clip.count(squares)
+    factors = clip.factors(squares)
+    if not clip.steps:
+        clipped = scaled(rows, factors)
+        return {name: row.sum(0) for name, row in clipped.items()} | clip.count(squares)
+    sums = {name: row.new_zeros(row.shape[1:], dtype=torch.float64) for name, row in rows.items()}
+    numbers = sum(value.numel() for value in sums.values())
+    for piece in record_slices(len(next(iter(rows.values()))), numbers):
+        part = {name: row[piece] for name, row in rows.items()}
+        units = _grid_rows(part, {n: f[piece] for n, f in factors.items()}, clip, numbers)
+        for name, value in units.items():
+            sums[name] += value.sum(0)
+    step = clip.norm / clip.steps
+    return {name: value * step for name, value in sums.items()} | clip.count(squares)
+
+
+def _grid_rows(rows: Params, factors: Mapping[str, Tensor], clip: Clip, numbers: int) -> Params:
+    """Clipped rows in whole grid steps; a row beyond its bound, which no clipped one is, is 0."""
+    clean = {n: torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0) for n, r in rows.items()}
+    scales = {n: factors[layer_of(n)].double() * (clip.steps / clip.norm) for n in rows}
+    units = {
+        n: (r.double() * scales[n].view(-1, *[1] * (r.dim() - 1))).round_()
+        for n, r in clean.items()
+    }
+    squares = sum_of([u.unsqueeze(-1).flatten(1).square().sum(1) for u in units.values()])
+    inside = squares <= (clip.steps + math.sqrt(numbers) / 2) ** 2
+    return {n: u * inside.view(-1, *[1] * (u.dim() - 1)) for n, u in units.items()}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -47,6 +47,10 @@ class Entry:
         steps: how many steps are reserved; unused ones stay charged.
         sampling: "poisson" where it really ran and stayed secret, else "none".
         scope: origin partition to the probability that one of its units is in a step.
+        grid: for noise that is added to integers, everything that its cost depends on (see
+            `perdure.privacy.grid.Grid.facts`); None for noise outside perdure.
+        attempt: how often its steps were charged before, since their sums had changed or their
+            noise may have been seen.
         participations: in how many of the steps one unit takes part at most, where their order is
             fixed; None for all of them.
         unit: what the entry protects.
@@ -70,6 +74,8 @@ class Entry:
     steps: int
     sampling: Sampling
     scope: Mapping[str, float]
+    grid: Mapping[str, float] | None = None
+    attempt: int = 0
     participations: int | None = None
     unit: Unit = "record"
     relation: Relation = "add-remove"
@@ -97,6 +103,8 @@ class Entry:
             raise ConfigError.of(
                 "noise_multiplier", self.noise_multiplier, "0 where data is handed out raw"
             )
+        if self.grid and CHARGED[self.mechanism] != "gaussian":
+            raise ConfigError.of("grid", dict(self.grid), f"None for {self.mechanism} noise")
         if not 0 < self.clip_norm < math.inf:
             raise ConfigError.of("clip_norm", self.clip_norm, "finite and above 0")
         if self.steps < 1 or self.first_step < 0:
@@ -122,15 +130,35 @@ class Entry:
         """
         return sha256(canonical_json(asdict(self)))
 
+    def again(self, steps: range, slots: int | None) -> "Entry":
+        """Return the entry that pays for `steps` of this one once more.
+
+        Args:
+            steps: the rest of its block.
+            slots: steps an epoch where the order is fixed.
+        """
+        times = None if slots is None else math.ceil(len(steps) / slots)
+        return replace(
+            self,
+            first_step=steps.start,
+            steps=len(steps),
+            participations=times,
+            attempt=self.attempt + 1,
+        )
+
+    @property
+    def draws(self) -> int:
+        """Integers that are drawn in all steps together."""
+        return int(self.grid["numbers"]) * self.steps if self.grid else 0
+
     def charge(self, partitions: Iterable[str]) -> Charge | None:
         """Return what the entry costs a record that is in all of `partitions`, if it touches any.
 
         A record is in a step at most once, so its rates add up to a bound on its probability of
         being there.
         """
+        kind = "grid-gaussian" if self.grid else CHARGED[self.mechanism]
         rates = [self.scope[partition] for partition in partitions if partition in self.scope]
         rate = rates[0] if len(rates) == 1 else min(1.0, sum(rates))
         times = self.steps if self.participations is None else self.participations
-        return (
-            Charge(rate, self.noise_multiplier, times, CHARGED[self.mechanism]) if rates else None
-        )
+        return Charge(rate, self.noise_multiplier, times, kind) if rates else None

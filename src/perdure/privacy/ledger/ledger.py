@@ -9,6 +9,7 @@ from pathlib import Path
 
 from perdure.errors import BudgetError, ConfigError, LedgerError
 from perdure.privacy.accounting import calibration as accounting
+from perdure.privacy.accounting.accountants import MOST_DRAWS
 from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge, Relation, merged
 from perdure.privacy.ledger.account import Account, header
@@ -191,6 +192,10 @@ class Ledger(Account):
             self._write({"kind": "entry", **asdict(entry)})
         return entry.digest
 
+    def has(self, entry: Entry) -> bool:
+        """True where the entry was charged before."""
+        return entry.digest in self._digests
+
     def project(self, entry: Entry, delta: float) -> dict[str, float]:
         """Epsilon of each partition that `entry` touches, as it would be after it.
 
@@ -234,6 +239,13 @@ class Ledger(Account):
                 )
 
     def _allow(self, entry: Entry) -> None:
+        for partition in entry.scope:
+            before = sum(e.draws for e in self.entries if partition in e.scope)
+            if before + entry.draws > MOST_DRAWS:
+                raise BudgetError(
+                    f"partition {partition!r}: {before + entry.draws} drawn integers, allowed "
+                    f"{MOST_DRAWS}, which statements allow for; train for fewer steps"
+                )
         if not self._plans:
             return
         allowance = {} if self._lapsed else self._allowance

@@ -10,11 +10,10 @@ import contextlib
 import hashlib
 import hmac
 import json
-import math
 import os
 import secrets
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,14 +23,11 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, PrivacyError
+from perdure.privacy.noise.gaussian import PIECE, add_rounded_gaussian
+from perdure.privacy.noise.table import gaussian_table
 
 KEY_BYTES = 32
 BLOCK_BYTES = 16
-DRAWN_AT_ONCE = 2**16
-"""Normals, an even number, drawn at a time: they stay in the processor's cache.
-
-The values drawn depend on it.
-"""
 
 
 class NoiseKey:
@@ -45,8 +41,10 @@ class NoiseKey:
     >>> key = NoiseKey.from_seed(0, "client 3")
     >>> key, key.simulated
     (NoiseKey(simulated), True)
-    >>> key.normal({"weight": (2, 3)}, purpose="gradient", entry="e0", step=0)["weight"].shape
-    torch.Size([2, 3])
+    >>> total = torch.zeros(4, dtype=torch.int64)
+    >>> key.add_noise(total, 2.0**20, purpose="gradient", entry="e0", step=0)
+    >>> total.dtype
+    torch.int64
     """
 
     __slots__ = ("_secret", "simulated")
@@ -104,50 +102,51 @@ class NoiseKey:
         """HMAC-SHA256 of `message` in hexadecimal, under a subkey that no stream shares."""
         return hmac.new(subkey(self._secret, "mac"), message, hashlib.sha256).hexdigest()
 
-    def normal(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        *,
-        purpose: str,
-        entry: str,
-        step: int,
-        device: torch.device | str = "cpu",
-    ) -> dict[str, Tensor]:
-        """Independent standard normals, one float32 tensor for each name in `shapes`.
+    def tag(self, place: str, exact: npt.NDArray[np.int64]) -> str:
+        """Poly1305 tag of an exact sum, under a key of its own for every place.
 
-        z = sqrt(-2 ln u) (cos t, sin t)
-        u = (w + 1) / 2^32,   t = 2 pi w' / 2^32   (w, w' 32-bit words)
+        A tag is stored beside the key and never leaves; equal sums have equal tags, others differ.
+        """
+        from cryptography.hazmat.primitives.poly1305 import Poly1305
 
-        The tail is cut at |z| <= sqrt(64 ln 2) = 6.66 (two-sided mass 3e-11 beyond it), and values
-        lie on the grid of float32: the noise is that of the textbook up to floating point (Mironov
-        2012 says what that leaves open). The same arguments give the same values; a change of any
-        of them, shapes and their order included, gives an independent stream.
+        own = subkey(self._secret, "tag of a sum", place)
+        return Poly1305.generate_tag(own, exact.view(np.uint8)).hex()
+
+    def add_noise(
+        self, total: Tensor, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
+    ) -> None:
+        """Add independent integer noise to `total` (n,) int64 on the CPU, in place.
+
+        The noise has the distribution of a rounded Gaussian of standard deviation `scale` (see
+        `perdure.privacy.noise.table`), drawn by integer operations alone, so that what leaks
+        through floating-point noise (Mironov 2012) cannot leak here. The same arguments add the
+        same noise; a change of any of them, n included, gives an independent stream.
 
         Args:
-            shapes: name to shape.
+            total: sums in units of a public grid.
+            scale: standard deviation in the same units, 64 to 2^39.
             purpose: what the noise is for ("gradient", "release:fisher").
             entry: digest of the ledger entry that pays for it.
             step: step of the run.
-            device: where the tensors are put; they are always drawn on the CPU.
-
-        Source: Box and Muller 1958.
+            nonce: of the attempt at this step, where it may be executed again.
         """
-        layout = [[name, *shape] for name, shape in shapes.items()]
-        sizes = list(map(math.prod, shapes.values()))
-        flat = _normals(
-            subkey(self._secret, "normal", purpose, entry, step, layout), sum(sizes)
-        ).to(device)
-        parts = zip(shapes.items(), torch.split(flat, sizes), strict=True)
-        return {name: part.view(tuple(shape)) for (name, shape), part in parts}
+        context = (purpose, entry, step, nonce, len(total), scale)
+        first = subkey(self._secret, "integers", *context)
+        further = subkey(self._secret, "further integers", *context)
+        add_rounded_gaussian(
+            total.numpy(),
+            gaussian_table(scale),
+            keystream_reader(first, 8 * min(len(total), PIECE)),
+            lambda numbers: _permute(further, numbers.tobytes()).view("<u8"),
+        )
 
-    def uniform(self, n: int, *, purpose: str, entry: str, step: int) -> Tensor:
+    def uniform(self, n: int, *, purpose: str, entry: str, step: int, nonce: str = "") -> Tensor:
         """(n,) float64 uniform in [0, 1): the coins of a Poisson sample.
 
-        Each has 53 random bits.
+        Each has 53 random bits. Coins have no nonce; the noise of a selection has.
         """
-        words = keystream(subkey(self._secret, "uniform", purpose, entry, step, n), 8 * n).view(
-            "<u8"
-        )
+        own = subkey(self._secret, "uniform", purpose, entry, step, n, *_given(nonce))
+        words = keystream(own, 8 * n).view("<u8")
         return _unit_interval(words)
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
@@ -164,16 +163,22 @@ class NoiseKey:
             _permute(subkey(self._secret, "tags", purpose), blocks.tobytes()).view("<u8")[::2]
         )
 
-    def stream(self, *, purpose: str, entry: str, step: int) -> Callable[[int], bytes]:
+    def stream(
+        self, *, purpose: str, entry: str, step: int, nonce: str = ""
+    ) -> Callable[[int], bytes]:
         """Hand out uniform random bytes, so many at every call.
 
         A stream without end, for samplers that reject.
         """
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-        key = subkey(self._secret, "bytes", purpose, entry, step)
+        key = subkey(self._secret, "bytes", purpose, entry, step, *_given(nonce))
         cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
         return lambda n: cipher.update(bytes(n))
+
+
+def _given(nonce: str) -> tuple[str, ...]:
+    return (nonce,) if nonce else ()
 
 
 def subkey(secret: bytes, *context: object) -> bytes:
@@ -241,33 +246,6 @@ def _permute(key: bytes, blocks: bytes) -> npt.NDArray[np.uint8]:
 
 def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _normals(key: bytes, n: int) -> Tensor:
-    """(n,) float32 standard normals (see `NoiseKey.normal`).
-
-    By NumPy, whose logarithm, sine and cosine are three times as fast as torch's on the processor.
-    """
-    even = n + n % 2
-    numbers = np.empty(even, dtype=np.float32)
-    read = keystream_reader(key, 4 * min(even, DRAWN_AT_ONCE))
-    for start in range(0, even, DRAWN_AT_ONCE):
-        piece = numbers[start : start + DRAWN_AT_ONCE]
-        # unsigned, since small u, the tail, needs the full precision of the words
-        piece[:] = read(4 * len(piece)).view("<u4")
-        # Box and Muller, in place: half of the words are u, half are t
-        u, t = np.split(piece, 2)
-        u += np.float32(1.0)
-        u *= np.float32(2.0**-32)
-        np.log(u, out=u)
-        u *= np.float32(-2.0)
-        np.sqrt(u, out=u)
-        t *= np.float32(2.0 * math.pi * 2.0**-32)
-        cosine = np.cos(t)
-        np.sin(t, out=t)
-        t *= u
-        u *= cosine
-    return torch.from_numpy(numbers)[:n]
 
 
 def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:

@@ -1,0 +1,108 @@
+"""The public grid of a private sum: exact addition, and noise in whole steps of it.
+
+Sums of floating-point numbers leak. Two sums that differ by one record can differ by more than
+its clip norm, because every addition rounds, and noise that is itself a floating-point number can
+tell which of two sums it was added to (Mironov 2012; Casacuberta, Shoemate, Vadhan and Wagaman
+2022). So a sum is counted in whole steps of a public grid, integer noise is added to the integers,
+and only the result becomes a floating-point number.
+
+With d numbers in a sum, clip norm C and grid step C / M, one record moves the integers by at most
+
+    M + M / 1000 + sqrt(d)        and M is at least 2^11 sqrt(d)
+
+in L2 norm: the clip norm, a declared slack for norms, factors and products in float32, and the
+rounding, since |round(a) - round(b)| <= |a - b| + 1 in every coordinate. `SENSITIVITY` bounds it
+in units of C. The accountant divides the noise multiplier by it.
+
+The rounding is proved. The slack is tested, not proved: for every kind of layer, batches up to
+4,096 records move by less than half of it against float64.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.errors import PrivacyError
+from perdure.privacy.noise.table import DEVIATIONS, LEAST_SCALE, LOG2_ERROR
+from perdure.types import Params
+
+SLACK = 1e-3
+"""Share of the clip norm that float32 arithmetic before the rounding may add; declared, tested."""
+STEPS_PER_ROOT = 2**11
+"""Least number of grid steps in the clip norm, over the square root of the numbers in a sum."""
+SENSITIVITY = 1 + SLACK + 1 / STEPS_PER_ROOT
+"""Most that one record moves a sum on the grid, in units of its clip norm."""
+Shapes = Mapping[str, torch.Size]
+"""Of the numbers in a sum, by name, in order."""
+MOST_UNITS = 2.0**52
+"""Sums of integers below it are exact in float64, in whatever order they are added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A grid with M steps in the clip norm; a function of public numbers alone.
+
+    Args:
+        numbers: most numbers in a sum, d.
+        steps: M, a power of two.
+    """
+
+    numbers: int
+    steps: int
+
+    @classmethod
+    def of(cls, numbers: int, noise_multiplier: float) -> "Grid":
+        """Grid for sums of up to so many numbers and noise of this multiplier."""
+        least = max(STEPS_PER_ROOT * math.sqrt(max(1, numbers)), LEAST_SCALE / noise_multiplier)
+        return cls(numbers=numbers, steps=2 ** math.ceil(math.log2(least)))
+
+    def facts(self) -> dict[str, float]:
+        """Everything that a ledger entry says of the grid and the noise on it."""
+        return {
+            "numbers": self.numbers,
+            "steps": self.steps,
+            "slack": SLACK,
+            "rounding": 1 / STEPS_PER_ROOT,
+            "log2_error": LOG2_ERROR,
+            "deviations": DEVIATIONS,
+        }
+
+    def units(self, total: Params | None, shapes: Shapes, clip_norm: float) -> Tensor:
+        """(d,) int64 sums in grid steps on the CPU, one name after another; 0 without records.
+
+        Raises:
+            PrivacyError: for more numbers than the grid is for, or a sum too large to be counted
+                exactly.
+        """
+        numbers = sum(map(math.prod, shapes.values()))
+        if numbers > self.numbers:
+            raise PrivacyError(
+                f"a private sum has {numbers} numbers, and its grid is for {self.numbers}; reserve "
+                "the steps for so many"
+            )
+        if total is None or not numbers:
+            return torch.zeros(numbers, dtype=torch.int64)
+        parts = [total[name].detach().flatten().cpu() for name in shapes]
+        units = torch.cat(parts).double().mul_(self.steps / clip_norm).round_()
+        if not float(units.abs().max()) < MOST_UNITS:
+            raise PrivacyError(
+                "a private sum is too large to be added exactly; use smaller batches or a smaller "
+                "model"
+            )
+        return units.long()
+
+    def values(
+        self, units: Tensor, shapes: Shapes, clip_norm: float, device: torch.device
+    ) -> Params:
+        """Sums by name, in float32: the conversion is the last thing that happens to them.
+
+        Args:
+            units: (d,) in grid steps, integers or not.
+        """
+        values = (units.double() * (clip_norm / self.steps)).float().to(device)
+        parts = torch.split(values, [math.prod(shape) for shape in shapes.values()])
+        named = zip(shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in named}

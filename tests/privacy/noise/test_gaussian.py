@@ -1,0 +1,223 @@
+"""The sampler of rounded Gaussian noise: its tables, its two paths, and what it draws."""
+
+import math
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+import pytest
+from scipy import stats
+
+from perdure.errors import PrivacyError
+from perdure.privacy.noise import gaussian
+from perdure.privacy.noise.gaussian import (
+    COMPILED_FROM,
+    PIECE,
+    _compiled,
+    _first_words,
+    _keeping,
+    add_rounded_gaussian,
+)
+from perdure.privacy.noise.table import (
+    COLUMN_BITS,
+    CUT_BITS,
+    DEVIATIONS,
+    LOG2_ERROR,
+    _counts,
+    gaussian_table,
+)
+
+SCALES = (64.0, 100.5, 700.0, 1.1 * 2**11, 1.1 * 2**21)
+mpmath.mp.prec = 300
+
+
+def words(seed):
+    """First words and further words of a draw, from a public generator."""
+    rng = np.random.default_rng(seed)
+
+    def stream(n_bytes):
+        return rng.integers(0, 2**64, n_bytes // 8, dtype=np.uint64).view(np.uint8)
+
+    def blocks(numbers):
+        mixed = numbers[:, 0] * np.uint64(2**33 + 1) + numbers[:, 1] + np.uint64(seed)
+        own = np.random.Generator(np.random.Philox(key=seed)).integers(
+            0, 2**64, (1 << 12, 2), dtype=np.uint64
+        )
+        return own[(mixed % np.uint64(1 << 12)).astype(np.int64)] ^ (
+            mixed[:, None] * np.uint64(0x9E3779B97F4A7C15)
+        )
+
+    return stream, blocks
+
+
+def drawn(n, scale, seed=0):
+    total = np.zeros(n, dtype=np.int64)
+    add_rounded_gaussian(total, gaussian_table(scale), *words(seed))
+    return total
+
+
+def probability(k, scale):
+    """P(k) of the rounded Gaussian, by the complementary error function in 300 bits."""
+    s = mpmath.mpf(scale) * mpmath.sqrt(2)
+    k = abs(int(k))
+    return (mpmath.erfc((2 * k - 1) / (2 * s)) - mpmath.erfc((2 * k + 1) / (2 * s))) / 2
+
+
+# ---- the tables, read back as rational numbers
+
+
+def outcome_probabilities(table):
+    """Exact probability of every cell, through all tables, as fractions."""
+    capacity = 2**CUT_BITS
+    first = [0] * (table.tail + 1)
+    for column in range(2**COLUMN_BITS):
+        cut = int(table.cut[column])
+        if cut:
+            first[column] += cut
+        if cut < capacity:
+            first[int(table.alias[column])] += capacity - cut
+    cells = [Fraction(count, 2**64) for count in first[:-1]]
+    mass = Fraction(first[-1], 2**64)
+    for number, ends in enumerate(table.ends):
+        counts = np.diff(np.array([-1, *map(int, ends)], dtype=object))
+        later = [mass * Fraction(int(count), 2**64) for count in counts]
+        if number < len(table.ends) - 1:
+            mass = later.pop()
+        cells += later
+    return cells
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("scale", SCALES)
+def test_table_probabilities_have_the_stated_relative_error(scale):
+    """Of the first integer of 200 cells, near and far, against 300 bits."""
+    table = gaussian_table(scale)
+    cells = outcome_probabilities(table)
+    assert sum(cells) == 1
+    width = 2**table.offset_bits
+    chosen = np.unique(np.linspace(0, len(cells) - 1, 200).astype(int))
+    # all draws that are kept, up to one factor: P(cell) / width is P(first integer)
+    ratios = [
+        mpmath.mpf(cells[j].numerator)
+        / cells[j].denominator
+        / width
+        / probability(j * width, scale)
+        for j in chosen
+    ]
+    spread = max(ratios) / min(ratios) - 1
+    assert spread < 2 * mpmath.mpf(2) ** LOG2_ERROR
+    assert table.log2_error <= LOG2_ERROR
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("scale", [700.0, 1.1 * 2**21, 2.0**38])
+def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
+    table = gaussian_table(scale)
+    width = 2**table.offset_bits
+    cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)
+    offsets = np.tile([0, width // 3, width // 2, width - 2, width - 1], 5)
+    kept = _keeping(cells, offsets, table)
+    for cell, offset, value in zip(cells, offsets, kept, strict=True):
+        first = int(cell) * width
+        exact = probability(first + int(offset), scale) / probability(first, scale)
+        assert abs(int(value) / mpmath.mpf(2) ** 63 / exact - 1) < mpmath.mpf(2) ** -47
+
+
+def test_early_decisions_agree_with_the_exact_ones():
+    """What is kept at once would be kept by the exact comparison, at every place of the cell."""
+    for scale in SCALES[2:]:
+        table = gaussian_table(scale)
+        cells = np.arange(table.tail)
+        last = np.full(len(cells), 2**table.offset_bits - 1)
+        least = _keeping(cells, last, table)
+        assert (table.early[: table.tail].astype(np.uint64) << np.uint64(51) <= least).all()
+        assert table.early[table.tail] == 0
+
+
+def test_counts_are_within_one_of_their_shares():
+    weights = [3, 10**40, 7**30, 1, 2**120]
+    counts = _counts(weights)
+    assert sum(counts) == 2**64
+    assert all(
+        abs(c - Fraction(w * 2**64, sum(weights))) < 1 for c, w in zip(counts, weights, strict=True)
+    )
+
+
+@pytest.mark.parametrize("scale", [63.9, 2.0**39 * 1.01, math.nan, math.inf])
+def test_a_scale_outside_the_tables_is_refused(scale):
+    with pytest.raises(PrivacyError, match="allowed: 64 to 2\\^39"):
+        gaussian_table(scale)
+
+
+# ---- the two paths
+
+
+@pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
+def test_the_compiled_path_gives_the_same_integers(scale):
+    """Also of words that are all zeros, all ones, and ties of thresholds."""
+    table = gaussian_table(scale)
+    small = (table.cut >> np.uint64(CUT_BITS - table.cut_bits), table.alias, table.early)
+    own = np.random.default_rng(1).integers(0, 2**64, 5000, dtype=np.uint64)
+    columns = np.arange(2048, dtype=np.uint64)
+    ties = columns | small[0][:2048] << np.uint64(64 - table.cut_bits)
+    own = np.concatenate([own, ties, np.array([0, 2**64 - 1], dtype=np.uint64)])
+    results = []
+    for path in (_first_words, _compiled()):
+        out = np.arange(len(own))
+        open_at = np.empty(PIECE, dtype=np.int64)
+        left = path(own, out, open_at, *small, table.offset_bits)
+        results.append((out, open_at[:left].copy()))
+    (mine, mine_open), (theirs, theirs_open) = results
+    assert np.array_equal(mine, theirs) and np.array_equal(mine_open, theirs_open)
+    assert set(range(5000, 5000 + 2048)) <= set(mine_open.tolist())
+
+
+def test_a_draw_in_pieces_gives_the_same_integers(monkeypatch):
+    n = COMPILED_FROM - 1
+    whole = drawn(n, 1.1 * 2**21)
+    monkeypatch.setattr(gaussian, "PIECE", 100)
+    assert np.array_equal(drawn(n, 1.1 * 2**21), whole)
+
+
+# ---- what is drawn. Deterministic; under fresh words each comparison fails with probability 1e-6
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("scale", "bins"), [(64.0, 200), (700.0, 2000)])
+def test_every_integer_has_its_frequency(scale, bins):
+    n = 1_000_000
+    k = np.arange(-bins, bins + 1)
+    expected = stats.norm.cdf((k + 0.5) / scale) - stats.norm.cdf((k - 0.5) / scale)
+
+    def p_value(p):
+        values = drawn(n, scale)
+        counts = np.bincount(values[np.abs(values) <= bins] + bins, minlength=len(k))
+        observed = np.append(counts, n - counts.sum())
+        return stats.chisquare(observed, np.append(p, 1 - p.sum()) * n).pvalue
+
+    assert p_value(expected) > 1e-6
+    wrong = np.where(k % 2 == 0, 1.02, 0.98) * expected
+    assert p_value(wrong / wrong.sum() * expected.sum()) < 1e-6
+
+
+@pytest.mark.statistical
+def test_moments_and_tails_are_those_of_the_gaussian():
+    """A scale off by 1 % or a tail off by a tenth would be rejected."""
+    z = drawn(1_000_000, 1.1 * 2**21) / (1.1 * 2**21)
+    assert abs(z.mean()) < 5e-3 and z.std() == pytest.approx(1, abs=4e-3)
+    assert stats.kstest(z[:200_000], "norm").pvalue > 1e-6
+    for t in (1, 2, 3, 4):
+        beyond = int((np.abs(z) > t).sum())
+        p = 2 * stats.norm.sf(t)
+        assert stats.binomtest(beyond, len(z), p).pvalue > 1e-6
+        if t < 4:
+            assert stats.binomtest(beyond, len(z), 1.1 * p).pvalue < 1e-3
+
+
+def test_the_farthest_tail_can_be_drawn():
+    """Words that choose the tail of every table give an integer beyond 15 deviations."""
+    table = gaussian_table(1.1 * 2**21)
+    places = np.arange(4)
+    ones = np.uint64(2**64 - 1)
+    cell = gaussian._in_tail(places, 0, table, lambda numbers: np.full_like(numbers, ones))
+    assert (cell * 2**table.offset_bits / (1.1 * 2**21) > DEVIATIONS).all()
