@@ -19,6 +19,7 @@ from torch import Tensor
 
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
+from perdure.utils.seeding import Seed, drawing_from
 
 Change = Callable[[Tensor], Tensor]
 """One record's input, without batch dimension, to a random version of it; draws by `torch.rand` and
@@ -47,10 +48,14 @@ class Views:
         if self.count < 1:
             raise ConfigError.of("views.count", self.count, "1 or more")
 
-    def attach(self, batch: Batch, seed: int) -> Batch:
-        """Put the views beside the rows, where `losses` finds them."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    def attach(self, batch: Batch, seed: Seed) -> Batch:
+        """Put the views beside the rows, where `losses` finds them.
+
+        Args:
+            batch: the rows.
+            seed: of the draws; secret bytes under privacy.
+        """
+        with drawing_from(seed, batch.inputs.device):
             each = torch.func.vmap(self.change, randomness="different")
             views = {f"stored.{NAME}{k}": each(batch.inputs) for k in range(self.count)}
         return Batch.from_tensors(batch.tensors() | views)

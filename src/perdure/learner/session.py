@@ -5,6 +5,7 @@ so a strategy sees the same calls in the same order wherever it runs.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,7 @@ from perdure.queries.batch_gradients import with_penalty
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import trainable_parameters
-from perdure.utils.seeding import derive
+from perdure.utils.seeding import Seed, derive, drawing_from, generator_from
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step")
 
@@ -199,13 +200,10 @@ class Session:
     def sample(self, step: int) -> Batch:
         """Return the rows of one step: by coins under privacy, else shuffled, new beside stored."""
         self.position.step = step
-        self._seed_layers(step)
-        return self.held.sample(step)
-
-    def _seed_layers(self, step: int) -> None:
-        if self._stochastic:
+        if self._stochastic and self.private_sum is None:
             # Dropout draws from torch's global generator: give it its own place in every step.
-            torch.manual_seed(self.seed_of("layers", step))
+            torch.manual_seed(derive(*self._place("layers", step)))
+        return self.held.sample(step)
 
     def backward(self, batch: Batch) -> None:
         """Fill `.grad` of the trained parameters: gradient, penalty, projection.
@@ -214,20 +212,25 @@ class Session:
             batch: rows that `sample` returned for the present step.
         """
         step = self.position.step
-        changed = self._varied(batch, step)
-        references = self.references()
-        gradient = None
+        with self._drawing(step):
+            changed = self._varied(batch, step)
+            references = self.references()
+            gradient = self._released(changed, step)
         while gradient is None:
-            try:
-                gradient = self.curator.gradient(self.losses, self.trained, changed, step)
-            except ChangedSumError:
-                # The step was charged again, and other coins decide who is in it.
-                self._seed_layers(step)
-                batch = self.held.draw(step)
-                changed = self._varied(batch, step)
+            # The step was charged again, and other coins decide who is in it.
+            batch = self.held.draw(step)
+            with self._drawing(step):
+                gradient = self._released(self._varied(batch, step), step)
         self.notify("step.gradient")
         self.observe(batch)
         self.set_gradients(gradient, self.penalty(), references)
+
+    def _released(self, batch: Batch, step: int) -> Params | None:
+        """Return the gradient of a step; None where the step was charged again."""
+        try:
+            return self.curator.gradient(self.losses, self.trained, batch, step)
+        except ChangedSumError:
+            return None
 
     def _varied(self, batch: Batch, step: int) -> Batch:
         """Return the rows under attack, with their views."""
@@ -316,7 +319,7 @@ class Session:
         """
         assert self.adversary is not None
         fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
-        rng = torch.Generator().manual_seed(self.seed_of("adversary", step))
+        rng = generator_from(self.seed_of("adversary", step))
 
         def losses(inputs: Tensor) -> Tensor:
             return self.losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": inputs}))
@@ -324,10 +327,24 @@ class Session:
         inputs = self.adversary.perturb(losses, batch.inputs, generator=rng)
         return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
 
-    def seed_of(self, purpose: str, step: int) -> int:
+    def seed_of(self, purpose: str, step: int) -> Seed:
         """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""
-        seed = self.private_sum.secret(purpose, step) if self.private_sum else self.seed
-        return derive(seed, purpose, self.client, self.position.experience, step)
+        if self.private_sum:
+            return self.private_sum.secret(purpose, step)
+        return derive(*self._place(purpose, step))
+
+    def _place(self, purpose: str, step: int) -> tuple[int, str, int, int, int]:
+        return self.seed, purpose, self.client, self.position.experience, step
+
+    def _drawing(self, step: int) -> AbstractContextManager[None]:
+        """Let everything that a private step draws through torch start from the secret.
+
+        Whatever modules a model has: dropout inside attention or a recurrent layer and
+        `F.dropout` in a forward pass are not seen from outside. Without privacy `sample` seeds.
+        """
+        if self.private_sum is None:
+            return nullcontext()
+        return drawing_from(self.seed_of("layers", step), self.device)
 
     def _detached(self) -> Params:
         return {name: value.detach().clone() for name, value in self.params.items()}

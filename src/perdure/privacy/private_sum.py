@@ -25,6 +25,7 @@ from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.settings import Privacy
 from perdure.types import Params, Tensors
 from perdure.utils.hashing import JSONValue, canonical_text, digest
+from perdure.utils.seeding import SECRET_BYTES
 
 Clipped = Callable[[Clip], Params | None]
 """From the bound on a record to the clipped sum over records; None where there is no record."""
@@ -271,15 +272,19 @@ class PrivateSum:
         """
         return self._key.tags(ids, purpose=purpose)
 
-    def secret(self, purpose: str, step: int) -> str:
-        """Seed of what records draw at random inside a step.
+    def secret(self, purpose: str, step: int) -> bytes:
+        """Secret bytes from which records draw at random inside a step.
 
         Examples are dropout, views and the start of an attack.
 
         Such draws go by a row's place in the batch. Were they public, one record more would hand
         the others known, other draws, and the sum would move by more than the clip norm.
+
+        Returns:
+            `SECRET_BYTES` bytes, all of which `perdure.utils.seeding.generator_from` uses.
         """
-        return self._key.mac(f"seed of {purpose} for {self._paid(step).paid_by}".encode())
+        entry = self._paid(step).paid_by
+        return self._key.stream(purpose=f"draws of {purpose}", entry=entry, step=step)(SECRET_BYTES)
 
     def gradient(self, clipped: Clipped, params: Params, *, step: int) -> Params:
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.

@@ -1,7 +1,9 @@
 """Randomness that is a function of one seed and of where it is used, never of what ran before.
 
 So a resumed run needs no generator state: it derives the same numbers again.
-Private noise and coins do not come from here: see `perdure.privacy.noise.key`.
+Private noise and coins do not come from here: see `perdure.privacy.noise.key`. What a private step
+draws through torch (dropout, views, attack starts) starts from secret bytes of that key, all of
+which count: see `generator_from`.
 """
 
 import hashlib
@@ -9,6 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from perdure.errors import ConfigError
+
+Seed = int | bytes
+"""A number that anyone may know, or at least `SECRET_BYTES` secret bytes."""
+
+SECRET_BYTES = 32
+TWISTER_WORDS = 624
+# torch's state of a CPU generator: seed, words left and next word take 24 bytes before the words,
+# each of 32 bits in eight bytes; what is cached of normal numbers follows.
+TWISTER_START = 24
+TWISTER_STATE_BYTES = 5056
 
 
 def derive(seed: int | str, *where: object) -> int:
@@ -20,6 +35,67 @@ def derive(seed: int | str, *where: object) -> int:
 def generator(seed: int, *where: object) -> torch.Generator:
     """CPU generator for one place."""
     return torch.Generator().manual_seed(derive(seed, *where))
+
+
+def generator_from(seed: Seed) -> torch.Generator:
+    """CPU generator that starts from a number, or from every bit of secret bytes.
+
+    torch's CPU generator keeps 32 bits of the number that `manual_seed` is given, so that a secret
+    start could be guessed. Secret bytes fill its whole state of 19,968 bits instead.
+
+    >>> generator_from(7).initial_seed()
+    7
+    >>> first, second = (generator_from(bytes(31) + last) for last in (b"0", b"1"))
+    >>> bool((torch.rand(9, generator=first) == torch.rand(9, generator=second)).any())
+    False
+    """
+    fresh = torch.Generator()
+    if isinstance(seed, int):
+        return fresh.manual_seed(seed)
+    fresh.set_state(_twister_state(seed))
+    return fresh
+
+
+@contextmanager
+def drawing_from(seed: Seed, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Let torch's global generators draw from `seed`; the processor's is left as it was.
+
+    With secret bytes the generator of `device` is left as it was, too, so that what is drawn
+    afterwards tells nothing of them. An accelerator's generator (Philox) keeps 64 bits.
+    """
+    place = torch.device(device)
+    if isinstance(seed, int):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+        return
+    module = None if place.type == "cpu" else torch.get_device_module(place)
+    here = [] if module is None else [place if place.index is not None else module.current_device()]
+    with torch.random.fork_rng(devices=here, device_type="cuda" if not here else place.type):
+        torch.default_generator.set_state(_twister_state(seed))
+        if module is not None:
+            module.manual_seed(int.from_bytes(hashlib.sha256(seed).digest()[:8], "big"))
+        yield
+
+
+def _twister_state(secret: bytes) -> Tensor:
+    """State of torch's CPU generator whose words are SHAKE-256 of the secret.
+
+    Raises:
+        ConfigError: for fewer than `SECRET_BYTES` bytes, or a torch whose state has another layout.
+    """
+    if len(secret) < SECRET_BYTES:
+        raise ConfigError.of("secret", f"{len(secret)} bytes", f"{SECRET_BYTES} or more")
+    state = torch.Generator().manual_seed(0).get_state()
+    if len(state) != TWISTER_STATE_BYTES:
+        given = f"{len(state)} bytes in torch {torch.__version__}"
+        allowed = f"{TWISTER_STATE_BYTES}, the layout this version knows; use another torch"
+        raise ConfigError.of("state of a CPU generator", given, allowed)
+    words = bytearray(hashlib.shake_256(secret).digest(4 * TWISTER_WORDS))
+    wide = torch.zeros(TWISTER_WORDS, 8, dtype=torch.uint8)
+    wide[:, :4] = torch.frombuffer(words, dtype=torch.uint8).view(TWISTER_WORDS, 4)
+    state[TWISTER_START : TWISTER_START + 8 * TWISTER_WORDS] = wide.flatten()
+    return state
 
 
 @contextmanager
