@@ -88,6 +88,7 @@ def scattered(data: Dataset) -> Stream:
         experiences=(whole,),
         num_classes=data.num_classes,
         input_shape=tuple(train.inputs.shape[1:]),
+        assigned_by_record=True,
     )
 
 

@@ -141,6 +141,7 @@ def perdure(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
         experiences=(experience,),
         num_classes=CLASSES,
         input_shape=(1, 28, 28),
+        assigned_by_record=True,
     )
     learner = Learner(
         model=model,

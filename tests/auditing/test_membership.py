@@ -99,6 +99,7 @@ def trainer(privacy=None, iterations=80, learning_rate=0.01):
                 experiences=(only,),
                 num_classes=10,
                 input_shape=(1, 8, 8),
+                assigned_by_record=True,
             )
         )
         learner.begin(0)

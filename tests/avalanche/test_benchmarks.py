@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from helpers.toy_data import places
 from perdure.avalanche.benchmarks import from_avalanche
 from perdure.data.records import Records
-from perdure.data.scenarios import split
+from perdure.data.scenarios import online, split
 from perdure.errors import ConfigError, DataError
 
 # ---------------------------------------------------------------- Avalanche
@@ -174,3 +174,29 @@ def test_what_is_no_benchmark_of_tensors_is_refused(toy, avalanche):
     )
     with pytest.raises(DataError, match="eval_transform"):
         from_avalanche(pictures)
+
+
+@pytest.mark.reference
+def test_a_benchmark_that_leaves_records_out_does_not_say_by_what_rule(toy, avalanche):
+    from avalanche.benchmarks.scenarios import benchmark_with_validation_stream
+
+    benchmark = avalanche.nc_benchmark(
+        tensors(toy.train), tensors(toy.test), 2, task_labels=False, shuffle=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cut = benchmark_with_validation_stream(benchmark, validation_size=0.25, shuffle=True)
+    assert from_avalanche(benchmark).assigned_by_record is True
+    assert from_avalanche(cut).assigned_by_record is None
+    assert from_avalanche(cut, assigned_by_record=True).assigned_by_record is True
+
+
+@pytest.mark.reference
+def test_a_benchmark_takes_declared_sizes_and_has_positions_for_ids(toy, avalanche):
+    benchmark = avalanche.nc_benchmark(
+        tensors(toy.train), tensors(toy.test), 2, task_labels=False, shuffle=False
+    )
+    stream = from_avalanche(benchmark, declared_size=[210, 190])
+    assert [e.train.declared_size for e in stream] == [210, 190]
+    assert all(e.train.size_counted for e in from_avalanche(benchmark))
+    assert online(stream, chunk=10, exact=False).assigned_by_record is False

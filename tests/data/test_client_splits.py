@@ -61,7 +61,8 @@ def test_test_records_stay_whole_and_the_stream_keeps_its_facts(stream):
     part = dirichlet(stream, clients=4, alpha=1.0)[0]
     assert all(mine.test is whole.test for mine, whole in zip(part, stream, strict=True))
     assert (part.num_classes, part.scenario, part.input_shape) == (10, "class", stream.input_shape)
-    assert part.assigned_by_record
+    assert part.assigned_by_record is False
+    assert dirichlet(stream, clients=4, alpha=1.0, exact=False)[0].assigned_by_record is True
 
 
 def test_the_same_seed_gives_the_same_split_and_another_one_does_not(stream):
@@ -140,3 +141,70 @@ def test_one_record_less_moves_no_other():
 def test_values_out_of_range_are_refused_by_name(stream, field, value):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         dirichlet(stream, **{"clients": 3, "alpha": 1.0, field: value})
+
+
+# ---------------------------------------------------------------- by the record's own hash
+
+
+def declared(streams):
+    """(clients, experiences) declared sizes."""
+    return torch.tensor([[e.train.declared_size for e in stream] for stream in streams])
+
+
+def test_a_minimum_size_is_met_by_the_public_shares(stream):
+    plain, evened = (
+        dirichlet(stream, clients=10, alpha=0.1, min_size=m, seed=1, exact=False) for m in (1, 12)
+    )
+    assert declared(plain).min() < 12 <= declared(evened).min()
+    assert declared(evened).sum(0).tolist() == pytest.approx([len(e.train) for e in stream], abs=5)
+    # the sizes that come out are near those declared: classes of digits are about equal
+    gap = (sizes(evened) - declared(evened)).abs()
+    assert (gap <= 5 * declared(evened).sqrt() + 5).all()
+
+
+def test_shares_move_no_more_than_the_minimum_size_needs(stream):
+    plain, low = (dirichlet(stream, clients=4, alpha=5.0, min_size=m, exact=False) for m in (1, 2))
+    assert all(
+        torch.equal(a.train.ids, b.train.ids)
+        for one, other in zip(plain, low, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_client_sizes_follow_the_declared_total_and_not_the_records(stream):
+    parts = iid(stream, clients=5, exact=False, declared_size=(1000, 500, 500, 500, 500))
+    assert declared(parts).tolist() == [[200, 100, 100, 100, 100]] * 5
+    less = replace(
+        stream,
+        experiences=tuple(
+            replace(e, train=e.train.take(torch.arange(40)).declared(250)) for e in stream
+        ),
+    )
+    assert declared(iid(less, clients=5, exact=False)).unique().tolist() == [50]
+
+
+def test_client_sizes_may_be_declared_one_by_one(stream):
+    given = [[7, 8, 9, 10, 11], [20, 21, 22, 23, 24]]
+    parts = iid(stream, clients=2, exact=False, client_sizes=given)
+    assert declared(parts).tolist() == given
+    with pytest.raises(ConfigError, match=r"client_sizes = .* 2 rows, one a client, of 5 sizes"):
+        iid(stream, clients=2, exact=False, client_sizes=given[:1])
+
+
+def test_a_minimum_size_above_the_declared_records_is_refused(stream):
+    with pytest.raises(ConfigError, match=r"min_size = 11 .* at most 10: experience 1 has 40 decl"):
+        iid(stream, clients=4, min_size=11, exact=False, declared_size=(44, 40, 44, 44, 44))
+
+
+@pytest.mark.parametrize("given", [{"declared_size": 100}, {"client_sizes": [[1] * 5] * 2}])
+def test_sizes_are_not_declared_where_they_are_exact(stream, given):
+    with pytest.raises(ConfigError, match=r"None with exact=True.*say exact=False"):
+        iid(stream, clients=2, **given)
+
+
+def test_copies_of_a_record_stay_with_one_client_by_hash():
+    for scenario in ("domain", "task"):
+        again = permuted(digits(), experiences=3, scenario=scenario)
+        for part in dirichlet(again, clients=4, alpha=0.2, min_size=10, exact=False):
+            first, *later = ((sorted(e.train.ids.tolist()), e.train.declared_size) for e in part)
+            assert all(other == first for other in later)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from perdure.data import adult, mnist
+from perdure.data import cifar10 as load_cifar10
 from perdure.data.datasets import base as datasets
 from perdure.data.datasets import cifar10, find, names
 from perdure.data.datasets.base import Dataset
@@ -297,6 +299,7 @@ def test_adult_is_encoded_with_declared_ranges_and_categories(small_adult):
     [
         ("Bachelors", "Wizard", "line 2 has an unknown category 'Wizard'"),
         ("39,", "old,", "line 2 has age = 'old'"),
+        ("39,", "nan,", "line 2 has age = 'nan'"),
         ("<=50K", "lots", "line 2 has income 'lots'"),
         (", Male", "", "line 2 has 14 columns"),
     ],
@@ -426,3 +429,26 @@ def test_a_data_set_outside_is_named_by_module_and_function(twins):
 def test_a_config_refuses_an_unknown_data_set():
     with pytest.raises(ConfigError, match=r"name = 'mnits' is not allowed; .* mean 'mnist'\?"):
         DataConfig(name="mnits")
+
+
+# ---------------------------------------------------------------- declared sizes and ids
+
+
+def test_every_data_set_takes_a_declared_size(small_mnist, small_adult, small_zip):
+    made = [
+        digits(declared_size=1300),
+        breast_cancer(declared_size=1300),
+        mnist(small_mnist, declared_size=1300),
+        adult(small_adult, declared_size=1300),
+        load_cifar10(small_zip, declared_size=1300),
+        load("digits", declared_size=1300),
+    ]
+    assert [data.train.declared_size for data in made] == [1300] * 6
+    assert not any(data.train.size_counted for data in made)
+    assert digits().train.size_counted and load("digits").train.size_counted
+    assert digits().train.declared_size == len(digits().train)
+
+
+def test_ids_of_published_tables_are_their_own(small_mnist, small_adult):
+    made = (digits(), breast_cancer(), mnist(small_mnist), adult(small_adult))
+    assert not any(data.train.ids_by_position for data in made)

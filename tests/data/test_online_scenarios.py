@@ -105,7 +105,8 @@ def test_one_record_changes_one_hashed_piece_but_many_exact_ones(toy):
 
 
 def test_hashed_pieces_declare_the_size_met_on_average(toy):
-    stream = online(split(toy, scenario="class", experiences=1), chunk=20, exact=False)
+    parent = split(toy, scenario="class", experiences=1, declared_size=400)
+    stream = online(parent, chunk=20, exact=False)
     assert {experience.train.declared_size for experience in stream} == {20}
     assert stream.assigned_by_record
     assert len({len(experience.train) for experience in stream}) > 1

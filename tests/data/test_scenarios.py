@@ -11,7 +11,7 @@ from perdure.data.datasets.breast_cancer import breast_cancer
 from perdure.data.datasets.digits import digits
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
-from perdure.data.scenarios import online, permute, permuted, rotate, rotated, split
+from perdure.data.scenarios import blurry, online, permute, permuted, rotate, rotated, split
 from perdure.errors import ConfigError, DataError
 
 # ---------------------------------------------------------------- split
@@ -268,3 +268,83 @@ def test_experiences_are_numbered_in_order(toy):
             num_classes=4,
             input_shape=(1, 4, 6),
         )
+
+
+# ---------------------------------------------------------------- declared sizes
+
+
+def sizes(stream):
+    return [(e.train.declared_size, e.train.size_counted) for e in stream]
+
+
+def declaring(toy, size):
+    return replace(toy, train=toy.train.declared(size))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda data, **size: split(data, scenario="class", experiences=2, **size),
+        lambda data, **size: split(data, scenario="domain", experiences=2, **size),
+        lambda data, **size: blurry(data, experiences=2, **size),
+        lambda data, **size: permuted(data, experiences=2, **size),
+        lambda data, **size: rotated(data, angles=(0.0, 90.0), **size),
+    ],
+)
+def test_every_splitter_takes_a_declared_size(toy, build):
+    assert {counted for _, counted in sizes(build(toy))} == {True}
+    assert sizes(build(toy, declared_size=77)) == [(77, False)] * 2
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(ConfigError, match=r"declared_size = .* whole numbers from 1"):
+            build(toy, declared_size=wrong)
+
+
+def test_sizes_may_differ_between_experiences(toy):
+    stream = split(toy, scenario="class", experiences=2, declared_size=[90, 110])
+    assert sizes(stream) == [(90, False), (110, False)]
+    with pytest.raises(ConfigError, match=r"declared_size = \(90,\) .* or 2, one an experience"):
+        split(toy, scenario="class", experiences=2, declared_size=(90,))
+
+
+def test_sizes_follow_from_what_the_data_set_declares_and_public_shares(toy):
+    data = declaring(toy, 1000)
+    assert sizes(split(data, scenario="class", experiences=4)) == [(250, False)] * 4
+    assert sizes(permuted(data, experiences=3)) == [(1000, False)] * 3
+    # a tenth of each blurry class leaves: of 250 records, 25 are expected in the other experience
+    stream = blurry(data, experiences=2, blurry_share=0.1, disjoint_share=0.75, seed=3)
+    come = [
+        25 * len(set(e.classes) - home) for e, home in zip(stream, ({0, 1}, {2, 3}), strict=True)
+    ]
+    assert sorted(come) == [0, 25]
+    expected = [500 + come[0] - come[1], 500 + come[1] - come[0]]
+    assert [size for size, _ in sizes(stream)] == expected
+
+
+def test_records_know_a_declared_size_from_a_counted_one(toy):
+    train = toy.train
+    assert train.size_counted and train.take(torch.arange(5)).size_counted
+    declared = train.declared(400)
+    assert not declared.size_counted and not declared.to("cpu").size_counted
+    assert declared.take(torch.arange(5)).size_counted
+    assert train.declared(None) is train
+    assert not replace(train, declared_size=401).size_counted
+
+
+def test_records_know_their_own_ids_from_positions():
+    rows = {"inputs": torch.zeros(3, 2), "labels": torch.zeros(3).long()}
+    plain = Records(**rows)
+    own = Records(**rows, ids=torch.tensor([4, 9, 2]))
+    assert plain.ids_by_position and plain.take(torch.tensor([1])).ids_by_position
+    assert not own.ids_by_position and not own.take(torch.tensor([1])).ids_by_position
+
+
+def test_a_stream_by_hand_does_not_say_how_records_were_placed(toy):
+    part = split(toy, scenario="class", experiences=1)
+    stream = Stream(
+        name="mine",
+        scenario="class",
+        experiences=part.experiences,
+        num_classes=4,
+        input_shape=toy.input_shape,
+    )
+    assert stream.assigned_by_record is None

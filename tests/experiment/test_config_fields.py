@@ -76,6 +76,7 @@ WRONG = {
     ("data", "scenario"): CHOICES,
     ("data", "experiences"): COUNTS,
     ("data", "shuffle_classes"): SWITCH,
+    ("data", "declared_size"): COUNTS,
     ("model", "name"): CHOICES,
     ("model", "hidden"): ("64", "[0]", "[-4]", "[1.5]", "[true]", '["a"]', "[[4]]", "[nan]"),
     ("model", "activation"): CHOICES,

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from perdure.data.experience import Experience, Stream
+from perdure.data.experience import Experience, Stream, size_of_each
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
 from perdure.types import Scenario
 
 
-def from_avalanche(benchmark: Any) -> Stream:
+def from_avalanche(
+    benchmark: Any,
+    *,
+    declared_size: int | Sequence[int] | None = None,
+    assigned_by_record: bool | None = None,
+) -> Stream:
     """Take any Avalanche benchmark of classification with a train and a test stream.
 
     Inputs are what Avalanche's *eval* transforms give, for both streams: a tensor that stays on its
@@ -29,11 +35,19 @@ def from_avalanche(benchmark: Any) -> Stream:
 
     Guarantee: ids are indices into the source, so a record keeps its identity in whatever
     experiences it turns up. Experiences are disjoint partitions where their classes are disjoint;
-    otherwise all share one partition and their uses compose. A random cut of the records themselves
-    is not `assigned_by_record`. The classes that the benchmark lists count as declared public.
+    otherwise all share one partition and their uses compose. The classes that the benchmark lists
+    count as declared public. Places follow from labels where classes are disjoint and no record of
+    a source was left out; from nothing where every experience has all records. A random cut of the
+    records themselves is not `assigned_by_record`. Where records were left out (a validation
+    stream, say), nobody can tell by what rule: the stream does not say, and privacy refuses it
+    until `assigned_by_record` does.
 
     Args:
         benchmark: of Avalanche 0.6, with `streams["train"]` and `streams["test"]`.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: the realised one.
+        assigned_by_record: whether a record's experience depends on the record and public facts
+            alone, where the benchmark does not show it; see `Stream`.
 
     Raises:
         ConfigError: for something else.
@@ -43,16 +57,25 @@ def from_avalanche(benchmark: Any) -> Stream:
     sources = _Sources()
     tasks = task_labels(benchmark)
     parts = [sources.records(part.dataset) for part in train]
+    shown = torch.cat([part.ids for part in parts])
+    whole = sources.seen == len(torch.unique(shown))
     measured = [sources.records(part.dataset) for part in test]
     classes = [
         tuple(sorted(int(label) for label in part.dataset.targets.uniques)) for part in train
     ]
     offsets = _offsets(tasks, classes)
     disjoint = sum(map(len, classes)) == len(set().union(*classes))
+    if assigned_by_record is None and (disjoint or _same_records(parts)):
+        assigned_by_record = True if whole else None
+    elif assigned_by_record is None:
+        assigned_by_record = False
+    sizes = size_of_each(declared_size, len(parts))
     experiences = tuple(
         Experience(
             index=e,
-            train=_shifted(part, offsets[e], f"experience-{e}" if disjoint else "avalanche"),
+            train=_shifted(
+                part.declared(sizes[e]), offsets[e], f"experience-{e}" if disjoint else "avalanche"
+            ),
             test=_shifted(
                 _of_classes(measured[min(e, len(test) - 1)], classes[e]),
                 offsets[e],
@@ -68,7 +91,7 @@ def from_avalanche(benchmark: Any) -> Stream:
         experiences=experiences,
         num_classes=1 + max(label for experience in experiences for label in experience.classes),
         input_shape=tuple(parts[0].inputs.shape[1:]),
-        assigned_by_record=disjoint or _same_records(parts),
+        assigned_by_record=assigned_by_record,
     )
 
 
@@ -121,9 +144,7 @@ def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[i
 
 def _shifted(records: Records, offset: int, partition: str) -> Records:
     """Records with `offset` added to their labels, as records of this partition."""
-    return Records(
-        inputs=records.inputs, labels=records.labels + offset, ids=records.ids, partition=partition
-    )
+    return replace(records, labels=records.labels + offset, partition=partition)
 
 
 def _of_classes(records: Records, classes: tuple[int, ...]) -> Records:
@@ -155,7 +176,12 @@ class _Sources:
         selected = _selected_at_once(with_eval_transforms, origins, transforms)
         inputs, labels = selected or _item_by_item(with_eval_transforms)
         ids = torch.tensor([self._first_id(source) + row for source, row in origins])
-        return Records(inputs=inputs, labels=labels, ids=ids)
+        return Records(inputs=inputs, labels=labels, ids=ids, ids_by_position=True)
+
+    @property
+    def seen(self) -> int:
+        """Number of records of all sources met so far, shown by an experience or not."""
+        return self._next
 
     def _first_id(self, source: Any) -> int:
         """Id of the source's first record; a source that was not met yet is given the next ids."""

@@ -3,19 +3,24 @@
 In a real federation the split is a fact; here it follows from a seed. A record's client is decided
 by a hash of its identity and by its label's shares, so that a record that turns up in several
 experiences stays with one client.
+
+With `exact`, the default, every client gets `min_size` records at least, if need be from another
+client: one record less moves others, which privacy does not allow. Without, the hash alone decides:
+one record less moves no other. Then a minimum size is met by the public shares, in expectation, and
+sizes are declared: given, or the shares of what the stream declares.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perdure.data.experience import Experience, Stream
+from perdure.data.experience import Experience, Stream, placed_again, size_of_each
 from perdure.data.records import Records
-from perdure.data.scenarios import public_coin
+from perdure.data.scenarios import hashable, public_coin
 from perdure.errors import ConfigError
 from perdure.utils.seeding import derive
 
@@ -24,28 +29,46 @@ Shares = Callable[[str, int], Tensor]
 
 
 def dirichlet(
-    stream: Stream, *, clients: int, alpha: float, min_size: int = 1, seed: int = 0
+    stream: Stream,
+    *,
+    clients: int,
+    alpha: float,
+    min_size: int = 1,
+    seed: int = 0,
+    exact: bool = True,
+    declared_size: int | Sequence[int] | None = None,
+    client_sizes: Sequence[Sequence[int]] | None = None,
 ) -> list[Stream]:
     """Split every experience over the clients by a Dirichlet distribution of label shares.
 
         shares of label y ~ Dir(alpha, ..., alpha)
         client(record) = the share its coin in [0, 1) falls into
 
-    Clients that end up with less than `min_size` records of an experience get some of the largest
-    client's, one at a time. Test records stay whole and public. Sizes are declared; partitions are
-    called client-3/experience-0.
+    With `exact`, clients that end up with less than `min_size` records of an experience get some of
+    the largest client's, one at a time, and declared sizes are the realised ones. Without, all
+    shares move towards 1 / clients, by the least that gives every client `min_size` expected
+    records. Test records stay whole and public. Partitions are called client-3/experience-0.
+
+    Guarantee: without `exact`, a record's client is a function of the record and public facts.
+    With it, it is not, and the streams say `assigned_by_record = False`.
 
     Args:
         stream: what is split.
         clients: how many.
         alpha: concentration; towards 0 every label belongs to one client, towards infinity all
             clients are alike.
-        min_size: records that every client has in every experience, at least.
+        min_size: records that every client has in every experience, at least; without `exact` in
+            expectation, every class of an experience counting the same.
         seed: of shares and coins, public.
+        exact: whether sizes are exact, or declared (needed under privacy).
+        declared_size: public number of records of an experience over all clients, one for all or
+            one each; only without `exact`. Default: the sizes that the stream declares.
+        client_sizes: public number of records of every client (outer) in every experience (inner);
+            only without `exact`. Default: the expected numbers.
 
     Raises:
-        ConfigError: for a value out of range, or an experience with fewer than clients * min_size
-            records.
+        ConfigError: for a value out of range, an experience with fewer than clients * min_size
+            records, or declared sizes with `exact`.
 
     Source: Hsu, Qi, Brown 2019, "Measuring the effects of non-identical data distribution for
     federated visual classification", section 3.
@@ -57,50 +80,200 @@ def dirichlet(
         draw = np.random.default_rng(derive(seed, "dirichlet", partition, label))
         return torch.from_numpy(draw.dirichlet(np.full(clients, alpha)))
 
-    return _split(stream, clients, min_size, seed, shares)
+    split = ClientSplit(clients=clients, min_size=min_size, seed=seed, shares=shares)
+    return split.of(stream, exact, declared_size, client_sizes)
 
 
-def iid(stream: Stream, *, clients: int, min_size: int = 1, seed: int = 0) -> list[Stream]:
+def iid(
+    stream: Stream,
+    *,
+    clients: int,
+    min_size: int = 1,
+    seed: int = 0,
+    exact: bool = True,
+    declared_size: int | Sequence[int] | None = None,
+    client_sizes: Sequence[Sequence[int]] | None = None,
+) -> list[Stream]:
     """Split every experience over the clients evenly.
 
-    Every record goes to each client with the same probability.
+    Every record goes to each client with the same probability. See `dirichlet` for the guarantee.
 
     Args:
         stream: what is split.
         clients: how many.
-        min_size: records that every client has in every experience, at least.
+        min_size: records that every client has in every experience, at least; without `exact` in
+            expectation.
         seed: of the coins, public.
+        exact: whether sizes are exact, or declared (needed under privacy).
+        declared_size: public number of records of an experience over all clients, one for all or
+            one each; only without `exact`. Default: the sizes that the stream declares.
+        client_sizes: public number of records of every client (outer) in every experience (inner);
+            only without `exact`. Default: the expected numbers.
 
     Raises:
-        ConfigError: for a value out of range, or an experience with fewer than clients * min_size
-            records.
+        ConfigError: for a value out of range, an experience with fewer than clients * min_size
+            records, or declared sizes with `exact`.
     """
-    return _split(
-        stream,
-        clients,
-        min_size,
-        seed,
-        lambda partition, label: torch.ones(clients).double() / clients,
+    split = ClientSplit(
+        clients=clients,
+        min_size=min_size,
+        seed=seed,
+        shares=lambda partition, label: torch.ones(clients).double() / clients,
     )
+    return split.of(stream, exact, declared_size, client_sizes)
 
 
-def _split(stream: Stream, clients: int, min_size: int, seed: int, shares: Shares) -> list[Stream]:
-    for field, value in (("clients", clients), ("min_size", min_size)):
-        if value < 1:
-            raise ConfigError.of(field, value, "whole numbers from 1")
-    homes: dict[str, dict[int, int]] = {}
-    owners = [
-        _owners(
-            e,
-            homes.setdefault(e.train.partition, {}),
-            clients,
-            min_size,
-            derive(seed, "owner"),
-            shares,
-        )
-        for e in stream
-    ]
-    return [_of_client(stream, owners, client) for client in range(clients)]
+@dataclass(frozen=True, kw_only=True)
+class ClientSplit:
+    """A way to split streams over clients.
+
+    Args:
+        clients: how many.
+        min_size: records that every client has in every experience, at least.
+        seed: of the coins, public.
+        shares: public shares of every label.
+    """
+
+    clients: int
+    min_size: int
+    seed: int
+    shares: Shares
+
+    def __post_init__(self) -> None:
+        for field in ("clients", "min_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError.of(field, getattr(self, field), "whole numbers from 1")
+
+    def of(
+        self,
+        stream: Stream,
+        exact: bool,
+        declared_size: int | Sequence[int] | None,
+        client_sizes: Sequence[Sequence[int]] | None,
+    ) -> list[Stream]:
+        """Return the clients' streams; see `dirichlet`."""
+        if not exact:
+            return self._by_record(stream, declared_size, client_sizes)
+        for field, value in (("declared_size", declared_size), ("client_sizes", client_sizes)):
+            if value is not None:
+                allowed = "None with exact=True, where sizes are the realised ones; say exact=False"
+                raise ConfigError.of(field, value, allowed)
+        homes: dict[str, dict[int, int]] = {}
+        coin = derive(self.seed, "owner")
+        owners = [
+            _owners(
+                e,
+                homes.setdefault(e.train.partition, {}),
+                self.clients,
+                self.min_size,
+                coin,
+                self.shares,
+            )
+            for e in stream
+        ]
+        whole = replace(stream, assigned_by_record=placed_again(stream, by_record=False))
+        unknown: list[int | None] = [None] * len(stream)
+        return [_of_client(whole, owners, client, unknown) for client in range(self.clients)]
+
+    def _by_record(
+        self,
+        stream: Stream,
+        declared_size: int | Sequence[int] | None,
+        client_sizes: Sequence[Sequence[int]] | None,
+    ) -> list[Stream]:
+        totals = [
+            e.train.declared_size if size is None else size
+            for e, size in zip(stream, size_of_each(declared_size, len(stream)), strict=True)
+        ]
+        tables = self._tables(stream, totals)
+        owners = []
+        homes: dict[str, dict[int, int]] = {}
+        for experience, table in zip(stream, tables, strict=True):
+            known = homes.setdefault(experience.train.partition, {})
+            owners.append(_hashed_owners(experience, known, table, derive(self.seed, "owner")))
+        sizes = self._declared(tables, totals, client_sizes)
+        whole = replace(stream, assigned_by_record=placed_again(stream, hashable(stream)))
+        return [
+            _of_client(whole, owners, client, [row[client] for row in sizes])
+            for client in range(self.clients)
+        ]
+
+    def _tables(self, stream: Stream, totals: Sequence[int]) -> list[Tensor]:
+        """Return (classes, clients) shares of the labels of every experience.
+
+        They have what `min_size` needs. Experiences of one partition have the same shares for the
+        same class (the copies of a record stay with one client), as far as that can be told from
+        declared facts.
+        """
+        first: dict[str, Experience] = {}
+        tables = []
+        evened: dict[str, float] = {}
+        for experience, total in zip(stream, totals, strict=True):
+            partition = experience.train.partition
+            # a permuted copy in a task-incremental stream has the labels of another task
+            origin = first.setdefault(partition, experience).classes
+            same = len(origin) == len(experience.classes)
+            keys = origin if same else experience.classes
+            table = torch.stack([self.shares(partition, key) for key in keys])
+            need = self._evening(experience, table.mean(0), total)
+            evened[partition] = max(evened.get(partition, 0.0), need)
+            tables.append(table)
+        return [
+            torch.lerp(table, torch.full_like(table, 1 / self.clients), evened[e.train.partition])
+            for e, table in zip(stream, tables, strict=True)
+        ]
+
+    def _evening(self, experience: Experience, expected: Tensor, total: int) -> float:
+        """Weight in [0, 1] of even shares that gives every client `min_size` expected records."""
+        if total < self.clients * self.min_size:
+            allowed = (
+                f"at most {total // self.clients}: experience {experience.index} has {total} "
+                f"declared records for {self.clients} clients"
+            )
+            raise ConfigError.of("min_size", self.min_size, allowed)
+        least = total * float(expected.min())
+        even = total / self.clients
+        if least >= self.min_size:
+            return 0.0
+        return min(1.0, (self.min_size - least) / (even - least))
+
+    def _declared(
+        self,
+        tables: Sequence[Tensor],
+        totals: Sequence[int],
+        client_sizes: Sequence[Sequence[int]] | None,
+    ) -> list[list[int]]:
+        """Return the declared size of every client (inner) in every experience (outer)."""
+        if client_sizes is None:
+            expected = [total * table.mean(0) for table, total in zip(tables, totals, strict=True)]
+            return [[max(1, round(size)) for size in row.tolist()] for row in expected]
+        shape = (len(client_sizes), *{len(row) for row in client_sizes})
+        if shape != (self.clients, len(tables)):
+            allowed = f"{self.clients} rows, one a client, of {len(tables)} sizes"
+            raise ConfigError.of("client_sizes", [list(row) for row in client_sizes], allowed)
+        return [list(column) for column in zip(*client_sizes, strict=True)]
+
+
+def _hashed_owners(
+    experience: Experience, homes: dict[int, int], table: Tensor, seed: int
+) -> Tensor:
+    """(n,) client of each training record, by its own hash and its label's row of `table`.
+
+    A record that was met before stays where it is: `homes` remembers it by record id.
+    """
+    records = experience.train
+    row_of = torch.zeros(max(experience.classes) + 1, dtype=torch.int64)
+    row_of[list(experience.classes)] = torch.arange(len(experience.classes))
+    coins = public_coin(records.ids, seed=seed)
+    # the last share ends at 1 up to rounding, and no coin may fall beyond it
+    bounds = table.cumsum(1)[row_of[records.labels.cpu()], :-1]
+    owners = (coins[:, None] >= bounds).sum(1)
+    ids = records.ids.tolist()
+    if homes:
+        known = [homes.get(i, owner) for i, owner in zip(ids, owners.tolist(), strict=True)]
+        owners = torch.tensor(known, dtype=torch.int64)
+    homes.update(zip(ids, owners.tolist(), strict=True))
+    return owners
 
 
 def _owners(
@@ -165,11 +338,13 @@ def _levelled(
     return owners
 
 
-def _of_client(stream: Stream, owners: list[Tensor], client: int) -> Stream:
+def _of_client(
+    stream: Stream, owners: list[Tensor], client: int, sizes: Sequence[int | None]
+) -> Stream:
     experiences = []
-    for experience, owner in zip(stream, owners, strict=True):
+    for experience, owner, size in zip(stream, owners, sizes, strict=True):
         train = experience.train
         mine = train.take(torch.nonzero(owner == client).flatten().to(train.inputs.device))
-        mine = replace(mine, partition=f"client-{client}/{train.partition}")
+        mine = replace(mine.declared(size), partition=f"client-{client}/{train.partition}")
         experiences.append(replace(experience, train=mine))
     return replace(stream, experiences=tuple(experiences))

@@ -1,6 +1,6 @@
 """Experiences and streams: what is learnt, in which order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +57,9 @@ class Stream:
         num_classes: full width of the head.
         input_shape: shape of one input.
         assigned_by_record: whether a record's place depends on the record and public facts alone.
-            Where it does not, a guarantee under add/remove adjacency does not hold.
+            Where it does not, a guarantee under add/remove adjacency does not hold. None where
+            nobody said: a stream made by hand has to say which it is before it is used under
+            privacy.
 
     Raises:
         ConfigError: for another scenario, no experiences, wrong numbering or classes outside the
@@ -71,7 +73,7 @@ class Stream:
     experiences: tuple[Experience, ...]
     num_classes: int
     input_shape: tuple[int, ...]
-    assigned_by_record: bool = True
+    assigned_by_record: bool | None = None
 
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:
@@ -118,3 +120,28 @@ class Stream:
             for experience in self
         )
         return replace(self, experiences=tuple(experiences))
+
+
+def placed_again(stream: Stream, by_record: bool) -> bool | None:
+    """Return `assigned_by_record` of a stream whose records were placed once more.
+
+    Args:
+        stream: before that.
+        by_record: whether the new place depends on the record and public facts alone.
+    """
+    return stream.assigned_by_record if by_record else False
+
+
+def size_of_each(declared_size: int | Sequence[int] | None, experiences: int) -> list[int | None]:
+    """Declared size of every experience: one number for all, or one each; None where none is given.
+
+    Raises:
+        ConfigError: for another number of sizes.
+    """
+    if declared_size is None or not isinstance(declared_size, Sequence):
+        return [declared_size] * experiences
+    if len(declared_size) != experiences:
+        raise ConfigError.of(
+            "declared_size", tuple(declared_size), f"a number, or {experiences}, one an experience"
+        )
+    return list(declared_size)

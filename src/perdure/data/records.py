@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from perdure.errors import DataError
+from perdure.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +25,9 @@ class Records:
         partition: name of the privacy history these records share.
         declared_size: the public size of the partition; it, never the realised one, enters sampling
             rates and normalisers. Default: n, which thereby is declared public.
+        size_counted: set here where no size was declared: `declared_size` follows the rows.
+        ids_by_position: set here where no ids were given: one row less would give the rows after
+            it other ids. Under privacy such ids place no record (see `perdure.data.scenarios`).
 
     Raises:
         DataError: when lengths or types do not fit.
@@ -35,6 +38,8 @@ class Records:
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     partition: str = "records"
     declared_size: int = 0
+    size_counted: bool = False
+    ids_by_position: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.inputs)
@@ -44,10 +49,14 @@ class Records:
             raise DataError(f"labels are {self.labels.dtype}; convert them with labels.long()")
         if len(self.ids) == 0 and n:
             object.__setattr__(self, "ids", torch.arange(n, device=self.inputs.device))
+            object.__setattr__(self, "ids_by_position", True)
         if len(self.ids) != n:
             raise DataError(f"{n} inputs but {len(self.ids)} ids; give one id per input")
         if self.declared_size <= 0:
             object.__setattr__(self, "declared_size", n)
+            object.__setattr__(self, "size_counted", True)
+        elif self.declared_size != n:
+            object.__setattr__(self, "size_counted", False)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -65,6 +74,18 @@ class Records:
         """
         rows = {name: getattr(self, name)[index] for name in ("inputs", "labels", "ids")}
         return replace(self, declared_size=0, **rows)
+
+    def declared(self, size: int | None) -> "Records":
+        """Return the same records with a declared size; None changes nothing.
+
+        Raises:
+            ConfigError: for a size below 1.
+        """
+        if size is None:
+            return self
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError.of("declared_size", size, "whole numbers from 1, or None")
+        return replace(self, declared_size=size, size_counted=False)
 
     def to(self, device: torch.device | str) -> "Records":
         """Return the same records on another device."""

@@ -11,8 +11,13 @@ Which privacy history (*partition*) a record belongs to is decided here:
 - Where the same record turns up in several experiences (permuted and rotated copies), its id and
   the partition of its origin stay with it: one image is one record, and its uses compose.
 - Where the place of a record depends on which *other* records are present (a cut after every so
-  many records), adding one record moves others. Such a stream says `assigned_by_record = False`,
-  and no guarantee under add/remove adjacency holds for it.
+  many records; a hash of ids that are positions; a number of pieces that follows the number of
+  records), adding one record moves others. Such a stream says `assigned_by_record = False`, and no
+  guarantee under add/remove adjacency holds for it.
+
+Sizes are public. Every splitter takes `declared_size`; where a data set declares the size of its
+training part, the sizes of experiences follow from it and from public shares, every class counting
+the same. Where nothing is declared, the realised sizes are declared public.
 """
 
 import math
@@ -25,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.data.datasets.base import Dataset
-from perdure.data.experience import Experience, Stream
+from perdure.data.experience import Experience, Stream, placed_again, size_of_each
 from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.types import SCENARIOS, Scenario
@@ -39,6 +44,7 @@ def split(
     experiences: int,
     class_order: Sequence[int] | None = None,
     seed: int | None = None,
+    declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
     """Cut the classes into equal slices, one experience each.
 
@@ -56,10 +62,13 @@ def split(
         class_order: the classes in the order of their arrival. Default: 0 .. C-1, or random by
             `seed`.
         seed: of a random class order.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: the share of its classes in the declared size of `data`, else the realised
+            one.
 
     Raises:
         ConfigError: for a class order that is no permutation or comes beside a seed; for unequal
-            slices.
+            slices; for other than one size, or one an experience.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
@@ -73,12 +82,14 @@ def split(
         position = torch.empty(data.num_classes, dtype=torch.int64)
         position[list(order)] = torch.arange(data.num_classes) % width
         parts = [_relabelled(part, position, tuple(range(width))) for part in parts]
+    sizes = _sizes(data, declared_size, [1 / experiences] * experiences)
     return Stream(
         name=f"split-{data.name}",
         scenario=scenario,
-        experiences=tuple(parts),
+        experiences=_with_sizes(parts, sizes),
         num_classes=width if scenario == "domain" else data.num_classes,
         input_shape=data.input_shape,
+        assigned_by_record=True,
     )
 
 
@@ -89,6 +100,7 @@ def permuted(
     seed: int = 0,
     first_identity: bool = True,
     scenario: Scenario = "domain",
+    declared_size: int | None = None,
 ) -> Stream:
     """Every experience holds all records, with the numbers of an input in another fixed order.
 
@@ -103,6 +115,8 @@ def permuted(
         first_identity: whether the first experience is left as it is.
         scenario: domain keeps the labels and a head over the C classes; task and class give
             experience e the labels y + e*C, and a head over C * experiences.
+        declared_size: public number of training records, all of which are in every experience.
+            Default: that of `data`.
 
     Raises:
         ConfigError: for no experiences or another scenario.
@@ -116,12 +130,16 @@ def permuted(
     orders = [torch.randperm(size, generator=generator) for _ in range(experiences)]
     if first_identity:
         orders[0] = torch.arange(size)
-    return _copies(
-        data, f"permuted-{data.name}", scenario, [partial(permute, order=order) for order in orders]
-    )
+    changes = [partial(permute, order=order) for order in orders]
+    return _copies(data, f"permuted-{data.name}", scenario, changes, declared_size)
 
 
-def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)) -> Stream:
+def rotated(
+    data: Dataset,
+    *,
+    angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0),
+    declared_size: int | None = None,
+) -> Stream:
     """Every experience holds all images, turned by another angle; domain-incremental.
 
     Guarantee: as for `permuted`, the uses of one image compose.
@@ -130,6 +148,8 @@ def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)
         data: the source, inputs (channels, height, width). A turned copy of all of it is held per
             angle.
         angles: degrees, counter-clockwise, one experience each.
+        declared_size: public number of training records, all of which are in every experience.
+            Default: that of `data`.
 
     Raises:
         ConfigError: for no angles, or inputs that are no images.
@@ -143,7 +163,7 @@ def rotated(data: Dataset, *, angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0)
     if not angles:
         raise ConfigError.of("angles", tuple(angles), "at least one angle in degrees")
     changes = [partial(rotate, degrees=angle) for angle in angles]
-    return _copies(data, f"rotated-{data.name}", "domain", changes)
+    return _copies(data, f"rotated-{data.name}", "domain", changes, declared_size)
 
 
 def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> Stream:
@@ -155,7 +175,9 @@ def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> 
     piece has `chunk` records (the last has the rest): the field's protocol, but one more record
     moves others into the next piece, so the stream says `assigned_by_record = False`. Without, a
     hash of the record's id and the seed picks the piece: sizes vary around `chunk`, and adding or
-    removing a record changes one piece only.
+    removing a record changes one piece only. That holds where the parent's size was declared, as
+    the number of pieces follows from it, and records came with ids; else the stream says
+    `assigned_by_record = False` too.
 
     Args:
         stream: the parent. `task` of a piece is the index of its parent.
@@ -176,7 +198,8 @@ def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> 
     experiences = tuple(
         replace(parent, index=index, train=piece) for index, (parent, piece) in enumerate(pieces)
     )
-    kept = stream.assigned_by_record and not exact
+    counted = any(parent.train.size_counted for parent in stream)
+    kept = placed_again(stream, not exact and not counted and hashable(stream))
     return replace(
         stream, name=f"online-{stream.name}", experiences=experiences, assigned_by_record=kept
     )
@@ -190,6 +213,7 @@ def blurry(
     disjoint_share: float = 0.0,
     class_order: Sequence[int] | None = None,
     seed: int = 0,
+    declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
     """Class-incremental slices with blurred boundaries.
 
@@ -199,7 +223,9 @@ def blurry(
     goes to one of the others, all alike. Test records stay with their class's own experience.
 
     Guarantee: both coins are a hash of the record's id and the public seed, so that the place is a
-    function of the record and public facts, and experiences are disjoint partitions.
+    function of the record and public facts, and experiences are disjoint partitions. Records
+    without ids of their own are hashed by their position, and the stream says
+    `assigned_by_record = False`.
 
     Args:
         data: the source.
@@ -209,10 +235,13 @@ def blurry(
             1].
         class_order: the classes in the order of their arrival. Default: 0 .. C-1.
         seed: public.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: the number expected from the shares and the declared size of `data`, else the
+            realised one.
 
     Raises:
         ConfigError: for a share outside [0, 1], a class order that is no permutation, slices of
-            unequal size.
+            unequal size, or other than one size, or one an experience.
 
     Source: Bang et al. 2021, "Rainbow memory", section 3; disjoint classes: Koh et al. 2022,
     "Online continual learning on class incremental blurry task configuration with anytime
@@ -230,15 +259,26 @@ def blurry(
     is_blurry[choice[: round(disjoint_share * data.num_classes)]] = False
     visitors: set[int] = set(is_blurry.nonzero().flatten().tolist()) if blurry_share else set()
     place = _blurred_place(data.train, home, is_blurry, blurry_share, seed)
-    parts = (
+    parts = [
         replace(
             part,
             train=_partition(data.train, place == part.index, part.index),
             classes=tuple(sorted({*part.classes, *visitors})),
         )
         for part in home
+    ]
+    sizes = _sizes(data, declared_size, _blurred_shares(home, is_blurry, blurry_share))
+    return replace(
+        home,
+        name=f"blurry-{data.name}",
+        experiences=_with_sizes(parts, sizes),
+        assigned_by_record=hashable(home),
     )
-    return replace(home, name=f"blurry-{data.name}", experiences=tuple(parts))
+
+
+def hashable(stream: Stream) -> bool:
+    """Return whether the training records came with ids, so that a hash of them is their own."""
+    return not any(experience.train.ids_by_position for experience in stream)
 
 
 def permute(inputs: Tensor, *, order: Tensor) -> Tensor:
@@ -321,7 +361,11 @@ def _relabelled(part: Experience, table: Tensor, classes: tuple[int, ...]) -> Ex
 
 
 def _copies(
-    data: Dataset, name: str, scenario: Scenario, changes: Sequence[Callable[[Tensor], Tensor]]
+    data: Dataset,
+    name: str,
+    scenario: Scenario,
+    changes: Sequence[Callable[[Tensor], Tensor]],
+    declared_size: int | None,
 ) -> Stream:
     """One experience of all records for each change of the inputs."""
     if scenario not in SCENARIOS:
@@ -331,7 +375,7 @@ def _copies(
     for index, change in enumerate(changes):
         train, test = (
             replace(records, inputs=change(records.inputs), labels=records.labels + index * step)
-            for records in (data.train, data.test)
+            for records in (data.train.declared(declared_size), data.test)
         )
         classes = tuple(range(index * step, index * step + data.num_classes))
         parts.append(Experience(index=index, train=train, test=test, classes=classes))
@@ -341,7 +385,33 @@ def _copies(
         experiences=tuple(parts),
         num_classes=data.num_classes + step * (len(parts) - 1),
         input_shape=data.input_shape,
+        assigned_by_record=True,
     )
+
+
+def _sizes(
+    data: Dataset, declared_size: int | Sequence[int] | None, shares: Sequence[float]
+) -> list[int | None]:
+    """Declared size of every experience; None where neither caller nor data set declares one."""
+    if declared_size is not None or data.train.size_counted:
+        return size_of_each(declared_size, len(shares))
+    return [max(1, round(data.train.declared_size * share)) for share in shares]
+
+
+def _with_sizes(parts: Sequence[Experience], sizes: Sequence[int | None]) -> tuple[Experience, ...]:
+    return tuple(
+        replace(part, train=part.train.declared(size))
+        for part, size in zip(parts, sizes, strict=True)
+    )
+
+
+def _blurred_shares(home: Stream, is_blurry: Tensor, share: float) -> list[float]:
+    """Expected share of all records in each experience, every class counting the same."""
+    leaving = [share * int(is_blurry[list(part.classes)].sum()) for part in home]
+    return [
+        (len(part.classes) - out + (sum(leaving) - out) / (len(home) - 1)) / home.num_classes
+        for part, out in zip(home, leaving, strict=True)
+    ]
 
 
 def _exact_pieces(records: Records, chunk: int, seed: int) -> list[Records]:
@@ -353,7 +423,7 @@ def _hashed_pieces(records: Records, chunk: int, seed: int) -> list[Records]:
     # from the declared size: a count of the records present would depend on who is among them
     count = math.ceil(records.declared_size / chunk)
     piece = (public_coin(records.ids, seed=seed) * count).long().to(records.inputs.device)
-    return [replace(records.take(piece == index), declared_size=chunk) for index in range(count)]
+    return [records.take(piece == index).declared(chunk) for index in range(count)]
 
 
 def _blurred_place(

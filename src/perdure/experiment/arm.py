@@ -55,7 +55,8 @@ def open_stream(config: Config) -> Stream:
         ConfigError: when they cannot be split so, or explained.
         DataError: when they are missing or damaged.
     """
-    data = load(config.data.name, config.data.root, seed=config.seed)
+    chosen = config.data
+    data = load(chosen.name, chosen.root, seed=config.seed, declared_size=chosen.declared_size)
     order = config.seed if config.data.shuffle_classes else None
     stream = split(
         data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order

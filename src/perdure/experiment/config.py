@@ -121,6 +121,7 @@ class DataConfig:
         scenario: task, domain or class.
         experiences: how many.
         shuffle_classes: order classes by the run's seed.
+        declared_size: public number of training records; None to declare the realised one.
     """
 
     name: str = "digits"
@@ -128,9 +129,12 @@ class DataConfig:
     scenario: Scenario = "class"
     experiences: int = 5
     shuffle_classes: bool = False
+    declared_size: int | None = None
 
     def __post_init__(self) -> None:
         find_dataset(self.name, field="name")
+        if self.declared_size is not None:
+            check(self, "declared_size", counts, "1 to 1000000000")
         check(self, "experiences", counts, "1 to 1000000000")
 
 

@@ -85,7 +85,10 @@ def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
 
 
 def client_streams(config: Config, stream: Stream) -> list[Stream]:
-    """Split the stream over the clients."""
+    """Split the stream over the clients.
+
+    Where an arm of the run is private, a record's client is its own hash's, for all arms alike.
+    """
     from perdure.data.client_splits import dirichlet
 
     chosen = config.federation
@@ -96,6 +99,7 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
         alpha=chosen.alpha,
         min_size=chosen.min_size,
         seed=config.seed,
+        exact=config.privacy is None,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from perdure.data.experience import Stream
 from perdure.errors import GuardError
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.training_plan import TrainingPlan
@@ -82,11 +83,7 @@ def inspect(
     """
     strategy = training.strategy
     stream = training.stream
-    if not stream.assigned_by_record:
-        raise GuardError(
-            f"stream {stream.name} places records by their position among others, so one record "
-            "moves others between experiences; build it with exact=False, or from a split by class"
-        )
+    refuse_places(stream)
     if strategy.couples_records:
         raise GuardError(
             f"{strategy.name} couples the records of a batch in its loss; use a strategy that does "
@@ -101,6 +98,28 @@ def inspect(
         for index in range(min(2, len(stream))):
             check_losses(partial(losses, index), inputs, facts[index], name)
     check_rows(model, partial(losses, 0), inputs, facts[0], name)
+
+
+def refuse_places(stream: Stream) -> None:
+    """Refuse a stream whose records were placed by a rule that other records shape.
+
+    Raises:
+        GuardError: saying what to write.
+    """
+    if stream.assigned_by_record is None:
+        raise GuardError(
+            f"stream {stream.name} does not say how its records were placed; write "
+            "Stream(..., assigned_by_record=True) if the place of a record follows from the record "
+            "and public facts alone, whatever other records there are"
+        )
+    if not stream.assigned_by_record:
+        by_position = any(experience.train.ids_by_position for experience in stream)
+        fix = "give Records ids of their own and build it" if by_position else "build it"
+        raise GuardError(
+            f"stream {stream.name} places records by their position among others, so one record "
+            f"moves others between experiences; {fix} with exact=False and a declared_size, or "
+            "from a split by class"
+        )
 
 
 def synthetic(

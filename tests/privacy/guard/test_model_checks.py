@@ -1,6 +1,6 @@
 import re
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from perdure.contract.combine import Combine
 from perdure.contract.strategy import Strategy
+from perdure.data.client_splits import iid
 from perdure.data.scenarios import online
 from perdure.errors import ConfigError, GuardError
 from perdure.learner.learner import Learner
@@ -371,3 +372,23 @@ def test_a_stream_whose_places_depend_on_other_records_is_refused(toy_stream, to
     stream = online(toy_stream(), chunk=10)
     with pytest.raises(GuardError, match=r"places records by their position.*exact=False"):
         private(toy_model(stream)).prepare(stream)
+
+
+def test_a_stream_that_does_not_say_how_it_was_placed_is_refused(toy_stream, toy_model):
+    stream = replace(toy_stream(), assigned_by_record=None)
+    with pytest.raises(GuardError, match=r"does not say .* write Stream\(.*_by_record=True\) if"):
+        private(toy_model(stream)).prepare(stream)
+    Learner(
+        model=toy_model(stream),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=1,
+    ).fit(stream)
+
+
+def test_a_split_over_clients_that_evens_sizes_is_refused(toy_stream, toy_model):
+    stream = toy_stream()
+    evened, hashed = (iid(stream, clients=2, exact=exact)[0] for exact in (True, False))
+    with pytest.raises(GuardError, match=r"moves others between experiences; .*exact=False"):
+        private(toy_model(stream)).prepare(evened)
+    private(toy_model(stream)).prepare(hashed)

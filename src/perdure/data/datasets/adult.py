@@ -1,6 +1,7 @@
 """Adult, the census table of UCI, from its published files."""
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,11 +133,15 @@ ADULT_COLUMNS = 15
 ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 
 
-def adult(root: str | Path | None = None) -> Dataset:
+def adult(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """48,842 people of the 1994 census, inputs (105,) in [0, 1], label 1 for an income above 50K.
 
     Reads ROOT/adult/adult.data and adult.test. Categories are those of the data set's documentation
     and ranges are declared in advance, so that nothing is taken from the records.
+
+    Args:
+        root: data root; see `perdure.data.datasets.base`.
+        declared_size: public number of training records; None to declare the realised one.
 
     Raises:
         DataError: when a file is missing, or a row is not as documented.
@@ -146,9 +151,11 @@ def adult(root: str | Path | None = None) -> Dataset:
     folder = data_root(root) / "adult"
     if not all((folder / name).is_file() for name in ("adult.data", "adult.test")):
         raise DataError(f"no adult.data and adult.test in {folder}; get them from {ADULT_URL}")
-    parts = [read_adult(folder / name) for name in ("adult.data", "adult.test")]
+    train, test = (read_adult(folder / name) for name in ("adult.data", "adult.test"))
     fact = "category lists and column ranges are declared in advance"
-    return from_published_split("adult", *parts, num_classes=2, facts=(fact,))
+    return from_published_split(
+        "adult", train, test, num_classes=2, facts=(fact,), declared_size=declared_size
+    )
 
 
 def read_adult(path: Path) -> tuple[Tensor, Tensor]:
@@ -199,9 +206,12 @@ def _adult_row(row: list[str], source: str) -> tuple[list[float], int]:
 def _scaled(text: str, bounds: tuple[str, float, float], source: str) -> float:
     name, low, high = bounds
     try:
-        return min(max((float(text) - low) / (high - low), 0.0), 1.0)
+        value = float(text)
     except ValueError as error:
         raise DataError(f"{source} has {name} = {text!r}; allowed: a number") from error
+    if math.isnan(value):
+        raise DataError(f"{source} has {name} = {text!r}; allowed: a number")
+    return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 def _indicators(text: str, categories: tuple[str, ...], source: str) -> list[float]:

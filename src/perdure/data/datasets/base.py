@@ -78,12 +78,15 @@ def from_published_split(
     *,
     num_classes: int,
     facts: tuple[str, ...] = (),
+    declared_size: int | None = None,
 ) -> Dataset:
     """Build a data set whose source publishes its own split: test ids follow the training ids."""
+    ids = torch.arange(len(train[0]))
     after = torch.arange(len(test[0])) + len(train[0])
+    records = Records(inputs=train[0], labels=train[1], ids=ids, partition=name)
     return Dataset(
         name=name,
-        train=Records(inputs=train[0], labels=train[1], partition=name),
+        train=records.declared(declared_size),
         test=Records(inputs=test[0], labels=test[1], ids=after, partition=f"{name}-test"),
         num_classes=num_classes,
         input_shape=tuple(train[0].shape[1:]),
@@ -99,10 +102,12 @@ def from_stratified_split(
     seed: int,
     test_share: float,
     facts: tuple[str, ...] = (),
+    declared_size: int | None = None,
 ) -> Dataset:
     """Build a data set by a seeded split that takes the same share of every class for the test.
 
-    Ids index the source.
+    Ids index the source. The split goes by positions in the published table, so it is a fact of
+    that table: the private data set is the training part that it leaves.
 
     Raises:
         ConfigError: when `test_share` is not between 0 and 1.
@@ -117,11 +122,12 @@ def from_stratified_split(
         in_test[
             rows[torch.randperm(len(rows), generator=generator)[: round(test_share * len(rows))]]
         ] = True
-    source = Records(inputs=inputs, labels=labels, partition=name)
+    ids = torch.arange(len(labels))
+    source = Records(inputs=inputs, labels=labels, ids=ids, partition=name)
     test = source.take(in_test)
     return Dataset(
         name=name,
-        train=source.take(~in_test),
+        train=source.take(~in_test).declared(declared_size),
         test=Records(
             inputs=test.inputs, labels=test.labels, ids=test.ids, partition=f"{name}-test"
         ),

@@ -5,7 +5,9 @@ import torch
 from perdure.data.datasets.base import Dataset, from_stratified_split
 
 
-def breast_cancer(*, seed: int = 0, test_share: float = 0.3) -> Dataset:
+def breast_cancer(
+    *, seed: int = 0, test_share: float = 0.3, declared_size: int | None = None
+) -> Dataset:
     """569 tumours, 30 measurements each, malignant (0) or benign (1); part of scikit-learn.
 
     Guarantee: none for the scaling. Each column is standardised with its mean and standard
@@ -15,6 +17,7 @@ def breast_cancer(*, seed: int = 0, test_share: float = 0.3) -> Dataset:
     Args:
         seed: of the stratified split.
         test_share: share of each class that goes to the test part.
+        declared_size: public number of training records; None to declare the realised one.
 
     Raises:
         ConfigError: when `test_share` is not between 0 and 1.
@@ -32,5 +35,11 @@ def breast_cancer(*, seed: int = 0, test_share: float = 0.3) -> Dataset:
     )
     labels = torch.from_numpy(table.target).long()
     return from_stratified_split(
-        "breast-cancer", scaled.float(), labels, seed=seed, test_share=test_share, facts=(fact,)
+        "breast-cancer",
+        scaled.float(),
+        labels,
+        seed=seed,
+        test_share=test_share,
+        facts=(fact,),
+        declared_size=declared_size,
     )

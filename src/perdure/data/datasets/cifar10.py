@@ -42,13 +42,17 @@ CIFAR_CLASSES = (
 )
 
 
-def cifar10(root: str | Path | None = None) -> Dataset:
+def cifar10(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """60,000 colour images of ten classes, inputs (3, 32, 32) in [0, 1], not normalised.
 
     Looked for in this order: ROOT/cifar-10-batches-bin (the binary version; the pickled version is
     never opened), ROOT/cifar10-jpeg.zip (train|test/CLASS/NAME.jpg; JPEG moves pixels a little, so
     compare with figures on the same files only; decoded once and cached), a download of the binary
     version.
+
+    Args:
+        root: data root; see `perdure.data.datasets.base`.
+        declared_size: public number of training records; None to declare the realised one.
 
     Raises:
         DataError: when the files are missing and cannot be downloaded, or are damaged.
@@ -59,15 +63,14 @@ def cifar10(root: str | Path | None = None) -> Dataset:
     folder = base / "cifar-10-batches-bin"
     archive = base / "cifar10-jpeg.zip"
     if not folder.is_dir() and archive.is_file():
-        return _cifar10_from_zip(archive)
+        return _cifar10_from_zip(archive, declared_size)
     if not folder.is_dir():
         _download_cifar10(base)
     parts = [
         read_cifar_binary([folder / name for name in names]) for names in CIFAR10_FILES.values()
     ]
-    return from_published_split(
-        "cifar10", *((bytes_to_unit(images), labels) for images, labels in parts), num_classes=10
-    )
+    train, test = ((bytes_to_unit(images), labels) for images, labels in parts)
+    return from_published_split("cifar10", train, test, num_classes=10, declared_size=declared_size)
 
 
 def _download_cifar10(base: Path) -> None:
@@ -82,14 +85,14 @@ def _download_cifar10(base: Path) -> None:
         raise download_failed(base, "CIFAR-10", hint, error) from error
 
 
-def _cifar10_from_zip(archive: Path) -> Dataset:
+def _cifar10_from_zip(archive: Path, declared_size: int | None) -> Dataset:
     cached = cache_folder() / f"cifar10-jpeg-{zip_digest(archive)}.safetensors"
     tensors = load_or_make(cached, lambda: _decoded(archive))
-    parts = [
+    train, test = (
         (bytes_to_unit(tensors[f"{part}.images"]), tensors[f"{part}.labels"])
         for part in CIFAR10_FILES
-    ]
-    return from_published_split("cifar10", *parts, num_classes=10)
+    )
+    return from_published_split("cifar10", train, test, num_classes=10, declared_size=declared_size)
 
 
 def _decoded(archive: Path) -> dict[str, Tensor]:

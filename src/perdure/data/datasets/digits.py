@@ -5,12 +5,13 @@ import torch
 from perdure.data.datasets.base import Dataset, from_stratified_split
 
 
-def digits(*, seed: int = 0, test_share: float = 0.3) -> Dataset:
+def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None = None) -> Dataset:
     """1,797 handwritten digits of 8 x 8 pixels, inputs (1, 8, 8) in [0, 1]; part of scikit-learn.
 
     Args:
         seed: of the stratified split.
         test_share: share of each class that goes to the test part.
+        declared_size: public number of training records; None to declare the realised one.
 
     Raises:
         ConfigError: when `test_share` is not between 0 and 1.
@@ -22,4 +23,11 @@ def digits(*, seed: int = 0, test_share: float = 0.3) -> Dataset:
     table = load_digits()
     images = torch.from_numpy(table.images).float().div(16).unsqueeze(1)
     labels = torch.from_numpy(table.target).long()
-    return from_stratified_split("digits", images, labels, seed=seed, test_share=test_share)
+    return from_stratified_split(
+        "digits",
+        images,
+        labels,
+        seed=seed,
+        test_share=test_share,
+        declared_size=declared_size,
+    )

@@ -25,11 +25,15 @@ MNIST_TRAIN_IMAGES_BYTES = 16 + 60_000 * 28 * 28
 UNSIGNED_BYTE = 0x08
 
 
-def mnist(root: str | Path | None = None) -> Dataset:
+def mnist(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """70,000 handwritten digits, inputs (1, 28, 28) in [0, 1].
 
     Reads the IDX files in ROOT/MNIST/raw, gzipped or not. Where the files are missing,
     torchvision's downloader is tried.
+
+    Args:
+        root: data root; see `perdure.data.datasets.base`.
+        declared_size: public number of training records; None to declare the realised one.
 
     Raises:
         DataError: when the files are missing and cannot be downloaded, or are damaged.
@@ -41,8 +45,8 @@ def mnist(root: str | Path | None = None) -> Dataset:
     folder = base / "MNIST" / "raw"
     if not all(_mnist_file(folder, stem, kind) for stem in MNIST_FILES.values() for kind in (3, 1)):
         _download_mnist(base)
-    parts = [_mnist_part(folder, stem) for stem in MNIST_FILES.values()]
-    return from_published_split("mnist", *parts, num_classes=10)
+    train, test = (_mnist_part(folder, stem) for stem in MNIST_FILES.values())
+    return from_published_split("mnist", train, test, num_classes=10, declared_size=declared_size)
 
 
 def _mnist_file(folder: Path, stem: str, dimensions: int) -> Path | None:

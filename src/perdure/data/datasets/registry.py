@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -53,13 +54,20 @@ def find(name: str, *, field: str | None = None) -> Callable[..., Dataset]:
     return EXTENSIONS.find(plain if plain in names() else name, field=field)
 
 
-def load(name: str, root: str | Path | None = None, seed: int = 0) -> Dataset:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    seed: int = 0,
+    *,
+    declared_size: int | None = None,
+) -> Dataset:
     """Load a data set by name.
 
     Args:
         name: one of `names()`, with dashes or underscores, or "module:name".
         root: data root, for data sets that are read from files; see `perdure.data.datasets.base`.
         seed: of the split into training and test part, for data sets that publish none.
+        declared_size: public number of training records; None for what the data set declares.
 
     Raises:
         ConfigError: for another name, or a function that returns no data set.
@@ -77,4 +85,6 @@ def load(name: str, root: str | Path | None = None, seed: int = 0) -> Dataset:
             f"data set {name!r} is a {type(made).__name__}; allowed: a perdure.data.Dataset; "
             f"return one from {loader.__module__}.{loader.__qualname__}"
         )
-    return made
+    if declared_size is None:
+        return made
+    return replace(made, train=made.train.declared(declared_size))

@@ -1,0 +1,169 @@
+"""Where records go must not depend on other records: one less, and every other stays in place."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+
+from perdure.data import Dataset, Records, blurry, dirichlet, iid, online, permuted, rotated, split
+
+CLASSES = 4
+DECLARED = 24
+
+
+@cache
+def data_of(seed, *, own_ids=True, declared=DECLARED):
+    """From 8 to 24 random records of random labels; ids that say nothing of their positions."""
+    place = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(8, 25, (), generator=place))
+    ids = (
+        torch.randint(-(2**62), 2**62, (n,), generator=place) if own_ids else torch.empty(0).long()
+    )
+    labels = torch.randint(0, CLASSES, (n,), generator=place)
+    inputs = torch.rand(n, 1, 2, 2, generator=place)
+    train = Records(inputs=inputs, labels=labels, ids=ids, declared_size=declared)
+    test = Records(inputs=inputs[:4], labels=labels[:4])
+    return Dataset(
+        name="random", train=train, test=test, num_classes=CLASSES, input_shape=(1, 2, 2)
+    )
+
+
+def without(data, row):
+    """The same data set, built from all rows but one, under the same declared size."""
+    kept = torch.arange(len(data.train)) != row
+    train = data.train
+    rows = {"inputs": train.inputs[kept], "labels": train.labels[kept]}
+    if not train.ids_by_position:
+        rows["ids"] = train.ids[kept]
+    declared = 0 if train.size_counted else train.declared_size
+    return replace(data, train=Records(**rows, declared_size=declared))
+
+
+def keys(inputs):
+    """Every record by its largest number: views of one image are one record, ids may lie."""
+    return inputs.flatten(1).amax(1).tolist()
+
+
+def places(streams):
+    """Place of every record, (stream, experience, label), and the declared facts."""
+    found = {}
+    facts = []
+    for number, stream in enumerate(streams):
+        for e in stream:
+            facts.append((number, e.index, e.train.partition, e.train.declared_size, e.classes))
+            for key, label in zip(keys(e.train.inputs), e.train.labels.tolist(), strict=True):
+                found.setdefault(key, []).append((number, e.index, label))
+    return found, facts
+
+
+def moved(build, data, row):
+    """True where another record, or a declared fact, differs without the record in `row`."""
+    whole, facts = places(build(data))
+    fewer, facts_after = places(build(without(data, row)))
+    if not whole or not fewer:
+        return False  # an exact split that the smaller data set has no records for
+    (gone,) = keys(data.train.inputs[row : row + 1])
+    whole.pop(gone)
+    return whole != fewer or facts != facts_after
+
+
+def moved_times(build, trials, **options):
+    data = [data_of(seed, **options) for seed in range(trials)]
+    return sum(moved(build, one, seed % len(one.train)) for seed, one in enumerate(data))
+
+
+def by_class(data):
+    return split(data, scenario="class", experiences=2)
+
+
+def by_task(data):
+    return permuted(data, experiences=2, scenario="task")
+
+
+def clients(splitter, source, data):
+    return splitter(source(data), clients=3, min_size=4, exact=False)
+
+
+BY_RECORD = {
+    "split": lambda data: [by_class(data)],
+    "split, domain": lambda data: [split(data, scenario="domain", experiences=2, seed=1)],
+    "permuted": lambda data: [by_task(data)],
+    "rotated": lambda data: [rotated(data, angles=(0.0, 0.0))],
+    "blurry": lambda data: [blurry(data, experiences=2, blurry_share=0.4)],
+    "online": lambda data: [online(by_class(data), chunk=7, exact=False)],
+    "online of permuted": lambda data: [online(by_task(data), chunk=7, exact=False)],
+    "dirichlet": partial(clients, partial(dirichlet, alpha=0.1), by_class),
+    "dirichlet of permuted": partial(clients, partial(dirichlet, alpha=0.3), by_task),
+    "dirichlet of blurry": partial(
+        clients, partial(dirichlet, alpha=0.3), partial(blurry, experiences=2)
+    ),
+    "iid": partial(clients, iid, by_class),
+    "iid of online": lambda data: iid(
+        online(by_class(data), chunk=12, exact=False), clients=3, min_size=4, exact=False
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [
+        30,
+        pytest.param(400, marks=pytest.mark.deep(reason="ten times as many random data sets")),
+    ],
+)
+@pytest.mark.parametrize("splitter", BY_RECORD)
+def test_one_record_less_moves_no_other_where_a_stream_says_so(splitter, trials):
+    build = BY_RECORD[splitter]
+    assert all(stream.assigned_by_record is True for stream in build(data_of(0)))
+    assert moved_times(build, trials) == 0
+
+
+MOVING = {
+    "exact dirichlet": lambda d: dirichlet(by_class(d), clients=3, alpha=0.3, min_size=2),
+    "exact iid": lambda d: iid(by_class(d), clients=3, min_size=2),
+    "exact online": lambda d: [online(by_class(d), chunk=7)],
+}
+
+
+def allowed(build, data):
+    """The streams, where the data set is large enough for the exact minimum size."""
+    from perdure.errors import ConfigError
+
+    try:
+        return build(data)
+    except ConfigError:
+        return []
+
+
+@pytest.mark.parametrize("splitter", MOVING)
+def test_a_stream_whose_records_move_each_other_says_so(splitter):
+    build = partial(allowed, MOVING[splitter])
+    streams = MOVING[splitter](data_of(3))
+    assert all(stream.assigned_by_record is False for stream in streams)
+    assert moved_times(build, 60) > 8
+
+
+HASHED = ("blurry", "online", "dirichlet", "iid")
+
+
+@pytest.mark.parametrize("splitter", HASHED)
+def test_ids_that_are_positions_place_no_record(splitter):
+    build = BY_RECORD[splitter]
+    assert all(not s.assigned_by_record for s in build(data_of(0, own_ids=False)))
+    assert moved_times(build, 30, own_ids=False) > 15
+
+
+def test_pieces_that_follow_a_counted_size_are_not_by_record():
+    build = BY_RECORD["online"]
+    assert all(not stream.assigned_by_record for stream in build(data_of(0, declared=0)))
+    assert moved_times(build, 60, declared=0) > 5
+
+
+@pytest.mark.parametrize("by_record", [None, False])
+def test_a_split_over_clients_claims_no_more_than_its_stream(by_record):
+    stream = replace(by_class(data_of(0)), assigned_by_record=by_record)
+    for splitter in (iid, partial(dirichlet, alpha=1.0)):
+        parts = splitter(stream, clients=2, exact=False)
+        assert all(part.assigned_by_record is by_record for part in parts)
+    assert online(stream, chunk=5, exact=False).assigned_by_record is by_record
