@@ -69,7 +69,7 @@ learning_rate = 0.5
 epochs = 8
 [privacy]
 noise_multiplier = 4.0
-delta = 0.001
+delta = 0.0005
 sampling_rate = 0.1
 {seed}
 [[arms]]

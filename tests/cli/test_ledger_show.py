@@ -82,7 +82,7 @@ def test_show_states_what_the_result_states(perdure, either):
     private = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
     worst = max(private, key=lambda epsilon: epsilon["value"])
     assert (
-        f"epsilon {epsilon_number(worst['value'])} (record, add/remove, delta 0.001, PLD, "
+        f"epsilon {epsilon_number(worst['value'])} (record, add/remove, delta 0.0005, PLD, "
         "Poisson sampling" in out
     )
     assert (
@@ -122,10 +122,10 @@ def test_json_holds_every_charge_of_every_partition(perdure, either):
         ]
         assert charges_module.merged(charges) == charges_module.merged(account.charges(name))
         assert row["declared_size"] == account.sizes[name]
-        assert row["epsilon_pld"] == accounting.epsilon(charges, delta=0.001)
+        assert row["epsilon_pld"] == accounting.epsilon(charges, delta=0.0005)
         assert (
             row["epsilon_rdp"]
-            == accounting.epsilon(charges, delta=0.001, accountant="rdp")
+            == accounting.epsilon(charges, delta=0.0005, accountant="rdp")
             > row["epsilon_pld"]
         )
         assert {(u["mechanism"], u["clip_norm"]) for u in row["uses"]} == {("gaussian", 1.0)}
@@ -136,7 +136,7 @@ def test_json_holds_every_charge_of_every_partition(perdure, either):
     assert (
         facts["finished"]
         and facts["without_privacy"] == ["naive-plain"]
-        and facts["delta"] == 0.001
+        and facts["delta"] == 0.0005
     )
     assert all(ledger["head_verified"] for ledger in facts["ledgers"])
     assert facts["all_arms_together"] == result_of(either)["epsilon_of_all_arms"]
@@ -146,7 +146,7 @@ def test_the_delta_is_the_runs_the_users_or_the_usual_one(perdure, alone, tmp_pa
     own, asked = (
         as_json(perdure("show", alone, "--json", *more)) for more in ((), ("--delta", 1e-6))
     )
-    assert (own["delta"], asked["delta"]) == (0.001, 1e-6)
+    assert (own["delta"], asked["delta"]) == (0.0005, 1e-6)
     assert asked["statement"]["value"] > own["statement"]["value"]
     shutil.copy(alone / "ledger.jsonl", tmp_path / "sent.jsonl")
     sent = as_json(perdure("show", tmp_path / "sent.jsonl", "--json"))
@@ -192,7 +192,7 @@ def test_an_arm_a_client_or_a_file_can_be_asked_for(perdure, federated):
     for path in (client, client / "ledger.jsonl"):
         facts = as_json(perdure("show", path, "--json"))
         assert [row["owner"] for row in facts["partitions"]] == ["ewc-private/client-1"] * 2
-        assert facts["delta"] == 0.001 and facts["ledgers"][0]["head_verified"]
+        assert facts["delta"] == 0.0005 and facts["ledgers"][0]["head_verified"]
     facts = as_json(perdure("show", client.parent.parent, "--json"))
     assert [part["owner"] for part in facts["ledgers"]] == [
         "ewc-private/client-0",
@@ -348,13 +348,13 @@ def test_project_adds_a_charge_to_what_was_spent(perdure, alone):
     assert len(rows) == len(account.partitions) == 4
     for name, (own, before, after) in zip(account.partitions, rows, strict=True):
         assert name.endswith(own)
-        assert before == epsilon_number(account.epsilon([name], delta=0.001))
+        assert before == epsilon_number(account.epsilon([name], delta=0.0005))
         assert after == epsilon_number(
-            accounting.epsilon([*account.charges(name), charge], delta=0.001)
+            accounting.epsilon([*account.charges(name), charge], delta=0.0005)
         )
         assert float(after) > float(before)
     assert "after 50 more steps at sampling rate 0.1 and noise multiplier 1.1" in out
-    assert "record, add-remove, delta 0.001, PLD; nothing was written" in out
+    assert "record, add-remove, delta 0.0005, PLD; nothing was written" in out
 
 
 def test_project_takes_one_partition_or_all_of_a_name(perdure, alone):

@@ -332,7 +332,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 
 def test_audit_prints_the_bound_beside_the_claim(perdure, tmp_path):
-    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.001\nsampling_rate = 0.5\nseed = 0\n"
+    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.0005\nsampling_rate = 0.5\nseed = 0\n"
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
     code, out, err = perdure("audit", path, "--canaries", 200)
@@ -340,12 +340,12 @@ def test_audit_prints_the_bound_beside_the_claim(perdure, tmp_path):
     told = plain(out)
     assert "naive-private: epsilon is at least" in told
     assert "with 99 % confidence; claimed:" in told
-    assert "(record, add/remove, delta 0.001)" in told
+    assert "(record, add/remove, delta 0.0005)" in told
     assert "simulated noise" in told
 
 
 def test_audit_of_a_finished_run_attacks_its_models_too(perdure, tmp_path):
-    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.001\nsampling_rate = 0.5\nseed = 0\n"
+    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.0005\nsampling_rate = 0.5\nseed = 0\n"
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
     assert_refused(

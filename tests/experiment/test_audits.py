@@ -25,7 +25,7 @@ epochs = 4
 batch_size = 64
 [privacy]
 epsilon = 1.0
-delta = 1e-3
+delta = 5e-4
 seed = 0
 [[arms]]
 strategy = "joint"

@@ -27,7 +27,7 @@ learning_rate = 0.01
 epochs = 1
 [privacy]
 noise_multiplier = 1.0
-delta = 0.001
+delta = 0.0005
 sampling_rate = 0.25
 seed = 0
 [explain]

@@ -33,7 +33,7 @@ learning_rate = 0.1
 epochs = 1
 [privacy]
 noise_multiplier = 1.0
-delta = 0.001
+delta = 0.0005
 sampling_rate = 0.25
 [explain]
 method = "kernel_shap"
@@ -214,7 +214,7 @@ def test_the_ledger_verifies_and_says_what_the_result_says(secret):
     }
     account = read_ledger(folder / "ledger.jsonl", keys)
     assert account.verified == "chains and keyed heads verified"
-    assert account.per_client(0.001) == {
+    assert account.per_client(0.0005) == {
         f"{arm}/client-0": result["arms"][ARMS.index(arm)]["epsilon"]["value"] for arm in PRIVATE
     }
     assert not account.simulated
@@ -223,7 +223,7 @@ def test_the_ledger_verifies_and_says_what_the_result_says(secret):
 def test_every_client_has_its_own_ledger(federated):
     folder, result, _, _ = federated
     account = read_ledger(folder / "ledger.jsonl")
-    spent = account.per_client(0.001)
+    spent = account.per_client(0.0005)
     assert list(spent) == [f"{arm}/client-{client}" for arm in PRIVATE for client in (0, 1)]
     for arm in PRIVATE:
         worst = max(spent[f"{arm}/client-{client}"] for client in (0, 1))

@@ -29,7 +29,7 @@ learning_rate = 0.1
 epochs = 1
 [privacy]
 noise_multiplier = 1.5
-delta = 0.001
+delta = 0.0005
 sampling_rate = 0.25
 [[arms]]
 strategy = "naive"

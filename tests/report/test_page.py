@@ -212,6 +212,12 @@ def test_a_missing_joint_epsilon_is_said_not_hidden(result: dict[str, Any]) -> N
     assert "This is the number that counts" not in text
 
 
+def test_the_statement_says_that_declared_sizes_are_public(result: dict[str, Any]) -> None:
+    text = words_of(result)
+    assert "Declared sizes: public" in text
+    assert "Where no number was declared, the real one was taken, and is thereby public." in text
+
+
 def test_every_simulated_epsilon_is_labelled_and_no_other(result: dict[str, Any]) -> None:
     # Answer, table and statement of four arms, and all together; the warning begins with a capital.
     assert words_of(result).count(SIMULATION) == 1 + 4 + 4 + 1

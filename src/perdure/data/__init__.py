@@ -18,6 +18,7 @@ from perdure.data.datasets.registry import load
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
 from perdure.data.scenarios import blurry, online, permuted, rotated, split
+from perdure.data.value_checks import check_finite
 
 __all__ = [
     "Batch",
@@ -30,6 +31,7 @@ __all__ = [
     "adult",
     "blurry",
     "breast_cancer",
+    "check_finite",
     "cifar10",
     "digits",
     "dirichlet",

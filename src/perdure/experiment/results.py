@@ -126,7 +126,8 @@ def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
     record = {name: name.split("/client-", 1)[1] for name in merged.partitions}
     same = groupby(sorted(record, key=lambda name: record[name]), key=lambda name: record[name])
     worst = max(merged.epsilon(list(names), delta=delta) for _, names in same)
-    return epsilon_row(replace(merged.statement(delta), epsilon=worst))
+    units = sum({record[name]: size for name, size in merged.sizes.items()}.values())
+    return epsilon_row(replace(merged.statement(delta), epsilon=worst, units=units))
 
 
 def spending(account: Account, delta: float) -> list[Spending]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from perdure.contract.state import State
 from perdure.data.experience import Stream
+from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
 from perdure.federated.client import client_app
 from perdure.federated.client_store import FRESH
@@ -397,6 +398,7 @@ def run_federation(
     Raises:
         ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients'
             state.
+        DataError: before a private run, for training inputs that are NaN or infinite.
         FederationError, PrivacyError, RunError: see `Server.serve`.
     """
     if len(streams) != federation.clients:
@@ -411,9 +413,13 @@ def run_federation(
             None,
             "a folder for the clients' state, because Ray's processes share no memory",
         )
+    learner = make_learner(0)
+    if learner.privacy:
+        # here, where all records are still with their holder: a client's error goes to the server
+        check_finite(streams)
     client = client_app(lambda number: (make_learner(number), streams[number]), folder)
     server = Server(
-        learner=make_learner(0),
+        learner=learner,
         stream=streams[0],
         federation=federation,
         folder=folder,

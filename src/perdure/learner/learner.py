@@ -17,6 +17,7 @@ from perdure.contract.strategy import Strategy
 from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError
 from perdure.learner.checkpoint import Position, Snapshot, Store
 from perdure.learner.noise_digest import learning_rates, noise_digest
@@ -147,7 +148,13 @@ class Learner:
         Row i is measured after experience i, on the test records of every experience. With a
         `folder`, a run that was stopped continues where it was, to the bit-identical end; a stream
         that has grown since continues with its new experiences.
+
+        Raises:
+            DataError: before a private run, for training inputs that are NaN or infinite. Whoever
+                calls `fit` holds the data; `prepare` and `train` never look at a value.
         """
+        if self.privacy:
+            check_finite([stream])
         self.prepare(stream)
         self.resume()
         for index in range(self.position.experience, len(stream)):

@@ -1,5 +1,6 @@
 """Prepare a private session: check model and strategy, calibrate the noise, open the ledger."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ def open_private_sum(
     key = noise_key(folder, privacy.seed, client)
     path = folder / "ledger.jsonl" if folder else None
     ledger = Ledger.open(path, key=key, trace=trace, owner=owner)
+    warn_of_delta(privacy.delta, declared_records(training.stream))
     for experience in training.stream:
         ledger.declare(experience.train.partition, experience.train.declared_size)
         for charge in merged(privacy.spent):
@@ -98,6 +100,28 @@ def inspect(
         for index in range(min(2, len(stream))):
             check_losses(partial(losses, index), inputs, facts[index], name)
     check_rows(model, partial(losses, 0), inputs, facts[0], name)
+
+
+def declared_records(stream: Stream) -> int:
+    """Return the declared number of training records of a stream, each counted once.
+
+    Experiences of one partition hold copies of its records, or, within one task, pieces of them.
+    """
+    sizes: dict[str, dict[int, int]] = {}
+    for experience in stream:
+        tasks = sizes.setdefault(experience.train.partition, {})
+        tasks[experience.task] = tasks.get(experience.task, 0) + experience.train.declared_size
+    return sum(max(tasks.values()) for tasks in sizes.values())
+
+
+def warn_of_delta(delta: float, records: int) -> None:
+    """Warn where delta allows to hand out a record as it is and still be differentially private."""
+    if delta * records >= 1:
+        warnings.warn(
+            f"privacy.delta = {delta:g} is not below 1 / {records}, the declared number of "
+            f"records: it allows to publish whole records; give, say, delta={0.1 / records:.1g}",
+            stacklevel=2,
+        )
 
 
 def refuse_places(stream: Stream) -> None:

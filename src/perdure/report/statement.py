@@ -13,6 +13,11 @@ UNITS = {
     "each person is one client, client-level privacy covers them all.",
     "client": "One client is one participant of the federation with everything it holds.",
 }
+SIZES = (
+    "How many records each partition holds is taken to be public: sampling rates, numbers of steps "
+    "and divisors follow from the declared number, and nothing hides it. Where no number was "
+    "declared, the real one was taken, and is thereby public."
+)
 RELATIONS = {
     "add-remove": "Two data sets are neighbours when one has one "
     "{unit} more than the other. What is "
@@ -115,6 +120,7 @@ def _meaning(private: list[tuple[ArmResult, str]]) -> str:
         for kind, words in told
         for name, text in words.items()
     )
+    rows += f"<dt>Declared sizes: public</dt><dd>{escape(SIZES)}</dd>"
     return f'<h3>What is protected, in plain words</h3><dl class="facts">{rows}</dl>'
 
 

@@ -150,11 +150,40 @@ def test_statement_says_everything():
     ledger = opened()
     ledger.charge(entry())
     assert str(ledger.statement(DELTA)) == (
-        "epsilon 2.39 (record, add/remove, delta 1e-5, PLD, Poisson sampling, trusted curator; "
-        "simulation: not a private release)"
+        "epsilon 2.39 (record, add/remove, delta 1e-5, PLD, Poisson sampling, trusted curator, "
+        "declared sizes public; simulation: not a private release)"
     )
     ledger.charge(entry({"e1": 1.0}, sampling="none", steps=1))
     assert ledger.statement(DELTA).sampling == "Poisson sampling and full passes"
+
+
+@pytest.mark.parametrize(
+    ("scopes", "sampling"),
+    [
+        ([{"e1": 1.0}], "no sampling"),
+        ([{"e1": 1.0}, {"e1": 1.0}], "no sampling"),
+        ([{"e1": 1.0}, {"e1": 0.5}], "Poisson sampling and full passes"),
+        ([{"e1": 0.5}], "Poisson sampling"),
+    ],
+)
+def test_statement_claims_no_sampling_at_rate_one(scopes, sampling):
+    """The coins of a Poisson sample at rate 1 leave nobody out."""
+    ledger = opened()
+    for number, scope in enumerate(scopes):
+        ledger.charge(entry(scope, steps=1 + number))
+    assert {one.sampling for one in ledger.entries} == {"poisson"}
+    assert ledger.statement(DELTA).sampling == sampling
+    assert f"PLD, {sampling}, " in str(ledger.statement(DELTA))
+
+
+def test_statement_says_that_delta_is_too_large():
+    ledger = opened()
+    ledger.charge(entry())
+    units = sum(ledger.sizes.values())
+    below, at = ledger.statement(0.9 / units), ledger.statement(1 / units)
+    assert not below.delta_is_large and "whole ones" not in str(below)
+    assert at.delta_is_large
+    assert str(at).endswith(f"; delta is not below 1 / {units} records: whole ones may leak)")
 
 
 def test_statement_of_a_secret_key_is_no_simulation(tmp_path):
@@ -171,7 +200,10 @@ def test_statement_of_a_secret_key_is_no_simulation(tmp_path):
         )
     )
     text = str(ledger.statement(1e-3))
-    assert "(client, replace-one, delta 0.001, PLD, no sampling, trusted curator)" in text
+    assert (
+        "(client, replace-one, delta 0.001, PLD, no sampling, trusted curator, declared sizes"
+        in text
+    )
 
 
 def test_printed_epsilon_is_rounded_up():

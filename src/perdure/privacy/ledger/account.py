@@ -16,7 +16,12 @@ from perdure.privacy.ledger.storage import SCHEMA, Body
 
 @dataclass(frozen=True)
 class Statement:
-    """An epsilon with everything it means nothing without."""
+    """Epsilon with its delta, unit, relation, accountant, sampling and trust model.
+
+    Args:
+        units: declared number of units (records, clients) over all partitions, which is public; 0
+            where it is not known.
+    """
 
     epsilon: float
     delta: float
@@ -26,6 +31,12 @@ class Statement:
     sampling: str
     trust: str
     simulated: bool
+    units: int = 0
+
+    @property
+    def delta_is_large(self) -> bool:
+        """Whether delta allows to give away whole units: it is not below 1 / their number."""
+        return self.delta * self.units >= 1
 
     def __str__(self) -> str:
         # rounded up, so that what is printed was never exceeded
@@ -43,8 +54,11 @@ class Statement:
             self.accountant.upper(),
             self.sampling,
             self.trust,
+            "declared sizes public",
         )
         warning = "; simulation: not a private release" if self.simulated else ""
+        if self.delta_is_large:
+            warning += f"; delta is not below 1 / {self.units} {self.unit}s: whole ones may leak"
         return f"epsilon {value} ({', '.join(facts)}{warning})"
 
 
@@ -138,7 +152,11 @@ class Account:
 
     def statement(self, delta: float) -> Statement:
         """Worst epsilon so far, with all that belongs to it."""
-        kinds = {entry.sampling for entry in self.entries}
+        # at rate 1 the coins of a Poisson sample leave nobody out
+        kinds = {
+            "none" if set(entry.scope.values()) == {1.0} else entry.sampling
+            for entry in self.entries
+        }
         sampled = "Poisson sampling" if "none" not in kinds else "Poisson sampling and full passes"
         trust = sorted(
             {"trusted curator" if e.trust == "curator" else e.trust for e in self.entries}
@@ -152,6 +170,7 @@ class Account:
             sampling=sampled if "poisson" in kinds else "no sampling",
             trust=" and ".join(trust) or "trusted curator",
             simulated=self.simulated,
+            units=sum(self.sizes.values()),
         )
 
     def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:

@@ -1,0 +1,100 @@
+"""What a private run tells the data's holder before it starts: bad values, and a large delta."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.learners import SIMULATED
+from perdure.data import check_finite, iid
+from perdure.errors import DataError, RunawayError
+
+
+def spoilt(stream, value, *, index=1, row=5, column=2):
+    inputs = stream[index].train.inputs.clone()
+    inputs[row, column] = value
+    changed = replace(stream[index], train=replace(stream[index].train, inputs=inputs))
+    return replace(
+        stream,
+        experiences=tuple(changed if e.index == index else e for e in stream),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_private_run_names_the_first_bad_value(learner_of, toy_stream, value):
+    stream = spoilt(toy_stream(), value)
+    number = int(stream[1].train.ids[5])
+    text = rf"experience 1 of split-blobs has {value} in row 5 \(record id {number}\), column 2 of "
+    learner = learner_of(privacy=SIMULATED)
+    with pytest.raises(DataError, match=text) as caught:
+        learner.fit(stream)
+    assert "\n" not in str(caught.value) and "repair or leave out the row" in str(caught.value)
+    assert learner.position.step == 0 and not learner.position.begun
+
+
+def test_inside_the_curator_no_value_is_looked_at(learner_of, toy_stream):
+    """An error, or none, would tell of the record."""
+    learner = learner_of(privacy=SIMULATED)
+    learner.prepare(spoilt(toy_stream(), float("nan"), index=0))
+    learner.begin(0)
+    learner.train(range(3))
+    assert learner.position.step == 3
+
+
+def test_without_privacy_nothing_is_checked_beforehand(learner_of, toy_stream):
+    with pytest.raises(RunawayError):
+        learner_of(iterations=40).fit(spoilt(toy_stream(), float("nan"), index=0))
+
+
+def test_a_federation_is_checked_before_a_server_hears_of_it(learner_of, toy_stream):
+    from perdure.federated import Federation, run_federation
+
+    streams = iid(toy_stream(), clients=2, exact=False)
+    streams[1] = spoilt(streams[1], float("nan"), index=0)
+    make = lambda number: learner_of(privacy=SIMULATED)  # noqa: E731
+    with pytest.raises(DataError, match=r"experience 0 .* row 5 \(record id \d+\), column 2 of"):
+        run_federation(make, streams, Federation(clients=2, rounds=1))
+
+
+def test_check_finite_finds_a_value_in_a_picture_and_passes_tokens(toy_stream):
+    stream = toy_stream()
+    train = replace(stream[0].train, inputs=torch.zeros(len(stream[0].train), 2, 3, 4))
+    train.inputs[7, 1, 2, 3] = float("nan")
+    pictures = replace(stream, experiences=(replace(stream[0], train=train),))
+    with pytest.raises(DataError, match=r"nan in row 7 \(record id \d+\), column 1, 2, 3 of"):
+        check_finite([stream, pictures])
+    tokens = replace(train, inputs=torch.zeros(len(train), 5, dtype=torch.int64))
+    check_finite([replace(stream, experiences=(replace(stream[0], train=tokens),))])
+
+
+# ---------------------------------------------------------------- delta
+
+
+def warned(learner_of, stream, delta):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner = learner_of(privacy=replace(SIMULATED, delta=delta))
+        learner.prepare(stream)
+    return [str(one.message) for one in caught], learner
+
+
+def test_a_delta_of_one_over_the_records_warns_once(learner_of, toy_stream):
+    stream = toy_stream()
+    records = sum(e.train.declared_size for e in stream)
+    texts, learner = warned(learner_of, stream, 1 / records)
+    assert len(texts) == 1
+    assert texts[0].startswith(f"privacy.delta = {1 / records:g} is not below 1 / {records}, ")
+    assert "whole ones may leak" in str(learner.private_sum.ledger.statement(1 / records))
+    assert warned(learner_of, stream, 0.99 / records)[0] == []
+
+
+def test_the_records_for_delta_are_declared_ones_counted_once(learner_of, toy_data):
+    from perdure.data import online, permuted, split
+    from perdure.learner.private_setup import declared_records
+
+    data = replace(toy_data, train=toy_data.train.declared(600))
+    copies = permuted(data, experiences=3)
+    pieces = online(split(data, scenario="class", experiences=2), chunk=60, exact=False)
+    assert declared_records(copies) == 600
+    assert declared_records(pieces) == 600
