@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.learners import SIMULATED
-from perdure.data import check_finite, iid
+from perdure.data import iid
 from perdure.errors import DataError, RunawayError
 
 
@@ -58,6 +58,8 @@ def test_a_federation_is_checked_before_a_server_hears_of_it(learner_of, toy_str
 
 
 def test_check_finite_finds_a_value_in_a_picture_and_passes_tokens(toy_stream):
+    from perdure.data import check_finite
+
     stream = toy_stream()
     train = replace(stream[0].train, inputs=torch.zeros(len(stream[0].train), 2, 3, 4))
     train.inputs[7, 1, 2, 3] = float("nan")
