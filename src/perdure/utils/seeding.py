@@ -8,8 +8,11 @@ which count: see `generator_from`.
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -69,12 +72,23 @@ def drawing_from(seed: Seed, device: torch.device | str = "cpu") -> Iterator[Non
             torch.manual_seed(seed)
             yield
         return
-    module = None if place.type == "cpu" else torch.get_device_module(place)
-    here = [] if module is None else [place if place.index is not None else module.current_device()]
-    with torch.random.fork_rng(devices=here, device_type="cuda" if not here else place.type):
+    # by hand, as torch's fork_rng takes as long as everything else here
+    before = torch.default_generator.get_state()
+    try:
         torch.default_generator.set_state(_twister_state(seed))
-        if module is not None:
-            module.manual_seed(int.from_bytes(hashlib.sha256(seed).digest()[:8], "big"))
+        with nullcontext() if place.type == "cpu" else _accelerator_from(seed, place):
+            yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+@contextmanager
+def _accelerator_from(secret: bytes, place: torch.device) -> Iterator[None]:
+    module = torch.get_device_module(place)
+    with torch.random.fork_rng(devices=[place], device_type=place.type):
+        # a module's manual_seed is for its present device, which may be another
+        with module.device(place) if hasattr(module, "device") else nullcontext():
+            module.manual_seed(int.from_bytes(hashlib.sha256(secret).digest()[:8], "big"))
         yield
 
 
@@ -86,15 +100,20 @@ def _twister_state(secret: bytes) -> Tensor:
     """
     if len(secret) < SECRET_BYTES:
         raise ConfigError.of("secret", f"{len(secret)} bytes", f"{SECRET_BYTES} or more")
-    state = torch.Generator().manual_seed(0).get_state()
+    state = _fresh_state().copy()
+    words = np.frombuffer(hashlib.shake_256(secret).digest(4 * TWISTER_WORDS), dtype="<u4")
+    state[TWISTER_START : TWISTER_START + 8 * TWISTER_WORDS].view("<u8")[:] = words
+    return torch.from_numpy(state)
+
+
+@cache
+def _fresh_state() -> npt.NDArray[np.uint8]:
+    """State of a CPU generator that has drawn nothing, to be filled with other words."""
+    state: npt.NDArray[np.uint8] = torch.Generator().manual_seed(0).get_state().numpy()
     if len(state) != TWISTER_STATE_BYTES:
         given = f"{len(state)} bytes in torch {torch.__version__}"
         allowed = f"{TWISTER_STATE_BYTES}, the layout this version knows; use another torch"
         raise ConfigError.of("state of a CPU generator", given, allowed)
-    words = bytearray(hashlib.shake_256(secret).digest(4 * TWISTER_WORDS))
-    wide = torch.zeros(TWISTER_WORDS, 8, dtype=torch.uint8)
-    wide[:, :4] = torch.frombuffer(words, dtype=torch.uint8).view(TWISTER_WORDS, 4)
-    state[TWISTER_START : TWISTER_START + 8 * TWISTER_WORDS] = wide.flatten()
     return state
 
 
