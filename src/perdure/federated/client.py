@@ -73,7 +73,8 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
     """Build the app that every client runs, on any engine.
 
     Guarantee: under privacy a reply holds released parameters, released state and declared numbers,
-    nothing else.
+    nothing else. The app looks at no value of a record: an error would reach the server. Whoever
+    holds the records calls `perdure.data.check_finite` on its stream beforehand.
 
     Args:
         make: from a client's number to its freshly built learner and its stream; number and folder
