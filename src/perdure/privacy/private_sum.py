@@ -574,8 +574,9 @@ class PrivateSum:
         """
         while self.ledger.has(entry) and self._draws.seen(entry.digest):
             entry = replace(entry, attempt=entry.attempt + 1)
-        self.ledger.charge(entry)
+        # The log first: an entry that it does not know counts as seen.
         self._draws.open(entry.digest)
+        self.ledger.charge(entry)
         return entry
 
     def _entry(

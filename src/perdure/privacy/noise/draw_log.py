@@ -73,8 +73,8 @@ class DrawLog:
         return self._nonce
 
     def open(self, entry: str) -> None:
-        """Note that noise of `entry` may be drawn from now on."""
-        if entry not in self._opened:
+        """Note that noise of `entry` may be drawn from now on, in this boot."""
+        if entry not in self._closed and self._opened.get(entry) != self._boot:
             self._write({"kind": "open", "entry": entry, "boot": self._boot})
 
     def close(self, entry: str) -> None:
@@ -91,7 +91,7 @@ class DrawLog:
         if entry in self._closed:
             return False
         boot = self._opened.get(entry)
-        return boot is None or (entry in self._earlier and (boot != self._boot or not boot))
+        return boot is None or (entry in self._earlier and not self._boot) or boot != self._boot
 
     def nonce_for(self, place: str, exact: npt.NDArray[np.int64]) -> str | None:
         """Nonce under which noise may be added to a sum; noted before this returns.
