@@ -14,7 +14,7 @@ from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
+from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass, sum_of_clipped
 from perdure.privacy.opacus.samplers import grad_sample_sum
 from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
@@ -73,7 +73,14 @@ def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Pa
 
 
 def clipped_gradient(
-    forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip, at_once: int | None
+    forward: Forward,
+    losses: Losses,
+    params: Params,
+    batch: Batch,
+    clip: Clip,
+    at_once: int | None,
+    *,
+    by_loop: bool = True,
 ) -> Params | None:
     """Sum over the rows of clip(gradient of the row's loss), the fastest way that fits the model.
 
@@ -89,6 +96,8 @@ def clipped_gradient(
         batch: rows, each of them a record.
         clip: the bound on one row.
         at_once: rows of one pass through the model; None for all.
+        by_loop: differentiate one row after another where `torch.func.vmap` cannot run the losses;
+            False for its error.
 
     Returns:
         The sum by parameter name; None without rows.
@@ -101,11 +110,37 @@ def clipped_gradient(
         if part is None:
             part = grad_sample_sum(module, params, run, len(piece), clip)
         if part is None:
-            rows = gradient_rows(losses, module)
-            part = clipped_sum(rows, params, piece.tensors(), clip, per_pass(params))
+            part = _record_by_record(forward, losses, params, piece, clip, by_loop=by_loop)
         if total is None or part is None:
             total = part or total
         else:
             # in float64, so that rounding does not grow with the number of micro-batches
             total = {name: total[name].double() + value for name, value in part.items()}
+    return total
+
+
+def _record_by_record(
+    forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip, *, by_loop: bool
+) -> Params | None:
+    """Clipped sum of gradients that are formed, by vmap where it runs and else by a loop.
+
+    A run is checked before it begins, and still a batch may go another way than the synthetic
+    records did (a row that is NaN, rows that would not fit into memory). An error would come after
+    the charge, and would tell that the batch was such a one.
+    """
+    rows = gradient_rows(losses, forward.module)
+    try:
+        return clipped_sum(rows, params, batch.tensors(), clip, per_pass(params))
+    except RuntimeError:
+        if not by_loop:
+            raise
+    total: Params | None = None
+    for i in range(len(batch)):
+        loss = losses(forward, batch.take(slice(i, i + 1))).sum()
+        grads = torch.autograd.grad(
+            loss, list(params.values()), allow_unused=True, materialize_grads=True
+        )
+        row = {name: grad[None] for name, grad in zip(params, grads, strict=True)}
+        part = sum_of_clipped(row, clip)
+        total = part if total is None else {name: total[name] + part[name] for name in part}
     return total

@@ -111,6 +111,7 @@ MODELS = {
     "words": lambda: Around(
         nn.Sequential(nn.Embedding(10, 6), DPLSTM(6, 8, batch_first=True)), 8, words
     ),
+    "layers called by keyword": lambda: Around(ByKeyword(), 8),
     "repaired": lambda: fix(Around(nn.LSTM(5, 8, 2, batch_first=True, bidirectional=True), 16)),
 }
 
@@ -322,7 +323,7 @@ class ByKeyword(nn.Module):
         self.layer = nn.Linear(5, 8)
 
     def forward(self, x):
-        return self.layer(input=self.norm(x))
+        return self.layer(input=self.norm(x=x))
 
 
 def shared():
@@ -352,7 +353,6 @@ LEFT = {
     "sequences that are sorted although all are full": lambda: Around(
         Packed(torch.full((7,), 4)), 8
     ),
-    "a layer called by keyword": lambda: Around(ByKeyword(), 8),
 }
 
 

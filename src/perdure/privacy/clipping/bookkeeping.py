@@ -8,46 +8,26 @@ its outputs (see `rules`); the gradient of a weight is never formed for the batc
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.clip import Clip, layer_of
 from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients, sum_of
 from perdure.privacy.clipping.rules.registry import clipping_rules
+from perdure.privacy.clipping.tape import (
+    Layers,
+    Tape,
+    TapedCall,
+    escapes,
+    runs_as_built,
+    taped,
+    went_back,
+)
 from perdure.types import Params
-
-Layers = Mapping[str, nn.Module]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TapedCall:
-    """One differentiable call of a layer; its output is kept as a place in the graph.
-
-    Args:
-        layer: its name.
-        entered: the input, detached.
-        version: how often that tensor had been written to by then.
-        edge: the output's gradient.
-        before: where the graph goes on below the layer; None at its end.
-        shape: of the output.
-        derived: whether its weights were computed from others, whose gradients no rule gives.
-    """
-
-    layer: str
-    entered: Tensor
-    version: int
-    edge: GradientEdge
-    before: Node | None
-    shape: torch.Size
-    derived: bool
 
 
 def clipped_gradient_sum(
@@ -80,12 +60,12 @@ def clipped_gradient_sum(
     layers = ruled_layers(module, params)
     if layers is None or records == 0:
         return None
-    with _taped(layers) as tape:
+    with taped(layers) as tape:
         total = losses().sum()
     calls = _understood(layers, tape, records)
-    if calls is None or _escapes(total, calls, params):
+    if calls is None or escapes(total, calls, params):
         return None
-    flowed = _went_back(total, calls)
+    flowed = went_back(total, calls)
     del tape, calls  # each input goes as soon as its layer is done
     device = total.device.type
     mixed = torch.is_autocast_enabled(device)
@@ -161,7 +141,7 @@ def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> P
 def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | None:
     """Layers that own the parameters, by name.
 
-    None where one has no rule or is only partly trained.
+    None where one has no rule, does not run as its class does, or is only partly trained.
     """
     rules = clipping_rules()
     layers: dict[str, nn.Module] = {}
@@ -173,7 +153,7 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
             return None
         # a part with parameters would have its calls inside the layer's own
         parted = any(True for part in layer.children() for _ in part.parameters())
-        if parted or not rule.covers(layer):
+        if parted or not rule.covers(layer) or not runs_as_built(layer):
             return None
         for own, value in layer._parameters.items():
             if value is not None and params.get(f"{name}.{own}".removeprefix(".")) is not value:
@@ -186,53 +166,7 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
 # --------------------------------------------------------------------------- what they did
 
 
-@contextmanager
-def _taped(layers: Layers) -> Iterator[list[TapedCall | None]]:
-    """Record every differentiable call of the layers; None for one that no rule understands."""
-    tape: list[TapedCall | None] = []
-    handles = []
-    for name, layer in layers.items():
-        hook = partial(_record, tape, name)
-        handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
-    try:
-        yield tape
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _record(
-    tape: list[TapedCall | None],
-    name: str,
-    layer: nn.Module,
-    args: tuple[Any, ...],
-    named: dict[str, Any],
-    left: Any,
-) -> None:
-    """Put a call on the tape; a forward hook."""
-    if isinstance(left, Tensor) and not left.requires_grad:
-        return
-    inputs = (*args, *named.values())
-    if len(inputs) != 1 or not (isinstance(inputs[0], Tensor) and isinstance(left, Tensor)):
-        tape.append(None)
-        return
-    entered = inputs[0]
-    own = layer._parameters.values()
-    call = TapedCall(
-        layer=name,
-        entered=entered.detach(),
-        version=entered._version,
-        edge=get_gradient_edge(left),
-        before=entered.grad_fn,
-        shape=left.shape,
-        derived=any(value is not None and value.grad_fn is not None for value in own),
-    )
-    tape.append(call)
-
-
-def _understood(
-    layers: Layers, tape: Sequence[TapedCall | None], records: int
-) -> list[TapedCall] | None:
+def _understood(layers: Layers, tape: Tape, records: int) -> list[TapedCall] | None:
     """Calls on the tape.
 
     None where one did not turn a row a record into a row a record, or where its input is no longer
@@ -241,7 +175,7 @@ def _understood(
     rules = clipping_rules()
     calls = []
     for call in tape:
-        if call is None or call.derived or call.entered._version != call.version:
+        if call is None or not call.stands:
             return None
         layer = layers[call.layer]
         if len(call.shape) < rules[type(layer)].output_dims(layer):
@@ -250,35 +184,3 @@ def _understood(
             return None
         calls.append(call)
     return calls
-
-
-def _escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:
-    """Whether the losses depend on a parameter past the taped calls.
-
-    The tape would then miss a part.
-    """
-    own = set(map(id, params.values()))
-    jumps = {call.edge.node: call.before for call in calls}
-    todo: list[Node | None] = [total.grad_fn]
-    seen: set[Node | None] = {None}
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in own:
-            return True
-        todo += [jumps[node]] if node in jumps else [after for after, _ in node.next_functions]
-    return False
-
-
-def _went_back(total: Tensor, calls: Sequence[TapedCall]) -> dict[str, list[LayerCall]]:
-    """Calls that the losses depend on, by layer; the weights' gradients are not computed."""
-    flowed: dict[str, list[LayerCall]] = {}
-    if calls and total.requires_grad:
-        edges = [call.edge for call in calls]
-        backs = torch.autograd.grad(total, edges, allow_unused=True)
-        for call, back in zip(calls, backs, strict=True):
-            if back is not None:
-                flowed.setdefault(call.layer, []).append(LayerCall(call.entered, back, back))
-    return flowed

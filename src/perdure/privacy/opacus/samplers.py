@@ -6,7 +6,8 @@ Opacus is imported where it is used.
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,17 @@ from perdure.privacy.clipping.rules.base import (
     sum_of,
 )
 from perdure.privacy.clipping.rules.registry import clipping_rules
+from perdure.privacy.clipping.tape import (
+    Tape,
+    TapedCall,
+    escapes,
+    runs_as_built,
+    taped,
+    went_back,
+)
 from perdure.types import Params
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 Gradients = Callable[[nn.Module, list[LayerCall]], RecordGradients]
 
@@ -32,34 +43,23 @@ class Layer:
     """A layer whose per-record gradients are known.
 
     Args:
+        key: its name on the tape.
         module: the layer.
         names: its own parameter names to those in the model.
         gradients: from the layer and its calls to norms and weighted sums.
         records: dimension of its output that counts them.
     """
 
+    key: str
     module: nn.Module
     names: Mapping[str, str]
     gradients: Gradients
     records: int = 0
-    calls: list[LayerCall] = field(default_factory=list)
 
     @property
     def group(self) -> str:
         """Name of the layer as clipping knows it."""
         return layer_of(next(iter(self.names.values())))
-
-    def take_precision(self) -> None:
-        """Bring what autocast left in half precision to the precision of the parameters.
-
-        Sums are then not rounded.
-        """
-        dtype = next(self.module.parameters()).dtype
-        for call in self.calls:
-            call.back = call.back.to(dtype)
-            call.entered = (
-                call.entered.to(dtype) if call.entered.is_floating_point() else call.entered
-            )
 
 
 def grad_sample_sum(
@@ -88,36 +88,69 @@ def grad_sample_sum(
 
     Returns:
         None, for the caller to go on record by record, where a parameter belongs to no such layer,
-        to two layers, or to a layer that is only partly trained; where a pass does not cover all
-        rows; where rows would take too much memory or a norm is not finite; and where book-keeping
-        has a rule for every layer, which is tried first.
+        to two layers, or to a layer that is only partly trained; where a layer does not run as its
+        class does, or its input is written to afterwards; where a parameter is used outside its
+        layer's own call; where a pass does not cover all rows; where rows would take too much
+        memory or a norm is not finite; and where book-keeping has a rule for every layer, which is
+        tried first.
     """
     if not records or ruled_layers(module, params) is not None:
         return None
     layers = sampled_layers(module, params)
     if layers is None or any(_too_large(layer, records) for layer in layers):
         return None
-    with _listening(module, layers) as strange:
+    with _packed_sequences(module) as packed, taped({a.key: a.module for a in layers}) as tape:
         total = losses().sum()
-    calls = [call for layer in layers for call in layer.calls]
-    complete = all(
-        call.left.shape[layer.records] == records for layer in layers for call in layer.calls
-    )
-    if strange or not calls or not complete:
+    calls = _understood(layers, tape, records)
+    if packed or not calls or escapes(total, calls, params):
         return None
-    backs = torch.autograd.grad(
-        total, [call.left for call in calls], allow_unused=True, materialize_grads=True
-    )
-    for call, back in zip(calls, backs, strict=True):
-        call.back = back
-    for layer in layers:
-        layer.take_precision()
+    flowed = went_back(total, calls)
+    del tape, calls  # each input goes as soon as its layer is done
     with torch.no_grad():
-        return _clipped([layer for layer in layers if layer.calls], params, records, clip)
+        return _clipped(layers, flowed, params, records, clip)
 
 
-def _clipped(layers: Sequence[Layer], params: Params, records: int, clip: Clip) -> Params | None:
-    known = [(layer, layer.gradients(layer.module, layer.calls)) for layer in layers]
+def _understood(layers: Sequence[Layer], tape: Tape, records: int) -> list[TapedCall] | None:
+    """Calls on the tape; None where one did not turn a row a record into a row a record."""
+    of = {layer.key: layer for layer in layers}
+    calls = []
+    for call in tape:
+        if call is None or not call.stands:
+            return None
+        layer = of[call.layer]
+        if len(call.shape) < _output_dims(layer.module):
+            return None
+        ends = slice(layer.records, layer.records + 1)
+        if call.shape[ends] != (records,) or call.entered.shape[ends] != (records,):
+            return None
+        calls.append(call)
+    return calls
+
+
+def _output_dims(part: nn.Module) -> int:
+    """Least number of dimensions of an output with one row a record (see `ClippingRule`)."""
+    if isinstance(part, nn.modules.conv._ConvNd):
+        return part.weight.dim()
+    if type(part) in INSTANCE_NORMS:
+        return 3 + INSTANCE_NORMS.index(type(part))
+    if isinstance(part, nn.RMSNorm):
+        return len(part.normalized_shape) + 1
+    rule = clipping_rules().get(type(part))
+    return rule.output_dims(part) if rule else 2
+
+
+def _clipped(
+    layers: Sequence[Layer],
+    flowed: dict[str, list[LayerCall]],
+    params: Params,
+    records: int,
+    clip: Clip,
+) -> Params | None:
+    known = [
+        (layer, layer.gradients(layer.module, _settled(layer, flowed.pop(layer.key))))
+        for layer in layers
+        if layer.key in flowed
+    ]
     device = next(iter(params.values())).device
     squares = {layer_of(name): torch.zeros(records, device=device) for name in params}
     for layer, gradients in known:
@@ -134,6 +167,21 @@ def _clipped(layers: Sequence[Layer], params: Params, records: int, clip: Clip) 
     return {
         name: sums.get(name, torch.zeros_like(value)) for name, value in params.items()
     } | clip.count(squares)
+
+
+def _settled(layer: Layer, calls: list[LayerCall]) -> list[LayerCall]:
+    """Calls in the precision of the parameters, and in the order of memory of a new tensor.
+
+    What autocast left in half precision would be summed so. Opacus unfolds images by strides that
+    only a tensor without gaps has, and not one in `channels_last`.
+    """
+    dtype = next(layer.module.parameters()).dtype
+    settled = []
+    for call in calls:
+        entered = call.entered.to(dtype) if call.entered.is_floating_point() else call.entered
+        back = call.back.to(dtype).contiguous()
+        settled.append(LayerCall(entered.contiguous(), back, back))
+    return settled
 
 
 def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
@@ -159,7 +207,7 @@ def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
         }
         if not params.keys() & set(names.values()):
             continue
-        layer = _layer(part, names)
+        layer = _layer(str(len(layers)), part, names)
         if layer is None:
             return None
         layers.append(layer)
@@ -184,27 +232,25 @@ def _hopeful(module: nn.Module) -> bool:
     )
 
 
-def _layer(part: nn.Module, names: Mapping[str, str]) -> Layer | None:
+def _layer(key: str, part: nn.Module, names: Mapping[str, str]) -> Layer | None:
     """How the gradients of one layer are found, if it is known how."""
     from opacus.grad_sample import GradSampleModule
     from opacus.layers.dp_multihead_attention import SequenceBias
     from opacus.layers.dp_rnn import RNNLinear
 
+    if not runs_as_built(part):
+        return None
+    named = partial(Layer, key=key, module=part, names=names)
     alone = nn.Sequential(part)
     if ruled_layers(alone, dict(alone.named_parameters())) is not None:
-        return Layer(module=part, names=names, gradients=clipping_rules()[type(part)].gradients)
+        return named(gradients=clipping_rules()[type(part)].gradients)
     if type(part) is RNNLinear:  # one call a time step
-        return Layer(module=part, names=names, gradients=clipping_rules()[nn.Linear].gradients)
+        return named(gradients=clipping_rules()[nn.Linear].gradients)
     if type(part) is SequenceBias:
-        return Layer(
-            module=part,
-            names=names,
-            gradients=_last_of_sequence,
-            records=0 if part.batch_first else 1,
-        )
+        return named(gradients=_last_of_sequence, records=0 if part.batch_first else 1)
     if type(part) not in GradSampleModule.GRAD_SAMPLERS or not _sampled_rightly(part):
         return None
-    return Layer(module=part, names=names, gradients=_by_sampler)
+    return named(gradients=_by_sampler)
 
 
 def _sampled_rightly(part: nn.Module) -> bool:
@@ -221,6 +267,7 @@ def _sampled_rightly(part: nn.Module) -> bool:
 
 def _too_large(layer: Layer, records: int) -> bool:
     size = sum(param.numel() for param in layer.module.parameters())
+    size *= getattr(layer.module, "groups", 1)  # Opacus forms the blocks off the diagonal too
     return layer.gradients is _by_sampler and records * size > PASS_NUMBERS
 
 
@@ -261,34 +308,23 @@ def _last_of_sequence(layer: nn.Module, calls: list[LayerCall]) -> RecordGradien
 
 
 @contextmanager
-def _listening(module: nn.Module, layers: Sequence[Layer]) -> Iterator[list[str]]:
-    """Record every differentiable call of the layers.
+def _packed_sequences(module: nn.Module) -> Iterator[list[str]]:
+    """Names of recurrent layers that are given a packed sequence.
 
-    What is given names calls that are not understood.
+    It sorts the records by length.
     """
     from opacus.layers.dp_rnn import DPRNNBase
 
-    strange: list[str] = []
+    packed: list[str] = []
 
-    def listen(layer: Layer) -> Callable[..., None]:
-        def hook(_: nn.Module, entered: tuple[Any, ...], left: Any) -> None:
-            if len(entered) != 1 or not all(isinstance(x, Tensor) for x in (*entered, left)):
-                strange.append(type(layer.module).__name__)
-            elif left.requires_grad:
-                layer.calls.append(LayerCall(entered[0].detach(), left))
+    def hook(part: nn.Module, entered: tuple[Any, ...]) -> None:
+        if not isinstance(entered[0], Tensor):
+            packed.append(type(part).__name__)
 
-        return hook
-
-    def packed(part: nn.Module, entered: tuple[Any, ...]) -> None:
-        if not isinstance(entered[0], Tensor):  # a packed sequence sorts the records by length
-            strange.append(type(part).__name__)
-
-    handles = [layer.module.register_forward_hook(listen(layer)) for layer in layers]
-    handles += [
-        p.register_forward_pre_hook(packed) for p in module.modules() if isinstance(p, DPRNNBase)
-    ]
+    parts = [part for part in module.modules() if isinstance(part, DPRNNBase)]
+    handles = [part.register_forward_pre_hook(hook) for part in parts]
     try:
-        yield strange
+        yield packed
     finally:
         for handle in handles:
             handle.remove()

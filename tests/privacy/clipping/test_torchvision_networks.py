@@ -1,0 +1,66 @@
+"""Clipped sums of torchvision's networks, repaired by the guard and otherwise as they are built.
+
+In double precision: in single precision rounding switches ReLUs of deep networks, in a batch
+another one than in a record alone, and the sums of a right way would differ by up to 3 %.
+"""
+
+import pytest
+import torch
+import torchvision
+
+from helpers.record_loops import TOLERANCE, gap_to_loop
+from perdure.privacy.guard import fix
+
+NETWORKS = (
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+)
+OPTIONS = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+}
+
+
+def network(name, **options):
+    """In evaluation mode: the random depth of some differs from record to record."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=3, **options)
+    return fix(model).eval().double()
+
+
+def pictures(records, side):
+    return torch.randn(records, 3, side, side, generator=torch.Generator().manual_seed(1)).double()
+
+
+# torch says so of a pooling layer that two of them use, which go record by record
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.deep(reason="fifteen networks of up to 28 million parameters, record by record")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sums_of_fifteen_repaired_networks_are_right_as_built(name):
+    model = network(name, **OPTIONS.get(name, {}))
+    assert gap_to_loop(model, pictures(3, 64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
+def test_sums_of_a_narrow_mobilenet_are_right_as_built(per_layer):
+    model = network("mobilenet_v2", width_mult=0.1)
+    assert any(getattr(part, "inplace", False) for part in model.modules())
+    assert gap_to_loop(model, pictures(3, 64), per_layer=per_layer) < TOLERANCE
+
+
+def test_sums_of_a_shufflenet_are_right_in_channels_last():
+    model = network("shufflenet_v2_x0_5").to(memory_format=torch.channels_last)
+    x = pictures(3, 64).to(memory_format=torch.channels_last)
+    assert gap_to_loop(model, x) < TOLERANCE
