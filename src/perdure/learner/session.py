@@ -26,6 +26,7 @@ from perdure.data.experience import Stream
 from perdure.data.records import Batch, Records
 from perdure.errors import StrategyError
 from perdure.learner.checkpoint import Position
+from perdure.learner.gradient_inspection import inspect_gradients
 from perdure.learner.private_setup import inspect, open_private_sum
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.planning.training_plan import TrainingPlan
@@ -133,6 +134,14 @@ class Session:
     def _open_private_sum(self) -> PrivateSum:
         inspect(
             self.training, self.model, self._synthetic_losses, seed=self.seed, device=self.device
+        )
+        inspect_gradients(
+            self.training,
+            self.model,
+            self.context,
+            self.state,
+            seed=self.seed,
+            device=self.device,
         )
         private_sum = open_private_sum(
             self.training,

@@ -1,8 +1,10 @@
 """Checks that a model, its losses and its optimiser keep one record's influence bounded.
 
-Import `check_model` for the refusals with their reasons, and `fixes` and `fix` for the repairs.
+Import `check_model` for the refusals with their reasons, `fixes` and `fix` for the repairs, and
+`check_gradients` to compare clipped gradients with a loop of autograd.
 """
 
+from perdure.privacy.guard.gradient_checks import GradientCase, check_gradients
 from perdure.privacy.guard.model_checks import (
     check_buffers,
     check_model,
@@ -12,7 +14,9 @@ from perdure.privacy.guard.model_checks import (
 )
 
 __all__ = [
+    "GradientCase",
     "check_buffers",
+    "check_gradients",
     "check_model",
     "check_optimizer",
     "fix",

@@ -1,0 +1,160 @@
+"""Self test of clipping: the clipped gradient of synthetic records against a loop of autograd.
+
+Book-keeping, the samplers of Opacus and torch.func.vmap each read the gradients of single records
+off one pass of a batch, and rest on what a layer does with the batch. The loop rests on nothing:
+one record, one forward pass, one backward pass, and a clip written out.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.errors import GuardError, PerdureError
+from perdure.privacy.clipping.clip import Clip, layer_of
+from perdure.privacy.guard.loss_checks import SyntheticLosses
+from perdure.types import Params
+
+RECORDS = 3
+"""Synthetic records that are compared."""
+
+TOLERANCE = 1e-4
+"""Share of the clipped sum that rounding explains."""
+
+TOLERANCE_OF_FLOAT32 = 2e-3
+"""The same for a model that does not run in float64, in which units of ReLU that rounding switches
+cannot be told from a fault.
+"""
+
+ClippedGradient = Callable[[Tensor, Tensor, Clip], Params | None]
+"""(inputs (n, ...), what else goes with each row, clip) -> the library's clipped sum by name."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientCase:
+    """A clipped gradient that is compared with the gradients of single records.
+
+    Args:
+        losses: the losses of some records, by the model at `params`, in training mode without
+            dropout (see `perdure.privacy.guard.loss_checks.quiet_training`).
+        clipped: the sum that is tested, of the same losses.
+        params: parameters of the gradient.
+        inputs, labels: synthetic records, `RECORDS` or more.
+    """
+
+    losses: SyntheticLosses
+    clipped: ClippedGradient
+    params: Params
+    inputs: Tensor
+    labels: Tensor
+
+
+def check_gradients(
+    case: GradientCase,
+    what: str,
+    *,
+    per_layer: bool = False,
+    in_double: Callable[[], GradientCase] | None = None,
+) -> None:
+    """Compare the clipped gradient of synthetic records with a loop of autograd over them.
+
+    The bound is the middle one of the records' norms, so that some are clipped and some are not.
+
+    Args:
+        case: what is compared.
+        what: name for the message.
+        per_layer: clip every layer by itself.
+        in_double: makes the case in float64, which decides where float32 differs: in deep networks
+            rounding switches units of ReLU.
+
+    Raises:
+        GuardError: naming the parameter whose sum differs most, or the reason why gradients of
+            single records cannot be formed.
+    """
+    moved, worst = _gap(case, what, per_layer)
+    if moved < TOLERANCE:
+        return
+    allowed = TOLERANCE_OF_FLOAT32
+    if in_double is not None:
+        try:
+            moved, worst = _gap(in_double(), what, per_layer)
+            allowed = TOLERANCE
+        except Exception:  # noqa: S110  # a model that is written for float32 alone
+            pass
+    if not moved < allowed:  # so that NaN is refused too
+        raise GuardError(
+            f"the clipped gradient of {what} differs from the gradients of single records by "
+            f"{moved:.2g} of its size, most in parameter {worst}: a layer computes something else "
+            "in a batch than its type says (a replaced method, a hook, a tensor written to in "
+            f"place, a wrong clipping rule); allowed: a difference below {allowed:g}; build the "
+            "layer out of torch's own, unchanged"
+        )
+
+
+def _gap(case: GradientCase, what: str, per_layer: bool) -> tuple[float, str]:
+    """Distance of the tested sum from the loop's, as a share of it, and the worst parameter."""
+    records = range(len(case.inputs))
+    with torch.random.fork_rng(devices=[]):
+        rows = [_row(case, slice(i, i + 1)) for i in records]
+        norm = sorted(map(_length, rows))[len(rows) // 2]
+        if not 0.0 < norm < math.inf:
+            return 0.0, ""  # nothing reaches the parameters, or all of it overflows
+        clip = Clip(norm=norm, per_layer=per_layer)
+        torch.manual_seed(0)
+        found = _found(case, clip, what)
+    expected = _clipped_by_hand(rows, clip)
+    apart = {name: _length({name: found[name].double() - v}) for name, v in expected.items()}
+    worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
+    return math.sqrt(sum(value**2 for value in apart.values())) / _length(expected), worst
+
+
+def _row(case: GradientCase, one: slice) -> Params:
+    """Gradient of one record, in float64."""
+    torch.manual_seed(0)
+    loss = case.losses(case.inputs[one], case.labels[one]).sum()
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in case.params.items()}
+    grads = torch.autograd.grad(
+        loss, list(case.params.values()), allow_unused=True, materialize_grads=True
+    )
+    return {name: grad.double() for name, grad in zip(case.params, grads, strict=True)}
+
+
+def _length(row: Params) -> float:
+    return math.sqrt(sum(float(value.square().sum()) for value in row.values()))
+
+
+def _clipped_by_hand(rows: list[Params], clip: Clip) -> Params:
+    """Sum of the rows, each (or each of its layers) scaled into its bound."""
+    layers = dict.fromkeys(map(layer_of, rows[0])) if clip.per_layer else {"": None}
+    bound = clip.norm / math.sqrt(len(layers))
+    total = {name: torch.zeros_like(value) for name, value in rows[0].items()}
+    for row in rows:
+        for layer in layers:
+            own = {n: v for n, v in row.items() if not clip.per_layer or layer_of(n) == layer}
+            factor = min(1.0, bound / max(_length(own), 1e-30))
+            for name, value in own.items():
+                total[name] += factor * value
+    return total
+
+
+def _found(case: GradientCase, clip: Clip, what: str) -> Params:
+    """The sum that is tested."""
+    try:
+        found = case.clipped(case.inputs, case.labels, clip)
+    except PerdureError:
+        raise
+    except Exception as error:  # the losses themselves ran on each record
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GuardError(
+            f"gradients of single records cannot be formed of {what}: {reason.partition('. ')[0]}; "
+            "allowed: a forward pass that runs under torch.func.vmap, without lengths, offsets or "
+            "branches computed from values; pad to one length, and use masks and torch.where"
+        ) from error
+    if found is None:
+        raise GuardError(
+            f"{what} gives no gradient for {len(case.inputs)} records; return (n,) losses"
+        )
+    return found
