@@ -26,25 +26,25 @@ from perdure.testing.fixtures import StrategyFixture
 # --------------------------------------------------------------------------- private
 
 
-@broken("pure", "curator._held", "curator.release")
+@broken("alone", "PrivacyError: a hook reads curator._held", "curator.release")
 class Peeping(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": attrgetter("_held")(curator).rows.inputs.mean(0)[:2]})
 
 
-@broken("alone", "AttributeError", "no attribute 'sample'")
+@broken("alone", "PrivacyError: a hook reads curator.sample", "no charge covers")
 class Drawing(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": curator.sample(0).inputs.mean(0)[:2]})
 
 
-@broken("pure", "curator._held", "no charge covers")
+@broken("alone", "PrivacyError: a hook reads curator._held", "no charge covers")
 class DrawingBehindTheCurator(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": attrgetter("_held")(curator).sample(0).inputs.mean(0)[:2]})
 
 
-@broken("private", "PrivacyError: raw records were asked for")
+@broken("alone", "PrivacyError: a hook reads curator.raw", "no charge covers")
 class AskingForRaw(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": curator.raw("to see them").inputs.mean(0)[:2]})

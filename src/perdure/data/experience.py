@@ -44,6 +44,15 @@ class Experience:
                     f"experience {self.index} has {part} labels {found}; declared: {self.classes}"
                 )
 
+    def without_records(self) -> "Experience":
+        """Return the same experience with no training record: its declared facts alone."""
+        rows = {
+            name: value.new_empty(0, *value.shape[1:])
+            for name in ("inputs", "labels", "ids")
+            for value in [getattr(self.train, name)]
+        }
+        return replace(self, train=replace(self.train, **rows))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stream:

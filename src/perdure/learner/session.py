@@ -20,6 +20,7 @@ from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.curator.held_records import HeldRecords
+from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
@@ -117,6 +118,7 @@ class Session:
             private_sum=self._open_private_sum() if private else None,
         )
         self.curator = LocalCurator(self.held, micro_batch_size=self.micro_batch_size)
+        self._asked_by_hooks = for_hooks(self.curator)
         self.uses: dict[str, bool] = {}
         self.trained: Params = {}
         self._references: tuple[Params, ...] = ()
@@ -250,7 +252,7 @@ class Session:
         """Return the released reference gradients of the present step; () where none is used."""
         if not self.uses["references"]:
             return ()
-        return self.strategy.references(self.curator, self.trained, self.state)
+        return self.strategy.references(self._asked_by_hooks, self.trained, self.state)
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         """(n,) the strategy's loss of every row, averaged over views where there are any."""
@@ -313,7 +315,7 @@ class Session:
         refuse_runaway(self.params, self.strategy, self.position.experience)
         self.model.eval()
         self.held.store(self.remember)
-        new = self.strategy.after_experience(self.curator, self._detached(), self.state)
+        new = self.strategy.after_experience(self._asked_by_hooks, self._detached(), self.state)
         self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
         self.notify("experience.consolidated")
         self.held.close()

@@ -41,8 +41,11 @@ class TrainingPlan:
     schedule: Schedule | None = None
 
     def of(self, experience: Experience) -> Plan:
-        """Return the strategy's plan of an experience."""
-        return self.strategy.plan(experience)
+        """Return the strategy's plan of an experience.
+
+        Under privacy the strategy is shown the experience without its training records.
+        """
+        return self.strategy.plan(experience.without_records() if self.privacy else experience)
 
     def upto(self, index: int) -> tuple[Experience, ...]:
         """Return the experiences of the stream up to `index`, that one included."""

@@ -45,6 +45,7 @@ def private(fixture: StrategyFixture) -> None:
             begun[learner.position.experience] = len(learner.private_sum.ledger.entries)
 
     learner = fixture.learner(SIMULATED, watched.strategy, [listen])
+    watched.step = lambda: learner.curator.step
     learner.prepare(fixture.stream)
     assert learner.private_sum is not None
     answers = _recorded(learner.private_sum)

@@ -13,16 +13,12 @@ from perdure.contract.curator import Curator
 from perdure.contract.plan import PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.curator.local_curator import LocalCurator
+from perdure.curator.hook_curator import MEMBERS
 from perdure.errors import ConformanceError
 from perdure.types import Params
 
 Kind = Literal["releases", "memory_releases", "histograms", "selections", "references"]
 """What is asked, by its name in `PrivacyCost`."""
-ALLOWED = tuple(name for name in vars(Curator) if not name.startswith("_"))
-"""Everything that hooks may use of a curator: the members of the protocol."""
-REFUSING = ("raw", "stored", "diagnostics")
-"""What the curator itself refuses under privacy."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,17 +48,21 @@ class RecordingCurator:
     """Stands before a curator.
 
     Args:
-        real: the curator.
+        real: the curator, as hooks see it.
         clip_norm: None to be as the curator is; a number to look as one under privacy would.
+        asked: list that questions are noted in; None for a new one.
+        step: returns the number of the present step in the open experience.
     """
 
     def __init__(
         self,
-        real: LocalCurator,
+        real: Curator,
         clip_norm: float | None = None,
         asked: list[Question] | None = None,
+        step: Callable[[], int] = lambda: -1,
     ) -> None:
         self._real = real
+        self._step = step
         self._clip_norm = clip_norm
         self.asked: list[Question] = [] if asked is None else asked
 
@@ -107,22 +107,27 @@ class RecordingCurator:
     def __getattr__(self, name: str) -> Any:
         if self._clip_norm is not None and name in ("private", "clip_norm"):
             return True if name == "private" else self._clip_norm
-        if name in ALLOWED or name in REFUSING:
+        if name in MEMBERS:
             return getattr(self._real, name)
         raise ConformanceError(
             f"it reads curator.{name}, which no charge covers; allowed: "
-            f"{', '.join(ALLOWED)}; ask "
+            f"{', '.join(MEMBERS)}; ask "
             "curator.release(query, ...) instead"
         )
 
     @property
     def _place(self) -> tuple[int, int]:
-        return self._real.context.experience, self._real.step
+        return self._real.context.experience, self._step()
 
 
 @dataclass(init=False, repr=False, eq=False)
 class RecordingStrategy:
-    """A strategy whose hooks reach the curator through a door; all else is the strategy's own."""
+    """A strategy whose hooks reach the curator through a door; all else is the strategy's own.
+
+    Attributes:
+        asked: questions so far.
+        step: returns the number of the present step; set it once there is a learner.
+    """
 
     # A field, because the noise digest describes a strategy by its fields; `asked` is none.
     _strategy: Strategy
@@ -130,6 +135,7 @@ class RecordingStrategy:
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
         self.asked = list[Question]()
+        self.step: Callable[[], int] = lambda: -1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
@@ -142,17 +148,16 @@ class RecordingStrategy:
         """As what it stands for."""
         return cast(Strategy, self)
 
-    def references(self, curator: LocalCurator, params: Params, state: State) -> tuple[Params, ...]:
+    def references(self, curator: Curator, params: Params, state: State) -> tuple[Params, ...]:
         """`Strategy.references`, through a door."""
-        return self._strategy.references(
-            RecordingCurator(curator, asked=self.asked).curator, params, state
-        )
+        return self._strategy.references(self._door(curator), params, state)
 
-    def after_experience(self, curator: LocalCurator, params: Params, state: State) -> State:
+    def after_experience(self, curator: Curator, params: Params, state: State) -> State:
         """`Strategy.after_experience`, through a door."""
-        return self._strategy.after_experience(
-            RecordingCurator(curator, asked=self.asked).curator, params, state
-        )
+        return self._strategy.after_experience(self._door(curator), params, state)
+
+    def _door(self, curator: Curator) -> Curator:
+        return RecordingCurator(curator, asked=self.asked, step=self.step).curator
 
     def count_of(self, kind: Kind, experience: int) -> int:
         """How often this was asked at an experience."""

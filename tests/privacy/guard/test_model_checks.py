@@ -363,7 +363,7 @@ def test_a_strategy_that_reads_raw_records_is_stopped(toy_stream, toy_model):
     from perdure.errors import PrivacyError
 
     with pytest.raises(
-        PrivacyError, match=r"raw records were asked for \(to look at them\).*curator.release"
+        PrivacyError, match=r"a hook reads curator\.raw, which no charge covers.*curator.release"
     ):
         private(toy_model(stream), Reader()).fit(stream)
 

@@ -1,0 +1,133 @@
+"""What the hooks of a strategy can reach: the members of the protocol, and nothing behind them."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+
+from perdure.contract.curator import Curator
+from perdure.curator.held_records import HeldRecords
+from perdure.curator.hook_curator import MEMBERS, for_hooks
+from perdure.curator.local_curator import LocalCurator
+from perdure.errors import PrivacyError
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
+from perdure.strategies import Naive
+
+PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking(Naive):
+    """Keeps the curator that its hooks are given."""
+
+    kept: ClassVar[list] = []
+
+    def after_experience(self, curator, params, state):
+        self.kept.append(curator)
+        return state
+
+
+def learner_of(stream, make, privacy=None):
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    return Learner(
+        model=make(stream), strategy=Looking(), optimizer=optimizer, iterations=2, privacy=privacy
+    )
+
+
+@pytest.fixture(params=[None, PRIVATE], ids=["exact", "private"])
+def given(request, toy_stream, toy_model):
+    """The curator of a hook after a whole run, and the learner's own."""
+    learner = learner_of(toy_stream(), toy_model, request.param)
+    learner.fit(toy_stream())
+    return Looking.kept.pop(), learner.curator
+
+
+def reachable(start):
+    """Objects that attributes, items and bound methods lead to; closures and modules are not
+    followed.
+    """
+    seen = {}
+    todo = [start]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, type | torch.nn.Module):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            todo += value
+        elif not isinstance(value, torch.Tensor | str | int | float | bool | None.__class__):
+            names = set(dir(value)) if not callable(value) else {"__self__"}
+            for name in names:
+                try:
+                    todo.append(getattr(value, name))
+                except Exception:  # a question that this is not the time for
+                    continue
+    return seen.values()
+
+
+def test_hooks_are_given_exactly_the_members_of_the_protocol(given):
+    seen, _ = given
+    public = {name for name in dir(seen) if not name.startswith("_")}
+    assert public == set(MEMBERS)
+    assert public == {name for name in vars(Curator) if not name.startswith("_")}
+
+
+def test_no_attribute_of_a_hooks_curator_leads_to_records(given):
+    seen, own = given
+    found = list(reachable(seen))
+    assert not any(isinstance(value, LocalCurator | HeldRecords) for value in found)
+    # the search sees what there is to see: from the learner's own curator it finds them
+    assert any(isinstance(value, HeldRecords) for value in reachable(own))
+    assert vars(type(seen)).keys().isdisjoint({"__dict__", "__weakref__"})
+
+
+@pytest.mark.parametrize(
+    "name", ["sample", "snapshot", "raw", "stored", "diagnostics", "step", "_held", "_pool", "rows"]
+)
+def test_what_hands_out_rows_is_refused_with_what_is_allowed(given, name):
+    seen, _ = given
+    with pytest.raises(
+        PrivacyError, match=rf"reads curator\.{name}, which no charge covers; allowed: context"
+    ):
+        getattr(seen, name)
+
+
+def test_a_hooks_curator_cannot_be_copied_open(given):
+    seen, _ = given
+    assert not hasattr(seen, "__dict__")
+    assert vars(type(copy.copy(seen))).keys() == vars(type(seen)).keys()
+
+
+def test_a_hook_cannot_put_anything_on_its_curator(given):
+    seen, _ = given
+    with pytest.raises(AttributeError):
+        seen.kept = torch.zeros(1)
+    with pytest.raises(AttributeError):
+        seen.private = False
+
+
+def test_questions_are_answered_as_by_the_curator_itself(toy_stream, toy_model):
+    learner = learner_of(toy_stream(), toy_model)
+    learner.prepare(toy_stream())
+    learner.begin(0)
+    own = learner.curator
+    seen = for_hooks(own)
+
+    def query(forward, batch):
+        return batch.inputs
+
+    asked = {"clip_norm": 1.0, "purpose": "a sum"}
+    expected = own.release(query, **asked)
+    assert torch.equal(seen.release(query, **asked)["value"], expected["value"])
+    assert seen.declared_size == own.declared_size and seen.private == own.private
+    assert torch.equal(
+        seen.count(lambda batch: batch.labels, bins=4, purpose="classes"),
+        own.count(lambda batch: batch.labels, bins=4, purpose="classes"),
+    )
+    assert len(seen.synthetic(3)) == 3
