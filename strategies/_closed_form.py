@@ -289,8 +289,10 @@ class Analytic(Strategy, ABC):
         released = curator.release(
             query, clip_norm=query.norm(self.length(curator)), purpose="sums of features"
         )
+        scale = self.scale(curator)
+        scales = {"gram": scale**2, "cross": scale, "totals": 1.0}
         changes = {
-            name: state[name] + released[name].to(state[name].dtype)
+            name: state[name] + scales[name] * released[name].to(state[name].dtype)
             for name in released
             if name in state
         }
@@ -301,32 +303,53 @@ class Analytic(Strategy, ABC):
         """Query whose sum over the records of an experience is released."""
 
     def asking(
-        self, state: State, kind: type[Gram], *, weight: float = 1.0, totals: float = 0.0
+        self,
+        curator: "Curator",
+        state: State,
+        kind: type[Gram],
+        *,
+        weight: float = 1.0,
+        totals: float = 0.0,
     ) -> Gram:
-        """Query of this kind over the features that the head sees, with one-hot targets."""
+        """Query of this kind over the features that the head sees, with one-hot targets.
+
+        Features are divided by `scale`.
+        """
         classes = torch.arange(len(state["bias"]), device=state["bias"].device)
+        scale = self.scale(curator)
 
         def features(forward: Forward, batch: Batch) -> Tensor:
-            return self.features(forward, batch.inputs, state)
+            features = self.features(forward, batch.inputs, state)
+            return features if scale == 1.0 else features / scale
 
         def targets(forward: Forward, batch: Batch) -> Tensor:
             return (batch.labels[:, None] == classes).float()
 
         return kind(features, targets, weight=weight, totals=totals)
 
-    def length(self, curator: "Curator") -> float:
-        """Largest L2 norm of a record's features at which the record is not clipped.
+    def scale(self, curator: "Curator") -> float:
+        """Number that features are divided by in the query, and sums multiplied by after it.
+
+        Under privacy it is the declared bound: one noise covers matrix, products and counts, whose
+        sizes grow with the square of the features, with the features and not at all, so that in
+        other units than the bound the largest of them would drown the others in noise.
 
         Raises:
-            PrivacyError: under privacy, where none was declared.
+            PrivacyError: under privacy, where features have no bound.
         """
-        if curator.private and not self.normalise and self.bound is None:
+        if not curator.private or self.normalise:
+            return 1.0
+        if self.bound is None:
             raise PrivacyError(
                 f"{self.name} releases sums of features, whose norm has no bound; set "
                 "normalise=True, or declare one "
                 "as bound=..."
             )
-        return 1.0 if self.bound is None else self.bound
+        return self.bound
+
+    def length(self, curator: "Curator") -> float:
+        """Largest norm of a record's features, over `scale`, at which it is not clipped."""
+        return 1.0
 
 
 def layout(spec: Spec, d: int, *, matrix: bool, counts: bool = True) -> State:

@@ -13,7 +13,8 @@ Loss: none; the features are those of the model as it is (frozen ones:
 `perdure.models.frozen`). State: the classes' sums of features and counts, which add up over
 experiences and clients, and the means. Memory cost: two tables of classes x features, in float64.
 Privacy cost: one release an experience, of the joint vector (f y^T, v y); with |f| = 1 it is
-clipped to sqrt(1 + v^2). A class can be predicted where its (noisy) count is at least one half;
+clipped to sqrt(1 + v^2), and features with a declared bound are divided by it before, their sums
+multiplied by it after. A class can be predicted where its (noisy) count is at least one half;
 with `normalise` counts are used for nothing else.
 """
 
@@ -50,7 +51,7 @@ class NCM(Analytic):
 
     def query(self, curator: "Curator", state: State) -> Gram:
         """Class sums and counts."""
-        return self.asking(state, ClassSums, totals=COUNT_WEIGHT)
+        return self.asking(curator, state, ClassSums, totals=COUNT_WEIGHT)
 
     def derive(self, state: State) -> State:
         """Means, and the head that finds the nearest."""

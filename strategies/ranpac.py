@@ -19,7 +19,8 @@ and clients, the projection, drawn from `seed` by every party alike, and the sol
 Memory cost: a matrix of features x features and two tables of classes x features, in float64; the
 projection. Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of
 `perdure.queries.Gram`; with |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 +
-w^2 (1 + b^2)), so leave the bias feature out. Negative eigenvalues of the noisy matrix are cut, and
+w^2 (1 + b^2)), so leave the bias feature out; features with a declared bound are divided by it
+before, and their sums multiplied by it after. Negative eigenvalues of the noisy matrix are cut, and
 half of the noise that they show is added to the ridge: free (see
 `perdure.strategies._closed_form.denoised`). Noise grows with the number of features: some hundreds
 do best, thousands without privacy.
@@ -117,11 +118,12 @@ class RanPAC(Analytic):
 
     def length(self, curator: "Curator") -> float:
         """Norm of a record's features, bias feature included, that is just not clipped."""
-        return math.hypot(super().length(curator), self.bias)
+        return math.hypot(super().length(curator), self.bias / self.scale(curator))
 
     def query(self, curator: "Curator", state: State) -> Gram:
         """Gram matrix and class sums."""
-        return self.asking(state, Gram if curator.private else Float64Gram, weight=WEIGHT)
+        kind = Gram if curator.private else Float64Gram
+        return self.asking(curator, state, kind, weight=WEIGHT)
 
     def derive(self, state: State) -> State:
         """Solve the ridge regression."""

@@ -16,7 +16,8 @@ Loss: none; the features are those of the model as it is (frozen ones:
 experiences and clients, and the solved head. Memory cost: a matrix of features x features and two
 tables of classes x features, in float64. Privacy cost: one release an experience, of the joint
 vector (svec(f f^T), w f y^T, v y) of `perdure.queries.Gram`; with |f| = 1 it is clipped to
-sqrt(1 + w^2 + v^2). Negative eigenvalues of the noisy covariance are cut, and half of the noise
+sqrt(1 + w^2 + v^2), and features with a declared bound are divided by it before, their sums
+multiplied by it after. Negative eigenvalues of the noisy covariance are cut, and half of the noise
 that they show is added as a ridge (`perdure.strategies._closed_form.denoised`): free.
 """
 
@@ -82,7 +83,11 @@ class SLDA(Analytic):
     def query(self, curator: "Curator", state: State) -> Gram:
         """Gram matrix, class sums and counts."""
         return self.asking(
-            state, Gram if curator.private else Float64Gram, weight=WEIGHT, totals=COUNT_WEIGHT
+            curator,
+            state,
+            Gram if curator.private else Float64Gram,
+            weight=WEIGHT,
+            totals=COUNT_WEIGHT,
         )
 
     def derive(self, state: State) -> State:

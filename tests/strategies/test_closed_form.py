@@ -7,12 +7,18 @@ import math
 import pytest
 import torch
 
+from helpers.order_invariance import accuracy, stream_of
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.errors import StrategyError
+from perdure.learner.learner import Learner
+from perdure.models.frozen import frozen
+from perdure.models.random_convolutions import RandomConvolutions
 from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.settings import Privacy
 from perdure.queries.evaluation import bounded_sum, exact_sum
 from perdure.queries.gram import Gram, unsvec
+from perdure.strategies import NCM, SLDA, RanPAC
 from perdure.strategies._closed_form import (
     BLOCK,
     ClassSums,
@@ -243,3 +249,60 @@ def test_a_noisy_head_is_better_denoised():
 
     better = [error(0.5, seed) < 0.5 * error(0.0, seed) for seed in range(10)]
     assert sum(better) >= 8
+
+
+# ------------------------------------------------------------------------- features of any length
+
+
+class Scaled(torch.nn.Module):
+    """Frozen features of a norm of at most k."""
+
+    def __init__(self, inner, k):
+        super().__init__()
+        self.inner = inner
+        self.k = k
+        self.feature_size = inner.feature_size
+
+    def features(self, x):
+        f = self.inner.features(x)
+        return self.k * f / f.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+BOUNDED = {
+    "RanPAC": lambda k: RanPAC(normalise=False, bound=k, projection=0, ridge=1e-6),
+    "RanPAC with a bias": lambda k: RanPAC(normalise=False, bound=k, ridge=1e-6, bias=0.5 * k),
+    "SLDA": lambda k: SLDA(normalise=False, bound=k, shrinkage=0.01),
+    "NCM": lambda k: NCM(normalise=False, bound=k),
+}
+
+
+def accuracy_of(strategy, k, privacy):
+    inner = frozen(
+        RandomConvolutions(filters=6, size=3, pool=4), input_shape=(1, 8, 8), num_classes=10
+    )
+    learner = Learner(
+        model=Scaled(inner, k),
+        strategy=strategy,
+        optimizer=torch.optim.SGD,
+        iterations=1,
+        privacy=privacy,
+    )
+    learner.fit(stream_of(experiences=2))
+    return accuracy(learner), learner
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_accuracy_under_privacy_does_not_depend_on_the_scale(name):
+    """A power of 2 changes no digit, so that the noise is the same in units of the bound."""
+    privacy = Privacy(noise_multiplier=0.5, release_noise=1.0, seed=1)
+    base, plain = accuracy_of(BOUNDED[name](1.0), 1.0, privacy)
+    assert base > 0.4
+    for k in (1 / 16, 16.0):
+        found, learner = accuracy_of(BOUNDED[name](k), k, privacy)
+        assert abs(found - base) < 0.02
+        torch.testing.assert_close(learner.state["cross"] / k, plain.state["cross"])
+        norms = {entry.clip_norm for entry in learner.private_sum.ledger.entries}
+        assert norms == {entry.clip_norm for entry in plain.private_sum.ledger.entries}

@@ -158,7 +158,7 @@ def test_features_without_a_bound_are_refused_under_privacy():
         alone(RAW, privacy=SIMULATED)
     bounded = alone(RanPAC(normalise=False, bound=2.0), privacy=SIMULATED)
     assert [e.clip_norm for e in bounded.private_sum.ledger.entries] == pytest.approx(
-        [math.sqrt(16 + 0.49 * 4)] * 5
+        [math.sqrt(1.49)] * 5  # of features over their bound
     )
 
 
