@@ -148,7 +148,7 @@ def _compiled() -> Callable[..., int]:
             else:
                 negative = np.int64((word >> sign_at) & one)
                 out[i] += (np.int64(value) ^ -negative) + negative
-        return np.int64(left)
+        return int(left)
 
     compiled: Callable[..., int] = numba.njit(nogil=True)(kernel)
     return compiled
@@ -198,7 +198,8 @@ def _own_words(places: Integers, first: int, count: int, blocks: Blocks) -> Word
     numbers = np.empty((len(places), count, 2), dtype=np.uint64)
     numbers[:, :, 0] = places[:, None]
     numbers[:, :, 1] = np.arange(first, first + count)
-    return blocks(numbers.reshape(-1, 2)).reshape(len(places), 2 * count)
+    own: Words = blocks(numbers.reshape(-1, 2)).reshape(len(places), 2 * count)
+    return own
 
 
 def _keeping(cell: Integers, offset: Integers, table: GaussianTable) -> Words:

@@ -110,7 +110,7 @@ class NoiseKey:
         from cryptography.hazmat.primitives.poly1305 import Poly1305
 
         own = subkey(self._secret, "tag of a sum", place)
-        return Poly1305.generate_tag(own, exact.view(np.uint8)).hex()
+        return Poly1305.generate_tag(own, exact.view(np.uint8).data).hex()
 
     def add_noise(
         self, total: Tensor, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
