@@ -117,6 +117,7 @@ WRONG = {
     ("privacy", "relation"): CHOICES,
     ("privacy", "clipping"): (*CHOICES, "{quantile = 2.0}", "{count_noise = 0.0}"),
     ("privacy", "diagnostics"): CHOICES,
+    ("privacy", "custom_forward"): CHOICES,
     ("privacy", "bands"): COUNTS,
     ("privacy", "horizon"): COUNTS,
     ("privacy", "spent"): ("1", "[{sampling_rate = 2.0, noise_multiplier = 1.0, steps = 1}]"),

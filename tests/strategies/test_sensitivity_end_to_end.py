@@ -16,6 +16,7 @@ import torch
 from helpers.strategy_examples import example, model_of, private
 from perdure.curator.sampling import PrivateSampler
 from perdure.data.records import Batch
+from perdure.learner.inspection import Verdict
 from perdure.learner.learner import Learner
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip
@@ -278,7 +279,8 @@ def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds
     it.
     """
-    monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: None)
+    unguarded = Verdict(independence="tested", alone=False)
+    monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: unguarded)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))

@@ -22,10 +22,12 @@ from perdure.curator.sampling import (
     replayed,
     without,
 )
+from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience
 from perdure.data.records import Batch
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.planning.exposure import exposure, reference_exposures
+from perdure.privacy.guard.probes import domain_of, probe_rows
 from perdure.privacy.private_sum import PrivateSum
 from perdure.queries.per_record import CHUNK, rows_one_by_one
 from perdure.types import Params
@@ -344,16 +346,38 @@ class HeldRecords:
         return self.pool.current, (self.experiences[-1].train.partition,)
 
     def synthetic(self, n: int) -> Batch:
-        """Return n random rows with the pool's shapes and dtypes, independent of the data."""
+        """Return n random rows with the pool's shapes and dtypes, independent of the data.
+
+        Inputs are drawn from the declared domain, where there is one.
+        """
+        domain = self.experiences[-1].train.domain
         rng = generator(self._seed, "synthetic")
+        if domain is not None:
+            return self._synthetic(domain.random(n, rng))
+        inputs = self.rows.inputs
+        drawn = torch.rand(n, *inputs.shape[1:], generator=rng).to(inputs.dtype)
+        return self._synthetic(drawn)
+
+    def probes(self) -> Batch:
+        """Return one synthetic row of every kind that the guard looks at."""
+        rng = generator(self._seed, "probes")
+        return self._synthetic(probe_rows(self.domain, rng))
+
+    @property
+    def domain(self) -> InputDomain:
+        """Domain of the inputs of the open experience, the widest one where none is declared."""
+        return domain_of(self.rows.inputs, self.experiences[-1].train.domain)
+
+    def _synthetic(self, inputs: Tensor) -> Batch:
+        """Rows of these inputs (n, ...), with classes in turn and blanks beside them."""
+        n = len(inputs)
         rows = {
             name: torch.zeros(n, *t.shape[1:], dtype=t.dtype)
             for name, t in self.rows.tensors().items()
         }
         classes = torch.nonzero(self.context.current).flatten().cpu()
-        inputs = rows["inputs"]
         rows |= {
-            "inputs": torch.rand(inputs.shape, generator=rng).to(inputs.dtype),
+            "inputs": inputs,
             "labels": classes[torch.arange(n) % len(classes)],
             "valid": torch.ones(n, dtype=torch.bool),
             "tasks": torch.full((n,), self.experiences[-1].index),

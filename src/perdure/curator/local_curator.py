@@ -4,8 +4,8 @@ Without privacy a release is the exact sum, at full speed. With privacy every ro
 ledger is written, and only then noise is drawn.
 """
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +21,8 @@ from perdure.data.records import Batch
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.guard.loss_checks import check_losses
+from perdure.privacy.guard.neighbour_checks import check_neighbours
+from perdure.privacy.guard.probes import neighbours
 from perdure.privacy.noise.discrete import Frequency, Quantile, best, counted
 from perdure.privacy.private_sum import ChangedSumError, PrivateSum, ReleaseKey
 from perdure.queries.batch_gradients import clipped_gradient, mean_gradient
@@ -35,9 +37,31 @@ from perdure.queries.per_record import CHUNK, numbers_of
 from perdure.types import Params
 from perdure.utils.hashing import digest
 from perdure.utils.modules import evaluating, statistics_of
+from perdure.utils.seeding import generator
+
+Watched = Callable[[bool], AbstractContextManager[None]]
+"""Opens a private pass; True to compare the values of what is kept, beside version counters."""
 
 SYNTHETIC_RECORDS = 16
 """Synthetic records that a question is evaluated on, to tell it from others."""
+
+
+def unwatched(values: bool) -> AbstractContextManager[None]:
+    """Open a pass that nobody watches."""
+    return nullcontext()
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Say that a question failed on synthetic records, before anything was charged."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            "it was asked about synthetic records, one at a time, also extreme ones and such that "
+            "are not finite: on private records a failure would tell of them"
+        )
+        raise
 
 
 class LocalCurator:
@@ -46,11 +70,22 @@ class LocalCurator:
     Args:
         held: the records, and the private sum that answers are noised by.
         micro_batch_size: rows of one pass through the model; None for a whole batch.
+        alone: run the model on every record alone in private gradients.
+        watched: opens a private pass and refuses what it writes into tensors that are kept.
     """
 
-    def __init__(self, held: HeldRecords, *, micro_batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        held: HeldRecords,
+        *,
+        micro_batch_size: int | None = None,
+        alone: bool = False,
+        watched: Watched = unwatched,
+    ) -> None:
         self._held = held
         self._micro_batch_size = micro_batch_size
+        self._alone = alone
+        self._watched = watched
         self._last_step: Diagnostics | None = None
 
     # ------------------------------------------------------------------ public facts
@@ -225,9 +260,17 @@ class LocalCurator:
         module = forward.module
         data = rows.tensors()
         params = {name: value.detach() for name, value in module.named_parameters()}
+        with self._watched(True), noted():
+            probes = self._held.probes().tensors()
+            bounded_sum(query, module, params, probes, Clip(norm=clip_norm))
         shown = evaluate_on_synthetic(query, forward, self.synthetic(SYNTHETIC_RECORDS))
+
+        def clipped(clip: Clip) -> Params | None:
+            with self._watched(True):
+                return bounded_sum(query, module, params, data, clip)
+
         released = self._held.private_sum.release(
-            lambda clip: bounded_sum(query, module, params, data, clip),
+            clipped,
             purpose=purpose,
             occasion=self._release_key(shown, rows, exposed),
             shapes=shapes_of(query, forward, data),
@@ -244,7 +287,10 @@ class LocalCurator:
             purpose: name of the release in the ledger.
         """
         rows, exposed = self._held.rows_of_experience()
-        counts = counted(numbers_of(of, rows, alone=self.private), bins, strict=not self.private)
+        self._try_on_probes(of)
+        with self._watched(True):
+            numbers = numbers_of(of, rows, alone=self.private)
+        counts = counted(numbers, bins, strict=not self.private)
         if self._held.private_sum is None:
             return counts
         shown = {"bins": numbers_of(of, self.synthetic(SYNTHETIC_RECORDS), alone=True)}
@@ -266,7 +312,9 @@ class LocalCurator:
             name = type(utility).__name__
             raise PrivacyError(f"{name} has no known sensitivity; allowed: Frequency, Quantile")
         rows, exposed = self._held.rows_of_experience()
-        numbers = numbers_of(of, rows, alone=self.private)
+        self._try_on_probes(of)
+        with self._watched(True):
+            numbers = numbers_of(of, rows, alone=self.private)
         scores = utility.scores(numbers, strict=not self.private)
         if self._held.private_sum is None:
             return best(scores, utility.k)
@@ -275,6 +323,12 @@ class LocalCurator:
         return self._held.private_sum.select(scores, purpose=purpose, occasion=key)
 
     # ------------------------------------------------------------------ inside
+
+    def _try_on_probes(self, of: Of) -> None:
+        """Ask about records of every kind first: on private ones a failure would tell of them."""
+        if self.private:
+            with self._watched(True), noted():
+                numbers_of(of, self._held.probes(), alone=True)
 
     def _rows_over(self, over: Over) -> tuple[Batch, tuple[str, ...]]:
         """Rows that a release sums over, and the partitions that it exposes."""
@@ -302,6 +356,7 @@ class LocalCurator:
         with torch.no_grad(), evaluating(forward.module):
             name = f"the losses of {sampler.purpose!r}"
             check_losses(of, synthetic.inputs, synthetic.labels, name)
+            self._check_neighbours(losses, name)
             shown = digest({"losses": losses(forward, synthetic)}).hex()
         private_sum.reserve(
             scope=exposed.scope,
@@ -313,14 +368,36 @@ class LocalCurator:
             purpose=sampler.purpose,
         )
 
+    def _check_neighbours(self, losses: Losses, name: str) -> None:
+        """Look at the losses of a reference over the whole domain, where they may couple rows."""
+        private_sum = self._held.private_sum
+        if self._alone or (private_sum and private_sum.independence == "by construction"):
+            return
+        forward = self._held.forward
+        pairs = list(neighbours(self._held.domain, generator(0, "references")))
+        rows = replayed(self.synthetic(len(pairs[0].one)))
+        device = rows.inputs.device
+
+        def of(inputs: Tensor, labels: Tensor) -> Tensor:
+            return losses(forward, replace(rows, inputs=inputs, labels=labels))
+
+        moved = [pair.to(device) for pair in pairs]
+        facts = (rows.labels, rows.labels.flip(0))
+        with self._watched(True):
+            check_neighbours(forward.module, of, moved, facts, name, layers=False)
+
     def _clipped(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
         """Clipped sum of the rows' gradients; raw diagnostics note loss and clipped share."""
         forward = self._held.forward
         size = self._micro_batch_size
+        counting = replace(clip, counted=True) if self._raw_diagnostics else clip
+        with self._watched(False):
+            total = clipped_gradient(
+                forward, losses, params, batch, counting, size, alone=self._alone
+            )
         if not self._raw_diagnostics:
-            return clipped_gradient(forward, losses, params, batch, clip, size)
-        counting = replace(clip, counted=True)
-        total = clipped_gradient(forward, losses, params, batch, counting, size) or {}
+            return total
+        total = total or {}
         within = float(total.get(WITHIN, 0.0))
         if not clip.counted:
             total.pop(WITHIN, None)

@@ -15,6 +15,7 @@ from perdure.data.datasets.cifar10 import cifar10
 from perdure.data.datasets.digits import digits
 from perdure.data.datasets.mnist import mnist
 from perdure.data.datasets.registry import load
+from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
 from perdure.data.scenarios import blurry, online, permuted, rotated, split
@@ -25,6 +26,7 @@ __all__ = [
     "Change",
     "Dataset",
     "Experience",
+    "InputDomain",
     "Records",
     "Stream",
     "Views",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from perdure.data.domain import InputDomain
 from perdure.errors import ConfigError, DataError
 
 
@@ -28,6 +29,8 @@ class Records:
         size_counted: set here where no size was declared: `declared_size` follows the rows.
         ids_by_position: set here where no ids were given: one row less would give the rows after
             it other ids. Under privacy such ids place no record (see `perdure.data.scenarios`).
+        domain: values that an input may have, declared before any record is seen; None where
+            nothing is declared. Under privacy the guard needs it for inputs that are no floats.
 
     Raises:
         DataError: when lengths or types do not fit.
@@ -40,6 +43,7 @@ class Records:
     declared_size: int = 0
     size_counted: bool = False
     ids_by_position: bool = False
+    domain: InputDomain | None = None
 
     def __post_init__(self) -> None:
         n = len(self.inputs)
@@ -57,6 +61,12 @@ class Records:
             object.__setattr__(self, "size_counted", True)
         elif self.declared_size != n:
             object.__setattr__(self, "size_counted", False)
+        if self.domain is not None and not self.domain.fits(self.inputs):
+            given = f"shape {tuple(self.inputs.shape[1:])} and {self.inputs.dtype}"
+            raise DataError(
+                f"inputs have {given}; the declared domain has shape {self.domain.shape} and "
+                f"{self.domain.dtype}; declare the domain of these inputs"
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -374,7 +374,13 @@ def _copies(
     parts = []
     for index, change in enumerate(changes):
         train, test = (
-            replace(records, inputs=change(records.inputs), labels=records.labels + index * step)
+            replace(
+                records,
+                inputs=change(records.inputs),
+                labels=records.labels + index * step,
+                # a turned image is 0 in its corners
+                domain=records.domain and records.domain.including(0.0),
+            )
             for records in (data.train.declared(declared_size), data.test)
         )
         classes = tuple(range(index * step, index * step + data.num_classes))

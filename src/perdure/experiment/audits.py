@@ -90,6 +90,7 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
         labels=torch.cat([one.labels, other.labels]),
         ids=torch.cat([one.ids, ids]),
         partition=one.partition,
+        domain=one.domain,
     )
 
 
@@ -101,6 +102,7 @@ def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Str
         ids=torch.cat([known.ids, half.ids]),
         partition=known.partition,
         declared_size=stream[experience].train.declared_size,
+        domain=known.domain,
     )
     parts = [replace(e, train=whole) if e.index == experience else e for e in stream]
     return replace(stream, experiences=tuple(parts))

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,12 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from perdure.data.experience import Stream
-from perdure.errors import GuardError
+from perdure.errors import DataError, GuardError
+from perdure.learner.inspection import Inspection, Verdict
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.charges import merged
-from perdure.privacy.guard.loss_checks import check_losses, check_rows, quiet_training
-from perdure.privacy.guard.model_checks import check_buffers, check_model, check_optimizer
+from perdure.privacy.guard.independence import Independence
+from perdure.privacy.guard.model_checks import check_model, check_optimizer
+from perdure.privacy.guard.probes import domain_of
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import noise_key
@@ -31,6 +32,7 @@ def open_private_sum(
     client: int,
     owner: str,
     trace: Callable[[str], None],
+    independence: Independence,
 ) -> PrivateSum:
     """Calibrate the noise, open the ledger and reserve the plan of the whole stream in it.
 
@@ -40,6 +42,7 @@ def open_private_sum(
         client: number of the party, 0 when there is only one.
         owner: its name in the ledger.
         trace: called with the name of every point of a ledger write or noise draw.
+        independence: of records, as `inspect` found it.
 
     Raises:
         BudgetError: when the plan does not fit the budget.
@@ -60,29 +63,27 @@ def open_private_sum(
         known = {name: plan[name] for name in ledger.partitions if name in plan}
         ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
     draws = DrawLog(folder / "private" / "draws.jsonl" if folder else None, key)
-    return PrivateSum(privacy=privacy, schedule=schedule, ledger=ledger, key=key, draws=draws)
+    return PrivateSum(
+        privacy=privacy,
+        schedule=schedule,
+        ledger=ledger,
+        key=key,
+        draws=draws,
+        independence=independence,
+    )
 
 
-def inspect(
-    training: TrainingPlan,
-    model: nn.Module,
-    losses: Callable[[int, Tensor, Tensor], Tensor],
-    *,
-    seed: int,
-    device: str | torch.device,
-) -> None:
+def inspect(inspection: Inspection) -> Verdict:
     """Guard model, stream and strategy, on synthetic records only.
 
-    Args:
-        training: stream and strategy.
-        model: the module that is trained.
-        losses: index of an experience, inputs (n, ...), labels and ids (n, 2) to the losses (n,).
-        seed: of the synthetic records.
-        device: where the model is.
+    Returns:
+        by what records are known to be independent of each other.
 
     Raises:
         GuardError: naming the part that breaks the bound on one record's influence, and the fix.
+        DataError: for records outside their declared domain.
     """
+    training = inspection.training
     strategy = training.strategy
     stream = training.stream
     refuse_places(stream)
@@ -91,15 +92,9 @@ def inspect(
             f"{strategy.name} couples the records of a batch in its loss; use a strategy that does "
             "not"
         )
-    check_model(model)
-    inputs, facts = synthetic(training, records=6, seed=seed, device=device)
-    check_buffers(model, inputs)
-    name = f"{strategy.name}.losses()"
-    for mode in (model.eval, partial(quiet_training, model)):
-        mode()
-        for index in range(min(2, len(stream))):
-            check_losses(partial(losses, index), inputs, facts[index], name)
-    check_rows(model, partial(losses, 0), inputs, facts[0], name)
+    check_model(inspection.model)
+    refuse_outside(stream)
+    return inspection.verdict()
 
 
 def declared_records(stream: Stream) -> int:
@@ -151,15 +146,32 @@ def synthetic(
 ) -> tuple[Tensor, list[Tensor]]:
     """Random inputs (n, ...), independent of the data; labels and ids (n, 2) for every experience.
 
-    A label is one of the declared classes of the experience, and an id stays with its row.
+    Inputs are drawn from the declared domain. A label is one of the declared classes of the
+    experience, and an id stays with its row.
     """
     stream = training.stream
-    rng = generator(seed, "guard")
-    inputs = torch.rand(records, *stream.input_shape, generator=rng).to(device)
+    first = stream[0].train
+    domain = domain_of(first.inputs, first.domain)
+    inputs = domain.random(records, generator(seed, "guard")).to(device)
     facts = [
         torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream
     ]
     return inputs, [fact.to(device) for fact in facts]
+
+
+def refuse_outside(stream: Stream) -> None:
+    """Refuse training records outside their declared domain, before a curator holds them.
+
+    Raises:
+        DataError: naming the experience.
+    """
+    for experience in stream:
+        records = experience.train
+        if records.domain is not None and bool(records.domain.outside(records.inputs).any()):
+            raise DataError(
+                f"experience {experience.index} has records outside the declared {records.domain}; "
+                "clamp the inputs to it, or declare a wider one"
+            )
 
 
 def refuse_optimizer(

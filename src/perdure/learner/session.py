@@ -4,8 +4,9 @@ The loop of `Learner`, the Avalanche plugin and a loop of the user's own stand o
 so a strategy sees the same calls in the same order wherever it runs.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -21,21 +22,25 @@ from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import for_hooks
-from perdure.curator.local_curator import LocalCurator
+from perdure.curator.local_curator import LocalCurator, unwatched
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.records import Batch, Records
-from perdure.errors import StrategyError
+from perdure.errors import GuardError, StrategyError
 from perdure.learner.checkpoint import Position
 from perdure.learner.gradient_inspection import inspect_gradients
+from perdure.learner.inspection import Inspection
 from perdure.learner.private_setup import inspect, open_private_sum
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.planning.training_plan import TrainingPlan
+from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
+from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, PrivateSum
 from perdure.queries.batch_gradients import with_penalty
+from perdure.queries.per_record import gradient_rows, rows_one_by_one
 from perdure.types import Params
 from perdure.utils.denormals import flushed
-from perdure.utils.modules import trainable_parameters
+from perdure.utils.modules import evaluating, trainable_parameters
 from perdure.utils.seeding import Seed, derive, drawing_from, generator_from
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step")
@@ -104,6 +109,9 @@ class Session:
         self.strategy: Strategy = self.training.strategy
         self.stream: Stream = self.training.stream.to(self.device)
         self.context = contexts(self.stream, self.device)
+        self._watch: WriteWatch | None = None
+        self._compare_values = True
+        self._goes_alone = False
         self.params: Params = dict(trainable_parameters(model))
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
@@ -117,7 +125,12 @@ class Session:
             batch_size=self.training.batch_size,
             private_sum=self._open_private_sum() if private else None,
         )
-        self.curator = LocalCurator(self.held, micro_batch_size=self.micro_batch_size)
+        self.curator = LocalCurator(
+            self.held,
+            micro_batch_size=self.micro_batch_size,
+            alone=self._goes_alone,
+            watched=self.private_pass if private else unwatched,
+        )
         self._asked_by_hooks = for_hooks(self.curator)
         self.uses: dict[str, bool] = {}
         self.trained: Params = {}
@@ -134,23 +147,43 @@ class Session:
         return self.held.private_sum
 
     def _open_private_sum(self) -> PrivateSum:
-        inspect(
-            self.training, self.model, self._synthetic_losses, seed=self.seed, device=self.device
+        verdict = inspect(
+            Inspection(
+                training=self.training,
+                model=self.model,
+                losses=self._synthetic_losses,
+                row_gradients=self._synthetic_row_gradients,
+                remember=self._synthetic_memory if self.strategy.uses("remember") else None,
+                widened=bool(self.adversary or self.views),
+                state=self.state,
+                rows=self._expected_rows(),
+                seed=self.seed,
+                device=self.device,
+            )
         )
-        inspect_gradients(
-            self.training,
-            self.model,
-            self.context,
-            self.state,
-            seed=self.seed,
-            device=self.device,
-        )
+        self._goes_alone = verdict.alone
+        if not verdict.alone:
+            inspect_gradients(
+                self.training,
+                self.model,
+                self.context,
+                self.state,
+                seed=self.seed,
+                device=self.device,
+            )
+        if verdict.alone and self.adversary:
+            raise GuardError(
+                f"an adversary runs the model in batches, given {type(self.adversary).__name__} "
+                'with custom_forward="record-by-record"; allowed: one of the two; leave the '
+                "adversary out, or use a model of known modules"
+            )
         private_sum = open_private_sum(
             self.training,
             folder=self.folder,
             client=self.client,
             owner=self.owner,
             trace=self.notify,
+            independence=verdict.independence,
         )
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum
@@ -159,6 +192,53 @@ class Session:
         labels, ids = facts.unbind(1)
         batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
         return self.strategy.losses(self.forward, batch, self.context(index), self.state)
+
+    def _synthetic_row_gradients(self, index: int, inputs: Tensor, facts: Tensor) -> object:
+        labels, ids = facts.unbind(1)
+        batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
+        context = self.context(index)
+
+        def losses(forward: Forward, rows: Batch) -> Tensor:
+            return self.strategy.losses(forward, rows, context, self.state)
+
+        params = self._detached()
+        rows = gradient_rows(losses, self.model)
+        return clipped_sum(rows, params, batch.tensors(), Clip(norm=1.0), per_pass(params))
+
+    def _synthetic_memory(self, index: int, inputs: Tensor, facts: Tensor) -> object:
+        labels, ids = facts.unbind(1)
+        batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
+        with torch.no_grad(), evaluating(self.model):
+            return rows_one_by_one(
+                lambda forward, rows: self.strategy.remember(forward, rows, self.state),
+                self.forward,
+                batch,
+            )
+
+    def _expected_rows(self) -> float:
+        """Largest declared number of records in one pass of a step."""
+        training = self.training
+        exposures = [training.exposure(training.upto(e.index)) for e in self.stream]
+        largest = max(exposure.expected for exposure in exposures)
+        return min(largest, self.micro_batch_size or math.inf)
+
+    @contextmanager
+    def private_pass(self, values: bool = False) -> Iterator[None]:
+        """Refuse what runs inside and writes into a parameter, a buffer or the state.
+
+        Args:
+            values: compare values, which version counters may miss; done once a block anyway.
+
+        Raises:
+            GuardError: naming the tensor.
+        """
+        if self._watch is None:
+            yield
+            return
+        values = values or self._compare_values
+        self._compare_values = False
+        with self._watch.unwritten(self.state, "a private pass", values=values):
+            yield
 
     # ------------------------------------------------------------------ an experience
 
@@ -174,6 +254,8 @@ class Session:
             self.position = Position(experience=index, begun=True)
             if plan.restart:
                 self.model.load_state_dict(self._initial)
+        if self.private_sum:
+            self._watch = WriteWatch(self.model)
         context = self.context(index, declared_size=experience.train.declared_size)
         self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
         self.select(plan)
@@ -204,6 +286,7 @@ class Session:
             digest: of everything but the records that determines what the steps do (see
                 `noise_digest`).
         """
+        self._compare_values = True
         self.held.reserve(steps, digest)
 
     # ------------------------------------------------------------------ a step
@@ -274,7 +357,8 @@ class Session:
 
     def remember(self, forward: Forward, batch: Batch) -> Params:
         """Return the tensors that memory stores beside each row."""
-        return self.strategy.remember(forward, batch, self.state)
+        with self.private_pass():
+            return self.strategy.remember(forward, batch, self.state)
 
     def penalty(self) -> Tensor | None:
         """Return the strategy's penalty at the present parameters; None where it has none."""
@@ -314,6 +398,7 @@ class Session:
         """
         refuse_runaway(self.params, self.strategy, self.position.experience)
         self.model.eval()
+        self._compare_values = True
         self.held.store(self.remember)
         new = self.strategy.after_experience(self._asked_by_hooks, self._detached(), self.state)
         self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
@@ -335,7 +420,8 @@ class Session:
         def losses(inputs: Tensor) -> Tensor:
             return self.losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": inputs}))
 
-        inputs = self.adversary.perturb(losses, batch.inputs, generator=rng)
+        with self.private_pass():
+            inputs = self.adversary.perturb(losses, batch.inputs, generator=rng)
         return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
 
     def seed_of(self, purpose: str, step: int) -> Seed:

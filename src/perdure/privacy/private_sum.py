@@ -16,7 +16,7 @@ from perdure.errors import PrivacyError
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.grid import Grid
-from perdure.privacy.ledger.entries import Entry, MechanismName
+from perdure.privacy.ledger.entries import Entry, MechanismName, Stated
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.banded import PARTS, BandedNoise
 from perdure.privacy.noise.discrete import discrete_gaussian, exponential
@@ -145,6 +145,8 @@ class PrivateSum:
         ledger: where it is charged.
         key: of noise and coins.
         draws: log of the sums that noise was drawn for; None keeps one in memory.
+        independence: by what the gradients of records are known to be independent (see
+            `perdure.privacy.guard`); "" where nothing is known.
     """
 
     def __init__(
@@ -155,7 +157,9 @@ class PrivateSum:
         ledger: Ledger,
         key: NoiseKey,
         draws: DrawLog | None = None,
+        independence: Stated = "",
     ) -> None:
+        self.independence: Stated = independence
         self.privacy = privacy
         self.schedule = schedule
         self.ledger = ledger
@@ -607,6 +611,9 @@ class PrivateSum:
             data=data,
             start=start,
             simulated=self._key.simulated,
+            # the rows of a release are asked of each record alone
+            independence=self.independence
+            and ("by construction" if purpose.startswith("release:") else self.independence),
         )
 
 

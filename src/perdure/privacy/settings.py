@@ -60,6 +60,12 @@ class Privacy:
             noise, which is labelled wherever epsilon is printed.
         diagnostics: `released`, or `raw` to let callbacks see batch sizes, losses and clipped
             shares: epsilon is then infinite, and everything that prints it says so.
+        custom_forward: `tested`: a model with a forward pass or a loss of the user's own runs in
+            batches once the guard has probed it over the declared domain, and the statement says
+            that the independence of records is tested. `record-by-record`: such a model sees one
+            record at a time, more slowly, and no record can depend on another by construction,
+            save for state that the module keeps. Models of known modules are independent by
+            construction and run in batches under both.
 
     Raises:
         ConfigError: for a value outside its range.
@@ -77,6 +83,7 @@ class Privacy:
     spent: tuple[Charge, ...] = ()
     seed: int | None = None
     diagnostics: Literal["released", "raw"] = "released"
+    custom_forward: Literal["tested", "record-by-record"] = "tested"
     unit: Literal["record"] = "record"
     relation: Literal["add-remove"] = "add-remove"
 
@@ -110,6 +117,7 @@ class Privacy:
             ("unit", ("record",)),
             ("relation", ("add-remove",)),
             ("diagnostics", ("released", "raw")),
+            ("custom_forward", ("tested", "record-by-record")),
         ):
             value = getattr(self, name)
             if value not in allowed and not (name == "clipping" and isinstance(value, Adaptive)):

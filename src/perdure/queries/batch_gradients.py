@@ -14,7 +14,14 @@ from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass, sum_of_clipped
+from perdure.privacy.clipping.clip import (
+    WITHIN,
+    Clip,
+    NotFiniteError,
+    clipped_sum,
+    per_pass,
+    sum_of_clipped,
+)
 from perdure.privacy.opacus.samplers import grad_sample_sum
 from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
@@ -81,10 +88,14 @@ def clipped_gradient(
     at_once: int | None,
     *,
     by_loop: bool = True,
+    alone: bool = False,
 ) -> Params | None:
     """Sum over the rows of clip(gradient of the row's loss), the fastest way that fits the model.
 
     By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record.
+
+    A row whose gradient is not finite counts as zero: the sum is that of the others alone, and
+    nothing is raised that would tell of it.
 
     Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm;
     micro-batches change memory only, since every row is clipped by itself.
@@ -98,6 +109,7 @@ def clipped_gradient(
         at_once: rows of one pass through the model; None for all.
         by_loop: differentiate one row after another where `torch.func.vmap` cannot run the losses;
             False for its error.
+        alone: go record by record, whatever the model: no row can then depend on another.
 
     Returns:
         The sum by parameter name; None without rows.
@@ -105,10 +117,7 @@ def clipped_gradient(
     module = forward.module
     total: Params | None = None
     for piece in micro_batches(batch, at_once):
-        run = partial(losses, forward, piece)
-        part = clipped_gradient_sum(module, params, run, len(piece), clip)
-        if part is None:
-            part = grad_sample_sum(module, params, run, len(piece), clip)
+        part = None if alone else _from_batch(forward, losses, params, piece, clip)
         if part is None:
             part = _record_by_record(forward, losses, params, piece, clip, by_loop=by_loop)
         if total is None or part is None:
@@ -144,3 +153,26 @@ def _record_by_record(
         part = sum_of_clipped(row, clip)
         total = part if total is None else {name: total[name] + part[name] for name in part}
     return total
+
+
+def _from_batch(
+    forward: Forward, losses: Losses, params: Params, rows: Batch, clip: Clip
+) -> Params | None:
+    """Clipped sum from passes of a whole batch; None where the model is known to neither way.
+
+    Rows that are not finite are left out, and the others go again, as if those were not there.
+    """
+    if not len(rows):
+        return None
+    while len(rows):
+        run = partial(losses, forward, rows)
+        try:
+            part = clipped_gradient_sum(forward.module, params, run, len(rows), clip)
+            if part is None:
+                part = grad_sample_sum(forward.module, params, run, len(rows), clip)
+            return part
+        except NotFiniteError as found:
+            rows = rows.take(~found.rows)
+    device = rows.inputs.device
+    nothing = {n: torch.zeros(p.shape, device=device) for n, p in params.items()}
+    return nothing | ({WITHIN: torch.zeros((), device=device)} if clip.counted else {})

@@ -14,12 +14,14 @@ from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import (
     WITHIN,
     Clip,
+    NotFiniteError,
     clip_factors,
     clip_rows,
     clipped_sum,
     per_pass,
     squared_norms,
 )
+from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.per_record import gradient_rows
 from perdure.utils.chunking import chunks
 
@@ -235,9 +237,14 @@ def test_a_record_that_breaks_the_model_does_not_break_the_sum(poison):
     batch = records(shape)
     expected, _ = loop(module, batch.take(slice(1, None)), 1.0)
     batch.inputs[0] = poison
-    assert by_bookkeeping(module, batch, 1.0) is None  # it leaves such a batch to the rows
-    for key, value in by_rows(module, batch, 1.0).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotFiniteError) as refusal:  # who asked leaves the row out
+        by_bookkeeping(module, batch, 1.0)
+    assert refusal.value.rows.tolist() == [True] + [False] * (N - 1)
+    params = dict(module.named_parameters())
+    whole = clipped_gradient(Forward(module), losses, params, batch, Clip(norm=1.0), None)
+    for sums in (whole, by_rows(module, batch, 1.0)):
+        for key, value in sums.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
 def test_a_part_of_the_parameters_is_clipped_by_itself():

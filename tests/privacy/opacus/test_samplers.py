@@ -10,7 +10,7 @@ from torch import nn
 from helpers.module_hooks import any_hooks, hooks_on
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
-from perdure.privacy.clipping.clip import WITHIN, Clip, clipped_sum, sum_of_clipped
+from perdure.privacy.clipping.clip import WITHIN, Clip, NotFiniteError, clipped_sum, sum_of_clipped
 from perdure.privacy.guard.loss_checks import check_rows
 from perdure.privacy.guard.model_checks import fix
 from perdure.privacy.opacus import samplers as bridge
@@ -381,21 +381,21 @@ def test_layers_that_are_only_partly_trained_are_left_to_the_next_way():
         assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_no_records_values_that_are_no_numbers_and_rows_too_many_are_left_to_the_next_way(
-    monkeypatch,
-):
+def test_no_records_and_rows_too_many_are_left_to_the_next_way(monkeypatch):
     model, x, y = case("grouped convolution")
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x[:0], y[:0], CLIP) is None
-    assert (
-        by_bridge(
-            model, params, torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x), y, CLIP
-        )
-        is None
-    )
     assert by_bridge(model, params, x, y, CLIP) is not None
     monkeypatch.setattr(bridge, "PASS_NUMBERS", 100)  # small, so that few rows are too many
     assert by_bridge(model, params, x, y, CLIP) is None
+
+
+def test_rows_that_are_not_finite_are_named():
+    model, x, y = case("grouped convolution")
+    x = torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x)
+    with pytest.raises(NotFiniteError) as refusal:
+        by_bridge(model, dict(model.named_parameters()), x, y, CLIP)
+    assert refusal.value.rows.tolist() == [i == 3 for i in range(7)]
 
 
 def test_a_model_with_a_rule_for_every_layer_is_book_keeping_s():

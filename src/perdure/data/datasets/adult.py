@@ -154,7 +154,13 @@ def adult(root: str | Path | None = None, *, declared_size: int | None = None) -
     train, test = (read_adult(folder / name) for name in ("adult.data", "adult.test"))
     fact = "category lists and column ranges are declared in advance"
     return from_published_split(
-        "adult", train, test, num_classes=2, facts=(fact,), declared_size=declared_size
+        "adult",
+        train,
+        test,
+        num_classes=2,
+        facts=(fact,),
+        declared_size=declared_size,
+        value_range=(0.0, 1.0),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from perdure.data.domain import InputDomain
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
 from perdure.utils.atomic_files import save_tensors
@@ -79,15 +80,23 @@ def from_published_split(
     num_classes: int,
     facts: tuple[str, ...] = (),
     declared_size: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> Dataset:
-    """Build a data set whose source publishes its own split: test ids follow the training ids."""
+    """Build a data set whose source publishes its own split: test ids follow the training ids.
+
+    Args:
+        value_range: least and greatest number of an input, known from the source's definition.
+    """
     ids = torch.arange(len(train[0]))
     after = torch.arange(len(test[0])) + len(train[0])
-    records = Records(inputs=train[0], labels=train[1], ids=ids, partition=name)
+    domain = declared_domain(train[0], value_range)
+    records = Records(inputs=train[0], labels=train[1], ids=ids, partition=name, domain=domain)
     return Dataset(
         name=name,
         train=records.declared(declared_size),
-        test=Records(inputs=test[0], labels=test[1], ids=after, partition=f"{name}-test"),
+        test=Records(
+            inputs=test[0], labels=test[1], ids=after, partition=f"{name}-test", domain=domain
+        ),
         num_classes=num_classes,
         input_shape=tuple(train[0].shape[1:]),
         public_facts=facts,
@@ -103,11 +112,15 @@ def from_stratified_split(
     test_share: float,
     facts: tuple[str, ...] = (),
     declared_size: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> Dataset:
     """Build a data set by a seeded split that takes the same share of every class for the test.
 
     Ids index the source. The split goes by positions in the published table, so it is a fact of
     that table: the private data set is the training part that it leaves.
+
+    Args:
+        value_range: least and greatest number of an input, known from the source's definition.
 
     Raises:
         ConfigError: when `test_share` is not between 0 and 1.
@@ -123,18 +136,30 @@ def from_stratified_split(
             rows[torch.randperm(len(rows), generator=generator)[: round(test_share * len(rows))]]
         ] = True
     ids = torch.arange(len(labels))
-    source = Records(inputs=inputs, labels=labels, ids=ids, partition=name)
+    domain = declared_domain(inputs, value_range)
+    source = Records(inputs=inputs, labels=labels, ids=ids, partition=name, domain=domain)
     test = source.take(in_test)
     return Dataset(
         name=name,
         train=source.take(~in_test).declared(declared_size),
         test=Records(
-            inputs=test.inputs, labels=test.labels, ids=test.ids, partition=f"{name}-test"
+            inputs=test.inputs,
+            labels=test.labels,
+            ids=test.ids,
+            partition=f"{name}-test",
+            domain=domain,
         ),
         num_classes=num_classes,
         input_shape=tuple(inputs.shape[1:]),
         public_facts=facts,
     )
+
+
+def declared_domain(inputs: Tensor, value_range: tuple[float, float] | None) -> InputDomain | None:
+    """Domain of inputs (n, ...) with a declared range; None where no range is declared."""
+    if value_range is None:
+        return None
+    return InputDomain(shape=tuple(inputs.shape[1:]), dtype=inputs.dtype, range=value_range)
 
 
 def bytes_to_unit(images: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ import torch
 
 from perdure.data.datasets.base import Dataset, from_stratified_split
 
+STANDARDISED = (-10.0, 20.0)
+"""Range of a standardised measurement, declared: round numbers well beyond the published table."""
+
 
 def breast_cancer(
     *, seed: int = 0, test_share: float = 0.3, declared_size: int | None = None
@@ -42,4 +45,5 @@ def breast_cancer(
         test_share=test_share,
         facts=(fact,),
         declared_size=declared_size,
+        value_range=STANDARDISED,
     )

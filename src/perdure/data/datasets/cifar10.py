@@ -70,7 +70,7 @@ def cifar10(root: str | Path | None = None, *, declared_size: int | None = None)
         read_cifar_binary([folder / name for name in names]) for names in CIFAR10_FILES.values()
     ]
     train, test = ((bytes_to_unit(images), labels) for images, labels in parts)
-    return from_published_split("cifar10", train, test, num_classes=10, declared_size=declared_size)
+    return _unit_images(train, test, declared_size)
 
 
 def _download_cifar10(base: Path) -> None:
@@ -92,7 +92,20 @@ def _cifar10_from_zip(archive: Path, declared_size: int | None) -> Dataset:
         (bytes_to_unit(tensors[f"{part}.images"]), tensors[f"{part}.labels"])
         for part in CIFAR10_FILES
     )
-    return from_published_split("cifar10", train, test, num_classes=10, declared_size=declared_size)
+    return _unit_images(train, test, declared_size)
+
+
+def _unit_images(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], declared_size: int | None
+) -> Dataset:
+    return from_published_split(
+        "cifar10",
+        train,
+        test,
+        num_classes=10,
+        declared_size=declared_size,
+        value_range=(0.0, 1.0),
+    )
 
 
 def _decoded(archive: Path) -> dict[str, Tensor]:

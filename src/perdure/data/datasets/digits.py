@@ -30,4 +30,5 @@ def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None 
         seed=seed,
         test_share=test_share,
         declared_size=declared_size,
+        value_range=(0.0, 1.0),
     )

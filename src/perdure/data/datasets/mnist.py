@@ -46,7 +46,14 @@ def mnist(root: str | Path | None = None, *, declared_size: int | None = None) -
     if not all(_mnist_file(folder, stem, kind) for stem in MNIST_FILES.values() for kind in (3, 1)):
         _download_mnist(base)
     train, test = (_mnist_part(folder, stem) for stem in MNIST_FILES.values())
-    return from_published_split("mnist", train, test, num_classes=10, declared_size=declared_size)
+    return from_published_split(
+        "mnist",
+        train,
+        test,
+        num_classes=10,
+        declared_size=declared_size,
+        value_range=(0.0, 1.0),
+    )
 
 
 def _mnist_file(folder: Path, stem: str, dimensions: int) -> Path | None:

@@ -7,7 +7,6 @@ Bu, Wang, Zha and Karypis, Differentially Private Optimization on Large Model at
 its outputs (see `rules`); the gradient of a weight is never formed for the batch as a whole.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping.clip import Clip, layer_of
+from perdure.privacy.clipping.clip import Clip, NotFiniteError, layer_of
 from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients, sum_of
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.clipping.tape import (
@@ -51,10 +50,12 @@ def clipped_gradient_sum(
         The sums, in the parameters' dtypes, but float32 for half precision: rounded before the
         noise, a sum of many records would move by more than C. None, for the caller to go on in
         another way, where a parameter has no rule, is shared, or is used outside its layer's own
-        call (as in a layer that runs with weights computed from the parameters); where a pass does
-        not cover all records; and where a norm is not finite.
+        call (as in a layer that runs with weights computed from the parameters); and where a pass
+        does not cover all records.
 
     Raises:
+        NotFiniteError: naming the rows whose norms are not finite; in another way all other rows
+            would be rounded otherwise.
         PrivacyError: where a rule gives numbers of another shape than it must.
     """
     layers = ruled_layers(module, params)
@@ -75,8 +76,8 @@ def clipped_gradient_sum(
 
 def _clipped(
     layers: Layers, calls: dict[str, list[LayerCall]], params: Params, records: int, clip: Clip
-) -> Params | None:
-    """Clipped sums of all layers; None where a norm is not finite."""
+) -> Params:
+    """Clipped sums of all layers."""
     rules = clipping_rules()
     device = next(iter(params.values())).device
     nothing = torch.zeros(records, device=device)
@@ -87,8 +88,9 @@ def _clipped(
         known[name] = rules[type(layer)].gradients(layer, calls.pop(name))
         squares[name] = own_squared_norms(layer, known[name], records).float()
     # a factor of 0 would not silence a row of NaN in a matrix product
-    if not math.isfinite(sum_of(list(squares.values())).sum()):
-        return None
+    known_norms = sum_of(list(squares.values())).isfinite()
+    if not bool(known_norms.all()):
+        raise NotFiniteError(~known_norms)
     factors = clip.factors(squares)
     sums: Params = {}
     for name in list(known):  # a layer's activations go as soon as its sum is there

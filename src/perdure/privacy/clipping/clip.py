@@ -62,6 +62,18 @@ class Clip:
         return {WITHIN: (within.double() - 0.5).sum()}
 
 
+class NotFiniteError(Exception):
+    """Some records have gradients that are not finite; who asked leaves them out and asks again.
+
+    Args:
+        rows: (n,) True for such a record.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(f"{int(rows.sum())} rows are not finite")
+        self.rows = rows
+
+
 def layer_of(name: str) -> str:
     """Layer that a parameter belongs to."""
     return name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Drop-one-record tests of the loss and of every layer, on synthetic records."""
+"""Tests of the loss and of every layer on synthetic records: drop one, or change its neighbours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -98,8 +98,8 @@ def check_rows(
         GuardError: naming the layer.
     """
     n = len(inputs)
-    whole = _calls(model, losses, inputs, labels)
-    fewer = _calls(model, losses, inputs[:-1], labels[:-1])
+    whole = layer_calls(model, losses, inputs, labels)
+    fewer = layer_calls(model, losses, inputs[:-1], labels[:-1])
     if [call[0] for call in whole] != [call[0] for call in fewer]:
         raise GuardError(
             f"{what} calls other layers when one record is left out; compute each row from "
@@ -117,7 +117,9 @@ def check_rows(
     for i in range(n):
         changed = inputs.clone()
         changed[i] = inputs[(i + 1) % n]
-        _compare(whole, _calls(model, losses, changed, labels), kept[kept != i], what, TOLERANCE)
+        _compare(
+            whole, layer_calls(model, losses, changed, labels), kept[kept != i], what, TOLERANCE
+        )
 
 
 LayerRows = tuple[str, int, dict[str, Tensor]]
@@ -126,7 +128,7 @@ records first.
 """
 
 
-def _calls(
+def layer_calls(
     model: nn.Module, losses: SyntheticLosses, inputs: Tensor, labels: Tensor
 ) -> list[LayerRows]:
     """Differentiable calls of the innermost layers that have parameters, in order."""

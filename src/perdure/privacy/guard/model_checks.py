@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from perdure.errors import GuardError
 from perdure.privacy.guard.repair import groups, repaired, replacements
+from perdure.privacy.guard.writes import same_values
 
 FIX = "or call perdure.privacy.guard.model_checks.fix(model)"
 
@@ -45,6 +46,8 @@ def check_model(model: nn.Module) -> None:
               by a hook (no gradients of the parameters behind them);
             - subclasses of Dropout (the guard's tests run with dropout off and would not see them);
             - lazy modules (private records would set their shapes);
+            - embeddings with `max_norm` (they write into their weight in every forward pass, also
+              frozen), `scale_grad_by_freq` (it counts words in the batch) or `sparse`;
             - parameters in half precision (sums are rounded by more than the clip norm).
     """
     for name, module in model.named_modules():
@@ -127,6 +130,28 @@ def _computed_weight(module: nn.Module) -> str | None:
     )
 
 
+def _embedding(module: nn.Module) -> str | None:
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return None
+    if module.max_norm is not None:
+        return (
+            " with max_norm, which renormalises the looked-up rows of the weight in place in every "
+            "forward pass, frozen or not, and so shows the tokens of single records; build it "
+            "with max_norm=None"
+        )
+    if module.scale_grad_by_freq:
+        return (
+            " with scale_grad_by_freq, which divides by how often a token is in the batch, so "
+            "one record scales the gradients of others; build it with scale_grad_by_freq=False"
+        )
+    if module.sparse:
+        return (
+            " with sparse=True, whose gradient has entries for the tokens of the batch only, and "
+            "noise has to be on all of them; build it with sparse=False"
+        )
+    return None
+
+
 def _dropout_subclass(module: nn.Module) -> str | None:
     own = type(module).__module__ == nn.modules.dropout.__name__
     if own or not isinstance(module, nn.modules.dropout._DropoutNd):
@@ -138,33 +163,60 @@ def _dropout_subclass(module: nn.Module) -> str | None:
     )
 
 
-_REFUSALS = (_lazy, _statistics, _recurrent, _attention, _computed_weight, _dropout_subclass)
+_REFUSALS = (
+    _lazy,
+    _statistics,
+    _recurrent,
+    _attention,
+    _computed_weight,
+    _embedding,
+    _dropout_subclass,
+)
 """Checks of one module: the text after its class name that says why it is refused, or None."""
 
 
 # ---------------------------------------------------------------- what a forward pass leaves behind
 
 
-def check_buffers(model: nn.Module, inputs: Tensor) -> None:
+def check_buffers(model: nn.Module, inputs: Tensor, *others: Tensor) -> None:
     """Run synthetic inputs through copies of the model, and refuse changes that they leave behind.
 
     The copies are in training mode; the model itself does not run.
+
+    Args:
+        model: is left as it is.
+        inputs: (n, ...) synthetic records.
+        others: other records in batches of the same shape. Default: copies of one record of
+            `inputs`.
 
     Raises:
         GuardError: naming a buffer that changes, or an attribute (a tensor, a number, also inside a
             list or dict) whose content depends on the records.
     """
     before = dict(model.named_buffers())
-    trial = _after(model, inputs)
+    # Both copies run equally often: what counts passes alone stays equal in them.
+    one, other = (copy.deepcopy(model).train() for _ in range(2))
+    for changed in others or (inputs[len(inputs) // 2].expand_as(inputs).contiguous(),):
+        _run(one, inputs)
+        _run(other, changed)
+        for trial in (one, other):
+            _refuse_moved(before, trial)
+        _refuse_kept(_kept(one), _kept(other))
+
+
+def _refuse_moved(before: dict[str, Tensor], trial: nn.Module) -> None:
+    """Refuse a buffer of the copy that is not what it was before."""
     for name, value in trial.named_buffers():
-        if name not in before or not torch.equal(before[name], value):
+        if name not in before or not same_values(before[name], value):
             raise GuardError(
                 f"buffer {name} of the model changes in a forward pass: it records private "
                 "inputs without noise; "
                 "remove it, or compute it from public data and freeze it"
             )
-    one = _kept(trial)
-    other = _kept(_after(model, inputs[len(inputs) // 2].expand_as(inputs).contiguous()))
+
+
+def _refuse_kept(one: dict[str, object], other: dict[str, object]) -> None:
+    """Refuse an attribute that differs after passes of different records."""
     for name in one.keys() | other.keys():
         if name not in one or name not in other or not _equal(one[name], other[name]):
             raise GuardError(
@@ -174,13 +226,10 @@ def check_buffers(model: nn.Module, inputs: Tensor) -> None:
             )
 
 
-def _after(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """Copy of the model that has seen `inputs` in training mode."""
-    trial = copy.deepcopy(model).train()
+def _run(trial: nn.Module, inputs: Tensor) -> None:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trial(inputs)
-    return trial
 
 
 def _kept(model: nn.Module) -> dict[str, object]:
@@ -209,7 +258,7 @@ def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
 
 def _equal(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
+        return same_values(one, other)
     return repr(one) == repr(other)  # nan is like nan
 
 

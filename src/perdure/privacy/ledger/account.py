@@ -32,10 +32,11 @@ class Statement:
     trust: str
     simulated: bool
     units: int = 0
+    independence: str = ""
 
     @property
     def delta_is_large(self) -> bool:
-        """Whether delta allows to give away whole units: it is not below 1 / their number."""
+        """True where delta allows to give away whole units: it is not below 1 / their number."""
         return self.delta * self.units >= 1
 
     def __str__(self) -> str:
@@ -55,6 +56,7 @@ class Statement:
             self.sampling,
             self.trust,
             "declared sizes public",
+            *([f"independence of records {self.independence}"] if self.independence else []),
         )
         warning = "; simulation: not a private release" if self.simulated else ""
         if self.delta_is_large:
@@ -171,7 +173,14 @@ class Account:
             trust=" and ".join(trust) or "trusted curator",
             simulated=self.simulated,
             units=sum(self.sizes.values()),
+            independence=self.independence,
         )
+
+    @property
+    def independence(self) -> str:
+        """The weakest of what the entries say: tested, by construction, or nothing."""
+        said = {entry.independence for entry in self.entries}
+        return next((word for word in ("tested", "by construction") if word in said), "")
 
     def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:
         """All charges of a record that is in all of `partitions`, in order."""

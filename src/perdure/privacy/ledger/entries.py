@@ -13,6 +13,7 @@ from perdure.privacy.ledger.storage import canonical_json, sha256
 Unit = Literal["record", "client"]
 Sampling = Literal["poisson", "none"]
 MechanismName = Literal["gaussian", "discrete-gaussian", "exponential", "banded-gaussian", "none"]
+Stated = Literal["", "by construction", "tested"]
 CHARGED: Mapping[str, Noise] = {
     "gaussian": "gaussian",
     "discrete-gaussian": "discrete-gaussian",
@@ -61,6 +62,8 @@ class Entry:
             decides what is released. Noise is keyed by this entry's digest: a change of any of it
             never meets the same noise.
         simulated: whether noise comes from a seed that the user chose.
+        independence: by what a record's contribution is known to be independent of other records,
+            "by construction" or "tested"; "" where nothing is said.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -83,6 +86,7 @@ class Entry:
     data: str
     start: str
     simulated: bool
+    independence: Stated = ""
 
     def __post_init__(self) -> None:
         scope = {str(partition): float(rate) for partition, rate in self.scope.items()}
@@ -97,6 +101,7 @@ class Entry:
             ("sampling", Sampling),
             ("unit", Unit),
             ("relation", Relation),
+            ("independence", Stated),
         ):
             require_one_of(field, getattr(self, field), literal)
         if self.mechanism == "none" and self.noise_multiplier:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.bookkeeping import own_squared_norms, own_sums, ruled_layers
-from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, layer_of
+from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, NotFiniteError, layer_of
 from perdure.privacy.clipping.rules.base import (
     LayerCall,
     PrecomputedRows,
@@ -91,8 +91,10 @@ def grad_sample_sum(
         to two layers, or to a layer that is only partly trained; where a layer does not run as its
         class does, or its input is written to afterwards; where a parameter is used outside its
         layer's own call; where a pass does not cover all rows; where rows would take too much
-        memory or a norm is not finite; and where book-keeping has a rule for every layer, which is
-        tried first.
+        memory; and where book-keeping has a rule for every layer, which is tried first.
+
+    Raises:
+        NotFiniteError: naming the rows whose norms are not finite.
     """
     if not records or ruled_layers(module, params) is not None:
         return None
@@ -145,7 +147,7 @@ def _clipped(
     params: Params,
     records: int,
     clip: Clip,
-) -> Params | None:
+) -> Params:
     known = [
         (layer, layer.gradients(layer.module, _settled(layer, flowed.pop(layer.key))))
         for layer in layers
@@ -156,8 +158,9 @@ def _clipped(
     for layer, gradients in known:
         norms = own_squared_norms(layer.module, gradients, records)
         squares[layer.group] = squares[layer.group] + norms
-    if not bool(torch.isfinite(sum_of(list(squares.values()))).all()):
-        return None
+    known_norms = sum_of(list(squares.values())).isfinite()
+    if not bool(known_norms.all()):
+        raise NotFiniteError(~known_norms)
     factors = clip.factors(squares)
     sums = {
         layer.names[own]: value

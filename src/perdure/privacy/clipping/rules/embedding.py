@@ -34,7 +34,7 @@ class EmbeddingRule(ClippingRule):
 class EmbeddingGhost:
     """Ghost norms: |g|^2 is the sum of d_t . d_s over positions t, s with the same word."""
 
-    def __init__(self, layer: nn.Embedding, calls: list[LayerCall]) -> None:
+    def __init__(self, layer: nn.Embedding | nn.EmbeddingBag, calls: list[LayerCall]) -> None:
         self.shape = layer.weight.shape
         n = len(calls[0].back)
         width = layer.embedding_dim

@@ -1,0 +1,225 @@
+"""Change-the-neighbours tests of losses, layers and features, over the declared input domain.
+
+See `probes` for the batches. Kept rows must give the same losses, the same inputs and gradients of
+every layer and the same features whatever the other rows are, in one small batch, in one of the
+expected size, and alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from perdure.errors import GuardError, PerdureError
+from perdure.privacy.guard.loss_checks import (
+    TOLERANCE,
+    LayerRows,
+    SyntheticLosses,
+    layer_calls,
+)
+from perdure.privacy.guard.probes import Neighbours
+
+ROUNDING_SHARE = 1e-3
+"""Share of its largest number by which a record's loss may move with the shape of the batch, where
+rows that are all alike move as much.
+"""
+
+
+@contextmanager
+def explained(what: str, probe: str) -> Iterator[None]:
+    """Say which inputs a model or loss does not run on; the cause may be any exception."""
+    try:
+        yield
+    except PerdureError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GuardError(
+            f"{what} fails on synthetic records ({probe}): {reason}; it has to run on every "
+            "record of the declared domain, Records(domain=InputDomain(...)), in batches of any "
+            "size"
+        ) from error
+
+
+def check_neighbours(
+    model: nn.Module,
+    losses: SyntheticLosses,
+    pairs: Iterable[Neighbours],
+    facts: tuple[Tensor, Tensor],
+    what: str,
+    *,
+    layers: bool,
+) -> None:
+    """Refuse losses, and layers of the model, whose kept rows depend on their neighbours.
+
+    Args:
+        model: that the losses run.
+        losses: of synthetic records.
+        pairs: batches of one shape that share the first of every pair.
+        facts: of every row in the one and in the other batch; kept rows take those of the first.
+        what: name of the losses, for messages.
+        layers: also compare what enters the layers and what comes back to them.
+
+    Raises:
+        GuardError: naming what depends on the neighbours.
+    """
+    before: tuple[Tensor, list[LayerRows]] | None = None
+    for pair in pairs:
+        n = len(pair.one)
+        other_facts = facts[1][:n].index_copy(0, pair.kept, facts[0][pair.kept])
+        with explained(what, f"{n} rows, {pair.name}"):
+            if before is None:
+                before = _observed(model, losses, pair.one, facts[0][:n], layers)
+            after = _observed(model, losses, pair.other, other_facts, layers)
+        _compare_losses(before[0], after[0], pair, what)
+        if layers:
+            _compare_layers(before[1], after[1], pair, what)
+
+
+def _observed(
+    model: nn.Module, losses: SyntheticLosses, inputs: Tensor, facts: Tensor, layers: bool
+) -> tuple[Tensor, list[LayerRows]]:
+    """Losses (n,) and, where asked for, calls of the layers."""
+    seen: list[Tensor] = []
+
+    def watched(x: Tensor, y: Tensor) -> Tensor:
+        value = losses(x, y)
+        seen.append(value.detach())
+        return value
+
+    if layers:
+        calls = layer_calls(model, watched, inputs, facts)
+        return seen[-1], calls
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        watched(inputs, facts)
+    return seen[-1], []
+
+
+def _compare_losses(before: Tensor, after: Tensor, pair: Neighbours, what: str) -> None:
+    n = len(pair.one)
+    if before.shape != (n,) or after.shape != (n,):
+        raise GuardError(
+            f"{what} gives shape {tuple(before.shape)} for {n} records; return one loss per "
+            "record, with reduction='none'"
+        )
+    one, other = before[pair.kept], after[pair.kept]
+    moved = difference(one, other) / one.abs().nan_to_num(0, 0, 0).clamp(min=1.0)
+    if not bool((moved < TOLERANCE).all()):
+        raise coupled(what, pair, "loss", moved)
+
+
+def coupled(what: str, pair: Neighbours, part: str, moved: Tensor) -> GuardError:
+    """Build the refusal of something that depends on the neighbours of a record."""
+    return GuardError(
+        f"{what} couples records: other neighbours ({pair.name}) in a batch of {len(pair.one)} "
+        f"moved the {part} of a record by {float(moved.max()):.2g} of its size; compute each row "
+        "from that row only (no statistic over the batch, no length or choice taken from it), or "
+        'give Privacy(custom_forward="record-by-record")'
+    )
+
+
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """Absolute difference, 0 where both are the same infinity or NaN."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return torch.where(same, 0.0, (one - other).abs())
+
+
+def _compare_layers(
+    before: list[LayerRows], after: list[LayerRows], pair: Neighbours, what: str
+) -> None:
+    n = len(pair.one)
+    if [call[:2] for call in before] != [call[:2] for call in after]:
+        raise GuardError(
+            f"{what} calls other layers for other neighbours ({pair.name}); compute each row from "
+            "that row only, without flow of control that looks at the batch"
+        )
+    for (name, rows, parts), (_, _, others) in zip(before, after, strict=True):
+        if rows % n:  # one row for all; the losses show what it does
+            continue
+        kept = torch.cat([pair.kept + start for start in range(0, rows, n)])
+        for part, value in parts.items():
+            moved = rows_moved(value[kept], others[part][kept])
+            if not bool((moved < TOLERANCE).all()):
+                raise coupled(f"layer {name} in {what}", pair, part, moved)
+
+
+def rows_moved(one: Tensor, other: Tensor) -> Tensor:
+    """(k,) length of each row's change over the length of the row.
+
+    A row that is next to nothing beside the others is measured by them.
+    """
+    before = one.double().flatten(1) if one.dim() > 1 else one.double()[:, None]
+    after = other.double().flatten(1) if other.dim() > 1 else other.double()[:, None]
+    sizes = before.nan_to_num(0, 0, 0).norm(dim=1)
+    least = max(1e-6 * float(sizes.median()), 1e-30)
+    moved: Tensor = difference(before, after).norm(dim=1) / sizes.clamp(min=least)
+    return moved
+
+
+def check_outputs(
+    function: Callable[[Tensor], object], pairs: Iterable[Neighbours], what: str
+) -> None:
+    """Refuse a function of inputs (n, ...) whose kept rows depend on their neighbours.
+
+    Args:
+        function: to a tensor with one row a record; other answers are not compared.
+
+    Raises:
+        GuardError: naming it.
+    """
+    before: object = None
+    for pair in pairs:
+        with torch.no_grad(), explained(what, f"{len(pair.one)} rows, {pair.name}"):
+            before = function(pair.one) if before is None else before
+            after = function(pair.other)
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            return
+        if before.shape != after.shape or len(before) != len(pair.one):
+            raise coupled(what, pair, "shape", torch.ones(1))
+        moved = rows_moved(before[pair.kept], after[pair.kept])
+        if not bool((moved < TOLERANCE).all()):
+            raise coupled(what, pair, "output", moved)
+
+
+def check_alone(losses: SyntheticLosses, pair: Neighbours, facts: Tensor, what: str) -> None:
+    """Refuse losses of the kept rows that are others in a batch of one record.
+
+    Kernels for other shapes round differently. A batch of copies of the row, in which nothing can
+    be coupled but through the number of rows, shows by how much.
+
+    Raises:
+        GuardError: naming the losses.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with explained(what, "in a batch"):
+            torch.manual_seed(0)
+            whole = losses(pair.one, facts)
+        for i in pair.kept.tolist():
+            with explained(what, "1 row"):
+                torch.manual_seed(0)
+                alone = losses(pair.one[i : i + 1], facts[i : i + 1])
+            if alone.shape != (1,):
+                raise GuardError(
+                    f"{what} gives shape {tuple(alone.shape)} for 1 record; return (1,), one loss "
+                    "per record"
+                )
+            scale = float(alone.abs().nan_to_num(0, 0, 0).clamp(min=1.0))
+            moved = float(difference(whole[i], alone[0]))
+            if moved < TOLERANCE * scale:
+                continue
+            if not moved < TOLERANCE * scale + _rounding(losses, pair, facts, i, alone[0]):
+                raise coupled(what, pair, "loss", torch.tensor([moved / scale]))
+
+
+def _rounding(
+    losses: SyntheticLosses, pair: Neighbours, facts: Tensor, i: int, alone: Tensor
+) -> float:
+    """Change of a row's loss that the shape of the batch alone explains, within reason."""
+    n = len(pair.one)
+    torch.manual_seed(0)
+    copies = losses(pair.one[i].expand(n, *pair.one.shape[1:]).contiguous(), facts[i].expand(n, -1))
+    moved = float(difference(copies[i], alone))
+    largest = float(pair.one[i].double().abs().max()) if pair.one[i].numel() else 0.0
+    return 4 * moved if moved <= ROUNDING_SHARE * largest else 0.0

@@ -1,0 +1,188 @@
+"""Synthetic batches over the declared input domain, and the same batches with other neighbours.
+
+A model that mixes records may do so for some inputs only: negative or large ones, sequences that
+are longer than others, batches above some size. So the guard looks at batches in which one row of
+every kind is *kept* and the rows between them are filled with one kind after another. The shape
+stays the same, so that the kept rows must give the same numbers, up to nothing at all on most
+machines; coupling has no rounding to hide behind.
+
+No probe proves independence; see `independence`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perdure.data.domain import InputDomain
+from perdure.errors import GuardError
+
+UNDECLARED = 1e4
+"""Largest absolute value of a probe where no range is declared."""
+
+LARGEST_NUMBERS = 2**20
+"""Numbers (4 MiB) of one large batch; beyond them it has fewer rows than the expected batch."""
+
+LARGEST_ROWS = 1024
+"""Rows of one large batch at most; a step of more rows is tested at these."""
+
+NOT_FINITE = {"not a number": torch.nan, "infinite": torch.inf}
+"""Kinds of rows that are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Neighbours:
+    """Two batches of one shape that share the rows `kept` and differ in all others.
+
+    Args:
+        name: the difference in words, for messages.
+        one, other: inputs (n, ...).
+        kept: positions of the shared rows.
+    """
+
+    name: str
+    one: Tensor
+    other: Tensor
+    kept: Tensor
+
+    def to(self, device: torch.device | str) -> "Neighbours":
+        """Return the same batches on another device."""
+        moved = (tensor.to(device) for tensor in (self.one, self.other, self.kept))
+        one, other, kept = moved
+        return Neighbours(name=self.name, one=one, other=other, kept=kept)
+
+
+def domain_of(inputs: Tensor, declared: InputDomain | None) -> InputDomain:
+    """Declared domain of the inputs, or the widest one for floats without any.
+
+    Args:
+        inputs: (n, ...), of which only the shape and the dtype are read.
+        declared: from the records.
+
+    Raises:
+        GuardError: for inputs other than floats without a declared domain.
+    """
+    if declared is not None:
+        return declared
+    if inputs.is_floating_point():
+        return InputDomain(shape=tuple(inputs.shape[1:]), dtype=inputs.dtype)
+    raise GuardError(
+        f"inputs are {inputs.dtype} and declare no domain, so the guard does not know which "
+        "numbers a model may be shown; allowed: floats, or a declared domain; give "
+        "Records(domain=InputDomain(shape=..., dtype=..., vocabulary=...))"
+    )
+
+
+def kinds(domain: InputDomain, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """(n, *shape) rows of every kind by name, the first of them random."""
+    rows = _float_kinds(domain, n, generator) if domain.floats else _token_kinds(domain, n)
+    return {"random": domain.random(n, generator)} | rows | _sequences(domain, n, generator)
+
+
+def _float_kinds(domain: InputDomain, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    low, high = domain.range or (-UNDECLARED, UNDECLARED)
+    shape = (n, *domain.shape)
+    ends = torch.rand(shape, generator=generator) < 0.5
+    normal = torch.randn(shape, generator=generator)
+    rows = {
+        "zero": torch.zeros(shape),
+        "lowest": torch.full(shape, low),
+        "highest": torch.full(shape, high),
+        "constant": torch.full(shape, low + 0.37 * (high - low)),
+        "lowest and highest": torch.where(ends, low, high),
+        "positive and negative": normal,
+        "negative": -3 * normal.abs(),
+        "large": 100 * normal,
+    }
+    rows = {name: value.clamp(low, high) for name, value in rows.items()}
+    # Such a record counts as zero; it may neither spoil others nor make the model fail.
+    rows |= {name: torch.full(shape, value) for name, value in NOT_FINITE.items()}
+    return {name: value.to(domain.dtype) for name, value in rows.items()}
+
+
+def _token_kinds(domain: InputDomain, n: int) -> dict[str, Tensor]:
+    assert domain.vocabulary is not None
+    shape = (n, *domain.shape)
+    values = {
+        "zero": 0,
+        "highest": domain.vocabulary - 1,
+        "constant": domain.vocabulary // 2,
+    }
+    return {name: torch.full(shape, value).to(domain.dtype) for name, value in values.items()}
+
+
+def _sequences(domain: InputDomain, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Short, half and long sequences, padded behind their end."""
+    if not domain.sequence_axes or not (domain.floats or domain.padding is not None):
+        return {}
+    rows = {}
+    for name, share in (("short", 0.0), ("half as long", 0.5), ("full length", 1.0)):
+        value = domain.random(n, generator)
+        if not domain.floats:
+            value = _without_padding(domain, value)
+        for axis in domain.sequence_axes:
+            length = domain.shape[axis]
+            keep = max(1, round(share * length))
+            value = value.narrow(axis + 1, 0, keep)
+            pad = list(value.shape)
+            pad[axis + 1] = length - keep
+            filler = value.new_full(pad, domain.padding or 0)
+            value = torch.cat([value, filler], axis + 1)
+        rows[f"sequences, {name}"] = value
+    return rows
+
+
+def _without_padding(domain: InputDomain, tokens: Tensor) -> Tensor:
+    """Tokens with another one in the place of the padding."""
+    assert domain.vocabulary is not None and domain.padding is not None
+    other = (domain.padding + 1) % domain.vocabulary
+    return torch.where(tokens == domain.padding, other, tokens)
+
+
+def kept_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
+    """(k, *shape) one row of every finite kind, six rows at least."""
+    # Not those that are not finite: coupling would make all rows NaN whatever the neighbours.
+    one = [rows[:1] for name, rows in kinds(domain, 1, generator).items() if name not in NOT_FINITE]
+    return torch.cat([*one, domain.random(max(1, 6 - len(one)), generator)])
+
+
+def probe_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
+    """(k, *shape) one row of every kind, those that are not finite among them."""
+    return torch.cat(list(kinds(domain, 1, generator).values()))
+
+
+def neighbours(
+    domain: InputDomain, generator: torch.Generator, *, rows: int | None = None
+) -> Iterator[Neighbours]:
+    """Pairs of batches that share one row of every kind, and differ in all others.
+
+    Args:
+        domain: of the inputs.
+        generator: on the CPU.
+        rows: of a batch; None for a small one, of more than 8 rows, in which every kind of
+            neighbours comes up. A larger batch meets the extreme ones.
+    """
+    kept = kept_rows(domain, generator)
+    n = max(2 * len(kept), rows or 0)
+    places = torch.linspace(0, n - 1, len(kept)).long() if rows else 2 * torch.arange(len(kept))
+    fillers = kinds(domain, n, generator)
+    one = fillers["random"].index_copy(0, places, kept)
+    chosen = {
+        "lowest",
+        "zero",
+        "highest",
+        *NOT_FINITE,
+        "sequences, short",
+        "sequences, full length",
+    }
+    for name, filler in fillers.items():
+        if name != "random" and (not rows or name in chosen):
+            other = filler.index_copy(0, places, kept)
+            yield Neighbours(name=name, one=one, other=other, kept=places)
+
+
+def large_batch(domain: InputDomain, expected: float) -> int:
+    """Rows of a batch of the expected size, as far as memory allows; 0 where it is a small one."""
+    size = max(1, domain.numel)
+    return min(round(expected), LARGEST_ROWS, LARGEST_NUMBERS // size)
