@@ -39,6 +39,7 @@ def pytest_configure(config):
         ("HOME", ""),
         ("XDG_CACHE_HOME", ".cache"),
         ("XDG_CONFIG_HOME", ".config"),
+        ("XDG_STATE_HOME", ".local/state"),
     ):
         patch.setenv(name, str(Path(home.name, folder)))
     patch.setenv("FLWR_TELEMETRY_ENABLED", "0")

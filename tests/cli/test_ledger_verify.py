@@ -129,6 +129,10 @@ def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, min
     assert code == 1 and f"WRONG: {head_path(path)}: the head was not sealed with this key" in out
 
     (path.parent / "private" / "key").unlink()
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and f"WRONG: {path}, line 7: not the line that checkpoint" in out
+    shutil.rmtree(path.parent / "checkpoint")
+    (path.parent / "private" / "ledger.head.json").unlink()
     out = shown(perdure("verify", mine))
     assert (
         f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history "
@@ -159,7 +163,7 @@ def test_a_simulated_ledger_of_another_seed_is_wrong(perdure, federated, tmp_pat
     assert code == 1 and out.count("the head was not sealed with this key") == 5
 
 
-def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine):
+def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine, monkeypatch):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     key = NoiseKey.from_os(path.parent / "private" / "key")
     lines = path.read_text().splitlines()[:-1]
@@ -167,7 +171,10 @@ def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine):
     head_path(path).write_text(
         SealedHead.seal(len(lines), json.loads(lines[-1])["hash"], key).text()
     )
-    # nothing else is there to compare it with: as the last line says
+    # put back with all that knows of it, nothing is there to compare it with: as the last line says
+    monkeypatch.setenv("PERDURE_STATE", "off")
+    shutil.rmtree(path.parent / "checkpoint")
+    (path.parent / "private" / "ledger.head.json").unlink()
     assert perdure("verify", path)[0] == 0
     code, out, _ = perdure("verify", mine)
     assert code == 1

@@ -149,7 +149,7 @@ def test_the_folder_can_be_chosen_and_is_not_shared_by_two_configs(perdure, tmp_
     assert out.endswith("report: here/report.html\n")
     assert not (tmp_path / "runs").exists()
     assert_refused(
-        perdure("demo", "--out", "here"), "here holds a run of another config; give another --out"
+        perdure("demo", "--out", "here"), "here holds a run that differs in config", "--out"
     )
 
 

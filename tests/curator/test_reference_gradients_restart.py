@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from safetensors.torch import load_file, save_file
 
+from helpers.learners import refused_then_unseen
 from helpers.reference_gradients import (
     BOTH,
     PRIVATE,
@@ -33,7 +34,9 @@ def stopped(toy_stream, toy_model, tmp_path):
     stream = toy_stream()
     made = partial(learner_of, folder=tmp_path, iterations=6)
 
-    def again(strategy, stream=stream, **changes):
+    def again(strategy, stream=stream, seen=False, **changes):
+        if seen:
+            refused_then_unseen(made(toy_model(stream), strategy, **changes), stream)
         learner = made(toy_model(stream), strategy, **changes)
         learner.fit(stream)
         return learner.private_sum.ledger
@@ -88,7 +91,7 @@ def test_another_memory_after_a_restart_meets_other_noise(stopped, tmp_path, mee
 @pytest.mark.parametrize("option", [{"batch_size": 3}, {"memory_size": 8}])
 def test_another_option_after_a_restart_meets_other_noise(stopped, meetings, strategy, option):
     _, again = stopped(strategy)
-    ledger = again(replace(strategy, **option))
+    ledger = again(replace(strategy, **option), seen=True)
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
 
 
@@ -110,7 +113,7 @@ def test_another_sampling_rate_after_a_restart_gives_references_other_noise_too(
     are taken.
     """
     _, again = stopped(strategy, privacy=replace(PRIVATE, sampling_rate=0.25))
-    ledger = again(strategy, privacy=replace(PRIVATE, sampling_rate=0.5))
+    ledger = again(strategy, privacy=replace(PRIVATE, sampling_rate=0.5), seen=True)
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
     beside = [entry.scope for entry in ledger.entries if "reference" in entry.purpose]
     assert beside[0] == beside[1]

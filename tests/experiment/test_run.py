@@ -14,12 +14,13 @@ from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import parse
 from perdure.experiment.result_schema import checked
-from perdure.experiment.run import TIMINGS, occupied, run, trained, untimed
+from perdure.experiment.run import TIMINGS, run, trained, untimed
 from perdure.learner.learner import POINTS
 from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.privacy.noise.key import NoiseKey
 from perdure.report import write_figures, write_report
 from perdure.report.wording import epsilon_number
+from perdure.utils.folder_lock import locked
 
 SMALL = """
 name = "small"
@@ -331,8 +332,17 @@ def test_a_finished_run_is_not_done_again(either):
 def test_another_config_is_refused_and_changes_nothing(secret):
     folder = secret[0]
     before = contents(folder)
-    with pytest.raises(RunError, match="holds a run of another config; give another --out"):
-        ran(folder, SMALL + "# another\n")
+    told = r"holds a run that differs in config.seed \(given 9, stored 0\); give another --out"
+    with pytest.raises(RunError, match=told):
+        ran(folder, SMALL.replace("[data]", "seed = 9\n[data]", 1))
+    assert contents(folder) == before
+
+
+def test_a_config_that_means_the_same_goes_on(secret):
+    folder, result, *_ = secret
+    before = contents(folder)
+    again, _ = ran(folder, SMALL.replace("\n", "  # a comment\n") + "# another\n")
+    assert again == result
     assert contents(folder) == before
 
 
@@ -419,15 +429,15 @@ def test_callbacks_hear_every_point_of_every_learner(either):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with occupied(tmp_path), pytest.raises(RunError, match="is in use by another process"):
+    with locked(tmp_path), pytest.raises(RunError, match="is in use by another process"):
         ran(tmp_path, SMALL)
-    with occupied(tmp_path):
+    with locked(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/run cannot be written \(.*\); give another --out"):
+    with pytest.raises(RunError, match=r"file/run cannot be written \(.*\); give another folder"):
         ran(tmp_path / "file" / "run", SMALL)
 
 

@@ -132,7 +132,7 @@ def test_a_finished_run_is_not_run_again(stream, tmp_path):
 def test_another_federation_may_not_take_over_the_folder(stream, tmp_path):
     streams, federation = hard(stream)
     run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
-    with pytest.raises(RunError, match=r"holds a run of .*'seed': 2"):
+    with pytest.raises(RunError, match=r"differs in federation.seed \(given 3, stored 2\)"):
         run_federation(
             maker(stream, Naive()), streams, replace(federation, seed=3), folder=tmp_path
         )

@@ -2,14 +2,17 @@
 to rounding.
 """
 
+import json
 from functools import partial
 
 import pytest
 import torch
 
+from perdure.errors import RunError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
+from perdure.utils.atomic_files import write_json
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
 adam = partial(torch.optim.Adam, lr=0.02)
@@ -23,6 +26,16 @@ def learner_of(toy_stream, toy_model):
         return Learner(model=model, strategy=strategy or Naive(), **options)
 
     return make
+
+
+def refused_then_unseen(learner, stream):
+    """A learner whose settings differ from its folder's run is refused; then let the folder say
+    that the run was asked for so, to see what holds where a fingerprint sees nothing.
+    """
+    with pytest.raises(RunError, match="holds a run that differs in"):
+        learner.fit(stream)
+    for path in (learner.folder / "checkpoint").glob("0*.json"):
+        write_json(path, json.loads(path.read_text()) | {"run": learner.fingerprint})
 
 
 def bits(tensors):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_private_rows_lie_in_a_folder_of_their_own_that_others_cannot_enter(tmp_
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     assert store.private.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in store.private.iterdir()} == {0o600}
     assert b"memory.inputs" not in (store.public / "000001.safetensors").read_bytes()
 
 
@@ -113,6 +115,15 @@ def test_a_number_that_never_was_is_refused(tmp_path):
     store.save(1, snapshot(1))
     with pytest.raises(RunError, match="checkpoint 000009"):
         store.load(9)
+
+
+def test_a_private_folder_that_stood_open_is_shut(tmp_path):
+    (tmp_path / "private").mkdir(mode=0o755)
+    draft = tmp_path / "private" / f".000001.safetensors.{os.getpid()}.draft"
+    draft.touch(mode=0o644)  # left by a crash
+    Store(tmp_path).save(1, snapshot(1))
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "private").iterdir()] == [0o600]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

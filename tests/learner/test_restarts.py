@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from helpers.learners import refused_then_unseen
 from helpers.reference_gradients import (
     PRIVATE,
     Stopped,
@@ -31,7 +32,11 @@ def twice(toy_stream, toy_model, tmp_path):
             learner_of(toy_model(toy_stream()), first, callbacks=[stopping(4)], **options).fit(
                 toy_stream()
             )
-        again = learner_of(toy_model(toy_stream()), second, **options | (then or {}))
+        changed = options | (then or {})
+        if then:  # a setting is seen; go on as if it had not been
+            seen = learner_of(toy_model(toy_stream()), second, **changed)
+            refused_then_unseen(seen, toy_stream())
+        again = learner_of(toy_model(toy_stream()), second, **changed)
         again.fit(toy_stream())
         blocks = [
             (e.purpose, e.first_step, tuple(e.scope))

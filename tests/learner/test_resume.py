@@ -70,7 +70,7 @@ def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_
 
 
 def test_fitting_again_measures_the_same_stream_anew(learner_of, toy_stream):
-    learner = learner_of(iterations=60)
+    learner = learner_of(iterations=60, warm_start=True)
     first = learner.fit(toy_stream())
     again = learner.fit(toy_stream())
     assert again.shape == first.shape == (2, 2) and len(learner.matrix) == 2
@@ -289,7 +289,7 @@ def test_secret_noise_needs_a_folder(learner_of, toy_stream):
 
 
 def test_a_snapshot_does_not_change_while_training_goes_on(learner_of, toy_stream):
-    learner = learner_of(LwF())
+    learner = learner_of(LwF(), warm_start=True)
     learner.fit(toy_stream())
     kept = learner.snapshot()
     before = bits(kept.tensors)

@@ -270,6 +270,7 @@ def test_a_budget_of_an_experience_holds_when_the_run_is_asked_for_more(
     first = learner_of(stream, privacy=privacy, folder=tmp_path)
     first.begin(0)
     first.train(first.training.block(0, 0, 1))
+    first.close()
     with pytest.raises(
         BudgetError, match=r"'experience-0' would reach epsilon 1\.\d+ .* above the 1 granted"
     ):

@@ -25,6 +25,7 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
+from perdure.learner.model_history import forget
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.types import Params
 from perdure.utils.seeding import derive, generator
@@ -151,7 +152,7 @@ def audit(
     ear = Listener(partition, canaries)
     trial = replace(
         learner,
-        model=Probed(copy.deepcopy(learner.model), canaries),
+        model=Probed(forget(copy.deepcopy(learner.model)), canaries),
         folder=None,
         callbacks=(ear,),
         matrix=[],

@@ -183,7 +183,11 @@ class StrategyPlugin:
             epochs=template.train_epochs,
         )
         session = Session(
-            model=template.model, training=training, seed=self._seed, device=template.device
+            model=template.model,
+            training=training,
+            seed=self._seed,
+            device=template.device,
+            warm_start=True,  # the loop, and what it trains, are Avalanche's
         )
         self._tasks = torch.tensor(task_labels(benchmark), device=template.device)
         return session

@@ -17,16 +17,18 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from perdure.errors import ConfigError, PrivacyError, RunError
+from perdure.cli.recorded_heads import Recorded, as_text, behind, forgotten, from_text
+from perdure.errors import ConfigError, LedgerError, PrivacyError, RunError
 from perdure.experiment.config import Config
 from perdure.experiment.config import read as read_config
 from perdure.experiment.result_schema import Epsilon
 from perdure.experiment.results import epsilon_of_all_arms, epsilon_row
 from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.ledger.anchors import private_copy
 from perdure.privacy.ledger.merged import Merged
 from perdure.privacy.ledger.merged import read as read_ledger
-from perdure.privacy.ledger.storage import head_path, load
+from perdure.privacy.ledger.storage import RESTORE, head_path, load
 from perdure.privacy.noise.key import NoiseKey, noise_key
 from perdure.report.ledger_tables import (
     document,
@@ -53,8 +55,8 @@ BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
 OWNER = re.compile(r"(?:([A-Za-z0-9._-]+)/)?client-(\d{1,9})")
 NOT_COVERED = (
     "not covered: whoever can write here can put back an older ledger together with its "
-    "older head, or delete both; "
-    "keep copies elsewhere if that is a threat"
+    "older head and checkpoints; "
+    "record `perdure ledger head` elsewhere and give it with --at-least"
 )
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or a ledger file.")]
@@ -126,11 +128,33 @@ def show(
 
 
 @app.command()
-def verify(run: Run) -> None:
-    """Check every chain, and every head whose key is there.
+def head(run: Run) -> None:
+    """Print the head of every ledger, one line each, for a privacy officer's records.
+
+    Kept where nobody of the run can write, it shows later whether a ledger was put back: see
+    `perdure ledger verify --at-least`.
+    """
+    for part in opened(find(run)).parts:
+        typer.echo(as_text(Recorded(owner=part.account.owner, head=part.head)))
+
+
+@app.command()
+def verify(
+    run: Run,
+    at_least: Annotated[
+        Names,
+        typer.Option(
+            "--at-least",
+            help="A line that `perdure ledger head` printed before: the ledger must go on from "
+            "it. May be given again.",
+        ),
+    ] = None,
+) -> None:
+    """Check every chain, every head whose key is there, and every copy of a head that was kept.
 
     Exit code 1, with file and line, when one is wrong.
     """
+    recorded = [from_text(line) for text in at_least or () for line in text.splitlines()]
     source = find(run)
     problems: list[str] = []
     parts: dict[Path, Merged] = {}
@@ -141,6 +165,8 @@ def verify(run: Run) -> None:
         except PrivacyError as error:
             problems.append(str(error))
     problems += unlike(parts, source)
+    problems += forgotten({path: parts.get(path) for path in source.single}, key_in)
+    problems += behind(parts, recorded, lambda owner, path: key_of(owner, path, source))
     for problem in problems:
         typer.echo(f"WRONG: {problem}")
     typer.echo(NOT_COVERED)
@@ -229,6 +255,9 @@ def open_file(path: Path, source: Source) -> Merged:
 
     A file of no lines is what a run leaves that was stopped before its first: an account of nobody.
     """
+    copy = private_copy(path.parent).path
+    if copy.exists() and not path.exists() and not head_path(path).exists():
+        raise LedgerError(f"{path} is missing, though {copy} knows it; {RESTORE}")
     try:
         if head_path(path).exists() and load(path, key_in(path.parent))[2].count == 0:
             return Merged([])
@@ -267,8 +296,9 @@ def key_in(folder: Path) -> NoiseKey | None:
 
 
 def _there(path: Path) -> bool:
-    """Whether a ledger is there, or what is left of it."""
-    return path.exists() or head_path(path).exists()
+    """Whether a ledger is there, or something that knows of one."""
+    known = (path, head_path(path), private_copy(path.parent).path)
+    return any(each.exists() for each in known)
 
 
 def _ledgers(run: Path, part: str) -> Iterator[Path]:

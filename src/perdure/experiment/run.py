@@ -12,26 +12,29 @@ runs/NAME/arms/ARM/         the arm's own checkpoints, clients and `private/` (k
                             never exported)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perdure.errors import RunError
+from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
-from perdure.experiment.config import Config, read
+from perdure.experiment.config import Arm, Config, read
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import (
     collect_explanations,
     ledger_files,
     summary,
 )
+from perdure.learner.fingerprint import VERSION, flat, refuse_other_run
 from perdure.learner.learner import Callback, Learner
+from perdure.learner.model_history import Training, mark
 from perdure.privacy.ledger.merged import merge
+from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.utils.atomic_files import write_atomically, write_json
+from perdure.utils.folder_lock import locked
 
 TIMINGS = frozenset({"seconds"})
 """Keys of the result that time fills: all that two runs of one config on one machine may differ
@@ -66,8 +69,8 @@ def run(
     Raises:
         RunError: when the folder holds a run of another config, is in use, or cannot be written.
     """
-    with occupied(folder):
-        keep_config(folder, text)
+    with locked(folder):
+        keep_config(folder, config, text)
         if (folder / "result.json").exists():
             for arm in config.arms:
                 progress(arm.name, 1.0)
@@ -116,7 +119,22 @@ def trained(folder: Path, arm: str) -> Learner:
     ).untrained()
     learner.model.load_state_dict(under("model.", tensors))
     learner.session.state = learner.state.replace(under("state.", tensors))
+    mark(learner.model, training_of(folder, chosen))
     return learner
+
+
+def training_of(folder: Path, arm: Arm) -> Training:
+    """Return the history that the model of a finished run's arm carries."""
+    by = f"{folder.resolve()}, {arm.name}"
+    own = folder / "arms" / arm.name / "ledger.jsonl"
+    if not arm.private:
+        return Training(by=by, uncounted=f"trained without privacy in {folder}")
+    if not own.exists():
+        return Training(by=by, uncounted=f"trained in {folder} by clients, who hold the ledgers")
+    (part,) = read_ledger(own).parts
+    account = part.account
+    simulated = account.simulated
+    return Training(by=by, sizes=account.sizes, entries=account.entries, simulated=simulated)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,42 +146,26 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Keep the folder to this process; the system gives it up however the process ends.
-
-    Raises:
-        RunError: when another process works in it, or it cannot be written.
-    """
-    import fcntl
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written ({error.strerror}); give another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"{folder} is in use by another process; let it finish, or give another --out"
-            ) from None
-        yield
-
-
-def keep_config(folder: Path, text: str) -> None:
-    """Write the config, or see that the folder's is the same.
+def keep_config(folder: Path, config: Config, text: str) -> None:
+    """Write the config, or see that the folder's means the same; comments may differ.
 
     Where nothing was run yet, it may change.
+
+    Raises:
+        RunError: naming each field that differs.
     """
     path = folder / "config.toml"
     if path.exists() and path.read_bytes() == text.encode():
         return
-    if (folder / "arms").exists():
+    if not (folder / "arms").exists():
+        write_atomically(path, text.encode())
+        return
+    fix = "give another --out, or remove the folder"
+    try:
+        stored = read(path)
+    except ConfigError as error:
         raise RunError(
-            f"{folder} holds a run of another config; give another --out, or remove the folder"
-        )
-    write_atomically(path, text.encode())
+            f"{folder} holds a run of a config that cannot be read ({error}); {fix}"
+        ) from None
+    asked = {"version": VERSION, **flat("config", config)}
+    refuse_other_run(asked, {"version": VERSION, **flat("config", stored)}, where=folder, fix=fix)

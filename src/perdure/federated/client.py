@@ -20,8 +20,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from perdure.data.experience import Stream
+from perdure.errors import LedgerError
 from perdure.federated.client_store import FRESH, ClientSession, client_folder, restore, save
 from perdure.federated.flower_adapter import error_reply
+from perdure.federated.ledger_heads import LEDGER, reported, require_known
 from perdure.federated.messages import load_shared, read_tensors, shared, to_record
 from perdure.federated.state_merging import sent
 from perdure.learner.learner import Learner
@@ -43,6 +45,7 @@ class ClientSessions:
         self._make = make
         self._folder = folder
         self._seats: dict[int, ClientSession] = {}
+        self._open: Learner | None = None
         self.private = True
 
     def take(self, client: int, exchange: int) -> ClientSession:
@@ -54,12 +57,13 @@ class ClientSessions:
         ledger may be old.
         """
         seat = self._seats.pop(client, None)
-        if seat and seat.exchange == exchange != FRESH:
+        if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
             return seat
         learner, stream = self._make(client)
         self.private = learner.privacy is not None
         learner.client = client
         learner.folder = client_folder(self._folder, client) if self._folder else None
+        self._open = learner
         learner.prepare(stream)
         return restore(learner, exchange)
 
@@ -68,13 +72,29 @@ class ClientSessions:
         save(seat, exchange)
         self._seats[client] = seat
 
+    def close(self) -> None:
+        """Give up the folder of the client that was taken last."""
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+    def _held(self, learner: Learner) -> bool:
+        """Take a learner's folder again; False where somebody wrote to its ledger meanwhile."""
+        self._open = learner
+        try:
+            learner.session.hold()
+        except LedgerError:
+            return False
+        return True
+
 
 def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
     """Build the app that every client runs, on any engine.
 
-    Guarantee: under privacy a reply holds released parameters, released state and declared numbers,
-    nothing else. The app looks at no value of a record: an error would reach the server. Whoever
-    holds the records calls `perdure.data.check_finite` on its stream beforehand.
+    Guarantee: under privacy a reply holds released parameters, released state, declared numbers and
+    the head of the client's ledger, nothing else. The app looks at no value of a record: an error
+    would reach the server. Whoever holds the records calls `perdure.data.check_finite` on its
+    stream beforehand.
 
     Args:
         make: from a client's number to its freshly built learner and its stream; number and folder
@@ -93,6 +113,9 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
                 return handler(message, context)
             except Exception as error:
                 return error_reply(message, error, private=seats.private)
+            finally:
+                # between exchanges the folder is free: another server may start on it
+                seats.close()
 
         return handle
 
@@ -137,6 +160,8 @@ def _opened(
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}
     seat = seats.take(_number(context), task["previous"])
     learner = seat.learner
+    private_sum = learner.private_sum
+    require_known(private_sum.ledger if private_sum else None, message)
     learner.begin(task["experience"])
     load_shared(learner.model, read_tensors(message, "arrays"))
     if "state" in message.content:
@@ -152,7 +177,10 @@ def _reply(
     message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord
 ) -> Message:
     size = MetricRecord({"num-examples": learner.training.declared_pool_size(task["experience"])})
-    return Message(RecordDict({**records, "metrics": size}), reply_to=message)
+    answer: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {**records, "metrics": size}
+    if learner.private_sum is not None:
+        answer[LEDGER] = reported(learner.private_sum.ledger)
+    return Message(RecordDict(dict(answer)), reply_to=message)
 
 
 def _number(context: Context) -> int:

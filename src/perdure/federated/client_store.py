@@ -36,7 +36,8 @@ def save(seat: ClientSession, exchange: int) -> None:
     learner = seat.learner
     if learner.folder:
         _tell(learner, "checkpoint.begin")
-        snapshot = learner.snapshot()
+        learner.session.hold()
+        snapshot = learner.checkpoint()
         facts = {**snapshot.facts, "exchange": exchange}
         Store(learner.folder).save(seat.saved, replace(snapshot, facts=facts))
         _tell(learner, "checkpoint.end")
@@ -57,7 +58,7 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
         assert snapshot is not None
         held[number] = int(snapshot.facts["exchange"])
         if held[number] == exchange:
-            learner.restore(snapshot)
+            learner.restore_checkpoint(snapshot)
             return ClientSession(learner, exchange, number)
     kept = (
         f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"

@@ -24,7 +24,7 @@ from torch import Tensor
 from perdure.contract.state import State
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_finite
-from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
+from perdure.errors import ConfigError, FederationError, PrivacyError
 from perdure.federated.client import client_app
 from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import (
@@ -38,6 +38,7 @@ from perdure.federated.flower_adapter import (
     simulate,
     wait_for_clients,
 )
+from perdure.federated.ledger_heads import ClientHeads
 from perdure.federated.messages import (
     from_record,
     load_shared,
@@ -48,7 +49,9 @@ from perdure.federated.messages import (
 )
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.checkpoint import Position, Store
+from perdure.learner.fingerprint import plain_attributes
 from perdure.learner.learner import Learner
+from perdure.utils.folder_lock import locked
 from perdure.utils.seeding import generator
 
 Engine = Literal["inprocess", "ray"]
@@ -193,6 +196,13 @@ class Server:
             "callbacks": (),
             "matrix": [],
         }
+        # what the clients train under belongs to the run, although the server has none of it
+        self._settings = {
+            "federation": self.federation.facts()
+            | {"aggregator": plain_attributes(self.federation.aggregator)},
+            "privacy": self.learner.privacy,
+            "adversary": self.learner.adversary,
+        }
         self.learner = replace(self.learner, **bare)
         self.stream = public(self.stream)
         self.exchange = 0
@@ -200,6 +210,7 @@ class Server:
         self._initial = {name: value.clone() for name, value in shared(self.learner.model).items()}
         self._aggregator = ready(self.federation.aggregator)
         self._nodes: list[int] = []
+        self.heads = ClientHeads()
 
     @property
     def experience(self) -> int:
@@ -220,11 +231,14 @@ class Server:
         Raises:
             FederationError: when a client or the aggregator cannot go on.
             PrivacyError: when a client's privacy rules refuse.
-            RunError: when the folder holds a run of another federation.
+            RunError: when the folder is in use, or holds a run that was asked for otherwise.
         """
-        self.learner.prepare(self.stream)
-        self._resume()
-        with contained():
+        with contained(), locked(self.folder):
+            self.learner.driven_by = self._settings
+            self.learner.prepare(self.stream)
+            if self._settings["privacy"] is not None:
+                self.learner.session.trained_by = "trained by clients, who hold the ledgers"
+            self._resume()
             while self.exchange < self.exchanges:
                 self._nodes = self._nodes or wait_for_clients(grid, self.federation.clients)
                 (self._consolidate if self.round == self.federation.rounds else self._train)(grid)
@@ -261,6 +275,7 @@ class Server:
                 f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another"
             )
         load_shared(learner.model, from_record(result))
+        learner.session.mark_model(learnt=True)
         self._notify("round.end")
 
     def _consolidate(self, grid: Grid) -> None:
@@ -312,8 +327,12 @@ class Server:
             # again, it would overwrite what the strategy has changed on the client since then.
             if state and previous < self.exchange - self.round:
                 records["state"] = state
+            records |= self.heads.told(clients[message.metadata.dst_node_id])
             message.content = RecordDict(records)
-        return answers(grid, outgoing, clients)
+        replies = answers(grid, outgoing, clients)
+        for reply in replies:
+            self.heads.take(clients[reply.metadata.src_node_id], reply)
+        return replies
 
     # ------------------------------------------------------------------ stopping and going on
 
@@ -322,13 +341,13 @@ class Server:
         if self.folder:
             self._notify("checkpoint.begin")
             arrays, kinds = recall(self._aggregator)
-            snapshot = self.learner.snapshot()
+            snapshot = self.learner.checkpoint()
             tensors = {
                 **snapshot.tensors,
                 **{f"aggregator.{name}": value for name, value in arrays.items()},
             }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
-            facts["federation"] = self.federation.facts()
+            facts["heads"] = self.heads.texts
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
             self._notify("checkpoint.end")
 
@@ -336,20 +355,15 @@ class Server:
         snapshot = Store(self.folder).load() if self.folder else None
         if snapshot is None:
             return
-        own = snapshot.facts.get("federation")
-        asked = self.federation.facts()
-        if own != asked:
-            raise RunError(
-                f"{self.folder} holds a run of {own}, asked for {asked}; give another folder"
-            )
         cut = {
             n.removeprefix("aggregator."): t
             for n, t in snapshot.tensors.items()
             if n.startswith("aggregator.")
         }
-        self.learner.restore(snapshot)
+        self.learner.restore_checkpoint(snapshot, where=self.folder)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self.exchange = snapshot.facts["exchange"]
+        self.heads = ClientHeads(snapshot.facts["heads"])
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:

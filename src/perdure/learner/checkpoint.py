@@ -54,9 +54,9 @@ class Store:
 
     def save(self, number: int, snapshot: Snapshot) -> None:
         """Write checkpoint `number`, then point to it, then drop old ones."""
-        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for folder, tensors in ((self.private, snapshot.private), (self.public, snapshot.tensors)):
-            save_tensors(folder / f"{number:06d}.safetensors", tensors)
+        name = f"{number:06d}.safetensors"
+        save_tensors(self.private / name, snapshot.private, private=True)
+        save_tensors(self.public / name, snapshot.tensors)
         write_json(self.public / f"{number:06d}.json", dict(snapshot.facts))
         write_json(self._latest, {"number": number})
         self._drop(number - KEEP)
@@ -77,6 +77,18 @@ class Store:
             ) from None
         found = sorted(int(path.stem) for path in self.public.glob("[0-9]*.json"))
         return [number for number in found if number <= last]
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """Load the JSON values of checkpoint `number` alone.
+
+        Raises:
+            RunError: when they are gone or damaged.
+        """
+        path = self.public / f"{number:06d}.json"
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it from a backup") from None
 
     def load(self, number: int | None = None) -> Snapshot | None:
         """Load checkpoint `number`, default the last; None when there is none.

@@ -1,8 +1,8 @@
 """The learner and its one loop. Every strategy, client and privacy mode runs through it."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,10 @@ from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_finite
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, LedgerError
 from perdure.learner.checkpoint import Position, Snapshot, Store
+from perdure.learner.fingerprint import Fingerprint, fingerprint_of, refuse_other_run
+from perdure.learner.folder_claims import HEAD, anchor_of
 from perdure.learner.noise_digest import learning_rates, noise_digest
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.sanity_checks import refuse_second_ledger
@@ -32,6 +34,9 @@ from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import trainable_parameters
+
+RUN = "run"
+"""Key of the fingerprint among the facts of a checkpoint."""
 
 Callback = Callable[[str, "Learner"], None]
 """Called at every named point of the loop; the names are `POINTS`."""
@@ -89,6 +94,8 @@ class Learner:
         client: number of the party, 0 when there is only one.
         owner: its name in the ledger.
         folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk.
+        warm_start: take a model that a learner has trained before, and go on from it. Under privacy
+            what was spent on it is charged to the new ledger too.
     """
 
     model: nn.Module
@@ -111,8 +118,12 @@ class Learner:
     client: int = 0
     owner: str = "curator"
     folder: Path | None = None
+    warm_start: bool = False
     matrix: list[list[float]] = field(default_factory=list)
     _session: Session | None = field(default=None, init=False, repr=False)
+    fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
+    driven_by: Mapping[str, object] = field(default_factory=dict, init=False, repr=False)
+    """Settings of whoever drives the learner, such as a federation's; the fingerprint has them."""
 
     # ------------------------------------------------------------------ the loop
 
@@ -152,20 +163,28 @@ class Learner:
         Raises:
             DataError: before a private run, for training inputs that are NaN or infinite. Whoever
                 calls `fit` holds the data; `prepare` and `train` never look at a value.
+            LedgerError: when the folder's ledger is missing, shorter or other than its checkpoint
+                knows.
+            PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
+            RunError: when the folder is in use, or its checkpoint is of a run that was asked for
+                otherwise; the differences are named.
         """
         if self.privacy:
             check_finite([stream])
-        self.prepare(stream)
-        self.resume()
-        for index in range(self.position.experience, len(stream)):
-            self.begin(index)
-            for block in self.training.remaining_blocks(index, self.position.step):
-                self.train(block)
+        try:
+            self.prepare(stream)
+            self.resume()
+            for index in range(self.position.experience, len(stream)):
+                self.begin(index)
+                for block in self.training.remaining_blocks(index, self.position.step):
+                    self.train(block)
+                    self.save()
+                self.finish()
+                self.matrix.append(self.evaluate(stream))
+                self._notify("evaluated")
                 self.save()
-            self.finish()
-            self.matrix.append(self.evaluate(stream))
-            self._notify("evaluated")
-            self.save()
+        finally:
+            self.close()
         # Rows measured before the stream grew are shorter.
         rows = [row + [math.nan] * (len(stream) - len(row)) for row in self.matrix]
         return torch.tensor(rows, dtype=torch.float64)
@@ -173,15 +192,18 @@ class Learner:
     def prepare(self, stream: Stream) -> None:
         """Open the session: lay out the state and, under privacy, calibrate the whole stream.
 
+        The folder is kept to this learner until `close`, or until the learner is dropped.
+
         Raises:
             ConfigError: for a model whose outputs are not one for every class.
             PrivacyError: for a private learner that has trained and keeps no folder: its ledger
                 would begin anew.
         """
         if self.privacy:
-            if not self.folder:
+            if not self.folder and not self.warm_start:
                 refuse_second_ledger(self.position)
             refuse_optimizer(self.optimizer, self.params)
+        self.close()
         self.matrix = []
         training = TrainingPlan(
             stream=stream,
@@ -206,8 +228,21 @@ class Learner:
             views=self.views,
             initial=self._initial,
             notify=self._notify,
+            warm_start=self.warm_start,
         )
         self._new_optimizer()
+        if self.folder or self.driven_by:
+            self.fingerprint = fingerprint_of(
+                self._session,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                extra={"reset_optimizer": self.reset_optimizer, **self.driven_by},
+            )
+
+    def close(self) -> None:
+        """Give the folder up to others; what is asked of the learner later takes it again."""
+        if self._session is not None:
+            self._session.close()
 
     # ------------------------------------------------------------------ one experience
 
@@ -254,6 +289,38 @@ class Learner:
         """Copy everything that a run needs to go on; memory rows apart, as they are private."""
         return take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
 
+    def checkpoint(self) -> Snapshot:
+        """Snapshot for the disk: with the run's fingerprint and, under privacy, the ledger's head.
+
+        So its folder is neither taken for that of another run, nor used without its ledger.
+        """
+        snapshot = self.snapshot()
+        private_sum = self.private_sum
+        head = asdict(private_sum.ledger.chain.head) if private_sum else None
+        return replace(snapshot, facts={**snapshot.facts, HEAD: head, RUN: self.fingerprint})
+
+    def restore_checkpoint(self, snapshot: Snapshot, *, where: object = None) -> None:
+        """Go back to a checkpoint of this run; call `prepare` first.
+
+        Args:
+            snapshot: from the disk, made by `checkpoint`.
+            where: for messages, the folder that it lies in; None for the learner's own.
+
+        Raises:
+            LedgerError: when the ledger does not go on from the one that the checkpoint knows.
+            RunError: when the run was asked for otherwise; the differences are named.
+        """
+        facts = dict(snapshot.facts)
+        place = where or self.folder
+        fix = "give these as stored, or another folder"
+        refuse_other_run(self.fingerprint, facts.get(RUN), where=place, fix=fix)
+        if self.private_sum is not None:
+            anchor = anchor_of(facts)
+            if anchor is None:
+                raise LedgerError(f"the checkpoint in {place} knows no ledger; give another folder")
+            self.private_sum.ledger.chain.require(anchor)
+        self.restore(snapshot)
+
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""
         self.matrix = restore_snapshot(snapshot, self.session, self._optimizer, self._scheduler)
@@ -261,16 +328,17 @@ class Learner:
     def save(self) -> None:
         """Write a checkpoint, when there is a folder."""
         if self.folder:
+            self.session.hold()
             self._notify("checkpoint.begin")
             store = Store(self.folder)
-            store.save(max([*store.numbers(), 0]) + 1, self.snapshot())
+            store.save(max([*store.numbers(), 0]) + 1, self.checkpoint())
             self._notify("checkpoint.end")
 
     def resume(self) -> bool:
         """Continue from the last checkpoint in the folder, if there is one."""
         snapshot = Store(self.folder).load() if self.folder else None
         if snapshot:
-            self.restore(snapshot)
+            self.restore_checkpoint(snapshot)
         return snapshot is not None
 
     # ------------------------------------------------------------------ what it stands on

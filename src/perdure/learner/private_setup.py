@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,18 +11,24 @@ from torch.optim import Optimizer
 
 from perdure.data.experience import Stream
 from perdure.errors import DataError, GuardError
+from perdure.learner.folder_claims import LEDGER, checkpoint_anchors, refuse_lost_key
 from perdure.learner.inspection import Inspection, Verdict
+from perdure.learner.model_history import History
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.accounting.charges import merged
+from perdure.privacy.accounting.charges import Charge, merged
 from perdure.privacy.guard.independence import Independence
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
 from perdure.privacy.guard.probes import domain_of
+from perdure.privacy.ledger.account import WARM_START, Account
+from perdure.privacy.ledger.anchors import private_copy, state_copy
 from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.storage import head_path, load
 from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import noise_key
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Params
+from perdure.utils.folder_lock import FolderLock
 from perdure.utils.seeding import generator
 
 
@@ -33,6 +40,8 @@ def open_private_sum(
     owner: str,
     trace: Callable[[str], None],
     independence: Independence,
+    lock: FolderLock | None = None,
+    history: History | None = None,
 ) -> PrivateSum:
     """Calibrate the noise, open the ledger and reserve the plan of the whole stream in it.
 
@@ -43,21 +52,44 @@ def open_private_sum(
         owner: its name in the ledger.
         trace: called with the name of every point of a ledger write or noise draw.
         independence: of records, as `inspect` found it.
+        lock: of the folder, held while the ledger is written to.
+        history: what a warm-started model cost before, carried over into the ledger.
 
     Raises:
         BudgetError: when the plan does not fit the budget.
+        LedgerError: when the ledger or its key is missing, shorter or other than the folder's
+            checkpoints, its `private/` or the user's state directory know.
     """
     privacy = training.privacy
     assert privacy is not None
+    history = dict(history or {})
+    training = replace(training, carried=carried_over(folder, history))
     schedule = scheduled(training)
+    anchors = checkpoint_anchors(folder) if folder else []
+    if folder and privacy.seed is None:
+        refuse_lost_key(folder, anchors)
     key = noise_key(folder, privacy.seed, client)
-    path = folder / "ledger.jsonl" if folder else None
-    ledger = Ledger.open(path, key=key, trace=trace, owner=owner)
+    copies = (private_copy(folder), state_copy(key)) if folder else ()
+    ledger = Ledger.open(
+        folder / LEDGER if folder else None,
+        key=key,
+        trace=trace,
+        owner=owner,
+        anchors=anchors,
+        copies=[copy for copy in copies if copy is not None],
+        lock=lock,
+    )
     warn_of_delta(privacy.delta, declared_records(training.stream))
+    for partition, before in history.items():
+        if before.size:
+            ledger.declare(partition, before.size)
     for experience in training.stream:
         ledger.declare(experience.train.partition, experience.train.declared_size)
         for charge in merged(privacy.spent):
             ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
+    for partition, before in history.items():
+        for charge in before.charges:
+            ledger.charge(elsewhere(charge, partition, key.simulated, WARM_START))
     if privacy.epsilons and privacy.diagnostics == "released":
         plan = planned(training, schedule)
         known = {name: plan[name] for name in ledger.partitions if name in plan}
@@ -71,6 +103,24 @@ def open_private_sum(
         draws=draws,
         independence=independence,
     )
+
+
+def carried_over(folder: Path | None, history: History) -> dict[str, tuple[Charge, ...]]:
+    """Charges of a warm start by partition: those in the folder's ledger, and those of `history`.
+
+    A run that is resumed finds them in its ledger, whatever its model carries.
+    """
+    found = {partition: list(before.charges) for partition, before in history.items()}
+    path = folder / LEDGER if folder else None
+    bodies = load(path, None)[1] if path and head_path(path).exists() else []
+    account = Account.replay(bodies, where=str(path)) if bodies else Account()
+    for entry in account.entries:
+        for partition in entry.scope if entry.purpose == WARM_START else ():
+            charge = entry.charge([partition])
+            own = found.setdefault(partition, [])
+            if charge is not None and charge not in own:  # an equal entry is written once
+                own.append(charge)
+    return {partition: tuple(charges) for partition, charges in found.items()}
 
 
 def inspect(inspection: Inspection) -> Verdict:

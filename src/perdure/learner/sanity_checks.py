@@ -31,7 +31,8 @@ def refuse_second_ledger(position: Position) -> None:
     """Refuse to begin a ledger anew for a model that private records have trained already."""
     if position != Position():
         raise PrivacyError(
-            "this Learner has spent on this model; make a new one of both, or give it a folder"
+            "this Learner has spent on this model; make a new one of both, give it a folder, or go "
+            "on with warm_start=True, which carries over what was spent"
         )
 
 

@@ -5,6 +5,7 @@ so a strategy sees the same calls in the same order wherever it runs.
 """
 
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,17 @@ from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.records import Batch, Records
 from perdure.errors import GuardError, StrategyError
-from perdure.learner.checkpoint import Position
+from perdure.learner.checkpoint import Position, Store
+from perdure.learner.folder_claims import refuse_other_privacy
 from perdure.learner.gradient_inspection import inspect_gradients
 from perdure.learner.inspection import Inspection
+from perdure.learner.model_history import (
+    Training,
+    history_of,
+    mark,
+    refuse_trained,
+    trainings_of,
+)
 from perdure.learner.private_setup import inspect, open_private_sum
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.planning.training_plan import TrainingPlan
@@ -40,6 +49,7 @@ from perdure.queries.batch_gradients import with_penalty
 from perdure.queries.per_record import gradient_rows, rows_one_by_one
 from perdure.types import Params
 from perdure.utils.denormals import flushed
+from perdure.utils.folder_lock import FolderLock
 from perdure.utils.modules import evaluating, trainable_parameters
 from perdure.utils.seeding import Seed, derive, drawing_from, generator_from
 
@@ -73,7 +83,7 @@ class Session:
         seed: of everything but private noise.
         client: number of the party, 0 when there is only one.
         owner: its name in the ledger.
-        folder: where ledger and keys are kept; None for none.
+        folder: where ledger and keys are kept, locked from now on; None for none.
         device: where records and model live.
         micro_batch_size: rows of one pass through the model; None for a whole batch.
         precision: of the passes through the model while training.
@@ -82,11 +92,18 @@ class Session:
         initial: values of the model that a strategy which starts afresh goes back to; None for the
             present ones.
         notify: called with the name of every point of the loop.
+        warm_start: take a model that was trained before, and carry over what that has cost.
+        trained_by: why no ledger of this session counts what its model learns, such as a
+            federation whose clients do; "" for itself.
 
     Raises:
-        ConfigError: for a model whose outputs are not one for every class.
+        ConfigError: for a model whose outputs are not one for every class, or that was trained
+            before without `warm_start`.
         GuardError: under privacy, for a model or strategy that breaks the sensitivity bound.
         BudgetError: when the training plan does not fit the budget.
+        LedgerError: when the folder's ledger is missing, shorter or other than the folder knows.
+        PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
+        RunError: when the folder is in use.
     """
 
     model: nn.Module
@@ -102,10 +119,55 @@ class Session:
     views: Views | None = None
     initial: Mapping[str, Tensor] | None = None
     notify: Callable[[str], None] = _silent
+    warm_start: bool = False
+    trained_by: str = ""
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
+        self.lock = FolderLock(self.folder) if self.folder else None
+        self._token = secrets.token_hex(16)
+        self._opened: PrivateSum | None = None
+        self.hold()
+        try:
+            self._lay_out()
+        except BaseException:
+            self.close()
+            raise
+
+    def hold(self) -> None:
+        """Take the folder, and see that nobody wrote to the ledger since it was given up.
+
+        Raises:
+            LedgerError: when another process or learner did.
+            RunError: when one holds the folder now.
+        """
+        if self._opened is not None:
+            self._opened.ledger.chain.hold()
+        elif self.lock is not None:
+            self.lock.acquire()
+
+    def close(self) -> None:
+        """Give the folder up; steps that were reserved pay for nothing more.
+
+        What is asked of the session later takes the folder again.
+        """
+        if self.lock is None or not self.lock.held:
+            return
+        if self._opened is not None:
+            self._opened.open(min(self.position.experience, len(self.stream) - 1))
+        self.lock.release()
+
+    def _lay_out(self) -> None:
         model = self.model
+        private = self.training.privacy is not None
+        if self.folder:
+            refuse_other_privacy(self.folder, private=private)
+        before = trainings_of(model)
+        # a checkpoint replaces all that the model has learnt
+        resumes = self.folder is not None and bool(Store(self.folder).numbers())
+        if not resumes:
+            refuse_trained(before, warm_start=self.warm_start)
+        self._known = {training.by: len(training.entries) for training in before}
         self.strategy: Strategy = self.training.strategy
         self.stream: Stream = self.training.stream.to(self.device)
         self.context = contexts(self.stream, self.device)
@@ -116,15 +178,15 @@ class Session:
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
         refuse_outputs(model, self.stream)
-        private = self.training.privacy is not None
         spec = spec_of(model, self._detached(), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
         self.held = HeldRecords(
             seed=self.seed,
             client=self.client,
             batch_size=self.training.batch_size,
-            private_sum=self._open_private_sum() if private else None,
+            private_sum=self._open_private_sum([] if resumes else before) if private else None,
         )
+        self._opened = self.held.private_sum
         self.curator = LocalCurator(
             self.held,
             micro_batch_size=self.micro_batch_size,
@@ -146,7 +208,7 @@ class Session:
         """Ledger and noise; None without privacy."""
         return self.held.private_sum
 
-    def _open_private_sum(self) -> PrivateSum:
+    def _open_private_sum(self, before: list[Training]) -> PrivateSum:
         verdict = inspect(
             Inspection(
                 training=self.training,
@@ -177,6 +239,14 @@ class Session:
                 'with custom_forward="record-by-record"; allowed: one of the two; leave the '
                 "adversary out, or use a model of known modules"
             )
+        privacy = self.training.privacy
+        assert privacy is not None
+        history = history_of(
+            before,
+            [experience.train.partition for experience in self.stream],
+            delta=privacy.delta,
+            simulated=privacy.seed is not None,
+        )
         private_sum = open_private_sum(
             self.training,
             folder=self.folder,
@@ -184,6 +254,8 @@ class Session:
             owner=self.owner,
             trace=self.notify,
             independence=verdict.independence,
+            lock=self.lock,
+            history=history,
         )
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum
@@ -246,7 +318,11 @@ class Session:
         """Open experience `index`; return whether it begins now.
 
         Called again after a resume in its middle, it only reopens the records.
+
+        Raises:
+            ConfigError: where another learner has trained the model since this one was prepared.
         """
+        self.mark_model()
         experience = self.stream[index]
         plan = self.training.of(experience)
         begins = not self.position.begun or self.position.experience != index
@@ -287,6 +363,7 @@ class Session:
                 `noise_digest`).
         """
         self._compare_values = True
+        self.mark_model(learnt=bool(steps))
         self.held.reserve(steps, digest)
 
     # ------------------------------------------------------------------ a step
@@ -397,6 +474,7 @@ class Session:
             RunawayError: where training diverged and parameters are NaN or infinite.
         """
         refuse_runaway(self.params, self.strategy, self.position.experience)
+        self.mark_model(learnt=True)
         self.model.eval()
         self._compare_values = True
         self.held.store(self.remember)
@@ -407,6 +485,38 @@ class Session:
         self.position = Position(experience=self.position.experience + 1)
 
     # ------------------------------------------------------------------ inside
+
+    def mark_model(self, *, learnt: bool = False) -> None:
+        """Let the model carry what this session spends on it (see `model_history`).
+
+        Args:
+            learnt: whether it has learnt from the records of this session.
+
+        Raises:
+            ConfigError: where another learner has trained the model since this one was prepared.
+        """
+        since = [
+            each
+            for each in trainings_of(self.model)
+            if each.by != self._token and len(each.entries) > self._known.get(each.by, -1)
+        ]
+        refuse_trained(since, warm_start=False)
+        private_sum = self.private_sum
+        if private_sum is not None:
+            ledger = private_sum.ledger
+            mark(
+                self.model,
+                Training(
+                    by=self._token,
+                    sizes=ledger.sizes,
+                    entries=ledger.entries,
+                    simulated=ledger.simulated,
+                ),
+            )
+        elif learnt:
+            names = ", ".join(sorted({each.train.partition for each in self.stream}))
+            without = self.trained_by or f"trained without privacy on {names}"
+            mark(self.model, Training(by=self._token, uncounted=without))
 
     def perturb(self, batch: Batch, step: int) -> Batch:
         """Return each record's own worst case at the present parameters.

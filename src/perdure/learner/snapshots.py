@@ -43,6 +43,7 @@ def restore_snapshot(
 ) -> list[list[float]]:
     """Bring a session and its optimiser back to a snapshot; return the accuracies so far."""
     session.model.load_state_dict(_under("model.", snapshot.tensors))
+    session.mark_model(learnt=True)
     states = _under("state.", snapshot.tensors)
     moved = {name: value.to(session.device) for name, value in states.items()}
     session.state = session.state.replace(moved)

@@ -24,7 +24,9 @@ def planned(training: TrainingPlan, schedule: Schedule) -> Histories:
     privacy = training.privacy
     stages = horizon(training)
     assert privacy is not None
-    histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
+    histories: Histories = {
+        stage.train.partition: training.spent_before(stage.train.partition) for stage in stages
+    }
     for stage in stages:
         noise = schedule.noise_in(stage.index)
         excluded = schedule.excluded_in(stage.index)
@@ -129,7 +131,8 @@ def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float,
 
     def history(index: int, sigma: float) -> list[list[Charge]]:
         new = charges(training, stages[: index + 1], sigma)
-        return [[*privacy.spent, *new[stages[index].train.partition]]]
+        own = stages[index].train.partition
+        return [[*training.spent_before(own), *new[own]]]
 
     found = [
         calibrate(partial(history, i), epsilon=e, delta=privacy.delta)
@@ -160,7 +163,9 @@ def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[fr
     stages = horizon(training)
     assert privacy is not None
     (cap,) = privacy.epsilons
-    histories: Histories = {stage.train.partition: list(privacy.spent) for stage in stages}
+    histories: Histories = {
+        stage.train.partition: training.spent_before(stage.train.partition) for stage in stages
+    }
     out: list[frozenset[str]] = []
     for stage in stages:
         gone = out[-1] if out else NOBODY
@@ -213,12 +218,15 @@ def horizon(training: TrainingPlan) -> list[Experience]:
     ]
 
 
-def elsewhere(charge: Charge, partition: str, simulated: bool) -> Entry:
+def elsewhere(
+    charge: Charge, partition: str, simulated: bool, purpose: str = "spent elsewhere"
+) -> Entry:
     """Ledger entry of earlier exposure of a partition's records, outside this ledger."""
     sampled = charge.sampling_rate < 1
     return Entry(
-        purpose="spent elsewhere",
-        mechanism=charge.noise,
+        purpose=purpose,
+        mechanism="gaussian" if charge.noise == "grid-gaussian" else charge.noise,
+        grid={"numbers": 0} if charge.noise == "grid-gaussian" else None,
         noise_multiplier=charge.noise_multiplier,
         clip_norm=1.0,
         first_step=0,

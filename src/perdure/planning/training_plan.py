@@ -1,14 +1,15 @@
 """Length of every experience and exposure of every partition, from declared sizes alone."""
 
 import math
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience, Stream
 from perdure.planning.exposure import exposure, pool_size, split_steps
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.private_sum import Schedule
 from perdure.privacy.settings import Privacy
 
@@ -29,6 +30,7 @@ class TrainingPlan:
         blocks: number of pieces an experience is trained in; each is charged to the ledger as one.
         privacy: settings of differential privacy, or None.
         schedule: noise and excluded partitions of every experience, once they are calibrated.
+        carried: what a warm-started model cost the records of a partition before.
     """
 
     stream: Stream
@@ -39,6 +41,12 @@ class TrainingPlan:
     blocks: int = 1
     privacy: Privacy | None = None
     schedule: Schedule | None = None
+    carried: Mapping[str, tuple[Charge, ...]] = field(default_factory=dict)
+
+    def spent_before(self, partition: str) -> list[Charge]:
+        """Return what the records of a partition were exposed to before this plan."""
+        elsewhere = self.privacy.spent if self.privacy else ()
+        return [*elsewhere, *self.carried.get(partition, ())]
 
     def of(self, experience: Experience) -> Plan:
         """Return the strategy's plan of an experience.

@@ -114,7 +114,6 @@ def clipped_gradient(
     Returns:
         The sum by parameter name; None without rows.
     """
-    module = forward.module
     total: Params | None = None
     for piece in micro_batches(batch, at_once):
         part = None if alone else _from_batch(forward, losses, params, piece, clip)

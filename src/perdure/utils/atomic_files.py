@@ -2,17 +2,37 @@
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+PRIVATE = 0o600
+"""Mode of a file that only its owner may read; that of its folder is 0700."""
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file in one step and see it, and its name, through to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+def private_folder(path: Path) -> None:
+    """Make a folder that only its owner can enter, or shut one that others can."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o700)
+
+
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replace the file in one step and see it, and its name, through to the disk.
+
+    Args:
+        private: whether only the owner may read it; its folder is shut, too.
+    """
+    if private:
+        private_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    with draft.open("wb") as file:
+    draft.unlink(missing_ok=True)  # a draft that a crash left may be open to others
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(os.open(draft, flags, PRIVATE if private else 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -29,11 +49,16 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors; tensors that share memory are written apart."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, private: bool = False) -> None:
+    """Write safetensors; tensors that share memory are written apart.
+
+    Args:
+        private: whether only the owner may read the file.
+    """
     from safetensors.torch import save
 
     write_atomically(
         path,
         save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}),
+        private=private,
     )

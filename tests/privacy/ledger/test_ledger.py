@@ -151,7 +151,8 @@ def test_statement_says_everything():
     ledger.charge(entry())
     assert str(ledger.statement(DELTA)) == (
         "epsilon 2.39 (record, add/remove, delta 1e-5, PLD, Poisson sampling, trusted curator, "
-        "declared sizes public; simulation: not a private release)"
+        "declared sizes public; training before this ledger not counted; simulation: not a "
+        "private release)"
     )
     ledger.charge(entry({"e1": 1.0}, sampling="none", steps=1))
     assert ledger.statement(DELTA).sampling == "Poisson sampling and full passes"
@@ -200,10 +201,8 @@ def test_statement_of_a_secret_key_is_no_simulation(tmp_path):
         )
     )
     text = str(ledger.statement(1e-3))
-    assert (
-        "(client, replace-one, delta 0.001, PLD, no sampling, trusted curator, declared sizes"
-        in text
-    )
+    told = "(client, replace-one, delta 0.001, PLD, no sampling, trusted curator, declared sizes"
+    assert told in text and "simulation" not in text
 
 
 def test_printed_epsilon_is_rounded_up():

@@ -13,14 +13,20 @@ from perdure.privacy.accounting.charges import Charge, Relation
 from perdure.privacy.ledger.entries import Entry, Unit, require_one_of
 from perdure.privacy.ledger.storage import SCHEMA, Body
 
+WARM_START = "spent before, by the model that was warm-started"
+"""Purpose of an entry that carries over what a model's earlier training cost."""
+NOT_COUNTED = "training before this ledger not counted"
+COUNTED = "training before this ledger counted as far as it was recorded"
+
 
 @dataclass(frozen=True)
 class Statement:
-    """Epsilon with its delta, unit, relation, accountant, sampling and trust model.
+    """Epsilon with its delta, unit, neighbouring relation, accountant, sampling and trust model.
 
     Args:
         units: declared number of units (records, clients) over all partitions, which is public; 0
             where it is not known.
+        before: what it covers of a training that the model's first weights went through.
     """
 
     epsilon: float
@@ -33,6 +39,7 @@ class Statement:
     simulated: bool
     units: int = 0
     independence: str = ""
+    before: str = NOT_COUNTED
 
     @property
     def delta_is_large(self) -> bool:
@@ -61,7 +68,7 @@ class Statement:
         warning = "; simulation: not a private release" if self.simulated else ""
         if self.delta_is_large:
             warning += f"; delta is not below 1 / {self.units} {self.unit}s: whole ones may leak"
-        return f"epsilon {value} ({', '.join(facts)}{warning})"
+        return f"epsilon {value} ({', '.join(facts)}; {self.before}{warning})"
 
 
 class Account:
@@ -174,6 +181,7 @@ class Account:
             simulated=self.simulated,
             units=sum(self.sizes.values()),
             independence=self.independence,
+            before=COUNTED if self.continues else NOT_COUNTED,
         )
 
     @property
@@ -181,6 +189,11 @@ class Account:
         """The weakest of what the entries say: tested, by construction, or nothing."""
         said = {entry.independence for entry in self.entries}
         return next((word for word in ("tested", "by construction") if word in said), "")
+
+    @property
+    def continues(self) -> bool:
+        """True where charges of a model's earlier training were carried over."""
+        return any(entry.purpose == WARM_START for entry in self.entries)
 
     def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:
         """All charges of a record that is in all of `partitions`, in order."""

@@ -14,8 +14,16 @@ from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge, Relation, merged
 from perdure.privacy.ledger.account import Account, header
 from perdure.privacy.ledger.entries import Entry, Unit
-from perdure.privacy.ledger.storage import SCHEMA, Body, HashChain, canonical_json
+from perdure.privacy.ledger.storage import (
+    SCHEMA,
+    Anchor,
+    Body,
+    HashChain,
+    HeadCopy,
+    canonical_json,
+)
 from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.folder_lock import FolderLock
 
 
 def _silent(point: str) -> None:
@@ -65,6 +73,9 @@ class Ledger(Account):
         owner: str = "",
         unit: Unit = "record",
         relation: Relation = "add-remove",
+        anchors: Sequence[Anchor] = (),
+        copies: Sequence[HeadCopy] = (),
+        lock: FolderLock | None = None,
     ) -> "Ledger":
         """Create the ledger at `path`, or verify and load it; None keeps it in memory.
 
@@ -77,12 +88,18 @@ class Ledger(Account):
             owner: name of the curator, say of the client.
             unit: what every entry must protect.
             relation: which every entry must use.
+            anchors: heads that were recorded elsewhere, such as in a checkpoint; the ledger must go
+                on from each.
+            copies: files that follow the head; the ledger must go on from each, too.
+            lock: held while the ledger is written to; None for none.
 
         Raises:
-            LedgerError: for a ledger that is damaged, sealed with another key, or of another owner,
-                unit or relation.
+            LedgerError: for a ledger that is damaged, sealed with another key, of another owner,
+                unit or relation, or missing, shorter or other than an anchor.
+            RunError: when another process or learner holds the lock.
         """
-        ledger = cls(HashChain(path, key, trace), key, owner=owner, unit=unit, relation=relation)
+        chain = HashChain(path, key, trace, anchors=anchors, copies=copies, lock=lock)
+        ledger = cls(chain, key, owner=owner, unit=unit, relation=relation)
         asked = {"owner": owner, "unit": unit, "relation": relation}
         if not ledger.chain.bodies:
             ledger._write({"kind": "header", "schema": SCHEMA, **asked})
@@ -187,6 +204,7 @@ class Ledger(Account):
                     f"entry with {field} = {getattr(entry, field)!r}, but this ledger's is {own!r}"
                 )
         self._known(entry.scope)
+        self.chain.hold()  # also where nothing is appended: noise is drawn after this
         if entry.digest not in self._digests:
             self._allow(entry)
             self._write({"kind": "entry", **asdict(entry)})

@@ -4,8 +4,9 @@ JSON lines in a hash chain, and a keyed head that says how many of them count.
 
 A line is appended and synced, then the head is replaced and synced, and only then may noise be
 drawn. So the noise of what stands beyond the head was never drawn, and it is dropped; what the head
-covers must be there. Not detected: putting back an older head, or deleting both files; keep copies
-elsewhere if that is a threat.
+covers must be there. An older head that was put back, or both files deleted, shows against heads
+that were recorded elsewhere (`Anchor`): in checkpoints, in `private/`, in the user's state
+directory, with a federation's server, in an officer's records.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import hmac
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 from perdure.errors import LedgerError
 from perdure.privacy.noise.key import NoiseKey
 from perdure.utils.atomic_files import write_atomically
+from perdure.utils.folder_lock import FolderLock
 
 Body = dict[str, Any]
 """What a line says, without its place in the chain."""
@@ -132,6 +135,91 @@ class SealedHead:
             )
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A head that was recorded outside the ledger, and where: the ledger must go on from it."""
+
+    head: SealedHead
+    where: str
+
+    def check(self, lines: Sequence[str], *, key: NoiseKey | None, path: str) -> None:
+        """Refuse lines that do not go on from the recorded head.
+
+        Args:
+            lines: of the ledger, verified.
+            key: of the curator; None to leave the head's MAC unchecked.
+            path: of the ledger, for the message.
+
+        Raises:
+            LedgerError: for a ledger that is missing, shorter or other than recorded.
+        """
+        if key is not None:
+            self.head.check(key, where=self.where)
+        count = self.head.count
+        if len(lines) < count:
+            found = f"holds {len(lines)} lines" if lines else "is missing or empty"
+            raise LedgerError(
+                f"{path} {found}, but {self.where} knows {count}: what was spent would be "
+                f"forgotten; {RESTORE}"
+            )
+        if count and json.loads(lines[count - 1])["hash"] != self.head.hash:
+            raise LedgerError(
+                f"{path}, line {count}: not the line that {self.where} knows, so it is another "
+                f"ledger; {RESTORE}"
+            )
+
+
+@dataclass(frozen=True)
+class HeadCopy:
+    """A file beside or outside the ledger that follows its head.
+
+    Args:
+        path: of the file, which only its owner may read.
+        optional: whether a place that cannot be written is given up with a warning.
+    """
+
+    path: Path
+    optional: bool = False
+
+    def read(self) -> Anchor | None:
+        """Return the head that was recorded last; None before the first.
+
+        Raises:
+            LedgerError: for a damaged file.
+        """
+        try:
+            text = self.path.read_bytes().decode("ascii", errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if self.optional:
+                return None
+            raise LedgerError(f"{self.path} cannot be read ({error.strerror})") from None
+        return Anchor(SealedHead.parse(text, where=str(self.path)), str(self.path))
+
+    def write(self, head: SealedHead) -> None:
+        """Record a head, unless it is the one that is there."""
+        known = self.read()
+        if known is not None and known.head == head:
+            return
+        try:
+            write_atomically(self.path, head.text().encode(), private=True)
+        except OSError as error:
+            if not self.optional:
+                raise
+            warnings.warn(
+                f"{self.path} cannot be written ({error.strerror}), so that a rollback of the "
+                "run's folder would not be seen; set PERDURE_STATE to a folder, or to off",
+                stacklevel=2,
+            )
+
+
+RESTORE = (
+    "restore ledger.jsonl, ledger.head.json and private/ from the newest backup, or train a new "
+    "model in another folder"
+)
+
+
 def _sealed(count: int, last: str) -> bytes:
     return canonical_json({"count": count, "hash": last}).encode()
 
@@ -194,9 +282,26 @@ class HashChain:
 
     Guarantee: when `append` returns, line and head survive a crash; when it raises, the next `open`
     takes the line exactly if the head covers it.
+
+    Args:
+        path: of the file; None for memory.
+        key: seals the head.
+        trace: called with the name of every point of a write.
+        anchors: heads that the file must go on from.
+        copies: files that follow the head; the file must go on from each.
+        lock: held by whoever may write; None for none.
     """
 
-    def __init__(self, path: Path | None, key: NoiseKey, trace: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        key: NoiseKey,
+        trace: Callable[[str], None],
+        *,
+        anchors: Sequence[Anchor] = (),
+        copies: Sequence[HeadCopy] = (),
+        lock: FolderLock | None = None,
+    ) -> None:
         self.lines: list[str] = []
         self.bodies: list[Body] = []
         self.last = GENESIS
@@ -205,19 +310,56 @@ class HashChain:
         self._key = key
         self._size = 0
         self._interrupted = True
-        if path is not None and (path.exists() or head_path(path).exists()):
+        self._copies = tuple(copies)
+        self._lock = lock
+        if lock is not None:
+            lock.acquire()
+        there = path is not None and (path.exists() or head_path(path).exists())
+        if path is not None and there:
             self.lines, self.bodies, head = load(path, key)
             self.last = head.hash
             self._size = sum(len(line) + 1 for line in self.lines)
+        # before anything is written: a refused folder stays as it was
+        known = (copy.read() for copy in self._copies)
+        for anchor in (*anchors, *(found for found in known if found is not None)):
+            self.require(anchor)
+        if path is not None and there:
             self._drop_uncovered(path)
         elif path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(head_path(path), self.head.text().encode())
+        for copy in self._copies if self.lines else ():
+            copy.write(self.head)
 
     @property
     def head(self) -> SealedHead:
         """Head of the lines so far."""
         return SealedHead.seal(len(self.lines), self.last, self._key)
+
+    def require(self, anchor: Anchor) -> None:
+        """Refuse a recorded head that the lines do not go on from.
+
+        Raises:
+            LedgerError: for lines that are missing, fewer or other than recorded.
+        """
+        anchor.check(self.lines, key=self._key, path=str(self._path or "the ledger in memory"))
+
+    def hold(self) -> None:
+        """Take the lock where it was given up, and see that nobody wrote in between.
+
+        Raises:
+            RunError: when another process or learner works in the folder.
+            LedgerError: when one has written to the ledger since.
+        """
+        if self._lock is None or not self._lock.acquire() or self._path is None:
+            return
+        beside = head_path(self._path)
+        if not beside.exists() or beside.read_text() != self.head.text():
+            self._lock.release()
+            raise LedgerError(
+                f"{self._path}: another process or learner wrote to this ledger; prepare a new "
+                "learner, which goes on from there"
+            )
 
     def append(self, body: Body) -> None:
         """Add one line, write-ahead.
@@ -225,6 +367,7 @@ class HashChain:
         Raises:
             LedgerError: when another process has written to the file.
         """
+        self.hold()
         line, own = link(body, self.last)
         self.trace("ledger.before-append")
         if self._path is not None:
@@ -235,6 +378,8 @@ class HashChain:
         head = SealedHead.seal(len(self.lines) + 1, own, self._key)
         if self._path is not None:
             write_atomically(head_path(self._path), head.text().encode())
+        for copy in self._copies:  # after the head, which is never behind a copy
+            copy.write(head)
         self.lines.append(line)
         self.bodies.append(body)
         self.last = own

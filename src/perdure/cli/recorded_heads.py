@@ -1,0 +1,102 @@
+"""Heads of ledgers that were recorded, compared with the ledgers that are there."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perdure.errors import ConfigError, PerdureError, PrivacyError
+from perdure.learner.folder_claims import checkpoint_anchors
+from perdure.privacy.ledger.anchors import private_copy, state_copy
+from perdure.privacy.ledger.merged import Merged, Part
+from perdure.privacy.ledger.storage import Anchor, SealedHead
+from perdure.privacy.noise.key import NoiseKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The head of an owner's ledger at some moment."""
+
+    owner: str
+    head: SealedHead
+
+
+def as_text(recorded: Recorded) -> str:
+    """One line without spaces: OWNER@COUNT:HASH:MAC."""
+    head = recorded.head
+    return f"{recorded.owner}@{head.count}:{head.hash}:{head.mac}"
+
+
+def from_text(text: str) -> Recorded:
+    """Undo `as_text`.
+
+    Raises:
+        ConfigError: for another text.
+    """
+    found = re.fullmatch(r"(.*)@(\d{1,9}):([0-9a-f]{64}):([0-9a-f]{64})", text)
+    if found is None:
+        raise ConfigError.of("--at-least", text, "a line that `perdure ledger head` printed")
+    return Recorded(owner=found[1], head=SealedHead(int(found[2]), found[3], found[4]))
+
+
+def behind(
+    accounts: Mapping[Path, Merged],
+    recorded: Sequence[Recorded],
+    key_of: Callable[[str, Path], NoiseKey | None],
+) -> list[str]:
+    """Return what is wrong with ledgers that do not go on from the heads that were recorded.
+
+    Args:
+        accounts: file to what was read from it.
+        recorded: heads, each of one owner.
+        key_of: from an owner and a file to the key, where it is there.
+    """
+    told = "the head given with --at-least"
+    problems = []
+    for each in recorded:
+        named = [
+            (path, part)
+            for path, account in accounts.items()
+            for part in account.parts
+            if part.account.owner == each.owner
+        ]
+        if not named:
+            problems.append(f"no ledger of {each.owner!r} is there, but {told} is of one")
+        for path, part in named:
+            problems += missed(Anchor(each.head, told), part, key_of(each.owner, path), path)
+    return problems
+
+
+def forgotten(
+    accounts: Mapping[Path, Merged | None], key_in: Callable[[Path], NoiseKey | None]
+) -> list[str]:
+    """Return what is wrong with ledgers behind a head that is recorded on this machine.
+
+    Such heads lie in checkpoints, in `private/` and in the user's state directory.
+
+    Args:
+        accounts: file of a single curator to what was read from it; None where it is damaged.
+        key_in: from a folder to its key, where it is there.
+    """
+    problems = []
+    for path, account in accounts.items():
+        try:
+            key = key_in(path.parent)
+            copies = [private_copy(path.parent), state_copy(key) if key else None]
+            known = [copy.read() for copy in copies if copy is not None]
+            anchors = [*checkpoint_anchors(path.parent), *(each for each in known if each)]
+        except PerdureError as error:
+            problems.append(str(error))
+            continue
+        for part in account.parts if account else ():
+            problems += [line for each in anchors for line in missed(each, part, key, path)]
+    return problems
+
+
+def missed(anchor: Anchor, part: Part, key: NoiseKey | None, path: Path) -> list[str]:
+    """Return the refusal of a ledger against a recorded head; nothing where it goes on from it."""
+    try:
+        anchor.check(part.lines, key=key, path=str(path))
+    except PrivacyError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,262 @@
+"""Fingerprint of a run: everything that determines it, under names, to be compared at a resume.
+
+A flat mapping from the name of a setting to a JSON value, stored in every checkpoint. Large values
+(parameters at the start, labels in order) are there as digests. Where a private record enters, the
+digest is keyed by the curator's key.
+
+Not in it, so that they may change: callbacks, folders, the number of torch threads, the device, and
+the code behind a name, which only the noise digest of a private run sees.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from itertools import islice
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from perdure.data.experience import Experience, Stream
+from perdure.errors import ConfigError, RunError
+from perdure.learner.noise_digest import learning_rates, module_settings
+from perdure.learner.session import Session
+from perdure.privacy.private_sum import PrivateSum
+from perdure.types import Tensors
+from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
+from perdure.utils.modules import trainable_parameters
+
+Fingerprint = dict[str, JSONValue]
+
+VERSION = 1
+"""Raise it when the names change; runs of another version are not resumed."""
+LONGEST = 200
+"""Characters of a value that is stored as it is; a longer one is stored as its digest."""
+RATES_SHOWN = 256
+"""Learning rates of a schedule that are looked at: it may be a function that no state holds."""
+NAMED = 8
+"""Differences that a message names."""
+MISSING = "nothing"
+OF_THE_PLAN = ("epochs", "iterations", "blocks", "batch_size")
+OF_THE_SESSION = ("micro_batch_size", "seed", "precision", "client", "owner")
+MAY_GROW = ("stream.experiences", "privacy.epsilon")
+"""Lists that may get longer at their end between two starts."""
+
+
+def fingerprint_of(
+    session: Session,
+    *,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: Callable[[Optimizer], LRScheduler] | None,
+    extra: Mapping[str, object],
+) -> Fingerprint:
+    """Return the fingerprint of the run that a session stands at the start of.
+
+    Args:
+        session: with its model as it was given.
+        optimizer: from parameters to the optimiser.
+        scheduler: from the optimiser to its scheduler.
+        extra: settings of whoever drives the session, such as a federation's.
+    """
+    training = session.training
+    found: Fingerprint = {"version": VERSION}
+    found |= flat("strategy", training.strategy)
+    found |= flat("privacy", training.privacy)
+    found |= flat("adversary", session.adversary)
+    found |= flat("views", session.views)
+    for owner, names in ((training, OF_THE_PLAN), (session, OF_THE_SESSION)):
+        found |= {name: described(getattr(owner, name)) for name in names}
+    found |= optimizer_settings(optimizer(trainable_parameters(session.model).values()))
+    found |= schedule_settings(scheduler, optimizer)
+    found |= model_settings(session.model, session.initial or session.model.state_dict())
+    found |= stream_settings(session.stream, session.private_sum)
+    for name, value in extra.items():
+        found |= flat(name, value)
+    return found
+
+
+# --------------------------------------------------------------------------- settings
+
+
+def optimizer_settings(optimizer: Optimizer) -> Fingerprint:
+    """Name and options of an optimiser that has taken no step."""
+    found: Fingerprint = {"optimizer": type(optimizer).__name__}
+    groups = optimizer.param_groups
+    for index, group in enumerate(groups):
+        prefix = "optimizer" if len(groups) == 1 else f"optimizer.group {index}"
+        own = {name: value for name, value in group.items() if name != "params"}
+        found |= {f"{prefix}.{name}": described(value) for name, value in own.items()}
+        found[f"{prefix}.parameters"] = len(group["params"])
+    return found
+
+
+def schedule_settings(
+    scheduler: Callable[[Optimizer], LRScheduler] | None,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+) -> Fingerprint:
+    """Description of a schedule, and the learning rates that it begins with."""
+    found = flat("scheduler", scheduler)
+    if scheduler is not None:
+        rates = learning_rates(optimizer, scheduler, RATES_SHOWN)
+        found["scheduler.learning rates"] = described(rates)
+    return found
+
+
+def model_settings(model: nn.Module, start: Tensors) -> Fingerprint:
+    """Modules and shapes of a model, and the digest of the values that it starts from."""
+    shapes = {name: [str(value.dtype), *value.shape] for name, value in start.items()}
+    modules = [module_settings(path, part) for path, part in model.named_modules()]
+    return {
+        "model.modules": described(modules),
+        "model.shapes": described(shapes),
+        "model.start": f"sha256 {digest(start).hex()}",
+    }
+
+
+def stream_settings(stream: Stream, private_sum: PrivateSum | None) -> Fingerprint:
+    """Public facts of a stream, and for each experience one line of text with its records."""
+    return {
+        "stream.scenario": stream.scenario,
+        "stream.classes in all": stream.num_classes,
+        "stream.input shape": list(stream.input_shape),
+        "stream.experiences": [experience_line(each, private_sum) for each in stream],
+    }
+
+
+def experience_line(experience: Experience, private_sum: PrivateSum | None) -> str:
+    """Partition, declared size and classes of an experience, and a digest of ids and labels.
+
+    Guarantee: under privacy the digest is keyed, and tells nothing without the curator's key.
+    """
+    records = experience.train
+    shown = {"ids": records.ids, "labels": records.labels}
+    seen = digest(shown).hex() if private_sum is None else private_sum.fingerprint(shown)
+    classes = ",".join(map(str, experience.classes))
+    return (
+        f"partition {records.partition}, declared size {records.declared_size}, "
+        f"classes {classes}, task {experience.task}, ids and labels {seen[:32]}"
+    )
+
+
+# --------------------------------------------------------------------------- descriptions
+
+
+def described(value: object) -> JSONValue:
+    """Describe a value in JSON: as it is where it is short, else by its digest.
+
+    A value that nothing tells from another of its kind is described by its type.
+    """
+    try:
+        plain = canonical(value)
+        text = canonical_text(plain)
+    except (ConfigError, RecursionError, ValueError):
+        return f"a {type(value).__qualname__}"
+    if len(text) <= LONGEST:
+        loaded: JSONValue = json.loads(text)  # as it comes back from the disk
+        return loaded
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def flat(name: str, value: object) -> Fingerprint:
+    """Settings of a value by name: `strategy`, `strategy.strength`, and so on."""
+    if is_dataclass(value) and not isinstance(value, type):
+        found: Fingerprint = {name: type(value).__name__}
+        for each in fields(value):
+            found |= flat(f"{name}.{each.name}", getattr(value, each.name))
+        return found
+    if isinstance(value, tuple | list) and any(map(is_dataclass, value)):
+        found = {name: len(value)}
+        for index, item in enumerate(value):
+            found |= flat(f"{name}.{index}", item)
+        return found
+    if isinstance(value, Mapping):
+        found = {name: len(value)}
+        for key, item in value.items():
+            found |= flat(f"{name}.{key}", item)
+        return found
+    if isinstance(value, partial):
+        found = flat(name, value.func) | flat(f"{name}.arguments", list(value.args))
+        for key, item in value.keywords.items():
+            found |= flat(f"{name}.{key}", item)
+        return found
+    return {name: described(value)}
+
+
+def plain_attributes(value: object) -> dict[str, object]:
+    """Type of an object, and its attributes that consist of numbers and text."""
+    own = {name: item for name, item in vars(value).items() if is_plain(item)}
+    return {"type": type(value).__name__, **own}
+
+
+# --------------------------------------------------------------------------- comparison
+
+
+def differences(
+    given: Mapping[str, JSONValue], stored: Mapping[str, JSONValue]
+) -> dict[str, tuple[JSONValue, JSONValue]]:
+    """Return the settings that differ, each with the value given and the one stored.
+
+    A list that may grow is alike when the stored one is its beginning.
+    """
+    found: dict[str, tuple[JSONValue, JSONValue]] = {}
+    for name in sorted(given.keys() | stored.keys()):
+        new = given.get(name, MISSING)
+        old = stored.get(name, MISSING)
+        if name in MAY_GROW and isinstance(new, list) and isinstance(old, list):
+            found |= _grown(name, new, old)
+        elif new != old and not (MISSING in (new, old) and _inside(name, found)):
+            found[name] = (new, old)
+    return found
+
+
+def _inside(name: str, found: Mapping[str, object]) -> bool:
+    """Whether a setting belongs to one that is named already: another strategy has other fields."""
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in found for count in range(1, len(parts)))
+
+
+def _grown(
+    name: str, new: list[JSONValue], old: list[JSONValue]
+) -> dict[str, tuple[JSONValue, JSONValue]]:
+    """The first place where a grown list differs, or its length where it got shorter."""
+    for index, (mine, theirs) in enumerate(zip(new, old, strict=False)):
+        if mine != theirs:
+            return {f"{name}[{index}]": (mine, theirs)}
+    return {f"{name} (number)": (len(new), len(old))} if len(new) < len(old) else {}
+
+
+def refuse_other_run(
+    given: Mapping[str, JSONValue], stored: object, *, where: object, fix: str
+) -> None:
+    """Refuse to go on with a run that was asked for otherwise.
+
+    Args:
+        given: fingerprint of what is asked now.
+        stored: fingerprint of the run that is there.
+        where: the folder, for the message.
+        fix: end of the message.
+
+    Raises:
+        RunError: naming each difference, with the value given and the one stored.
+    """
+    if not isinstance(stored, dict) or stored.get("version") != given.get("version"):
+        raise RunError(
+            f"{where} holds a run of another version of perdure, which does not say how it was "
+            f"asked for; {fix}"
+        )
+    found = differences(given, stored)
+    if not found:
+        return
+    told = [
+        f"{name} (given {shown(new)}, stored {shown(old)})"
+        for name, (new, old) in islice(found.items(), NAMED)
+    ]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    raise RunError(f"{where} holds a run that differs in {', '.join(told)}{more}; {fix}")
+
+
+def shown(value: JSONValue) -> str:
+    """A value in a message."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,73 @@
+"""What a folder says of the run that it holds, compared with what is asked of it now."""
+
+from pathlib import Path
+
+from perdure.errors import LedgerError, PrivacyError
+from perdure.learner.checkpoint import Store
+from perdure.privacy.ledger.anchors import private_copy
+from perdure.privacy.ledger.storage import Anchor, SealedHead, canonical_json, head_path
+
+LEDGER = "ledger.jsonl"
+HEAD = "ledger"
+"""Key of the ledger's head among the facts of a checkpoint."""
+
+
+def checkpoint_anchors(folder: Path) -> list[Anchor]:
+    """Return the heads of the ledger that the complete checkpoints of a folder hold.
+
+    Raises:
+        LedgerError: for a head that is damaged.
+        RunError: for a checkpoint that cannot be read.
+    """
+    store = Store(folder)
+    found = (anchor_of(store.facts(number), number) for number in store.numbers())
+    return [anchor for anchor in found if anchor is not None]
+
+
+def anchor_of(facts: dict[str, object], number: int | None = None) -> Anchor | None:
+    """Return the ledger's head in the facts of a checkpoint; None where it has none."""
+    where = "the checkpoint" if number is None else f"checkpoint {number:06d}"
+    head = facts.get(HEAD)
+    if head is None:
+        return None
+    return Anchor(SealedHead.parse(canonical_json(head), where=where), where)
+
+
+def refuse_lost_key(folder: Path, anchors: list[Anchor]) -> None:
+    """Refuse to draw a new key where the folder knows a ledger that an older one has sealed.
+
+    Raises:
+        LedgerError: when the key is gone.
+    """
+    copy = private_copy(folder).read()
+    known = [*anchors, *([copy] if copy else [])]
+    if known and not (folder / "private" / "key").exists():
+        raise LedgerError(
+            f"{folder / 'private' / 'key'} is missing, but {known[0].where} knows a ledger that it "
+            "sealed; restore private/ from a backup, or train a new model in another folder"
+        )
+
+
+def refuse_other_privacy(folder: Path, *, private: bool) -> None:
+    """Refuse to go on with privacy where the folder's run has none, or the reverse.
+
+    Raises:
+        PrivacyError: naming what was found.
+        RunError: for a checkpoint that cannot be read.
+    """
+    numbers = Store(folder).numbers()
+    sealed = Store(folder).facts(numbers[-1]).get(HEAD) if numbers else None
+    if private and numbers and sealed is None:
+        raise PrivacyError(
+            f"{folder} holds a run without privacy, given privacy: its model has seen the records "
+            "without noise; train a new model in another folder"
+        )
+    ledger = folder / LEDGER
+    traces = [ledger, head_path(ledger), private_copy(folder).path, folder / "private" / "key"]
+    found = next((path for path in traces if path.exists()), None)
+    if not private and (found or sealed is not None):
+        told = f"{found.relative_to(folder)} is there" if found else "its checkpoint has a ledger"
+        raise PrivacyError(
+            f"{folder} holds a run with privacy ({told}), given privacy=None: epsilon would no "
+            "longer hold for its model; give the same privacy, or another folder"
+        )

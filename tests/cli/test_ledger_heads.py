@@ -1,0 +1,100 @@
+"""Heads for an officer's records, and ledgers that are behind them."""
+
+import shutil
+
+import pytest
+
+from helpers.ledger_cli import ARMS, assert_refused, shown
+
+
+def heads(perdure, run):
+    return shown(perdure("head", run)).splitlines()
+
+
+def test_head_prints_one_line_a_ledger(perdure, either):
+    lines = heads(perdure, either)
+    own = sorted(either.glob("arms/*/**/ledger.jsonl"))
+    assert len(lines) == len(own)
+    for line in lines:
+        owner, _, rest = line.partition("@")
+        count, digest, mac = rest.split(":")
+        assert owner.split("/")[0] in ARMS and int(count) > 2
+        assert len(digest) == len(mac) == 64 and " " not in line
+
+
+def test_a_ledger_that_goes_on_from_its_head_is_whole(perdure, either):
+    lines = heads(perdure, either)
+    out = shown(perdure("verify", either, "--at-least", "\n".join(lines)))
+    assert "WRONG" not in out
+    shown(perdure("verify", either, "--at-least", lines[0], "--at-least", lines[-1]))
+
+
+def older(folder, perdure):
+    """Take the last line of an arm's ledger, as if it had never been; the head of before."""
+    from perdure.privacy.ledger.storage import SealedHead, head_path, load
+    from perdure.privacy.noise.key import NoiseKey
+
+    arm = folder / "arms" / "ewc-private"
+    (line,) = heads(perdure, arm)
+    path = arm / "ledger.jsonl"
+    key = NoiseKey.from_os(arm / "private" / "key")
+    lines, _, _ = load(path, key)
+    path.write_text("".join(f"{each}\n" for each in lines[:-1]))
+    import json
+
+    last = json.loads(lines[-2])["hash"]
+    head_path(path).write_text(SealedHead.seal(len(lines) - 1, last, key).text())
+    return arm, line
+
+
+def test_a_shorter_ledger_is_behind_every_head_that_was_kept(perdure, mine, monkeypatch):
+    arm, line = older(mine, perdure)
+    code, out, _ = perdure("verify", arm, "--at-least", line)
+    wrong = [each for each in out.splitlines() if each.startswith("WRONG: ")]
+    assert code == 1
+    for place in ("the head given with --at-least", "checkpoint 00", "private/ledger.head.json"):
+        assert any(f"{place}" in each and "would be forgotten" in each for each in wrong), place
+    assert any("state" in each and ".head.json knows" in each for each in wrong)
+    monkeypatch.setenv("PERDURE_STATE", "off")
+    shutil.rmtree(arm / "checkpoint")
+    (arm / "private" / "ledger.head.json").unlink()
+    # a rollback of all that lies in the folder shows against the officer's record only
+    assert perdure("verify", arm)[0] == 0
+    code, out, _ = perdure("verify", arm, "--at-least", line)
+    assert code == 1 and "the head given with --at-least knows" in out
+
+
+def test_another_history_of_the_same_length_is_found(perdure, mine):
+    line = heads(perdure, mine / "arms" / "ewc-private")[0]
+    owner, _, rest = line.partition("@")
+    count, digest, mac = rest.split(":")
+    other = f"{owner}@{count}:{digest[::-1]}:{mac}"
+    code, out, _ = perdure("verify", mine, "--at-least", other)
+    assert code == 1 and "not sealed with this key" in out
+    (mine / "arms" / "ewc-private" / "private" / "key").unlink()
+    code, out, _ = perdure("verify", mine, "--at-least", other)
+    assert code == 1 and "not the line that the head given with --at-least knows" in out
+
+
+def test_a_head_of_a_ledger_that_is_gone_is_wrong(perdure, mine):
+    lines = heads(perdure, mine)
+    (mine / "ledger.jsonl").unlink()
+    shutil.rmtree(mine / "arms" / "replay-private")
+    code, out, _ = perdure("verify", mine, "--at-least", "\n".join(lines))
+    assert code == 1 and "no ledger of 'replay-private/client-0' is there" in out
+
+
+def test_a_ledger_that_was_deleted_with_its_head_is_wrong(perdure, mine):
+    arm = mine / "arms" / "ewc-private"
+    for name in ("ledger.jsonl", "ledger.head.json"):
+        (arm / name).unlink()
+    (mine / "ledger.jsonl").unlink()
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and "ledger.jsonl is missing, though" in out
+
+
+@pytest.mark.parametrize("text", ["7", "curator@7", "curator@x:00:00", "a@1:" + "g" * 64])
+def test_what_is_no_head_is_refused(perdure, alone, text):
+    assert_refused(
+        perdure("verify", alone, "--at-least", text), "--at-least", "perdure ledger head"
+    )

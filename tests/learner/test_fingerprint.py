@@ -1,0 +1,216 @@
+"""A folder is somebody's run: whatever determines it may not change under the same folder."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+
+from helpers.learners import SIMULATED
+from perdure.adversarial import FGSM
+from perdure.data.scenarios import split
+from perdure.errors import RunError
+from perdure.learner.fingerprint import differences
+from perdure.models.classifiers import mlp
+from perdure.strategies import EWC, Combine, LwF, Replay
+
+
+class Stop(Exception):  # noqa: N818
+    """A power cut."""
+
+
+def stopping(point, learner):
+    if point == "experience.begin" and learner.position.experience == 1:
+        raise Stop
+
+
+@pytest.fixture
+def stopped(learner_of, toy_stream, tmp_path):
+    """From settings to a folder whose run was stopped after its first experience."""
+
+    def make(strategy=None, stream=None, **settings):
+        learner = learner_of(strategy, folder=tmp_path, callbacks=[stopping], **settings)
+        with pytest.raises(Stop):
+            learner.fit(stream or toy_stream())
+        return tmp_path
+
+    return make
+
+
+def model(stream, **changes):
+    options = {"hidden": (6,), "seed": 3, "activation": "tanh"} | changes
+    return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, **options)
+
+
+CHANGES = {
+    "learning rate": (
+        {"optimizer": partial(torch.optim.Adam, lr=0.5)},
+        r"optimizer.lr \(given 0.5, stored 0.02\)",
+    ),
+    "optimiser": ({"optimizer": partial(torch.optim.SGD, lr=0.02)}, r"optimizer \(given SGD"),
+    "betas": (
+        {"optimizer": partial(torch.optim.Adam, lr=0.02, betas=(0.5, 0.9))},
+        r"optimizer.betas \(given \[0.5, 0.9\]",
+    ),
+    "scheduler": ({"scheduler": partial(StepLR, step_size=1)}, "scheduler.step_size"),
+    "seed": ({"seed": 6}, r"seed \(given 6, stored 5\)"),
+    "steps": ({"iterations": 5}, r"iterations \(given 5, stored 4\)"),
+    "epochs": ({"iterations": None, "epochs": 1}, r"epochs \(given 1, stored null\)"),
+    "batch size": ({"batch_size": 4}, r"batch_size \(given 4, stored 8\)"),
+    "micro-batches": ({"micro_batch_size": 4}, "micro_batch_size"),
+    "precision": ({"precision": "bfloat16"}, r"precision \(given bfloat16, stored float32\)"),
+    "blocks": ({"blocks": 2}, r"blocks \(given 2, stored 1\)"),
+    "adversary": ({"adversary": FGSM(epsilon=0.1)}, r"adversary \(given FGSM, stored null\)"),
+    "fresh optimisers": ({"reset_optimizer": True}, r"reset_optimizer \(given true"),
+    "owner": ({"owner": "other"}, r"owner \(given other, stored curator\)"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_named_with_both_values(learner_of, toy_stream, stopped, name):
+    changes, told = CHANGES[name]
+    folder = stopped()
+    with pytest.raises(RunError, match=f"holds a run that differs in .*{told}.*another folder"):
+        learner_of(folder=folder, **changes).fit(toy_stream())
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (EWC(strength=1.0), EWC(strength=2.0), r"strategy.strength \(given 2.0, stored 1.0\)"),
+        (EWC(strength=1.0), LwF(), r"strategy \(given LwF, stored EWC\)"),
+        (Replay(memory_size=12), Replay(memory_size=14), r"strategy.memory_size \(given 14"),
+        (
+            Combine(EWC(strength=1.0), LwF()),
+            Combine(EWC(strength=3.0), LwF()),
+            r"strategy.*strength \(given 3.0, stored 1.0\)",
+        ),
+    ],
+)
+def test_another_strategy_is_named_by_its_field(learner_of, toy_stream, stopped, first, then, told):
+    folder = stopped(first)
+    with pytest.raises(RunError, match=told):
+        learner_of(then, folder=folder).fit(toy_stream())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 4}, "differs in model.start "),
+        ({"hidden": (7,)}, "model.shapes"),
+        ({"activation": "relu"}, "differs in model.modules "),
+    ],
+)
+def test_another_model_is_refused(learner_of, toy_stream, stopped, changes, told):
+    folder = stopped()
+    stream = toy_stream()
+    with pytest.raises(RunError, match=told):
+        learner_of(folder=folder, model=model(stream, **changes)).fit(stream)
+
+
+def reordered(stream):
+    """The same experiences with their classes the other way round."""
+    first, second = stream.experiences
+    moved = (replace(second, index=0, task=0), replace(first, index=1, task=1))
+    return replace(stream, experiences=moved)
+
+
+def with_ids(stream, first):
+    """The same records as others of the source."""
+    experience = stream[0]
+    train = replace(experience.train, ids=experience.train.ids + first)
+    changed = replace(experience, train=train)
+    return replace(stream, experiences=(changed, *stream.experiences[1:]))
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
+@pytest.mark.parametrize(
+    "change", [reordered, partial(with_ids, first=1)], ids=["class order", "ids"]
+)
+def test_other_data_are_refused(learner_of, toy_stream, stopped, change, privacy):
+    folder = stopped(privacy=privacy)
+    stream = change(toy_stream())
+    with pytest.raises(RunError, match=r"differs in stream.experiences\[0\] \(given partition"):
+        learner_of(folder=folder, privacy=privacy).fit(stream)
+
+
+def test_another_scenario_is_refused(learner_of, toy_stream, stopped):
+    folder = stopped()
+    with pytest.raises(RunError, match=r"stream.scenario \(given task, stored class\)"):
+        learner_of(folder=folder).fit(toy_stream("task"))
+
+
+def test_under_privacy_the_digest_of_records_is_keyed(learner_of, toy_stream, tmp_path):
+    seen = []
+    for privacy in (None, SIMULATED, replace(SIMULATED, seed=1)):
+        learner = learner_of(privacy=privacy, folder=tmp_path / str(len(seen)))
+        learner.prepare(toy_stream())
+        seen.append(learner.fingerprint["stream.experiences"][0])
+    assert len(set(seen)) == 3
+
+
+def test_a_grown_stream_and_other_callbacks_go_on(learner_of, toy_data, tmp_path):
+    four = split(toy_data, scenario="class", experiences=4)
+    two = replace(four, experiences=four.experiences[:2])
+    learner_of(folder=tmp_path, callbacks=[lambda point, learner: None]).fit(two)
+    matrix = learner_of(folder=tmp_path).fit(four)
+    assert matrix.shape == (4, 4)
+    with pytest.raises(RunError, match=r"stream.experiences \(number\) \(given 2, stored 4\)"):
+        learner_of(folder=tmp_path).fit(two)
+
+
+def test_a_finished_run_is_not_returned_to_another_request(learner_of, toy_stream, tmp_path):
+    learner_of(Replay(memory_size=12), folder=tmp_path).fit(toy_stream())
+    with pytest.raises(RunError, match=r"strategy.memory_size \(given 20, stored 12\)"):
+        learner_of(Replay(memory_size=20), folder=tmp_path).fit(toy_stream())
+
+
+@pytest.mark.parametrize("late", [0.1, 0.2])
+def test_a_schedule_that_no_state_holds_is_looked_at(learner_of, toy_stream, tmp_path, late):
+    """Two functions of one name: their learning rates differ."""
+
+    def scheduler(rate):
+        factor = {"late": rate}  # a closure over a mapping
+        return lambda optimizer: LambdaLR(optimizer, lambda s: factor["late"] if s > 99 else 1.0)
+
+    for rate in (0.1, late):
+        learner = learner_of(folder=tmp_path, scheduler=scheduler(rate))
+        if rate == 0.1:
+            learner.fit(toy_stream())
+        else:
+            with pytest.raises(RunError, match=r"scheduler.learning rates"):
+                learner.fit(toy_stream())
+
+
+def test_a_checkpoint_of_another_version_is_refused(learner_of, toy_stream, tmp_path):
+    learner = learner_of(folder=tmp_path)
+    learner.fit(toy_stream())
+    path = sorted((tmp_path / "checkpoint").glob("0*.json"))[-1]
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(RunError, match="another version of perdure"):
+        learner_of(folder=tmp_path).fit(toy_stream())
+
+
+def test_a_strategy_field_that_nothing_describes_does_not_stop_a_run(
+    learner_of, toy_stream, tmp_path
+):
+    odd = EWC(strength=1.0)
+    object.__setattr__(odd, "strength", torch.nn.Identity())
+    learner = learner_of(LwF(), folder=tmp_path)
+    learner.driven_by = {"odd": odd}
+    learner.prepare(toy_stream())
+    assert learner.fingerprint["odd.strength"] == "a Identity"
+
+
+def test_differences_name_what_is_given_and_what_is_stored():
+    given = {"a": 1, "b": 2, "stream.experiences": ["x", "y"]}
+    assert differences(given, {"a": 1, "b": 2, "stream.experiences": ["x"]}) == {}
+    assert differences(given, {"a": 1, "c": 3, "stream.experiences": ["z"]}) == {
+        "b": (2, "nothing"),
+        "c": ("nothing", 3),
+        "stream.experiences[0]": ("x", "z"),
+    }
+    assert differences({"strategy": "LwF", "strategy.t": 2.0}, {"strategy": "EWC"}) == {
+        "strategy": ("LwF", "EWC")
+    }

@@ -1,0 +1,90 @@
+"""A folder belongs to one learner at a time, as long as it works in it."""
+
+import pytest
+
+from helpers.learners import SIMULATED
+from perdure.errors import LedgerError, RunError
+from perdure.strategies import Naive
+
+BOTH = pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
+
+
+@pytest.fixture
+def prepared(learner_of, toy_stream, tmp_path):
+    def make(privacy, **changes):
+        learner = learner_of(Naive(), privacy=privacy, folder=tmp_path, **changes)
+        learner.prepare(toy_stream())
+        return learner
+
+    return make
+
+
+@BOTH
+def test_two_learners_do_not_work_in_one_folder(prepared, privacy):
+    first = prepared(privacy)
+    with pytest.raises(RunError, match="is in use by another process or learner"):
+        prepared(privacy)
+    first.close()
+    prepared(privacy)
+
+
+@BOTH
+def test_a_dropped_learner_gives_its_folder_up(prepared, privacy):
+    learner = prepared(privacy)
+    del learner
+    prepared(privacy)
+
+
+@BOTH
+def test_a_fit_gives_its_folder_up_also_when_it_stops(
+    learner_of, toy_stream, tmp_path, prepared, privacy
+):
+    def stop(point, learner):
+        if point == "step.done":
+            raise KeyError
+
+    stopped = learner_of(privacy=privacy, folder=tmp_path, callbacks=[stop])
+    with pytest.raises(KeyError):
+        stopped.fit(toy_stream())
+    whole = learner_of(privacy=privacy, folder=tmp_path)
+    whole.fit(toy_stream())
+    prepared(privacy)
+    assert stopped.session and whole.session  # both are still there
+
+
+def test_a_learner_is_prepared_again_in_its_own_folder(prepared, toy_stream):
+    learner = prepared(SIMULATED)
+    learner.prepare(toy_stream())
+    assert learner.session.lock.held
+
+
+def test_a_refused_session_gives_its_folder_up(prepared):
+    with pytest.raises(LedgerError, match="belongs to"):
+        prepared(SIMULATED).close() or prepared(SIMULATED, owner="other")
+    prepared(SIMULATED)
+
+
+def test_noise_is_drawn_by_the_holder_of_the_folder_only(prepared):
+    """Two learners once drew their noise for one entry: the second did not write, so it was not
+    seen.
+    """
+    first = prepared(SIMULATED)
+    first.begin(0)
+    first.close()
+    second = prepared(SIMULATED)
+    second.begin(0)
+    with pytest.raises(RunError, match="in use"):
+        first.train(range(2))
+    second.train(range(2))
+    second.close()
+    with pytest.raises(LedgerError, match="another process or learner wrote to this ledger"):
+        first.train(range(2))
+
+
+def test_steps_that_were_reserved_pay_for_nothing_once_closed(prepared):
+    learner = prepared(SIMULATED)
+    learner.begin(0)
+    learner.session.reserve(range(2), learner.noise_digest())
+    learner.close()
+    with pytest.raises(Exception, match="was not charged to the ledger"):
+        learner.session.sample(0)

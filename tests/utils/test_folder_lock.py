@@ -1,0 +1,63 @@
+"""One holder at a time, in this process and in every other one, and no longer than it lives."""
+
+import multiprocessing
+import signal
+
+import pytest
+
+from perdure.errors import RunError
+from perdure.utils.folder_lock import FolderLock, locked
+
+
+def holding(folder, ready):
+    lock = FolderLock(folder)
+    lock.acquire()
+    ready.set()
+    signal.pause()
+
+
+def test_a_folder_has_one_holder_at_a_time(tmp_path):
+    first = FolderLock(tmp_path / "new")
+    second = FolderLock(tmp_path / "new")
+    assert first.acquire() and first.held and not first.acquire()
+    with pytest.raises(RunError, match="in use by another process or learner"):
+        second.acquire()
+    first.release()
+    first.release()
+    assert not first.held and second.acquire()
+
+
+def test_a_lock_goes_with_its_object(tmp_path):
+    FolderLock(tmp_path).acquire()
+    assert FolderLock(tmp_path).acquire()
+
+
+def test_a_block_keeps_its_folder_until_it_ends_however_it_does(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
+        with pytest.raises(RunError, match="in use"):
+            FolderLock(tmp_path).acquire()
+        raise KeyError
+    assert FolderLock(tmp_path).acquire()
+    with locked(None):
+        pass
+
+
+def test_a_killed_process_gives_its_folder_up(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=holding, args=(tmp_path, ready))
+    process.start()
+    try:
+        assert ready.wait(10)
+        with pytest.raises(RunError, match="in use"):
+            FolderLock(tmp_path).acquire()
+    finally:
+        process.kill()
+        process.join()
+    assert FolderLock(tmp_path).acquire()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written"):
+        FolderLock(tmp_path / "file" / "run").acquire()
