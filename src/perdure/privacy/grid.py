@@ -21,6 +21,7 @@ The rounding is proved. The slack is tested, not proved: for every kind of layer
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ SENSITIVITY = 1 + SLACK + 1 / STEPS_PER_ROOT
 """Most that one record moves a sum on the grid, in units of its clip norm."""
 Shapes = Mapping[str, torch.Size]
 """Of the numbers in a sum, by name, in order."""
+PIECE = 2**16
+"""Numbers at a time: they stay in the processor's cache."""
 MOST_UNITS = 2.0**52
 """Sums of integers below it are exact in float64, in whatever order they are added."""
 
@@ -59,6 +62,15 @@ class Grid:
         least = max(STEPS_PER_ROOT * math.sqrt(max(1, numbers)), LEAST_SCALE / noise_multiplier)
         return cls(numbers=numbers, steps=2 ** math.ceil(math.log2(least)))
 
+    @cached_property
+    def _kept(self) -> Tensor:
+        """Room for the integers of a sum: fresh memory at every step costs as much as noise."""
+        return torch.empty(self.numbers, dtype=torch.int64)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return torch.empty(PIECE, dtype=torch.float64)
+
     def facts(self) -> dict[str, float]:
         """Everything that a ledger entry says of the grid and the noise on it."""
         return {
@@ -73,6 +85,8 @@ class Grid:
     def units(self, total: Params | None, shapes: Shapes, clip_norm: float) -> Tensor:
         """(d,) int64 sums in grid steps on the CPU, one name after another; 0 without records.
 
+        The tensor is good until the next call.
+
         Raises:
             PrivacyError: for more numbers than the grid is for, or a sum too large to be counted
                 exactly.
@@ -83,16 +97,18 @@ class Grid:
                 f"a private sum has {numbers} numbers, and its grid is for {self.numbers}; reserve "
                 "the steps for so many"
             )
-        if total is None or not numbers:
-            return torch.zeros(numbers, dtype=torch.int64)
-        parts = [total[name].detach().flatten().cpu() for name in shapes]
-        units = torch.cat(parts).double().mul_(self.steps / clip_norm).round_()
-        if not float(units.abs().max()) < MOST_UNITS:
-            raise PrivacyError(
-                "a private sum is too large to be added exactly; use smaller batches or a smaller "
-                "model"
-            )
-        return units.long()
+        units = self._kept[:numbers]
+        if total is None:
+            return units.zero_()
+        start = 0
+        for name in shapes:
+            for part in torch.split(total[name].detach().flatten().cpu(), PIECE):
+                # in float64: a float32 product would be rounded by more than a step
+                whole = self._scratch[: len(part)].copy_(part).mul_(self.steps / clip_norm).round_()
+                _refuse_large(whole)
+                units[start : start + len(part)].copy_(whole)
+                start += len(part)
+        return units
 
     def values(
         self, units: Tensor, shapes: Shapes, clip_norm: float, device: torch.device
@@ -102,7 +118,20 @@ class Grid:
         Args:
             units: (d,) in grid steps, integers or not.
         """
-        values = (units.double() * (clip_norm / self.steps)).float().to(device)
-        parts = torch.split(values, [math.prod(shape) for shape in shapes.values()])
+        values = torch.empty(len(units), dtype=torch.float32)
+        for value, unit in zip(torch.split(values, PIECE), torch.split(units, PIECE), strict=True):
+            wide = self._scratch[: len(unit)].copy_(unit)
+            value.copy_(wide.mul_(clip_norm / self.steps))
+        parts = torch.split(values.to(device), [math.prod(shape) for shape in shapes.values()])
         named = zip(shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in named}
+
+
+def _refuse_large(whole: Tensor) -> None:
+    if not len(whole):
+        return
+    least, most = torch.aminmax(whole)
+    if not -MOST_UNITS < float(least) <= float(most) < MOST_UNITS:
+        raise PrivacyError(
+            "a private sum is too large to be added exactly; use smaller batches or a smaller model"
+        )

@@ -312,7 +312,8 @@ class PrivateSum:
         units = block.grid.units(total, shapes, self.clip_norm)
         votes = _votes(adaptive, block.expected)
         counted = votes.grid.units(total, WITHIN_SHAPE, VOTE) if votes else units[:0]
-        nonce = self._nonce("gradient", block, step, torch.cat([units, counted]))
+        exact = torch.cat([units, counted]) if votes else units
+        nonce = self._nonce("gradient", block, step, exact)
         noise = self._gradient_noise(block.expected)
         value = self._noised(units, block, noise, "gradient", step, nonce, chain=self._chain)
         device = next(iter(params.values())).device

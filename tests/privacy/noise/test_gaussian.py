@@ -15,7 +15,9 @@ from perdure.privacy.noise.gaussian import (
     PIECE,
     _compiled,
     _first_words,
+    _high,
     _keeping,
+    _share,
     add_rounded_gaussian,
 )
 from perdure.privacy.noise.table import (
@@ -116,7 +118,7 @@ def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
     width = 2**table.offset_bits
     cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)
     offsets = np.tile([0, width // 3, width // 2, width - 2, width - 1], 5)
-    kept = _keeping(cells, offsets, table)
+    kept = _keeping(cells, offsets, table, _share(_high))
     for cell, offset, value in zip(cells, offsets, kept, strict=True):
         first = int(cell) * width
         exact = probability(first + int(offset), scale) / probability(first, scale)
@@ -129,7 +131,7 @@ def test_early_decisions_agree_with_the_exact_ones():
         table = gaussian_table(scale)
         cells = np.arange(table.tail)
         last = np.full(len(cells), 2**table.offset_bits - 1)
-        least = _keeping(cells, last, table)
+        least = _keeping(cells, last, table, _share(_high))
         assert (table.early[: table.tail].astype(np.uint64) << np.uint64(51) <= least).all()
         assert table.early[table.tail] == 0
 
@@ -162,7 +164,7 @@ def test_the_compiled_path_gives_the_same_integers(scale):
     ties = columns | small[0][:2048] << np.uint64(64 - table.cut_bits)
     own = np.concatenate([own, ties, np.array([0, 2**64 - 1], dtype=np.uint64)])
     results = []
-    for path in (_first_words, _compiled()):
+    for path in (_first_words, _compiled()[0]):
         out = np.arange(len(own))
         open_at = np.empty(PIECE, dtype=np.int64)
         left = path(own, out, open_at, *small, table.offset_bits)
@@ -170,6 +172,14 @@ def test_the_compiled_path_gives_the_same_integers(scale):
     (mine, mine_open), (theirs, theirs_open) = results
     assert np.array_equal(mine, theirs) and np.array_equal(mine_open, theirs_open)
     assert set(range(5000, 5000 + 2048)) <= set(mine_open.tolist())
+
+
+def test_the_compiled_share_is_that_of_the_numpy_path():
+    rng = np.random.default_rng(2)
+    doubled, place = rng.integers(0, 2**64, (2, 1000), dtype=np.uint64)
+    slope = rng.integers(0, 2**61, 1000, dtype=np.uint64) >> np.uint64(3)
+    mine = _share(_high)(doubled, place, slope)
+    assert np.array_equal(_compiled()[1](doubled, place, slope), mine)
 
 
 def test_a_draw_in_pieces_gives_the_same_integers(monkeypatch):

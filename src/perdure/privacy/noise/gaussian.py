@@ -11,6 +11,7 @@ Draws take more or less time by what they give, so do not let others measure it.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ Stream = Callable[[int], npt.NDArray[np.uint8]]
 """So many more bytes of the words that coordinates read first; good until the next call."""
 Blocks = Callable[[Words], Words]
 """Numbers of blocks (m, 2) to their words (m, 2)."""
+
+Share = Callable[[Words, Words, Words], Words]
+"""Probability, times 2^63, that integers of their cells are kept (see `_share`)."""
 
 PIECE = 2**15
 """Coordinates at a time: their words stay in the processor's cache."""
@@ -56,7 +60,7 @@ def add_rounded_gaussian(
         stream: first words of the coordinates, in order.
         blocks: further words, by number.
     """
-    first = _compiled() if len(total) >= COMPILED_FROM else _first_words
+    first, share = _compiled() if len(total) >= COMPILED_FROM else (_first_words, _share(_high))
     shift = np.uint64(CUT_BITS - table.cut_bits)
     small = table.cut >> shift, table.alias, table.early, table.offset_bits
     open_at = np.empty(PIECE, dtype=np.int64)
@@ -68,7 +72,7 @@ def add_rounded_gaussian(
         left = first(own, out, open_at, *small)
         places.append(open_at[:left] + start)
         words.append(own[open_at[:left]])
-    _decide(total, np.concatenate(places), np.concatenate(words), table, blocks)
+    _decide(total, np.concatenate(places), np.concatenate(words), table, blocks, share)
 
 
 def _first_words(
@@ -104,8 +108,8 @@ def _parts(words: Words, offset_bits: int) -> tuple[Integers, Integers, Words, I
 
 
 @cache
-def _compiled() -> Callable[..., int]:
-    """Compile `_first_words` for the processor: one pass over the words.
+def _compiled() -> tuple[Callable[..., int], Share]:
+    """Compile `_first_words` and `_share` for the processor: one pass over the words.
 
     Numba is loaded here, at the first large draw. Types are spelt out: it would turn a sum of a
     signed and an unsigned number into a floating-point one.
@@ -150,12 +154,24 @@ def _compiled() -> Callable[..., int]:
                 out[i] += (np.int64(value) ^ -negative) + negative
         return int(left)
 
-    compiled: Callable[..., int] = numba.njit(nogil=True)(kernel)
-    return compiled
+    one_share = numba.njit(_share(numba.njit(_high)))
+
+    def shares(doubled: Words, place: Words, slope: Words) -> Words:
+        kept = np.empty(len(place), dtype=np.uint64)
+        for i in range(len(place)):
+            kept[i] = one_share(doubled[i], place[i], slope[i])
+        return kept
+
+    return numba.njit(nogil=True)(kernel), numba.njit(nogil=True)(shares)
 
 
 def _decide(
-    total: Integers, places: Integers, words: Words, table: GaussianTable, blocks: Blocks
+    total: Integers,
+    places: Integers,
+    words: Words,
+    table: GaussianTable,
+    blocks: Blocks,
+    share: Share,
 ) -> None:
     """Decide the coordinates at `places`, attempt after attempt, until none is left."""
     attempt = 0
@@ -171,7 +187,7 @@ def _decide(
         rest = np.uint64(63 - EARLY_BITS)
         uniform = (number << rest) | (own[:, 2] >> (np.uint64(64) - rest))
         value = (cell << table.offset_bits) + offset
-        kept = uniform < _keeping(cell, offset, table)
+        kept = uniform < _keeping(cell, offset, table, share)
         kept &= (value > 0) | (negative == 0)  # 0 has one sign, or it would come twice as often
         total[places[kept]] += np.where(negative, -value, value)[kept]
         places = places[~kept]
@@ -202,23 +218,31 @@ def _own_words(places: Integers, first: int, count: int, blocks: Blocks) -> Word
     return own
 
 
-def _keeping(cell: Integers, offset: Integers, table: GaussianTable) -> Words:
-    """Probability that an integer of its cell is kept, times 2^63, within 4 units.
-
-    exp(-y) = 1 - y (1 - y/2 (1 - y/3 (...))), with y = G (2 j + t) t below 1/16.
-    """
-    place = (
-        offset.astype(np.uint64) << np.uint64(64 - table.offset_bits)
-        if table.offset_bits
-        else (np.zeros(len(offset), dtype=np.uint64))
-    )
+def _keeping(cell: Integers, offset: Integers, table: GaussianTable, share: Share) -> Words:
+    """Probability that an integer of its cell is kept, times 2^63, within 4 units."""
+    if not table.offset_bits:
+        return np.full(len(cell), 2**63, dtype=np.uint64)
+    place = offset.astype(np.uint64) << np.uint64(64 - table.offset_bits)
     doubled = (cell.astype(np.uint64) << np.uint64(51)) | (place >> np.uint64(14))
-    y = _high(_high(doubled, place), table.slope[cell])
+    return share(doubled, place, table.slope[cell])
+
+
+def _share(high: Callable[[Any, Any], Any]) -> Share:
+    """Build exp(-y) times 2^63 with y = G (2 j + t) t below 1/16, from an upper product.
+
+    exp(-y) = 1 - y (1 - y/2 (1 - y/3 (...))). Its arguments are 2 j + t times 2^50, t times 2^64
+    and G times 2^78.
+    """
     one = np.uint64(2**63)
-    value = np.full(len(cell), one, dtype=np.uint64)
-    for k in range(9, 0, -1):
-        value = one - _high(y, value) // np.uint64(k)
-    return value
+
+    def share(doubled: Words, place: Words, slope: Words) -> Words:
+        y = high(high(doubled, place), slope)
+        value = one
+        for k in range(9, 0, -1):
+            value = one - high(y, value) // np.uint64(k)
+        return value
+
+    return share
 
 
 def _high(a: Words, b: Words) -> Words:

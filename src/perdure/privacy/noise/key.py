@@ -7,6 +7,7 @@ solved for from its output.
 """
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
@@ -15,7 +16,7 @@ import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -137,7 +138,7 @@ class NoiseKey:
             total.numpy(),
             gaussian_table(scale),
             keystream_reader(first, 8 * min(len(total), PIECE)),
-            lambda numbers: _permute(further, numbers.tobytes()).view("<u8"),
+            _block_reader(further),
         )
 
     def uniform(self, n: int, *, purpose: str, entry: str, step: int, nonce: str = "") -> Tensor:
@@ -159,9 +160,7 @@ class NoiseKey:
         """
         blocks = np.zeros((len(ids), BLOCK_BYTES // 8), dtype="<i8")
         blocks[:, 0] = ids.detach().cpu().numpy()
-        return _unit_interval(
-            _permute(subkey(self._secret, "tags", purpose), blocks.tobytes()).view("<u8")[::2]
-        )
+        return _unit_interval(_block_reader(subkey(self._secret, "tags", purpose))(blocks)[::2])
 
     def stream(
         self, *, purpose: str, entry: str, step: int, nonce: str = ""
@@ -222,7 +221,7 @@ def keystream_reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.ui
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
-    zeros = memoryview(bytes(most))
+    zeros = _zeros(most)
     # the cipher asks for room for a block more
     out = np.empty(most + BLOCK_BYTES - 1, dtype=np.uint8)
 
@@ -233,15 +232,20 @@ def keystream_reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.ui
     return read
 
 
-def _permute(key: bytes, blocks: bytes) -> npt.NDArray[np.uint8]:
-    """AES-256 of each 16-byte block by itself.
+@functools.lru_cache(maxsize=4)
+def _zeros(count: int) -> memoryview:
+    return memoryview(bytes(count))
 
-    Here equal ids must give equal tags, which ECB does.
+
+def _block_reader(key: bytes) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.uint64]]:
+    """AES-256 of each 16-byte block by itself: from numbers (n, 2) to words (2n,).
+
+    Here equal numbers must give equal words, which ECB does.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305
-    return np.frombuffer(cipher.update(blocks), dtype=np.uint8)
+    return lambda numbers: np.frombuffer(cipher.update(numbers.tobytes()), dtype="<u8")
 
 
 def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
