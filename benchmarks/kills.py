@@ -133,23 +133,24 @@ def overhear(journal: Journal) -> None:
 
     Entry, purpose, step, and a digest of the values.
     """
-    draw = NoiseKey.normal
+    add = NoiseKey.add_noise
 
-    def normal(
+    def add_noise(
         self: NoiseKey,
-        shapes: Mapping[str, Sequence[int]],
+        total: Tensor,
+        scale: float,
         *,
         purpose: str,
         entry: str,
         step: int,
-        device: torch.device | str = "cpu",
-    ) -> dict[str, Tensor]:
-        noise = draw(self, shapes, purpose=purpose, entry=entry, step=step, device=device)
-        values = b"".join(value.numpy().tobytes() for value in noise.values())
+        nonce: str = "",
+    ) -> None:
+        before = total.clone()
+        add(self, total, scale, purpose=purpose, entry=entry, step=step, nonce=nonce)
+        values = (total - before).numpy().tobytes()
         journal.drawn = f"{entry} {purpose} {step} {hashlib.sha256(values).hexdigest()[:16]}"
-        return noise
 
-    NoiseKey.normal = normal  # type: ignore[method-assign]
+    NoiseKey.add_noise = add_noise  # type: ignore[method-assign]
 
 
 def child(series: str, folder: Path) -> None:
