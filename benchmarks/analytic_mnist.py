@@ -95,7 +95,7 @@ def through(data: Dataset, features: Callable[[Tensor], Tensor]) -> Dataset:
         rows = torch.cat(
             [features(piece).flatten(1) for piece in torch.split(records.inputs, PIECE)]
         )
-        parts.append(replace(records, inputs=rows))
+        parts.append(replace(records, inputs=rows, domain=None))
     return replace(
         data, train=parts[0], test=parts[1], input_shape=tuple(parts[0].inputs.shape[1:])
     )

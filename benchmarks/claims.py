@@ -72,7 +72,7 @@ def small_mnist(train: int, test: int) -> Dataset:
 def shrunk(records: Records, count: int) -> Records:
     """The first `count` records of every class, each square of four pixels averaged."""
     kept = first(records, count)
-    return replace(kept, inputs=F.avg_pool2d(kept.inputs, 2))
+    return replace(kept, inputs=F.avg_pool2d(kept.inputs, 2), domain=None)
 
 
 def first(records: Records, count: int) -> Records:
@@ -97,7 +97,8 @@ def fixed_features(train: int, test: int) -> Dataset:
     data = small_mnist(train, test)
     features = RandomConvolutions(filters=64, size=5, pool=4, root=True)
     parts = [
-        replace(part, inputs=features(part.inputs).flatten(1)) for part in (data.train, data.test)
+        replace(part, inputs=features(part.inputs).flatten(1), domain=None)
+        for part in (data.train, data.test)
     ]
     return replace(
         data, train=parts[0], test=parts[1], input_shape=tuple(parts[0].inputs.shape[1:])

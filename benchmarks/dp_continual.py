@@ -114,7 +114,8 @@ def scattered(data: Dataset) -> Dataset:
 
 def features(records: Records) -> Records:
     """Return the same records, their images seen through the scattering transform."""
-    return replace(records, inputs=F.group_norm(Scattering()(records.inputs), GROUPS))
+    rows = F.group_norm(Scattering()(records.inputs), GROUPS)
+    return replace(records, inputs=rows, domain=None)
 
 
 def run(stream: Stream, strategy: Strategy, epsilon: float, seed: int) -> Outcome:

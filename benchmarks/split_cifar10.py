@@ -114,7 +114,7 @@ def standard(records: Records) -> Records:
     By the data set's declared moments.
     """
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
-    return replace(records, inputs=(records.inputs - mean) / deviation)
+    return replace(records, inputs=(records.inputs - mean) / deviation, domain=None)
 
 
 def run(

@@ -268,7 +268,8 @@ def padded(records: Records) -> Records:
 
     By the data's declared moments.
     """
-    return replace(records, inputs=(F.pad(records.inputs, (2, 2, 2, 2)) - 0.1) / 0.2752)
+    rows = (F.pad(records.inputs, (2, 2, 2, 2)) - 0.1) / 0.2752
+    return replace(records, inputs=rows, domain=None)
 
 
 def run(chosen: Arm, seed: int, root: Path | None) -> tuple[float, float, float]:

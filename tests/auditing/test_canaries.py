@@ -248,7 +248,7 @@ def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):
     )
     assert 3 < result.claimed < 5
     assert result.flagged
-    assert result.lower_bound > 1.4 * result.claimed
+    assert result.lower_bound > 1.3 * result.claimed
 
 
 @pytest.mark.statistical

@@ -117,7 +117,7 @@ def test_json_holds_every_charge_of_every_partition(perdure, either):
     spent = {}
     for name, row in zip(account.partitions, facts["partitions"], strict=True):
         charges = [
-            Charge(u["sampling_rate"], u["noise_multiplier"], u["participations"])
+            Charge(u["sampling_rate"], u["noise_multiplier"], u["participations"], u["accounted"])
             for u in row["uses"]
         ]
         assert charges_module.merged(charges) == charges_module.merged(account.charges(name))
@@ -342,7 +342,7 @@ MORE = ("--noise-multiplier", 1.1, "--sampling-rate", 0.1, "--steps", 50)
 
 def test_project_adds_a_charge_to_what_was_spent(perdure, alone):
     account = read_ledger(alone / "ledger.jsonl")
-    charge = Charge(0.1, 1.1, 50)
+    charge = Charge(0.1, 1.1, 50, "grid-gaussian")
     out = shown(perdure("project", alone, *MORE))
     rows = [line.split() for line in out.splitlines() if line.startswith("  experience-")]
     assert len(rows) == len(account.partitions) == 4

@@ -109,7 +109,7 @@ BY_RECORD = {
     "trials",
     [
         30,
-        pytest.param(400, marks=pytest.mark.deep(reason="ten times as many random data sets")),
+        pytest.param(400, marks=pytest.mark.deep(reason="full replay: 400 random data sets")),
     ],
 )
 @pytest.mark.parametrize("splitter", BY_RECORD)

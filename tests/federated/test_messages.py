@@ -32,7 +32,8 @@ def task(**changes):
 
 
 @pytest.mark.parametrize(
-    "kind,records", [("train", {"arrays", "metrics"}), ("train.finish", {"state", "metrics"})]
+    "kind,records",
+    [("train", {"arrays", "metrics", "ledger"}), ("train.finish", {"state", "metrics", "ledger"})],
 )
 def test_under_privacy_a_reply_holds_releases_and_declared_numbers_only(stream, kind, records):
     stream = short(stream, 1)

@@ -53,7 +53,10 @@ CHANGES = {
         {"optimizer": partial(torch.optim.Adam, lr=0.02, betas=(0.5, 0.9))},
         r"optimizer.betas \(given \[0.5, 0.9\]",
     ),
-    "scheduler": ({"scheduler": partial(StepLR, step_size=1)}, "scheduler.step_size"),
+    "scheduler": (
+        {"scheduler": partial(StepLR, step_size=1)},
+        r"scheduler \(given \[\"StepLR\"\], stored null\)",
+    ),
     "seed": ({"seed": 6}, r"seed \(given 6, stored 5\)"),
     "steps": ({"iterations": 5}, r"iterations \(given 5, stored 4\)"),
     "epochs": ({"iterations": None, "epochs": 1}, r"epochs \(given 1, stored null\)"),

@@ -202,6 +202,7 @@ def stream_of(make, n):
         experiences=(experience,),
         num_classes=3,
         input_shape=(LENGTH,),
+        assigned_by_record=True,
     )
 
 

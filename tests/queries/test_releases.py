@@ -313,7 +313,7 @@ def test_what_is_declared_is_planned_granted_and_spent_to_the_last(toy_stream, t
     for partition, history in planned(made.training, Schedule(noise=(noise,))).items():
         assert merged(ledger.charges(partition)) == merged(history)
         for charge in (
-            Charge(1.0, 4 * noise, 2),
+            Charge(1.0, 4 * noise, 2, "grid-gaussian"),
             Charge(1.0, 4 * noise, 1, "discrete-gaussian"),
             Charge(1.0, 2 * noise, 3, "exponential"),
         ):

@@ -192,7 +192,7 @@ def project(
     source = find(run)
     account = opened(source)
     spent = source.delta(delta)
-    charge = Charge(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
+    charge = Charge(sampling_rate, noise_multiplier, steps, "grid-gaussian")
     chosen = named(account, partition or ())
     with ticking(len(chosen)) as tick:
         rows = projections(account, charge, spent, chosen, tick)

@@ -206,18 +206,6 @@ class PrivateSum:
             slots: steps an epoch where the order is fixed.
             purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
         """
-        # whose noise shapes the parameters
-        beside = "" if purpose == "gradient" else self._blocks["gradient"].paid_by
-        # Everything here shapes the noise or the sum.
-        chosen = {
-            "version": 2,
-            "start": start,
-            "beside": beside,
-            "clipping": clipping_settings(self.privacy.clipping),
-            "bands": self.privacy.bands,
-            "slots": slots,
-            "expected": expected,
-        }
         grid = Grid.of(numbers, self._gradient_noise(expected))
         entry = self._entry(
             purpose,
@@ -226,7 +214,7 @@ class PrivateSum:
             self.clip_norm,
             scope,
             steps,
-            hashlib.sha256(canonical_text(chosen).encode()).hexdigest(),
+            self._start_of(start, purpose, expected, slots),
             data,
             grid=grid,
             participations=slots and math.ceil(len(steps) / slots),
@@ -246,14 +234,7 @@ class PrivateSum:
             everyone = dict.fromkeys(scope, 1.0)
             self.ledger.charge(
                 self._entry(
-                    "diagnostics",
-                    "none",
-                    0.0,
-                    self.clip_norm,
-                    everyone,
-                    steps,
-                    entry.start,
-                    data,
+                    "diagnostics", "none", 0.0, self.clip_norm, everyone, steps, start, data
                 )
             )
         self._blocks = {purpose: block}
@@ -571,6 +552,21 @@ class PrivateSum:
         """Noise of a release was drawn: sync the log before the release leaves."""
         self.ledger.trace("noise.drawn")
         self._draws.close(draw["entry"])
+
+    def _start_of(self, start: str, purpose: str, expected: float, slots: int | None) -> str:
+        """Digest of everything that shapes the noise or the sum of a block."""
+        # the gradients beside a reference, whose noise shapes the parameters
+        beside = "" if purpose == "gradient" else self._blocks["gradient"].paid_by
+        chosen: dict[str, JSONValue] = {
+            "version": 2,
+            "start": start,
+            "beside": beside,
+            "clipping": clipping_settings(self.privacy.clipping),
+            "bands": self.privacy.bands,
+            "slots": slots,
+            "expected": expected,
+        }
+        return hashlib.sha256(canonical_text(chosen).encode()).hexdigest()
 
     def _charge(self, entry: Entry) -> Entry:
         """Charge the entry, again where its noise may have been drawn and the log does not tell.

@@ -32,6 +32,7 @@ class ChargeSummary:
 
     Args:
         purpose, mechanism, sampling, noise_multiplier, clip_norm: as in the ledger's entries.
+        accounted: kind of noise that the accountant counts (see `Charge`).
         sampling_rate: probability that a record was in a step.
         steps: how often.
         participations: in how many of the steps one record was at most; all of them where it was
@@ -40,6 +41,7 @@ class ChargeSummary:
 
     purpose: str
     mechanism: str
+    accounted: str
     sampling: str
     sampling_rate: float
     noise_multiplier: float
@@ -139,6 +141,7 @@ def uses(entries: Iterable[Entry], partition: str) -> tuple[ChargeSummary, ...]:
             kind = ChargeSummary(
                 purpose=entry.purpose,
                 mechanism=entry.mechanism,
+                accounted=charge.noise,
                 sampling=entry.sampling,
                 clip_norm=entry.clip_norm,
                 sampling_rate=charge.sampling_rate,

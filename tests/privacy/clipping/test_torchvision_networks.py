@@ -46,7 +46,7 @@ def pictures(records, side):
 
 # torch says so of a pooling layer that two of them use, which go record by record
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.deep(reason="fifteen networks of up to 28 million parameters, record by record")
+@pytest.mark.deep(reason="full replay: fifteen whole networks, record by record")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sums_of_fifteen_repaired_networks_are_right_as_built(name):
     model = network(name, **OPTIONS.get(name, {}))

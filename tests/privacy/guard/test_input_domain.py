@@ -87,7 +87,12 @@ def stream_of(domain=None, dtype=torch.float32, shape=(5,), n=48, inputs=None):
     records = Records(inputs=inputs, labels=torch.arange(len(inputs)) % 4, domain=domain)
     experience = Experience(index=0, train=records, test=records, classes=(0, 1, 2, 3))
     return Stream(
-        name="one", scenario="class", experiences=(experience,), num_classes=4, input_shape=shape
+        name="one",
+        scenario="class",
+        experiences=(experience,),
+        num_classes=4,
+        input_shape=shape,
+        assigned_by_record=True,
     )
 
 

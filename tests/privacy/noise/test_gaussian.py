@@ -13,19 +13,19 @@ from perdure.privacy.noise import gaussian
 from perdure.privacy.noise.gaussian import (
     COMPILED_FROM,
     PIECE,
-    _compiled,
-    _first_words,
-    _high,
-    _keeping,
-    _share,
     add_rounded_gaussian,
+    compiled,
+    first_words,
+    keeping,
+    share_of,
+    upper_product,
 )
 from perdure.privacy.noise.table import (
     COLUMN_BITS,
     CUT_BITS,
     DEVIATIONS,
     LOG2_ERROR,
-    _counts,
+    counts_of,
     gaussian_table,
 )
 
@@ -118,7 +118,7 @@ def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
     width = 2**table.offset_bits
     cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)
     offsets = np.tile([0, width // 3, width // 2, width - 2, width - 1], 5)
-    kept = _keeping(cells, offsets, table, _share(_high))
+    kept = keeping(cells, offsets, table, share_of(upper_product))
     for cell, offset, value in zip(cells, offsets, kept, strict=True):
         first = int(cell) * width
         exact = probability(first + int(offset), scale) / probability(first, scale)
@@ -131,14 +131,14 @@ def test_early_decisions_agree_with_the_exact_ones():
         table = gaussian_table(scale)
         cells = np.arange(table.tail)
         last = np.full(len(cells), 2**table.offset_bits - 1)
-        least = _keeping(cells, last, table, _share(_high))
+        least = keeping(cells, last, table, share_of(upper_product))
         assert (table.early[: table.tail].astype(np.uint64) << np.uint64(51) <= least).all()
         assert table.early[table.tail] == 0
 
 
 def test_counts_are_within_one_of_their_shares():
     weights = [3, 10**40, 7**30, 1, 2**120]
-    counts = _counts(weights)
+    counts = counts_of(weights)
     assert sum(counts) == 2**64
     assert all(
         abs(c - Fraction(w * 2**64, sum(weights))) < 1 for c, w in zip(counts, weights, strict=True)
@@ -164,7 +164,7 @@ def test_the_compiled_path_gives_the_same_integers(scale):
     ties = columns | small[0][:2048] << np.uint64(64 - table.cut_bits)
     own = np.concatenate([own, ties, np.array([0, 2**64 - 1], dtype=np.uint64)])
     results = []
-    for path in (_first_words, _compiled()[0]):
+    for path in (first_words, compiled()[0]):
         out = np.arange(len(own))
         open_at = np.empty(PIECE, dtype=np.int64)
         left = path(own, out, open_at, *small, table.offset_bits)
@@ -178,8 +178,8 @@ def test_the_compiled_share_is_that_of_the_numpy_path():
     rng = np.random.default_rng(2)
     doubled, place = rng.integers(0, 2**64, (2, 1000), dtype=np.uint64)
     slope = rng.integers(0, 2**61, 1000, dtype=np.uint64) >> np.uint64(3)
-    mine = _share(_high)(doubled, place, slope)
-    assert np.array_equal(_compiled()[1](doubled, place, slope), mine)
+    mine = share_of(upper_product)(doubled, place, slope)
+    assert np.array_equal(compiled()[1](doubled, place, slope), mine)
 
 
 def test_a_draw_in_pieces_gives_the_same_integers(monkeypatch):
@@ -229,5 +229,5 @@ def test_the_farthest_tail_can_be_drawn():
     table = gaussian_table(1.1 * 2**21)
     places = np.arange(4)
     ones = np.uint64(2**64 - 1)
-    cell = gaussian._in_tail(places, 0, table, lambda numbers: np.full_like(numbers, ones))
+    cell = gaussian.in_tail(places, 0, table, lambda numbers: np.full_like(numbers, ones))
     assert (cell * 2**table.offset_bits / (1.1 * 2**21) > DEVIATIONS).all()

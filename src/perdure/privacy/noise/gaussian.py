@@ -32,7 +32,7 @@ Blocks = Callable[[Words], Words]
 """Numbers of blocks (m, 2) to their words (m, 2)."""
 
 Share = Callable[[Words, Words, Words], Words]
-"""Probability, times 2^63, that integers of their cells are kept (see `_share`)."""
+"""Probability, times 2^63, that integers of their cells are kept (see `share_of`)."""
 
 PIECE = 2**15
 """Coordinates at a time: their words stay in the processor's cache."""
@@ -60,7 +60,9 @@ def add_rounded_gaussian(
         stream: first words of the coordinates, in order.
         blocks: further words, by number.
     """
-    first, share = _compiled() if len(total) >= COMPILED_FROM else (_first_words, _share(_high))
+    first, share = (
+        compiled() if len(total) >= COMPILED_FROM else (first_words, share_of(upper_product))
+    )
     shift = np.uint64(CUT_BITS - table.cut_bits)
     small = table.cut >> shift, table.alias, table.early, table.offset_bits
     open_at = np.empty(PIECE, dtype=np.int64)
@@ -75,7 +77,7 @@ def add_rounded_gaussian(
     _decide(total, np.concatenate(places), np.concatenate(words), table, blocks, share)
 
 
-def _first_words(
+def first_words(
     words: Words,
     out: Integers,
     open_at: Integers,
@@ -108,8 +110,8 @@ def _parts(words: Words, offset_bits: int) -> tuple[Integers, Integers, Words, I
 
 
 @cache
-def _compiled() -> tuple[Callable[..., int], Share]:
-    """Compile `_first_words` and `_share` for the processor: one pass over the words.
+def compiled() -> tuple[Callable[..., int], Share]:
+    """Compile `first_words` and `share_of` for the processor: one pass over the words.
 
     Numba is loaded here, at the first large draw. Types are spelt out: it would turn a sum of a
     signed and an unsigned number into a floating-point one.
@@ -154,7 +156,7 @@ def _compiled() -> tuple[Callable[..., int], Share]:
                 out[i] += (np.int64(value) ^ -negative) + negative
         return int(left)
 
-    one_share = numba.njit(_share(numba.njit(_high)))
+    one_share = numba.njit(share_of(numba.njit(upper_product)))
 
     def shares(doubled: Words, place: Words, slope: Words) -> Words:
         kept = np.empty(len(place), dtype=np.uint64)
@@ -183,18 +185,18 @@ def _decide(
         whole = (threshold << missing) | (own[:, 1] >> (np.uint64(64) - missing))
         cell = np.where(whole < table.cut[column], column, table.alias[column]).astype(np.int64)
         tail = np.flatnonzero(cell == table.tail)
-        cell[tail] = _in_tail(places[tail], attempt, table, blocks)
+        cell[tail] = in_tail(places[tail], attempt, table, blocks)
         rest = np.uint64(63 - EARLY_BITS)
         uniform = (number << rest) | (own[:, 2] >> (np.uint64(64) - rest))
         value = (cell << table.offset_bits) + offset
-        kept = uniform < _keeping(cell, offset, table, share)
+        kept = uniform < keeping(cell, offset, table, share)
         kept &= (value > 0) | (negative == 0)  # 0 has one sign, or it would come twice as often
         total[places[kept]] += np.where(negative, -value, value)[kept]
         places = places[~kept]
         attempt += 1
 
 
-def _in_tail(places: Integers, attempt: int, table: GaussianTable, blocks: Blocks) -> Integers:
+def in_tail(places: Integers, attempt: int, table: GaussianTable, blocks: Blocks) -> Integers:
     """Cells of the coordinates that the first table sent to the later ones."""
     cell = np.zeros(len(places), dtype=np.int64)
     at = np.arange(len(places))
@@ -218,7 +220,7 @@ def _own_words(places: Integers, first: int, count: int, blocks: Blocks) -> Word
     return own
 
 
-def _keeping(cell: Integers, offset: Integers, table: GaussianTable, share: Share) -> Words:
+def keeping(cell: Integers, offset: Integers, table: GaussianTable, share: Share) -> Words:
     """Probability that an integer of its cell is kept, times 2^63, within 4 units."""
     if not table.offset_bits:
         return np.full(len(cell), 2**63, dtype=np.uint64)
@@ -227,7 +229,7 @@ def _keeping(cell: Integers, offset: Integers, table: GaussianTable, share: Shar
     return share(doubled, place, table.slope[cell])
 
 
-def _share(high: Callable[[Any, Any], Any]) -> Share:
+def share_of(high: Callable[[Any, Any], Any]) -> Share:
     """Build exp(-y) times 2^63 with y = G (2 j + t) t below 1/16, from an upper product.
 
     exp(-y) = 1 - y (1 - y/2 (1 - y/3 (...))). Its arguments are 2 j + t times 2^50, t times 2^64
@@ -245,7 +247,7 @@ def _share(high: Callable[[Any, Any], Any]) -> Share:
     return share
 
 
-def _high(a: Words, b: Words) -> Words:
+def upper_product(a: Words, b: Words) -> Words:
     """Upper 64 bits of the products, by halves of 32 bits."""
     a_low = a & _LOW
     a_high = a >> _HALF

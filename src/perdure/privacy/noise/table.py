@@ -207,11 +207,11 @@ def _levels(weights: list[int], wanted: int) -> tuple[list[int], list[list[int]]
     counts = []
     for start, end in pairwise(borders):
         tail = sum(kept[end:])
-        counts.append(_counts(kept[start:end] + ([tail] if tail else [])))
+        counts.append(counts_of(kept[start:end] + ([tail] if tail else [])))
     return borders[1:], counts
 
 
-def _counts(weights: list[int]) -> list[int]:
+def counts_of(weights: list[int]) -> list[int]:
     """Integers with sum 2^64, each within 1 of its share, by largest remainders."""
     total = sum(weights)
     shares = [divmod(weight << 64, total) for weight in weights]
