@@ -50,6 +50,9 @@ class Silent:
     def uniform(self, n, *, purpose, entry, step, nonce=""):
         return self._key.uniform(n, purpose=purpose, entry="", step=step)
 
+    def coins(self, records, *, entry, step):
+        return self.uniform(len(records), purpose="coins", entry=entry, step=step)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen(PrivateSampler):

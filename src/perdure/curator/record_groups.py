@@ -20,12 +20,14 @@ class RecordGroups:
 
     Args:
         ids: (r,) of the records.
+        owners: (r,) number of the partition that owns each.
         order: (n,) positions of the rows, those of one record side by side.
         starts: (r,) where each record's rows begin in `order`.
         counts: (r,) how many it has.
     """
 
     ids: Tensor
+    owners: Tensor
     order: Tensor
     starts: Tensor
     counts: Tensor
@@ -48,6 +50,7 @@ def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:
     own, record, counts = torch.unique(whose, dim=0, return_inverse=True, return_counts=True)
     return RecordGroups(
         ids=own[:, 0],
+        owners=own[:, 1],
         order=torch.argsort(record, stable=True),
         starts=counts.cumsum(0) - counts,
         counts=counts,

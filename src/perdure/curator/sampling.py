@@ -131,7 +131,8 @@ class PrivateSampler:
         """Positions of a step's rows, on their device."""
         records = self.records
         exposed = self.exposure
-        coins = mechanism.coins(len(records.counts), step, self.purpose)
+        whose = torch.stack([records.ids, records.owners], dim=1)
+        coins = mechanism.coins(whose, step, self.purpose)
         if exposed.slots is None:
             hit = coins < exposed.rate
             # below the rate, divided by it: uniform again

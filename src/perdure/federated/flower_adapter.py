@@ -39,6 +39,8 @@ from perdure.errors import FederationError, PerdureError, PrivacyError
 from perdure.federated.messages import read_metric, to_record
 from perdure.types import Params
 
+Listen = Callable[[Message], None]
+"""Called with every message to a client and every reply, as they are."""
 MessageProgress = Callable[[int, int], None]
 """Called as progress(replies so far, replies expected) after every reply."""
 
@@ -62,12 +64,18 @@ class InProcessGrid(Grid):
         app: what all nodes run.
         clients: number of nodes; node k + 1 is partition k.
         progress: told about every reply.
+        listen: shown every message and every reply; for audits.
     """
 
     def __init__(
-        self, app: ClientApp, clients: int, progress: MessageProgress | None = None
+        self,
+        app: ClientApp,
+        clients: int,
+        progress: MessageProgress | None = None,
+        listen: Listen | None = None,
     ) -> None:
         self._app = app
+        self._listen = listen
         self._progress = progress
         self._contexts: dict[int, Context] = {}
         for number in range(clients):
@@ -126,10 +134,14 @@ class InProcessGrid(Grid):
             ids.append(str(self._sent))
             message.metadata.__dict__["_message_id"] = ids[-1]
             message.content = copy.deepcopy(message.content)
+            if self._listen:
+                self._listen(message)
             try:
                 reply = self._app(message, self._contexts[message.metadata.dst_node_id])
             except Exception as error:
                 reply = error_reply(message, error)
+            if self._listen:
+                self._listen(reply)
             self._replies[ids[-1]] = reply
             if self._progress:
                 self._progress(done, len(waiting))

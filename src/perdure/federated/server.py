@@ -30,6 +30,7 @@ from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import (
     Cohort,
     InProcessGrid,
+    Listen,
     MessageProgress,
     answers,
     contained,
@@ -393,6 +394,7 @@ def run_federation(
     callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,
+    listen: Listen | None = None,
 ) -> Server:
     """Train one model on the streams of all clients and return the server, which holds it.
 
@@ -408,6 +410,7 @@ def run_federation(
         callbacks: called as callback(point, server).
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         progress: called as progress(replies, expected) in process.
+        listen: called with every message and every reply in process; for audits.
 
     Raises:
         ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients'
@@ -442,7 +445,7 @@ def run_federation(
     if engine == "ray":
         simulate(server_app(server), client, federation.clients)
         return server
-    with InProcessGrid(client, federation.clients, progress).running() as grid:
+    with InProcessGrid(client, federation.clients, progress, listen).running() as grid:
         server.serve(grid)
     return server
 

@@ -29,7 +29,7 @@ from perdure.learner.session import Session
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.metrics import accuracy
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.private_sum import PrivateSum
+from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.denormals import flushed
@@ -96,6 +96,7 @@ class Learner:
         folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk.
         warm_start: take a model that a learner has trained before, and go on from it. Under privacy
             what was spent on it is charged to the new ledger too.
+        make_private_sum: makes what answers under privacy; for audits (`perdure.testing.replay`).
     """
 
     model: nn.Module
@@ -119,6 +120,7 @@ class Learner:
     owner: str = "curator"
     folder: Path | None = None
     warm_start: bool = False
+    make_private_sum: MakePrivateSum = PrivateSum
     matrix: list[list[float]] = field(default_factory=list)
     _session: Session | None = field(default=None, init=False, repr=False)
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
@@ -229,6 +231,7 @@ class Learner:
             initial=self._initial,
             notify=self._notify,
             warm_start=self.warm_start,
+            make_private_sum=self.make_private_sum,
         )
         self._new_optimizer()
         if self.folder or self.driven_by:

@@ -26,7 +26,7 @@ from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.storage import head_path, load
 from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import noise_key
-from perdure.privacy.private_sum import PrivateSum
+from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.types import Params
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.seeding import generator
@@ -42,6 +42,7 @@ def open_private_sum(
     independence: Independence,
     lock: FolderLock | None = None,
     history: History | None = None,
+    make: MakePrivateSum = PrivateSum,
 ) -> PrivateSum:
     """Calibrate the noise, open the ledger and reserve the plan of the whole stream in it.
 
@@ -54,6 +55,7 @@ def open_private_sum(
         independence: of records, as `inspect` found it.
         lock: of the folder, held while the ledger is written to.
         history: what a warm-started model cost before, carried over into the ledger.
+        make: makes the private sum; an audit gives its own.
 
     Raises:
         BudgetError: when the plan does not fit the budget.
@@ -95,7 +97,7 @@ def open_private_sum(
         known = {name: plan[name] for name in ledger.partitions if name in plan}
         ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
     draws = DrawLog(folder / "private" / "draws.jsonl" if folder else None, key)
-    return PrivateSum(
+    return make(
         privacy=privacy,
         schedule=schedule,
         ledger=ledger,

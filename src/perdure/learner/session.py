@@ -44,7 +44,7 @@ from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, requir
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
 from perdure.privacy.guard.writes import WriteWatch
-from perdure.privacy.private_sum import ChangedSumError, PrivateSum
+from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
 from perdure.queries.batch_gradients import with_penalty
 from perdure.queries.per_record import gradient_rows, rows_one_by_one
 from perdure.types import Params
@@ -95,6 +95,7 @@ class Session:
         warm_start: take a model that was trained before, and carry over what that has cost.
         trained_by: why no ledger of this session counts what its model learns, such as a
             federation whose clients do; "" for itself.
+        make_private_sum: makes what answers under privacy; an audit gives its own.
 
     Raises:
         ConfigError: for a model whose outputs are not one for every class, or that was trained
@@ -121,6 +122,7 @@ class Session:
     notify: Callable[[str], None] = _silent
     warm_start: bool = False
     trained_by: str = ""
+    make_private_sum: MakePrivateSum = PrivateSum
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -256,6 +258,7 @@ class Session:
             independence=verdict.independence,
             lock=self.lock,
             history=history,
+            make=self.make_private_sum,
         )
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum

@@ -27,6 +27,8 @@ from perdure.types import Params, Tensors
 from perdure.utils.hashing import JSONValue, canonical_text, digest
 from perdure.utils.seeding import SECRET_BYTES
 
+MakePrivateSum = Callable[..., "PrivateSum"]
+"""Takes the arguments of `PrivateSum`; an audit gives another key through it."""
 Clipped = Callable[[Clip], Params | None]
 """From the bound on a record to the clipped sum over records; None where there is no record."""
 
@@ -244,11 +246,13 @@ class PrivateSum:
         """Whether the present block of gradients has one of this purpose beside it."""
         return purpose in self._blocks
 
-    def coins(self, n: int, step: int, purpose: str = "gradient") -> Tensor:
-        """(n,) secret uniform numbers that decide who enters the step."""
-        return self._key.uniform(
-            n, purpose="coins", entry=self._paid(step, purpose).paid_by, step=step
-        )
+    def coins(self, records: Tensor, step: int, purpose: str = "gradient") -> Tensor:
+        """(n,) secret uniform numbers that decide who enters the step.
+
+        Args:
+            records: (n, 2) int64, id of each record and number of the partition that owns it.
+        """
+        return self._key.coins(records, entry=self._paid(step, purpose).paid_by, step=step)
 
     def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
         """(n,) each record's own secret number in [0, 1).

@@ -150,6 +150,17 @@ class NoiseKey:
         words = keystream(own, 8 * n).view("<u8")
         return _unit_interval(words)
 
+    def coins(self, records: Tensor, *, entry: str, step: int) -> Tensor:
+        """(n,) float64 uniform in [0, 1): the coin of every record in a step, by its place.
+
+        Args:
+            records: (n, 2) id of each record and number of the partition that owns it. An audit,
+                which has a key of its own kind, couples two runs by them.
+            entry: digest of the ledger entry that pays for the step.
+            step: step of the run.
+        """
+        return self.uniform(len(records), purpose="coins", entry=entry, step=step)
+
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
         """(n,) float64 uniform in [0, 1), by record.
 

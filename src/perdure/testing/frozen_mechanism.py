@@ -1,0 +1,280 @@
+"""A private sum whose answers are recorded once and then given again, for `perdure.testing.replay`.
+
+What leaves a private sum is an integer sum with integer noise. The key that draws the noise sees
+the exact integers, the entry of the ledger that pays, and the scale, and it decides who is in a
+step. So it is the place to listen at: whatever clips, samples, reserves or counts above it may be
+wrong, and shows there.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from perdure.errors import PrivacyError
+from perdure.privacy.grid import Grid
+from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.banded import PARTS, BandedNoise
+from perdure.privacy.noise.draw_log import DrawLog
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.private_sum import VOTE, MakePrivateSum, PrivateSum, ReleaseKey
+from perdure.privacy.settings import Privacy
+
+ROUNDING = 1e-9
+"""Relative, of the float64 arithmetic on noise multipliers here."""
+BESIDE_THE_RATE = 1e-6
+"""Relative distance from its rate of the coin of the record that the two data sets differ in."""
+ONES = hashlib.sha256(b"perdure replay").digest()
+
+
+class OtherReleaseError(PrivacyError):
+    """The second run asks for another release than the first one; nothing can answer it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draw:
+    """One answer of a private sum.
+
+    Args:
+        release: gradient, count, reference, release:NAME.
+        step: of the run.
+        exact: (n,) what noise was added to.
+        answer: what left.
+        allowed: most that one record may move the exact values by, as it was charged.
+        spread: the move is the largest minus the smallest change (a selection), not the L2 norm.
+        joint: digest of the entry whose draws are bounded together; "" for each by itself.
+    """
+
+    release: str
+    step: int
+    exact: Tensor
+    answer: Tensor
+    allowed: float
+    spread: bool = False
+    joint: str = ""
+
+    def moved(self, other: "Draw") -> float:
+        """Distance between the exact values of two runs."""
+        here = self.exact.double()
+        there = other.exact.double()
+        # scores may be infinite on both sides
+        change = torch.where(here == there, torch.zeros_like(here), here - there)
+        if not len(change):
+            return 0.0
+        return float(change.max() - change.min() if self.spread else change.norm())
+
+
+@dataclass(kw_only=True, eq=False)
+class Tape:
+    """Answers that one private sum gave, in order, and everything that its ledger did not pay for.
+
+    Args:
+        record: id of the record that the two data sets differ in.
+        given: answers of the first run, which this run gets again; None for the first run.
+    """
+
+    record: int
+    given: Sequence[Draw] | None = None
+    draws: list[Draw] = field(default_factory=list)
+    unpaid: list[str] = field(default_factory=list)
+    ledger: Ledger | None = None
+
+    def answer(self, own: Draw) -> Tensor:
+        """Return the answer to give: this run's own in the first run, else the first run's.
+
+        Raises:
+            OtherReleaseError: where the first run asked for something else.
+        """
+        place = len(self.draws)
+        if self.given is not None:
+            known = self.given[place] if place < len(self.given) else None
+            asked = (own.release, own.step, tuple(own.exact.shape))
+            first = known and (known.release, known.step, tuple(known.exact.shape))
+            if known is None or asked != first:
+                raise OtherReleaseError(
+                    f"answer {place} is asked for {asked}, and in the first run for {first}; what "
+                    "is asked may not depend on a record"
+                )
+            own = Draw(**(vars(own) | {"answer": known.answer}))
+        self.draws.append(own)
+        return own.answer.clone()
+
+
+class ReplayKey(NoiseKey):
+    """A simulated key whose coins go by record, and which listens to every draw.
+
+    Args:
+        tape: of the run.
+        privacy: of the run.
+    """
+
+    __slots__ = ("_drawn", "_privacy", "_spent", "_tape", "expected")
+
+    def __init__(self, tape: Tape, privacy: Privacy) -> None:
+        super().__init__(ONES, simulated=True)
+        self._tape = tape
+        self._privacy = privacy
+        self._drawn: dict[tuple[object, ...], Tensor] = {}
+        self._spent: dict[tuple[str, int], float] = {}
+        self.expected: dict[str, float] = {}
+
+    def mac(self, message: bytes) -> str:
+        """Return one fingerprint for all data, so that it explains no difference of two ledgers."""
+        return "0" * 64
+
+    def coins(self, records: Tensor, *, entry: str, step: int) -> Tensor:
+        """(n,) a coin of each record's own, whatever other records there are.
+
+        The record that the data sets differ in is drawn with certainty in even steps: its coin lies
+        just below the rate that was charged. In odd steps it lies just above, and a step that draws
+        it nevertheless is sampled at a higher rate than the ledger says.
+        """
+        place, paid = self._paying(entry)
+        out = torch.empty(len(records), dtype=torch.float64)
+        for owner in records[:, 1].unique().tolist():
+            own = records[:, 1] == owner
+            out[own] = super().tags(records[own, 0], f"coins {place} {step} {owner}")
+        rate = max(paid.scope.values()) if paid else 1.0
+        mine = records[:, 0] == self._tape.record
+        within = rate * (1 - BESIDE_THE_RATE)
+        beyond = min(rate * (1 + BESIDE_THE_RATE), 1 - 2**-53)
+        out[mine] = within if step % 2 == 0 or rate >= 1 else beyond
+        return out
+
+    def tags(self, ids: Tensor, purpose: str) -> Tensor:
+        """(n,) each record's number; 0 for the one that differs, so that memory keeps it."""
+        found = super().tags(ids, purpose)
+        return torch.where(ids.cpu() == self._tape.record, torch.zeros_like(found), found)
+
+    def add_noise(
+        self, total: Tensor, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
+    ) -> None:
+        """Add noise to `total`, or turn it into the first run's answer; see `NoiseKey.add_noise`.
+
+        Purpose, entry, step and nonce are noted.
+        """
+        exact = total.clone()
+        super().add_noise(total, scale, purpose=purpose, entry=entry, step=step, nonce=nonce)
+        _, paid = self._paying(entry)
+        self._check(paid, purpose, step, (purpose, entry, step, nonce), exact)
+        unit, slack = self._unit(paid, purpose)
+        banded = paid is not None and paid.mechanism == "banded-gaussian"
+        times = math.sqrt(paid.participations or paid.steps) if paid and banded else 1.0
+        spent = self._spent.get((entry, step), 0.0) + (unit / scale) ** 2
+        self._spent[entry, step] = spent
+        if paid and spent * paid.noise_multiplier**2 > 1 + ROUNDING:
+            self._tape.unpaid.append(
+                f"{purpose} of step {step} has a noise multiplier of {spent**-0.5:.4g}, and its "
+                f"entry says {paid.noise_multiplier:.4g}"
+            )
+        own = Draw(
+            release=purpose,
+            step=step,
+            exact=exact,
+            answer=total.clone(),
+            allowed=unit * slack * times,
+            joint=entry if banded else "",
+        )
+        total.copy_(self._tape.answer(own))
+
+    def _paying(self, digest: str) -> tuple[int, Entry | None]:
+        """Position in the ledger of the entry with this digest, and the entry."""
+        entries = self._tape.ledger.entries if self._tape.ledger else ()
+        for place, entry in enumerate(entries):
+            if entry.digest == digest:
+                return place, entry
+        return -1, None
+
+    def _check(
+        self,
+        paid: Entry | None,
+        purpose: str,
+        step: int,
+        place: tuple[object, ...],
+        exact: Tensor,
+    ) -> None:
+        """Note a draw that no entry pays for, or whose noise was met by another sum before."""
+        if paid is None:
+            self._tape.unpaid.append(f"{purpose} of step {step} has no entry in the ledger")
+        elif not paid.first_step <= step < paid.first_step + paid.steps:
+            self._tape.unpaid.append(f"{purpose} of step {step} is beyond the steps of its entry")
+        before = self._drawn.setdefault(place, exact)
+        if before.shape != exact.shape or not torch.equal(before, exact):
+            self._tape.unpaid.append(f"{purpose} of step {step} meets noise of another sum again")
+
+    def _unit(self, paid: Entry | None, purpose: str) -> tuple[float, float]:
+        """Integers in one clip norm, and the share by which a record may move a sum further."""
+        if paid is None or paid.grid is None:
+            return 1.0, 1.0
+        adaptive = self._privacy.clipping
+        if purpose == "count" and not isinstance(adaptive, str):
+            noise = adaptive.count_noise * self.expected[paid.digest] / VOTE
+            return float(Grid.of(1, noise).steps), 1.0
+        unit = paid.grid["steps"]
+        if paid.mechanism == "banded-gaussian" and self._privacy.bands is not None:
+            unit *= PARTS * BandedNoise(self._privacy.bands).gain
+        return unit, 1 + paid.grid["slack"] + paid.grid["rounding"]
+
+
+def frozen(make: MakePrivateSum, tape: Tape) -> MakePrivateSum:
+    """Return a maker of private sums that draw from a `ReplayKey`.
+
+    Args:
+        make: makes the private sum under audit.
+        tape: that it is recorded on.
+    """
+
+    def made(**parts: object) -> PrivateSum:
+        privacy = parts["privacy"]
+        ledger = parts["ledger"]
+        assert isinstance(privacy, Privacy) and isinstance(ledger, Ledger)
+        tape.ledger = ledger
+        key = ReplayKey(tape, privacy)
+        mechanism = make(**(parts | {"key": key, "draws": DrawLog(None, key)}))
+        listeners: dict[str, Callable[..., object]] = {
+            "reserve": _reserving(mechanism, key),
+            "count": _answering(mechanism.count, tape, spread=False),
+            "select": _answering(mechanism.select, tape, spread=True),
+        }
+        for name, listener in listeners.items():
+            setattr(mechanism, name, listener)
+        return mechanism
+
+    return made
+
+
+def _reserving(mechanism: PrivateSum, key: ReplayKey) -> Callable[..., None]:
+    """`reserve` that notes the declared number of records in a step, by entry."""
+    real = mechanism.reserve
+
+    def reserve(**facts: object) -> None:
+        purpose = facts.get("purpose", "gradient")
+        real(**facts)  # type: ignore[arg-type]  # the arguments of `reserve`, whatever they are
+        last = [entry for entry in mechanism.ledger.entries if entry.purpose == purpose]
+        expected = facts["expected"]
+        if last and isinstance(expected, float | int):
+            key.expected[last[-1].digest] = float(expected)
+
+    return reserve
+
+
+def _answering(real: Callable[..., Tensor], tape: Tape, *, spread: bool) -> Callable[..., Tensor]:
+    """`count` or `select`, on the tape; one record moves a count, or two scores, by 1."""
+
+    def answer(exact: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
+        value = real(exact, purpose=purpose, occasion=occasion)
+        own = Draw(
+            release=f"release:{purpose}",
+            step=occasion.numbers.start,
+            exact=exact.detach().cpu().clone(),
+            answer=value.detach().clone(),
+            allowed=1.0,
+            spread=spread,
+        )
+        return tape.answer(own)
+
+    return answer

@@ -1,0 +1,333 @@
+"""Replay: a private experiment on two data sets that differ in one record, with frozen answers.
+
+The second run gets exactly the answers that the first one got, so both go through the same states,
+and whoever is in a step goes by a record's own coin. Then the two may differ in one way only: in
+the exact sums before noise, by no more than was charged. Everything else that differs is an output
+that a record reached without a release. After "Re:cord-play" (arXiv 2602.17454).
+
+A replay finds mistakes on the data, model and settings that it runs, and proves nothing about
+others.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor, nn
+
+from perdure.data.experience import Stream
+from perdure.errors import ConfigError, PerdureError
+from perdure.learner.learner import Learner
+from perdure.testing.fixtures import equal
+from perdure.testing.frozen_mechanism import Tape, frozen
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+    from perdure.federated import Federation
+
+Outputs = Mapping[str, object]
+"""Everything that leaves a run, by name."""
+ALONE = "alone"
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+Data = TypeVar("Data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseChange:
+    """Largest change of one kind of release between the two runs.
+
+    Args:
+        place: `alone`, or the client.
+        release: gradient, count, reference, release:NAME.
+        times: how often it was drawn.
+        ratio: change of the exact sum over the charged sensitivity, the largest of all.
+    """
+
+    place: str
+    release: str
+    times: int
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayResult:
+    """Findings of a replay.
+
+    Args:
+        releases: change of every kind of release, at every place.
+        unexplained: outputs that differ although all answers were the same.
+        unpaid: draws that the ledger does not pay for.
+    """
+
+    releases: tuple[ReleaseChange, ...]
+    unexplained: tuple[str, ...]
+    unpaid: tuple[str, ...]
+
+    @property
+    def largest(self) -> float:
+        """The largest ratio; 0 where nothing was released."""
+        return max((row.ratio for row in self.releases), default=0.0)
+
+    @property
+    def holds(self) -> bool:
+        """True where every change is explained by a release and within what was charged."""
+        return self.largest <= 1 and not self.unexplained and not self.unpaid
+
+
+class ReplayRun:
+    """One of the two runs: what it released, and everything that left it.
+
+    >>> first = ReplayRun(record=3)
+    >>> first.attach(learner).fit(stream)
+    >>> second = ReplayRun(record=3, earlier=first)
+    >>> second.attach(other_learner).fit(neighbour)
+    >>> compared(first, second)
+
+    Args:
+        record: id of the record that the two data sets differ in.
+        earlier: the first run, whose answers this one gets; None for the first one.
+    """
+
+    def __init__(self, *, record: int, earlier: "ReplayRun | None" = None) -> None:
+        self.record = record
+        self.earlier = earlier
+        self.tapes: dict[str, Tape] = {}
+        self.learners: dict[str, Learner] = {}
+        self.outputs: dict[str, object] = {}
+        self.stopped = ""
+        self._points: dict[str, list[str]] = {}
+        self._messages = 0
+
+    def attach(self, learner: Learner, place: str = ALONE) -> Learner:
+        """Listen to a learner that is not prepared yet; returns the same learner.
+
+        Raises:
+            ConfigError: for one whose draws inside a step go by a row's place in the batch.
+        """
+        refuse_draws_by_place(learner)
+        given = self.earlier.tapes[place].draws if self.earlier else None
+        tape = self.tapes.setdefault(place, Tape(record=self.record, given=given))
+        points = self._points.setdefault(place, [])
+
+        def trace(point: str, learner: Learner) -> None:
+            here = learner.position
+            points.append(f"{point} in experience {here.experience}, step {here.step}")
+
+        learner.make_private_sum = frozen(learner.make_private_sum, tape)
+        learner.callbacks = [*learner.callbacks, trace]
+        self.learners[place] = learner
+        return learner
+
+    def listen(self, message: "Message") -> None:
+        """Note a message of a federation."""
+        name = f"message {self._messages}"
+        self._messages += 1
+        if message.has_error():
+            self.outputs[f"{name}, its error"] = message.error.reason
+            return
+        for part, record in message.content.items():
+            for field_name, value in record.items():
+                held = (value.dtype, value.shape, value.data) if part_is_array(value) else value
+                self.outputs[f"{name}, {part}.{field_name}"] = held
+
+    def finish(self) -> None:
+        """Note everything that the learners hold at the end, other than their private rows."""
+        for place, learner in self.learners.items():
+            self.outputs |= {f"{place}: {n}": v for n, v in outputs_of(learner).items()}
+            for number, point in enumerate(self._points[place]):
+                self.outputs[f"{place}: point {number}"] = point
+
+
+def part_is_array(value: object) -> bool:
+    """True for an array of a message."""
+    return hasattr(value, "stype") and hasattr(value, "data")
+
+
+def outputs_of(learner: Learner) -> dict[str, object]:
+    """Parameters, state, optimiser, public facts and ledger of a learner, by name."""
+    snapshot = learner.snapshot()
+    found: dict[str, object] = dict(snapshot.tensors) | {
+        f"fact {name}": value for name, value in snapshot.facts.items()
+    }
+    if learner.private_sum is not None:
+        ledger = learner.private_sum.ledger
+        found["ledger sizes"] = dict(ledger.sizes)
+        found |= {f"ledger entry {i}": asdict(entry) for i, entry in enumerate(ledger.entries)}
+    return found
+
+
+def replay(
+    make_learner: Callable[[int], Learner],
+    streams: Sequence[Stream],
+    neighbours: Sequence[Stream] | None = None,
+    *,
+    record: int,
+    federation: "Federation | None" = None,
+    outputs: Callable[[Learner], Outputs] | None = None,
+) -> ReplayResult:
+    """Run twice, on `streams` and on `neighbours`, and compare.
+
+    Args:
+        make_learner: from a client's number to a fresh private learner, without a folder.
+        streams: one a client; one stream where there is no federation.
+        neighbours: the same without the record; None to leave it out of `streams`.
+        record: id of the record that the two differ in.
+        federation: its settings; None for a learner alone.
+        outputs: from the final learner to anything else that is shown or stored.
+
+    Returns:
+        changes of releases over what was charged, unexplained outputs, and unpaid draws.
+
+    Raises:
+        ConfigError: for learners that cannot be replayed (views, adversary, dropout), or that are
+            not private.
+        PerdureError: whatever the first run raises.
+    """
+    others = neighbours or [without_record(stream, record) for stream in streams]
+
+    def experiment(run: ReplayRun, data: Sequence[Stream]) -> None:
+        if federation is None:
+            final = run.attach(make_learner(0))
+            final.fit(data[0])
+        else:
+            from perdure.federated import run_federation
+
+            server = run_federation(
+                lambda number: run.attach(make_learner(number), f"client {number}"),
+                data,
+                federation,
+                listen=run.listen,
+            )
+            final = server.learner
+            run.outputs |= {f"server: {n}": v for n, v in outputs_of(final).items()}
+        if outputs:
+            run.outputs |= {f"output {name}": value for name, value in outputs(final).items()}
+
+    return replayed(experiment, streams, others, record=record)
+
+
+def replayed(
+    experiment: Callable[[ReplayRun, Data], None], data: Data, neighbour: Data, *, record: int
+) -> ReplayResult:
+    """Run any experiment on two data sets, and compare (see `replay`).
+
+    Args:
+        experiment: attaches its learners to the run, trains them, and adds what it writes to the
+            run's `outputs`.
+        data: argument of the first run.
+        neighbour: argument of the second run.
+        record: id of the record that the two differ in.
+    """
+    first = ReplayRun(record=record)
+    experiment(first, data)
+    first.finish()
+    if not any(tape.ledger for tape in first.tapes.values()):
+        raise ConfigError.of("privacy", None, "a private learner: there is nothing to replay")
+    second = ReplayRun(record=record, earlier=first)
+    try:
+        experiment(second, neighbour)
+    except PerdureError as error:
+        # the first run went through, so that the error is an output that depends on the record
+        second.stopped = str(error)
+    second.finish()
+    return compared(first, second)
+
+
+def compared(first: ReplayRun, second: ReplayRun) -> ReplayResult:
+    """Compare two runs that are finished."""
+    rows = [
+        row
+        for place, tape in first.tapes.items()
+        for row in changes(place, tape, second.tapes.get(place, Tape(record=first.record)))
+    ]
+    names = [*first.outputs, *(name for name in second.outputs if name not in first.outputs)]
+    differing = [name for name in names if not same(first.outputs, second.outputs, name)]
+    if second.stopped:
+        differing.insert(0, f"an error: {second.stopped}")
+    counts = [
+        f"{place}: {len(tape.draws)} answers"
+        for place, tape in first.tapes.items()
+        if place in second.tapes and len(tape.draws) != len(second.tapes[place].draws)
+    ]
+    unpaid = [
+        f"{place}: {text}"
+        for run in (first, second)
+        for place, tape in run.tapes.items()
+        for text in tape.unpaid
+    ]
+    return ReplayResult(
+        releases=tuple(rows),
+        unexplained=tuple(differing + counts),
+        unpaid=tuple(dict.fromkeys(unpaid)),
+    )
+
+
+def changes(place: str, tape: Tape, other: Tape) -> list[ReleaseChange]:
+    """Largest change of every kind of release at one place.
+
+    Draws that are bounded together, those of correlated noise, are added up in squares.
+    """
+    ratios: dict[str, list[float]] = {}
+    joint: dict[tuple[str, str], float] = {}
+    for one, neighbour in zip(tape.draws, other.draws, strict=False):
+        ratio = one.moved(neighbour) / one.allowed
+        if one.joint:
+            squares = joint.get((one.release, one.joint), 0.0) + ratio**2
+            joint[one.release, one.joint] = squares
+            ratio = squares**0.5
+        ratios.setdefault(one.release, []).append(ratio)
+    return [
+        ReleaseChange(place=place, release=name, times=len(found), ratio=max(found))
+        for name, found in ratios.items()
+    ]
+
+
+def same(one: Outputs, other: Outputs, name: str) -> bool:
+    """True where both have the output, and it is equal; NaN equals NaN."""
+    if name not in one or name not in other:
+        return False
+    here = one[name]
+    there = other[name]
+    if isinstance(here, Tensor) and isinstance(there, Tensor):
+        return equal(here, there)
+    return repr(here) == repr(there)
+
+
+def without_record(stream: Stream, record: int) -> Stream:
+    """Return the stream with one record less; everything declared stays."""
+    parts = []
+    for experience in stream:
+        train = experience.train
+        fewer = train.take(train.ids != record)
+        fewer = replace(fewer, declared_size=train.declared_size)
+        parts.append(replace(experience, train=fewer))
+    return replace(stream, experiences=tuple(parts))
+
+
+def refuse_draws_by_place(learner: Learner) -> None:
+    """Refuse a learner that draws at random by a row's place in the batch.
+
+    A record less moves the others to other places. Their draws would differ between the two runs,
+    which the secret of the step excuses, and a replay could not tell this from a fault.
+
+    Raises:
+        ConfigError: naming the part.
+    """
+    allowed = "none in a replay: its draws go by a row's place in the batch"
+    for name in ("views", "adversary"):
+        if getattr(learner, name) is not None:
+            raise ConfigError.of(name, type(getattr(learner, name)).__name__, allowed)
+    for name, module in learner.model.named_modules():
+        share = module.p if isinstance(module, DROPOUTS) else 0.0
+        inside = getattr(module, "dropout", 0.0)
+        share = share or (inside if isinstance(inside, float) else 0.0)
+        if share:
+            raise ConfigError.of(f"dropout of {name or 'the model'}", share, allowed)
