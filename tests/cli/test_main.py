@@ -363,6 +363,67 @@ def test_audit_refuses_a_config_without_private_arms(perdure, tmp_path):
     assert_refused(perdure("audit", path), "arms", "at least one with private = true")
 
 
+REPLAYED = """
+[privacy]
+noise_multiplier = 2.0
+clip_norm = 0.1
+delta = 0.0005
+
+[[arms]]
+strategy = "ewc"
+strength = 1.0
+private = true
+"""
+
+
+def test_replay_prints_every_release_beside_its_charge(perdure, tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + REPLAYED)
+    code, out, err = perdure("audit", path, "--replay")
+    assert (code, err) == (0, "")
+    told = plain(out)
+    for cell in ("strategy", "clipping", "place", "release", "ratio", "unexplained"):
+        assert cell in told
+    assert "release:fisher" in told and "gradient" in told and "alone" in told
+    assert "ewc-private: every change is within what was charged" in told
+    assert [file.name for file in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_replay_of_a_federation_names_the_clients(perdure, tmp_path):
+    federation = "\n[federation]\nclients = 2\nrounds = 1\nmin_size = 1\n"
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + federation + REPLAYED)
+    code, out, err = perdure("audit", path, "--replay")
+    assert (code, err) == (0, "")
+    assert "client 0" in plain(out) and "client 1" in plain(out)
+
+
+def test_replay_ends_with_1_where_a_record_reaches_an_output(perdure, tmp_path, monkeypatch):
+    """The number of records in a step divides their sum: the parameters tell it."""
+    from perdure.curator.local_curator import LocalCurator
+
+    real = LocalCurator.gradient
+
+    def gradient(curator, losses, params, batch, step):
+        return {n: v / len(batch) for n, v in real(curator, losses, params, batch, step).items()}
+
+    monkeypatch.setattr(LocalCurator, "gradient", gradient)
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + REPLAYED)
+    code, out, err = perdure("audit", path, "--replay")
+    assert (code, err) == (1, "")
+    told = plain(out)
+    assert "ewc-private: alone: model.head.weight differs without a release" in told
+    assert "ewc-private: model.safetensors, model.head.weight differs without a release" in told
+
+
+def test_replay_refuses_a_record_that_the_data_lack(perdure, tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG + REPLAYED)
+    answer = perdure("audit", path, "--replay", "--record", 10**6)
+    assert_refused(answer, "record = 1000000", "an id of a training record")
+
+
 # --------------------------------------------------------------------------- the list of strategies
 
 

@@ -111,6 +111,13 @@ def audit(
     shadows: Annotated[
         int, typer.Option(help="Shadow models an arm, to attack a finished run's models too.")
     ] = 0,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Run each private arm with and without one record instead."),
+    ] = False,
+    record: Annotated[
+        int | None, typer.Option(help="With --replay: id of the record; default the first one.")
+    ] = None,
 ) -> None:
     """Measure how much the private arms of CONFIG really give away, beside the epsilon they claim.
 
@@ -118,7 +125,14 @@ def audit(
     simulated noise; nothing on disk is touched. Exit code 1 when a claim is refuted. With
     `--shadows 8`, and the folder of a finished run, its final models are attacked too: which of the
     records of the first experience have they seen (LiRA)?
+
+    With `--replay` no canaries are planted: every private arm runs on its data, and again without
+    one record, with the answers of the first run. Printed is how far the record moves each exact
+    sum, over what was charged. Exit code 1 when that is above 1, when another output differs, or
+    when the ledger does not pay for a draw.
     """
+    if replay:
+        _replay(config, record)
     from perdure.experiment.audits import audit_run
     from perdure.experiment.config import read
 
@@ -159,6 +173,21 @@ def strategies(
         sys.stdout.write(json.dumps([asdict(row) for row in listed], indent=2) + "\n")
     else:
         wide_console().print(table(listed))
+
+
+def _replay(path: Path, record: int | None) -> None:
+    """Replay a config, print a table, and end the command."""
+    from perdure.experiment.config import read
+    from perdure.experiment.replays import replay_run
+    from perdure.report.replay_table import findings, replay_table
+
+    config = read(path / "config.toml" if path.is_dir() else path)
+    results = replay_run(config, record=record)
+    console = wide_console()
+    console.print(replay_table(config, results))
+    for line in findings(results):
+        console.print(line, markup=False, highlight=False)
+    raise typer.Exit(int(not all(result.holds for result in results.values())))
 
 
 def _run(source: str, text: str, out: Path | None) -> None:

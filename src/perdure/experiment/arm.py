@@ -48,8 +48,12 @@ def silent(arm: str, share: float) -> None:
 # --------------------------------------------------------------------------- a whole run
 
 
-def open_stream(config: Config) -> Stream:
+def open_stream(config: Config, *, without: int | None = None) -> Stream:
     """Load the data and split it into experiences.
+
+    Args:
+        config: which data, and how they are split.
+        without: id of a training record to leave out before the split, for an audit.
 
     Raises:
         ConfigError: when they cannot be split so, or explained.
@@ -57,6 +61,8 @@ def open_stream(config: Config) -> Stream:
     """
     chosen = config.data
     data = load(chosen.name, chosen.root, seed=config.seed, declared_size=chosen.declared_size)
+    if without is not None:
+        data = replace(data, train=data.train.take(data.train.ids != without))
     order = config.seed if config.data.shuffle_classes else None
     stream = split(
         data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order
@@ -119,6 +125,7 @@ class ArmRun:
     log: MetricsLog
     progress: Progress = silent
     callbacks: Sequence[Callback] = ()
+    listen: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
         self.folder = self.run_folder / "arms" / self.arm.name
@@ -239,6 +246,7 @@ class ArmRun:
             folder=self.folder,
             engine=chosen.engine,
             callbacks=[self._hear],
+            listen=self.listen,
         )
         return server.learner
 

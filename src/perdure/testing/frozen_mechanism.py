@@ -135,7 +135,7 @@ class ReplayKey(NoiseKey):
         """
         place, paid = self._paying(entry)
         out = torch.empty(len(records), dtype=torch.float64)
-        for owner in records[:, 1].unique().tolist():
+        for owner in sorted(set(records[:, 1].tolist())):
             own = records[:, 1] == owner
             out[own] = super().tags(records[own, 0], f"coins {place} {step} {owner}")
         rate = max(paid.scope.values()) if paid else 1.0

@@ -118,16 +118,19 @@ class ReplayRun:
         points = self._points.setdefault(place, [])
 
         def trace(point: str, learner: Learner) -> None:
+            # a copy that only measures has no callbacks, and is none of the run's learners
+            self.learners[place] = learner
             here = learner.position
             points.append(f"{point} in experience {here.experience}, step {here.step}")
 
         learner.make_private_sum = frozen(learner.make_private_sum, tape)
         learner.callbacks = [*learner.callbacks, trace]
-        self.learners[place] = learner
         return learner
 
     def listen(self, message: "Message") -> None:
         """Note a message of a federation."""
+        from flwr.app import Array
+
         name = f"message {self._messages}"
         self._messages += 1
         if message.has_error():
@@ -135,8 +138,10 @@ class ReplayRun:
             return
         for part, record in message.content.items():
             for field_name, value in record.items():
-                held = (value.dtype, value.shape, value.data) if part_is_array(value) else value
-                self.outputs[f"{name}, {part}.{field_name}"] = held
+                kept: object = value
+                if isinstance(value, Array):
+                    kept = (value.dtype, value.shape, value.data)
+                self.outputs[f"{name}, {part}.{field_name}"] = kept
 
     def finish(self) -> None:
         """Note everything that the learners hold at the end, other than their private rows."""
@@ -144,11 +149,6 @@ class ReplayRun:
             self.outputs |= {f"{place}: {n}": v for n, v in outputs_of(learner).items()}
             for number, point in enumerate(self._points[place]):
                 self.outputs[f"{place}: point {number}"] = point
-
-
-def part_is_array(value: object) -> bool:
-    """True for an array of a message."""
-    return hasattr(value, "stype") and hasattr(value, "data")
 
 
 def outputs_of(learner: Learner) -> dict[str, object]:

@@ -1,0 +1,114 @@
+"""Replay of a config: its private arms on its data and without one record (`perdure audit`)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from perdure.data.experience import Stream
+from perdure.errors import ConfigError
+from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.config import Arm, Config
+from perdure.experiment.results import ledger_files, summary
+from perdure.experiment.run import untimed
+from perdure.learner.learner import Learner
+from perdure.privacy.ledger.merged import merge
+from perdure.testing.replay import ALONE, ReplayResult, ReplayRun, replayed
+
+
+@dataclass(kw_only=True)
+class ReplayedArm(ArmRun):
+    """An arm whose learners are listened to.
+
+    Args:
+        replay: the run that listens.
+    """
+
+    replay: ReplayRun
+
+    def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
+        """Return a fresh learner for one party, attached to the replay."""
+        made = super().learner(stream, client, folder)
+        return self.replay.attach(made, f"client {client}" if self.config.federation else ALONE)
+
+
+def replay_run(config: Config, *, record: int | None = None) -> dict[str, ReplayResult]:
+    """Replay every private arm of a config on its data and without one record.
+
+    Noise is simulated, a federation runs in process, and nothing on disk is touched.
+
+    Args:
+        config: as for a run.
+        record: id of the record that is left out, before the data are split; None for the first one
+            of the first experience.
+
+    Returns:
+        the result of every private arm, by its name.
+
+    Raises:
+        ConfigError: when no arm is private, for a record that the data lack, or for an arm that
+            cannot be replayed (adversary, dropout).
+    """
+    private = [arm for arm in config.arms if arm.private]
+    if not private or config.privacy is None:
+        raise ConfigError.of(
+            "arms", [arm.name for arm in config.arms], "at least one with private = true"
+        )
+    whole = open_stream(config)
+    ids = torch.cat([experience.train.ids for experience in whole])
+    left_out = int(ids[0]) if record is None else record
+    if left_out not in ids.tolist():
+        raise ConfigError.of("record", left_out, "an id of a training record, counted from 0")
+    fewer = declared_like(open_stream(config, without=left_out), whole)
+    federation = config.federation and replace(config.federation, engine="inprocess")
+    simulated = replace(
+        config, privacy=replace(config.privacy, seed=0), federation=federation, explain=None
+    )
+    return {arm.name: _replayed(simulated, arm, whole, fewer, left_out) for arm in private}
+
+
+def declared_like(stream: Stream, other: Stream) -> Stream:
+    """Return the stream with the declared sizes of another, since these are public."""
+    parts = [
+        replace(
+            experience,
+            train=replace(experience.train, declared_size=declared.train.declared_size),
+        )
+        for experience, declared in zip(stream, other, strict=True)
+    ]
+    return replace(stream, experiences=tuple(parts))
+
+
+def _replayed(config: Config, arm: Arm, whole: Stream, fewer: Stream, record: int) -> ReplayResult:
+    mine = replace(config, arms=(arm,))
+
+    def experiment(run: ReplayRun, stream: Stream) -> None:
+        torch.set_num_threads(mine.threads)
+        with TemporaryDirectory() as name:
+            run.outputs |= _outputs(mine, arm, stream, run, Path(name))
+
+    return replayed(experiment, whole, fewer, record=record)
+
+
+def _outputs(
+    config: Config, arm: Arm, stream: Stream, run: ReplayRun, folder: Path
+) -> dict[str, object]:
+    """Run an arm; return everything that its run shows, by name."""
+    from safetensors.torch import load_file
+
+    log = MetricsLog(folder / "metrics.jsonl")
+    row = ReplayedArm(config, arm, stream, folder, log, listen=run.listen, replay=run).run()
+    merged = merge(ledger_files(folder / "arms" / arm.name))
+    result: Mapping[str, Any] = untimed(summary(config, stream, [row], merged, None))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found: dict[str, object] = {
+        f"metrics.jsonl, line {i}": json.loads(line) for i, line in enumerate(lines, 1)
+    }
+    found |= {f"result.json, {name}": value for name, value in result.items() if name != "arms"}
+    found |= {f"result.json, {name}": value for name, value in result["arms"][0].items()}
+    final = load_file(folder / "checkpoint" / arm.name / "model.safetensors")
+    return found | {f"model.safetensors, {name}": value for name, value in final.items()}

@@ -1,0 +1,63 @@
+"""A replay as a table in the terminal, readable in 100 columns."""
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from perdure.experiment.config import Config
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.settings import Privacy
+from perdure.testing.replay import ReplayResult
+
+SHOWN = 20
+"""Findings of an arm that are listed one by one."""
+
+
+def replay_table(config: Config, results: Mapping[str, ReplayResult]) -> Table:
+    """One row per arm, place and release: the largest change over the charged sensitivity.
+
+    Args:
+        config: that was replayed.
+        results: by arm.
+    """
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for header in ("strategy", "clipping", "place", "release"):
+        drawn.add_column(header, overflow="fold")
+    for header in ("times", "ratio", "unexplained", "unpaid"):
+        drawn.add_column(header, justify="right", no_wrap=True)
+    clipping = clipping_name(config.privacy)
+    names = {arm.name: arm.file for arm in config.arms}
+    for arm, result in results.items():
+        others = [str(len(result.unexplained)), str(len(result.unpaid))]
+        for row in result.releases:
+            ratio = Text(f"{row.ratio:.4f}", style="bold" if row.ratio > 1 else "")
+            drawn.add_row(
+                names[arm], clipping, row.place, row.release, str(row.times), ratio, *others
+            )
+            others = ["", ""]
+        drawn.add_section()
+    return drawn
+
+
+def clipping_name(privacy: Privacy | None) -> str:
+    """`flat`, `per-layer`, `adaptive`, with the bands of correlated noise."""
+    if privacy is None:
+        return ""
+    name = "adaptive" if isinstance(privacy.clipping, Adaptive) else privacy.clipping
+    return name if privacy.bands is None else f"{name}, correlated over {privacy.bands} steps"
+
+
+def findings(results: Mapping[str, ReplayResult]) -> list[str]:
+    """One line for each output that is not explained and each draw that is not paid for."""
+    lines = []
+    for arm, result in results.items():
+        found = [f"{arm}: {name} differs without a release" for name in result.unexplained]
+        found += [f"{arm}: {text}" for text in result.unpaid]
+        lines += found[:SHOWN]
+        if len(found) > SHOWN:
+            lines.append(f"{arm}: {len(found) - SHOWN} more")
+        if result.holds:
+            lines.append(f"{arm}: every change is within what was charged")
+    return lines
