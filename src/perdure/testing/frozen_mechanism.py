@@ -44,7 +44,8 @@ class Draw:
         step: of the run.
         exact: (n,) what noise was added to.
         answer: what left.
-        allowed: most that one record may move the exact values by, as it was charged.
+        allowed: most that one record may move the exact values by, as it was charged; 0 where the
+            record's coin keeps it out of the step.
         spread: the move is the largest minus the smallest change (a selection), not the L2 norm.
         joint: digest of the entry whose draws are bounded together; "" for each by itself.
     """
@@ -112,7 +113,7 @@ class ReplayKey(NoiseKey):
         privacy: of the run.
     """
 
-    __slots__ = ("_drawn", "_privacy", "_spent", "_tape", "expected")
+    __slots__ = ("_beyond", "_drawn", "_privacy", "_spent", "_tape", "expected")
 
     def __init__(self, tape: Tape, privacy: Privacy) -> None:
         super().__init__(ONES, simulated=True)
@@ -120,6 +121,7 @@ class ReplayKey(NoiseKey):
         self._privacy = privacy
         self._drawn: dict[tuple[object, ...], Tensor] = {}
         self._spent: dict[tuple[str, int], float] = {}
+        self._beyond: set[tuple[str, int]] = set()
         self.expected: dict[str, float] = {}
 
     def mac(self, message: bytes) -> str:
@@ -130,8 +132,8 @@ class ReplayKey(NoiseKey):
         """(n,) a coin of each record's own, whatever other records there are.
 
         The record that the data sets differ in is drawn with certainty in even steps: its coin lies
-        just below the rate that was charged. In odd steps it lies just above, and a step that draws
-        it nevertheless is sampled at a higher rate than the ledger says.
+        just below the rate that was charged. In odd steps it lies just above, and may move nothing:
+        a step that draws it nevertheless is sampled at a higher rate than the ledger says.
         """
         place, paid = self._paying(entry)
         out = torch.empty(len(records), dtype=torch.float64)
@@ -142,7 +144,10 @@ class ReplayKey(NoiseKey):
         mine = records[:, 0] == self._tape.record
         within = rate * (1 - BESIDE_THE_RATE)
         beyond = min(rate * (1 + BESIDE_THE_RATE), 1 - 2**-53)
-        out[mine] = within if step % 2 == 0 or rate >= 1 else beyond
+        is_beyond = step % 2 == 1 and rate < 1
+        out[mine] = beyond if is_beyond else within
+        if is_beyond:
+            self._beyond.add((entry, step))
         return out
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
@@ -176,7 +181,7 @@ class ReplayKey(NoiseKey):
             step=step,
             exact=exact,
             answer=total.clone(),
-            allowed=unit * slack * times,
+            allowed=0.0 if (entry, step) in self._beyond and not banded else unit * slack * times,
             joint=entry if banded else "",
         )
         total.copy_(self._tape.answer(own))

@@ -9,6 +9,7 @@ A replay finds mistakes on the data, model and settings that it runs, and proves
 others.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -48,7 +49,8 @@ class ReleaseChange:
         place: `alone`, or the client.
         release: gradient, count, reference, release:NAME.
         times: how often it was drawn.
-        ratio: change of the exact sum over the charged sensitivity, the largest of all.
+        ratio: change of the exact sum over the charged sensitivity, the largest of all; infinite
+            where the record moved a step that its coin keeps it out of.
     """
 
     place: str
@@ -278,7 +280,9 @@ def changes(place: str, tape: Tape, other: Tape) -> list[ReleaseChange]:
     ratios: dict[str, list[float]] = {}
     joint: dict[tuple[str, str], float] = {}
     for one, neighbour in zip(tape.draws, other.draws, strict=False):
-        ratio = one.moved(neighbour) / one.allowed
+        moved = one.moved(neighbour)
+        beyond = math.inf if moved else 0.0
+        ratio = moved / one.allowed if one.allowed else beyond
         if one.joint:
             squares = joint.get((one.release, one.joint), 0.0) + ratio**2
             joint[one.release, one.joint] = squares
