@@ -422,6 +422,9 @@ def test_replay_refuses_a_record_that_the_data_lack(perdure, tmp_path):
     path.write_text(CONFIG + REPLAYED)
     answer = perdure("audit", path, "--replay", "--record", 10**6)
     assert_refused(answer, "record = 1000000", "an id of a training record")
+    assert_refused(perdure("audit", path, "--record", 1), "--record = 1", "with --replay")
+    answer = perdure("audit", path, "--replay", "--shadows", 4)
+    assert_refused(answer, "--shadows = 4", "without --replay")
 
 
 # --------------------------------------------------------------------------- the list of strategies

@@ -4,6 +4,8 @@ answers.
 No exact sum moves by more than was charged, and nothing else differs.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from helpers.replays import CLIPPINGS, PLACES, experiment, maker, settings
 from helpers.strategy_examples import example, private
 from perdure import strategies
 from perdure.adversarial import FGSM
-from perdure.data import Views, shift_and_flip
+from perdure.data import InputDomain, Views, shift_and_flip
 from perdure.errors import ConfigError, GuardError
 from perdure.federated import Federation
 from perdure.strategies.bic import held_out
@@ -149,6 +151,20 @@ def test_other_outputs_are_compared_too(toy_stream, toy_model):
         outputs=lambda learner: {"records": len(learner.stream[0].train), "seed": learner.seed},
     )
     assert found.unexplained == ("output records",) and not found.holds
+
+
+def test_an_error_that_a_record_decides_on_is_an_output(toy_stream, toy_model):
+    """Here before anything is charged: the neighbour lies outside its declared domain."""
+
+    def declared(high):
+        stream = toy_stream()
+        domain = InputDomain(shape=stream.input_shape, range=(0.0, high))
+        parts = [replace(e, train=replace(e.train, domain=domain)) for e in stream]
+        return replace(stream, experiences=tuple(parts))
+
+    make = maker(toy_stream(), Naive(), toy_model)
+    found = replay(make, [declared(1.0)], [declared(0.1)], record=0)
+    assert found.unexplained[0].startswith("an error: ") and not found.holds
 
 
 def test_messages_of_a_federation_are_compared(toy_stream, toy_model, monkeypatch):

@@ -131,6 +131,10 @@ def audit(
     sum, over what was charged. Exit code 1 when that is above 1, when another output differs, or
     when the ledger does not pay for a draw.
     """
+    if record is not None and not replay:
+        raise ConfigError.of("--record", record, "with --replay")
+    if replay and shadows:
+        raise ConfigError.of("--shadows", shadows, "without --replay")
     if replay:
         _replay(config, record)
     from perdure.experiment.audits import audit_run

@@ -11,6 +11,7 @@ others.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -148,7 +149,9 @@ class ReplayRun:
     def finish(self) -> None:
         """Note everything that the learners hold at the end, other than their private rows."""
         for place, learner in self.learners.items():
-            self.outputs |= {f"{place}: {n}": v for n, v in outputs_of(learner).items()}
+            # a second run that ended in `prepare` has no session to look at
+            with suppress(ConfigError):
+                self.outputs |= {f"{place}: {n}": v for n, v in outputs_of(learner).items()}
             for number, point in enumerate(self._points[place]):
                 self.outputs[f"{place}: point {number}"] = point
 
