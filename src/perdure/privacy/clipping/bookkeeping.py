@@ -47,9 +47,8 @@ def clipped_gradient_sum(
         clip: the bound C.
 
     Returns:
-        The sums, in the parameters' dtypes, but float32 for half precision: rounded before the
-        noise, a sum of many records would move by more than C. None, for the caller to go on in
-        another way, where a parameter has no rule, is shared, or is used outside its layer's own
+        The sums, in float32 or wider: rounded to half precision before the noise, a sum of many
+        records would move by more than C. None, for the caller to go on in another way, where a parameter has no rule, is shared, or is used outside its layer's own
         call (as in a layer that runs with weights computed from the parameters); and where a pass
         does not cover all records.
 

@@ -11,13 +11,13 @@ gradient of the weight is sum_t d_t a_t^T. There are three ways to its norm and 
 - rows, for the others: the gradients themselves, a cacheful at a time, and a matrix-vector product
   with them.
 
-Norms and sums are taken in float32, or in float64 where the numbers are float64. Inputs and
-gradients in half precision are used as they are; but a sum rounded to half precision would move by
-more than the clip norm.
+Norms are taken in float32, or in float64 where the numbers are float64. Inputs and gradients in
+half precision are used as they are; but a sum rounded to half precision would move by more than
+the clip norm. So would a long sum in float32: the sums of pieces of a batch are added in float64.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -38,12 +38,27 @@ KEPT_NUMBERS = 2**24
 GHOST_COST = 2
 """Time of one multiplication of a ghost norm in those of forming a row; measured."""
 
+SUMMED_RECORDS = 512
+"""Records whose gradients are added in float32; such sums are added in float64.
+
+With 4,096 records that point in one direction, a sum in float32 alone is off by up to C / 1,000,
+and one record more or less changes that error.
+"""
+
+SUMMED_POSITIONS = 2**12
+"""Positions, of all records together, that one product adds in float32."""
+
 SLACK = 2.0**-22
 """Share of (sum_t |a_t| |d_t|)^2 that a ghost norm's square is rounded up by, four times float32's
-precision.
+precision, where less than `CANCELLED` of it is left.
 
 Where a record's positions cancel, rounding hides what is left of them, and too small a norm would
 not bound it.
+"""
+
+CANCELLED = 2.0**-10
+"""Above it, rounding changes a norm by less than C / 10,000, and rounding up would shorten all
+records of a batch a little, all in one direction.
 """
 
 
@@ -97,7 +112,9 @@ class ClippingRule(ABC):
     up over the calls,
 
     - `squared_norms()` of its answer is (|g_1|^2, ..., |g_n|^2), not less, up to float32 rounding;
-    - `weighted(c)` is sum_i c_i g_i of these same g_i, in the parameters' shapes;
+    - `weighted(c)` is sum_i c_i g_i of these same g_i, in the parameters' shapes, up to C / 2,000
+      where all records are clipped to C. For batches in the thousands float32 alone is too short;
+      `PrecomputedRows` and `FormedRows` add sums of pieces in float64;
     - g_i is computed from row i of what entered and came back, and from the parameters.
 
     A norm that is too small lets a record move the sum by more than the clip norm, and epsilon is
@@ -179,6 +196,29 @@ def record_slices(n: int, numbers: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, n, rows)]
 
 
+def summed(n: int, positions: int, weighted: Callable[[slice], Params]) -> Params:
+    """Sum over n records by pieces, in float64 where there is more than one piece.
+
+    Args:
+        n: records.
+        positions: of one record, that a product adds up.
+        weighted: from a piece of the records to their sum.
+    """
+    most = max(1, min(SUMMED_RECORDS, SUMMED_POSITIONS // max(1, positions)))
+    return added_wide(weighted(slice(start, start + most)) for start in range(0, n, most))
+
+
+def added_wide(parts: Iterable[Params]) -> Params:
+    """Sum of parts, in float64; a single part as it is."""
+    total: Params = {}
+    for i, part in enumerate(parts):
+        if i < 2:
+            total = {n: total[n].double() + v for n, v in part.items()} if total else part
+        else:
+            total = {n: total[n].add_(v) for n, v in part.items()}
+    return total
+
+
 def joined(calls: list[LayerCall]) -> LayerCall:
     """One call with the positions of all calls, (n, positions, k)."""
     entered = [call.entered.to(call.back.dtype) for call in calls]
@@ -209,8 +249,15 @@ class PrecomputedRows:
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
-        wider = {name: at_least_float32(row) for name, row in self.rows.items()}
-        return {n: (factors.to(r.dtype) @ r.flatten(1)).view(r.shape[1:]) for n, r in wider.items()}
+        return summed(len(factors), 1, lambda piece: self._piece(piece, factors))
+
+    def _piece(self, piece: slice, factors: Tensor) -> Params:
+        """Weighted sums of a piece of the records."""
+        wider = {name: at_least_float32(row[piece]) for name, row in self.rows.items()}
+        return {
+            n: (factors[piece].to(r.dtype) @ r.flatten(1)).view(r.shape[1:])
+            for n, r in wider.items()
+        }
 
 
 class FormedRows(ABC):
@@ -248,16 +295,24 @@ class FormedRows(ABC):
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
+        pieces = record_slices(self.n, self.numbers)
+        together = max(1, SUMMED_RECORDS // max(1, pieces[0].stop)) if pieces else 1
+        groups = [range(len(pieces))[i : i + together] for i in range(0, len(pieces), together)]
+        parts = (self._group(group, pieces, factors) for group in groups)
+        return self.finished(added_wide(parts))
+
+    def _group(self, group: range, pieces: list[slice], factors: Tensor) -> Params:
+        """Weighted sums of some of the pieces, in the precision of the rows."""
         sums: Params = {}
-        for i, piece in enumerate(record_slices(self.n, self.numbers)):
-            rows = self.kept[i] if self.kept else PrecomputedRows(self.formed(piece))
-            part = rows.weighted(factors[piece])
+        for i in group:
+            rows = self.kept[i] if self.kept else PrecomputedRows(self.formed(pieces[i]))
+            part = rows.weighted(factors[pieces[i]])
             sums = {name: sums[name].add_(value) for name, value in part.items()} if sums else part
-        return self.finished(sums)
+        return sums
 
 
 def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers: int) -> Tensor:
-    """(n,) sum_ts (a_t . a_s)(d_t . d_s), rounded up.
+    """(n,) sum_ts (a_t . a_s)(d_t . d_s), rounded up where positions cancel.
 
     Args:
         grams: from a piece of the records to the inner products of their a and of their d, each (m,
@@ -269,6 +324,8 @@ def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers
     for piece in record_slices(n, numbers):
         entered, back = grams(piece)
         lengths = entered.diagonal(dim1=1, dim2=2) * back.diagonal(dim1=1, dim2=2)
-        slack = SLACK * lengths.clamp(min=0.0).sqrt().sum(1).square()
-        squares.append((entered.mul_(back).sum((1, 2)) + slack).clamp(min=0.0))
+        longest = lengths.clamp(min=0.0).sqrt().sum(1).square()
+        norms = entered.mul_(back).sum((1, 2))
+        hidden = norms < CANCELLED * longest
+        squares.append((norms + hidden * SLACK * longest).clamp(min=0.0))
     return torch.cat(squares)

@@ -24,6 +24,7 @@ from perdure.privacy.clipping.rules.base import (
     ghost_norms,
     squared_lengths,
     sum_of,
+    summed,
 )
 from perdure.types import Params
 
@@ -229,22 +230,25 @@ class ConvGhost:
             if has_bias
             else None
         )
+        self.places = sum(call.back[0, 0].numel() for call in calls)
 
     def squared_norms(self) -> Tensor:
         """See `RecordGradients`."""
-        places = sum(call.back[0, 0].numel() for call in self.calls)
-        norms = ghost_norms(
-            self._grams, len(self.calls[0].back), places * (self.geometry.fan_in + places)
-        )
+        numbers = self.places * (self.geometry.fan_in + self.places)
+        norms = ghost_norms(self._grams, len(self.calls[0].back), numbers)
         return norms if self.bias is None else norms + squared_lengths(self.bias)
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
-        flowed = [call.flowed() for call in self.calls]
+        return summed(len(factors), self.places, lambda piece: self._piece(piece, factors[piece]))
+
+    def _piece(self, piece: slice, factors: Tensor) -> Params:
+        """Weighted sums of a piece of the records."""
+        flowed = [call.of(piece).flowed() for call in self.calls]
         factors = factors.to(flowed[0][1].dtype)
         parts = [self.geometry.gradient(x, d * factors[:, None, None, None]) for x, d in flowed]
         sums = {"weight": sum_of(parts).view(self.shape)}
-        return sums if self.bias is None else sums | {"bias": factors @ self.bias}
+        return sums if self.bias is None else sums | {"bias": factors @ self.bias[piece]}
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
         """Inner products (m, places, places) of the inputs and of the gradients at the outputs."""

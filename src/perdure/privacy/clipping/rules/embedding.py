@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from perdure.privacy.clipping.rules.base import (
+    SUMMED_RECORDS,
     ClippingRule,
     LayerCall,
     at_least_float32,
     ghost_norms,
+    record_slices,
 )
 from perdure.types import Params
 
@@ -49,13 +51,16 @@ class EmbeddingGhost:
         return ghost_norms(self._grams, n, positions**2)
 
     def weighted(self, factors: Tensor) -> Params:
-        """See `RecordGradients`."""
-        back = self.back * factors.to(self.back.dtype)[:, None, None]
-        return {
-            "weight": back.new_zeros(self.shape).index_add_(
-                0, self.words.flatten(), back.flatten(0, 1)
-            )
-        }
+        """See `RecordGradients`.
+
+        A word of many records, or of many positions, is added one by one, which float32 is too
+        short for: 1,024 records with one word 512 times moved the sum by 1.2 % more than C.
+        """
+        total = self.back.new_zeros(self.shape, dtype=torch.float64)
+        for piece in record_slices(len(self.back), self.back[0].numel()):
+            back = self.back[piece].double() * factors[piece].double()[:, None, None]
+            total.index_add_(0, self.words[piece].flatten(), back.flatten(0, 1))
+        return {"weight": total if len(factors) > SUMMED_RECORDS else total.to(self.back.dtype)}
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
         words = self.words[piece]

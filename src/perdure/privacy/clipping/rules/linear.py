@@ -13,6 +13,7 @@ from perdure.privacy.clipping.rules.base import (
     ghost_norms,
     joined,
     squared_lengths,
+    summed,
 )
 from perdure.types import Params
 
@@ -50,8 +51,13 @@ class LinearOuter:
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
-        back = self.back * factors.to(self.back.dtype)[:, None]
-        return {"weight": back.mT @ self.entered} | ({"bias": back.sum(0)} if self.has_bias else {})
+        return summed(len(factors), 1, lambda piece: self._piece(piece, factors))
+
+    def _piece(self, piece: slice, factors: Tensor) -> Params:
+        """Weighted sums of a piece of the records."""
+        back = self.back[piece] * factors[piece].to(self.back.dtype)[:, None]
+        sums = {"weight": back.mT @ self.entered[piece]}
+        return sums | ({"bias": back.sum(0)} if self.has_bias else {})
 
 
 class LinearRows(FormedRows):
@@ -83,10 +89,15 @@ class LinearGhost:
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
-        a, d = self.call.flowed()
+        n, positions = self.call.back.shape[:2]
+        return summed(n, positions, lambda piece: self._piece(piece, factors[piece]))
+
+    def _piece(self, piece: slice, factors: Tensor) -> Params:
+        """Weighted sums of a piece of the records."""
+        a, d = self.call.of(piece).flowed()
         factors = factors.to(d.dtype)
         sums = {"weight": (d * factors[:, None, None]).flatten(0, 1).mT @ a.flatten(0, 1)}
-        return sums if self.bias is None else sums | {"bias": factors @ self.bias}
+        return sums if self.bias is None else sums | {"bias": factors @ self.bias[piece]}
 
     def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
         """Inner products (m, T, T) of the inputs and of the gradients at the output."""
