@@ -6,6 +6,7 @@ records point in one direction, positions that nearly cancel, and norms of all s
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -28,6 +29,8 @@ from perdure.queries.squared_gradients import SquaredGradient
 MOST = SLACK / 2
 """Share of C that float32 may add."""
 BATCHES = (16, 256, 4096)
+CLIP = Clip(norm=1.0, steps=2**30)
+"""As under privacy, where rows that are formed go to a grid; this one is too fine to matter."""
 
 
 class Scale(nn.Module):
@@ -158,12 +161,12 @@ def check(model, x, backs, clip, at_once=None, places=None):
 
 @pytest.mark.parametrize("name", CASES)
 def test_slack_holds_at_batch_256(name):
-    check(*problem(name, 256, "aligned"), Clip(norm=1.0), places=[128])
+    check(*problem(name, 256, "aligned"), CLIP, places=[128])
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d, few places", "layer norm", "GRU"])
 def test_slack_holds_per_layer_and_in_micro_batches(name):
-    clip = Clip(norm=1.0, per_layer=True)
+    clip = replace(CLIP, per_layer=True)
     check(*problem(name, 256, "aligned", per_layer=True), clip, 64, places=[128])
 
 
@@ -172,19 +175,19 @@ def test_slack_holds_per_layer_and_in_micro_batches(name):
 )
 def test_slack_holds_at_batch_4096(name):
     """A sum in float32 alone was off by up to 8.6e-4 C."""
-    check(*problem(name, 4096, "aligned"), Clip(norm=1.0), places=[0, 2048])
+    check(*problem(name, 4096, "aligned"), CLIP, places=[0, 2048])
 
 
-@pytest.mark.deep(reason="privacy: every layer at every batch size, about 7,000 clipped sums")
+@pytest.mark.deep(reason="privacy: every layer at every batch size, minutes of clipped sums")
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("kind", ["independent", "aligned", "of all lengths", "one of them long"])
 @pytest.mark.parametrize("name", CASES)
 def test_slack_holds_at_every_batch_size(name, kind, per_layer):
-    clip = Clip(norm=1.0, per_layer=per_layer)
+    clip = replace(CLIP, per_layer=per_layer)
     for n in BATCHES:
         model, x, backs = problem(name, n, kind, per_layer)
-        for at_once in (None, 64):
-            check(model, x, backs, clip, at_once)
+        for at_once in (None, 64) if kind == "aligned" else (None,):
+            check(model, x, backs, clip, at_once, places=[0, n // 2])
 
 
 # --------------------------------------------------------------------------- hard cases
@@ -195,7 +198,7 @@ def test_a_word_said_often_moves_the_sum_by_its_norm():
     n, length = 1024, 128
     backs = randn(1, 1, 8, draw=place()) * (1 + 1e-3 * randn(n, length, 8, draw=place()))
     x = torch.zeros(n, length, dtype=torch.int64)
-    check(nn.Embedding(4, 8), x, backs, Clip(norm=1.0), places=[n // 2])
+    check(nn.Embedding(4, 8), x, backs, CLIP, places=[n // 2])
 
 
 @pytest.mark.parametrize("n", [256, pytest.param(4096, marks=pytest.mark.slow)])
@@ -216,7 +219,7 @@ def test_positions_that_cancel_move_the_sum_by_their_norm(name, share, n):
         model, x = nn.Embedding(4, outs), torch.zeros(n, positions, dtype=torch.int64)
     else:
         model = nn.Linear(ins, outs)
-    for moved, own in moves(model, x, backs, Clip(norm=1.0), places=[n // 2]):
+    for moved, own in moves(model, x, backs, CLIP, places=[n // 2]):
         assert 0 < size(moved) <= 1 + MOST
         assert size(difference(moved, own(model, x, backs))) <= MOST
 
@@ -227,7 +230,7 @@ def test_a_record_that_float32_cannot_measure_moves_no_other(name, value):
     """It counts as zero, and the others stay in one batch, to the last bit."""
     model, x, backs = problem(name, 512, "aligned")
     backs[256] *= value
-    ((moved, _),) = moves(model, x, backs, Clip(norm=1.0), places=[256])
+    ((moved, _),) = moves(model, x, backs, CLIP, places=[256])
     assert size(moved) == 0
 
 
@@ -267,7 +270,7 @@ def released(query, model, tensors, clip):
 @pytest.mark.parametrize(
     "n",
     [
-        20_000,
+        5_000,
         pytest.param(600_000, marks=pytest.mark.deep(reason="privacy: sums of 600,000 rows")),
     ],
 )
@@ -279,7 +282,7 @@ def test_a_record_moves_a_release_by_its_clip_norm(name, n):
     x = torch.tensor([3.0, 1.0, 2.0]) * (1 + 1e-3 * randn(n, 3, draw=place()))
     records = Records(inputs=x, labels=torch.zeros(n, dtype=torch.int64))
     tensors = Batch.current(records, 0).tensors()
-    clip = Clip(norm=1e-2, steps=2**30)  # so fine that rounding to it does not matter
+    clip = replace(CLIP, norm=1e-2)
     whole = released(QUERIES[name], model, tensors, clip)
     for i in (0, n // 2, n - 1):
         kept = torch.arange(n) != i

@@ -48,9 +48,10 @@ def clipped_gradient_sum(
 
     Returns:
         The sums, in float32 or wider: rounded to half precision before the noise, a sum of many
-        records would move by more than C. None, for the caller to go on in another way, where a parameter has no rule, is shared, or is used outside its layer's own
-        call (as in a layer that runs with weights computed from the parameters); and where a pass
-        does not cover all records.
+        records would move by more than C. None, for the caller to go on in another way, where a
+        parameter has no rule, is shared, or is used outside its layer's own call (as in a layer
+        that runs with weights computed from the parameters); and where a pass does not cover all
+        records.
 
     Raises:
         NotFiniteError: naming the rows whose norms are not finite; in another way all other rows
