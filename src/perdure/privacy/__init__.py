@@ -8,7 +8,7 @@ nothing of learning.
 """
 
 from perdure.privacy.adaptive_clipping import Adaptive
-from perdure.privacy.grid import Grid
+from perdure.privacy.grid import SENSITIVITY, Grid
 from perdure.privacy.guard.model_checks import check_model, fix, fixes
 from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.entries import Entry
@@ -25,6 +25,7 @@ __all__ = [
     "Ledger",
     "Privacy",
     "PrivateSum",
+    "SENSITIVITY",
     "Statement",
     "check_model",
     "fix",

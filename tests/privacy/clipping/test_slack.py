@@ -178,7 +178,7 @@ def test_slack_holds_at_batch_4096(name):
     check(*problem(name, 4096, "aligned"), CLIP, places=[0, 2048])
 
 
-@pytest.mark.deep(reason="privacy: every layer at every batch size, minutes of clipped sums")
+@pytest.mark.deep(reason="full replay: every layer at every batch size, minutes of clipped sums")
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("kind", ["independent", "aligned", "of all lengths", "one of them long"])
 @pytest.mark.parametrize("name", CASES)
@@ -271,7 +271,7 @@ def released(query, model, tensors, clip):
     "n",
     [
         5_000,
-        pytest.param(600_000, marks=pytest.mark.deep(reason="privacy: sums of 600,000 rows")),
+        pytest.param(600_000, marks=pytest.mark.deep(reason="full replay: sums of 600,000 rows")),
     ],
 )
 @pytest.mark.parametrize("name", QUERIES)

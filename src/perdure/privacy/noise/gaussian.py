@@ -156,7 +156,8 @@ def compiled() -> tuple[Callable[..., int], Share]:
                 out[i] += (np.int64(value) ^ -negative) + negative
         return int(left)
 
-    one_share = numba.njit(share_of(numba.njit(upper_product)))
+    jit: Any = numba.njit
+    one_share = jit(share_of(jit(upper_product)))
 
     def shares(doubled: Words, place: Words, slope: Words) -> Words:
         kept = np.empty(len(place), dtype=np.uint64)
@@ -164,7 +165,7 @@ def compiled() -> tuple[Callable[..., int], Share]:
             kept[i] = one_share(doubled[i], place[i], slope[i])
         return kept
 
-    return numba.njit(nogil=True)(kernel), numba.njit(nogil=True)(shares)
+    return jit(nogil=True)(kernel), jit(nogil=True)(shares)
 
 
 def _decide(
@@ -239,10 +240,11 @@ def share_of(high: Callable[[Any, Any], Any]) -> Share:
 
     def share(doubled: Words, place: Words, slope: Words) -> Words:
         y = high(high(doubled, place), slope)
-        value = one
+        value: Any = one
         for k in range(9, 0, -1):
             value = one - high(y, value) // np.uint64(k)
-        return value
+        kept: Words = value
+        return kept
 
     return share
 
@@ -255,4 +257,5 @@ def upper_product(a: Words, b: Words) -> Words:
     b_high = b >> _HALF
     cross = a_high * b_low + (a_low * b_low >> _HALF)
     other = a_low * b_high + (cross & _LOW)
-    return a_high * b_high + (cross >> _HALF) + (other >> _HALF)
+    product: Words = a_high * b_high + (cross >> _HALF) + (other >> _HALF)
+    return product
