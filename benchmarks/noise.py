@@ -39,15 +39,15 @@ PIECE_BYTES = 2**18
 """Words at a time, as in a draw of noise: they stay in the processor's cache."""
 
 
-def exact(total: Tensor, scale: float) -> None:
+def exact(total: Tensor, scale: float, step: int = 0) -> None:
     """Add exact noise, as a private step does."""
-    NoiseKey.from_seed(0).add_noise(total, scale, purpose="gradient", entry="", step=0)
+    NoiseKey.from_seed(0).add_noise(total, scale, purpose="gradient", entry="", step=step)
 
 
 def exact_small(total: Tensor, scale: float) -> None:
     """Add exact noise in draws that are too small for the compiled kernel."""
-    for part in total.split(BELOW_COMPILED):
-        exact(part, scale)
+    for step, part in enumerate(torch.split(total, BELOW_COMPILED)):
+        exact(part, scale, step)
 
 
 def words(numbers: int) -> None:
