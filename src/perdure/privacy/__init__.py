@@ -18,6 +18,7 @@ from perdure.privacy.private_sum import PrivateSum
 from perdure.privacy.settings import Privacy
 
 __all__ = [
+    "SENSITIVITY",
     "Account",
     "Adaptive",
     "Entry",
@@ -25,7 +26,6 @@ __all__ = [
     "Ledger",
     "Privacy",
     "PrivateSum",
-    "SENSITIVITY",
     "Statement",
     "check_model",
     "fix",
