@@ -18,6 +18,7 @@ from helpers.replays import maker, settings
 from perdure import Learner, Privacy
 from perdure.auditing.canaries import audit
 from perdure.errors import GuardError, LedgerError, PrivacyError
+from perdure.learner.inspection import Verdict
 from perdure.models.classifiers import mlp
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.private_sum import PrivateSum
@@ -89,6 +90,17 @@ def test_the_replay_catches(tool, name, parts, monkeypatch):
         found = replayed(fault, *parts(fault, honest=False), honest=False)
     assert found.largest > 1.05 or found.unexplained
     assert not found.holds
+    assert replayed(fault, *parts(fault, honest=True), honest=True).holds
+
+
+@pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 8 rows")])
+def test_the_replay_sees_without_the_guard(tool, name, parts, monkeypatch):
+    unguarded = Verdict(independence="tested", alone=False)
+    monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: unguarded)
+    monkeypatch.setattr("perdure.learner.session.inspect_gradients", lambda *args, **options: None)
+    fault = GUARD[name]
+    found = replayed(fault, *parts(fault, honest=False), honest=False)
+    assert found.largest > 1.05
     assert replayed(fault, *parts(fault, honest=True), honest=True).holds
 
 
