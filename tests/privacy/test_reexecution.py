@@ -13,6 +13,7 @@ from perdure.privacy.settings import Privacy
 
 PARAMS = {"w": torch.zeros(50)}
 STEPS = range(4)
+RECORDS = torch.stack([torch.arange(1000), torch.zeros(1000, dtype=torch.int64)], dim=1)
 
 
 class Process:
@@ -102,13 +103,13 @@ def test_another_sum_is_charged_again_before_it_is_drawn(process):
 def test_a_changed_step_draws_other_records(process):
     first = process()
     first.reserve()
-    coins = first.sum.coins(1000, 0)
+    coins = first.sum.coins(RECORDS, 0)
     first.step(0)
     again = process()
     again.reserve()
-    assert torch.equal(again.sum.coins(1000, 0), coins)
+    assert torch.equal(again.sum.coins(RECORDS, 0), coins)
     assert again.step(0, 0.5) is None
-    assert not torch.equal(again.sum.coins(1000, 0), coins)
+    assert not torch.equal(again.sum.coins(RECORDS, 0), coins)
 
 
 def test_the_changed_run_is_replayed_in_its_turn(process):

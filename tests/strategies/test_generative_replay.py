@@ -1,3 +1,4 @@
+import copy
 import math
 from functools import partial
 
@@ -345,7 +346,7 @@ def test_it_runs_with_normalisation_dropout_and_half_precision(toy_stream):
         (None, "bfloat16"),
     ):
         learner = Learner(
-            model=with_generator(Classifier(body, 8, 4), stream),
+            model=with_generator(Classifier(copy.deepcopy(body), 8, 4), stream),
             strategy=GenerativeReplay(),
             iterations=2,
             batch_size=8,

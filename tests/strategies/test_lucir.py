@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -285,7 +286,7 @@ def test_with_a_model_that_normalises_and_drops_out():
     body = nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     for privacy in (None, Privacy(noise_multiplier=1.0, seed=0)):
         learner = Learner(
-            model=Classifier(body, 8, 6, "cosine"),
+            model=Classifier(copy.deepcopy(body), 8, 6, "cosine"),
             strategy=LUCIR(memory_size=8),
             optimizer=torch.optim.SGD,
             iterations=2,
