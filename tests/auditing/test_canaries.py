@@ -251,6 +251,7 @@ def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):
     assert result.lower_bound > 1.3 * result.claimed
 
 
+@pytest.mark.deep(reason="full replay: every method of audit")
 @pytest.mark.statistical
 def test_without_sampling_half_the_noise_is_caught_by_every_method(learner, toy_stream):
     privacy = Privacy(noise_multiplier=5.0, delta=1e-5, sampling_rate=1.0, seed=1)

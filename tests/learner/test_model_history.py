@@ -93,6 +93,7 @@ def test_a_third_learner_carries_both_histories(trained, learner_of, toy_stream)
     assert steps == [steps[0], 2 * steps[0], 3 * steps[0]]
 
 
+@pytest.mark.deep(reason="full replay: calibrates a whole stream three times")
 def test_a_budget_counts_what_a_warm_start_carries(trained, learner_of, toy_stream):
     first = trained()
     target = replace(SIMULATED, noise_multiplier=None, epsilon=2 * spent(first), delta=DELTA)
