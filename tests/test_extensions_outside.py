@@ -200,6 +200,7 @@ def test_a_clipping_rule_holds_for_its_layers(installed):
     assert python(installed, "-c", RULES).strip() == "GainRule"
 
 
+@pytest.mark.deep(reason="full replay: a whole run with foreign extensions")
 @pytest.mark.slow
 def test_a_config_runs_with_them(installed, tmp_path):
     result = json.loads(python(installed, "-c", RUNNING, str(tmp_path / "run"), text=CONFIG))

@@ -74,6 +74,7 @@ def test_recalls_are_planned_for_every_partition_seen(four, toy_model):
         assert sum(c.steps for c in plan if c.sampling_rate == 1.0) == 4 - int(partition[-1])
 
 
+@pytest.mark.deep(reason="full replay: calibrates and trains under a cap")
 def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
     privacy = replace(PRIVATE, epsilon=6, delta=1e-5)
     learner = learner_of(toy_model(four), ICaRL(memory_size=12), privacy=privacy)

@@ -91,6 +91,7 @@ def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, 
         assert merged(ledger.charges(partition)) == merged(plan)
 
 
+@pytest.mark.deep(reason="full replay: calibrates and trains two strategies")
 @BOTH
 def test_a_calibrated_run_stays_within_its_budget_and_uses_it(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=Privacy(epsilon=4, seed=0, delta=1e-5))
@@ -229,6 +230,7 @@ def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meeting
     torch.testing.assert_close(mine, (noise / 4).float())  # the declared rows of a reference
 
 
+@pytest.mark.deep(reason="full replay: calibrates and trains under a cap")
 def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
     privacy = replace(PRIVATE, epsilon=15, delta=1e-5)
     drawn = {}

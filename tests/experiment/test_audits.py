@@ -50,6 +50,7 @@ def test_members_and_others_are_told_apart_by_construction(toy_data):
     assert shown[0].train.partition == train.partition and shown[1] is stream[1]
 
 
+@pytest.mark.deep(reason="full replay: attacks every arm of a run")
 def test_every_arm_is_attacked_and_no_file_of_the_run_changes(tmp_path):
     short = CONFIG.replace("epochs = 60", "epochs = 1").replace("epochs = 4", "epochs = 1")
     run(parse(short), short, tmp_path)

@@ -105,6 +105,7 @@ def test_a_loss_of_equal_value_and_other_gradient(twice, meetings):
     assert meetings.reused == 0
 
 
+@pytest.mark.deep(reason="full replay: calibrates and trains two strategies")
 @pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
 def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
     privacy = replace(PRIVATE, epsilon=8, delta=1e-5)
@@ -168,6 +169,7 @@ def test_any_name_may_be_remembered(four, toy_model):
     assert len(rows) and torch.equal(rows.stored["when"], rows.ids.float())
 
 
+@pytest.mark.deep(reason="full replay: two whole runs and their restarts")
 def test_a_schedule_that_changes_late(twice, meetings):
     def lam(late):
         return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(

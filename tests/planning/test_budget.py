@@ -60,7 +60,10 @@ def spent(learner):
     [
         Naive(),
         EWC(strength=1.0),
-        Replay(memory_size=6),
+        pytest.param(
+            Replay(memory_size=6),
+            marks=pytest.mark.deep(reason="full replay: calibrates six times"),
+        ),
         pytest.param(
             Joint(), marks=pytest.mark.deep(reason="full replay: every experience at all others")
         ),

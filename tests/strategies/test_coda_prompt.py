@@ -137,6 +137,7 @@ def test_the_penalty_keeps_components_apart(toy_stream):
     assert distances[1] < 0.2 * distances[0]
 
 
+@pytest.mark.deep(reason="full replay: the whole contract a second time")
 def test_it_keeps_the_contract_where_tasks_are_told():
     assert "private" in check_strategy(CODAPrompt(), scenario="task").passed
 

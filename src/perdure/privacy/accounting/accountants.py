@@ -163,10 +163,9 @@ def with_sampler(epsilon_at: Callable[[float], float], history: History, delta: 
         Epsilon; infinite where the mass beyond the cut is too large for delta.
     """
     own = [charge for charge in history if charge.noise == "grid-gaussian"]
-    ideal = epsilon_at(delta)
+    ideal = epsilon_at(delta * (1 - DELTA_SHARE) if own else delta)
     if not own or math.isinf(ideal):
         return ideal
-    ideal = epsilon_at(delta * (1 - DELTA_SHARE))
     error = 2.0**LOG2_ERROR
     # beta = delta / (2^12 e^(ideal + 2)): its share is below a quarter of DELTA_SHARE
     log_beta = math.log(delta) - 12 * math.log(2) - ideal - 2
