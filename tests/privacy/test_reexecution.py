@@ -36,9 +36,15 @@ class Process:
     def spent(self):
         return self.sum.ledger.epsilon(delta=1e-5)
 
-    def reserve(self, steps=STEPS):
+    def reserve(self, rate=0.1, slots=None):
         self.sum.reserve(
-            scope={"p": 0.1}, steps=steps, start="s", data="d", expected=10.0, numbers=50
+            scope={"p": rate},
+            steps=STEPS,
+            start="s",
+            data="d",
+            expected=10.0,
+            numbers=50,
+            slots=slots,
         )
 
     def step(self, step, value=1.0):
@@ -199,26 +205,10 @@ def test_a_release_with_another_answer_is_charged_again(process):
 
 def test_correlated_noise_begins_anew_where_a_block_changed(process):
     made = process(bands=2)
-    made.sum.reserve(
-        scope={"p": 1.0},
-        steps=STEPS,
-        start="s",
-        data="d",
-        expected=10.0,
-        numbers=50,
-        slots=4,
-    )
+    made.reserve(rate=1.0, slots=4)
     drawn = [made.step(step) for step in STEPS]
     again = process(bands=2)
-    again.sum.reserve(
-        scope={"p": 1.0},
-        steps=STEPS,
-        start="s",
-        data="d",
-        expected=10.0,
-        numbers=50,
-        slots=4,
-    )
+    again.reserve(rate=1.0, slots=4)
     assert torch.equal(again.step(0), drawn[0])
     assert again.step(1, 0.5) is None
     assert again.step(1, 0.5) is not None and again.step(2, 0.5) is not None

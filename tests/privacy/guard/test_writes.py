@@ -187,6 +187,7 @@ def test_watch_lets_pass_what_reads_only():
     state = {"mean": torch.full((2,), float("nan"))}
     with WriteWatch(model).unwritten(state, "here", values=True):
         model(torch.rand(3, 5)).sum().backward()
+    assert all(value.grad is not None for value in model.parameters())
 
 
 def test_steps_without_privacy_are_not_watched(learner_of, toy_stream):
