@@ -121,7 +121,7 @@ def test_a_client_does_not_go_on_without_privacy(started, stopped):
         ({"federation": Federation(clients=2, rounds=3)}, r"federation.rounds \(given 3, stored 2"),
         (
             {"federation": Federation(clients=2, rounds=2, aggregator=FedAdam(eta=0.3))},
-            r"federation.aggregator.type \(given FedAdam, stored FedAvg",
+            r"federation.aggregator \(given FedAdam, stored FedAvg\)",
         ),
     ],
 )

@@ -172,9 +172,10 @@ def flat(name: str, value: object) -> Fingerprint:
             found |= flat(f"{name}.{index}", item)
         return found
     if isinstance(value, Mapping):
-        found = {name: len(value)}
+        # A user knows the type of an object, not how many attributes it has.
+        found = {name: value.get("type", len(value))}
         for key, item in value.items():
-            found |= flat(f"{name}.{key}", item)
+            found |= {} if key == "type" else flat(f"{name}.{key}", item)
         return found
     if isinstance(value, partial):
         found = flat(name, value.func) | flat(f"{name}.arguments", list(value.args))
