@@ -26,7 +26,7 @@ from perdure.privacy import Grid
 from perdure.privacy.noise import NoiseKey
 from perdure.utils import store_rows
 
-NUMBERS = {"MLP 784-256-256-10": 478_410, "28 million": 28_000_000}
+NUMBERS = {"MLP 784-400-400-10": 478_410, "28 million": 28_000_000}
 """The model of the step benchmark, and one as large as a small transformer."""
 NOISE = 1.1
 NANOSECONDS_TARGET = 4.0

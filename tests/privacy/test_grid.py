@@ -2,17 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from perdure.errors import BudgetError, PrivacyError
+from perdure.privacy import grid
 from perdure.privacy.accounting.accountants import MOST_DRAWS
 from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.clipping.clip import Clip, clipped_sum, sum_of_clipped
-from perdure.privacy.grid import SENSITIVITY, SLACK, Grid
+from perdure.privacy.grid import MOST_UNITS, SENSITIVITY, SLACK, Grid
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.compiled import grid_loops
 from perdure.privacy.noise.key import NoiseKey
 
 SHAPES = {"a": torch.Size([3, 5]), "b": torch.Size([]), "c": torch.Size([0, 4])}
@@ -49,6 +52,29 @@ def test_a_sum_beyond_exact_integers_is_refused():
         grid.units({"a": torch.tensor([2.0**50])}, {"a": torch.Size([1])}, 1.0)
     with pytest.raises(PrivacyError, match="2 numbers, and its grid is for 1"):
         grid.units(None, {"a": torch.Size([2])}, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiled_conversions_give_the_same_numbers(dtype):
+    """Halves of a step go to the even integer, and what is too large or no number is refused."""
+    steps = 2.0**20
+    values = torch.randn(50_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    values[:1000] = (torch.arange(1000) + 0.5) / steps
+    counted = []
+    for to_units, to_values in ((grid.to_units, grid.to_values), grid_loops()):
+        units = np.zeros(len(values), dtype=np.int64)
+        assert to_units(values.numpy(), steps, MOST_UNITS, units)
+        back = np.zeros(len(values), dtype=np.float32)
+        to_values(units, 1 / steps, back)
+        parts = np.zeros(len(values), dtype=np.float32)
+        to_values(units / 3, 1 / steps, parts)
+        counted.append((units, back, parts))
+        for bad in (MOST_UNITS, -MOST_UNITS, math.nan, math.inf):
+            wrong = values.clone()
+            wrong[777] = bad / steps
+            assert not to_units(wrong.numpy(), steps, MOST_UNITS, units.copy())
+    for mine, theirs in zip(*counted, strict=True):
+        assert np.array_equal(mine, theirs)
 
 
 def change(rows, index, clip):

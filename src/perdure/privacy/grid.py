@@ -19,15 +19,20 @@ The rounding is proved. The slack is tested, not proved: for every kind of layer
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from perdure.errors import PrivacyError
-from perdure.privacy.noise.table import DEVIATIONS, LEAST_SCALE, LOG2_ERROR
+from perdure.privacy.noise.compiled import grid_loops
+from perdure.privacy.noise.gaussian import COMPILED_FROM
+from perdure.privacy.noise.table import DEVIATIONS, LEAST_SCALE, LOG2_ERROR, Floats, Integers
 from perdure.types import Params
 
 SLACK = 1e-3
@@ -38,8 +43,6 @@ SENSITIVITY = 1 + SLACK + 1 / STEPS_PER_ROOT
 """Most that one record moves a sum on the grid, in units of its clip norm."""
 Shapes = Mapping[str, torch.Size]
 """Of the numbers in a sum, by name, in order."""
-PIECE = 2**16
-"""Numbers at a time: they stay in the processor's cache."""
 MOST_UNITS = 2.0**52
 """Sums of integers below it are exact in float64, in whatever order they are added."""
 
@@ -66,10 +69,6 @@ class Grid:
     def _kept(self) -> Tensor:
         """Room for the integers of a sum: fresh memory at every step costs as much as noise."""
         return torch.empty(self.numbers, dtype=torch.int64)
-
-    @cached_property
-    def _scratch(self) -> Tensor:
-        return torch.empty(PIECE, dtype=torch.float64)
 
     def facts(self) -> dict[str, float]:
         """Everything that a ledger entry says of the grid and the noise on it."""
@@ -100,14 +99,18 @@ class Grid:
         units = self._kept[:numbers]
         if total is None:
             return units.zero_()
+        to_units, _ = _loops(numbers)
         start = 0
         for name in shapes:
-            for part in torch.split(total[name].detach().flatten().cpu(), PIECE):
-                # in float64: a float32 product would be rounded by more than a step
-                whole = self._scratch[: len(part)].copy_(part).mul_(self.steps / clip_norm).round_()
-                _refuse_large(whole)
-                units[start : start + len(part)].copy_(whole)
-                start += len(part)
+            part = total[name].detach().flatten().cpu()
+            exact = part if part.dtype is torch.float64 else part.float()
+            out = units[start : start + len(part)].numpy()
+            if not to_units(exact.numpy(), self.steps / clip_norm, MOST_UNITS, out):
+                raise PrivacyError(
+                    "a private sum is too large to be added exactly; use smaller batches or a "
+                    "smaller model"
+                )
+            start += len(part)
         return units
 
     def values(
@@ -119,19 +122,29 @@ class Grid:
             units: (d,) in grid steps, integers or not.
         """
         values = torch.empty(len(units), dtype=torch.float32)
-        for value, unit in zip(torch.split(values, PIECE), torch.split(units, PIECE), strict=True):
-            wide = self._scratch[: len(unit)].copy_(unit)
-            value.copy_(wide.mul_(clip_norm / self.steps))
+        _, to_values = _loops(len(units))
+        to_values(units.numpy(), clip_norm / self.steps, values.numpy())
         parts = torch.split(values.to(device), [math.prod(shape) for shape in shapes.values()])
         named = zip(shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in named}
 
 
-def _refuse_large(whole: Tensor) -> None:
-    if not len(whole):
-        return
-    least, most = torch.aminmax(whole)
-    if not -MOST_UNITS < float(least) <= float(most) < MOST_UNITS:
-        raise PrivacyError(
-            "a private sum is too large to be added exactly; use smaller batches or a smaller model"
-        )
+def _loops(numbers: int) -> tuple[Callable[..., bool], Callable[..., None]]:
+    if numbers < COMPILED_FROM:
+        return to_units, to_values
+    return grid_loops()
+
+
+def to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
+    """Count values in whole steps; return False where one is not below `most` in size."""
+    # in float64: a float32 product would be rounded by more than a step
+    whole = np.rint(values.astype(np.float64) * factor)
+    inside = bool((np.abs(whole) < most).all())
+    if inside:
+        out[:] = whole
+    return inside
+
+
+def to_values(units: npt.NDArray[Any], factor: float, out: Floats) -> None:
+    """Turn steps, whole or not, into float32 values."""
+    out[:] = units.astype(np.float64) * factor

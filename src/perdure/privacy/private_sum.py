@@ -468,6 +468,16 @@ class PrivateSum:
             units, scale, purpose=purpose, entry=block.paid_by, step=step, nonce=nonce
         )
         self.ledger.trace("noise.drawn")
+        if step + 1 < block.steps.stop:
+            # charged already, and added only once the log has the MAC of the next sum
+            self._key.draw_ahead(
+                len(units),
+                scale,
+                purpose=purpose,
+                entry=block.paid_by,
+                step=step + 1,
+                nonce=self._draws.nonce,
+            )
         return chain.released(units) if chain else units
 
     def _nonce(self, purpose: str, block: ReservedSteps, step: int, units: Tensor) -> str:

@@ -10,20 +10,22 @@ from scipy import stats
 
 from perdure.errors import PrivacyError
 from perdure.privacy.noise import gaussian
+from perdure.privacy.noise.compiled import gaussian_loops
 from perdure.privacy.noise.gaussian import (
     COMPILED_FROM,
     PIECE,
+    Loops,
     add_rounded_gaussian,
-    compiled,
+    cells_of,
     first_words,
     keeping,
-    share_of,
-    upper_product,
+    settle,
 )
 from perdure.privacy.noise.table import (
     COLUMN_BITS,
     CUT_BITS,
     DEVIATIONS,
+    EARLY_BITS,
     LOG2_ERROR,
     counts_of,
     gaussian_table,
@@ -118,7 +120,7 @@ def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
     width = 2**table.offset_bits
     cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)
     offsets = np.tile([0, width // 3, width // 2, width - 2, width - 1], 5)
-    kept = keeping(cells, offsets, table, share_of(upper_product))
+    kept = keeping(cells, offsets, table.slope[cells], table.offset_bits)
     for cell, offset, value in zip(cells, offsets, kept, strict=True):
         first = int(cell) * width
         exact = probability(first + int(offset), scale) / probability(first, scale)
@@ -131,7 +133,7 @@ def test_early_decisions_agree_with_the_exact_ones():
         table = gaussian_table(scale)
         cells = np.arange(table.tail)
         last = np.full(len(cells), 2**table.offset_bits - 1)
-        least = keeping(cells, last, table, share_of(upper_product))
+        least = keeping(cells, last, table.slope[cells], table.offset_bits)
         assert (table.early[: table.tail].astype(np.uint64) << np.uint64(51) <= least).all()
         assert table.early[table.tail] == 0
 
@@ -164,7 +166,7 @@ def test_the_compiled_path_gives_the_same_integers(scale):
     ties = columns | small[0][:2048] << np.uint64(64 - table.cut_bits)
     own = np.concatenate([own, ties, np.array([0, 2**64 - 1], dtype=np.uint64)])
     results = []
-    for path in (first_words, compiled()[0]):
+    for path in (first_words, Loops(*gaussian_loops()).first_words):
         out = np.arange(len(own))
         open_at = np.empty(PIECE, dtype=np.int64)
         left = path(own, out, open_at, *small, table.offset_bits)
@@ -174,12 +176,26 @@ def test_the_compiled_path_gives_the_same_integers(scale):
     assert set(range(5000, 5000 + 2048)) <= set(mine_open.tolist())
 
 
-def test_the_compiled_share_is_that_of_the_numpy_path():
-    rng = np.random.default_rng(2)
-    doubled, place = rng.integers(0, 2**64, (2, 1000), dtype=np.uint64)
-    slope = rng.integers(0, 2**61, 1000, dtype=np.uint64) >> np.uint64(3)
-    mine = share_of(upper_product)(doubled, place, slope)
-    assert np.array_equal(compiled()[1](doubled, place, slope), mine)
+@pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
+def test_the_compiled_decisions_give_the_same_integers(scale):
+    """Of coordinates that the first words left open: half of them are lost in both paths."""
+    table = gaussian_table(scale)
+    first, second, third = np.random.default_rng(3).integers(0, 2**64, (3, 9000), dtype=np.uint64)
+    first[:3000] |= np.uint64((2**EARLY_BITS - 1) << (COLUMN_BITS + 1))  # the largest numbers
+    first[3000:6000] &= np.uint64(2**COLUMN_BITS - 1)  # the first integer of a cell, once -0
+    third[:3000] |= np.uint64(2**64 - 2**54)
+    results = []
+    for path in (Loops(first_words, cells_of, settle), Loops(*gaussian_loops())):
+        total = np.zeros(9000, dtype=np.int64)
+        places = np.arange(9000)
+        cell = path.cells(first, second, table.cut, table.alias, table.offset_bits)
+        slope = table.slope[cell]
+        left = path.settle(total, places, first, third, cell, slope, table.offset_bits)
+        results.append((cell, total, places[:left]))
+    (cells, totals, open_), (their_cells, their_totals, their_open) = results
+    assert np.array_equal(cells, their_cells) and np.array_equal(totals, their_totals)
+    assert np.array_equal(open_, their_open)
+    assert len(open_) > 0 or scale == 64.0
 
 
 def test_a_draw_in_pieces_gives_the_same_integers(monkeypatch):

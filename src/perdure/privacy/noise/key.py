@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, PrivacyError
+from perdure.privacy.noise.ahead import DrawAhead
 from perdure.privacy.noise.gaussian import PIECE, add_rounded_gaussian
-from perdure.privacy.noise.table import gaussian_table
+from perdure.privacy.noise.table import Integers, gaussian_table
 
+Draw = tuple[str, str, int, str, int, float]
+"""Purpose, entry, step, nonce, number of integers and scale: all that a draw depends on."""
 KEY_BYTES = 32
 BLOCK_BYTES = 16
 
@@ -48,7 +51,7 @@ class NoiseKey:
     torch.int64
     """
 
-    __slots__ = ("_secret", "simulated")
+    __slots__ = ("_ahead", "_secret", "simulated")
 
     def __init__(self, secret: bytes, *, simulated: bool) -> None:
         if len(secret) != KEY_BYTES:
@@ -56,6 +59,7 @@ class NoiseKey:
                 f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file"
             )
         self._secret = secret
+        self._ahead: dict[str, DrawAhead] = {}
         self.simulated = simulated
 
     @classmethod
@@ -132,11 +136,31 @@ class NoiseKey:
             nonce: of the attempt at this step, where it may be executed again.
         """
         context = (purpose, entry, step, nonce, len(total), scale)
+        drawn = self._ahead[purpose].take(context) if purpose in self._ahead else None
+        if drawn is None:
+            self._draw(context, total.numpy())
+        else:
+            total += torch.from_numpy(drawn)
+
+    def draw_ahead(
+        self, numbers: int, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
+    ) -> None:
+        """Begin to draw, on another thread, what `add_noise` will be asked for next.
+
+        It changes no integer: `add_noise` with the same arguments and `numbers` sums takes what
+        was drawn, any other call draws anew. One draw a purpose, and only from
+        `perdure.privacy.noise.ahead.AHEAD_FROM` numbers on.
+        """
+        context = (purpose, entry, step, nonce, numbers, scale)
+        ahead = self._ahead.setdefault(purpose, DrawAhead())
+        ahead.begin(context, numbers, functools.partial(self._draw, context))
+
+    def _draw(self, context: Draw, total: Integers) -> None:
         first = subkey(self._secret, "integers", *context)
         further = subkey(self._secret, "further integers", *context)
         add_rounded_gaussian(
-            total.numpy(),
-            gaussian_table(scale),
+            total,
+            gaussian_table(context[-1]),
             keystream_reader(first, 8 * min(len(total), PIECE)),
             _block_reader(further),
         )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ CUT_BITS = 64 - COLUMN_BITS
 """Bits of the threshold between the two outcomes of a column."""
 EARLY_BITS = 12
 """Bits of the number that decides, in most draws at once, whether the integer is kept."""
+MISSING_BITS = 1 + EARLY_BITS
+"""Bits of a threshold, beside those of the offset, that a draw's first word has no room for."""
 CELLS_PER_DEVIATION = 256
 """Least number of cells in a standard deviation, where it has so many integers; below 512."""
 LEAST_SCALE = 64.0
@@ -53,6 +56,8 @@ _LEAST_LATER = 14
 
 Words = npt.NDArray[np.uint64]
 Small = npt.NDArray[np.uint16]
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +92,7 @@ class GaussianTable:
     @property
     def cut_bits(self) -> int:
         """Bits of the threshold that a draw's first word has room for."""
-        return CUT_BITS - 1 - self.offset_bits - EARLY_BITS
+        return CUT_BITS - MISSING_BITS - self.offset_bits
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,59 @@
+"""A draw of noise on a thread of its own, while the sum that it is for is still computed."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from threading import Thread
+
+import numpy as np
+
+from perdure.privacy.noise.table import Integers
+
+AHEAD_FROM = 2**16
+"""Numbers of a draw from which a thread pays."""
+
+
+class DrawAhead:
+    """One draw at a time, which is taken once, by its name, or drawn anew by who asks.
+
+    What is not taken is written over; it never leaves.
+    """
+
+    def __init__(self) -> None:
+        self._room = np.zeros(0, dtype=np.int64)
+        self._name: object = None
+        self._process = 0
+        self._drawn = False
+        self._thread: Thread | None = None
+
+    def begin(self, name: object, numbers: int, draw: Callable[[Integers], None]) -> None:
+        """Draw `numbers` integers into zeros; `name` says which ones, all of it."""
+        if numbers < AHEAD_FROM or self._busy():
+            return
+        if len(self._room) != numbers:
+            self._room = np.empty(numbers, dtype=np.int64)
+        self._name = name
+        self._process = os.getpid()
+        self._drawn = False
+        self._thread = Thread(target=self._run, args=(draw,), name="perdure noise")
+        self._thread.start()
+
+    def take(self, name: object) -> Integers | None:
+        """Integers of that name, good until the next draw; None where they were not begun."""
+        if self._thread is None or self._name != name or self._process != os.getpid():
+            return None
+        self._thread.join()
+        self._name = None
+        return self._room if self._drawn else None
+
+    def _busy(self) -> bool:
+        """Whether a draw of this process that nobody took still writes."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self._process == os.getpid()
+
+    def _run(self, draw: Callable[[Integers], None]) -> None:
+        # who asks draws anew, and meets the error
+        with contextlib.suppress(Exception):
+            self._room.fill(0)
+            draw(self._room)
+            self._drawn = True

@@ -1,0 +1,96 @@
+"""Noise drawn before it is asked for: the same integers, or none of them."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from perdure.privacy.noise.ahead import AHEAD_FROM, DrawAhead
+from perdure.privacy.noise.key import NoiseKey
+
+PLACE = {"purpose": "gradient", "entry": "e0", "step": 3, "nonce": "n"}
+SCALE = 1.1 * 2**21
+N = AHEAD_FROM + 5
+
+
+def added(key, **changes):
+    place = PLACE | changes
+    total = torch.arange(place.pop("n", N))
+    key.add_noise(total, place.pop("scale", SCALE), **place)
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"purpose": "reference"},
+        {"entry": "e1"},
+        {"step": 4},
+        {"nonce": "another"},
+        {"scale": 2 * SCALE},
+        {"n": N - 1},
+    ],
+)
+def test_what_was_begun_changes_no_integer(changes):
+    """Whatever is asked for next, it is what a key without a draw ahead gives."""
+    key = NoiseKey.from_seed(0)
+    key.draw_ahead(N, SCALE, **PLACE)
+    assert torch.equal(added(key, **changes), added(NoiseKey.from_seed(0), **changes))
+    assert torch.equal(added(key), added(NoiseKey.from_seed(0)))
+
+
+def test_a_draw_is_taken_once_and_only_by_its_name():
+    ahead = DrawAhead()
+    ahead.begin("a", N, lambda room: room.__iadd__(7))
+    assert ahead.take("b") is None
+    taken = ahead.take("a")
+    assert len(taken) == N and (taken == 7).all()
+    assert ahead.take("a") is None
+
+
+def test_the_draw_runs_on_another_thread_while_the_caller_goes_on():
+    goes_on = threading.Event()
+    ahead = DrawAhead()
+    ahead.begin("a", N, lambda room: room.fill(1 + 1 * goes_on.wait(60)))
+    goes_on.set()
+    assert (ahead.take("a") == 2).all()
+
+
+def test_a_draw_that_failed_is_drawn_anew_by_who_asks():
+    ahead = DrawAhead()
+    ahead.begin("a", N, lambda room: room.reshape(-1, 0))
+    assert ahead.take("a") is None
+
+
+def test_a_draw_that_nobody_took_is_not_written_over_while_it_runs():
+    may_end = threading.Event()
+    ahead = DrawAhead()
+    ahead.begin("a", N, lambda room: room.fill(1 * may_end.wait(60)))
+    ahead.begin("b", N, lambda room: room.fill(2))
+    assert ahead.take("b") is None
+    may_end.set()
+    assert (ahead.take("a") == 1).all()
+
+
+def test_small_draws_start_no_thread():
+    ahead = DrawAhead()
+    before = threading.active_count()
+    ahead.begin("a", AHEAD_FROM - 1, lambda room: room.fill(1))
+    assert threading.active_count() == before and ahead.take("a") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork there is nothing to test")
+def test_a_forked_process_draws_for_itself():
+    """The thread is not in the child, and what it was writing is not whole there."""
+    key = NoiseKey.from_seed(0)
+    key.draw_ahead(N, SCALE, **PLACE)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        equal = torch.equal(added(key), added(NoiseKey.from_seed(0)))
+        os.write(writing, b"y" if equal else b"n")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 1) == b"y"
