@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from perdure.errors import PrivacyError
 from perdure.privacy.accounting.charges import Charge, History, Relation
+from perdure.privacy.accounting.gaussian_losses import gaussian_step
 from perdure.privacy.grid import SENSITIVITY
 from perdure.privacy.noise.table import DEVIATIONS, LOG2_ERROR
 
@@ -182,21 +183,7 @@ def _two_sided(t: float) -> float:
     return math.erfc(t / math.sqrt(2)) if t > 0 else 1.0
 
 
-@lru_cache(maxsize=8)
-def _single(rate: float, noise: float, relation: Relation, interval: float) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    relations = {
-        "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "replace-one": NeighboringRelation.REPLACE_ONE,
-    }
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise,
-        sampling_prob=rate,
-        value_discretization_interval=interval,
-        neighboring_relation=relations[relation],
-    )
+_single = lru_cache(maxsize=32)(gaussian_step)
 
 
 @lru_cache(maxsize=8)

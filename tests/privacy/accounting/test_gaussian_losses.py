@@ -1,0 +1,45 @@
+"""Loss distributions of one Gaussian step beside those that dp-accounting makes itself."""
+
+import pytest
+from dp_accounting import NeighboringRelation
+from dp_accounting.pld import privacy_loss_distribution
+
+from perdure.privacy.accounting.gaussian_losses import gaussian_step
+
+RELATIONS = {
+    "add-remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
+    "replace-one": NeighboringRelation.REPLACE_ONE,
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize(
+    ("rate", "noise", "interval", "steps"),
+    [
+        (0.01, 0.8, 1e-3, 1000),
+        (1.0, 1.1, 1e-3, 1),
+        (1e-4, 0.5, 1e-3, 10_000),
+        (0.2, 0.3, 1e-2, 50),  # losses into the hundreds
+        (0.3, 0.06, 1e-1, 3),
+        (0.999, 1.3, 1e-3, 9),
+        (0.04, 30.0, 1e-4, 2000),
+    ],
+)
+def test_a_step_is_that_of_dp_accounting(relation, rate, noise, interval, steps):
+    """One step and many, on both sides of the neighbouring relation."""
+    mine = gaussian_step(rate, noise, relation, interval)
+    theirs = privacy_loss_distribution.from_gaussian_mechanism(
+        noise,
+        sampling_prob=rate,
+        value_discretization_interval=interval,
+        neighboring_relation=RELATIONS[relation],
+    )
+    for epsilon in (-1.0, 0.0, 0.1, 3.0):
+        assert mine.get_delta_for_epsilon(epsilon) == pytest.approx(
+            theirs.get_delta_for_epsilon(epsilon), rel=1e-8, abs=1e-13
+        )
+    many = [one.self_compose(steps) for one in (mine, theirs)]
+    for delta in (1e-3, 1e-5):
+        found, expected = (one.get_epsilon_for_delta(delta) for one in many)
+        assert found == pytest.approx(expected, rel=1e-6)
