@@ -5,6 +5,7 @@ Those of one id within one partition, whatever was done to them on the way.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,16 +33,21 @@ class RecordGroups:
     starts: Tensor
     counts: Tensor
 
-    def rows(self, hit: Tensor, pick: Tensor) -> Tensor:
-        """Positions of one row for every record where `hit` (r,) is true.
+    @cached_property
+    def whose(self) -> Tensor:
+        """(r, 2) id and owner of each record."""
+        return torch.stack([self.ids, self.owners], dim=1)
+
+    def rows(self, drawn: Tensor, pick: Tensor) -> Tensor:
+        """Positions of one row for every record of `drawn` (m,), by number.
 
         The row is chosen by the record's `pick`, uniform in [0, 1).
 
         Guarantee: a record enters a step at most once, whatever the number of its rows.
         """
-        counts = self.counts[hit]
+        counts = self.counts[drawn]
         row = torch.minimum((pick * counts).long(), counts - 1)
-        return self.order[self.starts[hit] + row]
+        return self.order[self.starts[drawn] + row]
 
 
 def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:

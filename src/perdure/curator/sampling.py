@@ -131,15 +131,14 @@ class PrivateSampler:
         """Positions of a step's rows, on their device."""
         records = self.records
         exposed = self.exposure
-        whose = torch.stack([records.ids, records.owners], dim=1)
-        coins = mechanism.coins(whose, step, self.purpose)
+        coins = mechanism.coins(records.whose, step, self.purpose)
         if exposed.slots is None:
-            hit = coins < exposed.rate
+            hit = (coins < exposed.rate).nonzero().flatten()
             # below the rate, divided by it: uniform again
             drawn = records.rows(hit, coins[hit] / exposed.rate)
         else:
             place = (mechanism.tags(records.ids, "place in an epoch") * exposed.slots).long()
-            hit = place == step % exposed.slots
+            hit = (place == step % exposed.slots).nonzero().flatten()
             drawn = records.rows(hit, coins[hit])
         return drawn.to(self.rows.inputs.device)
 

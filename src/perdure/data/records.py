@@ -165,6 +165,10 @@ class Batch:
 
     def take(self, index: Tensor | slice) -> "Batch":
         """Rows at `index`."""
+        if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1:
+            places = torch.where(index < 0, index + len(self), index)
+            # several times as fast as an index in brackets, where rows are long
+            return self.map(lambda rows: rows.index_select(0, places.to(rows.device)))
         return self.map(lambda rows: rows[index])
 
 
