@@ -186,12 +186,8 @@ def test_choices_come_as_often_as_the_exponential_mechanism_says(k):
     scores = torch.tensor([0.0, 2.0, 3.0, 1.0], dtype=torch.float64)
     noise = 1.5
     drawn = [
-        tuple(
-            exponential(
-                scores, k, noise_multiplier=noise, uniform=key.uniform(4, **PLACE, step=i)
-            ).tolist()
-        )
-        for i in range(n)
+        tuple(exponential(scores, k, noise_multiplier=noise, uniform=own).tolist())
+        for own in key.uniform(4 * n, **PLACE, step=0).view(n, 4)
     ]
 
     def p_value(multiplier):
