@@ -46,6 +46,12 @@ class Records:
     domain: InputDomain | None = None
 
     def __post_init__(self) -> None:
+        for name in ("inputs", "labels", "ids"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise DataError(
+                    f"{name} are a {type(value).__name__}; give a tensor: torch.as_tensor({name})"
+                )
         n = len(self.inputs)
         if len(self.labels) != n:
             raise DataError(f"{n} inputs but {len(self.labels)} labels; give one label per input")

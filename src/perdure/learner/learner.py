@@ -19,6 +19,7 @@ from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, LedgerError
+from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, on_device
 from perdure.learner.checkpoint import Position, Snapshot, Store
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of, refuse_other_run
 from perdure.learner.folder_claims import HEAD, anchor_of
@@ -171,6 +172,7 @@ class Learner:
             RunError: when the folder is in use, or its checkpoint is of a run that was asked for
                 otherwise; the differences are named.
         """
+        check_stream(stream)
         if self.privacy:
             check_finite([stream])
         try:
@@ -405,31 +407,18 @@ class Learner:
     # ------------------------------------------------------------------ inside
 
     def __post_init__(self) -> None:
-        self._check_settings()
+        check_arguments(vars(self))
+        if self.folder is not None:
+            self.folder = Path(self.folder)
         if type(self.model).__module__.startswith("opacus."):
             from perdure.privacy.opacus.migration import unwrapped
 
             self.model = unwrapped(self.model, known=not self.privacy or bool(self.privacy.spent))
-        self.model.to(self.device)
+        on_device(self.model, self.device)
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    def _check_settings(self) -> None:
-        if (self.epochs is None) == (self.iterations is None):
-            given = f"epochs={self.epochs}, iterations={self.iterations}"
-            allowed = "exactly one of epochs and iterations"
-            raise ConfigError.of("length of an experience", given, allowed)
-        for name in ("epochs", "iterations", "blocks", "batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError.of(name, value, "1 or more")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError.of("precision", self.precision, ("float32", "bfloat16"))
-        if self.views and self.adversary:
-            allowed = "none with an adversary, which perturbs the record itself"
-            raise ConfigError.of("views", self.views, allowed)
-
     def _new_optimizer(self) -> None:
-        self._optimizer = self.optimizer(trainable_parameters(self.model).values())
+        self._optimizer = made_optimizer(self.optimizer(trainable_parameters(self.model).values()))
         self._scheduler = self.scheduler(self._optimizer) if self.scheduler else None
 
     def noise_digest(self) -> str:

@@ -16,14 +16,35 @@ from perdure.utils.modules import evaluating
 
 
 def refuse_outputs(model: nn.Module, stream: Stream) -> None:
-    """Refuse a model whose outputs are not one for every class; it is shown one row of zeros."""
-    row = torch.zeros_like(stream[0].train.inputs[:1])
+    """Refuse a model that fails on a stream's rows, or has not one output for every class.
+
+    It is shown two rows of zeros.
+    """
+    rows = torch.zeros_like(stream[0].train.inputs[:2])
+    if not len(rows):
+        return
+    given = f"{len(rows)} rows of {tuple(rows.shape[1:])} in {str(rows.dtype)[6:]}"
     with torch.no_grad(), evaluating(model):
-        shape = tuple(model(row).shape) if len(row) else (1, stream.num_classes)
-    if shape != (1, stream.num_classes):
-        given = shape[1] if len(shape) == 2 else shape
+        try:
+            answer: object = model(rows)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"the model fails on {given}, as the stream's records are: {reason}; give it a "
+                "first layer that fits them, or convert the records"
+            ) from error
+    if not isinstance(answer, torch.Tensor):
         raise ConfigError.of(
-            "outputs of the model", given, f"{stream.num_classes}: one for every class"
+            "output of the model", type(answer).__name__, "one tensor (rows, classes); return that"
+        )
+    shape = tuple(answer.shape)
+    if shape != (len(rows), stream.num_classes):
+        fits = len(shape) == 2 and shape[0] == len(rows)
+        raise ConfigError.of(
+            "outputs of the model",
+            shape[1] if fits else f"{shape} for {given}",
+            f"{stream.num_classes}: one for every class"
+            + ("" if fits else f", ({len(rows)}, {stream.num_classes}), one row for every record"),
         )
 
 

@@ -21,6 +21,10 @@ training.
 EPSILONS = (1e-6, 1e4)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
     """Record-level differential privacy of everything that leaves a curator.
@@ -96,16 +100,16 @@ class Privacy:
             raise ConfigError.of("privacy", "neither epsilon nor noise_multiplier", allowed)
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
+            if value is not None and not (_is_number(value) and least <= value <= most):
                 raise ConfigError.of(
                     f"privacy.{name}", value, f"a number from {least:g} to {most:g}"
                 )
         for value in self.epsilons:
-            if not EPSILONS[0] <= value <= EPSILONS[1]:
+            if not (_is_number(value) and EPSILONS[0] <= value <= EPSILONS[1]):
                 raise ConfigError.of(
                     "privacy.epsilon", value, "a number from {:g} to {:g}".format(*EPSILONS)
                 )
-        if not 0 < self.delta < 1:
+        if not (_is_number(self.delta) and 0 < self.delta < 1):
             raise ConfigError.of(
                 "privacy.delta", self.delta, "a number between 0 and 1, below 1 / number of records"
             )

@@ -1,0 +1,105 @@
+"""What a learner is given, checked before anything is built from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import device, nn
+from torch.optim import LBFGS, Optimizer
+
+from perdure.adversarial.base import Attack
+from perdure.contract.strategy import Strategy
+from perdure.data.augmentation import Views
+from perdure.data.experience import Stream
+from perdure.errors import ConfigError
+from perdure.privacy.settings import Privacy
+
+KINDS: dict[str, tuple[type, str]] = {
+    "model": (nn.Module, "a torch.nn.Module"),
+    "strategy": (Strategy, "an instance of a strategy, such as EWC(strength=100.0)"),
+    "privacy": (Privacy, "None, or perdure.Privacy, such as Privacy(epsilon=3.0)"),
+    "adversary": (Attack, "None, or an instance of an attack, such as PGD()"),
+    "views": (Views, "None, or perdure.data.Views"),
+}
+"""Types of arguments, and what to write."""
+OPTIONAL = ("privacy", "adversary", "views")
+COUNTS = ("epochs", "iterations", "blocks", "batch_size", "micro_batch_size")
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a `Learner` that are of another type, or not allowed.
+
+    Args:
+        given: name to value.
+
+    Raises:
+        ConfigError: naming the argument, what was given, what is allowed.
+    """
+    for name, (kind, allowed) in KINDS.items():
+        value = given[name]
+        if not isinstance(value, kind) and not (value is None and name in OPTIONAL):
+            raise ConfigError.of(name, value, allowed)
+    if isinstance(given["optimizer"], Optimizer) or not callable(given["optimizer"]):
+        raise ConfigError.of(
+            "optimizer",
+            type(given["optimizer"]).__name__,
+            "a function from parameters to an optimiser, such as partial(torch.optim.SGD, lr=0.1)",
+        )
+    if (given["epochs"] is None) == (given["iterations"] is None):
+        raise ConfigError.of(
+            "length of an experience",
+            f"epochs={given['epochs']}, iterations={given['iterations']}",
+            "exactly one of epochs and iterations",
+        )
+    for name in COUNTS:
+        value = given[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):
+            raise ConfigError.of(name, value, "a whole number, 1 or more")
+    if given["precision"] not in ("float32", "bfloat16"):
+        raise ConfigError.of("precision", given["precision"], ("float32", "bfloat16"))
+    if given["views"] and given["adversary"]:
+        allowed = "none with an adversary, which perturbs the record itself"
+        raise ConfigError.of("views", given["views"], allowed)
+
+
+def made_optimizer(made: object) -> Optimizer:
+    """Return what the argument `optimizer` made, where the loop can use it.
+
+    Raises:
+        ConfigError: where it is no optimiser, or asks for losses again inside a step.
+    """
+    if not isinstance(made, Optimizer):
+        raise ConfigError.of(
+            "optimizer(parameters)", type(made).__name__, "a torch.optim.Optimizer; return one"
+        )
+    if isinstance(made, LBFGS):
+        raise ConfigError.of(
+            "optimizer", "LBFGS", "an optimiser that needs one gradient a step, such as SGD or Adam"
+        )
+    return made
+
+
+def on_device(model: nn.Module, given: str | device) -> None:
+    """Move a model to the device that was given.
+
+    Raises:
+        ConfigError: where torch does not know it, or this machine lacks it.
+    """
+    try:
+        model.to(given)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device = {str(given)!r} cannot be used: {reason}; allowed: 'cpu', or a device that "
+            "torch finds here"
+        ) from error
+
+
+def check_stream(stream: object) -> None:
+    """Refuse what is no stream of experiences."""
+    if not isinstance(stream, Stream):
+        raise ConfigError.of(
+            "stream",
+            type(stream).__name__,
+            "a perdure.Stream; perdure.data.split(dataset, experiences=5) makes one of a data set",
+        )

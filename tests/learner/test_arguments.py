@@ -1,0 +1,116 @@
+"""Arguments of another type, or that nothing can be done with: one plain line before anything is
+built.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from perdure.data.records import Records
+from perdure.data.scenarios import split
+from perdure.errors import ConfigError, DataError
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
+from perdure.strategies import Naive
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def learner(**changes):
+    given = {"model": nn.Linear(5, 4), "strategy": Naive(), "optimizer": SGD, "epochs": 1}
+    return Learner(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": nn.Linear}, "model = .*Linear.* is not allowed; allowed: a torch.nn.Module"),
+        ({"strategy": Naive}, "strategy = .*Naive.*; allowed: an instance of a strategy, such as"),
+        ({"strategy": "naive"}, "strategy = 'naive' is not allowed; allowed: an instance"),
+        ({"privacy": 3.0}, r"privacy = 3.0 .*Privacy\(epsilon=3.0\)"),
+        ({"adversary": "pgd"}, r"adversary = 'pgd' .*such as PGD\(\)"),
+        ({"views": 4}, "views = 4 is not allowed; allowed: None, or perdure.data.Views"),
+        ({"optimizer": "sgd"}, r"optimizer = 'str' .*partial\(torch.optim.SGD, lr=0.1\)"),
+        ({"epochs": 1.5}, "epochs = 1.5 is not allowed; allowed: a whole number, 1 or more"),
+        ({"blocks": True}, "blocks = True is not allowed; allowed: a whole number"),
+        ({"batch_size": "8"}, "batch_size = '8' is not allowed; allowed: a whole number"),
+        ({"device": "gpu"}, "device = 'gpu' cannot be used: .*; allowed: 'cpu', or a device"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_in_one_line(changes, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        learner(**changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_optimizer_in_place_of_its_maker_is_refused():
+    with pytest.raises(ConfigError, match=r"optimizer = 'SGD' .*a function from parameters"):
+        learner(optimizer=torch.optim.SGD(nn.Linear(5, 4).parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("maker", "message"),
+    [
+        (torch.optim.LBFGS, "optimizer = 'LBFGS' .*one gradient a step"),
+        (lambda parameters: None, "optimizer.parameters. = 'NoneType' .*return one"),
+    ],
+)
+def test_an_optimizer_that_the_loop_cannot_use_is_refused(toy_stream, maker, message):
+    with pytest.raises(ConfigError, match=message):
+        learner(optimizer=maker).fit(toy_stream())
+
+
+def test_a_folder_may_be_text(tmp_path):
+    assert learner(folder=str(tmp_path)).folder == Path(tmp_path)
+
+
+def test_a_data_set_in_place_of_a_stream_is_refused():
+    with pytest.raises(ConfigError, match=r"stream = 'list' .*perdure\.data\.split"):
+        learner().fit([torch.ones(3, 5)])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(6, 4), r"the model fails on 2 rows of \(5,\) in float32.*first layer that fits"),
+        (nn.Identity(), "outputs of the model = 5 is not allowed; allowed: 4: one for every class"),
+        (nn.GRU(5, 4), "output of the model = 'tuple' .*one tensor"),
+        (nn.Flatten(0), r"outputs of the model = .\(10,\) for 2 rows.*one row for every record"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_records_is_refused(toy_stream, model, message):
+    with pytest.raises(ConfigError, match=message):
+        learner(model=model, optimizer=lambda p: SGD([nn.Parameter(torch.ones(1))])).fit(
+            toy_stream()
+        )
+
+
+def test_inputs_of_another_precision_are_named(toy_data):
+    train, test = (
+        replace(part, inputs=part.inputs.double()) for part in (toy_data.train, toy_data.test)
+    )
+    stream = split(replace(toy_data, train=train, test=test), scenario="class", experiences=2)
+    with pytest.raises(ConfigError, match=r"in float64.*convert the records"):
+        learner().fit(stream)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"epsilon": "3"}, {"epsilon": (1.0, "2")}, {"noise_multiplier": "1"}, {"delta": "x"}],
+)
+def test_privacy_in_words_is_refused(settings):
+    with pytest.raises(ConfigError, match="is not allowed; allowed: a number"):
+        Privacy(**({"noise_multiplier": 1.0} | settings))
+
+
+@pytest.mark.parametrize("name", ["inputs", "labels", "ids"])
+def test_arrays_in_place_of_tensors_are_named(name):
+    given = {"inputs": torch.ones(3, 5), "labels": torch.zeros(3).long(), "ids": torch.arange(3)}
+    given[name] = np.zeros(3, dtype=np.int64)
+    with pytest.raises(DataError, match=f"{name} are a ndarray; .*torch.as_tensor"):
+        Records(**given)
