@@ -9,6 +9,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy import stats
 
 from perdure.errors import BudgetError, ConfigError, PrivacyError
+from perdure.privacy.accounting.accountants import pld_epsilon
 from perdure.privacy.accounting.calibration import calibrate, epsilon, within, worst
 from perdure.privacy.accounting.charges import Charge, merged
 
@@ -317,3 +318,41 @@ def test_impossible_targets_are_refused(wrong):
         calibrate(
             lambda noise: [[Charge(0.1, noise, 1)]], **({"epsilon": 1.0, "delta": DELTA} | wrong)
         )
+
+
+def revisited(noise):
+    """Histories of five experiences with a memory, and of one whose records are used once."""
+    own = Charge(0.02, noise, 300, "grid-gaussian")
+    back = [Charge(0.02 / (1 + j), noise, 300, "grid-gaussian") for j in range(5)]
+    return [[own, *back[i + 1 :]] for i in range(5)] + [[Charge(0.01, noise, 1000)]]
+
+
+def used_once(noise):
+    return [[Charge(0.01, noise, 1000)]]
+
+
+@pytest.mark.parametrize(
+    ("charges_at", "target"), [(revisited, 0.1), (used_once, 1e-3), (used_once, 3.0)]
+)
+def test_calibration_takes_few_loss_distributions(charges_at, target):
+    """It took 1,100 at a target of 0.01, and failed at 1e-4; a second one takes none."""
+    before = pld_epsilon.cache_info().misses
+    noise = calibrate(charges_at, epsilon=target, delta=1e-5)
+    needed = pld_epsilon.cache_info().misses - before
+    assert needed <= 40
+    assert calibrate(charges_at, epsilon=target, delta=1e-5) == noise
+    assert pld_epsilon.cache_info().misses - before == needed
+    spent = max(epsilon(history, delta=1e-5) for history in charges_at(noise))
+    assert 0.998 * target < spent <= target
+
+
+@pytest.mark.reference
+def test_small_losses_are_seen_on_the_grid():
+    """A Gaussian without sampling at epsilon 1e-3, by its closed form (Balle and Wang 2018)."""
+    charge = Charge(1.0, 2000.0, 1)
+    spent = epsilon([charge], delta=1e-5)
+    mu = 1 / 2000.0
+    delta = stats.norm.cdf(mu / 2 - spent / mu) - math.exp(spent) * stats.norm.cdf(
+        -mu / 2 - spent / mu
+    )
+    assert delta == pytest.approx(1e-5, rel=1e-3)

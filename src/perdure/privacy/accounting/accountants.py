@@ -78,7 +78,8 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
 def pld_epsilon(history: History, delta: float, relation: Relation, interval: float) -> float:
     """Epsilon of the composed privacy loss distributions, pessimistic on a grid of `interval`.
 
-    The grid is widened where losses run into the hundreds; a million and more is infinity.
+    The grid is widened where losses run into the hundreds, and narrowed where all of them are below
+    1; a million and more is infinity.
     """
     if not history:
         return 0.0
@@ -87,12 +88,19 @@ def pld_epsilon(history: History, delta: float, relation: Relation, interval: fl
     spread = _spread(history, relation)
     if spread > WIDEST:
         return math.inf
-    interval *= 10 ** max(0, math.ceil(math.log10(spread / 200)))
+    interval *= _widening(spread)
     total: Any = None
     for charge in history:
         part = _steps(charge, relation, interval)
         total = part if total is None else total.compose(part)
     return with_sampler(lambda d: float(total.get_epsilon_for_delta(d)), history, delta)
+
+
+def _widening(spread: float) -> float:
+    """Factor by which the grid is widened: to fit into memory, or to see small losses at all."""
+    if spread > 200:
+        return float(10 ** math.ceil(math.log10(spread / 200)))
+    return 10.0 ** min(0, math.floor(math.log10(spread)))
 
 
 def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
@@ -112,7 +120,7 @@ def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
 
 
 def _spread(history: History, relation: Relation) -> float:
-    """Size of the losses that matter, by which the grid is widened to fit into memory.
+    """Size of the losses that matter, by which the grid is widened or narrowed.
 
     Those of one step reach 1/(2 s^2) + 10/s; the sum of all has mean at most
     k = sum n min(q / (2 s^2), q^2 (exp(1/s^2) - 1)), a bound on the KL divergence, give or take 10

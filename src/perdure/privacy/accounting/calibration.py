@@ -8,7 +8,6 @@ spent.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 
 from perdure.errors import BudgetError, ConfigError
 from perdure.privacy.accounting.accountants import Accountant, pld_epsilon, rdp_epsilon
@@ -17,6 +16,11 @@ from perdure.privacy.accounting.charges import Charge, History, Relation, merged
 INTERVAL = 1e-4
 COARSE_INTERVAL = 1e-3
 NOISE_RANGE = (0.05, 1e4)
+ROUGH_RANGE = (1e-9, 1e6)
+FINE_TOLERANCE = 5e-4
+"""How far below the target, relative to it, a calibrated history may cost."""
+FINE_CALLS = 4
+"""Evaluations on the fine grid to get there."""
 
 
 def epsilon(
@@ -148,13 +152,18 @@ def calibrate(
     """
     check_target(epsilon, delta)
     histories = [merged(history) for history in charges_at(1.0)]
-    cost = partial(pld_epsilon, delta=delta, relation=relation, interval=COARSE_INTERVAL)
-    over = histories.index(max(_undominated(histories), key=cost)) if histories else None
+    over = _heaviest(histories, delta) if histories else None
     noise = NOISE_RANGE[0]
     while over is not None:
         noise = max(noise, _solve(_at(charges_at, over), epsilon, delta, relation))
-        over = _over(list(map(merged, charges_at(noise))), epsilon, delta, relation)
+        over = _over(list(map(merged, charges_at(noise))), over, epsilon, delta, relation)
     return noise
+
+
+def _heaviest(histories: Sequence[History], delta: float) -> int:
+    """Index of the history that costs most, roughly."""
+    costs = [rough_epsilon(history, delta) for history in histories]
+    return costs.index(max(costs))
 
 
 def _at(
@@ -164,10 +173,12 @@ def _at(
 
 
 def _over(
-    histories: Sequence[History], target: float, delta: float, relation: Relation
+    histories: Sequence[History], solved: int, target: float, delta: float, relation: Relation
 ) -> int | None:
-    """Index of a history that costs more than `target`, if there is one."""
-    for history in _undominated(histories):
+    """Index of a history other than `solved` that costs more than `target`, if there is one."""
+    others = [history for history in _undominated(histories) if history != histories[solved]]
+    # those that cost most first
+    for history in sorted(others, key=lambda own: -rough_epsilon(own, delta)):
         if not within(history, target, delta=delta, relation=relation):
             return histories.index(history)
     return None
@@ -189,51 +200,145 @@ def _contains(large: History, small: History) -> bool:
 def _solve(
     history_at: Callable[[float], History], target: float, delta: float, relation: Relation
 ) -> float:
-    """Root on a coarse grid, with one correction on the fine grid.
+    """Smallest noise multiplier for one history.
 
-    Then it is raised in small steps until PLD agrees.
+    A rough formula says where to look, PLD on a coarse grid where the root is, and the fine grid
+    decides.
     """
     interval = COARSE_INTERVAL * max(1.0, target / 3)
 
     def excess(log_noise: float) -> float:
-        history = history_at(math.exp(log_noise))
-        spent = pld_epsilon(history, delta, relation, interval)
-        return math.log(min(max(spent, 1e-9), 1e9) / target)
+        spent = pld_epsilon(history_at(math.exp(log_noise)), delta, relation, interval)
+        return _logarithm(spent / target)
 
-    low, high = _bracket(excess)
+    def rough_excess(log_noise: float) -> float:
+        return _logarithm(rough_epsilon(history_at(math.exp(log_noise)), delta) / target)
+
+    low, high = _bracket(rough_excess, 0.0, first=1.0)
+    start = high if low == high else _root(rough_excess, low, high)
+    low, high = _bracket(excess, start, first=0.02)
+    if high > math.log(NOISE_RANGE[1]):
+        raise BudgetError(
+            f"no noise multiplier up to {NOISE_RANGE[1]:g} meets the epsilon: charges that do not "
+            "depend on it cost more already; raise epsilon or take them out"
+        )
     if low == high:
         return NOISE_RANGE[0]
-    root = _root(excess, low, high)
-    slope = (excess(root + 0.01) - excess(root)) / 0.01
-    fine = epsilon(history_at(math.exp(root)), delta=delta, relation=relation)
-    noise = _round_up(math.exp(root - (math.log(fine / target) + 1e-4) / slope))
-    while epsilon(history_at(noise), delta=delta, relation=relation) > target:
-        noise = _round_up(noise * (1 + 2e-4))
-    return noise
+    return _on_the_fine_grid(history_at, _root(excess, low, high), target, delta, relation)
 
 
-def _bracket(excess: Callable[[float], float]) -> tuple[float, float]:
-    """Logarithms of two noise multipliers with the root between them.
+def _on_the_fine_grid(
+    history_at: Callable[[float], History],
+    root: float,
+    target: float,
+    delta: float,
+    relation: Relation,
+) -> float:
+    """Smallest noise multiplier of four digits by the fine grid, from the root on a coarse one."""
 
-    Equal where the smallest is enough.
+    def excess(noise: float) -> float:
+        spent = epsilon(history_at(noise), delta=delta, relation=relation)
+        return _logarithm(spent / target)
+
+    noise = _round_up(math.exp(root))
+    before = excess(noise)
+    slope = -1.0  # at least so steep, where all charges depend on the noise
+    found = math.inf if before > 0 else noise
+    for _ in range(FINE_CALLS):
+        if -FINE_TOLERANCE < before <= 0:
+            break
+        guess = _round_up(noise * math.exp(-(before + FINE_TOLERANCE / 10) / slope))
+        if guess == noise:
+            break
+        after = excess(guess)
+        slope = min((after - before) / math.log(guess / noise), -1e-2)
+        noise = guess
+        before = after
+        if after <= 0:
+            found = min(found, noise)
+    while math.isinf(found):
+        noise = _round_up(noise * math.exp(max(before, 2e-4)))
+        before = excess(noise)
+        found = noise if before <= 0 else math.inf
+    return found
+
+
+def _logarithm(ratio: float) -> float:
+    return math.log(min(max(ratio, 1e-12), 1e12))
+
+
+def rough_epsilon(history: History, delta: float) -> float:
+    """Epsilon of the Gaussian that a history is like (central limit); no bound, only a guess.
+
+    Source: Dong, Roth and Su 2022 (Gaussian differential privacy), theorem 3.6 and corollary 2.13.
+    """
+    square = sum(charge.steps * _mu_squared(charge) for charge in history)
+    if square == 0 or math.isinf(square):
+        return square
+    mu = math.sqrt(square)
+
+    def tail(x: float) -> float:
+        return math.erfc(x / math.sqrt(2)) / 2
+
+    def over(log_epsilon: float) -> float:
+        own = math.exp(log_epsilon)
+        beside = tail(own / mu + mu / 2)
+        spent = tail(own / mu - mu / 2) - (math.exp(own) * beside if own < 700 else 0.0)
+        return spent - delta
+
+    low, high = (math.log(edge) for edge in ROUGH_RANGE)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if over(middle) > 0 else (low, middle)
+    return math.exp(high)
+
+
+def _mu_squared(charge: Charge) -> float:
+    """What one step adds to mu^2."""
+    if charge.noise_multiplier == 0:
+        return math.inf
+    inverse = 1 / charge.noise_multiplier**2
+    if charge.noise == "exponential":
+        return inverse / 4  # as a Gaussian with the same zero-concentrated privacy
+    if charge.sampling_rate == 1:
+        return inverse
+    return charge.sampling_rate**2 * math.expm1(min(inverse, 600))
+
+
+def _bracket(
+    excess: Callable[[float], float], start: float, *, first: float
+) -> tuple[float, float]:
+    """Logarithms of two noise multipliers with the root of a decreasing function between them.
+
+    Both are the smallest allowed where that is enough, and beyond the largest where that is not.
+
+    Args:
+        excess: logarithm of epsilon over the target; falls by 1 or more in a unit, where all
+            charges depend on the noise.
+        start: where to begin.
+        first: least first step.
     """
     lowest, highest = (math.log(noise) for noise in NOISE_RANGE)
-    high = 0.0
-    while excess(high) > 0:
-        if high >= highest:
-            raise BudgetError(
-                f"no noise multiplier up to {NOISE_RANGE[1]:g} meets the epsilon: charges "
-                "that do not depend "
-                "on it cost more already; raise epsilon or take them out"
-            )
-        high += 1.0
-    low = high
-    while excess(low) <= 0:
-        if low <= lowest:
+    here = min(max(start, lowest), highest)
+    value = excess(here)
+    step = max(first, 1.05 * abs(value))
+    if value > 0:
+        while value > 0:
+            if here >= highest:
+                return math.inf, math.inf
+            low = here
+            here = min(here + step, highest)
+            value = excess(here)
+            step *= 2
+        return low, here
+    while value <= 0:
+        if here <= lowest:
             return lowest, lowest
-        high = low
-        low = max(low - 0.5, lowest)
-    return low, high
+        high = here
+        here = max(here - step, lowest)
+        value = excess(here)
+        step *= 2
+    return here, high
 
 
 def _root(excess: Callable[[float], float], low: float, high: float) -> float:
@@ -243,6 +348,7 @@ def _root(excess: Callable[[float], float], low: float, high: float) -> float:
     """
     at_low = excess(low)
     at_high = excess(high)
+    middle = high
     for _ in range(50):
         middle = (low * at_high - high * at_low) / (at_high - at_low)
         at_middle = excess(middle)
