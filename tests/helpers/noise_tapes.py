@@ -16,6 +16,7 @@ from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
 from perdure.privacy.clipping.rules.convolution import ConvGhost, ConvRows
 from perdure.privacy.clipping.rules.linear import LinearGhost, LinearOuter, LinearRows
+from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.per_record import gradient_rows
 
 N = 9
@@ -171,3 +172,29 @@ def assert_equal(module, x):
         assert all(
             value.dtype == torch.float32 and not value.requires_grad for value in mine.values()
         )
+
+
+# --------------------------------------------------------------------------- given gradients
+
+
+def place():
+    return torch.Generator().manual_seed(0)
+
+
+def randn(*shape, draw):
+    return torch.randn(*shape, generator=draw)
+
+
+def total(model, x, backs, index, clip, at_once=None):
+    """Clipped sum of some records, whose losses have the gradients `backs` at the output."""
+    batch = Batch.current(Records(inputs=x, labels=torch.arange(len(x))), 0).take(index)
+
+    def losses(forward, batch):
+        return (forward(batch.inputs) * backs[batch.labels]).flatten(1).sum(1)
+
+    params = dict(model.named_parameters())
+    return clipped_gradient(Forward(model), losses, params, batch, clip, at_once)
+
+
+def difference(one, other):
+    return {name: one[name].double() - other[name].double() for name in one}

@@ -1,6 +1,7 @@
 """Small models, batches and checks for tests of squared gradients."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from perdure.data.records import Batch, Records
@@ -62,3 +63,98 @@ def tied():
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
     model[2].weight = model[0].weight
     return model
+
+
+class Transposed(nn.Module):
+    """An autoencoder whose encoder's weight decodes as well; the head sees the rest too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(5, 4)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x):
+        z = self.encoder(x)
+        rest = x - F.linear(z, self.encoder.weight.t())
+        return self.head(torch.cat([z, rest], 1))
+
+
+class Weighed(nn.Module):
+    """Adds the length of a layer's weight to what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.layer(x) * self.layer.weight.square().mean()
+
+
+class Reweighted(nn.Module):
+    """Calls a layer with a weight computed from its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        doubled = {"weight": 2 * self.layer.weight, "bias": self.layer.bias}
+        return torch.func.functional_call(self.layer, doubled, x)
+
+
+class Named(nn.Module):
+    """Calls a layer with a named argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def layers():
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def hooked():
+    """A user's hook triples what a layer gives."""
+    model = layers()
+    model[0].register_forward_hook(lambda layer, args, output: 3 * output)
+    return model
+
+
+def hooked_before():
+    """A user's hook triples what a layer is given."""
+    model = layers()
+    model[2].register_forward_pre_hook(lambda layer, args: (3 * args[0],))
+    return model
+
+
+def replaced():
+    """A method of one layer is replaced on the object."""
+    model = layers()
+    layer = model[0]
+    layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
+    return model
+
+
+def computed():
+    """A weight is computed from another parameter before every call."""
+    model = layers()
+    layer = model[0]
+    layer.base = layer.weight
+    del layer.weight
+    layer.weight = 2 * layer.base.detach()
+
+    def double(layer, args):
+        layer.weight = 2 * layer.base
+
+    layer.register_forward_pre_hook(double)
+    return model
+
+
+FAST = (hooked, hooked_before, Named)
+"""Models whose layers are used as built, whatever runs around them."""
+BY_ROWS = (Transposed, Weighed, Reweighted, replaced, computed)
+"""Models whose gradient of a weight is no outer product at its layer's call."""

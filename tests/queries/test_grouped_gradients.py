@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from helpers.squared_gradients import (
+    BY_ROWS,
+    FAST,
     Sequence,
     Twice,
     assert_same,
@@ -66,8 +68,8 @@ def test_rows_and_sums_equal_one_backward_pass_a_record(model, terms):
     assert all(bool(value.any(dim=0).any()) for value in total.values())
 
 
-@pytest.mark.parametrize("make", [Twice, Sequence, tied])
-def test_models_whose_layers_are_used_otherwise_are_summed_by_record(make):
+@pytest.mark.parametrize("make", [Twice, Sequence, tied, *FAST, *BY_ROWS])
+def test_models_whose_layers_are_used_otherwise_are_summed_as_well(make):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()

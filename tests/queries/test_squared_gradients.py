@@ -6,6 +6,8 @@ from torch import nn
 from helpers.module_hooks import any_hooks
 from helpers.parties import opened_party
 from helpers.squared_gradients import (
+    BY_ROWS,
+    FAST,
     Sequence,
     Twice,
     assert_same,
@@ -103,7 +105,7 @@ def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_st
 
 
 @both
-@pytest.mark.parametrize("make", [Twice, Sequence, tied])
+@pytest.mark.parametrize("make", [Twice, Sequence, tied, *BY_ROWS])
 def test_the_fast_sum_steps_back_where_it_would_be_wrong(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -115,6 +117,45 @@ def test_the_fast_sum_steps_back_where_it_would_be_wrong(make, kind):
         name: rows.sum(0) for name, rows in by_hand(module, fisher_terms, data, SIZES[kind]).items()
     }
     assert_same(exact_sum(query, Forward(module), data, 4), expected)
+
+
+@both
+@pytest.mark.parametrize("make", FAST)
+def test_the_fast_sum_sees_what_hooks_make_of_a_call(make, kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = make()
+    data = batch()
+    expected = {
+        name: rows.sum(0) for name, rows in by_hand(module, fisher_terms, data, SIZES[kind]).items()
+    }
+    assert_same(summed(kind(fisher_terms), module, data), expected)
+
+
+@both
+@pytest.mark.parametrize("make", [*FAST, *BY_ROWS])
+def test_private_sums_of_any_model_are_those_of_its_rows(make, kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = make()
+    data = batch(n=20)
+    query = kind(fisher_terms)
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    clip = Clip(norm=0.05)
+    expected = clipped_sum(rows_of(query, module), params, data.tensors(), clip, 20)
+    assert_same(bounded_sum(query, module, params, data.tensors(), clip), expected)
+
+
+def test_a_hook_for_all_modules_stops_the_fast_sum():
+    def triple(module, args, output):
+        return 3 * output if isinstance(module, nn.Linear) else output
+
+    handle = nn.modules.module.register_module_forward_hook(triple)
+    try:
+        assert summed(SquaredGradient(fisher_terms), small(), batch()) is None
+    finally:
+        handle.remove()
+    assert summed(SquaredGradient(fisher_terms), small(), batch()) is not None
 
 
 def test_frozen_parameters_do_not_stop_the_sum():

@@ -16,8 +16,14 @@ from perdure.data.records import Batch, Records
 from perdure.learner.private_setup import synthetic
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.clipping.clip import Clip
-from perdure.privacy.guard.gradient_checks import RECORDS, GradientCase, check_gradients
+from perdure.privacy.guard.gradient_checks import (
+    RECORDS,
+    GradientCase,
+    check_bound,
+    check_gradients,
+)
 from perdure.privacy.guard.loss_checks import quiet_training
+from perdure.privacy.guard.probes import domain_of
 from perdure.queries.batch_gradients import clipped_gradient
 from perdure.types import Params
 from perdure.utils.modules import trainable_parameters
@@ -34,6 +40,8 @@ def inspect_gradients(
     inputs: Tensor | None = None,
 ) -> None:
     """Compare clipped gradients with a loop of autograd, on three synthetic records.
+
+    Where inputs have no declared range, also look at the clipped gradients of very large ones.
 
     Every set of parameters that the stream trains is compared in the first experience that trains
     it, and in the first one with a past.
@@ -54,6 +62,8 @@ def inspect_gradients(
     drawn, facts = synthetic(training, records=RECORDS, seed=seed, device=device)
     inputs = drawn if inputs is None else inputs[:RECORDS].to(device)
     quiet_training(model)
+    first = training.stream[0].train
+    domain = domain_of(first.inputs, first.domain)
     seen = set()
     for experience in training.stream:
         plan = training.of(experience)
@@ -67,12 +77,17 @@ def inspect_gradients(
             trainable=plan.trainable,
             labels_and_ids=facts[experience.index],
         )
+        case = trial.of(model, state, inputs)
+        what = f"{training.strategy.name}.losses()"
+        per_layer = training.privacy is not None and training.privacy.clipping == "per-layer"
         check_gradients(
-            trial.of(model, state, inputs),
-            f"{training.strategy.name}.losses()",
-            per_layer=training.privacy is not None and training.privacy.clipping == "per-layer",
+            case,
+            what,
+            per_layer=per_layer,
             in_double=partial(trial.in_double, model, state, inputs),
         )
+        if domain.floats and domain.range is None:
+            check_bound(case, what, per_layer=per_layer)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from perdure.contract.forward import Forward
 from perdure.data.records import Batch, batch_of_one
 from perdure.privacy.clipping.clip import Clip, per_pass, scaled, squared_norms
 from perdure.queries.per_record import CHUNK
-from perdure.queries.squared_gradients import Outer, SquaredGradient, clipped_outer, linear_layers
+from perdure.queries.squared_gradients import Outer, SquaredGradient, clipped_outer
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
@@ -76,7 +76,7 @@ class GroupedGradient(SquaredGradient):
         """
         if not len(tensors["labels"]):
             return None
-        layers = linear_layers(module)
+        layers = self.outer_layers(module, params, tensors)
         # one group more, for the others; in float64 where clipped (see `clipped_outer`)
         wide = None if clip is None else torch.float64
         sums = {

@@ -6,6 +6,10 @@ They are summed without rows where layers are linear. The gradient of a linear l
 d what comes back to its output and a what entered it. So its square is the outer product of d^2 and
 a^2, the sum over terms is one over d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The
 same holds for the absolute value, |d| and |a|.
+
+That is all of the gradient only where the losses depend on a weight through the own call of its
+layer alone. Elsewhere (tied weights, `F.linear(z, layer.weight.T)`, a replaced `forward`) the rows
+are formed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +23,7 @@ from perdure.contract.forward import Forward
 from perdure.data.records import Batch, batch_of_one
 from perdure.privacy.clipping.clip import Clip, per_pass
 from perdure.privacy.clipping.rules.base import sum_of
+from perdure.privacy.clipping.tape import escapes, runs_as_built, taped
 from perdure.queries.evaluation import SummedQuery
 from perdure.queries.per_record import CHUNK, clipped_row_sum, exact_row_sum
 from perdure.types import Params
@@ -89,9 +94,9 @@ class SquaredGradient(SummedQuery):
     ) -> Params | None:
         """Sum of the rows, clipped where `clip` is given.
 
-        None without records, or where not all layers are linear.
+        None without records, or where rows are no outer products (see `outer_layers`).
         """
-        layers = linear_layers(module)
+        layers = self.outer_layers(module, params, tensors)
         total = None
         for piece in chunks(tensors, CHUNK) if layers else ():
             assert layers is not None
@@ -133,6 +138,26 @@ class SquaredGradient(SummedQuery):
                 for name, gradient in pull(term)[0].items()
             }
         return sums, kept
+
+    def outer_layers(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]
+    ) -> dict[str, nn.Linear] | None:
+        """Linear layers of a model whose rows are outer products.
+
+        None where another module has a parameter, or the losses depend on a parameter in another
+        way than by one call of its layer, as its class has it; one blank record is run to see.
+        """
+        layers = linear_layers(module)
+        if not layers or not all(map(runs_as_built, layers.values())):
+            return None
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        blank = {name: value.new_zeros(1, *value.shape[1:]) for name, value in tensors.items()}
+        with torch.enable_grad(), taped(layers, leaves) as tape:
+            losses, _ = self.terms(Forward(module, leaves), Batch.from_tensors(blank))
+            total = losses.sum()
+        calls = [call for call in tape if call is not None and call.stands]
+        whole = len(calls) == len(tape) and sorted(c.layer for c in calls) == sorted(layers)
+        return layers if whole and not escapes(total, calls, leaves) else None
 
     def _outer(
         self,
@@ -205,12 +230,14 @@ class LayerTap:
         self._inputs = {}
         return self._inputs
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """Forward hook of the layer `name`."""
+    def hook(self, name: str) -> Callable[..., Tensor]:
+        """Forward hook of the layer `name`, which gets named arguments too."""
 
-        def listen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def listen(
+            _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> Tensor:
             self.calls[name] = self.calls.get(name, 0) + 1
-            self._inputs[name] = inputs[0]
+            (self._inputs[name],) = (*args, *named.values())
             # other outputs have several positions a record: `_outer` refuses them
             return output + self._shifts[name] if output.dim() == 2 else output
 
@@ -221,7 +248,11 @@ class LayerTap:
 def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[LayerTap]:
     """Hook a tap to the layers, and unhook it at the end."""
     tap = LayerTap()
-    handles = [layer.register_forward_hook(tap.hook(name)) for name, layer in layers.items()]
+    # first of the layer's hooks: the others may change the output
+    handles = [
+        layer.register_forward_hook(tap.hook(name), prepend=True, with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield tap
     finally:
@@ -261,12 +292,15 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
     """Return the linear layers with parameters by name, if all parameters are theirs and trained.
 
-    None where another module has a parameter, two layers share one, or one does not require a
-    gradient.
+    None where another module has a parameter, two layers share one, one does not require a
+    gradient, or a layer's parameters are not its weight and bias.
     """
     linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
     # Layers of a frozen body hold buffers instead of parameters: they have no gradient to square.
     layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}
+    # others may be computed from, as by torch.nn.utils.weight_norm, or be there without a weight
+    if any(_own_names(layer) not in ({"weight"}, {"weight", "bias"}) for layer in layers.values()):
+        return None
     owned = {
         f"{name}.{parameter}"
         for name, layer in layers.items()
@@ -274,3 +308,7 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
     }
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
     return layers if owned == trained == {name for name, _ in module.named_parameters()} else None
+
+
+def _own_names(layer: nn.Module) -> set[str]:
+    return {name for name, _ in layer.named_parameters()}

@@ -153,8 +153,8 @@ def test_a_private_run_goes_by_the_rule(toy_stream, monkeypatch):
     )
     stream = toy_stream()
     assert learner.fit(stream)[1].isfinite().all()
-    # the self test before the run, without and with a past, and then every step
-    assert calls == [1] * (2 + 3 * len(stream))
+    # the self tests before the run, three without and three with a past, and then every step
+    assert calls == [1] * (2 * 3 + 3 * len(stream))
 
 
 class Pair(Gain):

@@ -14,13 +14,11 @@ import torch
 from opacus.layers import DPGRU, DPLSTM
 from torch import nn
 
-from helpers.noise_tapes import LAYERS, NO_BIAS, Net, size
-from perdure.contract.forward import Forward
+from helpers.noise_tapes import LAYERS, NO_BIAS, Net, difference, place, randn, size, total
 from perdure.data.records import Batch, Records
 from perdure.privacy.clipping import ClippingRule, LayerCall, PrecomputedRows, register_rule
 from perdure.privacy.clipping.clip import Clip
 from perdure.privacy.grid import SLACK
-from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.gram import Gram
 from perdure.queries.grouped_gradients import GroupedGradient
 from perdure.queries.per_record import clipped_row_sum
@@ -92,10 +90,6 @@ CASES = {
 }
 
 
-def place():
-    return torch.Generator().manual_seed(0)
-
-
 def problem(name, n, kind, per_layer=False):
     """A model, inputs (n, ...) and gradients at its output (n, ...)."""
     torch.manual_seed(1)
@@ -116,25 +110,6 @@ def problem(name, n, kind, per_layer=False):
     if kind == "one of them long":
         backs[n // 2] *= 1e6
     return model, x, backs
-
-
-def randn(*shape, draw):
-    return torch.randn(*shape, generator=draw)
-
-
-def total(model, x, backs, index, clip, at_once=None):
-    """Clipped sum of some records, whose losses have the gradients `backs` at the output."""
-    batch = Batch.current(Records(inputs=x, labels=torch.arange(len(x))), 0).take(index)
-
-    def losses(forward, batch):
-        return (forward(batch.inputs) * backs[batch.labels]).flatten(1).sum(1)
-
-    params = dict(model.named_parameters())
-    return clipped_gradient(Forward(model), losses, params, batch, clip, at_once)
-
-
-def difference(one, other):
-    return {name: one[name].double() - other[name].double() for name in one}
 
 
 def moves(model, x, backs, clip, at_once=None, places=None):

@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers.record_loops import TOLERANCE, batch_of, cross_entropies, gap, gap_to_loop
 from perdure.contract.forward import Forward
+from perdure.data import InputDomain
 from perdure.data.datasets.base import Dataset
 from perdure.data.records import Records
 from perdure.data.scenarios import split
@@ -19,7 +20,7 @@ from perdure.learner.learner import Learner
 from perdure.privacy.clipping import Clip, ClippingRule, PrecomputedRows, register_rule
 from perdure.privacy.clipping.rules.base import LayerCall
 from perdure.privacy.clipping.rules.registry import clipping_rules
-from perdure.privacy.guard import GradientCase, check_gradients
+from perdure.privacy.guard import GradientCase, check_bound, check_gradients
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import clipped_gradient
 from perdure.strategies import Naive
@@ -368,3 +369,111 @@ def test_a_row_of_no_number_counts_as_nothing_without_vmap_too():
         for value in (spoilt, x)
     )
     assert gap(found, expected) < TOLERANCE
+
+
+# --------------------------------------------------------------------------- very large inputs
+
+
+class Outer(nn.Linear):
+    """A linear layer with a rule of its own."""
+
+
+class Hasty:
+    """Multiplies squares in float32, of which one may be 0 and the other still finite."""
+
+    def __init__(self, call):
+        self.entered, self.back = call.flowed()
+
+    def squared_norms(self):
+        a, d = self.entered.square().sum(1), self.back.square().sum(1)
+        return a * d + d
+
+    def weighted(self, factors):
+        back = self.back * factors[:, None]
+        return {"weight": back.mT @ self.entered, "bias": back.sum(0)}
+
+
+class HastyRule(ClippingRule):
+    def gradients(self, layer, calls):
+        (call,) = calls
+        return Hasty(call)
+
+
+register_rule(Outer, HastyRule())
+
+
+def before_a_normalisation(layer):
+    torch.manual_seed(0)
+    return nn.Sequential(layer, nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3))
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_rule_that_multiplies_squares_in_float32_is_refused(per_layer, one_thread):
+    case = case_of(before_a_normalisation(Outer(8, 16)), rows(8))
+    check_gradients(case, "mine", per_layer=per_layer)
+    with pytest.raises(GuardError, match=r"1\.5e\+19 is .* times the clip norm.*squared_row"):
+        check_bound(case, "mine", per_layer=per_layer)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: before_a_normalisation(nn.Linear(8, 16)), (8,)),
+        (lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Flatten()), (1, 3, 3)),
+        (lambda: nn.Sequential(nn.Linear(8, 3), Overflows()), (8,)),
+    ],
+)
+def test_the_librarys_own_rules_bound_very_large_inputs(make, shape, per_layer, one_thread):
+    check_bound(case_of(make(), rows(*shape)), "mine", per_layer=per_layer)
+
+
+class Overflows(nn.Module):
+    def forward(self, x):
+        return x.square()
+
+
+class Picky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x):
+        if float(x.detach().abs().max()) > 1e6:
+            raise ValueError("too large")
+        return self.layer(x)
+
+
+def test_a_model_that_refuses_very_large_inputs_is_passed():
+    check_bound(case_of(Picky(), rows(8)), "mine")
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_run_is_refused_only_where_inputs_may_be_very_large(declared, one_thread):
+    place = torch.Generator().manual_seed(0)
+    inputs = torch.rand(16, 8, generator=place)
+    domain = InputDomain(shape=(8,), range=(0.0, 1.0)) if declared else None
+    train = Records(inputs=inputs, labels=torch.arange(16) % 3, partition="p", domain=domain)
+    data = Dataset(name="rows", train=train, test=train, num_classes=3, input_shape=(8,))
+    learner = Learner(
+        model=before_a_normalisation(Outer(8, 16)),
+        strategy=Naive(),
+        optimizer=torch.optim.SGD,
+        iterations=1,
+        batch_size=8,
+        privacy=Privacy(noise_multiplier=1.0, seed=0),
+    )
+    stream = split(data, scenario="domain", experiences=1)
+    if declared:
+        assert learner.fit(stream).isfinite().all()
+    else:
+        with pytest.raises(GuardError, match="times the clip norm"):
+            learner.fit(stream)

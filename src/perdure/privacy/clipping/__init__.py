@@ -7,6 +7,7 @@ fast as torch's own layers, after `register_rule(MyLayer, MyRule())` (see `Clipp
 
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import Clip, clipped_sum
+from perdure.privacy.clipping.norms import squared_row_norms
 from perdure.privacy.clipping.rules.base import (
     ClippingRule,
     FormedRows,
@@ -27,5 +28,6 @@ __all__ = [
     "clipped_gradient_sum",
     "clipped_sum",
     "register_rule",
+    "squared_row_norms",
     "sum_of",
 ]

@@ -7,7 +7,7 @@ Bu, Wang, Zha and Karypis, Differentially Private Optimization on Large Model at
 its outputs (see `rules`); the gradient of a weight is never formed for the batch as a whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.clip import Clip, NotFiniteError, layer_of
+from perdure.privacy.clipping.norms import LONGEST
 from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients, sum_of
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.clipping.tape import (
@@ -37,7 +38,7 @@ def clipped_gradient_sum(
     Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm,
     provided that row i of `losses()` depends on record i only, every differentiable pass of the
     module covers all rows in row order, and rules keep what `ClippingRule` says. Under autocast or
-    in half precision, norms, factors and sums are computed in float32 from the numbers that flowed.
+    in half precision, sums are computed in float32 from the numbers that flowed.
 
     Args:
         module: the model, at its own parameters.
@@ -80,17 +81,14 @@ def _clipped(
     """Clipped sums of all layers."""
     rules = clipping_rules()
     device = next(iter(params.values())).device
-    nothing = torch.zeros(records, device=device)
+    nothing = torch.zeros(records, dtype=torch.float64, device=device)
     squares = dict.fromkeys(layers.keys() - calls.keys(), nothing)
     known: dict[str, RecordGradients] = {}
     for name in list(calls):
         layer = layers[name]
         known[name] = rules[type(layer)].gradients(layer, calls.pop(name))
-        squares[name] = own_squared_norms(layer, known[name], records).float()
-    # a factor of 0 would not silence a row of NaN in a matrix product
-    known_norms = sum_of(list(squares.values())).isfinite()
-    if not bool(known_norms.all()):
-        raise NotFiniteError(~known_norms)
+        squares[name] = own_squared_norms(layer, known[name], records)
+    refuse_not_finite(squares)
     factors = clip.factors(squares)
     sums: Params = {}
     for name in list(known):  # a layer's activations go as soon as its sum is there
@@ -105,8 +103,24 @@ def _clipped(
     return total | clip.count(squares)
 
 
+def refuse_not_finite(squares: Mapping[str, Tensor]) -> None:
+    """Refuse rows whose norms are not finite, or longer than `LONGEST`, which is taken as that.
+
+    A factor of 0 would not silence a row of NaN in a matrix product.
+
+    Args:
+        squares: layer to (n,) squared norms.
+
+    Raises:
+        NotFiniteError: naming the rows.
+    """
+    inside = sum_of(list(squares.values())) <= LONGEST**2
+    if not bool(inside.all()):
+        raise NotFiniteError(~inside)
+
+
 def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int) -> Tensor:
-    """(n,) squared norms of the records' gradients in one layer.
+    """(n,) squared norms of the records' gradients in one layer, in float64.
 
     Raises:
         PrivacyError: where its rule gives another shape.
@@ -117,7 +131,7 @@ def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int
             f"the clipping rule of {type(layer).__name__} gives squared norms of shape "
             f"{tuple(squares.shape)} for {records} records; return (n,), one a record"
         )
-    return squares
+    return squares.double()
 
 
 def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> Params:
@@ -126,7 +140,8 @@ def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> P
     Raises:
         PrivacyError: where its rule gives other names or shapes.
     """
-    sums = gradients.weighted(factors)
+    wide = torch.promote_types(next(layer.parameters()).dtype, torch.float32)
+    sums = gradients.weighted(factors.to(wide))
     for name, param in layer._parameters.items():
         given = tuple(sums[name].shape) if name in sums else None
         if param is not None and given != tuple(param.shape):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.privacy.clipping.rules.base import at_least_float32, record_slices, sum_of
+from perdure.privacy.clipping.norms import at_least_float32
+from perdure.privacy.clipping.rules.base import record_slices, sum_of
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
@@ -20,6 +21,9 @@ Rows = Callable[[Params, Mapping[str, Tensor]], Params]
 LARGEST_PASS = 256
 PASS_NUMBERS = 2**27
 """Numbers that a vectorised pass may hold; they bound memory, not the accounting."""
+
+SMALLEST = 2.0**-100
+"""Least clip factor but 0: below 2^-126 float32 has few digits, and would leave a row too long."""
 
 WITHIN = "within clip norm"
 """Name under which a counted clip adds up how many records it left as they were."""
@@ -82,11 +86,13 @@ def layer_of(name: str) -> str:
 def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     """(n,) min(1, C / norm), and 0 for a row whose norm is not finite, so that no row can exceed C.
 
-    Norms are in float32 or wider whatever the precision of the rows.
+    Also 0 where it would be below `SMALLEST`. Norms are in float32 or wider whatever the precision
+    of the rows.
     """
     norms = at_least_float32(squared_norms).sqrt()
-    factors = (clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    factors = (clip_norm / norms).clamp(max=1.0)  # 1 for a norm of 0: C / 0 is infinite
+    # not finite: C / infinity is 0, and NaN is not above any number
+    return torch.where(factors >= SMALLEST, factors, 0.0)
 
 
 def clip_rows(rows: Params, clip: Clip) -> Params:

@@ -72,12 +72,19 @@ def runs_as_built(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def taped(layers: Layers) -> Iterator[Tape]:
-    """Record every differentiable call of the layers."""
+def taped(layers: Layers, params: Params | None = None) -> Iterator[Tape]:
+    """Record every differentiable call of the layers.
+
+    Args:
+        layers: by name.
+        params: what the model runs with, by name, where that is not its own parameters.
+    """
     tape: Tape = []
     handles = []
     for name, layer in layers.items():
-        hook = partial(_record, tape, name, tuple(layer._parameters.values()))
+        own = layer._parameters
+        weights = own if params is None else {n: params.get(_joined(name, n)) for n in own}
+        hook = partial(_record, tape, name, tuple(weights.values()))
         # first of the layer's hooks: the others may change the output
         handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
@@ -87,10 +94,15 @@ def taped(layers: Layers) -> Iterator[Tape]:
             handle.remove()
 
 
+def _joined(layer: str, own: str) -> str:
+    """Name in the model of a layer's own parameter."""
+    return f"{layer}.{own}".removeprefix(".")
+
+
 def _record(
     tape: Tape,
     name: str,
-    weights: tuple[nn.Parameter | None, ...],
+    weights: tuple[Tensor | None, ...],
     layer: nn.Module,
     args: tuple[Any, ...],
     named: dict[str, Any],

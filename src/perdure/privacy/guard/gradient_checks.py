@@ -14,8 +14,10 @@ from torch import Tensor
 
 from perdure.errors import GuardError, PerdureError
 from perdure.privacy.clipping.clip import Clip, layer_of
+from perdure.privacy.grid import SLACK
 from perdure.privacy.guard.loss_checks import SyntheticLosses
 from perdure.types import Params
+from perdure.utils.denormals import flushed
 
 RECORDS = 3
 """Synthetic records that are compared."""
@@ -27,6 +29,12 @@ TOLERANCE_OF_FLOAT32 = 2e-3
 """The same for a model that does not run in float64, in which units of ReLU that rounding switches
 cannot be told from a fault.
 """
+
+NEAR_OVERFLOW = 1.5e19
+"""Norm of inputs whose square is just finite in float32; that of a gradient of 1e-19 is 0."""
+
+SMALL_CLIP = 1e-6
+"""Clip norm at which every record but one without a gradient is clipped."""
 
 ClippedGradient = Callable[[Tensor, Tensor, Clip], Params | None]
 """(inputs (n, ...), what else goes with each row, clip) -> the library's clipped sum by name."""
@@ -91,6 +99,46 @@ def check_gradients(
             f"place, a wrong clipping rule); allowed: a difference below {allowed:g}; build the "
             "layer out of torch's own, unchanged"
         )
+
+
+def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> None:
+    """Look at the clipped gradients of single records with very large inputs.
+
+    In front of a normalisation their gradients are as small as the inputs are large; a norm that
+    multiplies squares in float32 is 0 then, and nothing is clipped. Denormal numbers count as 0, as
+    while training. A record on which the model fails or overflows bounds nothing and is passed.
+
+    Args:
+        case: what is looked at; inputs are floating-point numbers of any size.
+        what: name for the message.
+        per_layer: clip every layer by itself.
+
+    Raises:
+        GuardError: where a clipped gradient is longer than the clip norm.
+    """
+    clip = Clip(norm=SMALL_CLIP, per_layer=per_layer)
+    one = case.inputs[:1].flatten(1)
+    first = torch.zeros_like(one)
+    first[:, 0] = NEAR_OVERFLOW
+    long = one * (NEAR_OVERFLOW / one.norm().clamp(min=1e-3))
+    for row in (long, first):
+        try:
+            with torch.random.fork_rng(devices=[]), flushed():
+                torch.manual_seed(0)
+                found = case.clipped(row.view_as(case.inputs[:1]), case.labels[:1], clip)
+        except PerdureError:
+            raise
+        except Exception:
+            return
+        moved = _length({n: value.double() for n, value in (found or {}).items()}) / clip.norm
+        if not moved <= 1 + SLACK:  # so that NaN is refused too
+            raise GuardError(
+                f"the clipped gradient of {what} for a record with inputs of {NEAR_OVERFLOW:g} is "
+                f"{moved:.3g} times the clip norm: a clipping rule computes too small a norm; "
+                f"allowed: at most {1 + SLACK:g}; take norms with squared_row_norms of "
+                "perdure.privacy.clipping, or declare the range of the inputs "
+                "(Records(domain=InputDomain(range=...)))"
+            )
 
 
 def _gap(case: GradientCase, what: str, per_layer: bool) -> tuple[float, str]:

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
-from perdure.privacy.clipping.bookkeeping import own_squared_norms, own_sums, ruled_layers
-from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, NotFiniteError, layer_of
+from perdure.privacy.clipping.bookkeeping import (
+    own_squared_norms,
+    own_sums,
+    refuse_not_finite,
+    ruled_layers,
+)
+from perdure.privacy.clipping.clip import PASS_NUMBERS, Clip, layer_of
 from perdure.privacy.clipping.rules.base import (
     LayerCall,
     PrecomputedRows,
@@ -154,13 +159,12 @@ def _clipped(
         if layer.key in flowed
     ]
     device = next(iter(params.values())).device
-    squares = {layer_of(name): torch.zeros(records, device=device) for name in params}
+    nothing = torch.zeros(records, dtype=torch.float64, device=device)
+    squares = dict.fromkeys(map(layer_of, params), nothing)
     for layer, gradients in known:
         norms = own_squared_norms(layer.module, gradients, records)
         squares[layer.group] = squares[layer.group] + norms
-    known_norms = sum_of(list(squares.values())).isfinite()
-    if not bool(known_norms.all()):
-        raise NotFiniteError(~known_norms)
+    refuse_not_finite(squares)
     factors = clip.factors(squares)
     sums = {
         layer.names[own]: value

@@ -11,9 +11,10 @@ gradient of the weight is sum_t d_t a_t^T. There are three ways to its norm and 
 - rows, for the others: the gradients themselves, a cacheful at a time, and a matrix-vector product
   with them.
 
-Norms are taken in float32, or in float64 where the numbers are float64. Inputs and gradients in
-half precision are used as they are; but a sum rounded to half precision would move by more than
-the clip norm. So would a long sum in float32: the sums of pieces of a batch are added in float64.
+Norms are taken in float32 where nothing can be lost, else in float64 (see `norms`). Inputs and
+gradients in half precision are used as they are; but a sum rounded to half precision would move by
+more than the clip norm. So would a long sum in float32: the sums of pieces of a batch are added in
+float64.
 """
 
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from perdure.privacy.clipping.norms import LONGEST, at_least_float32, squared_row_norms
 from perdure.types import Params
 
 ROWS_AT_ONCE = 64
@@ -62,6 +64,10 @@ records of a batch a little, all in one direction.
 """
 
 
+UNDERFLOW = 2.0**14
+"""Times what float32 may have lost that a ghost norm's square must be to be taken from float32."""
+
+
 # --------------------------------------------------------------------------- the contract
 
 
@@ -86,7 +92,7 @@ class LayerCall:
         """
         return at_least_float32(self.entered.to(self.back.dtype)), at_least_float32(self.back)
 
-    def of(self, piece: slice) -> "LayerCall":
+    def of(self, piece: slice | Tensor) -> "LayerCall":
         """The call with the rows of some of the records."""
         return LayerCall(self.entered[piece], self.left, self.back[piece])
 
@@ -95,12 +101,12 @@ class RecordGradients(Protocol):
     """Norms and weighted sums of the per-record gradients of one layer, over all its calls."""
 
     def squared_norms(self) -> Tensor:
-        """(n,) squared L2 norm of each record's gradient in this layer, in float32 or wider."""
+        """(n,) squared L2 norm of each record's gradient in this layer, best in float64."""
 
     def weighted(self, factors: Tensor) -> Params:
         """Sum over records of factor times gradient, by the layer's own parameter names.
 
-        It is in float32 or wider.
+        Factors are in the precision of the layer's parameters, and both are in float32 or wider.
         """
 
 
@@ -111,7 +117,9 @@ class ClippingRule(ABC):
     that it covers, with g_i the gradient of record i's loss in all parameters of the layer, added
     up over the calls,
 
-    - `squared_norms()` of its answer is (|g_1|^2, ..., |g_n|^2), not less, up to float32 rounding;
+    - `squared_norms()` of its answer is (|g_1|^2, ..., |g_n|^2), not less, up to float32 rounding,
+      for long and for short numbers: multiply what `squared_row_norms` gives, which is float64,
+      and not squares in float32, of which one may be 0 and the other still finite;
     - `weighted(c)` is sum_i c_i g_i of these same g_i, in the parameters' shapes, up to C / 2,000
       where all records are clipped to C. For batches in the thousands float32 alone is too short;
       `PrecomputedRows` and `FormedRows` add sums of pieces in float64;
@@ -169,21 +177,6 @@ class ClippingRule(ABC):
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
     """Sum of equally shaped tensors."""
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Float32, or float64 as it is."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def squared_lengths(rows: Tensor) -> Tensor:
-    """(n,) squared L2 norms of (n, ...), in two stages.
-
-    Over millions of numbers one stage loses three digits.
-    """
-    inner = torch.linalg.vector_norm(rows.flatten(2), dim=2) if rows.dim() > 2 else rows
-    squares: Tensor = torch.linalg.vector_norm(inner, dim=1).square()
-    return squares
 
 
 def record_slices(n: int, numbers: int) -> list[slice]:
@@ -245,7 +238,7 @@ class PrecomputedRows:
 
     def squared_norms(self) -> Tensor:
         """See `RecordGradients`."""
-        return sum_of([squared_lengths(at_least_float32(row)) for row in self.rows.values()])
+        return sum_of(squared_row_norms(*map(at_least_float32, self.rows.values())))
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
@@ -311,21 +304,42 @@ class FormedRows(ABC):
         return sums
 
 
-def ghost_norms(grams: Callable[[slice], tuple[Tensor, Tensor]], n: int, numbers: int) -> Tensor:
-    """(n,) sum_ts (a_t . a_s)(d_t . d_s), rounded up where positions cancel.
+Grams = Callable[[slice | Tensor, torch.dtype], tuple[Tensor, Tensor]]
+"""(some of the records, precision) -> inner products of their a and of their d, each (m, T, T)."""
+
+
+def ghost_norms(grams: Grams, n: int, numbers: int, width: int) -> Tensor:
+    """(n,) sum_ts (a_t . a_s)(d_t . d_s) in float64, rounded up where positions cancel.
+
+    In float32, and once more in float64 for records of which float32 may have lost a part.
 
     Args:
-        grams: from a piece of the records to the inner products of their a and of their d, each (m,
-            T, T).
+        grams: inner products of the positions of some records.
         n: records.
         numbers: formed for one of them.
+        width: numbers of a position, the more of a and d.
     """
-    squares = []
-    for piece in record_slices(n, numbers):
-        entered, back = grams(piece)
-        lengths = entered.diagonal(dim1=1, dim2=2) * back.diagonal(dim1=1, dim2=2)
-        longest = lengths.clamp(min=0.0).sqrt().sum(1).square()
-        norms = entered.mul_(back).sum((1, 2))
-        hidden = norms < CANCELLED * longest
-        squares.append((norms + hidden * SLACK * longest).clamp(min=0.0))
-    return torch.cat(squares)
+    parts = [_ghost(*grams(piece, torch.float32)) for piece in record_slices(n, numbers)]
+    norms, largest = (torch.cat(part).double() for part in zip(*parts, strict=True))
+    # A product below 2^-126 may count as 0. So a term of the sum, a product of two sums of `width`
+    # products, lacks at most (2 largest + 1) width 2^-126.
+    lost = (2 * largest + 1) * (numbers * width * 2.0**-126)
+    sure = (norms > UNDERFLOW * lost) & (norms < torch.inf)
+    if not bool(sure.all()):
+        doubtful = (~sure).nonzero()[:, 0]
+        for piece in record_slices(len(doubtful), numbers):
+            some = doubtful[piece]
+            squares, largest = _ghost(*grams(some, torch.float64))
+            norms[some] = torch.where(largest <= LONGEST**2, squares, torch.inf)
+    return norms
+
+
+def _ghost(entered: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared ghost norms (m,), and the largest |a_t|^2 or |d_t|^2 of each record."""
+    a = entered.diagonal(dim1=1, dim2=2)
+    d = back.diagonal(dim1=1, dim2=2)
+    longest = (a * d).clamp(min=0.0).sqrt().sum(1).square()
+    largest = torch.maximum(a, d).amax(1)  # before the products are written over
+    norms = entered.mul_(back).sum((1, 2))
+    hidden = norms < CANCELLED * longest
+    return (norms + hidden * SLACK * longest).clamp(min=0.0), largest

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from perdure.privacy.clipping.norms import at_least, at_least_float32, squared_row_norms
 from perdure.privacy.clipping.rules.base import (
     GHOST_COST,
     ClippingRule,
     FormedRows,
     LayerCall,
     RecordGradients,
-    at_least_float32,
     ghost_norms,
-    squared_lengths,
     sum_of,
     summed,
 )
@@ -235,8 +234,9 @@ class ConvGhost:
     def squared_norms(self) -> Tensor:
         """See `RecordGradients`."""
         numbers = self.places * (self.geometry.fan_in + self.places)
-        norms = ghost_norms(self._grams, len(self.calls[0].back), numbers)
-        return norms if self.bias is None else norms + squared_lengths(self.bias)
+        width = max(self.geometry.fan_in, self.geometry.outs)
+        norms = ghost_norms(self._grams, len(self.calls[0].back), numbers, width)
+        return norms if self.bias is None else norms + squared_row_norms(self.bias)[0]
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
@@ -250,9 +250,9 @@ class ConvGhost:
         sums = {"weight": sum_of(parts).view(self.shape)}
         return sums if self.bias is None else sums | {"bias": factors @ self.bias[piece]}
 
-    def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+    def _grams(self, piece: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Inner products (m, places, places) of the inputs and of the gradients at the outputs."""
         flowed = [call.of(piece).flowed() for call in self.calls]
-        a = torch.cat([self.geometry.patches(x) for x, _ in flowed], 2)
-        d = torch.cat([back.flatten(2) for _, back in flowed], 2)
+        a = torch.cat([self.geometry.patches(at_least(x, dtype)) for x, _ in flowed], 2)
+        d = torch.cat([at_least(back, dtype).flatten(2) for _, back in flowed], 2)
         return a.mT @ a, d.mT @ d

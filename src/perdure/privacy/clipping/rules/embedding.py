@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from perdure.privacy.clipping.norms import at_least, at_least_float32
 from perdure.privacy.clipping.rules.base import (
     SUMMED_RECORDS,
     ClippingRule,
     LayerCall,
-    at_least_float32,
     ghost_norms,
     record_slices,
 )
@@ -48,7 +48,7 @@ class EmbeddingGhost:
     def squared_norms(self) -> Tensor:
         """See `RecordGradients`."""
         n, positions = self.words.shape
-        return ghost_norms(self._grams, n, positions**2)
+        return ghost_norms(self._grams, n, positions**2, self.shape[1])
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`.
@@ -62,7 +62,7 @@ class EmbeddingGhost:
             total.index_add_(0, self.words[piece].flatten(), back.flatten(0, 1))
         return {"weight": total if len(factors) > SUMMED_RECORDS else total.to(self.back.dtype)}
 
-    def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+    def _grams(self, piece: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         words = self.words[piece]
-        back = self.back[piece]
+        back = at_least(self.back[piece], dtype)
         return (words[:, :, None] == words[:, None, :]).to(back.dtype), back @ back.mT

@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from perdure.privacy.clipping.norms import at_least, at_least_float32, squared_row_norms
 from perdure.privacy.clipping.rules.base import (
     GHOST_COST,
     ClippingRule,
     FormedRows,
     LayerCall,
     RecordGradients,
-    at_least_float32,
     ghost_norms,
     joined,
-    squared_lengths,
     summed,
 )
 from perdure.types import Params
@@ -45,8 +44,7 @@ class LinearOuter:
 
     def squared_norms(self) -> Tensor:
         """See `RecordGradients`."""
-        a = squared_lengths(self.entered)
-        d = squared_lengths(self.back)
+        a, d = squared_row_norms(self.entered, self.back)
         return torch.addcmul(d, a, d) if self.has_bias else a * d
 
     def weighted(self, factors: Tensor) -> Params:
@@ -83,9 +81,10 @@ class LinearGhost:
 
     def squared_norms(self) -> Tensor:
         """See `RecordGradients`."""
-        n, positions = self.call.back.shape[:2]
-        norms = ghost_norms(self._grams, n, positions**2)
-        return norms if self.bias is None else norms + squared_lengths(self.bias)
+        n, positions, outs = self.call.back.shape
+        width = max(outs, self.call.entered.shape[2])
+        norms = ghost_norms(self._grams, n, positions**2, width)
+        return norms if self.bias is None else norms + squared_row_norms(self.bias)[0]
 
     def weighted(self, factors: Tensor) -> Params:
         """See `RecordGradients`."""
@@ -99,7 +98,7 @@ class LinearGhost:
         sums = {"weight": (d * factors[:, None, None]).flatten(0, 1).mT @ a.flatten(0, 1)}
         return sums if self.bias is None else sums | {"bias": factors @ self.bias[piece]}
 
-    def _grams(self, piece: slice) -> tuple[Tensor, Tensor]:
+    def _grams(self, piece: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Inner products (m, T, T) of the inputs and of the gradients at the output."""
-        a, d = self.call.of(piece).flowed()
+        a, d = (at_least(value, dtype) for value in self.call.of(piece).flowed())
         return a @ a.mT, d @ d.mT
