@@ -13,10 +13,11 @@ from torch import nn
 from helpers.replays import CLIPPINGS, PLACES, experiment, maker, settings
 from helpers.strategy_examples import example, private
 from perdure import strategies
-from perdure.adversarial import FGSM
+from perdure.adversarial import FGSM, PGD
 from perdure.data import InputDomain, Views, shift_and_flip
 from perdure.errors import ConfigError, GuardError
 from perdure.federated import Federation
+from perdure.learner.learner import Learner
 from perdure.strategies.bic import held_out
 from perdure.strategies.naive import Naive
 from perdure.testing.replay import replay, without_record
@@ -104,6 +105,7 @@ class Dropping(nn.Sequential):
     """A small model with dropout."""
 
     def __init__(self):
+        torch.manual_seed(3)
         super().__init__(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 4))
 
 
@@ -120,6 +122,82 @@ def test_draws_by_place_are_refused(changes, name, toy_stream, toy_model):
     make = maker(toy_stream(), Naive(), **parts)
     with pytest.raises(ConfigError, match=f"{name} = .* go by a row's place in the batch"):
         replay(make, [toy_stream()], record=0)
+
+
+class ByShape(nn.Module):
+    """Fails without rows, as models do that leave one size to `view`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Linear(5, 6)
+        self.head = nn.Linear(6, 4)
+
+    def features(self, x):
+        return torch.tanh(self.body(x.view(x.shape[0], -1)))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+BESIDE = {
+    "nothing": {},
+    "views": {"views": Views(count=2, change=lambda x: x + 0.1 * torch.rand_like(x))},
+    "an adversary": {"adversary": PGD(epsilon=0.1, steps=2, bounds=None)},
+    "dropout": {"model": lambda stream: Dropping()},
+    "record by record": {"privacy": settings(custom_forward="record-by-record")},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_one_record_against_none_is_replayed(beside, toy_stream):
+    """Beside an empty partition nothing fails that runs beside one record, draws included."""
+    make = maker(toy_stream(), Naive(), **({"model": lambda stream: ByShape()} | BESIDE[beside]))
+    record = int(toy_stream()[0].train.ids[3])
+    found = replay(make, [toy_stream()], record=record, alone=True)
+    assert found.holds and found.unexplained == () and 0.9 < found.largest <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        pytest.param(
+            name,
+            place,
+            marks=()
+            if (name, place) in {("der", "alone"), ("agem", "alone")}
+            else pytest.mark.deep(reason="full replay: every strategy with one record and none"),
+        )
+        for name in private()
+        for place in PLACES
+    ],
+)
+def test_a_strategy_with_one_record_is_replayed_against_none(name, place, toy_stream, toy_model):
+    own = (lambda stream: ByShape()) if name == "der" else toy_model
+    parts = experiment(toy_stream(), name, "flat", place, own)
+    record = int(parts["streams"][0][0].train.ids[3])
+    found = replay(**parts, record=record, alone=True)
+    assert found.unexplained == () and found.unpaid == () and found.largest <= 1
+
+
+def test_an_error_for_want_of_records_is_found(toy_stream, toy_model):
+    """Whatever its class: a raw error of torch tells as much as one of ours."""
+
+    class Failing(Learner):
+        def train(self, steps):
+            if self.position.experience == 0 and not len(self.session.held.rows):
+                raise RuntimeError("reshape of 0 elements")
+            return super().train(steps)
+
+    make = maker(toy_stream(), Naive(), toy_model, kind=Failing)
+    found = replay(make, [toy_stream()], record=0, alone=True)
+    assert not found.holds and "an error: reshape of 0 elements" in found.unexplained
+
+
+def test_neighbours_beside_a_lone_record_are_refused(toy_stream, toy_model):
+    make = maker(toy_stream(), Naive(), toy_model)
+    with pytest.raises(ConfigError, match="alone=True"):
+        replay(make, [toy_stream()], [toy_stream()], record=0, alone=True)
 
 
 def test_a_learner_without_privacy_is_refused(toy_stream, toy_model):

@@ -321,9 +321,14 @@ class HeldRecords:
 
     @property
     def stored(self) -> Batch | None:
-        """Rows of memory that may be drawn; those of excluded partitions are left out."""
+        """Rows of memory that may be drawn; those of excluded partitions are left out.
+
+        Under privacy there may be none of them: to say None then would tell, in what is stored
+        beside synthetic rows and so in the ledger's digests, that memory is empty.
+        """
         rows = self.memory.rows
-        if not self._plan.memory or rows is None or not len(rows):
+        known = rows is not None and (len(rows) > 0 or self.private_sum is not None)
+        if not self._plan.memory or rows is None or not known:
             return None
         gone = [e.index for e in self.experiences if e.train.partition in self.excluded]
         return without(rows, gone) if gone else rows
@@ -484,11 +489,9 @@ def remembered(
         remember: from the model and rows to tensors with one row each.
         forward: the model at the present parameters.
         one_by_one: evaluate each row in a batch of one, so that the tensors stored with it depend
-            on no other record (needed under privacy).
+            on no other record (needed under privacy). `remember` then runs without rows, too, on a
+            blank one: an error would tell that there are none.
     """
     with torch.no_grad(), evaluating(forward.module):
-        if one_by_one and len(rows):
-            stored = rows_one_by_one(remember, forward, rows)
-        else:
-            stored = remember(forward, rows)
+        stored = rows_one_by_one(remember, forward, rows) if one_by_one else remember(forward, rows)
     return replace(rows, stored={name: value.detach() for name, value in stored.items()})

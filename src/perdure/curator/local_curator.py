@@ -21,7 +21,7 @@ from perdure.data.records import Batch
 from perdure.errors import PrivacyError
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.guard.loss_checks import check_losses
-from perdure.privacy.guard.neighbour_checks import check_neighbours
+from perdure.privacy.guard.neighbour_checks import check_neighbours, explained
 from perdure.privacy.guard.probes import neighbours
 from perdure.privacy.noise.discrete import Frequency, Quantile, best, counted
 from perdure.privacy.private_sum import ChangedSumError, PrivateSum, ReleaseKey
@@ -228,7 +228,7 @@ class LocalCurator:
             return zeros_like(params)
         sampler = self._held.samplers[name]
         step = self._held.step
-        self._reserve_reference(self._held.private_sum, sampler, losses)
+        self._reserve_reference(self._held.private_sum, sampler, losses, params)
         total = None
         while total is None:
             batch = sampler.rows.take(sampler.positions(self._held.private_sum, step))
@@ -339,7 +339,7 @@ class LocalCurator:
         return mean_gradient(self._held.forward, losses, params, rows, self._micro_batch_size)
 
     def _reserve_reference(
-        self, private_sum: PrivateSum, sampler: PrivateSampler, losses: Losses
+        self, private_sum: PrivateSum, sampler: PrivateSampler, losses: Losses, params: Params
     ) -> None:
         """Charge the block's reference gradients before the first is drawn, once for every loss."""
         if private_sum.reserved(sampler.purpose):
@@ -357,6 +357,7 @@ class LocalCurator:
             name = f"the losses of {sampler.purpose!r}"
             check_losses(of, synthetic.inputs, synthetic.labels, name)
             self._check_neighbours(losses, name)
+            self._try_gradient(losses, params, synthetic, name)
             shown = digest({"losses": losses(forward, synthetic)}).hex()
         private_sum.reserve(
             scope=exposed.scope,
@@ -367,6 +368,21 @@ class LocalCurator:
             numbers=self._held.numbers,
             purpose=sampler.purpose,
         )
+
+    def _try_gradient(self, losses: Losses, params: Params, rows: Batch, name: str) -> None:
+        """Clip the gradients of many, of one and of no synthetic records, as a step will."""
+        for n in (len(rows), 1, 0):
+            some = rows.take(slice(0, n))
+            with torch.enable_grad(), self._watched(True), explained(name, f"{n} rows"):
+                clipped_gradient(
+                    self._held.forward,
+                    losses,
+                    params,
+                    some,
+                    Clip(norm=1.0),
+                    self._micro_batch_size,
+                    alone=self._alone,
+                )
 
     def _check_neighbours(self, losses: Losses, name: str) -> None:
         """Look at the losses of a reference over the whole domain, where they may couple rows."""
@@ -402,7 +418,8 @@ class LocalCurator:
         if not clip.counted:
             total.pop(WITHIN, None)
         with torch.no_grad():
-            loss = losses(forward, batch).sum() / max(1, len(batch))
+            # no losses of an empty batch: a model may fail there
+            loss = losses(forward, batch).mean() if len(batch) else torch.zeros(())
         clipped = 0.5 - within / max(1, len(batch))
         self._last_step = Diagnostics(rows=len(batch), loss=loss, clipped=clipped)
         return total or None

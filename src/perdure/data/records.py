@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perdure.data.domain import InputDomain
 from perdure.errors import ConfigError, DataError
+from perdure.utils.chunking import FEWEST_ROWS, filled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,6 +177,11 @@ class Batch:
             # several times as fast as an index in brackets, where rows are long
             return self.map(lambda rows: rows.index_select(0, places.to(rows.device)))
         return self.map(lambda rows: rows[index])
+
+
+def filled_batch(batch: Batch, least: int = FEWEST_ROWS) -> Batch:
+    """Rows followed by copies of the first one, until there are `least` (see `filled`)."""
+    return batch if len(batch) >= least else Batch.from_tensors(filled(batch.tensors(), least))
 
 
 def batch_of_one(tensors: Mapping[str, Tensor]) -> Batch:

@@ -72,6 +72,8 @@ class Inspection:
             `custom_forward="record-by-record"` does.
         remember: of the same arguments; asks what memory would store beside records; None where
             the strategy stores nothing.
+        step: of the same arguments, and whether each record goes alone; changes the rows by
+            adversary and views, and clips their gradients, as a step does.
         widened: inputs are changed before the model sees them, by views or an adversary, and may
             leave their domain.
         state: of the strategy.
@@ -85,6 +87,7 @@ class Inspection:
     losses: Callable[[int, Tensor, Tensor], Tensor]
     row_gradients: Callable[[int, Tensor, Tensor], object]
     remember: Callable[[int, Tensor, Tensor], object] | None = None
+    step: Callable[[int, Tensor, Tensor, bool], object] | None = None
     widened: bool = False
     state: Mapping[str, Tensor]
     rows: float
@@ -164,6 +167,7 @@ class Inspection:
                 _look_alone(self, index, domain)
             else:
                 _look(self, index, domain, known)
+            _look_at_steps(self, index, domain, alone=alone)
         return Verdict(independence="by construction" if alone else known, alone=alone)
 
 
@@ -210,9 +214,26 @@ def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> 
     facts, _ = inspection.facts(index, len(rows))
     what = f"{inspection.training.strategy.name}.remember()"
     before = inspection.before
-    with explained(what, "one record"):
-        inspection.remember(index, rows, facts)
+    for n in (len(rows), 1, 0):
+        with explained(what, f"{n} records, each alone"):
+            inspection.remember(index, rows[:n], facts[:n])
     inspection.watch.refuse_writes(before, inspection.state, what)
+
+
+def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, alone: bool) -> None:
+    """Go through a step's adversary, views and gradient, with records of every kind, one and none.
+
+    Few records are drawn sooner or later, and then an error would tell how few there are.
+    """
+    if inspection.step is None:
+        return
+    rows = probe_rows(domain, inspection.generator).to(inspection.device)
+    facts, _ = inspection.facts(index, len(rows))
+    before = inspection.before
+    for n in (len(rows), 1, 0):
+        with torch.random.fork_rng(devices=[]), explained("a step", f"{n} records"):
+            inspection.step(index, rows[:n], facts[:n], alone)
+    inspection.watch.refuse_writes(before, inspection.state, "a step")
 
 
 def _look_closer(

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adversarial.base import Attack
-from perdure.contract.context import contexts, spec_of
+from perdure.contract.context import Context, contexts, spec_of
+from perdure.contract.curator import Losses
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.curator.held_records import HeldRecords
+from perdure.curator.held_records import HeldRecords, remembered
 from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
 from perdure.data.augmentation import Views
@@ -41,23 +43,30 @@ from perdure.learner.model_history import (
 )
 from perdure.learner.private_setup import inspect, open_private_sum
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
+from perdure.learner.varied_rows import varied_rows
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
-from perdure.queries.batch_gradients import with_penalty
-from perdure.queries.per_record import gradient_rows, rows_one_by_one
+from perdure.queries.batch_gradients import clipped_gradient, with_penalty
+from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
-from perdure.utils.modules import evaluating, trainable_parameters
-from perdure.utils.seeding import Seed, derive, drawing_from, generator_from
+from perdure.utils.modules import trainable_parameters
+from perdure.utils.seeding import Seed, derive, drawing_from
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step")
 
 
 def _silent(point: str) -> None:
     """Report nothing."""
+
+
+def _rows(index: int, inputs: Tensor, facts: Tensor) -> Batch:
+    """Rows of an experience, from inputs (n, ...), labels and ids (n, 2)."""
+    labels, ids = facts.unbind(1)
+    return Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -218,6 +227,7 @@ class Session:
                 losses=self._synthetic_losses,
                 row_gradients=self._synthetic_row_gradients,
                 remember=self._synthetic_memory if self.strategy.uses("remember") else None,
+                step=self._synthetic_step,
                 widened=bool(self.adversary or self.views),
                 state=self.state,
                 rows=self._expected_rows(),
@@ -264,13 +274,11 @@ class Session:
         return private_sum
 
     def _synthetic_losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-        labels, ids = facts.unbind(1)
-        batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
+        batch = _rows(index, inputs, facts)
         return self.strategy.losses(self.forward, batch, self.context(index), self.state)
 
     def _synthetic_row_gradients(self, index: int, inputs: Tensor, facts: Tensor) -> object:
-        labels, ids = facts.unbind(1)
-        batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
+        batch = _rows(index, inputs, facts)
         context = self.context(index)
 
         def losses(forward: Forward, rows: Batch) -> Tensor:
@@ -281,14 +289,21 @@ class Session:
         return clipped_sum(rows, params, batch.tensors(), Clip(norm=1.0), per_pass(params))
 
     def _synthetic_memory(self, index: int, inputs: Tensor, facts: Tensor) -> object:
-        labels, ids = facts.unbind(1)
-        batch = Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
-        with torch.no_grad(), evaluating(self.model):
-            return rows_one_by_one(
-                lambda forward, rows: self.strategy.remember(forward, rows, self.state),
-                self.forward,
-                batch,
-            )
+        batch = _rows(index, inputs, facts)
+        return remembered(
+            batch,
+            lambda forward, rows: self.strategy.remember(forward, rows, self.state),
+            self.forward,
+            one_by_one=True,
+        )
+
+    def _synthetic_step(self, index: int, inputs: Tensor, facts: Tensor, alone: bool) -> object:
+        losses = partial(self._losses_in, self.context(index))
+        seed = derive(self.seed, "guard")
+        rows = self._changed(_rows(index, inputs, facts), losses, lambda purpose: seed)
+        clip = Clip(norm=1.0)
+        size = self.micro_batch_size
+        return clipped_gradient(self.forward, losses, self.params, rows, clip, size, alone=alone)
 
     def _expected_rows(self) -> float:
         """Largest declared number of records in one pass of a step."""
@@ -407,9 +422,25 @@ class Session:
             return None
 
     def _varied(self, batch: Batch, step: int) -> Batch:
-        """Return the rows under attack, with their views."""
-        changed = self.perturb(batch, step) if self.adversary else batch
-        return self.views.attach(changed, self.seed_of("views", step)) if self.views else changed
+        """Return the rows of a step under attack, with their views."""
+        return self._changed(batch, self.losses, lambda purpose: self.seed_of(purpose, step))
+
+    def _changed(self, batch: Batch, losses: Losses, seed_of: Callable[[str], Seed]) -> Batch:
+        """Return rows under attack on these losses, with their views (see `varied_rows`)."""
+        if self.adversary is None and self.views is None:
+            return batch
+        return varied_rows(
+            batch,
+            losses,
+            fixed=Forward(
+                self.model, {name: value.detach() for name, value in self.params.items()}
+            ),
+            adversary=self.adversary,
+            views=self.views,
+            seed_of=seed_of,
+            watched=self.private_pass,
+            private=self.training.privacy is not None,
+        )
 
     def references(self) -> tuple[Params, ...]:
         """Return the released reference gradients of the present step; () where none is used."""
@@ -419,8 +450,10 @@ class Session:
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         """(n,) the strategy's loss of every row, averaged over views where there are any."""
+        return self._losses_in(self.held.context, forward, batch)
+
+    def _losses_in(self, context: Context, forward: Forward, batch: Batch) -> Tensor:
         strategy = self.strategy
-        context = self.held.context
         state = self.state
         low = self.precision == "bfloat16"
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=low):
@@ -520,22 +553,6 @@ class Session:
             names = ", ".join(sorted({each.train.partition for each in self.stream}))
             without = self.trained_by or f"trained without privacy on {names}"
             mark(self.model, Training(by=self._token, uncounted=without))
-
-    def perturb(self, batch: Batch, step: int) -> Batch:
-        """Return each record's own worst case at the present parameters.
-
-        The attack runs on an unhooked copy of the model.
-        """
-        assert self.adversary is not None
-        fixed = Forward(self.model, {name: value.detach() for name, value in self.params.items()})
-        rng = generator_from(self.seed_of("adversary", step))
-
-        def losses(inputs: Tensor) -> Tensor:
-            return self.losses(fixed, Batch.from_tensors(batch.tensors() | {"inputs": inputs}))
-
-        with self.private_pass():
-            inputs = self.adversary.perturb(losses, batch.inputs, generator=rng)
-        return Batch.from_tensors(batch.tensors() | {"inputs": inputs})
 
     def seed_of(self, purpose: str, step: int) -> Seed:
         """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""

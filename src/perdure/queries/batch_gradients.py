@@ -4,14 +4,13 @@ Their mean, or their clipped sum by the fastest way that fits the model.
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from perdure.contract.curator import Losses
 from perdure.contract.forward import Forward
-from perdure.data.records import Batch
+from perdure.data.records import Batch, filled_batch
 from perdure.errors import StrategyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import (
@@ -25,6 +24,7 @@ from perdure.privacy.clipping.clip import (
 from perdure.privacy.opacus.samplers import grad_sample_sum
 from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
+from perdure.utils.chunking import FEWEST_ROWS
 
 
 def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
@@ -97,6 +97,9 @@ def clipped_gradient(
     A row whose gradient is not finite counts as zero: the sum is that of the others alone, and
     nothing is raised that would tell of it.
 
+    Few rows go with copies of the first one, which count as nothing: kernels round a row of a tiny
+    batch otherwise (see `FEWEST_ROWS`).
+
     Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm;
     micro-batches change memory only, since every row is clipped by itself.
 
@@ -115,8 +118,9 @@ def clipped_gradient(
         The sum by parameter name; None without rows.
     """
     total: Params | None = None
+    least = min(at_once or FEWEST_ROWS, FEWEST_ROWS)
     for piece in micro_batches(batch, at_once):
-        part = None if alone else _from_batch(forward, losses, params, piece, clip)
+        part = None if alone else _from_batch(forward, losses, params, piece, clip, least)
         if part is None:
             part = _record_by_record(forward, losses, params, piece, clip, by_loop=by_loop)
         if total is None or part is None:
@@ -155,23 +159,45 @@ def _record_by_record(
 
 
 def _from_batch(
-    forward: Forward, losses: Losses, params: Params, rows: Batch, clip: Clip
+    forward: Forward, losses: Losses, params: Params, rows: Batch, clip: Clip, least: int
 ) -> Params | None:
     """Clipped sum from passes of a whole batch; None where the model is known to neither way.
 
     Rows that are not finite are left out, and the others go again, as if those were not there.
+
+    Args:
+        least: rows that a pass has at least; what is missing is filled up.
     """
     if not len(rows):
         return None
     while len(rows):
-        run = partial(losses, forward, rows)
+        count = len(rows)
         try:
-            part = clipped_gradient_sum(forward.module, params, run, len(rows), clip)
-            if part is None:
-                part = grad_sample_sum(forward.module, params, run, len(rows), clip)
+            part = _in_one_pass(forward, losses, params, filled_batch(rows, least), count, clip)
+            if part is not None and clip.counted:
+                # the gradient of a copy is 0, and counts as within the bound
+                part[WITHIN] = part[WITHIN] - 0.5 * max(0, least - count)
             return part
         except NotFiniteError as found:
-            rows = rows.take(~found.rows)
+            bad = found.rows[:count]
+            if not bool(bad.any()):
+                return None  # only copies, whose losses were left out
+            rows = rows.take(~bad)
     device = rows.inputs.device
     nothing = {n: torch.zeros(p.shape, device=device) for n, p in params.items()}
     return nothing | ({WITHIN: torch.zeros((), device=device)} if clip.counted else {})
+
+
+def _in_one_pass(
+    forward: Forward, losses: Losses, params: Params, rows: Batch, count: int, clip: Clip
+) -> Params | None:
+    """Clipped sum of the first `count` rows, from one pass of all of them."""
+
+    def run() -> Tensor:
+        every = losses(forward, rows)
+        return every if count == len(rows) else every[:count]
+
+    part = clipped_gradient_sum(forward.module, params, run, len(rows), clip)
+    if part is None:
+        part = grad_sample_sum(forward.module, params, run, len(rows), clip)
+    return part

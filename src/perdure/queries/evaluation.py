@@ -18,6 +18,7 @@ from perdure.data.records import Batch
 from perdure.privacy.clipping.clip import Clip
 from perdure.queries.per_record import CHUNK, as_params, clipped_row_sum, exact_row_sum
 from perdure.types import Params
+from perdure.utils.chunking import blank_row
 
 
 class SummedQuery(ABC):
@@ -107,10 +108,7 @@ def shapes_of(
 
     An empty partition still gets its noise.
     """
-    blank = {
-        n: torch.zeros(1, *t.shape[1:], dtype=t.dtype, device=t.device) for n, t in tensors.items()
-    }
-    return _summed(query).shapes(forward, Batch.from_tensors(blank))
+    return _summed(query).shapes(forward, Batch.from_tensors(blank_row(tensors)))
 
 
 def evaluate_on_synthetic(query: Query, forward: Forward, batch: Batch) -> Params:

@@ -12,7 +12,7 @@ from perdure.data.records import Batch
 from perdure.errors import ConfigError, DataError
 from perdure.privacy.clipping.clip import Clip, clip_factors
 from perdure.queries.evaluation import SummedQuery
-from perdure.queries.per_record import CHUNK, add_to, explain_vmap_errors, rows_of
+from perdure.queries.per_record import add_to, asked_alone, rows_of
 from perdure.types import Params
 from perdure.utils.chunking import chunks
 
@@ -130,11 +130,10 @@ class Gram(SummedQuery):
     ) -> Params | None:
         """Sum over records of their clipped vectors, or None without records."""
         sums: Params = {}
-        alone = torch.func.vmap(rows_of(self.parts, module), in_dims=(None, 0))
-        with torch.no_grad(), explain_vmap_errors():
-            for piece in chunks(tensors, CHUNK):
+        with torch.no_grad():
+            for rows in asked_alone(rows_of(self.parts, module), params, tensors):
                 # in float64: over many records, sums in float32 move by more than the clip norm
-                parts = {name: value.double() for name, value in alone(params, piece).items()}
+                parts = {name: value.double() for name, value in rows.items()}
                 self._add(sums, parts, clip_factors(self._squared_norms(parts), clip.norm))
         return self.packed(sums) if sums else None
 

@@ -16,9 +16,9 @@ from perdure.contract.forward import Forward
 from perdure.data.records import Batch, batch_of_one
 from perdure.privacy.clipping.clip import Clip, per_pass, scaled, squared_norms
 from perdure.queries.per_record import CHUNK
-from perdure.queries.squared_gradients import Outer, SquaredGradient, clipped_outer
+from perdure.queries.squared_gradients import Outer, SquaredGradient, clipped_outer, first_rows
 from perdure.types import Params
-from perdure.utils.chunking import chunks
+from perdure.utils.chunking import filled_chunks
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,14 @@ class GroupedGradient(SquaredGradient):
             name: value.new_zeros(self.groups + 1, *value.shape, dtype=wide)
             for name, value in params.items()
         }
-        for piece in chunks(tensors, CHUNK):
+        for piece, count in filled_chunks(tensors, CHUNK, fill=clip is not None):
             outer = self._outer(module, layers, params, piece) if layers else None
             if layers and outer is not None:
-                _add_outer(sums, layers, clipped_outer(layers, outer, clip), self._places(piece))
+                own = clipped_outer(layers, first_rows(outer, count), clip)
+                _add_outer(sums, layers, own, self._places(piece)[:count])
             else:
-                self._add_rows(sums, module, params, piece, clip)
+                own_rows = {name: value[:count] for name, value in piece.items()}
+                self._add_rows(sums, module, params, own_rows, clip)
         return {name: value[: self.groups] for name, value in sums.items()}
 
     def _add_rows(
@@ -100,12 +102,13 @@ class GroupedGradient(SquaredGradient):
         clip: Clip | None,
     ) -> None:
         """Add the gradients of the records, a few at a time, each in its place."""
-        for piece in chunks(tensors, per_pass(params)):
+        for piece, count in filled_chunks(tensors, per_pass(params), fill=clip is not None):
             rows = torch.func.vmap(lambda record: self._row(module, params, record))(piece)
+            rows = {name: value[:count] for name, value in rows.items()}
             if clip is not None:
                 rows = {name: value.double() for name, value in rows.items()}
                 rows = scaled(rows, clip.factors(squared_norms(rows)))
-            places = self._places(piece)
+            places = self._places(piece)[:count]
             for name, total in sums.items():
                 total.index_add_(0, places, rows[name])
 

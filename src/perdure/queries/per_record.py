@@ -12,7 +12,7 @@ from perdure.data.records import Batch, batch_of_one
 from perdure.errors import DataError, PrivacyError
 from perdure.privacy.clipping.clip import Clip, Rows, clipped_sum, per_pass
 from perdure.types import Params
-from perdure.utils.chunking import chunks
+from perdure.utils.chunking import chunks, filled, filled_chunks
 
 CHUNK = 1024
 """Records that are looked at together; it bounds memory only."""
@@ -29,12 +29,24 @@ def rows_of(query: Query, module: nn.Module) -> Rows:
 
 
 def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
-    """Rows of the query, each record asked about by itself under `torch.func.vmap`."""
+    """Rows of the query, each record asked about by itself under `torch.func.vmap`.
+
+    Without records, (0, ...) by the same names: the query is then asked about a blank record.
+    """
     params = {name: value.detach() for name, value in forward.module.named_parameters()}
-    ask = torch.func.vmap(rows_of(query, forward.module), in_dims=(None, 0))
-    with explain_vmap_errors():
-        parts = [ask(params, piece) for piece in chunks(batch.tensors(), CHUNK)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors = batch.tensors()
+    some = tensors if len(batch) else filled(tensors)
+    parts = list(asked_alone(rows_of(query, forward.module), params, some))
+    return {name: torch.cat([part[name] for part in parts])[: len(batch)] for name in parts[0]}
+
+
+def asked_alone(rows: Rows, params: Params, tensors: Mapping[str, Tensor]) -> Iterator[Params]:
+    """What `rows` says of each record by itself, `CHUNK` records at a time."""
+    each = torch.func.vmap(rows, in_dims=(None, 0))
+    for piece, count in filled_chunks(tensors, CHUNK):
+        with explain_vmap_errors():
+            answer = each(params, piece)
+        yield {name: value[:count] for name, value in answer.items()}
 
 
 def gradient_rows(losses: Losses, module: nn.Module) -> Rows:
@@ -89,8 +101,9 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
     ask = (
         torch.func.vmap(one) if alone else lambda tensors: _numbers(of, Batch.from_tensors(tensors))
     )
+    pieces = filled_chunks(batch.tensors(), CHUNK, fill=alone)
     with explain_vmap_errors():
-        parts = [ask(piece) for piece in chunks(batch.tensors(), CHUNK)]
+        parts = [ask(piece)[:count] for piece, count in pieces]
     return torch.cat(parts) if parts else batch.labels.new_zeros(0)
 
 

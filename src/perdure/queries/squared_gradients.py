@@ -27,7 +27,7 @@ from perdure.privacy.clipping.tape import escapes, runs_as_built, taped
 from perdure.queries.evaluation import SummedQuery
 from perdure.queries.per_record import CHUNK, clipped_row_sum, exact_row_sum
 from perdure.types import Params
-from perdure.utils.chunking import chunks
+from perdure.utils.chunking import filled_chunks
 
 Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
 """(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
@@ -97,13 +97,14 @@ class SquaredGradient(SummedQuery):
         None without records, or where rows are no outer products (see `outer_layers`).
         """
         layers = self.outer_layers(module, params, tensors)
+        if not layers:
+            return None
         total = None
-        for piece in chunks(tensors, CHUNK) if layers else ():
-            assert layers is not None
+        for piece, count in filled_chunks(tensors, CHUNK, fill=clip is not None):
             outer = self._outer(module, layers, params, piece)
             if outer is None:
                 return None
-            part = _sums(layers, outer, clip)
+            part = _sums(layers, first_rows(outer, count), clip)
             total = (
                 part
                 if total is None
@@ -258,6 +259,11 @@ def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[LayerTap]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_rows(outer: Outer, count: int) -> Outer:
+    """Outer products of the first records alone."""
+    return {name: (u[:count], v[:count]) for name, (u, v) in outer.items()}
 
 
 def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Params:

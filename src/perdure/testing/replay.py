@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor, nn
 
 from perdure.data.experience import Stream
-from perdure.errors import ConfigError, PerdureError
+from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.testing.fixtures import equal
 from perdure.testing.frozen_mechanism import Tape, frozen
@@ -97,11 +97,15 @@ class ReplayRun:
     Args:
         record: id of the record that the two data sets differ in.
         earlier: the first run, whose answers this one gets; None for the first one.
+        alone: the first run holds no other record, so that draws may go by a row's place.
     """
 
-    def __init__(self, *, record: int, earlier: "ReplayRun | None" = None) -> None:
+    def __init__(
+        self, *, record: int, earlier: "ReplayRun | None" = None, alone: bool = False
+    ) -> None:
         self.record = record
         self.earlier = earlier
+        self.alone = alone
         self.tapes: dict[str, Tape] = {}
         self.learners: dict[str, Learner] = {}
         self.outputs: dict[str, object] = {}
@@ -115,7 +119,8 @@ class ReplayRun:
         Raises:
             ConfigError: for one whose draws inside a step go by a row's place in the batch.
         """
-        refuse_draws_by_place(learner)
+        if not self.alone:
+            refuse_draws_by_place(learner)
         given = self.earlier.tapes[place].draws if self.earlier else None
         tape = self.tapes.setdefault(place, Tape(record=self.record, given=given))
         points = self._points.setdefault(place, [])
@@ -177,8 +182,12 @@ def replay(
     record: int,
     federation: "Federation | None" = None,
     outputs: Callable[[Learner], Outputs] | None = None,
+    alone: bool = False,
 ) -> ReplayResult:
     """Run twice, on `streams` and on `neighbours`, and compare.
+
+    >>> replay(make_learner, [stream], record=3)
+    >>> replay(make_learner, [stream], record=3, alone=True)  # one record, and none
 
     Args:
         make_learner: from a client's number to a fresh private learner, without a folder.
@@ -187,15 +196,21 @@ def replay(
         record: id of the record that the two differ in.
         federation: its settings; None for a learner alone.
         outputs: from the final learner to anything else that is shown or stored.
+        alone: leave all other records out of both, so that the second run has none at all; then
+            views, adversaries and dropout may be replayed too.
 
     Returns:
         changes of releases over what was charged, unexplained outputs, and unpaid draws.
 
     Raises:
-        ConfigError: for learners that cannot be replayed (views, adversary, dropout), or that are
-            not private.
+        ConfigError: for learners that cannot be replayed (views, adversary, dropout; not where the
+            record is alone), for neighbours beside `alone`, or for learners that are not private.
         PerdureError: whatever the first run raises.
     """
+    if alone and neighbours is not None:
+        raise ConfigError.of("neighbours", "streams", "None with alone=True, which empties them")
+    if alone:
+        streams = [with_records(stream, lambda ids: ids == record) for stream in streams]
     others = neighbours or [without_record(stream, record) for stream in streams]
 
     def experiment(run: ReplayRun, data: Sequence[Stream]) -> None:
@@ -216,11 +231,16 @@ def replay(
         if outputs:
             run.outputs |= {f"output {name}": value for name, value in outputs(final).items()}
 
-    return replayed(experiment, streams, others, record=record)
+    return replayed(experiment, streams, others, record=record, alone=alone)
 
 
 def replayed(
-    experiment: Callable[[ReplayRun, Data], None], data: Data, neighbour: Data, *, record: int
+    experiment: Callable[[ReplayRun, Data], None],
+    data: Data,
+    neighbour: Data,
+    *,
+    record: int,
+    alone: bool = False,
 ) -> ReplayResult:
     """Run any experiment on two data sets, and compare (see `replay`).
 
@@ -230,18 +250,19 @@ def replayed(
         data: argument of the first run.
         neighbour: argument of the second run.
         record: id of the record that the two differ in.
+        alone: there is no other record in either.
     """
-    first = ReplayRun(record=record)
+    first = ReplayRun(record=record, alone=alone)
     experiment(first, data)
     first.finish()
     if not any(tape.ledger for tape in first.tapes.values()):
         raise ConfigError.of("privacy", None, "a private learner: there is nothing to replay")
-    second = ReplayRun(record=record, earlier=first)
+    second = ReplayRun(record=record, earlier=first, alone=alone)
     try:
         experiment(second, neighbour)
-    except PerdureError as error:
-        # the first run went through, so that the error is an output that depends on the record
-        second.stopped = str(error)
+    except Exception as error:
+        # the first run went through, so that any error is an output that depends on the record
+        second.stopped = str(error) or type(error).__name__
     second.finish()
     return compared(first, second)
 
@@ -310,10 +331,19 @@ def same(one: Outputs, other: Outputs, name: str) -> bool:
 
 def without_record(stream: Stream, record: int) -> Stream:
     """Return the stream with one record less; everything declared stays."""
+    return with_records(stream, lambda ids: ids != record)
+
+
+def with_records(stream: Stream, kept: Callable[[Tensor], Tensor]) -> Stream:
+    """Return the stream with some of its training records; everything declared stays.
+
+    Args:
+        kept: from ids (n,) to a mask (n,).
+    """
     parts = []
     for experience in stream:
         train = experience.train
-        fewer = train.take(train.ids != record)
+        fewer = train.take(kept(train.ids))
         fewer = replace(fewer, declared_size=train.declared_size)
         parts.append(replace(experience, train=fewer))
     return replace(stream, experiences=tuple(parts))

@@ -13,7 +13,7 @@ from torch import Tensor
 from perdure.privacy.clipping.norms import at_least_float32
 from perdure.privacy.clipping.rules.base import record_slices, sum_of
 from perdure.types import Params
-from perdure.utils.chunking import chunks
+from perdure.utils.chunking import filled_chunks
 
 Rows = Callable[[Params, Mapping[str, Tensor]], Params]
 """(parameters, tensors of ONE record without batch dimension) -> that record's vector, by name."""
@@ -151,13 +151,10 @@ def clipped_sum(
         chunk: records per vectorised pass; bounds memory only.
     """
     total: Params | None = None
-    for piece in chunks(tensors, chunk):
-        # The last chunk is filled up to the size of the others: a row moves a little with the size
-        # of its chunk.
-        count = len(next(iter(piece.values())))
-        missing = chunk - count if total is not None else 0
-        full = {n: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for n, t in piece.items()}
-        vectors = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")(params, full)
+    each = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")
+    # a row moves with the size of its chunk
+    for full, count in filled_chunks(tensors, chunk):
+        vectors = each(params, full)
         clipped = sum_of_clipped({n: v[:count] for n, v in vectors.items()}, clip)
         total = (
             clipped

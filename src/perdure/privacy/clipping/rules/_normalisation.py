@@ -11,6 +11,7 @@ from perdure.privacy.clipping.rules.base import (
     PrecomputedRows,
     record_slices,
     sum_of,
+    with_others,
 )
 from perdure.types import Params
 
@@ -31,10 +32,12 @@ class NormalisationRule(ClippingRule):
         names = [name for name, _ in layer.named_parameters()]
         numbers = sum(call.back[0].numel() for call in calls)
         formed: list[Params] = []
-        for piece in record_slices(len(calls[0].back), numbers):
-            parts = [self._scale_and_shift(layer, call.of(piece)) for call in calls]
+        n = len(calls[0].back)
+        for piece in record_slices(n, numbers):
+            wide, others = with_others(piece, n)
+            parts = [self._scale_and_shift(layer, call.of(wide)) for call in calls]
             scale, shift = map(sum_of, zip(*parts, strict=True))
-            rows = {"weight": scale, "bias": shift}
+            rows = {"weight": scale[others:], "bias": shift[others:]}
             formed.append({name: rows[name] for name in names})
         return PrecomputedRows({name: torch.cat([rows[name] for rows in formed]) for name in names})
 

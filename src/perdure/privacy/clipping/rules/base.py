@@ -189,6 +189,16 @@ def record_slices(n: int, numbers: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, n, rows)]
 
 
+def with_others(piece: slice, n: int) -> tuple[slice, int]:
+    """A piece of n records, made as long as the others, and how many records that puts before it.
+
+    Kernels round the row of one record otherwise than those of two (a convolution does). So a last
+    piece that is shorter than the others is formed together with the records before it.
+    """
+    start = max(0, min(piece.start, n - (piece.stop - piece.start)))
+    return slice(start, piece.stop), piece.start - start
+
+
 def summed(n: int, positions: int, weighted: Callable[[slice], Params]) -> Params:
     """Sum over n records by pieces, in float64 where there is more than one piece.
 
@@ -272,6 +282,11 @@ class FormedRows(ABC):
     def formed(self, piece: slice) -> Params:
         """Rows of a piece of the records."""
 
+    def _rows(self, piece: slice) -> PrecomputedRows:
+        """Rows of a piece."""
+        wide, others = with_others(piece, self.n)
+        return PrecomputedRows({name: row[others:] for name, row in self.formed(wide).items()})
+
     def finished(self, sums: Params) -> Params:
         """Sums of rows in the shapes of the parameters."""
         return sums
@@ -280,7 +295,7 @@ class FormedRows(ABC):
         """See `RecordGradients`; the rows are kept for `weighted` where they are few."""
         squares = []
         for piece in record_slices(self.n, self.numbers):
-            rows = PrecomputedRows(self.formed(piece))
+            rows = self._rows(piece)
             squares.append(rows.squared_norms())
             if self.n * self.numbers <= KEPT_NUMBERS:
                 self.kept.append(rows)
@@ -298,7 +313,7 @@ class FormedRows(ABC):
         """Weighted sums of some of the pieces, in the precision of the rows."""
         sums: Params = {}
         for i in group:
-            rows = self.kept[i] if self.kept else PrecomputedRows(self.formed(pieces[i]))
+            rows = self.kept[i] if self.kept else self._rows(pieces[i])
             part = rows.weighted(factors[pieces[i]])
             sums = {name: sums[name].add_(value) for name, value in part.items()} if sums else part
         return sums
@@ -319,7 +334,10 @@ def ghost_norms(grams: Grams, n: int, numbers: int, width: int) -> Tensor:
         numbers: formed for one of them.
         width: numbers of a position, the more of a and d.
     """
-    parts = [_ghost(*grams(piece, torch.float32)) for piece in record_slices(n, numbers)]
+    parts = []
+    for piece in record_slices(n, numbers):
+        wide, others = with_others(piece, n)
+        parts.append(_ghost(*(gram[others:] for gram in grams(wide, torch.float32))))
     norms, largest = (torch.cat(part).double() for part in zip(*parts, strict=True))
     # A product below 2^-126 may count as 0. So a term of the sum, a product of two sums of `width`
     # products, lacks at most (2 largest + 1) width 2^-126.
