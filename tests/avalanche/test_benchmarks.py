@@ -8,6 +8,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from helpers.toy_data import places
 from perdure.avalanche.benchmarks import from_avalanche
+from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.records import Records
 from perdure.data.scenarios import online, split
 from perdure.errors import ConfigError, DataError
@@ -128,6 +129,31 @@ def test_copies_of_the_same_records_keep_their_ids(toy, avalanche):
     assert places(stream) == [set(range(400))] * 2
     assert {e.train.partition for e in stream} == {"avalanche"}
     assert stream.assigned_by_record
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("sources", ["one", "one tensor"])
+def test_other_labels_of_the_same_people_share_a_partition(toy, avalanche, sources):
+    """Disjoint classes do not make disjoint records."""
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+
+    source = TensorDataset(toy.train.inputs, toy.train.labels)
+    coarse = toy.train.labels % 2
+
+    def task(labels):
+        held = source if sources == "one" else TensorDataset(toy.train.inputs, labels)
+        targets = DataAttribute(labels.tolist(), "targets")
+        tasks = DataAttribute([0] * len(labels), "targets_task_labels")
+        return AvalancheDataset([held], data_attributes=[targets, tasks])
+
+    parts = [task(coarse), task(2 + coarse)]
+    stream = from_avalanche(benchmark_from_datasets(train=parts, test=parts))
+    assert [e.classes for e in stream] == [(0, 1), (2, 3)]
+    assert places(stream) == [set(range(400))] * 2
+    assert {e.train.partition for e in stream} == {"avalanche"}
+    assert stream.assigned_by_record
+    refuse_records_in_two_partitions([stream])
 
 
 @pytest.mark.reference

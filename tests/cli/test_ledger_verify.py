@@ -4,13 +4,18 @@ line.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from helpers.ledger_cli import ARMS, KEY, assert_refused, shown
+from perdure.errors import LedgerError
+from perdure.experiment.results import ledger_files
 from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.ledger.merged import Merged, read
 from perdure.privacy.ledger.storage import SealedHead, head_path, link
 from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.atomic_files import write_json
 
 # --------------------------------------------------------------------------- verify
 
@@ -194,3 +199,92 @@ def test_a_ledger_before_its_first_line_is_sound(perdure, tmp_path):
         Ledger.open(tmp_path / "ledger.jsonl", key=KEY, trace=stop)
     assert "ledger.jsonl: 0 lines; nothing was charged yet" in shown(perdure("verify", tmp_path))
     assert "epsilon 0.00" in shown(perdure("show", tmp_path))
+
+
+# ---------------------------------------------------------------- ledgers that are gone altogether
+
+
+@pytest.fixture
+def ours(federated, tmp_path):
+    """A copy of the finished federated run, to be spoilt."""
+    shutil.copytree(federated, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_client_that_only_the_server_knows_is_missed(perdure, ours):
+    """All that its folder held is gone, so nothing there tells of it."""
+    arm = ours / "arms" / "ewc-private"
+    (ours / "result.json").unlink()
+    (ours / "ledger.jsonl").unlink()
+    (arm / "arm.json").unlink()
+    code, whole, _ = perdure("verify", ours)
+    assert code == 0 and "WRONG" not in whole
+    shutil.rmtree(arm / "clients" / "000")
+    for asked in (ours, arm):
+        code, out, _ = perdure("verify", asked)
+        lines = [line for line in out.splitlines() if line.startswith("WRONG")]
+        assert code == 1 and len(lines) == 1
+        assert (
+            "ewc-private/clients/000/ledger.jsonl is missing, though the checkpoint of" in lines[0]
+        )
+    code, out, _ = perdure("verify", arm / "clients" / "001")
+    assert code == 0
+
+
+def test_show_states_no_total_where_a_ledger_is_missing(perdure, ours):
+    shutil.rmtree(ours / "arms" / "ewc-private" / "clients" / "000")
+    code, out, _ = perdure("show", ours)
+    assert code == 0 and "worst partition by itself: epsilon" in out, "the merged file is whole"
+    (ours / "ledger.jsonl").unlink()
+    code, out, _ = perdure("show", ours)
+    assert code == 1 and "worst partition" not in out and "all arms together" not in out
+    assert "3 of 4 ledgers are there; missing: " in out
+    assert "no epsilon is stated for the run" in out
+    code, out, _ = perdure("show", ours, "--json")
+    facts = json.loads(out)
+    assert code == 1 and facts["statement"] is None and facts["all_arms_together"] is None
+    assert [Path(path).parent.name for path in facts["missing"]] == ["000"]
+    code, out, _ = perdure("show", ours, "--arm", "replay-private")
+    assert code == 0 and "worst partition by itself: epsilon" in out and "3 of 4 ledgers" in out
+
+
+def test_an_owner_that_the_merged_file_lost_is_missed(perdure, ours):
+    own = [part for part in read(ours / "ledger.jsonl").parts if "ewc" not in part.account.owner]
+    Merged(own).export(ours / "ledger.jsonl")
+    code, out, _ = perdure("verify", ours)
+    assert code == 1 and "the ledger of 'ewc-private/client-0' in the merged file is missing" in out
+    code, out, _ = perdure("show", ours)
+    assert code == 1 and "2 of 4 ledgers are there" in out
+
+
+def test_a_client_behind_what_the_server_knows_is_wrong(perdure, ours):
+    arm = ours / "arms" / "ewc-private"
+    newest = max((arm / "checkpoint").glob("0*.json"))
+    facts = json.loads(newest.read_text())
+    head = json.loads(facts["heads"]["1"])
+    facts["heads"]["1"] = json.dumps(head | {"count": head["count"] + 1}, separators=(",", ":"))
+    write_json(newest, facts)
+    code, out, _ = perdure("verify", ours)
+    assert code == 1
+    assert "clients/001/ledger.jsonl holds" in out
+    assert f"but the checkpoint of the federation's server knows {head['count'] + 1}" in out
+
+
+def test_a_result_is_not_made_of_some_clients(ours):
+    arm = ours / "arms" / "ewc-private"
+    assert len(ledger_files(arm)) == 2
+    shutil.rmtree(arm / "clients" / "001")
+    with pytest.raises(LedgerError, match=r"clients/001/ledger.jsonl missing, though a checkpoint"):
+        ledger_files(arm)
+
+
+def test_a_curator_whose_checkpoint_alone_is_left_is_missed(perdure, mine):
+    (mine / "ledger.jsonl").unlink()
+    folder = mine / "arms" / "ewc-private"
+    for path in (folder / "ledger.jsonl", folder / "ledger.head.json"):
+        path.unlink()
+    shutil.rmtree(folder / "private")
+    code, out, _ = perdure("verify", mine)
+    assert code == 1 and "ewc-private/ledger.jsonl is missing, though" in out
+    code, out, _ = perdure("show", mine)
+    assert code == 1 and "1 of 2 ledgers are there" in out

@@ -13,7 +13,17 @@ from flwr.supercore import telemetry
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from perdure.errors import BudgetError, FederationError, PrivacyError
+from perdure.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    FederationError,
+    GuardError,
+    LedgerError,
+    PrivacyError,
+    RunError,
+    StrategyError,
+)
 from perdure.federated.flower_adapter import (
     Cohort,
     InProcessGrid,
@@ -169,13 +179,25 @@ def test_failures_of_other_types_become_federation_errors():
     assert str(failure(3, "")) == "client 3 stopped: no reason given"
 
 
-def test_a_private_error_reply_quotes_only_our_own_errors():
+def test_a_private_error_reply_quotes_what_names_no_value(caplog):
     with InProcessGrid(echo(), clients=1).running():
         message = Message(RecordDict({}), 1, "train")
         foreign = error_reply(message, ValueError("could not convert 'Jane Doe'"), private=True)
         assert foreign.error.reason == "ValueError: see the client's log"
-        own = error_reply(message, BudgetError("spent"), private=True)
-        assert own.error.reason == "BudgetError: spent"
+        for kind in (BudgetError, FederationError, GuardError, LedgerError):
+            own = error_reply(message, kind("spent"), private=True)
+            assert own.error.reason == f"{kind.__name__}: spent"
+
+        class OfTheUserError(GuardError):
+            pass
+
+        quoting = "experience 0 of s has nan in row 17 (record id 17), column 3"
+        for kind in (DataError, ConfigError, PrivacyError, StrategyError, RunError, OfTheUserError):
+            caplog.clear()
+            own = error_reply(message, kind(quoting), private=True)
+            assert own.error.reason == f"{kind.__name__}: see the client's log"
+            assert quoting in caplog.text
+            assert error_reply(message, kind(quoting)).error.reason.endswith(quoting)
 
 
 def test_a_missing_reply_is_named():

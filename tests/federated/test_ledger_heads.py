@@ -130,10 +130,13 @@ def test_a_federation_asked_for_otherwise_is_named(started, stopped, changes, to
         started(**changes)
 
 
-def test_other_records_of_a_client_are_named(started, stopped, two):
-    streams = [two[0][0], replace(two[0][1], experiences=two[0][0].experiences)]
-    with pytest.raises(Exception, match=r"client 1.*differs in stream.experiences\[0\]"):
+def test_other_records_of_a_client_are_refused(started, stopped, two, caplog):
+    first, second = two[0][1]
+    fewer = first.train.take(torch.arange(len(first.train) - 1)).declared(first.train.declared_size)
+    streams = [two[0][0], replace(two[0][1], experiences=(replace(first, train=fewer), second))]
+    with pytest.raises(Exception, match="client 1 stopped: RunError: see the client's log"):
         started(streams=streams)
+    assert "differs in stream.experiences[0]" in caplog.text
 
 
 def test_two_servers_do_not_work_in_one_folder(started, tmp_path, stream, two):

@@ -15,8 +15,9 @@ from torch import nn
 
 from helpers.federations import SIMULATED, hard, maker, short
 from perdure.contract.state import State
+from perdure.data import check_finite
 from perdure.errors import FederationError, PrivacyError, StrategyError
-from perdure.federated import Server, client_app, combine, run_federation
+from perdure.federated import Federation, Server, client_app, combine, run_federation
 from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import InProcessGrid, recall, remind
 from perdure.federated.messages import from_record, load_shared, shared, to_record
@@ -117,7 +118,7 @@ def test_what_a_clients_privacy_refuses_stops_the_run_as_that(stream):
             return state
 
     streams, federation = hard(stream)
-    with pytest.raises(PrivacyError, match=r"^client 0: a hook reads curator\.raw, "):
+    with pytest.raises(PrivacyError, match=r"^client 0: see the client's log$"):
         run_federation(maker(stream, Raw(), privacy=SIMULATED), streams, federation)
 
 
@@ -227,3 +228,39 @@ def test_what_an_aggregator_remembers_survives(value, kind):
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
     assert torch.equal(from_record(other.last)["w"], torch.full((2,), 0.1))
     assert recall(FedAvg()) == ({}, {})
+
+
+@pytest.mark.parametrize("spoilt", ["value", "label"])
+def test_a_private_clients_bad_record_is_not_named_to_the_server(stream, spoilt, caplog):
+    """A data check that the holder runs while the client is built: its text quotes a record."""
+    one = short(stream, 1)
+
+    def make(client):
+        train = one[0].train
+        inputs, labels = train.inputs.clone(), train.labels.clone()
+        if spoilt == "value":
+            inputs[17].view(-1)[3] = float("nan")
+        else:
+            labels[17] = 9
+        changed = replace(one[0], train=replace(train, inputs=inputs, labels=labels))
+        own = replace(one, experiences=(changed,))
+        check_finite([own])
+        return maker(one, Naive(), privacy=SIMULATED)(client), own
+
+    heard = []
+
+    def listen(message):
+        heard.extend([message.error.reason] if message.has_error() else [])
+
+    server = Server(
+        learner=maker(one, Naive(), privacy=SIMULATED)(0),
+        stream=one,
+        federation=Federation(clients=1, rounds=1),
+    )
+    with (
+        pytest.raises(FederationError, match="client 0 stopped: DataError: see the client's log"),
+        InProcessGrid(client_app(make), 1, None, listen).running() as grid,
+    ):
+        server.serve(grid)
+    assert heard == ["DataError: see the client's log"]
+    assert ("row 17" if spoilt == "value" else "labels [9]") in caplog.text

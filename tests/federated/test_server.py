@@ -23,9 +23,10 @@ from torch import nn
 
 from helpers.federations import SIMULATED, maker, outcome, short
 from perdure.data.client_splits import dirichlet
-from perdure.errors import ConfigError, FederationError, PrivacyError
-from perdure.federated import Federation, Server, fit_federated, run_federation
+from perdure.errors import ConfigError, FederationError, GuardError, PrivacyError
+from perdure.federated import Federation, Server, client_app, fit_federated, run_federation
 from perdure.federated.client_store import FRESH
+from perdure.federated.flower_adapter import InProcessGrid
 from perdure.federated.messages import load_shared, shared
 from perdure.learner.learner import Learner
 from perdure.strategies import EWC, Combine, Joint, LwF, Naive, Replay
@@ -318,3 +319,21 @@ def test_the_server_sees_no_training_record(stream):
     assert [len(e.train) for e in server.stream] == [0] * 5
     assert [e.train.declared_size for e in server.stream] == [len(e.train) for e in stream]
     assert (server.learner.privacy, server.learner.folder) == (None, None)
+
+
+@pytest.mark.parametrize("built", ["by run_federation", "by an app of one's own"])
+def test_a_record_of_two_clients_is_refused_under_privacy(stream, built):
+    """Each client's ledger counts its own use of the record, and their sum would be nowhere."""
+    one = short(stream, 1)
+    make = maker(one, Naive(), privacy=SIMULATED)
+    federation = Federation(clients=2, rounds=1)
+    told = "partition 'experience-0' of client 0 and partition 'experience-0' of client 1 hold"
+    if built == "by run_federation":
+        with pytest.raises(GuardError, match=told):
+            run_federation(make, [one] * 2, federation)
+        run_federation(maker(one, Naive(), iterations=1, blocks=1), [one] * 2, federation)
+        return
+    server = Server(learner=make(0), stream=one, federation=federation)
+    app = client_app(lambda client: (make(client), one))
+    with pytest.raises(GuardError, match=told), InProcessGrid(app, 2).running() as grid:
+        server.serve(grid)

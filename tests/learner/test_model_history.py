@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from helpers.learners import SIMULATED
-from perdure.data.scenarios import permuted
+from perdure.data import dirichlet, iid
+from perdure.data.scenarios import permuted, split
 from perdure.errors import ConfigError, LedgerError, PrivacyError
 from perdure.learner.model_history import trainings_of
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.settings import Privacy
 from perdure.strategies import EWC, Naive
 
@@ -27,6 +30,17 @@ def trained(learner_of, toy_stream):
         return learner
 
     return make
+
+
+def leave_checkpoint(learner_of, stream, options):
+    """Stop a run of its own after the first experience."""
+    learner = learner_of(**options)
+    learner.prepare(stream)
+    learner.begin(0)
+    learner.train(range(4))
+    learner.finish()
+    learner.save()
+    learner.close()
 
 
 def spent(learner):
@@ -152,6 +166,185 @@ def test_a_partition_of_another_size_is_not_taken_for_the_same(trained, learner_
         learner_of(model=model, privacy=SIMULATED, warm_start=True).prepare(stream)
 
 
+# ---------------------------------------------------------------- names are not records
+
+
+def uneven(data, **changes):
+    """Two experiences, the first sampled at 8 / 24 and the second at 8 / 12."""
+    return split(data, scenario="class", experiences=2, declared_size=[24, 12], **changes)
+
+
+def carried(learner, partition):
+    entries = learner.private_sum.ledger.entries
+    mine = [e for e in entries if partition in e.scope and e.purpose.startswith("spent before")]
+    return {(e.scope[partition], e.steps) for e in mine}
+
+
+def by_hand(stream):
+    """The same stream of somebody who does not say by what rule its records were placed."""
+    experiences = (replace(e, train=replace(e.train, placed_by="")) for e in stream)
+    return replace(stream, experiences=tuple(experiences))
+
+
+def begun_again(learner_of, first, stream, **changes):
+    options = {"privacy": SIMULATED, "warm_start": True} | changes
+    again = learner_of(model=first.model, stream=stream, **options)
+    again.prepare(stream)
+    return again
+
+
+RARE, OFTEN = (8 / 24, 4), (8 / 12, 4)
+
+
+def test_the_same_rule_gives_each_partition_its_own_charges(learner_of, toy_data):
+    first = learner_of(privacy=SIMULATED)
+    first.fit(uneven(toy_data))
+    again = begun_again(learner_of, first, uneven(toy_data))
+    assert again.private_sum.ledger.partitions == ("experience-0", "experience-1")
+    assert carried(again, "experience-0") == {RARE}
+    assert carried(again, "experience-1") == {OFTEN}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda data: uneven(data, class_order=[2, 3, 0, 1]),
+        lambda data: uneven(replace(data, name="another table")),
+        lambda data: by_hand(uneven(data)),
+    ],
+    ids=["class order", "data set", "by hand"],
+)
+def test_equal_names_of_another_rule_count_as_exposed_most(learner_of, toy_data, other):
+    """Records of the second experience may be those of the first now, whatever it is called."""
+    first = learner_of(privacy=SIMULATED)
+    first.fit(uneven(toy_data))
+    again = learner_of(model=first.model, privacy=SIMULATED, warm_start=True)
+    again.fit(other(toy_data))
+    ledger = again.private_sum.ledger
+    assert carried(again, "experience-0") == carried(again, "experience-1") == {OFTEN}
+    old = first.private_sum.ledger
+    own = [e for e in ledger.entries if not e.purpose.startswith("spent before")]
+    for before in old.partitions:
+        for name in ("experience-0", "experience-1"):
+            met = [*old.charges(before), *(e.charge([name]) for e in own if name in e.scope)]
+            assert ledger.epsilon([name], delta=DELTA) >= epsilon(met, delta=DELTA) - 1e-9
+    earlier = [name for name in ledger.partitions if name.endswith(", earlier")]
+    assert earlier == ["experience-0, earlier", "experience-1, earlier"]
+    assert [carried(again, name) for name in earlier] == [{RARE}, {OFTEN}]
+
+
+def test_a_third_rule_keeps_the_records_of_both_before_apart(learner_of, toy_data):
+    learner = learner_of(privacy=SIMULATED)
+    learner.fit(uneven(toy_data))
+    for order in ([2, 3, 0, 1], [0, 2, 1, 3]):
+        stream = uneven(toy_data, class_order=order)
+        learner = begun_again(learner_of, learner, stream)
+        learner.fit(stream)
+    ledger = learner.private_sum.ledger
+    assert [name.count(", earlier") for name in sorted(ledger.partitions)] == [0, 1, 2] * 2
+    worst = max(sum(steps for _, steps in carried(learner, name)) for name in ledger.partitions)
+    assert carried(learner, "experience-0") == {(8 / 12, 8)} and worst == 8
+
+
+def test_both_hands_of_a_history_count_where_neither_is_worst(learner_of, toy_data):
+    """Epsilon does not tell which of two histories is the worse one after more is added."""
+    stream = uneven(toy_data)
+    first = learner_of(iterations=None, epochs=1, privacy=SIMULATED)
+    first.fit(stream)
+    again = begun_again(learner_of, first, by_hand(stream))
+    assert carried(again, "experience-0") == {(8 / 24, 3), (8 / 12, 2)}
+
+
+def test_a_stream_that_grows_after_a_warm_start_carries_the_worst(learner_of, toy_data, tmp_path):
+    first = learner_of(privacy=SIMULATED)
+    first.fit(uneven(toy_data))
+    whole = split(toy_data, scenario="class", experiences=4, declared_size=[12, 12, 12, 12])
+    target = replace(SIMULATED, noise_multiplier=None, epsilon=4 * spent(first), horizon=4)
+
+    def run(model, count, privacy):
+        stream = replace(whole, experiences=whole.experiences[:count])
+        options = {"stream": stream, "privacy": privacy, "warm_start": True}
+        learner = learner_of(model=model, folder=tmp_path / str(privacy.horizon), **options)
+        learner.fit(stream)
+        return learner
+
+    for privacy in (SIMULATED, target):
+        run(copy.deepcopy(first.model), 2, privacy)
+        bare = copy.deepcopy(first.model)
+        for part in bare.modules():
+            vars(part).pop("_perdure_training", None)
+        again = run(bare, 4, privacy)
+        for name in ("experience-2", "experience-3"):
+            assert carried(again, name) == {OFTEN}
+        assert spent(again) <= 4 * spent(first)
+
+
+def test_a_folder_does_not_count_other_records_under_a_known_name(learner_of, toy_data, tmp_path):
+    learner = learner_of(privacy=SIMULATED, folder=tmp_path)
+    learner.fit(uneven(toy_data))
+    learner.close()
+    other = learner_of(privacy=SIMULATED, folder=tmp_path)
+    with pytest.raises(LedgerError, match="'experience-0' holds records of another rule"):
+        other.prepare(uneven(toy_data, class_order=[2, 3, 0, 1]))
+
+
+def test_the_rule_of_a_client_says_how_records_were_spread(toy_data):
+    stream = split(toy_data, scenario="class", experiences=2)
+
+    def rules(streams):
+        return [[e.train.placed_by for e in own] for own in streams]
+
+    ways = [
+        iid(stream, clients=2, exact=False),
+        iid(stream, clients=3, exact=False),
+        iid(stream, clients=2, exact=False, seed=1),
+        iid(stream, clients=2, exact=False, declared_size=40),
+        dirichlet(stream, clients=2, alpha=1.0, exact=False),
+        dirichlet(stream, clients=2, alpha=2.0, exact=False),
+        iid(uneven(toy_data), clients=2, exact=False),
+    ]
+    found = [rules(way)[0][0] for way in ways]
+    assert len(set(found)) == len(found)
+    assert rules(iid(stream, clients=2, exact=False)) == rules(ways[0])
+    assert {
+        rule for own in rules(iid(by_hand(stream), clients=2, exact=False)) for rule in own
+    } == {""}
+
+
+class Own(nn.Module):
+    """A forward pass of one's own: the independence of records is only tested."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 4)
+
+    def features(self, x):
+        return torch.tanh(self.body(x))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def test_a_statement_says_the_weaker_independence_of_before(learner_of, toy_stream):
+    model = Own()
+    learner_of(model=model, privacy=SIMULATED).fit(toy_stream())
+    alone = replace(SIMULATED, custom_forward="record-by-record")
+    again = learner_of(model=model, privacy=alone, warm_start=True)
+    again.fit(toy_stream())
+    assert {entry.independence for entry in again.private_sum.ledger.entries} == {
+        "tested",
+        "by construction",
+    }
+    assert again.private_sum.ledger.statement(DELTA).independence == "tested"
+
+
+def test_what_was_spent_outside_is_not_known_to_be_independent(learner_of, toy_stream):
+    learner = learner_of(privacy=replace(SIMULATED, spent=(Charge(0.1, 1.0, 5),)))
+    learner.prepare(toy_stream())
+    assert learner.private_sum.ledger.statement(DELTA).independence == "not known"
+
+
 def test_what_no_ledger_counts_does_not_become_private(trained, learner_of, toy_stream):
     model = trained(None).model
     with pytest.raises(PrivacyError, match="trained without privacy on experience-0, experience-1"):
@@ -191,6 +384,54 @@ def test_a_model_that_was_restored_carries_its_history(learner_of, toy_stream, t
     other = learner_of(Naive(), model=again.model, privacy=SIMULATED, warm_start=True)
     other.fit(toy_stream())
     assert spent(other) > spent(again)
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+@pytest.mark.parametrize("first", [None, SIMULATED], ids=["plain", "private"])
+def test_a_folder_with_a_checkpoint_launders_no_model(
+    trained, learner_of, toy_stream, toy_model, tmp_path, first, warm_start
+):
+    """A checkpoint in the folder takes a history away only where it takes the weights' place."""
+    options = {"privacy": SIMULATED, "folder": tmp_path}
+    leave_checkpoint(learner_of, toy_stream(), options)
+    model = trained(first).model
+    model.load_state_dict(toy_model(toy_stream()).state_dict())  # as the run began: it may resume
+    before = trainings_of(model)
+    learner = learner_of(model=model, warm_start=warm_start, **options)
+    learner.prepare(toy_stream())
+    told = r"trained already .* allowed: resume\(\), which puts the checkpoint of .* in its place"
+    with pytest.raises(ConfigError, match=told):
+        learner.begin(1)
+    with pytest.raises(ConfigError, match=told):
+        learner.session.reserve(range(2), "digest")
+    assert trainings_of(model) == before
+    spent_there = spent(learner)
+    learner.fit(toy_stream())
+    (training,) = trainings_of(model)
+    assert training.entries == learner.private_sum.ledger.entries
+    assert spent(learner) >= spent_there and not training.uncounted
+
+
+def test_a_snapshot_of_elsewhere_is_no_checkpoint_of_the_run(
+    trained, learner_of, toy_stream, tmp_path
+):
+    options = {"privacy": SIMULATED, "folder": tmp_path}
+    leave_checkpoint(learner_of, toy_stream(), options)
+    other = trained(SIMULATED)
+    learner = learner_of(model=other.model, **options)
+    learner.prepare(toy_stream())
+    with pytest.raises(ConfigError, match="trained already"):
+        learner.restore(other.snapshot())
+
+
+def test_an_untrained_model_may_begin_beside_a_checkpoint(learner_of, toy_stream, tmp_path):
+    options = {"privacy": SIMULATED, "folder": tmp_path}
+    leave_checkpoint(learner_of, toy_stream(), options)
+    learner = learner_of(**options)
+    learner.prepare(toy_stream())
+    learner.begin(0)
+    learner.train(range(2))
+    assert len(trainings_of(learner.model)) == 1
 
 
 def test_a_mark_is_no_part_of_the_weights(trained, toy_stream):

@@ -34,13 +34,14 @@ def from_avalanche(
     only part, where there is one) and, of it, the classes of training experience e.
 
     Guarantee: ids are indices into the source, so a record keeps its identity in whatever
-    experiences it turns up. Experiences are disjoint partitions where their classes are disjoint;
-    otherwise all share one partition and their uses compose. The classes that the benchmark lists
-    count as declared public. Places follow from labels where classes are disjoint and no record of
-    a source was left out; from nothing where every experience has all records. A random cut of the
-    records themselves is not `assigned_by_record`. Where records were left out (a validation
-    stream, say), nobody can tell by what rule: the stream does not say, and privacy refuses it
-    until `assigned_by_record` does.
+    experiences it turns up. Experiences are disjoint partitions where both their classes and their
+    records are; otherwise all share one partition and their uses compose. Two tensor data sets over
+    one tensor of inputs (the same people, other labels) hold the same records. The classes that the
+    benchmark lists count as declared public. Places follow from labels where classes are disjoint
+    and no record of a source was left out; from nothing where every experience has all records. A
+    random cut of the records themselves is not `assigned_by_record`. Where records were left out (a
+    validation stream, say), nobody can tell by what rule: the stream does not say, and privacy
+    refuses it until `assigned_by_record` does.
 
     Args:
         benchmark: of Avalanche 0.6, with `streams["train"]` and `streams["test"]`.
@@ -64,10 +65,12 @@ def from_avalanche(
         tuple(sorted(int(label) for label in part.dataset.targets.uniques)) for part in train
     ]
     offsets = _offsets(tasks, classes)
-    disjoint = sum(map(len, classes)) == len(set().union(*classes))
+    by_class = sum(map(len, classes)) == len(set().union(*classes))
+    # Classes alone do not tell: labels of another task may be other columns of the same table.
+    disjoint = by_class and len(shown) == len(torch.unique(shown))
     if assigned_by_record is None and (disjoint or _same_records(parts)):
         assigned_by_record = True if whole else None
-    elif assigned_by_record is None:
+    elif assigned_by_record is None and not by_class:
         assigned_by_record = False
     sizes = size_of_each(declared_size, len(parts))
     experiences = tuple(
@@ -186,11 +189,21 @@ class _Sources:
     def _first_id(self, source: Any) -> int:
         """Id of the source's first record; a source that was not met yet is given the next ids."""
         for known, first in self._first_ids:
-            if known is source:
+            if known is source or _over_one_tensor(known, source):
                 return first
         self._first_ids.append((source, self._next))
         self._next += len(source)
         return self._first_ids[-1][1]
+
+
+def _over_one_tensor(one: Any, other: Any) -> bool:
+    """Return whether two sources are tensor data sets whose inputs are the same tensor."""
+    if not (isinstance(one, TensorDataset) and isinstance(other, TensorDataset)):
+        return False
+    mine = one.tensors[0]
+    theirs = other.tensors[0]
+    same_place = mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
+    return bool(len(mine)) and same_place and mine.shape == theirs.shape
 
 
 def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:

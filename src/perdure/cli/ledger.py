@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from perdure.cli.expected_ledgers import absent, anchors_below, left_out
 from perdure.cli.recorded_heads import Recorded, as_text, behind, forgotten, from_text
-from perdure.errors import ConfigError, LedgerError, PrivacyError, RunError
+from perdure.errors import ConfigError, LedgerError, PerdureError, PrivacyError, RunError
 from perdure.experiment.config import Config
 from perdure.experiment.config import read as read_config
 from perdure.experiment.result_schema import Epsilon
@@ -28,7 +29,7 @@ from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.anchors import private_copy
 from perdure.privacy.ledger.merged import Merged
 from perdure.privacy.ledger.merged import read as read_ledger
-from perdure.privacy.ledger.storage import RESTORE, head_path, load
+from perdure.privacy.ledger.storage import RESTORE, Anchor, head_path, load
 from perdure.privacy.noise.key import NoiseKey, noise_key
 from perdure.report.ledger_tables import (
     document,
@@ -72,11 +73,13 @@ class Source:
 
     Args:
         folder: of the run.
+        run: folder that was asked for, that one or one below it; None for a file.
         merged: the file of a finished run.
         single: files of single curators.
     """
 
     folder: Path
+    run: Path | None
     config: Config | None
     merged: Path | None
     single: tuple[Path, ...]
@@ -116,15 +119,23 @@ def show(
     account = opened(source)
     spent = source.delta(delta)
     chosen = select(account, arm or (), owner or ())
+    gone = missing(source, account if source.merged else None)
+    whole = not gone or bool(arm or owner)
     with ticking(len(chosen.partitions)) as tick:
         rows = exposures(chosen, spent, tick)
     if as_json:
-        facts = summary(source, chosen, spent) | {"partitions": document(rows)}
+        facts = summary(source, chosen, spent, gone, whole) | {"partitions": document(rows)}
         typer.echo(json.dumps(facts, indent=1, allow_nan=False))
-        return
+        raise typer.Exit(int(not whole))
     _console().print(exposure_table(rows))
-    for line in statements(source, account, chosen, spent):
+    if gone:
+        typer.echo(
+            f"{len(account.parts)} of {len(account.parts) + len(gone)} ledgers are there; missing: "
+            f"{', '.join(gone)}{'' if whole else ': no epsilon is stated for the run'}"
+        )
+    for line in statements(source, account, chosen, spent, whole):
         typer.echo(line)
+    raise typer.Exit(int(not whole))
 
 
 @app.command()
@@ -165,7 +176,14 @@ def verify(
         except PrivacyError as error:
             problems.append(str(error))
     problems += unlike(parts, source)
-    problems += forgotten({path: parts.get(path) for path in source.single}, key_in)
+    known: dict[Path, list[Anchor]] = {}
+    try:
+        gone = missing(source, parts.get(source.merged) if source.merged else None, files=True)
+        problems += [f"{name} is missing, though {why}; {RESTORE}" for name, why in gone.items()]
+        known = anchors_below(source.run) if source.run else {}
+    except PerdureError as error:
+        problems.append(str(error))
+    problems += forgotten({path: parts.get(path) for path in source.single}, key_in, known)
     problems += behind(parts, recorded, lambda owner, path: key_of(owner, path, source))
     for problem in problems:
         typer.echo(f"WRONG: {problem}")
@@ -229,8 +247,29 @@ def find(run: Path) -> Source:
     exported = alone and not head_path(top).exists()
     single = (top, *below) if alone and not exported else tuple(below)
     return Source(
-        folder=folder, config=config, merged=top if exported else None, single=tuple(single)
+        folder=folder,
+        run=run if run.is_dir() else None,
+        config=config,
+        merged=top if exported else None,
+        single=tuple(single),
     )
+
+
+def missing(source: Source, merged: Merged | None, *, files: bool = False) -> dict[str, str]:
+    """Return what should be there and is not, to who knows of it.
+
+    Args:
+        source: where the run's ledgers lie.
+        merged: what was read from the merged file; None where there is none.
+        files: whether ledgers of single curators count although there is a merged file.
+    """
+    gone: dict[str, str] = {}
+    if merged is not None:
+        held = [part.account.owner for part in merged.parts]
+        gone |= left_out(held, source.folder, source.config)
+    if source.run is not None and (files or merged is None):
+        gone |= absent(source.run, source.folder, source.config, _there)
+    return gone
 
 
 def home(path: Path) -> Path:
@@ -357,10 +396,21 @@ def named(account: Merged, asked: Sequence[str]) -> list[str]:
 # --------------------------------------------------------------------------- what is said of it
 
 
-def statements(source: Source, account: Merged, chosen: Merged, delta: float) -> Iterator[str]:
-    """The lines below the table: what was spent, what it does not cover, what was checked."""
-    yield f"worst partition by itself: {chosen.statement(delta)}"
-    joint = all_arms(chosen, delta)
+def statements(
+    source: Source, account: Merged, chosen: Merged, delta: float, whole: bool
+) -> Iterator[str]:
+    """The lines below the table: what was spent, what it does not cover, what was checked.
+
+    Args:
+        source: where the ledgers lie.
+        account: all that are there.
+        chosen: of these, the ones that were asked for.
+        delta: of every epsilon.
+        whole: whether none is missing; else nothing is stated of all together.
+    """
+    if whole:
+        yield f"worst partition by itself: {chosen.statement(delta)}"
+    joint = all_arms(chosen, delta) if whole else None
     if joint:
         yield f"all arms together, for whoever sees more than one: {joint['text']}"
     if len(chosen.parts) < len(account.parts):
@@ -375,17 +425,20 @@ def statements(source: Source, account: Merged, chosen: Merged, delta: float) ->
     yield checks(chosen)
 
 
-def summary(source: Source, chosen: Merged, delta: float) -> dict[str, object]:
+def summary(
+    source: Source, chosen: Merged, delta: float, missing: Collection[str], whole: bool
+) -> dict[str, object]:
     """What `statements` says, for machines."""
-    joint = all_arms(chosen, delta)
+    joint = all_arms(chosen, delta) if whole else None
     return {
         "schema": 1,
         "delta": delta,
-        "statement": finite(epsilon_row(chosen.statement(delta))),
+        "statement": finite(epsilon_row(chosen.statement(delta))) if whole else None,
         "all_arms_together": joint and finite(joint),
         "finished": source.finished,
         "without_privacy": without_privacy(source),
         "verified": checks(chosen),
+        "missing": sorted(missing),
         "ledgers": [
             {"owner": part.account.owner, "lines": len(part.lines), "head_verified": part.keyed}
             for part in chosen.parts

@@ -68,7 +68,9 @@ def behind(
 
 
 def forgotten(
-    accounts: Mapping[Path, Merged | None], key_in: Callable[[Path], NoiseKey | None]
+    accounts: Mapping[Path, Merged | None],
+    key_in: Callable[[Path], NoiseKey | None],
+    known_elsewhere: Mapping[Path, Sequence[Anchor]],
 ) -> list[str]:
     """Return what is wrong with ledgers behind a head that is recorded on this machine.
 
@@ -77,6 +79,7 @@ def forgotten(
     Args:
         accounts: file of a single curator to what was read from it; None where it is damaged.
         key_in: from a folder to its key, where it is there.
+        known_elsewhere: file to heads of it that checkpoints of other folders hold.
     """
     problems = []
     for path, account in accounts.items():
@@ -84,7 +87,8 @@ def forgotten(
             key = key_in(path.parent)
             copies = [private_copy(path.parent), state_copy(key) if key else None]
             known = [copy.read() for copy in copies if copy is not None]
-            anchors = [*checkpoint_anchors(path.parent), *(each for each in known if each)]
+            anchors = [*checkpoint_anchors(path.parent), *known_elsewhere.get(path, ())]
+            anchors += [each for each in known if each]
         except PerdureError as error:
             problems.append(str(error))
             continue

@@ -80,7 +80,9 @@ def dirichlet(
         draw = np.random.default_rng(derive(seed, "dirichlet", partition, label))
         return torch.from_numpy(draw.dirichlet(np.full(clients, alpha)))
 
-    split = ClientSplit(clients=clients, min_size=min_size, seed=seed, shares=shares)
+    split = ClientSplit(
+        clients=clients, min_size=min_size, seed=seed, shares=shares, rule=f"dirichlet {alpha!r}"
+    )
     return split.of(stream, exact, declared_size, client_sizes)
 
 
@@ -119,6 +121,7 @@ def iid(
         min_size=min_size,
         seed=seed,
         shares=lambda partition, label: torch.ones(clients).double() / clients,
+        rule="iid",
     )
     return split.of(stream, exact, declared_size, client_sizes)
 
@@ -132,12 +135,14 @@ class ClientSplit:
         min_size: records that every client has in every experience, at least.
         seed: of the coins, public.
         shares: public shares of every label.
+        rule: names the shares.
     """
 
     clients: int
     min_size: int
     seed: int
     shares: Shares
+    rule: str
 
     def __post_init__(self) -> None:
         for field in ("clients", "min_size"):
@@ -173,7 +178,7 @@ class ClientSplit:
         ]
         whole = replace(stream, assigned_by_record=placed_again(stream, by_record=False))
         unknown: list[int | None] = [None] * len(stream)
-        return [_of_client(whole, owners, client, unknown) for client in range(self.clients)]
+        return [_of_client(whole, owners, client, unknown, "") for client in range(self.clients)]
 
     def _by_record(
         self,
@@ -193,8 +198,9 @@ class ClientSplit:
             owners.append(_hashed_owners(experience, known, table, derive(self.seed, "owner")))
         sizes = self._declared(tables, totals, client_sizes)
         whole = replace(stream, assigned_by_record=placed_again(stream, hashable(stream)))
+        settings = [self.rule, self.clients, self.min_size, self.seed, list(totals), sizes]
         return [
-            _of_client(whole, owners, client, [row[client] for row in sizes])
+            _of_client(whole, owners, client, [row[client] for row in sizes], repr(settings))
             for client in range(self.clients)
         ]
 
@@ -339,12 +345,19 @@ def _levelled(
 
 
 def _of_client(
-    stream: Stream, owners: list[Tensor], client: int, sizes: Sequence[int | None]
+    stream: Stream, owners: list[Tensor], client: int, sizes: Sequence[int | None], rule: str
 ) -> Stream:
+    """Return the client's part of a stream, under declared sizes.
+
+    Args:
+        rule: by which records were placed with clients; "" for one that other records shape.
+    """
     experiences = []
     for experience, owner, size in zip(stream, owners, sizes, strict=True):
         train = experience.train
         mine = train.take(torch.nonzero(owner == client).flatten().to(train.inputs.device))
-        mine = replace(mine.declared(size), partition=f"client-{client}/{train.partition}")
+        known = f"{train.placed_by}, {rule}" if train.placed_by and rule else ""
+        name = f"client-{client}/{train.partition}"
+        mine = replace(mine.declared(size), partition=name, placed_by=known)
         experiences.append(replace(experience, train=mine))
     return replace(stream, experiences=tuple(experiences))

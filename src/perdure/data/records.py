@@ -30,6 +30,10 @@ class Records:
         size_counted: set here where no size was declared: `declared_size` follows the rows.
         ids_by_position: set here where no ids were given: one row less would give the rows after
             it other ids. Under privacy such ids place no record (see `perdure.data.scenarios`).
+        placed_by: names the public rule that put these records into this partition and not into
+            another one: equal names promise that a record would lie in the partition of the same
+            name. Set by what splits a data set, whose name stands for its records; "" where
+            nobody says. A warm start goes by it (see `perdure.learner.model_history`).
         domain: values that an input may have, declared before any record is seen; None where
             nothing is declared. Under privacy the guard needs it for inputs that are no floats.
 
@@ -44,6 +48,7 @@ class Records:
     declared_size: int = 0
     size_counted: bool = False
     ids_by_position: bool = False
+    placed_by: str = ""
     domain: InputDomain | None = None
 
     def __post_init__(self) -> None:

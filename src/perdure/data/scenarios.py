@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from perdure.data.experience import Experience, Stream, placed_again, size_of_ea
 from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.types import SCENARIOS, Scenario
-from perdure.utils.hashing import hashed, shifted
+from perdure.utils.hashing import canonical, canonical_text, hashed, shifted
 
 
 def split(
@@ -77,12 +78,13 @@ def split(
     order = _class_order(data.num_classes, class_order, seed)
     width = _slice_width(data.num_classes, experiences)
     slices = [order[start : start + width] for start in range(0, data.num_classes, width)]
-    parts = [_slice_of(data, index, classes) for index, classes in enumerate(slices)]
+    sizes = _sizes(data, declared_size, [1 / experiences] * experiences)
+    rule = placing_rule("split", data, scenario=scenario, slices=slices, sizes=sizes)
+    parts = [_slice_of(data, index, classes, rule) for index, classes in enumerate(slices)]
     if scenario == "domain":
         position = torch.empty(data.num_classes, dtype=torch.int64)
         position[list(order)] = torch.arange(data.num_classes) % width
         parts = [_relabelled(part, position, tuple(range(width))) for part in parts]
-    sizes = _sizes(data, declared_size, [1 / experiences] * experiences)
     return Stream(
         name=f"split-{data.name}",
         scenario=scenario,
@@ -259,15 +261,24 @@ def blurry(
     is_blurry[choice[: round(disjoint_share * data.num_classes)]] = False
     visitors: set[int] = set(is_blurry.nonzero().flatten().tolist()) if blurry_share else set()
     place = _blurred_place(data.train, home, is_blurry, blurry_share, seed)
+    sizes = _sizes(data, declared_size, _blurred_shares(home, is_blurry, blurry_share))
+    rule = placing_rule(
+        "blurry",
+        data,
+        slices=[part.classes for part in home],
+        blurry=is_blurry.tolist(),
+        share=blurry_share,
+        seed=seed,
+        sizes=sizes,
+    )
     parts = [
         replace(
             part,
-            train=_partition(data.train, place == part.index, part.index),
+            train=_partition(data.train, place == part.index, part.index, rule),
             classes=tuple(sorted({*part.classes, *visitors})),
         )
         for part in home
     ]
-    sizes = _sizes(data, declared_size, _blurred_shares(home, is_blurry, blurry_share))
     return replace(
         home,
         name=f"blurry-{data.name}",
@@ -298,6 +309,16 @@ def rotate(images: Tensor, *, degrees: float) -> Tensor:
     turn = images.new_tensor([[cosine, -sine * ratio, 0.0], [sine / ratio, cosine, 0.0]])
     grid = F.affine_grid(turn.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
+    """Return a digest that names the rule by which the records of a data set are placed.
+
+    From public facts alone: the data set's name and declared size, and all that decides which
+    partition a record goes to.
+    """
+    whole = {"data": data.name, "size": data.train.declared_size, "classes": data.num_classes}
+    return sha256(canonical_text(canonical({"rule": kind, **whole, **facts})).encode()).hexdigest()
 
 
 def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
@@ -335,20 +356,21 @@ def _slice_width(num_classes: int, experiences: int) -> int:
     return num_classes // experiences
 
 
-def _slice_of(data: Dataset, index: int, classes: tuple[int, ...]) -> Experience:
+def _slice_of(data: Dataset, index: int, classes: tuple[int, ...], rule: str) -> Experience:
     train, test = (
         torch.isin(part.labels, part.labels.new_tensor(classes)) for part in (data.train, data.test)
     )
     return Experience(
         index=index,
-        train=_partition(data.train, train, index),
+        train=_partition(data.train, train, index, rule),
         test=data.test.take(test),
         classes=classes,
     )
 
 
-def _partition(records: Records, rows: Tensor, index: int) -> Records:
-    return replace(records.take(rows.to(records.inputs.device)), partition=f"experience-{index}")
+def _partition(records: Records, rows: Tensor, index: int, rule: str) -> Records:
+    taken = records.take(rows.to(records.inputs.device))
+    return replace(taken, partition=f"experience-{index}", placed_by=rule)
 
 
 def _relabelled(part: Experience, table: Tensor, classes: tuple[int, ...]) -> Experience:
@@ -371,6 +393,7 @@ def _copies(
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
     step = 0 if scenario == "domain" else data.num_classes
+    rule = placing_rule("whole", data, sizes=declared_size)
     parts = []
     for index, change in enumerate(changes):
         train, test = (
@@ -378,6 +401,7 @@ def _copies(
                 records,
                 inputs=change(records.inputs),
                 labels=records.labels + index * step,
+                placed_by=rule,
                 # a turned image is 0 in its corners
                 domain=records.domain and records.domain.including(0.0),
             )

@@ -21,6 +21,7 @@ from perdure.experiment.result_schema import (
     Result,
     Spending,
 )
+from perdure.learner.folder_claims import refuse_missing_ledgers
 from perdure.learner.learner import Learner
 from perdure.metrics import expected_calibration_error
 from perdure.privacy.ledger.account import Account, Statement
@@ -145,7 +146,12 @@ def spending(account: Account, delta: float) -> list[Spending]:
 
 
 def ledger_files(arm: Path) -> list[Path]:
-    """Ledgers of an arm: its own, or its clients'."""
+    """Ledgers of an arm: its own, or its clients'.
+
+    Raises:
+        LedgerError: where one that the arm's checkpoints know is gone.
+    """
+    refuse_missing_ledgers(arm)
     return sorted([*arm.glob("ledger.jsonl"), *arm.glob("clients/*/ledger.jsonl")])
 
 

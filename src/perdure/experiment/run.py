@@ -133,8 +133,13 @@ def training_of(folder: Path, arm: Arm) -> Training:
         return Training(by=by, uncounted=f"trained in {folder} by clients, who hold the ledgers")
     (part,) = read_ledger(own).parts
     account = part.account
-    simulated = account.simulated
-    return Training(by=by, sizes=account.sizes, entries=account.entries, simulated=simulated)
+    return Training(
+        by=by,
+        sizes=account.sizes,
+        rules=account.rules,
+        entries=account.entries,
+        simulated=account.simulated,
+    )
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

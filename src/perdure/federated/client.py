@@ -20,12 +20,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from perdure.data.experience import Stream
+from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.errors import LedgerError
-from perdure.federated.client_store import FRESH, ClientSession, client_folder, restore, save
+from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
 from perdure.federated.messages import load_shared, read_tensors, shared, to_record
 from perdure.federated.state_merging import sent
+from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
@@ -39,11 +41,14 @@ class ClientSessions:
     Args:
         make: builds a client's learner and stream.
         folder: of the run; None to keep nothing on disk.
+        distinct: whether the records of all clients were compared already.
     """
 
-    def __init__(self, make: MakeParty, folder: Path | None) -> None:
+    def __init__(self, make: MakeParty, folder: Path | None, *, distinct: bool = False) -> None:
         self._make = make
         self._folder = folder
+        self._distinct = distinct
+        self._streams: dict[int, Stream] = {}
         self._seats: dict[int, ClientSession] = {}
         self._open: Learner | None = None
         self.private = True
@@ -59,8 +64,12 @@ class ClientSessions:
         seat = self._seats.pop(client, None)
         if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
             return seat
+        self.private = True  # an error of building them may quote a record
         learner, stream = self._make(client)
         self.private = learner.privacy is not None
+        if self.private and not self._distinct and client not in self._streams:
+            self._streams[client] = stream
+            refuse_records_in_two_partitions([self._streams[n] for n in sorted(self._streams)])
         learner.client = client
         learner.folder = client_folder(self._folder, client) if self._folder else None
         self._open = learner
@@ -88,11 +97,12 @@ class ClientSessions:
         return True
 
 
-def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
+def client_app(make: MakeParty, folder: Path | None = None, *, distinct: bool = False) -> ClientApp:
     """Build the app that every client runs, on any engine.
 
     Guarantee: under privacy a reply holds released parameters, released state, declared numbers and
-    the head of the client's ledger, nothing else. The app looks at no value of a record: an error
+    the head of the client's ledger, nothing else; an error's text only where it names no value of
+    a record. The app looks at no value of a record: an error
     would reach the server. Whoever holds the records calls `perdure.data.check_finite` on its
     stream beforehand.
 
@@ -102,9 +112,11 @@ def client_app(make: MakeParty, folder: Path | None = None) -> ClientApp:
             anchor and CWR*'s base are a client's own.
         folder: of the run; clients keep their state in `clients/003` below it. None keeps it in
             this process only.
+        distinct: under privacy, whether it is known that no two clients of this process hold the
+            same record; else their ids are compared when each is built.
     """
     app = ClientApp()
-    seats = ClientSessions(make, folder)
+    seats = ClientSessions(make, folder, distinct=distinct)
 
     def answering(handler: Handler) -> Handler:
         @wraps(handler)

@@ -1,7 +1,6 @@
 """Client state on disk, between one exchange and the next."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from perdure.errors import FederationError
 from perdure.learner.checkpoint import Store
@@ -18,11 +17,6 @@ class ClientSession:
     learner: Learner
     exchange: int = FRESH
     saved: int = 0
-
-
-def client_folder(folder: Path, client: int) -> Path:
-    """Where a client keeps checkpoints, ledger and keys."""
-    return folder / "clients" / f"{client:03d}"
 
 
 def save(seat: ClientSession, exchange: int) -> None:

@@ -35,7 +35,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from perdure import errors
-from perdure.errors import FederationError, PerdureError, PrivacyError
+from perdure.errors import (
+    BudgetError,
+    FederationError,
+    GuardError,
+    LedgerError,
+    PerdureError,
+    PrivacyError,
+)
 from perdure.federated.messages import read_metric, to_record
 from perdure.types import Params
 
@@ -47,6 +54,13 @@ MessageProgress = Callable[[int, int], None]
 IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
 """What Flower wants to know of the process before it lets messages be made."""
 CLIENT_FAILED = 2
+TELLING_NOTHING: frozenset[type[Exception]] = frozenset(
+    {BudgetError, FederationError, GuardError, LedgerError}
+)
+"""Errors of a private client whose text goes to the server: of its ledger, budget, messages, and
+of a guard that sees synthetic records. Subclasses are not among them.
+"""
+IN_THE_LOG = "see the client's log"
 RAY_USAGE = "RAY_USAGE_STATS_ENABLED"
 WAIT = 120.0
 PAUSE = 0.1
@@ -210,17 +224,14 @@ class Cohort(Grid):
 def error_reply(message: Message, error: Exception, *, private: bool = False) -> Message:
     """Answer with the error's type and first line.
 
-    Guarantee: with `private`, the text of an error that is not perdure's own stays here: it may
-    quote a record.
+    Guarantee: with `private`, only the texts of errors go out that name no value of a record
+    (`TELLING_NOTHING`); any other stays in the client's log, also perdure's own: a `DataError`
+    names row, column and value.
     """
-    own = isinstance(error, PerdureError)
-    if not own:
+    told = type(error) in TELLING_NOTHING or not private
+    if not told or not isinstance(error, PerdureError):
         log.error("a client app stopped", exc_info=error)
-    text = (
-        (str(error).strip().splitlines() or ["no message"])[0]
-        if own or not private
-        else "see the client's log"
-    )
+    text = (str(error).strip().splitlines() or ["no message"])[0] if told else IN_THE_LOG
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {text}"), reply_to=message)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from perdure.contract.state import State
 from perdure.data.experience import Stream
+from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, FederationError, PrivacyError
 from perdure.federated.client import client_app
@@ -51,6 +52,7 @@ from perdure.federated.messages import (
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.fingerprint import plain_attributes
+from perdure.learner.folder_claims import HEADS
 from perdure.learner.learner import Learner
 from perdure.utils.folder_lock import locked
 from perdure.utils.seeding import generator
@@ -348,7 +350,7 @@ class Server:
                 **{f"aggregator.{name}": value for name, value in arrays.items()},
             }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
-            facts["heads"] = self.heads.texts
+            facts[HEADS] = self.heads.texts
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
             self._notify("checkpoint.end")
 
@@ -364,7 +366,7 @@ class Server:
         self.learner.restore_checkpoint(snapshot, where=self.folder)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self.exchange = snapshot.facts["exchange"]
-        self.heads = ClientHeads(snapshot.facts["heads"])
+        self.heads = ClientHeads(snapshot.facts[HEADS])
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:
@@ -416,6 +418,7 @@ def run_federation(
         ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients'
             state.
         DataError: before a private run, for training inputs that are NaN or infinite.
+        GuardError: before a private run, where two clients or partitions hold the same record.
         FederationError, PrivacyError, RunError: see `Server.serve`.
     """
     if len(streams) != federation.clients:
@@ -433,8 +436,11 @@ def run_federation(
     learner = make_learner(0)
     if learner.privacy:
         # here, where all records are still with their holder: a client's error goes to the server
+        refuse_records_in_two_partitions(streams)
         check_finite(streams)
-    client = client_app(lambda number: (make_learner(number), streams[number]), folder)
+    client = client_app(
+        lambda number: (make_learner(number), streams[number]), folder, distinct=True
+    )
     server = Server(
         learner=learner,
         stream=streams[0],

@@ -5,11 +5,62 @@ from pathlib import Path
 from perdure.errors import LedgerError, PrivacyError
 from perdure.learner.checkpoint import Store
 from perdure.privacy.ledger.anchors import private_copy
-from perdure.privacy.ledger.storage import Anchor, SealedHead, canonical_json, head_path
+from perdure.privacy.ledger.storage import (
+    RESTORE,
+    Anchor,
+    SealedHead,
+    canonical_json,
+    head_path,
+)
 
 LEDGER = "ledger.jsonl"
 HEAD = "ledger"
 """Key of the ledger's head among the facts of a checkpoint."""
+
+
+HEADS = "heads"
+"""Key of the clients' heads among the facts of a federation server's checkpoint."""
+SERVER = "the checkpoint of the federation's server"
+
+
+def client_folder(folder: Path, client: int) -> Path:
+    """Where a client of a run keeps checkpoints, ledger and keys."""
+    return folder / "clients" / f"{client:03d}"
+
+
+def known_ledgers(folder: Path) -> dict[Path, list[Anchor]]:
+    """Return ledgers to the heads that the checkpoints of one folder know of them.
+
+    Its own ledger, or those of the clients whose server it is. Clients on other machines, whose
+    folders are not below it, are left out.
+
+    Raises:
+        LedgerError: for a head that is damaged.
+        RunError: for a checkpoint that cannot be read.
+    """
+    own = checkpoint_anchors(folder)
+    found = {folder / LEDGER: own} if own else {}
+    store = Store(folder)
+    numbers = store.numbers() if (folder / "clients").is_dir() else []
+    texts = store.facts(numbers[-1]).get(HEADS) if numbers else None
+    for client, text in (texts if isinstance(texts, dict) else {}).items():
+        head = SealedHead.parse(str(text), where=SERVER)
+        found[client_folder(folder, int(client)) / LEDGER] = [Anchor(head, SERVER)]
+    return found
+
+
+def refuse_missing_ledgers(folder: Path) -> None:
+    """Refuse to add up the ledgers of a folder where one that its checkpoints know is gone.
+
+    Raises:
+        LedgerError: naming the ledgers.
+    """
+    missing = [str(path) for path in known_ledgers(folder) if not path.exists()]
+    if missing:
+        raise LedgerError(
+            f"{', '.join(missing)} missing, though a checkpoint in {folder} knows of it: what it "
+            f"counts would be forgotten; {RESTORE}"
+        )
 
 
 def checkpoint_anchors(folder: Path) -> list[Anchor]:

@@ -324,7 +324,9 @@ class Learner:
             if anchor is None:
                 raise LedgerError(f"the checkpoint in {place} knows no ledger; give another folder")
             self.private_sum.ledger.chain.require(anchor)
-        self.restore(snapshot)
+        self.matrix = restore_snapshot(
+            snapshot, self.session, self._optimizer, self._scheduler, of_the_run=True
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""

@@ -1,21 +1,28 @@
 """History that a trained model carries: which ledger was charged for it, and what nobody counted.
 
+Names of partitions do not identify records: `experience-0` is another set of records under another
+class order. So a partition keeps the charges of an older one of its name only where both were
+placed by the same public rule (`Records.placed_by`). The records of any other partition may be
+those of any older one, and count as exposed as the worst of these.
+
 A mark on every module of the model, which goes with copies of the module and with parts of it that
 are built into another model. Bare weights (`state_dict`) carry none.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.privacy.accounting.charges import Charge, merged
+from perdure.privacy.accounting.charges import Charge, bounding, merged
 from perdure.privacy.ledger.account import Account
-from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.entries import Entry, Stated, weakest
 
 ATTRIBUTE = "_perdure_training"
 """Name of the mark in a module's `__dict__`."""
+EARLIER = ", earlier"
+"""Added to the name of an older partition that now stands for other records."""
 START_BARE = (
     "if that is intended, load its weights into a new model (new.load_state_dict(...)): they start "
     "without a history, and the statement says so"
@@ -28,13 +35,14 @@ class Training:
 
     Args:
         by: names the session that trained it.
-        sizes, entries: those of its ledger, which go on growing while it trains.
+        sizes, rules, entries: those of its ledger, which go on growing while it trains.
         uncounted: why no ledger says what it cost; "" where one does.
         simulated: whether noise came from a seed that the user chose.
     """
 
     by: str
     sizes: dict[str, int] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     uncounted: str = ""
     simulated: bool = False
@@ -47,13 +55,30 @@ class Training:
 
 @dataclass(frozen=True)
 class Carried:
-    """What the records of a partition were exposed to before, and their declared number.
+    """What the records of a partition were exposed to before, and what was declared of them.
 
     The size is 0 where only the charges are known.
+
+    Args:
+        size: declared number of records.
+        charges: that they were exposed to.
+        rule: digest of the public rule that placed them; "" for none known.
+        independence: the weakest of what the charges' entries say.
     """
 
-    size: int
-    charges: tuple[Charge, ...]
+    size: int = 0
+    charges: tuple[Charge, ...] = ()
+    rule: str = ""
+    independence: Stated = "by construction"
+
+    def and_also(self, other: "Carried") -> "Carried":
+        """Return what records of both were exposed to."""
+        return Carried(
+            size=max(self.size, other.size),
+            charges=merged([*self.charges, *other.charges]),
+            rule=self.rule if self.rule == other.rule else "",
+            independence=weakest([self.independence, other.independence]),
+        )
 
 
 History = Mapping[str, Carried]
@@ -105,18 +130,29 @@ def refuse_trained(trainings: Sequence[Training], *, warm_start: bool) -> None:
         )
 
 
+def refuse_unreplaced(trainings: Sequence[Training], folder: object) -> None:
+    """Refuse a trained model in a folder whose checkpoint has not replaced its weights yet.
+
+    Raises:
+        ConfigError: naming what the model went through.
+    """
+    if trainings:
+        told = "; ".join(mark.uncounted or "trained with privacy" for mark in trainings)
+        raise ConfigError.of(
+            "model",
+            f"one that a learner has trained already ({told})",
+            f"resume(), which puts the checkpoint of {folder} in its place, or an untrained model",
+        )
+
+
 def history_of(
-    trainings: Iterable[Training], partitions: Iterable[str], *, delta: float, simulated: bool
+    trainings: Iterable[Training], partitions: Mapping[str, str], *, simulated: bool
 ) -> dict[str, Carried]:
     """Return what the partitions of a stream, and those before, were exposed to by trainings.
 
-    A partition of a new name may hold records of any older one: it is taken to hold those that were
-    exposed most.
-
     Args:
         trainings: that the model went through.
-        partitions: of the stream that comes.
-        delta: at which partitions are compared.
+        partitions: of the stream that comes, to the digest of the rule that placed their records.
         simulated: whether the noise to come is simulated.
 
     Raises:
@@ -134,14 +170,44 @@ def history_of(
             )
         account = Account()
         account.sizes |= training.sizes
+        account.rules |= training.rules
         account.entries += training.entries
-        worst = account.charges(account.worst(delta)[0])
-        for name in {*account.sizes, *partitions}:
-            known = name in account.sizes
-            charges = account.charges(name) if known else worst
-            before = history.get(name, Carried(0, ()))
-            history[name] = Carried(
-                max(before.size, account.sizes.get(name, 0)),
-                merged([*before.charges, *charges]),
-            )
+        for name, new in exposed_before(account, partitions).items():
+            history[name] = history[name].and_also(new) if name in history else new
     return history
+
+
+def exposed_before(account: Account, partitions: Mapping[str, str]) -> dict[str, Carried]:
+    """Return what an account says of its own partitions, and of those that come.
+
+    An older partition whose name now stands for other records goes on under another one.
+
+    Args:
+        account: of an earlier training.
+        partitions: that come, to the digest of the rule that placed their records.
+    """
+    found: dict[str, Carried] = {}
+    same = {
+        name
+        for name, rule in partitions.items()
+        if name in account.sizes and rule and account.rules.get(name) == rule
+    }
+    taken = {*account.sizes, *partitions}
+    for name, size in account.sizes.items():
+        kept = name
+        if name in partitions and name not in same:
+            while kept in taken:
+                kept += EARLIER
+            taken.add(kept)
+        found[kept] = Carried(
+            size=size,
+            charges=merged(account.charges(name)),
+            rule=account.rules.get(name, ""),
+            independence=account.independence_of([name]),
+        )
+    worst = Carried(
+        charges=bounding(account.charges(name) for name in account.sizes),
+        independence=account.independence_of(account.sizes),
+    )
+    others = [name for name in partitions if name not in same]
+    return found | {name: replace(worst, rule=partitions[name]) for name in others}

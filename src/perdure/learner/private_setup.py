@@ -10,23 +10,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from perdure.data.experience import Stream
+from perdure.data.record_identity import refuse_records_in_two_partitions
+from perdure.data.records import Records
 from perdure.errors import DataError, GuardError
 from perdure.learner.folder_claims import LEDGER, checkpoint_anchors, refuse_lost_key
 from perdure.learner.inspection import Inspection, Verdict
-from perdure.learner.model_history import History
+from perdure.learner.model_history import Carried, History
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.accounting.charges import Charge, merged
+from perdure.privacy.accounting.charges import bounding, merged
 from perdure.privacy.guard.independence import Independence
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
 from perdure.privacy.guard.probes import domain_of
 from perdure.privacy.ledger.account import WARM_START, Account
 from perdure.privacy.ledger.anchors import private_copy, state_copy
+from perdure.privacy.ledger.entries import Entry, weakest
 from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.ledger.storage import head_path, load
+from perdure.privacy.ledger.storage import head_path, load, sha256
 from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import noise_key
-from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
+from perdure.privacy.private_sum import MakePrivateSum, PrivateSum, Schedule
 from perdure.types import Params
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.seeding import generator
@@ -64,8 +67,12 @@ def open_private_sum(
     """
     privacy = training.privacy
     assert privacy is not None
-    history = dict(history or {})
-    training = replace(training, carried=carried_over(folder, history))
+    carried = carried_over(folder, history or {}, training.stream)
+    training = replace(
+        training,
+        carried={partition: before.charges for partition, before in carried.items()},
+        carried_at_most=bounding(before.charges for before in carried.values()),
+    )
     schedule = scheduled(training)
     anchors = checkpoint_anchors(folder) if folder else []
     if folder and privacy.seed is None:
@@ -82,20 +89,7 @@ def open_private_sum(
         lock=lock,
     )
     warn_of_delta(privacy.delta, declared_records(training.stream))
-    for partition, before in history.items():
-        if before.size:
-            ledger.declare(partition, before.size)
-    for experience in training.stream:
-        ledger.declare(experience.train.partition, experience.train.declared_size)
-        for charge in merged(privacy.spent):
-            ledger.charge(elsewhere(charge, experience.train.partition, key.simulated))
-    for partition, before in history.items():
-        for charge in before.charges:
-            ledger.charge(elsewhere(charge, partition, key.simulated, WARM_START))
-    if privacy.epsilons and privacy.diagnostics == "released":
-        plan = planned(training, schedule)
-        known = {name: plan[name] for name in ledger.partitions if name in plan}
-        ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
+    charge_before(ledger, training, schedule, carried)
     draws = DrawLog(folder / "private" / "draws.jsonl" if folder else None, key)
     return make(
         privacy=privacy,
@@ -107,22 +101,93 @@ def open_private_sum(
     )
 
 
-def carried_over(folder: Path | None, history: History) -> dict[str, tuple[Charge, ...]]:
-    """Charges of a warm start by partition: those in the folder's ledger, and those of `history`.
+def charge_before(
+    ledger: Ledger, training: TrainingPlan, schedule: Schedule, carried: History
+) -> None:
+    """Declare the partitions, charge what was spent before, and grant the plan of the stream.
 
-    A run that is resumed finds them in its ledger, whatever its model carries.
+    Raises:
+        BudgetError: when the plan does not fit the budget.
+        LedgerError: for a partition that the ledger knows of another size or rule.
     """
-    found = {partition: list(before.charges) for partition, before in history.items()}
+    privacy = training.privacy
+    assert privacy is not None
+    for partition, before in carried.items():
+        if before.size:
+            ledger.declare(partition, before.size, before.rule)
+    for experience in training.stream:
+        records = experience.train
+        ledger.declare(records.partition, records.declared_size, rule_of(records))
+    own = dict.fromkeys(experience.train.partition for experience in training.stream)
+    spent = [
+        elsewhere(charge, partition, ledger.simulated)
+        for partition in own
+        for charge in merged(privacy.spent)
+    ]
+    earlier = carried_entries(carried, ledger.simulated)
+    for entry in earlier:
+        if own.keys().isdisjoint(entry.scope):
+            ledger.charge(entry)
+    if privacy.epsilons and privacy.diagnostics == "released":
+        plan = planned(training, schedule)
+        known = {name: plan[name] for name in ledger.partitions if name in plan}
+        ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
+    # After the grant, which contains them: a partition may have come after an earlier grant.
+    for entry in [*spent, *earlier]:
+        ledger.charge(entry)
+
+
+def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[str, Carried]:
+    """Exposure by a warm start: what the folder's ledger says, and what `history` does.
+
+    A run that is resumed finds it in its ledger, whatever its model carries. A partition that came
+    after the warm start may hold any of the records that were exposed then.
+    """
     path = folder / LEDGER if folder else None
     bodies = load(path, None)[1] if path and head_path(path).exists() else []
     account = Account.replay(bodies, where=str(path)) if bodies else Account()
+    found: dict[str, Carried] = {}
     for entry in account.entries:
         for partition in entry.scope if entry.purpose == WARM_START else ():
             charge = entry.charge([partition])
-            own = found.setdefault(partition, [])
-            if charge is not None and charge not in own:  # an equal entry is written once
-                own.append(charge)
-    return {partition: tuple(charges) for partition, charges in found.items()}
+            assert charge is not None
+            said = Carried(
+                charges=(charge,), independence=entry.independence, rule=account.rules[partition]
+            )
+            found[partition] = found[partition].and_also(said) if partition in found else said
+    worst = Carried(
+        charges=bounding(each.charges for each in found.values()),
+        independence=weakest(each.independence for each in found.values()),
+    )
+    new = {e.train.partition: rule_of(e.train) for e in stream} if found else {}
+    found |= {
+        name: replace(worst, rule=rule) for name, rule in new.items() if name not in account.sizes
+    }
+    return {name: _joined(found.get(name), history.get(name)) for name in {**found, **history}}
+
+
+def carried_entries(carried: History, simulated: bool) -> list[Entry]:
+    """Return the ledger's entries of what a warm start carries over."""
+    return [
+        elsewhere(charge, partition, simulated, WARM_START, before.independence)
+        for partition, before in carried.items()
+        for charge in before.charges
+    ]
+
+
+def _joined(written: Carried | None, given: Carried | None) -> Carried:
+    """Join what a ledger and a model say of one partition; equal charges are the same ones."""
+    if written is None or given is None:
+        joined = written or given
+        assert joined is not None
+        return joined
+    more = tuple(charge for charge in given.charges if charge not in written.charges)
+    return written.and_also(replace(given, charges=more))
+
+
+def rule_of(records: Records) -> str:
+    """Return a digest of the rule that placed records into their partition; "" for none known."""
+    return sha256(records.placed_by) if records.placed_by else ""
 
 
 def inspect(inspection: Inspection) -> Verdict:
@@ -139,6 +204,7 @@ def inspect(inspection: Inspection) -> Verdict:
     strategy = training.strategy
     stream = training.stream
     refuse_places(stream)
+    refuse_records_in_two_partitions([stream])
     if strategy.couples_records:
         raise GuardError(
             f"{strategy.name} couples the records of a batch in its loss; use a strategy that does "

@@ -39,9 +39,10 @@ from perdure.learner.model_history import (
     history_of,
     mark,
     refuse_trained,
+    refuse_unreplaced,
     trainings_of,
 )
-from perdure.learner.private_setup import inspect, open_private_sum
+from perdure.learner.private_setup import inspect, open_private_sum, rule_of
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.learner.varied_rows import varied_rows
 from perdure.planning.training_plan import TrainingPlan
@@ -174,11 +175,12 @@ class Session:
         if self.folder:
             refuse_other_privacy(self.folder, private=private)
         before = trainings_of(model)
-        # a checkpoint replaces all that the model has learnt
-        resumes = self.folder is not None and bool(Store(self.folder).numbers())
-        if not resumes:
-            refuse_trained(before, warm_start=self.warm_start)
-        self._known = {training.by: len(training.entries) for training in before}
+        # A checkpoint of the folder is about to replace all that the model has learnt. Until it
+        # does, `mark_model` refuses a model that was trained before.
+        self._awaits_checkpoint = self.folder is not None and bool(Store(self.folder).numbers())
+        taken = [] if self._awaits_checkpoint else before
+        refuse_trained(taken, warm_start=self.warm_start)
+        self._known = {training.by: len(training.entries) for training in taken}
         self.strategy: Strategy = self.training.strategy
         self.stream: Stream = self.training.stream.to(self.device)
         self.context = contexts(self.stream, self.device)
@@ -195,7 +197,7 @@ class Session:
             seed=self.seed,
             client=self.client,
             batch_size=self.training.batch_size,
-            private_sum=self._open_private_sum([] if resumes else before) if private else None,
+            private_sum=self._open_private_sum(taken) if private else None,
         )
         self._opened = self.held.private_sum
         self.curator = LocalCurator(
@@ -255,8 +257,7 @@ class Session:
         assert privacy is not None
         history = history_of(
             before,
-            [experience.train.partition for experience in self.stream],
-            delta=privacy.delta,
+            {each.train.partition: rule_of(each.train) for each in self.stream},
             simulated=privacy.seed is not None,
         )
         private_sum = open_private_sum(
@@ -529,13 +530,16 @@ class Session:
             learnt: whether it has learnt from the records of this session.
 
         Raises:
-            ConfigError: where another learner has trained the model since this one was prepared.
+            ConfigError: where another learner has trained the model since this one was prepared,
+                or before, and the folder's checkpoint was not restored.
         """
         since = [
             each
             for each in trainings_of(self.model)
             if each.by != self._token and len(each.entries) > self._known.get(each.by, -1)
         ]
+        if self._awaits_checkpoint:
+            refuse_unreplaced(since, self.folder)
         refuse_trained(since, warm_start=False)
         private_sum = self.private_sum
         if private_sum is not None:
@@ -545,6 +549,7 @@ class Session:
                 Training(
                     by=self._token,
                     sizes=ledger.sizes,
+                    rules=ledger.rules,
                     entries=ledger.entries,
                     simulated=ledger.simulated,
                 ),
@@ -553,6 +558,14 @@ class Session:
             names = ", ".join(sorted({each.train.partition for each in self.stream}))
             without = self.trained_by or f"trained without privacy on {names}"
             mark(self.model, Training(by=self._token, uncounted=without))
+
+    def weights_replaced(self) -> None:
+        """Note that a checkpoint of the folder's run has taken the place of the model's weights.
+
+        What they went through before is gone with them; the folder's ledger has the checkpoint's.
+        """
+        self._awaits_checkpoint = False
+        self._known = {each.by: len(each.entries) for each in trainings_of(self.model)}
 
     def seed_of(self, purpose: str, step: int) -> Seed:
         """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""

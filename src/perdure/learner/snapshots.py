@@ -39,10 +39,24 @@ def take_snapshot(
 
 
 def restore_snapshot(
-    snapshot: Snapshot, session: Session, optimizer: Optimizer, scheduler: LRScheduler | None
+    snapshot: Snapshot,
+    session: Session,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    *,
+    of_the_run: bool = False,
 ) -> list[list[float]]:
-    """Bring a session and its optimiser back to a snapshot; return the accuracies so far."""
+    """Bring a session and its optimiser back to a snapshot; return the accuracies so far.
+
+    Args:
+        snapshot: to go back to.
+        session, optimizer, scheduler: that are changed.
+        of_the_run: whether the snapshot is known to be a checkpoint of the session's own run, whose
+            ledger counts what its weights went through.
+    """
     session.model.load_state_dict(_under("model.", snapshot.tensors))
+    if of_the_run:
+        session.weights_replaced()
     session.mark_model(learnt=True)
     states = _under("state.", snapshot.tensors)
     moved = {name: value.to(session.device) for name, value in states.items()}

@@ -10,7 +10,7 @@ from perdure.planning.exposure import reference_exposures, split_steps
 from perdure.planning.training_plan import NOBODY, TrainingPlan
 from perdure.privacy.accounting.calibration import calibrate, within
 from perdure.privacy.accounting.charges import Charge
-from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.entries import Entry, Stated
 from perdure.privacy.private_sum import Schedule
 
 Histories = dict[str, list[Charge]]
@@ -219,9 +219,21 @@ def horizon(training: TrainingPlan) -> list[Experience]:
 
 
 def elsewhere(
-    charge: Charge, partition: str, simulated: bool, purpose: str = "spent elsewhere"
+    charge: Charge,
+    partition: str,
+    simulated: bool,
+    purpose: str = "spent elsewhere",
+    independence: Stated = "",
 ) -> Entry:
-    """Ledger entry of earlier exposure of a partition's records, outside this ledger."""
+    """Ledger entry of earlier exposure of a partition's records, outside this ledger.
+
+    Args:
+        charge: what they were exposed to.
+        partition: its name.
+        simulated: whether this ledger's noise is.
+        purpose: name in the ledger.
+        independence: by what records were known to be independent of each other then.
+    """
     sampled = charge.sampling_rate < 1
     return Entry(
         purpose=purpose,
@@ -236,4 +248,5 @@ def elsewhere(
         data="",
         start="",
         simulated=simulated,
+        independence=independence,
     )

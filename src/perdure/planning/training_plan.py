@@ -31,6 +31,7 @@ class TrainingPlan:
         privacy: settings of differential privacy, or None.
         schedule: noise and excluded partitions of every experience, once they are calibrated.
         carried: what a warm-started model cost the records of a partition before.
+        carried_at_most: the same for a partition that is still to come, whose records may be any.
     """
 
     stream: Stream
@@ -42,11 +43,12 @@ class TrainingPlan:
     privacy: Privacy | None = None
     schedule: Schedule | None = None
     carried: Mapping[str, tuple[Charge, ...]] = field(default_factory=dict)
+    carried_at_most: tuple[Charge, ...] = ()
 
     def spent_before(self, partition: str) -> list[Charge]:
         """Return what the records of a partition were exposed to before this plan."""
         elsewhere = self.privacy.spent if self.privacy else ()
-        return [*elsewhere, *self.carried.get(partition, ())]
+        return [*elsewhere, *self.carried.get(partition, self.carried_at_most)]
 
     def of(self, experience: Experience) -> Plan:
         """Return the strategy's plan of an experience.

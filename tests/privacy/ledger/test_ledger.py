@@ -146,13 +146,37 @@ def test_an_entry_without_scope_is_refused():
         replace(entry(), scope={})
 
 
+def test_the_statement_says_the_weakest_of_what_entries_say():
+    ledger = opened()
+    assert ledger.independence == ""
+    said = []
+    for step, word in enumerate(["by construction", "tested", "by construction", "", "tested"]):
+        ledger.charge(replace(entry(), first_step=step, steps=1, independence=word))
+        said.append(ledger.statement(DELTA).independence)
+    assert said == ["by construction", "tested", "tested", "not known", "not known"]
+    assert ledger.independence_of(["e2"]) == "by construction", "no entry touches it"
+
+
+def test_a_partition_is_of_one_rule(tmp_path):
+    key = NoiseKey.from_seed(0)
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", key=key)
+    ledger.declare("a", 10, "rule 1")
+    ledger.declare("b", 10)
+    ledger.declare("a", 10, "rule 1")
+    for name, rule in (("a", "rule 2"), ("a", ""), ("b", "rule 1")):
+        with pytest.raises(LedgerError, match=f"'{name}' holds records of another rule"):
+            ledger.declare(name, 10, rule)
+    again = Ledger.open(tmp_path / "ledger.jsonl", key=key)
+    assert again.rules == ledger.rules == {"a": "rule 1", "b": ""}
+
+
 def test_statement_says_everything():
     ledger = opened()
     ledger.charge(entry())
     assert str(ledger.statement(DELTA)) == (
         "epsilon 2.39 (record, add/remove, delta 1e-5, PLD, Poisson sampling, trusted curator, "
-        "declared sizes public; training before this ledger not counted; simulation: not a "
-        "private release)"
+        "declared sizes public, independence of records not known; training before this ledger not "
+        "counted; simulation: not a private release)"
     )
     ledger.charge(entry({"e1": 1.0}, sampling="none", steps=1))
     assert ledger.statement(DELTA).sampling == "Poisson sampling and full passes"

@@ -249,7 +249,7 @@ def test_merged_ledgers_stand_side_by_side(clients, tmp_path):
     assert merged.epsilon(delta=DELTA) == each["client 3"]
     shared = merged.epsilon(["client 1/e1", "client 2/e1"], delta=DELTA)
     assert shared == epsilon([Charge(Q, NOISE, 300)], delta=DELTA)
-    told = "trusted curator per client, declared sizes public; training before this ledger not"
+    told = "per client, declared sizes public, independence of records not known; training before"
     assert told in str(merged.statement(DELTA))
 
 

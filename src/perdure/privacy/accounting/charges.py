@@ -59,6 +59,45 @@ class Charge:
         return float(self.sampling_rate), float(self.noise_multiplier), self.noise
 
 
+def covers(stronger: Iterable[Charge], weaker: Iterable[Charge]) -> bool:
+    """Return True where each step of `weaker` is met by one of `stronger` that reveals as much.
+
+    A step reveals as much at a rate at least as high and noise at most as strong (joint convexity
+    and data processing). Then the one history costs at least as much as the other, whatever is
+    composed with both. The matching is greedy: False proves nothing.
+    """
+    left = {charge.kind: charge.steps for charge in merged(stronger)}
+    for charge in sorted(weaker, key=lambda each: (-each.sampling_rate, each.noise_multiplier)):
+        needed = charge.steps
+        # the weakest that is enough first, so that the strongest are left for others
+        for kind in sorted(left, key=lambda each: (each[0], -each[1])):
+            rate, noise_multiplier, noise = kind
+            enough = rate >= charge.sampling_rate and noise_multiplier <= charge.noise_multiplier
+            if enough and noise == charge.noise:
+                taken = min(needed, left[kind])
+                left[kind] -= taken
+                needed -= taken
+        if needed:
+            return False
+    return True
+
+
+def bounding(histories: Iterable[Iterable[Charge]]) -> History:
+    """Return one history that costs at least as much as each, whatever is composed with it.
+
+    The worst of them where one covers all others. Else each mechanism as often as the history
+    that has it most often: epsilon alone does not tell which is worst after more is added.
+    """
+    each = sorted({merged(history) for history in histories})
+    for candidate in each:
+        if all(covers(candidate, other) for other in each):
+            return candidate
+    most: dict[tuple[float, float, Noise], int] = {}
+    for charge in (charge for history in each for charge in history):
+        most[charge.kind] = max(charge.steps, most.get(charge.kind, 0))
+    return merged(Charge(rate, sigma, n, noise) for (rate, sigma, noise), n in most.items())
+
+
 def merged(charges: Iterable[Charge]) -> History:
     """Add up the steps of equal mechanisms and sort: composition does not depend on the order."""
     steps: dict[tuple[float, float, Noise], int] = {}

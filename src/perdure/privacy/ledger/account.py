@@ -10,11 +10,12 @@ from perdure.errors import ConfigError, LedgerError
 from perdure.privacy.accounting import calibration as accounting
 from perdure.privacy.accounting.accountants import Accountant
 from perdure.privacy.accounting.charges import Charge, Relation
-from perdure.privacy.ledger.entries import Entry, Unit, require_one_of
+from perdure.privacy.ledger.entries import Entry, Stated, Unit, require_one_of, weakest
 from perdure.privacy.ledger.storage import SCHEMA, Body
 
 WARM_START = "spent before, by the model that was warm-started"
 """Purpose of an entry that carries over what a model's earlier training cost."""
+NOT_KNOWN = "not known"
 NOT_COUNTED = "training before this ledger not counted"
 COUNTED = "training before this ledger counted as far as it was recorded"
 
@@ -86,6 +87,8 @@ class Account:
         self.unit = unit
         self.relation = relation
         self.sizes: dict[str, int] = {}
+        self.rules: dict[str, str] = {}
+        """Partition to a digest of the public rule that placed its records; "" for none known."""
         self.entries: list[Entry] = []
 
     @classmethod
@@ -109,6 +112,7 @@ class Account:
         content = {name: value for name, value in body.items() if name != "kind"}
         if kind == "partition":
             self.sizes[content["name"]] = content["size"]
+            self.rules[content["name"]] = content.get("rule", "")
         elif kind == "entry":
             self.entries.append(Entry(**content))
         elif kind != "grant":
@@ -186,9 +190,16 @@ class Account:
 
     @property
     def independence(self) -> str:
-        """The weakest of what the entries say: tested, by construction, or nothing."""
-        said = {entry.independence for entry in self.entries}
-        return next((word for word in ("tested", "by construction") if word in said), "")
+        """The weakest of what the entries say, "not known" where one says nothing.
+
+        "" where there is no entry.
+        """
+        return (self.independence_of(self.sizes) or NOT_KNOWN) if self.entries else ""
+
+    def independence_of(self, partitions: Iterable[str]) -> Stated:
+        """Return the weakest of what the entries that touch these partitions say."""
+        asked = set(partitions)
+        return weakest(e.independence for e in self.entries if not asked.isdisjoint(e.scope))
 
     @property
     def continues(self) -> bool:

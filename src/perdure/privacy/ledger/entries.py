@@ -26,6 +26,15 @@ as no noise.
 """
 
 
+STATED: tuple[Stated, ...] = ("", "tested", "by construction")
+"""What may be said of independence, the weakest first."""
+
+
+def weakest(said: Iterable[Stated]) -> Stated:
+    """Return the weakest of several words on independence; the strongest of none."""
+    return min(said, key=STATED.index, default=STATED[-1])
+
+
 def require_one_of(field: str, value: object, literal: Any) -> None:
     """Refuse a value that a Literal type does not list."""
     if value not in get_args(literal):

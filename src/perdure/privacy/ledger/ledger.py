@@ -117,21 +117,33 @@ class Ledger(Account):
         """Whether noise comes from a seed that the user chose."""
         return self._key.simulated or super().simulated
 
-    def declare(self, partition: str, size: int) -> None:
+    def declare(self, partition: str, size: int, rule: str = "") -> None:
         """Make a partition and its public size known; saying the same again changes nothing.
+
+        Args:
+            partition: its name.
+            size: declared number of its records.
+            rule: digest of the public rule that placed its records; "" where none is known.
 
         Raises:
             ConfigError: for a size below 1 or a partition without name.
-            LedgerError: for another size than was declared.
+            LedgerError: for another size or rule than was declared.
         """
         if size < 1 or not partition:
             raise ConfigError.of("partition", (partition, size), "a name and a size of at least 1")
         known = self.sizes.get(partition)
         if known is None:
-            self._write({"kind": "partition", "name": partition, "size": int(size)})
+            body: Body = {"kind": "partition", "name": partition, "size": int(size)}
+            self._write(body | ({"rule": rule} if rule else {}))
         elif known != size:
             raise LedgerError(
                 f"partition {partition!r} was declared with {known} records, now {size}"
+            )
+        elif self.rules[partition] != rule:
+            raise LedgerError(
+                f"partition {partition!r} holds records of another rule than those that this "
+                "ledger counted under its name (another data set, order, seed or size); give the "
+                "stream as it was, or another folder"
             )
 
     def grant(

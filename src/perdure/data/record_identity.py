@@ -1,0 +1,106 @@
+"""Find one record in two partitions, whose exposures would then not be added up.
+
+A ledger counts by partition. It bounds what a record was exposed to only where the record lies in
+one of them, so identity decides which partitions are disjoint: the id that a record was given at
+its source, and the memory that its row lies in. Classes, places and values decide nothing.
+
+Guarantee: none. It is a check at the door, for whoever holds the records, before a curator does. A
+set of streams that it refuses has no privacy statement at all; the streams of this library pass it
+with any records, since each sends a record to one partition or gives its copies one name. No other
+public fact depends on ids.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from perdure.data.experience import Stream
+from perdure.data.records import Records
+from perdure.errors import GuardError
+
+Place = tuple[int, str]
+"""Number of a stream and name of a partition in it."""
+
+
+def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
+    """Refuse streams in which one record lies in two partitions.
+
+    Ids that nobody gave are positions, which say nothing of who is who: such records are compared
+    by the memory that holds them alone.
+
+    Args:
+        streams: of all parties whose records are here. Two streams share no partition, whatever
+            their partitions are called: each party has a ledger of its own.
+
+    Raises:
+        GuardError: naming the two partitions, and no record.
+    """
+    held: dict[Place, list[Records]] = {}
+    for number, stream in enumerate(streams):
+        for experience in stream:
+            held.setdefault((number, experience.train.partition), []).append(experience.train)
+    by_id = {place: _ids(parts) for place, parts in held.items()}
+    by_memory = {place: _addresses(parts) for place, parts in held.items()}
+    found = _shared(by_id)
+    if found is not None:
+        raise GuardError(
+            f"{_told(found, streams)} hold records of one id, whose exposures would not be added "
+            "up; give records of different people different ids (say, ids + 10_000), or all "
+            f"experiences of one record {_one_place(found)}"
+        )
+    found = _shared(by_memory)
+    if found is not None:
+        raise GuardError(
+            f"{_told(found, streams)} hold rows of one tensor in common, whose exposures would not "
+            f"be added up; give each other rows, or all experiences of one record "
+            f"{_one_place(found)}"
+        )
+
+
+def _ids(parts: Iterable[Records]) -> Tensor:
+    """Return the ids (r,) that the records of a partition were given, each once."""
+    given = [part.ids.cpu() for part in parts if not part.ids_by_position]
+    return torch.unique(torch.cat(given)) if given else torch.empty(0, dtype=torch.int64)
+
+
+def _addresses(parts: Iterable[Records]) -> Tensor:
+    """Return where in memory the rows of a partition begin (r,), each once."""
+    found = [torch.empty(0, dtype=torch.int64)]
+    seen: set[int] = set()
+    for part in parts:
+        rows = part.inputs
+        # all rows of an expanded tensor lie at one place, and say nothing of each other
+        if id(rows) in seen or not rows.numel() or not rows.stride(0):
+            continue
+        seen.add(id(rows))
+        step = rows.stride(0) * rows.element_size()
+        found.append(rows.data_ptr() + step * torch.arange(len(rows)))
+    return torch.unique(torch.cat(found))
+
+
+def _shared(keys: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:
+    """Return the first two places that have a key in common."""
+    every = torch.cat(list(keys.values()))
+    owner = torch.cat([torch.full_like(own, n) for n, own in zip(count(), keys.values())])
+    order = torch.argsort(every, stable=True)
+    twice = (every[order][1:] == every[order][:-1]).nonzero().flatten()
+    if not len(twice):
+        return None
+    first = int(twice[0])
+    places = list(keys)
+    one, other = (places[int(owner[order[row]])] for row in (first, first + 1))
+    return one, other
+
+
+def _told(found: tuple[Place, Place], streams: Sequence[Stream]) -> str:
+    (one, here), (other, there) = found
+    if one == other:
+        return f"partitions {here!r} and {there!r} of stream {streams[one].name}"
+    return f"partition {here!r} of client {one} and partition {there!r} of client {other}"
+
+
+def _one_place(found: tuple[Place, Place]) -> str:
+    (one, _), (other, _) = found
+    return "one partition name" if one == other else "to one client"

@@ -1,0 +1,122 @@
+"""One record in two partitions is refused under privacy: its exposures would not be added up."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.learners import SIMULATED, learner_of  # noqa: F401
+from helpers.toy_data import records
+from perdure.data import Stream, blurry, dirichlet, iid, online, permuted, rotated, split
+from perdure.data.experience import Experience
+from perdure.data.record_identity import refuse_records_in_two_partitions
+from perdure.errors import GuardError
+
+
+def by_hand(*parts):
+    """A stream of these training records, whose places are said to follow from the record alone."""
+    experiences = tuple(
+        Experience(index=index, train=part, test=part, classes=(0, 1, 2, 3))
+        for index, part in enumerate(parts)
+    )
+    return Stream(
+        name="by hand",
+        scenario="domain",
+        experiences=experiences,
+        num_classes=4,
+        input_shape=(1, 4, 6),
+        assigned_by_record=True,
+    )
+
+
+def months(second_ids, *, first_ids=None):
+    """Two partitions with tensors of their own."""
+    one = records(20, partition="january")
+    two = records(20, first_id=50, partition="february")
+    first_ids = torch.arange(20) if first_ids is None else first_ids
+    return by_hand(replace(one, ids=first_ids), replace(two, ids=second_ids))
+
+
+@pytest.mark.parametrize("common", [20, 1])
+def test_one_id_in_two_partitions_is_refused(learner_of, common):  # noqa: F811
+    stream = months(torch.arange(20) + 20 - common)
+    told = "partitions 'january' and 'february' of stream by hand hold records of one id"
+    learner = learner_of(stream=stream, privacy=SIMULATED)
+    with pytest.raises(GuardError, match=told) as caught:
+        learner.fit(stream)
+    assert "give records of different people different ids" in str(caught.value)
+    with pytest.raises(GuardError, match=told):
+        learner.prepare(stream)
+
+
+def test_the_refusal_tells_of_no_record_and_no_number():
+    texts = set()
+    for common in (1, 7, 20):
+        with pytest.raises(GuardError) as caught:
+            refuse_records_in_two_partitions([months(torch.arange(20) + 20 - common)])
+        texts.add(str(caught.value))
+    assert len(texts) == 1
+
+
+def test_records_of_other_people_or_of_one_partition_pass(learner_of):  # noqa: F811
+    refuse_records_in_two_partitions([months(torch.arange(20) + 20)])
+    one = records(20, partition="people")
+    again = replace(records(20, first_id=50, partition="people"), ids=one.ids)
+    stream = by_hand(one, again)
+    learner = learner_of(stream=stream, privacy=SIMULATED)
+    learner.fit(stream)
+    ledger = learner.private_sum.ledger
+    assert sum(charge.steps for charge in ledger.charges("people")) == 8
+
+
+def test_without_privacy_ids_are_not_compared(learner_of):  # noqa: F811
+    stream = months(torch.arange(20))
+    learner_of(stream=stream).fit(stream)
+
+
+def test_positions_are_no_identity_but_memory_is(learner_of):  # noqa: F811
+    none = torch.empty(0, dtype=torch.int64)
+    one, two = (replace(e.train, ids=none) for e in months(torch.arange(20)))
+    assert torch.equal(one.ids, two.ids) and one.ids_by_position
+    refuse_records_in_two_partitions([by_hand(one, two)])
+    table = torch.rand(40, 1, 4, 6)
+    halves = [replace(one, inputs=table[:20]), replace(two, inputs=table[20:])]
+    refuse_records_in_two_partitions([by_hand(*halves)])
+    alternating = [replace(one, inputs=table[::2]), replace(two, inputs=table[1::2])]
+    refuse_records_in_two_partitions([by_hand(*alternating)])
+    copied = by_hand(halves[0], replace(two, inputs=table[:20].clone()))
+    refuse_records_in_two_partitions([copied])
+    for other in (table[:20], table[19:39]):
+        stream = by_hand(halves[0], replace(two, inputs=other))
+        with pytest.raises(GuardError, match="hold rows of one tensor in common"):
+            learner_of(stream=stream, privacy=SIMULATED).prepare(stream)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda data: split(data, scenario="class", experiences=2),
+        lambda data: split(data, scenario="domain", experiences=2),
+        lambda data: permuted(data, experiences=3),
+        lambda data: rotated(data, angles=(0.0, 90.0)),
+        lambda data: blurry(data, experiences=2, blurry_share=0.5),
+        lambda data: online(split(data, scenario="task", experiences=2), chunk=30, exact=False),
+    ],
+    ids=["class", "domain", "permuted", "rotated", "blurry", "online"],
+)
+@pytest.mark.parametrize("own_ids", [True, False], ids=["ids", "positions"])
+def test_every_stream_of_the_library_passes(toy, build, own_ids):
+    ids = toy.train.ids if own_ids else torch.empty(0, dtype=torch.int64)
+    stream = build(replace(toy, train=replace(toy.train, ids=ids)))
+    refuse_records_in_two_partitions([stream])
+    for clients in (iid(stream, clients=3, exact=False), dirichlet(stream, clients=3, alpha=0.5)):
+        refuse_records_in_two_partitions(clients)
+
+
+def test_a_data_set_with_an_id_in_two_classes_is_refused(toy):
+    """Two rows of one person, of which the split by class sends each to another partition."""
+    ids = toy.train.ids.clone()
+    ids[1] = ids[2]  # of classes 1 and 2
+    stream = split(replace(toy, train=replace(toy.train, ids=ids)), scenario="class", experiences=2)
+    with pytest.raises(GuardError, match="'experience-0' and 'experience-1' of stream split-toy"):
+        refuse_records_in_two_partitions([stream])
