@@ -1,3 +1,4 @@
 """Fixtures of this folder's tests."""
 
+from helpers.learners import learner_of  # noqa: F401
 from helpers.ledger_cli import alone, either, federated, mine, perdure  # noqa: F401

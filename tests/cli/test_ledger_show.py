@@ -150,7 +150,10 @@ def test_the_delta_is_the_runs_the_users_or_the_usual_one(perdure, alone, tmp_pa
     assert asked["statement"]["value"] > own["statement"]["value"]
     shutil.copy(alone / "ledger.jsonl", tmp_path / "sent.jsonl")
     sent = as_json(perdure("show", tmp_path / "sent.jsonl", "--json"))
-    assert sent["delta"] == 1e-5
+    # a ledger says itself which delta its run was asked for
+    assert sent["delta"] == 0.0005
+    Ledger.open(tmp_path / "older.jsonl", key=KEY).declare("a", 12)
+    assert as_json(perdure("show", tmp_path / "older.jsonl", "--json"))["delta"] == 1e-5
     assert_refused(perdure("show", alone, "--delta", 1), "delta = 1.0 is not allowed")
 
 
@@ -227,10 +230,11 @@ def test_looking_changes_nothing(perdure, mine):
     before = contents(mine)
     for words in (
         ("show",),
-        ("verify",),
+        ("head",),
         ("project", "--noise-multiplier", 1, "--sampling-rate", 0.5, "--steps", 3),
     ):
         shown(perdure(words[0], mine, *words[1:]))
+    assert perdure("verify", mine)[0] == 3
     assert contents(mine) == before
 
 

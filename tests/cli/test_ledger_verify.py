@@ -138,14 +138,33 @@ def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, min
     assert code == 1 and f"WRONG: {path}, line 7: not the line that checkpoint" in out
     shutil.rmtree(path.parent / "checkpoint")
     (path.parent / "private" / "ledger.head.json").unlink()
-    out = shown(perdure("verify", mine))
+    code, out, err = perdure("verify", mine)
+    assert (code, err) == (3, "")
     assert (
         f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history "
         "may be another" in out
     )
+    assert "NOT VERIFIED: 1 of 2 heads, for lack of their keys" in out
     assert "chains verified; 1 of 2 heads verified with their keys, the others not" in shown(
         perdure("show", mine)
     )
+
+
+def test_what_was_sent_without_keys_is_not_taken_for_verified(perdure, mine, tmp_path):
+    """With `private/` gone, whoever wrote the files can have made up all of them."""
+    sent = tmp_path / "sent.jsonl"
+    shutil.copy(mine / "ledger.jsonl", sent)
+    code, out, _ = perdure("verify", sent)
+    assert code == 3 and "NOT VERIFIED: 2 of 2 heads" in out and "WRONG" not in out
+    for arm in ARMS:
+        shutil.rmtree(mine / "arms" / arm / "private")
+        shutil.rmtree(mine / "arms" / arm / "checkpoint")
+    code, out, _ = perdure("verify", mine)
+    assert code == 3 and "NOT VERIFIED: 4 of 4 heads" in out and "WRONG" not in out
+
+
+def test_show_says_that_it_checks_less_than_verify(perdure, alone):
+    assert "not compared with checkpoints and recorded heads" in shown(perdure("show", alone))
 
 
 def test_another_key_and_an_open_key_are_wrong(perdure, mine):

@@ -12,7 +12,7 @@ from perdure.contract.curator import Curator
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import MEMBERS, for_hooks
 from perdure.curator.local_curator import LocalCurator
-from perdure.errors import PrivacyError
+from perdure.errors import BudgetError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
@@ -131,3 +131,37 @@ def test_questions_are_answered_as_by_the_curator_itself(toy_stream, toy_model):
         own.count(lambda batch: batch.labels, bins=4, purpose="classes"),
     )
     assert len(seen.synthetic(3)) == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undeclared(Naive):
+    """Asks after an experience for what it does not declare."""
+
+    member: str = "release"
+
+    def after_experience(self, curator, params, state):
+        if self.member == "release":
+            curator.release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mine")
+        else:
+            curator.count(lambda batch: batch.labels, bins=4, purpose="mine")
+        return state
+
+
+@pytest.mark.parametrize(("member", "field"), [("release", "releases"), ("count", "histograms")])
+def test_what_a_strategy_forgot_to_declare_is_told_with_the_fix(
+    toy_stream, toy_model, member, field
+):
+    stream = toy_stream()
+    learner = Learner(
+        model=toy_model(stream),
+        strategy=Undeclared(member=member),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=1,
+        privacy=Privacy(epsilon=8.0, delta=1e-3, seed=0),
+    )
+    told = (
+        rf"^Undeclared asks for curator\.{member}\(purpose='mine'\), which its plan does not "
+        rf"contain \(partition .* allowed 0 .*\); .* privacy_cost = PrivacyCost\({field}=1\)$"
+    )
+    with pytest.raises(BudgetError, match=told):
+        learner.fit(stream)

@@ -28,7 +28,8 @@ from perdure.strategies import EWC, Combine, LwF, Naive
 
 def task(**changes):
     return ConfigRecord(
-        {"experience": 0, "round": 0, "rounds": 2, "exchange": 0, "previous": FRESH} | changes
+        {"experience": 0, "round": 0, "rounds": 2, "exchange": 0, "previous": FRESH, "private": 1}
+        | changes
     )
 
 

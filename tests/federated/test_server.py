@@ -63,6 +63,7 @@ def test_with_a_folder_it_is_the_same_and_so_is_the_ledger(stream, tmp_path):
     )
     alone = make(0)
     alone.folder = tmp_path / "alone"
+    alone.owner = "client-0"  # what a federation calls its only client
     alone.fit(stream)
     server = run_federation(
         make, [stream], Federation(clients=1, rounds=3), folder=tmp_path / "many"
@@ -77,6 +78,7 @@ def test_more_rounds_than_steps_charge_nothing_for_the_empty_ones(stream, tmp_pa
     stream, make = short(stream, 1), maker(stream, Naive(), privacy=SIMULATED, iterations=2)
     alone = make(0)
     alone.folder = tmp_path / "alone"
+    alone.owner = "client-0"  # what a federation calls its only client
     alone.fit(stream)
     server = run_federation(
         make, [stream], Federation(clients=1, rounds=3), folder=tmp_path / "many"

@@ -148,7 +148,7 @@ class Smuggling(Remembering):
         return state.replace({"seen": SIGHTS[0]}) if type(SIGHTS[0]) is torch.Tensor else state
 
 
-@broken("private", "GuardError: CouplingInTraining.losses() couples records")
+@broken("private", "GuardError: the forward of", "CouplingInTraining.losses() couples records")
 class CouplingInTraining(Strategy):
     """Couples records only while the model trains, where nothing but the guard of a private run
     looks.

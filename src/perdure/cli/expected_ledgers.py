@@ -8,7 +8,7 @@ own, and a finished arm has one for every client of the config.
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from perdure.experiment.config import Config
+from perdure.cli.run_facts import RunFacts
 from perdure.learner.folder_claims import LEDGER, client_folder, known_ledgers
 from perdure.privacy.ledger.storage import Anchor
 
@@ -29,24 +29,24 @@ def anchors_below(run: Path) -> dict[Path, list[Anchor]]:
     return found
 
 
-def of_finished_arms(home: Path, config: Config | None) -> dict[str, Path]:
+def of_finished_arms(home: Path, config: RunFacts | None) -> dict[str, Path]:
     """Return the owners that finished private arms have by their config, and their ledgers."""
     expected: dict[str, Path] = {}
     finished = (home / "result.json").exists()
-    for arm in config.arms if config else ():
-        folder = home / "arms" / arm.name
-        if not arm.private or not (finished or (folder / "arm.json").exists()):
+    clients = config.clients if config else 0
+    for name in config.private_arms if config else ():
+        folder = home / "arms" / name
+        if not (finished or (folder / "arm.json").exists()):
             continue
-        clients = config.federation.clients if config and config.federation else 0
         if not clients:
-            expected[f"{arm.name}/client-0"] = folder / LEDGER
+            expected[f"{name}/client-0"] = folder / LEDGER
         for client in range(clients):
-            expected[f"{arm.name}/client-{client}"] = client_folder(folder, client) / LEDGER
+            expected[f"{name}/client-{client}"] = client_folder(folder, client) / LEDGER
     return expected
 
 
 def absent(
-    run: Path, home: Path, config: Config | None, there: Callable[[Path], bool]
+    run: Path, home: Path, config: RunFacts | None, there: Callable[[Path], bool]
 ) -> dict[str, str]:
     """Return the ledgers that should be there and are not: file to who knows of it.
 
@@ -67,7 +67,7 @@ def absent(
     }
 
 
-def left_out(held: Collection[str], home: Path, config: Config | None) -> dict[str, str]:
+def left_out(held: Collection[str], home: Path, config: RunFacts | None) -> dict[str, str]:
     """Return the owners that a run's merged file should hold and does not, to who knows of them."""
     return {
         f"the ledger of {owner!r} in the merged file": "its config has it"

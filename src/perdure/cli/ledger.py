@@ -5,9 +5,8 @@ They show what a run spent, whether its account is whole, and what one more char
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from perdure.cli.expected_ledgers import absent, anchors_below, left_out
+from perdure.cli.ledger_choice import OWNER, apart, arm_of, named, select
 from perdure.cli.recorded_heads import Recorded, as_text, behind, forgotten, from_text
-from perdure.errors import ConfigError, LedgerError, PerdureError, PrivacyError, RunError
-from perdure.experiment.config import Config
-from perdure.experiment.config import read as read_config
+from perdure.cli.run_facts import RunFacts, read_facts
+from perdure.errors import LedgerError, PerdureError, PrivacyError, RunError
 from perdure.experiment.result_schema import Epsilon
 from perdure.experiment.results import epsilon_of_all_arms, epsilon_row
 from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.ledger.anchors import private_copy
-from perdure.privacy.ledger.merged import Merged
+from perdure.privacy.ledger.merged import Merged, Part
 from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.privacy.ledger.storage import RESTORE, Anchor, head_path, load
 from perdure.privacy.noise.key import NoiseKey, noise_key
@@ -36,7 +35,6 @@ from perdure.report.ledger_tables import (
     exposure_table,
     exposures,
     finite,
-    places,
     projection_table,
     projections,
 )
@@ -53,7 +51,17 @@ DELTA = 1e-5
 LEDGER = "ledger.jsonl"
 BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
 """Where the ledgers of single curators lie below a run's folder, or below an arm's."""
-OWNER = re.compile(r"(?:([A-Za-z0-9._-]+)/)?client-(\d{1,9})")
+GOOD = 0
+WRONG = 1
+UNSEALED = 3
+"""Exit codes of `verify`; 2 is that of a command that cannot be carried out."""
+NOT_VERIFIED = (
+    "NOT VERIFIED: {} of {} heads, for lack of their keys: whoever can write these files can have "
+    "made up the whole history; verify them where private/ is"
+)
+LEFT_TO_VERIFY = (
+    "not compared with checkpoints and recorded heads: `perdure ledger verify` does that"
+)
 NOT_COVERED = (
     "not covered: whoever can write here can put back an older ledger together with its "
     "older head and checkpoints; "
@@ -74,13 +82,14 @@ class Source:
     Args:
         folder: of the run.
         run: folder that was asked for, that one or one below it; None for a file.
+        config: what it says; no module that it names is imported.
         merged: the file of a finished run.
         single: files of single curators.
     """
 
     folder: Path
     run: Path | None
-    config: Config | None
+    config: RunFacts | None
     merged: Path | None
     single: tuple[Path, ...]
 
@@ -92,12 +101,12 @@ class Source:
     @property
     def seed(self) -> int | None:
         """Seed of simulated noise; None where noise is secret, or nothing is known of it."""
-        return self.config.privacy.seed if self.config and self.config.privacy else None
+        return self.config.seed if self.config else None
 
-    def delta(self, asked: float | None) -> float:
-        """Delta that was asked for, else the run's, else 1e-5."""
-        own = self.config.privacy.delta if self.config and self.config.privacy else DELTA
-        chosen = own if asked is None else asked
+    def delta(self, asked: float | None, account: Merged) -> float:
+        """Delta that is asked for now, else the one that the run was asked for, else 1e-5."""
+        own = (asked, account.delta, self.config.delta if self.config else None)
+        chosen = next((delta for delta in own if delta is not None), DELTA)
         check_target(1.0, chosen)
         return chosen
 
@@ -116,8 +125,8 @@ def show(
 ) -> None:
     """Who was exposed to what, how often and how strongly, and the epsilon that follows."""
     source = find(run)
-    account = opened(source)
-    spent = source.delta(delta)
+    account = Merged(apart(opened(source), source.folder))
+    spent = source.delta(delta, account)
     chosen = select(account, arm or (), owner or ())
     gone = missing(source, account if source.merged else None)
     whole = not gone or bool(arm or owner)
@@ -145,7 +154,7 @@ def head(run: Run) -> None:
     Kept where nobody of the run can write, it shows later whether a ledger was put back: see
     `perdure ledger verify --at-least`.
     """
-    for part in opened(find(run)).parts:
+    for _, part in opened(find(run)):
         typer.echo(as_text(Recorded(owner=part.account.owner, head=part.head)))
 
 
@@ -163,7 +172,8 @@ def verify(
 ) -> None:
     """Check every chain, every head whose key is there, and every copy of a head that was kept.
 
-    Exit code 1, with file and line, when one is wrong.
+    Exit code 1, with file and line, when one is wrong; 3 when nothing is wrong, but the key of a
+    head is not there, so that the whole history may be another.
     """
     recorded = [from_text(line) for text in at_least or () for line in text.splitlines()]
     source = find(run)
@@ -187,8 +197,11 @@ def verify(
     problems += behind(parts, recorded, lambda owner, path: key_of(owner, path, source))
     for problem in problems:
         typer.echo(f"WRONG: {problem}")
+    heads = [part.keyed for account in parts.values() for part in account.parts]
+    if not all(heads):
+        typer.echo(NOT_VERIFIED.format(heads.count(False), len(heads)))
     typer.echo(NOT_COVERED)
-    raise typer.Exit(int(bool(problems)))
+    raise typer.Exit(WRONG if problems else GOOD if all(heads) else UNSEALED)
 
 
 @app.command()
@@ -208,8 +221,8 @@ def project(
 ) -> None:
     """Epsilon of every partition as it would be after so many more steps. Nothing is written."""
     source = find(run)
-    account = opened(source)
-    spent = source.delta(delta)
+    account = Merged(apart(opened(source), source.folder))
+    spent = source.delta(delta, account)
     charge = Charge(sampling_rate, noise_multiplier, steps, "grid-gaussian")
     chosen = named(account, partition or ())
     with ticking(len(chosen)) as tick:
@@ -234,7 +247,7 @@ def find(run: Path) -> Source:
         ConfigError: for a config beside it that cannot be read.
     """
     folder = home(run)
-    config = read_config(folder / "config.toml") if (folder / "config.toml").exists() else None
+    config = read_facts(folder / "config.toml") if (folder / "config.toml").exists() else None
     top = run / LEDGER if run.is_dir() else run
     alone = run.is_file() or _there(top)
     below = (
@@ -279,14 +292,14 @@ def home(path: Path) -> Path:
     return above[0] if above else start
 
 
-def opened(source: Source) -> Merged:
-    """The whole account: the merged file where there is one, else all ledgers as they stand.
+def opened(source: Source) -> list[tuple[Path, Part]]:
+    """Ledgers with their files: the merged file's where there is one, else all as they stand.
 
     Raises:
         LedgerError: for a ledger that is damaged, or whose head another key has sealed.
     """
     paths = [source.merged] if source.merged else list(source.single)
-    return Merged([part for path in paths for part in open_file(path, source).parts])
+    return [(path, part) for path in paths for part in open_file(path, source).parts]
 
 
 def open_file(path: Path, source: Source) -> Merged:
@@ -314,12 +327,12 @@ def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
     """
     found = OWNER.fullmatch(owner)
     arm, number = (found[1], int(found[2])) if found else (None, 0)
-    own = source.folder / "arms" / (arm or "")
+    own = source.folder / "arms" / arm if arm else source.folder
     folders = (
         [path.parent]
         if head_path(path).exists()
         else [own / "clients" / f"{number:03d}", own]
-        if arm
+        if found
         else []
     )
     for folder in folders:
@@ -343,54 +356,6 @@ def _there(path: Path) -> bool:
 def _ledgers(run: Path, part: str) -> Iterator[Path]:
     """Ledgers in the folders that the pattern finds, also where only the head is left."""
     return (folder / LEDGER for folder in run.glob(part) if _there(folder / LEDGER))
-
-
-# --------------------------------------------------------------------------- what is chosen of it
-
-
-def select(account: Merged, arms: Sequence[str], owners: Sequence[str]) -> Merged:
-    """Return the account of those owners only that were asked for.
-
-    Raises:
-        ConfigError: for an arm or owner that is not there.
-    """
-    known = {part.account.owner for part in account.parts}
-    for field, asked, allowed in (("arm", arms, set(map(arm_of, known))), ("owner", owners, known)):
-        for name in asked:
-            if name not in allowed:
-                raise ConfigError.of(field, name, sorted(allowed))
-    return Merged(
-        [
-            part
-            for part in account.parts
-            if (not arms or arm_of(part.account.owner) in arms)
-            and (not owners or part.account.owner in owners)
-        ]
-    )
-
-
-def arm_of(owner: str) -> str:
-    """Name of the arm that an owner of a run belongs to.
-
-    That of the owner where there are no arms.
-    """
-    found = OWNER.fullmatch(owner)
-    return (found and found[1]) or owner
-
-
-def named(account: Merged, asked: Sequence[str]) -> list[str]:
-    """Partitions of these names, with or without their owner's; all where none is asked for.
-
-    Raises:
-        ConfigError: for a name that no partition has.
-    """
-    own = {name: {name, partition} for name, (_, partition) in places(account).items()}
-    for name in asked:
-        if not any(name in names for names in own.values()):
-            raise ConfigError.of(
-                "partition", name, "OWNER/PARTITION, as `perdure ledger show` prints them"
-            )
-    return [name for name, names in own.items() if not asked or names.intersection(asked)]
 
 
 # --------------------------------------------------------------------------- what is said of it
@@ -422,7 +387,7 @@ def statements(
         yield "the run is not finished: this is what it was charged so far"
     if plain := without_privacy(source):
         yield f"trained without privacy, so in no ledger and with no promise: {', '.join(plain)}"
-    yield checks(chosen)
+    yield f"{checks(chosen)}; {LEFT_TO_VERIFY}"
 
 
 def summary(
@@ -459,7 +424,7 @@ def all_arms(account: Merged, delta: float) -> Epsilon | None:
 
 def without_privacy(source: Source) -> list[str]:
     """Names of the run's arms without privacy."""
-    return [arm.name for arm in source.config.arms if not arm.private] if source.config else []
+    return list(source.config.plain_arms) if source.config else []
 
 
 def checks(account: Merged) -> str:
@@ -499,7 +464,7 @@ def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
     """
     if source.merged is None or source.merged not in accounts:
         return []
-    copies = {part.account.owner: part.head for part in accounts[source.merged].parts}
+    copies = [(part.account.owner, part.head) for part in accounts[source.merged].parts]
     return [
         f"{path} is not what {source.merged} holds of {part.account.owner!r}; one of the two "
         "was put back from another "
@@ -507,7 +472,7 @@ def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
         for path, account in accounts.items()
         if path != source.merged
         for part in account.parts
-        if copies.get(part.account.owner) != part.head
+        if (part.account.owner, part.head) not in copies
     ]
 
 

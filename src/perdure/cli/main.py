@@ -59,9 +59,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; defa
 def run(config: Path, out: Out = None) -> None:
     """Run the experiment that CONFIG describes, or go on with it.
 
-    CONFIG is a TOML file; `perdure demo --show-config` prints an example.
+    CONFIG is a TOML file; `perdure demo --show-config` prints an example. Modules that it names are
+    looked for in the current folder, too.
     """
-    with resumable():
+    with resumable(), local_modules():
         from perdure.experiment.config import read_text
 
         _run(str(config), read_text(config), out)
@@ -135,31 +136,10 @@ def audit(
         raise ConfigError.of("--record", record, "with --replay")
     if replay and shadows:
         raise ConfigError.of("--shadows", shadows, "without --replay")
-    if replay:
-        _replay(config, record)
-    from perdure.experiment.audits import audit_run
-    from perdure.experiment.config import read
-
-    if shadows and not config.is_dir():
-        raise ConfigError.of(
-            "--shadows", config, "with the folder of a finished run, such as runs/demo"
-        )
-    console = wide_console()
-    results = audit_run(
-        read(config / "config.toml" if config.is_dir() else config),
-        canaries=canaries,
-        confidence=confidence,
-    )
-    for arm, result in results.items():
-        console.print(f"{arm}: {result}", highlight=False)
-    if shadows:
-        from perdure.experiment.audits import attack_run
-
-        with shown_progress(console) as progress:
-            attacks = attack_run(config, shadows=shadows, progress=progress)
-        for arm, attack in attacks.items():
-            console.print(f"{arm}: {attack}", highlight=False)
-    raise typer.Exit(int(any(result.flagged for result in results.values())))
+    with local_modules():
+        if replay:
+            _replay(config, record)
+        _audit(config, canaries, confidence, shadows)
 
 
 @app.command()
@@ -192,6 +172,33 @@ def _replay(path: Path, record: int | None) -> None:
     for line in findings(results):
         console.print(line, markup=False, highlight=False)
     raise typer.Exit(int(not all(result.holds for result in results.values())))
+
+
+def _audit(config: Path, canaries: int, confidence: float, shadows: int) -> None:
+    """Audit the private arms of a config, print what was found, and end the command."""
+    from perdure.experiment.audits import audit_run
+    from perdure.experiment.config import read
+
+    if shadows and not config.is_dir():
+        raise ConfigError.of(
+            "--shadows", config, "with the folder of a finished run, such as runs/demo"
+        )
+    console = wide_console()
+    results = audit_run(
+        read(config / "config.toml" if config.is_dir() else config),
+        canaries=canaries,
+        confidence=confidence,
+    )
+    for arm, result in results.items():
+        console.print(f"{arm}: {result}", highlight=False)
+    if shadows:
+        from perdure.experiment.audits import attack_run
+
+        with shown_progress(console) as progress:
+            attacks = attack_run(config, shadows=shadows, progress=progress)
+        for arm, attack in attacks.items():
+            console.print(f"{arm}: {attack}", highlight=False)
+    raise typer.Exit(int(any(result.flagged for result in results.values())))
 
 
 def _run(source: str, text: str, out: Path | None) -> None:
@@ -234,6 +241,19 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
                 told[arm] = quarter
 
         yield progress
+
+
+@contextmanager
+def local_modules() -> Iterator[None]:
+    """Look for modules in the current folder, too, as `python -m` does; last, so it hides none."""
+    here = str(Path.cwd())
+    new = [] if here in sys.path else [here]
+    sys.path += new
+    try:
+        yield
+    finally:
+        for folder in new:
+            sys.path.remove(folder)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from perdure.errors import ConfigError, PerdureError, PrivacyError
 from perdure.learner.folder_claims import checkpoint_anchors
 from perdure.privacy.ledger.anchors import private_copy, state_copy
 from perdure.privacy.ledger.merged import Merged, Part
-from perdure.privacy.ledger.storage import Anchor, SealedHead
+from perdure.privacy.ledger.storage import Anchor, SealedHead, head_path
 from perdure.privacy.noise.key import NoiseKey
 
 
@@ -62,9 +62,32 @@ def behind(
         ]
         if not named:
             problems.append(f"no ledger of {each.owner!r} is there, but {told} is of one")
-        for path, part in named:
-            problems += missed(Anchor(each.head, told), part, key_of(each.owner, path), path)
+        copies = [(path, part) for path, part in named if not head_path(path).exists()]
+        own = [(path, part) for path, part in named if head_path(path).exists()]
+        # a merged file holds copies of the ledgers: both have to go on from it
+        for namesakes in (copies, own):
+            refused = [
+                missed(Anchor(each.head, told), part, key, path)
+                for path, part, key in sealed_by(each.head, namesakes, key_of)
+            ]
+            # ledgers of one name and key are told apart by their lines alone
+            if all(refused):
+                problems += [line for lines in refused for line in lines]
     return problems
+
+
+def sealed_by(
+    head: SealedHead,
+    named: Sequence[tuple[Path, Part]],
+    key_of: Callable[[str, Path], NoiseKey | None],
+) -> list[tuple[Path, Part, NoiseKey | None]]:
+    """Return the ledgers of one name that a head may be of: those whose key has sealed it.
+
+    Where no key is there, or none fits, all of them.
+    """
+    keyed = [(path, part, key_of(part.account.owner, path)) for path, part in named]
+    fitting = [each for each in keyed if each[2] is not None and head.sealed_with(each[2])]
+    return fitting or keyed
 
 
 def forgotten(

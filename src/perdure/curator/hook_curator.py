@@ -1,18 +1,33 @@
 """A curator as the hooks of a strategy see it: the members of the protocol, and nothing behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, cast
 
 from perdure.contract.curator import Curator
-from perdure.errors import PrivacyError
+from perdure.contract.plan import PrivacyCost
+from perdure.errors import BudgetError, PrivacyError
 
 MEMBERS = tuple(name for name in vars(Curator) if not name.startswith("_"))
 """Names that hooks may use."""
+DECLARED = {
+    "release": "releases",
+    "count": "histograms",
+    "select": "selections",
+    "reference": "references",
+}
+"""Member to the field of `PrivacyCost` that declares its use."""
 
 
-def for_hooks(curator: Curator) -> Curator:
+def for_hooks(
+    curator: Curator, *, strategy: str = "the strategy", cost: PrivacyCost | None = None
+) -> Curator:
     """Return an object with the members of `perdure.Curator`, which asks this curator.
+
+    Args:
+        curator: that answers.
+        strategy: name of the one whose hooks ask, for messages.
+        cost: that the strategy declares.
 
     Guarantee: no attribute of the object leads to the curator, its records or its memory; a hook
     that looks for one gets a PrivacyError with the members that there are.
@@ -24,7 +39,12 @@ def for_hooks(curator: Curator) -> Curator:
 
         @wraps(cast(Callable[..., Any], declared))
         def ask(_: object, *args: Any, **named: Any) -> Any:
-            return getattr(curator, name)(*args, **named)
+            try:
+                return getattr(curator, name)(*args, **named)
+            except BudgetError as error:
+                if name not in DECLARED:
+                    raise
+                raise undeclared(strategy, name, named, cost or PrivacyCost(), error) from error
 
         return ask
 
@@ -39,3 +59,18 @@ def for_hooks(curator: Curator) -> Curator:
     members = {name: member(name, vars(Curator)[name]) for name in MEMBERS}
     kind = type("HookCurator", (), {"__slots__": (), "__getattr__": refuse, **members})
     return cast(Curator, kind())
+
+
+def undeclared(
+    strategy: str, member: str, named: Mapping[str, Any], cost: PrivacyCost, error: BudgetError
+) -> BudgetError:
+    """Say which strategy asks for more than it declares, and what to declare."""
+    over_memory = member == "release" and named.get("over") == "memory"
+    field = "memory_releases" if over_memory else DECLARED[member]
+    reason = str(error).rpartition(";")[0] or str(error)
+    purpose = f"purpose={named['purpose']!r}" if "purpose" in named else "..."
+    return BudgetError(
+        f"{strategy} asks for curator.{member}({purpose}), which its plan does not contain "
+        f"({reason}); declare all that it asks for in the strategy, privacy_cost = "
+        f"PrivacyCost({field}={getattr(cost, field) + 1})"
+    )

@@ -321,9 +321,14 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Folder and row name; "my_package.my_module:Mine" gives my_package.my_module.Mine."""
-        safe = re.sub(r"[^A-Za-z0-9._-]", ".", self.file)
-        return f"{safe}-{'private' if self.private else 'plain'}"
+        """Folder and row name; see `arm_name`."""
+        return arm_name(self.file, private=self.private)
+
+
+def arm_name(file: str, *, private: bool) -> str:
+    """Name an arm: "my_package.my_module:Mine" gives my_package.my_module.Mine-private."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", ".", file)
+    return f"{safe}-{'private' if private else 'plain'}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
 from perdure.federated.messages import load_shared, read_tensors, shared, to_record
+from perdure.federated.party_checks import owner_of, refuse_folder, refuse_privacy
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
@@ -66,6 +67,8 @@ class ClientSessions:
             return seat
         self.private = True  # an error of building them may quote a record
         learner, stream = self._make(client)
+        refuse_folder(learner.folder, client)
+        learner.owner = owner_of(learner, client)
         self.private = learner.privacy is not None
         if self.private and not self._distinct and client not in self._streams:
             self._streams[client] = stream
@@ -111,7 +114,7 @@ def client_app(make: MakeParty, folder: Path | None = None, *, distinct: bool = 
             are set here. Models must start alike on all parties, from one seed: restarts, SI's
             anchor and CWR*'s base are a client's own.
         folder: of the run; clients keep their state in `clients/003` below it. None keeps it in
-            this process only.
+            this process only. The owner of a ledger is client-3 where the learner names none.
         distinct: under privacy, whether it is known that no two clients of this process hold the
             same record; else their ids are compared when each is built.
     """
@@ -172,6 +175,7 @@ def _opened(
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}
     seat = seats.take(_number(context), task["previous"])
     learner = seat.learner
+    refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     private_sum = learner.private_sum
     require_known(private_sum.ledger if private_sum else None, message)
     learner.begin(task["experience"])

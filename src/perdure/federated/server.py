@@ -11,6 +11,7 @@ stopped goes on to the bit-identical end.
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,6 +50,7 @@ from perdure.federated.messages import (
     shared,
     to_record,
 )
+from perdure.federated.party_checks import party_of, refuse_parties
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.fingerprint import plain_attributes
@@ -323,6 +325,7 @@ class Server:
                     "rounds": self.federation.rounds,
                     "exchange": self.exchange,
                     "previous": previous,
+                    "private": int(self._settings["privacy"] is not None),
                 }
             )
             records = dict(message.content) | {"task": task}
@@ -415,8 +418,10 @@ def run_federation(
         listen: called with every message and every reply in process; for audits.
 
     Raises:
-        ConfigError: when streams do not fit the federation, or `ray` has no folder for the clients'
-            state.
+        ConfigError: when streams do not fit the federation, a learner has a folder of its own,
+            ledgers of two clients have one owner, or `ray` or secret noise have no folder for the
+            clients' state.
+        FederationError: for clients without privacy among private ones.
         DataError: before a private run, for training inputs that are NaN or infinite.
         GuardError: before a private run, where two clients or partitions hold the same record.
         FederationError, PrivacyError, RunError: see `Server.serve`.
@@ -434,6 +439,8 @@ def run_federation(
             "a folder for the clients' state, because Ray's processes share no memory",
         )
     learner = make_learner(0)
+    others = (make_learner(client) for client in range(1, federation.clients))
+    refuse_parties([party_of(each, i) for i, each in enumerate(chain([learner], others))], folder)
     if learner.privacy:
         # here, where all records are still with their holder: a client's error goes to the server
         refuse_records_in_two_partitions(streams)

@@ -96,8 +96,9 @@ class Inspection:
 
     @property
     def name(self) -> str:
-        """Name of the losses, for messages."""
-        return f"{self.training.strategy.name}.losses()"
+        """Name of the losses and of what they run, for messages: either may be at fault."""
+        model = type(self.model).__name__
+        return f"the forward of {model}, or {self.training.strategy.name}.losses()"
 
     @cached_property
     def watch(self) -> WriteWatch:

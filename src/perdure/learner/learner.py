@@ -26,7 +26,7 @@ from perdure.learner.folder_claims import HEAD, anchor_of
 from perdure.learner.noise_digest import learning_rates, noise_digest
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.sanity_checks import refuse_second_ledger
-from perdure.learner.session import Session
+from perdure.learner.session import OWNER, Session
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.metrics import accuracy
 from perdure.planning.training_plan import TrainingPlan
@@ -93,8 +93,9 @@ class Learner:
         reset_optimizer: begin every experience with a fresh optimiser.
         callbacks: called as callback(point, learner).
         client: number of the party, 0 when there is only one.
-        owner: its name in the ledger.
-        folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk.
+        owner: its name in the ledger; where none is given, a federation names client-N.
+        folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk. In a
+            federation give the folder to `fit_federated` instead.
         warm_start: take a model that a learner has trained before, and go on from it. Under privacy
             what was spent on it is charged to the new ledger too.
         make_private_sum: makes what answers under privacy; for audits (`perdure.testing.replay`).
@@ -118,7 +119,7 @@ class Learner:
     reset_optimizer: bool = False
     callbacks: Sequence[Callback] = ()
     client: int = 0
-    owner: str = "curator"
+    owner: str = OWNER
     folder: Path | None = None
     warm_start: bool = False
     make_private_sum: MakePrivateSum = PrivateSum

@@ -84,6 +84,7 @@ def open_private_sum(
         key=key,
         trace=trace,
         owner=owner,
+        delta=privacy.delta,
         anchors=anchors,
         copies=[copy for copy in copies if copy is not None],
         lock=lock,
@@ -251,11 +252,16 @@ def refuse_places(stream: Stream) -> None:
         )
     if not stream.assigned_by_record:
         by_position = any(experience.train.ids_by_position for experience in stream)
-        fix = "give Records ids of their own and build it" if by_position else "build it"
+        fix = (
+            "give Records(ids=...) of their own, int64 numbers that stay with a record whatever "
+            "other records there are, such as a hash of a patient's number, and build it"
+            if by_position
+            else "build it"
+        )
         raise GuardError(
             f"stream {stream.name} places records by their position among others, so one record "
-            f"moves others between experiences; {fix} with exact=False and a declared_size, or "
-            "from a split by class"
+            f"moves others between clients or between experiences; {fix} with exact=False and a "
+            "declared_size"
         )
 
 

@@ -58,6 +58,8 @@ from perdure.utils.modules import trainable_parameters
 from perdure.utils.seeding import Seed, derive, drawing_from
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step")
+OWNER = "curator"
+"""Name of a ledger's owner where none is given; a federation puts client-N in its place."""
 
 
 def _silent(point: str) -> None:
@@ -121,7 +123,7 @@ class Session:
     training: TrainingPlan
     seed: int = 0
     client: int = 0
-    owner: str = "curator"
+    owner: str = OWNER
     folder: Path | None = None
     device: str | torch.device = "cpu"
     micro_batch_size: int | None = None
@@ -206,7 +208,9 @@ class Session:
             alone=self._goes_alone,
             watched=self.private_pass if private else unwatched,
         )
-        self._asked_by_hooks = for_hooks(self.curator)
+        self._asked_by_hooks = for_hooks(
+            self.curator, strategy=self.strategy.name, cost=self.strategy.privacy_cost
+        )
         self.uses: dict[str, bool] = {}
         self.trained: Params = {}
         self._references: tuple[Params, ...] = ()

@@ -44,8 +44,8 @@ class Privacy:
             `noise_multiplier` it is a cap: partitions whose records would exceed it leave every
             pool, and the run goes on.
         noise_multiplier: standard deviation of the noise in units of the clip norm.
-        delta: probability that the guarantee fails; below 1 / number of records, else a warning
-            comes out and the statement says so.
+        delta: slack of the guarantee, about the probability that it fails; below 1 / number of
+            records, else a warning comes out and the statement says so.
         clip_norm: bound C on the L2 norm of one record's gradient; where it is `Adaptive`, the
             first one.
         clipping: `flat`, the whole gradient; `per-layer`, each of L layers to C / sqrt(L); or

@@ -12,7 +12,8 @@ from torch import nn
 from perdure.contract.combine import Combine
 from perdure.contract.strategy import Strategy
 from perdure.data.client_splits import iid
-from perdure.data.scenarios import online
+from perdure.data.records import Records
+from perdure.data.scenarios import online, split
 from perdure.errors import ConfigError, GuardError
 from perdure.learner.learner import Learner
 from perdure.models.classifiers import cnn, mlp, resnet18
@@ -389,6 +390,18 @@ def test_a_stream_that_does_not_say_how_it_was_placed_is_refused(toy_stream, toy
 def test_a_split_over_clients_that_evens_sizes_is_refused(toy_stream, toy_model):
     stream = toy_stream()
     evened, hashed = (iid(stream, clients=2, exact=exact)[0] for exact in (True, False))
-    with pytest.raises(GuardError, match=r"moves others between experiences; .*exact=False"):
+    with pytest.raises(GuardError, match=r"clients or between experiences; .*exact=False"):
         private(toy_model(stream)).prepare(evened)
     private(toy_model(stream)).prepare(hashed)
+
+
+def test_positions_are_no_ids_and_the_message_says_what_is(toy_data, toy_model):
+    """Also after a split by class: which client a record goes to follows from its id."""
+    train = Records(inputs=toy_data.train.inputs, labels=toy_data.train.labels)
+    stream = split(replace(toy_data, train=train), scenario="class", experiences=2)
+    client, _ = iid(stream, clients=2, exact=False)
+    told = (
+        r"give Records\(ids=...\).*a hash of a patient's number, .*exact=False and a declared_size$"
+    )
+    with pytest.raises(GuardError, match=told):
+        private(toy_model(stream)).prepare(client)

@@ -100,7 +100,7 @@ def test_losses_that_keep_batch_sums_are_refused(learner_of, toy_stream, where, 
     learner = learner_of(
         Writing(where=where, through_data=through_data), model=Keeper(), privacy=SIMULATED
     )
-    with pytest.raises(GuardError, match=rf"{where} is written to in Writing.losses\(\)"):
+    with pytest.raises(GuardError, match=rf"{where} is written to in .*Writing.losses\(\)"):
         learner.prepare(toy_stream())
 
 

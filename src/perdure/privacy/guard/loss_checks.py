@@ -20,6 +20,9 @@ TOLERANCE = 1e-4
 ROUNDING = 1e-2
 """Relative change of a layer's rows that ReLUs switched by such rounding may explain."""
 
+ONE_BY_ONE = 'give Privacy(custom_forward="record-by-record")'
+"""End of the messages on what only the other records of a batch can do."""
+
 
 # --------------------------------------------------------------------------- losses
 
@@ -69,7 +72,7 @@ def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: 
             f"{float(moved.max()):.2g} of its "
             "value; compute each row from that row only (no batch means, class-weighted "
             "means, in-batch negatives; no "
-            "chance but torch.nn.Dropout)"
+            f"chance but torch.nn.Dropout), or {ONE_BY_ONE}"
         )
 
 
@@ -103,14 +106,15 @@ def check_rows(
     if [call[0] for call in whole] != [call[0] for call in fewer]:
         raise GuardError(
             f"{what} calls other layers when one record is left out; compute each row from "
-            "that row only"
+            f"that row only, or {ONE_BY_ONE}"
         )
     for (name, rows, _), (_, rows_of_fewer, _) in zip(whole, fewer, strict=True):
         if rows * rows_of_fewer != 1 and (rows * (n - 1) != rows_of_fewer * n or rows < n):
             raise GuardError(
                 f"layer {name} gives {rows} rows for {n} records and {rows_of_fewer} for "
                 f"{n - 1} in {what}; pass all "
-                "records at once and put them first: batch_first=True, positions as (n, length)"
+                "records at once and put them first: batch_first=True, positions as (n, length), "
+                f"or {ONE_BY_ONE}"
             )
     kept = torch.arange(n)
     _compare(whole, fewer, kept[:-1], what, ROUNDING)
@@ -191,5 +195,5 @@ def _compare(
                     f"another one's {part} by "
                     f"{moved:.2g} of its size; compute each row from that row only, forwards "
                     "and backwards, and keep "
-                    "the records first and in order"
+                    f"the records first and in order, or {ONE_BY_ONE}"
                 )

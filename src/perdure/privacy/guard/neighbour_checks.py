@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perdure.errors import GuardError, PerdureError
 from perdure.privacy.guard.loss_checks import (
+    ONE_BY_ONE,
     TOLERANCE,
     LayerRows,
     SyntheticLosses,
@@ -116,7 +117,7 @@ def coupled(what: str, pair: Neighbours, part: str, moved: Tensor) -> GuardError
         f"{what} couples records: other neighbours ({pair.name}) in a batch of {len(pair.one)} "
         f"moved the {part} of a record by {float(moved.max()):.2g} of its size; compute each row "
         "from that row only (no statistic over the batch, no length or choice taken from it), or "
-        'give Privacy(custom_forward="record-by-record")'
+        f"{ONE_BY_ONE}"
     )
 
 

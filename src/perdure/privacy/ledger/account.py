@@ -86,6 +86,8 @@ class Account:
         self.owner = owner
         self.unit = unit
         self.relation = relation
+        self.delta: float | None = None
+        """Delta that the run was asked for; None where nothing is known of it."""
         self.sizes: dict[str, int] = {}
         self.rules: dict[str, str] = {}
         """Partition to a digest of the public rule that placed its records; "" for none known."""
@@ -95,6 +97,7 @@ class Account:
     def replay(cls, bodies: Sequence[Body], *, where: str) -> "Account":
         """Rebuild the account that verified lines tell of."""
         account = cls(**header(bodies, where))
+        account.delta = asked_delta(bodies[0], where)
         for number, body in enumerate(bodies[1:], 2):
             account.read(body, f"{where}, entry {number}")
         return account
@@ -115,8 +118,10 @@ class Account:
             self.rules[content["name"]] = content.get("rule", "")
         elif kind == "entry":
             self.entries.append(Entry(**content))
+        elif kind == "asked":
+            self.delta = asked_delta(content, "a line of kind asked")
         elif kind != "grant":
-            raise ConfigError.of("kind", kind, ("partition", "entry", "grant"))
+            raise ConfigError.of("kind", kind, ("partition", "entry", "grant", "asked"))
 
     @property
     def partitions(self) -> tuple[str, ...]:
@@ -238,3 +243,17 @@ def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:
     if first.get("kind") != "header" or first.get("schema") != SCHEMA:
         raise LedgerError(f"{where}, line 1: not the header of a ledger of schema {SCHEMA}")
     return {name: first[name] for name in ("owner", "unit", "relation")}
+
+
+def asked_delta(body: Body, where: str) -> float | None:
+    """Delta that a run was asked for, as its ledger says; None where it says nothing.
+
+    Raises:
+        LedgerError: for what is no delta.
+    """
+    delta = body.get("delta")
+    if delta is None:
+        return None
+    if not isinstance(delta, float) or not 0 < delta < 1:
+        raise LedgerError(f"{where}: delta = {delta!r}, allowed: a number between 0 and 1")
+    return delta

@@ -12,7 +12,7 @@ from perdure.privacy.accounting import calibration as accounting
 from perdure.privacy.accounting.accountants import MOST_DRAWS
 from perdure.privacy.accounting.calibration import check_target
 from perdure.privacy.accounting.charges import Charge, Relation, merged
-from perdure.privacy.ledger.account import Account, header
+from perdure.privacy.ledger.account import Account, asked_delta, header
 from perdure.privacy.ledger.entries import Entry, Unit
 from perdure.privacy.ledger.storage import (
     SCHEMA,
@@ -73,6 +73,7 @@ class Ledger(Account):
         owner: str = "",
         unit: Unit = "record",
         relation: Relation = "add-remove",
+        delta: float | None = None,
         anchors: Sequence[Anchor] = (),
         copies: Sequence[HeadCopy] = (),
         lock: FolderLock | None = None,
@@ -88,6 +89,8 @@ class Ledger(Account):
             owner: name of the curator, say of the client.
             unit: what every entry must protect.
             relation: which every entry must use.
+            delta: that the run was asked for, kept in the ledger, so that whoever reads it states
+                the same epsilon; None to say nothing. Every statement is free to choose another.
             anchors: heads that were recorded elsewhere, such as in a checkpoint; the ledger must go
                 on from each.
             copies: files that follow the head; the ledger must go on from each, too.
@@ -102,14 +105,18 @@ class Ledger(Account):
         ledger = cls(chain, key, owner=owner, unit=unit, relation=relation)
         asked = {"owner": owner, "unit": unit, "relation": relation}
         if not ledger.chain.bodies:
-            ledger._write({"kind": "header", "schema": SCHEMA, **asked})
+            told = {} if delta is None else {"delta": float(delta)}
+            ledger._write({"kind": "header", "schema": SCHEMA, **asked, **told})
         found = header(ledger.chain.bodies, str(path))
         if found != asked:
             raise LedgerError(
                 f"{path} belongs to {found}, not to {asked}; open it so, or use another file"
             )
+        ledger.delta = asked_delta(ledger.chain.bodies[0], f"{path}, line 1")
         for number, body in enumerate(ledger.chain.bodies[1:], 2):
             ledger.read(body, f"{path}, line {number}")
+        if delta is not None and delta != ledger.delta:
+            ledger._write({"kind": "asked", "delta": float(delta)})
         return ledger
 
     @property

@@ -44,6 +44,9 @@ class Merged(Account):
         first = parts[0].account if parts else Account()
         super().__init__(unit=first.unit, relation=first.relation)
         self.parts = tuple(parts)
+        # the smallest: what is stated at it holds at the larger ones, too
+        known = [part.account.delta for part in parts if part.account.delta is not None]
+        self.delta = min(known, default=None)
         for part in parts:
             self._join(part.account)
 
@@ -59,8 +62,8 @@ class Merged(Account):
         }
         if not self.sizes.keys().isdisjoint(names.values()):
             raise LedgerError(
-                f"two ledgers hold partitions of {account.owner!r}; open each with its own "
-                "owner=..."
+                f"two ledgers hold partitions of {account.owner!r}; give each learner an owner=... "
+                "of its own, or read the ledgers one by one"
             )
         self.sizes |= {names[name]: size for name, size in account.sizes.items()}
         for entry in account.entries:
@@ -81,14 +84,30 @@ class Merged(Account):
         return "chains verified, heads not: without its key an owner's whole history may be another"
 
     def per_client(self, delta: float) -> dict[str, float]:
-        """Worst epsilon of each owner."""
-        return {part.account.owner: part.account.epsilon(delta=delta) for part in self.parts}
+        """Worst epsilon of each owner; of ledgers of one owner, the largest."""
+        spent: dict[str, float] = {}
+        for part in self.parts:
+            own = part.account.epsilon(delta=delta)
+            spent[part.account.owner] = max(own, spent.get(part.account.owner, 0.0))
+        return spent
 
     def statement(self, delta: float) -> Statement:
-        """Worst epsilon over all owners; the trust model holds for each of them."""
-        return replace(
-            super().statement(delta), trust=super().statement(delta).trust + " per client"
-        )
+        """Worst epsilon over all owners.
+
+        Where they are several clients, each trusts its own curator, and the statement says so.
+        """
+        stated = super().statement(delta)
+        if not self._of_several_clients:
+            return stated
+        return replace(stated, trust=f"{stated.trust} per client")
+
+    @property
+    def _of_several_clients(self) -> bool:
+        """Whether more than one party has a ledger here; the arms of a run have one each."""
+        owners = [part.account.owner for part in self.parts]
+        # ARM/client-0 is the only party of every arm where there is no ARM/client-1
+        parties = {re.sub(r".*/(client-\d+)", r"\1", owner) for owner in owners}
+        return len(parties) > 1 or len(set(owners)) < len(owners)
 
     def export(self, path: Path) -> None:
         """Write one file with every chain and head, so that each can be verified.

@@ -122,13 +122,17 @@ class SealedHead:
         """One line of JSON."""
         return canonical_json(asdict(self))
 
+    def sealed_with(self, key: NoiseKey) -> bool:
+        """Whether this key made the head."""
+        return hmac.compare_digest(self.mac, key.mac(_sealed(self.count, self.hash)))
+
     def check(self, key: NoiseKey, *, where: str) -> None:
         """Refuse a head that another key made.
 
         Raises:
             LedgerError: when the MAC does not fit.
         """
-        if not hmac.compare_digest(self.mac, key.mac(_sealed(self.count, self.hash))):
+        if not self.sealed_with(key):
             raise LedgerError(
                 f"{where}: the head was not sealed with this key; it was edited, or the key "
                 "is another"

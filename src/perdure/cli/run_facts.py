@@ -1,0 +1,82 @@
+"""Facts of a run's config that its ledgers are read with.
+
+They are read from the TOML itself: a config names strategies of anybody's modules, and whoever
+checks a ledger must not need, nor run, their code.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perdure.errors import ConfigError
+from perdure.experiment.config import FederationConfig, arm_name, read_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """A run's config, as far as an account of its privacy needs it.
+
+    Args:
+        delta: of its privacy; None where it has none.
+        seed: of simulated noise; None where noise is secret.
+        plain_arms: names of the arms that are trained without privacy.
+        private_arms: names of the others.
+        clients: of its federation; 0 where it has none.
+    """
+
+    delta: float | None
+    seed: int | None
+    plain_arms: tuple[str, ...]
+    private_arms: tuple[str, ...]
+    clients: int
+
+
+def read_facts(path: Path) -> RunFacts:
+    """Read the facts of a config; no module that it names is imported.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or whose fields are no config's.
+    """
+    try:
+        table = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    privacy = _table(table.get("privacy", {}), f"{path}: privacy")
+    arms = table.get("arms", [])
+    if not isinstance(arms, list):
+        raise ConfigError.of(f"{path}: arms", arms, "[[arms]] tables")
+    rows = [_table(arm, f"{path}: arms") for arm in arms]
+    federation = table.get("federation")
+    clients = 0
+    if federation is not None:
+        own = _table(federation, f"{path}: federation").get("clients")
+        clients = _number(own, int, f"{path}: federation.clients") or FederationConfig.clients
+    return RunFacts(
+        delta=_number(privacy.get("delta"), float, f"{path}: privacy.delta"),
+        seed=_number(privacy.get("seed"), int, f"{path}: privacy.seed"),
+        plain_arms=_names(rows, private=False),
+        private_arms=_names(rows, private=True),
+        clients=clients,
+    )
+
+
+def _names(rows: list[dict[str, Any]], *, private: bool) -> tuple[str, ...]:
+    return tuple(
+        arm_name(str(row.get("strategy", "")), private=private)
+        for row in rows
+        if bool(row.get("private", False)) == private
+    )
+
+
+def _table(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError.of(where, value, "a table")
+    return value
+
+
+def _number(value: object, kind: type, where: str) -> Any:
+    """A number of the kind, or None where the field is left out."""
+    if value is not None and type(value) is not kind:
+        raise ConfigError.of(where, value, "a number")
+    return value

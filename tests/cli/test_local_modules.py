@@ -1,0 +1,91 @@
+"""Strategies of the user's own folder: `perdure run` finds them, and whoever reads what the run
+left behind does not need them.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers.ledger_cli import CONFIG, shown
+
+STRATEGY = '''
+"""A strategy that stands beside the config."""
+
+from pathlib import Path
+
+from perdure.strategies import Naive
+
+Path("imported").touch()
+
+
+class Mine(Naive):
+    """Train on."""
+'''
+MINE = f"""{CONFIG.partition("[[arms]]")[0]}
+[[arms]]
+strategy = "mine_beside:Mine"
+private = true
+"""
+SCRIPT = "import sys; from perdure.cli.main import main; main()"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of a strategy that lies beside its config, which is gone now."""
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "mine_beside.py").write_text(STRATEGY)
+    (folder / "mine.toml").write_text(MINE)
+    # as the installed command: unlike `python -m`, it finds nothing in the current folder by itself
+    command = [sys.executable, "-P", "-c", SCRIPT, "run", "mine.toml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder / "mine_beside.py").unlink()
+    (folder / "imported").unlink()
+    return folder / "runs" / "small"
+
+
+@pytest.mark.slow
+def test_a_run_finds_a_strategy_in_the_current_folder(finished):
+    assert (finished / "arms" / "mine_beside.Mine-private" / "ledger.jsonl").exists()
+    assert (finished / "result.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["show", "verify", "head"])
+def test_a_ledger_is_read_without_the_modules_of_its_run(perdure, finished, command):
+    assert "mine_beside.Mine-private" in shown(perdure(command, finished))
+    assert "mine_beside" not in sys.modules
+
+
+@pytest.mark.slow
+def test_a_report_is_written_without_the_modules_of_its_run(finished, monkeypatch, capsys):
+    from perdure.report import write_report
+
+    assert "mine_beside" in write_report(finished).read_text()
+    assert "mine_beside" not in sys.modules
+
+
+@pytest.mark.slow
+def test_no_module_beside_a_ledger_is_imported(perdure, finished, monkeypatch):
+    """Neither where the reader stands in its folder."""
+    folder = finished.parent.parent
+    (folder / "mine_beside.py").write_text(STRATEGY)
+    monkeypatch.chdir(folder)
+    shown(perdure("show", finished))
+    assert not (folder / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[privacy", "is not TOML"),
+        ("privacy = 3", "privacy = 3"),
+        ("arms = 3", "arms = 3"),
+        ("[privacy]\ndelta = 'x'", "privacy.delta = 'x'"),
+    ],
+)
+def test_a_damaged_config_beside_a_ledger_is_refused(perdure, tmp_path, text, told):
+    (tmp_path / "config.toml").write_text(text)
+    code, _, err = perdure("show", tmp_path)
+    assert code == 2 and told in err

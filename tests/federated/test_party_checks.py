@@ -1,0 +1,97 @@
+"""Learners of clients that do not fit together are refused before anybody trains."""
+
+import pytest
+
+from helpers.federations import SIMULATED, maker, short
+from perdure.data.client_splits import iid
+from perdure.errors import ConfigError, FederationError
+from perdure.federated import Federation, Server, client_app, fit_federated
+from perdure.federated.flower_adapter import InProcessGrid
+from perdure.privacy.settings import Privacy
+from perdure.strategies import Naive
+
+SECRET = Privacy(noise_multiplier=1.0)
+THREE = Federation(clients=3, rounds=1)
+
+
+@pytest.fixture
+def three(stream):
+    return iid(short(stream, 1), clients=3, min_size=8, exact=False)
+
+
+def mixed(stream, **options):
+    """From a client's number to a learner with its own value of each option."""
+
+    def make(client):
+        own = {name: values[client] for name, values in options.items()}
+        return maker(stream, Naive(), **own)(client)
+
+    return make
+
+
+def never(point, learner):
+    raise AssertionError(f"{point}: a client trains")
+
+
+@pytest.mark.parametrize(
+    ("privacy", "told"),
+    [
+        ((None, SIMULATED, SIMULATED), "client 0 without privacy among clients 1 and 2 with it"),
+        ((SIMULATED, None, None), "clients 1 and 2 without privacy among client 0 with it"),
+    ],
+)
+def test_clients_without_privacy_among_private_ones_are_refused(stream, three, privacy, told):
+    make = mixed(stream, privacy=privacy, callbacks=[[never]] * 3)
+    with pytest.raises(FederationError, match=told):
+        fit_federated(make, three, THREE)
+
+
+@pytest.mark.parametrize("asked", [None, SIMULATED])
+def test_an_app_refuses_a_server_of_the_other_privacy(stream, three, asked):
+    """As on machines of their own, where nobody sees the learners of all."""
+    own = SIMULATED if asked is None else None
+    make = maker(stream, Naive(), privacy=own, callbacks=[never_trains])
+    app = client_app(lambda client: (make(client), three[client]))
+    server = Server(
+        learner=maker(stream, Naive(), privacy=asked)(0), stream=three[0], federation=THREE
+    )
+    told = "given client 0 without privacy" if asked else "given client 0 with privacy"
+    with InProcessGrid(app, 3).running() as grid, pytest.raises(FederationError, match=told):
+        server.serve(grid)
+
+
+def never_trains(point, learner):
+    if point == "block.begin":
+        never(point, learner)
+
+
+def test_secret_noise_without_a_folder_names_the_one_to_give(stream, three):
+    make = maker(stream, Naive(), privacy=SECRET)
+    with pytest.raises(ConfigError, match=r"clients 0, 1 and 2 .*fit_federated\(..., folder=...\)"):
+        fit_federated(make, three, THREE)
+
+
+def test_a_learners_own_folder_is_refused(stream, three, tmp_path):
+    """It would be ignored: the state of a client lies below the federation's folder."""
+    make = mixed(stream, folder=[None, tmp_path / "mine", None])
+    with pytest.raises(ConfigError, match=r"client 1: Learner\(folder=.*fit_federated\("):
+        fit_federated(make, three, THREE, folder=tmp_path)
+    app = client_app(lambda client: (make(client), three[client]))
+    server = Server(learner=make(0), stream=three[0], federation=THREE)
+    with (
+        InProcessGrid(app, 3).running() as grid,
+        pytest.raises(FederationError, match=r"client 1 stopped: ConfigError.*client_app\("),
+    ):
+        server.serve(grid)
+
+
+def test_one_owner_of_several_private_ledgers_is_refused(stream, three):
+    make = mixed(stream, owner=["a", "b", "a"], privacy=[SIMULATED] * 3)
+    with pytest.raises(ConfigError, match=r"owner = 'a' is not allowed for clients 0 and 2"):
+        fit_federated(make, three, THREE)
+
+
+def test_the_name_of_an_owner_changes_no_result(stream, three):
+    named = mixed(stream, owner=["a", "b", "c"], privacy=[SIMULATED] * 3)
+    plain = maker(stream, Naive(), privacy=SIMULATED)
+    assert fit_federated(named, three, THREE).equal(fit_federated(plain, three, THREE))

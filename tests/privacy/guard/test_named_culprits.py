@@ -1,0 +1,52 @@
+"""A refusal names the model and the losses, either of which may be at fault, and the cure."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.errors import GuardError
+from perdure.learner.learner import Learner
+from perdure.privacy.settings import Privacy
+from perdure.strategies import Naive
+
+CURE = r"give Privacy\(custom_forward=\"record-by-record\"\)$"
+
+
+class Mixing(nn.Module):
+    """Subtracts a mean, or calls another layer for batches of an odd size."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.body = nn.Linear(5, 6)
+        self.other = nn.Linear(5, 6)
+        self.head = nn.Linear(6, 4)
+
+    def features(self, x):
+        if self.how == "chooses" and len(x) % 2:
+            return self.other(x).tanh()
+        rows = self.body(x)
+        return rows - rows.mean(0) if self.how == "mean" else rows
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def learner_of(how, **privacy):
+    return Learner(
+        model=Mixing(how),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=1,
+        batch_size=8,
+        privacy=Privacy(noise_multiplier=1.0, delta=1e-3, seed=0, **privacy),
+    )
+
+
+@pytest.mark.parametrize("how", ["mean", "chooses"])
+def test_a_model_that_couples_records_is_named_with_the_cure(toy_stream, how):
+    with pytest.raises(GuardError, match=rf"the forward of Mixing, or Naive\.losses\(\).*{CURE}"):
+        learner_of(how).prepare(toy_stream())
+    learner_of(how, custom_forward="record-by-record").prepare(toy_stream())
