@@ -98,3 +98,18 @@ def test_what_is_no_head_is_refused(perdure, alone, text):
     assert_refused(
         perdure("verify", alone, "--at-least", text), "--at-least", "perdure ledger head"
     )
+
+
+@pytest.mark.parametrize("how", ["shorter", "missing", "edited"])
+def test_a_log_of_draws_that_was_put_back_is_wrong(perdure, mine, how):
+    log = mine / "arms" / "ewc-private" / "private" / "draws.jsonl"
+    data = log.read_bytes()
+    if how == "missing":
+        log.unlink()
+    else:
+        shorter = b"".join(data.splitlines(keepends=True)[:-1])
+        log.write_bytes(shorter if how == "shorter" else data.replace(b"open", b"shut", 1))
+    code, out, _ = perdure("verify", mine)
+    (wrong,) = [each for each in out.splitlines() if each.startswith("WRONG: ")]
+    told = "line 1 is damaged, edited" if how == "edited" else "is missing, shorter or other"
+    assert code == 1 and str(log) in wrong and told in wrong

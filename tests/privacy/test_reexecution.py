@@ -1,10 +1,15 @@
 """Steps that are executed again: an equal sum is replayed, another one is charged again."""
 
+import json
+import stat
 from functools import partial
 
 import pytest
 import torch
 
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.answers import Answers
+from perdure.privacy.clipping.clip import WITHIN
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import NoiseKey
@@ -19,8 +24,8 @@ RECORDS = torch.stack([torch.arange(1000), torch.zeros(1000, dtype=torch.int64)]
 class Process:
     """A private sum on the files of one folder, as a process of its own would open it."""
 
-    def __init__(self, folder, *, boot="boot 1", **changes):
-        self.key = NoiseKey.from_os(folder / "private" / "key")
+    def __init__(self, folder, *, boot="boot 1", key=None, **changes):
+        self.key = key or NoiseKey.from_os(folder / "private" / "key")
         ledger = Ledger.open(folder / "ledger.jsonl", key=self.key)
         ledger.declare("p", 100)
         privacy = Privacy(**{"noise_multiplier": 1.0} | changes)
@@ -30,6 +35,7 @@ class Process:
             ledger=ledger,
             key=self.key,
             draws=DrawLog(folder / "private" / "draws.jsonl", self.key, boot),
+            answers=Answers(folder / "private" / "answers", self.key),
         )
 
     @property
@@ -50,23 +56,46 @@ class Process:
     def step(self, step, value=1.0):
         """Gradient of a step; None where it was charged again."""
         try:
-            return self.sum.gradient(lambda clip: total(value), PARAMS, step=step)["w"]
+            return self.sum.gradient(partial(clipped, value), PARAMS, step=step)["w"]
         except ChangedSumError:
             return None
 
-    def release(self, value=1.0):
-        key = ReleaseKey(partitions=("p",), numbers=range(1), start="s", data={"x": torch.zeros(1)})
+    def release(self, value=1.0, number=0, seen=None):
+        def clipped(clip):
+            if seen is not None:
+                seen.append(clip)
+            return total(value)
+
         return self.sum.release(
-            lambda clip: total(value),
+            clipped,
             purpose="means",
-            occasion=key,
+            occasion=occasion(number),
             shapes={"w": torch.Size([50])},
             clip_norm=1.0,
         )["w"]
 
+    def ask(self, asked, value):
+        """Answer of a kind of release."""
+        if asked == "release":
+            return self.release(value)
+        if asked == "count":
+            counts = torch.full((20,), round(100 * value))
+            return self.sum.count(counts, purpose="bins", occasion=occasion(0))
+        scores = torch.arange(1000.0) * value
+        return self.sum.select(scores, purpose="top", occasion=occasion(0))
+
+
+def occasion(number):
+    numbers = range(number, number + 1)
+    return ReleaseKey(partitions=("p",), numbers=numbers, start="s", data={"x": torch.zeros(1)})
+
 
 def total(value):
     return {"w": torch.full((50,), value / 50**0.5)}
+
+
+def clipped(value, clip):
+    return total(value) | ({WITHIN: torch.tensor(0.5)} if clip.counted else {})
 
 
 @pytest.fixture
@@ -191,16 +220,94 @@ def test_a_sum_is_in_the_log_before_its_noise_is_drawn(process, tmp_path):
     assert lines == [1, 2, 3]
 
 
-def test_a_release_with_another_answer_is_charged_again(process):
+ASKED = ["release", "count", "select"]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
+def test_a_release_is_handed_out_again_whatever_it_would_be_now(process, asked, value):
+    """An entry more, or another answer, once said whether two exact sums are equal."""
     first = process()
-    value = first.release()
+    answer = first.ask(asked, 1.0)
     again = process()
-    assert torch.equal(again.release(), value)
+    assert torch.equal(again.ask(asked, value), answer)
     assert len(again.sum.ledger.entries) == 1
-    changed = process()
-    other = changed.release(0.5)
-    assert len(changed.sum.ledger.entries) == 2
-    assert not torch.equal(other - total(0.5)["w"], value - total(1.0)["w"])
+
+
+def test_a_release_that_is_handed_out_again_is_not_computed(process):
+    process().release()
+    asked = []
+    process().release(seen=asked)
+    assert not asked
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("how", ["removed", "damaged"])
+def test_an_answer_that_is_gone_is_charged_again(process, tmp_path, asked, value, how):
+    process().ask(asked, 1.0)
+    (file,) = (tmp_path / "private" / "answers").iterdir()
+    if how == "removed":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    again = process()
+    again.ask(asked, value)
+    assert [e.attempt for e in again.sum.ledger.entries] == [0, 1]
+
+
+@pytest.mark.parametrize("point", ["ledger.head-written", "noise.drawn"])
+@pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
+def test_a_release_that_never_left_costs_nothing_more(process, tmp_path, value, point):
+    """Stopped between charge and answer: the ledger shows the same, whatever the sums are."""
+    made = process()
+
+    def stop(here):
+        if here == point:
+            raise Stop
+
+    made.sum.ledger.trace = stop
+    with pytest.raises(Stop):
+        made.release()
+    again = process()
+    noise = again.release(value) - total(value)["w"]
+    assert len(again.sum.ledger.entries) == 1
+    lines = map(json.loads, (tmp_path / "private" / "draws.jsonl").read_text().splitlines())
+    nonces = [line["nonce"] for line in lines if line["kind"] == "draw"]
+    drawn_twice = point == "noise.drawn" and value != 1.0
+    assert len(nonces) == len(set(nonces)) == 1 + drawn_twice
+    assert noise.abs().max() > 0
+
+
+def test_kept_answers_are_private_and_those_of_long_ago_are_dropped(process, tmp_path):
+    made = process()
+    for index in range(4):
+        made.sum.open(index)
+        made.release(number=index)
+    kept = sorted((tmp_path / "private" / "answers").iterdir())
+    assert [file.name[:6] for file in kept] == ["000002", "000003"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in kept} == {0o600}
+
+
+def test_the_ledger_does_not_say_whether_answers_are_equal(process):
+    made = process()
+    for number in range(2):
+        made.release(1.0, number=number)
+    first, second = made.sum.ledger.entries
+    assert first.data != second.data
+
+
+@pytest.mark.parametrize(("value", "entries"), [(1.0, 1), (0.5, 2)])
+def test_a_simulated_release_is_drawn_again(tmp_path, value, entries):
+    """So a simulated run ends in the same bits wherever it was stopped."""
+    first = Process(tmp_path, key=NoiseKey.from_seed(0))
+    answer = first.release()
+    again = Process(tmp_path, key=NoiseKey.from_seed(0))
+    assert torch.equal(again.release(value), answer) is (value == 1.0)
+    assert len(again.sum.ledger.entries) == entries
+    assert not (tmp_path / "private" / "answers").exists()
 
 
 def test_correlated_noise_begins_anew_where_a_block_changed(process):
@@ -213,3 +320,33 @@ def test_correlated_noise_begins_anew_where_a_block_changed(process):
     assert again.step(1, 0.5) is None
     assert again.step(1, 0.5) is not None and again.step(2, 0.5) is not None
     assert [e.participations for e in again.sum.ledger.entries] == [1, 1]
+
+
+class Stop(Exception):  # noqa: N818
+    """A callback that fails."""
+
+
+@pytest.mark.parametrize("changes", [{"bands": 3}, {"clipping": Adaptive(count_noise=0.5)}, {}])
+@pytest.mark.parametrize("stopped", [0, 1, 3])
+def test_a_step_that_failed_and_is_asked_again_counts_once(process, tmp_path, changes, stopped):
+    """A record of such a step was once twice in the chain: 1.43 times its clip norm."""
+    slots = {"rate": 1.0, "slots": 4} if "bands" in changes else {}
+    made = process(**changes)
+    made.reserve(**slots)
+    drawn = [made.step(step, 0.3) for step in STEPS]
+    norm, deviation = made.sum.clip_norm, made.sum.deviation
+    again = process(**changes)
+    again.reserve(**slots)
+
+    def fail(point):
+        again.sum.ledger.trace = lambda point: None
+        raise Stop
+
+    for step in STEPS:
+        if step == stopped:
+            again.sum.ledger.trace = fail
+            with pytest.raises(Stop):
+                again.step(step, 0.3)
+        assert torch.equal(again.step(step, 0.3), drawn[step])
+    assert (again.sum.clip_norm, again.sum.deviation) == (norm, deviation)
+    assert len(again.sum.ledger.entries) == 1

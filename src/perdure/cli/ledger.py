@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from perdure.cli.expected_ledgers import absent, anchors_below, left_out
 from perdure.cli.ledger_choice import OWNER, apart, arm_of, named, select
-from perdure.cli.recorded_heads import Recorded, as_text, behind, forgotten, from_text
+from perdure.cli.recorded_heads import Recorded, as_text, behind, forgotten, from_text, put_back
 from perdure.cli.run_facts import RunFacts, read_facts
 from perdure.errors import LedgerError, PerdureError, PrivacyError, RunError
 from perdure.experiment.result_schema import Epsilon
@@ -172,6 +172,8 @@ def verify(
 ) -> None:
     """Check every chain, every head whose key is there, and every copy of a head that was kept.
 
+    The log of draws beside each key is checked in the same way.
+
     Exit code 1, with file and line, when one is wrong; 3 when nothing is wrong, but the key of a
     head is not there, so that the whole history may be another.
     """
@@ -194,6 +196,7 @@ def verify(
     except PerdureError as error:
         problems.append(str(error))
     problems += forgotten({path: parts.get(path) for path in source.single}, key_in, known)
+    problems += put_back([path.parent for path in source.single], key_in)
     problems += behind(parts, recorded, lambda owner, path: key_of(owner, path, source))
     for problem in problems:
         typer.echo(f"WRONG: {problem}")

@@ -1,15 +1,16 @@
 """Heads of ledgers that were recorded, compared with the ledgers that are there."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from perdure.errors import ConfigError, PerdureError, PrivacyError
-from perdure.learner.folder_claims import checkpoint_anchors
-from perdure.privacy.ledger.anchors import private_copy, state_copy
+from perdure.learner.folder_claims import checkpoint_anchors, draws_anchors
+from perdure.privacy.ledger.anchors import private_copy, state_copy, state_draws
 from perdure.privacy.ledger.merged import Merged, Part
 from perdure.privacy.ledger.storage import Anchor, SealedHead, head_path
+from perdure.privacy.noise.draw_lines import compare
 from perdure.privacy.noise.key import NoiseKey
 
 
@@ -118,6 +119,28 @@ def forgotten(
         for part in account.parts if account else ():
             problems += [line for each in anchors for line in missed(each, part, key, path)]
     return problems
+
+
+def put_back(folders: Sequence[Path], key_in: Callable[[Path], NoiseKey | None]) -> Iterator[str]:
+    """Yield what is wrong with logs of draws that do not go on from their recorded heads.
+
+    Args:
+        folders: of single curators.
+        key_in: from a folder to its key, where it is there.
+    """
+    for folder in folders:
+        log = folder / "private" / "draws.jsonl"
+        try:
+            key = key_in(folder)
+            outside = state_draws(key) if key else None
+            copies = [outside] if outside else []
+            if key and compare(log, key, copies, draws_anchors(folder))[1]:
+                yield (
+                    f"{log} is missing, shorter or other than its recorded head: it was removed or "
+                    "put back; what the run executes again will be charged again"
+                )
+        except PerdureError as error:
+            yield str(error)
 
 
 def missed(anchor: Anchor, part: Part, key: NoiseKey | None, path: Path) -> list[str]:

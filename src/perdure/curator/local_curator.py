@@ -446,8 +446,7 @@ class LocalCurator:
 
         Args:
             shown: answers of the question on synthetic records. They key the noise: another
-                question is another entry, also where its answer happens to be the same, which would
-                tell that it is.
+                question is another entry, and is not handed the answer that is kept of this one.
             rows: records that it is asked about.
             exposed: their partitions.
             releases: how many.

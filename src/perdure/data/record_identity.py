@@ -77,7 +77,8 @@ def _addresses(parts: Iterable[Records]) -> Tensor:
         seen.add(id(rows))
         step = rows.stride(0) * rows.element_size()
         found.append(rows.data_ptr() + step * torch.arange(len(rows)))
-    return torch.unique(torch.cat(found))
+    places: Tensor = torch.unique(torch.cat(found))
+    return places
 
 
 def _shared(keys: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:

@@ -12,10 +12,13 @@ from perdure.privacy.ledger.storage import (
     canonical_json,
     head_path,
 )
+from perdure.privacy.noise.draw_lines import DrawsHead
 
 LEDGER = "ledger.jsonl"
 HEAD = "ledger"
 """Key of the ledger's head among the facts of a checkpoint."""
+DRAWS = "draws"
+"""Key of the head of the log of draws among them."""
 
 
 HEADS = "heads"
@@ -82,6 +85,18 @@ def anchor_of(facts: dict[str, object], number: int | None = None) -> Anchor | N
     if head is None:
         return None
     return Anchor(SealedHead.parse(canonical_json(head), where=where), where)
+
+
+def draws_anchors(folder: Path) -> list[DrawsHead]:
+    """Return the heads of the log of draws that the complete checkpoints of a folder hold.
+
+    Raises:
+        RunError: for a checkpoint that cannot be read.
+    """
+    store = Store(folder)
+    texts = [str(store.facts(number).get(DRAWS, "")) for number in store.numbers()]
+    found = [DrawsHead.parse(text) for text in texts]
+    return [head for head in found if head is not None]
 
 
 def refuse_lost_key(folder: Path, anchors: list[Anchor]) -> None:

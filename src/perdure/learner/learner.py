@@ -22,7 +22,7 @@ from perdure.errors import ConfigError, LedgerError
 from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, on_device
 from perdure.learner.checkpoint import Position, Snapshot, Store
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of, refuse_other_run
-from perdure.learner.folder_claims import HEAD, anchor_of
+from perdure.learner.folder_claims import DRAWS, HEAD, anchor_of
 from perdure.learner.noise_digest import learning_rates, noise_digest
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.sanity_checks import refuse_second_ledger
@@ -302,8 +302,11 @@ class Learner:
         """
         snapshot = self.snapshot()
         private_sum = self.private_sum
-        head = asdict(private_sum.ledger.chain.head) if private_sum else None
-        return replace(snapshot, facts={**snapshot.facts, HEAD: head, RUN: self.fingerprint})
+        facts = {**snapshot.facts, HEAD: None, RUN: self.fingerprint}
+        if private_sum:
+            facts[HEAD] = asdict(private_sum.ledger.chain.head)
+            facts[DRAWS] = private_sum.draws_head.text()
+        return replace(snapshot, facts=facts)
 
     def restore_checkpoint(self, snapshot: Snapshot, *, where: object = None) -> None:
         """Go back to a checkpoint of this run; call `prepare` first.

@@ -13,17 +13,23 @@ from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.records import Records
 from perdure.errors import DataError, GuardError
-from perdure.learner.folder_claims import LEDGER, checkpoint_anchors, refuse_lost_key
+from perdure.learner.folder_claims import (
+    LEDGER,
+    checkpoint_anchors,
+    draws_anchors,
+    refuse_lost_key,
+)
 from perdure.learner.inspection import Inspection, Verdict
 from perdure.learner.model_history import Carried, History
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.charges import bounding, merged
+from perdure.privacy.answers import Answers
 from perdure.privacy.guard.independence import Independence
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
 from perdure.privacy.guard.probes import domain_of
 from perdure.privacy.ledger.account import WARM_START, Account
-from perdure.privacy.ledger.anchors import private_copy, state_copy
+from perdure.privacy.ledger.anchors import private_copy, state_copy, state_draws
 from perdure.privacy.ledger.entries import Entry, weakest
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.storage import head_path, load, sha256
@@ -91,13 +97,21 @@ def open_private_sum(
     )
     warn_of_delta(privacy.delta, declared_records(training.stream))
     charge_before(ledger, training, schedule, carried)
-    draws = DrawLog(folder / "private" / "draws.jsonl" if folder else None, key)
+    outside = state_draws(key) if folder else None
+    draws = DrawLog(
+        folder / "private" / "draws.jsonl" if folder else None,
+        key,
+        copies=[outside] if outside else [],
+        anchors=draws_anchors(folder) if folder else [],
+        lock=lock,
+    )
     return make(
         privacy=privacy,
         schedule=schedule,
         ledger=ledger,
         key=key,
         draws=draws,
+        answers=Answers(folder / "private" / "answers" if folder else None, key),
         independence=independence,
     )
 

@@ -165,10 +165,11 @@ class Session:
 
         What is asked of the session later takes the folder again.
         """
-        if self.lock is None or not self.lock.held:
+        if self.lock is None:
             return
         if self._opened is not None:
             self._opened.open(min(self.position.experience, len(self.stream) - 1))
+            self._opened.close()
         self.lock.release()
 
     def _lay_out(self) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from perdure.errors import RunError
+from perdure.utils.forks import Process, present_process
 
 LOCK = ".lock"
 
@@ -15,8 +16,9 @@ LOCK = ".lock"
 class FolderLock:
     """Keep a folder to one holder at a time, in this process and in every other one.
 
-    Guarantee: while it is held, no second `FolderLock` of the folder can be taken. The system gives
-    it up however the process ends, and it goes with the object that holds it.
+    Guarantee: while it is held, no second `FolderLock` of the folder can be taken, in a forked
+    child neither. The system gives it up however the process ends, and it goes with the object that
+    holds it. Whoever removes the lock's file takes it away: `held` is false from then on.
 
     >>> lock = FolderLock(Path("runs/mine"))   # doctest: +SKIP
     >>> lock.acquire()                         # doctest: +SKIP
@@ -24,17 +26,25 @@ class FolderLock:
 
     Args:
         folder: made where it is not there yet.
+
+    Attributes:
+        taken: how often this object took the folder; whatever was read from it before it was taken
+            last may have been changed by others since.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.taken = 0
         self._descriptor: int | None = None
-        self._process = 0
+        self._process: Process | None = None
+        self._file = (0, 0)
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the folder."""
-        return self._descriptor is not None
+        """Whether this object holds the folder, in this process."""
+        if self._descriptor is None or self._process != present_process():
+            return False
+        return self._file == _identity(self.folder / LOCK)
 
     def acquire(self) -> bool:
         """Take the folder; return whether it was not held before.
@@ -44,9 +54,10 @@ class FolderLock:
         """
         if self.held:
             return False
+        self._drop()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = _open(self.folder / LOCK)
         except OSError as error:
             raise RunError(
                 f"{self.folder} cannot be written ({error.strerror}); give another folder"
@@ -59,6 +70,13 @@ class FolderLock:
                         f"{self.folder} is in use by another process or learner; let it finish or "
                         "close it, or give another folder"
                     )
+            found = os.fstat(descriptor)
+            self._file = (found.st_dev, found.st_ino)
+            if self._file != _identity(self.folder / LOCK):
+                raise RunError(
+                    f"{self.folder / LOCK} was removed while it was taken; leave it where it is, "
+                    "and try again"
+                )
         except OSError as error:
             os.close(descriptor)
             raise RunError(
@@ -69,8 +87,9 @@ class FolderLock:
             os.close(descriptor)
             raise
         self._descriptor = descriptor
-        self._process = os.getpid()
+        self._process = present_process()
         self._closing = weakref.finalize(self, os.close, descriptor)
+        self.taken += 1
         return True
 
     def release(self) -> None:
@@ -79,11 +98,29 @@ class FolderLock:
 
         if self._descriptor is None:
             return
-        if self._process == os.getpid():
+        if self._process == present_process():
             # a forked child shares the lock: closing the file would leave it with the child
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        self._descriptor = None
-        self._closing()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Close a file that is not locked any more, or that the parent of a fork goes on with."""
+        if self._descriptor is not None:
+            self._descriptor = None
+            self._closing()
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and number of a file; zeros where it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
 
 
 def _taken(descriptor: int) -> bool:

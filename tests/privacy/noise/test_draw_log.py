@@ -6,9 +6,11 @@ import stat
 import numpy as np
 import pytest
 
-from perdure.errors import PrivacyError
+from perdure.errors import LedgerError, PrivacyError
+from perdure.privacy.noise.draw_lines import read_lines
 from perdure.privacy.noise.draw_log import DrawLog
 from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.folder_lock import FolderLock
 
 SUM = np.array([1, 2, 3])
 OTHER = np.array([1, 2, 4])
@@ -21,25 +23,28 @@ def key():
 
 def test_an_equal_sum_is_replayed_under_its_nonce(tmp_path, key):
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
-    first = log.nonce_for("gradient e 0", SUM)
+    log.open("e")
+    first = log.nonce_for("gradient", "e", 0, SUM)
     later = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     assert later.nonce != log.nonce
-    assert later.nonce_for("gradient e 0", SUM) == first
-    assert later.nonce_for("gradient e 1", SUM) == later.nonce
+    assert later.nonce_for("gradient", "e", 0, SUM) == first
+    assert later.nonce_for("gradient", "e", 1, SUM) == later.nonce
 
 
 def test_another_sum_gets_no_nonce_and_is_not_noted(tmp_path, key):
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
-    log.nonce_for("gradient e 0", SUM)
+    log.open("e")
+    log.nonce_for("gradient", "e", 0, SUM)
     before = (tmp_path / "draws.jsonl").read_bytes()
-    assert log.nonce_for("gradient e 0", OTHER) is None
+    assert log.nonce_for("gradient", "e", 0, OTHER) is None
     assert (tmp_path / "draws.jsonl").read_bytes() == before
 
 
 def test_a_line_is_in_the_file_before_the_nonce_is_given(tmp_path, key):
     path = tmp_path / "draws.jsonl"
     log = DrawLog(path, key, "boot 1")
-    log.nonce_for("gradient e 0", SUM)
+    log.open("e")
+    log.nonce_for("gradient", "e", 0, SUM)
     assert log.nonce in path.read_text() and path.read_bytes().endswith(b"\n")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -80,6 +85,162 @@ def test_a_forked_process_has_a_nonce_of_its_own(key):
     assert log.nonce == mine
 
 
+def refused_in_child(log):
+    """Message of the refusal of a draw in a forked child; "" where it is drawn."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            log.nonce_for("gradient", "e", 1, SUM)
+        except LedgerError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_forked_child_draws_nothing_also_under_one_number(tmp_path, key, monkeypatch, where):
+    """Two sums once met one noise where the child's number was that of its parent."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    log = DrawLog(tmp_path / "draws.jsonl" if where == "disk" else None, key, "boot 1")
+    log.open("e")
+    mine = log.nonce
+    assert "forked, and belongs to its parent" in refused_in_child(log)
+    assert log.nonce_for("gradient", "e", 1, OTHER) == mine
+
+
+def test_a_simulation_in_memory_goes_on_in_a_child():
+    log = DrawLog(None, NoiseKey.from_seed(0), "boot 1")
+    log.open("e")
+    assert refused_in_child(log) == ""
+
+
+def test_a_closed_entry_draws_nothing_new(tmp_path, key):
+    """So no line of it can be missing from a log that was put back."""
+    log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
+    log.open("e")
+    first = log.nonce_for("gradient", "e", 0, SUM)
+    log.close("e")
+    assert log.nonce_for("gradient", "e", 1, SUM) is None
+    assert log.nonce_for("gradient", "e", 0, SUM) == first
+
+
+def test_an_entry_that_was_not_opened_draws_nothing(tmp_path, key):
+    assert DrawLog(tmp_path / "draws.jsonl", key).nonce_for("gradient", "e", 0, SUM) is None
+
+
+@pytest.fixture
+def written(tmp_path, key):
+    """A log with a closed and an open entry; its path, and the copy of its head outside."""
+    path = tmp_path / "private" / "draws.jsonl"
+    copy = tmp_path / "state" / "draws.head"
+    log = DrawLog(path, key, "boot 1", copies=[copy])
+    for entry in ("a", "b"):
+        log.open(entry)
+        log.nonce_for("gradient", entry, 0, SUM)
+        if entry == "a":
+            log.close(entry)
+    return path, copy
+
+
+@pytest.mark.parametrize("kept", [None, *range(5)])
+@pytest.mark.parametrize("known_to", ["head", "copy", "anchor"])
+def test_a_log_that_was_put_back_forgets_what_it_may_have_missed(written, key, kept, known_to):
+    path, copy = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    head = DrawLog(path, key, "boot 1").head
+    path.write_bytes(b"".join(lines[:kept]))
+    if kept is None:
+        path.unlink()
+    beside = path.with_suffix(".head")
+    if known_to != "head":
+        beside.write_text(read_lines(path, key).head.text())
+    if known_to != "copy":
+        copy.unlink()
+    anchors = [head] if known_to == "anchor" else []
+    for _ in range(2):  # the second finds what the first has noted, and adds nothing
+        log = DrawLog(path, key, "boot 1", copies=[copy], anchors=anchors)
+        assert log.seen("b")
+        assert log.seen("a") is (kept is None or kept < 3)
+        assert path.read_text().count("lost") == 1
+
+
+def test_a_log_without_its_head_forgets_what_is_open(written, key):
+    path, copy = written
+    path.with_suffix(".head").unlink()
+    copy.unlink()
+    log = DrawLog(path, key, "boot 1")
+    assert log.seen("b") and not log.seen("a")
+
+
+def test_a_kill_between_a_line_and_its_head_loses_nothing(written, key):
+    path, copy = written
+    before = path.with_suffix(".head").read_bytes()
+    log = DrawLog(path, key, "boot 1", copies=[copy])
+    nonce = log.nonce_for("gradient", "b", 1, SUM)
+    for place in (path.with_suffix(".head"), copy):
+        place.write_bytes(before)
+    again = DrawLog(path, key, "boot 1", copies=[copy])
+    assert again.nonce_for("gradient", "b", 1, SUM) == nonce and not again.seen("b")
+
+
+def test_two_logs_of_one_file_do_not_both_draw(written, key):
+    path, _ = written
+    first = DrawLog(path, key, "boot 1")
+    second = DrawLog(path, key, "boot 1")
+    assert second.nonce_for("gradient", "b", 1, SUM)
+    with pytest.raises(LedgerError, match="written to or put back by somebody else"):
+        first.nonce_for("gradient", "b", 2, SUM)
+
+
+def test_a_log_is_read_again_when_its_lock_was_taken_anew(tmp_path, key):
+    path = tmp_path / "private" / "draws.jsonl"
+    mine, other = FolderLock(tmp_path), FolderLock(tmp_path)
+    mine.acquire()
+    first = DrawLog(path, key, "boot 1", lock=mine)
+    first.open("e")
+    mine.release()
+    other.acquire()
+    nonce = DrawLog(path, key, "boot 1", lock=other).nonce_for("gradient", "e", 0, SUM)
+    other.release()
+    mine.acquire()
+    assert first.nonce_for("gradient", "e", 0, SUM) == nonce
+    assert first.nonce_for("gradient", "e", 0, OTHER) is None
+
+
+@pytest.mark.parametrize("how", ["edited", "moved", "taken out", "older format"])
+def test_a_log_that_was_edited_is_refused(written, key, how):
+    path, _ = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = {
+        "edited": [lines[0].replace(b"boot 1", b"boot 2"), *lines[1:]],
+        "moved": [*lines[:3], lines[4], lines[3]],
+        "taken out": [lines[0], *lines[2:]],
+        "older format": [b'{"boot": "boot 1", "entry": "e", "kind": "open"}\n'],
+    }
+    path.write_bytes(b"".join(changed[how]))
+    with pytest.raises(PrivacyError, match=r"is damaged, edited or after a gap; remove the file"):
+        DrawLog(path, key, "boot 1")
+
+
+def test_a_draw_opens_no_file_and_syncs_nothing(written, key, monkeypatch):
+    """One look at the file a draw; a sync once a block."""
+    path, copy = written
+    log = DrawLog(path, key, "boot 1", copies=[copy])
+    calls = []
+    for name in ("open", "fsync"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, f=real, n=name, **k: calls.append(n) or f(*a, **k))
+    log.nonce_for("gradient", "b", 1, SUM)
+    assert calls == []
+    log.close("b")
+    assert calls == ["fsync"]
+
+
 def test_a_simulation_has_no_nonce():
     assert DrawLog(None, NoiseKey.from_seed(0)).nonce == ""
 
@@ -88,10 +249,10 @@ def test_a_torn_last_line_is_dropped_and_other_damage_refused(tmp_path, key):
     path = tmp_path / "draws.jsonl"
     log = DrawLog(path, key, "boot 1")
     log.open("e")
-    first = log.nonce_for("gradient e 0", SUM)
+    first = log.nonce_for("gradient", "e", 0, SUM)
     path.write_bytes(path.read_bytes() + b'{"kind": "dr')
     again = DrawLog(path, key, "boot 1")
-    assert again.nonce_for("gradient e 0", SUM) == first
+    assert again.nonce_for("gradient", "e", 0, SUM) == first
     path.write_bytes(b'{"kind": "what"}\n' + path.read_bytes())
     with pytest.raises(PrivacyError, match="line 1 is damaged"):
         DrawLog(path, key, "boot 1")

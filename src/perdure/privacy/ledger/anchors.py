@@ -37,6 +37,14 @@ def state_copy(key: NoiseKey) -> HeadCopy | None:
     return HeadCopy(folder / "ledgers" / f"{name}.head.json", optional=True)
 
 
+def state_draws(key: NoiseKey) -> Path | None:
+    """Copy of the head of the log of draws beside that of the ledger (see `state_copy`)."""
+    copy = state_copy(key)
+    if copy is None:
+        return None
+    return copy.path.with_name(copy.path.name.replace(".head.json", ".draws.head"))
+
+
 def state_folder() -> Path | None:
     """The user's state directory of perdure; None where the setting is `off`."""
     chosen = os.environ.get(SETTING, "")

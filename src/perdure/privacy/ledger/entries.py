@@ -160,6 +160,10 @@ class Entry:
             attempt=self.attempt + 1,
         )
 
+    def later(self) -> "Entry":
+        """Return the entry that pays for all of this one once more."""
+        return replace(self, attempt=self.attempt + 1)
+
     @property
     def draws(self) -> int:
         """Integers that are drawn in all steps together."""

@@ -24,6 +24,7 @@ from perdure.errors import LedgerError
 from perdure.privacy.noise.key import NoiseKey
 from perdure.utils.atomic_files import write_atomically
 from perdure.utils.folder_lock import FolderLock
+from perdure.utils.forks import present_process
 
 Body = dict[str, Any]
 """What a line says, without its place in the chain."""
@@ -316,8 +317,10 @@ class HashChain:
         self._interrupted = True
         self._copies = tuple(copies)
         self._lock = lock
+        self._process = present_process()
         if lock is not None:
             lock.acquire()
+        self._read_at = lock.taken if lock is not None else 0
         there = path is not None and (path.exists() or head_path(path).exists())
         if path is not None and there:
             self.lines, self.bodies, head = load(path, key)
@@ -353,9 +356,13 @@ class HashChain:
 
         Raises:
             RunError: when another process or learner works in the folder.
-            LedgerError: when one has written to the ledger since.
+            LedgerError: when one has written to the ledger since, or in a forked child.
         """
-        if self._lock is None or not self._lock.acquire() or self._path is None:
+        self._refuse_child()
+        if self._lock is None:
+            return
+        self._lock.acquire()
+        if self._lock.taken == self._read_at or self._path is None:
             return
         beside = head_path(self._path)
         if not beside.exists() or beside.read_text() != self.head.text():
@@ -363,6 +370,20 @@ class HashChain:
             raise LedgerError(
                 f"{self._path}: another process or learner wrote to this ledger; prepare a new "
                 "learner, which goes on from there"
+            )
+        self._read_at = self._lock.taken
+
+    def _refuse_child(self) -> None:
+        """Refuse to charge, and so to draw, in a child of the process that opened the ledger.
+
+        A simulation in memory may: it draws the same noise wherever it runs.
+        """
+        simulated = self._path is None and self._key.simulated
+        if self._process != present_process() and not simulated:
+            raise LedgerError(
+                f"{self._path or 'the ledger in memory'} was opened before this process was "
+                "forked, and belongs to its parent; let the parent close it, and prepare a "
+                "learner of its own in the child"
             )
 
     def append(self, body: Body) -> None:

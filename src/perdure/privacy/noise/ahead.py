@@ -1,13 +1,13 @@
 """A draw of noise on a thread of its own, while the sum that it is for is still computed."""
 
 import contextlib
-import os
 from collections.abc import Callable
 from threading import Thread
 
 import numpy as np
 
 from perdure.privacy.noise.table import Integers
+from perdure.utils.forks import Process, present_process
 
 AHEAD_FROM = 2**16
 """Numbers of a draw from which a thread pays."""
@@ -22,7 +22,7 @@ class DrawAhead:
     def __init__(self) -> None:
         self._room = np.zeros(0, dtype=np.int64)
         self._name: object = None
-        self._process = 0
+        self._process: Process | None = None
         self._drawn = False
         self._thread: Thread | None = None
 
@@ -33,14 +33,14 @@ class DrawAhead:
         if len(self._room) != numbers:
             self._room = np.empty(numbers, dtype=np.int64)
         self._name = name
-        self._process = os.getpid()
+        self._process = present_process()
         self._drawn = False
         self._thread = Thread(target=self._run, args=(draw,), name="perdure noise")
         self._thread.start()
 
     def take(self, name: object) -> Integers | None:
         """Integers of that name, good until the next draw; None where they were not begun."""
-        if self._thread is None or self._name != name or self._process != os.getpid():
+        if self._thread is None or self._name != name or self._process != present_process():
             return None
         self._thread.join()
         self._name = None
@@ -49,7 +49,7 @@ class DrawAhead:
     def _busy(self) -> bool:
         """Whether a draw of this process that nobody took still writes."""
         alive = self._thread is not None and self._thread.is_alive()
-        return alive and self._process == os.getpid()
+        return alive and self._process == present_process()
 
     def _run(self, draw: Callable[[Integers], None]) -> None:
         # who asks draws anew, and meets the error

@@ -22,11 +22,14 @@ the noise is independent and this is the plain Gaussian mechanism without sampli
 """
 
 import math
-from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from perdure.errors import PrivacyError
+
+_T = TypeVar("_T")
 
 PARTS = 2**16
 """Parts of a grid step: coefficients are multiples of one over it."""
@@ -45,49 +48,72 @@ def coefficients(bands: int) -> tuple[int, ...]:
 class BandedNoise:
     """Steps of one reserved block, in order; a block begins a chain of its own.
 
+    A step that failed may be asked for again: what it adds to the chain counts once `commit` has
+    been called, and is kept by its number, so that no sum is in the chain twice.
+
     Guarantee: over a block, the noise is `C^-1 z`; with blocks in one chain a repeated block would
     meet earlier noise again. The exact sums of the last b - 1 steps stay in here.
 
     Args:
         bands: b; the least distance between two steps of one record.
+        first: number of the first step of the block.
     """
 
-    def __init__(self, bands: int) -> None:
+    def __init__(self, bands: int, first: int = 0) -> None:
         self._c = coefficients(bands)
-        self._sums: deque[Tensor] = deque(maxlen=bands - 1)
-        self._released: deque[Tensor] = deque(maxlen=bands - 1)
-        self._impulse: list[float] = []
+        self._first = first
+        self._sums: dict[int, Tensor] = {}
+        self._released: dict[int, Tensor] = {}
+        self._impulse: dict[int, float] = {}
         self.gain = math.sqrt(sum(c * c for c in self._c)) / PARTS
 
-    def weighted(self, units: Tensor) -> Tensor:
+    def weighted(self, units: Tensor, step: int) -> Tensor:
         """(d,) int64 weighted sum of this step's and earlier exact sums, in parts of a grid step.
 
         Raises:
-            PrivacyError: for a sum too large to be weighted exactly.
+            PrivacyError: for a sum too large to be weighted exactly, or a step that counts already.
         """
+        if step in self._impulse:
+            raise PrivacyError(f"step {step} is in the chain already; reserve its block anew")
         if len(units) and int(units.abs().max()) > MOST:
             raise PrivacyError(
                 "a private sum is too large for correlated noise; use smaller batches or no bands"
             )
         total = units * self._c[0]
-        for c, past in zip(self._c[1:], self._sums, strict=False):
+        for c, past in self._past(self._sums, step):
             total += c * past
-        self._sums.appendleft(units.clone())
         return total
 
-    def released(self, noisy: Tensor) -> Tensor:
+    def released(self, noisy: Tensor, step: int) -> Tensor:
         """(d,) float64 noisy sum of this step, in grid steps, from the noisy `weighted`."""
         value = noisy.double() / PARTS
-        for c, past in zip(self._c[1:], self._released, strict=False):
+        for c, past in self._past(self._released, step):
             value -= c / PARTS * past
-        self._released.appendleft(value.clone())
-        first = 1.0 if not self._impulse else 0.0
-        recent = self._impulse[: -len(self._c) : -1]
-        carried = sum(c / PARTS * y for c, y in zip(self._c[1:], recent, strict=False))
-        self._impulse.append(first - carried)
         return value
 
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the last step's noise, in units of sigma times the clip norm."""
-        return self.gain * math.sqrt(sum(y * y for y in self._impulse))
+    def commit(self, units: Tensor, value: Tensor, step: int) -> None:
+        """Let a step count, once it is done.
+
+        Args:
+            units: (d,) int64 its exact sum.
+            value: (d,) float64 what `released` gave for it.
+            step: its number.
+        """
+        first = 1.0 if step == self._first else 0.0
+        carried = sum(c / PARTS * y for c, y in self._past(self._impulse, step))
+        self._impulse[step] = first - carried
+        self._sums[step] = units.clone()
+        self._released[step] = value.clone()
+        for kept in (self._sums, self._released):
+            kept.pop(step - len(self._c) + 1, None)
+
+    def deviation(self, step: int) -> float:
+        """Standard deviation of a committed step's noise, in units of sigma times the clip norm."""
+        recent = [y for at, y in self._impulse.items() if at <= step]
+        return self.gain * math.sqrt(sum(y * y for y in recent))
+
+    def _past(self, values: Mapping[int, _T], step: int) -> Iterator[tuple[int, _T]]:
+        """Coefficients of the steps before, with their values."""
+        for k, c in enumerate(self._c[1:], 1):
+            if step - k in values:
+                yield c, values[step - k]

@@ -13,20 +13,36 @@ down before noise is added to it, with the nonce under which the noise is drawn:
 Lines reach the operating system before noise is drawn, so a killed process loses none. They reach
 the disk once a block, when the block is closed. After a machine stopped otherwise (another boot, or
 none that is known) a block that was not closed counts as seen, and is charged again.
+
+A log that was put back from an earlier time would make a second look free. So its head (see
+`perdure.privacy.noise.draw_lines`) is kept elsewhere too, and a log that does not go on from it
+says so in a line of its own: every entry that was not closed before then counts as seen. A closed
+entry never draws anything new, so nothing of it can be missing. One process writes at a time, which
+is checked before every draw: a second writer, a file that was put back meanwhile, and a forked
+child are refused.
 """
 
-import json
 import os
 import secrets
-from collections.abc import Mapping
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from perdure.errors import PrivacyError
+from perdure.errors import LedgerError
+from perdure.privacy.noise.draw_lines import (
+    DrawsHead,
+    HeadFile,
+    Line,
+    compare,
+    head_file,
+    write_line,
+)
 from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.folder_lock import FolderLock
+from perdure.utils.forks import present_process
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """File in which Linux names the present boot."""
@@ -39,25 +55,45 @@ class DrawLog:
         path: the file, by custom `private/draws.jsonl`; None keeps the log in memory.
         key: of the curator.
         boot: name of the present boot; empty where it is not known, which counts as another one.
+        copies: files outside the folder that follow the log's head; where one cannot be written,
+            it is given up.
+        anchors: heads that were recorded elsewhere, such as in checkpoints.
+        lock: held by whoever draws; the log is read again after it was given up and taken anew.
 
     Raises:
         PrivacyError: for a file with a line that is damaged, other than the last.
     """
 
-    def __init__(self, path: Path | None, key: NoiseKey, boot: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        key: NoiseKey,
+        boot: str | None = None,
+        *,
+        copies: Sequence[Path] = (),
+        anchors: Sequence[DrawsHead] = (),
+        lock: FolderLock | None = None,
+    ) -> None:
         self._path = path
         self._key = key
+        self._mac = key.chain("draws")
         self._boot = _present_boot() if boot is None else boot
+        self._copies = tuple(copies)
+        self._anchors = tuple(anchors)
+        self._lock = lock
+        self._process = present_process()
+        self._nonce = secrets.token_hex(16)
+        self._nonce_of = self._process
+        self._own: set[str] = set()
         self._drawn: dict[str, dict[str, str]] = {}
         self._opened: dict[str, str] = {}
         self._closed: set[str] = set()
-        self._process = 0
-        self._nonce = ""
+        self._head = DrawsHead()
+        self._log = -1
+        self._closing: weakref.finalize[..., DrawLog] | None = None
         if path:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for line in _lines(path) if path else ():
-            self._take(line)
-        self._earlier = frozenset(self._opened)
+            self._read(path)
 
     @property
     def nonce(self) -> str:
@@ -67,20 +103,33 @@ class DrawLog:
         """
         if self._key.simulated:
             return ""
-        if self._process != os.getpid():  # also after a fork
-            self._process = os.getpid()
+        if self._nonce_of != present_process():  # after a fork
+            self._nonce_of = present_process()
             self._nonce = secrets.token_hex(16)
         return self._nonce
 
+    @property
+    def head(self) -> DrawsHead:
+        """Number of lines, and the MAC of the last one."""
+        return self._head
+
     def open(self, entry: str) -> None:
         """Note that noise of `entry` may be drawn from now on, in this boot."""
+        self._hold()
         if entry not in self._closed and self._opened.get(entry) != self._boot:
             self._write({"kind": "open", "entry": entry, "boot": self._boot})
+        self._own.add(entry)
 
     def close(self, entry: str) -> None:
-        """Note that all noise of `entry` that anybody has seen is in the log, and sync it."""
+        """Note that all noise of `entry` that anybody will see is in the log, and sync it."""
+        self._hold()
         if entry in self._opened and entry not in self._closed:
             self._write({"kind": "close", "entry": entry}, sync=True)
+
+    def closed(self, entry: str) -> bool:
+        """Whether all noise of an entry is in the log, and may have left."""
+        self._hold()
+        return entry in self._closed
 
     def seen(self, entry: str) -> bool:
         """True where noise of `entry` may have been drawn without a line in the log.
@@ -88,74 +137,167 @@ class DrawLog:
         Args:
             entry: digest of an entry that was in the ledger before.
         """
+        self._hold()
         if entry in self._closed:
             return False
         boot = self._opened.get(entry)
-        return boot is None or (entry in self._earlier and not self._boot) or boot != self._boot
+        unknown = not self._boot and entry not in self._own
+        return boot is None or unknown or boot != self._boot
 
-    def nonce_for(self, place: str, exact: npt.NDArray[np.int64]) -> str | None:
+    def nonce_for(
+        self,
+        purpose: str,
+        entry: str,
+        step: int,
+        exact: npt.NDArray[np.int64],
+        *,
+        unseen: bool = False,
+    ) -> str | None:
         """Nonce under which noise may be added to a sum; noted before this returns.
 
         Args:
-            place: purpose, entry and step.
+            purpose: what the noise is for.
+            entry: digest of the entry that pays, which was opened.
+            step: of the run.
             exact: (n,) the exact sum, in grid steps.
+            unseen: nothing leaves before the entry is closed: as long as it is open, another sum
+                gets a nonce of its own.
 
         Returns:
-            None where noise was drawn there for another sum.
+            None where noise was, or may have been, drawn there for another sum.
+
+        Raises:
+            LedgerError: in a forked child, or where another process wrote to the log.
         """
+        self._hold()
+        place = f"{purpose} {entry} {step}"
         mac = self._key.tag(place, exact)
         drawn = self._drawn.get(place, {})
         if mac in drawn:
             return drawn[mac]
-        if drawn:
-            return None  # the MAC is not noted: nothing is drawn for it here
-        self._write({"kind": "draw", "place": place, "mac": mac, "nonce": self.nonce})
-        return self.nonce
+        again = bool(drawn) and (self._key.simulated or not unseen)
+        # Where the MAC is not noted, nothing is drawn for it here.
+        if again or entry in self._closed or entry not in self._opened:
+            return None
+        nonce = secrets.token_hex(16) if drawn else self.nonce
+        self._write({"kind": "draw", "entry": entry, "place": place, "mac": mac, "nonce": nonce})
+        return nonce
 
-    def _write(self, line: Mapping[str, str], *, sync: bool = False) -> None:
+    def release(self) -> None:
+        """Close the files; the log is read again when it is used next."""
+        if self._closing:
+            self._closing()
+
+    # ------------------------------------------------------------------ inside
+
+    def _hold(self) -> None:
+        """Refuse a forked child and a second writer; read again what others may have changed.
+
+        A simulation in memory goes on in a child: it draws the same noise wherever it runs.
+        """
+        simulated = self._path is None and self._key.simulated
+        if self._process != present_process() and not simulated:
+            raise LedgerError(
+                f"{self._path or 'the log of draws in memory'} was opened before this process was "
+                "forked, and belongs to its parent; let the parent close it, and prepare a "
+                "learner of its own in the child"
+            )
+        if self._path is None:
+            return
+        taken = self._lock.taken if self._lock else 0
+        if taken != self._read_at or not (self._closing and self._closing.alive):
+            self._read(self._path)
+            return
+        if _file(self._path) != self._file:
+            raise LedgerError(
+                f"{self._path} was written to or put back by somebody else; prepare a new "
+                "learner, which goes on from there"
+            )
+
+    def _read(self, path: Path) -> None:
+        """Read the file, and note in it what recorded heads know beyond it."""
+        found, missed = compare(path, self._key, self._copies, self._anchors)
+        self._drawn = {}
+        self._opened = {}
+        self._closed = set()
+        for line in found.lines:
+            self._take(line)
+        self._head = found.head
+        self._read_at = self._lock.taken if self._lock else 0
+        self._open_files(path)
+        os.ftruncate(self._log, found.size)
+        self._file = _file(path)
+        if not missed:
+            self._record()
+            return
+        # Before the heads are written over, or a kill in between would make the log look whole.
+        heads = ", ".join(sorted(f"{head.count} {head.mac}" for head in missed))
+        self._write({"kind": "lost", "heads": heads})
+
+    def _open_files(self, path: Path) -> None:
+        """Open the log and the files of its head, in place of those that were open."""
+        if self._closing:
+            self._closing()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self._log = os.open(path, flags, 0o600)
+        descriptors = [self._log]
+        self._closing = weakref.finalize(self, _close, descriptors)
+        self._heads: list[HeadFile] = []
+        for place in (head_file(path), *self._copies):
+            try:
+                file = HeadFile(place)
+            except OSError:
+                if place in self._copies:
+                    continue
+                raise
+            self._heads.append(file)
+            descriptors.append(file.descriptor)
+
+    def _write(self, line: Line, *, sync: bool = False) -> None:
         if self._path:
-            with open(self._path, "ab", opener=_private) as file:
-                file.write(json.dumps(line, sort_keys=True).encode() + b"\n")
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
+            data, mac = write_line(line, self._head.mac, self._mac)
+            written = os.write(self._log, data)
+            self._head = DrawsHead(self._head.count + 1, mac)
+            device, number, size = self._file
+            # a line that a full disk cut does not have the size that the next draw looks for
+            self._file = (device, number, size + len(data))
+            if written != len(data):
+                raise LedgerError(f"{self._path} cannot be written; make room on its disk")
+            if sync:
+                os.fsync(self._log)
+            self._record()
         self._take(line)
 
-    def _take(self, line: Mapping[str, Any]) -> None:
+    def _record(self) -> None:
+        """Let every file of the head follow the log, which is never behind them."""
+        for file in self._heads:
+            file.write(self._head)
+
+    def _take(self, line: Line) -> None:
         kind = line["kind"]
         if kind == "open":
             self._opened[line["entry"]] = line["boot"]
         elif kind == "close":
             self._closed.add(line["entry"])
+        elif kind == "lost":
+            self._opened = {entry: self._opened[entry] for entry in self._closed}
+            self._own = set()
         else:
             self._drawn.setdefault(line["place"], {})[line["mac"]] = line["nonce"]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of the file; a last one that a stop tore is dropped, since nothing followed it."""
-    data = path.read_bytes() if path.exists() else b""
-    whole, _, torn = data.rpartition(b"\n")
-    if torn:
-        os.truncate(path, len(data) - len(torn))
-    lines = []
-    for number, text in enumerate(whole.split(b"\n") if whole else (), 1):
-        try:
-            line = json.loads(text)
-            {"open": ("entry", "boot"), "close": ("entry",), "draw": ("place", "mac", "nonce")}[
-                line["kind"]
-            ]
-        except (ValueError, KeyError, TypeError):
-            raise PrivacyError(
-                f"{path}, line {number} is damaged; restore it, or remove the file: steps that are "
-                "executed again are then charged again"
-            ) from None
-        lines.append(line)
-    return lines
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
-def _private(path: str, flags: int) -> int:
-    """Open a file that only its owner may read."""
-    return os.open(path, flags, mode=0o600)
+def _file(path: Path) -> tuple[int, int, int]:
+    """Device, number and size of a file; zeros where it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (found.st_dev, found.st_ino, found.st_size)
 
 
 def _present_boot() -> str:

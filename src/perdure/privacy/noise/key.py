@@ -107,6 +107,11 @@ class NoiseKey:
         """HMAC-SHA256 of `message` in hexadecimal, under a subkey that no stream shares."""
         return hmac.new(subkey(self._secret, "mac"), message, hashlib.sha256).hexdigest()
 
+    def chain(self, purpose: str) -> Callable[[bytes], str]:
+        """Return HMAC-SHA256 in hexadecimal under a subkey of `purpose`, derived once."""
+        own = subkey(self._secret, "chain", purpose)
+        return lambda message: hmac.digest(own, message, "sha256").hex()
+
     def tag(self, place: str, exact: npt.NDArray[np.int64]) -> str:
         """Poly1305 tag of an exact sum, under a key of its own for every place.
 

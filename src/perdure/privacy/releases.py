@@ -1,0 +1,230 @@
+"""Releases: noised sums, counts and selections over all records of an experience."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from perdure.errors import PrivacyError
+from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.grid import Grid
+from perdure.privacy.ledger.entries import Entry, MechanismName
+from perdure.privacy.mechanism import Mechanism
+from perdure.privacy.noise.discrete import discrete_gaussian, exponential
+from perdure.types import Params, Tensors
+
+Clipped = Callable[[Clip], Params | None]
+"""From the bound on a record to the clipped sum over records; None where there is no record."""
+
+ONLY = "answer"
+"""Name of an answer that is one tensor."""
+
+
+class Draw(TypedDict):
+    """Which noise of a key is drawn."""
+
+    purpose: str
+    entry: str
+    step: int
+    nonce: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReleaseKey:
+    """Which of an experience's releases an answer is, and what its noise is keyed by.
+
+    Args:
+        partitions: whose records are exposed, each once (sampling rate 1).
+        numbers: its places among the releases, so that two of one purpose are two entries with
+            noise of their own.
+        start: digest of the model.
+        data: the records, for the entry's keyed fingerprint.
+    """
+
+    partitions: tuple[str, ...]
+    numbers: range
+    start: str
+    data: Tensors
+
+
+class Releases(Mechanism):
+    """Answers about all records, each charged before its noise is drawn."""
+
+    @property
+    def release_noise(self) -> float:
+        """Noise multiplier of a release in this experience."""
+        return self.noise_multiplier * self.privacy.release_noise
+
+    def release(
+        self,
+        clipped: Clipped,
+        *,
+        purpose: str,
+        occasion: ReleaseKey,
+        shapes: Mapping[str, torch.Size],
+        clip_norm: float,
+    ) -> Params:
+        """Noised sum of one clipped row per record.
+
+        Args:
+            clipped: from the bound to the clipped sum (see `perdure.queries`).
+            purpose: name of the release, for the ledger.
+            occasion: which release it is, and of which records.
+            shapes: of the sum, also where there is no record.
+            clip_norm: bound on the L2 norm of one record's row.
+
+        Raises:
+            PrivacyError: where the sum has other names or shapes, whose noise would be shared.
+        """
+        noise = self.release_noise
+        grid = Grid.of(sum(map(math.prod, shapes.values())), noise)
+        device = next(iter(occasion.data.values())).device
+
+        def exact() -> Tensor:
+            total = clipped(Clip(norm=clip_norm, steps=grid.steps))
+            _refuse_other_shapes(total, shapes, purpose)
+            return grid.units(total, shapes, clip_norm)
+
+        def noised(units: Tensor, draw: Draw) -> Params:
+            self._key.add_noise(units, noise * grid.steps, **draw)
+            return grid.values(units, shapes, clip_norm, device)
+
+        entry = self._release_entry(purpose, occasion, "gaussian", noise, clip_norm, grid)
+        answer = self._once(entry, exact, noised)
+        return {name: answer[name].to(device) for name in shapes}
+
+    def count(self, counts: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
+        """Counts (bins,) int64 plus integer noise.
+
+        A record is in one bin at most, which it moves by 1.
+        """
+        noise = self.release_noise
+
+        def noised(exact: Tensor, draw: Draw) -> Params:
+            return {ONLY: exact + discrete_gaussian(len(exact), noise, self._key.stream(**draw))}
+
+        entry = self._release_entry(purpose, occasion, "discrete-gaussian", noise)
+        return self._once(entry, counts.cpu, noised)[ONLY].to(counts.device)
+
+    def select(self, scores: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
+        """Places of high scores (m,), as many as the occasion has numbers.
+
+        Each is a draw of the exponential mechanism.
+
+        With `release_noise` s a draw is 2/s-DP and of bounded range, so at most (2/s)^2 / 8 = 1 /
+        (2 s^2) of zero-concentrated privacy: as much as a Gaussian release.
+
+        Args:
+            scores: one record moves any two by at most 1 against each other.
+        """
+        noise = self.release_noise / 2
+
+        def exact() -> Tensor:
+            return scores.detach().double().cpu().contiguous().view(torch.int64)
+
+        def chosen(_: Tensor, draw: Draw) -> Params:
+            uniform = self._key.uniform(len(scores), **draw)
+            places = len(occasion.numbers)
+            return {ONLY: exponential(scores, places, noise_multiplier=noise, uniform=uniform)}
+
+        entry = self._release_entry(purpose, occasion, "exponential", noise)
+        return self._once(entry, exact, chosen)[ONLY].to(scores.device)
+
+    # ------------------------------------------------------------------ inside
+
+    def _once(
+        self,
+        entry: Entry,
+        exact: Callable[[], Tensor],
+        noised: Callable[[Tensor, Draw], Params],
+    ) -> Params:
+        """Charge and draw a release, or hand out again what was released before.
+
+        What the ledger shows may not depend on exact answers. So an answer that is kept is handed
+        out without being computed again. One that is missing is charged again, unless the log says
+        that nothing has left: its entry is open, since it is closed before an answer is returned.
+
+        Args:
+            entry: that pays, at its first attempt.
+            exact: computes the exact answer, integers.
+            noised: from the exact answer and the noise to draw to what is released.
+        """
+        self.ledger.chain.hold()
+        simulated = self._key.simulated
+        while True:
+            kept = self._answers.find(entry.digest)
+            if kept is not None:
+                self._draws.open(entry.digest)
+                self.ledger.charge(entry)
+                self._draws.close(entry.digest)
+                return kept
+            left = not simulated and self._draws.closed(entry.digest)
+            if not self.ledger.has(entry) or not (left or self._draws.seen(entry.digest)):
+                break
+            entry = entry.later()
+        integers = exact()
+        entry, draw = self._draw_of(entry, integers)
+        answer = noised(integers, draw)
+        self.ledger.trace("noise.drawn")
+        self._answers.keep(entry.digest, answer, experience=self.experience)
+        self._draws.close(entry.digest)
+        return answer
+
+    def _draw_of(self, entry: Entry, integers: Tensor) -> tuple[Entry, Draw]:
+        """Charge an entry and choose its noise, before it is drawn.
+
+        A simulation has one noise for an entry, so another answer is another entry there.
+        """
+        while True:
+            self._draws.open(entry.digest)
+            self.ledger.charge(entry)
+            nonce = self._draws.nonce_for(
+                entry.purpose, entry.digest, entry.first_step, integers.numpy(), unseen=True
+            )
+            if nonce is not None:
+                break
+            entry = entry.later()
+        return entry, {
+            "purpose": entry.purpose,
+            "entry": entry.digest,
+            "step": entry.first_step,
+            "nonce": nonce,
+        }
+
+    def _release_entry(
+        self,
+        purpose: str,
+        occasion: ReleaseKey,
+        mechanism: MechanismName,
+        multiplier: float,
+        clip_norm: float = 1.0,
+        grid: Grid | None = None,
+    ) -> Entry:
+        """Entry of a release, of which its exact answer is no part."""
+        name = f"release:{purpose}"
+        return self._entry(
+            name,
+            mechanism,
+            multiplier,
+            clip_norm,
+            dict.fromkeys(occasion.partitions, 1.0),
+            occasion.numbers,
+            occasion.start,
+            # its own place, or the ledger would tell where the records are the same
+            self.fingerprint(occasion.data, f"{name} {occasion.numbers.start} {occasion.start}"),
+            grid=grid,
+        )
+
+
+def _refuse_other_shapes(
+    total: Params | None, shapes: Mapping[str, torch.Size], purpose: str
+) -> None:
+    given = None if total is None else {key: value.shape for key, value in total.items()}
+    if given is not None and given != dict(shapes):
+        raise PrivacyError(
+            f"the sum for {purpose!r} has shapes { {k: tuple(v) for k, v in given.items()} }; "
+            f"allowed: those of the query's rows, { {k: tuple(v) for k, v in shapes.items()} }"
+        )

@@ -1,0 +1,246 @@
+"""One charge pays for one look at a sum: forks, second writers, and logs that were put back."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from perdure.errors import LedgerError, PerdureError, RunError
+from perdure.privacy.settings import Privacy
+from perdure.utils.folder_lock import LOCK
+
+SECRET = Privacy(noise_multiplier=1.0)
+OPENED = 1
+"""Lines of the log when the first block has been opened."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:privacy.delta")
+
+
+class Stop(Exception):  # noqa: N818
+    """A kill."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def make(learner_of, folder):
+    def learner(*callbacks, **changes):
+        options = {"folder": folder, "privacy": SECRET, "iterations": 3, "blocks": 1}
+        return learner_of(callbacks=list(callbacks), **(options | changes))
+
+    return learner
+
+
+class Answers:
+    """Callback that keeps the gradient of a step, and stops after another."""
+
+    def __init__(self, step=0, stop=None):
+        self.step = step
+        self.stop = stop
+        self.kept = []
+
+    def __call__(self, point, learner):
+        if point != "step.done" or learner.position.experience:
+            return
+        if learner.position.step == self.step + 1:
+            self.kept += [torch.cat([p.grad.flatten() for p in learner.model.parameters()]).clone()]
+        if learner.position.step == self.stop:
+            raise Stop
+
+
+def lines(folder):
+    return (folder / "private" / "draws.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def entries(learner):
+    return [e for e in learner.private_sum.ledger.entries if "experience-0" in e.scope]
+
+
+def in_child(work):
+    """Message of the error of `work` in a forked child; "" where there is none."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except PerdureError as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        return file.read()
+
+
+def test_a_forked_child_draws_nothing_for_its_parents_charge(make, toy_stream, folder):
+    """A hundred children once had a hundred answers to one sum."""
+    told = []
+
+    def fork(point, learner):
+        if point == "step.sampled" and learner.position.step == 1 and not told:
+            rows = learner.session.held.drawn_rows
+            told.append(in_child(lambda: learner.session.backward(rows)))
+            told.append(in_child(lambda: make().prepare(toy_stream())))
+
+    make(fork).fit(toy_stream())
+    assert told[0].startswith("LedgerError") and "forked, and belongs to its parent" in told[0]
+    assert told[1].startswith("RunError") and "in use by another process" in told[1]
+    assert sum(b'"kind": "draw"' in line for line in lines(folder)) == 6
+
+
+def test_a_child_works_in_a_folder_that_its_parent_gave_up(make, toy_stream):
+    learner = make()
+    learner.fit(toy_stream())
+    assert in_child(lambda: make().fit(toy_stream())) == ""
+
+
+@pytest.mark.parametrize(
+    ("kept", "beside"),
+    [(None, False), (OPENED, False), (-1, False), (0, True), (OPENED, True)],
+    ids=["removed", "opened", "a line short", "empty, no head", "opened, no head"],
+)
+def test_a_log_that_was_put_back_makes_no_look_free(make, toy_stream, folder, kept, beside):
+    """Only the log goes back, and the checkpoint is gone: the ledger stays as it is."""
+    first = Answers(stop=3)
+    with pytest.raises(Stop):
+        make(first).fit(toy_stream())
+    log = folder / "private" / "draws.jsonl"
+    left = lines(folder)[:kept]
+    log.unlink()
+    if kept is not None:
+        log.write_bytes(b"".join(left))
+    if beside:
+        log.with_suffix(".head").unlink()
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    second = Answers()
+    again = make(second)
+    again.fit(toy_stream())
+    assert [e.attempt for e in entries(again)] == [0, 1]
+    assert not torch.equal(first.kept[0], second.kept[0])
+
+
+def test_a_log_that_went_back_inside_a_block_is_seen(make, toy_stream, folder):
+    with pytest.raises(Stop):
+        make(Answers(stop=2)).fit(toy_stream())
+    (folder / "private" / "draws.jsonl").write_bytes(b"".join(lines(folder)[:-1]))
+    again = make()
+    again.fit(toy_stream())
+    assert [e.attempt for e in entries(again)] == [0, 1]
+
+
+def test_a_checkpoint_knows_the_log(make, toy_stream, folder, monkeypatch):
+    """The log and its head went back, and there is no state directory."""
+    monkeypatch.setenv("PERDURE_STATE", "off")
+    log = folder / "private" / "draws.jsonl"
+    kept = {}
+
+    def copy(point, learner):
+        if point == "step.sampled" and not kept:
+            kept.update({path: path.read_bytes() for path in (log, log.with_suffix(".head"))})
+        if point == "checkpoint.end":
+            raise Stop
+
+    with pytest.raises(Stop):
+        make(copy, blocks=3).fit(toy_stream())
+    for path, data in kept.items():
+        path.write_bytes(data)
+    make(blocks=3).prepare(toy_stream())
+    assert [b'"lost"' in line for line in lines(folder)] == [False, True]
+
+
+def test_an_undisturbed_restart_costs_nothing(make, toy_stream, folder):
+    first = Answers(stop=2)
+    with pytest.raises(Stop):
+        make(first).fit(toy_stream())
+    second = Answers()
+    again = make(second)
+    again.fit(toy_stream())
+    assert torch.equal(first.kept[0], second.kept[0]) and len(entries(again)) == 1
+
+
+@pytest.fixture
+def stopped(make, toy_stream):
+    """A learner that was stopped inside its first block, before a draw, and its own answers."""
+    answers = Answers()
+    stops = [True]
+
+    def stop(point, learner):
+        if point == "step.sampled" and stops:
+            stops.pop()
+            raise Stop
+
+    learner = make(stop, answers)
+    learner.prepare(toy_stream())
+    learner.begin(0)
+    with pytest.raises(Stop):
+        learner.train(range(3))
+    return learner, answers.kept
+
+
+@pytest.fixture
+def trained_by_another(make, toy_stream):
+    """Train the first experience by another learner of the folder; its answers."""
+
+    def train():
+        answers = Answers()
+        other = make(answers)
+        other.prepare(toy_stream())
+        other.begin(0)
+        other.train(range(3))
+        other.close()
+        return answers.kept
+
+    return train
+
+
+def test_a_learner_that_goes_on_reads_what_others_drew(stopped, trained_by_another):
+    """Step 0 was once drawn twice, by a learner that still knew the log of before."""
+    learner, mine = stopped
+    learner.close()
+    others = trained_by_another()
+    learner.session.open(0)
+    learner.train(range(3))
+    assert torch.equal(mine[0], others[0]) and len(entries(learner)) == 1
+
+
+def test_a_removed_lock_hides_no_second_writer(stopped, trained_by_another, folder):
+    learner, mine = stopped
+    (folder / LOCK).unlink()
+    others = trained_by_another()
+    learner.session.open(0)
+    learner.train(range(3))
+    assert torch.equal(mine[0], others[0]) and len(entries(learner)) == 1
+
+
+def test_a_removed_lock_lets_one_learner_work_at_a_time(stopped, make, toy_stream, folder):
+    learner, mine = stopped
+    (folder / LOCK).unlink()
+    other = make()
+    other.prepare(toy_stream())
+    with pytest.raises(RunError, match="in use by another process or learner"):
+        learner.train(range(3))
+    assert not mine
+    other.close()
+    learner.session.open(0)
+    learner.train(range(3))
+    assert len(mine) == 1
+
+
+def test_a_log_that_changed_meanwhile_is_drawn_for_no_more(make, toy_stream, folder):
+    """Without a lock that tells of it: the file itself is looked at before every draw."""
+
+    def meddle(point, learner):
+        if point == "step.sampled" and learner.position.step == 1:
+            log = folder / "private" / "draws.jsonl"
+            log.write_bytes(b"".join(lines(folder)[:OPENED]))
+
+    answers = Answers(step=1)
+    with pytest.raises(LedgerError, match="written to or put back by somebody else"):
+        make(meddle, answers).fit(toy_stream())
+    assert not answers.kept

@@ -1,0 +1,45 @@
+"""A forked child has a name of its own, also where its number is that of its parent."""
+
+import os
+
+import pytest
+
+from perdure.utils.folder_lock import FolderLock
+from perdure.utils.forks import present_process
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork there is no child")
+
+
+def in_child(answer):
+    """Whether `answer()` is true in a forked child."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if answer() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_child_has_another_name_than_its_parent():
+    mine = present_process()
+    assert mine == present_process()
+    assert in_child(lambda: present_process() != mine)
+
+
+def test_a_child_of_equal_number_has_another_name(monkeypatch):
+    """In two process namespaces both may be process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    mine = present_process()
+    assert in_child(lambda: os.getpid() == 1 and present_process() != mine)
+
+
+def test_a_child_does_not_hold_its_parents_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+
+    def left_alone():
+        held = lock.held
+        lock.release()
+        return not held
+
+    assert in_child(left_alone)
+    assert lock.held
