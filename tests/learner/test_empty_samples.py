@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from perdure.adversarial import FGSM, PGD
-from perdure.contract.forward import Forward
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views, shift_and_flip
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
 from perdure.errors import GuardError
 from perdure.learner.learner import Learner
-from perdure.learner.varied_rows import varied_rows
+from perdure.learner.loss_path import LossPath
 from perdure.models import cnn
 from perdure.privacy.settings import Privacy
 from perdure.strategies import AGEM, DER, EWC, GEM, Naive, Replay
@@ -214,12 +213,12 @@ def test_a_tiny_batch_is_attacked_as_part_of_a_larger_one():
     batch = Batch.current(Records(inputs=inputs, labels=torch.zeros(4).long()), 0)
 
     def attacked(rows):
-        return varied_rows(
+        path = LossPath(strategy=Naive(), adversary=FGSM(epsilon=1e6, bounds=None))
+        return path.changed(
             rows,
             lambda forward, rows: forward(rows.inputs).square().sum(1),
-            fixed=Forward(model),
-            adversary=FGSM(epsilon=1e6, bounds=None),
-            views=None,
+            model,
+            dict(model.named_parameters()),
             seed_of=lambda purpose: 0,
             watched=nullcontext,
             private=True,

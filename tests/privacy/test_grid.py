@@ -1,12 +1,15 @@
 """Sums on the grid: exact addition, a bounded change, and the cost of what is not exact."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from perdure.errors import BudgetError, PrivacyError
+from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
 from perdure.privacy import grid
 from perdure.privacy.accounting.accountants import MOST_DRAWS
 from perdure.privacy.accounting.calibration import epsilon
@@ -17,6 +20,8 @@ from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.noise.compiled import grid_loops
 from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.settings import Privacy
+from perdure.strategies import Naive
 
 SHAPES = {"a": torch.Size([3, 5]), "b": torch.Size([]), "c": torch.Size([0, 4])}
 
@@ -202,3 +207,29 @@ def test_an_entry_says_what_its_cost_depends_on():
     assert entry().charge(["p"]) == Charge(0.1, 1.0, 100, "grid-gaussian")
     assert entry(grid=None).charge(["p"]) == Charge(0.1, 1.0, 100, "gaussian")
     assert entry().draws == 2**40 * 100
+
+
+# ------------------------------------------------------------------ noise beyond the tables
+
+TOO_MUCH = {
+    "correlated": Privacy(noise_multiplier=1e3, delta=1e-3, bands=2, seed=0),
+    "independent": Privacy(noise_multiplier=1e6, delta=1e-3, seed=0),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_MUCH)
+def test_noise_beyond_the_tables_is_refused_uncharged(toy_stream, kind):
+    stream = toy_stream()
+    learner = Learner(
+        model=mlp(input_shape=(5,), num_classes=4, hidden=(64, 2048), seed=0),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=2,
+        batch_size=8,
+        privacy=TOO_MUCH[kind],
+    )
+    learner.prepare(stream)
+    learner.begin(0)
+    with pytest.raises(PrivacyError, match=r"noise of .* grid steps cannot be drawn"):
+        learner.train(range(2))
+    assert not learner.private_sum.ledger.entries

@@ -363,6 +363,30 @@ class HeldRecords:
         drawn = torch.rand(n, *inputs.shape[1:], generator=rng).to(inputs.dtype)
         return self._synthetic(drawn)
 
+    def synthetic_stored(self, n: int) -> Batch:
+        """Return n random rows in the role of stored ones, of all earlier experiences in turn.
+
+        Random values stand beside them where memory stores some.
+        """
+        rng = generator(self._seed, "synthetic stored")
+        rows = self.synthetic(n)
+        past = self.experiences[:-1] or self.experiences
+        of = [past[i % len(past)] for i in range(n)]
+        labels = [e.classes[i // len(past) % len(e.classes)] for i, e in enumerate(of)]
+        beside = {
+            name: torch.rand(value.shape, generator=rng).to(value)
+            if value.is_floating_point()
+            else value
+            for name, value in rows.stored.items()
+        }
+        return replace(
+            replayed(rows),
+            tasks=torch.tensor([e.index for e in of]).to(rows.tasks),
+            labels=torch.tensor(labels).to(rows.labels),
+            ids=torch.arange(n).to(rows.ids),
+            stored=beside,
+        )
+
     def probes(self) -> Batch:
         """Return one synthetic row of every kind that the guard looks at."""
         rng = generator(self._seed, "probes")

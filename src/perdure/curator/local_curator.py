@@ -347,15 +347,16 @@ class LocalCurator:
         steps, start = self._held.block
         exposed = sampler.exposure
         synthetic = replayed(self.synthetic(SYNTHETIC_RECORDS))
+        stored = self._held.synthetic_stored(SYNTHETIC_RECORDS)
+        places = torch.arange(SYNTHETIC_RECORDS, device=stored.inputs.device)
         forward = self._held.forward
 
-        def of(inputs: Tensor, labels: Tensor) -> Tensor:
-            rows = synthetic.take(slice(0, len(inputs)))
-            return losses(forward, replace(rows, inputs=inputs, labels=labels))
+        def of(inputs: Tensor, at: Tensor) -> Tensor:
+            return losses(forward, replace(stored.take(at), inputs=inputs))
 
         with torch.no_grad(), evaluating(forward.module):
             name = f"the losses of {sampler.purpose!r}"
-            check_losses(of, synthetic.inputs, synthetic.labels, name)
+            check_losses(of, stored.inputs, places, name)
             self._check_neighbours(losses, name)
             self._try_gradient(losses, params, synthetic, name)
             shown = digest({"losses": losses(forward, synthetic)}).hex()
@@ -391,14 +392,16 @@ class LocalCurator:
             return
         forward = self._held.forward
         pairs = list(neighbours(self._held.domain, generator(0, "references")))
-        rows = replayed(self.synthetic(len(pairs[0].one)))
+        n = len(pairs[0].one)
+        rows = self._held.synthetic_stored(2 * n)
         device = rows.inputs.device
 
-        def of(inputs: Tensor, labels: Tensor) -> Tensor:
-            return losses(forward, replace(rows, inputs=inputs, labels=labels))
+        def of(inputs: Tensor, at: Tensor) -> Tensor:
+            return losses(forward, replace(rows.take(at), inputs=inputs))
 
         moved = [pair.to(device) for pair in pairs]
-        facts = (rows.labels, rows.labels.flip(0))
+        places = torch.arange(2 * n, device=device)
+        facts = (places[:n], places[n:].flip(0))
         with self._watched(True):
             check_neighbours(forward.module, of, moved, facts, name, layers=False)
 

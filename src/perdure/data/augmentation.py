@@ -69,6 +69,32 @@ class Views:
         return torch.stack([losses(Batch.from_tensors(view)) for view in views]).mean(0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShiftAndFlip:
+    """Random shift of a picture (c, h, w) and a random mirror; see `shift_and_flip`.
+
+    Args:
+        pixels: largest shift.
+        flip: mirror left and right with probability 1/2.
+    """
+
+    pixels: int
+    flip: bool
+
+    def __call__(self, picture: Tensor) -> Tensor:
+        """Return one random version of the picture."""
+        height, width = picture.shape[-2:]
+        wide = F.pad(picture, (self.pixels,) * 4)
+        offsets = (torch.rand(2, device=picture.device) * (2 * self.pixels + 1)).long()
+        across = torch.arange(width, device=picture.device)
+        if self.flip:
+            across = torch.where(
+                torch.rand((), device=picture.device) < 0.5, across.flip(0), across
+            )
+        rows = torch.arange(height, device=picture.device) + offsets[0]
+        return wide.index_select(-2, rows).index_select(-1, across + offsets[1])
+
+
 def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
     """Random shift of a picture (c, h, w) and a random mirror.
 
@@ -78,17 +104,4 @@ def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
         pixels: largest shift.
         flip: mirror left and right with probability 1/2; not for digits.
     """
-
-    def change(picture: Tensor) -> Tensor:
-        height, width = picture.shape[-2:]
-        wide = F.pad(picture, (pixels,) * 4)
-        offsets = (torch.rand(2, device=picture.device) * (2 * pixels + 1)).long()
-        across = torch.arange(width, device=picture.device)
-        if flip:
-            across = torch.where(
-                torch.rand((), device=picture.device) < 0.5, across.flip(0), across
-            )
-        rows = torch.arange(height, device=picture.device) + offsets[0]
-        return wide.index_select(-2, rows).index_select(-1, across + offsets[1])
-
-    return change
+    return ShiftAndFlip(pixels=pixels, flip=flip)

@@ -1,20 +1,17 @@
 """Self test of a session's private gradients, on synthetic records and before any charge."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.context import Context
 from perdure.contract.forward import Forward
 from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.records import Batch, Records
-from perdure.learner.private_setup import synthetic
-from perdure.planning.training_plan import TrainingPlan
+from perdure.data.records import Batch
+from perdure.learner.loss_path import LossPath
+from perdure.learner.synthetic_rows import Roles, SyntheticRows
 from perdure.privacy.clipping.clip import Clip
 from perdure.privacy.guard.gradient_checks import (
     RECORDS,
@@ -23,47 +20,42 @@ from perdure.privacy.guard.gradient_checks import (
     check_gradients,
 )
 from perdure.privacy.guard.loss_checks import quiet_training
-from perdure.privacy.guard.probes import domain_of
+from perdure.privacy.guard.probes import domain_of, kept_rows
 from perdure.queries.batch_gradients import clipped_gradient
 from perdure.types import Params
 from perdure.utils.modules import trainable_parameters
+from perdure.utils.seeding import generator
 
 
 def inspect_gradients(
-    training: TrainingPlan,
+    path: LossPath,
+    rows: SyntheticRows,
     model: nn.Module,
-    context: Callable[[int], Context],
-    state: State,
     *,
-    seed: int,
-    device: str | torch.device,
-    inputs: Tensor | None = None,
+    own_rules: bool = True,
+    tested: bool = True,
 ) -> None:
-    """Compare clipped gradients with a loop of autograd, on three synthetic records.
+    """Compare clipped gradients with a loop of autograd, on synthetic records.
 
     Where inputs have no declared range, also look at the clipped gradients of very large ones.
 
     Every set of parameters that the stream trains is compared in the first experience that trains
-    it, and in the first one with a past.
+    it, and in the first one with a past, there with stored rows among the new ones.
 
     Args:
-        training: stream, strategy and privacy.
+        path: of rows to their losses.
+        rows: makes the synthetic batches.
         model: the module that is trained; it is left in training mode, dropout off.
-        context: from an experience's index to its public facts.
-        state: of the strategy.
-        seed: of the synthetic records.
-        device: where the model is.
-        inputs: synthetic inputs (n, ...), at least three; None for random ones in [0, 1).
+        own_rules: every layer is clipped by this library's rules. Otherwise records of every kind
+            are compared, and not three random ones only.
+        tested: code of others is on the path; it is shown new rows alone too.
 
     Raises:
         GuardError: naming the parameter whose gradients differ most, or the reason why there are no
             gradients of single records.
     """
-    drawn, facts = synthetic(training, records=RECORDS, seed=seed, device=device)
-    inputs = drawn if inputs is None else inputs[:RECORDS].to(device)
+    training = rows.training
     quiet_training(model)
-    first = training.stream[0].train
-    domain = domain_of(first.inputs, first.domain)
     seen = set()
     for experience in training.stream:
         plan = training.of(experience)
@@ -71,23 +63,28 @@ def inspect_gradients(
         if not plan.train or kind in seen:
             continue
         seen.add(kind)
-        trial = _Trial(
-            strategy=training.strategy,
-            context=context(experience.index),
-            trainable=plan.trainable,
-            labels_and_ids=facts[experience.index],
-        )
-        case = trial.of(model, state, inputs)
-        what = f"{training.strategy.name}.losses()"
-        per_layer = training.privacy is not None and training.privacy.clipping == "per-layer"
-        check_gradients(
-            case,
-            what,
-            per_layer=per_layer,
-            in_double=partial(trial.in_double, model, state, inputs),
-        )
-        if domain.floats and domain.range is None:
-            check_bound(case, what, per_layer=per_layer)
+        records = experience.train
+        domain = domain_of(records.inputs, records.domain)
+        draws = generator(rows.seed, "guard")
+        inputs = domain.random(RECORDS, draws) if own_rules else kept_rows(domain, draws)
+        roles: tuple[Roles, ...] = ("new",)
+        if rows.mixes(experience.index):
+            roles = ("in turn", "new") if tested else ("in turn",)
+        for role in roles:
+            trial = _Trial(
+                path=path,
+                rows=rows,
+                index=experience.index,
+                trainable=plan.trainable,
+                facts=rows.facts(experience.index, len(inputs), role),
+            )
+            case = trial.of(model, rows.state, inputs.to(rows.device))
+            in_double = partial(trial.in_double, model, rows.state, inputs.to(rows.device))
+            what = f"{training.strategy.name}.losses()"
+            per_layer = training.privacy is not None and training.privacy.clipping == "per-layer"
+            check_gradients(case, what, per_layer=per_layer, in_double=in_double)
+            if domain.floats and domain.range is None:
+                check_bound(case, what, per_layer=per_layer)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,20 +92,24 @@ class _Trial:
     """One experience's gradient as it is compared.
 
     Args:
-        strategy: whose losses are differentiated.
-        context: public facts of the experience.
+        path: whose losses are differentiated.
+        rows: makes the batches.
+        index: of the experience.
         trainable: beginnings of the names of trained parameters; None for all.
-        labels_and_ids: (n, 2) of the synthetic records.
+        facts: (n, 4) of the synthetic records.
     """
 
-    strategy: Strategy
-    context: Context
+    path: LossPath
+    rows: SyntheticRows
+    index: int
     trainable: tuple[str, ...] | None
-    labels_and_ids: Tensor
+    facts: Tensor
 
     def of(self, model: nn.Module, state: State, inputs: Tensor) -> GradientCase:
         """The case for a model and a state."""
         forward = Forward(model)
+        context = self.rows.context_of(self.index)
+        strategy = self.path.strategy
         trained: Params = {
             name: value
             for name, value in trainable_parameters(model).items()
@@ -116,7 +117,7 @@ class _Trial:
         }
 
         def losses(forward: Forward, batch: Batch) -> Tensor:
-            return self.strategy.losses(forward, batch, self.context, state)
+            return strategy.losses(forward, batch, context, state)
 
         def alone(inputs: Tensor, facts: Tensor) -> Tensor:
             return losses(forward, self._batch(inputs, facts))
@@ -130,7 +131,7 @@ class _Trial:
             clipped=clipped,
             params=trained,
             inputs=inputs,
-            labels=self.labels_and_ids,
+            labels=self.facts,
         )
 
     def in_double(self, model: nn.Module, state: State, inputs: Tensor) -> GradientCase:
@@ -139,9 +140,10 @@ class _Trial:
         return self.of(copy.deepcopy(model).double(), state.replace(wide), _doubled(inputs))
 
     def _batch(self, inputs: Tensor, facts: Tensor) -> Batch:
-        labels, ids = facts.unbind(1)
-        records = Records(inputs=inputs, labels=labels, ids=ids)
-        return Batch.current(records, self.context.experience)
+        batch = self.rows.batch(self.index, inputs, facts)
+        if inputs.dtype == torch.float64:
+            batch = replace(batch, stored={n: _doubled(v) for n, v in batch.stored.items()})
+        return batch
 
 
 def _doubled(value: Tensor) -> Tensor:

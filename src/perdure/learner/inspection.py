@@ -1,20 +1,30 @@
 """Look at a model and the losses of a strategy on synthetic records, before anything is charged.
 
 Records are drawn over the declared input domain, and batches are compared that share some records
-and differ in all others (see `perdure.privacy.guard`).
+and differ in all others: in inputs, classes, roles and experiences (see `perdure.privacy.guard` and
+`synthetic_rows`).
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.strategy import Strategy
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
+from perdure.data.augmentation import Views
 from perdure.data.domain import InputDomain
+from perdure.data.records import Batch
+from perdure.errors import GuardError
+from perdure.learner.loss_path import LossPath
+from perdure.learner.synthetic_rows import DROPPED, MIXTURES, SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.guard.independence import Independence, independence, is_own
+from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
+from perdure.privacy.guard.independence import Independence, independence
 from perdure.privacy.guard.loss_checks import (
     check_losses,
     check_rows,
@@ -33,9 +43,18 @@ from perdure.privacy.guard.probes import (
     large_batch,
     neighbours,
     probe_rows,
+    whole,
+    whole_batch,
 )
 from perdure.privacy.guard.writes import Seen, WriteWatch
-from perdure.utils.seeding import generator
+from perdure.queries.batch_gradients import clipped_gradient
+from perdure.queries.per_record import gradient_rows
+from perdure.types import Params
+from perdure.utils.modules import evaluating, trainable_parameters
+from perdure.utils.seeding import derive, generator
+
+Losses = Callable[[int, Tensor, Tensor], Tensor]
+"""Index of an experience, inputs (n, ...) and facts (n, 4) of the rows to the losses (n,)."""
 
 TRIAL_RECORDS = 6
 """Random records in the tests that leave out, or change, one record at a time."""
@@ -43,8 +62,8 @@ TRIAL_RECORDS = 6
 GLANCE = ("highest", "not a number", "sequences, full length")
 """Neighbours that are looked at where records are independent by construction."""
 
-OWN_STRATEGIES = ("perdure.strategies.", "perdure.contract.")
-"""Packages whose strategies compute each loss from its own row; their tests hold it."""
+MIXED = ("highest", "lowest", "positive and negative", *GLANCE)
+"""Neighbours that are looked at in other roles too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,35 +81,25 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inspection:
-    """A model and the losses of a strategy, as the guard looks at them.
+    """A model and the path of rows to their losses, as the guard looks at them.
 
     Args:
         training: stream and strategy.
         model: the module that is trained.
-        losses: index of an experience, inputs (n, ...), labels and ids (n, 2) to the losses (n,).
-        row_gradients: of the same arguments; runs the model on every record alone, as
-            `custom_forward="record-by-record"` does.
-        remember: of the same arguments; asks what memory would store beside records; None where
-            the strategy stores nothing.
-        step: of the same arguments, and whether each record goes alone; changes the rows by
-            adversary and views, and clips their gradients, as a step does.
-        widened: inputs are changed before the model sees them, by views or an adversary, and may
-            leave their domain.
-        state: of the strategy.
-        rows: declared number of records in one pass.
+        path: of rows to their losses.
+        rows: makes the synthetic batches.
+        expected: declared number of records in a step.
+        at_once: most records of one pass through the model.
         seed: of the synthetic records.
         device: where the model is.
     """
 
     training: TrainingPlan
     model: nn.Module
-    losses: Callable[[int, Tensor, Tensor], Tensor]
-    row_gradients: Callable[[int, Tensor, Tensor], object]
-    remember: Callable[[int, Tensor, Tensor], object] | None = None
-    step: Callable[[int, Tensor, Tensor, bool], object] | None = None
-    widened: bool = False
-    state: Mapping[str, Tensor]
-    rows: float
+    path: LossPath
+    rows: SyntheticRows
+    expected: float
+    at_once: float = math.inf
     seed: int
     device: str | torch.device
 
@@ -99,6 +108,11 @@ class Inspection:
         """Name of the losses and of what they run, for messages: either may be at fault."""
         model = type(self.model).__name__
         return f"the forward of {model}, or {self.training.strategy.name}.losses()"
+
+    @property
+    def state(self) -> State:
+        """State of the strategy."""
+        return self.rows.state
 
     @cached_property
     def watch(self) -> WriteWatch:
@@ -110,11 +124,84 @@ class Inspection:
         """Tensors of the model and the state before the first probe."""
         return self.watch.see(self.state, values=True)
 
-    def watched(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-        """Losses, refusing what they write into parameters, buffers and state."""
+    def losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
+        """(n,) losses, refusing what they write into parameters, buffers and state."""
+        batch = self.rows.batch(index, inputs, facts)
+        return self._unwritten(index, batch, self.name)
+
+    def changed_losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
+        """(n,) losses of the rows under attack, or of their views, with the same draws always."""
+        batch = self.rows.batch(index, inputs, facts)
+        if self.path.adversary is not None:
+            batch = self._under_attack(index, batch, generator(self.seed, "attack"))
+        batch = self.path.with_views(batch, self.seed)
+        return self._unwritten(index, batch, f"{self.name} under {self.path.foreign_changes}")
+
+    def _under_attack(self, index: int, batch: Batch, draws: torch.Generator) -> Batch:
+        parameters = dict(self.model.named_parameters())
+        with torch.enable_grad():  # as in a step
+            return self.path.perturbed(
+                lambda forward, rows: self._of(forward, index, rows),
+                self.model,
+                parameters,
+                batch,
+                draws,
+            )
+
+    def draws(self, index: int, inputs: Tensor) -> bool:
+        """Return whether an attack, or views, draw at random.
+
+        The draws of a row then go by its place, so that it has others in a smaller batch.
+        """
+        if self.path.adversary is None:
+            return True
+        own = generator(self.seed, "attack")
+        batch = self.rows.batch(index, inputs, self.rows.facts(index, len(inputs)))
+        with torch.random.fork_rng(devices=[]):
+            before = own.get_state(), torch.get_rng_state()
+            self._under_attack(index, batch, own)
+            after = own.get_state(), torch.get_rng_state()
+        return not all(map(torch.equal, before, after))
+
+    def row_gradients(self, index: int, inputs: Tensor, facts: Tensor) -> object:
+        """Run the gradient of every record alone, as `record-by-record` does."""
+        batch = self.rows.batch(index, inputs, facts)
+        params = {
+            name: value.detach().clone() for name, value in trainable_parameters(self.model).items()
+        }
+        rows = gradient_rows(lambda forward, rows: self._of(forward, index, rows), self.model)
+        return clipped_sum(rows, params, batch.tensors(), Clip(norm=1.0), per_pass(params))
+
+    def step(self, index: int, inputs: Tensor, facts: Tensor, alone: bool) -> object:
+        """Change rows by attack and views, and clip their gradients, as a step does."""
+        parameters: Params = dict(trainable_parameters(self.model))
+        rows = self.path.changed(
+            self.rows.batch(index, inputs, facts),
+            lambda forward, rows: self._of(forward, index, rows),
+            self.model,
+            parameters,
+            seed_of=lambda purpose: derive(self.seed, "guard"),
+            watched=nullcontext,
+            private=True,
+        )
+        at_once = None if math.isinf(self.at_once) else int(self.at_once)
+        return clipped_gradient(
+            Forward(self.model),
+            lambda forward, rows: self._of(forward, index, rows),
+            parameters,
+            rows,
+            Clip(norm=1.0),
+            at_once,
+            alone=alone,
+        )
+
+    def _of(self, forward: Forward, index: int, batch: Batch) -> Tensor:
+        return self.path.losses(forward, batch, self.rows.context_of(index), self.state)
+
+    def _unwritten(self, index: int, batch: Batch, name: str) -> Tensor:
         before = self.before
-        losses = self.losses(index, inputs, facts)
-        self.watch.refuse_writes(before, self.state, self.name)
+        losses = self._of(Forward(self.model), index, batch)
+        self.watch.refuse_writes(before, self.state, name)
         return losses
 
     @property
@@ -130,23 +217,43 @@ class Inspection:
         """
         found: dict[InputDomain, int] = {}
         for experience in self.training.stream:
-            records = experience.train
-            domain = domain_of(records.inputs, records.domain)
-            if self.widened and domain.floats:
-                domain = replace(domain, range=None)
-            found.setdefault(domain, experience.index)
+            found.setdefault(self.domain_of(experience.index), experience.index)
         return [(index, domain) for domain, index in found.items()]
+
+    def domain_of(self, index: int) -> InputDomain:
+        """Domain of an experience's inputs as the model sees them.
+
+        An attack or views may move them beyond the declared one.
+        """
+        records = self.training.stream[index].train
+        domain = domain_of(records.inputs, records.domain)
+        widened = self.path.adversary is not None or self.path.views is not None
+        return replace(domain, range=None) if widened and domain.floats else domain
 
     def pairs(self, domain: InputDomain, rows: int | None = None) -> list[Neighbours]:
         """Batches with other neighbours, on the model's device."""
         return [pair.to(self.device) for pair in neighbours(domain, self.generator, rows=rows)]
 
     def facts(self, index: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Labels and ids (rows, 2): labels in turn, and all of the first class."""
-        classes = self.training.stream[index].classes
-        turns = [(classes[i % len(classes)], i) for i in range(rows)]
-        first = [(classes[0], rows + i) for i in range(rows)]
-        return torch.tensor(turns).to(self.device), torch.tensor(first).to(self.device)
+        """Facts (rows, 4) of new rows, and of their neighbours."""
+        return (
+            self.rows.facts(index, rows),
+            self.rows.facts(index, rows, neighbours=True),
+        )
+
+    @property
+    def later(self) -> tuple[int, ...]:
+        """Experiences with a past that are looked at: the second one, and the last where tested."""
+        last = len(self.training.stream) - 1
+        return tuple(sorted({min(1, last), last if self.foreign_parts else 0} - {0}))
+
+    @cached_property
+    def foreign_parts(self) -> tuple[str, ...]:
+        """Names of the parts on the path that are not known to keep records apart."""
+        listed = all(
+            independence(self.model, domain) == "by construction" for _, domain in self.domains()
+        )
+        return self.path.foreign_parts() if listed else ("the model", *self.path.foreign_parts())
 
     def verdict(self) -> Verdict:
         """Look at everything, and say by what records are known to be independent.
@@ -154,15 +261,13 @@ class Inspection:
         Raises:
             GuardError: naming the part that breaks the bound on one record's influence.
         """
-        domains = self.domains()
-        listed = all(independence(self.model, domain) == "by construction" for _, domain in domains)
-        known: Independence = "tested"
-        if listed and is_own_strategy(self.training.strategy):
-            known = "by construction"
+        known: Independence = "tested" if self.foreign_parts else "by construction"
         privacy = self.training.privacy
         asked = privacy is not None and privacy.custom_forward == "record-by-record"
         alone = asked and known == "tested"
-        for index, domain in domains:
+        if alone:
+            self._refuse_batches()
+        for index, domain in self.domains():
             _look_at_memory(self, index, domain)
             if alone:
                 _look_alone(self, index, domain)
@@ -171,11 +276,52 @@ class Inspection:
             _look_at_steps(self, index, domain, alone=alone)
         return Verdict(independence="by construction" if alone else known, alone=alone)
 
+    def _refuse_batches(self) -> None:
+        """Refuse what runs on whole batches although records go one by one."""
+        adversary = self.path.adversary
+        if adversary is not None:
+            raise GuardError(
+                f"an adversary runs the model in batches, given {type(adversary).__name__} "
+                'with custom_forward="record-by-record"; allowed: one of the two; leave the '
+                "adversary out, or use a model, losses and an attack of this library"
+            )
+        views = self.path.views
+        if views is not None and type(views) is not Views:
+            raise GuardError(
+                f"{type(views).__name__} may look at whole batches, which "
+                'custom_forward="record-by-record" forbids; allowed: perdure.data.Views with a '
+                "`change` of your own"
+            )
 
-def is_own_strategy(strategy: Strategy) -> bool:
-    """Return whether the losses are those of this library's strategies alone."""
-    parts = getattr(strategy, "parts", ())
-    return is_own(type(strategy), OWN_STRATEGIES) and all(map(is_own_strategy, parts))
+
+def look_again(inspection: Inspection, index: int) -> None:
+    """Look at the losses of an experience that opens, with the state and the parameters it has.
+
+    Raises:
+        GuardError: naming what couples records now.
+    """
+    domain = inspection.domain_of(index)
+    pairs = inspection.pairs(domain)
+    facts = inspection.facts(index, len(pairs[0].one))
+    inputs = domain.random(TRIAL_RECORDS, inspection.generator).to(inspection.device)
+    own = inspection.rows.facts(index, TRIAL_RECORDS)
+    with evaluating(inspection.model):  # puts the modes back
+        quiet_training(inspection.model)
+        with explained(inspection.name, "a small batch"):
+            check_losses(partial(inspection.losses, index), inputs, own, inspection.name)
+        for name, ask in _losses_of(inspection).items():
+            of = partial(ask, index)
+            check_neighbours(inspection.model, of, pairs, facts, name, layers=False)
+            drop = name == inspection.name  # an attack may draw at random
+            _look_at_mixtures(inspection, ask, name, index, pairs, drop=drop)
+
+
+def _losses_of(inspection: Inspection) -> dict[str, Losses]:
+    """Losses to look at, by name: also those under attack where the attack is not known."""
+    found: dict[str, Losses] = {inspection.name: inspection.losses}
+    if changes := inspection.path.foreign_changes:
+        found[f"{inspection.name} under {changes}"] = inspection.changed_losses
+    return found
 
 
 def _look(inspection: Inspection, index: int, domain: InputDomain, known: Independence) -> None:
@@ -191,33 +337,94 @@ def _look(inspection: Inspection, index: int, domain: InputDomain, known: Indepe
     with explained("the model", "a small batch"):
         check_buffers(model, pairs[0].one, *(pair.other for pair in pairs))
     inputs = domain.random(TRIAL_RECORDS, inspection.generator).to(inspection.device)
-    labels, _ = inspection.facts(index, TRIAL_RECORDS)
-    losses = partial(inspection.watched, index)
+    losses = partial(inspection.losses, index)
     facts = inspection.facts(index, len(pairs[0].one))
     for mode in (model.eval, partial(quiet_training, model)):
         mode()
-        for which in sorted({index, min(1, len(inspection.training.stream) - 1)}):
-            own, _ = inspection.facts(which, TRIAL_RECORDS)
+        for which in sorted({index, *inspection.later}):
+            own = inspection.rows.facts(which, TRIAL_RECORDS)
             with explained(name, "a small batch"):
-                check_losses(partial(inspection.watched, which), inputs, own, name)
+                check_losses(partial(inspection.losses, which), inputs, own, name)
         check_neighbours(model, losses, pairs, facts, name, layers=model.training)
-    check_rows(model, losses, inputs, labels, name)
+    check_rows(model, losses, inputs, inspection.rows.facts(index, TRIAL_RECORDS), name)
+    tested = known == "tested"
+    for which in inspection.later:
+        layers = tested and which == inspection.later[-1]
+        _look_at_mixtures(inspection, inspection.losses, name, which, pairs, layers=layers)
     if known == "tested":
         check_alone(losses, pairs[0], facts[0], name)
+        _look_at_changes(inspection, pairs, index, inputs)
         _look_closer(inspection, pairs, index, domain)
+
+
+def _look_at_mixtures(
+    inspection: Inspection,
+    losses: Losses,
+    name: str,
+    index: int,
+    pairs: list[Neighbours],
+    *,
+    layers: bool = False,
+    drop: bool = True,
+) -> None:
+    """Look at batches of new and stored rows, and of rows of several experiences.
+
+    Args:
+        layers: look at the layers too.
+        drop: leave out one record at a time too.
+    """
+    rows = inspection.rows
+    if not rows.mixes(index):
+        return
+    asked = partial(losses, index)
+    chosen = [pair for pair in pairs if pair.name in MIXED]
+    mixtures = MIXTURES if rows.rehearses(index) else MIXTURES[:1]
+    dropped = DROPPED if drop else ()
+    if not inspection.foreign_parts:  # a glance checks the construction
+        chosen, mixtures, dropped = chosen[:1], mixtures[-1:], dropped[:1]
+    for mixture in mixtures:
+        facts = rows.beside(index, pairs[0], mixture)
+        what = f"{name} ({mixture.name})"
+        check_neighbours(inspection.model, asked, chosen, facts, what, layers=layers)
+    inputs = inspection.domain_of(index).random(TRIAL_RECORDS, inspection.generator)
+    inputs = inputs.to(inspection.device)
+    for roles in dropped:
+        facts_of = rows.facts(index, TRIAL_RECORDS, roles)
+        with explained(name, f"a small batch, {roles}"):
+            check_losses(asked, inputs, facts_of, f"{name} (rows: {roles})")
+
+
+def _look_at_changes(
+    inspection: Inspection, pairs: list[Neighbours], index: int, inputs: Tensor
+) -> None:
+    """Look at the losses under an attack, or of views, that are not this library's."""
+    changes = inspection.path.foreign_changes
+    if not changes:
+        return
+    name = f"{inspection.name} under {changes}"
+    with explained(name, "a small batch"):
+        drop = not inspection.draws(index, inputs)
+    for which in sorted({index, *inspection.later}):
+        losses = partial(inspection.changed_losses, which)
+        facts = inspection.facts(which, len(pairs[0].one))
+        check_neighbours(inspection.model, losses, pairs, facts, name, layers=False)
+        if drop:
+            check_losses(losses, inputs, inspection.rows.facts(which, TRIAL_RECORDS), name)
+        _look_at_mixtures(inspection, inspection.changed_losses, name, which, pairs, drop=drop)
 
 
 def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> None:
     """Ask what memory would store beside every kind of record, each record alone."""
-    if inspection.remember is None:
+    strategy = inspection.training.strategy
+    if not strategy.uses("remember"):
         return
-    rows = probe_rows(domain, inspection.generator).to(inspection.device)
-    facts, _ = inspection.facts(index, len(rows))
-    what = f"{inspection.training.strategy.name}.remember()"
+    inputs = probe_rows(domain, inspection.generator).to(inspection.device)
+    batch = inspection.rows.batch(index, inputs, inspection.rows.facts(index, len(inputs)))
+    what = f"{strategy.name}.remember()"
     before = inspection.before
-    for n in (len(rows), 1, 0):
+    for n in (len(batch), 1, 0):
         with explained(what, f"{n} records, each alone"):
-            inspection.remember(index, rows[:n], facts[:n])
+            inspection.rows.remembered(batch.take(slice(0, n)))
     inspection.watch.refuse_writes(before, inspection.state, what)
 
 
@@ -226,8 +433,6 @@ def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, a
 
     Few records are drawn sooner or later, and then an error would tell how few there are.
     """
-    if inspection.step is None:
-        return
     rows = probe_rows(domain, inspection.generator).to(inspection.device)
     facts, _ = inspection.facts(index, len(rows))
     before = inspection.before
@@ -240,33 +445,59 @@ def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, a
 def _look_closer(
     inspection: Inspection, pairs: list[Neighbours], index: int, domain: InputDomain
 ) -> None:
-    """Look at outputs and features too, and at a batch of the declared size."""
+    """Look at outputs and features too, and at batches of the declared size."""
     model = inspection.model
-    rows = large_batch(domain, inspection.rows)
-    large = inspection.pairs(domain, rows)
+    large = inspection.pairs(
+        domain, large_batch(domain, min(inspection.expected, inspection.at_once))
+    )
     model.eval()
     for batches in (pairs, large):
         check_outputs(model, batches, "the model")
         if callable(features := getattr(model, "features", None)):
             check_outputs(features, batches, "features() of the model")
     quiet_training(model)
-    facts = inspection.facts(index, len(large[0].one))
-    losses = partial(inspection.watched, index)
-    check_neighbours(model, losses, large, facts, inspection.name, layers=False)
+    for name, losses in _losses_of(inspection).items():
+        # an attack sees the whole step
+        at_once = inspection.at_once if name == inspection.name else math.inf
+        rows = whole_batch(domain, inspection.expected, at_once)
+        batches = large
+        if rows > len(large[0].one):
+            batches = [*large, whole(domain, inspection.generator, rows).to(inspection.device)]
+        _look_at_large(inspection, losses, name, index, batches)
     inspection.watch.refuse_writes(inspection.before, inspection.state, "the model")
+
+
+def _look_at_large(
+    inspection: Inspection, losses: Losses, name: str, index: int, batches: list[Neighbours]
+) -> None:
+    """Look at large batches of new rows, and once at one of new and stored rows."""
+    model = inspection.model
+    rows = inspection.rows
+    for size in sorted({len(pair.one) for pair in batches}):
+        same = [pair for pair in batches if len(pair.one) == size]
+        facts = inspection.facts(index, size)
+        check_neighbours(model, partial(losses, index), same, facts, name, layers=False)
+        for which in (which for which in inspection.later[-1:] if rows.mixes(which)):
+            mixed = rows.beside(which, same[-1], MIXTURES[-1])
+            what = f"{name} ({MIXTURES[-1].name})"
+            check_neighbours(model, partial(losses, which), same[-1:], mixed, what, layers=False)
 
 
 def _look_alone(inspection: Inspection, index: int, domain: InputDomain) -> None:
     """Run the gradient of every probe record alone, as training will."""
     model = inspection.model
+    rows = inspection.rows
     pairs = inspection.pairs(domain)
     with explained("the model", "one record"):
         check_buffers(model, pairs[0].one[:1], *(pair.other[1:2] for pair in pairs))
     quiet_training(model)
-    facts, _ = inspection.facts(index, len(pairs[0].one))
     what = f"{inspection.name}, record by record,"
     before = inspection.before
-    for pair in pairs:
-        with explained(what, pair.name):
-            inspection.row_gradients(index, pair.other, facts)
-        inspection.watch.refuse_writes(before, inspection.state, what)
+    cases = [(index, rows.facts(index, len(pairs[0].one)), pairs)]
+    for which in filter(rows.mixes, inspection.later):
+        cases.append((which, rows.facts(which, len(pairs[0].one), "in turn"), pairs[:1]))
+    for which, facts, batches in cases:
+        for pair in batches:
+            with explained(what, pair.name):
+                inspection.row_gradients(which, pair.other, facts)
+            inspection.watch.refuse_writes(before, inspection.state, what)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from perdure.data.experience import Stream
@@ -27,7 +26,6 @@ from perdure.privacy.accounting.charges import bounding, merged
 from perdure.privacy.answers import Answers
 from perdure.privacy.guard.independence import Independence
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
-from perdure.privacy.guard.probes import domain_of
 from perdure.privacy.ledger.account import WARM_START, Account
 from perdure.privacy.ledger.anchors import private_copy, state_copy, state_draws
 from perdure.privacy.ledger.entries import Entry, weakest
@@ -38,7 +36,6 @@ from perdure.privacy.noise.key import noise_key
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum, Schedule
 from perdure.types import Params
 from perdure.utils.folder_lock import FolderLock
-from perdure.utils.seeding import generator
 
 
 def open_private_sum(
@@ -277,24 +274,6 @@ def refuse_places(stream: Stream) -> None:
             f"moves others between clients or between experiences; {fix} with exact=False and a "
             "declared_size"
         )
-
-
-def synthetic(
-    training: TrainingPlan, *, records: int, seed: int, device: str | torch.device
-) -> tuple[Tensor, list[Tensor]]:
-    """Random inputs (n, ...), independent of the data; labels and ids (n, 2) for every experience.
-
-    Inputs are drawn from the declared domain. A label is one of the declared classes of the
-    experience, and an id stays with its row.
-    """
-    stream = training.stream
-    first = stream[0].train
-    domain = domain_of(first.inputs, first.domain)
-    inputs = domain.random(records, generator(seed, "guard")).to(device)
-    facts = [
-        torch.tensor([(e.classes[i % len(e.classes)], i) for i in range(records)]) for e in stream
-    ]
-    return inputs, [fact.to(device) for fact in facts]
 
 
 def refuse_outside(stream: Stream) -> None:

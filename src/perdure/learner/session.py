@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adversarial.base import Attack
-from perdure.contract.context import Context, contexts, spec_of
-from perdure.contract.curator import Losses
+from perdure.contract.context import contexts, spec_of
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.curator.held_records import HeldRecords, remembered
+from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
-from perdure.data.records import Batch, Records
+from perdure.data.records import Batch
 from perdure.errors import GuardError, StrategyError
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.folder_claims import refuse_other_privacy
 from perdure.learner.gradient_inspection import inspect_gradients
-from perdure.learner.inspection import Inspection
+from perdure.learner.inspection import Inspection, look_again
+from perdure.learner.loss_path import LossPath
 from perdure.learner.model_history import (
     Training,
     history_of,
@@ -44,13 +43,12 @@ from perdure.learner.model_history import (
 )
 from perdure.learner.private_setup import inspect, open_private_sum, rule_of
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
-from perdure.learner.varied_rows import varied_rows
+from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.clipping.clip import Clip, clipped_sum, per_pass
+from perdure.privacy.guard.independence import foreign_rules, unlisted
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
-from perdure.queries.batch_gradients import clipped_gradient, with_penalty
-from perdure.queries.per_record import gradient_rows
+from perdure.queries.batch_gradients import with_penalty
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
@@ -64,12 +62,6 @@ OWNER = "curator"
 
 def _silent(point: str) -> None:
     """Report nothing."""
-
-
-def _rows(index: int, inputs: Tensor, facts: Tensor) -> Batch:
-    """Rows of an experience, from inputs (n, ...), labels and ids (n, 2)."""
-    labels, ids = facts.unbind(1)
-    return Batch.current(Records(inputs=inputs, labels=labels, ids=ids), index)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -190,6 +182,9 @@ class Session:
         self._watch: WriteWatch | None = None
         self._compare_values = True
         self._goes_alone = False
+        self._foreign: tuple[str, ...] = ()
+        self._inspected: tuple[str, ...] = ()
+        self._looked_at: set[int] = set()
         self.params: Params = dict(trainable_parameters(model))
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
@@ -226,37 +221,47 @@ class Session:
         """Ledger and noise; None without privacy."""
         return self.held.private_sum
 
-    def _open_private_sum(self, before: list[Training]) -> PrivateSum:
-        verdict = inspect(
-            Inspection(
+    @property
+    def path(self) -> LossPath:
+        """Path of the rows to their losses, as it is now."""
+        return LossPath(
+            strategy=self.strategy,
+            adversary=self.adversary,
+            views=self.views,
+            precision=self.precision,
+        )
+
+    def _inspection(self) -> Inspection:
+        """Look of the guard at the path and at the state, as they are now."""
+        return Inspection(
+            training=self.training,
+            model=self.model,
+            path=self.path,
+            rows=SyntheticRows(
                 training=self.training,
                 model=self.model,
-                losses=self._synthetic_losses,
-                row_gradients=self._synthetic_row_gradients,
-                remember=self._synthetic_memory if self.strategy.uses("remember") else None,
-                step=self._synthetic_step,
-                widened=bool(self.adversary or self.views),
+                context=self.context,
                 state=self.state,
-                rows=self._expected_rows(),
                 seed=self.seed,
                 device=self.device,
-            )
+            ),
+            expected=self._expected_rows(),
+            at_once=self.micro_batch_size or math.inf,
+            seed=self.seed,
+            device=self.device,
         )
+
+    def _open_private_sum(self, before: list[Training]) -> PrivateSum:
+        inspection = self._inspection()
+        verdict = inspect(inspection)
         self._goes_alone = verdict.alone
+        self._foreign = inspection.foreign_parts
+        self._inspected = self._parts_of_others()
         if not verdict.alone:
+            own = foreign_rules(self.model) == ()
+            tested = bool(self._foreign)
             inspect_gradients(
-                self.training,
-                self.model,
-                self.context,
-                self.state,
-                seed=self.seed,
-                device=self.device,
-            )
-        if verdict.alone and self.adversary:
-            raise GuardError(
-                f"an adversary runs the model in batches, given {type(self.adversary).__name__} "
-                'with custom_forward="record-by-record"; allowed: one of the two; leave the '
-                "adversary out, or use a model of known modules"
+                inspection.path, inspection.rows, self.model, own_rules=own, tested=tested
             )
         privacy = self.training.privacy
         assert privacy is not None
@@ -279,44 +284,11 @@ class Session:
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum
 
-    def _synthetic_losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-        batch = _rows(index, inputs, facts)
-        return self.strategy.losses(self.forward, batch, self.context(index), self.state)
-
-    def _synthetic_row_gradients(self, index: int, inputs: Tensor, facts: Tensor) -> object:
-        batch = _rows(index, inputs, facts)
-        context = self.context(index)
-
-        def losses(forward: Forward, rows: Batch) -> Tensor:
-            return self.strategy.losses(forward, rows, context, self.state)
-
-        params = self._detached()
-        rows = gradient_rows(losses, self.model)
-        return clipped_sum(rows, params, batch.tensors(), Clip(norm=1.0), per_pass(params))
-
-    def _synthetic_memory(self, index: int, inputs: Tensor, facts: Tensor) -> object:
-        batch = _rows(index, inputs, facts)
-        return remembered(
-            batch,
-            lambda forward, rows: self.strategy.remember(forward, rows, self.state),
-            self.forward,
-            one_by_one=True,
-        )
-
-    def _synthetic_step(self, index: int, inputs: Tensor, facts: Tensor, alone: bool) -> object:
-        losses = partial(self._losses_in, self.context(index))
-        seed = derive(self.seed, "guard")
-        rows = self._changed(_rows(index, inputs, facts), losses, lambda purpose: seed)
-        clip = Clip(norm=1.0)
-        size = self.micro_batch_size
-        return clipped_gradient(self.forward, losses, self.params, rows, clip, size, alone=alone)
-
     def _expected_rows(self) -> float:
-        """Largest declared number of records in one pass of a step."""
+        """Largest declared number of records in a step."""
         training = self.training
         exposures = [training.exposure(training.upto(e.index)) for e in self.stream]
-        largest = max(exposure.expected for exposure in exposures)
-        return min(largest, self.micro_batch_size or math.inf)
+        return max(exposure.expected for exposure in exposures)
 
     @contextmanager
     def private_pass(self, values: bool = False) -> Iterator[None]:
@@ -356,6 +328,7 @@ class Session:
                 self.model.load_state_dict(self._initial)
         if self.private_sum:
             self._watch = WriteWatch(self.model)
+            self._look_again(index, begins)
         context = self.context(index, declared_size=experience.train.declared_size)
         self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
         self.select(plan)
@@ -385,7 +358,12 @@ class Session:
             steps: of the open experience.
             digest: of everything but the records that determines what the steps do (see
                 `noise_digest`).
+
+        Raises:
+            GuardError: where the path of rows to their losses is not the one that was inspected.
         """
+        if self.private_sum:
+            self._refuse_other_path()
         self._compare_values = True
         self.mark_model(learnt=bool(steps))
         self.held.reserve(steps, digest)
@@ -429,21 +407,12 @@ class Session:
 
     def _varied(self, batch: Batch, step: int) -> Batch:
         """Return the rows of a step under attack, with their views."""
-        return self._changed(batch, self.losses, lambda purpose: self.seed_of(purpose, step))
-
-    def _changed(self, batch: Batch, losses: Losses, seed_of: Callable[[str], Seed]) -> Batch:
-        """Return rows under attack on these losses, with their views (see `varied_rows`)."""
-        if self.adversary is None and self.views is None:
-            return batch
-        return varied_rows(
+        return self.path.changed(
             batch,
-            losses,
-            fixed=Forward(
-                self.model, {name: value.detach() for name, value in self.params.items()}
-            ),
-            adversary=self.adversary,
-            views=self.views,
-            seed_of=seed_of,
+            self.losses,
+            self.model,
+            self.params,
+            seed_of=lambda purpose: self.seed_of(purpose, step),
             watched=self.private_pass,
             private=self.training.privacy is not None,
         )
@@ -456,18 +425,7 @@ class Session:
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         """(n,) the strategy's loss of every row, averaged over views where there are any."""
-        return self._losses_in(self.held.context, forward, batch)
-
-    def _losses_in(self, context: Context, forward: Forward, batch: Batch) -> Tensor:
-        strategy = self.strategy
-        state = self.state
-        low = self.precision == "bfloat16"
-        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=low):
-            if self.views is None:
-                return strategy.losses(forward, batch, context, state).float()
-            return self.views.losses(
-                lambda rows: strategy.losses(forward, rows, context, state), batch
-            ).float()
+        return self.path.losses(forward, batch, self.held.context, self.state)
 
     def observe(self, batch: Batch) -> None:
         """Offer the rows of a step to a memory that is updated every step."""
@@ -527,6 +485,35 @@ class Session:
         self.position = Position(experience=self.position.experience + 1)
 
     # ------------------------------------------------------------------ inside
+
+    def _look_again(self, index: int, begins: bool) -> None:
+        """Look at losses that are only tested with the state that an experience begins with.
+
+        It uses released values and synthetic rows alone.
+        """
+        inspected = begins and index == 0
+        if inspected or not self._foreign or self._goes_alone or index in self._looked_at:
+            return
+        self._looked_at.add(index)
+        look_again(self._inspection(), index)
+
+    def _refuse_other_path(self) -> None:
+        """Refuse a path of rows to their losses that has other foreign parts than before.
+
+        A callback may have put a hook, a method or another strategy in its place.
+        """
+        found, known = self._parts_of_others(), self._inspected
+        if found != known:
+            raise GuardError(
+                f"rows meet {' and '.join(found) or 'library code alone'} on their way to the "
+                f"losses, and met {' and '.join(known) or 'library code alone'} when the guard "
+                "looked; allowed: one path for a whole run; set hooks, methods, strategy, "
+                "adversary and views before the session is prepared"
+            )
+
+    def _parts_of_others(self) -> tuple[str, ...]:
+        """Parts on the path of rows to their losses that are not library code."""
+        return (*unlisted(self.model), *self.path.foreign_parts())
 
     def mark_model(self, *, learnt: bool = False) -> None:
         """Let the model carry what this session spends on it (see `model_history`).

@@ -32,7 +32,14 @@ from torch import Tensor
 from perdure.errors import PrivacyError
 from perdure.privacy.noise.compiled import grid_loops
 from perdure.privacy.noise.gaussian import COMPILED_FROM
-from perdure.privacy.noise.table import DEVIATIONS, LEAST_SCALE, LOG2_ERROR, Floats, Integers
+from perdure.privacy.noise.table import (
+    DEVIATIONS,
+    LEAST_SCALE,
+    LOG2_ERROR,
+    Floats,
+    Integers,
+    refuse_scale,
+)
 from perdure.types import Params
 
 SLACK = 1e-3
@@ -60,10 +67,22 @@ class Grid:
     steps: int
 
     @classmethod
-    def of(cls, numbers: int, noise_multiplier: float) -> "Grid":
-        """Grid for sums of up to so many numbers and noise of this multiplier."""
+    def of(cls, numbers: int, noise_multiplier: float, *, gain: float = 1.0) -> "Grid":
+        """Grid for sums of up to so many numbers and noise of this multiplier.
+
+        Args:
+            numbers: most numbers in a sum.
+            noise_multiplier: standard deviation of the noise in units of the clip norm.
+            gain: factor of the noise that is drawn where it is correlated over the steps, in parts
+                of a grid step (see `perdure.privacy.noise.banded`).
+
+        Raises:
+            PrivacyError: for noise that there are no tables for, before anything is charged.
+        """
         least = max(STEPS_PER_ROOT * math.sqrt(max(1, numbers)), LEAST_SCALE / noise_multiplier)
-        return cls(numbers=numbers, steps=2 ** math.ceil(math.log2(least)))
+        grid = cls(numbers=numbers, steps=2 ** math.ceil(math.log2(least)))
+        refuse_scale(noise_multiplier * grid.steps * gain)
+        return grid
 
     @cached_property
     def _kept(self) -> Tensor:

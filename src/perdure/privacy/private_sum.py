@@ -116,8 +116,14 @@ class PrivateSum(Releases):
             numbers: most numbers in a sum, those of all parameters.
             slots: steps an epoch where the order is fixed.
             purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
+
+        Raises:
+            PrivacyError: for noise that cannot be drawn, before anything is charged.
         """
-        grid = Grid.of(numbers, self._gradient_noise(expected))
+        bands = self.privacy.bands if purpose == "gradient" else None
+        gain = 1.0 if bands is None else BandedNoise(bands).gain * PARTS
+        grid = Grid.of(numbers, self._gradient_noise(expected), gain=gain)
+        votes_of(self._adaptive, expected)
         entry = self._entry(
             purpose,
             "gaussian" if slots is None else "banded-gaussian",

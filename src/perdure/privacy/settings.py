@@ -64,12 +64,13 @@ class Privacy:
             noise, which is labelled wherever epsilon is printed.
         diagnostics: `released`, or `raw` to let callbacks see batch sizes, losses and clipped
             shares: epsilon is then infinite, and everything that prints it says so.
-        custom_forward: `tested`: a model with a forward pass or a loss of the user's own runs in
-            batches once the guard has probed it over the declared domain, and the statement says
-            that the independence of records is tested. `record-by-record`: such a model sees one
-            record at a time, more slowly, and no record can depend on another by construction,
-            save for state that the module keeps. Models of known modules are independent by
-            construction and run in batches under both.
+        custom_forward: `tested`: a model with a forward pass, losses, an attack, views or clipping
+            rules of the user's own runs in batches once the guard has probed it over the declared
+            domain, and the statement says that the independence of records is tested.
+            `record-by-record`: such a model sees one record at a time, more slowly, without an
+            attack, and no record can depend on another by construction, save for state that the
+            module keeps. Models of known modules, with strategies and attacks of the library, are
+            independent by construction and run in batches under both.
 
     Raises:
         ConfigError: for a value outside its range.

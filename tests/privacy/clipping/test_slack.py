@@ -16,11 +16,13 @@ from opacus.layers import DPGRU, DPLSTM
 from torch import nn
 
 from helpers.noise_tapes import LAYERS, NO_BIAS, Net, difference, place, randn, size, total
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.privacy.clipping import ClippingRule, LayerCall, PrecomputedRows, register_rule
 from perdure.privacy.clipping.clip import WITHIN, Clip
 from perdure.privacy.clipping.rules.base import FormedRows
 from perdure.privacy.grid import SLACK
+from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.gram import Gram
 from perdure.queries.grouped_gradients import GroupedGradient
 from perdure.queries.per_record import clipped_row_sum, numbers_of

@@ -124,6 +124,31 @@ def test_records_without_axes_are_tested_only():
     assert independence(nn.Identity(), InputDomain(shape=(5,))) == "by construction"
 
 
+def encoder():
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "flat", "enough"),
+    [
+        (lambda: nn.ConstantPad2d((0, 0, 1, -1), 0.0), (8,), (3, 8)),  # a shift in time
+        (lambda: nn.ZeroPad2d((0, 0, 1, -1)), (8,), (1, 3, 8)),
+        (encoder, (8,), (3, 8)),
+        (lambda: nn.TransformerEncoder(encoder(), 1), (8,), (3, 8)),
+        (lambda: fix(encoder()), (8,), (3, 8)),
+        (lambda: nn.Conv1d(3, 3, 1), (8,), (3, 8)),
+        (lambda: nn.Conv2d(3, 3, 1), (8, 8), (3, 8, 8)),
+        (lambda: nn.LayerNorm((3, 8)), (8,), (3, 8)),
+        (lambda: nn.RMSNorm((3, 8)), (8,), (3, 8)),
+    ],
+)
+def test_layers_that_work_on_the_batch_axis_are_tested_only(make, flat, enough):
+    model = nn.Sequential(make())
+    assert independence(model) == "by construction"
+    assert independence(model, InputDomain(shape=flat)) == "tested"
+    assert independence(model, InputDomain(shape=enough)) == "by construction"
+
+
 @pytest.mark.parametrize("make", [prompted, partial(adapted, experiences=2)])
 def test_our_transformers_are_independent_by_construction(make):
     model = make(tiny((1, 8, 8)), num_classes=3)

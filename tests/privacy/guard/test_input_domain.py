@@ -1,6 +1,6 @@
 """Models that mix records for some inputs only, and the domain over which the guard looks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -14,6 +14,7 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError, GuardError
 from perdure.learner.learner import Learner
+from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 
@@ -96,13 +97,14 @@ def stream_of(domain=None, dtype=torch.float32, shape=(5,), n=48, inputs=None):
     )
 
 
-def private(model, stream, strategy=None, batch_size=4, **privacy):
+def private(model, stream, strategy=None, batch_size=4, micro_batch_size=None, **privacy):
     learner = Learner(
         model=model,
         strategy=strategy or Naive(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         iterations=2,
         batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         privacy=Privacy(noise_multiplier=1.0, seed=0, **privacy),
     )
     learner.prepare(stream)
@@ -137,6 +139,30 @@ def test_batches_of_the_declared_size_are_probed():
     assert private(Mixing(centred_in_huge_batches), stream).private_sum is not None
     with pytest.raises(GuardError, match="in a batch of 64"):
         private(Mixing(centred_in_huge_batches), stream, batch_size=64)
+
+
+def declared(size):
+    stream = stream_of()
+    experience = stream[0]
+    train = replace(experience.train, declared_size=size)
+    return replace(stream, experiences=(replace(experience, train=train),))
+
+
+@pytest.mark.parametrize("above", [1030, 1500])
+def test_whole_batches_are_probed_up_to_what_coins_draw(above):
+    """1,400 are expected in a step, and 1,550 may come."""
+    mix = lambda x: x - 0.5 * x.mean(0) if len(x) > above else x  # noqa: E731
+    with pytest.raises(GuardError, match=r"couples records: other neighb.* in a batch of 1550"):
+        private(Mixing(mix), declared(5_000), batch_size=1_400)
+    assert private(Mixing(mix), declared(5_000), batch_size=1_400, micro_batch_size=1_000)
+
+
+def test_batches_too_large_to_be_probed_are_refused():
+    with pytest.raises(GuardError, match="give micro_batch_size=26843545 or less"):
+        private(Mixing(lambda x: x), declared(10**9), batch_size=3 * 10**7, delta=1e-12)
+    own = mlp(input_shape=(5,), num_classes=4, seed=0)
+    learner = private(own, declared(10**9), batch_size=3 * 10**7, delta=1e-12)
+    assert learner.private_sum.independence == "by construction"
 
 
 def test_model_is_probed_over_its_declared_domain_only():

@@ -7,12 +7,16 @@ alone, and nothing is hooked or overridden. Any other model is *tested*, or goes
 
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from perdure.data.domain import InputDomain
+from perdure.privacy.clipping.rules.registry import clipping_rules
+from perdure.utils.modules import evaluating
 
 Independence = Literal["by construction", "tested"]
 """By what the rows of a model's outputs are known to be independent of each other."""
@@ -95,6 +99,9 @@ _PADDING = (
     nn.ZeroPad2d,
 )
 
+_OVER_SEQUENCES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_OVER_FEATURES = (nn.Linear, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU)
+
 Condition = Callable[[nn.Module], bool]
 
 
@@ -156,8 +163,15 @@ condition on its settings.
 OWN = ("perdure.models.", "perdure.privacy.guard.repair")
 """Modules of this library whose classes keep records apart; their tests hold it."""
 
+OWN_RULES = ("perdure.privacy.clipping.rules.",)
+"""Clipping rules of this library; tests compare them with gradients of single records."""
+
+REPAIRED = "RepairedAttention"
 OPACUS = ("DPGRU", "DPLSTM", "DPMultiheadAttention", "DPRNN")
 OPACUS_PARTS = ("DPGRUCell", "DPLSTMCell", "DPRNNCell", "RNNLinear", "SequenceBias")
+
+PROBED_ROWS = 3
+"""Synthetic records that show how many axes the inputs of modules have."""
 
 
 def independence(model: nn.Module, domain: InputDomain | None = None) -> Independence:
@@ -165,7 +179,9 @@ def independence(model: nn.Module, domain: InputDomain | None = None) -> Indepen
 
     Args:
         model: any module.
-        domain: of its inputs. Records of no axis have no rows behind the batch axis to work on.
+        domain: of its inputs; the model is run on random ones. A record of no axis has none behind
+            the batch axis to work on, and so has a layer that gets too few. None for any domain in
+            which every layer gets the axes that it is made for.
 
     Returns:
         "by construction" where every module is listed, with harmless settings, unhooked, and with
@@ -173,21 +189,75 @@ def independence(model: nn.Module, domain: InputDomain | None = None) -> Indepen
     """
     if domain is not None and not domain.shape:
         return "tested"
-    known = all(_is_listed(module) for module in model.modules())
-    return "by construction" if known else "tested"
+    if unlisted(model) or (domain is not None and too_flat(model, domain)):
+        return "tested"
+    return "by construction"
 
 
 def unlisted(model: nn.Module) -> tuple[str, ...]:
     """Names and types of the modules for which a model is tested only, in order."""
+    hooked = _hooked_everywhere()
     return tuple(
         f"{name or 'model'}: {type(module).__name__}"
         for name, module in model.named_modules()
-        if not _is_listed(module)
+        if hooked or not _is_listed(module)
     )
 
 
+def too_flat(model: nn.Module, domain: InputDomain) -> tuple[str, ...]:
+    """Names of the modules whose inputs have so few axes that they work on the batch axis.
+
+    Padding of the last two axes shifts records into each other where there are two in all, and
+    attention then takes the batch for a sequence.
+
+    Args:
+        model: of listed modules only; it is run on random inputs.
+        domain: of the inputs.
+    """
+    least = {name: _least_axes(module) for name, module in model.named_modules()}
+    found: dict[str, None] = {}
+
+    def listen(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if any(isinstance(x, Tensor) and x.dim() < least[name] for x in inputs[:1]):
+                found[name or "model"] = None
+
+        return module.register_forward_pre_hook(note)
+
+    handles = [listen(name, module) for name, module in model.named_modules()]
+    device = next((value.device for value in model.parameters()), torch.device("cpu"))
+    inputs = domain.random(PROBED_ROWS, torch.Generator().manual_seed(0)).to(device)
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(inputs)
+    except Exception:  # whatever it is, the probes name it
+        found["model"] = None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found)
+
+
+def _least_axes(module: nn.Module) -> int:
+    """Axes of an input, that of the batch among them, from which a listed module leaves it alone.
+
+    With fewer, torch takes the batch for channels or for a sequence, or pads and normalises it.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.weight.dim()
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return len(module.normalized_shape) + 1
+    if isinstance(module, _PADDING):
+        return len(module.padding) // 2 + 1
+    if isinstance(module, nn.PixelShuffle | nn.PixelUnshuffle):
+        return 4
+    if isinstance(module, _OVER_SEQUENCES) or type(module).__name__ in (*OPACUS, REPAIRED):
+        return 3
+    return 2 if isinstance(module, _OVER_FEATURES) else 1
+
+
 def _is_listed(module: nn.Module) -> bool:
-    if _overridden(module):
+    if _overridden(module) or not _plain_tensors(module) or not _own_gradients(module):
         return False
     kind = type(module)
     if kind in LISTED:
@@ -217,13 +287,75 @@ def is_own(kind: type, packages: tuple[str, ...]) -> bool:
     return inside and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
 
 
+def _plain_tensors(module: nn.Module) -> bool:
+    """Return whether parameters and buffers are torch's own tensors, without hooks."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return all(
+        type(value) in (nn.Parameter, Tensor)
+        and not value._backward_hooks
+        and not value._post_accumulate_grad_hooks
+        for value in tensors
+    )
+
+
+def foreign_rules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose gradients of single records come from code of the user's own."""
+    named = model.named_modules()
+    return tuple(name or "model" for name, module in named if not _own_gradients(module))
+
+
+def _own_gradients(module: nn.Module) -> bool:
+    """Return whether gradients of single records come from code of this library, or of Opacus."""
+    kind = type(module)
+    rule = clipping_rules().get(kind)
+    if rule is not None and not is_own(type(rule), OWN_RULES):
+        return False
+    wrapped = sys.modules.get("opacus.grad_sample.grad_sample_module")
+    sampler = wrapped.GradSampleModule.GRAD_SAMPLERS.get(kind) if wrapped else None
+    return sampler is None or _defined_in(sampler, "opacus")
+
+
+def _hooked_everywhere() -> bool:
+    """Return whether torch calls somebody's hooks in every module."""
+    return any(
+        len(getattr(torch_module, name))
+        for name in (
+            "_global_forward_hooks",
+            "_global_forward_pre_hooks",
+            "_global_backward_hooks",
+            "_global_backward_pre_hooks",
+        )
+    )
+
+
+def keeps_methods(thing: object, *names: str) -> bool:
+    """Return whether an object's methods are those of its class and of the libraries it is from.
+
+    Neither the object nor the class was given another one, and no method was wrapped.
+
+    Args:
+        thing: any object.
+        names: of the methods that are looked for in the class.
+    """
+    kind = type(thing)
+    if any(callable(getattr(kind, name, None)) for name in vars(thing)):
+        return False
+    libraries = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    return all(_defined_in(getattr(kind, name), *libraries) for name in names)
+
+
+def _defined_in(method: object, *libraries: str) -> bool:
+    """Return whether the code of a method stands in a library, whatever name it took over."""
+    place: str = getattr(method, "__globals__", {}).get("__name__", "")
+    return place.partition(".")[0] in libraries
+
+
 def _overridden(module: nn.Module) -> bool:
-    """Return whether hooks, or methods put on the object, may change what the class does."""
+    """Return whether hooks, or methods put on object or class, may change what the class does."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    own = vars(module)
-    return any(map(len, hooks)) or any(callable(getattr(type(module), name, None)) for name in own)
+    return any(map(len, hooks)) or not keeps_methods(module, "forward")

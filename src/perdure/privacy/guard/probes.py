@@ -9,6 +9,7 @@ machines; coupling has no rounding to hide behind.
 No probe proves independence; see `independence`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,13 @@ LARGEST_NUMBERS = 2**20
 """Numbers (4 MiB) of one large batch; beyond them it has fewer rows than the expected batch."""
 
 LARGEST_ROWS = 1024
-"""Rows of one large batch at most; a step of more rows is tested at these."""
+"""Rows of one large batch at most; a step of more rows meets one kind of neighbours in `whole`."""
+
+MOST_NUMBERS = 2**27
+"""Numbers (512 MiB) of a whole batch; more in one pass are refused where independence is tested."""
+
+DEVIATIONS = 4
+"""Standard deviations by which a batch drawn by coins is taken to exceed the expected one."""
 
 NOT_FINITE = {"not a number": torch.nan, "infinite": torch.inf}
 """Kinds of rows that are not finite."""
@@ -186,3 +193,49 @@ def large_batch(domain: InputDomain, expected: float) -> int:
     """Rows of a batch of the expected size, as far as memory allows; 0 where it is a small one."""
     size = max(1, domain.numel)
     return min(round(expected), LARGEST_ROWS, LARGEST_NUMBERS // size)
+
+
+def whole_batch(domain: InputDomain, expected: float, at_once: float) -> int:
+    """Rows of a batch that is as large as one drawn by coins gets.
+
+    Args:
+        domain: of the inputs.
+        expected: rows of a step.
+        at_once: most rows of one pass through the model.
+
+    Raises:
+        GuardError: for a batch of more than `MOST_NUMBERS` numbers.
+    """
+    rows = math.ceil(min(at_once, expected + DEVIATIONS * math.sqrt(expected)))
+    most = MOST_NUMBERS // max(1, domain.numel)
+    if rows > most:
+        raise GuardError(
+            f"a step may run {rows} records at once through code that is only tested, and the "
+            f"guard tests batches of at most {most} such records; give micro_batch_size={most} or "
+            "less, which changes neither what is learnt nor what is charged"
+        )
+    return rows
+
+
+def whole(domain: InputDomain, generator: torch.Generator, rows: int) -> Neighbours:
+    """Two batches of so many rows that share one row of every kind.
+
+    All other rows are random in the one, and extreme in the other.
+    """
+    kept = kept_rows(domain, generator)
+    rows = max(rows, len(kept))
+    places = torch.linspace(0, rows - 1, len(kept)).long()
+    one = domain.random(rows, generator)
+    if domain.floats:
+        low, high = domain.range or (-UNDECLARED, UNDECLARED)
+        other = torch.rand((rows, *domain.shape), generator=generator).sub_(0.3).sign_()
+        other = other.mul_((high - low) / 2).add_((high + low) / 2).to(domain.dtype)
+    else:
+        assert domain.vocabulary is not None
+        other = torch.full_like(one, domain.vocabulary - 1)
+    return Neighbours(
+        name="extreme, the whole batch",
+        one=one.index_copy_(0, places, kept),
+        other=other.index_copy_(0, places, kept),
+        kept=places,
+    )

@@ -95,9 +95,8 @@ class GaussianTable:
         return CUT_BITS - MISSING_BITS - self.offset_bits
 
 
-@lru_cache(maxsize=64)
-def gaussian_table(scale: float) -> GaussianTable:
-    """Tables of the rounded Gaussian of standard deviation `scale`, in units of the grid.
+def refuse_scale(scale: float) -> None:
+    """Refuse a standard deviation, in units of the grid, that there are no tables for.
 
     Raises:
         PrivacyError: for a scale below 64 or above 2^39.
@@ -107,6 +106,16 @@ def gaussian_table(scale: float) -> GaussianTable:
             f"noise of {scale:.3g} grid steps cannot be drawn; allowed: 64 to 2^39; use a noise "
             "multiplier nearer to 1"
         )
+
+
+@lru_cache(maxsize=64)
+def gaussian_table(scale: float) -> GaussianTable:
+    """Tables of the rounded Gaussian of standard deviation `scale`, in units of the grid.
+
+    Raises:
+        PrivacyError: for a scale below 64 or above 2^39.
+    """
+    refuse_scale(scale)
     exact = Fraction(scale)
     bits = max(0, math.floor(math.log2(scale / CELLS_PER_DEVIATION)))
     width = 1 << bits

@@ -1,0 +1,205 @@
+"""Synthetic batches as a step may draw them: new rows, stored rows, rows of several experiences.
+
+Losses see more of a row than its input: its class, its id, the experience that it came from, its
+role, and what memory stored beside it. A loss may couple records through any of them, so the guard
+changes all of them with the neighbours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.context import Context
+from perdure.contract.forward import Forward
+from perdure.contract.state import State
+from perdure.data.records import Batch
+from perdure.planning.training_plan import TrainingPlan
+from perdure.privacy.guard.neighbour_checks import explained
+from perdure.privacy.guard.probes import Neighbours, domain_of
+from perdure.queries.per_record import rows_one_by_one
+from perdure.types import Params
+from perdure.utils.modules import evaluating
+from perdure.utils.seeding import generator
+
+Roles = Literal["new", "stored", "in turn", "one stored", "one new"]
+"""Roles of the rows of a batch: all alike, alternating, or all but the last alike."""
+
+NEIGHBOURS = 2**20
+"""First id of the neighbours: no row that is kept has one from here on."""
+
+STORED_ROWS = 16
+"""Synthetic records whose answers of `remember` are stored beside the stored rows."""
+
+
+LARGE = 100.0
+"""Factor of what is stored beside neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Roles of the rows in two batches with other neighbours.
+
+    Args:
+        name: in words, for messages.
+        kept: roles of the rows that both batches have.
+        one, other: roles of the neighbours in the one and in the other batch.
+    """
+
+    name: str
+    kept: Roles
+    one: Roles
+    other: Roles
+
+
+MIXTURES = (
+    Mixture(name="new rows beside stored ones", kept="new", one="new", other="stored"),
+    Mixture(name="stored rows beside new ones", kept="stored", one="stored", other="new"),
+    Mixture(name="new and stored rows", kept="in turn", one="stored", other="new"),
+)
+"""Mixtures in which other neighbours are of another role, and another number of them stored."""
+
+DROPPED: tuple[Roles, ...] = ("in turn", "stored", "one stored", "one new")
+"""Roles in the tests that leave out one record at a time; leaving out the last one leaves a batch
+of one role in two of them.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SyntheticRows:
+    """Batches of synthetic records in an experience of a stream.
+
+    The facts of a row are its label, its id, its experience and 1 where it is stored.
+
+    Args:
+        training: stream and strategy.
+        model: that is trained.
+        context: from an experience's index and its declared size to its public facts.
+        state: of the strategy.
+        seed: of what is stored beside the rows.
+        device: where the model is.
+    """
+
+    training: TrainingPlan
+    model: nn.Module
+    context: Callable[..., Context]
+    state: State
+    seed: int
+    device: str | torch.device
+
+    def rehearses(self, index: int) -> bool:
+        """Return whether stored rows join the batches of an experience."""
+        plan = self.training.of(self.training.stream[index])
+        rehearsed = plan.memory is not None and plan.memory.rehearsed and plan.pool != "memory"
+        return rehearsed and index > 0
+
+    def mixes(self, index: int) -> bool:
+        """Return whether rows of several roles or experiences meet in a batch of an experience."""
+        plan = self.training.of(self.training.stream[index])
+        return self.rehearses(index) or (plan.pool != "experience" and index > 0)
+
+    def facts(
+        self, index: int, rows: int, roles: Roles = "new", *, neighbours: bool = False
+    ) -> Tensor:
+        """(rows, 4) facts of rows that a step of experience `index` may draw.
+
+        Args:
+            index: of the experience.
+            rows: how many.
+            roles: of the rows; all are new where nothing is rehearsed.
+            neighbours: rows of the first classes and with other ids, instead of classes in turn.
+        """
+        number = torch.arange(rows)
+        stored = _roles(roles, rows) if self.rehearses(index) else torch.zeros_like(number)
+        shift = int(neighbours)
+        alone = self.training.of(self.training.stream[index]).pool == "experience"
+        tasks = torch.full_like(number, index) if alone else (number + shift) % (index + 1)
+        if index:
+            tasks = torch.where(stored > 0, (number + shift) % index, tasks)
+        labels = torch.zeros_like(number)
+        for task in range(index + 1):
+            classes = torch.tensor(self.training.stream[task].classes)
+            turn = number * (1 - shift) % len(classes)
+            labels = torch.where(tasks == task, classes[turn], labels)
+        ids = number + shift * NEIGHBOURS
+        return torch.stack([labels, ids, tasks, stored], dim=1).to(self.device)
+
+    def beside(self, index: int, pair: Neighbours, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Facts of the rows of the one and of the other batch of a pair."""
+        n = len(pair.one)
+        kept = self.facts(index, len(pair.kept), mixture.kept)
+        one = self.facts(index, n, mixture.one, neighbours=True)
+        other = self.facts(index, n, mixture.other, neighbours=True)
+        return one.index_copy(0, pair.kept, kept), other
+
+    def batch(self, index: int, inputs: Tensor, facts: Tensor) -> Batch:
+        """Batch of these rows, with values stored beside them where memory may have stored some."""
+        labels, ids, tasks, stored = facts.unbind(1)
+        return Batch(
+            inputs=inputs,
+            labels=labels,
+            ids=ids,
+            tasks=tasks,
+            from_memory=stored > 0,
+            valid=torch.ones_like(stored, dtype=torch.bool),
+            stored=self._beside_rows(ids, stored > 0) if self.rehearses(index) else {},
+        )
+
+    def context_of(self, index: int) -> Context:
+        """Public facts of an experience, as its steps are given them."""
+        declared = self.training.stream[index].train.declared_size
+        return self.context(index, declared_size=declared)
+
+    def remembered(self, batch: Batch) -> Params:
+        """Answers of the strategy's `remember`, each record asked about alone."""
+        strategy = self.training.strategy
+        with torch.no_grad(), evaluating(self.model):
+            return rows_one_by_one(
+                lambda forward, rows: strategy.remember(forward, rows, self.state),
+                Forward(self.model),
+                batch,
+            )
+
+    def _beside_rows(self, ids: Tensor, stored: Tensor) -> Params:
+        """Values beside the rows: those of other records where they are stored, else zeros.
+
+        Beside neighbours they are large.
+        """
+        places = ids % STORED_ROWS
+        found = {}
+        for name, value in self._values.items():
+            beside = value[places]
+            shape = (-1, *[1] * (value.dim() - 1))
+            if value.is_floating_point():
+                beside = torch.where((ids >= NEIGHBOURS).view(shape), LARGE * beside, beside)
+            found[name] = torch.where(stored.view(shape), beside, torch.zeros_like(beside))
+        return found
+
+    @cached_property
+    def _values(self) -> Params:
+        """Values that `remember` gives for random records of the first experience."""
+        strategy = self.training.strategy
+        if not strategy.uses("remember"):
+            return {}
+        first = self.training.stream[0].train
+        domain = domain_of(first.inputs, first.domain)
+        inputs = domain.random(STORED_ROWS, generator(self.seed, "stored")).to(self.device)
+        with explained(f"{strategy.name}.remember()", "one record"):
+            return self.remembered(self.batch(0, inputs, self.facts(0, STORED_ROWS)))
+
+
+def _roles(roles: Roles, rows: int) -> Tensor:
+    """(rows,) int64, 1 for a stored row."""
+    number = torch.arange(rows)
+    last = number == rows - 1
+    chosen = {
+        "new": torch.zeros_like(last),
+        "stored": torch.ones_like(last),
+        "in turn": number % 2 == 1,
+        "one stored": last,
+        "one new": ~last,
+    }
+    return chosen[roles].long()
