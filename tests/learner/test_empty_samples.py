@@ -258,7 +258,7 @@ class Forgetful(Strategy):
 
 
 BROKEN = {
-    "a view": ({"views": Views(count=1, change=branching)}, "a step fails"),
+    "a view": ({"views": Views(count=1, change=branching)}, r"under the views fails|a step fails"),
     "an adversary": ({"adversary": Counting(epsilon=0.1)}, "too few rows"),
     "a memory": ({"strategy": Forgetful()}, "each record alone"),
 }
