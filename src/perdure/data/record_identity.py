@@ -67,7 +67,7 @@ def _ids(parts: Iterable[Records]) -> Tensor:
 
 def _addresses(parts: Iterable[Records]) -> Tensor:
     """Return where in memory the rows of a partition begin (r,), each once."""
-    found = [torch.empty(0, dtype=torch.int64)]
+    found: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     seen: set[int] = set()
     for part in parts:
         rows = part.inputs
@@ -77,8 +77,8 @@ def _addresses(parts: Iterable[Records]) -> Tensor:
         seen.add(id(rows))
         step = rows.stride(0) * rows.element_size()
         found.append(rows.data_ptr() + step * torch.arange(len(rows)))
-    places: Tensor = torch.unique(torch.cat(found))
-    return places
+    each: Tensor = torch.unique(torch.cat(found))
+    return each
 
 
 def _shared(keys: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from perdure.errors import GuardError
 from perdure.learner.learner import Learner
+from perdure.privacy.guard.loss_checks import check_losses, check_rows
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 
@@ -50,3 +51,17 @@ def test_a_model_that_couples_records_is_named_with_the_cure(toy_stream, how):
     with pytest.raises(GuardError, match=rf"the forward of Mixing, or Naive\.losses\(\).*{CURE}"):
         learner_of(how).prepare(toy_stream())
     learner_of(how, custom_forward="record-by-record").prepare(toy_stream())
+
+
+def test_a_check_of_one_record_less_names_the_cure():
+    model = Mixing("chooses").train()
+    inputs = torch.rand(6, 5)
+    labels = torch.zeros(6, dtype=torch.int64)
+
+    def losses(x, y):
+        return model(x).sum(1)
+
+    with pytest.raises(GuardError, match=f"calls other layers when one record is left.*{CURE}"):
+        check_rows(model, losses, inputs, labels, "the losses")
+    with pytest.raises(GuardError, match=f"couples records: dropping one record.*{CURE}"):
+        check_losses(lambda x, y: x.sum(1) - x.mean(), inputs, labels, "the losses")
