@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,10 @@ def given(request, toy_stream, toy_model):
     return Looking.kept.pop(), learner.curator
 
 
+NUMBERS = (torch.Tensor, np.ndarray, str, int, float, bool, type(None))
+"""Leaves of the search; attributes of arrays (`T`, `flat`) are new arrays without end."""
+
+
 def reachable(start):
     """Objects that attributes, items and bound methods lead to; closures and modules are not
     followed.
@@ -61,7 +66,7 @@ def reachable(start):
             todo += value.values()
         elif isinstance(value, list | tuple | set | frozenset):
             todo += value
-        elif not isinstance(value, torch.Tensor | str | int | float | bool | None.__class__):
+        elif not isinstance(value, NUMBERS):
             names = set(dir(value)) if not callable(value) else {"__self__"}
             for name in names:
                 try:
