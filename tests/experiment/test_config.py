@@ -20,10 +20,10 @@ from perdure.experiment.config import (
     ExplainConfig,
     FederationConfig,
     TrainingConfig,
-    build,
     parse,
     read,
 )
+from perdure.experiment.from_tables import build
 from perdure.explain import KernelSHAP
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names

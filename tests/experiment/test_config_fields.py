@@ -16,9 +16,9 @@ from perdure.experiment.config import (
     DataConfig,
     FederationConfig,
     TrainingConfig,
-    build,
     parse,
 )
+from perdure.experiment.from_tables import build
 from perdure.explain import KernelSHAP
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy

@@ -3,7 +3,7 @@
 Nothing here adds noise; the curator answers for the records.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.contract.plan import MODELLED, Plan
 from perdure.curator.memory import Memory, concatenate
+from perdure.curator.remembered_rows import Remember, remembered
 from perdure.curator.sampling import (
     Pool,
     PrivateSampler,
@@ -29,19 +30,15 @@ from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.planning.exposure import exposure, reference_exposures
 from perdure.privacy.guard.probes import domain_of, probe_rows
 from perdure.privacy.private_sum import PrivateSum
-from perdure.queries.per_record import CHUNK, rows_one_by_one
+from perdure.queries.per_record import CHUNK
 from perdure.types import Params
 from perdure.utils.modules import evaluating, untouched
 from perdure.utils.seeding import generator
 
-Remember = Callable[[Forward, Batch], Params]
-"""(forward, batch) -> tensors (n, ...) by name, one row of each to be stored with every record."""
-
 NOTED_ROWS = "(whether it was noted)"
-"""Key, among the noted tensors, of the mask (n,) of rows that were noted; checkpoints hold it.
+"""Key, among the noted tensors in checkpoints, of the mask (n,) of rows that were noted.
 
-The other keys are the names that `remember` gives, none of which has brackets.
-"""
+No name that `remember` gives has brackets."""
 
 
 class HeldRecords:
@@ -49,7 +46,7 @@ class HeldRecords:
 
     Args:
         seed: of sampling and memory selection (without privacy).
-        client: number of the party, 0 when there is only one.
+        client: number of the party.
         batch_size: new records a step.
         private_sum: decides by secret coins who is drawn and kept; None without privacy.
     """
@@ -501,21 +498,3 @@ class HeldRecords:
             for name, value in new.stored.items()
         }
         return replace(new, stored=stored)
-
-
-def remembered(
-    rows: Batch, remember: Remember, forward: Forward, *, one_by_one: bool = False
-) -> Batch:
-    """Rows with the tensors that `remember` gives for them, the model in evaluation mode.
-
-    Args:
-        rows: to be stored.
-        remember: from the model and rows to tensors with one row each.
-        forward: the model at the present parameters.
-        one_by_one: evaluate each row in a batch of one, so that the tensors stored with it depend
-            on no other record (needed under privacy). `remember` then runs without rows, too, on a
-            blank one: an error would tell that there are none.
-    """
-    with torch.no_grad(), evaluating(forward.module):
-        stored = rows_one_by_one(remember, forward, rows) if one_by_one else remember(forward, rows)
-    return replace(rows, stored={name: value.detach() for name, value in stored.items()})

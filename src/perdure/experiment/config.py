@@ -44,16 +44,14 @@ private = false
 """
 
 import inspect
-import math
 import re
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -66,6 +64,7 @@ from perdure.contract.strategy import Strategy
 from perdure.data.datasets.registry import find as find_dataset
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError
+from perdure.experiment.from_tables import build, checked_value, extension, leaves, placed
 from perdure.explain import Explainer
 from perdure.explain import find as find_explainer
 from perdure.explain import names as explainer_names
@@ -74,8 +73,6 @@ from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
 from perdure.strategies import names as strategy_names
 from perdure.types import Scenario
-
-T = TypeVar("T")
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
 """Optimisers that need several gradients a step, sparse ones, or matrices only."""
@@ -158,7 +155,7 @@ class AttackConfig:
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
         """Find the attack by its name, and build it from the other fields."""
-        name, attack = _extension(find_attack, attack_names, "name", table, where)
+        name, attack = extension(find_attack, attack_names, "name", table, where)
         return cls(name=name, attack=attack, bounds_given="bounds" in table)
 
     def on(self, stream: Stream) -> Attack:
@@ -284,12 +281,12 @@ class ExplainConfig:
     def from_table(cls, table: Mapping[str, Any], where: str) -> "ExplainConfig":
         """Find the explainer by its name, and build it from the other fields."""
         options = dict(table)
-        records = _value(options.pop("records", cls.records), int, f"{where}.records")
-        method, explainer = _extension(find_explainer, explainer_names, "method", options, where)
+        records = checked_value(options.pop("records", cls.records), int, f"{where}.records")
+        method, explainer = extension(find_explainer, explainer_names, "method", options, where)
         try:
             return cls(method=method, explainer=explainer, records=typing.cast(int, records))
         except ConfigError as error:
-            raise ConfigError(_placed(str(error), where, ("records",))) from None
+            raise ConfigError(placed(str(error), where, ("records",))) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,8 +312,8 @@ class Arm:
     def from_table(cls, table: Mapping[str, Any], where: str) -> "Arm":
         """Find the strategy by its name, and build it from the other fields."""
         options = dict(table)
-        private = _value(options.pop("private", False), bool, f"{where}.private")
-        file, strategy = _extension(find_strategy, strategy_names, "strategy", options, where)
+        private = checked_value(options.pop("private", False), bool, f"{where}.private")
+        file, strategy = extension(find_strategy, strategy_names, "strategy", options, where)
         return cls(strategy=strategy, file=file, private=typing.cast(bool, private))
 
     @property
@@ -419,160 +416,9 @@ def parse(text: str, source: str = "config") -> Config:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not TOML: {error}") from None
-    for where, value in _leaves(table):
+    for where, value in leaves(table):
         if type(value) is int and abs(value) > LARGEST:
             raise ConfigError(
                 f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63"
             )
     return build(Config, table, "")
-
-
-def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
-    """All values that are neither table nor list, with where they stand."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{where}.{_key(name)}" if where else _key(name))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{where}[{i}]")
-    else:
-        yield where, value
-
-
-def _extension(
-    find: Callable[..., type[T]],
-    names: Callable[[], tuple[str, ...]],
-    key: str,
-    table: Mapping[str, Any],
-    where: str,
-) -> tuple[str, T]:
-    """Name under `key` of a table, and the extension built from the table's other fields."""
-    options = dict(table)
-    field = f"{where}.{key}"
-    if key not in options:
-        raise ConfigError(f'{field} is missing; allowed: {", ".join(names())}, or "module:name"')
-    name = options.pop(key)
-    if not isinstance(name, str):
-        raise ConfigError.of(field, name, names())
-    return name, build(find(name, field=field), options, where)
-
-
-def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Make a dataclass from a TOML table.
-
-    Unknown fields, missing fields and wrong types are refused by name.
-    """
-    hints = _type_hints(cls, where)
-    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
-    prefix = f"{where}." if where else ""
-    for name in table:
-        if name not in known:
-            raise ConfigError.of(
-                f"{prefix}{_key(name)}", table[name], f"one of the fields {', '.join(known)}"
-            )
-    required = [
-        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
-    ]
-    missing = [name for name in required if name not in table]
-    if missing:
-        raise ConfigError(
-            f"{prefix}{missing[0]} is missing; allowed: {_describe(hints[missing[0]])}"
-        )
-    values = {name: _value(value, hints[name], f"{prefix}{name}") for name, value in table.items()}
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(_placed(str(error), where, known)) from None
-
-
-def _type_hints(cls: type, where: str) -> dict[str, Any]:
-    """Types of a class's fields; those of a foreign class may name what cannot be imported."""
-    try:
-        return typing.get_type_hints(cls)
-    except Exception as error:
-        raise ConfigError(
-            f"{where}: the types of {cls.__qualname__} cannot be read ({error}); allowed: types "
-            "that are imported at runtime; move their imports out of TYPE_CHECKING"
-        ) from error
-
-
-def _placed(message: str, where: str, known: Iterable[str]) -> str:
-    """Say which table a dataclass complains of, unless its message does."""
-    if not where or message.startswith((f"{where}.", f"{where} ")):
-        return message
-    return f"{where}.{message}" if message.split(" ", 1)[0] in known else f"{where}: {message}"
-
-
-def _key(name: str) -> str:
-    """Write a key as TOML does.
-
-    Bare where it may be, else quoted, so that a message stays one line.
-    """
-    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else repr(name)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """Types that a field may have."""
-    return (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (types.UnionType, typing.Union)
-        else (hint,)
-    )
-
-
-def _value(value: object, hint: Any, where: str) -> object:
-    """Check one TOML value against a type.
-
-    Numbers, text, choices, lists as tuples, tables as dataclasses.
-    """
-    for option in _options(hint):
-        if isinstance(value, dict) and hasattr(option, "from_table"):
-            return option.from_table(value, where)
-        if isinstance(value, dict) and hasattr(option, "__dataclass_fields__"):
-            return build(option, value, where)
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
-            return value
-        if isinstance(value, list) and _length_fits(value, option):
-            return tuple(
-                _value(item, typing.get_args(option)[0], f"{where}[{i}]")
-                for i, item in enumerate(value)
-            )
-        if option in (int, float, str, bool) and _fits(value, option):
-            return option(value)
-    raise ConfigError.of(where, value, _describe(hint))
-
-
-def _length_fits(value: list[object], hint: Any) -> bool:
-    """Whether a list may become such a tuple, of any length or of a fixed one."""
-    if typing.get_origin(hint) is not tuple:
-        return False
-    kinds = typing.get_args(hint)
-    return Ellipsis in kinds or len(value) == len(kinds)
-
-
-def _fits(value: object, kind: type) -> bool:
-    """Whether a TOML value is of a type.
-
-    Whole numbers are numbers, true and false are not, nor are nan and inf.
-    """
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(typing.cast(float, value))
-    return type(value) is kind
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-    options = [option for option in _options(hint) if option is not type(None)]
-    if len(options) > 1:
-        return " or ".join(map(_describe, options))
-    if typing.get_origin(options[0]) is Literal:
-        return ", ".join(map(str, typing.get_args(options[0])))
-    if typing.get_origin(options[0]) is tuple:
-        kinds = typing.get_args(options[0])
-        length = "" if Ellipsis in kinds else f"{len(kinds)} values, "
-        return f"a list of {length}which each is {_describe(kinds[0])}"
-    if hasattr(options[0], "TABLE"):
-        return typing.cast(str, options[0].TABLE)
-    if hasattr(options[0], "__dataclass_fields__"):
-        return f"a table with {', '.join(f.name for f in fields(options[0]) if f.init)}"
-    return names.get(options[0], "nothing that TOML can say")

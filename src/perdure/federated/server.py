@@ -10,7 +10,7 @@ stopped goes on to the bit-identical end.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,9 +26,8 @@ from perdure.contract.state import State
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_finite
-from perdure.errors import ConfigError, FederationError, PrivacyError
+from perdure.errors import ConfigError, FederationError
 from perdure.federated.client import client_app
-from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import (
     Cohort,
     InProcessGrid,
@@ -51,13 +50,13 @@ from perdure.federated.messages import (
     to_record,
 )
 from perdure.federated.party_checks import party_of, refuse_parties
+from perdure.federated.settings import Federation
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.fingerprint import plain_attributes
 from perdure.learner.folder_claims import HEADS
 from perdure.learner.learner import Learner
 from perdure.utils.folder_lock import locked
-from perdure.utils.seeding import generator
 
 Engine = Literal["inprocess", "ray"]
 ServerCallback = Callable[[str, "Server"], None]
@@ -76,101 +75,6 @@ POINTS = (
 """Where a callback is called, and where the tests stop a run to see that it resumes to the same
 bits.
 """
-
-MISSING_NOISE = "its noise would be missing from the ledger"
-UNSUPPORTED = {
-    aggregators.DifferentialPrivacyClientSideAdaptiveClipping: MISSING_NOISE,
-    aggregators.DifferentialPrivacyClientSideFixedClipping: MISSING_NOISE,
-    aggregators.DifferentialPrivacyServerSideAdaptiveClipping: MISSING_NOISE,
-    aggregators.DifferentialPrivacyServerSideFixedClipping: MISSING_NOISE,
-    aggregators.FedProx: "its proximal term belongs into the clients' loss",
-    aggregators.QFedAvg: "it needs the clients' training losses",
-    aggregators.FedXgbBagging: "it aggregates trees",
-    aggregators.FedXgbCyclic: "it aggregates trees",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Federation:
-    """How many clients, how often they meet, and what the server makes of their answers.
-
-    Args:
-        clients: how many.
-        rounds: training rounds per experience.
-        fraction: share of the clients that train in a round, rounded, at least one; drawn by
-            perdure from `seed`.
-        aggregator: any Flower aggregator of model parameters; FedAvg by default. It sees only this
-            round's clients.
-        seed: of client sampling.
-        mode: `open`, where the server inspects every update. The modes `central` and `secure` are
-            not there yet.
-
-    Raises:
-        ConfigError: for a value out of range, or an aggregator that needs more than parameters.
-        PrivacyError: for a mode or aggregator whose guarantee could not be kept.
-    """
-
-    clients: int
-    rounds: int
-    fraction: float = 1.0
-    aggregator: aggregators.Strategy = field(default_factory=aggregators.FedAvg)
-    seed: int = 0
-    mode: Literal["open"] = "open"
-
-    def __post_init__(self) -> None:
-        for name in ("clients", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError.of(
-                    f"federation.{name}", getattr(self, name), "whole numbers from 1"
-                )
-        if not 0 < self.fraction <= 1:
-            raise ConfigError.of(
-                "federation.fraction", self.fraction, "a number above 0 and at most 1"
-            )
-        if self.mode != "open":
-            raise PrivacyError(f"federation.mode = {self.mode!r} is not there yet; allowed: 'open'")
-        for kind, reason in UNSUPPORTED.items():
-            if isinstance(self.aggregator, kind):
-                raise ConfigError(
-                    f"federation.aggregator = {kind.__name__} is not allowed: {reason}; use FedAvg"
-                )
-
-    def cohort(self, experience: int, number: int) -> list[int]:
-        """Clients that train in round `number` of the experience, ascending.
-
-        A function of the seed.
-        """
-        size = max(1, round(self.fraction * self.clients))
-        order = torch.randperm(
-            self.clients, generator=generator(self.seed, "cohort", experience, number)
-        )
-        return sorted(order[:size].tolist())
-
-    def previous(self, exchange: int) -> list[int]:
-        """For every client the last exchange before this one that it took part in.
-
-        FRESH, which is below all numbers of exchanges, for none.
-        """
-        experience, number = divmod(exchange, self.rounds + 1)
-        first = exchange - number
-        # all clients take part in the consolidation that ends an experience
-        last = [first - 1 if experience else FRESH] * self.clients
-        for earlier in range(number):
-            for client in self.cohort(experience, earlier):
-                last[client] = first + earlier
-        return last
-
-    def facts(self) -> dict[str, Any]:
-        """Settings that a stopped run must be resumed with."""
-        kind = type(self.aggregator).__name__
-        return {
-            "clients": self.clients,
-            "rounds": self.rounds,
-            "fraction": self.fraction,
-            "aggregator": kind,
-            "seed": self.seed,
-            "mode": self.mode,
-        }
 
 
 @dataclass(kw_only=True)

@@ -50,7 +50,7 @@ from perdure.privacy.guard.writes import Seen, WriteWatch
 from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
-from perdure.utils.modules import evaluating, trainable_parameters
+from perdure.utils.modules import trainable_parameters
 from perdure.utils.seeding import derive, generator
 
 Losses = Callable[[int, Tensor, Tensor], Tensor]
@@ -294,29 +294,7 @@ class Inspection:
             )
 
 
-def look_again(inspection: Inspection, index: int) -> None:
-    """Look at the losses of an experience that opens, with the state and the parameters it has.
-
-    Raises:
-        GuardError: naming what couples records now.
-    """
-    domain = inspection.domain_of(index)
-    pairs = inspection.pairs(domain)
-    facts = inspection.facts(index, len(pairs[0].one))
-    inputs = domain.random(TRIAL_RECORDS, inspection.generator).to(inspection.device)
-    own = inspection.rows.facts(index, TRIAL_RECORDS)
-    with evaluating(inspection.model):  # puts the modes back
-        quiet_training(inspection.model)
-        with explained(inspection.name, "a small batch"):
-            check_losses(partial(inspection.losses, index), inputs, own, inspection.name)
-        for name, ask in _losses_of(inspection).items():
-            of = partial(ask, index)
-            check_neighbours(inspection.model, of, pairs, facts, name, layers=False)
-            drop = name == inspection.name  # an attack may draw at random
-            _look_at_mixtures(inspection, ask, name, index, pairs, drop=drop)
-
-
-def _losses_of(inspection: Inspection) -> dict[str, Losses]:
+def losses_of(inspection: Inspection) -> dict[str, Losses]:
     """Losses to look at, by name: also those under attack where the attack is not known."""
     found: dict[str, Losses] = {inspection.name: inspection.losses}
     if changes := inspection.path.foreign_changes:
@@ -350,14 +328,14 @@ def _look(inspection: Inspection, index: int, domain: InputDomain, known: Indepe
     tested = known == "tested"
     for which in inspection.later:
         layers = tested and which == inspection.later[-1]
-        _look_at_mixtures(inspection, inspection.losses, name, which, pairs, layers=layers)
+        look_at_mixtures(inspection, inspection.losses, name, which, pairs, layers=layers)
     if known == "tested":
         check_alone(losses, pairs[0], facts[0], name)
         _look_at_changes(inspection, pairs, index, inputs)
         _look_closer(inspection, pairs, index, domain)
 
 
-def _look_at_mixtures(
+def look_at_mixtures(
     inspection: Inspection,
     losses: Losses,
     name: str,
@@ -410,7 +388,7 @@ def _look_at_changes(
         check_neighbours(inspection.model, losses, pairs, facts, name, layers=False)
         if drop:
             check_losses(losses, inputs, inspection.rows.facts(which, TRIAL_RECORDS), name)
-        _look_at_mixtures(inspection, inspection.changed_losses, name, which, pairs, drop=drop)
+        look_at_mixtures(inspection, inspection.changed_losses, name, which, pairs, drop=drop)
 
 
 def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> None:
@@ -456,7 +434,7 @@ def _look_closer(
         if callable(features := getattr(model, "features", None)):
             check_outputs(features, batches, "features() of the model")
     quiet_training(model)
-    for name, losses in _losses_of(inspection).items():
+    for name, losses in losses_of(inspection).items():
         # an attack sees the whole step
         at_once = inspection.at_once if name == inspection.name else math.inf
         rows = whole_batch(domain, inspection.expected, at_once)

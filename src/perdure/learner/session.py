@@ -5,7 +5,6 @@ so a strategy sees the same calls in the same order wherever it runs.
 """
 
 import math
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,25 +26,20 @@ from perdure.curator.local_curator import LocalCurator, unwatched
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.records import Batch
-from perdure.errors import GuardError, StrategyError
-from perdure.learner.checkpoint import Position, Store
+from perdure.errors import StrategyError
+from perdure.learner.checkpoint import Position
 from perdure.learner.folder_claims import refuse_other_privacy
 from perdure.learner.gradient_inspection import inspect_gradients
-from perdure.learner.inspection import Inspection, look_again
+from perdure.learner.inspected_path import InspectedPath
+from perdure.learner.inspection import Inspection
 from perdure.learner.loss_path import LossPath
-from perdure.learner.model_history import (
-    Training,
-    history_of,
-    mark,
-    refuse_trained,
-    refuse_unreplaced,
-    trainings_of,
-)
+from perdure.learner.model_history import history_of
+from perdure.learner.model_mark import ModelMark
 from perdure.learner.private_setup import inspect, open_private_sum, rule_of
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.guard.independence import foreign_rules, unlisted
+from perdure.privacy.guard.independence import foreign_rules
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
 from perdure.queries.batch_gradients import with_penalty
@@ -131,7 +125,6 @@ class Session:
 
     def __post_init__(self) -> None:
         self.lock = FolderLock(self.folder) if self.folder else None
-        self._token = secrets.token_hex(16)
         self._opened: PrivateSum | None = None
         self.hold()
         try:
@@ -169,22 +162,14 @@ class Session:
         private = self.training.privacy is not None
         if self.folder:
             refuse_other_privacy(self.folder, private=private)
-        before = trainings_of(model)
-        # A checkpoint of the folder is about to replace all that the model has learnt. Until it
-        # does, `mark_model` refuses a model that was trained before.
-        self._awaits_checkpoint = self.folder is not None and bool(Store(self.folder).numbers())
-        taken = [] if self._awaits_checkpoint else before
-        refuse_trained(taken, warm_start=self.warm_start)
-        self._known = {training.by: len(training.entries) for training in taken}
+        self.mark = ModelMark(model, self.folder, warm_start=self.warm_start)
         self.strategy: Strategy = self.training.strategy
         self.stream: Stream = self.training.stream.to(self.device)
         self.context = contexts(self.stream, self.device)
         self._watch: WriteWatch | None = None
         self._compare_values = True
         self._goes_alone = False
-        self._foreign: tuple[str, ...] = ()
-        self._inspected: tuple[str, ...] = ()
-        self._looked_at: set[int] = set()
+        self._inspected: InspectedPath | None = None
         self.params: Params = dict(trainable_parameters(model))
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
@@ -195,7 +180,7 @@ class Session:
             seed=self.seed,
             client=self.client,
             batch_size=self.training.batch_size,
-            private_sum=self._open_private_sum(taken) if private else None,
+            private_sum=self._open_private_sum() if private else None,
         )
         self._opened = self.held.private_sum
         self.curator = LocalCurator(
@@ -245,28 +230,27 @@ class Session:
                 seed=self.seed,
                 device=self.device,
             ),
-            expected=self._expected_rows(),
+            expected=self.training.most_expected,
             at_once=self.micro_batch_size or math.inf,
             seed=self.seed,
             device=self.device,
         )
 
-    def _open_private_sum(self, before: list[Training]) -> PrivateSum:
+    def _open_private_sum(self) -> PrivateSum:
         inspection = self._inspection()
         verdict = inspect(inspection)
         self._goes_alone = verdict.alone
-        self._foreign = inspection.foreign_parts
-        self._inspected = self._parts_of_others()
+        self._inspected = InspectedPath(inspection, verdict)
         if not verdict.alone:
             own = foreign_rules(self.model) == ()
-            tested = bool(self._foreign)
+            tested = bool(inspection.foreign_parts)
             inspect_gradients(
                 inspection.path, inspection.rows, self.model, own_rules=own, tested=tested
             )
         privacy = self.training.privacy
         assert privacy is not None
         history = history_of(
-            before,
+            self.mark.before,
             {each.train.partition: rule_of(each.train) for each in self.stream},
             simulated=privacy.seed is not None,
         )
@@ -283,12 +267,6 @@ class Session:
         )
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum
-
-    def _expected_rows(self) -> float:
-        """Largest declared number of records in a step."""
-        training = self.training
-        exposures = [training.exposure(training.upto(e.index)) for e in self.stream]
-        return max(exposure.expected for exposure in exposures)
 
     @contextmanager
     def private_pass(self, values: bool = False) -> Iterator[None]:
@@ -328,7 +306,8 @@ class Session:
                 self.model.load_state_dict(self._initial)
         if self.private_sum:
             self._watch = WriteWatch(self.model)
-            self._look_again(index, begins)
+        if self._inspected:
+            self._inspected.look_again(self._inspection, index, begins=begins)
         context = self.context(index, declared_size=experience.train.declared_size)
         self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
         self.select(plan)
@@ -362,8 +341,8 @@ class Session:
         Raises:
             GuardError: where the path of rows to their losses is not the one that was inspected.
         """
-        if self.private_sum:
-            self._refuse_other_path()
+        if self._inspected:
+            self._inspected.refuse_other(self.model, self.path)
         self._compare_values = True
         self.mark_model(learnt=bool(steps))
         self.held.reserve(steps, digest)
@@ -486,78 +465,12 @@ class Session:
 
     # ------------------------------------------------------------------ inside
 
-    def _look_again(self, index: int, begins: bool) -> None:
-        """Look at losses that are only tested with the state that an experience begins with.
-
-        It uses released values and synthetic rows alone.
-        """
-        inspected = begins and index == 0
-        if inspected or not self._foreign or self._goes_alone or index in self._looked_at:
-            return
-        self._looked_at.add(index)
-        look_again(self._inspection(), index)
-
-    def _refuse_other_path(self) -> None:
-        """Refuse a path of rows to their losses that has other foreign parts than before.
-
-        A callback may have put a hook, a method or another strategy in its place.
-        """
-        found, known = self._parts_of_others(), self._inspected
-        if found != known:
-            raise GuardError(
-                f"rows meet {' and '.join(found) or 'library code alone'} on their way to the "
-                f"losses, and met {' and '.join(known) or 'library code alone'} when the guard "
-                "looked; allowed: one path for a whole run; set hooks, methods, strategy, "
-                "adversary and views before the session is prepared"
-            )
-
-    def _parts_of_others(self) -> tuple[str, ...]:
-        """Parts on the path of rows to their losses that are not library code."""
-        return (*unlisted(self.model), *self.path.foreign_parts())
-
     def mark_model(self, *, learnt: bool = False) -> None:
-        """Let the model carry what this session spends on it (see `model_history`).
-
-        Args:
-            learnt: whether it has learnt from the records of this session.
-
-        Raises:
-            ConfigError: where another learner has trained the model since this one was prepared,
-                or before, and the folder's checkpoint was not restored.
-        """
-        since = [
-            each
-            for each in trainings_of(self.model)
-            if each.by != self._token and len(each.entries) > self._known.get(each.by, -1)
-        ]
-        if self._awaits_checkpoint:
-            refuse_unreplaced(since, self.folder)
-        refuse_trained(since, warm_start=False)
-        private_sum = self.private_sum
-        if private_sum is not None:
-            ledger = private_sum.ledger
-            mark(
-                self.model,
-                Training(
-                    by=self._token,
-                    sizes=ledger.sizes,
-                    rules=ledger.rules,
-                    entries=ledger.entries,
-                    simulated=ledger.simulated,
-                ),
-            )
-        elif learnt:
-            names = ", ".join(sorted({each.train.partition for each in self.stream}))
-            without = self.trained_by or f"trained without privacy on {names}"
-            mark(self.model, Training(by=self._token, uncounted=without))
-
-    def weights_replaced(self) -> None:
-        """Note that a checkpoint of the folder's run has taken the place of the model's weights.
-
-        What they went through before is gone with them; the folder's ledger has the checkpoint's.
-        """
-        self._awaits_checkpoint = False
-        self._known = {each.by: len(each.entries) for each in trainings_of(self.model)}
+        """Let the model carry what this session spends on it, and has learnt (see `ModelMark`)."""
+        names = ", ".join(sorted({each.train.partition for each in self.stream}))
+        without = self.trained_by or f"trained without privacy on {names}"
+        ledger = self.private_sum.ledger if self.private_sum else None
+        self.mark.put(ledger, uncounted=without if learnt else "")
 
     def seed_of(self, purpose: str, step: int) -> Seed:
         """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""

@@ -56,7 +56,7 @@ def restore_snapshot(
     """
     session.model.load_state_dict(_under("model.", snapshot.tensors))
     if of_the_run:
-        session.weights_replaced()
+        session.mark.weights_replaced()
     session.mark_model(learnt=True)
     states = _under("state.", snapshot.tensors)
     moved = {name: value.to(session.device) for name, value in states.items()}

@@ -79,6 +79,11 @@ class TrainingPlan:
             excluded=excluded,
         )
 
+    @property
+    def most_expected(self) -> float:
+        """Largest declared number of records in a step."""
+        return max(self.exposure(self.upto(each.index)).expected for each in self.stream)
+
     def steps_of(self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY) -> int:
         """Return the number of optimiser steps in the last of `experiences`.
 

@@ -281,12 +281,12 @@ def test_slack_holds_for_few_records_far_from_0(way, offset):
 
 
 @pytest.mark.deep(reason="full replay: many draws of tiny and of larger batches far from 0")
-@pytest.mark.parametrize("at_once", [None, 2, 3, 4, 17])
-@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize("at_once", [None, 3])
+@pytest.mark.parametrize("offset", [1e4, 1e9])
 @pytest.mark.parametrize("way", WAYS)
 def test_slack_holds_far_from_0_at_all_small_sizes(way, offset, at_once):
     for n in (1, 2, 3, 4, 5, 8, 15, 16, 17, 18, 20):
-        for seed in range(4):
+        for seed in range(3):
             assert largest_move(way, n, offset, seed, at_once) <= 1 + MOST
 
 

@@ -1,0 +1,94 @@
+"""The path of rows to their losses as the guard saw it, while a run goes on."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from perdure.errors import GuardError
+from perdure.learner.inspection import (
+    TRIAL_RECORDS,
+    Inspection,
+    Verdict,
+    look_at_mixtures,
+    losses_of,
+)
+from perdure.learner.loss_path import LossPath
+from perdure.privacy.guard.independence import unlisted
+from perdure.privacy.guard.loss_checks import check_losses, quiet_training
+from perdure.privacy.guard.neighbour_checks import check_neighbours, explained
+from perdure.utils.modules import evaluating
+
+
+class InspectedPath:
+    """What the guard has seen of a path, and what it still has to look at.
+
+    Args:
+        inspection: that was made before any charge.
+        verdict: of it.
+    """
+
+    def __init__(self, inspection: Inspection, verdict: Verdict) -> None:
+        self._parts = parts_of_others(inspection.model, inspection.path)
+        self._looks_again = bool(inspection.foreign_parts) and not verdict.alone
+        self._looked_at: set[int] = set()
+
+    def look_again(self, inspection: Callable[[], Inspection], index: int, *, begins: bool) -> None:
+        """Look at losses that are only tested with the state that an experience begins with.
+
+        It uses released values and synthetic rows alone.
+
+        Args:
+            inspection: makes one of the present state.
+            index: of the experience.
+            begins: it is no resume in its middle.
+        """
+        inspected = begins and index == 0
+        if inspected or not self._looks_again or index in self._looked_at:
+            return
+        self._looked_at.add(index)
+        _look_again(inspection(), index)
+
+    def refuse_other(self, model: nn.Module, path: LossPath) -> None:
+        """Refuse a path of rows to their losses that has other foreign parts than before.
+
+        A callback may have put a hook, a method or another strategy in its place.
+
+        Raises:
+            GuardError: naming both.
+        """
+        found = parts_of_others(model, path)
+        if found != self._parts:
+            raise GuardError(
+                f"rows meet {' and '.join(found) or 'library code alone'} on their way to the "
+                f"losses, and met {' and '.join(self._parts) or 'library code alone'} when the "
+                "guard looked; allowed: one path for a whole run; set hooks, methods, strategy, "
+                "adversary and views before the session is prepared"
+            )
+
+
+def _look_again(inspection: Inspection, index: int) -> None:
+    """Look at the losses of an experience that opens, with the state and the parameters it has.
+
+    Raises:
+        GuardError: naming what couples records now.
+    """
+    domain = inspection.domain_of(index)
+    pairs = inspection.pairs(domain)
+    facts = inspection.facts(index, len(pairs[0].one))
+    inputs = domain.random(TRIAL_RECORDS, inspection.generator).to(inspection.device)
+    own = inspection.rows.facts(index, TRIAL_RECORDS)
+    with evaluating(inspection.model):  # puts the modes back
+        quiet_training(inspection.model)
+        with explained(inspection.name, "a small batch"):
+            check_losses(partial(inspection.losses, index), inputs, own, inspection.name)
+        for name, ask in losses_of(inspection).items():
+            of = partial(ask, index)
+            check_neighbours(inspection.model, of, pairs, facts, name, layers=False)
+            drop = name == inspection.name  # an attack may draw at random
+            look_at_mixtures(inspection, ask, name, index, pairs, drop=drop)
+
+
+def parts_of_others(model: nn.Module, path: LossPath) -> tuple[str, ...]:
+    """Return the parts on the path of rows to their losses that are not library code."""
+    return (*unlisted(model), *path.foreign_parts())
