@@ -51,7 +51,7 @@ from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.per_record import gradient_rows
 from perdure.types import Params
 from perdure.utils.modules import trainable_parameters
-from perdure.utils.seeding import derive, generator
+from perdure.utils.seeding import derive, generator, undisturbed
 
 Losses = Callable[[int, Tensor, Tensor], Tensor]
 """Index of an experience, inputs (n, ...) and facts (n, 4) of the rows to the losses (n,)."""
@@ -157,7 +157,7 @@ class Inspection:
             return True
         own = generator(self.seed, "attack")
         batch = self.rows.batch(index, inputs, self.rows.facts(index, len(inputs)))
-        with torch.random.fork_rng(devices=[]):
+        with undisturbed():
             before = own.get_state(), torch.get_rng_state()
             self._under_attack(index, batch, own)
             after = own.get_state(), torch.get_rng_state()
@@ -415,7 +415,7 @@ def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, a
     facts, _ = inspection.facts(index, len(rows))
     before = inspection.before
     for n in (len(rows), 1, 0):
-        with torch.random.fork_rng(devices=[]), explained("a step", f"{n} records"):
+        with undisturbed(), explained("a step", f"{n} records"):
             inspection.step(index, rows[:n], facts[:n], alone)
     inspection.watch.refuse_writes(before, inspection.state, "a step")
 

@@ -47,7 +47,7 @@ from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.modules import trainable_parameters
-from perdure.utils.seeding import Seed, derive, drawing_from
+from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step")
 OWNER = "curator"
@@ -354,7 +354,7 @@ class Session:
         self.position.step = step
         if self._stochastic and self.private_sum is None:
             # Dropout draws from torch's global generator: give it its own place in every step.
-            torch.manual_seed(derive(*self._place("layers", step)))
+            seed_globally(derive(*self._place("layers", step)))
         return self.held.sample(step)
 
     def backward(self, batch: Batch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perdure.contract.context import Context
 from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.planning.training_plan import TrainingPlan
@@ -92,13 +93,13 @@ class SyntheticRows:
 
     def rehearses(self, index: int) -> bool:
         """Return whether stored rows join the batches of an experience."""
-        plan = self.training.of(self.training.stream[index])
+        plan = self._plans[index]
         rehearsed = plan.memory is not None and plan.memory.rehearsed and plan.pool != "memory"
         return rehearsed and index > 0
 
     def mixes(self, index: int) -> bool:
         """Return whether rows of several roles or experiences meet in a batch of an experience."""
-        plan = self.training.of(self.training.stream[index])
+        plan = self._plans[index]
         return self.rehearses(index) or (plan.pool != "experience" and index > 0)
 
     def facts(
@@ -115,7 +116,7 @@ class SyntheticRows:
         number = torch.arange(rows)
         stored = _roles(roles, rows) if self.rehearses(index) else torch.zeros_like(number)
         shift = int(neighbours)
-        alone = self.training.of(self.training.stream[index]).pool == "experience"
+        alone = self._plans[index].pool == "experience"
         tasks = torch.full_like(number, index) if alone else (number + shift) % (index + 1)
         if index:
             tasks = torch.where(stored > 0, (number + shift) % index, tasks)
@@ -177,6 +178,11 @@ class SyntheticRows:
                 beside = torch.where((ids >= NEIGHBOURS).view(shape), LARGE * beside, beside)
             found[name] = torch.where(stored.view(shape), beside, torch.zeros_like(beside))
         return found
+
+    @cached_property
+    def _plans(self) -> list[Plan]:
+        """Plan of every experience: they are asked for with every batch."""
+        return [self.training.of(experience) for experience in self.training.stream]
 
     @cached_property
     def _values(self) -> Params:

@@ -12,6 +12,7 @@ from perdure.testing.hook_checks import bounds, pure, rows, vmap
 from perdure.testing.privacy_checks import private
 from perdure.testing.run_checks import alone, declared, federated, resume
 from perdure.types import Scenario
+from perdure.utils.seeding import seed_globally, undisturbed
 
 CHECKS: Mapping[str, Callable[[StrategyFixture], str | None]] = {
     "declared": declared,
@@ -120,8 +121,8 @@ def _run(
     passed: list[str],
     skipped: dict[str, str],
 ) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with undisturbed():
+        seed_globally(0)
         try:
             reason = check(fixture)
         except NotApplicable as reason_of_all:

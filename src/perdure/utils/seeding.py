@@ -59,6 +59,28 @@ def generator_from(seed: Seed) -> torch.Generator:
     return fresh
 
 
+def seed_globally(seed: int) -> None:
+    """Let torch's global generators start from a number, as `torch.manual_seed` does.
+
+    That writes down the stack for every kind of accelerator that is not in use: 0.3 ms where the
+    stack is shallow, as long as a step of a small model.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave torch's global generator of the processor as it was."""
+    before = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
 @contextmanager
 def drawing_from(seed: Seed, device: torch.device | str = "cpu") -> Iterator[None]:
     """Let torch's global generators draw from `seed`; the processor's is left as it was.
@@ -68,18 +90,14 @@ def drawing_from(seed: Seed, device: torch.device | str = "cpu") -> Iterator[Non
     """
     place = torch.device(device)
     if isinstance(seed, int):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with undisturbed():
+            seed_globally(seed)
             yield
         return
-    # by hand, as torch's fork_rng takes as long as everything else here
-    before = torch.default_generator.get_state()
-    try:
+    with undisturbed():
         torch.default_generator.set_state(_twister_state(seed))
         with nullcontext() if place.type == "cpu" else _accelerator_from(seed, place):
             yield
-    finally:
-        torch.default_generator.set_state(before)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from perdure.privacy.grid import SLACK
 from perdure.privacy.guard.loss_checks import SyntheticLosses
 from perdure.types import Params
 from perdure.utils.denormals import flushed
+from perdure.utils.seeding import seed_globally, undisturbed
 
 RECORDS = 3
 """Synthetic records that are compared."""
@@ -123,8 +124,8 @@ def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> No
     long = one * (NEAR_OVERFLOW / one.norm().clamp(min=1e-3))
     for row in (long, first):
         try:
-            with torch.random.fork_rng(devices=[]), flushed():
-                torch.manual_seed(0)
+            with undisturbed(), flushed():
+                seed_globally(0)
                 found = case.clipped(row.view_as(case.inputs[:1]), case.labels[:1], clip)
         except PerdureError:
             raise
@@ -144,13 +145,13 @@ def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> No
 def _gap(case: GradientCase, what: str, per_layer: bool) -> tuple[float, str]:
     """Distance of the tested sum from the loop's, as a share of it, and the worst parameter."""
     records = range(len(case.inputs))
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         rows = [_row(case, slice(i, i + 1)) for i in records]
         norm = sorted(map(_length, rows))[len(rows) // 2]
         if not 0.0 < norm < math.inf:
             return 0.0, ""  # nothing reaches the parameters, or all of it overflows
         clip = Clip(norm=norm, per_layer=per_layer)
-        torch.manual_seed(0)
+        seed_globally(0)
         found = _found(case, clip, what)
     expected = _clipped_by_hand(rows, clip)
     apart = {name: _length({name: found[name].double() - v}) for name, v in expected.items()}
@@ -160,7 +161,7 @@ def _gap(case: GradientCase, what: str, per_layer: bool) -> tuple[float, str]:
 
 def _row(case: GradientCase, one: slice) -> Params:
     """Gradient of one record, in float64."""
-    torch.manual_seed(0)
+    seed_globally(0)
     loss = case.losses(case.inputs[one], case.labels[one]).sum()
     if not loss.requires_grad:
         return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in case.params.items()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perdure.errors import GuardError
+from perdure.utils.seeding import seed_globally, undisturbed
 
 SyntheticLosses = Callable[[Tensor, Tensor], Tensor]
 """(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per
@@ -50,8 +51,8 @@ def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: 
         GuardError: when the loss couples records or gives no loss per record.
     """
     n = len(inputs)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with undisturbed():
+        seed_globally(0)
         whole = losses(inputs, labels).detach()
         if whole.shape != (n,):
             raise GuardError(
@@ -59,7 +60,7 @@ def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: 
                 "per record, "
                 "with reduction='none'"
             )
-        torch.manual_seed(0)
+        seed_globally(0)
         fewer = losses(inputs[:-1], labels[:-1]).detach()
         alone = torch.cat([losses(inputs[i : i + 1], labels[i : i + 1]).detach() for i in range(n)])
     scale = whole.abs().clamp(min=1.0)
@@ -141,8 +142,8 @@ def layer_calls(
         _listen(name, layer, heard) for name, layer in model.named_modules() if _innermost(layer)
     ]
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with undisturbed():
+            seed_globally(0)
             total = losses(inputs, labels).sum()
     finally:
         for handle in handles:

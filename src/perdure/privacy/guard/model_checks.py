@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from perdure.errors import GuardError
 from perdure.privacy.guard.repair import groups, repaired, replacements
 from perdure.privacy.guard.writes import same_values
+from perdure.utils.seeding import seed_globally, undisturbed
 
 FIX = "or call perdure.privacy.guard.model_checks.fix(model)"
 
@@ -227,8 +228,8 @@ def _refuse_kept(one: dict[str, object], other: dict[str, object]) -> None:
 
 
 def _run(trial: nn.Module, inputs: Tensor) -> None:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), undisturbed():
+        seed_globally(0)
         trial(inputs)
 
 

@@ -20,6 +20,7 @@ from perdure.privacy.guard.loss_checks import (
     layer_calls,
 )
 from perdure.privacy.guard.probes import Neighbours
+from perdure.utils.seeding import seed_globally, undisturbed
 
 ROUNDING_SHARE = 1e-3
 """Share of its largest number by which a record's loss may move with the shape of the batch, where
@@ -92,8 +93,8 @@ def _observed(
     if layers:
         calls = layer_calls(model, watched, inputs, facts)
         return seen[-1], calls
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), undisturbed():
+        seed_globally(0)
         watched(inputs, facts)
     return seen[-1], []
 
@@ -193,13 +194,13 @@ def check_alone(losses: SyntheticLosses, pair: Neighbours, facts: Tensor, what: 
     Raises:
         GuardError: naming the losses.
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), undisturbed():
         with explained(what, "in a batch"):
-            torch.manual_seed(0)
+            seed_globally(0)
             whole = losses(pair.one, facts)
         for i in pair.kept.tolist():
             with explained(what, "1 row"):
-                torch.manual_seed(0)
+                seed_globally(0)
                 alone = losses(pair.one[i : i + 1], facts[i : i + 1])
             if alone.shape != (1,):
                 raise GuardError(
@@ -219,7 +220,7 @@ def _rounding(
 ) -> float:
     """Change of a row's loss that the shape of the batch alone explains, within reason."""
     n = len(pair.one)
-    torch.manual_seed(0)
+    seed_globally(0)
     copies = losses(pair.one[i].expand(n, *pair.one.shape[1:]).contiguous(), facts[i].expand(n, -1))
     moved = float(difference(copies[i], alone))
     largest = float(pair.one[i].double().abs().max()) if pair.one[i].numel() else 0.0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.models.bodies import LARGEST_GROUP_COUNT
+from perdure.utils.seeding import undisturbed
 
 Replacements = dict[str, tuple[nn.Module, nn.Module]]
 """Dotted name to (what was there, what takes its place)."""
@@ -42,7 +43,7 @@ def replacements(model: nn.Module) -> Replacements:
     """
     found: Replacements = {}
     made: dict[nn.Module, nn.Module | None] = {}
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         for name, module in model.named_modules(remove_duplicate=False):
             if module not in made:
                 made[module] = counterpart(module)
