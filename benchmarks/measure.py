@@ -44,6 +44,7 @@ FOREIGN = {
     "_forward_hooks": "torch: the only list of a module's hooks",
     "_forward_pre_hooks": "torch: as `_forward_hooks`",
     "_backward_hooks": "torch: as `_forward_hooks`",
+    "_post_accumulate_grad_hooks": "torch: the only list of a parameter's hooks of that kind",
     "_backward_pre_hooks": "torch: as `_forward_hooks`",
     "_global_forward_hooks": "torch: the only list of the hooks of all modules",
     "_version": "torch: tells whether a tensor was changed in place since it was recorded",

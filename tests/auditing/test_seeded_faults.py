@@ -93,7 +93,7 @@ def test_the_replay_catches(tool, name, parts, monkeypatch):
     assert replayed(fault, *parts(fault, honest=True), honest=True).holds
 
 
-@pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 8 rows")])
+@pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 20 rows")])
 def test_the_replay_sees_without_the_guard(tool, name, parts, monkeypatch):
     unguarded = Verdict(independence="tested", alone=False)
     monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: unguarded)

@@ -77,8 +77,8 @@ def over_largest(x):
     return x / x.abs().max().clamp(min=1)
 
 
-def coupled_above_eight(x):
-    return x - x.mean(0) if len(x) > 8 else x
+def coupled_above_twenty(x):
+    return x - x.mean(0) if len(x) > 20 else x
 
 
 def by_sum_of_batch(x):
@@ -256,7 +256,9 @@ def plant_old_hook(monkeypatch):
 GUARD = {
     "batch mean of min(x, 0)": Fault(**mixing(less_mean_below_zero)),
     "division by the largest |x|": Fault(**mixing(over_largest)),
-    "coupling only above 8 rows": Fault(**mixing(coupled_above_eight)),
+    "coupling only above 20 rows": Fault(
+        **mixing(coupled_above_twenty), privacy={"sampling_rate": 1.0}
+    ),
     "control flow on the batch's sum": Fault(**mixing(by_sum_of_batch)),
     "truncation to the longest sequence": Fault(
         model=lambda stream: Reading(cut=True), honest_model=lambda stream: Reading(), stream=words

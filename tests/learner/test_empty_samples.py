@@ -129,7 +129,7 @@ STEPS = {
 }
 
 
-DEEP = pytest.mark.deep(reason="full matrix: every kind of step and memory, without records")
+DEEP = pytest.mark.deep(reason="full replay: every kind of step and memory, without records")
 SHORT = {
     "views",
     "views, record by record",

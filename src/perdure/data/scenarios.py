@@ -314,10 +314,11 @@ def rotate(images: Tensor, *, degrees: float) -> Tensor:
 def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
     """Return a digest that names the rule by which the records of a data set are placed.
 
-    From public facts alone: the data set's name and declared size, and all that decides which
-    partition a record goes to.
+    From public facts alone: the data set's name, its size where one was declared, and all that
+    decides which partition a record goes to. A size that was counted would change with a record.
     """
-    whole = {"data": data.name, "size": data.train.declared_size, "classes": data.num_classes}
+    size = None if data.train.size_counted else data.train.declared_size
+    whole = {"data": data.name, "size": size, "classes": data.num_classes}
     return sha256(canonical_text(canonical({"rule": kind, **whole, **facts})).encode()).hexdigest()
 
 

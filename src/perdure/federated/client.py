@@ -67,9 +67,9 @@ class ClientSessions:
             return seat
         self.private = True  # an error of building them may quote a record
         learner, stream = self._make(client)
+        self.private = learner.privacy is not None
         refuse_folder(learner.folder, client)
         learner.owner = owner_of(learner, client)
-        self.private = learner.privacy is not None
         if self.private and not self._distinct and client not in self._streams:
             self._streams[client] = stream
             refuse_records_in_two_partitions([self._streams[n] for n in sorted(self._streams)])

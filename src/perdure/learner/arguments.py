@@ -7,7 +7,6 @@ from torch import device, nn
 from torch.optim import LBFGS, Optimizer
 
 from perdure.adversarial.base import Attack
-from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError
@@ -15,7 +14,6 @@ from perdure.privacy.settings import Privacy
 
 KINDS: dict[str, tuple[type, str]] = {
     "model": (nn.Module, "a torch.nn.Module"),
-    "strategy": (Strategy, "an instance of a strategy, such as EWC(strength=100.0)"),
     "privacy": (Privacy, "None, or perdure.Privacy, such as Privacy(epsilon=3.0)"),
     "adversary": (Attack, "None, or an instance of an attack, such as PGD()"),
     "views": (Views, "None, or perdure.data.Views"),
@@ -38,6 +36,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         value = given[name]
         if not isinstance(value, kind) and not (value is None and name in OPTIONAL):
             raise ConfigError.of(name, value, allowed)
+    strategy = given["strategy"]
+    # what stands in for a strategy, as in an audit, need not be of its class
+    if isinstance(strategy, type) or not callable(getattr(strategy, "losses", None)):
+        allowed = "an instance of a strategy, such as EWC(strength=100.0)"
+        raise ConfigError.of("strategy", strategy, allowed)
     if isinstance(given["optimizer"], Optimizer) or not callable(given["optimizer"]):
         raise ConfigError.of(
             "optimizer",
