@@ -6,11 +6,14 @@ perdure is timed whole: ledger, Poisson sampler, guard's checks at the start, cl
 secret-grade noise. Opacus is timed on a ready batch: forward, backward, clipping, noise, step; its
 sampler is not counted.
 
-`time_ratio` is of processor time, which on one thread is what the clock would show on an idle
-machine; `wall_ratio` is of what the clock did show. Every contestant warms up first. perdure's
-batches differ in size, and torch compiles a convolution for every size that it meets (2 to 5 ms
-each, once in a process), so perdure warms up for longer; the others meet one size. Peak memory is
-that of the steps alone, in processes of their own, the median of three.
+`wall_ratio` is of what the clock showed, and what is aimed at: perdure draws the noise of the next
+step on a thread of its own, beside the one of torch. `time_ratio` is of processor time, both
+threads added up. Opacus's noise is in float32, perdure's an exact integer.
+
+Every contestant warms up first. perdure's batches differ in size, and torch compiles a convolution
+for every size that it meets (2 to 5 ms each, once in a process), so perdure warms up for longer;
+the others meet one size. Peak memory is that of the steps alone, in processes of their own, the
+median of three.
 
     python benchmarks/speed/dp_step.py --repeats 7
 """
@@ -265,18 +268,18 @@ def measure(model: str, batch: int, repeats: int, steps: int) -> list[dict[str, 
         }
         for method in METHODS
     ]
-    judged = judgement(model, batch, used, memory)
+    judged = judgement(model, batch, clock, memory)
     return [row | judged if row["method"] == "perdure" else row for row in rows]
 
 
 def judgement(
-    model: str, batch: int, used: dict[str, float], memory: dict[str, float]
+    model: str, batch: int, clock: dict[str, float], memory: dict[str, float]
 ) -> dict[str, object]:
     """What was aimed at, what was reached, and where the time went if it was not."""
     aims = {
-        "time_ratio": (used["perdure"], TIME_TARGETS[batch]),
+        "wall_ratio": (clock["perdure"], TIME_TARGETS[batch]),
         "memory_ratio": (memory["perdure"] / memory["plain"], MEMORY_TARGET),
-        "perdure_over_ghost": (used["perdure"] / used["opacus_ghost"], 1 / GHOST_TARGET),
+        "perdure_over_ghost": (clock["perdure"] / clock["opacus_ghost"], 1 / GHOST_TARGET),
     }
     missed = [
         f"{name} {value:.2f}, aim {aim:.2f}" for name, (value, aim) in aims.items() if value > aim
