@@ -56,7 +56,7 @@ def test_epsilon_alone_does_not_tell_which_history_is_worst():
         max_size=3,
     )
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @pytest.mark.property
 def test_a_bounding_history_costs_at_least_each(histories):
     bound = bounding(histories)
