@@ -74,7 +74,7 @@ sampling_rate = 0.1
 {seed}
 [[arms]]
 strategy = "ewc"
-strength = 10.0
+strength = 0.1
 private = true
 [[arms]]
 strategy = "replay"
