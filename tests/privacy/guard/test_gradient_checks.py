@@ -2,6 +2,7 @@
 
 import copy
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -454,6 +455,22 @@ class Picky(nn.Module):
 
 def test_a_model_that_refuses_very_large_inputs_is_passed():
     check_bound(case_of(Picky(), rows(8)), "mine")
+
+
+def test_a_failure_on_one_large_record_hides_no_other():
+    """The first of both records raises; the second has a gradient that is too long."""
+    honest = case_of(Picky(), rows(8))
+    asked = []
+
+    def clipped(inputs, labels, clip):
+        asked.append(inputs)
+        if len(asked) == 1:
+            raise ValueError("too large")
+        return {"layer.weight": torch.full((3, 8), clip.norm)}
+
+    with pytest.raises(GuardError, match="computes too small a norm"):
+        check_bound(replace(honest, clipped=clipped), "mine")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("declared", [False, True])
