@@ -105,7 +105,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a paper says of its method, and a comparison that would show it.
+    """A paper's sentence on its method, and a comparison that would show it.
 
     Args:
         name: of the strategy's file.
@@ -180,7 +180,7 @@ def run(claim: Claim, arm: Arm, values: Values, seed: int) -> dict[str, float]:
 def arm_row(
     arm: Arm, tuned: Tuned | None, results: Sequence[Mapping[str, float]]
 ) -> dict[str, Any]:
-    """What is stored of one arm."""
+    """Row that is stored of one arm."""
     values = tuned.values if tuned else {}
     own = {name: value for name, value in values.items() if name != RATE}
     mean, error = spread([result["average_accuracy"] for result in results])
@@ -230,7 +230,7 @@ def compared(
 def row(
     claim: Claim, tuned: Mapping[str, Tuned], results: Mapping[str, Sequence[Mapping[str, float]]]
 ) -> dict[str, Any]:
-    """What is stored of a claim."""
+    """Row that is stored of a claim."""
     arms = {arm.name: arm_row(arm, tuned.get(arm.name), results[arm.name]) for arm in claim.arms}
     method = claim.arms[0].name
     found = [
@@ -257,7 +257,7 @@ def row(
 
 
 def words(claim: Claim) -> dict[str, str]:
-    """What is said of a claim; it may be put better without a run."""
+    """Words about a claim; they may be put better without a run."""
     return {"sentence": claim.sentence, "paper": claim.paper, "note": claim.note}
 
 
@@ -286,7 +286,7 @@ def options(claim: Claim) -> dict[str, Any]:
 
 
 def described(thing: object) -> str:
-    """How a callable, or an argument that is bound to it, would be written; never by an address."""
+    """Text of a callable, or of an argument that is bound to it; never by an address."""
     if not isinstance(thing, partial):
         return str(getattr(thing, "__qualname__", repr(thing)))
     named = [f"{name}={described(value)}" for name, value in thing.keywords.items()]
@@ -345,7 +345,7 @@ def tested(claim: Claim, seeds: int, submit: Callable[..., Future[Any]]) -> dict
 
 
 def same(entry: dict[str, Any], claim: Claim, seeds: int) -> bool:
-    """Whether the stored row is this claim with these settings and seeds."""
+    """Return whether the stored row is this claim with these settings and seeds."""
     return (entry["claim"], entry["options"], entry["seeds"]) == (claim.name, options(claim), seeds)
 
 

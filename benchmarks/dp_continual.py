@@ -81,7 +81,7 @@ def fitting() -> list[str]:
 
 
 def fits(strategy: Strategy) -> bool:
-    """Whether the rows' losses are their own, and it brings no model of its own."""
+    """Return whether rows have losses of their own, and no model of its own is brought."""
     return (
         not strategy.couples_records
         and strategy.small_model(input_shape=(8,), num_classes=2) is None
@@ -168,7 +168,7 @@ def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) 
 
 
 def paid(spent: Sequence[Mapping[str, Any]]) -> str:
-    """What the worst record took part in, in few words."""
+    """Charges of the worst record, in few words."""
     counts: dict[str, int] = {}
     for charge in spent:
         counts[charge["purpose"]] = counts.get(charge["purpose"], 0) + charge["steps"]

@@ -235,7 +235,7 @@ def outputs(folder: Path) -> dict[str, object]:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the kills of one series showed.
+    """Findings of the kills of one series.
 
     `different` names the files that an undisturbed run writes otherwise.
     """
@@ -266,7 +266,7 @@ class Tally:
 
 @dataclass(kw_only=True)
 class Pace:
-    """How fast processes are at present: other work on the machine changes it.
+    """Present pace of the processes: other work on the machine changes it.
 
     Args:
         start: seconds until the loop begins.
