@@ -32,7 +32,8 @@ COPIED = (
     "constraints.txt",
 )
 """Files and folders of the project."""
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+LEFT_OUT = shutil.ignore_patterns("*.pytest-*.pyc")
+"""Bytecode is copied: it stays good, and four programs need not compile everything anew."""
 
 
 def readme_example(part):
