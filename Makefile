@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INSTALL := --constraint constraints.txt --editable '.[dev]'
+INSTALL := --constraint constraints.txt --editable '.[dev,docs]'
 
 # Settings of the shell that called make must not reach into .venv, nor keep byte code from being written.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint tables measure clean
+.PHONY: help setup demo test test-all lint docs docs-serve tables measure clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile
@@ -36,6 +36,13 @@ lint: setup ## ruff, mypy, and whether the installed packages fit together
 	$(BIN)/python -m pip check
 	@$(BIN)/python tests/helpers/typed_list.py  # only reports
 	@$(BIN)/python -m perdure.experiment.tables --report
+
+# Material warns at every build of its end of life in May 2027.
+docs: setup ## build the documentation into build/site; a broken link or a missing reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs-serve: setup ## show the documentation at http://127.0.0.1:8000, and again after every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 tables: setup ## write the README's table of strategies from the strategies
 	$(BIN)/python -m perdure.experiment.tables

@@ -53,7 +53,8 @@ class LoRA(Strategy):
     Args:
         strength: weight of the orthogonality penalty (lambda_1); 0 for plain LoRA, one set an
             experience.
-        adapters, head: what the names of their parameters begin with.
+        adapters: prefix of the names of the adapters' parameters.
+        head: prefix of the names of the head's parameters.
     """
 
     strength: float = 0.5

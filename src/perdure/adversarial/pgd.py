@@ -26,7 +26,9 @@ class PGD(Attack):
         steps: number of gradient steps.
         step_size: length of one step; None for 2.5 * epsilon / steps, which can cross the ball.
         random_start: begin at a uniform point of the ball rather than at the record itself.
-        epsilon, norm, bounds: see `Attack`.
+        epsilon: radius of the ball; see `Attack`.
+        norm: of the ball; see `Attack`.
+        bounds: least and largest value of an input; see `Attack`.
 
     Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks",
     section 2.1.

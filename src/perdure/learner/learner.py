@@ -77,7 +77,8 @@ class Learner:
         optimizer: from parameters to any torch optimiser that needs one gradient a step.
         scheduler: from the optimiser to a scheduler that is stepped after every step; None for a
             constant rate.
-        epochs, iterations: length of an experience; give one.
+        epochs: length of an experience in passes over its records; give this or `iterations`.
+        iterations: length of an experience in steps.
         blocks: pieces an experience is done in; each is charged to the ledger as one, and ends with
             a checkpoint (in a federation: with a round).
         batch_size: new records a step.

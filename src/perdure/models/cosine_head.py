@@ -27,9 +27,10 @@ class CosineHead(nn.Module):
     Source: Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via
     Rebalancing, CVPR 2019, section 3.2, equation 4.
 
-    >>> head = CosineHead(8, 10)
-    >>> [name for name, _ in head.named_parameters()]
-    ['weight', 'scale']
+    Example:
+        >>> head = CosineHead(8, 10)
+        >>> [name for name, _ in head.named_parameters()]
+        ['weight', 'scale']
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

@@ -1,0 +1,71 @@
+"""Every code block of the documentation runs as a reader would type it, and the site builds."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from helpers.pages import PAGES, ROOT, blocks, name
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+every_page = pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+
+
+@every_page
+def test_page_imports_what_exists(page: Path) -> None:
+    trees = [ast.parse(block) for block in blocks(page, "python")]
+    imports = [
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    exec(compile("\n".join(map(ast.unparse, imports)), name(page), "exec"), {})
+
+
+@pytest.mark.deep(reason="docs: trains what the pages train, in full")
+@every_page
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One namespace, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks(page, "python")))
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "toml")], ids=name)
+def test_page_shows_toml_that_parses(page: Path) -> None:
+    from perdure.experiment import parse
+
+    for block in blocks(page, "toml"):
+        if "[[arms]]" in block:
+            parse(block)
+        else:
+            tomllib.loads(block)
+
+
+@pytest.mark.deep(reason="docs: builds the whole site")
+def test_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "index.html").exists()
