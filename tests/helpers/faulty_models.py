@@ -225,10 +225,10 @@ class Grouped(nn.Sequential):
             nn.Unflatten(1, (1, 5)),
             nn.Conv1d(1, 4, 2),
             nn.ReLU(),
-            nn.Conv1d(4, 4, 2, groups=2),
+            nn.Conv1d(4, 4, 3, groups=2, padding="same"),
             nn.ReLU(inplace=True),
             nn.Flatten(),
-            nn.Linear(12, 4),
+            nn.Linear(16, 4),
         )
 
 

@@ -80,6 +80,63 @@ LAYERS = {
         floats(8, 5, 5),
         ConvGhost,
     ),
+    "conv1d, depthwise": (partial(nn.Conv1d, 4, 4, 3, padding=1, groups=4), floats(4, 6), ConvRows),
+    "conv2d, groups": (
+        partial(nn.Conv2d, 4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2),
+        floats(4, 7, 6),
+        ConvRows,
+    ),
+    "conv2d, depthwise": (partial(nn.Conv2d, 3, 6, 3, groups=3), floats(3, 5, 5), ConvRows),
+    "conv2d, groups, few places": (
+        partial(nn.Conv2d, 16, 32, 3, padding=1, groups=2),
+        floats(16, 2, 2),
+        ConvRows,
+    ),
+    "conv3d": (partial(nn.Conv3d, 2, 3, 2), floats(2, 3, 3, 3), ConvRows),
+    "conv3d, settings": (
+        partial(
+            nn.Conv3d, 2, 4, (3, 2, 3), stride=(2, 1, 2), padding=(1, 0, 2), dilation=(2, 2, 1)
+        ),
+        floats(2, 7, 5, 4),
+        ConvRows,
+    ),
+    "conv3d, groups": (
+        partial(nn.Conv3d, 4, 6, (2, 3, 1), stride=(1, 2, 1), padding=1, groups=2),
+        floats(4, 3, 5, 2),
+        ConvRows,
+    ),
+    "conv3d, by lines": (partial(nn.Conv3d, 1, 3, (2, 8, 3)), floats(1, 3, 9, 4), ConvRows),
+    "conv3d, few places": (
+        partial(nn.Conv3d, 8, 16, 3, stride=2, padding=1, dilation=(2, 1, 1)),
+        floats(8, 3, 3, 3),
+        ConvGhost,
+    ),
+    "transposed 1d": (partial(nn.ConvTranspose1d, 3, 4, 3, stride=2), floats(3, 5), ConvRows),
+    "transposed 2d": (
+        partial(
+            nn.ConvTranspose2d,
+            4,
+            6,
+            (3, 2),
+            stride=(2, 3),
+            padding=(1, 0),
+            output_padding=(1, 2),
+            dilation=(1, 2),
+            groups=2,
+        ),
+        floats(4, 4, 3),
+        ConvRows,
+    ),
+    "transposed 2d, few places": (
+        partial(nn.ConvTranspose2d, 16, 8, 3, stride=2, padding=1, output_padding=1),
+        floats(16, 2, 2),
+        ConvGhost,
+    ),
+    "transposed 3d": (
+        partial(nn.ConvTranspose3d, 2, 3, (2, 3, 2), stride=2, output_padding=(1, 0, 1)),
+        floats(2, 2, 3, 2),
+        ConvRows,
+    ),
     "layer norm": (lambda bias: nn.LayerNorm(6, bias=bias), floats(6), None),
     "layer norm, positions": (lambda bias: nn.LayerNorm(6, bias=bias), floats(4, 6), None),
     "layer norm, two dimensions": (

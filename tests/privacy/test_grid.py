@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perdure.errors import BudgetError, PrivacyError
 from perdure.learner.learner import Learner
@@ -14,6 +15,7 @@ from perdure.privacy import grid
 from perdure.privacy.accounting.accountants import MOST_DRAWS
 from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.clipping import row_loops
 from perdure.privacy.clipping.clip import Clip, clipped_sum, sum_of_clipped
 from perdure.privacy.grid import MOST_UNITS, SENSITIVITY, SLACK, Grid
 from perdure.privacy.ledger.entries import Entry
@@ -233,3 +235,61 @@ def test_noise_beyond_the_tables_is_refused_uncharged(toy_stream, kind):
     with pytest.raises(PrivacyError, match=r"noise of .* grid steps cannot be drawn"):
         learner.train(range(2))
     assert not learner.private_sum.ledger.entries
+
+
+# ---- long rows
+
+
+def long_rows(n=20):
+    """Rows of three parameters in two layers, of all lengths, one of them not a number."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.logspace(-3, 3, n).view(-1, 1, 1)
+    weight = torch.randn(n, 90, 100, generator=draw) * lengths
+    rows = {"a.weight": weight, "a.bias": weight[:, :, 0] * 3, "b.weight": weight.mT}
+    rows["a.bias"][3, 5] = torch.nan
+    return rows
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
+@pytest.mark.parametrize("steps", [0, 2**20])
+def test_long_rows_are_summed_by_loop_as_by_torch(per_layer, steps, monkeypatch):
+    clip = Clip(norm=2.0, steps=steps, per_layer=per_layer, counted=True)
+    rows = long_rows()
+    assert row_loops.takes(rows)
+    by_loop = sum_of_clipped(rows, clip)
+    monkeypatch.setattr(row_loops, "LONG_ROW", 10**9)  # none is so long
+    by_torch = sum_of_clipped(rows, clip)
+    for name, value in by_torch.items():
+        assert torch.equal(by_loop[name], value) and bool(value.isfinite().all())
+
+
+def test_rows_in_float64_or_of_few_numbers_are_left_to_torch():
+    assert not row_loops.takes({"a": torch.zeros(2, row_loops.LONG_ROW).double()})
+    assert not row_loops.takes({"a": torch.zeros(2 * row_loops.LONG_ROW, 1)})
+
+
+class Passes(TorchDispatchMode):
+    """Counts operations of torch on tensors of some size."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = numbers
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        if isinstance(answer, torch.Tensor) and answer.numel() >= self.numbers:
+            self.calls.append(func)
+        return answer
+
+
+def test_long_rows_are_neither_copied_nor_widened():
+    rows = {"a": torch.randn(8, 2**13)}
+    views = {
+        torch.ops.aten.slice.Tensor,
+        torch.ops.aten.view.default,
+        torch.ops.aten.detach.default,
+    }
+    with Passes(2**13 * 8) as passes:
+        sum_of_clipped(rows, Clip(norm=1.0, steps=2**20))
+    assert set(passes.calls) <= views

@@ -32,11 +32,9 @@ ACTIVATIONS = {
 
 # name -> (layer, shape of one record); those that go by Opacus's samplers
 SAMPLED = {
-    "grouped Conv1d": (partial(nn.Conv1d, 4, 8, 3, groups=2), (4, 8)),
-    "grouped Conv2d": (partial(nn.Conv2d, 4, 8, 3, stride=2, padding=1, groups=4), (4, 6, 6)),
     "same Conv2d": (partial(nn.Conv2d, 4, 8, (3, 5), padding="same"), (4, 5, 5)),
-    "grouped 1x1 Conv2d": (partial(nn.Conv2d, 4, 8, 1, groups=2), (4, 5, 5)),
-    "Conv3d": (partial(nn.Conv3d, 4, 4, 2, padding=1), (4, 3, 4, 3)),
+    "same grouped Conv1d": (partial(nn.Conv1d, 4, 8, 3, padding="same", groups=2), (4, 8)),
+    "same Conv3d": (partial(nn.Conv3d, 4, 4, 3, padding="same"), (4, 3, 4, 3)),
     "InstanceNorm1d": (partial(nn.InstanceNorm1d, 4, affine=True), (4, 6)),
     "InstanceNorm2d": (partial(nn.InstanceNorm2d, 4, affine=True), (4, 4, 5)),
     "InstanceNorm3d": (partial(nn.InstanceNorm3d, 4, affine=True), (4, 3, 4, 3)),
@@ -48,11 +46,16 @@ RULED = {
     "Conv1d": (partial(nn.Conv1d, 4, 6, 3), (4, 8)),
     "Conv2d": (partial(nn.Conv2d, 4, 6, 3, stride=2), (4, 7, 7)),
     "Conv2d, few places": (partial(nn.Conv2d, 8, 16, 3, stride=2), (8, 4, 4)),
+    "grouped Conv1d": (partial(nn.Conv1d, 4, 8, 3, groups=2), (4, 8)),
+    "grouped Conv2d": (partial(nn.Conv2d, 4, 8, 3, stride=2, padding=1, groups=4), (4, 6, 6)),
+    "grouped 1x1 Conv2d": (partial(nn.Conv2d, 4, 8, 1, groups=2), (4, 5, 5)),
+    "Conv3d": (partial(nn.Conv3d, 4, 4, 2, padding=1), (4, 3, 4, 3)),
+    "ConvTranspose2d": (partial(nn.ConvTranspose2d, 4, 6, 2), (4, 4, 4)),
     "LayerNorm": (partial(nn.LayerNorm, 6), (4, 6)),
     "GroupNorm": (partial(nn.GroupNorm, 2, 4), (4, 5, 5)),
     "CosineHead": (partial(CosineHead, 6, 5), (6,)),
 }
-BY_LOOP = {"ConvTranspose2d": (partial(nn.ConvTranspose2d, 4, 6, 2), (4, 4, 4))}
+BY_LOOP = {"PReLU": (partial(nn.PReLU, 4), (4, 4, 4))}
 LAYERS = SAMPLED | RULED | BY_LOOP
 
 
@@ -94,7 +97,7 @@ def inputs(shape):
 )
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_sums_are_right_after_an_activation_in_place(layer, activation):
-    make, shape = SAMPLED[layer]
+    make, shape = LAYERS[layer]
     model = Network(make, shape, after=ACTIVATIONS[activation])
     assert gap_to_loop(model, inputs(shape)) < TOLERANCE
 

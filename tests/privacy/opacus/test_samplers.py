@@ -88,14 +88,14 @@ MODELS = {
     "block with DPMultiheadAttention": lambda: Around(Block(attention()), 8),
     "block with SequenceBias": lambda: Around(Block(attention(add_bias_kv=True)), 8),
     "grouped convolution": lambda: Around(
-        nn.Conv2d(4, 8, 3, padding=(1, 2), groups=2, stride=(1, 2)), 20, as_picture
+        nn.Conv2d(4, 8, 3, padding="same", groups=2), 25, as_picture
     ),
-    "depthwise convolution": lambda: Around(nn.Conv1d(4, 8, 3, padding=1, groups=4), 5),
+    "depthwise convolution": lambda: Around(nn.Conv1d(4, 8, 3, padding="same", groups=4), 5),
     "convolution with padding 'same'": lambda: Around(
         nn.Conv1d(4, 8, 4, padding="same", dilation=2), 5
     ),
     "convolution of volumes": lambda: Around(
-        nn.Conv3d(4, 8, (1, 2, 3), padding=1, groups=2), 126, as_volume
+        nn.Conv3d(4, 8, (1, 5, 3), padding="same", groups=2), 75, as_volume
     ),
     "InstanceNorm": lambda: Around(nn.InstanceNorm1d(4, affine=True), 5),
     "RMSNorm": lambda: Around(nn.RMSNorm((4, 5)), 5),
@@ -335,7 +335,7 @@ def shared():
 LEFT = {
     "a parameter outside any layer": lambda: Around(Raw(), 8),
     "a weight of two layers": shared,
-    "a layer without a sampler": lambda: Around(nn.ConvTranspose1d(4, 8, 3, padding=1), 5),
+    "a layer without a sampler": lambda: Around(nn.PReLU(), 5),
     "attention of torch": lambda: Around(Block(nn.MultiheadAttention(8, 2, batch_first=True)), 8),
     "linear layers that see the length first": lambda: Around(
         Block(DPMultiheadAttention(8, 2)), 8, lambda m, x: m(x.transpose(0, 1)), 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perdure.privacy.clipping import row_loops
 from perdure.privacy.clipping.norms import at_least_float32
 from perdure.privacy.clipping.rules.base import record_slices, sum_of
 from perdure.types import Params
@@ -107,23 +108,42 @@ def clip_rows(rows: Params, clip: Clip) -> Params:
 def squared_norms(rows: Params) -> dict[str, Tensor]:
     """Layer to (n,) squared L2 norms, in float64."""
     squares: dict[str, list[Tensor]] = {}
+    compiled = row_loops.takes(rows)
     for name, row in rows.items():
-        norms = torch.linalg.vector_norm(row.unsqueeze(-1).flatten(1), dim=1, dtype=torch.float64)
-        squares.setdefault(layer_of(name), []).append(norms.square())
+        own = _by_loop(row) if compiled else _by_torch(row)
+        squares.setdefault(layer_of(name), []).append(own)
     return {layer: sum_of(parts) for layer, parts in squares.items()}
 
 
+def _by_loop(row: Tensor) -> Tensor:
+    """(n,) squared norms."""
+    squares = torch.zeros(len(row), dtype=torch.float64)
+    row_loops.row_loops().add_squares(row_loops.table_of(row), squares.numpy())
+    return squares
+
+
+def _by_torch(row: Tensor) -> Tensor:
+    """(n,) squared norms."""
+    table = row.unsqueeze(-1).flatten(1)
+    return torch.linalg.vector_norm(table, dim=1, dtype=torch.float64).square()
+
+
 def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:
-    """Rows times their layer's factors (n,); what is not a number becomes 0."""
-    clean = {
-        name: torch.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for name, row in rows.items()
-    }
-    # in float64: a factor of a very long row is no float32 number
-    wide = {
-        n: r.double() * factors[layer_of(n)].double().view(-1, *[1] * (r.dim() - 1))
-        for n, r in clean.items()
-    }
-    return {n: value.to(clean[n].dtype) for n, value in wide.items()}
+    """Rows times their layer's factors (n,); a row whose factor is 0 becomes 0, whatever it holds.
+
+    A factor is 0 or at least `SMALLEST`, which float32 holds. One whose norm is not finite is 0.
+    """
+    silent = {layer: factor == 0 for layer, factor in factors.items()}
+    silenced = {layer for layer, rows_at in silent.items() if bool(rows_at.any())}
+    result = {}
+    for name, row in rows.items():
+        layer = layer_of(name)
+        shape = (-1, *[1] * (row.dim() - 1))
+        product = row * factors[layer].to(at_least_float32(row).dtype).view(shape)
+        if layer in silenced:
+            product = product.masked_fill(silent[layer].view(shape), 0.0)
+        result[name] = product.to(row.dtype)
+    return result
 
 
 def per_pass(params: Params) -> int:
@@ -177,24 +197,47 @@ def sum_of_clipped(rows: Params, clip: Clip) -> Params:
         clipped = scaled(rows, factors)
         return {name: row.sum(0) for name, row in clipped.items()} | clip.count(squares)
     sums = {name: row.new_zeros(row.shape[1:], dtype=torch.float64) for name, row in rows.items()}
+    scales = {n: factors[layer_of(n)].double() * (clip.steps / clip.norm) for n in rows}
+    add = _add_by_loop if row_loops.takes(rows) else _add_by_torch
     numbers = sum(value.numel() for value in sums.values())
+    longest = (clip.steps + math.sqrt(numbers) / 2) ** 2
     for piece in record_slices(len(next(iter(rows.values()))), numbers):
         part = {name: row[piece] for name, row in rows.items()}
-        units = _grid_rows(part, {n: f[piece] for n, f in factors.items()}, clip, numbers)
-        for name, value in units.items():
-            sums[name] += value.sum(0)
+        add(part, {name: scale[piece] for name, scale in scales.items()}, longest, sums)
     step = clip.norm / clip.steps
     return {name: value * step for name, value in sums.items()} | clip.count(squares)
 
 
-def _grid_rows(rows: Params, factors: Mapping[str, Tensor], clip: Clip, numbers: int) -> Params:
-    """Clipped rows in whole grid steps; a row beyond its bound, which no clipped one is, is 0."""
+def _add_by_torch(rows: Params, scales: Params, longest: float, sums: Params) -> None:
+    """Add rows in whole grid steps to the sums.
+
+    A row beyond its bound, which no clipped one is, is left out.
+
+    Args:
+        rows: name to (n, ...).
+        scales: name to (n,) grid steps in a unit of the clipped row.
+        longest: squared norm of the longest row there may be, in grid steps.
+        sums: added to.
+    """
     clean = {n: torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0) for n, r in rows.items()}
-    scales = {n: factors[layer_of(n)].double() * (clip.steps / clip.norm) for n in rows}
     units = {
         n: (r.double() * scales[n].view(-1, *[1] * (r.dim() - 1))).round_()
         for n, r in clean.items()
     }
     squares = sum_of([u.unsqueeze(-1).flatten(1).square().sum(1) for u in units.values()])
-    inside = squares <= (clip.steps + math.sqrt(numbers) / 2) ** 2
-    return {n: u * inside.view(-1, *[1] * (u.dim() - 1)) for n, u in units.items()}
+    inside = squares <= longest
+    for name, value in units.items():
+        sums[name] += (value * inside.view(-1, *[1] * (value.dim() - 1))).sum(0)
+
+
+def _add_by_loop(rows: Params, scales: Params, longest: float, sums: Params) -> None:
+    """See `_add_by_torch`."""
+    loops = row_loops.row_loops()
+    tables = {name: row_loops.table_of(row) for name, row in rows.items()}
+    squares = torch.zeros(len(next(iter(scales.values()))), dtype=torch.float64)
+    for name, table in tables.items():
+        loops.add_grid_squares(table, scales[name].numpy(), squares.numpy())
+    inside = squares <= longest
+    for name, table in tables.items():
+        own = torch.where(inside, scales[name], 0.0)
+        loops.add_grid_rows(table, own.numpy(), sums[name].view(-1).numpy())

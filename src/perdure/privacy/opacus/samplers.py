@@ -74,7 +74,7 @@ def grad_sample_sum(
 
     By rules where there are any and else by Opacus.
 
-    For DPLSTM, DPGRU, DPRNN, grouped and three-dimensional convolutions, RMSNorm, InstanceNorm,
+    For DPLSTM, DPGRU, DPRNN, convolutions with padding in words, RMSNorm, InstanceNorm,
     SequenceBias and what was registered with `opacus.grad_sample.register_grad_sampler`. The layers
     are listened to here, not by Opacus's own hooks, which add up passes of part of the rows as if
     they were the same records.
