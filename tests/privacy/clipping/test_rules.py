@@ -92,9 +92,22 @@ def test_a_users_layer_with_a_rule_is_summed_as_record_by_record(shape, times):
     assert_equal(net(Gain(6), x, times=times), x)
 
 
+class ExpGain(Gain):
+    """The gain is a function of the parameter, and there is no rule."""
+
+    def forward(self, x):
+        return x * self.gain.exp() + self.shift
+
+
 def test_a_users_layer_without_a_rule_goes_record_by_record():
     x = floats(6)
-    assert by_tape(net(PlainGain(6), x), x, Clip(norm=1.0)) is None
+    assert by_tape(net(ExpGain(6), x), x, Clip(norm=1.0)) is None
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6)])
+def test_a_users_layer_that_only_broadcasts_needs_no_rule(shape):
+    x = floats(*shape)
+    assert_equal(net(PlainGain(6), x, times=2), x)
 
 
 def test_a_rule_holds_for_its_type_and_no_subclass():

@@ -14,9 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from perdure.errors import PrivacyError
+from perdure.privacy.clipping.broadcasts import (
+    BroadcastRows,
+    bare_parameters,
+    parameter_uses,
+    rows_by_module,
+)
 from perdure.privacy.clipping.clip import Clip, NotFiniteError, layer_of
 from perdure.privacy.clipping.norms import LONGEST
-from perdure.privacy.clipping.rules.base import LayerCall, RecordGradients, sum_of
+from perdure.privacy.clipping.rules.base import (
+    ClippingRule,
+    LayerCall,
+    RecordGradients,
+    sum_of,
+)
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.clipping.tape import (
     Layers,
@@ -25,7 +36,7 @@ from perdure.privacy.clipping.tape import (
     escapes,
     runs_as_built,
     taped,
-    went_back,
+    went_back_to,
 )
 from perdure.types import Params
 
@@ -59,30 +70,43 @@ def clipped_gradient_sum(
             would be rounded otherwise.
         PrivacyError: where a rule gives numbers of another shape than it must.
     """
-    layers = ruled_layers(module, params)
-    if layers is None or records == 0:
+    parts = layers_and_bare(module, params)
+    if parts is None or records == 0:
         return None
+    layers, bare = parts
     with taped(layers) as tape:
         total = losses().sum()
     calls = _understood(layers, tape, records)
-    if calls is None or escapes(total, calls, params):
+    ruled = {name: value for name, value in params.items() if name not in bare}
+    if calls is None or escapes(total, calls, ruled):
         return None
-    flowed = went_back(total, calls)
-    del tape, calls  # each input goes as soon as its layer is done
+    uses = parameter_uses(total, calls, bare, records) if bare else []
+    if uses is None:
+        return None
+    flowed, backs = went_back_to(total, calls, [use.out for use in uses])
+    broadcasts = rows_by_module(uses, backs)
+    del tape, calls, uses, backs  # each input goes as soon as its layer is done
     device = total.device.type
     mixed = torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
-        return _clipped(layers, flowed, params, records, clip)
+        return _clipped(layers, flowed, broadcasts, params, records, clip)
 
 
 def _clipped(
-    layers: Layers, calls: dict[str, list[LayerCall]], params: Params, records: int, clip: Clip
+    layers: Layers,
+    calls: dict[str, list[LayerCall]],
+    broadcasts: dict[str, BroadcastRows],
+    params: Params,
+    records: int,
+    clip: Clip,
 ) -> Params:
-    """Clipped sums of all layers."""
+    """Clipped sums of all layers, and of the parameters outside of them."""
     rules = clipping_rules()
     device = next(iter(params.values())).device
     nothing = torch.zeros(records, dtype=torch.float64, device=device)
-    squares = dict.fromkeys(layers.keys() - calls.keys(), nothing)
+    squares = dict.fromkeys(map(layer_of, params), nothing)
+    for name, rows in broadcasts.items():
+        squares[name] = rows.squared_norms().double()
     known: dict[str, RecordGradients] = {}
     for name in list(calls):
         layer = layers[name]
@@ -91,6 +115,8 @@ def _clipped(
     refuse_not_finite(squares)
     factors = clip.factors(squares)
     sums: Params = {}
+    for name, rows in broadcasts.items():
+        sums |= rows.weighted(factors[name])
     for name in list(known):  # a layer's activations go as soon as its sum is there
         for own, value in own_sums(layers[name], known.pop(name), factors[name]).items():
             sums[f"{name}.{own}".removeprefix(".")] = value
@@ -160,24 +186,53 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
 
     None where one has no rule, does not run as its class does, or is only partly trained.
     """
+    parts = layers_and_bare(module, params)
+    return parts[0] if parts and not parts[1] else None
+
+
+def layers_and_bare(
+    module: nn.Module, params: Params
+) -> tuple[dict[str, nn.Module], Params] | None:
+    """Layers that own parameters, by name, and the parameters of modules without a rule.
+
+    None where a layer with a rule does not run as its class does, or is only partly trained, and
+    where a module without one does more with its parameters than to broadcast them.
+    """
     rules = clipping_rules()
     layers: dict[str, nn.Module] = {}
-    owned = 0
+    bare: Params = {}
+    numbers = sum(value.numel() for value in params.values())
     for name in dict.fromkeys(map(layer_of, params)):
         layer = module.get_submodule(name)
+        own = {n: value for n, value in params.items() if layer_of(n) == name}
         rule = rules.get(type(layer))
-        if rule is None or not layer._parameters.keys() <= rule.parameters:
-            return None
-        # a part with parameters would have its calls inside the layer's own
-        parted = any(True for part in layer.children() for _ in part.parameters())
-        if parted or not rule.covers(layer) or not runs_as_built(layer):
-            return None
-        for own, value in layer._parameters.items():
-            if value is not None and params.get(f"{name}.{own}".removeprefix(".")) is not value:
+        if rule is None:
+            bare |= own
+            if not bare_parameters(layer, bare, numbers):
                 return None
-            owned += value is not None
-        layers[name] = layer
-    return layers if owned == len(params) else None
+        elif _goes_by(rule, name, layer, own):
+            layers[name] = layer
+        else:
+            return None
+    return layers, bare
+
+
+def _goes_by(rule: ClippingRule, name: str, layer: nn.Module, own: Params) -> bool:
+    """Return whether a layer can be clipped by a rule.
+
+    Args:
+        name: of the layer in the model.
+        own: those of its parameters that are trained, by their names in the model.
+    """
+    if not layer._parameters.keys() <= rule.parameters:
+        return False
+    # a part with parameters would have its calls inside the layer's own
+    parted = any(True for part in layer.children() for _ in part.parameters())
+    if parted or not rule.covers(layer) or not runs_as_built(layer):
+        return False
+    held = {n: value for n, value in layer._parameters.items() if value is not None}
+    trained = (own.get(f"{name}.{n}".removeprefix(".")) is value for n, value in held.items())
+    return len(held) == len(own) and all(trained)
 
 
 # --------------------------------------------------------------------------- what they did

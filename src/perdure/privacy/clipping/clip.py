@@ -125,7 +125,8 @@ def _by_loop(row: Tensor) -> Tensor:
 def _by_torch(row: Tensor) -> Tensor:
     """(n,) squared norms."""
     table = row.unsqueeze(-1).flatten(1)
-    return torch.linalg.vector_norm(table, dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(table, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:

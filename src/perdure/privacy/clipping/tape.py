@@ -122,7 +122,8 @@ def _record(
         entered=entered.detach(),
         version=entered._version,
         edge=get_gradient_edge(_written_to(left)),
-        before=entered.grad_fn,
+        # a parameter that enters as it is has no function, but a place
+        before=get_gradient_edge(entered).node if entered.requires_grad else None,
         shape=left.shape,
         foreign=any(now is not then for now, then in zip(own, weights, strict=True)),
     )
@@ -163,12 +164,23 @@ def escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:
 
 def went_back(total: Tensor, calls: Sequence[TapedCall]) -> dict[str, list[LayerCall]]:
     """Calls that the losses depend on, by layer; the weights' gradients are not computed."""
+    return went_back_to(total, calls, ())[0]
+
+
+def went_back_to(
+    total: Tensor, calls: Sequence[TapedCall], places: Sequence[GradientEdge]
+) -> tuple[dict[str, list[LayerCall]], list[Tensor | None]]:
+    """Calls that the losses depend on, by layer, and the gradients at more places in the graph.
+
+    One backward pass; a gradient is None where the losses do not depend on the place.
+    """
     flowed: dict[str, list[LayerCall]] = {}
-    if calls and total.requires_grad:
-        edges = [call.edge for call in calls]
-        backs = torch.autograd.grad(total, edges, allow_unused=True)
-        for call, back in zip(calls, backs, strict=True):
-            if back is not None:
-                own = back.reshape(call.shape)  # the back of what was viewed has another shape
-                flowed.setdefault(call.layer, []).append(LayerCall(call.entered, own, own))
-    return flowed
+    edges = [*(call.edge for call in calls), *places]
+    if not edges or not total.requires_grad:
+        return flowed, [None] * len(places)
+    backs = torch.autograd.grad(total, edges, allow_unused=True)
+    for call, back in zip(calls, backs[: len(calls)], strict=True):
+        if back is not None:
+            own = back.reshape(call.shape)  # the back of what was viewed has another shape
+            flowed.setdefault(call.layer, []).append(LayerCall(call.entered, own, own))
+    return flowed, list(backs[len(calls) :])

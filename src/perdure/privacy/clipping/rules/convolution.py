@@ -10,7 +10,7 @@ A convolution over volumes is one over images: the taps along the depth are chan
 along the depth are images whose gradients add up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,8 @@ class Geometry:
         sides = (layer.in_channels, layer.out_channels)
         ins, outs = reversed(sides) if transposed else sides
         taps = depth.kernel if depth else 1
-        return cls(ins * taps, outs, *pairs, layer.groups, depth, transposed)
+        shape = cls(ins * taps, outs, *pairs)
+        return replace(shape, groups=layer.groups, depth=depth, transposed=transposed)
 
     @property
     def fan_in(self) -> int:

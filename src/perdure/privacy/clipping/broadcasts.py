@@ -1,0 +1,384 @@
+"""Per-record gradients of parameters that stand in no layer with a rule, such as class tokens.
+
+A model may add a parameter to every record's row, put it beside every record's row, or scale every
+record's row with it. With out_i = x_i + q for every record i, and q a view of the parameter, the
+gradient of record i's loss in q is its gradient at out_i, summed over the axes that q is broadcast
+over. The gradient at all of `out` comes out of the same backward pass as those of the layers.
+
+The graph of autograd, which is what is differentiated, says whether a parameter is used so. Every
+path from the losses to the parameter must end in views of the parameter (which read no record)
+below one of
+
+- `x + q` and `x * q`, where q has no axis of records and x has a row a record;
+- `q.expand(n, ...)` and `q.repeat(n, 1, ...)`, where all that is done with the result is one of the
+  former or `torch.cat` along another axis than the records', with an x that has a row a record.
+
+A tensor has a row a record where it is the output of a layer with a rule, whose rows are records'
+rows by the contract of book-keeping, or follows from one by operations of a short list that leave
+the first axis alone. A first axis that happens to be as long as the batch proves nothing. Whatever
+else is found, the gradients of records are formed one by one.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from perdure.privacy.clipping.clip import layer_of
+from perdure.privacy.clipping.norms import at_least_float32
+from perdure.privacy.clipping.rules.base import FormedRows
+from perdure.privacy.clipping.tape import TapedCall
+from perdure.types import Params
+
+MOST_SHARE = 0.5
+"""Largest share of a model's numbers in such parameters. They are few beside the layers; a model
+that multiplies with its own matrices need not run once more for nothing.
+"""
+
+VIEWS = frozenset(
+    {
+        "AliasBackward0",
+        "CloneBackward0",
+        "PermuteBackward0",
+        "ReshapeAliasBackward0",
+        "SelectBackward0",
+        "SliceBackward0",
+        "SqueezeBackward0",
+        "SqueezeBackward1",
+        "TBackward0",
+        "TransposeBackward0",
+        "UnsafeViewBackward0",
+        "UnsqueezeBackward0",
+        "ViewBackward0",
+    }
+)
+"""Operations on one tensor that compute nothing."""
+
+RESHAPES = frozenset({"ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0"})
+"""Views in the order of the numbers: where the first axis keeps its length, it keeps its rows."""
+
+ELEMENTWISE = frozenset(
+    {
+        "AliasBackward0",
+        "CloneBackward0",
+        "GeluBackward0",
+        "LeakyReluBackward0",
+        "NativeDropoutBackward0",
+        "ReluBackward0",
+        "SigmoidBackward0",
+        "SiluBackward0",
+        "TanhBackward0",
+        "ToCopyBackward0",
+    }
+)
+"""Operations on one tensor, number by number."""
+
+WITH_BROADCAST = frozenset({"AddBackward0", "MulBackward0"})
+COPIES = frozenset({"ExpandBackward0", "RepeatBackward0"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Use:
+    """One use of a parameter in every record's row.
+
+    Args:
+        name: of the parameter, in the model.
+        param: the parameter.
+        viewed: place of q in the graph, a view of the parameter.
+        shape: of q.
+        out: place of the tensor with a row a record; its gradient is asked for.
+        factor: what q is multiplied with, a row a record; None where it is added or copied.
+    """
+
+    name: str
+    param: Tensor
+    viewed: GradientEdge
+    shape: torch.Size
+    out: GradientEdge
+    factor: Tensor | None = None
+
+
+def bare_parameters(layer: nn.Module, own: Params, total: int) -> bool:
+    """Return whether the parameters of a module without a rule may be used by broadcast.
+
+    Args:
+        layer: the module.
+        own: those of its parameters that are trained.
+        total: numbers in all parameters that are trained.
+    """
+    containers = (nn.ParameterList, nn.ParameterDict)
+    library = type(layer).__module__.partition(".")[0]
+    if library in ("torch", "opacus") and type(layer) not in containers:
+        return False  # such layers multiply with their parameters
+    full = all(value.dtype in (torch.float32, torch.float64) for value in own.values())
+    return full and sum(value.numel() for value in own.values()) <= MOST_SHARE * total
+
+
+def parameter_uses(
+    total: Tensor, calls: Sequence[TapedCall], params: Params, records: int
+) -> list[Use] | None:
+    """Every use of the parameters that the losses depend on.
+
+    Args:
+        total: sum of the losses.
+        calls: of layers with a rule, whose outputs have a row a record.
+        params: by name in the model; none belongs to a layer with a rule.
+        records: in the batch.
+
+    Returns:
+        None where one is used in another way than this file's.
+    """
+    graph = Graph(total, calls, records)
+    uses: list[Use] = []
+    for name, param in params.items():
+        for node in graph.leaves(param):
+            found = graph.uses(name, param, node)
+            if found is None:
+                return None
+            uses += found
+    return uses
+
+
+class Graph:
+    """The graph of autograd from the losses down, without the insides of layers with a rule.
+
+    Args:
+        total, calls, records: see `parameter_uses`.
+    """
+
+    def __init__(self, total: Tensor, calls: Sequence[TapedCall], records: int) -> None:
+        self.records = records
+        self.jumps = {call.edge.node: call for call in calls}
+        self.above: dict[Node, list[Node]] = {}
+        self.known: dict[Node, bool] = {}
+        todo = [total.grad_fn]
+        while todo:
+            node = todo.pop()
+            for below in () if node is None else self._below(node):
+                if below not in self.above:
+                    todo.append(below)
+                self.above.setdefault(below, []).append(node)  # type: ignore[arg-type]
+
+    def _below(self, node: Node) -> Iterable[Node]:
+        """Nodes that a node passes gradients to, each once."""
+        if node in self.jumps:
+            before = self.jumps[node].before
+            return () if before is None else (before,)
+        return dict.fromkeys(below for below, _ in node.next_functions if below is not None)
+
+    def leaves(self, param: Tensor) -> list[Node]:
+        """Places of a parameter in the graph."""
+        return [node for node in self.above if getattr(node, "variable", None) is param]
+
+    def uses(self, name: str, param: Tensor, node: Node) -> list[Use] | None:
+        """Uses of the tensor that left a node, a view of the parameter; None for any other use."""
+        found: list[Use] = []
+        for user in self.above[node]:
+            some = self._of(name, param, node, user)
+            if some is None:
+                return None
+            found += some
+        return found
+
+    def _of(self, name: str, param: Tensor, node: Node, user: Node) -> list[Use] | None:
+        """Uses by one operation."""
+        if user in self.jumps or not _single(node) or not _single(user):
+            return None
+        kind = user.name()
+        if kind in VIEWS:
+            return self.uses(name, param, user)
+        place = [below for below, _ in user.next_functions].index(node)
+        shape = _shape(node)
+        if kind in WITH_BROADCAST:
+            fits = self._broadcast(user, place) and _rowless(shape, _shape(user))
+        else:
+            fits = kind in COPIES and self._copied(user, shape)
+        if not fits:
+            return None
+        factor = None
+        if kind == "MulBackward0":
+            saved: Any = user
+            factor = (saved._saved_other if place == 0 else saved._saved_self).detach()
+        viewed = GradientEdge(node, 0)
+        out = GradientEdge(user, 0)
+        return [Use(name=name, param=param, viewed=viewed, shape=shape, out=out, factor=factor)]
+
+    def _broadcast(self, node: Node, place: int) -> bool:
+        """Return whether the operand at `place` meets another one with a row a record."""
+        functions = node.next_functions
+        if len(functions) != 2 or len(_shape(node)) < 2:
+            return False
+        saved: Any = node
+        if node.name() == "AddBackward0" and place == 1 and saved._saved_alpha != 1:
+            return False
+        other, number = functions[1 - place]
+        return self._has_rows(other, number) and _same_axes(other, node)
+
+    def _copied(self, node: Node, shape: torch.Size) -> bool:
+        """Return whether a tensor without records is copied for each, to meet the records' rows."""
+        out = _shape(node)
+        if out[:1] != (self.records,) or not _rowless(shape, out):
+            return False
+        padded = (1,) * (len(out) - len(shape)) + tuple(shape)
+        if node.name() == "RepeatBackward0" and padded[1:] != tuple(out[1:]):
+            return False  # tiled along another axis
+        return all(self._meets_rows(user, node) for user in self.above[node])
+
+    def _meets_rows(self, user: Node, node: Node) -> bool:
+        """Return whether an operation lines the rows of a copy up with those of the records."""
+        if user in self.jumps or not _single(user):
+            return False
+        if user.name() in RESHAPES and _shape(user)[0] == self.records:
+            return all(self._meets_rows(after, user) for after in self.above[user])
+        functions = user.next_functions
+        places = [place for place, (below, _) in enumerate(functions) if below is node]
+        if user.name() == "CatBackward0":
+            others = [other for place, other in enumerate(functions) if place not in places]
+            return _axis(user, "_saved_dim") > 0 and any(self._has_rows(*other) for other in others)
+        fits = user.name() in WITH_BROADCAST and len(places) == 1 and _same_axes(node, user)
+        return fits and self._broadcast(user, places[0])
+
+    def _has_rows(self, node: Node | None, number: int) -> bool:
+        """Return whether what left a node has a row a record."""
+        if node is None or number != 0 or not _single(node):
+            return False
+        if node not in self.known:
+            rows = _shape(node)[:1] == (self.records,)
+            self.known[node] = rows and (node in self.jumps or self._keeps_rows(node))
+        return self.known[node]
+
+    def _keeps_rows(self, node: Node) -> bool:
+        """Return whether rows of records went in, and the operation leaves the first axis alone."""
+        kind = node.name()
+        functions = node.next_functions
+        if kind == "CatBackward0":
+            return _axis(node, "_saved_dim") > 0 and any(self._has_rows(*f) for f in functions)
+        if kind in WITH_BROADCAST:
+            return any(
+                self._has_rows(below, number) and _same_axes(below, node)
+                for below, number in functions
+            )
+        call = self.jumps.get(functions[0][0]) if len(functions) == 1 else None  # type: ignore[arg-type]
+        if kind in RESHAPES and call is not None and call.shape == _shape(node):
+            return True  # a layer computed its output on flat rows, and this is how it left
+        alone = len(functions) == 1 and self._has_rows(*functions[0])
+        return alone and _first_axis_stays(node, _shape(functions[0][0]))
+
+
+def _first_axis_stays(node: Node, entered: torch.Size) -> bool:
+    """Return whether an operation on one tensor with a row a record gives one."""
+    kind = node.name()
+    if kind in ELEMENTWISE:
+        return True
+    if kind in RESHAPES:
+        return entered[0] == _shape(node)[0]
+    if kind == "TransposeBackward0":
+        return _axis(node, "_saved_dim0") > 0 and _axis(node, "_saved_dim1") > 0
+    if kind == "PermuteBackward0":
+        saved: Any = node
+        return saved._saved_dims[0] % 2**64 in (0, 2**64 - len(entered))
+    return kind in ("SliceBackward0", "UnsqueezeBackward0") and _axis(node, "_saved_dim") > 0
+
+
+def _axis(node: Node, name: str) -> int:
+    """An axis that an operation was given, counted from the first; -1 where it is not known."""
+    axis = getattr(node, name, None)
+    if not isinstance(axis, int):
+        return -1
+    signed = axis - 2**64 if axis >= 2**63 else axis  # torch shows a negative one without its sign
+    return signed if signed >= 0 else signed + len(_shape(node))
+
+
+def _single(node: Node) -> bool:
+    """Return whether one tensor left a node."""
+    return len(_metadata(node)) == 1
+
+
+def _shape(node: Node | None) -> torch.Size:
+    """Shape of the tensor that left a node."""
+    assert node is not None
+    return torch.Size(_metadata(node)[0].shape)
+
+
+def _metadata(node: Node) -> Sequence[Any]:
+    found: Any = node
+    metadata: Sequence[Any] = found._input_metadata
+    return metadata
+
+
+def _same_axes(operand: Node | None, result: Node) -> bool:
+    """Return whether an operand has all axes of the result, and all of its rows."""
+    own = _shape(operand)
+    out = _shape(result)
+    return len(own) == len(out) and own[0] == out[0]
+
+
+def _rowless(shape: torch.Size, out: torch.Size) -> bool:
+    """Return whether a tensor has no axis of records, or one of length 1, in a result."""
+    return len(shape) < len(out) or shape[0] == 1
+
+
+class BroadcastRows(FormedRows):
+    """Rows of the parameters of one module, over all their uses.
+
+    Args:
+        uses: each with the gradient at its `out`, (n, ...).
+    """
+
+    def __init__(self, uses: Sequence[tuple[Use, Tensor]]) -> None:
+        self.uses = uses
+        self.shapes = {use.name: use.param.shape for use, _ in uses}
+        super().__init__(len(uses[0][1]), sum(map(math.prod, self.shapes.values())))
+
+    def finished(self, sums: Params) -> Params:
+        """See `FormedRows`."""
+        return {name: value.view(self.shapes[name]) for name, value in sums.items()}
+
+    def formed(self, piece: slice) -> Params:
+        """See `FormedRows`; by the parameters' names in the model."""
+        rows: Params = {}
+        for use, back in self.uses:
+            own = _row(use, back, piece)
+            own = own if own.dim() > 1 else own[:, None]  # of a single number
+            rows[use.name] = rows[use.name] + own if use.name in rows else own
+        return rows
+
+
+def _row(use: Use, back: Tensor, piece: slice) -> Tensor:
+    """(m, ...) gradients of some records in the parameter, by one use."""
+    rows = at_least_float32(back[piece])
+    if use.factor is not None:
+        rows = rows * use.factor[piece].to(rows.dtype)
+    ahead = max(1, back.dim() - len(use.shape))
+    inner = use.shape[ahead - back.dim() :] if back.dim() > ahead else use.shape[:0]
+    narrow = [ahead + i for i, length in enumerate(inner) if length == 1]
+    over = [*range(1, ahead), *narrow]
+    rows = (rows.sum(over) if over else rows).reshape(len(rows), *use.shape)
+    if hasattr(use.viewed.node, "variable"):
+        return rows
+    (own,) = torch.autograd.grad(
+        [use.viewed],
+        [use.param],
+        grad_outputs=[rows.to(use.param.dtype)],
+        is_grads_batched=True,
+        retain_graph=True,
+    )
+    return own
+
+
+def rows_by_module(uses: Sequence[Use], backs: Sequence[Tensor | None]) -> dict[str, BroadcastRows]:
+    """Rows of the parameters by the name of the module that owns them.
+
+    Args:
+        uses: of the parameters.
+        backs: gradient at each one's `out`; None where the losses do not depend on it.
+    """
+    found: dict[str, list[tuple[Use, Tensor]]] = {}
+    for use, back in zip(uses, backs, strict=True):
+        if back is not None:
+            found.setdefault(layer_of(use.name), []).append((use, back))
+    return {owner: BroadcastRows(own) for owner, own in found.items()}
