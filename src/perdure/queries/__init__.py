@@ -5,6 +5,7 @@ function that releases a statistic (`mean`, `histogram`, `quantile`, `top_k`). `
 base of queries with faster exact sums than row by row.
 """
 
+from perdure.queries.batch_gradients import clipped_gradient
 from perdure.queries.evaluation import SummedQuery
 from perdure.queries.gram import Gram, svec, unsvec
 from perdure.queries.grouped_gradients import GroupedGradient
@@ -17,6 +18,7 @@ __all__ = [
     "GroupedGradient",
     "SquaredGradient",
     "SummedQuery",
+    "clipped_gradient",
     "histogram",
     "mean",
     "quantile",
