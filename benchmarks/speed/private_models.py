@@ -140,6 +140,12 @@ def conv3d() -> nn.Module:
     )
 
 
+def without_rule() -> nn.Module:
+    """A perceptron with a learned slope, which goes record by record."""
+    layers = nn.Linear(3072, 64), nn.PReLU(), nn.Linear(64, CLASSES)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (256,)),
     "resnet18": (resnet, (3, 32, 32)),
@@ -148,6 +154,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding_gru": (Words, (16,)),
     "depthwise": (depthwise, (3, 32, 32)),
     "conv3d": (conv3d, (1, 16, 16, 16)),
+    "without_rule": (without_rule, (3, 32, 32)),
 }
 
 

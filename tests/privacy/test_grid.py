@@ -263,6 +263,24 @@ def test_long_rows_are_summed_by_loop_as_by_torch(per_layer, steps, monkeypatch)
         assert torch.equal(by_loop[name], value) and bool(value.isfinite().all())
 
 
+class Unclipped(Clip):
+    """Scales no row: a fault that the check of integer norms is for."""
+
+    def factors(self, squares):
+        return {layer: torch.ones_like(square) for layer, square in squares.items()}
+
+
+@pytest.mark.parametrize("numbers", [30, 2**11])
+def test_a_row_beyond_its_bound_is_left_out(numbers):
+    rows = 0.5 * torch.nn.functional.normalize(torch.randn(9, numbers))
+    rows[[2, 5]] *= 7
+    kept = rows[torch.arange(9)[(torch.arange(9) != 2) & (torch.arange(9) != 5)]]
+    clip = Unclipped(norm=1.0, steps=2**20)
+    assert torch.equal(
+        sum_of_clipped({"a": rows}, clip)["a"], sum_of_clipped({"a": kept}, clip)["a"]
+    )
+
+
 def test_rows_in_float64_or_of_few_numbers_are_left_to_torch():
     assert not row_loops.takes({"a": torch.zeros(2, row_loops.LONG_ROW).double()})
     assert not row_loops.takes({"a": torch.zeros(2 * row_loops.LONG_ROW, 1)})

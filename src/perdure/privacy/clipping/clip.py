@@ -199,12 +199,14 @@ def sum_of_clipped(rows: Params, clip: Clip) -> Params:
         return {name: row.sum(0) for name, row in clipped.items()} | clip.count(squares)
     sums = {name: row.new_zeros(row.shape[1:], dtype=torch.float64) for name, row in rows.items()}
     scales = {n: factors[layer_of(n)].double() * (clip.steps / clip.norm) for n in rows}
-    add = _add_by_loop if row_loops.takes(rows) else _add_by_torch
     numbers = sum(value.numel() for value in sums.values())
     longest = (clip.steps + math.sqrt(numbers) / 2) ** 2
-    for piece in record_slices(len(next(iter(rows.values()))), numbers):
-        part = {name: row[piece] for name, row in rows.items()}
-        add(part, {name: scale[piece] for name, scale in scales.items()}, longest, sums)
+    if row_loops.takes(rows):
+        _add_by_loop(rows, scales, longest, sums)
+    else:
+        for piece in record_slices(len(next(iter(rows.values()))), numbers):
+            part = {name: row[piece] for name, row in rows.items()}
+            _add_by_torch(part, {n: scale[piece] for n, scale in scales.items()}, longest, sums)
     step = clip.norm / clip.steps
     return {name: value * step for name, value in sums.items()} | clip.count(squares)
 
@@ -220,25 +222,30 @@ def _add_by_torch(rows: Params, scales: Params, longest: float, sums: Params) ->
         longest: squared norm of the longest row there may be, in grid steps.
         sums: added to.
     """
-    clean = {n: torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0) for n, r in rows.items()}
-    units = {
-        n: (r.double() * scales[n].view(-1, *[1] * (r.dim() - 1))).round_()
-        for n, r in clean.items()
-    }
-    squares = sum_of([u.unsqueeze(-1).flatten(1).square().sum(1) for u in units.values()])
-    inside = squares <= longest
-    for name, value in units.items():
-        sums[name] += (value * inside.view(-1, *[1] * (value.dim() - 1))).sum(0)
+    units: Params = {}
+    for name, row in rows.items():
+        scale = scales[name].view(-1, *[1] * (row.dim() - 1))
+        whole = (row.double() * scale).round_()
+        if bool((scale == 0).any()):  # such a row may hold what is not a number
+            whole.masked_fill_(scale == 0, 0.0)
+        units[name] = whole.unsqueeze(-1).flatten(1)
+    squares = sum_of([table.square().sum(1) for table in units.values()])
+    inside = (squares <= longest).double()
+    for name, table in units.items():
+        # integers, each times 0 or 1: exact in whatever order they are added
+        sums[name] += (inside @ table).view(sums[name].shape)
 
 
 def _add_by_loop(rows: Params, scales: Params, longest: float, sums: Params) -> None:
-    """See `_add_by_torch`."""
+    """See `_add_by_torch`; the sums are 0 before."""
     loops = row_loops.row_loops()
-    tables = {name: row_loops.table_of(row) for name, row in rows.items()}
     squares = torch.zeros(len(next(iter(scales.values()))), dtype=torch.float64)
-    for name, table in tables.items():
-        loops.add_grid_squares(table, scales[name].numpy(), squares.numpy())
+    for name, row in rows.items():
+        total = sums[name].view(-1).numpy()
+        loops.add_grid_rows(row_loops.table_of(row), scales[name].numpy(), total, squares.numpy())
     inside = squares <= longest
-    for name, table in tables.items():
-        own = torch.where(inside, scales[name], 0.0)
-        loops.add_grid_rows(table, own.numpy(), sums[name].view(-1).numpy())
+    if not bool(inside.all()):  # never, of a clipped row; once more without it
+        for value in sums.values():
+            value.zero_()
+        kept = {name: torch.where(inside, scale, 0.0) for name, scale in scales.items()}
+        _add_by_loop(rows, kept, math.inf, sums)

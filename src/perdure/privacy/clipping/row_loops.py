@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-LONG_ROW = 2**13
+LONG_ROW = 2**11
 """Numbers in a record's row from which loading the loops pays.
 
 It is a length, which is public, and not a number of records: how a row is rounded depends on it.
@@ -29,13 +29,12 @@ class RowLoops(NamedTuple):
 
     Args:
         add_squares: adds the squares of each row to its place.
-        add_grid_squares: the same of the row in whole grid steps.
-        add_grid_rows: adds the rows, in whole grid steps, to a sum.
+        add_grid_rows: adds the rows, in whole grid steps, to a sum, and the squares of each row,
+            in whole grid steps, to its place.
     """
 
     add_squares: Callable[[Floats, Doubles], None]
-    add_grid_squares: Callable[[Floats, Doubles, Doubles], None]
-    add_grid_rows: Callable[[Floats, Doubles, Doubles], None]
+    add_grid_rows: Callable[[Floats, Doubles, Doubles, Doubles], None]
 
 
 def takes(rows: dict[str, Tensor]) -> bool:
@@ -57,10 +56,9 @@ def row_loops() -> RowLoops:
     """Compile the loops."""
     import numba
 
-    exact: Any = numba.njit(nogil=True)
     # terms of a sum may be added in any order, several at a time; nothing else may change
-    quick: Any = numba.njit(nogil=True, fastmath={"reassoc"})
-    return RowLoops(quick(_add_squares), quick(_add_grid_squares), exact(_add_grid_rows))
+    jit: Any = numba.njit(nogil=True, fastmath={"reassoc"})
+    return RowLoops(jit(_add_squares), jit(_add_grid_rows))
 
 
 def _add_squares(rows: Floats, squares: Doubles) -> None:
@@ -72,20 +70,13 @@ def _add_squares(rows: Floats, squares: Doubles) -> None:
         squares[i] += total
 
 
-def _add_grid_squares(rows: Floats, scales: Doubles, squares: Doubles) -> None:
+def _add_grid_rows(rows: Floats, scales: Doubles, total: Doubles, squares: Doubles) -> None:
     for i in range(len(rows)):
         scale = scales[i]
-        total = 0.0
+        own = 0.0
         if scale != 0.0:  # a row of scale 0 may hold what is not a number
             for j in range(rows.shape[1]):
                 units = np.rint(np.float64(rows[i, j]) * scale)
-                total += units * units
-        squares[i] += total
-
-
-def _add_grid_rows(rows: Floats, scales: Doubles, total: Doubles) -> None:
-    for i in range(len(rows)):
-        scale = scales[i]
-        if scale != 0.0:
-            for j in range(rows.shape[1]):
-                total[j] += np.rint(np.float64(rows[i, j]) * scale)
+                own += units * units
+                total[j] += units
+        squares[i] += own
