@@ -186,7 +186,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 def perdure(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     """The clipped sum as the learner takes it."""
     batch = Batch.current(Records(inputs=x, labels=y), 0)
-    params = dict(model.named_parameters())
+    params: dict[str, Tensor] = dict(model.named_parameters())
     clip = Clip(norm=CLIP_NORM, steps=GRID_STEPS)
     forward = Forward(model)
     return lambda: clipped_gradient(forward, losses, params, batch, clip, None)
@@ -293,7 +293,7 @@ def measure(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
         method: statistics.median(turn[method] / turn["plain"] for turn in turns)
         for method in steps
     }
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "benchmark": "private_models",
             "model": name,

@@ -10,7 +10,7 @@ A convolution over volumes is one over images: the taps along the depth are chan
 along the depth are images whose gradients add up.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -81,16 +81,26 @@ class Geometry:
         """Read them off a layer with numeric padding."""
         assert isinstance(layer, Convolution | Transposed)
         settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        pairs = [
+        # along the last two axes; a sequence has a height of 1
+        kernel, stride, padding, dilation = (
             (*high, *own)[-2:] for high, own in zip(((1,), (1,), (0,), (1,)), settings, strict=True)
-        ]
+        )
         depth = Axis(*(int(own[0]) for own in settings)) if layer.weight.dim() == 5 else None
         transposed = isinstance(layer, Transposed)
         sides = (layer.in_channels, layer.out_channels)
         ins, outs = reversed(sides) if transposed else sides
         taps = depth.kernel if depth else 1
-        shape = cls(ins * taps, outs, *pairs)
-        return replace(shape, groups=layer.groups, depth=depth, transposed=transposed)
+        return cls(
+            ins=ins * taps,
+            outs=outs,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=layer.groups,
+            depth=depth,
+            transposed=transposed,
+        )
 
     @property
     def fan_in(self) -> int:
