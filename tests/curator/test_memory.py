@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.contract.plan import MemoryPlan, records_in
-from perdure.curator.memory import Memory, balanced, concatenate, herded, reservoir
+from perdure.curator.memory import (
+    Memory,
+    balanced,
+    concatenate,
+    groups_of,
+    herd,
+    herded,
+    quota,
+    reservoir,
+)
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 
@@ -319,6 +328,39 @@ def test_every_herded_row_is_the_best_that_is_left(n, most, seed):
         assert gaps[chosen[k - 1]] <= min(gaps.values()) + 1e-9
     # a shorter list is a prefix
     assert herded(features, max(1, most - 1)).tolist() == chosen[: max(1, most - 1)]
+
+
+def by_distances(features, most):
+    """Algorithm 4 as it is printed: the distance of every mean to the mean of all."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
+    total = torch.zeros_like(mean)
+    chosen = []
+    for k in range(1, min(len(unit), most) + 1):
+        gaps = (mean - (total + unit) / k).square().sum(1)
+        gaps[chosen] = torch.inf
+        chosen.append(int(gaps.argmin()))
+        total = total + unit[chosen[-1]]
+    return chosen
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("seed", range(3))
+def test_products_herd_the_rows_that_distances_do(seed):
+    features = torch.randn(90, 16, generator=place(seed)).relu()
+    features[3:6] = 0  # rows without a direction, which are equal too
+    assert herded(features, 60).tolist() == by_distances(features, 60)
+
+
+def test_no_more_rows_are_herded_than_a_quota_keeps():
+    plan = MemoryPlan(capacity=10, selection="herding")
+    new = rows([2, 3] * 20, task=1)
+    groups = groups_of([rows([0, 1]), new], None)
+    assert quota(groups, plan) == 3  # of 10 rows in 4 classes the first get 3
+    features = torch.randn(40, 4, generator=place())
+    assert len(herd(new.labels, features, quota(groups, plan))) == 2 * 3
+    assert quota(groups, MemoryPlan(capacity=10, selection="herding", per_class=7)) == 7
+    assert quota(groups, MemoryPlan(capacity=1, selection="herding")) == 1
 
 
 def test_herding_keeps_prefixes_when_quotas_shrink():

@@ -61,14 +61,15 @@ class Memory:
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
             self._keep([new], kept)
         else:
-            order = self._order(new, plan, generator, known)
-            parts = [new.take(order.to(new.inputs.device))]
             old = [self.rows] if self.rows is not None else []
+            if plan.selection == "herding":
+                assert known is not None
+                order = herd(new.labels, known, quota(groups_of([*old, new], stages), plan))
+            else:
+                order = self._order(new, plan, generator, known)
+            parts = [new.take(order.to(new.inputs.device))]
             parts = parts + old if plan.selection == "ring" else old + parts
-            tasks = torch.cat([part.tasks for part in parts]).cpu()
-            labels = torch.cat([part.labels for part in parts]).cpu()
-            groups = torch.stack([tasks if stages is None else stages[tasks], labels], dim=1)
-            self._take(parts, balanced(groups, plan.capacity, plan.per_class))
+            self._take(parts, balanced(groups_of(parts, stages), plan.capacity, plan.per_class))
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
@@ -93,15 +94,8 @@ class Memory:
             return torch.randperm(len(new), generator=generator)
         if plan.selection == "ring":
             return torch.arange(len(new)).flip(0)
-        assert known is not None
-        if plan.selection == "loss-aware":
-            return known.argsort(descending=True, stable=True).cpu()
-        most = plan.capacity if plan.per_class is None else plan.per_class
-        classes = [
-            torch.nonzero(new.labels == label).flatten() for label in torch.unique(new.labels)
-        ]
-        herds = [positions[herded(known[positions], most)] for positions in classes]
-        return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
+        assert plan.selection == "loss-aware" and known is not None
+        return known.argsort(descending=True, stable=True).cpu()
 
     def _keep(self, new: list[Batch], kept: Tensor) -> None:
         """Keep these positions of the stored rows, followed by the new ones."""
@@ -115,26 +109,53 @@ class Memory:
         self.rows = everything.take(kept.to(everything.inputs.device)).map(lambda t: t.clone())
 
 
+def groups_of(parts: list[Batch], stages: Tensor | None) -> Tensor:
+    """(n, 2) stage and label of every row, on the CPU: rows with equal ones share a quota.
+
+    Args:
+        stages: (T,) int64, the stage of every experience so far; None where each is its own.
+    """
+    tasks = torch.cat([part.tasks for part in parts]).cpu()
+    labels = torch.cat([part.labels for part in parts]).cpu()
+    return torch.stack([tasks if stages is None else stages[tasks], labels], dim=1)
+
+
+def quota(groups: Tensor, plan: MemoryPlan) -> int:
+    """Rows that `balanced` leaves to any of these groups (n, k) at most."""
+    if plan.per_class is not None:
+        return plan.per_class
+    return -(-plan.capacity // max(1, len(torch.unique(groups, dim=0))))
+
+
+def herd(labels: Tensor, features: Tensor, most: int) -> Tensor:
+    """(m,) positions, on the CPU, of at most `most` herded rows of every class, class by class."""
+    classes = [torch.nonzero(labels == label).flatten() for label in torch.unique(labels)]
+    herds = [positions[herded(features[positions], most)] for positions in classes]
+    return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
+
+
 @torch.no_grad()
 def herded(features: Tensor, most: int) -> Tensor:
     """(min(n, most),) positions of the chosen rows of features (n, f), the best first.
 
-    Each row is chosen so that the mean of the chosen rows is closest to the mean of all.
+    Each row is chosen so that the mean of the chosen rows is closest to the mean of all. The k-th
+    is the row x of those that are left for which |k mean - total - x|^2 is smallest, with total the
+    sum of the rows before, and so |x|^2 - 2 <x, k mean - total>: one product with all rows.
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
-    rows = torch.nn.functional.normalize(features.double(), dim=1)
+    # column by column in memory: the product, which takes nearly all the time, is faster so
+    rows = torch.nn.functional.normalize(features.T.double().contiguous(), dim=0).T
     mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
-    total = torch.zeros_like(rows[0])
-    free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    squares = rows.square().sum(1)
+    gap = mean.clone()
     chosen = []
-    for k in range(1, min(len(rows), most) + 1):
-        gap = (mean - (total + rows) / k).square().sum(1)
-        best = torch.where(free, gap, torch.inf).argmin()
+    for _ in range(min(len(rows), most)):
+        best = int(torch.addmv(squares, rows, gap, alpha=-2.0).argmin())
         chosen.append(best)
-        free[best] = False
-        total = total + rows[best]
-    return torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=rows.device)
+        squares[best] = torch.inf
+        gap += mean - rows[best]
+    return torch.tensor(chosen, dtype=torch.int64, device=features.device)
 
 
 def reservoir(
