@@ -17,13 +17,12 @@ makes of them.
 A strategy does not write parameters, so tw is the model's head plus a shift that is constant during
 an experience: it starts where it should, and has the gradient of the head. Weight decay pulls the
 model's head, not tw, towards 0. Running statistics of BatchNorm are not parameters and go on moving
-with the frozen body; dropout draws twice, once for the model's head and once for the shift. A body
-with neither is what this is made for.
+with the frozen body.
 
 State: the model's head where the experience before ended (`base`), and for the formula `kept`,
 `trained`, `totals`, `before` and `latest`; these are combined over clients, and `cw` follows from
 them, so that a federation holds what one party with all records and the same model would.
-Memory cost: four times the head. A step takes two passes through the body instead of one.
+Memory cost: four times the head.
 Privacy cost: the class counts, one histogram with integer noise after every experience.
 """
 
@@ -98,7 +97,8 @@ class CWRStar(Strategy):
             n: start(value, context.current) - state[f"base/{n}"]
             for n, value in state.group("cw").items()
         }
-        logits = forward(batch.inputs) + linear(forward.features(batch.inputs), shift)
+        logits, features = forward.with_features(batch.inputs)
+        logits = logits + linear(features, shift)
         return cross_entropy_of(context.mask(logits, batch), batch.labels)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:

@@ -11,8 +11,7 @@ where classes are new, so old answers may drift although the features stay.
 
 State: `teacher`, parameters and running statistics at the end of the last experience (identical on
 all clients, kept by each).
-Memory cost: once the parameters. A step takes three passes forward instead of one, since features
-and logits of the present model are two passes.
+Memory cost: once the parameters, and one more forward pass a step.
 Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
 """
 
@@ -22,7 +21,15 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
-from perdure.contract import Context, Forward, Spec, State, Strategy, cross_entropy
+from perdure.contract import (
+    Context,
+    Forward,
+    Spec,
+    State,
+    Strategy,
+    cross_entropy,
+    cross_entropy_of,
+)
 from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.types import Params
@@ -63,11 +70,12 @@ class FeatureDistillation(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and half the squared distance of the features, per record."""
-        new = cross_entropy(forward, batch, context)
         if context.experience == 0:
-            return new
+            return cross_entropy(forward, batch, context)
+        logits, features = forward.with_features(batch.inputs)
         before = forward.at(state.group("teacher")).features(batch.inputs)
-        distance = (forward.features(batch.inputs) - before).square().flatten(1).sum(1)
+        distance = (features - before).square().flatten(1).sum(1)
+        new = cross_entropy_of(context.mask(logits, batch), batch.labels)
         return new + 0.5 * self.strength * distance
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:

@@ -153,7 +153,7 @@ CASES: dict[str, Case] = {
     "gdumb": Case(strategy=GDumb(memory_size=MEMORY)),
     "gem": Case(strategy=GEM(memory_size=MEMORY), forward=2, backward=2),
     "generative_replay": Case(
-        # of every row the classifier, and encoder and decoder, each as large; made-up rows come from
+        # of every row the classifier, encoder and decoder, each as large; made-up rows come from
         # the teacher's decoder and classifier on top. Naive trains the classifier alone.
         strategy=GenerativeReplay(temperature=2.0),
         forward=8,

@@ -1,6 +1,7 @@
 """The model as a function of its input, at given parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,41 @@ class _Method(nn.Module):
         return getattr(self.module, self.name)(*inputs)
 
 
+_Call = tuple[object, Tensor, int]
+"""What entered `features`, what left it, and how often that had been written to by then."""
+
+
+@contextmanager
+def _recorded_features(module: nn.Module) -> Iterator[list[_Call]]:
+    """Record the calls of the model's method `features`, for as long as this is open."""
+    calls: list[_Call] = []
+    own = vars(module)
+    method = getattr(module, "features", None)
+    # a part of that name is no method; a method that was set on the object is its own affair
+    if not callable(method) or isinstance(method, nn.Module) or "features" in own:
+        yield calls
+        return
+
+    graph = torch.is_grad_enabled()
+
+    def features(*inputs: Any, **named: Any) -> Any:
+        answer = method(*inputs, **named)
+        plain = len(inputs) == 1 and not named and torch.is_grad_enabled() == graph
+        if plain and isinstance(answer, Tensor) and not answer.is_inference():
+            calls.append((inputs[0], answer, answer._version))
+        return answer
+
+    own["features"] = features
+    try:
+        yield calls
+    finally:
+        del own["features"]
+
+
 class Forward:
     """The model as a function of its input at given parameters.
 
-    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head,
+    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.with_features(x)` both,
     `forward.method("decode")(z)` what another method of the model makes of its inputs,
     `forward.at(params)` the same model at other parameters, unhooked and without gradients: a
     teacher, which keeps running statistics too where `params` has some.
@@ -53,6 +85,20 @@ class Forward:
         """(n, f): the input of the head."""
         features: Tensor = self.method("features")(x)
         return features
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, C) and features (n, f) of one pass, where the model's `forward` is made so.
+
+        A model whose `forward` does not call `features` on x itself, and once, or writes into what
+        it returns, is asked for its features in a pass of their own.
+        """
+        with _recorded_features(self.module) as calls:
+            logits = self(x)
+        if len(calls) == 1:
+            entered, features, version = calls[0]
+            if entered is x and features._version == version:
+                return logits, features
+        return logits, self.features(x)
 
     def method(self, name: str) -> Callable[..., Any]:
         """Another method of the model, at the same parameters as `forward`.
