@@ -26,9 +26,10 @@ move does to their logits. (Directions without the head did as well.) In class-i
 nothing keeps the logits of new classes low for old records: it forgets as SGD does.
 
 State: `directions`, averaged over clients by declared sizes, so that a federation holds what one
-party with all records and the same model would; `inverse`, of their inner products. They are as
-long as the stream: one that has grown since does not fit.
-Memory cost: experiences x `directions` times the parameters, read twice in every step. The release
+party with all records and the same model would; `inverse`, of their inner products, and `filled`,
+how many there are so far. They are as long as the stream: one that has grown since does not fit.
+Memory cost: experiences x `directions` times the parameters; of those that are there so far every
+number is read twice in every step. The release
 takes `directions` times the parameters, since a record's row of that length is never formed
 (`perdure.queries.GroupedGradient`). Privacy cost: one release an experience. A record adds the
 gradient of one number to one direction, clipped as its gradient is; the rest is free. Directions
@@ -48,7 +49,7 @@ from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.queries import GroupedGradient
 from perdure.types import Params
-from perdure.utils import derive, uniforms
+from perdure.utils import derive, number_unless_vmapped, uniforms
 
 if TYPE_CHECKING:
     from perdure.contract import Curator
@@ -90,9 +91,9 @@ class OGD(Strategy):
         rows = spec.num_experiences * self.directions
         zeros = {name: value.new_zeros(rows, *value.shape) for name, value in spec.params.items()}
         inverse = next(iter(zeros.values())).new_zeros(rows, rows, dtype=torch.float64)
-        return (
-            State().declare_group("directions", zeros, "mean").declare("inverse", inverse, "local")
-        )
+        state = State().declare_group("directions", zeros, "mean")
+        state = state.declare("inverse", inverse, "local")
+        return state.declare("filled", inverse.new_zeros((), dtype=torch.int64), "local")
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
         """Take away what lies in the span of the directions.
@@ -100,16 +101,19 @@ class OGD(Strategy):
         Raises:
             StrategyError: where only some of the parameters are trained.
         """
-        rows = {name: value.flatten(1) for name, value in state.group("directions").items()}
+        rows = filled_rows(state, state["filled"])
         if rows.keys() != gradient.keys():
             raise StrategyError(
                 "OGD's directions are of all parameters; combine it with nothing that trains "
                 "only some"
             )
+        count = len(next(iter(rows.values())))
+        if not count:
+            return gradient
         along = torch.stack([rows[name] @ value.flatten() for name, value in gradient.items()]).sum(
             0
         )
-        shares = (state["inverse"] @ along.double()).to(along)
+        shares = (state["inverse"][:count, :count] @ along.double()).to(along)
         return {
             name: value - (shares @ rows[name]).view_as(value) for name, value in gradient.items()
         }
@@ -132,12 +136,16 @@ class OGD(Strategy):
         return state.replace_group("directions", changes)
 
     def derive(self, state: State) -> State:
-        """Pseudo-inverse of the directions' inner products."""
-        products = [
-            rows.flatten(1).double() @ rows.flatten(1).double().T
-            for rows in state.group("directions").values()
-        ]
-        return state.replace({"inverse": inverse_of(torch.stack(products).sum(0))})
+        """Pseudo-inverse of the directions' inner products, and how many rows are filled."""
+        rows = [value.flatten(1) for value in state.group("directions").values()]
+        present = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in rows]).sum(0) != 0
+        places = torch.arange(1, len(present) + 1, device=present.device)
+        filled = torch.where(present, places, 0).amax()
+        wide = [part.double() for part in filled_rows(state, filled).values()]
+        inverse = inverse_of(torch.stack([part @ part.T for part in wide]).sum(0))
+        beyond = len(present) - len(inverse)
+        padded = torch.nn.functional.pad(inverse, (0, beyond, 0, beyond))
+        return state.replace({"inverse": padded, "filled": filled})
 
     def _logits(self, context: Context, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = forward(batch.inputs)
@@ -146,6 +154,16 @@ class OGD(Strategy):
         else:
             chosen = (logits * context.allowed).sum(1, keepdim=True) / context.allowed.sum()
         return chosen, torch.ones_like(chosen)
+
+
+def filled_rows(state: State, filled: Tensor) -> Params:
+    """Directions (k, numbers) by parameter: the first `filled` () of them, as the others are 0.
+
+    All of them under vmap, where states with other numbers stand side by side.
+    """
+    count = number_unless_vmapped(filled)
+    rows = {name: value.flatten(1) for name, value in state.group("directions").items()}
+    return rows if count is None else {name: value[: int(count)] for name, value in rows.items()}
 
 
 def group_of(batch: Batch, context: Context, groups: int) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +21,7 @@ from perdure.metrics import average_accuracy
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
 from perdure.strategies import OGD, Naive
-from perdure.strategies.ogd import group_of, scattered
+from perdure.strategies.ogd import group_of, inverse_of, scattered
 
 SHAPES = {"a": (3, 2), "b": (4,)}
 
@@ -93,6 +94,29 @@ def test_before_the_first_experience_ends_the_gradient_is_left_alone_to_the_bit(
     gradient = gradient_of(torch.randn(10, generator=torch.Generator().manual_seed(0)))
     mine = strategy.project(gradient, (), state)
     assert all(torch.equal(mine[name], value) for name, value in gradient.items())
+
+
+def test_only_directions_that_are_there_are_projected_on_and_inverted():
+    rows = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    rows[3] = 0
+    strategy, state = state_of(torch.cat([rows, torch.zeros(6, 10)]))
+    assert int(state["filled"]) == 6  # up to the last, a row of 0 among them
+    inverse = state["inverse"]
+    assert not inverse[6:].any() and not inverse[:, 6:].any() and not inverse[3].any()
+    torch.testing.assert_close(inverse[:6, :6], inverse_of(rows.double() @ rows.double().T))
+    gradient = gradient_of(torch.randn(10, generator=torch.Generator().manual_seed(1)))
+    beyond = {name: value.clone() for name, value in state.group("directions").items()}
+    for value in beyond.values():
+        value[6:] = math.nan  # would show if it were read
+    mine = strategy.project(gradient, (), state.replace_group("directions", beyond))
+    assert flat(mine).isfinite().all() and not torch.equal(flat(mine), flat(gradient))
+
+
+def test_in_the_first_experience_no_direction_is_read():
+    strategy, state = state_of(torch.zeros(4, 10))
+    gradient = gradient_of(torch.ones(10))
+    unread = state.replace({"inverse": torch.full_like(state["inverse"], math.nan)})
+    assert int(state["filled"]) == 0 and strategy.project(gradient, (), unread) is gradient
 
 
 # --------------------------------------------------------------------------- directions

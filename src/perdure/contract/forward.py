@@ -63,7 +63,8 @@ def _recorded_features(module: nn.Module) -> Iterator[list[_Call]]:
 class Forward:
     """The model as a function of its input at given parameters.
 
-    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head, `forward.with_features(x)` both,
+    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head and
+    `forward.with_features(x)` both of one pass,
     `forward.method("decode")(z)` what another method of the model makes of its inputs,
     `forward.at(params)` the same model at other parameters, unhooked and without gradients: a
     teacher, which keeps running statistics too where `params` has some.

@@ -12,6 +12,7 @@ from perdure.utils.extensions import Extensions, is_proper_subclass
 from perdure.utils.hashing import normals, uniforms
 from perdure.utils.modules import evaluating
 from perdure.utils.seeding import derive, generator, seeded
+from perdure.utils.vmapped import number_unless_vmapped
 
 __all__ = [
     "Extensions",
@@ -24,6 +25,7 @@ __all__ = [
     "is_proper_subclass",
     "machine",
     "normals",
+    "number_unless_vmapped",
     "seeded",
     "store_rows",
     "uniforms",
