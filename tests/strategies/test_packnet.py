@@ -192,6 +192,40 @@ def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
     assert torch.equal(kept.bool(), state["owner/body.1.weight"] == 2)
 
 
+def by_masks(name, live, state, task, head):
+    """The formula of the module by masks, one after another."""
+    owner = state[f"owner/{name}"]
+    held = state[f"held/{name}"]
+    prunable = live.dim() > 1 and not name.startswith(head)
+    free = (owner == 0) & ((state["pruned"] == 0) | (not prunable))
+    training = free | (owner == state["done"] + 1)
+    last = min(int(state["done"]), task + 1)
+    trained = torch.where((task >= state["done"]) & training, live - held, 0.0)
+    return torch.where((owner > 0) & (owner <= last), held, trained), training
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("steps", [6, 15], ids=["dense", "pruned"])
+def test_arithmetic_gives_the_network_of_masks_to_the_bit(steps):
+    stream = tasks()
+    strategy = PackNet(pruned_share=0.6, dense_steps=12)
+    learner = learner_of(strategy, stream)
+    learner.prepare(stream)
+    for index in range(3):
+        learner.begin(index)
+        learner.train(range(20 if index < 2 else steps))
+        if index < 2:
+            learner.finish()
+    ones = {name: torch.full_like(value, 3.7) for name, value in learner.params.items()}
+    projected = strategy.project(ones, (), learner.state)
+    for task in range(4):
+        weights = network_weights(learner.params, learner.state, task, strategy.head)
+        for name, live in learner.params.items():
+            expected, training = by_masks(name, live, learner.state, task, strategy.head)
+            assert torch.equal(weights[name], expected)
+            assert torch.equal(projected[name], torch.where(training, ones[name], 0.0))
+
+
 def test_what_is_pruned_starts_the_next_task_from_zero(toy_stream, toy_model):
     stream = toy_stream("task")
     strategy = PackNet(pruned_share=0.5)
