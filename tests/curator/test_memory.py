@@ -389,6 +389,31 @@ def test_herding_fewer_rows_than_there_is_room_for_keeps_them_all():
 # --------------------------------------------------------------------------- every step
 
 
+def test_a_full_reservoir_is_what_taking_all_rows_gives():
+    memory = Memory()
+    plan = MemoryPlan(capacity=6, selection="reservoir")
+    memory.offer(rows([0] * 8), plan, place(1))
+    new = rows([1] * 9, first_id=100)
+    slots = reservoir(6, 8, 9, 6, place(2))
+    expected = concatenate([memory.rows, new]).take(slots)
+    assert 0 < int((slots >= 6).sum()) < 6
+    memory.offer(new, plan, place(2))
+    for name, value in memory.rows.tensors().items():
+        assert torch.equal(value, expected.tensors()[name])
+
+
+def test_a_full_reservoir_writes_over_rows_and_copies_no_others():
+    memory = Memory()
+    plan = MemoryPlan(capacity=6, selection="reservoir")
+    offered = rows([0] * 8)
+    memory.offer(offered, plan, place(1))
+    at = memory.rows.inputs.data_ptr()
+    first = offered.inputs.clone()
+    memory.offer(rows([1] * 9, first_id=100), plan, place(2))
+    assert memory.rows.inputs.data_ptr() == at and (memory.rows.labels == 1).any()
+    assert torch.equal(offered.inputs, first)  # never over the records themselves
+
+
 @pytest.mark.statistical
 def test_a_reservoir_that_is_offered_single_rows_is_as_even():
     """40 offers of one row each; the score is that of `unevenness`, out of (18, 70) with

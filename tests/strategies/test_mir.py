@@ -14,7 +14,6 @@ from perdure.learner.learner import Learner
 from perdure.models.classifier import Classifier
 from perdure.privacy.settings import Privacy
 from perdure.strategies import MIR, Replay
-from perdure.strategies.mir import highest
 
 NEW = 6
 OLD = 9
@@ -172,13 +171,27 @@ def test_padding_is_neither_learnt_from_nor_rehearsed(mixed, toy_model):
     assert not mine[0] and not mine[-1]
 
 
-def test_the_highest_are_found_and_ties_go_in_order():
-    scores = torch.tensor([9.0, 1.0, 3.0, 3.0, 2.0])
-    among = torch.tensor([False, True, True, True, True])
-    for wanted, places in ((1, [2]), (2, [2, 3]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])):
-        assert (
-            torch.nonzero(highest(scores, among, torch.tensor(wanted))).flatten().tolist() == places
-        )
+def test_of_stored_rows_that_lose_alike_the_first_are_chosen(mixed, toy_model):
+    batch, at, stream = mixed()
+    inputs = batch.inputs.clone()
+    labels = batch.labels.clone()
+    inputs[NEW:] = inputs[NEW]
+    labels[NEW:] = labels[NEW]
+    alike = Batch.from_tensors(batch.tensors() | {"inputs": inputs, "labels": labels})
+    mine = MIR(memory_size=50, batch_size=3).losses(Forward(toy_model(stream)), alike, at, State())
+    assert torch.nonzero(mine[NEW:]).flatten().tolist() == [0, 1, 2]
+
+
+def test_a_step_passes_each_row_as_often_as_its_mathematics_needs(mixed, toy_model):
+    """New rows for the virtual step, candidates before and after it, new and chosen rows."""
+    batch, at, stream = mixed()
+    model = toy_model(stream)
+    passes = []
+    model.head.register_forward_hook(
+        lambda _, entered, left: passes.append((len(entered[0]), left.requires_grad))
+    )
+    MIR(memory_size=50, batch_size=2).losses(Forward(model), batch, at, State())
+    assert passes == [(NEW, True), (OLD, False), (OLD, False), (NEW + 2, True)]
 
 
 def learner_of(strategy, model, **changes):

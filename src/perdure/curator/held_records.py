@@ -242,7 +242,7 @@ class HeldRecords:
         plan = self._plan.memory
         assert plan is not None
         stream = ("memory", self._client, self.experiences[-1].index, self.step)
-        new = batch.take(~batch.from_memory)
+        new = batch.take(torch.nonzero(~batch.from_memory).flatten())
         # In training mode, as the loss sees these rows.
         with untouched(self.forward.module), torch.no_grad():
             stored = remember(self.forward, new)
@@ -270,9 +270,10 @@ class HeldRecords:
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Memory for a checkpoint's `private/` folder, and public counts of offered records."""
         rows = self.memory.rows
-        kept = (
-            {f"memory.{name}": t for name, t in rows.tensors().items()} if rows is not None else {}
-        )
+        kept = {} if rows is None else {f"memory.{n}": t for n, t in rows.tensors().items()}
+        if not self.private_sum:
+            # a reservoir writes over its rows while the run goes on; coins take other rows
+            kept = {name: value.clone() for name, value in kept.items()}
         noted = {f"noted.{name}": value for name, value in self._noted.items()}
         facts = {"offered": self.memory.offered, "latest": self.memory.latest}
         return kept | noted | {"tags": self.memory.tags}, facts
@@ -283,7 +284,7 @@ class HeldRecords:
         """Undo `snapshot`."""
         rows, noted = (
             {
-                n.removeprefix(prefix): t.to(device)
+                n.removeprefix(prefix): t.to(device, copy=True)
                 for n, t in private.items()
                 if n.startswith(prefix)
             }

@@ -28,7 +28,8 @@ class Memory:
     """Rows kept so far, and counts of the records that were offered.
 
     Args:
-        rows: kept rows, in the order of the selection; None before any is kept.
+        rows: kept rows, in the order of the selection; None before any is kept. They are the
+            memory's own: a later offer may write over them.
         offered: number of records that were offered in all.
         latest: index of the last experience that was offered whole; -1 for none.
         tags: (len(rows),) float64, the secret number in [0, 1) of each kept record under privacy.
@@ -59,7 +60,12 @@ class Memory:
         """
         if plan.selection == "reservoir":
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
-            self._keep([new], kept)
+            if self.rows is not None and len(kept) == len(self):
+                # full: row i is the stored one, or a new one in its place
+                come = torch.nonzero(kept >= len(self)).flatten()
+                self._put(self.rows, new, come, kept[come] - len(self))
+            else:
+                self._keep(new, kept)
         else:
             old = [self.rows] if self.rows is not None else []
             if plan.selection == "herding":
@@ -82,7 +88,7 @@ class Memory:
         """
         all_tags = torch.cat([self.tags, tags])
         kept = torch.nonzero(all_tags < threshold).flatten()
-        self._keep([new], kept)
+        self._keep(new, kept)
         self.tags = all_tags[kept]
         self.offered += len(new)
 
@@ -97,16 +103,24 @@ class Memory:
         assert plan.selection == "loss-aware" and known is not None
         return known.argsort(descending=True, stable=True).cpu()
 
-    def _keep(self, new: list[Batch], kept: Tensor) -> None:
+    def _keep(self, new: Batch, kept: Tensor) -> None:
         """Keep these positions of the stored rows, followed by the new ones."""
         if self.rows is not None and len(kept) == len(self) and bool((kept < len(self)).all()):
             return  # no new row is kept, so the stored ones stay as they are: spare the copy
-        self._take(([self.rows] if self.rows is not None else []) + new, kept)
+        self._take(([self.rows] if self.rows is not None else []) + [new], kept)
+
+    @staticmethod
+    def _put(stored: Batch, new: Batch, places: Tensor, positions: Tensor) -> None:
+        """Write the new rows at `positions` over those in `places`: the others are not copied."""
+        device = new.inputs.device
+        come = new.take(positions.to(device)).tensors()
+        for name, kept in stored.tensors().items():
+            kept.index_copy_(0, places.to(device), come[name])
 
     def _take(self, parts: list[Batch], kept: Tensor) -> None:
-        """Store these positions of all parts, copied, so that the other rows can be freed."""
+        """Store these positions of all parts; they are copied, and the other rows can be freed."""
         everything = concatenate(parts)
-        self.rows = everything.take(kept.to(everything.inputs.device)).map(lambda t: t.clone())
+        self.rows = everything.take(kept.to(everything.inputs.device))
 
 
 def groups_of(parts: list[Batch], stages: Tensor | None) -> Tensor:
