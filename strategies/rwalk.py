@@ -39,6 +39,7 @@ from perdure.errors import ConfigError
 from perdure.queries import SquaredGradient
 from perdure.strategies.si import progress
 from perdure.types import Params
+from perdure.utils import number_unless_vmapped
 
 if TYPE_CHECKING:
     from perdure.contract import Curator
@@ -118,21 +119,29 @@ class RWalk(Strategy):
     ) -> State:
         """Walk on, and score the walk at the end of a window."""
         steps = state["steps"] + 1
-        won = progress(before, after, gradient, noise_variance)
+        ends = steps % self.window == 0
+        # without noise -g (after - before) is taken off below; noise has a term of its own
+        noisy = progress(before, after, gradient, noise_variance) if noise_variance else {}
         changes = {"steps": steps}
         for name, value in before.items():
-            old = state[f"metric/{name}"]
-            square = gradient[name].square()
-            changes[f"metric/{name}"] = old + self.decay * (square - old)
-            changes[f"won/{name}"] = state[f"won/{name}"] + won[name]
-            changes[f"moved/{name}"] = state[f"moved/{name}"] + after[name] - value
-        return self._scored(state.replace(changes), before, steps % self.window == 0)
+            grad = gradient[name]
+            step = after[name] - value
+            won = state[f"won/{name}"]
+            changes[f"won/{name}"] = won + noisy[name] if noisy else won - grad * step
+            changes[f"moved/{name}"] = state[f"moved/{name}"] + step
+            metric = state[f"metric/{name}"]
+            changes[f"metric/{name}"] = torch.lerp(metric, grad.square(), self.decay)
+        state = state.replace(changes)
+        ended = number_unless_vmapped(ends)
+        if ended is None:
+            return self._scored(state, before, ends)
+        return self._scored(state, before) if ended else state
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Release the Fisher information, merge it and the scores with the past, and anchor."""
         query = SquaredGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
-        state = self._scored(state, params, torch.ones_like(state["past"], dtype=torch.bool))
+        state = self._scored(state, params)
         changes = {
             "past": torch.ones_like(state["past"]),
             "steps": torch.zeros_like(state["steps"]),
@@ -153,18 +162,24 @@ class RWalk(Strategy):
             {f"{group}_scale": scale(state.group(group)) for group in ("fisher", "score")}
         )
 
-    def _scored(self, state: State, names: Params, now: Tensor) -> State:
-        """Where it is `now` the end of a window, add its score and begin the next."""
+    def _scored(self, state: State, names: Params, now: Tensor | None = None) -> State:
+        """Add the score of the window that ends, and begin the next.
+
+        Args:
+            names: of the parameters.
+            now: () bool, False where it does not end now; None where it does.
+        """
         changes = {}
         for name in names:
             won = state[f"won/{name}"]
             moved = state[f"moved/{name}"]
+            walked = state[f"walked/{name}"]
             score = won / (0.5 * state[f"metric/{name}"] * moved.square() + self.damping)
-            changes[f"walked/{name}"] = state[f"walked/{name}"] + torch.where(
-                now, score.clamp(min=0), 0.0
-            )
-            changes[f"won/{name}"] = torch.where(now, 0.0, won)
-            changes[f"moved/{name}"] = torch.where(now, 0.0, moved)
+            changes[f"walked/{name}"] = walked + score.clamp(min=0)
+            changes[f"won/{name}"] = torch.zeros_like(won)
+            changes[f"moved/{name}"] = torch.zeros_like(moved)
+        if now is not None:
+            changes = {n: torch.where(now, value, state[n]) for n, value in changes.items()}
         return state.replace(changes)
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from perdure.contract.context import Spec
+from perdure.contract.state import State
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.strategies import RWalk
@@ -103,6 +104,29 @@ def test_scores_are_those_of_the_windows_averaged_with_the_past(walk):
             walk.states[1][f"score/{name}"], (first + second) / 2, rtol=1e-4, atol=1e-5
         )
         assert float(first.max()) > 0 and float(second.max()) > 0
+
+
+def test_a_step_within_a_window_scores_nothing():
+    params = {"w": torch.tensor([1.0, 2.0])}
+    spec = Spec(params=params, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
+    strategy = RWalk(strength=1.0, window=2)
+    first = strategy.init(spec)
+    after = {"w": torch.tensor([0.5, 2.5])}
+    gradient = {"w": torch.tensor([1.0, 1.0])}
+    within = strategy.after_step(params, after, gradient, first)
+    assert within["walked/w"] is first["walked/w"]
+    assert within["won/w"].tolist() == [0.5, -0.5] == (-within["moved/w"]).tolist()
+    ended = strategy.after_step(after, params, gradient, within)
+    assert not ended["won/w"].any() and not ended["moved/w"].any()
+    states = {n: torch.stack([within[n], first[n]]) for n in within}
+
+    def step(tensors):
+        return dict(strategy.after_step(after, params, gradient, State(tensors, within.rules)))
+
+    both = torch.func.vmap(step)(states)  # one replica ends its window, the other does not
+    for name, value in both.items():
+        torch.testing.assert_close(value[0], ended[name])
+    assert not torch.equal(both["won/w"][1], both["won/w"][0])
 
 
 @pytest.mark.reference
