@@ -37,7 +37,9 @@ def test_a_card_has_defaults_and_takes_the_rest_from_the_example():
     assert OGD.example().directions == 4
     assert with_defaults(OGD) == OGD(directions=20)
     assert with_defaults(Replay) == Replay(memory_size=16)
-    assert card("ogd").memory == "100 x parameters, 100 x 100"  # 20 at each of 5 experiences
+    assert (
+        card("ogd").memory == "100 x parameters, 100 x 100, 1 number"
+    )  # 20 at each of 5 experiences
 
 
 @dataclass(frozen=True, kw_only=True)

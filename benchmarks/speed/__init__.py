@@ -1,0 +1,1 @@
+"""Benchmarks of speed: one program a question, run by its path."""
