@@ -159,7 +159,7 @@ def herded(features: Tensor, most: int) -> Tensor:
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
     # column by column in memory: the product, which takes nearly all the time, is faster so
-    rows = torch.nn.functional.normalize(features.T.double().contiguous(), dim=0).T
+    rows = torch.nn.functional.normalize(features.T.contiguous().double(), dim=0).T
     mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
     squares = rows.square().sum(1)
     gap = mean.clone()
