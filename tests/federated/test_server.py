@@ -17,15 +17,12 @@ from flwr.serverapp.strategy import (
     FedMedian,
     FedProx,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from helpers.federations import SIMULATED, maker, outcome, short
 from perdure.data.client_splits import dirichlet
 from perdure.errors import ConfigError, FederationError, GuardError, PrivacyError
 from perdure.federated import Federation, Server, client_app, fit_federated, run_federation
-from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import InProcessGrid
 from perdure.federated.messages import load_shared, shared
 from perdure.learner.learner import Learner
@@ -242,26 +239,6 @@ def test_cohorts_come_from_the_seed_and_have_their_size():
 
 def federation_of_one(clients):
     return Federation(clients=clients, rounds=1, fraction=1 / clients).cohort(0, 0)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    clients=st.integers(1, 6),
-    rounds=st.integers(1, 4),
-    fraction=st.floats(0.1, 1.0),
-    seed=st.integers(0, 99),
-)
-@pytest.mark.property
-def test_the_previous_exchange_of_a_client_is_the_last_that_asked_it(
-    clients, rounds, fraction, seed
-):
-    federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)
-    last = [FRESH] * clients
-    for exchange in range(3 * (rounds + 1)):
-        assert federation.previous(exchange) == last
-        experience, number = divmod(exchange, rounds + 1)
-        for client in range(clients) if number == rounds else federation.cohort(experience, number):
-            last[client] = exchange
 
 
 # --------------------------------------------------------------------------- what is refused

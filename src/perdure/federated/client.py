@@ -25,7 +25,7 @@ from perdure.errors import LedgerError
 from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
-from perdure.federated.messages import load_shared, read_tensors, shared, to_record
+from perdure.federated.messages import load_record, read_tensors, shared, to_record
 from perdure.federated.party_checks import owner_of, refuse_folder, refuse_privacy
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
@@ -52,6 +52,7 @@ class ClientSessions:
         self._streams: dict[int, Stream] = {}
         self._seats: dict[int, ClientSession] = {}
         self._open: Learner | None = None
+        self._first: Learner | None = None
         self.private = True
 
     def take(self, client: int, exchange: int) -> ClientSession:
@@ -69,6 +70,8 @@ class ClientSessions:
         learner, stream = self._make(client)
         self.private = learner.privacy is not None
         refuse_folder(learner.folder, client)
+        self._first = self._first or learner
+        learner.share_initial(self._first)
         learner.owner = owner_of(learner, client)
         if self.private and not self._distinct and client not in self._streams:
             self._streams[client] = stream
@@ -82,6 +85,7 @@ class ClientSessions:
     def put(self, client: int, seat: ClientSession, exchange: int) -> None:
         """Keep the client as it stands after `exchange`."""
         save(seat, exchange)
+        seat.learner.session.rest()
         self._seats[client] = seat
 
     def close(self) -> None:
@@ -178,8 +182,13 @@ def _opened(
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     private_sum = learner.private_sum
     require_known(private_sum.ledger if private_sum else None, message)
+    while learner.position.experience < task["experience"]:
+        # an experience that it did not train in: the server asks none such to consolidate where
+        # that needs neither the global model nor other clients
+        learner.begin(learner.position.experience)
+        learner.finish()
     learner.begin(task["experience"])
-    load_shared(learner.model, read_tensors(message, "arrays"))
+    load_record(learner.model, cast(ArrayRecord, message.content["arrays"]))
     if "state" in message.content:
         new = read_tensors(message, "state")
         combined = learner.state.replace(

@@ -7,7 +7,6 @@ directly; `simulate` hands the same two apps to Flower's Ray engine. Written for
 pins the names used here.
 """
 
-import copy
 import importlib.util
 import logging
 import os
@@ -43,6 +42,7 @@ from perdure.errors import (
     PerdureError,
     PrivacyError,
 )
+from perdure.federated.held_arrays import copied
 from perdure.federated.messages import read_metric, to_record
 from perdure.types import Params
 
@@ -147,7 +147,7 @@ class InProcessGrid(Grid):
             self._sent += 1
             ids.append(str(self._sent))
             message.metadata.__dict__["_message_id"] = ids[-1]
-            message.content = copy.deepcopy(message.content)
+            message.content = copied(message.content)
             if self._listen:
                 self._listen(message)
             try:

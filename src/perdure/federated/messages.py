@@ -9,11 +9,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor, nn
 
 from perdure.errors import FederationError
+from perdure.federated.held_arrays import held, read_only
 from perdure.types import Params
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Serialise named tensors, in order, dtypes kept.
+    """Copy named tensors into a record, in order, dtypes kept; an engine serialises it at need.
 
     Raises:
         FederationError: for a dtype that numpy does not have.
@@ -23,12 +24,17 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
             raise FederationError(
                 f"{name} is bfloat16, which Flower cannot carry; keep the model in float32"
             )
-    return ArrayRecord({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return held(tensors)
 
 
 def from_record(record: ArrayRecord) -> Params:
     """Undo `to_record`; the tensors are copies."""
     return {name: torch.from_numpy(np.asarray(array.numpy())) for name, array in record.items()}
+
+
+def load_record(model: nn.Module, record: ArrayRecord) -> None:
+    """Write a record of what `shared` gave into the model; see `load_shared`."""
+    load_shared(model, {name: read_only(array) for name, array in record.items()})
 
 
 def read_tensors(message: Message, record: str) -> Params:

@@ -22,11 +22,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as aggregators
 from torch import Tensor
 
+from perdure.contract.plan import MODELLED
 from perdure.contract.state import State
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, FederationError
+from perdure.federated.attendance import Attendance
 from perdure.federated.client import client_app
 from perdure.federated.flower_adapter import (
     Cohort,
@@ -42,7 +44,7 @@ from perdure.federated.flower_adapter import (
 )
 from perdure.federated.ledger_heads import ClientHeads
 from perdure.federated.messages import (
-    from_record,
+    load_record,
     load_shared,
     read_metric,
     read_tensors,
@@ -114,12 +116,18 @@ class Server:
         }
         self.learner = replace(self.learner, **bare)
         self.stream = public(self.stream)
-        self.exchange = 0
         self.exchanges = len(self.stream) * (self.federation.rounds + 1)
         self._initial = {name: value.clone() for name, value in shared(self.learner.model).items()}
         self._aggregator = ready(self.federation.aggregator)
         self._nodes: list[int] = []
+        self._clients: dict[int, int] = {}
+        self._attendance = Attendance(self.federation, self._all_consolidate)
         self.heads = ClientHeads()
+
+    @property
+    def exchange(self) -> int:
+        """Number of the next exchange, from 0."""
+        return self._attendance.exchange
 
     @property
     def experience(self) -> int:
@@ -149,9 +157,11 @@ class Server:
                 self.learner.session.trained_by = "trained by clients, who hold the ledgers"
             self._resume()
             while self.exchange < self.exchanges:
-                self._nodes = self._nodes or wait_for_clients(grid, self.federation.clients)
+                if not self._nodes:
+                    self._nodes = wait_for_clients(grid, self.federation.clients)
+                    self._clients = {node: client for client, node in enumerate(self._nodes)}
                 (self._consolidate if self.round == self.federation.rounds else self._train)(grid)
-                self.exchange += 1
+                self._attendance.advance()
                 self._save()
 
     # ------------------------------------------------------------------ one exchange
@@ -164,9 +174,7 @@ class Server:
             self._aggregator = ready(self.federation.aggregator)
         self._notify("round.begin")
         number = self.experience * self.federation.rounds + self.round + 1
-        cohort = [
-            self._nodes[client] for client in self.federation.cohort(self.experience, self.round)
-        ]
+        cohort = [self._nodes[client] for client in self._attendance.asked]
         arrays = to_record(shared(learner.model))
         try:
             messages = self._aggregator.configure_train(
@@ -183,19 +191,20 @@ class Server:
             raise FederationError(
                 f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another"
             )
-        load_shared(learner.model, from_record(result))
+        load_record(learner.model, result)
         learner.session.mark_model(learnt=True)
         self._notify("round.end")
 
     def _consolidate(self, grid: Grid) -> None:
-        """Close the experience at the global parameters on all clients.
+        """Close the experience at the global parameters on the clients that it concerns.
 
         Their states are combined and the model is measured.
         """
         learner = self.learner
         content = {"arrays": to_record(shared(self.learner.model))}
         messages = [
-            Message(RecordDict(dict(content)), node, "train.finish") for node in self._nodes
+            Message(RecordDict(dict(content)), self._nodes[client], "train.finish")
+            for client in self._attendance.asked
         ]
         replies = self._ask(grid, messages)
         self._notify("experience.received")
@@ -216,12 +225,11 @@ class Server:
 
         Messages and replies are in ascending order of the clients' numbers.
         """
-        clients = {node: client for client, node in enumerate(self._nodes)}
+        clients = self._clients
         outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
-        previous_exchanges = self.federation.previous(self.exchange)
         state = to_record(sent(self.learner.state))
         for message in outgoing:
-            previous = previous_exchanges[clients[message.metadata.dst_node_id]]
+            previous = self._attendance.previous[clients[message.metadata.dst_node_id]]
             task = ConfigRecord(
                 {
                     "experience": self.experience,
@@ -243,6 +251,21 @@ class Server:
         for reply in replies:
             self.heads.take(clients[reply.metadata.src_node_id], reply)
         return replies
+
+    def _all_consolidate(self, experience: int) -> bool:
+        """Tell if clients that did not train in an experience are asked to consolidate it too.
+
+        They are not where nothing of it is combined and nothing depends on the global model, such
+        as a memory filled at random: then each does its own when it is asked next, to the same
+        bits, and a consolidation costs no more the more clients there are.
+        """
+        learner = self.learner
+        memory = learner.training.of(self.stream[experience]).memory
+        return (
+            bool(sent(learner.state))
+            or any(map(learner.strategy.uses, ("after_experience", "remember")))
+            or (memory is not None and memory.selection in MODELLED)
+        )
 
     # ------------------------------------------------------------------ stopping and going on
 
@@ -272,7 +295,9 @@ class Server:
         }
         self.learner.restore_checkpoint(snapshot, where=self.folder)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
-        self.exchange = snapshot.facts["exchange"]
+        self._attendance = Attendance(self.federation, self._all_consolidate)
+        while self.exchange < snapshot.facts["exchange"]:
+            self._attendance.advance()
         self.heads = ClientHeads(snapshot.facts[HEADS])
 
     def _notify(self, point: str) -> None:

@@ -7,7 +7,6 @@ import torch
 from flwr.serverapp import strategy as aggregators
 
 from perdure.errors import ConfigError, PrivacyError
-from perdure.federated.client_store import FRESH
 from perdure.utils.seeding import generator
 
 MISSING_NOISE = "its noise would be missing from the ledger"
@@ -78,20 +77,6 @@ class Federation:
             self.clients, generator=generator(self.seed, "cohort", experience, number)
         )
         return sorted(order[:size].tolist())
-
-    def previous(self, exchange: int) -> list[int]:
-        """For every client the last exchange before this one that it took part in.
-
-        FRESH, which is below all numbers of exchanges, for none.
-        """
-        experience, number = divmod(exchange, self.rounds + 1)
-        first = exchange - number
-        # all clients take part in the consolidation that ends an experience
-        last = [first - 1 if experience else FRESH] * self.clients
-        for earlier in range(number):
-            for client in self.cohort(experience, earlier):
-                last[client] = first + earlier
-        return last
 
     def facts(self) -> dict[str, Any]:
         """Settings that a stopped run must be resumed with."""

@@ -34,7 +34,7 @@ from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.denormals import flushed
-from perdure.utils.modules import trainable_parameters
+from perdure.utils.modules import same_bits, trainable_parameters
 
 RUN = "run"
 """Key of the fingerprint among the facts of a checkpoint."""
@@ -423,6 +423,13 @@ class Learner:
             self.model = unwrapped(self.model, known=not self.privacy or bool(self.privacy.spent))
         on_device(self.model, self.device)
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def share_initial(self, other: "Learner") -> None:
+        """Keep the other's tensors for the values that both began with, where they are the same."""
+        for name, value in other._initial.items():
+            own = self._initial.get(name)
+            if own is not None and same_bits(own, value):
+                self._initial[name] = value  # the session has this very dictionary
 
     def _new_optimizer(self) -> None:
         self._optimizer = made_optimizer(self.optimizer(trainable_parameters(self.model).values()))

@@ -364,6 +364,8 @@ class Session:
             batch: rows that `sample` returned for the present step.
         """
         step = self.position.step
+        for param in self.trained.values():
+            param.grad = None  # the new gradient may take its memory
         with self._drawing(step):
             changed = self._varied(batch, step)
             references = self.references()
@@ -442,6 +444,11 @@ class Session:
                 self._before, after, self._gradient, self.state, self.curator.noise_variance
             )
         self.position.step += 1
+
+    def rest(self) -> None:
+        """Let go of the gradients until the next step, which makes its own."""
+        for param in self.params.values():
+            param.grad = None
 
     # ------------------------------------------------------------------ the end of an experience
 

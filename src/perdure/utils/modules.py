@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from perdure.types import Params
 
@@ -44,3 +45,10 @@ def untouched(module: nn.Module) -> Iterator[None]:
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require gradients, by name."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Tell if two tensors are the same to the bit, the sign of zeros and dtype included."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))

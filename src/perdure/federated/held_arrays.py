@@ -1,0 +1,100 @@
+"""Arrays of Flower's messages that hold a tensor, and make bytes of it only at need.
+
+Within one process a message is read where it was written, so its arrays need not go through
+`np.save` and `np.load`. The engines that carry bytes ask for them, and get a plain `Array`.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
+
+SERIALISED_AS = "numpy.ndarray"
+"""Flower's word for bytes that `np.save` made."""
+
+
+class HeldArray(Array):
+    """An array by its tensor; its bytes are those of a plain `Array` of the same numbers.
+
+    No reader can alter it for another one: `numpy` gives a copy, and a copy of the array, which
+    every receiver gets (see `copied`), has attributes of its own.
+
+    Args:
+        value: a CPU tensor that nobody else writes to.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.__dict__["tensor"] = value
+        self.shape = tuple(value.shape)
+        self.dtype = str(value.dtype).removeprefix("torch.")
+        self.stype = SERIALISED_AS
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor, to read only; None where bytes were put in its place."""
+        value: Tensor | None = self.__dict__["tensor"]
+        return value
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The serialised array, made when it is asked for."""
+        return self.plain().data
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["tensor"] = None
+        self.__dict__["bytes"] = value
+
+    def plain(self) -> Array:
+        """Return Flower's own array of the same numbers."""
+        if self.tensor is not None:
+            return Array(self.tensor.numpy())
+        return Array(self.dtype, self.shape, self.stype, self.__dict__["bytes"])
+
+    def numpy(self) -> Any:
+        """Return the numbers as an array of the caller's own."""
+        return self.plain().numpy() if self.tensor is None else self.tensor.numpy().copy()
+
+    def deflate(self) -> bytes:
+        """Serialise for an engine that carries bytes: as a plain array, which it knows."""
+        return self.plain().deflate()
+
+    def __copy__(self) -> "HeldArray":
+        fresh = object.__new__(HeldArray)
+        fresh.__dict__.update(self.__dict__)
+        return fresh
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+def held(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return a record that holds copies of the tensors."""
+    record = ArrayRecord()
+    for name, value in tensors.items():
+        own = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        record[name] = HeldArray(own)
+    return record
+
+
+def read_only(array: Array) -> Tensor:
+    """Return the array's numbers, which may be those that others read; do not write to them."""
+    value = array.tensor if isinstance(array, HeldArray) else None
+    return torch.from_numpy(array.numpy()) if value is None else value
+
+
+def copied(content: RecordDict) -> RecordDict:
+    """Return a copy of a message's records that its receiver may change.
+
+    What cannot change is shared: bytes, numbers and the tensors of held arrays.
+    """
+    own = RecordDict()
+    for name, record in content.items():
+        own[name] = record.copy()
+        for key, value in record.items():
+            if isinstance(value, Array | list):
+                own[name][key] = copy(value)
+    return own

@@ -1,0 +1,135 @@
+"""Attendance: who takes part in an exchange, whom it was asked last, and at what price."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.federations import SIMULATED, maker, outcome, short
+from perdure.data.client_splits import dirichlet
+from perdure.federated import Federation, run_federation
+from perdure.federated.attendance import Attendance
+from perdure.federated.client_store import FRESH
+from perdure.strategies import DER, EWC, LwF, Naive, Replay
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    clients=st.integers(1, 6),
+    rounds=st.integers(1, 4),
+    fraction=st.floats(0.1, 1.0),
+    seed=st.integers(0, 99),
+    everyone=st.booleans(),
+)
+@pytest.mark.property
+def test_the_previous_exchange_of_a_client_is_the_last_that_asked_it(
+    clients, rounds, fraction, seed, everyone
+):
+    federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)
+    attendance = Attendance(federation, lambda _: everyone)
+    last = [FRESH] * clients
+    for exchange in range(3 * (rounds + 1)):
+        assert attendance.exchange == exchange
+        assert attendance.previous == last
+        experience, number = divmod(exchange, rounds + 1)
+        drawn = [federation.cohort(experience, earlier) for earlier in range(rounds)]
+        closing = range(clients) if everyone else sorted({c for one in drawn for c in one})
+        asked = list(closing if number == rounds else drawn[number])
+        assert attendance.asked == asked
+        for client in asked:
+            last[client] = exchange
+        attendance.advance()
+
+
+def test_every_cohort_is_drawn_once_however_late_the_round(monkeypatch):
+    drawn = []
+    cohort = Federation.cohort
+
+    def counted(self, experience, number):
+        drawn.append((experience, number))
+        return cohort(self, experience, number)
+
+    monkeypatch.setattr(Federation, "cohort", counted)
+    attendance = Attendance(Federation(clients=9, rounds=40, fraction=0.3), lambda _: False)
+    for _ in range(2 * 41):
+        assert attendance.asked is not None
+        assert attendance.previous is not None
+        attendance.advance()
+    assert drawn == [(e, number) for e in range(2) for number in range(40)]
+
+
+def asked_to_consolidate(stream, strategy, *, folder=None, privacy=None):
+    """Clients of each consolidation of five clients, two of them a round, and the outcome."""
+    streams = dirichlet(short(stream, 2), clients=5, alpha=1.0, min_size=8, exact=False)
+    federation = Federation(clients=5, rounds=1, fraction=0.4, seed=3)
+    asked = []
+
+    def listen(message):
+        if message.metadata.message_type == "train.finish" and message.metadata.src_node_id == 0:
+            asked.append(message.content["task"]["experience"])
+
+    make = maker(stream, strategy, privacy=privacy, iterations=3, blocks=1)
+    server = run_federation(make, streams, federation, folder=folder, listen=listen)
+    return [asked.count(experience) for experience in range(2)], outcome(server.learner)
+
+
+@pytest.mark.parametrize(
+    "strategy,number",
+    [
+        (Naive(), 2),
+        (Replay(memory_size=30), 2),
+        (EWC(strength=1.0), 5),
+        (LwF(), 5),
+        (DER(memory_size=30), 5),
+        (Replay(memory_size=30, selection="herding"), 5),
+    ],
+    ids=["naive", "replay", "ewc", "lwf", "der", "herding"],
+)
+def test_clients_that_never_trained_consolidate_where_it_makes_a_difference(
+    stream, strategy, number
+):
+    counts, _ = asked_to_consolidate(stream, strategy)
+    assert counts == [number] * 2
+
+
+def twin(**hooks):
+    """Replay by another name, which noise is keyed by, with hooks of its own."""
+    return type("Twin", (Replay,), {"__module__": __name__, **hooks})(memory_size=30)
+
+
+def unchanged(self, curator, params, state):
+    return state
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
+def test_a_client_that_was_left_out_catches_up_to_the_same_bits(stream, tmp_path, privacy):
+    """Its memory holds records of experiences that it did not train in, as if it had been asked."""
+    (few, one), (every, other) = (
+        asked_to_consolidate(stream, strategy, privacy=privacy, folder=tmp_path / name)
+        for name, strategy in {"few": twin(), "every": twin(after_experience=unchanged)}.items()
+    )
+    assert (few, every) == ([2] * 2, [5] * 2)
+    assert one == other
+    ledgers = sorted((tmp_path / "few").glob("clients/*/ledger.jsonl"))
+    assert bool(ledgers) == (privacy is not None)
+    for ledger in ledgers:
+        all_asked = tmp_path / "every" / ledger.relative_to(tmp_path / "few")
+        assert ledger.read_text() == all_asked.read_text()
+
+
+def test_a_run_that_was_stopped_finds_its_attendance_again(stream, tmp_path):
+    streams = dirichlet(short(stream, 2), clients=5, alpha=1.0, min_size=8, exact=False)
+    federation = Federation(clients=5, rounds=2, fraction=0.4, seed=3)
+    make = maker(stream, Replay(memory_size=30), iterations=4, blocks=1)
+    whole = outcome(run_federation(make, streams, federation).learner)
+
+    def stop(point, server):
+        if point == "round.end" and server.exchange in stops:
+            stops.remove(server.exchange)
+            raise KeyboardInterrupt
+
+    stops = [0, 4]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_federation(make, streams, federation, folder=tmp_path, callbacks=[stop])
+    last = run_federation(make, streams, federation, folder=tmp_path)
+    assert outcome(last.learner) == whole
