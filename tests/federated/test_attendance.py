@@ -133,3 +133,24 @@ def test_a_run_that_was_stopped_finds_its_attendance_again(stream, tmp_path):
             run_federation(make, streams, federation, folder=tmp_path, callbacks=[stop])
     last = run_federation(make, streams, federation, folder=tmp_path)
     assert outcome(last.learner) == whole
+
+
+def test_an_idle_client_keeps_no_gradient_and_shares_what_all_began_with(stream):
+    """Its own copy of the model is what is left to it."""
+    streams = dirichlet(short(stream, 1), clients=3, alpha=5.0, min_size=8)
+    learners = {}
+    plain = maker(stream, Naive(), iterations=3, blocks=1)
+
+    def make(client):
+        learners[client] = plain(client)
+        return learners[client]
+
+    run_federation(make, streams, Federation(clients=3, rounds=2))
+    clients = [learners[client] for client in range(3)]
+    assert all(param.grad is None for each in clients for param in each.model.parameters())
+    began = [each.session.initial for each in clients]
+    assert began[0].keys() == dict(clients[0].model.state_dict()).keys()
+    for name, value in began[0].items():
+        assert all(other[name] is value for other in began[1:])
+    own = [each.model.head.weight.data_ptr() for each in clients]
+    assert len(set(own)) == 3

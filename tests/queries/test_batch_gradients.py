@@ -96,3 +96,58 @@ def test_an_experience_in_micro_batches_learns_and_charges_the_same(toy_stream, 
         charged.append(learner.private_sum.ledger.charges("experience-0") if private else ())
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-2)
     assert charged[0] == charged[1] and bool(charged[0]) == private
+
+
+def test_a_mask_of_ones_changes_no_bit_of_the_gradient(problem):
+    """Rows that are all valid are not multiplied by their mask; against the formula that does."""
+    forward, params, batch = problem
+    mean, loss = mean_gradient(forward, losses, params, batch, None)
+    masked = (losses(forward, batch) * batch.valid).sum() / batch.valid.sum()
+    expected = torch.autograd.grad(masked, list(params.values()))
+    assert torch.equal(loss, masked.detach())
+    assert all(map(torch.equal, mean.values(), expected))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("casting", [False, True], ids=["plain program", "casting program"])
+def test_passes_run_in_the_precision_that_was_given(toy_stream, toy_model, precision, casting):
+    stream = toy_stream()
+    seen = set()
+
+    class Watching(Naive):
+        def losses(self, forward, batch, context, state):
+            seen.add(str(forward(batch.inputs).dtype))
+            return super().losses(forward, batch, context, state)
+
+    learner = Learner(
+        model=toy_model(stream),
+        strategy=Watching(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=2,
+        precision=precision,
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=casting):
+        learner.fit(stream)
+    assert seen == {f"torch.{precision}"}
+
+
+def test_the_last_gradient_is_let_go_before_the_next_is_taken(toy_stream, toy_model):
+    """So that both never lie in memory at once."""
+    stream = toy_stream()
+    seen = []
+
+    class Watching(Naive):
+        def losses(self, forward, batch, context, state):
+            seen.extend(param.grad for param in forward.module.parameters())
+            return super().losses(forward, batch, context, state)
+
+    learner = Learner(
+        model=toy_model(stream),
+        strategy=Watching(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=3,
+    )
+    learner.fit(stream)
+    assert seen
+    assert all(grad is None for grad in seen)
+    assert all(param.grad is not None for param in learner.model.parameters())

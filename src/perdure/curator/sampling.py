@@ -64,12 +64,8 @@ class Pool:
         Shuffled new rows come first, then the stored ones.
         """
         if self.plan and self.plan.use == "pooled":
-            return self.rows.take(
-                self.shuffled("pool", len(self.rows), self.batch_size, step).to(self.device)
-            ), 0.0
-        new = self.new.take(
-            self.shuffled("new", len(self.new), self.batch_size, step).to(self.device)
-        )
+            return self.rows.at(self.shuffled("pool", len(self.rows), self.batch_size, step)), 0.0
+        new = self.new.at(self.shuffled("new", len(self.new), self.batch_size, step))
         if self.rehearsed is None:
             return new, 0.0
         back = self.stored_rows(self.rehearsed, "memory", step)
@@ -83,10 +79,8 @@ class Pool:
         assert self.plan is not None
         size = self.plan.batch_size or self.batch_size
         if self.plan.update == "experience":
-            return back.take(self.shuffled(what, len(back), size, step).to(self.device))
-        return back.take(
-            torch.randperm(len(back), generator=self._drawn(what, step))[:size].to(self.device)
-        )
+            return back.at(self.shuffled(what, len(back), size, step))
+        return back.at(torch.randperm(len(back), generator=self._drawn(what, step))[:size])
 
     def shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
         """Positions of one batch in a fresh order every epoch.

@@ -178,10 +178,22 @@ class Batch:
     def take(self, index: Tensor | slice) -> "Batch":
         """Rows at `index`."""
         if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1:
-            places = torch.where(index < 0, index + len(self), index)
-            # several times as fast as an index in brackets, where rows are long
-            return self.map(lambda rows: rows.index_select(0, places.to(rows.device)))
+            return self.at(torch.where(index < 0, index + len(self), index))
         return self.map(lambda rows: rows[index])
+
+    def at(self, places: Tensor) -> "Batch":
+        """Rows at these positions (int64, none negative), for every step of a loop."""
+        # several times as fast as an index in brackets, where rows are long
+        rows = places.to(self.inputs.device)
+        return Batch(
+            inputs=self.inputs.index_select(0, rows),
+            labels=self.labels.index_select(0, rows),
+            ids=self.ids.index_select(0, rows),
+            tasks=self.tasks.index_select(0, rows),
+            from_memory=self.from_memory.index_select(0, rows),
+            valid=self.valid.index_select(0, rows),
+            stored={name: value.index_select(0, rows) for name, value in self.stored.items()},
+        )
 
 
 def filled_batch(batch: Batch, least: int = FEWEST_ROWS) -> Batch:

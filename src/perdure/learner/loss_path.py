@@ -5,7 +5,7 @@ is: whatever is not this library's, or a listed module of torch's, is named by `
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -52,13 +52,19 @@ class LossPath:
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """(n,) the strategy's loss of every row, averaged over views where there are any."""
         strategy = self.strategy
-        low = self.precision == "bfloat16"
-        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=low):
+        with self._casting(batch.inputs.device.type):
             if self.views is None:
                 return strategy.losses(forward, batch, context, state).float()
             return self.views.losses(
                 lambda rows: strategy.losses(forward, rows, context, state), batch
             ).float()
+
+    def _casting(self, device: str) -> AbstractContextManager[object]:
+        """Run the passes in `precision`, also where the caller's program casts by itself."""
+        low = self.precision == "bfloat16"
+        if not low and not torch.is_autocast_enabled(device):
+            return nullcontext()  # entering costs a tenth of a small step
+        return torch.autocast(device, torch.bfloat16, enabled=low)
 
     def perturbed(
         self,

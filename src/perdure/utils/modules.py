@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from perdure.types import Params
 
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers with as many bytes as a number of a tensor; others are compared byte by byte."""
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
@@ -51,4 +54,5 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Tell if two tensors are the same to the bit, the sign of zeros and dtype included."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
-    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+    whole = WHOLE.get(one.element_size(), torch.uint8)
+    return torch.equal(one.flatten().view(whole), other.flatten().view(whole))

@@ -1,0 +1,365 @@
+"""The price of a federated round: perdure, a bare PyTorch loop and pfl-research, turn by turn.
+
+Ten clients a round, each with 60 records of 28 x 28 and three steps of SGD on batches of 20, then
+averaged by the sizes of the clients. perdure runs whole: Flower's messages and FedAvg, and one
+learner a client. The bare loop is written by hand: one model, parameters copied in, index
+selection, a weighted sum. pfl-research runs `FederatedAveraging` on `SimulatedBackend` without
+evaluation, and is left out where it is not installed (`pip install pfl`). All three do the same
+arithmetic on the same records and take denormal numbers as 0.
+
+Counted is processor time, which says the same on a busy machine, of the later half of the rounds:
+most clients have been met by then. A client that is met for the first time has its learner built,
+by the user's own function and by perdure; the rows `clients` count that in, as almost all are new
+there.
+
+Rows: `mlp`, `cnn` (a round of 100 clients, side by side), `clients` (rounds and consolidation of
+perdure among 100, 1,000 and 10,000 clients) and `idle` (what a client keeps between its rounds, in
+copies of its model).
+
+    python benchmarks/speed/rounds.py --repeats 5
+    python benchmarks/speed/rounds.py mlp --repeats 1
+"""
+
+import argparse
+import gc
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from perdure import Learner, Records, Stream
+from perdure.data import Experience
+from perdure.federated import Federation, InProcessGrid, Server, client_app
+from perdure.models import Classifier, cnn, mlp
+from perdure.strategies import Naive
+from perdure.utils import flushed, store_rows
+
+Row = dict[str, object]
+Side = Callable[[], list[float]]
+
+INPUT_SHAPE = (1, 28, 28)
+CLASSES = 10
+COHORT = 10
+RECORDS = 60
+BATCH = 20
+STEPS = 3
+LEARNING_RATE = 0.05
+POPULATIONS = (100, 1_000, 10_000)
+FEW_ROUNDS = 10
+"""Rounds of the rows `clients`."""
+DISTINCT = 100
+"""Clients with records of their own; client 100 holds those of client 0 again."""
+
+
+def model_for(kind: str) -> Classifier:
+    """Return the same model for every side and client."""
+    if kind == "cnn":
+        return cnn(input_shape=INPUT_SHAPE, num_classes=CLASSES, width=16, seed=0)
+    return mlp(input_shape=INPUT_SHAPE, num_classes=CLASSES, hidden=(200, 200), seed=0)
+
+
+def stream_of(client: int) -> Stream:
+    """Return one experience of random images with labels that can be learnt."""
+    rng = torch.Generator().manual_seed(client)
+    labels = torch.randint(CLASSES, (RECORDS,), generator=rng)
+    inputs = torch.rand(RECORDS, *INPUT_SHAPE, generator=rng)
+    inputs[torch.arange(RECORDS), 0, labels] += 1.0
+    records = Records(inputs=inputs, labels=labels)
+    test = records.take(torch.arange(10))
+    experience = Experience(index=0, train=records, test=test, classes=tuple(range(CLASSES)))
+    return Stream(
+        name="random",
+        scenario="domain",
+        experiences=(experience,),
+        num_classes=CLASSES,
+        input_shape=INPUT_SHAPE,
+    )
+
+
+STREAMS = [stream_of(client) for client in range(DISTINCT)]
+
+
+def cohorts(clients: int, rounds: int) -> list[list[int]]:
+    """Return the clients of every round, those that perdure draws."""
+    federation = Federation(clients=clients, rounds=rounds, fraction=COHORT / clients)
+    return [federation.cohort(0, number) for number in range(rounds)]
+
+
+# --------------------------------------------------------------------------- perdure
+
+
+@dataclass
+class Clock:
+    """Seconds of every round and of the consolidation, heard from the server's loop."""
+
+    rounds: list[float] = field(default_factory=list)
+    consolidation: float = 0.0
+    _start: float = 0.0
+
+    def __call__(self, point: str, server: Server) -> None:
+        """Follow the server."""
+        now = time.process_time()
+        if point == "round.begin":
+            self._start = now
+        elif point == "round.end":
+            self.rounds.append(now - self._start)
+            self._start = now
+        elif point == "experience.combined":
+            # it began when the last round ended
+            self.consolidation = now - self._start
+
+
+def ours(kind: str, clients: int, rounds: int, learners: list[Learner] | None = None) -> Clock:
+    """Run a federation of one experience in this process; `learners` gets those of the clients."""
+
+    def make(client: int) -> Learner:
+        learner = Learner(
+            model=model_for(kind),
+            strategy=Naive(),
+            optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE),
+            iterations=STEPS * rounds,
+            batch_size=BATCH,
+        )
+        if learners is not None:
+            learners.append(learner)
+        return learner
+
+    clock = Clock()
+    server = Server(
+        learner=make(0),
+        stream=STREAMS[0],
+        federation=Federation(clients=clients, rounds=rounds, fraction=COHORT / clients),
+        callbacks=[clock],
+    )
+    app = client_app(lambda client: (make(client), STREAMS[client % DISTINCT]))
+    with InProcessGrid(app, clients).running() as grid:
+        server.serve(grid)
+    return clock
+
+
+# --------------------------------------------------------------------------- the two others
+
+
+@flushed()
+def bare(kind: str, clients: int, rounds: int) -> list[float]:
+    """Return the seconds of each round of a loop by hand over one model."""
+    model = model_for(kind)
+    params = list(model.parameters())
+    spent = []
+    for cohort in cohorts(clients, rounds):
+        start = time.process_time()
+        before = [param.detach().clone() for param in params]
+        total = [torch.zeros_like(param) for param in params]
+        for client in cohort:
+            with torch.no_grad():
+                for param, value in zip(params, before, strict=True):
+                    param.copy_(value)
+            train_by_hand(model, STREAMS[client % DISTINCT][0].train)
+            with torch.no_grad():
+                for value, param in zip(total, params, strict=True):
+                    value.add_(param, alpha=RECORDS / (RECORDS * len(cohort)))
+        with torch.no_grad():
+            for param, value in zip(params, total, strict=True):
+                param.copy_(value)
+        spent.append(time.process_time() - start)
+    return spent
+
+
+def train_by_hand(model: nn.Module, records: Records) -> None:
+    """Take the steps of one client: resident tensors, a fresh order, no library."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    order = torch.randperm(len(records))
+    for step in range(STEPS):
+        index = order[step * BATCH : (step + 1) * BATCH]
+        loss = F.cross_entropy(model(records.inputs[index]), records.labels[index])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+
+@flushed()
+def pfl(kind: str, clients: int, rounds: int) -> list[float]:
+    """Return the seconds of each round of pfl-research's federated averaging."""
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.aggregate.weighting import WeightByDatapoints
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.pytorch import PyTorchTensorDataset
+    from pfl.hyperparam import NNTrainHyperParams
+    from pfl.metrics import Metrics
+    from pfl.model.pytorch import PyTorchModel
+
+    model: Any = model_for(kind)
+    model.loss = lambda inputs, labels: F.cross_entropy(model(inputs), labels)
+    model.metrics = lambda inputs, labels: {}
+    trained = PyTorchModel(
+        model=model,
+        local_optimizer_create=torch.optim.SGD,
+        central_optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+    )
+    held = [PyTorchTensorDataset(tensors=[s[0].train.inputs, s[0].train.labels]) for s in STREAMS]
+    drawn = iter([client for cohort in cohorts(clients, rounds) for client in cohort])
+    data = FederatedDataset(
+        make_dataset_fn=lambda client: held[client % DISTINCT], user_sampler=lambda: next(drawn)
+    )
+    ends: list[float] = []
+
+    class Ends(TrainingProcessCallback):  # type: ignore[misc, unused-ignore]
+        """Note the time after every round."""
+
+        def after_central_iteration(self, *_: object, **__: object) -> tuple[bool, Metrics]:
+            ends.append(time.process_time())
+            return False, Metrics()
+
+    start = time.process_time()
+    FederatedAveraging().run(
+        algorithm_params=NNAlgorithmParams(
+            central_num_iterations=rounds,
+            evaluation_frequency=rounds + 1,
+            train_cohort_size=COHORT,
+            val_cohort_size=0,
+        ),
+        backend=SimulatedBackend(
+            training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]
+        ),
+        model=trained,
+        model_train_params=NNTrainHyperParams(
+            local_num_epochs=1, local_learning_rate=LEARNING_RATE, local_batch_size=BATCH
+        ),
+        callbacks=[Ends()],
+        send_metrics_to_platform=False,
+    )
+    return [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def side_by_side(kind: str, repeats: int, rounds: int) -> list[Row]:
+    """Time a round on all sides in turn; the first turn is not counted."""
+    clients = POPULATIONS[0]
+    sides: dict[str, Side] = {
+        "perdure": lambda: ours(kind, clients, rounds).rounds,
+        "bare": lambda: bare(kind, clients, rounds),
+    }
+    if importlib.util.find_spec("pfl"):
+        sides["pfl"] = lambda: pfl(kind, clients, rounds)
+    turns: list[dict[str, float]] = []
+    for _ in range(repeats + 1):
+        turns.append({name: statistics.median(run()[rounds // 2 :]) for name, run in sides.items()})
+    return [
+        {"benchmark": "rounds", "row": kind, "clients": clients, "repeats": repeats}
+        | {f"{name}_ms": 1e3 * statistics.median(t[name] for t in turns[1:]) for name in sides}
+        | {
+            f"times_{name}": statistics.median(t["perdure"] / t[name] for t in turns[1:])
+            for name in sides
+            if name != "perdure"
+        }
+    ]
+
+
+def population(repeats: int) -> list[Row]:
+    """Time rounds and consolidation among more and more clients, in turn."""
+    turns: dict[int, list[Clock]] = {clients: [] for clients in POPULATIONS}
+    ours("mlp", POPULATIONS[0], FEW_ROUNDS)
+    for _ in range(repeats):
+        for clients, clocks in turns.items():
+            clocks.append(ours("mlp", clients, FEW_ROUNDS))
+    return [
+        {
+            "benchmark": "rounds",
+            "row": "clients",
+            "clients": clients,
+            "repeats": repeats,
+            "perdure_ms": 1e3 * statistics.median(statistics.mean(c.rounds) for c in clocks),
+            "met_a_round": len({c for one in cohorts(clients, FEW_ROUNDS) for c in one})
+            / FEW_ROUNDS,
+            "consolidation_ms": 1e3 * statistics.median(c.consolidation for c in clocks),
+        }
+        for clients, clocks in turns.items()
+    ]
+
+
+def idle() -> list[Row]:
+    """Count the copies of its model that a client keeps between its rounds, in the whole process.
+
+    What two clients share is counted once, and divided among them.
+    """
+    learners: list[Learner] = []
+    before = bytes_of_tensors()
+    ours("mlp", 2 * COHORT, 2 * FEW_ROUNDS, learners)
+    gc.collect()
+    own = sum(value.nbytes for value in learners[0].model.state_dict().values())
+    # the first learner is the server's
+    copies = (bytes_of_tensors() - before) / own / (len(learners) - 1)
+    clients = len(learners) - 1
+    return [{"benchmark": "rounds", "row": "idle", "clients": clients, "copies": copies}]
+
+
+def bytes_of_tensors() -> int:
+    """Bytes of all tensors that live, each storage once."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor):
+            for tensor in (each, each.grad if each.is_leaf else None):
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the rows as a table."""
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "benchmark"))
+    table = Table(title="federated rounds (milliseconds of processor time; ratios of perdure's)")
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        table.add_row(*[f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells])
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    """Measure the rows that are named, print them and store them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", help="mlp, cnn, clients, idle (default: all)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--rounds", type=int, default=60, help="of mlp and cnn (default %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="store the rows in this file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    measures: dict[str, Callable[[], list[Row]]] = {
+        "mlp": lambda: side_by_side("mlp", args.repeats, args.rounds),
+        "cnn": lambda: side_by_side("cnn", args.repeats, args.rounds),
+        "clients": lambda: population(args.repeats),
+        "idle": idle,
+    }
+    unknown = set(args.rows) - measures.keys()
+    if unknown:
+        parser.error(f"no row {', '.join(sorted(unknown))}; allowed: {', '.join(measures)}")
+    rows = [row for name in args.rows or measures for row in measures[name]()]
+    show(rows)
+    if args.json:
+        store_rows(args.json, rows, seed=0)
+
+
+if __name__ == "__main__":
+    main()
