@@ -39,7 +39,7 @@ class HeldArray(Array):
         return value
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The serialised array, made when it is asked for."""
         return self.plain().data
 
@@ -93,8 +93,9 @@ def copied(content: RecordDict) -> RecordDict:
     """
     own = RecordDict()
     for name, record in content.items():
-        own[name] = record.copy()
+        fresh: Any = record.copy()  # of any kind, each with values of its own types
         for key, value in record.items():
             if isinstance(value, Array | list):
-                own[name][key] = copy(value)
+                fresh[key] = copy(value)
+        own[name] = fresh
     return own
