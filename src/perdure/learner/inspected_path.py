@@ -30,7 +30,7 @@ class InspectedPath:
 
     def __init__(self, inspection: Inspection, verdict: Verdict) -> None:
         self._parts = parts_of_others(inspection.model, inspection.path)
-        self._looks_again = bool(inspection.foreign_parts) and not verdict.alone
+        self._looks_again = verdict.independence == "tested"
         self._looked_at: set[int] = set()
 
     def look_again(self, inspection: Callable[[], Inspection], index: int, *, begins: bool) -> None:

@@ -18,13 +18,16 @@ from perdure.learner.folder_claims import (
     draws_anchors,
     refuse_lost_key,
 )
+from perdure.learner.gradient_inspection import inspect_gradients
 from perdure.learner.inspection import Inspection, Verdict
+from perdure.learner.known_verdicts import VERDICTS, key_of
 from perdure.learner.model_history import Carried, History
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.charges import bounding, merged
 from perdure.privacy.answers import Answers
-from perdure.privacy.guard.independence import Independence
+from perdure.privacy.guard.independence import Independence, foreign_rules
+from perdure.privacy.guard.loss_checks import quiet_training
 from perdure.privacy.guard.model_checks import check_model, check_optimizer
 from perdure.privacy.ledger.account import WARM_START, Account
 from perdure.privacy.ledger.anchors import private_copy, state_copy, state_draws
@@ -224,7 +227,34 @@ def inspect(inspection: Inspection) -> Verdict:
         )
     check_model(inspection.model)
     refuse_outside(stream)
-    return inspection.verdict()
+    return reached(inspection)
+
+
+def reached(inspection: Inspection) -> Verdict:
+    """Return the guard's verdict, by looking at everything or as it was reached before.
+
+    The model is left in training mode, dropout off.
+
+    Raises:
+        GuardError: naming the part that breaks the bound on one record's influence, and the fix.
+    """
+    key = key_of(inspection)
+    verdict = VERDICTS.recall(key, inspection) if key is not None else None
+    if verdict is not None:
+        quiet_training(inspection.model)
+        return verdict
+    verdict = inspection.verdict()
+    if not verdict.alone:
+        inspect_gradients(
+            inspection.path,
+            inspection.rows,
+            inspection.model,
+            own_rules=foreign_rules(inspection.model) == (),
+            tested=verdict.independence == "tested",
+        )
+    if key is not None:
+        VERDICTS.keep(key, inspection, verdict)
+    return verdict
 
 
 def declared_records(stream: Stream) -> int:

@@ -29,7 +29,6 @@ from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.learner.checkpoint import Position
 from perdure.learner.folder_claims import refuse_other_privacy
-from perdure.learner.gradient_inspection import inspect_gradients
 from perdure.learner.inspected_path import InspectedPath
 from perdure.learner.inspection import Inspection
 from perdure.learner.loss_path import LossPath
@@ -39,7 +38,6 @@ from perdure.learner.private_setup import inspect, open_private_sum, rule_of
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.guard.independence import foreign_rules
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
 from perdure.queries.batch_gradients import with_penalty
@@ -216,7 +214,7 @@ class Session:
             precision=self.precision,
         )
 
-    def _inspection(self) -> Inspection:
+    def inspection(self) -> Inspection:
         """Look of the guard at the path and at the state, as they are now."""
         return Inspection(
             training=self.training,
@@ -237,16 +235,10 @@ class Session:
         )
 
     def _open_private_sum(self) -> PrivateSum:
-        inspection = self._inspection()
+        inspection = self.inspection()
         verdict = inspect(inspection)
         self._goes_alone = verdict.alone
         self._inspected = InspectedPath(inspection, verdict)
-        if not verdict.alone:
-            own = foreign_rules(self.model) == ()
-            tested = bool(inspection.foreign_parts)
-            inspect_gradients(
-                inspection.path, inspection.rows, self.model, own_rules=own, tested=tested
-            )
         privacy = self.training.privacy
         assert privacy is not None
         history = history_of(
@@ -307,7 +299,7 @@ class Session:
         if self.private_sum:
             self._watch = WriteWatch(self.model)
         if self._inspected:
-            self._inspected.look_again(self._inspection, index, begins=begins)
+            self._inspected.look_again(self.inspection, index, begins=begins)
         context = self.context(index, declared_size=experience.train.declared_size)
         self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
         self.select(plan)

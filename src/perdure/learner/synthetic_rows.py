@@ -8,7 +8,7 @@ changes all of them with the neighbours.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,22 @@ DROPPED: tuple[Roles, ...] = ("in turn", "stored", "one stored", "one new")
 """Roles in the tests that leave out one record at a time; leaving out the last one leaves a batch
 of one role in two of them.
 """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReadContext(Context):
+    """Public facts that note when the declared size is read.
+
+    Args:
+        read: names of the facts that were read so far.
+    """
+
+    read: set[str]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "declared_size":
+            self.read.add(name)
+        return super().__getattribute__(name)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,7 +168,13 @@ class SyntheticRows:
     def context_of(self, index: int) -> Context:
         """Public facts of an experience, as its steps are given them."""
         declared = self.training.stream[index].train.declared_size
-        return self.context(index, declared_size=declared)
+        facts = vars(self.context(index, declared_size=declared))
+        return ReadContext(**facts, read=self._read)
+
+    @property
+    def sizes_read(self) -> bool:
+        """Return whether a loss has read a declared size so far."""
+        return bool(self._read)
 
     def remembered(self, batch: Batch) -> Params:
         """Answers of the strategy's `remember`, each record asked about alone."""
@@ -178,6 +200,10 @@ class SyntheticRows:
                 beside = torch.where((ids >= NEIGHBOURS).view(shape), LARGE * beside, beside)
             found[name] = torch.where(stored.view(shape), beside, torch.zeros_like(beside))
         return found
+
+    @cached_property
+    def _read(self) -> set[str]:
+        return set()
 
     @cached_property
     def _plans(self) -> list[Plan]:

@@ -6,7 +6,7 @@ alone, and nothing is hooked or overridden. Any other model is *tested*, or goes
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -310,9 +310,18 @@ def _own_gradients(module: nn.Module) -> bool:
     rule = clipping_rules().get(kind)
     if rule is not None and not is_own(type(rule), OWN_RULES):
         return False
-    wrapped = sys.modules.get("opacus.grad_sample.grad_sample_module")
-    sampler = wrapped.GradSampleModule.GRAD_SAMPLERS.get(kind) if wrapped else None
+    sampler = opacus_samplers().get(kind)
     return sampler is None or _defined_in(sampler, "opacus")
+
+
+def opacus_samplers() -> Mapping[type, object]:
+    """Return the functions by which Opacus reads gradients of single records, by layer type.
+
+    Empty where Opacus is not loaded.
+    """
+    wrapped = sys.modules.get("opacus.grad_sample.grad_sample_module")
+    found: Mapping[type, object] = wrapped.GradSampleModule.GRAD_SAMPLERS if wrapped else {}
+    return found
 
 
 def _hooked_everywhere() -> bool:

@@ -1,0 +1,234 @@
+"""Verdicts of the guard that this process has reached, each under everything it was reached from.
+
+Learners of one structure, such as the clients of a federation, are looked at once. A verdict is
+kept where every part on the path of rows to their losses is this library's or a listed module of
+torch's: what other code does may depend on anything, so it is looked at every time.
+
+A key holds the modules with their settings, hooks and the values of their tensors, the strategy,
+the attack and the views with theirs, the state, the plans and the public facts of the experiences,
+and every class with all its attributes as they are now, so that another method in its place is
+another key. Objects are compared by identity and kept alive; no name stands for a thing.
+"""
+
+import types
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perdure.contract.state import State
+from perdure.learner.inspection import Inspection, Verdict
+from perdure.privacy.clipping.rules.registry import clipping_rules
+from perdure.privacy.guard.independence import foreign_rules, is_own, opacus_samplers, unlisted
+from perdure.utils.hashing import digest
+
+MOST = 256
+"""Verdicts that are kept; beyond them the oldest one goes."""
+
+_SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
+"""Attributes of a module that `_tensors` and the walk over all modules describe."""
+
+_LIBRARIES = ("perdure", "torch")
+"""Libraries whose functions may be settings; any other function may depend on anything."""
+
+
+class UnknownKindError(Exception):
+    """A value of a kind that no key can hold; what depends on it is looked at every time."""
+
+
+class Same:
+    """An object as part of a key: equal to itself alone, and kept alive by the key."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+@dataclass(kw_only=True)
+class Known:
+    """A verdict, and the declared sizes that it holds for.
+
+    Args:
+        verdict: that was reached.
+        sizes: declared sizes of the experiences for which it was reached; None where no loss read
+            them, so that it holds for all.
+    """
+
+    verdict: Verdict
+    sizes: set[tuple[int, ...]] | None = field(default_factory=set)
+
+    def holds_for(self, sizes: tuple[int, ...]) -> bool:
+        """Return whether the verdict was reached for these declared sizes, or without any."""
+        return self.sizes is None or sizes in self.sizes
+
+
+class KnownVerdicts:
+    """Verdicts by key, the oldest first."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Hashable, Known] = OrderedDict()
+
+    def recall(self, key: Hashable, inspection: Inspection) -> Verdict | None:
+        """Return the verdict that was reached for a key; None where none was."""
+        known = self._found.get(key)
+        if known is None or not known.holds_for(_sizes(inspection)):
+            return None
+        return known.verdict
+
+    def keep(self, key: Hashable, inspection: Inspection, verdict: Verdict) -> None:
+        """Keep a verdict under its key, for these declared sizes, or for all where none was read.
+
+        A verdict that is only tested is not kept.
+        """
+        if verdict.independence != "by construction" or verdict.alone:
+            return
+        known = self._found.setdefault(key, Known(verdict=verdict))
+        if not inspection.rows.sizes_read:
+            known.sizes = None
+        elif known.sizes is not None:
+            known.sizes.add(_sizes(inspection))
+        while len(self._found) > MOST:
+            self._found.popitem(last=False)
+
+    def forget(self) -> None:
+        """Drop all verdicts, say where code of the library itself was replaced."""
+        self._found.clear()
+
+
+VERDICTS = KnownVerdicts()
+"""Verdicts of this process."""
+
+
+def key_of(inspection: Inspection) -> Hashable | None:
+    """Return everything that a verdict is reached from, except declared sizes.
+
+    None where code of others, or a value that no key can hold, takes part.
+    """
+    if unlisted(inspection.model) or foreign_rules(inspection.model):
+        return None
+    if inspection.path.foreign_parts():
+        return None
+    try:
+        return tuple(_facts(inspection))
+    except (UnknownKindError, RecursionError):
+        return None
+
+
+def _facts(inspection: Inspection) -> Iterator[Hashable]:
+    training = inspection.training
+    path = inspection.path
+    stream = training.stream
+    yield from _modules(inspection.model)
+    yield _state(inspection.state)
+    yield described((path.strategy, path.adversary, path.views, path.precision))
+    privacy = training.privacy
+    yield described((privacy and privacy.custom_forward, privacy and privacy.clipping))
+    yield described((stream.scenario, stream.num_classes, stream.input_shape))
+    for experience in stream:
+        yield described((experience.index, experience.task, experience.classes))
+        yield described(inspection.domain_of(experience.index))
+        yield described(training.of(experience))
+    yield described((inspection.at_once, inspection.seed, str(inspection.device)))
+    yield described((inspection.rows.seed, torch.get_default_dtype()))
+
+
+def _sizes(inspection: Inspection) -> tuple[int, ...]:
+    """Declared sizes of the experiences, which a loss may read as public facts."""
+    return tuple(each.train.declared_size for each in inspection.training.stream)
+
+
+def _modules(model: nn.Module) -> Iterator[Hashable]:
+    """Modules with their settings and classes, their clipping rules, and all tensors."""
+    rules = clipping_rules()
+    samplers = opacus_samplers()
+    kinds: dict[type, None] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind = type(module)
+        kinds[kind] = None
+        own = {name: value for name, value in vars(module).items() if name not in _SKIPPED}
+        rule = rules.get(kind)
+        yield path, Same(kind), described(own), described(rule), Same(samplers.get(kind))
+    for kind in kinds:
+        yield _class(kind)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    yield _tensors(tensors)
+
+
+def _tensors(tensors: Mapping[str, Tensor]) -> Hashable:
+    """Layout and values of named tensors; those in one storage are told."""
+    storages: dict[int, int] = {}
+    layouts = []
+    for name, value in tensors.items():
+        place = storages.setdefault(value.untyped_storage().data_ptr(), len(storages))
+        layout = (tuple(value.shape), value.stride(), place, value.storage_offset())
+        layouts.append((name, Same(type(value)), value.dtype, value.requires_grad, *layout))
+    return tuple(layouts), digest(tensors)
+
+
+def _state(state: State) -> Hashable:
+    return Same(type(state)), described(state.rules), _tensors(state)
+
+
+# --------------------------------------------------------------------------- values
+
+
+def described(value: object) -> Hashable:
+    """Return a value as part of a key; no two values that may behave differently are equal.
+
+    Raises:
+        UnknownKindError: for a value of another kind than settings have.
+    """
+    if value is None or isinstance(value, bool | int | str | bytes | Path):
+        return type(value), value
+    if isinstance(value, float):
+        return float, value.hex()  # 0.0 and -0.0 apart, NaN equal to itself
+    if isinstance(value, torch.dtype | torch.device):
+        return value
+    if isinstance(value, Tensor):
+        return _tensors({"": value})
+    if isinstance(value, Mapping | Sequence | Set):
+        return type(value), _items(value)
+    return Same(value) if isinstance(value, type) else _object(value)
+
+
+def _items(values: Mapping[Any, Any] | Sequence[Any] | Set[Any]) -> Hashable:
+    if isinstance(values, Mapping):
+        return tuple((described(key), described(value)) for key, value in values.items())
+    each = map(described, values)
+    return tuple(each) if isinstance(values, Sequence) else frozenset(each)
+
+
+def _object(value: object) -> Hashable:
+    """Describe a function, or an object of this library."""
+    if isinstance(value, partial):
+        return partial, described((value.func, value.args, value.keywords))
+    if isinstance(value, types.BuiltinFunctionType) and isinstance(
+        value.__self__, types.ModuleType | None
+    ):
+        return Same(value)
+    if isinstance(value, types.FunctionType):
+        place = str(value.__globals__.get("__name__", ""))
+        if place.partition(".")[0] in _LIBRARIES:
+            cells = value.__closure__ or ()
+            return Same(value), value.__code__, tuple(described(c.cell_contents) for c in cells)
+    if is_own(type(value), ("perdure.",)) and hasattr(value, "__dict__"):
+        return Same(type(value)), _class(type(value)), described(vars(value))
+    raise UnknownKindError(type(value).__name__)
+
+
+def _class(kind: type) -> Hashable:
+    """All attributes of a class and of its bases as they are now."""
+    return tuple(tuple(map(Same, vars(base).values())) for base in kind.__mro__)

@@ -1,0 +1,236 @@
+"""The guard looks once at a structure: equal parts share a verdict, another part is looked at.
+
+Looks are counted by the products of a linear layer that preparing a learner takes.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.learners import SIMULATED
+from perdure.adversarial import FGSM
+from perdure.data import InputDomain
+from perdure.errors import GuardError
+from perdure.learner.known_verdicts import MOST, VERDICTS, UnknownKindError, described
+from perdure.learner.private_setup import reached
+from perdure.models import mlp
+from perdure.strategies import EWC, LUCIR, LwF, Naive, Replay
+
+
+class Products(TorchDispatchMode):
+    """Count the products with a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
+
+
+def looks(learner, stream):
+    """Products that the guard takes when the learner is prepared, model checks apart."""
+    with Products() as products:
+        learner.prepare(stream)
+    return products.count
+
+
+@pytest.fixture(autouse=True)
+def _none_known():
+    VERDICTS.forget()
+    yield
+    VERDICTS.forget()
+
+
+@pytest.fixture
+def known(learner_of, toy_stream):
+    """Products of a first look and of one that is recalled, and a maker of equal learners."""
+    stream = toy_stream()
+
+    def make(**changes):
+        return learner_of(**{"strategy": EWC(strength=1.0), "privacy": SIMULATED} | changes)
+
+    first = looks(make(), stream)
+    again = looks(make(), stream)
+    return first, again, make, stream
+
+
+def test_equal_learners_are_looked_at_once(known):
+    first, again, _, _ = known
+    assert again <= 4 < 100 < first
+
+
+def test_clients_of_other_sizes_share_a_verdict(known):
+    _, again, make, stream = known
+    sizes = [replace(e, train=e.train.declared(40 + e.index)) for e in stream]
+    other = replace(stream, experiences=tuple(sizes))
+    assert looks(make(client=3), other) == again
+
+
+def test_losses_that_read_a_size_are_looked_at_for_each(learner_of, toy_stream):
+    stream = toy_stream()
+    sizes = [replace(e, train=e.train.declared(40 + e.index)) for e in stream]
+    other = replace(stream, experiences=tuple(sizes))
+
+    def cosine(of):
+        model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=3, head="cosine")
+        learner = learner_of(model=model, strategy=LUCIR(memory_size=8), privacy=SIMULATED)
+        return looks(learner, of)
+
+    first = cosine(stream)
+    again = cosine(stream)
+    assert cosine(other) == first > 10 * again
+    assert cosine(other) == cosine(stream) == again
+
+
+OTHERS = {
+    "strategy": lambda: {"strategy": LwF()},
+    "setting": lambda: {"strategy": EWC(strength=2.0)},
+    "memory": lambda: {"strategy": Replay(memory_size=8)},
+    "attack": lambda: {"adversary": FGSM(epsilon=0.1)},
+    "clipping": lambda: {"privacy": replace(SIMULATED, clipping="per-layer")},
+    "micro batch": lambda: {"micro_batch_size": 3},
+    "precision": lambda: {"precision": "bfloat16"},
+    "seed": lambda: {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_part_is_looked_at(name, known):
+    _, again, make, stream = known
+    assert looks(make(**OTHERS[name]()), stream) > 10 * again
+
+
+def models(stream):
+    """Equal models but for one thing each."""
+
+    def plain():
+        return mlp(
+            input_shape=stream.input_shape,
+            num_classes=stream.num_classes,
+            hidden=(6,),
+            seed=3,
+            activation="tanh",
+        )
+
+    frozen = plain()
+    next(frozen.parameters()).requires_grad_(requires_grad=False)
+    moved = plain()
+    with torch.no_grad():
+        next(moved.parameters()).data[0, 0] += 1e-3
+    marked = plain()
+    marked.head.scale = 2.0
+    return {"frozen": frozen, "value": moved, "setting": marked}
+
+
+@pytest.mark.parametrize("name", ["frozen", "value", "setting"])
+def test_another_model_is_looked_at(name, known):
+    _, again, make, stream = known
+    assert looks(make(model=models(stream)[name]), stream) > 10 * again
+
+
+def test_other_facts_of_the_stream_are_looked_at(known):
+    _, again, make, stream = known
+    wide = InputDomain(shape=(5,), dtype=torch.float32, range=(-100.0, 100.0))
+    declared = [replace(e, train=replace(e.train, domain=wide)) for e in stream]
+    classes = [replace(e, classes=(0, 1, 2, 3)) for e in stream]
+    for experiences in (declared, classes):
+        other = replace(stream, experiences=tuple(experiences))
+        assert looks(make(), other) > 10 * again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Naive):
+    """Losses of the user's own."""
+
+    parts: list = field(default_factory=list)
+
+    def losses(self, forward, batch, context, state):
+        z = forward(batch.inputs)
+        each = nn.functional.cross_entropy(z, batch.labels, reduction="none")
+        return each - z.mean() if self.parts else each
+
+
+def test_code_of_others_is_looked_at_every_time(known):
+    first, _, make, stream = known
+    mine = Mine()
+    assert looks(make(strategy=mine), stream) >= first
+    assert looks(make(strategy=mine), stream) >= first
+    mine.parts.append(1)  # the same object, and another loss
+    with pytest.raises(GuardError, match="couples records"):
+        make(strategy=mine).prepare(stream)
+
+
+def test_a_replaced_method_of_the_library_is_looked_at(known, monkeypatch):
+    _, _, make, stream = known
+    make().prepare(stream)
+
+    def losses(self, forward, batch, context, state):
+        z = forward(batch.inputs)
+        return nn.functional.cross_entropy(z - z.mean(0), batch.labels, reduction="none")
+
+    monkeypatch.setattr(EWC, "losses", losses)
+    with pytest.raises(GuardError):
+        make().prepare(stream)
+
+
+def test_a_hook_of_a_known_model_is_looked_at(known):
+    _, _, make, stream = known
+    learner = make()
+    learner.model.head.register_forward_hook(lambda module, args, out: out - out.mean(0))
+    with pytest.raises(GuardError):
+        learner.prepare(stream)
+
+
+def test_a_recalled_look_leaves_the_model_as_a_look(known):
+    _, _, make, stream = known
+    learner = make()
+    learner.model.eval()
+    learner.prepare(stream)
+    assert learner.model.training
+
+
+def test_a_refusal_is_no_verdict(learner_of, toy_stream):
+    for _ in range(2):
+        with pytest.raises(GuardError, match="couples"):
+            learner_of(strategy=Mine(parts=[1]), privacy=SIMULATED).prepare(toy_stream())
+
+
+def test_recalled_and_reached_verdicts_are_equal(known):
+    _, _, make, stream = known
+    learner = make()
+    learner.prepare(stream)
+    recalled = reached(learner.session.inspection())
+    VERDICTS.forget()
+    assert reached(learner.session.inspection()) == recalled
+
+
+def test_described_tells_values_apart():
+    a = torch.zeros(3)
+    values = [0, 0.0, -0.0, False, "0", b"0", None, (0,), [0], {0: 0}, {0}, a, a.double(), a + 1]
+    values += [EWC(strength=1.0), EWC(strength=2.0), torch.relu, nn.functional.relu, float, int]
+    keys = {described(value) for value in values}
+    assert len(keys) == len(values)
+    assert described(EWC(strength=1.0)) == described(EWC(strength=1.0))
+
+
+@pytest.mark.parametrize("value", [lambda x: x, object(), torch.Generator(), Mine()])
+def test_described_refuses_what_it_does_not_know(value):
+    with pytest.raises(UnknownKindError):
+        described(value)
+
+
+def test_few_verdicts_are_kept(known):
+    _, _, make, stream = known
+    learner = make()
+    learner.prepare(stream)
+    inspection = learner.session.inspection()
+    verdict = reached(inspection)
+    for number in range(MOST + 5):
+        VERDICTS.keep(number, inspection, verdict)
+    assert VERDICTS.recall(0, inspection) is None
+    assert VERDICTS.recall(MOST, inspection) == verdict
