@@ -2,6 +2,7 @@
 objects print.
 """
 
+import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -9,20 +10,26 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.learners import SIMULATED
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.data.augmentation import shift_and_flip
 from perdure.errors import ConfigError
 from perdure.learner.noise_digest import (
+    VERSION,
+    ReplayedRates,
     exposure_settings,
     memory_settings,
     module_settings,
+    noise_digest,
     plan_settings,
+    probe_strategy,
+    settings,
 )
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.private_sum import clipping_settings
 from perdure.strategies import EWC, Replay
-from perdure.utils.hashing import canonical, canonical_text
+from perdure.utils.hashing import canonical, canonical_text, digest
 
 PLAN = Plan(memory=MemoryPlan(capacity=10))
 OTHER_PLANS = {
@@ -118,3 +125,70 @@ def test_a_module_shows_its_settings_and_not_its_printed_form():
     assert module_settings("a", nn.Dropout(0.1)) != module_settings("a", nn.Dropout(0.2))
     assert module_settings("a", nn.ReLU()) != module_settings("a", nn.Tanh())
     assert module_settings("a", nn.Linear(2, 3)) == module_settings("a", nn.Linear(2, 3))
+
+
+class Counted(torch.optim.lr_scheduler.ExponentialLR):
+    """A schedule that counts the steps of all that were made."""
+
+    steps = 0
+
+    def step(self, *args):
+        Counted.steps += 1
+        super().step(*args)
+
+
+@pytest.fixture
+def counted(learner_of):
+    Counted.steps = 0
+    return learner_of(
+        privacy=SIMULATED, scheduler=partial(Counted, gamma=0.9), iterations=12, blocks=4
+    )
+
+
+def test_a_schedule_is_replayed_once_for_all_blocks(counted, toy_stream):
+    counted.prepare(toy_stream())
+    made = Counted.steps
+    counted.begin(0)
+    for block in counted.training.remaining_blocks(0, 0):
+        counted.train(block)
+    # the run takes 12 steps and the replay 12; making a schedule takes one
+    assert Counted.steps - made <= 12 + 12 + 1
+
+
+def test_a_schedule_is_replayed_again_after_a_restore(counted, toy_stream):
+    counted.prepare(toy_stream())
+    counted.begin(0)
+    snapshot = counted.snapshot()
+    first = counted.noise_digest()
+    counted.scheduler = partial(Counted, gamma=0.8)
+    assert counted.noise_digest() != first
+    counted.scheduler = partial(Counted, gamma=0.9)
+    counted.restore(snapshot)
+    before = Counted.steps
+    assert counted.noise_digest() == first
+    assert Counted.steps - before >= 12
+
+
+def test_the_digest_is_that_of_all_settings_in_one_text(counted, toy_stream):
+    counted.prepare(toy_stream())
+    counted.begin(0)
+    session = counted.session
+    snapshot = counted.snapshot()
+    optimizer = counted.current_optimizer
+    schedule = counted.scheduler(counted.optimizer(counted.params.values()))
+    rates = ReplayedRates(counted.optimizer, counted.scheduler).until(12)
+    asked = settings(session, snapshot, optimizer, schedule)
+    whole = {"version": VERSION, **asked, "scheduler": [*asked["scheduler"], rates]}
+    shown = digest({**snapshot.tensors, **probe_strategy(session)})
+    expected = hashlib.sha256(canonical_text(whole).encode() + shown).hexdigest()
+    assert noise_digest(session, snapshot, optimizer, schedule, canonical_text(rates)) == expected
+    assert counted.noise_digest() == expected
+
+
+def test_replayed_rates_are_the_same_in_pieces_and_at_once():
+    makers = (partial(torch.optim.SGD, lr=0.3), partial(Counted, gamma=0.7))
+    pieces = ReplayedRates(*makers)
+    for steps in (0, 2, 5, 3):
+        at_once = ReplayedRates(*makers)
+        assert pieces.until(steps) == at_once.until(steps)
+        assert pieces.text(steps) == at_once.text(steps) == canonical_text(at_once.until(steps))

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.data.experience import Experience, Stream
 from perdure.errors import ConfigError, RunError
-from perdure.learner.noise_digest import learning_rates, module_settings
+from perdure.learner.noise_digest import ReplayedRates, module_settings
 from perdure.learner.session import Session
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Tensors
@@ -99,7 +99,7 @@ def schedule_settings(
     """Description of a schedule, and the learning rates that it begins with."""
     found = flat("scheduler", scheduler)
     if scheduler is not None:
-        rates = learning_rates(optimizer, scheduler, RATES_SHOWN)
+        rates = ReplayedRates(optimizer, scheduler).until(RATES_SHOWN)
         found["scheduler.learning rates"] = described(rates)
     return found
 

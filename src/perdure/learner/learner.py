@@ -23,7 +23,7 @@ from perdure.learner.arguments import check_arguments, check_stream, made_optimi
 from perdure.learner.checkpoint import Position, Snapshot, Store
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of, refuse_other_run
 from perdure.learner.folder_claims import DRAWS, HEAD, anchor_of
-from perdure.learner.noise_digest import learning_rates, noise_digest
+from perdure.learner.noise_digest import ReplayedRates, noise_digest
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.sanity_checks import refuse_second_ledger
 from perdure.learner.session import OWNER, Session
@@ -126,6 +126,7 @@ class Learner:
     make_private_sum: MakePrivateSum = PrivateSum
     matrix: list[list[float]] = field(default_factory=list)
     _session: Session | None = field(default=None, init=False, repr=False)
+    _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
     driven_by: Mapping[str, object] = field(default_factory=dict, init=False, repr=False)
     """Settings of whoever drives the learner, such as a federation's; the fingerprint has them."""
@@ -211,6 +212,7 @@ class Learner:
             refuse_optimizer(self.optimizer, self.params)
         self.close()
         self.matrix = []
+        self._rates = None
         training = TrainingPlan(
             stream=stream,
             strategy=self.strategy,
@@ -329,12 +331,14 @@ class Learner:
             if anchor is None:
                 raise LedgerError(f"the checkpoint in {place} knows no ledger; give another folder")
             self.private_sum.ledger.chain.require(anchor)
+        self._rates = None
         self.matrix = restore_snapshot(
             snapshot, self.session, self._optimizer, self._scheduler, of_the_run=True
         )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""
+        self._rates = None
         self.matrix = restore_snapshot(snapshot, self.session, self._optimizer, self._scheduler)
 
     def save(self) -> None:
@@ -439,11 +443,20 @@ class Learner:
         """Digest everything but the records that determines the next steps; "" without privacy."""
         if self.private_sum is None:
             return ""
-        rates: list[float] = []
+        rates = "[]"
         if self.scheduler:
             steps = sum(self.training.steps(i) for i in range(self.position.experience + 1))
-            rates = learning_rates(self.optimizer, self.scheduler, steps)
-        return noise_digest(self.session, self.snapshot(), self._optimizer, self._scheduler, rates)
+            rates = self._replayed(self.scheduler).text(steps)
+        live = take_snapshot(
+            self.session, self._optimizer, self._scheduler, self.matrix, copy=False
+        )
+        return noise_digest(self.session, live, self._optimizer, self._scheduler, rates)
+
+    def _replayed(self, scheduler: Callable[[Optimizer], LRScheduler]) -> ReplayedRates:
+        """Learning rates of a schedule, run anew wherever the run does not simply go on."""
+        if self._rates is None or not self._rates.are_of(self.optimizer, scheduler):
+            self._rates = ReplayedRates(self.optimizer, scheduler)
+        return self._rates
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:

@@ -36,7 +36,7 @@ def noise_digest(
     snapshot: Snapshot,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
-    rates: list[float],
+    rates: str,
 ) -> str:
     """SHA-256 of the settings, the snapshot and the code's results on synthetic records.
 
@@ -45,11 +45,13 @@ def noise_digest(
         snapshot: of the session and its optimiser now.
         optimizer: that takes the steps.
         scheduler: of its learning rate.
-        rates: learning rates of all steps up to the end of the experience.
+        rates: learning rates of all steps up to the end of the experience, as JSON.
     """
-    text = canonical_text(
-        {"version": VERSION, **settings(session, snapshot, optimizer, scheduler, rates)}
-    )
+    asked = {"version": VERSION, **settings(session, snapshot, optimizer, scheduler)}
+    texts = {name: canonical_text(value) for name, value in asked.items()}
+    # the rates of a long run are many, and their text is made once
+    texts["scheduler"] = f"{texts['scheduler'][:-1]},{rates}]"
+    text = "{" + ",".join(f'"{name}":{texts[name]}' for name in sorted(texts)) + "}"
     shown = digest({**snapshot.tensors, **probe_strategy(session)})
     return hashlib.sha256(text.encode() + shown).hexdigest()
 
@@ -62,9 +64,10 @@ def settings(
     snapshot: Snapshot,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
-    rates: list[float],
 ) -> dict[str, JSONValue]:
     """Every setting that determines the steps, under names that belong to the digest alone.
+
+    The learning rates of a schedule are left out; `noise_digest` adds them.
 
     Raises:
         ConfigError: for a strategy or attack with a field that cannot be described.
@@ -88,7 +91,6 @@ def settings(
         "scheduler": [
             type(scheduler).__name__,
             canonical(facts["scheduler"]),
-            canonical(rates),
         ],
         "adversary": canonical(session.adversary),
         "views": session.views and session.views.count,
@@ -141,23 +143,46 @@ def module_settings(path: str, module: nn.Module) -> JSONValue:
 # --------------------------------------------------------------------------- behaviour
 
 
-def learning_rates(
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    scheduler: Callable[[Optimizer], LRScheduler],
-    steps: int,
-) -> list[float]:
-    """Learning rates of the first `steps` steps under a schedule.
+class ReplayedRates:
+    """Learning rates of the steps under a schedule.
 
-    A schedule may be a function that no state holds, so it is run.
+    A schedule may be a function that no state holds, so it is run: once, and on from where it is.
+
+    Args:
+        optimizer: from parameters to the optimiser.
+        scheduler: from the optimiser to its scheduler.
     """
-    own = optimizer([nn.Parameter(torch.zeros(1))])
-    schedule = scheduler(own)
-    rates = []
-    for _ in range(steps):
-        rates.append(float(own.param_groups[0]["lr"]))
-        own.step()
-        schedule.step()
-    return rates
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler],
+    ) -> None:
+        self._made_by = (optimizer, scheduler)
+        self._own = optimizer([nn.Parameter(torch.zeros(1))])
+        self._schedule = scheduler(self._own)
+        self._rates: list[float] = []
+        self._text = ""
+
+    def are_of(self, optimizer: object, scheduler: object) -> bool:
+        """Return whether these very makers are replayed here."""
+        return optimizer is self._made_by[0] and scheduler is self._made_by[1]
+
+    def until(self, steps: int) -> list[float]:
+        """Return the rates of the first `steps` steps."""
+        new = []
+        for _ in range(len(self._rates), steps):
+            new.append(float(self._own.param_groups[0]["lr"]))
+            self._own.step()
+            self._schedule.step()
+        self._rates += new
+        self._text += "".join(f"{canonical_text(rate)}," for rate in new)
+        return self._rates[:steps]
+
+    def text(self, steps: int) -> str:
+        """Return the rates of the first `steps` steps as JSON."""
+        rates = self.until(steps)
+        return f"[{self._text[:-1]}]" if steps == len(self._rates) else canonical_text(rates)
 
 
 def probe_strategy(session: Session) -> dict[str, Tensor]:

@@ -20,13 +20,23 @@ def take_snapshot(
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
     matrix: list[list[float]],
+    *,
+    copy: bool = True,
 ) -> Snapshot:
-    """Copy everything that a run needs to go on; memory rows apart, because they are private."""
+    """Copy everything that a run needs to go on; memory rows apart, because they are private.
+
+    Args:
+        session, optimizer, scheduler: as they are now.
+        matrix: accuracies so far.
+        copy: False leaves the tensors as they are, to be read before anything goes on.
+    """
     moments, facts = flatten_optimizer(optimizer)
     live = {f"model.{n}": t for n, t in session.model.state_dict().items()}
     live |= {f"state.{n}": t for n, t in session.state.items()}
     live |= moments
-    tensors = {name: value.detach().clone() for name, value in live.items()}
+    tensors = {name: value.detach() for name, value in live.items()}
+    if copy:
+        tensors = {name: value.clone() for name, value in tensors.items()}
     private, memory = session.held.snapshot()
     facts |= {
         "position": vars(session.position),
