@@ -32,8 +32,43 @@ def test_import_perdure_loads_nothing_heavy():
     )
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
+    assert "perdure" in loaded
+    assert loaded & {"torch", "numpy", *HEAVY} == set()
+
+
+def test_the_names_that_programs_need_load_nothing_heavy():
+    done = python(
+        "-c",
+        "import sys; from perdure import *; "
+        "print(*{name.partition('.')[0] for name in sys.modules})",
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
     assert {"perdure", "torch"} <= loaded
     assert loaded & set(HEAVY) == set()
+
+
+def test_names_that_are_not_loaded_are_listed():
+    done = python("-c", "import perdure; print(*sorted({*perdure.__all__} - {*dir(perdure)}))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["run"], ["demo"], ["report"], ["audit"], ["strategies"], ["ledger"], ["ledger", "show"]],
+    ids=" ".join,
+)
+def test_help_needs_no_torch(words):
+    program = (
+        "import sys; from perdure.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('loaded', {'torch', 'numpy'} & {*sys.modules}, file=sys.stderr)"
+    )
+    done = python("-c", program, *words, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stderr == "loaded set()\n"
 
 
 @pytest.mark.slow

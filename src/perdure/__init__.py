@@ -2,27 +2,13 @@
 
 Import here what every program needs: `Learner`, `Privacy`, and what strategies, streams and records
 are made of. The rest is in packages: `perdure.data` for streams, `perdure.models`,
-`perdure.strategies`, `perdure.federated`, `perdure.privacy` and others. A package is loaded when it
-is first used.
+`perdure.strategies`, `perdure.federated`, `perdure.privacy` and others. A name is loaded when it
+is first used, so that `perdure --help` waits for no torch.
 """
 
 import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
-
-from perdure.contract.combine import Combine
-from perdure.contract.context import Context, Spec
-from perdure.contract.curator import Curator
-from perdure.contract.forward import Forward
-from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.data.experience import Experience, Stream
-from perdure.data.records import Batch, Records
-from perdure.errors import PerdureError
-from perdure.learner.learner import Learner
-from perdure.privacy.settings import Privacy
-from perdure.types import Params
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,10 +47,51 @@ if TYPE_CHECKING:
     from perdure import report as report
     from perdure import strategies as strategies
     from perdure import testing as testing
+    from perdure.contract.combine import Combine
+    from perdure.contract.context import Context, Spec
+    from perdure.contract.curator import Curator
+    from perdure.contract.forward import Forward
+    from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
+    from perdure.contract.state import State
+    from perdure.contract.strategy import Strategy
+    from perdure.data.experience import Experience, Stream
+    from perdure.data.records import Batch, Records
+    from perdure.errors import PerdureError
+    from perdure.learner.learner import Learner
+    from perdure.privacy.settings import Privacy
+    from perdure.types import Params
 else:
+    _HOMES = {
+        "Batch": "perdure.data.records",
+        "Combine": "perdure.contract.combine",
+        "Context": "perdure.contract.context",
+        "Curator": "perdure.contract.curator",
+        "Experience": "perdure.data.experience",
+        "Forward": "perdure.contract.forward",
+        "Learner": "perdure.learner.learner",
+        "MemoryPlan": "perdure.contract.plan",
+        "Params": "perdure.types",
+        "PerdureError": "perdure.errors",
+        "Plan": "perdure.contract.plan",
+        "Privacy": "perdure.privacy.settings",
+        "PrivacyCost": "perdure.contract.plan",
+        "Records": "perdure.data.records",
+        "Spec": "perdure.contract.context",
+        "State": "perdure.contract.state",
+        "Strategy": "perdure.contract.strategy",
+        "Stream": "perdure.data.experience",
+    }
 
     def __getattr__(name: str) -> object:
-        """Load a package of perdure when it is first used."""
+        """Load a public name, or a package of perdure, when it is first used."""
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            globals()[name] = value
+            return value
         if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return importlib.import_module(f"{__name__}.{name}")
+
+    def __dir__() -> list[str]:
+        """Names of the module, those that are not loaded yet among them."""
+        return sorted({*globals(), *__all__})

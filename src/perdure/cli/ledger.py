@@ -1,43 +1,12 @@
-"""The commands `perdure ledger`.
+"""The commands `perdure ledger`, with their options.
 
-They show what a run spent, whether its account is whole, and what one more charge would cost.
+What they do is in `ledger_commands`, which is imported when one of them runs: help needs no torch.
 """
 
-import json
-import os
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-
-from perdure.cli.expected_ledgers import absent, anchors_below, left_out
-from perdure.cli.ledger_choice import OWNER, apart, arm_of, named, select
-from perdure.cli.recorded_heads import Recorded, as_text, behind, forgotten, from_text, put_back
-from perdure.cli.run_facts import RunFacts, read_facts
-from perdure.errors import LedgerError, PerdureError, PrivacyError, RunError
-from perdure.experiment.result_schema import Epsilon
-from perdure.experiment.results import epsilon_of_all_arms, epsilon_row
-from perdure.privacy.accounting.calibration import check_target
-from perdure.privacy.accounting.charges import Charge
-from perdure.privacy.ledger.anchors import private_copy
-from perdure.privacy.ledger.merged import Merged, Part
-from perdure.privacy.ledger.merged import read as read_ledger
-from perdure.privacy.ledger.storage import RESTORE, Anchor, head_path, load
-from perdure.privacy.noise.key import NoiseKey, noise_key
-from perdure.report.ledger_tables import (
-    document,
-    exposure_table,
-    exposures,
-    finite,
-    projection_table,
-    projections,
-)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,68 +16,11 @@ app = typer.Typer(
 RUN is the folder of a run, finished or not, or a ledger file.""",
 )
 
-DELTA = 1e-5
-LEDGER = "ledger.jsonl"
-BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
-"""Where the ledgers of single curators lie below a run's folder, or below an arm's."""
-GOOD = 0
-WRONG = 1
-UNSEALED = 3
-"""Exit codes of `verify`; 2 is that of a command that cannot be carried out."""
-NOT_VERIFIED = (
-    "NOT VERIFIED: {} of {} heads, for lack of their keys: whoever can write these files can have "
-    "made up the whole history; verify them where private/ is"
-)
-LEFT_TO_VERIFY = (
-    "not compared with checkpoints and recorded heads: `perdure ledger verify` does that"
-)
-NOT_COVERED = (
-    "not covered: whoever can write here can put back an older ledger together with its "
-    "older head and checkpoints; "
-    "record `perdure ledger head` elsewhere and give it with --at-least"
-)
-
 Run = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or a ledger file.")]
 Delta = Annotated[
     float | None, typer.Option(help="Of every epsilon; default: the run's, else 1e-5.")
 ]
 Names = list[str] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a run's ledgers lie, and the config that they were written under, where there is one.
-
-    Args:
-        folder: of the run.
-        run: folder that was asked for, that one or one below it; None for a file.
-        config: what it says; no module that it names is imported.
-        merged: the file of a finished run.
-        single: files of single curators.
-    """
-
-    folder: Path
-    run: Path | None
-    config: RunFacts | None
-    merged: Path | None
-    single: tuple[Path, ...]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has a result."""
-        return (self.folder / "result.json").exists()
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of simulated noise; None where noise is secret, or nothing is known of it."""
-        return self.config.seed if self.config else None
-
-    def delta(self, asked: float | None, account: Merged) -> float:
-        """Delta that is asked for now, else the one that the run was asked for, else 1e-5."""
-        own = (asked, account.delta, self.config.delta if self.config else None)
-        chosen = next((delta for delta in own if delta is not None), DELTA)
-        check_target(1.0, chosen)
-        return chosen
 
 
 @app.command()
@@ -124,27 +36,9 @@ def show(
     ] = False,
 ) -> None:
     """Who was exposed to what, how often and how strongly, and the epsilon that follows."""
-    source = find(run)
-    account = Merged(apart(opened(source), source.folder))
-    spent = source.delta(delta, account)
-    chosen = select(account, arm or (), owner or ())
-    gone = missing(source, account if source.merged else None)
-    whole = not gone or bool(arm or owner)
-    with ticking(len(chosen.partitions)) as tick:
-        rows = exposures(chosen, spent, tick)
-    if as_json:
-        facts = summary(source, chosen, spent, gone, whole) | {"partitions": document(rows)}
-        typer.echo(json.dumps(facts, indent=1, allow_nan=False))
-        raise typer.Exit(int(not whole))
-    _console().print(exposure_table(rows))
-    if gone:
-        typer.echo(
-            f"{len(account.parts)} of {len(account.parts) + len(gone)} ledgers are there; missing: "
-            f"{', '.join(gone)}{'' if whole else ': no epsilon is stated for the run'}"
-        )
-    for line in statements(source, account, chosen, spent, whole):
-        typer.echo(line)
-    raise typer.Exit(int(not whole))
+    from perdure.cli import ledger_commands
+
+    ledger_commands.show(run, delta=delta, arm=arm or (), owner=owner or (), as_json=as_json)
 
 
 @app.command()
@@ -154,8 +48,9 @@ def head(run: Run) -> None:
     Kept where nobody of the run can write, it shows later whether a ledger was put back: see
     `perdure ledger verify --at-least`.
     """
-    for _, part in opened(find(run)):
-        typer.echo(as_text(Recorded(owner=part.account.owner, head=part.head)))
+    from perdure.cli import ledger_commands
+
+    ledger_commands.head(run)
 
 
 @app.command()
@@ -177,34 +72,9 @@ def verify(
     Exit code 1, with file and line, when one is wrong; 3 when nothing is wrong, but the key of a
     head is not there, so that the whole history may be another.
     """
-    recorded = [from_text(line) for text in at_least or () for line in text.splitlines()]
-    source = find(run)
-    problems: list[str] = []
-    parts: dict[Path, Merged] = {}
-    for path in (*((source.merged,) if source.merged else ()), *source.single):
-        try:
-            parts[path] = open_file(path, source)
-            typer.echo(f"{path}: {sound(path, parts[path])}")
-        except PrivacyError as error:
-            problems.append(str(error))
-    problems += unlike(parts, source)
-    known: dict[Path, list[Anchor]] = {}
-    try:
-        gone = missing(source, parts.get(source.merged) if source.merged else None, files=True)
-        problems += [f"{name} is missing, though {why}; {RESTORE}" for name, why in gone.items()]
-        known = anchors_below(source.run) if source.run else {}
-    except PerdureError as error:
-        problems.append(str(error))
-    problems += forgotten({path: parts.get(path) for path in source.single}, key_in, known)
-    problems += put_back([path.parent for path in source.single], key_in)
-    problems += behind(parts, recorded, lambda owner, path: key_of(owner, path, source))
-    for problem in problems:
-        typer.echo(f"WRONG: {problem}")
-    heads = [part.keyed for account in parts.values() for part in account.parts]
-    if not all(heads):
-        typer.echo(NOT_VERIFIED.format(heads.count(False), len(heads)))
-    typer.echo(NOT_COVERED)
-    raise typer.Exit(WRONG if problems else GOOD if all(heads) else UNSEALED)
+    from perdure.cli import ledger_commands
+
+    ledger_commands.verify(run, at_least=at_least or ())
 
 
 @app.command()
@@ -223,273 +93,13 @@ def project(
     delta: Delta = None,
 ) -> None:
     """Epsilon of every partition as it would be after so many more steps. Nothing is written."""
-    source = find(run)
-    account = Merged(apart(opened(source), source.folder))
-    spent = source.delta(delta, account)
-    charge = Charge(sampling_rate, noise_multiplier, steps, "grid-gaussian")
-    chosen = named(account, partition or ())
-    with ticking(len(chosen)) as tick:
-        rows = projections(account, charge, spent, chosen, tick)
-    _console().print(projection_table(rows))
-    typer.echo(
-        f"after {steps} more steps at sampling rate {sampling_rate:g} and noise multiplier "
-        f"{noise_multiplier:g}, each "
-        f"partition by itself; {account.unit}, {account.relation}, delta {spent:g}, PLD; "
-        "nothing was written"
+    from perdure.cli import ledger_commands
+
+    ledger_commands.project(
+        run,
+        noise_multiplier=noise_multiplier,
+        sampling_rate=sampling_rate,
+        steps=steps,
+        partition=partition or (),
+        delta=delta,
     )
-
-
-# --------------------------------------------------------------------------- finding and opening
-
-
-def find(run: Path) -> Source:
-    """Ledgers of a run's folder, of an arm's or client's folder inside it, or one file.
-
-    Raises:
-        RunError: when there is none.
-        ConfigError: for a config beside it that cannot be read.
-    """
-    folder = home(run)
-    config = read_facts(folder / "config.toml") if (folder / "config.toml").exists() else None
-    top = run / LEDGER if run.is_dir() else run
-    alone = run.is_file() or _there(top)
-    below = (
-        [] if run.is_file() else sorted({path for part in BELOW for path in _ledgers(run, part)})
-    )
-    if not alone and not below:
-        raise RunError(
-            f"{run} holds no ledger; give the folder of a run with a private arm, or a {LEDGER}"
-        )
-    exported = alone and not head_path(top).exists()
-    single = (top, *below) if alone and not exported else tuple(below)
-    return Source(
-        folder=folder,
-        run=run if run.is_dir() else None,
-        config=config,
-        merged=top if exported else None,
-        single=tuple(single),
-    )
-
-
-def missing(source: Source, merged: Merged | None, *, files: bool = False) -> dict[str, str]:
-    """Return what should be there and is not, to who knows of it.
-
-    Args:
-        source: where the run's ledgers lie.
-        merged: what was read from the merged file; None where there is none.
-        files: whether ledgers of single curators count although there is a merged file.
-    """
-    gone: dict[str, str] = {}
-    if merged is not None:
-        held = [part.account.owner for part in merged.parts]
-        gone |= left_out(held, source.folder, source.config)
-    if source.run is not None and (files or merged is None):
-        gone |= absent(source.run, source.folder, source.config, _there)
-    return gone
-
-
-def home(path: Path) -> Path:
-    """Folder of the run that `path` belongs to; its arms lie in `arms/`."""
-    start = path.resolve() if path.is_dir() else path.resolve().parent
-    above = [folder.parent for folder in (start, *start.parents) if folder.name == "arms"]
-    return above[0] if above else start
-
-
-def opened(source: Source) -> list[tuple[Path, Part]]:
-    """Ledgers with their files: the merged file's where there is one, else all as they stand.
-
-    Raises:
-        LedgerError: for a ledger that is damaged, or whose head another key has sealed.
-    """
-    paths = [source.merged] if source.merged else list(source.single)
-    return [(path, part) for path in paths for part in open_file(path, source).parts]
-
-
-def open_file(path: Path, source: Source) -> Merged:
-    """Read one file and check its heads with the keys that are there.
-
-    A file of no lines is what a run leaves that was stopped before its first: an account of nobody.
-    """
-    copy = private_copy(path.parent).path
-    if copy.exists() and not path.exists() and not head_path(path).exists():
-        raise LedgerError(f"{path} is missing, though {copy} knows it; {RESTORE}")
-    try:
-        if head_path(path).exists() and load(path, key_in(path.parent))[2].count == 0:
-            return Merged([])
-        owners = [part.account.owner for part in read_ledger(path).parts]
-        keys = {owner: key for owner in owners if (key := key_of(owner, path, source))}
-        return read_ledger(path, keys)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror})") from None
-
-
-def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
-    """Key of an owner.
-
-    In `private/` beside its ledger, or in its folder of the run, or simulated from the seed.
-    """
-    found = OWNER.fullmatch(owner)
-    arm, number = (found[1], int(found[2])) if found else (None, 0)
-    own = source.folder / "arms" / arm if arm else source.folder
-    folders = (
-        [path.parent]
-        if head_path(path).exists()
-        else [own / "clients" / f"{number:03d}", own]
-        if found
-        else []
-    )
-    for folder in folders:
-        if key := key_in(folder):
-            return key
-    return None if source.seed is None else noise_key(None, source.seed, number)
-
-
-def key_in(folder: Path) -> NoiseKey | None:
-    """Secret key of a curator's folder, where it is there and readable; never made anew."""
-    file = folder / "private" / "key"
-    return NoiseKey.from_os(file) if os.access(file, os.R_OK) else None
-
-
-def _there(path: Path) -> bool:
-    """Whether a ledger is there, or something that knows of one."""
-    known = (path, head_path(path), private_copy(path.parent).path)
-    return any(each.exists() for each in known)
-
-
-def _ledgers(run: Path, part: str) -> Iterator[Path]:
-    """Ledgers in the folders that the pattern finds, also where only the head is left."""
-    return (folder / LEDGER for folder in run.glob(part) if _there(folder / LEDGER))
-
-
-# --------------------------------------------------------------------------- what is said of it
-
-
-def statements(
-    source: Source, account: Merged, chosen: Merged, delta: float, whole: bool
-) -> Iterator[str]:
-    """The lines below the table: what was spent, what it does not cover, what was checked.
-
-    Args:
-        source: where the ledgers lie.
-        account: all that are there.
-        chosen: of these, the ones that were asked for.
-        delta: of every epsilon.
-        whole: whether none is missing; else nothing is stated of all together.
-    """
-    if whole:
-        yield f"worst partition by itself: {chosen.statement(delta)}"
-    joint = all_arms(chosen, delta) if whole else None
-    if joint:
-        yield f"all arms together, for whoever sees more than one: {joint['text']}"
-    if len(chosen.parts) < len(account.parts):
-        yield (
-            f"shown: {len(chosen.parts)} of {len(account.parts)} ledgers; the others are not "
-            "in these numbers"
-        )
-    if source.config and not source.finished:
-        yield "the run is not finished: this is what it was charged so far"
-    if plain := without_privacy(source):
-        yield f"trained without privacy, so in no ledger and with no promise: {', '.join(plain)}"
-    yield f"{checks(chosen)}; {LEFT_TO_VERIFY}"
-
-
-def summary(
-    source: Source, chosen: Merged, delta: float, missing: Collection[str], whole: bool
-) -> dict[str, object]:
-    """What `statements` says, for machines."""
-    joint = all_arms(chosen, delta) if whole else None
-    return {
-        "schema": 1,
-        "delta": delta,
-        "statement": finite(epsilon_row(chosen.statement(delta))) if whole else None,
-        "all_arms_together": joint and finite(joint),
-        "finished": source.finished,
-        "without_privacy": without_privacy(source),
-        "verified": checks(chosen),
-        "missing": sorted(missing),
-        "ledgers": [
-            {"owner": part.account.owner, "lines": len(part.lines), "head_verified": part.keyed}
-            for part in chosen.parts
-        ],
-    }
-
-
-def all_arms(account: Merged, delta: float) -> Epsilon | None:
-    """Statement over several arms, in which the same records compose.
-
-    None for one arm, or ledgers of no run.
-    """
-    owners = [part.account.owner for part in account.parts]
-    arms = {found[1] for found in map(OWNER.fullmatch, owners) if found and found[1]}
-    of_a_run = all(arm_of(owner) in arms for owner in owners)
-    return epsilon_of_all_arms(account, delta) if of_a_run and len(arms) > 1 else None
-
-
-def without_privacy(source: Source) -> list[str]:
-    """Names of the run's arms without privacy."""
-    return list(source.config.plain_arms) if source.config else []
-
-
-def checks(account: Merged) -> str:
-    """What was verified when the account was opened."""
-    keyed = sum(part.keyed for part in account.parts)
-    total = len(account.parts)
-    if 0 < keyed < total:
-        return f"chains verified; {keyed} of {total} heads verified with their keys, the others not"
-    return f"{account.verified}{anyone(account)}"
-
-
-def anyone(account: Merged) -> str:
-    """What a verified head is worth where its key comes from a seed."""
-    simulated = account.simulated and any(part.keyed for part in account.parts)
-    return " (simulated keys: anyone can make such heads)" if simulated else ""
-
-
-def sound(path: Path, account: Merged) -> str:
-    """What `verify` says of a file that is whole."""
-    lines = [line for part in account.parts for line in part.lines]
-    if not head_path(path).exists():
-        return f"{len(account.parts)} ledgers, {len(lines)} lines; {checks(account)}"
-    keyed = all(part.keyed for part in account.parts)
-    unsealed = "head not, for lack of its key: the whole history may be another"
-    told = (
-        f"chain verified, {f'head verified with its key{anyone(account)}' if keyed else unsealed}"
-    )
-    rest = (path.stat().st_size if path.exists() else 0) - sum(len(line) + 1 for line in lines)
-    beyond = f"; {rest} bytes beyond the head do not count" if rest else ""
-    return f"{len(lines)} lines; {told if lines else 'nothing was charged yet'}{beyond}"
-
-
-def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
-    """Ledgers of curators that are not what the merged file holds of them.
-
-    One was put back from another time.
-    """
-    if source.merged is None or source.merged not in accounts:
-        return []
-    copies = [(part.account.owner, part.head) for part in accounts[source.merged].parts]
-    return [
-        f"{path} is not what {source.merged} holds of {part.account.owner!r}; one of the two "
-        "was put back from another "
-        "time: restore it from a backup"
-        for path, account in accounts.items()
-        if path != source.merged
-        for part in account.parts
-        if (part.account.owner, part.head) not in copies
-    ]
-
-
-# --------------------------------------------------------------------------- the terminal
-
-
-@contextmanager
-def ticking(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error while the accountant works, where somebody watches."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("accounting", total=total)
-        yield lambda: bar.advance(task)
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)

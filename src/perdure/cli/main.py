@@ -1,4 +1,7 @@
-"""The command `perdure`."""
+"""The command `perdure`, with its options.
+
+What a command does is imported when it runs: help needs no torch.
+"""
 
 import json
 import sys
@@ -11,14 +14,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from perdure.cli import ledger as ledger_cli
 from perdure.errors import ConfigError, PerdureError
@@ -221,6 +216,15 @@ def _run(source: str, text: str, out: Path | None) -> None:
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     """A bar for every arm, or a line for every quarter of one where nobody watches a terminal."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskID,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     columns = (
         TextColumn("{task.description:16}"),
         BarColumn(),
