@@ -187,14 +187,17 @@ def _over(
 def _undominated(histories: Iterable[History]) -> list[History]:
     """Histories of which no other one contains every step."""
     distinct = list(dict.fromkeys(histories))
-    return [
-        h for h in distinct if not any(h != other and _contains(other, h) for other in distinct)
-    ]
+    steps = {own: {charge.kind: charge.steps for charge in own} for own in distinct}
+    left: dict[History, None] = {}
+    # the one that contains another has more steps in all, so it comes first
+    for own in sorted(distinct, key=lambda history: -sum(steps[history].values())):
+        if not any(_contains(steps[other], own) for other in left):
+            left[own] = None
+    return [own for own in distinct if own in left]
 
 
-def _contains(large: History, small: History) -> bool:
-    steps = {charge.kind: charge.steps for charge in large}
-    return all(charge.steps <= steps.get(charge.kind, 0) for charge in small)
+def _contains(large: Mapping[object, int], small: History) -> bool:
+    return all(charge.steps <= large.get(charge.kind, 0) for charge in small)
 
 
 def _solve(

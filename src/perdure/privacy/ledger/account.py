@@ -9,8 +9,9 @@ from typing import Any
 from perdure.errors import ConfigError, LedgerError
 from perdure.privacy.accounting import calibration as accounting
 from perdure.privacy.accounting.accountants import Accountant
-from perdure.privacy.accounting.charges import Charge, Relation
+from perdure.privacy.accounting.charges import Charge, History, Relation
 from perdure.privacy.ledger.entries import Entry, Stated, Unit, require_one_of, weakest
+from perdure.privacy.ledger.entry_index import EntryIndex
 from perdure.privacy.ledger.storage import SCHEMA, Body
 
 WARM_START = "spent before, by the model that was warm-started"
@@ -92,6 +93,8 @@ class Account:
         self.rules: dict[str, str] = {}
         """Partition to a digest of the public rule that placed its records; "" for none known."""
         self.entries: list[Entry] = []
+        """Charges in order; they are appended to and never changed."""
+        self._indexed = EntryIndex(entries=self.entries)
 
     @classmethod
     def replay(cls, bodies: Sequence[Body], *, where: str) -> "Account":
@@ -153,7 +156,7 @@ class Account:
         if partitions is None and accountant == "pld":
             return self.worst(delta)[1]
         histories = (
-            self._histories() if partitions is None else {"": self.exposure(list(partitions))}
+            self._histories() if partitions is None else {"": self.history(list(partitions))}
         )
         spent = (
             accounting.epsilon(history, delta=delta, accountant=accountant, relation=self.relation)
@@ -166,7 +169,16 @@ class Account:
 
         Under replace-one there may be two.
         """
-        return accounting.worst(self._histories(), delta=delta, relation=self.relation)
+        index = self.index
+        now = (len(self.entries), tuple(self.sizes))
+        if index.worst_of != now:
+            index.worst.clear()
+            index.worst_of = now
+        if delta not in index.worst:
+            index.worst[delta] = accounting.worst(
+                self._histories(), delta=delta, relation=self.relation
+            )
+        return index.worst[delta]
 
     def statement(self, delta: float) -> Statement:
         """Worst epsilon so far, with all that belongs to it."""
@@ -213,11 +225,21 @@ class Account:
 
     def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:
         """All charges of a record that is in all of `partitions`, in order."""
-        for partition in partitions:
-            if partition not in self.sizes:
-                raise ConfigError.of("partition", partition, self.sizes)
-        charges = (entry.charge(partitions) for entry in self.entries)
-        return tuple(charge for charge in charges if charge is not None)
+        self._require(partitions)
+        return tuple(self.index.charges(partitions))
+
+    def history(self, partitions: Sequence[str]) -> History:
+        """Return the charges of a record that is in all of `partitions`, merged."""
+        self._require(partitions)
+        return self.index.history(tuple(partitions))
+
+    @property
+    def index(self) -> EntryIndex:
+        """Entries by partition, up to date."""
+        if self._indexed.entries is not self.entries:
+            self._indexed = EntryIndex(entries=self.entries)
+        self._indexed.update()
+        return self._indexed
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Partitions that one neighbouring change may touch.
@@ -229,8 +251,14 @@ class Account:
             groups += list(combinations(self.sizes, 2))
         return {" and ".join(group): group for group in groups}
 
-    def _histories(self) -> dict[str, tuple[Charge, ...]]:
-        return {name: self.exposure(group) for name, group in self.groups().items()}
+    def _histories(self) -> dict[str, History]:
+        index = self.index
+        return {name: index.history(group) for name, group in self.groups().items()}
+
+    def _require(self, partitions: Sequence[str]) -> None:
+        for partition in partitions:
+            if partition not in self.sizes:
+                raise ConfigError.of("partition", partition, self.sizes)
 
 
 def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:

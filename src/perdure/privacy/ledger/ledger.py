@@ -277,7 +277,7 @@ class Ledger(Account):
 
     def _allow(self, entry: Entry) -> None:
         for partition in entry.scope:
-            before = sum(e.draws for e in self.entries if partition in e.scope)
+            before = self.index.draws.get(partition, 0)
             if before + entry.draws > MOST_DRAWS:
                 raise BudgetError(
                     f"partition {partition!r}: {before + entry.draws} drawn integers, allowed "
@@ -299,7 +299,7 @@ class Ledger(Account):
 
     def _charged(self, partition: str) -> dict[object, int]:
         """How often each kind of mechanism was charged to the partition so far."""
-        return {charge.kind: charge.steps for charge in merged(self.charges(partition))}
+        return {charge.kind: charge.steps for charge in self.history([partition])}
 
     def _new(self, partition: str, plan: Iterable[Charge]) -> Iterator[Charge]:
         """What of the plan is still to be charged."""
