@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.faulty_models import Fault
+from perdure.curator.known_rows import KnownRows
 from perdure.curator.local_curator import LocalCurator
 from perdure.curator.memory import Memory, reservoir
 from perdure.curator.sampling import PrivateSampler
@@ -128,7 +129,7 @@ class BareRelease(PrivateSum):
 
 
 def plant_shared_ids(monkeypatch):
-    monkeypatch.setattr("perdure.curator.held_records.refuse_shared_ids", lambda records: None)
+    monkeypatch.setattr(KnownRows, "refuse_shared_ids", lambda self, records: None)
 
 
 def twins(toy_stream):

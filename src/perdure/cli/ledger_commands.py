@@ -6,7 +6,7 @@ They show what a run spent, whether its account is whole, and what one more char
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,8 @@ def show(
     run: Path,
     *,
     delta: float | None,
-    arm: Collection[str],
-    owner: Collection[str],
+    arm: Sequence[str],
+    owner: Sequence[str],
     as_json: bool,
 ) -> None:
     """Print who was exposed to what, and the epsilon that follows; end the command."""
@@ -134,7 +134,7 @@ def head(run: Path) -> None:
         typer.echo(as_text(Recorded(owner=part.account.owner, head=part.head)))
 
 
-def verify(run: Path, *, at_least: Collection[str]) -> None:
+def verify(run: Path, *, at_least: Sequence[str]) -> None:
     """Check every chain, head and copy of a head; end the command.
 
     Args:
@@ -177,7 +177,7 @@ def project(
     noise_multiplier: float,
     sampling_rate: float,
     steps: int,
-    partition: Collection[str],
+    partition: Sequence[str],
     delta: float | None,
 ) -> None:
     """Print the epsilon of every partition as it would be after so many more steps."""

@@ -13,12 +13,12 @@ from perdure.contract.context import Context
 from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.contract.plan import MODELLED, Plan
+from perdure.curator.known_rows import KnownRows
 from perdure.curator.memory import Memory, concatenate
 from perdure.curator.remembered_rows import Remember, remembered
 from perdure.curator.sampling import (
     Pool,
     PrivateSampler,
-    refuse_shared_ids,
     refuse_shared_partitions,
     replayed,
     without,
@@ -65,6 +65,7 @@ class HeldRecords:
         self.block: tuple[range, str] = (range(0), "")
         self.fingerprint = ""
         self.samplers: dict[str, PrivateSampler] = {}
+        self._known_rows = KnownRows()
         self._pool: Pool | None = None
         # Answers of `remember` for the rows of the experience, from the last step that drew each:
         # name to (n, ...), and the mask NOTED_ROWS. Empty unless memory is updated every step under
@@ -126,7 +127,7 @@ class HeldRecords:
             experiences, plan, batch_size=size, rate=rate, bands=bands, excluded=self.excluded
         )
         if private_sum:
-            refuse_shared_ids(experience.train)
+            self._known_rows.refuse_shared_ids(experience.train)
             references = reference_exposures(
                 experiences, plan, batch_size=size, excluded=self.excluded
             )
@@ -427,17 +428,19 @@ class HeldRecords:
         seen = self.experiences
         rows = self.pool.rows
         stored = self.stored
-        self.samplers = {"gradient": PrivateSampler.of(rows, seen, self.exposure, "gradient")}
+        known = self._known_rows
+        pool = PrivateSampler.of(rows, seen, self.exposure, "gradient", known)
+        self.samplers = {"gradient": pool}
         for name, exposed in references.items():
             back = self.pool.current.take(slice(0, 0)) if stored is None else replayed(stored)
             own = torch.ones_like(back.valid)
             if " " in name:
                 own = back.tasks == int(name.split()[-1])
-            self.samplers[name] = PrivateSampler.of(back.take(own), seen, exposed, name)
+            self.samplers[name] = PrivateSampler.of(back.take(own), seen, exposed, name, known)
         kept = {}
         if references and stored is not None:
             kept = {f"reference {n}": t for n, t in stored.tensors().items()}
-        self.fingerprint = private_sum.fingerprint({**rows.tensors(), **kept})
+        self.fingerprint = known.fingerprint(private_sum, {**rows.tensors(), **kept})
 
     # ------------------------------------------------------------------ its memory
 

@@ -52,14 +52,21 @@ class RecordGroups:
 
 def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:
     """Group rows by record: its id (n,) within the partition (n,) that owns it."""
-    whose = torch.stack([ids.cpu(), owner.cpu()], dim=1)
-    own, record, counts = torch.unique(whose, dim=0, return_inverse=True, return_counts=True)
+    ids = ids.cpu()
+    owner = owner.cpu()
+    order = torch.argsort(owner, stable=True)
+    order = order[torch.argsort(ids[order], stable=True)]  # by id, then owner, then position
+    ids = ids[order]
+    owner = owner[order]
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = (ids[1:] != ids[:-1]) | (owner[1:] != owner[:-1])
+    starts = first.nonzero().flatten()
     return RecordGroups(
-        ids=own[:, 0],
-        owners=own[:, 1],
-        order=torch.argsort(record, stable=True),
-        starts=counts.cumsum(0) - counts,
-        counts=counts,
+        ids=ids[starts],
+        owners=owner[starts],
+        order=order,
+        starts=starts,
+        counts=torch.diff(starts, append=starts.new_tensor([len(order)])),
     )
 
 

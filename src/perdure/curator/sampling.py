@@ -12,10 +12,11 @@ from torch import Tensor
 
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import MemoryPlan
+from perdure.curator.known_rows import KnownRows
 from perdure.curator.memory import concatenate
-from perdure.curator.record_groups import RecordGroups, group_records, partition_index
+from perdure.curator.record_groups import RecordGroups, partition_index
 from perdure.data.experience import Experience
-from perdure.data.records import Batch, Records
+from perdure.data.records import Batch
 from perdure.errors import PrivacyError
 from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
@@ -115,10 +116,15 @@ class PrivateSampler:
 
     @classmethod
     def of(
-        cls, rows: Batch, experiences: Sequence[Experience], exposure: Exposure, purpose: str
+        cls,
+        rows: Batch,
+        experiences: Sequence[Experience],
+        exposure: Exposure,
+        purpose: str,
+        known: KnownRows,
     ) -> "PrivateSampler":
-        """A drawing from rows of these experiences."""
-        found = group_records(rows.ids, partition_index(rows.tasks, experiences))
+        """A drawing from rows of these experiences, of which some may be `known`."""
+        found = known.groups(purpose, rows.ids, partition_index(rows.tasks, experiences))
         return cls(rows=rows, records=found, exposure=exposure, purpose=purpose)
 
     def positions(self, mechanism: PrivateSum, step: int) -> Tensor:
@@ -162,16 +168,6 @@ def with_blanks(new: Batch, stored: Mapping[str, Tensor]) -> Batch:
         for name, value in stored.items()
     }
     return Batch.from_tensors(new.tensors() | blanks)
-
-
-def refuse_shared_ids(records: Records) -> None:
-    """Refuse records that count as one record although a release has a row for each of them."""
-    if len(torch.unique(records.ids)) < len(records):
-        raise PrivacyError(
-            f"records of {records.partition!r} share an id: a release would count one record "
-            "twice; "
-            "give every record of an experience its own id"
-        )
 
 
 def refuse_shared_partitions(experiences: Sequence[Experience]) -> None:

@@ -162,7 +162,8 @@ def _modules(model: nn.Module) -> Iterator[Hashable]:
         yield path, Same(kind), described(own), described(rule), Same(samplers.get(kind))
     for kind in kinds:
         yield _class(kind)
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {}
+    tensors |= dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     yield _tensors(tensors)
 

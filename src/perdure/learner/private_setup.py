@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.records import Records
-from perdure.errors import DataError, GuardError
+from perdure.errors import BudgetError, DataError, GuardError
 from perdure.learner.folder_claims import (
     LEDGER,
     checkpoint_anchors,
@@ -23,6 +23,7 @@ from perdure.learner.inspection import Inspection, Verdict
 from perdure.learner.known_verdicts import VERDICTS, key_of
 from perdure.learner.model_history import Carried, History
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
+from perdure.planning.kept_noise import KeptNoise
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.charges import bounding, merged
 from perdure.privacy.answers import Answers
@@ -79,7 +80,8 @@ def open_private_sum(
         carried={partition: before.charges for partition, before in carried.items()},
         carried_at_most=bounding(before.charges for before in carried.values()),
     )
-    schedule = scheduled(training)
+    kept = KeptNoise(folder)
+    schedule = kept.recall(training) or scheduled(training)
     anchors = checkpoint_anchors(folder) if folder else []
     if folder and privacy.seed is None:
         refuse_lost_key(folder, anchors)
@@ -96,7 +98,12 @@ def open_private_sum(
         lock=lock,
     )
     warn_of_delta(privacy.delta, declared_records(training.stream))
-    charge_before(ledger, training, schedule, carried)
+    try:
+        charge_before(ledger, training, schedule, carried)
+    except BudgetError:  # also where the kept noise is not that of this plan
+        schedule = scheduled(training)
+        charge_before(ledger, training, schedule, carried)
+    kept.keep(training, schedule)
     outside = state_draws(key) if folder else None
     draws = DrawLog(
         folder / "private" / "draws.jsonl" if folder else None,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from perdure.errors import BudgetError, ConfigError
 from perdure.privacy.accounting.accountants import Accountant, pld_epsilon, rdp_epsilon
-from perdure.privacy.accounting.charges import Charge, History, Relation, merged
+from perdure.privacy.accounting.charges import Charge, History, Noise, Relation, merged
 
 INTERVAL = 1e-4
 COARSE_INTERVAL = 1e-3
@@ -196,7 +196,7 @@ def _undominated(histories: Iterable[History]) -> list[History]:
     return [own for own in distinct if own in left]
 
 
-def _contains(large: Mapping[object, int], small: History) -> bool:
+def _contains(large: Mapping[tuple[float, float, Noise], int], small: History) -> bool:
     return all(charge.steps <= large.get(charge.kind, 0) for charge in small)
 
 

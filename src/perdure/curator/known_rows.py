@@ -1,0 +1,80 @@
+"""Rows of an experience that is opened again, as it is in every round of a federation.
+
+What was computed of them is kept, under a copy of what it was computed from.
+"""
+
+import torch
+from torch import Tensor
+
+from perdure.curator.record_groups import RecordGroups, group_records
+from perdure.data.records import Records
+from perdure.errors import PrivacyError
+from perdure.privacy.guard.writes import version_of
+from perdure.privacy.private_sum import PrivateSum
+from perdure.types import Tensors
+
+
+class KnownRows:
+    """What is known of the rows that a party opened last.
+
+    Ids, labels, owners and roles are compared by value with copies of their own. Longer rows count
+    as the same where the tensor is the same object and torch has counted no write to it since; a
+    write that torch does not count (through numpy, or `.data`) is seen when a step is executed
+    again, by the log of draws.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str, tuple[Tensor, Tensor, RecordGroups]] = {}
+        self._distinct: Tensor | None = None
+        self._hashed: dict[str, tuple[Tensor, int]] = {}
+        self._fingerprint = ""
+
+    def groups(self, purpose: str, ids: Tensor, owner: Tensor) -> RecordGroups:
+        """Group the rows of a purpose by record (see `group_records`)."""
+        known = self._groups.get(purpose)
+        if known is None or not (torch.equal(known[0], ids) and torch.equal(known[1], owner)):
+            known = ids.clone(), owner.clone(), group_records(ids, owner)
+            self._groups[purpose] = known
+        return known[2]
+
+    def refuse_shared_ids(self, records: Records) -> None:
+        """Refuse records that count as one although a release has a row for each of them.
+
+        Raises:
+            PrivacyError: naming their partition.
+        """
+        ids = records.ids
+        if self._distinct is not None and torch.equal(self._distinct, ids):
+            return
+        if len(torch.unique(ids)) < len(records):
+            raise PrivacyError(
+                f"records of {records.partition!r} share an id: a release would count one record "
+                "twice; "
+                "give every record of an experience its own id"
+            )
+        self._distinct = ids.clone()
+
+    def fingerprint(self, private_sum: PrivateSum, rows: Tensors) -> str:
+        """Return the keyed fingerprint of all rows, hashed again where any may be another."""
+        if not self._fingerprint or not self._same(rows):
+            self._fingerprint = private_sum.fingerprint(rows)
+            self._hashed = {
+                name: (value.clone() if value.dim() == 1 else value, version_of(value))
+                for name, value in rows.items()
+            }
+        return self._fingerprint
+
+    def _same(self, rows: Tensors) -> bool:
+        """Return whether rows are those that were hashed last."""
+        if rows.keys() != self._hashed.keys():
+            return False
+        for name, value in rows.items():
+            before, version = self._hashed[name]
+            if value.dim() == 1:
+                same = before.dtype == value.dtype and torch.equal(before, value)
+            else:
+                counted = not value.is_inference()
+                same = counted and before is value and version_of(value) == version
+            if not same:
+                return False
+        return True

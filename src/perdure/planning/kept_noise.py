@@ -1,0 +1,104 @@
+"""Calibrated noise, kept in a run's folder by plan, so that a plan is calibrated once.
+
+Guarantee: what is kept saves work and decides nothing. Whoever recalls a noise multiplier grants
+the plan with it (`Ledger.grant`), which refuses it unless its epsilon was checked, now or when the
+same plan was sealed into the ledger. A file that somebody changed cannot make a run cost more.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import astuple
+from pathlib import Path
+
+from perdure.planning.budget import horizon, planned
+from perdure.planning.training_plan import TrainingPlan
+from perdure.privacy.accounting.calibration import NOISE_RANGE
+from perdure.privacy.accounting.charges import merged
+from perdure.privacy.private_sum import Schedule
+from perdure.utils.atomic_files import write_json
+from perdure.utils.hashing import canonical_text
+
+FILE = "calibration.json"
+VERSION = 1
+REFERENCES = (1.0, 2.0)
+"""Noise multipliers whose histories tell a plan: all that depends on the noise is linear in it."""
+
+
+class KeptNoise:
+    """Noise multipliers of the plans of one folder.
+
+    Args:
+        folder: of the run or client; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder / FILE if folder else None
+
+    def recall(self, training: TrainingPlan) -> Schedule | None:
+        """Return the noise that was found for this plan; None where none is kept."""
+        if not _is_calibrated(training):
+            return None
+        noise = self._read().get(plan_key(training), [])
+        return Schedule(noise=tuple(noise)) if _fits(noise, training) else None
+
+    def keep(self, training: TrainingPlan, schedule: Schedule) -> None:
+        """Keep the noise that was found for this plan."""
+        if self._path is None or not _is_calibrated(training):
+            return
+        key = plan_key(training)
+        kept = self._read()
+        if kept.get(key) != list(schedule.noise):
+            plans = {**kept, key: list(schedule.noise)}
+            write_json(self._path, {"version": VERSION, "plans": plans})
+
+    def _read(self) -> Mapping[str, list[float]]:
+        """Plans of the file; none where it is not there or not readable."""
+        try:
+            found = json.loads(self._path.read_text()) if self._path else {}
+            plans = found["plans"] if found.get("version") == VERSION else {}
+        except (OSError, ValueError, AttributeError, KeyError):
+            return {}
+        return plans if isinstance(plans, dict) else {}
+
+
+def plan_key(training: TrainingPlan) -> str:
+    """Return a digest of everything that the noise of a plan follows from."""
+    privacy = training.privacy
+    assert privacy is not None
+    histories = [
+        {
+            name: [list(astuple(charge)) for charge in merged(charges)]
+            for name, charges in planned(training, Schedule(noise=(noise,))).items()
+        }
+        for noise in REFERENCES
+    ]
+    budget = [list(privacy.epsilons), isinstance(privacy.epsilon, tuple), privacy.delta]
+    reuses = training.strategy.privacy_cost.reuses_past_records
+    text = canonical_text([VERSION, budget, reuses, histories])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_calibrated(training: TrainingPlan) -> bool:
+    """Return whether noise is found for a budget, and the ledger checks it when it is granted."""
+    privacy = training.privacy
+    return (
+        privacy is not None
+        and bool(privacy.epsilons)
+        and privacy.noise_multiplier is None
+        and privacy.diagnostics == "released"
+    )
+
+
+def _fits(noise: object, training: TrainingPlan) -> bool:
+    """Return whether a kept value is noise for this plan."""
+    privacy = training.privacy
+    assert privacy is not None
+    wanted = len(horizon(training)) if isinstance(privacy.epsilon, tuple) else 1
+    return (
+        isinstance(noise, list)
+        and len(noise) == wanted
+        and all(isinstance(value, float) and math.isfinite(value) for value in noise)
+        and all(NOISE_RANGE[0] <= value <= NOISE_RANGE[1] for value in noise)
+    )

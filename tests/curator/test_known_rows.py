@@ -1,0 +1,89 @@
+"""Rows that are opened again are grouped and hashed once, and other rows are seen."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.learners import SIMULATED, learner_of  # noqa: F401
+from perdure.curator.record_groups import group_records
+from perdure.errors import PrivacyError
+from perdure.strategies import Replay
+
+
+class Sorts(TorchDispatchMode):
+    """Count sorts and searches for equal numbers."""
+
+    COUNTED = ("aten::sort", "aten::argsort", "aten::_unique2", "aten::unique_dim")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name().partition(".")[0] in self.COUNTED
+        return func(*args, **(kwargs or {}))
+
+
+def opened(learner, index=0):
+    """Sorts of one opening, and the fingerprint of its rows."""
+    with Sorts() as sorts:
+        learner.begin(index)
+    return sorts.count, learner.session.held.fingerprint
+
+
+@pytest.fixture
+def prepared(learner_of, toy_stream):  # noqa: F811
+    learner = learner_of(privacy=SIMULATED, strategy=Replay(memory_size=8))
+    learner.prepare(toy_stream())
+    return learner
+
+
+def test_rows_are_sorted_once_over_rounds(prepared):
+    first, fingerprint = opened(prepared)
+    assert first > 0
+    assert opened(prepared) == (0, fingerprint)
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "inputs"])
+def test_a_changed_record_is_seen(prepared, name):
+    _, before = opened(prepared)
+    value = getattr(prepared.stream[0].train, name)
+    with torch.no_grad():
+        value[0] += 10_000 if name == "ids" else 1
+    count, after = opened(prepared)
+    assert after != before
+    assert (count > 0) == (name == "ids")
+
+
+def test_a_write_that_torch_does_not_count_is_seen_in_ids(prepared):
+    opened(prepared)
+    ids = prepared.stream[0].train.ids
+    ids.numpy()[0] = 77_777
+    assert opened(prepared)[0] > 0
+    assert 77_777 in prepared.session.held.samplers["gradient"].records.ids
+
+
+def test_an_id_that_comes_to_be_shared_is_refused(prepared):
+    opened(prepared)
+    ids = prepared.stream[0].train.ids
+    ids[0] = ids[1]
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="share an id"):
+            prepared.begin(0)
+
+
+@pytest.mark.property
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 2)), max_size=20))
+def test_groups_are_those_of_unique_pairs(pairs):
+    ids, owner = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    found = group_records(ids, owner)
+    own, record, counts = torch.unique(
+        torch.stack([ids, owner], dim=1), dim=0, return_inverse=True, return_counts=True
+    )
+    assert torch.equal(found.whose, own)
+    assert torch.equal(found.counts, counts)
+    assert torch.equal(found.order, torch.argsort(record, stable=True))
+    assert torch.equal(found.starts, counts.cumsum(0) - counts)
