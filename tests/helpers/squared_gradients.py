@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch, Records
 from perdure.models.classifiers import cnn, mlp
 
@@ -23,6 +24,23 @@ def small(model="mlp"):
     if model == "cnn":
         return cnn(input_shape=(1, 8, 8), num_classes=3, seed=2, width=4).eval()
     return mlp(input_shape=(5,), num_classes=3, hidden=(6, 4), seed=2, activation="tanh").eval()
+
+
+def by_hand(module, terms, batch, size=torch.square):
+    """(n, *parameter) rows, one backward pass for every record and term."""
+    rows = {name: [] for name, _ in module.named_parameters()}
+    for i in range(len(batch)):
+        losses, weights = terms(Forward(module), batch.take(slice(i, i + 1)))
+        sums = [torch.zeros_like(value) for value in module.parameters()]
+        for loss, weight in zip(losses[0], weights[0], strict=True):
+            gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+            sums = [
+                total + weight * size(gradient)
+                for total, gradient in zip(sums, gradients, strict=True)
+            ]
+        for name, total in zip(rows, sums, strict=True):
+            rows[name].append(total)
+    return {name: torch.stack(values) for name, values in rows.items()}
 
 
 def assert_same(mine, theirs, atol=1e-7):
@@ -156,5 +174,7 @@ def computed():
 
 FAST = (hooked, hooked_before, Named)
 """Models whose layers are used as built, whatever runs around them."""
+ESCAPING = (tied, Transposed, Weighed, Reweighted)
+"""Models whose losses depend on a weight past the calls of its layer."""
 BY_ROWS = (Transposed, Weighed, Reweighted, replaced, computed)
 """Models whose gradient of a weight is no outer product at its layer's call."""

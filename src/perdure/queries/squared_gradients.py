@@ -2,7 +2,8 @@
 
 Fisher information and memory aware synapses add them up.
 
-They are summed without rows where layers are linear. The gradient of a linear layer is d a^T, with
+Without privacy they are summed layer by layer (see `layer_sums`). With privacy they are summed
+without rows where all layers are linear. The gradient of a linear layer is d a^T, with
 d what comes back to its output and a what entered it. So its square is the outer product of d^2 and
 a^2, the sum over terms is one over d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The
 same holds for the absolute value, |d| and |a|.
@@ -12,8 +13,7 @@ layer alone. Elsewhere (tied weights, `F.linear(z, layer.weight.T)`, a replaced 
 are formed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,11 @@ from perdure.privacy.clipping.clip import Clip, per_pass
 from perdure.privacy.clipping.rules.base import sum_of
 from perdure.privacy.clipping.tape import escapes, runs_as_built, taped
 from perdure.queries.evaluation import SummedQuery
+from perdure.queries.layer_sums import Terms, sum_by_layers, tapped
 from perdure.queries.per_record import CHUNK, clipped_row_sum, exact_row_sum
 from perdure.types import Params
 from perdure.utils.chunking import filled_chunks
 
-Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
-"""(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
 Outer = dict[str, tuple[Tensor, Tensor]]
 """Layer to (u (n, out), v (n, in)): record i's row of the layer's weight is u_i v_i^T, of its bias
 u_i.
@@ -69,6 +68,7 @@ class SquaredGradient(SummedQuery):
         """
         return values.square()
 
+    @torch.no_grad()
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sum of the rows without privacy; rows are formed where `summed` does not know it."""
         params = forward.params or {
@@ -85,6 +85,8 @@ class SquaredGradient(SummedQuery):
         total = self.summed(module, params, tensors, clip)
         return total or clipped_row_sum(self, module, params, tensors, clip)
 
+    # only the terms are differentiated; without this a graph for a second derivative is kept
+    @torch.no_grad()
     def summed(
         self,
         module: nn.Module,
@@ -94,13 +96,16 @@ class SquaredGradient(SummedQuery):
     ) -> Params | None:
         """Sum of the rows, clipped where `clip` is given.
 
-        None without records, or where rows are no outer products (see `outer_layers`).
+        None without records. Without `clip` also where `sum_by_layers` does not know it, and with
+        it where rows are no outer products (see `outer_layers`).
         """
+        if clip is None:
+            return sum_by_layers(self.terms, self.size_of, module, params, tensors)
         layers = self.outer_layers(module, params, tensors)
         if not layers:
             return None
         total = None
-        for piece, count in filled_chunks(tensors, CHUNK, fill=clip is not None):
+        for piece, count in filled_chunks(tensors, CHUNK):
             outer = self._outer(module, layers, params, piece)
             if outer is None:
                 return None
@@ -171,11 +176,11 @@ class SquaredGradient(SummedQuery):
 
         None where a layer is not called exactly once, on one vector a record.
         """
-        with _tapped(layers) as tap:
+        with tapped(layers) as tap:
 
             def one(params: Params, tensors: Mapping[str, Tensor]) -> tuple[Params, Params]:
                 shifts = {
-                    name: layer.weight.new_zeros(1, layer.out_features)
+                    f"{name}/0": layer.weight.new_zeros(1, layer.out_features)
                     for name, layer in layers.items()
                 }
                 return self._sizes(
@@ -183,11 +188,13 @@ class SquaredGradient(SummedQuery):
                 )
 
             backs, entered = torch.func.vmap(one, in_dims=(None, 0))(params, dict(tensors))
-        if tap.calls != dict.fromkeys(layers, 1) or any(
-            value.dim() != 3 for value in entered.values()
-        ):
+        once = sorted((name, (1, layer.out_features)) for name, layer in layers.items())
+        if sorted(tap.calls) != once or any(value.dim() != 3 for value in entered.values()):
             return None
-        return {name: (backs[name][:, 0], self.size_of(entered[name][:, 0])) for name in layers}
+        return {
+            name: (backs[f"{name}/0"][:, 0], self.size_of(entered[f"{name}/0"][:, 0]))
+            for name in layers
+        }
 
 
 class AbsoluteGradient(SquaredGradient):
@@ -205,69 +212,13 @@ class AbsoluteGradient(SquaredGradient):
         return values.abs()
 
 
-class LayerTap:
-    """Forward hooks that add a shift to the output of each layer and keep its input.
-
-    Shifts are zeros, one (1, out) a layer: the gradient with respect to a layer's shift is the
-    gradient at its output.
-
-    Attributes:
-        calls: number of calls of each layer in the pass.
-    """
-
-    def __init__(self) -> None:
-        self.calls: dict[str, int] = {}
-        self._shifts: Params = {}
-        self._inputs: Params = {}
-
-    def start_pass(self, shifts: Params) -> Params:
-        """Forget the last pass and use these shifts, by layer, in the next one.
-
-        Returns:
-            an empty mapping, which the hooks fill during the pass: layer to its input (1, in).
-        """
-        self.calls = {}
-        self._shifts = shifts
-        self._inputs = {}
-        return self._inputs
-
-    def hook(self, name: str) -> Callable[..., Tensor]:
-        """Forward hook of the layer `name`, which gets named arguments too."""
-
-        def listen(
-            _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
-        ) -> Tensor:
-            self.calls[name] = self.calls.get(name, 0) + 1
-            (self._inputs[name],) = (*args, *named.values())
-            # other outputs have several positions a record: `_outer` refuses them
-            return output + self._shifts[name] if output.dim() == 2 else output
-
-        return listen
-
-
-@contextmanager
-def _tapped(layers: Mapping[str, nn.Linear]) -> Iterator[LayerTap]:
-    """Hook a tap to the layers, and unhook it at the end."""
-    tap = LayerTap()
-    # first of the layer's hooks: the others may change the output
-    handles = [
-        layer.register_forward_hook(tap.hook(name), prepend=True, with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        yield tap
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def first_rows(outer: Outer, count: int) -> Outer:
     """Outer products of the first records alone."""
     return {name: (u[:count], v[:count]) for name, (u, v) in outer.items()}
 
 
-def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Params:
-    """Sum of the rows, clipped where `clip` is given, by parameter name."""
+def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip) -> Params:
+    """Sum of the clipped rows, by parameter name."""
     outer = clipped_outer(layers, outer, clip)
     sums = {f"{name}.weight": u.T @ v for name, (u, v) in outer.items()}
     return sums | {

@@ -1,0 +1,379 @@
+"""Sums over records of squared or absolute gradients, layer by layer.
+
+The gradient of a linear layer is sum_t d_t a_t^T over the places t where a record calls it, with
+a_t what entered and d_t the gradient at its output; a convolution is a linear layer on patches.
+With one place the square is the outer product of d^2 and a^2, and no row is formed. With several,
+rows are formed a cacheful at a time. Of all other parameters every record gets a view of its own,
+so that one backward pass gives all their rows.
+
+One forward pass serves all terms, and a term takes one backward pass, without gradients of the
+layers' weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.contract.forward import Forward
+from perdure.data.records import Batch, batch_of_one
+from perdure.privacy.clipping.rules.base import record_slices
+from perdure.privacy.clipping.tape import TapedCall, escapes, runs_as_built, taped
+from perdure.queries.per_record import CHUNK
+from perdure.types import Params
+from perdure.utils.chunking import blank_row, chunks
+
+Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
+"""(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
+
+MatrixLayer = nn.Linear | nn.Conv1d | nn.Conv2d
+"""A layer whose weight, as a matrix, is multiplied with what enters it at every place."""
+
+PASS_NUMBERS = 2**25
+"""Numbers (128 MiB) that are kept of the records of one pass."""
+
+TERMS_AT_ONCE = 10
+"""Terms whose gradients are kept together, so that patches are formed once for all of them."""
+
+
+# --------------------------------------------------------------------------- hooks
+
+
+class LayerTap:
+    """Forward hooks that add a shift to the output of each call of a layer and keep its input.
+
+    Shifts are zeros: the gradient with respect to a call's shift is the gradient at its output.
+    Calls are numbered: the first of layer `body.1` is `body.1/0`.
+
+    Attributes:
+        calls: layer and shape of the output, in the order of the calls in the pass. A call of
+            another shape than its shift's gets none, so look here before you trust a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, torch.Size]] = []
+        self._shifts: Params = {}
+        self._inputs: Params = {}
+
+    def start_pass(self, shifts: Params) -> Params:
+        """Forget the last pass and use these shifts, by call, in the next one.
+
+        Returns:
+            an empty mapping, which the hooks fill during the pass: call to its input.
+        """
+        self.calls = []
+        self._shifts = shifts
+        self._inputs = {}
+        return self._inputs
+
+    def hook(self, name: str) -> Callable[..., Tensor]:
+        """Forward hook of the layer `name`, which gets named arguments too."""
+
+        def listen(
+            _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> Tensor:
+            call = f"{name}/{[other for other, _ in self.calls].count(name)}"
+            self.calls.append((name, output.shape))
+            (self._inputs[call],) = (*args, *named.values())
+            shift = self._shifts.get(call)
+            if shift is None or shift.shape != output.shape:
+                return output
+            return output + shift.to(output.dtype)
+
+        return listen
+
+
+@contextmanager
+def tapped(layers: Mapping[str, nn.Module]) -> Iterator[LayerTap]:
+    """Hook a tap to the layers, and unhook it at the end."""
+    tap = LayerTap()
+    # first of the layer's hooks: the others may change the output
+    handles = [
+        layer.register_forward_hook(tap.hook(name), prepend=True, with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --------------------------------------------------------------------------- sums
+
+
+def sum_by_layers(
+    terms: Terms,
+    size_of: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    params: Params,
+    tensors: Mapping[str, Tensor],
+) -> Params | None:
+    """Sum over records of sum_k w_k size(d l_k / d theta), without privacy.
+
+    Every record is in a batch of one, under `torch.func.vmap`.
+
+    Args:
+        terms: losses and weights of every record.
+        size_of: size of each number, with size(x y) = size(x) size(y).
+        module: the model.
+        params: all its parameters, by name.
+        tensors: name to (n, ...), the records.
+
+    Returns:
+        sums by parameter name. None without records, without linear or convolution layers, with
+        `nn.MultiheadAttention`, and where the losses depend on a layer's weight past its own calls.
+    """
+    passes = _Passes.of(terms, size_of, module, params, tensors)
+    if passes is None or not len(tensors["labels"]):
+        return None
+    total = {name: torch.zeros_like(value, requires_grad=False) for name, value in params.items()}
+    for piece in chunks(tensors, passes.records_at_once):
+        if not passes.add(piece, total):
+            return None
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """Forward and backward passes over pieces of the records.
+
+    Args:
+        terms, size_of, module, params: see `sum_by_layers`.
+        layers: those that are tapped, by name.
+        outputs: call to the shape of its output for one record, in the order of the calls.
+    """
+
+    terms: Terms
+    size_of: Callable[[Tensor], Tensor]
+    module: nn.Module
+    params: Params
+    layers: Mapping[str, MatrixLayer]
+    outputs: Mapping[str, torch.Size]
+
+    @classmethod
+    def of(
+        cls,
+        terms: Terms,
+        size_of: Callable[[Tensor], Tensor],
+        module: nn.Module,
+        params: Params,
+        tensors: Mapping[str, Tensor],
+    ) -> "_Passes | None":
+        """Run one blank record to see which layers are called; None where they are not enough."""
+        # torch's attention looks for gradients, does not see them through vmap, and goes without
+        if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
+            return None
+        layers = matrix_layers(module, params)
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        with torch.enable_grad(), taped(layers, leaves) as tape:
+            losses, _ = terms(Forward(module, leaves), Batch.from_tensors(blank_row(tensors)))
+            total = losses.sum()
+        calls = [call for call in tape if call is not None and call.stands]
+        tapped_leaves = {name: leaves[name] for name in _parameter_names(layers)}
+        whole = len(calls) == len(tape) and not escapes(total, calls, tapped_leaves)
+        if not (calls and whole and total.requires_grad):
+            return None
+        return cls(
+            terms=terms,
+            size_of=size_of,
+            module=module,
+            params=params,
+            layers=layers,
+            outputs=_numbered(calls),
+        )
+
+    @property
+    def others(self) -> Params:
+        """Parameters of no tapped layer."""
+        known = _parameter_names(self.layers)
+        return {name: value for name, value in self.params.items() if name not in known}
+
+    @property
+    def records_at_once(self) -> int:
+        """Records of one pass: their outputs and gradients are kept together."""
+        numbers = 2 * sum(value.numel() for value in self.others.values())
+        for shape in self.outputs.values():
+            # beside the gradients, what autograd keeps of the layer and of those behind it
+            numbers += prod(shape) * (TERMS_AT_ONCE + 4)
+        return min(CHUNK, max(1, PASS_NUMBERS // max(1, numbers)))
+
+    def add(self, tensors: Mapping[str, Tensor], total: Params) -> bool:
+        """Add what the records sum up to; False where the model called other layers than before."""
+        n = len(tensors["labels"])
+        with torch.enable_grad(), tapped(self.layers) as tap:
+            # views: nothing is kept n times
+            zero = next(iter(self.params.values())).new_zeros(()).requires_grad_()
+            shifts = {call: zero.expand(n, *shape) for call, shape in self.outputs.items()}
+            own = {
+                name: value.detach().requires_grad_().expand(n, *value.shape)
+                for name, value in self.others.items()
+            }
+
+            def alone(
+                shifts: Params, own: Params, tensors: Params
+            ) -> tuple[Tensor, Tensor, Params]:
+                entered = tap.start_pass(shifts)
+                forward = Forward(self.module, {**self.params, **own})
+                losses, weights = self.terms(forward, batch_of_one(tensors))
+                return losses[0], weights[0].detach(), entered
+
+            losses, weights, entered = torch.func.vmap(alone)(shifts, own, dict(tensors))
+            of_terms = losses.sum(0).unbind()
+        if tap.calls != [(_layer(call), shape) for call, shape in self.outputs.items()]:
+            return False
+        entered = {call: value.detach() for call, value in entered.items()}
+        points = [*shifts.values(), *own.values()]
+        for start in range(0, len(of_terms), TERMS_AT_ONCE):
+            some = slice(start, start + TERMS_AT_ONCE)
+            backs: list[Params] = []
+            for loss, weight in zip(of_terms[some], weights[:, some].unbind(1), strict=True):
+                found = torch.autograd.grad(
+                    loss, points, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                backs.append(dict(zip(shifts, found[: len(shifts)], strict=True)))
+                for name, rows in zip(own, found[len(shifts) :], strict=True):
+                    _add(total, name, weight @ self.size_of(rows.flatten(1)))
+            for name in dict.fromkeys(map(_layer, self.outputs)):
+                self._add_layer(name, entered, backs, weights[:, some], total)
+        return True
+
+    def _add_layer(
+        self, name: str, entered: Params, backs: list[Params], weights: Tensor, total: Params
+    ) -> None:
+        """Add one layer's part of some terms.
+
+        Args:
+            name: the layer.
+            entered: call to what entered it, (n, ...).
+            backs: for every term, call to the gradient at its output, (n, ...).
+            weights: (n, terms).
+        """
+        layer = self.layers[name]
+        calls = [call for call in self.outputs if _layer(call) == name]
+        terms = len(backs)
+        places = sum(prod(self.outputs[call]) for call in calls) // len(layer.weight)
+        numbers = terms * layer.weight.numel() + places * fan_in(layer)
+        one_place = places == 1
+        for piece in [slice(None)] if one_place else record_slices(len(weights), numbers):
+            own = weights[piece]
+            a = _joined([places_of_input(layer, entered[c][piece]) for c in calls])
+            d = _joined([_places_of_terms(layer, [at[c][piece] for at in backs]) for c in calls])
+            if one_place:
+                left = torch.einsum("mt,mgto->gom", own, self.size_of(d[..., 0]))
+                _add(total, f"{name}.weight", left @ self.size_of(a[..., 0]).transpose(0, 1))
+            else:
+                rows = d.flatten(2, 3) @ a.mT
+                sizes = self.size_of(rows).unflatten(2, (terms, -1))
+                _add(total, f"{name}.weight", torch.einsum("mt,mgtok->gok", own, sizes))
+            if layer.bias is not None:
+                sizes = self.size_of(d.sum(4))
+                _add(total, f"{name}.bias", torch.einsum("mt,mgto->go", own, sizes))
+
+
+# --------------------------------------------------------------------------- layers
+
+
+def matrix_layers(module: nn.Module, params: Params) -> dict[str, MatrixLayer]:
+    """Linear and convolution layers that own a weight among the parameters, by name."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
+        and type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        and _is_plain(layer)
+        and runs_as_built(layer)
+        and all(f"{name}.{own}".removeprefix(".") in params for own, _ in layer.named_parameters())
+    }
+
+
+def _is_plain(layer: MatrixLayer) -> bool:
+    """Whether weight and bias are the layer's parameters, and it pads with a number of zeros."""
+    names = {name for name, _ in layer.named_parameters()}
+    zeros = isinstance(layer, nn.Linear) or (
+        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+    return zeros and names in ({"weight"}, {"weight", "bias"})
+
+
+def fan_in(layer: MatrixLayer) -> int:
+    """Numbers of the input that one place of the output sees, in all groups."""
+    return (
+        layer.in_features
+        if isinstance(layer, nn.Linear)
+        else (layer.in_channels * prod(layer.kernel_size))
+    )
+
+
+def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
+    """(n, groups, fan in of a group, places): what the layer's weight is multiplied with.
+
+    Args:
+        layer: the layer.
+        entered: (n, ...) what entered it in every record.
+    """
+    n = len(entered)
+    if isinstance(layer, nn.Linear):
+        return entered.reshape(n, 1, -1, layer.in_features).mT
+    images = entered.reshape(-1, *entered.shape[1 - layer.weight.dim() :])
+    flat = images if isinstance(layer, nn.Conv2d) else images.unsqueeze(2)
+    settings = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    sides = [(low, *map(int, own))[-2:] for low, own in zip((1, 1, 0, 1), settings, strict=True)]
+    return _by_group(F.unfold(flat, *sides), n, layer.groups)
+
+
+def places_of_output(layer: MatrixLayer, back: Tensor) -> Tensor:
+    """(n, groups, outputs of a group, places) of the gradient at the layer's output."""
+    if isinstance(layer, nn.Linear):
+        return back.reshape(len(back), 1, -1, layer.out_features).mT
+    images = back.reshape(-1, *back.shape[1 - layer.weight.dim() :])
+    return _by_group(images.flatten(2), len(back), layer.groups)
+
+
+def _places_of_terms(layer: MatrixLayer, backs: list[Tensor]) -> Tensor:
+    """(n, groups, terms, outputs of a group, places) of the gradients of several terms."""
+    together = torch.stack(backs, 1)
+    places = places_of_output(layer, together.flatten(0, 1))
+    return places.unflatten(0, together.shape[:2]).transpose(1, 2)
+
+
+def _joined(calls: list[Tensor]) -> Tensor:
+    """Places of several calls side by side."""
+    return calls[0] if len(calls) == 1 else torch.cat(calls, -1)
+
+
+def _by_group(values: Tensor, n: int, groups: int) -> Tensor:
+    """(n, groups, channels of a group, images x places) of (n x images, channels, places)."""
+    images = len(values) // n
+    split = values.reshape(n, images, groups, -1, values.shape[-1])
+    return split.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def _parameter_names(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names in the model of the layers' parameters."""
+    return {
+        f"{name}.{own}".removeprefix(".")
+        for name, layer in layers.items()
+        for own, _ in layer.named_parameters()
+    }
+
+
+def _numbered(calls: list[TapedCall]) -> dict[str, torch.Size]:
+    """Shape of the output of every call, by the names that `LayerTap` gives."""
+    names = [call.layer for call in calls]
+    return {f"{name}/{names[:i].count(name)}": calls[i].shape for i, name in enumerate(names)}
+
+
+def _layer(call: str) -> str:
+    """Layer of a call."""
+    return call.rpartition("/")[0]
+
+
+def _add(total: Params, name: str, value: Tensor) -> None:
+    """Add to the sum of a parameter, whatever the shape."""
+    own = total[name.removeprefix(".")]
+    own += value.reshape(own.shape)

@@ -1,0 +1,225 @@
+import pytest
+import torch
+from torch import nn
+
+from helpers.squared_gradients import assert_same, batch, by_hand, fisher_terms, small
+from perdure.contract.forward import Forward
+from perdure.privacy.clipping.clip import Clip
+from perdure.queries.evaluation import exact_sum
+from perdure.queries.layer_sums import matrix_layers, sum_by_layers
+from perdure.queries.squared_gradients import AbsoluteGradient, SquaredGradient
+
+
+class Tokens(nn.Module):
+    """A bare class token and positions, attention, a layer of positions, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(2, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(5, 8))
+        self.layer = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = torch.cat([self.token.expand(len(x), 1, 8), self.embed(x)], 1)
+        x = tokens + self.positions
+        x = x + torch.softmax(x @ x.mT, -1) @ self.layer(self.norm(x))
+        return self.head(x[:, 0])
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.words((x[:, :, 0] * 6).long()).mean(1))
+
+
+def convolutions():
+    """Grouped, dilated, strided, depthwise, to one place."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, (3, 2), stride=(1, 2), dilation=(2, 1), padding=(2, 0), groups=4),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, (8, 4), bias=False),
+        nn.Flatten(),
+    )
+
+
+def other_paddings():
+    """Convolutions whose rows are those of any parameter."""
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding="same"),
+        nn.Tanh(),
+        nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(192, 3),
+    )
+
+
+def normalised():
+    """BatchNorm by its running statistics, GroupNorm, and a residual written in place."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(),
+        nn.Linear(256, 3),
+    )
+    model[1].running_mean.normal_()
+    return model
+
+
+def sequences():
+    return nn.Sequential(
+        nn.Conv1d(5, 4, 2, stride=2), nn.Tanh(), nn.Conv1d(4, 3, 1), nn.Flatten(), nn.Linear(3, 3)
+    )
+
+
+MODELS = {
+    "tokens": (Tokens, (4, 2)),
+    "words": (Words, (4, 2)),
+    "convolutions": (convolutions, (2, 8, 8)),
+    "other paddings": (other_paddings, (2, 8, 8)),
+    "normalised": (normalised, (2, 8, 8)),
+    "sequences": (sequences, (5, 2)),
+}
+
+
+def made(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def parameters(module):
+    return {name: value.detach() for name, value in module.named_parameters()}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", [SquaredGradient, AbsoluteGradient])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_sums_equal_one_backward_pass_a_record_and_term(model, kind, monkeypatch):
+    make, shape = MODELS[model]
+    module = made(make)
+    data = batch(shape=shape)
+    size = torch.square if kind is SquaredGradient else torch.abs
+    rows = by_hand(module, fisher_terms, data, size)
+    monkeypatch.setattr("perdure.queries.layer_sums.TERMS_AT_ONCE", 2)
+    query = kind(fisher_terms)
+    found = sum_by_layers(fisher_terms, query.size_of, module, parameters(module), data.tensors())
+    assert_same(found, {name: value.sum(0) for name, value in rows.items()}, 1e-6)
+
+
+def counted(monkeypatch, module, data, terms):
+    """Forward and backward passes of an exact sum, the run of the blank record among them."""
+    forward = []
+    backward = []
+    grad = torch.autograd.grad
+
+    def watched(forward_, batch):
+        forward.append(len(batch))
+        return terms(forward_, batch)
+
+    def counting(*args, **named):
+        backward.append(1)
+        return grad(*args, **named)
+
+    monkeypatch.setattr("torch.autograd.grad", counting)
+    exact_sum(SquaredGradient(watched), Forward(module), data, 1024)
+    return len(forward), len(backward)
+
+
+def test_a_sum_takes_one_forward_pass_and_one_backward_a_term(monkeypatch):
+    module = small("cnn")
+    assert counted(monkeypatch, module, batch(20, (1, 8, 8)), fisher_terms) == (2, 3)
+
+
+def test_passes_hold_no_more_records_than_fit(monkeypatch):
+    module = small("cnn")
+    data = batch(20, (1, 8, 8))
+    expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 1024)
+    monkeypatch.setattr("perdure.queries.layer_sums.PASS_NUMBERS", 1)
+    assert counted(monkeypatch, module, data, fisher_terms) == (21, 60)
+    assert_same(exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 1024), expected)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_no_graph_of_second_derivatives_is_kept(model):
+    seen = set()
+
+    class Watched(SquaredGradient):
+        def size_of(self, values):
+            seen.add(torch.is_grad_enabled() and values.requires_grad)
+            return super().size_of(values)
+
+    module = small(model)
+    data = batch(shape=(1, 8, 8) if model == "cnn" else (5,))
+    exact_sum(Watched(fisher_terms), Forward(module), data, 100)
+    Watched(fisher_terms).clipped_sum(module, parameters(module), data.tensors(), Clip(norm=1.0))
+    assert seen == {False}
+
+
+def test_rows_of_a_linear_layer_with_one_place_are_not_formed():
+    """The only numbers whose size is taken are inputs and gradients at outputs."""
+    largest = []
+
+    class Watched(SquaredGradient):
+        def size_of(self, values):
+            largest.append(values[0].numel())
+            return super().size_of(values)
+
+    module = nn.Sequential(nn.Linear(5, 400), nn.Tanh(), nn.Linear(400, 3))
+    exact_sum(Watched(fisher_terms), Forward(module), batch(), 100)
+    assert max(largest) == 3 * 400
+
+
+def test_terms_see_one_record_at_a_time():
+    def coupled(forward, batch):
+        log_p = torch.log_softmax(forward(batch.inputs - batch.inputs.mean(0)), dim=1)
+        return -log_p, log_p.exp().detach()
+
+    module = small()
+    data = batch()
+    rows = by_hand(module, coupled, data)
+    found = exact_sum(SquaredGradient(coupled), Forward(module), data, 100)
+    assert_same(found, {name: value.sum(0) for name, value in rows.items()})
+
+
+def test_layers_that_share_a_weight_are_not_taken_by_themselves():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+    model[1].weight = model[0].weight
+    assert list(matrix_layers(model, parameters(model))) == ["0", "2"]
+    tensors = batch().tensors()
+    assert sum_by_layers(fisher_terms, torch.square, model, parameters(model), tensors) is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_attention_of_torch_is_not_taken_by_layers():
+    """It has a way without gradients, which it takes where it does not see that they are wanted."""
+    layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
+    module = nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3)).eval()
+    data = batch(shape=(4, 2))
+    found = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100)
+    rows = by_hand(module, fisher_terms, data)
+    assert_same(found, {name: value.sum(0) for name, value in rows.items()}, 1e-6)
+
+
+def test_without_records_there_is_no_sum():
+    module = small()
+    none = batch().take(slice(0, 0)).tensors()
+    assert sum_by_layers(fisher_terms, torch.square, module, parameters(module), none) is None
+
+
+def test_losses_that_no_parameter_moves_sum_to_nothing():
+    def constant(forward, batch):
+        return forward(batch.inputs).detach()[:, :1], torch.ones(len(batch), 1)
+
+    found = exact_sum(SquaredGradient(constant), Forward(small()), batch(), 100)
+    assert all(not value.any() for value in found.values())
