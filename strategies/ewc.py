@@ -11,7 +11,9 @@ with decay).
               [c = y_i]    (fisher = "empirical": not the Fisher information, unless p is the truth)
 
 c_i is one label drawn from p(. | x_i) by a hash of the record's id, so that the row is the record's
-own; it takes one backward pass instead of one a class. On the three forms: van de Ven, On the
+own; it takes one backward pass instead of one a class. So fisher = "auto", the default, is "exact"
+for up to 100 classes that a record may be predicted as, and "sampled" for more: 1,000 classes then
+cost less than 10. On the three forms: van de Ven, On the
 Computation of the Fisher Information in Continual Learning, ICLR Blogposts 2025.
 
 A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the
@@ -27,9 +29,10 @@ is at most the square of the gradient's, so it is clipped to C^2; the sum is div
 size and clamped at 0.
 """
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +48,13 @@ if TYPE_CHECKING:
     from perdure.contract import Curator
     from perdure.data import Experience
 
+EXACT_CLASSES = 100
+"""Classes up to which `auto` is exact: 100 backward passes, ten times those of 10 classes."""
+
+Fisher = Literal["auto", "exact", "sampled", "empirical"]
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EWC(Strategy):
@@ -55,14 +65,15 @@ class EWC(Strategy):
         mode: `separate` keeps every experience's penalty; `online` one, decayed by `decay`, around
             the last anchor.
         fisher: `exact` takes the expectation over the model's own labels, `sampled` draws one of
-            these for every record; `empirical` uses the records' labels.
+            these for every record; `empirical` uses the records' labels. `auto` is `exact` for up
+            to 100 classes that may be predicted in the experience, and `sampled` for more.
         decay: share of the old Fisher information kept at every experience in `online` mode
             (gamma).
     """
 
     strength: float
     mode: Literal["separate", "online"] = "separate"
-    fisher: Literal["exact", "sampled", "empirical"] = "exact"
+    fisher: Fisher = "auto"
     decay: float = 1.0
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
 
@@ -73,8 +84,8 @@ class EWC(Strategy):
             raise ConfigError.of("ewc.decay", self.decay, "a number from 0 to 1")
         if self.mode not in ("separate", "online"):
             raise ConfigError.of("ewc.mode", self.mode, ("separate", "online"))
-        if self.fisher not in ("exact", "sampled", "empirical"):
-            raise ConfigError.of("ewc.fisher", self.fisher, ("exact", "sampled", "empirical"))
+        if self.fisher not in get_args(Fisher):
+            raise ConfigError.of("ewc.fisher", self.fisher, get_args(Fisher))
 
     @classmethod
     def example(cls) -> Self:
@@ -101,7 +112,8 @@ class EWC(Strategy):
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Release the Fisher information of the experience and merge it into the penalty."""
-        query = SquaredGradient(lambda forward, batch: self._terms(curator, forward, batch))
+        form = self.form_for(int(curator.context.allowed.sum()))
+        query = SquaredGradient(lambda forward, batch: _terms(form, curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
         new = {name: (total[name] / curator.declared_size).clamp(min=0) for name in params}
         if self.mode == "online":
@@ -118,18 +130,35 @@ class EWC(Strategy):
             "anchor", {name: anchor(state, name) for name in state.group("fisher")}
         )
 
-    def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = curator.context.mask(forward(batch.inputs), batch)
-        log_p = torch.log_softmax(logits, dim=1)
-        if self.fisher == "exact":
-            possible = torch.nonzero(curator.context.allowed).flatten()
-            return -log_p[:, possible], log_p[:, possible].exp().detach()
-        labels = batch.labels
-        if self.fisher == "sampled":
-            labels = drawn(
-                log_p.exp(), uniforms(batch.ids, derive("fisher", curator.context.experience))
-            )
-        return -log_p.gather(1, labels[:, None]), torch.ones_like(log_p[:, :1])
+    def form_for(self, classes: int) -> Fisher:
+        """Form of the Fisher information for this number of classes that may be predicted."""
+        if self.fisher != "auto":
+            return self.fisher
+        if classes <= EXACT_CLASSES:
+            return "exact"
+        log.info(
+            "ewc: %d classes may be predicted, so the Fisher information is of one sampled label a "
+            'record; fisher="exact" takes one backward pass a class',
+            classes,
+        )
+        return "sampled"
+
+
+def _terms(
+    fisher: Fisher, curator: "Curator", forward: Forward, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Losses and weights (n, k) of the terms c of every record."""
+    logits = curator.context.mask(forward(batch.inputs), batch)
+    log_p = torch.log_softmax(logits, dim=1)
+    if fisher == "exact":
+        possible = torch.nonzero(curator.context.allowed).flatten()
+        return -log_p[:, possible], log_p[:, possible].exp().detach()
+    labels = batch.labels
+    if fisher == "sampled":
+        labels = drawn(
+            log_p.exp(), uniforms(batch.ids, derive("fisher", curator.context.experience))
+        )
+    return -log_p.gather(1, labels[:, None]), torch.ones_like(log_p[:, :1])
 
 
 def anchor(state: State, name: str) -> Tensor:

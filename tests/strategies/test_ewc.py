@@ -9,7 +9,8 @@ from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.state import State
 from perdure.curator.local_curator import LocalCurator
-from perdure.data.records import Batch
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
@@ -17,7 +18,7 @@ from perdure.strategies import EWC
 from perdure.strategies.ewc import anchor, drawn
 from perdure.testing import check_strategy
 from perdure.utils.hashing import uniforms
-from perdure.utils.seeding import derive
+from perdure.utils.seeding import derive, generator
 
 
 class Past:
@@ -247,6 +248,56 @@ def test_a_class_is_drawn_by_its_share_of_the_unit_interval_and_never_at_probabi
         assert drawn((total * p).expand(4, 5), ends).tolist()[::3] == [1, 3]
 
 
+def wide_stream(classes):
+    """One experience of a few records, of a domain with many classes."""
+    labels = torch.arange(6) * (classes // 6)
+    records = Records(inputs=torch.rand(6, 5, generator=generator(0, "wide")), labels=labels)
+    experience = Experience(index=0, train=records, test=records, classes=tuple(range(classes)))
+    return Stream(
+        name="wide",
+        scenario="domain",
+        experiences=(experience,),
+        num_classes=classes,
+        input_shape=(5,),
+        assigned_by_record=True,
+    )
+
+
+def terms_of(strategy, classes):
+    """Terms that a record's row adds up, one backward pass each."""
+    model = mlp(input_shape=(5,), num_classes=classes, hidden=(6,), seed=0).eval()
+    stream = wide_stream(classes)
+    losses, _ = query_of(strategy, stream, model).terms(
+        Forward(model), Batch.current(stream[0].train, 0)
+    )
+    return losses.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("fisher", "classes", "terms"),
+    [
+        ("auto", 100, 100),
+        ("auto", 101, 1),
+        ("auto", 1000, 1),
+        ("exact", 101, 101),
+        ("sampled", 10, 1),
+        ("empirical", 10, 1),
+    ],
+)
+def test_the_form_is_sampled_above_a_hundred_classes(fisher, classes, terms, caplog):
+    caplog.set_level("INFO", logger="perdure.strategies.ewc")
+    assert terms_of(EWC(strength=1.0, fisher=fisher), classes) == terms
+    told = [record.getMessage() for record in caplog.records]
+    said = fisher == "auto" and classes > 100
+    assert len(told) == said and all("one sampled label a record" in line for line in told)
+
+
+def test_the_default_is_exact_where_classes_are_few(toy_stream):
+    stream = toy_stream()
+    batch = Batch.current(stream[1].train, 1)
+    assert torch.equal(rows_of("auto", stream, 1, batch), rows_of("exact", stream, 1, batch))
+
+
 def test_the_sampled_form_keeps_the_contract():
     assert "vmap" in check_strategy(EWC(strength=50.0, fisher="sampled")).passed
 
@@ -288,7 +339,10 @@ def test_clients_average_to_what_one_party_would_hold():
         ({"strength": float("nan")}, "ewc.strength = nan"),
         ({"strength": 1.0, "decay": 1.5}, "ewc.decay = 1.5"),
         ({"strength": 1.0, "mode": "both"}, "ewc.mode = 'both'.*separate, online"),
-        ({"strength": 1.0, "fisher": "batch"}, "ewc.fisher = 'batch'.*exact, sampled, empirical"),
+        (
+            {"strength": 1.0, "fisher": "batch"},
+            "ewc.fisher = 'batch'.*auto, exact, sampled, empirical",
+        ),
     ],
 )
 def test_options_are_checked(options, message):
