@@ -1,4 +1,4 @@
-"""What importances cost: Fisher information and memory aware synapses at the end of an experience.
+"""Cost of importances at the end of an experience: Fisher information, memory aware synapses.
 
 Every row is a ratio of processor time, both sides in one process, turn by turn; the median over
 the repeats. No privacy: the sums are exact.

@@ -268,7 +268,8 @@ class _Passes:
                 _add(total, f"{name}.weight", left @ self.size_of(a[..., 0]).transpose(0, 1))
             else:
                 rows = d.flatten(2, 3) @ a.mT
-                sizes = self.size_of(rows).unflatten(2, (terms, -1))
+                shape = (*rows.shape[:2], terms, -1, rows.shape[3])
+                sizes = self.size_of(rows).view(shape)
                 _add(total, f"{name}.weight", torch.einsum("mt,mgtok->gok", own, sizes))
             if layer.bias is not None:
                 sizes = self.size_of(d.sum(4))
@@ -292,7 +293,7 @@ def matrix_layers(module: nn.Module, params: Params) -> dict[str, MatrixLayer]:
 
 
 def _is_plain(layer: MatrixLayer) -> bool:
-    """Whether weight and bias are the layer's parameters, and it pads with a number of zeros."""
+    """Return whether the layer owns just weight and bias, and pads with a number of zeros."""
     names = {name for name, _ in layer.named_parameters()}
     zeros = isinstance(layer, nn.Linear) or (
         layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -338,7 +339,7 @@ def _places_of_terms(layer: MatrixLayer, backs: list[Tensor]) -> Tensor:
     """(n, groups, terms, outputs of a group, places) of the gradients of several terms."""
     together = torch.stack(backs, 1)
     places = places_of_output(layer, together.flatten(0, 1))
-    return places.unflatten(0, together.shape[:2]).transpose(1, 2)
+    return places.view(*together.shape[:2], *places.shape[1:]).transpose(1, 2)
 
 
 def _joined(calls: list[Tensor]) -> Tensor:
