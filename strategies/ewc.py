@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from perdure.contract import Forward, Plan, PrivacyCost, Spec, State, Strategy
+from perdure.contract import Forward, Plan, PrivacyCost, QuadraticPenalty, Spec, State
 from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.queries import SquaredGradient
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EWC(Strategy):
+class EWC(QuadraticPenalty):
     """Quadratic penalty weighted by the diagonal Fisher information.
 
     Args:
@@ -76,6 +76,7 @@ class EWC(Strategy):
     fisher: Fisher = "auto"
     decay: float = 1.0
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
+    weighted_by: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -102,13 +103,10 @@ class EWC(Strategy):
         """There is nothing to hold on to in the first experience."""
         return Plan(applies_penalty=experience.index > 0)
 
-    def penalty(self, params: Params, state: State) -> Tensor:
-        """Half the strength times the Fisher-weighted squared distance from the anchor."""
-        terms = [
-            (state[f"fisher/{name}"] * (value - state[f"anchor/{name}"]).square()).sum()
-            for name, value in params.items()
-        ]
-        return 0.5 * self.strength * torch.stack(terms).sum()
+    def weight(self, state: State, *groups: Tensor) -> Tensor:
+        """Strength times the Fisher information."""
+        (fisher,) = groups
+        return self.strength * fisher
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Release the Fisher information of the experience and merge it into the penalty."""

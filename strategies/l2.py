@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from perdure.contract import Plan, Spec, State, Strategy
+from perdure.contract import Plan, QuadraticPenalty, Spec, State
 from perdure.errors import ConfigError
 from perdure.types import Params
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class L2(Strategy):
+class L2(QuadraticPenalty):
     """Quadratic penalty with the same weight for every parameter.
 
     Args:
@@ -56,12 +56,9 @@ class L2(Strategy):
         """There is nothing to hold on to in the first experience."""
         return Plan(applies_penalty=experience.index > 0)
 
-    def penalty(self, params: Params, state: State) -> Tensor:
-        """Strength times the squared distance from the anchor."""
-        distances = [
-            (value - state[f"anchor/{name}"]).square().sum() for name, value in params.items()
-        ]
-        return self.strength * state["held"] * torch.stack(distances).sum()
+    def weight(self, state: State, *groups: Tensor) -> Tensor:
+        """Twice the strength, for every parameter alike: the penalty has no half."""
+        return 2 * self.strength * state["held"]
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present parameters as the next anchor."""

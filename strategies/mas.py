@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from perdure.contract import Forward, Plan, PrivacyCost, Spec, State, Strategy
+from perdure.contract import Forward, Plan, PrivacyCost, QuadraticPenalty, Spec, State
 from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.queries import AbsoluteGradient
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAS(Strategy):
+class MAS(QuadraticPenalty):
     """Quadratic penalty weighted by the sensitivity of the squared norm of the logits.
 
     Args:
@@ -48,6 +48,7 @@ class MAS(Strategy):
 
     strength: float
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
+    weighted_by: ClassVar[tuple[str, ...]] = ("importance",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -71,13 +72,10 @@ class MAS(Strategy):
         """There is nothing to hold on to in the first experience."""
         return Plan(applies_penalty=experience.index > 0)
 
-    def penalty(self, params: Params, state: State) -> Tensor:
-        """Strength times the importance-weighted squared distance from the anchor."""
-        terms = [
-            (state[f"importance/{name}"] * (value - state[f"anchor/{name}"]).square()).sum()
-            for name, value in params.items()
-        ]
-        return self.strength * torch.stack(terms).sum()
+    def weight(self, state: State, *groups: Tensor) -> Tensor:
+        """Twice the strength times the importance: the penalty has no half."""
+        (importance,) = groups
+        return 2 * self.strength * importance
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Release the importance of the experience, add it to that of the past, and anchor here."""

@@ -33,13 +33,21 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from perdure.contract import Forward, Plan, PrivacyCost, Spec, State, Strategy, cross_entropy
+from perdure.contract import (
+    Forward,
+    Plan,
+    PrivacyCost,
+    QuadraticPenalty,
+    Spec,
+    State,
+    cross_entropy,
+)
 from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.queries import SquaredGradient
-from perdure.strategies.si import progress
+from perdure.strategies.si import add_progress
 from perdure.types import Params
-from perdure.utils import number_unless_vmapped
+from perdure.utils import number_unless_vmapped, pieces
 
 if TYPE_CHECKING:
     from perdure.contract import Curator
@@ -49,7 +57,7 @@ NUMBERS = ("steps", "past", "fisher_scale", "score_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWalk(Strategy):
+class RWalk(QuadraticPenalty):
     """Quadratic penalty weighted by Fisher information plus path scores, each scaled to at most 1.
 
     Args:
@@ -64,6 +72,7 @@ class RWalk(Strategy):
     decay: float = 0.9
     damping: float = 1e-3
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
+    weighted_by: ClassVar[tuple[str, ...]] = ("fisher", "score")
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -96,18 +105,11 @@ class RWalk(Strategy):
         """There is nothing to hold on to in the first experience."""
         return Plan(applies_penalty=experience.index > 0)
 
-    def penalty(self, params: Params, state: State) -> Tensor:
-        """Strength times the importance-weighted squared distance from the anchor."""
-        fisher = state["fisher_scale"]
-        score = state["score_scale"]
-        terms = [
-            (
-                (fisher * state[f"fisher/{name}"] + score * state[f"score/{name}"])
-                * (value - state[f"anchor/{name}"]).square()
-            ).sum()
-            for name, value in params.items()
-        ]
-        return self.strength * torch.stack(terms).sum()
+    def weight(self, state: State, *groups: Tensor) -> Tensor:
+        """Twice the strength times the sum of both, scaled: the penalty has no half."""
+        fisher, score = groups
+        scaled = state["fisher_scale"] * fisher + state["score_scale"] * score
+        return 2 * self.strength * scaled
 
     def after_step(
         self,
@@ -118,20 +120,29 @@ class RWalk(Strategy):
         noise_variance: float = 0.0,
     ) -> State:
         """Walk on, and score the walk at the end of a window."""
-        steps = state["steps"] + 1
-        ends = steps % self.window == 0
-        # without noise -g (after - before) is taken off below; noise has a term of its own
-        noisy = progress(before, after, gradient, noise_variance) if noise_variance else {}
-        changes = {"steps": steps}
+        # by the same arithmetic as in place: a run that was resumed ends in the same bits
+        walk = [f"{group}/{name}" for group in ("metric", "won", "moved") for name in before]
+        own = state.replace({name: state[name].clone() for name in ("steps", *walk)})
+        return self.after_step_in_place(before, after, gradient, own, noise_variance)
+
+    def after_step_in_place(
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
+    ) -> State:
+        """Walk on in the tensors that hold the walk; its score, once a window, is made anew."""
+        state["steps"].add_(1)
         for name, value in before.items():
-            grad = gradient[name]
-            step = after[name] - value
-            won = state[f"won/{name}"]
-            changes[f"won/{name}"] = won + noisy[name] if noisy else won - grad * step
-            changes[f"moved/{name}"] = state[f"moved/{name}"] + step
-            metric = state[f"metric/{name}"]
-            changes[f"metric/{name}"] = torch.lerp(metric, grad.square(), self.decay)
-        state = state.replace(changes)
+            walk = (value, after[name], gradient[name])
+            add_progress(state[f"won/{name}"], *walk, noise_variance)
+            own = (state[f"metric/{name}"], state[f"moved/{name}"])
+            for metric, moved, start, end, grad in pieces(*own, *walk):
+                metric.mul_(1 - self.decay).add_(grad.square(), alpha=self.decay)
+                moved.add_(end - start)
+        ends = state["steps"] % self.window == 0
         ended = number_unless_vmapped(ends)
         if ended is None:
             return self._scored(state, before, ends)

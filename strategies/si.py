@@ -23,20 +23,21 @@ Privacy cost: none: the released gradient and the parameters are all it sees.
 
 Under privacy the released gradient holds noise of known variance s^2, which also moves the
 parameters: under SGD with learning rate r it adds r s^2 to every coordinate of the path at every
-step, an importance that is the same for all and says nothing. `progress` takes it off: exactly in
-expectation for plain SGD, too much with momentum.
+step, an importance that is the same for all and says nothing. `add_progress` takes it off: exactly
+in expectation for plain SGD, too much with momentum.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from perdure.contract import Plan, Spec, State, Strategy
+from perdure.contract import Plan, QuadraticPenalty, Spec, State
 from perdure.errors import ConfigError
 from perdure.types import Params
+from perdure.utils import pieces
 
 if TYPE_CHECKING:
     from perdure.contract import Curator
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SI(Strategy):
+class SI(QuadraticPenalty):
     """Quadratic penalty weighted by each parameter's share in the past loss decrease.
 
     The share is divided by the way that the parameter went.
@@ -56,6 +57,7 @@ class SI(Strategy):
 
     strength: float
     damping: float = 0.1
+    weighted_by: ClassVar[tuple[str, ...]] = ("importance",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -80,16 +82,10 @@ class SI(Strategy):
         """There is nothing to hold on to in the first experience."""
         return Plan(applies_penalty=experience.index > 0)
 
-    def penalty(self, params: Params, state: State) -> Tensor:
-        """Strength times the importance-weighted squared distance from the anchor."""
-        terms = [
-            (
-                state[f"importance/{name}"].clamp(min=0)
-                * (value - state[f"anchor/{name}"]).square()
-            ).sum()
-            for name, value in params.items()
-        ]
-        return self.strength * torch.stack(terms).sum()
+    def weight(self, state: State, *groups: Tensor) -> Tensor:
+        """Twice the strength times the importance, where that is above 0."""
+        (importance,) = groups
+        return 2 * self.strength * importance.clamp(min=0)
 
     def after_step(
         self,
@@ -100,10 +96,23 @@ class SI(Strategy):
         noise_variance: float = 0.0,
     ) -> State:
         """Follow the path."""
-        won = progress(before, after, gradient, noise_variance)
-        return state.replace_group(
-            "path", {name: state[f"path/{name}"] + value for name, value in won.items()}
-        )
+        # by the same arithmetic as in place: a run that was resumed ends in the same bits
+        own = state.replace_group("path", {name: state[f"path/{name}"].clone() for name in before})
+        return self.after_step_in_place(before, after, gradient, own, noise_variance)
+
+    def after_step_in_place(
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
+    ) -> State:
+        """Follow the path, in the tensors that hold it."""
+        for name, value in before.items():
+            tensors = (state[f"path/{name}"], value, after[name], gradient[name])
+            add_progress(*tensors, noise_variance)
+        return state
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Turn the path into importance, and begin another one here."""
@@ -120,10 +129,10 @@ class SI(Strategy):
         )
 
 
-def progress(
-    before: Params, after: Params, gradient: Params, noise_variance: float = 0.0
-) -> Params:
-    """Each coordinate's part in what a step takes off the loss, to first order.
+def add_progress(
+    path: Tensor, before: Tensor, after: Tensor, gradient: Tensor, noise_variance: float = 0.0
+) -> None:
+    """Add, in place, each number's part in what a step takes off the loss, to first order.
 
     It is -g (after - before).
 
@@ -133,16 +142,20 @@ def progress(
     average over the tensor for optimisers with a rate for each coordinate.
 
     Args:
-        before, after: parameters around the step.
+        path: of one parameter; it is written to.
+        before, after: the parameter around the step.
         gradient: the released one.
         noise_variance: s^2 of the mean gradient; 0 without privacy.
     """
-    won = {name: -gradient[name] * (after[name] - value) for name, value in before.items()}
-    if not noise_variance:
-        return won
-    tiny = torch.finfo(torch.float32).tiny
-    rates = {
-        n: (value.sum() / gradient[n].square().sum().clamp(min=tiny)).clamp(min=0)
-        for n, value in won.items()
-    }
-    return {name: value - rates[name] * noise_variance for name, value in won.items()}
+    won = torch.zeros((), device=path.device)
+    energy = torch.zeros((), device=path.device)
+    for out, start, end, slope in pieces(path, before, after, gradient):
+        step = end - start
+        step.mul_(slope)
+        out.sub_(step)
+        if noise_variance:
+            won = won - step.sum()
+            energy = energy + slope.square().sum()
+    if noise_variance:
+        tiny = torch.finfo(torch.float32).tiny
+        path.sub_((won / energy.clamp(min=tiny)).clamp(min=0) * noise_variance)

@@ -460,3 +460,20 @@ def test_an_example_of_a_subclass_is_of_the_subclass():
         rate: float = 0.1
 
     assert Milder.example() == Milder(strength=50.0, rate=0.1)
+
+
+def test_a_group_is_declared_in_one_state(monkeypatch):
+    """One new state for each name would take time with the square of the number of names."""
+    made = []
+    build = State.__init__
+
+    def counted(self, *args):
+        made.append(self)
+        build(self, *args)
+
+    monkeypatch.setattr(State, "__init__", counted)
+    values = {f"w{i}": torch.zeros(1) for i in range(50)}
+    state = State().declare_group("path", values, "local")
+    assert len(made) == 2 and list(state.group("path")) == list(values)
+    with pytest.raises(StrategyError, match="'path/w3' is declared twice"):
+        state.declare_group("path", {"w3": torch.zeros(1)}, "sum")

@@ -527,3 +527,45 @@ def test_the_highest_losses_fill_a_loss_aware_quota():
 def test_what_ranks_all_records_waits_for_the_end(selection):
     with pytest.raises(ConfigError, match=f"memory selection = '{selection}'.*update='experience'"):
         MemoryPlan(capacity=4, selection=selection, update="step")
+
+
+def test_a_reservoir_that_grows_is_copied_few_times():
+    """The rows are those of a list that replaces, kept whole and copied at every offer."""
+    plan = MemoryPlan(capacity=300, selection="reservoir")
+    memory = Memory()
+    expected = rows([])
+    places = set()
+    for offer in range(60):
+        new = rows([offer % 3] * 8, first_id=8 * offer)
+        kept = reservoir(len(expected), 8 * offer, 8, 300, place(offer))
+        expected = concatenate([expected, new]).take(kept)
+        memory.offer(new, plan, place(offer))
+        places.add(memory.rows.inputs.data_ptr())
+        assert torch.equal(memory.rows.ids, expected.ids)
+        assert torch.equal(memory.rows.inputs, expected.inputs)
+    assert len(memory) == 300 and len(places) <= 7
+
+
+def test_rows_from_outside_are_not_grown_into():
+    plan = MemoryPlan(capacity=30, selection="reservoir")
+    memory = Memory()
+    memory.offer(rows([0, 1]), plan, place())
+    given = rows([2, 2, 2], first_id=50)
+    memory.rows = given
+    memory.offer(rows([0, 1], first_id=90), plan, place())
+    assert memory.rows.ids.tolist() == [50, 51, 52, 90, 91] and len(given) == 3
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("stored", "offered", "capacity"), [(0, 0, 5), (3, 3, 9), (9, 40, 9)])
+def test_a_reservoir_is_algorithm_r_on_a_list_of_slots(stored, offered, capacity):
+    for seed in range(20):
+        slots = list(range(stored))
+        draws = torch.rand(12, generator=place(seed), dtype=torch.float64).tolist()
+        for i, draw in enumerate(draws):
+            slot = int(draw * (offered + i + 1))
+            if len(slots) < capacity:
+                slots.append(stored + i)
+            elif slot < capacity:
+                slots[slot] = stored + i
+        assert reservoir(stored, offered, 12, capacity, place(seed)).tolist() == slots

@@ -146,6 +146,21 @@ def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
         assert len(own) == 6 and float(flat(mine).norm()) > 0.01
 
 
+def test_rows_of_a_reference_are_drawn_from_positions_found_once(four, toy_model):
+    """They are the rows that a draw from a copy of the experience's rows gives."""
+    strategy = GEM(memory_size=12, batch_size=4)
+    held = opened(learner_of(toy_model(four), strategy, privacy=None), four, 2).session.held
+    stored = held.memory.rows
+    found = []
+    for step in range(3):
+        held.sample(step)
+        for k in (0, 1):
+            copy = held.pool.stored_rows(stored.take(stored.tasks == k), f"reference {k}", step)
+            assert torch.equal(held.reference_rows(k).ids, copy.ids)
+        found.append(held.pool.positions_of(1))
+    assert found[0] is found[1] is found[2] and len(found[0]) == 6
+
+
 def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=10), privacy=None), four, 2)
     met = []

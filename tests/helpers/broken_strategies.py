@@ -12,7 +12,7 @@ from perdure.contract.forward import cross_entropy, cross_entropy_of
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.strategies import Replay
+from perdure.strategies import L2, Replay
 
 BROKEN = {}
 
@@ -160,6 +160,43 @@ class WritingToGradient(Strategy):
 class Counting(Strategy):
     def penalty(self, params, state):
         object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
+
+
+@broken(
+    "pure",
+    "add_penalty_gradient() adds to",
+    "another gradient",
+    "correct the formula",
+    strength=1.0,
+)
+class PullingTwice(L2):
+    def add_penalty_gradient(self, gradient, params, state):
+        super().add_penalty_gradient(gradient, params, state)
+        super().add_penalty_gradient(gradient, params, state)
+
+
+@broken("pure", "after_step_in_place() leaves another seen", "than after_step()", "leave")
+class FollowingOtherwise(Remembering):
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
+        return state.replace({"seen": state["seen"] + 1})
+
+    def after_step_in_place(self, before, after, gradient, state, noise_variance=0.0):
+        state["seen"].add_(2)
+        return state
+
+
+@broken("pure", "after_step_in_place() leaves another other", "what after_step() replaces")
+class WritingToMore(Remembering):
+    def init(self, spec):
+        return super().init(spec).declare("other", torch.zeros(2), "local")
+
+    def after_step(self, before, after, gradient, state, noise_variance=0.0):
+        return state.replace({"seen": state["seen"] + 1})
+
+    def after_step_in_place(self, before, after, gradient, state, noise_variance=0.0):
+        state["seen"].add_(1)
+        state["other"].add_(1)
+        return state
 
 
 @broken("pure", "changes the strategy object itself")

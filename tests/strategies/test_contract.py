@@ -51,7 +51,8 @@ def test_its_example_is_an_instance_of_its_own_class(name):
 
 @every
 def test_it_runs_alone(learner_of, toy_stream, name):
-    matrix = learner_of(name, iterations=90, optimizer=partial(torch.optim.Adam, lr=0.04)).fit(toy_stream())
+    adam = partial(torch.optim.Adam, lr=0.04)
+    matrix = learner_of(name, iterations=90, optimizer=adam).fit(toy_stream())
     assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 40
     assert name.replace("_", "") == example(name).name.lower() and isinstance(
         hash(example(name)), int

@@ -8,7 +8,7 @@ from perdure.contract.plan import Plan
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.strategies import SI, Naive
-from perdure.strategies.si import progress
+from perdure.strategies.si import add_progress
 
 
 class Path:
@@ -172,6 +172,12 @@ def test_what_mattered_is_held_where_it_was(toy_stream, toy_model):
 # --------------------------------------------------------------------------- noise on the path
 
 
+def progress(before, after, gradient, noise_variance=0.0):
+    path = torch.zeros_like(before)
+    add_progress(path, before, after, gradient, noise_variance)
+    return path
+
+
 def noisy_walk(optimizer, variance, told, steps=400):
     """Path of a walk on a slope of 0.1 in every second coordinate, with noise of `variance` on the
     gradient.
@@ -182,11 +188,11 @@ def noisy_walk(optimizer, variance, told, steps=400):
     total = torch.zeros(2000)
     optimizer = optimizer([point])
     for _ in range(steps):
-        before = {"w": point.detach().clone()}
+        before = point.detach().clone()
         gradient = slope + variance**0.5 * torch.randn(2000, generator=place)
         point.grad = gradient.clone()
         optimizer.step()
-        total += progress(before, {"w": point.detach()}, {"w": gradient}, told)["w"]
+        total += progress(before, point.detach(), gradient, told)
     return total[::2], total[1::2]
 
 
@@ -213,16 +219,16 @@ def test_the_noise_on_the_path_is_taken_off_where_it_is_known(optimizer):
 
 def test_without_noise_nothing_is_taken_off():
     before, after, gradient = (
-        {"w": torch.tensor(value)} for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5])
+        torch.tensor(value) for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5])
     )
-    assert progress(before, after, gradient)["w"].tolist() == [1.0, -0.5]
+    assert progress(before, after, gradient).tolist() == [1.0, -0.5]
 
 
 def test_a_step_against_the_gradient_or_without_one_takes_nothing_off():
-    before = {"w": torch.zeros(2)}
-    after = {"w": torch.ones(2)}
-    assert progress(before, after, {"w": torch.ones(2)}, 0.5)["w"].tolist() == [-1.0, -1.0]
-    assert progress(before, after, {"w": torch.zeros(2)}, 0.5)["w"].tolist() == [0.0, 0.0]
+    before = torch.zeros(2)
+    after = torch.ones(2)
+    assert progress(before, after, torch.ones(2), 0.5).tolist() == [-1.0, -1.0]
+    assert progress(before, after, torch.zeros(2), 0.5).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ class StrategyPlugin:
         self._plan = Plan()
         self._memory_apart = False
         self._pool: Batch | None = None
-        self._penalty: Tensor | None = None
         self._references: tuple[Params, ...] = ()
 
     def __repr__(self) -> str:
@@ -121,9 +120,10 @@ class StrategyPlugin:
         if session.uses["losses"]:
             given = _Given(template.model, template.mb_x, template.mb_output)
             template.loss = session.losses(given, self._batch).mean()
-        self._penalty = session.penalty()
-        if self._penalty is not None:
-            template.loss = template.loss + self._penalty.detach()
+        with torch.no_grad():
+            penalty = session.penalty()
+        if penalty is not None:
+            template.loss = template.loss + penalty
 
     def after_backward(self, template: Any, **_: Any) -> None:
         """Add the penalty's gradient and project, as the learner does."""
@@ -132,11 +132,10 @@ class StrategyPlugin:
             n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in session.trained.items()
         }
         session.observe(self._batch)
-        session.set_gradients(gradient, self._penalty, self._references)
+        session.set_gradients(gradient, self._references)
         for name, param in session.params.items():
             if name not in session.trained:
                 param.grad = None
-        self._penalty = None
 
     def after_update(self, template: Any, **_: Any) -> None:
         """Let the strategy follow the optimiser's step."""

@@ -2,7 +2,8 @@
 
 Import `Strategy`, the base class with its hooks; what the hooks are given (`Spec`, `Context`,
 `Forward`, `State`, and the `Curator` of private records); and what a strategy declares (`Plan`,
-`MemoryPlan`, `PrivacyCost`). `Combine` joins strategies.
+`MemoryPlan`, `PrivacyCost`). `Combine` joins strategies; `QuadraticPenalty` is the base of those
+that pull parameters towards an anchor.
 """
 
 from perdure.contract.combine import Combine
@@ -20,6 +21,7 @@ from perdure.contract.plan import (
     records_in,
     refuse_size,
 )
+from perdure.contract.quadratic_penalty import QuadraticPenalty
 from perdure.contract.state import Rule, State
 from perdure.contract.strategy import Strategy
 
@@ -36,6 +38,7 @@ __all__ = [
     "Plan",
     "Pooled",
     "PrivacyCost",
+    "QuadraticPenalty",
     "Query",
     "Rule",
     "Selection",

@@ -65,7 +65,10 @@ class Combine(Strategy):
         return "+".join(part.name for part in self.parts)
 
     def uses(self, hook: str) -> bool:
-        """Whether any part changes `hook`."""
+        """Whether any part changes `hook`; every part that follows steps, for doing so in place."""
+        if hook == "after_step_in_place":
+            following = [part for part in self.parts if part.uses("after_step")]
+            return bool(following) and all(part.uses(hook) for part in following)
         return any(part.uses(hook) for part in self.parts)
 
     def _only(self, hook: str) -> tuple[int, Strategy]:
@@ -155,6 +158,12 @@ class Combine(Strategy):
         given = [penalty for penalty in each if penalty is not None]
         return torch.stack(given).sum() if given else None
 
+    def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
+        """Add the gradients of the parts' penalties, one after the other."""
+        for i, part in enumerate(self.parts):
+            if part.uses("penalty"):
+                part.add_penalty_gradient(gradient, params, self._own(state, i))
+
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
         """References of the one part that asks for some."""
         i, part = self._only("references")
@@ -183,6 +192,22 @@ class Combine(Strategy):
         """Every part follows the path."""
         return self._each(
             state, lambda part, own: part.after_step(before, after, gradient, own, noise_variance)
+        )
+
+    def after_step_in_place(
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
+    ) -> State:
+        """Every part follows the path, in place where it can."""
+        return self._each(
+            state,
+            lambda part, own: part.after_step_in_place(
+                before, after, gradient, own, noise_variance
+            ),
         )
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:

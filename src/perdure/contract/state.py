@@ -49,16 +49,11 @@ class State(Mapping[str, Tensor]):
 
     def declare(self, name: str, value: Tensor, rule: Rule) -> "State":
         """Add a new name; for use in `Strategy.init`."""
-        if name in self:
-            raise StrategyError(f"state name {name!r} is declared twice; choose another name")
-        return State({**self, name: value}, {**self.rules, name: rule})
+        return self._declared({name: value}, rule)
 
     def declare_group(self, group: str, values: Params, rule: Rule) -> "State":
         """Add one name a parameter: `group/parameter`."""
-        state = self
-        for name, value in values.items():
-            state = state.declare(f"{group}/{name}", value, rule)
-        return state
+        return self._declared({f"{group}/{name}": value for name, value in values.items()}, rule)
 
     def group(self, group: str) -> Params:
         """Return the tensors of one group by parameter name."""
@@ -79,8 +74,14 @@ class State(Mapping[str, Tensor]):
                 raise StrategyError(
                     f"state {name!r} is {known}, given shape {given}; declare it in init()"
                 )
-        return State({**self, **changes}, self.rules)
+        return State({**self._tensors, **changes}, self.rules)
 
     def replace_group(self, group: str, values: Params) -> "State":
         """`replace` for one group."""
         return self.replace({f"{group}/{name}": value for name, value in values.items()})
+
+    def _declared(self, new: Mapping[str, Tensor], rule: Rule) -> "State":
+        for name in new:
+            if name in self._tensors:
+                raise StrategyError(f"state name {name!r} is declared twice; choose another name")
+        return State({**self._tensors, **new}, {**self.rules, **dict.fromkeys(new, rule)})

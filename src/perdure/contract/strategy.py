@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from perdure.contract.curator import Curator
     from perdure.data.experience import Experience
 
+IN_PLACE = {"penalty": "add_penalty_gradient", "after_step": "after_step_in_place"}
+"""Hooks with a form that writes in place: fresh tensors as large as the model cost several times
+as much as the arithmetic on them, at every step.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
@@ -43,6 +48,13 @@ class Strategy:
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
     couples_records: ClassVar[bool] = False
     not_vmappable_because: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        """Give up the in-place form of a hook where a class below overrides the hook alone."""
+        super().__init_subclass__()
+        for hook, in_place in IN_PLACE.items():
+            if not issubclass(_owner(cls, in_place), _owner(cls, hook)):
+                setattr(cls, in_place, getattr(Strategy, in_place))
 
     @classmethod
     def example(cls) -> Self:
@@ -117,6 +129,33 @@ class Strategy:
         """
         return None
 
+    def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
+        """Add the gradient of `penalty` to `gradient`, in place.
+
+        This is autograd's. Override it, beside `penalty`, only where a formula saves tensors as
+        large as the model; `perdure.contract.QuadraticPenalty` does so for quadratic penalties.
+
+        Args:
+            gradient: of the trained parameters, by name; it is written to.
+            params: all parameters of the model.
+            state: as in `penalty`.
+
+        Raises:
+            StrategyError: for a penalty that is not one number.
+        """
+        penalty = self.penalty(params, state)
+        if penalty is None:
+            return
+        if not isinstance(penalty, Tensor) or penalty.dim():
+            raise StrategyError(
+                f"penalty() returned {penalty!r}; allowed: a tensor with one number, or None"
+            )
+        trained = [params[name] for name in gradient]
+        found = torch.autograd.grad(penalty, trained, allow_unused=True)
+        for value, pull in zip(gradient.values(), found, strict=True):
+            if pull is not None:
+                value.add_(pull)
+
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
         """Ask the curator for the reference gradients that `project` needs (A-GEM, GEM)."""
         return ()
@@ -144,6 +183,27 @@ class Strategy:
                 without privacy.
         """
         return state
+
+    def after_step_in_place(
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
+    ) -> State:
+        """Do as `after_step` does; the loop calls it from the second step on.
+
+        Override it, beside `after_step`, only where that makes tensors as large as the model. It
+        may write into those tensors of the state that `after_step` replaces by new ones at every
+        step, and keeps no reference to `before`, whose memory the next step uses again.
+
+        It gives the same bits, or a run that was resumed would end in others: let `after_step`
+        call it on copies, as SI does.
+
+        Args and returns: as in `after_step`.
+        """
+        return self.after_step(before, after, gradient, state, noise_variance)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
         """Compute the values that memory stores beside each row.
@@ -187,3 +247,8 @@ class Strategy:
     def uses(self, hook: str) -> bool:
         """Tell if this strategy overrides `hook`; a combination looks at its parts."""
         return self.overrides(hook)
+
+
+def _owner(kind: type, name: str) -> type:
+    """Class among the bases that defines a name."""
+    return next(base for base in kind.__mro__ if name in vars(base))

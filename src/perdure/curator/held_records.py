@@ -205,11 +205,10 @@ class HeldRecords:
             raise StrategyError(
                 "memory is empty: there is no reference gradient before the second experience"
             )
-        if of is not None:
-            stored = stored.take(stored.tasks == of)
-        if not len(stored):
+        among = None if of is None else self.pool.positions_of(of)
+        if not len(stored if among is None else among):
             return None
-        return replayed(self.pool.stored_rows(stored, f"reference {of}", self.step))
+        return replayed(self.pool.stored_rows(stored, f"reference {of}", self.step, among))
 
     def plans_reference(self, of: int | None) -> bool:
         """True where the plan keeps memory for reference gradients of experience `of`.
@@ -283,15 +282,11 @@ class HeldRecords:
         self, private: Mapping[str, Tensor], facts: Mapping[str, int], device: str | torch.device
     ) -> None:
         """Undo `snapshot`."""
-        rows, noted = (
-            {
-                n.removeprefix(prefix): t.to(device, copy=True)
-                for n, t in private.items()
-                if n.startswith(prefix)
-            }
+        own = {name: value.to(device, copy=True) for name, value in private.items()}
+        rows, self._noted = (
+            {n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)}
             for prefix in ("memory.", "noted.")
         )
-        self._noted = noted
         memory_rows = Batch.from_tensors(rows) if rows else None
         self.memory = Memory(rows=memory_rows, tags=private["tags"], **facts)
 

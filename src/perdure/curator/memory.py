@@ -39,6 +39,7 @@ class Memory:
     offered: int = 0
     latest: int = -1
     tags: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    _room: Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return 0 if self.rows is None else len(self.rows)
@@ -65,7 +66,7 @@ class Memory:
                 come = torch.nonzero(kept >= len(self)).flatten()
                 self._put(self.rows, new, come, kept[come] - len(self))
             else:
-                self._keep(new, kept)
+                self._grow(new, kept, plan.capacity)
         else:
             old = [self.rows] if self.rows is not None else []
             if plan.selection == "herding":
@@ -109,6 +110,27 @@ class Memory:
             return  # no new row is kept, so the stored ones stay as they are: spare the copy
         self._take(([self.rows] if self.rows is not None else []) + [new], kept)
 
+    def _grow(self, new: Batch, kept: Tensor, capacity: int) -> None:
+        """Store a reservoir that grows, in room that doubles.
+
+        To copy all rows whenever some join would take time with the square of the capacity.
+        """
+        before = len(self)
+        room = self._room
+        moved = room is None or (
+            self.rows is not None and self.rows.inputs.data_ptr() != room.inputs.data_ptr()
+        )
+        if room is None or moved or len(room) < len(kept):
+            size = min(capacity, 2 * len(kept))
+            room = new.map(lambda t: t.new_empty(size, *t.shape[1:]))
+            if self.rows is not None:
+                everyone = torch.arange(before)
+                self._put(room, self.rows, everyone, everyone)
+        self._room = room
+        self.rows = room.take(slice(0, len(kept)))
+        come = torch.nonzero(kept >= before).flatten()
+        self._put(self.rows, new, come, kept[come] - before)
+
     @staticmethod
     def _put(stored: Batch, new: Batch, places: Tensor, positions: Tensor) -> None:
         """Write the new rows at `positions` over those in `places`: the others are not copied."""
@@ -120,6 +142,7 @@ class Memory:
     def _take(self, parts: list[Batch], kept: Tensor) -> None:
         """Store these positions of all parts; they are copied, and the other rows can be freed."""
         everything = concatenate(parts)
+        self._room = None
         self.rows = everything.take(kept.to(everything.inputs.device))
 
 
@@ -183,15 +206,19 @@ def reservoir(
     drawn slot with probability capacity / (k + 1), so that every record offered so far is kept with
     the same probability.
     """
-    slots = list(range(stored))
+    added: list[int] = []
+    replaced: dict[int, int] = {}
     draws = torch.rand(new, generator=generator, dtype=torch.float64).tolist()
     for i, draw in enumerate(draws):
         slot = int(draw * (offered + i + 1))
-        if len(slots) < capacity:
-            slots.append(stored + i)
+        if stored + len(added) < capacity:
+            added.append(stored + i)
         elif slot < capacity:
-            slots[slot] = stored + i
-    return torch.tensor(slots, dtype=torch.int64)
+            replaced[slot] = stored + i
+    # no list of all slots: in a memory that is updated every step most stay as they are
+    kept = torch.cat([torch.arange(stored), torch.tensor(added, dtype=torch.int64)])
+    kept[list(replaced)] = torch.tensor(list(replaced.values()), dtype=torch.int64)
+    return kept
 
 
 def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:

@@ -42,6 +42,7 @@ class Pool:
     batch_size: int
     place: tuple[int, int, int]
     _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    _positions: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def rehearsed(self) -> Batch | None:
@@ -72,16 +73,39 @@ class Pool:
         back = self.stored_rows(self.rehearsed, "memory", step)
         return concat_new_and_stored(new, back), len(back) / (len(new) + len(back))
 
-    def stored_rows(self, back: Batch, what: str, step: int) -> Batch:
+    def stored_rows(self, back: Batch, what: str, step: int, among: Tensor | None = None) -> Batch:
         """Stored rows of one step.
 
         In a fresh order every epoch, or where memory moves, drawn anew.
+
+        Args:
+            back: rows of memory.
+            what: names the draw.
+            step: number of the step.
+            among: positions to draw from; None for all.
         """
         assert self.plan is not None
         size = self.plan.batch_size or self.batch_size
+        n = len(back) if among is None else len(among)
         if self.plan.update == "experience":
-            return back.at(self.shuffled(what, len(back), size, step))
-        return back.at(torch.randperm(len(back), generator=self._drawn(what, step))[:size])
+            drawn = self.shuffled(what, n, size, step)
+        else:
+            drawn = torch.randperm(n, generator=self._drawn(what, step))[:size]
+        drawn = drawn.to(self.device)
+        return back.at(drawn if among is None else among[drawn])
+
+    def positions_of(self, experience: int) -> Tensor:
+        """Positions of the stored rows of an earlier experience.
+
+        They are kept where memory does not move: at every step, to look at all rows is slow, and to
+        copy those of the experience is slower.
+        """
+        assert self.stored is not None and self.plan is not None
+        found = self._positions.get(experience)
+        if found is None or self.plan.update == "step":
+            found = torch.nonzero(self.stored.tasks == experience).flatten()
+            self._positions[experience] = found
+        return found
 
     def shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
         """Positions of one batch in a fresh order every epoch.

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan
+from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.learner.checkpoint import Snapshot
 from perdure.learner.session import Session
@@ -229,6 +230,10 @@ def hooks(session: Session) -> dict[str, Tensor]:
     shown = {}
     if strategy.uses("penalty") and (penalty := strategy.penalty(whole, state)) is not None:
         shown["penalty"] = penalty
+    if strategy.uses("add_penalty_gradient"):
+        pull = {name: torch.zeros_like(value) for name, value in params.items()}
+        strategy.add_penalty_gradient(pull, whole, state)
+        shown |= {f"pull {name}": value for name, value in pull.items()}
     if strategy.uses("project"):
         against = {name: -value for name, value in later.items()}
         for references in (
@@ -239,4 +244,8 @@ def hooks(session: Session) -> dict[str, Tensor]:
     if strategy.uses("after_step"):
         followed = strategy.after_step(params, later, later, state)
         shown |= {f"after step {name}": value for name, value in followed.items()}
+    if strategy.uses("after_step_in_place"):
+        own = State({name: value.clone() for name, value in state.items()}, state.rules)
+        followed = strategy.after_step_in_place(params, later, later, own)
+        shown |= {f"after step in place {name}": value for name, value in followed.items()}
     return shown

@@ -36,18 +36,18 @@ from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
 from perdure.learner.private_setup import inspect, open_private_sum, rule_of
 from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
+from perdure.learner.step_memory import StepMemory
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
-from perdure.queries.batch_gradients import with_penalty
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.modules import trainable_parameters
 from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
 
-HOOKS = ("losses", "references", "penalty", "project", "after_step")
+HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
 OWNER = "curator"
 """Name of a ledger's owner where none is given; a federation puts client-N in its place."""
 
@@ -193,8 +193,7 @@ class Session:
         self.uses: dict[str, bool] = {}
         self.trained: Params = {}
         self._references: tuple[Params, ...] = ()
-        self._before: Params = {}
-        self._gradient: Params = {}
+        self._memory = StepMemory()
         self._stochastic = any(
             isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()
         )
@@ -318,6 +317,7 @@ class Session:
             raise StrategyError(f"no parameter begins with {prefixes}; the model trains {known}")
         for param in self.params.values():
             param.grad = None  # the optimiser must not use what an earlier experience left
+        self._memory = StepMemory()
         self.uses = {hook: self.strategy.uses(hook) for hook in HOOKS}
         self.uses["penalty"] &= plan.applies_penalty
         self.uses["observe"] = plan.memory is not None and plan.memory.update == "step"
@@ -352,6 +352,8 @@ class Session:
     def backward(self, batch: Batch) -> None:
         """Fill `.grad` of the trained parameters: gradient, penalty, projection.
 
+        The next step may use the memory of `.grad` again: copy what is to be kept.
+
         Args:
             batch: rows that `sample` returned for the present step.
         """
@@ -369,7 +371,7 @@ class Session:
                 gradient = self._released(self._varied(batch, step), step)
         self.notify("step.gradient")
         self.observe(batch)
-        self.set_gradients(gradient, self.penalty(), references)
+        self.set_gradients(gradient, references)
 
     def _released(self, batch: Batch, step: int) -> Params | None:
         """Return the gradient of a step; None where the step was charged again."""
@@ -414,17 +416,18 @@ class Session:
         """Return the strategy's penalty at the present parameters; None where it has none."""
         return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
 
-    def set_gradients(
-        self, gradient: Params, penalty: Tensor | None, references: tuple[Params, ...]
-    ) -> None:
+    def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:
         """Put the gradient with penalty and projection into `.grad`."""
-        total = with_penalty(gradient, penalty, self.trained)
+        total = gradient
+        if self.uses["penalty"] or self.uses["after_step"]:
+            # The released gradient stays as it is: an optimiser may write into .grad too.
+            total = self._memory.copy_of(gradient)
+        if self.uses["penalty"]:
+            self.strategy.add_penalty_gradient(total, self.params, self.state)
         if self.uses["project"]:
             total = self.strategy.project(total, references, self.state)
         if self.uses["after_step"]:
-            self._before = {n: p.detach().clone() for n, p in self.trained.items()}
-            # An optimiser may write into .grad, which may be the released gradient itself.
-            self._gradient = {name: value.clone() for name, value in gradient.items()}
+            self._memory.begin(self.trained, gradient, again=self.uses["after_step_in_place"])
         for name, param in self.trained.items():
             param.grad = total[name]
 
@@ -432,15 +435,16 @@ class Session:
         """Let the strategy follow the optimiser's step, and go to the next one."""
         if self.uses["after_step"]:
             after = {name: param.detach() for name, param in self.trained.items()}
-            self.state = self.strategy.after_step(
-                self._before, after, self._gradient, self.state, self.curator.noise_variance
+            self.state = self._memory.follow(
+                self.strategy, after, self.state, self.curator.noise_variance
             )
         self.position.step += 1
 
     def rest(self) -> None:
-        """Let go of the gradients until the next step, which makes its own."""
+        """Let go of the gradients and copies of a step until the next one, which makes its own."""
         for param in self.params.values():
             param.grad = None
+        self._memory = StepMemory()
 
     # ------------------------------------------------------------------ the end of an experience
 

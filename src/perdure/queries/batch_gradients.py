@@ -11,7 +11,6 @@ from torch import Tensor
 from perdure.contract.curator import Losses
 from perdure.contract.forward import Forward
 from perdure.data.records import Batch, filled_batch
-from perdure.errors import StrategyError
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum
 from perdure.privacy.clipping.clip import (
     WITHIN,
@@ -47,39 +46,25 @@ def mean_gradient(
     count = batch.valid.sum()
     # where that is known without waiting for a device; a factor of 1 changes no bit
     unpadded = count.device.type == "cpu" and int(count) == len(batch)
-    total = None
-    loss = None
-    for piece in micro_batches(batch, at_once):
+    total: list[Tensor] | None = None
+    loss: Tensor | None = None
+    for number, piece in enumerate(micro_batches(batch, at_once)):
         rows = losses(forward, piece)
         part = (rows if unpadded else rows * piece.valid).sum() / count
-        grads = torch.autograd.grad(
-            part, list(params.values()), allow_unused=True, materialize_grads=True
+        grads = list(
+            torch.autograd.grad(
+                part, list(params.values()), allow_unused=True, materialize_grads=True
+            )
         )
-        total = grads if total is None else tuple(a + b for a, b in zip(total, grads, strict=True))
+        if total is None:
+            total = grads
+        elif number == 1:  # autograd may hand out one tensor twice: the sum is the first of our own
+            total = list(torch._foreach_add(total, grads))
+        else:
+            torch._foreach_add_(total, grads)
         loss = part.detach() if loss is None else loss + part.detach()
     assert total is not None and loss is not None
     return dict(zip(params, total, strict=True)), loss
-
-
-def with_penalty(gradient: Params, penalty: Tensor | None, params: Params) -> Params:
-    """Gradient of the loss plus the gradient of the penalty, which depends on no record.
-
-    Args:
-        gradient: of the loss, by parameter name.
-        penalty: one number with a graph to `params`; None for no penalty.
-        params: trained parameters.
-
-    Raises:
-        StrategyError: for a penalty that is not one number.
-    """
-    if penalty is None:
-        return gradient
-    if not isinstance(penalty, Tensor) or penalty.dim():
-        raise StrategyError(
-            f"penalty() returned {penalty!r}; allowed: a tensor with one number, or None"
-        )
-    extra = torch.autograd.grad(penalty, list(params.values()), allow_unused=True)
-    return {n: g if e is None else g + e for (n, g), e in zip(gradient.items(), extra, strict=True)}
 
 
 def clipped_gradient(

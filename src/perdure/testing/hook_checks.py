@@ -69,6 +69,45 @@ def pure(fixture: StrategyFixture) -> None:
             "seeded by a field",
         )
     _derive_keeps_to_local_names(scene)
+    _adds_the_gradient_of_its_penalty(scene)
+    _follows_in_place_as_anew(scene)
+
+
+def _adds_the_gradient_of_its_penalty(scene: MidRunFixture) -> None:
+    strategy = scene.strategy
+    if not strategy.uses("penalty"):
+        return
+    leaves = {name: value.clone().requires_grad_() for name, value in scene.params.items()}
+    mine, theirs = ({n: torch.zeros_like(v) for n, v in scene.params.items()} for _ in range(2))
+    strategy.add_penalty_gradient(mine, leaves, scene.state)
+    Strategy.add_penalty_gradient(strategy, theirs, leaves, scene.state)
+    wrong = [n for n in mine if not torch.allclose(mine[n], theirs[n], rtol=1e-3, atol=1e-5)]
+    require(
+        not wrong,
+        f"add_penalty_gradient() adds to {', '.join(wrong[:3])} another gradient than that of "
+        "penalty()",
+        allowed="the same up to rounding",
+        fix="correct the formula, or leave add_penalty_gradient() out",
+    )
+
+
+def _follows_in_place_as_anew(scene: MidRunFixture) -> None:
+    strategy = scene.strategy
+    if not strategy.uses("after_step"):
+        return
+    handed = (scene.params, scene.later, scene.gradient)
+    own = State(copied(scene.state), scene.state.rules)
+    anew = strategy.after_step(*handed, own, NOISE)
+    kept = {name: value for name, value in own.items() if anew[name] is value}
+    values = copied(kept)
+    in_place = strategy.after_step_in_place(*handed, own, NOISE)
+    wrong = [*differing(anew, in_place), *differing(values, kept)]
+    require(
+        not wrong,
+        f"after_step_in_place() leaves another {', '.join(wrong[:3])} than after_step()",
+        allowed="the same bits, written into what after_step() replaces",
+        fix="let after_step() call it on copies, or leave after_step_in_place() out",
+    )
 
 
 def _derive_keeps_to_local_names(scene: MidRunFixture) -> None:

@@ -15,7 +15,6 @@ from perdure.contract.strategy import Strategy
 from perdure.learner.checkpoint import Store
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
-from perdure.queries.batch_gradients import with_penalty
 from perdure.testing.fixtures import (
     BLOCKS,
     SIMULATED,
@@ -123,8 +122,8 @@ def _free_of_penalty(learner: Learner) -> None:
     params = learner.params
     if learner.training.of(experience).applies_penalty:
         return
-    none = {name: torch.zeros_like(value) for name, value in params.items()}
-    pull = with_penalty(none, learner.strategy.penalty(params, learner.state), params)
+    pull = {name: torch.zeros_like(value) for name, value in params.items()}
+    learner.strategy.add_penalty_gradient(pull, params, learner.state)
     pulled = [name for name, value in pull.items() if bool(value.any())]
     require(
         not pulled,

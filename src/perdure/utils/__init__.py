@@ -11,6 +11,7 @@ from perdure.utils.environment import command, machine, store_rows, versions
 from perdure.utils.extensions import Extensions, is_proper_subclass
 from perdure.utils.hashing import normals, uniforms
 from perdure.utils.modules import evaluating
+from perdure.utils.pieces import pieces
 from perdure.utils.seeding import derive, generator, seeded
 from perdure.utils.vmapped import number_unless_vmapped
 
@@ -26,6 +27,7 @@ __all__ = [
     "machine",
     "normals",
     "number_unless_vmapped",
+    "pieces",
     "seeded",
     "store_rows",
     "uniforms",

@@ -1,0 +1,67 @@
+"""Base of the strategies that pull every parameter towards an anchor."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.types import Params
+from perdure.utils.pieces import pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadraticPenalty(Strategy):
+    """A strategy with a quadratic penalty around an anchor.
+
+        penalty    = 1/2 sum_j w_j (theta_j - anchor_j)^2
+        gradient_j = w_j (theta_j - anchor_j)
+
+    The loop adds the gradient by the formula, in place, so that a step makes no tensor as large as
+    the model. Declare the group `anchor` in `init`, name the groups that the weights are made of in
+    `weighted_by`, and override `weight`.
+
+    Class attributes:
+        weighted_by: groups of the state that `weight` is handed.
+    """
+
+    weighted_by: ClassVar[tuple[str, ...]] = ()
+
+    def weight(self, state: State, *groups: Tensor) -> Tensor:
+        """Compute the weights w, element by element.
+
+        Args:
+            state: for single numbers, such as scales.
+            groups: tensors of one parameter, one of each group in `weighted_by`, or the same piece
+                of each.
+
+        Returns:
+            The weights, or one number for all.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.weight() is missing; override it")
+
+    def penalty(self, params: Params, state: State) -> Tensor:
+        """Half the weighted squared distance from the anchor."""
+        terms = [
+            (
+                self.weight(state, *self._groups(state, name))
+                * (value - state[f"anchor/{name}"]).square()
+            ).sum()
+            for name, value in params.items()
+        ]
+        return 0.5 * torch.stack(terms).sum()
+
+    def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
+        """Add the weighted distance from the anchor."""
+        with torch.no_grad():
+            for name, total in gradient.items():
+                tensors = (total, params[name], state[f"anchor/{name}"])
+                for out, value, anchor, *groups in pieces(*tensors, *self._groups(state, name)):
+                    pull = value - anchor
+                    pull.mul_(self.weight(state, *groups))
+                    out.add_(pull)
+
+    def _groups(self, state: State, name: str) -> list[Tensor]:
+        return [state[f"{group}/{name}"] for group in self.weighted_by]

@@ -1,0 +1,61 @@
+"""Tensors as large as the model that a step needs, in memory that the next step uses again."""
+
+import torch
+
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.types import Params
+
+
+class StepMemory:
+    """Copies that the steps of an experience need, and the state that a strategy follows them in.
+
+    Fresh memory for a tensor as large as the model is given by the system page by page, which costs
+    several times as much as the arithmetic on it.
+    """
+
+    def __init__(self) -> None:
+        self._total: Params = {}
+        self._before: Params = {}
+        self._gradient: Params = {}
+        self._again = False
+        self._followed: State | None = None
+
+    def copy_of(self, gradient: Params) -> Params:
+        """Copy a released gradient, for what is added to it and for the optimiser to write into."""
+        self._total = _copied(gradient, self._total)
+        return self._total
+
+    def begin(self, params: Params, gradient: Params, *, again: bool) -> None:
+        """Keep what a strategy is handed after the step.
+
+        Args:
+            params: trained parameters before the step.
+            gradient: the released one.
+            again: the strategy keeps no reference to the copy of `params`, and follows in place.
+        """
+        self._before = _copied(params, self._before if again else {})
+        self._gradient = gradient
+        self._again = again
+
+    def follow(
+        self, strategy: Strategy, after: Params, state: State, noise_variance: float
+    ) -> State:
+        """Return the state after the step.
+
+        The tensors that `after_step` made in the last step are in nobody else's hands, so that the
+        strategy may write into them, unless the state was set from outside in between.
+        """
+        in_place = self._again and state is self._followed
+        follow = strategy.after_step_in_place if in_place else strategy.after_step
+        self._followed = follow(self._before, after, self._gradient, state, noise_variance)
+        return self._followed
+
+
+def _copied(values: Params, kept: Params) -> Params:
+    """Copy into kept memory; into new where there is none, or where it is what is copied."""
+    if not kept or any(value is kept[name] for name, value in values.items()):
+        kept = {name: torch.empty_like(value.detach()) for name, value in values.items()}
+    with torch.no_grad():
+        torch._foreach_copy_(list(kept.values()), list(values.values()))
+    return kept

@@ -1,0 +1,27 @@
+"""Arithmetic on large tensors in pieces that stay in the processor's cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+PIECE = 2**16
+"""Numbers of a piece: 256 kB in float32. A temporary tensor of this size is reused from the heap,
+where one of 100 MB is given to the process page by page, at four times the cost of filling it.
+"""
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into flat views of at most `PIECE` numbers.
+
+    Views, so that what is written into a piece is written into its tensor. Small tensors come
+    whole, and so do those on other devices, where many small kernels cost more than memory, and
+    those that have no flat view.
+    """
+    first = tensors[0]
+    large = first.numel() > PIECE and first.device.type == "cpu"
+    if large and all(tensor.is_contiguous() for tensor in tensors):
+        flat = [tensor.detach().view(-1) for tensor in tensors]
+        yield from zip(*(torch.split(each, PIECE) for each in flat), strict=True)
+    else:
+        yield tensors
