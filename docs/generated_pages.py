@@ -51,7 +51,7 @@ def _reference() -> Iterator[tuple[str, str]]:
     )
     yield (
         "reference/index.md",
-        "# Reference\n\nPublic is what a package lists in `__all__`. Every page is made from it.\n\n"
+        "# Reference\n\nPublic is what a package lists in `__all__`.\n\n"
         f"| package | contents |\n|---|---|\n{listed}"
         "| [`perdure.strategies`](../strategies.md) | Strategies |\n",
     )
@@ -72,8 +72,8 @@ def _strategies() -> str:
     from perdure.strategies import find
 
     parts = [
-        "# Strategies\n\nEvery strategy is one file. Privacy cost and state are read from the code; "
-        "state is counted in multiples of the model's parameters.\n"
+        "# Strategies\n\nEvery strategy is one file. Privacy cost and state are read from the "
+        "code; state is counted in multiples of the model's parameters.\n"
     ]
     for card in cards():
         kind = find(card.name)
