@@ -13,7 +13,7 @@ with decay).
 c_i is one label drawn from p(. | x_i) by a hash of the record's id, so that the row is the record's
 own; it takes one backward pass instead of one a class. So fisher = "auto", the default, is "exact"
 for up to 100 classes that a record may be predicted as, and "sampled" for more: 1,000 classes then
-cost less than 10. On the three forms: van de Ven, On the
+cost about as much as 10. On the three forms: van de Ven, On the
 Computation of the Fisher Information in Continual Learning, ICLR Blogposts 2025.
 
 A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the
