@@ -78,7 +78,7 @@ def test_changed_options_stand_below_the_strategy_in_lines_of_their_own(
     result: dict[str, Any],
 ) -> None:
     result["arms"][2].update(
-        options="EWC(strength=1000.0, mode='online', fisher='exact', decay=1.0)"
+        options="EWC(strength=1000.0, mode='online', fisher='auto', decay=1.0)"
     )
     lines = [line.rstrip() for line in printed(result).splitlines()]
     row = next(i for i, line in enumerate(lines) if line.split()[:2] == ["ewc", "no"])
