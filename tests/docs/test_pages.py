@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def test_page_imports_what_exists(page: Path) -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
-    exec(compile("\n".join(map(ast.unparse, imports)), name(page), "exec"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other libraries warn about what they import
+        exec(compile("\n".join(map(ast.unparse, imports)), name(page), "exec"), {})
 
 
 @pytest.mark.deep(reason="docs: trains what the pages train, in full")
@@ -55,6 +58,20 @@ def test_page_shows_toml_that_parses(page: Path) -> None:
             parse(block)
         else:
             tomllib.loads(block)
+
+
+@pytest.mark.parametrize(
+    ("page", "file"),
+    [
+        ("docs/how-to/add-an-attack.md", "random_point.py"),
+        ("docs/how-to/add-an-explainer.md", "leave_one_out.py"),
+        ("docs/how-to/add-a-data-set.md", "rings.py"),
+        ("docs/how-to/add-a-clipping-rule.md", "prelu.py"),
+    ],
+)
+def test_page_shows_the_file_that_is_tested(page: str, file: str) -> None:
+    text = (ROOT / "tests" / "additions" / file).read_text()
+    assert text in blocks(ROOT / page, "python")
 
 
 @pytest.mark.deep(reason="docs: builds the whole site")

@@ -1,7 +1,8 @@
 """Adding an extension is adding one file: a strategy, an attack, an explainer, a data set and a
 clipping rule are added to a copy of the project, and no other file is changed.
 
-The strategy is the README's own example, saved as it stands there; the others are in additions/.
+The strategy is the example of its page in docs/how-to, saved as it stands there; the others are in
+additions/, and their pages show them.
 """
 
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.pages import blocks
+
 ROOT = Path(__file__).parents[2]
 THIS_FILE = Path(__file__).relative_to(ROOT)
 FILES = ROOT / "tests" / "additions"
@@ -27,19 +30,22 @@ COPIED = (
     "pyproject.toml",
     "README.md",
     "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
+    "SECURITY.md",
     "constraints.txt",
+    "mkdocs.yml",
 )
 """Files and folders of the project."""
 LEFT_OUT = shutil.ignore_patterns("*.pytest-*.pyc")
 """Bytecode is copied: it stays good, and four programs need not compile everything anew."""
 
 
-def readme_example(part):
-    """The one Python block of the README that contains `part`."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    [block] = [block for block in blocks if part in block]
+def shown(page: str, part: str) -> str:
+    """The one Python block of a page that contains `part`."""
+    [block] = [block for block in blocks(ROOT / page, "python") if part in block]
     return block
 
 
@@ -63,7 +69,7 @@ class Addition:
 ADDITIONS = {
     "strategy": Addition(
         path="strategies/tether.py",
-        text=readme_example("(Strategy):"),
+        text=shown("docs/how-to/add-a-strategy.md", "(Strategy):"),
         program="tests/additions/use_tether.py",
         # this file would add what is there already
         tests=("tests", f"--ignore={THIS_FILE}", "-k", "tether"),

@@ -1,7 +1,6 @@
 """The strategy contract: hyper-parameters in a frozen dataclass, memory in an explicit state.
 
-Read `Strategy` for the hooks, `strategies/ewc.py` for a complete example, and the README for how to
-add one.
+Read `Strategy` for the hooks, and `strategies/ewc.py` for a complete example.
 """
 
 from dataclasses import MISSING, dataclass, fields
