@@ -460,7 +460,7 @@ def test_strategies_are_listed_with_their_costs(perdure):
     assert listed["icarl"]["privacy"].startswith("gradient; 1 release over memory an experience;")
     assert listed["ncm"]["privacy"] == "no gradient; 1 release an experience"
     assert "features x features" in listed["slda"]["memory"]
-    assert listed["ogd"]["memory"] == "100 x parameters, 100 x 100"
+    assert listed["ogd"]["memory"] == "100 x parameters, 100 x 100, 1 number"
     assert listed["mir"]["privacy"] == "refused: it couples records"
     assert "quadratic program" in listed["gem"]["not_vmappable_because"]
     assert ewc["not_vmappable_because"] is None

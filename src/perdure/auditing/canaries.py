@@ -340,6 +340,10 @@ class Audited(Strategy):
         """See the strategy."""
         return self.inner.penalty(params, state)
 
+    def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
+        """See the strategy."""
+        self.inner.add_penalty_gradient(gradient, params, state)
+
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
         """See the strategy."""
         return self.inner.references(curator, params, state)
@@ -359,6 +363,18 @@ class Audited(Strategy):
         """Keep the probe's part of the release, then do as the strategy does."""
         heard = state.replace({RELEASED: gradient["probe.weight"][:, 0]})
         return self.inner.after_step(before, after, gradient, heard, noise_variance)
+
+    def after_step_in_place(
+        self,
+        before: Params,
+        after: Params,
+        gradient: Params,
+        state: State,
+        noise_variance: float = 0.0,
+    ) -> State:
+        """Keep the probe's part of the release, then do as the strategy does."""
+        heard = state.replace({RELEASED: gradient["probe.weight"][:, 0]})
+        return self.inner.after_step_in_place(before, after, gradient, heard, noise_variance)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
         """See the strategy."""
