@@ -44,6 +44,8 @@ def pytest_configure(config):
     ):
         patch.setenv(name, str(Path(home.name, folder)))
     patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    # programs that tests start too: two threads that wait for each other double the work
+    patch.setenv("OMP_NUM_THREADS", "1")
     patch.setattr(socket, "getaddrinfo", _only_this_machine(socket.getaddrinfo))
 
 
