@@ -117,10 +117,15 @@ def test_a_public_name_is_not_its_file(name):
 
 
 def texts() -> dict[str, str]:
-    """File to Python source of what users read and copy."""
+    """File to Python source of what users read and copy.
+
+    Files that a page says to save inside a package take helpers of that package.
+    """
     found = {}
+    inside = {path.read_text() for path in (ROOT / "tests" / "additions").glob("*.py")}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+        blocks = [block for block in blocks if block not in inside]
         found[path.relative_to(ROOT).as_posix()] = "\n".join(blocks)
     for path in [*sorted((ROOT / "benchmarks").rglob("*.py")), *(ROOT / "strategies").glob("*.py")]:
         found[path.relative_to(ROOT).as_posix()] = path.read_text()

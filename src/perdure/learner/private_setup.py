@@ -34,10 +34,11 @@ from perdure.privacy.ledger.account import WARM_START, Account
 from perdure.privacy.ledger.anchors import private_copy, state_copy, state_draws
 from perdure.privacy.ledger.entries import Entry, weakest
 from perdure.privacy.ledger.ledger import Ledger
-from perdure.privacy.ledger.storage import head_path, load, sha256
+from perdure.privacy.ledger.storage import Anchor, head_path, load, sha256
 from perdure.privacy.noise.draw_log import DrawLog
-from perdure.privacy.noise.key import noise_key
+from perdure.privacy.noise.key import NoiseKey, noise_key
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum, Schedule
+from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.folder_lock import FolderLock
 
@@ -83,9 +84,7 @@ def open_private_sum(
     kept = KeptNoise(folder)
     schedule = kept.recall(training) or scheduled(training)
     anchors = checkpoint_anchors(folder) if folder else []
-    if folder and privacy.seed is None:
-        refuse_lost_key(folder, anchors)
-    key = noise_key(folder, privacy.seed, client)
+    key = _own_key(folder, privacy, client, anchors)
     copies = (private_copy(folder), state_copy(key)) if folder else ()
     ledger = Ledger.open(
         folder / LEDGER if folder else None,
@@ -121,6 +120,17 @@ def open_private_sum(
         answers=Answers(folder / "private" / "answers" if folder else None, key),
         independence=independence,
     )
+
+
+def _own_key(folder: Path | None, privacy: Privacy, client: int, anchors: list[Anchor]) -> NoiseKey:
+    """Return the party's key.
+
+    Raises:
+        LedgerError: when a checkpoint knows of a secret key that is gone.
+    """
+    if folder and privacy.seed is None:
+        refuse_lost_key(folder, anchors)
+    return noise_key(folder, privacy.seed, client)
 
 
 def charge_before(
