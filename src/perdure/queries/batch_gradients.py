@@ -161,7 +161,8 @@ def _from_batch(
     while len(rows):
         count = len(rows)
         try:
-            part = _in_one_pass(forward, losses, params, filled_batch(rows, least), count, clip)
+            full = filled_batch(rows, least)
+            part = _in_one_pass(forward, losses, params, full, count, clip, least)
             if part is not None and clip.counted:
                 # the gradient of a copy is 0, and counts as within the bound
                 part[WITHIN] = part[WITHIN] - 0.5 * max(0, least - count)
@@ -177,7 +178,13 @@ def _from_batch(
 
 
 def _in_one_pass(
-    forward: Forward, losses: Losses, params: Params, rows: Batch, count: int, clip: Clip
+    forward: Forward,
+    losses: Losses,
+    params: Params,
+    rows: Batch,
+    count: int,
+    clip: Clip,
+    least: int,
 ) -> Params | None:
     """Clipped sum of the first `count` rows, from one pass of all of them."""
 
@@ -185,7 +192,14 @@ def _in_one_pass(
         every = losses(forward, rows)
         return every if count == len(rows) else every[:count]
 
-    part = clipped_gradient_sum(forward.module, params, run, len(rows), clip)
+    def rehearse() -> int:
+        losses(forward, rows.take(slice(0, fewer)))
+        return fewer
+
+    fewer = least - 1  # a number of its own: a pass has `least` rows or more
+    rehearsed = rehearse if fewer else None  # of one row, all is that record's
+    module = forward.module
+    part = clipped_gradient_sum(module, params, run, len(rows), clip, rehearsed)
     if part is None:
-        part = grad_sample_sum(forward.module, params, run, len(rows), clip)
+        part = grad_sample_sum(module, params, run, len(rows), clip, rehearsed)
     return part

@@ -397,7 +397,7 @@ def tried(model, x):
 x = torch.rand(3, 2)
 tried(torch.nn.Bilinear(2, 2, 2), (x, x))
 tried(torch.nn.Sequential(torch.nn.Linear(2, 2)), (x,))
-tried(torch.nn.Conv1d(2, 2, 1, groups=2), (x[:, :, None],))
+tried(torch.nn.Conv1d(2, 2, 1, padding="same"), (x[:, :, None],))
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False

@@ -9,6 +9,7 @@ its outputs (see `rules`); the gradient of a weight is never formed for the batc
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from perdure.privacy.clipping.rules.base import (
 )
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.clipping.tape import (
+    REHEARSALS,
     Layers,
     Tape,
     TapedCall,
@@ -42,7 +44,12 @@ from perdure.types import Params
 
 
 def clipped_gradient_sum(
-    module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip: Clip
+    module: nn.Module,
+    params: Params,
+    losses: Callable[[], Tensor],
+    records: int,
+    clip: Clip,
+    rehearse: Callable[[], int] | None = None,
 ) -> Params | None:
     """Sum over records of clip(gradient of the record's loss, C), by the rules of the layers.
 
@@ -57,13 +64,16 @@ def clipped_gradient_sum(
         losses: runs the module and returns (n,) losses.
         records: n.
         clip: the bound C.
+        rehearse: runs the losses of another number of records, and returns that number: what looks
+            like a row a record may be a position each, of as many positions (see `Rehearsals`).
+            None where every pass of the module is known to cover all rows in row order.
 
     Returns:
         The sums, in float32 or wider: rounded to half precision before the noise, a sum of many
         records would move by more than C. None, for the caller to go on in another way, where a
         parameter has no rule, is shared, or is used outside its layer's own call (as in a layer
         that runs with weights computed from the parameters); and where a pass does not cover all
-        records.
+        records, or would not with another number of them.
 
     Raises:
         NotFiniteError: naming the rows whose norms are not finite; in another way all other rows
@@ -79,6 +89,9 @@ def clipped_gradient_sum(
     calls = _understood(layers, tape, records)
     ruled = {name: value for name, value in params.items() if name not in bare}
     if calls is None or escapes(total, calls, ruled):
+        return None
+    follows = partial(_understood, layers)
+    if rehearse and not REHEARSALS.allow(module, layers, calls, rehearse, follows):
         return None
     uses = parameter_uses(total, calls, bare, records) if bare else []
     if uses is None:

@@ -6,11 +6,12 @@ replaced methods change what a layer computes; a tape says where its calls are n
 any more, and the gradients are then formed record by record.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,12 @@ from torch.nn.modules import module as torch_module
 
 from perdure.privacy.clipping.rules.base import LayerCall
 from perdure.types import Params
+from perdure.utils.seeding import undisturbed
 
 Layers = Mapping[str, nn.Module]
+
+MOST_SEQUENCES = 64
+"""Sequences of calls that are kept of a module; calls of most modules have one or two."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,6 +145,52 @@ def _written_to(left: Tensor) -> Tensor:
     if base is None or base.numel() != left.numel() or not base.requires_grad:
         return left
     return base if base.is_contiguous() and left.is_contiguous() else left
+
+
+class Rehearsals:
+    """Layers that a module was seen to call with a row a record, by sequence of calls.
+
+    A first axis that is as long as the batch may be so by chance: positions of a sequence, looked
+    up once for all records, are as many as records in some batches. So a sequence of calls is
+    trusted after a pass of another number of records in which the first axes followed it, and one
+    that was caught is never trusted.
+    """
+
+    def __init__(self) -> None:
+        self._seen: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
+
+    def allow(
+        self,
+        module: nn.Module,
+        layers: Layers,
+        calls: Sequence[TapedCall],
+        rehearse: Callable[[], int],
+        follows: Callable[[Tape, int], Sequence[TapedCall] | None],
+    ) -> bool:
+        """Return whether the calls of a module have a row a record, whatever their number.
+
+        Args:
+            module: the model.
+            layers: that were taped.
+            calls: of the pass in question.
+            rehearse: runs the losses of another number of records, and returns that number.
+            follows: from a tape and the number of records to its calls; None where one of them has
+                no row a record.
+        """
+        known = self._seen.setdefault(module, {})
+        order = tuple(call.layer for call in calls)
+        if order not in known:
+            with undisturbed(), taped(layers) as tape:
+                records = rehearse()
+            again = follows(tape, records)
+            known[order] = again is not None and tuple(c.layer for c in again) == order
+            if len(known) > MOST_SEQUENCES:
+                known.pop(next(iter(known)))
+        return known[order]
+
+
+REHEARSALS = Rehearsals()
+"""Of the modules of this process."""
 
 
 def escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:

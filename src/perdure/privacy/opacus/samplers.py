@@ -29,6 +29,7 @@ from perdure.privacy.clipping.rules.base import (
 )
 from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.privacy.clipping.tape import (
+    REHEARSALS,
     Tape,
     TapedCall,
     escapes,
@@ -68,7 +69,12 @@ class Layer:
 
 
 def grad_sample_sum(
-    module: nn.Module, params: Params, losses: Callable[[], Tensor], records: int, clip: Clip
+    module: nn.Module,
+    params: Params,
+    losses: Callable[[], Tensor],
+    records: int,
+    clip: Clip,
+    rehearse: Callable[[], int] | None = None,
 ) -> Params | None:
     """Sum over records of clip(gradient of the record's loss, C).
 
@@ -90,6 +96,7 @@ def grad_sample_sum(
         losses: runs the module and returns (n,) losses.
         records: n.
         clip: the bound C.
+        rehearse: see `clipped_gradient_sum`.
 
     Returns:
         None, for the caller to go on record by record, where a parameter belongs to no such layer,
@@ -106,10 +113,14 @@ def grad_sample_sum(
     layers = sampled_layers(module, params)
     if layers is None or any(_too_large(layer, records) for layer in layers):
         return None
-    with _packed_sequences(module) as packed, taped({a.key: a.module for a in layers}) as tape:
+    modules = {layer.key: layer.module for layer in layers}
+    with _packed_sequences(module) as packed, taped(modules) as tape:
         total = losses().sum()
     calls = _understood(layers, tape, records)
     if packed or not calls or escapes(total, calls, params):
+        return None
+    follows = partial(_understood, layers)
+    if rehearse and not REHEARSALS.allow(module, modules, calls, rehearse, follows):
         return None
     flowed = went_back(total, calls)
     del tape, calls  # each input goes as soon as its layer is done

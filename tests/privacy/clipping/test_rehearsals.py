@@ -1,0 +1,109 @@
+"""First axes that are as long as the batch by chance: positions of as many places as records."""
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.record_loops import TOLERANCE, batch_of, cross_entropies, gap_to_loop, size
+from perdure.contract.forward import Forward
+from perdure.privacy.clipping.clip import Clip
+from perdure.privacy.grid import SLACK
+from perdure.queries.batch_gradients import clipped_gradient
+from perdure.utils.chunking import FEWEST_ROWS
+
+WIDTH = 6
+
+
+class Sequences(nn.Module):
+    """Tokens of (n, places, 4) and a head; positions are added by `place`."""
+
+    def __init__(self, place, **parts):
+        super().__init__()
+        torch.manual_seed(0)
+        self.place = place
+        self.embed = nn.Linear(4, WIDTH)
+        self.head = nn.Linear(WIDTH, 3)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.place(self, self.embed(x))).square().mean(1))
+
+
+def looked_up_once(m, t):
+    """Positions as in GPT: one lookup for all records."""
+    return t + m.pos(torch.arange(t.shape[1]))
+
+
+def length_first(m, t):
+    return m.mix(t.transpose(0, 1)).transpose(0, 1)
+
+
+def rows_of_the_table(m, t):
+    """A layer on a table of its own, such as stored means of classes."""
+    return t + m.mix(m.pos.weight[: t.shape[1]].detach()).mean(0)
+
+
+MODELS = {
+    "positions looked up once": lambda: Sequences(looked_up_once, pos=nn.Embedding(64, WIDTH)),
+    "length first": lambda: Sequences(length_first, mix=nn.Linear(WIDTH, WIDTH)),
+    "length first, by Opacus": lambda: Sequences(length_first, mix=nn.RMSNorm(WIDTH)),
+    "a table of its own": lambda: Sequences(
+        rows_of_the_table, mix=nn.Linear(WIDTH, WIDTH), pos=nn.Embedding(64, WIDTH)
+    ),
+}
+
+
+@pytest.mark.parametrize("places", [FEWEST_ROWS - 1, FEWEST_ROWS, 20])
+@pytest.mark.parametrize("name", MODELS)
+def test_as_many_places_as_records_are_no_records(name, places):
+    x = torch.rand(places, places, 4, generator=torch.Generator().manual_seed(0))
+    assert gap_to_loop(MODELS[name](), x) < TOLERANCE
+    # few records are filled up
+    assert gap_to_loop(MODELS[name](), x[:5]) < TOLERANCE
+
+
+@pytest.mark.parametrize("places", [24, 17])
+def test_one_record_of_as_many_as_places_moves_the_sum_by_c(places):
+    model = MODELS["positions looked up once"]()
+    params = dict(model.named_parameters())
+    batch = batch_of(torch.rand(places, places, 4))
+    clip = Clip(norm=1e-3)  # that all are clipped
+
+    def total(rows):
+        return clipped_gradient(Forward(model), cross_entropies, params, rows, clip, None)
+
+    whole = total(batch)
+    for i in range(0, places, 4):
+        part = total(batch.take(torch.arange(places) != i))
+        moved = size({n: whole[n].double() - part[n].double() for n in whole})
+        assert moved <= clip.norm * (1 + SLACK)
+
+
+def test_a_module_is_rehearsed_once():
+    model = Sequences(lambda m, t: t)
+    passes = []
+    model.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    params = dict(model.named_parameters())
+    for records in (32, 17, 40):
+        clipped_gradient(
+            Forward(model),
+            cross_entropies,
+            params,
+            batch_of(torch.rand(records, 5, 4)),
+            Clip(norm=1.0),
+            None,
+        )
+    assert passes == [32, FEWEST_ROWS - 1, 17, 40]
+
+
+def test_a_rehearsal_draws_from_no_global_generator():
+    model = Sequences(lambda m, t: t + 0 * torch.rand(1))
+    params = dict(model.named_parameters())
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        batch = batch_of(torch.ones(20, 5, 4))
+        clipped_gradient(Forward(model), cross_entropies, params, batch, Clip(norm=1.0), None)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
