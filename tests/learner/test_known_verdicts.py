@@ -3,6 +3,7 @@
 Looks are counted by the products of a linear layer that preparing a learner takes.
 """
 
+import importlib
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.learners import SIMULATED
 from perdure.adversarial import FGSM
+from perdure.contract.forward import Forward
 from perdure.data import InputDomain
 from perdure.errors import GuardError
 from perdure.learner.known_verdicts import MOST, VERDICTS, UnknownKindError, described
@@ -176,6 +178,30 @@ def test_a_replaced_method_of_the_library_is_looked_at(known, monkeypatch):
     monkeypatch.setattr(EWC, "losses", losses)
     with pytest.raises(GuardError):
         make().prepare(stream)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (nn.functional, "linear"),
+        (importlib.import_module("perdure.contract.forward"), "cross_entropy_of"),
+        (Forward, "__call__"),
+    ],
+)
+def test_a_replaced_function_is_looked_at(known, monkeypatch, place, name):
+    first, again, make, stream = known
+    own = getattr(place, name)
+
+    def coupled(*args, **named):
+        found = own(*args, **named)
+        return found + found.mean(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, coupled)
+        with pytest.raises(GuardError):
+            make().prepare(stream)
+    assert looks(make(), stream) >= first
+    assert looks(make(), stream) == again
 
 
 def test_a_hook_of_a_known_model_is_looked_at(known):

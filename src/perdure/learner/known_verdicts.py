@@ -7,14 +7,17 @@ torch's: what other code does may depend on anything, so it is looked at every t
 A key holds the modules with their settings, hooks and the values of their tensors, the strategy,
 the attack and the views with theirs, the state, the plans and the public facts of the experiences,
 and every class with all its attributes as they are now, so that another method in its place is
-another key. Objects are compared by identity and kept alive; no name stands for a thing.
+another key. So is another function in the place of one of this library's or of torch's layers.
+Objects are compared by identity and kept alive; no name stands for a thing.
 """
 
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,20 @@ _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
 
 _LIBRARIES = ("perdure", "torch")
 """Libraries whose functions may be settings; any other function may depend on anything."""
+
+
+_CODE = (
+    *("perdure.contract.", "perdure.strategies.", "perdure.models.", "perdure.adversarial."),
+    *("perdure.data.", "perdure.queries.", "perdure.privacy.clipping.", "perdure.privacy.guard."),
+    *("perdure.learner.", "perdure.utils."),
+)
+"""Modules of this library whose functions and classes stand on the path of rows to their losses."""
+
+_FOLLOWED = (*_CODE, "torch.nn.functional", "torch.nn.modules.")
+"""These, and torch's functions and layers, whose classes are in the keys (see `_modules`)."""
+
+_SPECIAL = frozenset({"__call__", "__init__", "__post_init__", "__getattribute__", "__getattr__"})
+"""Names with underscores that are followed too."""
 
 
 class UnknownKindError(Exception):
@@ -134,6 +151,7 @@ def _facts(inspection: Inspection) -> Iterator[Hashable]:
     yield _state(inspection.state)
     yield described((path.strategy, path.adversary, path.views, path.precision))
     privacy = training.privacy
+    yield CODE.version()
     yield described((privacy and privacy.custom_forward, privacy and privacy.clipping))
     yield described((stream.scenario, stream.num_classes, stream.input_shape))
     for experience in stream:
@@ -181,6 +199,67 @@ def _tensors(tensors: Mapping[str, Tensor]) -> Hashable:
 
 def _state(state: State) -> Hashable:
     return Same(type(state)), described(state.rules), _tensors(state)
+
+
+# --------------------------------------------------------------------------- code
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """Names of a module or class, and what they stood for."""
+
+    space: Mapping[str, object]
+    names: tuple[str, ...]
+    values: tuple[object, ...]
+
+    @classmethod
+    def of(cls, thing: object) -> "_Names":
+        """Names of a module or class now."""
+        space = vars(thing)
+        own = {n: v for n, v in space.items() if not n.startswith("__") or n in _SPECIAL}
+        return cls(space=space, names=tuple(own), values=tuple(own.values()))
+
+    def stand(self) -> bool:
+        """Return whether all of them still stand for the same."""
+        return all(map(is_, map(self.space.get, self.names), self.values))
+
+
+class LibraryCode:
+    """Functions and classes of this library and of torch, followed by identity.
+
+    A function that somebody puts in the place of one of them may couple records, so that no earlier
+    verdict holds. Names that are new are no such thing: modules are imported when they are needed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[_Names]] = {}
+        self._imported = 0
+        self._version = 0
+
+    def version(self) -> int:
+        """Return a number that is another one after every replacement."""
+        changed = [
+            name for name, seen in self._seen.items() if not all(names.stand() for names in seen)
+        ]
+        self._version += bool(changed)
+        new = changed if len(sys.modules) == self._imported else list(sys.modules)
+        self._imported = len(sys.modules)
+        for name in new:
+            if name.startswith(_FOLLOWED) and (name in changed or name not in self._seen):
+                module = sys.modules.get(name)
+                self._seen[name] = [_Names.of(each) for each in _code_of(module)] if module else []
+        return self._version
+
+
+def _code_of(module: types.ModuleType) -> list[object]:
+    """Return a module and the classes that it defines; of torch's layers the module alone."""
+    own = [value for value in vars(module).values() if isinstance(value, type)]
+    ours = module.__name__.startswith(_CODE)
+    return [module, *(kind for kind in own if ours and kind.__module__ == module.__name__)]
+
+
+CODE = LibraryCode()
+"""Code of this process."""
 
 
 # --------------------------------------------------------------------------- values
