@@ -127,8 +127,8 @@ def test_noise_that_no_grant_checks_is_not_kept(plan, tmp_path, privacy):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"version": 1}', '{"version": 1, "plans": []}', "\x00"],
-    ids=["empty", "list", "no version", "no plans", "plans in a list", "bytes"],
+    ["", "[]", "{}", '{"version": 1}', '{"version": 1, "plans": []}', "\x00", "[" * 100_000],
+    ids=["empty", "list", "no version", "no plans", "plans in a list", "bytes", "nested"],
 )
 def test_a_file_that_is_damaged_recalls_nothing(plan, tmp_path, text):
     kept = KeptNoise(tmp_path)
@@ -136,6 +136,13 @@ def test_a_file_that_is_damaged_recalls_nothing(plan, tmp_path, text):
     assert kept.recall(plan()) is None
     kept.keep(plan(), Schedule(noise=(2.0,)))
     assert kept.recall(plan()) == Schedule(noise=(2.0,))
+
+
+def test_a_folder_of_that_name_keeps_nothing_and_stops_nothing(plan, tmp_path):
+    (tmp_path / FILE).mkdir()
+    kept = KeptNoise(tmp_path)
+    kept.keep(plan(), Schedule(noise=(2.0,)))
+    assert kept.recall(plan()) is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -51,14 +52,16 @@ class KeptNoise:
         kept = self._read()
         if kept.get(key) != list(schedule.noise):
             plans = {**kept, key: list(schedule.noise)}
-            write_json(self._path, {"version": VERSION, "plans": plans})
+            # what cannot be kept, say where a folder has that name, is found again
+            with suppress(OSError, RecursionError):
+                write_json(self._path, {"version": VERSION, "plans": plans})
 
     def _read(self) -> Mapping[str, list[float]]:
         """Plans of the file; none where it is not there or not readable."""
         try:
             found = json.loads(self._path.read_text()) if self._path else {}
             plans = found["plans"] if found.get("version") == VERSION else {}
-        except (OSError, ValueError, AttributeError, KeyError):
+        except (OSError, ValueError, AttributeError, KeyError, RecursionError):
             return {}
         return plans if isinstance(plans, dict) else {}
 

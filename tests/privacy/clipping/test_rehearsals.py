@@ -107,3 +107,13 @@ def test_a_rehearsal_draws_from_no_global_generator():
         clipped_gradient(Forward(model), cross_entropies, params, batch, Clip(norm=1.0), None)
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+def test_a_model_of_one_number_of_rows_goes_record_by_record():
+    table = torch.randn(FEWEST_ROWS, 1, WIDTH)
+
+    def place(m, t):
+        return t + table[:1] if len(t) == 1 else t + 0 * table + table[:1]
+
+    x = torch.rand(FEWEST_ROWS, 5, 4)
+    assert gap_to_loop(Sequences(place), x) < TOLERANCE

@@ -180,13 +180,24 @@ class Rehearsals:
         known = self._seen.setdefault(module, {})
         order = tuple(call.layer for call in calls)
         if order not in known:
-            with undisturbed(), taped(layers) as tape:
-                records = rehearse()
-            again = follows(tape, records)
+            again = self._followed(layers, rehearse, follows)
             known[order] = again is not None and tuple(c.layer for c in again) == order
             if len(known) > MOST_SEQUENCES:
                 known.pop(next(iter(known)))
         return known[order]
+
+    @staticmethod
+    def _followed(
+        layers: Layers,
+        rehearse: Callable[[], int],
+        follows: Callable[[Tape, int], Sequence[TapedCall] | None],
+    ) -> Sequence[TapedCall] | None:
+        try:
+            with undisturbed(), taped(layers) as tape:
+                records = rehearse()
+        except Exception:  # of any model: it does not run with another number of records
+            return None
+        return follows(tape, records)
 
 
 REHEARSALS = Rehearsals()
