@@ -78,7 +78,10 @@ def test_a_data_set_in_place_of_a_stream_is_refused():
     ("model", "message"),
     [
         (nn.Linear(6, 4), r"the model fails on 2 rows of \(5,\) in float32.*first layer that fits"),
-        (nn.Identity(), "outputs of the model = 5 is not allowed; allowed: 4: one for every class"),
+        (
+            nn.Identity(),
+            "outputs of the model = 5 is not allowed; allowed: 4: one for every class .num_class",
+        ),
         (nn.GRU(5, 4), "output of the model = 'tuple' .*one tensor"),
         (nn.Flatten(0), r"outputs of the model = .\(10,\) for 2 rows.*one row for every record"),
     ],

@@ -31,7 +31,7 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
                 f"the model fails on {given}, as the stream's records are: {reason}; give it a "
-                "first layer that fits them, or convert the records"
+                "first layer that fits them, or convert the records, as inputs.float()"
             ) from error
     if not isinstance(answer, torch.Tensor):
         raise ConfigError.of(
@@ -43,7 +43,7 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
         raise ConfigError.of(
             "outputs of the model",
             shape[1] if fits else f"{shape} for {given}",
-            f"{stream.num_classes}: one for every class"
+            f"{stream.num_classes}: one for every class (num_classes=stream.num_classes)"
             + ("" if fits else f", ({len(rows)}, {stream.num_classes}), one row for every record"),
         )
 

@@ -22,9 +22,7 @@ CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
 def test_recurrent_layers_of_torch_are_refused_with_their_counterpart(kind):
-    ending = (
-        r", or call perdure.privacy.guard.model_checks.fix\(model\)$" if kind in RECURRENT else "$"
-    )
+    ending = r", or call perdure.privacy.fix\(model\)$" if kind in RECURRENT else "$"
     with pytest.raises(
         GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"
     ):

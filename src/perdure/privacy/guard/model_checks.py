@@ -20,7 +20,7 @@ from perdure.privacy.guard.repair import groups, repaired, replacements
 from perdure.privacy.guard.writes import same_values
 from perdure.utils.seeding import seed_globally, undisturbed
 
-FIX = "or call perdure.privacy.guard.model_checks.fix(model)"
+FIX = "or call perdure.privacy.fix(model)"
 
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 _INSTANCE_STATISTICS = (nn.modules.instancenorm._InstanceNorm,)
