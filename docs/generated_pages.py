@@ -2,7 +2,8 @@
 
 MkDocs calls `on_files` and `on_page_markdown` (see `hooks` in mkdocs.yml):
 
-    reference/        a page for each package with the names in its `__all__`
+    reference/        a page for each package with the names in its `__all__`; the command line
+                      and the config of a run
     strategies.md     a section for each strategy: paper, formula, state, privacy cost
     changelog.md      CHANGELOG.md as it is
 """
@@ -10,6 +11,7 @@ MkDocs calls `on_files` and `on_page_markdown` (see `hooks` in mkdocs.yml):
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -33,11 +35,38 @@ PACKAGES = {
 }
 """Public packages, in the order of the site; `perdure.strategies` has a page of its own."""
 
+CONFIG_TABLES = {
+    "[data]": "DataConfig",
+    "[model]": "ModelConfig",
+    "[training]": "TrainingConfig",
+    "[federation]": "FederationConfig",
+    "[privacy]": "Privacy",
+    "[attack]": "AttackConfig",
+    "[explain]": "ExplainConfig",
+    "[[arms]]": "Arm",
+}
+"""Tables of a run's config and the dataclass in `perdure.experiment.config` that reads each."""
+
+EXIT_CODES = """
+## Exit codes
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | `audit`: a claim is refuted. `ledger verify`: something is wrong. `ledger show` and \
+`ledger project`: a ledger of the run is missing |
+| 2 | the command cannot be carried out: wrong option, config, folder or data; one line says why |
+| 3 | `ledger verify`: nothing is wrong, but a key is missing, so the history is not proved |
+| 130 | stopped by Ctrl-C; the same command goes on where it was |
+"""
+
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = dict(_reference())
     pages["strategies.md"] = _strategies()
+    pages["reference/command-line.md"] = _command_line()
+    pages["reference/config.md"] = _run_config()
     pages["changelog.md"] = Path(config.config_file_path).with_name("CHANGELOG.md").read_text()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
@@ -53,7 +82,9 @@ def _reference() -> Iterator[tuple[str, str]]:
         "reference/index.md",
         "# Reference\n\nPublic is what a package lists in `__all__`.\n\n"
         f"| package | contents |\n|---|---|\n{listed}"
-        "| [`perdure.strategies`](../strategies.md) | Strategies |\n",
+        "| [`perdure.strategies`](../strategies.md) | Strategies |\n"
+        "| [the command line](command-line.md) | Commands, options, exit codes |\n"
+        "| [the config](config.md) | Tables and fields of a run's TOML file |\n",
     )
     for name, title in PACKAGES.items():
         package = importlib.import_module(name)
@@ -85,3 +116,87 @@ def _strategies() -> str:
             "      show_root_heading: false\n      show_root_toc_entry: false\n"
         )
     return "\n".join(parts)
+
+
+def _command_line() -> str:
+    """Text of the page of commands, from their own help."""
+    import typer
+
+    from perdure.cli.main import app
+
+    intro = (
+        "# Command line\n\nEvery command prints the same with `--help`. RUN is the folder of a "
+        "run, CONFIG a [TOML file](config.md).\n\n"
+    )
+    return intro + "".join(_commands(typer.main.get_command(app), "perdure")) + EXIT_CODES
+
+
+def _commands(command: Any, path: str) -> Iterator[str]:
+    """Yield the section of a command that does something, or those of the group's commands."""
+    inner = getattr(command, "commands", {})
+    for name, each in inner.items():
+        yield from _commands(each, f"{path} {name}")
+    if inner:
+        return
+    arguments = [p.name.upper() for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    usage = " ".join([path, *arguments, *(["[OPTIONS]"] if options else [])])
+    yield f"## {path}\n\n```sh\n{usage}\n```\n\n"
+    yield f"{command.help}\n\n"
+    if options:
+        yield "| option | meaning |\n|---|---|\n"
+        yield "".join(f"| `{_written(option)}` | {_meaning(option)} |\n" for option in options)
+        yield "\n"
+
+
+def _written(option: Any) -> str:
+    """Name of an option with the kind of its value, as `--steps INTEGER`."""
+    return option.opts[0] if option.is_flag else f"{option.opts[0]} {option.type.name.upper()}"
+
+
+def _meaning(option: Any) -> str:
+    """Help of an option, with its default or that it must be given."""
+    if option.required:
+        return f"{option.help} Required."
+    known = option.default is not None and not option.is_flag
+    return f"{option.help} Default: {option.default}." if known else str(option.help)
+
+
+def _run_config() -> str:
+    """Text of the page of a run's config: the example of its module, then every table."""
+    from perdure.experiment import config
+
+    example = str(config.__doc__).partition("\n\n")[2].strip()
+    listed = "".join(
+        f"| {kind} | {', '.join(f'`{name}`' for name in names)} |\n"
+        for kind, names in _extensions().items()
+    )
+    tables = "".join(
+        f"## `{table}`\n\n::: perdure.experiment.config.{kind}\n    options:\n"
+        "      show_root_heading: false\n      show_root_toc_entry: false\n"
+        "      members: false\n\n"
+        for table, kind in CONFIG_TABLES.items()
+    )
+    return (
+        "# Config of a run\n\nA run is described by one TOML file. `perdure demo --show-config` "
+        "prints one to change; `perdure run FILE` runs it. A field that is unknown or out of range "
+        f"is refused with its name, its value and what is allowed.\n\n```toml\n{example}\n```\n\n"
+        "Outside of tables stand `name`, the run's folder; `seed`, of everything but secret noise; "
+        "and `threads`, of torch. `[private_training]` has the fields of `[training]` and replaces "
+        "it for the private arms.\n\n"
+        'An extension of your own is named `"my_package.my_module:MyClass"`. These are found by '
+        f"name:\n\n| in | names |\n|---|---|\n{listed}\n{tables}"
+    )
+
+
+def _extensions() -> dict[str, tuple[str, ...]]:
+    """Names of the extensions that come with the library, by the place where a config has them."""
+    from perdure import adversarial, explain, strategies
+    from perdure.data import datasets
+
+    return {
+        "`[data]`, `name`": datasets.names(),
+        "`[attack]` and `adversary`, `name`": adversarial.names(),
+        "`[explain]`, `method`": explain.names(),
+        "`[[arms]]`, `strategy`": strategies.names(),
+    }

@@ -8,7 +8,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "strategies", "benchmarks", "tests", "docs", ".ci")
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".css", ".yaml", "")
-GENERATED = {f"{page}.md" for page in ("changelog", "strategies", "reference/index")}
+GENERATED = {
+    f"{page}.md"
+    for page in (
+        "changelog",
+        "strategies",
+        "reference/index",
+        "reference/config",
+        "reference/command-line",
+    )
+}
 """Pages that docs/generated_pages.py makes when the site is built."""
 DOCUMENT = re.compile(r"(?<![\w/.:-])[\w./-]*\w\.(?:md|rst)\b")
 NOTES = re.compile(r"(?<![\w-])\w+[-]notes\b|(?<![\w/.-])shared[/]\w|(?<![\w.])/work[/]|/tmp[/]\w")
