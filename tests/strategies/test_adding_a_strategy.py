@@ -69,7 +69,7 @@ class Addition:
 ADDITIONS = {
     "strategy": Addition(
         path="strategies/tether.py",
-        text=shown("docs/how-to/add-a-strategy.md", "(Strategy):"),
+        text=shown("docs/how-to/add-a-strategy.md", "class Tether(Strategy):"),
         program="tests/additions/use_tether.py",
         # this file would add what is there already
         tests=("tests", f"--ignore={THIS_FILE}", "-k", "tether"),

@@ -92,6 +92,10 @@ class Curator(Protocol):
                 privacy only.
             purpose: name of the release in the ledger.
             over: "experience" for the records of the open experience, "memory" for stored ones.
+
+        Returns:
+            Sums in the shapes of one row, under the names of the query; that of a bare tensor is
+            named "value".
         """
         ...
 
