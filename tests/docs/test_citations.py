@@ -9,14 +9,12 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "strategies", "benchmarks", "tests", "docs", ".ci")
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".css", ".yaml", "")
 GENERATED = {
-    f"{page}.md"
-    for page in (
-        "changelog",
-        "strategies",
-        "reference/index",
-        "reference/config",
-        "reference/command-line",
+    f"{folder}{page}.md"
+    for folder, pages in (
+        ("", ("changelog", "strategies", "command-line", "config")),
+        ("reference/", ("index", "command-line", "config", "perdure.contract")),
     )
+    for page in pages
 }
 """Pages that docs/generated_pages.py makes when the site is built."""
 DOCUMENT = re.compile(r"(?<![\w/.:-])[\w./-]*\w\.(?:md|rst)\b")
