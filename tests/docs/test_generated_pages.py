@@ -1,0 +1,53 @@
+"""Pages that are generated name every command, option and table that there is."""
+
+import importlib.util
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from helpers.pages import ROOT
+from perdure.experiment import Config
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    path = ROOT / "docs" / "generated_pages.py"
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_line_page_names_every_option(hook: ModuleType) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # typer imports what click will remove
+        import typer
+
+        from perdure.cli.main import app
+    page = hook._command_line()
+    top = typer.main.get_command(app)
+    commands = {f"perdure {name}": each for name, each in vars(top)["commands"].items()}
+    ledger = vars(commands.pop("perdure ledger"))["commands"]
+    commands |= {f"perdure ledger {name}": each for name, each in ledger.items()}
+    assert len(commands) > 8
+    for path, command in commands.items():
+        section = page.partition(f"## {path}\n")[2].partition("\n## ")[0]
+        for option in command.params:
+            shown = option.opts[0] if option.opts[0].startswith("--") else option.name.upper()
+            assert shown in section, (path, shown)
+
+
+def test_config_page_names_every_field(hook: ModuleType) -> None:
+    page = hook._run_config()
+    for field in fields(Config):
+        assert f"[{field.name}]" in page or f"`{field.name}`" in page, field.name
+
+
+def test_config_page_lists_extensions_by_place(hook: ModuleType) -> None:
+    page = hook._run_config()
+    for name in ("breast_cancer", "pgd", "kernel_shap", "replay"):
+        assert f"`{name}`" in page
