@@ -110,10 +110,10 @@ def _strategies() -> str:
         kind = find(card.name)
         parts.append(
             f"## {kind.__name__}\n\n"
-            f"| | |\n|---|---|\n| use | `{card.strategy}` |\n| paper | {card.paper or 'none'} |\n"
-            f"| under privacy | {card.privacy} |\n| state and memory | {card.memory} |\n\n"
+            f"- **Use:** `{card.strategy}`\n- **Paper:** {card.paper or 'none'}\n"
+            f"- **Under privacy:** {card.privacy}\n- **State and memory:** {card.memory}\n\n"
             f"::: perdure.strategies.{kind.__name__}\n    options:\n"
-            "      show_root_heading: false\n      show_root_toc_entry: false\n"
+            "      show_root_heading: false\n      show_root_toc_entry: false\n      members: []\n"
         )
     return "\n".join(parts)
 
@@ -173,7 +173,7 @@ def _run_config() -> str:
     )
     tables = "".join(
         f"## `{table}`\n\n::: perdure.experiment.config.{kind}\n    options:\n"
-        "      show_root_heading: false\n      show_root_toc_entry: false\n"
+        "      show_root_heading: false\n      show_root_toc_entry: false\n      members: []\n"
         "      members: false\n\n"
         for table, kind in CONFIG_TABLES.items()
     )
