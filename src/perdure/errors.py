@@ -43,7 +43,13 @@ class ConfigError(PerdureError, ValueError):
 
     @classmethod
     def of(cls, field: str, value: object, allowed: str | Iterable[object]) -> "ConfigError":
-        """Build the standard sentence: field, value given, values allowed."""
+        """Build the standard sentence: field, value given, values allowed.
+
+        Args:
+            field: name of the setting, as the user writes it.
+            value: the value that was given.
+            allowed: the values that are allowed, one by one or in words.
+        """
         options = (
             allowed if isinstance(allowed, str) else ", ".join(str(option) for option in allowed)
         )

@@ -65,7 +65,10 @@ class Combine(Strategy):
         return "+".join(part.name for part in self.parts)
 
     def uses(self, hook: str) -> bool:
-        """Whether any part changes `hook`; every part that follows steps, for doing so in place."""
+        """Tell if a part overrides `hook`.
+
+        For `after_step_in_place`: if every part that overrides `after_step` also overrides it.
+        """
         if hook == "after_step_in_place":
             following = [part for part in self.parts if part.uses("after_step")]
             return bool(following) and all(part.uses(hook) for part in following)
@@ -211,7 +214,7 @@ class Combine(Strategy):
         )
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """What the one part that stores something stores."""
+        """Delegate to the only part that overrides `remember`."""
         i, part = self._only("remember")
         return part.remember(forward, batch, self._own(state, i))
 
@@ -224,13 +227,13 @@ class Combine(Strategy):
         return self._each(state, lambda part, own: part.derive(own))
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Prediction of the one part that overrides it, else the head."""
+        """Delegate to the only part that overrides `predict`; without one, mask the logits."""
         i, part = self._only("predict")
         return part.predict(forward, x, context, self._own(state, i))
 
 
 def steps(part: Strategy) -> bool:
-    """Whether the part has a hand in the steps of training."""
+    """Tell if the part overrides a hook that steps of training call."""
     return any(
         part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step")
     )

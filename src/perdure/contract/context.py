@@ -38,7 +38,11 @@ class Spec:
     statistics: Params = field(default_factory=dict)
 
     def require_features(self) -> None:
-        """Refuse a model that does not say how long its features are."""
+        """Refuse a model that does not say how long its features are.
+
+        Raises:
+            StrategyError: for a model without `feature_size`.
+        """
         if self.feature_size < 1:
             raise StrategyError(
                 "the model has no feature_size; give it and `features`, as "
@@ -122,9 +126,15 @@ def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Contex
 
 
 def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
-    """What a strategy needs to lay out its state.
+    """Facts from which a strategy lays out its state.
 
-    Running statistics owe too much to records where they are private.
+    Where records are private, running statistics are left out: they depend on single records.
+
+    Args:
+        model: the model; its buffers give the running statistics.
+        params: its parameters by name.
+        stream: the stream that will be trained on.
+        private: True under differential privacy.
     """
     return Spec(
         params=params,

@@ -30,7 +30,7 @@ class _Method(nn.Module):
 
 
 _Call = tuple[object, Tensor, int]
-"""What entered `features`, what left it, and how often that had been written to by then."""
+"""Input of `features`, its output, and the number of writes to the output at that time."""
 
 
 @contextmanager
@@ -68,6 +68,11 @@ class Forward:
     `forward.method("decode")(z)` what another method of the model makes of its inputs,
     `forward.at(params)` the same model at other parameters, unhooked and without gradients: a
     teacher, which keeps running statistics too where `params` has some.
+
+    Args:
+        module: the model.
+        params: parameters by name; None for those of the model.
+        frozen: True for a teacher: no hooks and no gradients.
     """
 
     def __init__(
@@ -134,5 +139,11 @@ def cross_entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(forward: Forward, batch: Batch, context: Context) -> Tensor:
-    """(n,) cross entropy of each row over the classes it may be predicted as."""
+    """(n,) cross entropy of each row over the classes it may be predicted as.
+
+    Args:
+        forward: the model, from inputs (n, ...) to logits (n, C).
+        batch: n rows.
+        context: the classes that each row may be predicted as.
+    """
     return cross_entropy_of(context.mask(forward(batch.inputs), batch), batch.labels)

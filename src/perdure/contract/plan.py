@@ -23,7 +23,7 @@ Pooled = Literal["experience", "all", "memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What is kept for replay.
+    """Size, choice and use of the memory for replay.
 
     Args:
         capacity: number of records kept in all.
@@ -40,8 +40,8 @@ class MemoryPlan:
         batch_size: rows drawn from memory at every step; None for as many as new ones. Under
             differential privacy new and stored records are one pool.
         update: offer records at the end of an `experience`, or every `step` those that were in it.
-            What a strategy remembers of a row is computed when it is offered; under differential
-            privacy, when it was in a step last.
+            The values that a strategy remembers of a row are computed when the row is offered;
+            under differential privacy, when it was last in a step.
         use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with
             them; or only for one `reference` gradient a step, or for one a step of every earlier
             experience (`references`).
@@ -75,19 +75,21 @@ class MemoryPlan:
 
     @property
     def rehearsed(self) -> bool:
-        """Whether stored rows take part in the gradient itself."""
+        """True where stored rows take part in the gradient itself."""
         return self.use in ("rehearsal", "pooled")
 
 
 def records_in(size: int | str, experience: "Experience") -> int:
-    """How many records `size` is.
+    """Compute the number of records that a memory of this size holds.
 
-    A number of them, or a text such as "2 MB" for inputs, labels and ids.
+    The values that a strategy remembers beside a row are not counted.
 
-    What a strategy remembers beside a row comes on top.
+    Args:
+        size: number of records, or a text such as "2 MB" for inputs, labels and ids.
+        experience: its rows have the size that is divided by.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: for any other size.
     """
     refuse_size(size)
     if not isinstance(size, str):
@@ -99,7 +101,11 @@ def records_in(size: int | str, experience: "Experience") -> int:
 
 
 def refuse_size(size: int | str) -> None:
-    """Refuse what is neither a number of records nor a text such as "2 MB"."""
+    """Refuse what is neither a number of records nor a text such as "2 MB".
+
+    Raises:
+        ConfigError: for such a size.
+    """
     number, _, unit = str(size).partition(" ")
     text = unit in UNITS and number.replace(".", "", 1).isdecimal() and float(number) > 0
     if not (text if isinstance(size, str) else whole(size)):
@@ -109,7 +115,7 @@ def refuse_size(size: int | str) -> None:
 
 
 def whole(value: object) -> bool:
-    """Whether it is a whole number, 1 or more."""
+    """Tell if a value is a whole number, 1 or more."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
@@ -118,7 +124,7 @@ UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one experience is trained on; a function of public facts only.
+    """Pool, memory and trained parameters of an experience; a function of public facts only.
 
     Args:
         pool: records that batches are drawn from: those of this `experience`, of `all` experiences
@@ -146,7 +152,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyCost:
-    """What a strategy asks of private data beyond the gradient; its declared privacy cost.
+    """Declared privacy cost: the releases that a strategy needs beyond the gradient.
 
     Args:
         releases: noisy sums over the experience, after it.

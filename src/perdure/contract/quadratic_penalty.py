@@ -34,11 +34,11 @@ class QuadraticPenalty(Strategy):
 
         Args:
             state: for single numbers, such as scales.
-            groups: tensors of one parameter, one of each group in `weighted_by`, or the same piece
-                of each.
+            groups: tensors in the shape of one parameter, one of each group in `weighted_by`, or
+                the same piece of each.
 
         Returns:
-            The weights, or one number for all.
+            The weights, in the shape of the groups, or one number for all.
         """
         raise NotImplementedError(f"{type(self).__name__}.weight() is missing; override it")
 

@@ -9,17 +9,24 @@ from perdure.errors import StrategyError
 from perdure.types import Params
 
 Rule = Literal["sum", "mean", "local"]
-"""How the states of clients are combined; `local` tensors stay with their client."""
+"""Rule by which the states of clients are combined; `local` tensors stay with their client."""
 
 
 class State(Mapping[str, Tensor]):
-    """What a strategy remembers.
+    """Memory of a strategy.
 
     A flat mapping from name to tensor, shapes fixed by `Strategy.init`.
 
     Each name is declared once with how a federation combines it: `sum` (increments add up over
     clients), `mean` (weighted by declared sizes) or `local` (stays with the client). A
     parameter-shaped quantity is a *group*: one entry a parameter, named `group/parameter`.
+
+    Args:
+        tensors: name to tensor.
+        rules: name to rule, for the same names.
+
+    Raises:
+        StrategyError: when the names differ.
     """
 
     def __init__(
@@ -48,11 +55,23 @@ class State(Mapping[str, Tensor]):
         )
 
     def declare(self, name: str, value: Tensor, rule: Rule) -> "State":
-        """Add a new name; for use in `Strategy.init`."""
+        """Add a new name; for use in `Strategy.init`.
+
+        Args:
+            name: of the tensor.
+            value: the tensor, of any shape; the shape stays.
+            rule: `sum`, `mean` or `local`.
+        """
         return self._declared({name: value}, rule)
 
     def declare_group(self, group: str, values: Params, rule: Rule) -> "State":
-        """Add one name a parameter: `group/parameter`."""
+        """Add one name a parameter: `group/parameter`.
+
+        Args:
+            group: name of the group.
+            values: parameter name to tensor, in the shape of that parameter.
+            rule: `sum`, `mean` or `local`, for the whole group.
+        """
         return self._declared({f"{group}/{name}": value for name, value in values.items()}, rule)
 
     def group(self, group: str) -> Params:

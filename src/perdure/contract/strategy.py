@@ -111,6 +111,12 @@ class Strategy:
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Compute one loss per row.
 
+        Args:
+            forward: the model, from inputs (n, ...) to logits (n, C).
+            batch: n rows.
+            context: the classes that may be predicted, and declared sizes.
+            state: the state before the step.
+
         Returns:
             (n,) losses. Loss i depends on row i, the parameters, the state and the context only.
         """
@@ -156,11 +162,29 @@ class Strategy:
                 value.add_(pull)
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """Ask the curator for the reference gradients that `project` needs (A-GEM, GEM)."""
+        """Ask the curator for the reference gradients that `project` needs (A-GEM, GEM).
+
+        Args:
+            curator: gives gradients over stored records.
+            params: the present parameters.
+            state: the state before the step.
+
+        Returns:
+            Gradients, each with one tensor a parameter in its shape.
+        """
         return ()
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Change the released gradient before the optimiser's step; it uses no data."""
+        """Change the released gradient before the optimiser's step; it uses no data.
+
+        Args:
+            gradient: the released gradient of the trained parameters.
+            references: the answer of `references`.
+            state: the state before the step.
+
+        Returns:
+            The gradient to step with, with the names and shapes of `gradient`.
+        """
         return gradient
 
     def after_step(
@@ -200,7 +224,12 @@ class Strategy:
         It gives the same bits, or a run that was resumed would end in others: let `after_step`
         call it on copies, as SI does.
 
-        Args and returns: as in `after_step`.
+        Args:
+            before: parameters before the step.
+            after: parameters after the step.
+            gradient: the released gradient, before penalty and projection.
+            state: the state before the step.
+            noise_variance: as in `after_step`.
         """
         return self.after_step(before, after, gradient, state, noise_variance)
 
@@ -210,6 +239,11 @@ class Strategy:
         The values go to the curator, never to the state. Stored rows come back with them in
         `batch.stored`. In rows that were not stored the values are zero; where nothing was stored
         yet the names are missing.
+
+        Args:
+            forward: the model.
+            batch: n rows that are offered to memory, or drawn.
+            state: the present state.
 
         Returns:
             Name to values (n, ...). Value i depends on row i, the parameters and the state only.
@@ -235,7 +269,14 @@ class Strategy:
         return state
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Compute (n, C) logits, masked to the classes that may be predicted."""
+        """Compute (n, C) logits, masked to the classes that may be predicted.
+
+        Args:
+            forward: the model.
+            x: inputs (n, ...).
+            context: the classes that may be predicted.
+            state: the present state.
+        """
         return torch.where(context.allowed, forward(x), MASKED)
 
     @classmethod
