@@ -93,7 +93,7 @@ class InputDomain:
     def outside(self, inputs: Tensor) -> Tensor:
         """(n,) True for a record with a number outside the domain.
 
-        What is not finite is not outside: such a record counts as zero.
+        Numbers that are not finite do not count as outside: such a record counts as zero.
         """
         if self.floats and self.range is None:
             return torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)

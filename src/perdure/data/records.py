@@ -90,9 +90,10 @@ class Records:
         )
 
     def take(self, index: Tensor) -> "Records":
-        """Rows at `index` (int64 positions or a boolean mask), with their ids.
+        """Take rows with their ids; the declared size becomes their number.
 
-        The declared size follows.
+        Args:
+            index: int64 positions (k,) or a boolean mask (n,).
         """
         rows = {name: getattr(self, name)[index] for name in ("inputs", "labels", "ids")}
         return replace(self, declared_size=0, **rows)
@@ -155,7 +156,7 @@ class Batch:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all row tensors by name, ready for `torch.func.vmap`.
+        """Return all row tensors (n, ...) by name, ready for `torch.func.vmap`.
 
         The inverse of `from_tensors`.
         """
@@ -164,7 +165,7 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """Rebuild a batch from `tensors()`."""
+        """Rebuild a batch from `tensors()`, each (n, ...)."""
         own = {name: value for name, value in tensors.items() if not name.startswith("stored.")}
         stored = {
             n.removeprefix("stored."): v for n, v in tensors.items() if n.startswith("stored.")
@@ -172,17 +173,21 @@ class Batch:
         return cls(**own, stored=stored)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply `change` to every row tensor (an index, a concatenation, a device move)."""
+        """Apply `change` to every row tensor (n, ...): an index, a concatenation, a device move."""
         return Batch.from_tensors({name: change(value) for name, value in self.tensors().items()})
 
     def take(self, index: Tensor | slice) -> "Batch":
-        """Rows at `index`."""
+        """Take rows.
+
+        Args:
+            index: positions (k,), a boolean mask (n,), or a slice.
+        """
         if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1:
             return self.at(torch.where(index < 0, index + len(self), index))
         return self.map(lambda rows: rows[index])
 
     def at(self, places: Tensor) -> "Batch":
-        """Rows at these positions (int64, none negative), for every step of a loop."""
+        """Take the rows at positions (k,), int64, none negative; it is fast, for every step."""
         # several times as fast as an index in brackets, where rows are long
         rows = places.to(self.inputs.device)
         return Batch(

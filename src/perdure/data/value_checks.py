@@ -1,8 +1,8 @@
-"""Checks that a data set's holder makes at the door, before a curator holds the records.
+"""Checks that the holder of a data set makes before a curator holds the records.
 
-Guarantee: none. What they say depends on single records, so it is for the holder's eyes and outside
-every privacy statement. Inside a curator nothing raises because of a record's values: an error, or
-none, would tell of the record.
+Guarantee: none. Their answers depend on single records, so they are for the holder alone and
+outside every privacy statement. Inside a curator nothing raises because of a record's values: an
+error, or none, would tell of the record.
 """
 
 from collections.abc import Iterable

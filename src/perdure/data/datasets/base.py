@@ -85,6 +85,12 @@ def from_published_split(
     """Build a data set whose source publishes its own split: test ids follow the training ids.
 
     Args:
+        name: of the data set and of its partition.
+        train: inputs (n, ...) and labels (n,) to train on.
+        test: inputs (m, ...) and labels (m,) to test on.
+        num_classes: number of classes.
+        facts: public facts on the data set, one sentence each.
+        declared_size: public number of training records; None for the number of rows.
         value_range: least and greatest number of an input, known from the source's definition.
     """
     ids = torch.arange(len(train[0]))
@@ -120,6 +126,13 @@ def from_stratified_split(
     that table: the private data set is the training part that it leaves.
 
     Args:
+        name: of the data set and of its partition.
+        inputs: (n, ...).
+        labels: (n,), whole numbers from 0.
+        seed: of the split.
+        test_share: share of every class that goes to the test, between 0 and 1.
+        facts: public facts on the data set, one sentence each.
+        declared_size: public number of training records; None for the number of rows.
         value_range: least and greatest number of an input, known from the source's definition.
 
     Raises:
@@ -163,7 +176,7 @@ def declared_domain(inputs: Tensor, value_range: tuple[float, float] | None) -> 
 
 
 def bytes_to_unit(images: Tensor) -> Tensor:
-    """Bytes to float32 in [0, 1]."""
+    """Convert bytes (n, ...) to float32 in [0, 1], in the same shape."""
     return images.float().div_(255)
 
 
