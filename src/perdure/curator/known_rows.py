@@ -1,6 +1,6 @@
 """Rows of an experience that is opened again, as it is in every round of a federation.
 
-What was computed of them is kept, under a copy of what it was computed from.
+Results are kept together with a copy of the rows that they were computed from.
 """
 
 import torch
@@ -15,7 +15,7 @@ from perdure.types import Tensors
 
 
 class KnownRows:
-    """What is known of the rows that a party opened last.
+    """Results about the rows that a party opened last.
 
     Ids, labels, owners and roles are compared by value with copies of their own. Longer rows count
     as the same where the tensor is the same object and torch has counted no write to it since; a

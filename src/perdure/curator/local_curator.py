@@ -97,7 +97,7 @@ class LocalCurator:
 
     @property
     def private(self) -> bool:
-        """Whether answers are noised and charged."""
+        """True where answers are noised and charged."""
         return self._held.private_sum is not None
 
     @property
@@ -215,6 +215,9 @@ class LocalCurator:
             of: earlier experience whose rows are drawn; None for all, as the plan's `use` says. The
                 gradient is 0 where there are none, because nothing was stored or the partitions
                 are excluded from every pool.
+
+        Raises:
+            PrivacyError: for a reference that the plan did not ask for.
         """
         name = "reference" if of is None else f"reference {of}"
         if self._held.private_sum is None:

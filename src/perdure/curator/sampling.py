@@ -24,7 +24,7 @@ from perdure.utils.seeding import generator
 
 @dataclass(kw_only=True, eq=False)
 class Pool:
-    """What batches are drawn from.
+    """Rows that batches are drawn from.
 
     Args:
         current: rows of the experience itself.

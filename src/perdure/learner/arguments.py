@@ -1,4 +1,4 @@
-"""What a learner is given, checked before anything is built from it."""
+"""Checks of a learner's arguments before anything is built from them."""
 
 from collections.abc import Mapping
 from typing import Any

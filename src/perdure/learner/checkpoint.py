@@ -18,7 +18,7 @@ KEEP = 2
 
 @dataclass
 class Position:
-    """How far the run has come; `step` counts within the experience."""
+    """Position of a run; `step` counts within the experience."""
 
     experience: int = 0
     step: int = 0

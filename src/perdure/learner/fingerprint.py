@@ -213,7 +213,7 @@ def differences(
 
 
 def _inside(name: str, found: Mapping[str, object]) -> bool:
-    """Whether a setting belongs to one that is named already: another strategy has other fields."""
+    """Tell if a setting lies inside one that is named already: strategies differ in fields."""
     parts = name.split(".")
     return any(".".join(parts[:count]) in found for count in range(1, len(parts)))
 

@@ -1,4 +1,4 @@
-"""What a folder says of the run that it holds, compared with what is asked of it now."""
+"""Comparison of the run that a folder holds with the run that is asked for now."""
 
 from pathlib import Path
 
@@ -61,8 +61,8 @@ def refuse_missing_ledgers(folder: Path) -> None:
     missing = [str(path) for path in known_ledgers(folder) if not path.exists()]
     if missing:
         raise LedgerError(
-            f"{', '.join(missing)} missing, though a checkpoint in {folder} knows of it: what it "
-            f"counts would be forgotten; {RESTORE}"
+            f"{', '.join(missing)} missing, though a checkpoint in {folder} knows of it: its "
+            f"charges would be forgotten; {RESTORE}"
         )
 
 

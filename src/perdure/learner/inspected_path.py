@@ -21,7 +21,7 @@ from perdure.utils.modules import evaluating
 
 
 class InspectedPath:
-    """What the guard has seen of a path, and what it still has to look at.
+    """Parts of a path that the guard has inspected, and parts that it still has to inspect.
 
     Args:
         inspection: that was made before any charge.

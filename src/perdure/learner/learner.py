@@ -275,7 +275,12 @@ class Learner:
     # ------------------------------------------------------------------ evaluation
 
     def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
-        """Return a function from inputs of experience `index` to logits after `after`."""
+        """Return a function from inputs (n, ...) to logits (n, C).
+
+        Args:
+            index: experience of the inputs.
+            after: experience that was trained last.
+        """
         session = self.session
         context = session.context(index if self.stream.scenario == "task" else after)
         self.model.eval()

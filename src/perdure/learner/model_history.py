@@ -35,8 +35,10 @@ class Training:
 
     Args:
         by: names the session that trained it.
-        sizes, rules, entries: those of its ledger, which go on growing while it trains.
-        uncounted: why no ledger says what it cost; "" where one does.
+        sizes: those of its ledger, which go on growing while it trains.
+        rules: as `sizes`.
+        entries: as `sizes`.
+        uncounted: reason why no ledger has its cost; "" where one has.
         simulated: whether noise came from a seed that the user chose.
     """
 
@@ -49,13 +51,13 @@ class Training:
 
     @property
     def begun(self) -> bool:
-        """Whether anything was learnt."""
+        """True where the model was trained at all."""
         return bool(self.entries or self.uncounted)
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What the records of a partition were exposed to before, and what was declared of them.
+    """Earlier charges of the records of a partition, and their declared facts.
 
     The size is 0 where only the charges are known.
 

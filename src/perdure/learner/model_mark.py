@@ -1,4 +1,4 @@
-"""What one session lets its model carry, and what it refuses to take over."""
+"""Mark that a session leaves on its model, and checks of marks that it finds."""
 
 import secrets
 from pathlib import Path
@@ -75,7 +75,7 @@ class ModelMark:
     def weights_replaced(self) -> None:
         """Note that a checkpoint of the folder's run has taken the place of the model's weights.
 
-        What they went through before is gone with them; the folder's ledger has the checkpoint's.
+        Their earlier history is replaced too; the folder's ledger has the checkpoint's.
         """
         self._awaits_checkpoint = False
         self._known = {each.by: len(each.entries) for each in trainings_of(self._model)}

@@ -1,4 +1,4 @@
-"""What a learner refuses.
+"""Refusals of a learner.
 
 Outputs that do not fit, a ledger begun anew, no state, numbers that ran away.
 """

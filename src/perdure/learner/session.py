@@ -144,10 +144,7 @@ class Session:
             self.lock.acquire()
 
     def close(self) -> None:
-        """Give the folder up; steps that were reserved pay for nothing more.
-
-        What is asked of the session later takes the folder again.
-        """
+        """Give the folder up until the next use; steps that were reserved pay for nothing more."""
         if self.lock is None:
             return
         if self._opened is not None:
@@ -305,7 +302,11 @@ class Session:
         return begins
 
     def select(self, plan: Plan) -> None:
-        """Choose the parameters and hooks that an experience uses."""
+        """Choose the parameters and hooks that an experience uses.
+
+        Raises:
+            StrategyError: when the plan trains no parameter.
+        """
         prefixes = plan.trainable
         self.trained = {
             name: param
@@ -413,7 +414,7 @@ class Session:
             return self.strategy.remember(forward, batch, self.state)
 
     def penalty(self) -> Tensor | None:
-        """Return the strategy's penalty at the present parameters; None where it has none."""
+        """Return the strategy's penalty, a scalar, at the present parameters; None without one."""
         return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
 
     def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:

@@ -26,7 +26,9 @@ def take_snapshot(
     """Copy everything that a run needs to go on; memory rows apart, because they are private.
 
     Args:
-        session, optimizer, scheduler: as they are now.
+        session: as it is now.
+        optimizer: as it is now.
+        scheduler: as it is now.
         matrix: accuracies so far.
         copy: False leaves the tensors as they are, to be read before anything goes on.
     """
@@ -60,7 +62,9 @@ def restore_snapshot(
 
     Args:
         snapshot: to go back to.
-        session, optimizer, scheduler: that are changed.
+        session: it is changed.
+        optimizer: it is changed.
+        scheduler: it is changed.
         of_the_run: whether the snapshot is known to be a checkpoint of the session's own run, whose
             ledger counts what its weights went through.
     """

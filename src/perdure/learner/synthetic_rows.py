@@ -47,7 +47,8 @@ class Mixture:
     Args:
         name: in words, for messages.
         kept: roles of the rows that both batches have.
-        one, other: roles of the neighbours in the one and in the other batch.
+        one: roles of the neighbours in the one batch.
+        other: roles of the neighbours in the other batch.
     """
 
     name: str
