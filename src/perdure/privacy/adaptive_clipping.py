@@ -65,9 +65,14 @@ class Adaptive:
         return 1 / math.sqrt(left)
 
     def updated(self, clip_norm: float, counted: float, expected: float) -> float:
-        """Next clip norm from the noisy sum of votes.
+        """Compute the next clip norm from the noisy sum of votes.
 
         A record votes 1/2 within the present clip norm and -1/2 beyond.
+
+        Args:
+            clip_norm: the present one.
+            counted: noisy sum of the votes.
+            expected: declared number of records in a step.
         """
         share = 0.5 + counted / expected
         return min(

@@ -105,6 +105,11 @@ class Grid:
 
         The tensor is good until the next call.
 
+        Args:
+            total: name to exact sum; None without records.
+            shapes: name to shape; d is the number of their numbers.
+            clip_norm: bound of one record, `steps` grid steps long.
+
         Raises:
             PrivacyError: for more numbers than the grid is for, or a sum too large to be counted
                 exactly.
@@ -139,6 +144,9 @@ class Grid:
 
         Args:
             units: (d,) in grid steps, integers or not.
+            shapes: name to shape, in the order of `units`.
+            clip_norm: bound of one record, `steps` grid steps long.
+            device: of the result.
         """
         values = torch.empty(len(units), dtype=torch.float32)
         _, to_values = _loops(len(units))

@@ -1,4 +1,4 @@
-"""What every private answer stands on: settings, ledger, key and log, and how an entry is made."""
+"""Common base of all private answers: settings, ledger, key, log, and the making of an entry."""
 
 from collections.abc import Mapping
 

@@ -159,7 +159,7 @@ class PrivateSum(Releases):
         self._chain = None if bands is None else BandedNoise(bands, steps.start)
 
     def reserved(self, purpose: str) -> bool:
-        """Whether the present block of gradients has one of this purpose beside it."""
+        """Tell if steps of this purpose were reserved beside the present block of gradients."""
         return purpose in self._blocks
 
     def coins(self, records: Tensor, step: int, purpose: str = "gradient") -> Tensor:
@@ -167,6 +167,8 @@ class PrivateSum(Releases):
 
         Args:
             records: (n, 2) int64, id of each record and number of the partition that owns it.
+            step: step of the run.
+            purpose: of the sum, `gradient` or a reference's name.
         """
         return self._key.coins(records, entry=self._paid(step, purpose).paid_by, step=step)
 
@@ -188,7 +190,9 @@ class PrivateSum(Releases):
         """Noised sum of clipped per-record gradients in a step that `reserve` charged.
 
         Args:
-            clipped: from this package's `clipping` or `bookkeeping`.
+            clipped: from a clip to the clipped sum; from this package's `clipping`.
+            params: the summed parameters; each sum has the shape of its parameter.
+            step: step of the run.
 
         Raises:
             ChangedSumError: where the step is executed again with another sum.
@@ -240,6 +244,12 @@ class PrivateSum(Releases):
         """Noised sum of clipped per-record gradients beside the gradient of a step.
 
         Both were charged by `reserve`.
+
+        Args:
+            clipped: as in `gradient`.
+            params: as in `gradient`.
+            step: step of the run.
+            purpose: the reference's name, as it was reserved.
 
         Raises:
             ChangedSumError: where the step is executed again with another sum.

@@ -143,7 +143,7 @@ class Releases(Mechanism):
     ) -> Params:
         """Charge and draw a release, or hand out again what was released before.
 
-        What the ledger shows may not depend on exact answers. So an answer that is kept is handed
+        The ledger must not depend on exact answers. So an answer that is kept is handed
         out without being computed again. One that is missing is charged again, unless the log says
         that nothing has left: its entry is open, since it is closed before an answer is returned.
 

@@ -11,7 +11,7 @@ from perdure.privacy.grid import Grid
 from perdure.privacy.ledger.entries import Entry
 
 VOTE = 0.5
-"""How far one record moves the count beside an adaptive clip norm."""
+"""Largest change of the count beside an adaptive clip norm by one record."""
 WITHIN_SHAPE = {WITHIN: torch.Size([])}
 
 
@@ -25,7 +25,7 @@ class ChangedSumError(PrivacyError):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What is fixed before the first draw, experience by experience.
+    """Settings that are fixed before the first draw, experience by experience.
 
     Args:
         noise: noise multiplier of a step; the last one holds for all that follow.
@@ -74,7 +74,7 @@ class ReservedSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """How the count beside an adaptive clip norm is noised.
+    """Noise of the count beside an adaptive clip norm.
 
     Args:
         grid: of the count.

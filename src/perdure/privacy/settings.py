@@ -1,4 +1,4 @@
-"""What a user asks of privacy, validated once."""
+"""Privacy settings of a user, validated once."""
 
 from dataclasses import dataclass
 from typing import Literal

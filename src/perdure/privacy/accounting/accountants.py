@@ -33,7 +33,13 @@ DELTA_SHARE = 2.0**-10
 
 @lru_cache(maxsize=4096)
 def rdp_epsilon(history: History, delta: float, relation: Relation) -> float:
-    """Epsilon under Renyi DP (Mironov 2017), converted at the best order."""
+    """Epsilon under Renyi DP (Mironov 2017), converted at the best order.
+
+    Args:
+        history: merged charges of one record.
+        delta: of the epsilon, above 0 and below 1.
+        relation: neighbouring relation.
+    """
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
@@ -50,8 +56,8 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
     """Build the event for the RDP accountant, which ignores the relation of an unsampled Gaussian.
 
     A discrete Gaussian costs no more than the Gaussian (Canonne, Kamath and Steinke 2020, theorem
-    4). What is epsilon-DP is randomised response at epsilon, processed further (Kairouz, Oh and
-    Viswanath 2015).
+    4). A mechanism that is epsilon-DP is randomised response at epsilon, processed further
+    (Kairouz, Oh and Viswanath 2015).
     """
     if relation == "replace-one" and charge.sampling_rate < 1:
         raise PrivacyError(
@@ -76,10 +82,16 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def pld_epsilon(history: History, delta: float, relation: Relation, interval: float) -> float:
-    """Epsilon of the composed privacy loss distributions, pessimistic on a grid of `interval`.
+    """Epsilon of the composed privacy loss distributions, pessimistic on a grid.
 
     The grid is widened where losses run into the hundreds, and narrowed where all of them are below
     1; a million and more is infinity.
+
+    Args:
+        history: merged charges of one record.
+        delta: of the epsilon, above 0 and below 1.
+        relation: neighbouring relation.
+        interval: distance of two points of the grid, before it is widened or narrowed.
     """
     if not history:
         return 0.0

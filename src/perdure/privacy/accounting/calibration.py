@@ -18,7 +18,7 @@ COARSE_INTERVAL = 1e-3
 NOISE_RANGE = (0.05, 1e4)
 ROUGH_RANGE = (1e-9, 1e6)
 FINE_TOLERANCE = 5e-4
-"""How far below the target, relative to it, a calibrated history may cost."""
+"""Largest gap, relative to the target, between the target and the cost of a calibrated history."""
 FINE_CALLS = 4
 """Evaluations on the fine grid to get there."""
 
@@ -112,7 +112,7 @@ def worst(
 def within(
     charges: Iterable[Charge], target: float, *, delta: float, relation: Relation = "add-remove"
 ) -> bool:
-    """Whether `charges` cost at most `target`.
+    """Tell if `charges` cost at most `target`.
 
     A coarse grid accepts, and else the fine one decides.
     """
@@ -297,7 +297,7 @@ def rough_epsilon(history: History, delta: float) -> float:
 
 
 def _mu_squared(charge: Charge) -> float:
-    """What one step adds to mu^2."""
+    """Compute the share of one step in mu^2."""
     if charge.noise_multiplier == 0:
         return math.inf
     inverse = 1 / charge.noise_multiplier**2

@@ -12,7 +12,7 @@ Noise = Literal["gaussian", "grid-gaussian", "discrete-gaussian", "exponential"]
 SAMPLED: frozenset[str] = frozenset({"gaussian", "grid-gaussian"})
 """Kinds of noise that may be added to a Poisson sample."""
 History = tuple["Charge", ...]
-"""What one record was exposed to, merged by `merged`."""
+"""Charges of one record, merged by `merged`."""
 
 
 @dataclass(frozen=True, order=True)

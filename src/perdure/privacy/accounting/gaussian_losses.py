@@ -1,8 +1,8 @@
 """Loss distributions of one Gaussian step, sampled or not, for dp-accounting to compose.
 
-What dp-accounting's `from_gaussian_mechanism` gives, up to rounding: its bounds, its distributions
-and its pessimistic discretisation. It looks for the output at each privacy loss in a Python loop,
-which takes nine tenths of a calibration; here that is one formula over the whole grid.
+Bounds, distributions and pessimistic discretisation equal those of dp-accounting's
+`from_gaussian_mechanism`, up to rounding. That function looks for the output at each privacy loss
+in a Python loop, which takes nine tenths of a calibration; here one formula covers the whole grid.
 """
 
 import math

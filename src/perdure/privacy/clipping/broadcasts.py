@@ -147,7 +147,9 @@ class Graph:
     """The graph of autograd from the losses down, without the insides of layers with a rule.
 
     Args:
-        total, calls, records: see `parameter_uses`.
+        total: see `parameter_uses`.
+        calls: see `parameter_uses`.
+        records: see `parameter_uses`.
     """
 
     def __init__(self, total: Tensor, calls: Sequence[TapedCall], records: int) -> None:

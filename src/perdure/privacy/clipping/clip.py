@@ -32,7 +32,7 @@ WITHIN = "within clip norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """How a record's vector is bounded.
+    """Bound on a record's vector.
 
     Guarantee: its L2 norm, all names but `WITHIN` together, is at most `norm`; what it adds to
     `WITHIN` is 1/2 or -1/2.
@@ -60,7 +60,14 @@ class Clip:
         return dict.fromkeys(squares, clip_factors(sum_of(list(squares.values())), self.norm))
 
     def count(self, squares: Mapping[str, Tensor]) -> Params:
-        """What the records add to `WITHIN`; nothing where it is not asked for."""
+        """Sum the votes of the records on their norms.
+
+        Args:
+            squares: layer to (n,) squared norms.
+
+        Returns:
+            `WITHIN` to a float64 scalar; empty where `counted` is False.
+        """
         if not self.counted:
             return {}
         within = sum_of(list(squares.values())) <= self.norm**2
@@ -168,7 +175,9 @@ def clipped_sum(
 
     Args:
         rows: the query for one record.
+        params: parameters by name.
         tensors: name to (n, ...), the batch.
+        clip: bound on each row.
         chunk: records per vectorised pass; bounds memory only.
     """
     total: Params | None = None

@@ -50,7 +50,8 @@ class GradientCase:
             dropout (see `perdure.privacy.guard.loss_checks.quiet_training`).
         clipped: the sum that is tested, of the same losses.
         params: parameters of the gradient.
-        inputs, labels: synthetic records, `RECORDS` or more.
+        inputs: (n, ...) of synthetic records, `RECORDS` or more.
+        labels: (n,).
     """
 
     losses: SyntheticLosses

@@ -31,7 +31,7 @@ ONE_BY_ONE = 'give Privacy(custom_forward="record-by-record")'
 def quiet_training(model: nn.Module) -> None:
     """Put the model into training mode with dropout off.
 
-    What mixes records only while training then shows.
+    A layer that mixes records only while training shows itself then.
     """
     for module in model.train().modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -44,7 +44,8 @@ def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: 
     Each record's loss must be the same alone, in the batch, and among fewer neighbours.
 
     Args:
-        inputs, labels: synthetic records.
+        inputs: (n, ...) of synthetic records.
+        labels: (n,).
         what: name for the message.
 
     Raises:
@@ -95,7 +96,8 @@ def check_rows(
 
     Args:
         losses: runs `model`, in training mode without dropout (see `quiet_training`).
-        inputs, labels: synthetic records, at least 3.
+        inputs: (n, ...) of synthetic records, at least 3.
+        labels: (n,).
         what: name for the message.
 
     Raises:

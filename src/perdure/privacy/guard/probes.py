@@ -44,7 +44,8 @@ class Neighbours:
 
     Args:
         name: the difference in words, for messages.
-        one, other: inputs (n, ...).
+        one: inputs (n, ...).
+        other: inputs (n, ...).
         kept: positions of the shared rows.
     """
 

@@ -214,9 +214,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _penalty(mask: Tensor, scores: Tensor, *, padding: bool) -> Tensor:
-    """What is added to the scores (n, heads, length, length).
+    """Turn a mask into the number that is added to the scores (n, heads, length, length).
 
-    Minus infinity where a mask of truth values is True.
+    It is minus infinity where a mask of truth values is True.
     """
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -math.inf)

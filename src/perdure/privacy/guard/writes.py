@@ -1,6 +1,6 @@
 """Writes during a private pass: parameters, buffers and state stay as they are.
 
-What a forward pass or a loss writes into a tensor that is kept is a release without noise: a
+A write by a forward pass or a loss into a tensor that is kept is a release without noise: a
 renormalised embedding shows the tokens of one record, a running sum in a strategy's state the sum
 of the batch. So all these tensors are compared around a pass. Version counters tell of every
 in-place operation and cost microseconds; values also tell of writes through `.data`, which the

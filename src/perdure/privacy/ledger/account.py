@@ -74,9 +74,17 @@ class Statement:
 
 
 class Account:
-    """What was spent: partitions with declared sizes, entries in order.
+    """Account of spent privacy: partitions with declared sizes, entries in order.
 
     The reading side of every ledger.
+
+    Args:
+        owner: name of the party whose records were exposed.
+        unit: the protected unit, `record` or `client`.
+        relation: neighbouring relation.
+
+    Raises:
+        ConfigError: for an unknown unit or relation.
     """
 
     def __init__(
@@ -106,14 +114,23 @@ class Account:
         return account
 
     def read(self, body: Body, where: str) -> None:
-        """Take in one verified line."""
+        """Take in one verified line.
+
+        Raises:
+            LedgerError: for a line that this version cannot read.
+        """
         try:
             self.take(body)
         except (KeyError, TypeError, ConfigError) as error:
             raise LedgerError(f"{where}: not a line that this version reads ({error})") from error
 
     def take(self, body: Body) -> None:
-        """Take in one line of this version."""
+        """Take in one line of this version.
+
+        Raises:
+            ConfigError: for an unknown kind of line, or a value out of range.
+            KeyError, TypeError: for missing or unknown names.
+        """
         kind = body["kind"]
         content = {name: value for name, value in body.items() if name != "kind"}
         if kind == "partition":
@@ -133,7 +150,7 @@ class Account:
 
     @property
     def simulated(self) -> bool:
-        """Whether any noise came from a seed that the user chose."""
+        """True where any noise came from a seed that the user chose."""
         return any(entry.simulated for entry in self.entries)
 
     def charges(self, partition: str) -> tuple[Charge, ...]:
@@ -147,11 +164,13 @@ class Account:
         delta: float,
         accountant: Accountant = "pld",
     ) -> float:
-        """Epsilon of a record that is in all of `partitions`.
+        """Compute the epsilon of a record.
 
-        With None: of the worst record of one partition.
-
-        Under replace-one, `partitions` are all that the old and the new record touch.
+        Args:
+            partitions: of which the record is in all; under replace-one, all that the old and the
+                new record touch. None for the worst record of one partition.
+            delta: of the epsilon, above 0 and below 1.
+            accountant: `pld`, the tight one, or `rdp`.
         """
         if partitions is None and accountant == "pld":
             return self.worst(delta)[1]

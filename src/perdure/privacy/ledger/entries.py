@@ -21,13 +21,13 @@ CHARGED: Mapping[str, Noise] = {
     "banded-gaussian": "gaussian",
     "none": "gaussian",
 }
-"""How a mechanism is accounted: correlated noise as the Gaussian of its strategy matrix, raw data
-as no noise.
+"""Mechanism to the noise that it is accounted as: correlated noise as the Gaussian of its strategy
+matrix, raw data as no noise.
 """
 
 
 STATED: tuple[Stated, ...] = ("", "tested", "by construction")
-"""What may be said of independence, the weakest first."""
+"""Statements on independence, the weakest first."""
 
 
 def weakest(said: Iterable[Stated]) -> Stated:

@@ -13,7 +13,7 @@ from perdure.privacy.ledger.entries import Entry
 
 @dataclass(kw_only=True)
 class Exposed:
-    """What a record of some partitions was exposed to by the entries so far.
+    """Charges of a record of some partitions by the entries so far.
 
     Args:
         seen: how many entries of the account are added up.

@@ -121,7 +121,7 @@ class Ledger(Account):
 
     @property
     def simulated(self) -> bool:
-        """Whether noise comes from a seed that the user chose."""
+        """True where noise comes from a seed that the user chose."""
         return self._key.simulated or super().simulated
 
     def declare(self, partition: str, size: int, rule: str = "") -> None:
@@ -298,17 +298,17 @@ class Ledger(Account):
                 )
 
     def _charged(self, partition: str) -> dict[object, int]:
-        """How often each kind of mechanism was charged to the partition so far."""
+        """Count the charges of the partition so far by kind of mechanism."""
         return {charge.kind: charge.steps for charge in self.history([partition])}
 
     def _new(self, partition: str, plan: Iterable[Charge]) -> Iterator[Charge]:
-        """What of the plan is still to be charged."""
+        """Yield the part of the plan that is still to be charged."""
         done = self._charged(partition)
         for charge in merged(plan):
             yield replace(charge, steps=max(0, charge.steps - done.get(charge.kind, 0)))
 
     def _each(self, entry: Entry) -> Iterator[tuple[str, Charge]]:
-        """What the entry costs a record of each partition it touches."""
+        """Yield the charge of a record of each partition that the entry touches."""
         for partition in entry.scope:
             charge = entry.charge([partition])
             assert charge is not None

@@ -73,12 +73,12 @@ class Merged(Account):
 
     @property
     def simulated(self) -> bool:
-        """Whether the noise of any owner came from a seed that somebody chose."""
+        """True where the noise of any owner came from a seed that somebody chose."""
         return any(part.account.simulated for part in self.parts)
 
     @property
     def verified(self) -> str:
-        """What was checked when the ledgers were read."""
+        """Checks that were made when the ledgers were read, in words."""
         if all(part.keyed for part in self.parts):
             return "chains and keyed heads verified"
         return "chains verified, heads not: without its key an owner's whole history may be another"
@@ -103,7 +103,7 @@ class Merged(Account):
 
     @property
     def _of_several_clients(self) -> bool:
-        """Whether more than one party has a ledger here; the arms of a run have one each."""
+        """True where more than one party has a ledger here; the arms of a run have one each."""
         owners = [part.account.owner for part in self.parts]
         # ARM/client-0 is the only party of every arm where there is no ARM/client-1
         parties = {re.sub(r".*/(client-\d+)", r"\1", owner) for owner in owners}

@@ -27,7 +27,7 @@ from perdure.utils.folder_lock import FolderLock
 from perdure.utils.forks import present_process
 
 Body = dict[str, Any]
-"""What a line says, without its place in the chain."""
+"""Content of a line, without its place in the chain."""
 
 GENESIS = "0" * 64
 HEX = re.compile("[0-9a-f]{64}")
@@ -92,7 +92,7 @@ def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Bo
 
 @dataclass(frozen=True)
 class SealedHead:
-    """How many lines count, the hash of the last one, and the curator's MAC over both."""
+    """Number of lines that count, hash of the last one, and the curator's MAC over both."""
 
     count: int
     hash: str
@@ -100,7 +100,13 @@ class SealedHead:
 
     @classmethod
     def seal(cls, count: int, last: str, key: NoiseKey) -> "SealedHead":
-        """Make the head of a chain with `count` lines."""
+        """Make the head of a chain.
+
+        Args:
+            count: number of lines.
+            last: hash of the last line.
+            key: the curator's key, for the MAC.
+        """
         return cls(count, last, key.mac(_sealed(count, last)))
 
     @classmethod
@@ -124,7 +130,7 @@ class SealedHead:
         return canonical_json(asdict(self))
 
     def sealed_with(self, key: NoiseKey) -> bool:
-        """Whether this key made the head."""
+        """Tell if this key made the head."""
         return hmac.compare_digest(self.mac, key.mac(_sealed(self.count, self.hash)))
 
     def check(self, key: NoiseKey, *, where: str) -> None:
@@ -164,7 +170,7 @@ class Anchor:
         if len(lines) < count:
             found = f"holds {len(lines)} lines" if lines else "is missing or empty"
             raise LedgerError(
-                f"{path} {found}, but {self.where} knows {count}: what was spent would be "
+                f"{path} {found}, but {self.where} knows {count}: charges would be "
                 f"forgotten; {RESTORE}"
             )
         if count and json.loads(lines[count - 1])["hash"] != self.head.hash:

@@ -16,7 +16,7 @@ AHEAD_FROM = 2**16
 class DrawAhead:
     """One draw at a time, which is taken once, by its name, or drawn anew by who asks.
 
-    What is not taken is written over; it never leaves.
+    A draw that is not taken is written over; it never leaves.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class DrawAhead:
         return self._room if self._drawn else None
 
     def _busy(self) -> bool:
-        """Whether a draw of this process that nobody took still writes."""
+        """Tell if a draw of this process that nobody took still writes."""
         alive = self._thread is not None and self._thread.is_alive()
         return alive and self._process == present_process()
 

@@ -73,8 +73,8 @@ def discrete_gaussian(n: int, sigma: float, stream: Callable[[int], bytes]) -> T
     """(n,) int64 independent draws of P(z) proportional to exp(-z^2 / (2 sigma^2)).
 
     Exact: every decision compares integers, and sigma is the very rational number that the float
-    stands for. What leaks through floating-point noise (Mironov 2012) cannot leak here. The time it
-    takes depends on what it draws, so do not let others measure it.
+    stands for. The leak of floating-point noise (Mironov 2012) cannot occur here. The time of a
+    draw depends on its numbers, so do not let others measure it.
 
     Args:
         n: how many.
@@ -166,7 +166,7 @@ def counted(values: Tensor, bins: int, *, strict: bool) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Frequency:
-    """How often each bin comes up: the score of a top-k.
+    """Number of records in each bin: the score of a top-k.
 
     Guarantee: one record raises the score of at most one bin, by 1, and lowers none.
 
@@ -192,7 +192,7 @@ class Frequency:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantile:
-    """How far each candidate is from being a q-quantile.
+    """Distance of each candidate from a q-quantile: the score of a quantile.
 
     At most q n records below it, at least q n up to it.
 
@@ -235,7 +235,7 @@ class Quantile:
 
     @property
     def k(self) -> int:
-        """How many are chosen: one."""
+        """Number of candidates that are chosen: one."""
         return 1
 
     def scores(self, values: Tensor, *, strict: bool) -> Tensor:

@@ -15,7 +15,7 @@ from perdure.errors import PrivacyError
 from perdure.privacy.noise.key import NoiseKey
 
 Line = Mapping[str, str]
-"""What a line says, without its MAC."""
+"""Content of a line, without its MAC."""
 
 FIELDS = {
     "open": {"kind", "entry", "boot"},
@@ -32,7 +32,7 @@ HEAD = re.compile(r"(\d{12}) ([0-9a-f]{64})\n")
 
 @dataclass(frozen=True)
 class DrawsHead:
-    """How many lines the log has, and the MAC of the last one, which covers all."""
+    """Number of lines of the log, and the MAC of the last one, which covers all."""
 
     count: int = 0
     mac: str = GENESIS
@@ -68,7 +68,7 @@ class DrawLines:
         return DrawsHead(len(self.macs), self.macs[-1]) if self.macs else DrawsHead()
 
     def cover(self, head: DrawsHead) -> bool:
-        """Whether the lines go on from a recorded head, or say that its draws were lost."""
+        """Tell if the lines go on from a recorded head, or say that its draws were lost."""
         if not head.count:
             return True
         if head.count <= len(self.macs) and self.macs[head.count - 1] == head.mac:

@@ -127,7 +127,7 @@ class DrawLog:
             self._write({"kind": "close", "entry": entry}, sync=True)
 
     def closed(self, entry: str) -> bool:
-        """Whether all noise of an entry is in the log, and may have left."""
+        """Tell if all noise of an entry is in the log, and may have left."""
         self._hold()
         return entry in self._closed
 

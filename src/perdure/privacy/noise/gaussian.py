@@ -1,7 +1,7 @@
 """Draws of the rounded Gaussian from secret words, by integer operations alone.
 
-Coordinate i of a draw reads word i of one stream, 64 bits; that decides 99 draws of 100. What it
-leaves open (the threshold of a column, an integer of a cell that is not kept at once, the tail) is
+Coordinate i of a draw reads word i of one stream, 64 bits; that decides 99 draws of 100. The
+rest (the threshold of a column, an integer of a cell that is not kept at once, the tail) is
 decided by further words of the coordinate's own, read from blocks numbered by coordinate and
 attempt. So every coordinate has its own counter, and a draw in pieces, or on another device, gives
 the same integers.

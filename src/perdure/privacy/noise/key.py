@@ -49,6 +49,13 @@ class NoiseKey:
     >>> key.add_noise(total, 2.0**20, purpose="gradient", entry="e0", step=0)
     >>> total.dtype
     torch.int64
+
+    Args:
+        secret: 32 bytes.
+        simulated: True where the secret comes from a seed.
+
+    Raises:
+        PrivacyError: for another number of bytes.
     """
 
     __slots__ = ("_ahead", "_secret", "simulated")
@@ -155,6 +162,14 @@ class NoiseKey:
         It changes no integer: `add_noise` with the same arguments and `numbers` sums takes what
         was drawn, any other call draws anew. One draw a purpose, and only from
         `perdure.privacy.noise.ahead.AHEAD_FROM` numbers on.
+
+        Args:
+            numbers: how many sums will get noise.
+            scale: standard deviation of the noise, in grid steps.
+            purpose: as in `add_noise`.
+            entry: as in `add_noise`.
+            step: as in `add_noise`.
+            nonce: as in `add_noise`.
         """
         context = (purpose, entry, step, nonce, numbers, scale)
         ahead = self._ahead.setdefault(purpose, DrawAhead())
@@ -174,6 +189,13 @@ class NoiseKey:
         """(n,) float64 uniform in [0, 1): the coins of a Poisson sample.
 
         Each has 53 random bits. Coins have no nonce; the noise of a selection has.
+
+        Args:
+            n: how many.
+            purpose: as in `add_noise`.
+            entry: as in `add_noise`.
+            step: as in `add_noise`.
+            nonce: as in `add_noise`.
         """
         own = subkey(self._secret, "uniform", purpose, entry, step, n, *_given(nonce))
         words = keystream(own, 8 * n).view("<u8")
@@ -205,9 +227,15 @@ class NoiseKey:
     def stream(
         self, *, purpose: str, entry: str, step: int, nonce: str = ""
     ) -> Callable[[int], bytes]:
-        """Hand out uniform random bytes, so many at every call.
+        """Return a function from a number of bytes to as many fresh uniform random bytes.
 
-        A stream without end, for samplers that reject.
+        The stream has no end; it is for samplers that reject.
+
+        Args:
+            purpose: as in `add_noise`.
+            entry: as in `add_noise`.
+            step: as in `add_noise`.
+            nonce: as in `add_noise`.
         """
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -293,7 +321,16 @@ def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
 
 
 def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
-    """Secret key of this curator, or a simulated one from the seed that the user chose."""
+    """Return the secret key of this curator, or a simulated one from the seed that the user chose.
+
+    Args:
+        folder: of the run; the key is kept in its `private/` folder.
+        seed: of the simulation; None for secret noise.
+        client: number of the party, which gives each its own simulated key.
+
+    Raises:
+        PrivacyError: for secret noise without a folder.
+    """
     if seed is not None:
         return NoiseKey.from_seed(seed, "client", client)
     if folder is None:

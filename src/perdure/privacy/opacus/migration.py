@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 STATEMENT = (
-    "Accounted is what perdure's curator releases from now on. What Opacus spent before "
+    "Releases of perdure's curator are accounted from now on. Earlier spending by Opacus "
     "counts where "
     "from_opacus(engine, optimizer) takes it over, as Opacus recorded it: Poisson "
     "sampling at its rate."
 )
-"""What an epsilon of perdure covers for a model that Opacus trained before."""
+"""Statement on the scope of perdure's epsilon for a model that Opacus trained before."""
 
 MECHANISMS = ("rdp", "prv", "gdp")
 """Opacus's accountants of Poisson-sampled Gaussian steps under add/remove; what is taken over is
@@ -39,9 +39,9 @@ their history.
 def from_opacus(engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> Privacy:
     """Go on where an Opacus `PrivacyEngine` stopped.
 
-    Its noise, its clip norm, and what it has spent.
+    The result has its noise, its clip norm, and its past charges.
 
-    What its history says was spent is written to the ledger for every partition, so the records
+    The charges of its history are written to the ledger for every partition, so the records
     that Opacus saw must be those of the stream. Set an `epsilon` with `dataclasses.replace` to
     calibrate, or to cap.
 
@@ -60,7 +60,7 @@ def from_opacus(engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> 
 
 
 def spent(engine: Any) -> tuple[Charge, ...]:
-    """What a `PrivacyEngine` (or accountant) of Opacus recorded, as charges of one record.
+    """Read the history of a `PrivacyEngine` (or accountant) of Opacus as charges of one record.
 
     Guarantee: none of its own. Opacus records Poisson sampling also where `poisson_sampling=False`
     switched it off; `sampling_rate` of the loader tells.
@@ -154,6 +154,7 @@ def accountant(
 
     Args:
         account: a ledger or its reading side.
+        partitions: of which the record is in all.
         mechanism: rdp (RDPAccountant) or prv (PRVAccountant, tighter).
 
     Raises:
@@ -210,7 +211,7 @@ def unwrapped(model: Any, *, known: bool = True) -> nn.Module:
 
 
 def _inside(model: Any) -> Any:
-    """What a wrapper wraps, or None."""
+    """Return the model inside a wrapper, or None."""
     from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
     from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 

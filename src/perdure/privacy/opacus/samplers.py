@@ -190,8 +190,8 @@ def _clipped(
 def _settled(layer: Layer, calls: list[LayerCall]) -> list[LayerCall]:
     """Calls in the precision of the parameters, and in the order of memory of a new tensor.
 
-    What autocast left in half precision would be summed so. Opacus unfolds images by strides that
-    only a tensor without gaps has, and not one in `channels_last`.
+    Calls that autocast left in half precision would be summed in it. Opacus unfolds images by
+    strides that only a tensor without gaps has, and not one in `channels_last`.
     """
     dtype = next(layer.module.parameters()).dtype
     settled = []
@@ -234,7 +234,7 @@ def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
 
 
 def _hopeful(module: nn.Module) -> bool:
-    """Whether it is worth importing Opacus.
+    """Tell if it is worth importing Opacus.
 
     Every parameter belongs to a layer that may be known.
     """
@@ -251,7 +251,7 @@ def _hopeful(module: nn.Module) -> bool:
 
 
 def _layer(key: str, part: nn.Module, names: Mapping[str, str]) -> Layer | None:
-    """How the gradients of one layer are found, if it is known how."""
+    """Find the way to compute the gradients of one layer; None where it is not known."""
     from opacus.grad_sample import GradSampleModule
     from opacus.layers.dp_multihead_attention import SequenceBias
     from opacus.layers.dp_rnn import RNNLinear
@@ -272,7 +272,7 @@ def _layer(key: str, part: nn.Module, names: Mapping[str, str]) -> Layer | None:
 
 
 def _sampled_rightly(part: nn.Module) -> bool:
-    """Whether Opacus's sampler heeds the settings of the layer.
+    """Tell if Opacus's sampler respects the settings of the layer.
 
     EmbeddingBag's adds a repeated word once.
     """

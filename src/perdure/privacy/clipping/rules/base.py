@@ -86,14 +86,14 @@ class LayerCall:
     back: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def flowed(self) -> tuple[Tensor, Tensor]:
-        """Input and gradient in float32 or wider.
+        """Return input (n, ...) and gradient (n, ...) in float32 or wider.
 
         Under autocast the layer saw its input in its output's precision.
         """
         return at_least_float32(self.entered.to(self.back.dtype)), at_least_float32(self.back)
 
     def of(self, piece: slice | Tensor) -> "LayerCall":
-        """The call with the rows of some of the records."""
+        """Return the call with the rows (k, ...) of some of the n records."""
         return LayerCall(self.entered[piece], self.left, self.back[piece])
 
 
@@ -104,7 +104,7 @@ class RecordGradients(Protocol):
         """(n,) squared L2 norm of each record's gradient in this layer, best in float64."""
 
     def weighted(self, factors: Tensor) -> Params:
-        """Sum over records of factor times gradient, by the layer's own parameter names.
+        """Sum over records of factor (n,) times gradient, by the layer's own parameter names.
 
         Factors are in the precision of the layer's parameters, and both are in float32 or wider.
         """
@@ -175,7 +175,7 @@ class ClippingRule(ABC):
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of equally shaped tensors."""
+    """Sum tensors of one shape."""
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
@@ -247,11 +247,11 @@ class PrecomputedRows:
         self.rows = rows
 
     def squared_norms(self) -> Tensor:
-        """See `RecordGradients`."""
+        """Compute (n,) squared norms; see `RecordGradients`."""
         return sum_of(squared_row_norms(*map(at_least_float32, self.rows.values())))
 
     def weighted(self, factors: Tensor) -> Params:
-        """See `RecordGradients`."""
+        """Sum the gradients times factors (n,); see `RecordGradients`."""
         return summed(len(factors), 1, lambda piece: self._piece(piece, factors))
 
     def _piece(self, piece: slice, factors: Tensor) -> Params:
@@ -292,7 +292,10 @@ class FormedRows(ABC):
         return sums
 
     def squared_norms(self) -> Tensor:
-        """See `RecordGradients`; the rows are kept for `weighted` where they are few."""
+        """Compute (n,) squared norms; see `RecordGradients`.
+
+        The rows are kept for `weighted` where they are few.
+        """
         squares = []
         for piece in record_slices(self.n, self.numbers):
             rows = self._rows(piece)
@@ -302,7 +305,7 @@ class FormedRows(ABC):
         return torch.cat(squares)
 
     def weighted(self, factors: Tensor) -> Params:
-        """See `RecordGradients`."""
+        """Sum the gradients times factors (n,); see `RecordGradients`."""
         pieces = record_slices(self.n, self.numbers)
         together = max(1, SUMMED_RECORDS // max(1, pieces[0].stop)) if pieces else 1
         groups = [range(len(pieces))[i : i + together] for i in range(0, len(pieces), together)]

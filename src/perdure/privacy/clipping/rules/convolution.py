@@ -302,7 +302,10 @@ class ConvGhost:
     The bias is small, so the gradients of its n records are formed: (n, outs).
 
     Args:
-        geometry, calls, has_bias, shape: see `ConvRows`; one group.
+        geometry: see `ConvRows`; one group.
+        calls: see `ConvRows`.
+        has_bias: see `ConvRows`.
+        shape: see `ConvRows`.
     """
 
     def __init__(
