@@ -52,7 +52,7 @@ MessageProgress = Callable[[int, int], None]
 """Called as progress(replies so far, replies expected) after every reply."""
 
 IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
-"""What Flower wants to know of the process before it lets messages be made."""
+"""Numbers of the process that Flower needs before it lets messages be made."""
 CLIENT_FAILED = 2
 TELLING_NOTHING: frozenset[type[Exception]] = frozenset(
     {BudgetError, FederationError, GuardError, LedgerError}
@@ -132,7 +132,15 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Create a message to one node."""
+        """Create a message to one node.
+
+        Args:
+            content: records of the message.
+            message_type: kind of the message, such as `train`.
+            dst_node_id: the node that receives it.
+            group_id: name of the group of messages.
+            ttl: seconds until the message expires; None for Flower's default.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:

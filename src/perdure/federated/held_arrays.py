@@ -89,7 +89,7 @@ def read_only(array: Array) -> Tensor:
 def copied(content: RecordDict) -> RecordDict:
     """Return a copy of a message's records that its receiver may change.
 
-    What cannot change is shared: bytes, numbers and the tensors of held arrays.
+    Values that cannot change are shared: bytes, numbers and the tensors of held arrays.
     """
     own = RecordDict()
     for name, record in content.items():

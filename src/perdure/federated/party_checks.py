@@ -12,7 +12,7 @@ from perdure.privacy.settings import Privacy
 
 @dataclass(frozen=True, kw_only=True)
 class Party:
-    """What a client's learner says of privacy and disk; its model is not kept."""
+    """Privacy settings and folder of a client's learner; its model is not kept."""
 
     owner: str
     privacy: Privacy | None
@@ -20,7 +20,7 @@ class Party:
 
 
 def party_of(learner: Learner, client: int) -> Party:
-    """Return what the learner of a client says."""
+    """Return the party that the learner of a client describes."""
     owner = owner_of(learner, client)
     return Party(owner=owner, privacy=learner.privacy, folder=learner.folder)
 

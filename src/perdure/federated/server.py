@@ -402,7 +402,21 @@ def fit_federated(
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,
 ) -> Tensor:
-    """`run_federation`, for the accuracy matrix (T, T) in percent alone."""
+    """Run a federation and return the accuracy matrix alone.
+
+    Args:
+        make_learner: as in `run_federation`, which also says what is raised.
+        streams: as in `run_federation`.
+        federation: as in `run_federation`.
+        folder: as in `run_federation`.
+        callbacks: as in `run_federation`.
+        engine: as in `run_federation`.
+        progress: as in `run_federation`.
+
+    Returns:
+        (T, T) float64, accuracy in percent on the experience of the column after the experience of
+        the row.
+    """
     server = run_federation(
         make_learner,
         streams,

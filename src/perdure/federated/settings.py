@@ -1,4 +1,4 @@
-"""How many clients take part in a federation, how often they meet, and who aggregates."""
+"""Settings of a federation: number of clients, rounds and aggregator."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,10 +24,10 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
-    """How many clients, how often they meet, and what the server makes of their answers.
+    """Number of clients, rounds an experience, and aggregation by the server.
 
     Args:
-        clients: how many.
+        clients: number of clients.
         rounds: training rounds per experience.
         fraction: share of the clients that train in a round, rounded, at least one; drawn by
             perdure from `seed`.
