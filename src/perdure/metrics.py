@@ -36,7 +36,17 @@ _SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
 def accuracy(
     predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int
 ) -> float:
-    """Share of the records whose largest logit is the label's, in percent; NaN without records."""
+    """Compute the share of the records whose largest logit is the label's, in percent.
+
+    Args:
+        predict: from inputs (k, ...) to logits (k, C).
+        inputs: (n, ...).
+        labels: (n,).
+        batch_size: most records in a pass.
+
+    Returns:
+        Percent; NaN without records.
+    """
     pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
     right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
     return 100.0 * right / len(labels) if len(labels) else math.nan

@@ -23,6 +23,9 @@ class Classifier(nn.Module):
         feature_size: length of one feature vector.
         num_classes: full width of the head, public and fixed in advance.
         head: linear, or cosine (see `perdure.models.cosine_head.CosineHead`).
+
+    Raises:
+        ConfigError: for an unknown head.
     """
 
     def __init__(

@@ -65,7 +65,16 @@ def mlp(
     activation: Activation = "relu",
     head: Head = "linear",
 ) -> Classifier:
-    """Fully connected layers on the flattened input, PyTorch's initialisation. See `build`."""
+    """Make fully connected layers on the flattened input, with PyTorch's initialisation.
+
+    Args:
+        input_shape: of one input, (channels, height, width) or (features,).
+        num_classes: full width of the head.
+        seed: of the initialisation, as in `build`, which also says what is raised.
+        hidden: width of each layer.
+        activation: after each layer.
+        head: linear, or cosine.
+    """
     config = ModelConfig(name="mlp", hidden=hidden, activation=activation, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
 
@@ -80,9 +89,16 @@ def cnn(
     width: int = 64,
     head: Head = "linear",
 ) -> Classifier:
-    """Three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters.
+    """Make three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters.
 
-    See `build`.
+    Args:
+        input_shape: of one image, (channels, height, width).
+        num_classes: full width of the head.
+        seed: of the initialisation, as in `build`, which also says what is raised.
+        norm: normalisation after each convolution.
+        activation: after each normalisation.
+        width: channels of the second convolution; the first has half and the third twice as many.
+        head: linear, or cosine.
     """
     config = ModelConfig(name="cnn", norm=norm, activation=activation, width=width, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
@@ -97,7 +113,15 @@ def resnet18(
     width: int = 64,
     head: Head = "linear",
 ) -> Classifier:
-    """ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling. See `build`.
+    """Make a ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling.
+
+    Args:
+        input_shape: of one image, (channels, height, width).
+        num_classes: full width of the head.
+        seed: of the initialisation, as in `build`, which also says what is raised.
+        norm: normalisation after each convolution.
+        width: channels of the first stage.
+        head: linear, or cosine.
 
     Source: He, Zhang, Ren, Sun 2016, "Deep residual learning", section 4.2 for the stem.
     """

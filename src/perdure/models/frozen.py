@@ -2,7 +2,7 @@
 
 Fixed transforms, or a backbone with the weights that the user has.
 
-What is frozen holds no parameters, only buffers that are neither stored nor sent: all parties build
+A frozen body holds no parameters, only buffers that are neither stored nor sent: all parties build
 it alike, from a seed or from their own file of weights. It stays in evaluation mode, whatever mode
 the model is put into.
 """
@@ -40,7 +40,7 @@ class Fixed(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """What normalisation by running statistics does in evaluation mode.
+    """Normalisation by running statistics, as in evaluation mode.
 
     One scale and one shift a channel.
 
@@ -144,7 +144,7 @@ def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError.of(
-            "input_shape", input_shape, f"what the features take ({reason})"
+            "input_shape", input_shape, f"a shape that the features take ({reason})"
         ) from error
     if len(shape) != 2 or shape[0] != 2 or not shape[1]:
         raise ConfigError(
@@ -170,7 +170,7 @@ def frozen(
         frozen(backbone, input_shape=(3, 224, 224), num_classes=10)
 
     Guarantee: the features owe nothing to the records of the stream, and no step, round or
-    checkpoint changes them. What a backbone learnt elsewhere, from other records, is not accounted.
+    checkpoint changes them. Training of a backbone elsewhere, on other records, is not accounted.
 
     Args:
         features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into

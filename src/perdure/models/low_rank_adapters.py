@@ -54,6 +54,12 @@ class Adapted(nn.Module):
     """A frozen transformer with one set of low-rank adapters an experience.
 
     `adapters.T.BLOCK.query` and `.value` are the adapters of experience T for a block.
+
+    Args:
+        backbone: the transformer, of which a frozen copy is taken.
+        rank: of each product B A.
+        experiences: number of sets.
+        scale: factor of each product.
     """
 
     def __init__(self, backbone: Transformer, rank: int, experiences: int, scale: float) -> None:
@@ -100,8 +106,8 @@ def adapted(
     A backbone of other libraries cannot be adapted, for want of its inner places: see
     `transformers.from_timm`.
 
-    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from
-    other records, is not accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. Its training elsewhere,
+    on other records, is not accounted.
 
     Args:
         backbone: copied.

@@ -83,8 +83,8 @@ def prompted(
     A backbone of other libraries cannot be prompted, for want of its inner places: see
     `transformers.from_timm`.
 
-    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from
-    other records, is not accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. Its training elsewhere,
+    on other records, is not accounted.
 
     Args:
         backbone: copied.
@@ -119,7 +119,8 @@ class Components(nn.Module):
     Args:
         prompts: (components, size) initial prompts, with size = 2 * length * width: the keys and
             values of a prompt in one vector. `prompts.weight` is the transpose.
-        keys, attention: (components, width), initial.
+        keys: (components, width), initial.
+        attention: (components, width), initial.
     """
 
     def __init__(self, prompts: Tensor, keys: Tensor, attention: Tensor) -> None:
@@ -217,8 +218,8 @@ def composed(
     first `depth` blocks (prefix tuning; the paper's L_p counts both). The class token's last state
     goes to the head. Prompts, keys and attention vectors of all experiences start orthonormal.
 
-    Guarantee: no step, round or checkpoint changes the backbone. What it learnt elsewhere, from
-    other records, is not accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. Its training elsewhere,
+    on other records, is not accounted.
 
     Args:
         backbone: copied.

@@ -103,9 +103,17 @@ class RandomConvolutions(nn.Module):
 def random_filters(
     filters: int, channels: int, size: int, smoothing: float, place: torch.Generator
 ) -> Tensor:
-    """(filters, channels, size, size) float32.
+    """Draw filters of smoothed Gaussian noise, each of mean 0 and norm 1.
 
-    Gaussian noise, smoothed, of mean 0 and norm 1 each.
+    Args:
+        filters: number of filters.
+        channels: of the image.
+        size: height and width of a filter.
+        smoothing: standard deviation of the blur, in pixels.
+        place: generator of the noise.
+
+    Returns:
+        (filters, channels, size, size) float32.
     """
     noise = torch.randn(filters, channels, size, size, generator=place, dtype=torch.float64)
     smooth = blur(size, smoothing)

@@ -6,8 +6,8 @@ The scattering transform cascades wavelets and moduli and averages what comes ou
     with b at a coarser scale than a
 
 psi are Morlet wavelets of J scales and L orientations, phi is a Gaussian as wide as the widest of
-them, and averages are kept at every 2^J-th pixel. What an image shows may move or bend a little
-without changing them much.
+them, and averages are kept at every 2^J-th pixel. Small shifts and bends of an image change them
+little.
 
 It makes the body of a classifier by `perdure.models.frozen.frozen`.
 

@@ -37,13 +37,15 @@ POSITION_SCALE = 0.02
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Addition:
-    """What is added to the attention of one block.
+    """Additions to the attention of one block.
 
     Args:
-        query, value: (n, T, width) to (n, T, width), added to the projections of the same input;
-            None for nothing.
-        keys, values: (n, L, width), put before those of the tokens (prefix tuning); None for
+        query: (n, T, width) to (n, T, width), added to the query of the same input; None for
             nothing.
+        value: (n, T, width) to (n, T, width), added to the value of the same input; None for
+            nothing.
+        keys: (n, L, width), put before those of the tokens (prefix tuning); None for nothing.
+        values: (n, L, width), put before those of the tokens; None for nothing.
     """
 
     query: Callable[[Tensor], Tensor] | None = None
@@ -204,7 +206,15 @@ def transformer(
 ) -> Classifier:
     """Make a transformer with a linear head; parameters are a function of `seed` alone.
 
-    See `Transformer`.
+    Args:
+        input_shape: of one image, (channels, height, width).
+        num_classes: full width of the head.
+        seed: of the initialisation.
+        patch: side of a patch in pixels; it divides height and width.
+        width: length of a token.
+        depth: number of blocks.
+        heads: of the attention; a divisor of `width`.
+        hidden: units of every block's perceptron; None for 4 times the width.
 
     Raises:
         ConfigError: naming the field.
@@ -276,7 +286,7 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
     A head among the weights is left out.
 
     Args:
-        weights: a file of safetensors, or tensors by name.
+        weights: a file of safetensors, or tensors by name, with the names and shapes of timm.
         heads: of every attention, which the weights do not tell.
 
     Raises:
