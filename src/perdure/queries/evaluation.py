@@ -36,13 +36,29 @@ class SummedQuery(ABC):
         """Rows (n, ...), or a mapping of such; row i depends on record i only."""
 
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sum of the rows without privacy, in pieces of at most `chunk` records."""
+        """Sum the rows without privacy.
+
+        Args:
+            forward: the model.
+            batch: the records.
+            chunk: most records at a time.
+        """
         return exact_row_sum(self, forward, batch, chunk)
 
     def clipped_sum(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
     ) -> Params | None:
-        """Sum over records of the row, clipped as `clip` says; None without records."""
+        """Sum the clipped rows over the records.
+
+        Args:
+            module: the model.
+            params: its parameters by name.
+            tensors: name to (n, ...), the records.
+            clip: bound on each row.
+
+        Returns:
+            Name to sum, in the shape of one row; None without records.
+        """
         return clipped_row_sum(self, module, params, tensors, clip)
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
@@ -92,7 +108,7 @@ def bounded_sum(
 
 
 def _is_own(kind: type[SummedQuery]) -> bool:
-    """Whether this very class is defined in a file of this package.
+    """Tell if this very class is defined in a file of this package.
 
     A subclass is defined elsewhere, and a class that took over the names of another one
     (`functools.wraps`) is not found under them.

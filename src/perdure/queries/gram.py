@@ -97,7 +97,12 @@ class Gram(SummedQuery):
         return self.packed(rows | ({"totals": parts["targets"]} if self.totals else {}))
 
     def parts(self, forward: Forward, batch: Batch, *, strict: bool = False) -> Params:
-        """`features` (n, d) and, if any, `targets` (n, c) of norm at most 1, in float32.
+        """Compute `features` (n, d) and, if any, `targets` (n, c) of norm at most 1, in float32.
+
+        Args:
+            forward: the model.
+            batch: n records.
+            strict: refuse longer targets instead of clipping them.
 
         Raises:
             DataError: for other shapes, or (where `strict`) for longer targets.

@@ -143,7 +143,10 @@ class _Passes:
     """Forward and backward passes over pieces of the records.
 
     Args:
-        terms, size_of, module, params: see `sum_by_layers`.
+        terms: see `sum_by_layers`.
+        size_of: see `sum_by_layers`.
+        module: see `sum_by_layers`.
+        params: see `sum_by_layers`.
         layers: those that are tapped, by name.
         outputs: call to the shape of its output for one record, in the order of the calls.
     """

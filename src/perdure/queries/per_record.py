@@ -41,7 +41,7 @@ def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
 
 
 def asked_alone(rows: Rows, params: Params, tensors: Mapping[str, Tensor]) -> Iterator[Params]:
-    """What `rows` says of each record by itself, `CHUNK` records at a time."""
+    """Evaluate `rows` on each record by itself, `CHUNK` records at a time."""
     each = torch.func.vmap(rows, in_dims=(None, 0))
     for piece, count in filled_chunks(tensors, CHUNK):
         with explain_vmap_errors():
@@ -116,7 +116,7 @@ def explain_vmap_errors() -> Iterator[None]:
         if not str(error).startswith("vmap"):
             raise
         raise PrivacyError(
-            "what is asked about each record alone, under torch.func.vmap, may not draw at "
+            "a query runs on each record alone, under torch.func.vmap, and may not draw at "
             "random or branch on values; "
             f"use masks and torch.where ({str(error).partition('. ')[0]})"
         ) from error

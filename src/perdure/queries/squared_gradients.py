@@ -62,7 +62,7 @@ class SquaredGradient(SummedQuery):
         return torch.func.vmap(one)(batch.tensors())
 
     def size_of(self, values: Tensor) -> Tensor:
-        """Size of each number: its square.
+        """Square each number; the shape (...) stays.
 
         The size of a product is the product of the factors' sizes.
         """
@@ -94,10 +94,18 @@ class SquaredGradient(SummedQuery):
         tensors: Mapping[str, Tensor],
         clip: Clip | None = None,
     ) -> Params | None:
-        """Sum of the rows, clipped where `clip` is given.
+        """Sum the rows, clipped where `clip` is given.
 
-        None without records. Without `clip` also where `sum_by_layers` does not know it, and with
-        it where rows are no outer products (see `outer_layers`).
+        Args:
+            module: the model.
+            params: its parameters by name.
+            tensors: name to (n, ...), the records.
+            clip: bound on each row; None for no bound.
+
+        Returns:
+            One sum a parameter, in its shape. None without records; without `clip`, also for a
+            model that `sum_by_layers` does not know; with `clip`, also where rows are no outer
+            products (see `outer_layers`).
         """
         if clip is None:
             return sum_by_layers(self.terms, self.size_of, module, params, tensors)
@@ -148,10 +156,18 @@ class SquaredGradient(SummedQuery):
     def outer_layers(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]
     ) -> dict[str, nn.Linear] | None:
-        """Linear layers of a model whose rows are outer products.
+        """Find the linear layers of a model whose rows are outer products.
 
-        None where another module has a parameter, or the losses depend on a parameter in another
-        way than by one call of its layer, as its class has it; one blank record is run to see.
+        One blank record is run to find the calls.
+
+        Args:
+            module: the model.
+            params: its parameters by name.
+            tensors: name to (n, ...), the records; only shapes and dtypes are used.
+
+        Returns:
+            Layers by name. None where another module has a parameter, or where the losses depend
+            on a parameter otherwise than through one call of its layer by the method of its class.
         """
         layers = linear_layers(module)
         if not layers or not all(map(runs_as_built, layers.values())):
