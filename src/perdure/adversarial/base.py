@@ -89,7 +89,7 @@ def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.G
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """What every attack promises: how far it may go, and where inputs may lie.
+    """Base class of attacks: largest change of an input, and bounds on inputs.
 
     Args:
         epsilon: radius of the ball around each record, in units of the inputs; 0 leaves them as

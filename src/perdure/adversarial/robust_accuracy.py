@@ -1,4 +1,4 @@
-"""How much accuracy is left when every record is moved to its worst place nearby."""
+"""Robust accuracy: accuracy when every record is changed for the worst within a ball."""
 
 from collections.abc import Callable
 

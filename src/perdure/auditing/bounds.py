@@ -156,14 +156,17 @@ def epsilon_of(mu: float, delta: float) -> float:
 
 
 def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
-    """How many guesses are right, and how many are made.
+    """Guess which canaries were included, and count the right guesses.
 
-    The highest scores are said to be in, the lowest out.
+    The highest scores are guessed to be in, the lowest out.
 
     Args:
         scores: (m,).
         included: (m,) bool.
         share: of the canaries that is guessed about, fixed in advance.
+
+    Returns:
+        Number of right guesses, and number of guesses.
     """
     each = max(1, int(share * len(scores) / 2))
     order = torch.argsort(scores, stable=True)
@@ -172,7 +175,15 @@ def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
 
 
 def one_run_epsilon(correct: int, made: int, canaries: int, *, delta: float, tail: float) -> float:
-    """Smallest epsilon at which `correct` right guesses of `made` have probability above `tail`."""
+    """Find the smallest epsilon at which so many right guesses have probability above `tail`.
+
+    Args:
+        correct: number of right guesses.
+        made: number of guesses.
+        canaries: number of canaries, guessed about or not.
+        delta: of the epsilon.
+        tail: probability that the bound is wrong.
+    """
     return _crossing(
         lambda epsilon: one_run_p_value(correct, made, canaries, epsilon, delta) <= tail
     )
@@ -207,16 +218,23 @@ def one_run_p_value(correct: int, made: int, canaries: int, epsilon: float, delt
 def one_run_f_dp_epsilon(
     correct: int, made: int, canaries: int, *, delta: float, tail: float
 ) -> float:
-    """Epsilon at `delta` of the smallest mu that makes so many right guesses possible.
+    """Compute the epsilon of the smallest mu that makes so many right guesses possible.
 
-    That is, a mu-GDP mechanism could give this with probability `tail`.
+    A mu-GDP mechanism could give so many with probability `tail`.
+
+    Args:
+        correct: number of right guesses.
+        made: number of guesses.
+        canaries: number of canaries, guessed about or not.
+        delta: of the epsilon.
+        tail: probability that the bound is wrong.
     """
     mu = _crossing(lambda mu: not could_be_gaussian(correct, made, canaries, mu, tail), 1e-6)
     return epsilon_of(mu, delta)
 
 
 def could_be_gaussian(correct: int, made: int, canaries: int, mu: float, tail: float) -> bool:
-    """Whether a mu-GDP mechanism can have so many right guesses with probability `tail`.
+    """Tell if a mu-GDP mechanism can have so many right guesses with probability `tail`.
 
     That is, `correct` or more of `made`.
 

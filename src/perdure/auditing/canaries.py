@@ -44,7 +44,7 @@ RELEASED = "audit.released"
 
 @dataclass(frozen=True, kw_only=True)
 class AuditResult:
-    """What an audit found.
+    """Result of an audit.
 
     Args:
         lower_bound: epsilon that the mechanism has at least, with probability `confidence`.
@@ -70,7 +70,7 @@ class AuditResult:
 
     @property
     def flagged(self) -> bool:
-        """Whether the mechanism was seen to leak more than is claimed."""
+        """True where the mechanism was seen to leak more than is claimed."""
         return self.lower_bound > self.claimed
 
     def __str__(self) -> str:
@@ -192,9 +192,12 @@ def first_free_id(stream: Stream) -> int:
 
 
 def with_canaries(stream: Stream, experience: int, ids: Tensor) -> Stream:
-    """Stream whose experience also holds blank records with these ids.
+    """Return a stream whose experience also holds blank records; declared sizes stay.
 
-    Declared sizes stay as they are.
+    Args:
+        stream: the stream.
+        experience: index of the experience.
+        ids: (k,) ids of the blank records.
     """
     chosen = stream[experience]
     mixed = replace(chosen, train=joined(chosen, ids.to(chosen.train.ids.device)))
@@ -236,7 +239,7 @@ class Probed(nn.Module):
         return logits
 
     def __getattr__(self, name: str) -> Any:
-        """What else the model can do, such as `features`."""
+        """Look up other attributes in the model, such as `features`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -304,7 +307,7 @@ class Audited(Strategy):
         return self.inner.name
 
     def uses(self, hook: str) -> bool:
-        """Whether the strategy does; after a step, the probe is read in any case."""
+        """Tell if the strategy overrides `hook`; `after_step` is always used, to read the probe."""
         return hook == "after_step" or self.inner.uses(hook)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:

@@ -25,9 +25,14 @@ from perdure.utils.modules import evaluating, trainable_parameters
 
 
 class StrategyPlugin:
-    """See `perdure.avalanche.as_plugin`.
+    """A strategy as a plugin of Avalanche; see `perdure.avalanche.as_plugin`.
 
     Avalanche finds callbacks by name, so this needs no base class of Avalanche's.
+
+    Args:
+        strategy: the strategy.
+        benchmark: of Avalanche; needed only where the experiences do not know theirs.
+        seed: of memory.
     """
 
     supports_distributed = False
@@ -71,7 +76,11 @@ class StrategyPlugin:
     # ------------------------------------------------------------------ an experience
 
     def after_train_dataset_adaptation(self, template: Any, **_: Any) -> None:
-        """Open the experience; give Avalanche the rows of a plan that draws from others too."""
+        """Open the experience; give Avalanche the rows of a plan that draws from others too.
+
+        Raises:
+            ConfigError: for experiences out of order.
+        """
         session = self._session = self._session or self._open_session(template)
         index = template.experience.logging().current_experience
         if index != session.position.experience:
@@ -89,7 +98,11 @@ class StrategyPlugin:
             template.adapted_dataset = _dataset(self._pool, self._tasks)
 
     def before_training_exp(self, template: Any, **_: Any) -> None:
-        """Skip the epochs of a plan that takes no gradient."""
+        """Skip the epochs of a plan that takes no gradient.
+
+        Raises:
+            ConfigError: for a model whose parameters changed shape.
+        """
         own = trainable_parameters(template.model)
         shapes = {name: value.shape for name, value in own.items()}
         if shapes != {name: value.shape for name, value in self.session.params.items()}:

@@ -17,7 +17,7 @@ only.
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attribution:
-    """How much every feature of every instance did for one output of the model.
+    """Share of every feature of every instance in one output of the model.
 
     Args:
         values: (n, ...) in the shape of the inputs, in units of the model's output.
@@ -35,7 +35,7 @@ class Attribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Explainer(ABC):
-    """Explain a model's output by how much every feature did for it.
+    """Explain a model's output by the share of every feature in it.
 
     A subclass is a frozen dataclass. Its fields are numbers and words, so that a config can give
     them; tensors in the shape of the data are arguments of `explain`.

@@ -41,7 +41,7 @@ def charges(
     noise_multiplier: float,
     excluded: frozenset[str] = NOBODY,
 ) -> Histories:
-    """What the last of `stages` costs every partition that it exposes."""
+    """Compute the charges of the last of `stages` to every partition that it exposes."""
     privacy = training.privacy
     cost = training.strategy.privacy_cost
     current = stages[-1].train.partition

@@ -18,7 +18,7 @@ NOBODY: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingPlan:
-    """How a stream is trained: over which records, for how many steps, in which blocks.
+    """Plan of training on a stream: pools of records, numbers of steps, blocks.
 
     A function of public facts: no record is looked at, so a run can be calibrated before it begins.
 
@@ -26,7 +26,8 @@ class TrainingPlan:
         stream: its declared sizes and classes are used, never its records.
         strategy: says what an experience is trained on.
         batch_size: expected number of new records in a step.
-        epochs, iterations: length of an experience; exactly one is given.
+        epochs: passes over the records of an experience; None where `iterations` is given.
+        iterations: steps of an experience; None where `epochs` is given.
         blocks: number of pieces an experience is trained in; each is charged to the ledger as one.
         privacy: settings of differential privacy, or None.
         schedule: noise and excluded partitions of every experience, once they are calibrated.
@@ -107,7 +108,13 @@ class TrainingPlan:
         return self.steps_of(self.upto(index), excluded)
 
     def block(self, index: int, number: int, of: int) -> range:
-        """Return the steps of piece `number` where experience `index` is trained in `of` pieces."""
+        """Return the steps of one piece of an experience.
+
+        Args:
+            index: of the experience.
+            number: of the piece, from 0.
+            of: number of pieces that the experience is trained in.
+        """
         return split_steps(self.steps(index), of)[number]
 
     def remaining_blocks(self, index: int, step: int) -> list[range]:
