@@ -388,7 +388,7 @@ def test_project_refuses_what_is_no_charge(perdure, alone, option, value):
 def test_help_names_the_three(perdure):
     out = " ".join(shown(perdure("--help")).replace("│", " ").split())
     for sentence in (
-        "show Who was exposed to what",
+        "show Show the charges of every partition",
         "verify Check every chain",
         "Nothing is written.",
     ):

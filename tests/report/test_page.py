@@ -198,7 +198,7 @@ def test_the_statement_covers_every_private_arm_and_all_together(result: dict[st
     for arm in result["arms"]:
         if arm["epsilon"]:
             assert arm["epsilon"]["text"] in text
-            assert f"What {arm['strategy']} spent its privacy on" in text
+            assert f"Charges of {arm['strategy']}" in text
     assert "Fisher diagonal 5 4 1" in text
     assert f"Epsilon 17.35 (per record, add-remove, δ = 1e-5; {SIMULATION})" in text
     assert "4 models were trained without privacy on the same records and carry no promise" in text

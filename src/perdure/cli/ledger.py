@@ -1,6 +1,6 @@
 """The commands `perdure ledger`, with their options.
 
-What they do is in `ledger_commands`, which is imported when one of them runs: help needs no torch.
+Their code is in `ledger_commands`, which is imported when one of them runs: help needs no torch.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import typer
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""What a run spent of its privacy, and whether the account of it is whole.
+    help="""Show the privacy that a run spent, and verify its ledger.
 
 RUN is the folder of a run, finished or not, or a ledger file.""",
 )
@@ -35,7 +35,7 @@ def show(
         bool, typer.Option("--json", help="Print JSON instead; null is an infinite epsilon.")
     ] = False,
 ) -> None:
-    """Who was exposed to what, how often and how strongly, and the epsilon that follows."""
+    """Show the charges of every partition, and the epsilon that follows from them."""
     from perdure.cli import ledger_commands
 
     ledger_commands.show(run, delta=delta, arm=arm or (), owner=owner or (), as_json=as_json)
@@ -86,7 +86,7 @@ def project(
     sampling_rate: Annotated[
         float, typer.Option(help="Probability that a record is in a step; 1 for no sampling.")
     ],
-    steps: Annotated[int, typer.Option(help="How many.")],
+    steps: Annotated[int, typer.Option(help="Number of further steps.")],
     partition: Annotated[
         Names, typer.Option(help="Only this one, OWNER/PARTITION; may be given again.")
     ] = None,

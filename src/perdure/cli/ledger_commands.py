@@ -80,7 +80,7 @@ class Source:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has a result."""
+        """True where the run has a result."""
         return (self.folder / "result.json").exists()
 
     @property
@@ -309,7 +309,7 @@ def key_in(folder: Path) -> NoiseKey | None:
 
 
 def _there(path: Path) -> bool:
-    """Whether a ledger is there, or something that knows of one."""
+    """Tell if a ledger is there, or a file that mentions one."""
     known = (path, head_path(path), private_copy(path.parent).path)
     return any(each.exists() for each in known)
 
@@ -354,7 +354,7 @@ def statements(
 def summary(
     source: Source, chosen: Merged, delta: float, missing: Collection[str], whole: bool
 ) -> dict[str, object]:
-    """What `statements` says, for machines."""
+    """Return the facts of `statements` as a table for machines."""
     joint = all_arms(chosen, delta) if whole else None
     return {
         "schema": 1,
@@ -389,7 +389,7 @@ def without_privacy(source: Source) -> list[str]:
 
 
 def checks(account: Merged) -> str:
-    """What was verified when the account was opened."""
+    """Say in words which chains and heads were verified when the account was opened."""
     keyed = sum(part.keyed for part in account.parts)
     total = len(account.parts)
     if 0 < keyed < total:
@@ -398,13 +398,13 @@ def checks(account: Merged) -> str:
 
 
 def anyone(account: Merged) -> str:
-    """What a verified head is worth where its key comes from a seed."""
+    """Return a warning for verified heads whose key comes from a seed; else an empty text."""
     simulated = account.simulated and any(part.keyed for part in account.parts)
     return " (simulated keys: anyone can make such heads)" if simulated else ""
 
 
 def sound(path: Path, account: Merged) -> str:
-    """What `verify` says of a file that is whole."""
+    """Return the line that `verify` prints for a file that is whole."""
     lines = [line for part in account.parts for line in part.lines]
     if not head_path(path).exists():
         return f"{len(account.parts)} ledgers, {len(lines)} lines; {checks(account)}"

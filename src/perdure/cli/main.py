@@ -1,6 +1,6 @@
 """The command `perdure`, with its options.
 
-What a command does is imported when it runs: help needs no torch.
+The code of a command is imported when it runs: help needs no torch.
 """
 
 import json

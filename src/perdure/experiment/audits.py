@@ -130,7 +130,13 @@ def audit_run(
 ) -> dict[str, AuditResult]:
     """Audit every private arm of a config by name.
 
-    Of a federation, the learner of its first client, trained alone.
+    Of a federation, the learner of its first client is audited, trained alone.
+
+    Args:
+        config: of the run.
+        canaries: number of canaries, in the data and out.
+        confidence: probability that an honest mechanism is not flagged.
+        method: see `perdure.auditing.bounds`.
 
     Raises:
         ConfigError: when no arm is private.

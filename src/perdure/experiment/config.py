@@ -1,4 +1,4 @@
-"""What a run is asked to do: a TOML file read into frozen dataclasses, every value checked once.
+"""Configuration of a run: a TOML file read into frozen dataclasses, every value checked once.
 
 name = "hospital"
 seed = 0
@@ -104,7 +104,7 @@ def check(config: object, names: str, good: Callable[[Any], bool], allowed: str)
 
 
 def counts(value: int) -> bool:
-    """Whether a count counts something that a run can come to the end of."""
+    """Tell if a count is positive and small enough that a run can end."""
     return 1 <= value <= 10**9
 
 
@@ -168,13 +168,14 @@ class AttackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long and with what an experience is trained.
+    """Length, optimiser and precision of training on an experience.
 
     Args:
         optimizer: any class of torch.optim.
         momentum: for those that have one; None for its default.
-        epochs, iterations: length of an experience; give one. In a federation, spread over its
-            rounds.
+        epochs: passes over the records of an experience, in a federation spread over its rounds;
+            give this or `iterations`.
+        iterations: steps of an experience, in a federation spread over its rounds.
         batch_size: records a step.
         reset_optimizer: start every experience with a fresh optimiser.
         precision: of the passes through the model while training.
@@ -234,7 +235,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig:
-    """Who takes part.
+    """Parties and rounds of a federation.
 
     Args:
         clients: number of parties.

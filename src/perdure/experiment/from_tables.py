@@ -134,7 +134,7 @@ def checked_value(value: object, hint: Any, where: str) -> object:
 
 
 def _length_fits(value: list[object], hint: Any) -> bool:
-    """Whether a list may become such a tuple, of any length or of a fixed one."""
+    """Tell if a list may become such a tuple, of any length or of a fixed one."""
     if typing.get_origin(hint) is not tuple:
         return False
     kinds = typing.get_args(hint)
@@ -142,7 +142,7 @@ def _length_fits(value: list[object], hint: Any) -> bool:
 
 
 def _fits(value: object, kind: type) -> bool:
-    """Whether a TOML value is of a type.
+    """Tell if a TOML value is of a type.
 
     Whole numbers are numbers, true and false are not, nor are nan and inf.
     """

@@ -132,7 +132,7 @@ def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
 
 
 def spending(account: Account, delta: float) -> list[Spending]:
-    """What the worst partition's budget went to, equal charges added up."""
+    """List the charges of the worst partition, equal ones added up."""
     worst, _ = account.worst(delta)
     steps: dict[tuple[str, float, float], int] = {}
     for entry in account.entries:

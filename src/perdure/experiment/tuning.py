@@ -33,7 +33,7 @@ logarithmic scale.
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What a search found.
+    """Result of a search.
 
     Args:
         values: the best hyper-parameters.
@@ -48,7 +48,7 @@ class Tuned:
     trials: tuple[tuple[Values, float], ...]
 
     def row(self) -> dict[str, object]:
-        """What a benchmark stores beside a result, in words and numbers."""
+        """Return the facts that a benchmark stores beside a result."""
         return {
             "tuned_on": "held-out training records of the first "
             f"{self.experiences} experiences; no test "
@@ -77,6 +77,7 @@ def tune(
         make: from hyper-parameters to a fresh learner; one that runs away scores 0.
         space: what is searched.
         stream: of which only the training records of the first `experiences` are looked at.
+        experiences: number of experiences to search on.
         held_out: share of those records that is measured on.
         trials: learners trained.
         seed: of cut and search.

@@ -72,7 +72,7 @@ def _matrices(result: Result) -> Picture:
     figure.supylabel("after training on experience", fontsize=8.5, color=MUTED)
     return Picture(
         name="accuracy_matrix",
-        title="What was kept, and when it was lost",
+        title="Accuracy kept and lost over time",
         caption="One matrix per arm. Read a row from left to right: what the model could do after "
         "that experience. Read a column downwards: how one experience fared from then on. The "
         "framed diagonal is the moment of learning; pale cells below it are forgetting.",
@@ -308,7 +308,7 @@ def _explanations(result: Result, run: Path) -> Picture | None:
         figure = heat_maps(inputs, list(zip(told["moments"], values, strict=True)), titles)
     return Picture(
         name="explanations",
-        title="What the model looks at, before and after",
+        title="Explanations before and after",
         caption=f"The arm {told['arm']}, explained with {explainer_name(told['method'])} on a few "
         "test inputs. Red pixels speak for the class named above, blue ones against it; where the "
         "picture changes between the rows, the reasons were forgotten or replaced, even if the "

@@ -31,10 +31,14 @@ class ChargeSummary:
     """One mechanism that the records of a partition were exposed to, equal ones added up.
 
     Args:
-        purpose, mechanism, sampling, noise_multiplier, clip_norm: as in the ledger's entries.
+        purpose: as in the ledger's entries.
+        mechanism: as in the ledger's entries.
         accounted: kind of noise that the accountant counts (see `Charge`).
+        sampling: as in the ledger's entries.
         sampling_rate: probability that a record was in a step.
-        steps: how often.
+        noise_multiplier: as in the ledger's entries.
+        clip_norm: as in the ledger's entries.
+        steps: number of steps.
         participations: in how many of the steps one record was at most; all of them where it was
             drawn by chance.
     """
@@ -82,7 +86,7 @@ class Exposed:
 
 @dataclass(frozen=True, kw_only=True)
 class Projected:
-    """What one partition spent so far, and what it would have spent after one more charge."""
+    """Epsilon of one partition so far, and after one more charge."""
 
     owner: str
     partition: str

@@ -74,7 +74,7 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
         ("arms", "All arms", arms_table(result)),
         ("pictures", "Pictures", gallery(result, drawn)),
         ("privacy", "Privacy statement", statement(result)),
-        ("run", "How it was run", facts(result, config)),
+        ("run", "Settings of the run", facts(result, config)),
         ("words", "Words", glossary()),
     )
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)

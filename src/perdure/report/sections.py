@@ -65,14 +65,14 @@ GLOSSARY = (
     ),
     (
         "strategy",
-        "How forgetting is fought: naive does nothing, others penalise change, distil or replay.",
+        "The method against forgetting: naive has none, others penalise change, distil or replay.",
     ),
     (
         "epsilon (ε)",
-        "How much one unit can change what comes out. Every use adds; lower is better.",
+        "The limit on the change of the results by one unit. Every use adds; lower is better.",
     ),
     ("delta (δ)", "The small probability that is left outside the promise of epsilon."),
-    ("unit", "What the promise protects: one record, or one client with all its records."),
+    ("unit", "The protected unit of the promise: one record, or one client with all its records."),
     (
         "relation",
         "Which two data sets must look alike: add-remove (one unit more or less), or replace-one.",
@@ -83,13 +83,13 @@ GLOSSARY = (
     ),
     (
         "sampling",
-        "How records get into a step. Poisson: each by its own coin, hidden from everyone.",
+        "The choice of records for a step. Poisson: each by its own coin, hidden from everyone.",
     ),
     ("noise multiplier", "Standard deviation of the noise over the largest influence of one unit."),
     ("sampling rate", "The probability that a given record takes part in one step."),
     (
         "trust model",
-        "Who sees raw data or exact sums before noise is added, and so has to be trusted.",
+        "The party that sees raw data or exact sums before noise, and so has to be trusted.",
     ),
     ("release", "One noisy sum that left the holder of the records. Nothing else leaves."),
 )
@@ -310,9 +310,7 @@ def spending_table(arm: ArmResult, label: str) -> str:
         for entry in arm["spending"]
     )
     columns = ["purpose", "steps", "noise multiplier", "sampling rate"]
-    return _table(
-        f"What {escape(label)} spent its privacy on", columns, f"<tbody>{''.join(rows)}</tbody>"
-    )
+    return _table(f"Charges of {escape(label)}", columns, f"<tbody>{''.join(rows)}</tbody>")
 
 
 def _table(caption: str, columns: Iterable[str], body: str) -> str:

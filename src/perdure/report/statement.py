@@ -14,17 +14,17 @@ UNITS = {
     "client": "One client is one participant of the federation with everything it holds.",
 }
 SIZES = (
-    "How many records each partition holds is taken to be public: sampling rates, numbers of steps "
-    "and divisors follow from the declared number, and nothing hides it. Where no number was "
+    "The number of records of each partition is taken to be public: sampling rates, numbers of "
+    "steps and divisors follow from the declared number, and nothing hides it. Where no number was "
     "declared, the real one was taken, and is thereby public."
 )
 RELATIONS = {
     "add-remove": "Two data sets are neighbours when one has one "
-    "{unit} more than the other. What is "
-    "hidden is whether a given {unit} took part at all.",
+    "{unit} more than the other. It is "
+    "hidden whether a given {unit} took part at all.",
     "replace-one": "Two data sets are neighbours when one {unit} of "
     "the first is another {unit} in the "
-    "second. What is hidden is which of the two took part; how many took part is taken as known.",
+    "second. It is hidden which of the two took part; the number that took part is taken as known.",
 }
 
 
@@ -41,7 +41,7 @@ def statement(result: Result) -> str:
 
 
 def guess_limit(epsilon: float, delta: float) -> float:
-    """How often a guess between two neighbouring data sets, from even odds, can at best be right.
+    """Largest probability of a right guess between two neighbouring data sets, from even odds.
 
     (e^epsilon + delta) / (e^epsilon + 1)
 
