@@ -34,7 +34,7 @@ ON_CUDA = ("alone", "rows", "vmap", "private")
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a strategy passed.
+    """Checks that a strategy passed.
 
     Args:
         strategy: its repr.

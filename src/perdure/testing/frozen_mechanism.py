@@ -1,6 +1,6 @@
 """A private sum whose answers are recorded once and then given again, for `perdure.testing.replay`.
 
-What leaves a private sum is an integer sum with integer noise. The key that draws the noise sees
+A private sum releases an integer sum with integer noise. The key that draws the noise sees
 the exact integers, the entry of the ledger that pays, and the scale, and it decides who is in a
 step. So it is the place to listen at: whatever clips, samples, reserves or counts above it may be
 wrong, and shows there.
@@ -97,8 +97,8 @@ class Tape:
             first = known and (known.release, known.step, tuple(known.exact.shape))
             if known is None or asked != first:
                 raise OtherReleaseError(
-                    f"answer {place} is asked for {asked}, and in the first run for {first}; what "
-                    "is asked may not depend on a record"
+                    f"answer {place} is asked for {asked}, and in the first run for {first}; the "
+                    "question may not depend on a record"
                 )
             own = Draw(**(vars(own) | {"answer": known.answer}))
         self.draws.append(own)

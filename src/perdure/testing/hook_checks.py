@@ -144,7 +144,7 @@ def held(scene: MidRunFixture) -> dict[str, Tensor]:
 
 
 def inside(value: object) -> object:
-    """What an object holds, fields or not, to be compared."""
+    """Return the contents of an object, fields or not, to be compared."""
     if isinstance(value, Strategy):
         return {name: inside(part) for name, part in vars(value).items()}
     if isinstance(value, dict):

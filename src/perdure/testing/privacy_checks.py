@@ -156,7 +156,7 @@ def _reuses_as_declared(fixture: StrategyFixture, learner: Learner, since: int) 
 # ---------------------------------------------------------------- the same answers on other records
 
 Answer = tuple[Any, Any, float]
-"""What the mechanism said, and what it knows of its last gradient and its clip norm then."""
+"""Answer of the mechanism, its last gradient, and its clip norm at that time."""
 
 
 def _recorded(mechanism: PrivateSum) -> list[Answer]:

@@ -18,7 +18,7 @@ from perdure.errors import ConformanceError
 from perdure.types import Params
 
 Kind = Literal["releases", "memory_releases", "histograms", "selections", "references"]
-"""What is asked, by its name in `PrivacyCost`."""
+"""Kind of a question to the curator, by its name in `PrivacyCost`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,7 +160,7 @@ class RecordingStrategy:
         return RecordingCurator(curator, asked=self.asked, step=self.step).curator
 
     def count_of(self, kind: Kind, experience: int) -> int:
-        """How often this was asked at an experience."""
+        """Count the questions of this kind at an experience."""
         return sum(q.times for q in self.asked if q.kind == kind and q.place[0] == experience)
 
 

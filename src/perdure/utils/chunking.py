@@ -15,7 +15,7 @@ that is no rounding any more. Nothing was found to change from 5 rows on; see th
 
 
 def chunks(tensors: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Cut the rows into pieces of at most `size`.
+    """Cut the rows (n, ...) into pieces of at most `size`.
 
     Clipping is per record, so the sum does not change.
     """

@@ -58,6 +58,11 @@ def store_rows(path: Path, rows: Sequence[Mapping[str, object]], *, seed: int) -
     """Store a benchmark's rows with what is needed to run it again.
 
     The form every benchmark uses.
+
+    Args:
+        path: of the JSON file.
+        rows: the results.
+        seed: of the run.
     """
     content = {
         "machine": machine(),

@@ -41,7 +41,7 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the folder, in this process."""
+        """True where this object holds the folder, in this process."""
         if self._descriptor is None or self._process != present_process():
             return False
         return self._file == _identity(self.folder / LOCK)

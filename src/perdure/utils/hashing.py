@@ -58,7 +58,7 @@ def uniforms(ids: Tensor, *stream: int | Tensor) -> Tensor:
 
 
 def normals(ids: Tensor, *stream: int | Tensor) -> Tensor:
-    """Standard normal numbers, float32, between -5.3 and 5.3. See `hashed`."""
+    """(n,) standard normal numbers, float32, between -5.3 and 5.3. See `hashed`."""
     return math.sqrt(2) * torch.erfinv(2 * uniforms(ids, *stream) - 1)
 
 
@@ -119,7 +119,7 @@ def _canonical_object(value: object) -> JSONValue:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value consists of numbers and text only."""
+    """Tell if a value consists of numbers and text only."""
     if isinstance(value, tuple | list):
         return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)

@@ -1,9 +1,9 @@
 """Randomness that is a function of one seed and of where it is used, never of what ran before.
 
 So a resumed run needs no generator state: it derives the same numbers again.
-Private noise and coins do not come from here: see `perdure.privacy.noise.key`. What a private step
-draws through torch (dropout, views, attack starts) starts from secret bytes of that key, all of
-which count: see `generator_from`.
+Private noise and coins do not come from here: see `perdure.privacy.noise.key`. The draws of a
+private step through torch (dropout, views, attack starts) start from secret bytes of that key, all
+of which count: see `generator_from`.
 """
 
 import hashlib
