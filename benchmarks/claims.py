@@ -4,8 +4,8 @@ The data are parts of MNIST, or digits.
 
 These are not the papers' benchmarks, and their accuracies are not comparable with those; what is
 compared is whether the method stands above what its paper sets it against, in the same setting. A
-claim that does not show here is stored as not shown. How arms are compared and hyper-parameters
-chosen is said in `comparison.py`: never by test records. Sizes and lengths were set by hand, so
+claim that does not show here is stored as not shown. See `comparison.py` for the comparison of arms
+and the choice of hyper-parameters: never by test records. Sizes and lengths were set by hand, so
 that all of it takes minutes; where one was changed after test accuracies had been seen, the entry's
 note says so. Seven claims that did not show with five seeds were run again with twenty, the first
 five among them, which makes "shown" a little likelier than once: bic, coda_prompt, er_ace, gdumb,

@@ -1,4 +1,4 @@
-"""How a claim is put to the test.
+"""Tests of claims.
 
 Arms trained on the same streams, seed by seed, and the differences between them.
 
@@ -296,7 +296,7 @@ def described(thing: object) -> str:
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print one line a comparison."""
     table = Table(
-        title="What papers claim, in percent; a positive difference speaks for the method",
+        title="Claims of papers, in percent; a positive difference speaks for the method",
         caption=RULE,
     )
     for column in ("claim", "measure", "method", "", "against", "", "difference", "error", "shown"):

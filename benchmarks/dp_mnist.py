@@ -5,7 +5,7 @@ Scattering features and a linear model.
 Wavelets that are not learned, group normalisation of every record by itself, then logistic
 regression by private SGD.
 
-What is inside the accounting: all that looks at more than one record, which is every step of the
+Accounted: all that looks at more than one record, which is every step of the
 gradient (PLD, add/remove, Poisson sampling); the ledger holds nothing else. Features and
 normalisation are functions of one record. Declared public: the number of training records, the ten
 classes, the range of pixels, and the test set.

@@ -258,7 +258,7 @@ class Tally:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """True where nothing is wrong."""
         return not (
             self.undercharged or self.redrawn_differently or self.failed_starts or self.different
         )

@@ -1,4 +1,4 @@
-"""What a number of private noise costs: exact noise with its cipher, and what it is made of.
+"""Cost of a number of private noise: exact noise with its cipher, and its parts.
 
 Each draw is timed by itself, turn by turn, in processor time of one thread, which is what the clock
 would show on an idle machine. `exact, compiled` is what every private step draws; `exact, NumPy` is

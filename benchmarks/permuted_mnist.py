@@ -4,7 +4,7 @@ Domain-incremental, one head of ten.
 
 The network is that of Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios,
 2018, and of van de Ven and Tolias, Three scenarios for continual learning, 2019: an MLP of 2 x
-1,000 units, batches of 128. What is shorter, so that a processor can bear it: 1,200 steps an
+1,000 units, batches of 128. Shorter, to suit a processor: 1,200 steps an
 experience instead of 4,690 or 5,000, at Adam 1e-3 instead of 1e-4, begun anew with every
 experience. Pixels are in [0, 1]. A seed sets the permutations (all ten), the model and the order of
 images. These settings were chosen by looking at whole streams of seed 10, measured on held-out
@@ -146,7 +146,7 @@ def row(
 
 
 def same(entry: dict[str, Any], name: str, asked: Values) -> bool:
-    """Whether the stored row answers what is asked."""
+    """Tell if the stored row has the strategy and values that are asked for."""
     return entry["strategy"] == name and all(
         entry.get(key) == value for key, value in asked.items()
     )

@@ -1,4 +1,4 @@
-"""What benchmarks share.
+"""Common parts of benchmarks.
 
 Options of the command line, rows that are stored and taken up again, the table at the end.
 """
@@ -56,7 +56,7 @@ def store(path: Path | None, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def origin() -> Row:
-    """How and where a row was made; a file may hold rows of several runs."""
+    """Command and machine of a row; a file may hold rows of several runs."""
     return {"command": command(), "machine": machine()}
 
 

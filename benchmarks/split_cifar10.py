@@ -55,7 +55,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much of the published set-up is run.
+    """Size of a run, beside the published set-up.
 
     Args:
         width: channels of the first stage.
@@ -178,7 +178,7 @@ def settings(name: str, buffer: int, scale: str) -> Row:
 
 
 def same(entry: Row, asked: Row) -> bool:
-    """Whether a stored row answers what is asked."""
+    """Tell if a stored row has the values that are asked for."""
     return all(entry.get(name) == value for name, value in asked.items())
 
 

@@ -121,7 +121,7 @@ REFERENCE: dict[Key, float] = {
     ("vandeven", "domain", "replay"): 94.6,
     ("vandeven", "domain", "agem"): 90.0,
 }
-"""What the reference code gave on this data. Class-incremental: replay with seeds 1 to 3 (88.2,
+"""Accuracy of the reference code on this data. Class-incremental: replay with seeds 1 to 3 (88.2,
 89.4, 90.0), LwF with 1 and 2 (21.6, 20.1), iCaRL with one and the classes so far, as in the
 authors' comparison. With the digits in the orders of our seeds, on which much depends:
 class-incremental A-GEM with 0 to 4 (51.0, 54.4, 62.7, 39.2, 51.6; in one of its own 66.5);
@@ -134,10 +134,11 @@ memory and denormal numbers were 0; the arithmetic is the reference's."""
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What all strategies of a table share.
+    """Settings that all strategies of a table share.
 
     Args:
-        iterations, epochs: length of an experience.
+        iterations: steps of an experience; None where `epochs` is given.
+        epochs: passes over the records of an experience; None where `iterations` is given.
         padded: 32 x 32 pixels, standardised.
         random_order: every seed but 0 takes the digits in an order of its own.
         so_far: class-incremental, strategies that tell apart the classes met so far; None for all
@@ -368,7 +369,7 @@ def key_of(entry: Row) -> Key:
 
 
 def same(entry: Row, chosen: Arm, seeds: int) -> bool:
-    """Whether the stored row is this cell with these settings and seeds."""
+    """Tell if the stored row is this cell with these settings and seeds."""
     settings = {"options": repr(chosen.strategy), "rules": repr(chosen.rules), "seeds": seeds}
     return key_of(entry) == chosen.key and all(
         entry.get(name) == value for name, value in settings.items()

@@ -273,7 +273,16 @@ class Analytic(Strategy, ABC):
         return Plan(train=False)
 
     def features(self, forward: Forward, x: Tensor, state: State) -> Tensor:
-        """Features (n, d) that the head is solved on, of inputs (n, ...)."""
+        """Compute the features that the head is solved on.
+
+        Args:
+            forward: the model.
+            x: inputs (n, ...).
+            state: the present state.
+
+        Returns:
+            (n, d).
+        """
         features = forward.features(x).flatten(1)
         return unit(features) if self.normalise else features
 
@@ -311,9 +320,16 @@ class Analytic(Strategy, ABC):
         weight: float = 1.0,
         totals: float = 0.0,
     ) -> Gram:
-        """Query of this kind over the features that the head sees, with one-hot targets.
+        """Build a query over the head's features and one-hot targets.
 
         Features are divided by `scale`.
+
+        Args:
+            curator: will answer it; it knows the scale.
+            state: the present state.
+            kind: class of the query.
+            weight: as in `Gram`.
+            totals: as in `Gram`.
         """
         classes = torch.arange(len(state["bias"]), device=state["bias"].device)
         scale = self.scale(curator)

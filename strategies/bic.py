@@ -19,7 +19,7 @@ and then stay; in the first experience there is nothing to correct. The second t
 paper (whose authors' code has 0.05 beta^2 a record): it keeps a fit to a handful of records near no
 correction, and fades with their number.
 
-What is held out: a tenth of all records, by a hash of the record's id, which never get a gradient;
+Held out: a tenth of all records, by a hash of the record's id, which never get a gradient;
 those of them that are in memory make the validation set. The fit, two numbers of a convex function,
 is by Newton's method: each of its `ROUNDS` steps is one sum over memory of 5 numbers a record
 (slope and curvature).

@@ -9,10 +9,10 @@ Continual Learning (O-LoRA), Findings of EMNLP 2023, section 3.
     loss_i      = CE(x_i, y_i) over the classes of the record's own experience
     penalty     = strength * sum over projections and earlier i of |A_i A_t^T|^2
 
-In experience t only A_t, B_t and the head are trained. What earlier sets add depends on A_i x
-alone, so that a set orthogonal to them changes what the model does with other directions of x. The
-sum over all experiences is the merged model: tasks are not told apart when it predicts. The square
-is the paper's; the authors' code sums |A_i A_t^T|.
+In experience t only A_t, B_t and the head are trained. The addition of earlier sets depends on A_i
+x alone, so that a set orthogonal to them changes what the model does with other directions of x.
+The sum over all experiences is the merged model: tasks are not told apart when it predicts. The
+square is the paper's; the authors' code sums |A_i A_t^T|.
 
 The papers adapt language models, which have no head. Here the logits of all other classes are left
 out of the loss, as L2P and CODA-Prompt do, so that the rows of old classes in the head have no

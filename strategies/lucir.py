@@ -191,7 +191,8 @@ class LUCIR(Strategy):
         Args:
             cosine: (n, C), of the features with every class embedding.
             labels: (n,).
-            old, new: (C,) bool, the classes of earlier experiences and of this one.
+            old: (C,) bool, the classes of earlier experiences.
+            new: (C,) bool, the classes of this one.
         """
         count = min(self.negatives, len(new))
         rivals = torch.where(new, cosine, MASKED).topk(count, dim=1).values

@@ -15,11 +15,11 @@ the gradient with the penalty.)
 State: `importance`, which adds up over experiences and is averaged over clients by declared sizes;
 `path` and `anchor`, kept by each client. All clients divide by the same distance, that of the
 global parameters from the common anchor, so the average of importances is the importance of the
-averaged path. What a server's averaging moves is on nobody's path, nor are rounds that a client
-sits out: where a fraction of the clients trains in a round, importances are that fraction of what
-they are where all do, so divide `strength` by it.
-Memory cost: three times the parameters, and a copy of them while a step is taken.
-Privacy cost: none: the released gradient and the parameters are all it sees.
+averaged path. Movement by a server's averaging is on no client's path, nor are rounds in which a
+client does not train: where a fraction of the clients trains in a round, importances are that
+fraction of what they are where all do, so divide `strength` by it. Memory cost: three times the
+parameters, and a copy of them while a step is taken. Privacy cost: none: the released gradient and
+the parameters are all it sees.
 
 Under privacy the released gradient holds noise of known variance s^2, which also moves the
 parameters: under SGD with learning rate r it adds r s^2 to every coordinate of the path at every
@@ -143,7 +143,8 @@ def add_progress(
 
     Args:
         path: of one parameter; it is written to.
-        before, after: the parameter around the step.
+        before: the parameter before the step.
+        after: the parameter after the step.
         gradient: the released one.
         noise_variance: s^2 of the mean gradient; 0 without privacy.
     """

@@ -1,4 +1,4 @@
-"""What a private step costs.
+"""Cost of a private step.
 
 Plain SGD, perdure, Opacus ghost clipping and Opacus hooks, in one run, turn by turn.
 
@@ -275,7 +275,7 @@ def measure(model: str, batch: int, repeats: int, steps: int) -> list[dict[str, 
 def judgement(
     model: str, batch: int, clock: dict[str, float], memory: dict[str, float]
 ) -> dict[str, object]:
-    """What was aimed at, what was reached, and where the time went if it was not."""
+    """Compare aims with measurements; where an aim was missed, say where the time went."""
     aims = {
         "wall_ratio": (clock["perdure"], TIME_TARGETS[batch]),
         "memory_ratio": (memory["perdure"] / memory["plain"], MEMORY_TARGET),

@@ -1,4 +1,4 @@
-"""What does not grow with the steps: guard, calibration, blocks, ledger, opening, start.
+"""Costs that do not grow with the steps: guard, calibration, blocks, ledger, opening, start.
 
 Each row has what a thing costs at first and again, in processor time where it is time, as medians
 of alternating runs, and what is counted where it can be counted.

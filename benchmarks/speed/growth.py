@@ -238,7 +238,7 @@ def ratio(mine: list[float], others: list[float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """What grows, and how its cost may grow.
+    """A cost that grows, and its largest allowed exponent.
 
     Args:
         unit: of the time.

@@ -1,4 +1,4 @@
-"""What the loop costs.
+"""Cost of the training loop.
 
 perdure against a bare PyTorch loop doing the same arithmetic, in one run, turn by turn.
 

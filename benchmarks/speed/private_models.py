@@ -312,7 +312,7 @@ def measure(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
 
 
 def judgement(ratios: dict[str, float]) -> dict[str, object]:
-    """How perdure compares with what it is to beat."""
+    """Compare perdure with the methods that it is to beat."""
     best = min(value for method, value in ratios.items() if method.startswith("opacus"))
     over_vmap = ratios["perdure"] / ratios["vmap"]
     over_opacus = ratios["perdure"] / best

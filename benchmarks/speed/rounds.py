@@ -296,7 +296,7 @@ def population(repeats: int) -> list[Row]:
 def idle() -> list[Row]:
     """Count the copies of its model that a client keeps between its rounds, in the whole process.
 
-    What two clients share is counted once, and divided among them.
+    Memory that two clients share is counted once, and divided among them.
     """
     learners: list[Learner] = []
     before = bytes_of_tensors()

@@ -1,4 +1,4 @@
-"""What training costs: perdure against Avalanche's own strategies, in one run, turn by turn.
+"""Cost of training: perdure against Avalanche's own strategies, in one run, turn by turn.
 
 Split MNIST, class-incremental, five experiences, an MLP 2 x 400, Adam, batches of 128, as many
 steps on both sides. Counted is training only: from opening an experience until it is consolidated
@@ -9,7 +9,7 @@ Avalanche is timed without metrics, loggers and worker processes, in two ways: a
 `tensors` in memory that need no transform, and with `images` that become tensors item by item, as
 in its own SplitMNIST.
 
-What the two do is the same but for this: perdure's Fisher information is taken record by record,
+The two do the same but for this: perdure's Fisher information is taken record by record,
 Avalanche's from the mean of a batch; perdure masks classes to come. SLDA works on the same features
 on both sides: the pixels, or (`slda_body`) what the untrained body makes of them, where its own
 forward pass weighs on both. Avalanche updates the covariance record by record and inverts it at
@@ -59,7 +59,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 @dataclass(kw_only=True)
 class Timed:
-    """What one side took.
+    """Time that one side took.
 
     Args:
         seconds: of training.
