@@ -47,8 +47,9 @@ docs-serve: setup ## show the documentation at http://127.0.0.1:8000, and again 
 tables: setup ## write the README's table of strategies from the strategies
 	$(BIN)/python -m perdure.experiment.tables
 
-measure: setup ## shape of the code: length of functions, comments, docstrings, private access
+measure: setup ## shape of the code and breaches of plain English: functions, comments, docstrings, names
 	$(BIN)/python benchmarks/measure.py
+	$(BIN)/python benchmarks/plain_english.py
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

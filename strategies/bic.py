@@ -71,7 +71,7 @@ ONE_IN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class BiC(Strategy):
-    """Rescale and shift the logits of new classes until they are even with those of old ones.
+    """Rescale and shift the logits of new classes until they are even with old classes.
 
     Args:
         memory_size: records stored in all, or bytes such as "2 MB", held-out ones included.
@@ -118,7 +118,7 @@ class BiC(Strategy):
         return Plan(memory=MemoryPlan(capacity=capacity, per_class=self.per_class, use="pooled"))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy and distillation of corrected logits; 0 for what is held out."""
+        """Cross entropy and distillation of corrected logits; 0 for records that are held out."""
         logits = corrected(forward(batch.inputs), state)
         old = context.earlier
         losses = cross_entropy_of(context.mask(logits, batch), batch.labels)

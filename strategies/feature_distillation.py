@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureDistillation(Strategy):
-    """Penalise each record's distance between its features and those of the previous model.
+    """Penalise the distance between a record's features and its features in the previous model.
 
     Args:
         strength: weight of half the squared distance (lambda_e over lambda_c).

@@ -43,7 +43,7 @@ class GDumb(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Offer the experience to memory first, then start afresh on what it holds."""
+        """Offer the experience to memory first, then start afresh on the memory."""
         return Plan(
             pool="memory",
             restart=True,

@@ -168,7 +168,7 @@ class LUCIR(Strategy):
         return state.replace_group("teacher", params | curator.statistics).replace(found)
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Scaled cosines with the embeddings, those of earlier experiences as they were."""
+        """Scaled cosines with the embeddings; earlier experiences' embeddings stay as they were."""
         features = forward.features(x)
         cosine, scale = self._scaled_cosines(forward, features, before(context), state)
         return torch.where(context.allowed, scale * cosine, MASKED)

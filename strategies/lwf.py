@@ -110,7 +110,7 @@ def distillation(
 
 
 def answered(context: Context) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of class masks (C,): what the teacher answers over, and what the student does."""
+    """Pairs of class masks (C,): the classes of the teacher's answer, and of the student's."""
     before = context.task_classes[: context.experience]
     if context.scenario == "task":
         return [(classes, classes) for classes in before]

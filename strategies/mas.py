@@ -78,7 +78,7 @@ class MAS(QuadraticPenalty):
         return 2 * self.strength * importance
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the importance of the experience, add it to that of the past, and anchor here."""
+        """Release the importance of the experience, add it to the past one, and anchor here."""
         query = AbsoluteGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm, purpose="importance")
         new = {

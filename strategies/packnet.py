@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PackNet(Strategy):
-    """Prune, freeze and go on with what is free.
+    """Prune, freeze and go on with the free weights.
 
     Args:
         pruned_share: of the free weights of a layer, the share left to later tasks.

@@ -132,7 +132,7 @@ class SI(QuadraticPenalty):
 def add_progress(
     path: Tensor, before: Tensor, after: Tensor, gradient: Tensor, noise_variance: float = 0.0
 ) -> None:
-    """Add, in place, each number's part in what a step takes off the loss, to first order.
+    """Add, in place, each number's part in a step's decrease of the loss, to first order.
 
     It is -g (after - before).
 

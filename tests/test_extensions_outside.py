@@ -187,7 +187,7 @@ def python(installed, *words, text=""):
 
 
 @pytest.mark.slow
-def test_each_kind_is_found_by_entry_point_and_by_module_and_name(installed):
+def test_each_kind_is_found_by_entry_point_and_by_module_name(installed):
     found = json.loads(python(installed, "-c", FINDING, json.dumps(list(KINDS.values()))))
     assert found == {
         package: f"somebody.extensions:{target}" for package, _, target in KINDS.values()

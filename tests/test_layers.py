@@ -107,7 +107,7 @@ def test_an_import_within_a_layer_is_upward(tmp_path):
     assert made.upward_imports() == ["src/perdure/contract/state.py:1 imports perdure.privacy"]
 
 
-def test_an_unknown_package_is_found_where_it_lies_and_where_it_is_imported(tmp_path):
+def test_an_unknown_package_is_found_in_its_place_and_imports(tmp_path):
     made = tree(
         tmp_path,
         {

@@ -51,7 +51,7 @@ def test_hand_computed_values() -> None:
     assert area_under_accuracy(HAND) == pytest.approx((90 + (95 + 80) / 2 + (50 + 60 + 70) / 3) / 3)
 
 
-def test_forgetting_ignores_accuracy_from_before_the_experience_was_learnt() -> None:
+def test_forgetting_ignores_accuracy_before_an_experience() -> None:
     lucky = torch.tensor([[90.0, 99.0, 0.0], [90.0, 80.0, 0.0], [90.0, 70.0, 60.0]])
     assert forgetting(lucky) == pytest.approx((0 + 10) / 2)
 
@@ -159,7 +159,7 @@ def test_a_constant_stream_neither_forgets_nor_transfers(matrix: Tensor, value: 
 
 @pytest.mark.property
 @given(matrices(smallest=2))
-def test_average_is_learning_accuracy_plus_the_weighted_backward_transfer(matrix: Tensor) -> None:
+def test_average_is_learning_accuracy_plus_backward_transfer(matrix: Tensor) -> None:
     moments = len(matrix)
     change = backward_transfer(matrix) * (moments - 1) / moments
     assert average_accuracy(matrix) == pytest.approx(learning_accuracy(matrix) + change, abs=1e-9)
@@ -213,7 +213,7 @@ def test_calibration_error_by_hand() -> None:
     assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_sure_and_right_model_is_calibrated_and_a_sure_and_wrong_one_is_not() -> None:
+def test_a_sure_model_is_calibrated_only_when_right() -> None:
     sure = torch.eye(3)
     assert expected_calibration_error(sure, torch.tensor([0, 1, 2])) == 0
     assert expected_calibration_error(sure, torch.tensor([1, 2, 0])) == 1

@@ -61,7 +61,7 @@ class DataError(ConfigError):
 
 
 class PrivacyError(PerdureError):
-    """The privacy rules refuse what was asked."""
+    """The privacy rules refuse a request."""
 
 
 class BudgetError(PrivacyError):

@@ -282,7 +282,7 @@ def summarise(matrix: Tensor, baseline: Tensor | None = None) -> Summary:
 
 
 def _checked(matrix: Tensor) -> Tensor:
-    """Return the matrix, a tensor or rows of numbers, in float64, or say what is wrong with it."""
+    """Return the matrix, a tensor or rows of numbers, in float64, or raise its fault."""
     matrix = torch.as_tensor(matrix)
     if matrix.ndim != 2 or matrix.numel() == 0:
         shape = tuple(matrix.shape)

@@ -79,7 +79,7 @@ def test_the_result_stays_in_the_ball_and_the_bounds(attack, norm, epsilon, boun
         assert change.abs().sum(1).min() > 0
 
 
-def test_an_entry_outside_the_bounds_stays_in_the_ball_and_moves_no_further_out():
+def test_entries_outside_the_bounds_move_no_further_out():
     inputs = torch.tensor([[-1.0, 3.0, 0.5]])
     out = FGSM(epsilon=0.25).perturb(lambda x: -x[:, 0] + x[:, 1] + x[:, 2], inputs)
     back = FGSM(epsilon=0.25).perturb(lambda x: x[:, 0] - x[:, 1] + x[:, 2], inputs)
@@ -208,7 +208,7 @@ def test_fgsm_beats_noise_of_the_same_size(digits):
     assert fgsm < noise - 5
 
 
-def test_robust_accuracy_without_room_is_accuracy_whatever_the_batch_size(digits):
+def test_robust_accuracy_is_accuracy_when_epsilon_is_zero(digits):
     model, inputs, labels = digits
     accuracy = 100 * (model(inputs).argmax(1) == labels).float().mean().item()
     for size in (7, 512):
@@ -236,7 +236,7 @@ def test_a_record_wrong_as_it_is_never_counts_as_robust():
 
 
 @pytest.mark.parametrize("masked", [-1e9, torch.finfo(torch.float32).min, -float("inf")])
-def test_masked_logits_change_nothing_for_the_classes_that_are_open(digits, masked):
+def test_masked_logits_change_nothing_for_open_classes(digits, masked):
     model, inputs, labels = digits
     keep = labels < 5
     inputs = inputs[keep]
@@ -277,7 +277,7 @@ def test_losses_must_be_one_per_record_and_inputs_real():
         FGSM(epsilon=0.1).perturb(lambda x: x.sum(1), torch.ones(3, 2, dtype=torch.int64))
 
 
-def test_robust_accuracy_refuses_inputs_outside_the_bounds_and_labels_that_do_not_fit():
+def test_robust_accuracy_refuses_bad_inputs_and_labels():
     def measure(inputs, labels):
         return robust_accuracy(lambda x: x, inputs, labels, FGSM(epsilon=0.1), generator=None)
 

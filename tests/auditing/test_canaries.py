@@ -109,9 +109,7 @@ def canary_batch(stream, learner, canaries=(0, 3), of=4):
 
 
 @pytest.mark.parametrize("way", ["book-keeping", "record by record"])
-def test_a_canary_fills_its_own_coordinate_to_the_clip_norm_and_nothing_else(
-    way, learner, toy_stream
-):
+def test_a_canary_fills_only_its_coordinate_to_the_clip_norm(way, learner, toy_stream):
     clip_norm = 0.3
     clip = Clip(norm=clip_norm)
     model, losses, batch = canary_batch(toy_stream(), learner())
@@ -184,7 +182,7 @@ def test_scores_lie_as_far_apart_as_noise_and_steps_say(learner, toy_stream):
 # ---- the claim under audit is that of the learner
 
 
-def test_the_claim_is_what_the_same_learner_spends_without_canaries(learner, toy_stream):
+def test_the_claim_is_the_epsilon_without_canaries(learner, toy_stream):
     plain = learner(strategy=EWC(strength=1.0))
     stream = toy_stream()
     result = audit(plain, stream, canaries=20)
@@ -253,7 +251,7 @@ def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):
 
 @pytest.mark.deep(reason="full replay: every method of audit")
 @pytest.mark.statistical
-def test_without_sampling_half_the_noise_is_caught_by_every_method(learner, toy_stream):
+def test_every_method_catches_half_the_noise_without_sampling(learner, toy_stream):
     privacy = Privacy(noise_multiplier=5.0, delta=1e-5, sampling_rate=1.0, seed=1)
     options = {"privacy": privacy, "iterations": 20}
     for method in ("gaussian", "one-run-f-dp"):

@@ -118,7 +118,7 @@ def attacked(train):
 
 @pytest.mark.slow
 @pytest.mark.statistical
-def test_members_of_an_overfitted_model_are_found_and_those_of_a_private_one_are_not():
+def test_members_are_found_when_overfitted_not_when_private():
     """Seeded; standard errors of both areas are about 0.03, so the thresholds are three and more of
     them away.
     """

@@ -56,7 +56,7 @@ def test_a_class_incremental_benchmark_of_avalanche(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_tasks_that_count_classes_from_zero_get_outputs_of_their_own(toy, avalanche):
+def test_tasks_that_count_from_zero_get_their_own_outputs(toy, avalanche):
     disjoint, shared = (
         from_avalanche(
             avalanche.nc_benchmark(
@@ -203,7 +203,7 @@ def test_what_is_no_benchmark_of_tensors_is_refused(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_a_benchmark_that_leaves_records_out_does_not_say_by_what_rule(toy, avalanche):
+def test_a_benchmark_without_all_records_states_no_rule(toy, avalanche):
     from avalanche.benchmarks.scenarios import benchmark_with_validation_stream
 
     benchmark = avalanche.nc_benchmark(
@@ -218,7 +218,7 @@ def test_a_benchmark_that_leaves_records_out_does_not_say_by_what_rule(toy, aval
 
 
 @pytest.mark.reference
-def test_a_benchmark_takes_declared_sizes_and_has_positions_for_ids(toy, avalanche):
+def test_a_benchmark_takes_declared_sizes_and_ids_by_position(toy, avalanche):
     benchmark = avalanche.nc_benchmark(
         tensors(toy.train), tensors(toy.test), 2, task_labels=False, shuffle=False
     )

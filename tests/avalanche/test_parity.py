@@ -153,9 +153,7 @@ class Seen:
         )
 
 
-def test_replay_has_the_same_loss_and_stores_as_many_of_each_experience(
-    avalanche, benchmark, toy_model, template
-):
+def test_replay_has_the_same_loss_and_stored_counts(avalanche, benchmark, toy_model, template):
     made = benchmark("domain")
     seen = Seen()
     from avalanche.training.plugins import ReplayPlugin
@@ -188,7 +186,7 @@ def test_replay_has_the_same_loss_and_stores_as_many_of_each_experience(
     )
 
 
-def test_er_ace_has_the_same_loss_where_all_classes_are_in_the_batch(avalanche):
+def test_er_ace_has_the_same_loss_when_a_batch_has_all_classes(avalanche):
     """Ours masks by the declared classes, theirs by those that turned up, so a missing class makes
     them differ.
     """
@@ -259,7 +257,7 @@ def test_lwf_differs_in_class_incremental_streams(avalanche):
 
 
 @pytest.mark.parametrize(("mode", "options"), [("separate", {}), ("online", {"decay_factor": 0.5})])
-def test_ewc_has_the_same_parameters_where_the_fisher_is_taken_record_by_record(
+def test_ewc_has_the_same_parameters_when_fisher_is_per_record(
     mode, options, avalanche, benchmark, toy_model, trained
 ):
     """Theirs squares the gradient of a batch's mean; only in batches of one is that the Fisher
@@ -443,9 +441,7 @@ def test_whole_runs_agree_where_memory_holds_every_record(
 # ---------------------------------------------------------------- SLDA
 
 
-def test_slda_has_the_same_means_and_a_covariance_that_depends_on_no_order(
-    avalanche, benchmark, toy_model
-):
+def test_slda_has_the_same_means_and_covariance_in_any_order(avalanche, benchmark, toy_model):
     """Theirs updates it around the mean of the moment, and counts the records of all classes for
     each.
     """

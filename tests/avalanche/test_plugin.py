@@ -188,7 +188,7 @@ class Watch:
             setattr(self, name, lambda template, hook=hook, **_: hook(template))
 
 
-def test_pooled_rows_keep_their_task_in_a_task_incremental_stream(benchmark, toy_model, template):
+def test_pooled_rows_keep_their_task_in_task_streams(benchmark, toy_model, template):
     made = benchmark("task")
     plugin = as_plugin(Joint())
     met = Counter()

@@ -63,7 +63,7 @@ def test_every_claim_is_of_a_strategy_that_its_first_arm_is(claims):
         assert any(isinstance(part, find(claim.name)) for part in parts(made))
 
 
-def test_every_claim_says_what_is_compared_and_where_its_settings_are_from(claims, comparison):
+def test_every_claim_names_its_comparison_and_source_of_settings(claims, comparison):
     for claim in claims.CLAIMS:
         arms = [arm.name for arm in claim.arms]
         assert len(set(arms)) == len(arms) >= 2
@@ -114,7 +114,7 @@ def results(comparison, **values):
         ("forgetting", [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0, False),
     ],
 )
-def test_shown_is_a_difference_above_two_standard_errors_of_itself(
+def test_shown_is_a_difference_above_two_standard_errors(
     claims, comparison, measure, own, other, difference, shown
 ):
     claim = replace(claims.CLAIMS[1], measures=(measure,))

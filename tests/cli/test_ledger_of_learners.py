@@ -98,7 +98,7 @@ def test_show_prints_the_statement_of_all_clients(perdure, federated_in, tmp_pat
     assert "trusted curator," in alone and "per client" not in alone
 
 
-def test_a_delta_that_changes_before_the_first_checkpoint_is_kept(tmp_path):
+def test_a_delta_changed_before_the_first_checkpoint_is_kept(tmp_path):
     key = NoiseKey.from_seed(0)
     path = tmp_path / "ledger.jsonl"
     for delta in (1e-3, 1e-4, 1e-4):

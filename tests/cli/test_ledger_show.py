@@ -293,7 +293,7 @@ def test_raw_data_is_infinite_and_null_for_machines(perdure, tmp_path):
     assert "infinite" in facts["statement"]["text"]
 
 
-def test_many_partitions_take_one_line_each_and_no_name_steers_the_terminal(perdure, tmp_path):
+def test_partitions_take_one_line_and_names_cannot_steer_output(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY, owner="\x1b[31mred")
     names = [f"client-3/experience-{i}" for i in range(40)]
     for name in names:
@@ -320,7 +320,7 @@ def test_equal_charges_are_added_up_and_others_are_not(tmp_path):
     assert len({str(asdict(use)) for use in exposed.uses}) == 4
 
 
-def test_steps_that_a_record_has_no_part_in_are_not_charged_to_it(perdure, tmp_path):
+def test_steps_without_a_record_are_not_charged_to_it(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     for first in (0, 10):

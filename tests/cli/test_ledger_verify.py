@@ -115,7 +115,7 @@ def test_half_a_ledger_is_wrong(perdure, mine, name):
     assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
 
 
-def test_a_history_that_was_written_anew_is_found_with_the_key_only(perdure, mine):
+def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     last = "0" * 64
     lines = []

@@ -142,7 +142,7 @@ def test_a_run_prints_plain_lines_into_a_pipe_and_a_table(perdure, tmp_path):
     assert shown.splitlines()[-7:] == out.splitlines()[-7:]
 
 
-def test_the_folder_can_be_chosen_and_is_not_shared_by_two_configs(perdure, tmp_path):
+def test_a_chosen_folder_is_not_shared_by_two_configs(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     code, out, _ = perdure("run", "mine.toml", "--out", "here")
     assert code == 0
@@ -287,7 +287,7 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_an_interrupt_ends_with_one_line_and_the_exit_code_of_shells(capsys):
+def test_an_interrupt_ends_with_one_line_and_exit_code_130(capsys):
     with pytest.raises(typer.Exit) as ended, cli.resumable():
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130

@@ -66,7 +66,7 @@ def test_logits_and_features_take_one_pass_through_the_body():
 
 
 @pytest.mark.parametrize("kind", [Written, Twice, Scaled, Past, Detached])
-def test_a_model_that_treats_its_features_otherwise_is_asked_again(kind):
+def test_a_model_with_other_use_of_features_is_called_again(kind):
     own = model(kind)
     x = points()
     logits, features = Forward(own).with_features(x)
@@ -74,7 +74,7 @@ def test_a_model_that_treats_its_features_otherwise_is_asked_again(kind):
     assert features.requires_grad
 
 
-def test_features_of_other_parameters_are_theirs_under_vmap_and_grad():
+def test_features_follow_the_parameters_under_vmap_and_grad():
     own = model(Classifier)
     x = points()
     params = {name: value.detach() + 1 for name, value in own.named_parameters()}

@@ -114,7 +114,7 @@ class Mixed(Counting, Cubic):
 
 
 @pytest.mark.parametrize("kind", [Cubic, Mixed])
-def test_a_penalty_that_is_overridden_alone_is_the_one_that_pulls(kind):
+def test_a_penalty_overridden_alone_is_the_one_used(kind):
     strategy = kind(strength=5.0)
     params = {name: value.requires_grad_() for name, value in drawn(1).items()}
     total = {name: torch.zeros_like(value) for name, value in params.items()}
@@ -123,7 +123,7 @@ def test_a_penalty_that_is_overridden_alone_is_the_one_that_pulls(kind):
     assert not strategy.uses("add_penalty_gradient")
 
 
-def test_a_hook_after_steps_that_is_overridden_alone_follows_alone():
+def test_after_step_overridden_alone_is_the_one_called():
     strategy = Counting(strength=5.0)
     state = state_of(strategy)
     moved = strategy.after_step_in_place(drawn(), drawn(1), drawn(2), state)

@@ -152,7 +152,7 @@ def zeros(module):
     return {name: torch.zeros_like(value) for name, value in module.named_parameters()}
 
 
-def test_forward_runs_the_model_at_its_own_or_at_given_parameters(tower):
+def test_forward_runs_the_model_at_own_or_given_parameters(tower):
     tower.eval()
     x = torch.rand(3, 5)
     assert torch.equal(Forward(tower)(x), tower(x))
@@ -176,7 +176,7 @@ def test_any_method_runs_at_its_own_or_at_given_parameters(tower):
         Forward(tower, shifted).method("neither")(x)
 
 
-def test_the_layers_that_a_method_calls_are_hooked_and_a_teachers_run_without_gradients(tower):
+def test_method_layers_are_hooked_and_teachers_have_no_gradients(tower):
     calls = []
     tower.body[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     x = torch.rand(3, 5)
@@ -189,7 +189,7 @@ def test_the_layers_that_a_method_calls_are_hooked_and_a_teachers_run_without_gr
     assert torch.equal(sums, tower.eval().body(2 * x)), "a teacher has no dropout"
 
 
-def test_only_a_teacher_runs_without_gradients_and_without_dropout(tower):
+def test_only_a_teacher_runs_without_gradients_and_dropout(tower):
     x = torch.rand(64, 5)
     params = {name: value.detach().requires_grad_() for name, value in tower.named_parameters()}
     assert Forward(tower, params)(x).requires_grad
@@ -330,7 +330,7 @@ def test_two_overrides_are_an_error_that_names_both(parts, message):
         Combine(*parts)
 
 
-def test_two_memories_or_two_ideas_of_what_is_trained_are_an_error_that_names_both(toy_stream):
+def test_two_memories_or_trained_parts_are_refused_by_name(toy_stream):
     experience = toy_stream()[0]
     with pytest.raises(StrategyError, match="Replay and Rememberer both set memory"):
         Combine(Replay(memory_size=5), Rememberer()).plan(experience)
@@ -341,7 +341,7 @@ def test_two_memories_or_two_ideas_of_what_is_trained_are_an_error_that_names_bo
 @pytest.mark.parametrize(
     "other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)]
 )
-def test_a_part_that_trains_nothing_leaves_no_other_without_effect(toy_stream, other):
+def test_a_part_without_training_keeps_other_parts_effective(toy_stream, other):
     message = f"NCM takes no gradient, so {other.name} would have no effect; drop one of them"
     with pytest.raises(StrategyError, match=message):
         Combine(NCM(), other).plan(toy_stream()[0])
@@ -387,7 +387,7 @@ def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
     )
 
 
-def test_projections_run_in_the_order_given_and_every_part_follows_the_path(toy_stream, toy_model):
+def test_projections_run_in_order_and_every_part_follows_steps(toy_stream, toy_model):
     both = Combine(Shifter(add=1.0), Naive(), Shifter(times=2.0))
     state = both.init(spec(toy_model(toy_stream())))
     assert float(both.project({"w": torch.ones(1)}, (), state)["w"]) == 4.0  # (1 + 1) * 2

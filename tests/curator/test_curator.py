@@ -210,7 +210,7 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
     )
 
 
-def test_under_privacy_memory_is_by_coin_at_the_declared_threshold(bench, toy_stream):
+def test_private_memory_is_by_coin_at_the_declared_threshold(bench, toy_stream):
     plan = Plan(memory=MemoryPlan(capacity=30))
     test = bench(simulated(), declared(toy_stream(), 40, 60))
     tags = {int(i): float(test.private_sum.tags(torch.tensor([i]))) for i in range(48)}

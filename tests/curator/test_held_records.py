@@ -53,7 +53,7 @@ def given(**options):
 # --------------------------------------------------------------------------- every step
 
 
-def test_a_memory_that_moves_brings_back_what_earlier_steps_offered(toy_stream, toy_model):
+def test_step_memory_returns_rows_of_earlier_steps(toy_stream, toy_model):
     """In the first experience already, in which the first step has nothing to bring back."""
     offered = []
     stream = toy_stream()
@@ -73,7 +73,7 @@ def test_a_memory_that_moves_brings_back_what_earlier_steps_offered(toy_stream, 
         assert set(memory.rows.ids.tolist()) <= set(offered) and not memory.rows.from_memory.any()
 
 
-def test_a_moving_memory_is_not_offered_the_experience_again_at_its_end(toy_stream, toy_model):
+def test_step_memory_gets_no_second_offer_at_the_end(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
@@ -86,7 +86,7 @@ def test_a_moving_memory_is_not_offered_the_experience_again_at_its_end(toy_stre
 
 
 @pytest.mark.statistical
-def test_a_memory_that_moves_every_step_is_uniform_over_everything_seen(toy_stream, toy_model):
+def test_step_memory_is_uniform_over_all_records_seen(toy_stream, toy_model):
     """800 seeds, 12 of 48 kept; each record's count within 4.5 standard deviations of a quarter (48
     x 7e-6: 3e-4).
     """
@@ -149,9 +149,7 @@ def run(stream, model, strategy, folder, stops=(), **changes):
     ],
     ids=lambda strategy: strategy.name,
 )
-def test_a_moving_memory_survives_stops_in_mid_experience_bit_for_bit(
-    toy_stream, toy_model, tmp_path, strategy, privacy
-):
+def test_step_memory_survives_stops_bit_for_bit(toy_stream, toy_model, tmp_path, strategy, privacy):
     ends = [
         run(toy_stream(), toy_model, strategy, tmp_path / name, stops, privacy=privacy).snapshot()
         for name, stops in (("whole", ()), ("stopped", ((0, 3), (0, 5), (1, 1), (1, 4))))
@@ -178,7 +176,7 @@ def peeking(forward, batch):
 
 
 @pytest.mark.parametrize("update", ["experience", "step"])
-def test_under_privacy_what_is_remembered_is_asked_of_each_row_alone(toy_stream, toy_model, update):
+def test_private_remember_runs_on_each_row_alone(toy_stream, toy_model, update):
     stream = toy_stream()
     learner = learner_of(
         toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
@@ -222,7 +220,7 @@ def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, u
         ask(at_random)
 
 
-def test_under_privacy_the_values_are_those_of_the_last_step_a_record_was_in(toy_stream, toy_model):
+def test_private_stored_values_are_of_the_records_last_step(toy_stream, toy_model):
     """Of a record that was in none, those at the end of the experience."""
     stream = toy_stream()
     moment = [0.0]
@@ -251,7 +249,7 @@ def test_under_privacy_the_values_are_those_of_the_last_step_a_record_was_in(toy
     assert set(expected) >= {9.0, 5.0} and len(set(expected)) > 3
 
 
-def test_under_privacy_stored_rows_in_a_step_do_not_change_what_is_noted(toy_stream, toy_model):
+def test_private_stored_values_do_not_depend_on_stored_rows(toy_stream, toy_model):
     """Rows of memory in a batch are not offered again, and only new ones are noted."""
     stream = toy_stream()
     learner = learner_of(
@@ -385,7 +383,7 @@ def test_a_moving_memory_needs_the_pool_of_the_experience(toy_stream, toy_model,
         opened(learner, stream)
 
 
-def test_an_experience_without_records_is_refused_where_there_is_no_privacy(toy_stream, toy_model):
+def test_an_empty_experience_is_refused_without_privacy(toy_stream, toy_model):
     stream = toy_stream()
     nobody = replace(
         stream[0], train=replace(stream[0].train.take(torch.arange(0)), declared_size=24)
@@ -397,7 +395,7 @@ def test_an_experience_without_records_is_refused_where_there_is_no_privacy(toy_
         opened(learner_of(toy_model(stream), Replay(memory_size=8)), stream)
 
 
-def test_copies_of_one_record_are_noted_at_the_row_that_was_drawn(toy_data, toy_model):
+def test_copies_of_a_record_are_noted_at_the_drawn_row(toy_data, toy_model):
     """New and stored copies are one record; where the stored one was drawn, the new one is not
     noted.
     """

@@ -72,7 +72,7 @@ def through_a_reservoir(generator, counted=True):
 
 
 @pytest.mark.statistical
-def test_a_reservoir_keeps_every_record_with_the_same_probability():
+def test_a_reservoir_keeps_records_with_equal_probability():
     assert 18 < unevenness(through_a_reservoir) < 70
     # a reservoir that forgets how many it was offered favours the last ones, and the test sees it
     assert unevenness(lambda generator: through_a_reservoir(generator, counted=False)) > 200
@@ -128,7 +128,7 @@ def test_every_group_keeps_its_first_rows_up_to_its_share(groups, capacity, per_
     assert kept == sorted(kept) and (per_class or len(kept) <= capacity)
 
 
-def test_where_groups_outnumber_places_late_ones_have_the_same_chance():
+def test_late_groups_have_equal_chances_when_places_are_few():
     kept = balanced(torch.arange(3000)[:, None], 300, None)
     assert len(kept) == 300
     for third in range(3):
@@ -290,7 +290,7 @@ def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
     assert memory.offered == first and len(memory) <= capacity
 
 
-def test_a_ring_of_fixed_quotas_turns_for_every_experience_by_itself():
+def test_a_ring_of_fixed_quotas_turns_per_experience():
     memory = Memory()
     plan = MemoryPlan(capacity=1, selection="ring", per_class=2)
     for start in (0, 3, 6):
@@ -380,7 +380,7 @@ def test_herding_keeps_prefixes_when_quotas_shrink():
         } == {label: ids[:quota] for label, ids in first.items()}
 
 
-def test_herding_fewer_rows_than_there_is_room_for_keeps_them_all():
+def test_herding_keeps_all_rows_when_there_is_room():
     memory = Memory()
     memory.offer(rows([0, 0]), MemoryPlan(capacity=4, selection="herding"), place(), torch.eye(2))
     assert len(memory) == 2 and memory.offered == 2

@@ -96,7 +96,7 @@ def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
     assert learner.private_sum.ledger.epsilon(delta=1e-5) <= 6
 
 
-def test_where_experiences_share_records_a_private_sum_over_memory_is_refused(copies, toy_model):
+def test_a_private_memory_sum_is_refused_when_records_are_shared(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 0)
     # there is one experience so far
     learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")

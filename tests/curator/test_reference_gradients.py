@@ -49,7 +49,7 @@ def test_rates_come_from_declared_sizes(four):
     assert reference_exposures(stages, by_new, batch_size=500)["reference"].rate == 1.0
 
 
-def test_there_are_none_without_a_past_or_where_memory_is_rehearsed(four):
+def test_references_are_none_without_past_or_when_rehearsed(four):
     stages = four.experiences
     only = Plan(memory=MemoryPlan(capacity=9, use="reference"))
     assert (
@@ -161,7 +161,7 @@ def test_rows_of_a_reference_are_drawn_from_positions_found_once(four, toy_model
     assert found[0] is found[1] is found[2] and len(found[0]) == 6
 
 
-def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_model):
+def test_an_epoch_of_references_visits_every_stored_row(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=10), privacy=None), four, 2)
     met = []
 
@@ -179,7 +179,7 @@ def test_an_epoch_of_references_meets_every_stored_row_in_its_role(four, toy_mod
     assert sorted(ids.tolist()) == sorted(learner.session.held.memory.rows.ids.tolist())
 
 
-def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy_model, meetings):
+def test_a_private_reference_is_clipped_sum_over_declared_size(four, toy_model, meetings):
     """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were
     kept.
     """
@@ -202,9 +202,7 @@ def test_a_private_reference_is_the_clipped_sum_over_its_declared_size(four, toy
 
 
 @BOTH
-def test_one_record_more_or_less_moves_a_reference_by_at_most_the_clip_norm(
-    four, toy_model, meetings, strategy
-):
+def test_one_record_moves_a_reference_by_at_most_the_clip_norm(four, toy_model, meetings, strategy):
     strategy = replace(strategy, batch_size=100)  # all that is stored, at rate 1
     learner = opened(
         learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2
@@ -280,7 +278,7 @@ def test_a_budget_that_new_records_alone_exceed_is_refused(four, toy_model, stra
 
 
 @BOTH
-def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_model, strategy):
+def test_all_reference_steps_are_charged_before_the_first_noise(four, toy_model, strategy):
     trace = []
     learner = learner_of(
         toy_model(four), strategy, callbacks=[lambda point, _: trace.append(point)]
@@ -308,9 +306,7 @@ def test_all_steps_of_a_reference_are_charged_before_its_first_noise(four, toy_m
 
 
 @BOTH
-def test_a_reference_is_drawn_once_a_step_and_only_in_steps_that_were_charged(
-    four, toy_model, strategy
-):
+def test_a_reference_is_drawn_once_and_only_in_charged_steps(four, toy_model, strategy):
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
     curator = reserved(learner, range(2))
     of = None if strategy.name == "AGEM" else 0
@@ -352,9 +348,7 @@ def test_without_memory_there_is_no_reference(four, toy_model):
 
 
 @pytest.mark.statistical
-def test_references_and_gradients_have_noise_of_their_own_and_of_the_stated_scale(
-    four, toy_model, meetings
-):
+def test_references_have_own_noise_of_the_stated_scale(four, toy_model, meetings):
     """64 numbers a stream: a correlation of 400 x 64 pairs has standard deviation 1/160; bound 5 of
     them (6e-7).
 

@@ -108,9 +108,7 @@ def test_another_clip_norm_from_the_beginning_meets_other_noise(
 
 
 @BOTH
-def test_another_sampling_rate_after_a_restart_gives_references_other_noise_too(
-    stopped, meetings, strategy
-):
+def test_a_changed_sampling_rate_gives_references_other_noise(stopped, meetings, strategy):
     """Their own rate is as it was, but the gradients beside them are others, and so is where they
     are taken.
     """

@@ -149,7 +149,7 @@ def test_a_step_that_was_not_charged_is_refused(bench):
     assert "noise.drawn" not in test.trace
 
 
-def test_the_reservation_of_one_experience_does_not_pay_for_the_next(bench):
+def test_a_reservation_does_not_pay_for_the_next_experience(bench):
     test = bench(simulated())
     test.whole(0, REPLAY, steps=range(2))
     held = test.open(1, REPLAY).held
@@ -157,7 +157,7 @@ def test_the_reservation_of_one_experience_does_not_pay_for_the_next(bench):
         test.gradient(held.rows, 0)
 
 
-def test_two_releases_of_one_purpose_are_two_charges_with_noise_of_their_own(bench):
+def test_two_releases_are_two_charges_with_independent_noise(bench):
     test = bench(simulated())
     curator = test.open().curator
     queries = (lambda forward, batch: batch.inputs, lambda forward, batch: 1 - batch.inputs)
@@ -171,7 +171,7 @@ def test_two_releases_of_one_purpose_are_two_charges_with_noise_of_their_own(ben
     assert test.trace.count("noise.drawn") == test.trace.count("ledger.head-written") == 2
 
 
-def test_the_same_release_asked_again_after_a_restart_is_not_charged_again(bench):
+def test_a_repeated_release_after_restart_is_not_charged_again(bench):
     test = bench(simulated())
     answers = [
         test.open().curator.release(

@@ -78,7 +78,7 @@ def test_a_mirror_comes_half_the_time():
     assert bool((mirrored ^ same).all()) and 150 < int(mirrored.sum()) < 250
 
 
-def test_views_differ_from_each_other_and_from_record_to_record_and_follow_the_seed():
+def test_views_differ_between_records_and_follow_the_seed():
     batch = batch_of()
     views = Views(count=2, change=jitter)
     first = views.attach(batch, 1)
@@ -126,7 +126,7 @@ def test_training_with_views_is_reproducible_and_learns(learner_of, toy_stream, 
     assert matrix[0, 0] > 80
 
 
-def test_views_cost_no_privacy_and_one_record_still_moves_the_sum_by_at_most_c(learner_of):
+def test_views_keep_the_bound_on_one_record_at_no_privacy_cost(learner_of):
     learner, plain = (
         learner_of(privacy=Privacy(noise_multiplier=1.0, seed=0), views=v)
         for v in (Views(count=3, change=jitter), None)
@@ -159,7 +159,7 @@ def test_views_and_an_adversary_are_refused_together(learner_of):
 # --------------------------------------------------------------------------- passes in bfloat16
 
 
-def test_bfloat16_passes_keep_parameters_norms_and_sums_in_float32(toy_stream, learner_of):
+def test_bfloat16_passes_keep_norms_and_sums_in_float32(toy_stream, learner_of):
     learner = learner_of(
         views=None,
         precision="bfloat16",

@@ -65,7 +65,7 @@ def test_test_records_stay_whole_and_the_stream_keeps_its_facts(stream):
     assert dirichlet(stream, clients=4, alpha=1.0, exact=False)[0].assigned_by_record is True
 
 
-def test_the_same_seed_gives_the_same_split_and_another_one_does_not(stream):
+def test_a_split_is_a_function_of_the_seed(stream):
     first, again, other = (
         dirichlet(stream, clients=5, alpha=0.5, seed=s)[0][0].train.ids for s in (1, 1, 2)
     )
@@ -171,7 +171,7 @@ def test_shares_move_no_more_than_the_minimum_size_needs(stream):
     )
 
 
-def test_client_sizes_follow_the_declared_total_and_not_the_records(stream):
+def test_client_sizes_follow_the_declared_total_not_records(stream):
     parts = iid(stream, clients=5, exact=False, declared_size=(1000, 500, 500, 500, 500))
     assert declared(parts).tolist() == [[200, 100, 100, 100, 100]] * 5
     less = replace(

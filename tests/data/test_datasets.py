@@ -175,7 +175,7 @@ def test_a_torn_gzip_file_is_refused(small_mnist):
         load("mnist", root=small_mnist)
 
 
-def test_images_of_the_published_size_must_have_the_published_sum(small_mnist):
+def test_images_of_published_size_need_the_published_checksum(small_mnist):
     (small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(
         idx(np.zeros((60_000, 28, 28), dtype=np.uint8))
     )

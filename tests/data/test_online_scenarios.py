@@ -74,7 +74,7 @@ def test_online_shows_every_record_once(toy, chunk, exact, seed):
         assert all(piece.classes == whole.classes and piece.test is whole.test for piece in pieces)
 
 
-def test_exact_pieces_have_the_size_asked_for_and_say_what_that_costs(toy):
+def test_exact_pieces_have_the_given_size_and_state_the_cost(toy):
     stream = online(split(toy, scenario="class", experiences=2), chunk=30)
     assert [len(experience.train) for experience in stream] == [30] * 6 + [20] + [30] * 6 + [20]
     assert not stream.assigned_by_record

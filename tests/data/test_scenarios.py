@@ -133,7 +133,7 @@ def test_training_and_test_share_the_permutation(toy):
     assert torch.equal(permuted(same, experiences=2, seed=1)[1].test.inputs.flatten().long(), order)
 
 
-def test_the_permutation_follows_the_seed_and_the_first_may_be_permuted_too(toy):
+def test_permutations_follow_the_seed_and_may_include_the_first(toy):
     same, other = (permuted(toy, experiences=2, seed=seed)[1].train.inputs for seed in (0, 1))
     assert torch.equal(same, permuted(toy, experiences=2)[1].train.inputs)
     assert not torch.equal(same, other)
@@ -306,7 +306,7 @@ def test_sizes_may_differ_between_experiences(toy):
         split(toy, scenario="class", experiences=2, declared_size=(90,))
 
 
-def test_sizes_follow_from_what_the_data_set_declares_and_public_shares(toy):
+def test_sizes_follow_from_declared_size_and_public_shares(toy):
     data = declaring(toy, 1000)
     assert sizes(split(data, scenario="class", experiences=4)) == [(250, False)] * 4
     assert sizes(permuted(data, experiences=3)) == [(1000, False)] * 3

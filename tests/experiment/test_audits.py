@@ -64,7 +64,7 @@ def test_every_arm_is_attacked_and_no_file_of_the_run_changes(tmp_path):
 
 
 @pytest.mark.deep(reason="full replay: trains a run to memorise, and eight shadows of each arm")
-def test_a_model_that_learnt_by_heart_is_found_out_and_a_private_one_is_not(tmp_path):
+def test_attack_finds_memorisation_but_not_under_privacy(tmp_path):
     run(parse(CONFIG), CONFIG, tmp_path)
     plain, private = attack_run(tmp_path, shadows=8).values()
     assert plain.auc > 0.5 + 3 * plain.auc_error

@@ -35,7 +35,7 @@ def make(stream, toy_model):
     return build
 
 
-def test_held_out_records_are_training_records_and_nothing_is_in_both_parts(stream):
+def test_held_out_records_are_disjoint_training_records(stream):
     (cut,) = beginning(stream, 1, 0.25, seed=0)
     whole = set(stream[0].train.ids.tolist())
     learnt = set(cut.train.ids.tolist())
@@ -79,7 +79,7 @@ def test_an_impossible_search_is_refused(stream, make, options, message):
         tune(make, given.pop("space"), stream, **given)
 
 
-def test_a_trial_that_runs_away_scores_nothing_and_the_search_goes_on(stream, make):
+def test_a_diverging_trial_scores_zero_and_the_search_goes_on(stream, make):
     def run_away(values):
         learner = make(values)
         if values["rate"] > 0.01:

@@ -36,7 +36,7 @@ def test_a_linear_model_is_given_back():
     assert torch.allclose(got.fidelity, torch.ones(3, dtype=torch.float64))
 
 
-def test_slopes_are_per_unit_of_input_whatever_the_scale_of_the_noise():
+def test_slopes_are_per_unit_of_input_at_any_noise_scale():
     weight = data(4, 1)
     x = data(2, 4, 1)
     scale = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_one_seed_one_explanation_and_no_gradients():
 
 
 @pytest.mark.reference
-def test_agrees_with_the_reference_implementation_on_a_smooth_model():
+def test_lime_agrees_with_the_reference_on_a_smooth_model():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lime.lime_tabular import LimeTabularExplainer

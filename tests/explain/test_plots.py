@@ -52,7 +52,7 @@ def test_colours_centre_at_zero_with_one_scale_per_column(pictures):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_channels_are_shown_in_colour_where_there_are_three_and_attributions_summed(channels):
+def test_plots_show_3_channels_in_colour_and_sum_attributions(channels):
     generator = torch.Generator().manual_seed(0)
     inputs, values = torch.rand(2, 2, channels, 5, 4, generator=generator)
     axes = panels(heat_maps(inputs, [("now", values)], ["a", "b"]))
@@ -86,7 +86,7 @@ def test_no_label_leaves_the_page_and_it_saves_as_png_and_svg(pictures):
 
 
 @pytest.mark.deep(reason="deployment: a fresh process that loads a library where it is used")
-def test_matplotlib_is_loaded_by_the_first_picture_and_pyplot_never():
+def test_matplotlib_loads_with_the_first_picture_without_pyplot():
     code = (
         "import sys, torch; from perdure.explain import heat_maps; x = torch.rand(2, 4, 4); "
         "print({'matplotlib', 'shap', 'lime', 'sklearn'} & set(sys.modules)); "

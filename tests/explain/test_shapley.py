@@ -85,7 +85,7 @@ def test_a_batch_is_explained_as_one_by_one(samples):
 
 
 @pytest.mark.parametrize("samples", [30, 2048])
-def test_values_add_up_to_the_output_less_the_mean_over_the_background(samples):
+def test_values_add_up_to_output_minus_background_mean(samples):
     model = network(10)
     x = data(4, 10)
     background = data(7, 10, 1)
@@ -132,7 +132,7 @@ def test_features_that_play_the_same_part_get_the_same(value, pair, exact):
 
 
 @pytest.mark.statistical
-def test_sampling_comes_close_to_the_exact_values_and_closer_with_more():
+def test_sampling_approaches_exact_values_with_more_samples():
     # Five fixed seeds; the error at 1,000 samples is about 2 % of the largest value, the bound is 6
     # %.
     model = network(12)

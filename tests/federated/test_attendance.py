@@ -21,7 +21,7 @@ from perdure.strategies import DER, EWC, LwF, Naive, Replay
     everyone=st.booleans(),
 )
 @pytest.mark.property
-def test_the_previous_exchange_of_a_client_is_the_last_that_asked_it(
+def test_previous_exchange_is_the_last_that_asked_the_client(
     clients, rounds, fraction, seed, everyone
 ):
     federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)
@@ -84,9 +84,7 @@ def asked_to_consolidate(stream, strategy, *, folder=None, privacy=None):
     ],
     ids=["naive", "replay", "ewc", "lwf", "der", "herding"],
 )
-def test_clients_that_never_trained_consolidate_where_it_makes_a_difference(
-    stream, strategy, number
-):
+def test_untrained_clients_consolidate_when_it_matters(stream, strategy, number):
     counts, _ = asked_to_consolidate(stream, strategy)
     assert counts == [number] * 2
 
@@ -135,7 +133,7 @@ def test_a_run_that_was_stopped_finds_its_attendance_again(stream, tmp_path):
     assert outcome(last.learner) == whole
 
 
-def test_an_idle_client_keeps_no_gradient_and_shares_what_all_began_with(stream):
+def test_an_idle_client_keeps_no_gradient_and_shares_the_start(stream):
     """Its own copy of the model is what is left to it."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=5.0, min_size=8)
     learners = {}

@@ -131,7 +131,7 @@ def test_progress_is_told_after_every_reply():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_an_exception_becomes_an_error_reply_and_the_others_go_on():
+def test_an_exception_becomes_an_error_reply_and_others_go_on():
     def fail(message, context):
         if context.node_id == 2:
             raise ValueError("no such thing\nsecond line")
@@ -212,7 +212,7 @@ def test_a_missing_reply_is_named():
         answers(grid, ask(grid, [1, 2]), {1: 0, 2: 1})
 
 
-def test_answers_are_in_the_order_of_clients_whatever_the_nodes_are_called():
+def test_answers_are_in_client_order_for_any_node_names():
     with InProcessGrid(echo(), clients=3).running() as grid:
         replies = answers(grid, ask(grid, [1, 2, 3]), {1: 2, 2: 0, 3: 1})
     assert [reply.metadata.src_node_id for reply in replies] == [2, 3, 1]
@@ -237,7 +237,7 @@ def test_the_identity_of_the_process_is_put_back():
     assert dict(vars(TaskIdentity)) == before
 
 
-def test_a_cohort_shows_only_its_nodes_and_flower_samples_exactly_those():
+def test_a_cohort_shows_flower_exactly_its_nodes():
     aggregator = FedAvg(min_train_nodes=1, min_available_nodes=1)
     with InProcessGrid(echo(), clients=6).running() as grid:
         cohort = Cohort(grid, [2, 5])

@@ -157,7 +157,7 @@ def test_one_model_object_for_all_clients_is_refused(stream, two):
     assert "client" in str(refused.value)
 
 
-def test_the_model_of_a_private_federation_is_not_taken_for_an_untrained_one(started, stream):
+def test_a_private_federations_model_counts_as_trained(started, stream):
     model = started().learner.model
     learner = maker(stream, Naive(), model=model, privacy=SIMULATED)(0)
     with pytest.raises(ConfigError, match="trained by clients, who hold the ledgers"):

@@ -37,7 +37,7 @@ def task(**changes):
     "kind,records",
     [("train", {"arrays", "metrics", "ledger"}), ("train.finish", {"state", "metrics", "ledger"})],
 )
-def test_under_privacy_a_reply_holds_releases_and_declared_numbers_only(stream, kind, records):
+def test_a_private_reply_holds_only_releases_and_declared_facts(stream, kind, records):
     stream = short(stream, 1)
     declared = replace(stream[0].train, declared_size=300)
     stream = replace(stream, experiences=(replace(stream[0], train=declared),))
@@ -57,7 +57,7 @@ def test_under_privacy_a_reply_holds_releases_and_declared_numbers_only(stream, 
         ]
 
 
-def test_combined_state_is_sent_when_a_client_meets_the_experience_and_only_then(stream):
+def test_combined_state_is_sent_once_per_client_and_experience(stream):
     """A client's own path through an experience must not be overwritten by what the server had at
     its start.
     """
@@ -166,9 +166,7 @@ def test_one_holder_is_taken_to_the_bit(rule):
     rule=st.sampled_from(["sum", "mean"]),
 )
 @pytest.mark.property
-def test_combination_does_not_depend_on_the_order_of_clients_and_keeps_what_all_agree_on(
-    rows, seed, rule
-):
+def test_combination_ignores_client_order_and_keeps_equal_values(rows, seed, rule):
     weights = [float(i + 1) for i in range(len(rows))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     (old,) = states([0.5, 0.25, 2.0], rule=rule)

@@ -90,9 +90,7 @@ def test_a_client_stopped_anywhere_goes_on_to_the_same_bits(
     assert outcome(run_federation(make, streams, federation, folder=tmp_path).learner) == expected
 
 
-def test_clients_that_outlive_their_server_go_back_to_where_the_next_one_starts(
-    stream, tmp_path, reference
-):
+def test_surviving_clients_go_back_to_the_new_servers_start(stream, tmp_path, reference):
     privacy, expected = reference
     streams, federation = hard(stream)
     make = maker(stream, STRATEGY, privacy=privacy)

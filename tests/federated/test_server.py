@@ -42,9 +42,7 @@ ALONE = [
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
 @pytest.mark.parametrize("strategy", ALONE, ids=lambda s: f"{s.name}-{getattr(s, 'mode', '')}")
-def test_the_only_client_of_a_federation_gives_the_bits_of_the_learner_alone(
-    stream, strategy, privacy
-):
+def test_a_federation_of_one_client_equals_the_learner_alone(stream, strategy, privacy):
     stream, make = short(stream), maker(stream, strategy, privacy=privacy)
     alone = make(0)
     alone.fit(stream)
@@ -71,7 +69,7 @@ def test_with_a_folder_it_is_the_same_and_so_is_the_ledger(stream, tmp_path):
     assert ledger.count("gradient") >= 6
 
 
-def test_more_rounds_than_steps_charge_nothing_for_the_empty_ones(stream, tmp_path):
+def test_empty_rounds_charge_nothing_when_rounds_exceed_steps(stream, tmp_path):
     stream, make = short(stream, 1), maker(stream, Naive(), privacy=SIMULATED, iterations=2)
     alone = make(0)
     alone.folder = tmp_path / "alone"
@@ -131,7 +129,7 @@ def normed(number):
     )
 
 
-def test_counters_stay_with_the_client_and_running_statistics_travel(stream):
+def test_counters_stay_local_and_running_statistics_are_sent(stream):
     stream = short(stream, 2)
     alone = normed(0)
     alone.fit(stream)
@@ -149,7 +147,7 @@ def test_counters_stay_with_the_client_and_running_statistics_travel(stream):
 # --------------------------------------------------------------------------- many clients
 
 
-def test_ten_clients_give_the_identical_result_twice_with_and_without_a_folder(stream, tmp_path):
+def test_ten_clients_repeat_exactly_with_and_without_a_folder(stream, tmp_path):
     streams = dirichlet(short(stream, 2), clients=10, alpha=0.5, min_size=8)
     make = maker(
         stream, EWC(strength=50.0), iterations=10, optimizer=partial(torch.optim.Adam, lr=0.02)
@@ -211,7 +209,7 @@ def test_fisher_information_is_the_weighted_mean_over_clients(stream):
 @pytest.mark.parametrize(
     "aggregator", [FedAvg(), FedAdam(eta=0.05), FedAvgM(server_momentum=0.5), FedMedian()]
 )
-def test_flower_aggregators_work_with_fewer_nodes_than_their_defaults_ask_for(stream, aggregator):
+def test_aggregators_work_below_their_default_node_counts(stream, aggregator):
     streams = dirichlet(short(stream, 1), clients=2, alpha=5.0, min_size=8)
     federation = Federation(clients=2, rounds=2, fraction=0.5, aggregator=aggregator)
     matrix = fit_federated(maker(stream, Naive()), streams, federation)

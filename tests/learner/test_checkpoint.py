@@ -54,7 +54,7 @@ def test_tensors_that_share_memory_are_saved_each(tmp_path):
     assert torch.equal(back["a"], back["b"]) and torch.equal(back["c"], weight.view(2, 2).T)
 
 
-def test_private_rows_lie_in_a_folder_of_their_own_that_others_cannot_enter(tmp_path):
+def test_private_rows_lie_in_a_folder_closed_to_others(tmp_path):
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     assert store.private.stat().st_mode & 0o777 == 0o700
@@ -86,7 +86,7 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
         ("checkpoint/000002.json", b'{"position": '),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(tmp_path, name, content):
+def test_a_damaged_checkpoint_is_refused_naming_the_one_before(tmp_path, name, content):
     store = Store(tmp_path)
     for number in (1, 2):
         store.save(number, snapshot(number))

@@ -42,9 +42,7 @@ SEEN = []
 @pytest.mark.parametrize(
     ("privacy", "update"), [(None, "experience"), (None, "step"), (SIMULATED, "experience")]
 )
-def test_the_adversary_moves_the_training_inputs_uphill_and_nothing_else(
-    learner_of, toy_stream, privacy, update
-):
+def test_the_adversary_moves_only_training_inputs_uphill(learner_of, toy_stream, privacy, update):
     SEEN.clear()
     stream = toy_stream()
     trained = []
@@ -112,7 +110,7 @@ def test_adversarial_training_raises_robust_accuracy_on_digits():
 # --------------------------------------------------------------------------- budgets
 
 
-def test_the_whole_plan_is_calibrated_and_granted_before_the_first_draw(learner_of, toy_stream):
+def test_the_plan_is_calibrated_and_granted_before_any_draw(learner_of, toy_stream):
     learner = learner_of(EWC(strength=1.0), privacy=Privacy(epsilon=4.0, delta=1e-2, seed=0))
     learner.prepare(toy_stream())
     ledger = learner.private_sum.ledger
@@ -166,7 +164,7 @@ def test_batches_are_rows_of_the_stream(toy_stream):
     assert len(batch) == 24 and batch.tasks.unique().tolist() == [1] and not batch.from_memory.any()
 
 
-def test_another_loss_or_view_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
+def test_a_changed_loss_or_view_gets_fresh_noise(learner_of, toy_stream):
     """Names and settings alike; only the code differs.
 
     The start of a block is keyed by what it does.

@@ -195,9 +195,7 @@ def test_a_checkpoint_of_another_version_is_refused(learner_of, toy_stream, tmp_
         learner_of(folder=tmp_path).fit(toy_stream())
 
 
-def test_a_strategy_field_that_nothing_describes_does_not_stop_a_run(
-    learner_of, toy_stream, tmp_path
-):
+def test_an_undescribed_strategy_field_does_not_stop_a_run(learner_of, toy_stream, tmp_path):
     odd = EWC(strength=1.0)
     object.__setattr__(odd, "strength", torch.nn.Identity())
     learner = learner_of(LwF(), folder=tmp_path)

@@ -105,7 +105,7 @@ def test_another_ledger_of_the_same_key_is_refused(fit, tmp_path):
         fit()
 
 
-def test_a_folder_that_was_rolled_back_shows_in_the_state_directory(fit, tmp_path, monkeypatch):
+def test_a_rolled_back_folder_shows_in_the_state_directory(fit, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
     fit(SECRET, stop=True)

@@ -57,7 +57,7 @@ def test_a_federation_is_checked_before_a_server_hears_of_it(learner_of, toy_str
         run_federation(make, streams, Federation(clients=2, rounds=1))
 
 
-def test_check_finite_finds_a_value_in_a_picture_and_passes_tokens(toy_stream):
+def test_check_finite_finds_bad_pixels_and_accepts_tokens(toy_stream):
     from perdure.data import check_finite
 
     stream = toy_stream()

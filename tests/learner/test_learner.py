@@ -161,7 +161,7 @@ class Tying(Tied):
         return (params["head.weight"] * params["body.1.weight"].mean()).sum()
 
 
-def test_a_penalty_is_handed_all_parameters_and_moves_what_is_trained(learner_of, toy_stream):
+def test_a_penalty_gets_all_parameters_and_moves_trained_ones(learner_of, toy_stream):
     ends = []
     for strategy in (Tying(), Tied()):
         learner = learner_of(strategy, iterations=1, optimizer=partial(torch.optim.SGD, lr=0.1))

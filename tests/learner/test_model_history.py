@@ -80,9 +80,7 @@ def test_a_warm_start_carries_over_what_was_spent(trained, learner_of, toy_strea
     assert "training before this ledger counted" in str(again.private_sum.ledger.statement(DELTA))
 
 
-def test_bare_weights_start_without_history_and_the_statement_says_so(
-    trained, learner_of, toy_stream, toy_model
-):
+def test_bare_weights_have_no_history_in_the_statement(trained, learner_of, toy_stream, toy_model):
     first = trained()
     bare = toy_model(toy_stream())
     bare.load_state_dict(first.model.state_dict())
@@ -144,7 +142,7 @@ def test_a_warm_start_is_resumed_with_the_same_charges(trained, learner_of, toy_
     assert sum(entry.purpose.startswith("spent before") for entry in own.entries) == 2
 
 
-def test_records_under_a_new_name_are_taken_for_those_exposed_most(trained, learner_of, toy_data):
+def test_renamed_records_count_as_the_most_exposed_ones(trained, learner_of, toy_data):
     first = trained()
     stream = permuted(toy_data, experiences=2)
     again = learner_of(model=first.model, stream=stream, privacy=SIMULATED, warm_start=True)
@@ -255,7 +253,7 @@ def test_both_hands_of_a_history_count_where_neither_is_worst(learner_of, toy_da
     assert carried(again, "experience-0") == {(8 / 24, 3), (8 / 12, 2)}
 
 
-def test_a_stream_that_grows_after_a_warm_start_carries_the_worst(learner_of, toy_data, tmp_path):
+def test_a_stream_grown_after_warm_start_carries_the_worst(learner_of, toy_data, tmp_path):
     first = learner_of(privacy=SIMULATED)
     first.fit(uneven(toy_data))
     whole = split(toy_data, scenario="class", experiences=4, declared_size=[12, 12, 12, 12])
@@ -279,7 +277,7 @@ def test_a_stream_that_grows_after_a_warm_start_carries_the_worst(learner_of, to
         assert spent(again) <= 4 * spent(first)
 
 
-def test_a_folder_does_not_count_other_records_under_a_known_name(learner_of, toy_data, tmp_path):
+def test_a_folder_refuses_other_records_under_a_known_name(learner_of, toy_data, tmp_path):
     learner = learner_of(privacy=SIMULATED, folder=tmp_path)
     learner.fit(uneven(toy_data))
     learner.close()
@@ -361,7 +359,7 @@ def test_a_simulated_history_does_not_become_a_release(trained, learner_of, toy_
         )
 
 
-def test_one_model_in_two_learners_is_refused_when_the_second_begins(learner_of, toy_stream):
+def test_a_model_in_two_learners_is_refused_at_the_second(learner_of, toy_stream):
     learners = [learner_of(privacy=SIMULATED)]
     learners.append(learner_of(model=learners[0].model, privacy=SIMULATED))
     for learner in learners:

@@ -117,7 +117,7 @@ def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
     assert ledger.entries[-1].scope.keys() == {"experience-3"}
 
 
-def test_a_reference_is_of_its_own_experience_where_partitions_are_shared(copies, toy_model):
+def test_a_reference_keeps_its_experience_in_shared_partitions(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
     for k in (0, 1):
         assert learner.session.held.samplers[f"reference {k}"].rows.tasks.unique().tolist() == [k]
@@ -130,7 +130,7 @@ def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_an_experience_that_left_nothing_in_memory_is_no_reference(four, toy_model, private):
+def test_an_experience_without_stored_rows_is_no_reference(four, toy_model, private):
     learner = learner_of(toy_model(four), GEM(memory_size=2), privacy=PRIVATE if private else None)
     assert learner.fit(four).isfinite().all()
     kept = learner.session.held.memory.rows.tasks.unique().tolist()

@@ -187,7 +187,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", ["replay", "ewc"])
-def test_a_private_run_stopped_anywhere_goes_on_to_the_same_bits_and_charges(
+def test_a_stopped_private_run_ends_with_equal_bits_and_charges(
     start, undisturbed, tmp_path, name, point
 ):
     result, ledger, passed = undisturbed(start, name, SIMULATED)
@@ -252,7 +252,7 @@ def test_a_finished_run_is_not_run_again(start, tmp_path):
         {"optimizer": partial(torch.optim.Adam, lr=0.5)},
     ],
 )
-def test_a_changed_request_meets_fresh_noise_and_is_charged_again(
+def test_a_changed_request_gets_fresh_noise_and_a_new_charge(
     learner_of, toy_stream, tmp_path, changes
 ):
     """The scheduler's first rate is the same: what comes later in the block must count too."""

@@ -33,7 +33,7 @@ from perdure.strategies import (
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 @pytest.mark.parametrize("width", [1, 3, 20])
-def test_outputs_that_are_not_one_for_every_class_are_refused_before_training(
+def test_a_wrong_number_of_outputs_is_refused_before_training(
     learner_of, toy_stream, scenario, width
 ):
     stream = toy_stream(scenario)
@@ -51,9 +51,7 @@ def test_a_model_without_features_is_refused_before_training(learner_of, toy_str
         learner_of(strategy, model=nn.Linear(5, 4)).fit(toy_stream())
 
 
-def test_a_private_learner_is_not_fitted_twice_as_its_ledger_would_begin_anew(
-    learner_of, toy_stream, tmp_path
-):
+def test_a_private_learner_is_not_fitted_twice(learner_of, toy_stream, tmp_path):
     learner = learner_of(privacy=SIMULATED)
     learner.fit(toy_stream())
     with pytest.raises(PrivacyError, match="has spent on this model"):

@@ -129,7 +129,7 @@ def test_what_a_strategy_without_a_form_in_place_keeps_stays(begun):
     assert not torch.equal(learner.state["before/head.weight"], values["before/head.weight"])
 
 
-def test_the_released_gradient_is_apart_from_what_the_optimiser_writes_into(begun):
+def test_the_released_gradient_is_apart_from_optimiser_memory(begun):
     nesterov = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
     learner = begun(SI(strength=1.0), optimizer=nesterov)
     session = learner.session
@@ -150,7 +150,7 @@ def test_a_gradient_in_kept_memory_is_copied_into_new():
     assert kept["w"].tolist() == [1, 1, 1] and again["w"].tolist() == [2, 2, 2]
 
 
-def test_a_gradient_with_shared_numbers_is_copied_into_memory_of_its_own():
+def test_a_gradient_with_shared_memory_is_copied():
     """Autograd hands out one number for many, and one tensor for two parameters."""
     shared = torch.ones(1).expand(3)
     kept = StepMemory().copy_of({"a": shared, "b": shared})

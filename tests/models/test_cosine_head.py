@@ -69,7 +69,7 @@ def test_its_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(logits, (features, made.weight, made.scale))
 
 
-def test_a_vector_of_zeros_has_no_direction_and_a_finite_gradient():
+def test_a_zero_vector_has_no_direction_and_finite_gradients():
     for made in (head(), head().double()):
         features = torch.zeros(2, 6, dtype=made.weight.dtype, requires_grad=True)
         logits = made(features)
@@ -138,7 +138,7 @@ def test_clipped_sums_are_those_of_records_one_by_one(toy_stream, bound):
         torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_used_outside_the_head_are_left_to_the_gradients_of_records(toy_stream):
+def test_weights_used_outside_the_head_get_per_record_gradients(toy_stream):
     """As LUCIR uses them: the tape would miss that part."""
     stream = toy_stream()
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0, head="cosine")

@@ -80,7 +80,7 @@ def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(model):
     torch.testing.assert_close(alone, model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_backbone_computes_what_it_did_in_evaluation_mode_and_is_left_as_it_was():
+def test_a_backbone_computes_as_in_evaluation_mode_unchanged():
     given = backbone()
     names = [name for name, _ in given.named_parameters()]
     model = frozen(given, input_shape=SHAPE, num_classes=4)
@@ -106,12 +106,12 @@ def test_fixed_norms_are_what_they_stand_for(make, affine):
     torch.testing.assert_close(FixedNorm(norm)(x), norm.eval()(x))
 
 
-def test_a_norm_that_mixes_records_even_in_evaluation_mode_is_refused():
+def test_norms_that_mix_records_in_evaluation_mode_are_refused():
     with pytest.raises(ConfigError, match=r"features hold BatchNorm2d.*mixes records"):
         Frozen(nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)))
 
 
-def test_in_private_training_the_backbone_is_accepted_where_the_open_one_is_not():
+def test_private_training_accepts_only_the_frozen_backbone():
     from perdure.data.datasets.digits import digits
 
     stream = split(digits(), scenario="class", experiences=5)

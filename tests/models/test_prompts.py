@@ -118,7 +118,7 @@ def test_prefixes_are_sums_of_components_weighted_by_attention(experience):
         )
 
 
-def test_later_components_take_no_part_and_the_bare_model_uses_all():
+def test_later_components_are_unused_and_the_bare_model_uses_all():
     model = composed(backbone(), num_classes=4, experiences=3, components=2, length=2)
     x = inputs()
     before = [model.upto(x, t) for t in range(3)]

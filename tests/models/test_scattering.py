@@ -95,7 +95,7 @@ def test_the_transform_is_the_formula_written_out():
 @pytest.mark.parametrize(
     ("scales", "orientations", "channels"), [(1, 1, 2), (2, 8, 81), (2, 4, 25), (3, 2, 19)]
 )
-def test_shapes(scales, orientations, channels):
+def test_scattering_shapes_follow_scales_and_orientations(scales, orientations, channels):
     transform = Scattering(scales=scales, orientations=orientations)
     small = 32 // 2**scales
     assert transform.channels == channels
@@ -234,7 +234,7 @@ def test_random_convolutions_are_the_formula_written_out():
             torch.testing.assert_close(found[:, channel], means, rtol=1e-4, atol=1e-6)
 
 
-def test_random_convolutions_are_a_function_of_the_seed_and_of_one_image():
+def test_random_convolutions_depend_on_seed_and_one_image_only():
     x = images(n=5)
     first, again, other = (RandomConvolutions(filters=4, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first(x), again(x)) and not torch.allclose(first(x), other(x))

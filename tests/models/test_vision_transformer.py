@@ -93,7 +93,7 @@ def test_attention_is_that_of_pytorch():
 
 
 @pytest.mark.reference
-def test_a_prefix_is_more_keys_and_values_and_an_addition_another_projection():
+def test_a_prefix_adds_keys_and_an_addition_adds_a_projection():
     own = moved(Attention(12, 3))
     x = torch.randn(4, 7, 12)
     query = nn.Linear(12, 12, bias=False)
@@ -135,7 +135,7 @@ def test_a_block_is_an_encoder_layer_of_pytorch():
     torch.testing.assert_close(own(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_patches_are_those_of_a_convolution_and_runs_are_as_they_stand():
+def test_patches_equal_a_convolution_and_keep_runs_in_order():
     x = images()
     layer = nn.Conv2d(2, 6, 4, stride=4)
     ours = F.linear(patches(x, 4), layer.weight.flatten(1), layer.bias)
@@ -280,7 +280,7 @@ def test_private_training_of_the_whole_model_runs(toy_stream):
 # --------------------------------------------------------------------------- building
 
 
-def test_parameters_are_a_function_of_the_seed_and_the_callers_generator_is_left_alone():
+def test_parameters_depend_on_the_seed_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first, again, other = (
@@ -293,7 +293,7 @@ def test_parameters_are_a_function_of_the_seed_and_the_callers_generator_is_left
     assert torch.equal(tiny((6,))(torch.ones(1, 6)), tiny((6,))(torch.ones(1, 6)))
 
 
-def test_a_fixed_copy_computes_the_same_and_the_original_is_left_as_it_was():
+def test_a_fixed_copy_computes_the_same_and_keeps_the_original():
     body = model().body
     x = images()
     copied = fixed(body)

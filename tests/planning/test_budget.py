@@ -69,9 +69,7 @@ def spent(learner):
         ),
     ],
 )
-def test_a_longer_horizon_takes_more_noise_only_where_records_are_used_again(
-    learner_of, stream, strategy
-):
+def test_a_longer_horizon_adds_noise_only_when_records_recur(learner_of, stream, strategy):
     first = replace(stream, experiences=stream.experiences[:2])
     short = learner_of(first, strategy, privacy=Privacy(epsilon=3, seed=0))
     long = learner_of(first, strategy, privacy=Privacy(epsilon=3, horizon=6, seed=0))
@@ -116,7 +114,7 @@ def test_a_stream_longer_than_its_horizon_is_refused(learner_of, stream):
         learner_of(stream, privacy=Privacy(epsilon=3, horizon=3, seed=0))
 
 
-def test_the_run_goes_on_within_its_horizon_when_more_records_arrive(learner_of, stream, tmp_path):
+def test_a_run_goes_on_in_its_horizon_when_records_arrive(learner_of, stream, tmp_path):
     """The same folder, a stream that grew: the old charges stand and the grant of the whole horizon
     still holds.
     """
@@ -135,7 +133,7 @@ def test_the_run_goes_on_within_its_horizon_when_more_records_arrive(learner_of,
 # --------------------------------------------------------------------------- budgets by experience
 
 
-def test_every_experience_has_its_own_budget_where_records_are_used_once(learner_of, stream):
+def test_experiences_have_own_budgets_when_records_are_used_once(learner_of, stream):
     stream = replace(stream, experiences=stream.experiences[:2])
     targets = (2.0, 4.0)
     learner = learner_of(stream, EWC(strength=1.0), privacy=Privacy(epsilon=targets, seed=0))
@@ -151,9 +149,7 @@ def test_every_experience_has_its_own_budget_where_records_are_used_once(learner
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=4), Joint()])
-def test_budgets_by_experience_are_refused_where_records_are_used_again(
-    learner_of, stream, strategy
-):
+def test_budgets_by_experience_are_refused_when_records_recur(learner_of, stream, strategy):
     with pytest.raises(
         ConfigError,
         match=f"one number with {strategy.name} on split-blobs, which uses records again",
@@ -181,9 +177,7 @@ def capped(stream, learner_of, strategy, cap, **changes):
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=6), Joint()])
-def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(
-    learner_of, stream, strategy
-):
+def test_partitions_over_the_cap_leave_all_pools(learner_of, stream, strategy):
     free = learner_of(stream, strategy, privacy=Privacy(noise_multiplier=2.0, seed=0))
     free.fit(stream)
     assert spent(free)["experience-0"] > 1.02 * spent(free)["experience-1"]
@@ -210,9 +204,7 @@ def test_who_would_exceed_the_cap_leaves_every_pool_and_the_run_goes_on(
     assert all(touched[i].isdisjoint(left[i]) for i in range(4))
 
 
-def test_new_records_that_could_not_be_used_once_are_refused_before_anything_is_drawn(
-    learner_of, stream
-):
+def test_unaffordable_new_records_are_refused_before_any_draw(learner_of, stream):
     trace = []
     with pytest.raises(
         BudgetError,
@@ -236,7 +228,7 @@ def test_a_cap_that_nobody_reaches_changes_nothing(learner_of, stream):
 # --------------------------------------------------------------------------- spent elsewhere
 
 
-def test_what_was_spent_elsewhere_counts_and_is_written_down_once(learner_of, stream, tmp_path):
+def test_spending_elsewhere_counts_and_is_written_once(learner_of, stream, tmp_path):
     before = (Charge(0.01, 1.1, 500), Charge(1.0, 20.0, 1))
     privacy = Privacy(epsilon=3, spent=before, seed=0)
     fresh = learner_of(stream, EWC(strength=1.0), privacy=replace(privacy, spent=()))
@@ -252,7 +244,7 @@ def test_what_was_spent_elsewhere_counts_and_is_written_down_once(learner_of, st
         assert spent(again)[partition] == pytest.approx(epsilon(history, delta=DELTA))
 
 
-def test_equal_charges_spent_elsewhere_count_as_often_as_they_came(learner_of, stream):
+def test_equal_charges_spent_elsewhere_count_each_time(learner_of, stream):
     one = Charge(0.01, 1.1, 500)
     once, twice = (
         learner_of(stream, privacy=Privacy(noise_multiplier=9.0, spent=s, seed=0))
@@ -262,9 +254,7 @@ def test_equal_charges_spent_elsewhere_count_as_often_as_they_came(learner_of, s
     assert max(spent(twice).values()) == pytest.approx(epsilon([one, one], delta=DELTA))
 
 
-def test_a_budget_of_an_experience_holds_when_the_run_is_asked_for_more(
-    learner_of, stream, tmp_path
-):
+def test_an_experiences_budget_holds_when_a_run_is_extended(learner_of, stream, tmp_path):
     """Another plan in the same folder: what the first one spent counts against each experience's
     own budget.
     """

@@ -157,7 +157,7 @@ def test_grid_slack_and_sampler_cost_less_than_a_hundredth(rate, noise, steps):
     assert by_rdp > epsilon([Charge(rate, noise, steps)], delta=1e-5, accountant="rdp")
 
 
-def test_the_ideal_epsilon_at_the_effective_noise_bounds_from_below():
+def test_the_ideal_epsilon_at_effective_noise_is_a_lower_bound():
     real = epsilon([Charge(0.02, 1.0, 100, "grid-gaussian")], delta=1e-5)
     scaled = epsilon([Charge(0.02, 1.0 / SENSITIVITY, 100)], delta=1e-5)
     assert 0 < real - scaled < 1e-3

@@ -281,7 +281,7 @@ def test_a_release_that_never_left_costs_nothing_more(process, tmp_path, value, 
     assert noise.abs().max() > 0
 
 
-def test_kept_answers_are_private_and_those_of_long_ago_are_dropped(process, tmp_path):
+def test_kept_answers_are_private_and_old_ones_are_dropped(process, tmp_path):
     made = process()
     for index in range(4):
         made.sum.open(index)

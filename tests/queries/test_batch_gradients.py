@@ -71,7 +71,7 @@ def test_no_pass_is_larger_than_a_micro_batch(problem):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_an_experience_in_micro_batches_learns_and_charges_the_same(toy_stream, toy_model, private):
+def test_micro_batches_learn_and_charge_the_same(toy_stream, toy_model, private):
     """Up to rounding, and up to noise: it is keyed by all that shapes a sum, down to its
     rounding.
     """

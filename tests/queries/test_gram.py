@@ -114,7 +114,7 @@ def wide(d):
 
 
 @pytest.mark.statistical
-def test_the_noise_of_a_gram_matrix_is_symmetric_and_of_the_stated_scales(party, toy_stream):
+def test_gram_noise_is_symmetric_and_of_the_stated_scales(party, toy_stream):
     """On nobody's records, d = 300, C = 0.2, m = 3: 0.6 on the diagonal, 0.6 / sqrt(2) off it, 0.6
     / w, 0.6 / v.
     """
@@ -137,7 +137,7 @@ def test_the_noise_of_a_gram_matrix_is_symmetric_and_of_the_stated_scales(party,
     assert 0.93 < largest / (0.6 * (2 * 300) ** 0.5) < 1.07  # what a ridge has to stand up to
 
 
-def test_gram_sums_of_private_records_are_those_of_their_clipped_vectors(party):
+def test_private_gram_sums_are_of_clipped_vectors(party):
     """End to end, with next to no noise: features and targets of each record times its factor."""
     test = party(**SILENT)
     records = test.stream[0].train
@@ -280,7 +280,7 @@ class Doubled(Derived):
         return {name: value / 2 for name, value in released.items()}
 
 
-def test_exact_sums_and_the_form_of_releases_are_the_users_to_choose(party):
+def test_gram_subclasses_may_choose_exact_sums_and_release_form(party):
     test = party()
     rows = test.model.features(test.stream[0].train.inputs).detach()
     exact = test.curator.release(Doubled(), clip_norm=1e3, purpose="x")["value"]

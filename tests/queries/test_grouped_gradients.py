@@ -69,7 +69,7 @@ def test_rows_and_sums_equal_one_backward_pass_a_record(model, terms):
 
 
 @pytest.mark.parametrize("make", [Twice, Sequence, tied, *FAST, *BY_ROWS])
-def test_models_whose_layers_are_used_otherwise_are_summed_as_well(make):
+def test_models_with_unusual_layer_use_are_summed_too(make):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -131,7 +131,7 @@ def test_a_record_of_no_group_counts_as_nothing(model):
         assert not value[0].any() and not value[2].any()
 
 
-def test_without_records_there_is_no_sum_and_noise_still_has_its_shape():
+def test_noise_keeps_its_shape_when_there_are_no_records():
     module, data = problem("mlp")
     none = data.take(slice(0, 0))
     assert summed(query_of(), module, none) is None

@@ -17,7 +17,7 @@ from perdure.queries import releases
 
 
 @pytest.mark.statistical
-def test_a_mean_divides_by_the_declared_number_and_so_does_its_noise(party, toy_stream):
+def test_a_mean_and_its_noise_divide_by_the_declared_number(party, toy_stream):
     """Declared 96 of 24: noise 3 x 0.2 / 96, two-sided (flakiness 4e-8)."""
     stream = toy_stream()
     first = stream[0]
@@ -50,7 +50,7 @@ def test_a_histogram_has_integer_noise_of_the_stated_scale(party):
     assert all(abs(int(count) - 12) <= 17 for count in counts[:2])
 
 
-def test_a_record_in_no_bin_counts_nowhere_under_privacy_and_is_refused_without(party):
+def test_a_record_in_no_bin_counts_nowhere_only_under_privacy(party):
     """With privacy an error would tell that there is such a record."""
 
     def beyond(batch):
@@ -67,9 +67,7 @@ def test_a_record_in_no_bin_counts_nowhere_under_privacy_and_is_refused_without(
             one(party().curator)
 
 
-def test_numbers_that_are_none_lie_above_all_under_privacy_and_are_refused_without(
-    party, toy_stream
-):
+def test_nan_lies_above_all_candidates_only_under_privacy(party, toy_stream):
     stream = toy_stream()
     for place in range(20):
         stream = poisoned(stream, place, math.nan)
@@ -98,7 +96,7 @@ def test_quantiles_of_many_records_are_near(q):
     assert abs(float((values < grid[chosen]).float().mean()) - q) < 0.08
 
 
-def test_choices_are_among_what_was_offered_and_follow_the_records(party):
+def test_choices_are_offered_candidates_and_follow_the_records(party):
     test = party(**(NOISY | {"release_noise": 0.05}))
     chosen = releases.quantile(
         test.curator, brightness, q=0.5, candidates=torch.tensor(GRID), purpose="x"
@@ -150,7 +148,7 @@ def test_choices_are_among_what_was_offered_and_follow_the_records(party):
         ),
     ],
 )
-def test_what_is_not_allowed_is_said_in_one_line_and_costs_nothing(party, ask, message, privacy):
+def test_refusals_take_one_line_and_cost_nothing(party, ask, message, privacy):
     test = party(**privacy)
     with pytest.raises(ConfigError, match=message) as error:
         ask(test.curator)

@@ -305,7 +305,7 @@ def learner(stream, model, strategy, **privacy):
 
 
 @pytest.mark.slow
-def test_what_is_declared_is_planned_granted_and_spent_to_the_last(toy_stream, toy_model):
+def test_declared_releases_are_planned_granted_and_spent(toy_stream, toy_model):
     made = learner(toy_stream(), toy_model, Curious(), epsilon=8.0)
     made.fit(toy_stream())
     ledger = made.private_sum.ledger

@@ -61,7 +61,7 @@ def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind)
 
 @pytest.mark.reference
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-def test_the_fisher_information_of_ewc_equals_a_hand_written_loop(fisher, toy_stream, toy_model):
+def test_fisher_information_of_ewc_equals_a_written_out_loop(fisher, toy_stream, toy_model):
     """Over the classes that may be predicted; not the square of the batch's mean gradient."""
     stream = toy_stream()
     module = toy_model(stream).eval()
@@ -258,7 +258,7 @@ def test_a_record_without_a_finite_norm_counts_as_nothing(poison, kind):
     assert float(moved) <= 0.05 * (1 + 1e-4)
 
 
-def test_the_norm_of_a_records_absolute_gradient_is_the_gradients():
+def test_an_absolute_gradient_has_the_norm_of_the_gradient():
     module = small()
     data = batch(n=5)
     rows = AbsoluteGradient(label_terms)(Forward(module), data)

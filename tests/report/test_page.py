@@ -124,7 +124,7 @@ def test_the_page_adapts_to_dark_paper_and_small_screens(written: Path) -> None:
         assert query in source
 
 
-def test_options_stand_in_chips_that_wrap_and_not_in_a_cell_of_the_numbers(
+def test_options_stand_in_chips_that_wrap_apart_from_numbers(
     result: dict[str, Any],
 ) -> None:
     replay = next(arm for arm in result["arms"] if arm["strategy"] == "replay")
@@ -149,7 +149,7 @@ def test_an_options_row_and_the_cells_beside_it_fill_the_table(result: dict[str,
     assert span + beside // len(arms.all("ul")) == width
 
 
-def test_nothing_in_the_table_of_arms_is_kept_on_one_line_but_numbers(written: Path) -> None:
+def test_only_numbers_in_the_table_of_arms_stay_on_one_line(written: Path) -> None:
     style = (written / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
     rules = dict(re.findall(r"^([^@{}\n]+?) \{([^}]*)\}", style, flags=re.MULTILINE))
     kept = {name for name, rule in rules.items() if "white-space: nowrap" in rule}

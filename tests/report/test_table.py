@@ -74,7 +74,7 @@ def test_what_was_not_measured_is_a_dash(result: dict[str, Any]) -> None:
     assert line_of(text, "naive", "no").split()[2:5:2] == ["–", "–"]
 
 
-def test_changed_options_stand_below_the_strategy_in_lines_of_their_own(
+def test_changed_options_stand_below_the_strategy_line_by_line(
     result: dict[str, Any],
 ) -> None:
     result["arms"][2].update(
@@ -86,7 +86,7 @@ def test_changed_options_stand_below_the_strategy_in_lines_of_their_own(
     assert lines[row + 3].split()[0] == "lwf", "what is at its default is left out"
 
 
-def test_two_arms_of_one_strategy_are_told_apart_by_their_options(result: dict[str, Any]) -> None:
+def test_arms_of_one_strategy_differ_by_their_options(result: dict[str, Any]) -> None:
     weak, strong = result["arms"][2], result["arms"][4]
     weak.update(options="EWC(strength=100.0, mode='online')")
     strong.update(strategy="ewc", options="EWC(strength=5.0, mode='online')")

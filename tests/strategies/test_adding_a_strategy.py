@@ -148,7 +148,7 @@ def test_an_added_file_is_found_and_works(project, addition):
     python(project, addition.program)
 
 
-def test_classes_that_type_checkers_do_not_know_are_reported_only(project):
+def test_classes_unknown_to_type_checkers_are_only_reported(project):
     printed = python(project, "tests/helpers/typed_list.py")
     for package, name in (
         ("strategies", "Tether"),
@@ -199,12 +199,12 @@ def run_tests(project, *words):
 
 @pytest.mark.deep(reason="deployment: runs a copy's tests over all extensions")
 @every_addition
-def test_tests_over_all_extensions_of_a_kind_pass_with_an_added_file(project, addition):
+def test_extension_tests_pass_with_an_added_file(project, addition):
     run_tests(project, *addition.tests)
 
 
 @pytest.mark.deep(reason="deployment: runs a copy's tests of names, layers and documents")
-def test_tests_of_names_layers_and_documents_pass_with_added_files(project):
+def test_name_layer_and_document_tests_pass_with_added_files(project):
     top = [path for path in project.glob("tests/test_*.py") if path.stem != "test_packaging"]
     lists = [
         f"tests/experiment/test_{name}.py"

@@ -29,7 +29,7 @@ def pair(seed):
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(0, 10_000))
-def test_the_projection_is_the_formula_and_leaves_what_agrees_untouched(seed):
+def test_projection_is_the_formula_and_keeps_agreeing_gradients(seed):
     gradient, reference = pair(seed)
     g = flat(gradient)
     r = flat(reference)

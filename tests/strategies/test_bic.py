@@ -197,7 +197,7 @@ def test_noise_may_make_the_sums_anything():
     assert none.tolist() == [0.0, 0.0]
 
 
-def test_under_privacy_every_round_is_an_entry_and_over_clients_the_fits_are_averaged():
+def test_private_rounds_are_entries_and_client_fits_are_averaged():
     stream = split(digits(), scenario="class", experiences=2)
     strategy = BiC(memory_size=100)
     learner = learner_of(

@@ -88,7 +88,7 @@ def test_wide_sums_do_not_know_their_order_where_narrow_ones_do():
     assert gap(Float64Gram) < 1e-14 < 1e-8 < gap(Gram)
 
 
-def test_class_sums_are_gram_without_its_matrix_with_and_without_clipping():
+def test_class_sums_equal_gram_sums_without_the_matrix():
     f, y = rows()
     narrow = asked(ClassSums, weight=0.5, totals=0.25)
     found = exact_sum(narrow, Forward(MODULE), batch_of(f, y), 7)
@@ -184,7 +184,7 @@ def test_no_records_give_a_head_all_the_same():
 
 
 @pytest.mark.reference
-def test_the_discriminant_head_is_gauss_log_density_up_to_a_constant():
+def test_discriminant_head_is_gaussian_log_density_plus_constant():
     f, _ = rows()
     covariance = torch.cov(f.T) + torch.eye(5)
     means = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
@@ -219,7 +219,7 @@ def test_without_negative_eigenvalues_a_matrix_stays_as_it_is():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(3))
-def test_the_floor_reads_the_noise_off_a_matrix_with_weak_directions(seed):
+def test_the_floor_estimates_noise_from_weak_directions(seed):
     """Wigner: the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % but for one matrix
     in a million.
     """

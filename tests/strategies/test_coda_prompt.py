@@ -94,7 +94,7 @@ def test_the_loss_and_the_prediction_use_the_components_so_far(toy_stream, scena
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     ],
 )
-def test_an_experience_moves_its_own_components_and_the_head_alone(toy_stream, optimizer):
+def test_an_experience_moves_only_its_components_and_the_head(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
     learner.prepare(stream)
@@ -112,7 +112,7 @@ def test_an_experience_moves_its_own_components_and_the_head_alone(toy_stream, o
     assert float(learner.state["done"]) == 2
 
 
-def test_where_tasks_are_told_no_later_step_moves_an_earlier_answer_by_a_bit(toy_stream):
+def test_later_steps_keep_earlier_answers_when_tasks_are_given(toy_stream):
     stream = toy_stream("task")
     answers = []
 
@@ -142,7 +142,7 @@ def test_it_keeps_the_contract_where_tasks_are_told():
     assert "private" in check_strategy(CODAPrompt(), scenario="task").passed
 
 
-def test_a_model_without_components_for_every_experience_is_refused(toy_stream):
+def test_a_model_with_too_few_components_is_refused(toy_stream):
     stream = toy_stream()
     plain = mlp(input_shape=(5,), num_classes=4, seed=0)
     pool = prompted(tiny((5,)), num_classes=4)

@@ -110,6 +110,6 @@ def test_it_works_with_a_model_that_normalises_and_drops_out(toy_stream, name):
 
 
 @pytest.mark.parametrize("name", sorted({*strategies.names()} - {*private()}))
-def test_what_couples_records_says_why_and_is_refused_under_privacy(learner_of, name):
+def test_coupling_strategies_give_a_reason_and_are_refused(learner_of, name):
     with pytest.raises(PrivacyError, match=f"{example(name).name} couples the records"):
         learner_of(name, privacy=Privacy(noise_multiplier=1.0, seed=0))

@@ -119,7 +119,7 @@ def test_the_body_stays_and_old_classes_keep_their_weights():
 
 
 @pytest.mark.reference
-def test_over_clients_counts_add_up_and_the_head_is_that_of_all_records():
+def test_client_counts_add_up_to_the_head_of_all_records():
     """Clients with other shares of the classes: the weights of past and present are those of all of
     them together.
     """
@@ -146,9 +146,7 @@ def test_over_clients_counts_add_up_and_the_head_is_that_of_all_records():
     assert not torch.allclose(own[0] / own[0].sum(), counts[0] / counts[0].sum(), atol=0.02)
 
 
-def test_under_privacy_counts_are_a_histogram_and_noise_below_zero_does_no_harm(
-    toy_stream, toy_model
-):
+def test_private_counts_are_a_histogram_safe_below_zero(toy_stream, toy_model):
     stream = toy_stream()
     strategy = CWRStar()
     learner = Learner(

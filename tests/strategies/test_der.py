@@ -99,7 +99,7 @@ def test_without_stored_rows_it_is_plain_training(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("selected", [1, 2])
-def test_stored_logits_are_those_of_a_step_that_the_record_was_in(toy_stream, toy_model, selected):
+def test_stored_logits_are_from_a_step_with_the_record(toy_stream, toy_model, selected):
     """In one epoch of the one; with two epochs, of one of the two."""
     stream = toy_stream()
     watch = Watch()
@@ -170,9 +170,7 @@ def test_so_they_are_after_a_stop_in_mid_experience(toy_stream, toy_model, tmp_p
     assert float(early.abs().max()) > 1e-2
 
 
-def test_under_privacy_logits_are_those_of_the_last_step_and_all_rows_weigh_the_same(
-    toy_stream, toy_model
-):
+def test_private_logits_are_of_the_last_step_with_equal_weights(toy_stream, toy_model):
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)

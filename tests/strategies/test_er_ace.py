@@ -47,9 +47,7 @@ CLASSES = {  # of a new row, and of a stored one
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", CLASSES)
 @pytest.mark.parametrize("share", [0.0, 1 / 3])
-def test_new_rows_compete_among_their_own_classes_stored_ones_among_all_seen(
-    mixed, toy_model, scenario, share
-):
+def test_new_rows_see_own_classes_and_stored_rows_all_seen(mixed, toy_model, scenario, share):
     stream, batch = mixed(scenario)
     model = toy_model(stream)
     at = contexts(stream, "cpu")(1, memory_share=share)
@@ -83,7 +81,7 @@ def test_new_rows_do_not_push_the_old_classes_away(mixed, toy_model):
     assert bool((of_stored.abs().sum(1) > 0).all())
 
 
-def test_masks_are_those_of_the_declared_classes_not_of_the_batch():
+def test_masks_follow_declared_classes_not_the_batch():
     """A batch with one class of the two: the other competes all the same."""
     table = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
     at = Context(scenario="class", experience=1, task_classes=table, seen=table.any(0))

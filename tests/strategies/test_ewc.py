@@ -76,7 +76,7 @@ def same(mine, theirs):
 
 
 @pytest.mark.reference
-def test_one_merged_penalty_is_the_sum_of_all_penalties_up_to_a_constant(toy_stream):
+def test_a_merged_penalty_is_the_sum_of_penalties_plus_constant(toy_stream):
     past = Past(EWC(strength=7.0), toy_stream())
     separate = [
         quadratic(7.0, fisher, point)
@@ -119,7 +119,7 @@ def test_without_a_past_there_is_no_penalty(toy_stream):
     )
 
 
-def test_under_privacy_the_fisher_matrix_is_one_release_clipped_to_c_squared_and_clamped(
+def test_private_fisher_is_one_release_clipped_and_clamped(
     toy_stream,
 ):
     """The share of zeros is over 16 models: that of one, 64 numbers, hangs on the noise that is
@@ -174,7 +174,7 @@ def query_of(strategy, stream, model, experience=0):
     return curator.query
 
 
-def test_the_squared_gradient_of_a_record_is_no_longer_than_its_clip_norm_squared(toy_stream):
+def test_a_squared_gradient_is_at_most_the_clip_norm_squared(toy_stream):
     """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie
     within C.
     """
@@ -209,7 +209,7 @@ def rows_of(fisher, stream, experience, batch):
 @pytest.mark.parametrize(
     ("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)]
 )
-def test_over_many_ids_the_sampled_fisher_matrix_is_the_exact_one(toy_stream, scenario, experience):
+def test_sampled_fisher_approaches_the_exact_one_over_many_ids(toy_stream, scenario, experience):
     """Four standard errors of each of at most 64 numbers, by a fixed hash: it always passes, or the
     draw is wrong.
     """
@@ -226,7 +226,7 @@ def test_over_many_ids_the_sampled_fisher_matrix_is_the_exact_one(toy_stream, sc
     assert ((empirical - exact).abs() > 8 * errors).any(), "a test that could not tell them apart"
 
 
-def test_the_draw_of_a_record_is_its_own_and_another_in_every_experience(toy_stream):
+def test_label_draws_differ_by_record_and_by_experience(toy_stream):
     stream = toy_stream()
     batch = Batch.current(stream[1].train, 1)
     rows = rows_of("sampled", stream, 1, batch)
@@ -240,7 +240,7 @@ def test_the_draw_of_a_record_is_its_own_and_another_in_every_experience(toy_str
     assert 150 < int((labels[0] == labels[1]).sum()) < 350
 
 
-def test_a_class_is_drawn_by_its_share_of_the_unit_interval_and_never_at_probability_0():
+def test_classes_are_drawn_by_share_and_never_at_probability_0():
     p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     ends = torch.tensor([2.0**-24, 0.2499, 0.2501, 1 - 2.0**-24])
     assert drawn(p.expand(4, 5), ends).tolist() == [1, 1, 3, 3]
@@ -302,7 +302,7 @@ def test_the_sampled_form_keeps_the_contract():
     assert "vmap" in check_strategy(EWC(strength=50.0, fisher="sampled")).passed
 
 
-def test_an_anchor_is_the_mean_weighted_by_fisher_and_finite_where_nothing_pulls():
+def test_an_anchor_is_the_fisher_weighted_mean_and_finite():
     state = State().declare("fisher/w", torch.tensor([4.0, 0.0]), "mean")
     state = state.declare("pull/w", torch.tensor([1.0 * 2.0 + 3.0 * 6.0, 0.0]), "mean")
     assert anchor(state, "w").tolist() == [5.0, 0.0]

@@ -56,7 +56,7 @@ def test_in_the_first_experience_there_is_no_teacher(problem):
     torch.testing.assert_close(strategy.losses(Forward(model), batch, at, poisoned), plain)
 
 
-def test_neither_head_nor_teacher_gets_a_gradient_from_the_distance(problem):
+def test_the_distance_gives_head_and_teacher_no_gradient(problem):
     stream, model, _, spec = problem
     batch = Batch.current(stream[1].train, 1)
     at = contexts(stream, "cpu")(1)

@@ -93,9 +93,7 @@ def test_training_starts_afresh_from_the_initial_parameters(four, toy_model, pri
 
 
 @EITHER
-def test_a_stop_in_mid_experience_neither_restarts_nor_offers_again(
-    four, toy_model, tmp_path, privacy
-):
+def test_a_stop_causes_no_restart_and_no_second_offer(four, toy_model, tmp_path, privacy):
     class Stopped(BaseException):
         pass
 
@@ -131,7 +129,7 @@ def test_the_loss_is_plain_cross_entropy(four, toy_model):
     )
 
 
-def test_under_privacy_all_that_was_seen_is_exposed_at_the_rate_of_the_memory(four, toy_model):
+def test_private_records_seen_are_exposed_at_the_memorys_rate(four, toy_model):
     learner = learner_of(toy_model(four), privacy=Privacy(noise_multiplier=1.0, seed=0))
     learner.fit(four)
     assert [entry.scope for entry in learner.private_sum.ledger.entries] == [

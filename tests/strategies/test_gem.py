@@ -55,7 +55,7 @@ def test_the_dual_is_the_solution_of_its_program(seed, k, margin):
 @pytest.mark.reference
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 3))
-def test_without_margin_it_is_the_nearest_gradient_that_harms_no_earlier_experience(seed, k):
+def test_projection_is_the_nearest_harmless_gradient_at_margin_0(seed, k):
     """The primal program by SciPy; the ridge moves constraints by at most itself times the dual
     variables.
     """
@@ -104,7 +104,7 @@ def test_with_one_reference_and_no_margin_it_is_averaged_gem(seed):
     assert apart <= bound * 1.01 + 1e-5
 
 
-def test_what_agrees_with_all_is_untouched_and_a_margin_leans_towards_them():
+def test_agreeing_gradients_stay_and_a_margin_leans_to_the_past():
     gradient, _ = problem(0, 0)
     agreeing = tuple(
         {name: scale * value for name, value in gradient.items()} for scale in (1.0, 0.3)

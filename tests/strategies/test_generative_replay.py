@@ -153,7 +153,7 @@ def test_the_answers_of_several_tasks_are_averaged():
 
 
 @pytest.mark.reference
-def test_what_the_autoencoder_minimises_is_minus_a_bound_on_the_evidence(toy_stream, toy_model):
+def test_the_autoencoder_loss_is_minus_the_evidence_lower_bound(toy_stream, toy_model):
     """One latent number, so that p(x) is an integral over a line.
 
     Means over 4,000 draws; the gap is far above them.
@@ -201,7 +201,7 @@ def test_in_the_first_experience_there_is_no_teacher(scene):
     torch.testing.assert_close(mine, entropy + vae_loss(Forward(it.model), batch.inputs, e))
 
 
-def test_the_gradient_does_not_flow_into_the_teacher_nor_between_classifier_and_generator(scene):
+def test_gradients_of_teacher_classifier_generator_stay_apart(scene):
     it = scene()
     leaves = {name: value.clone().requires_grad_() for name, value in it.teacher.items()}
     loss = it.losses(Forward(it.model), it.batch, it.state.replace_group("teacher", leaves)).sum()
@@ -244,7 +244,7 @@ def test_every_step_and_record_draws_anew_and_the_same_again(scene):
     assert (other != at(11)).all()
 
 
-def test_steps_are_counted_over_experiences_and_the_teacher_is_the_last_end(toy_stream, toy_model):
+def test_steps_count_over_experiences_and_teacher_is_last_end(toy_stream, toy_model):
     stream = toy_stream()
     seen = []
     ends = []
@@ -273,9 +273,7 @@ def test_steps_are_counted_over_experiences_and_the_teacher_is_the_last_end(toy_
 @pytest.mark.reference
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("temperature", [None, 2.0])
-def test_the_clipped_sum_by_book_keeping_is_that_of_records_one_by_one(
-    scene, temperature, per_layer
-):
+def test_the_clipped_sum_by_book_keeping_equals_single_records(scene, temperature, per_layer):
     it = scene("class", temperature)
     params = dict(it.model.named_parameters())
     each = [
@@ -301,7 +299,7 @@ def test_the_clipped_sum_by_book_keeping_is_that_of_records_one_by_one(
         assert 0 < int((factors < 1).sum()) < n
 
 
-def test_under_privacy_only_gradients_are_charged_and_no_record_is_kept(toy_stream, toy_model):
+def test_private_replay_charges_only_gradients_and_keeps_none(toy_stream, toy_model):
     stream = toy_stream()
     learner = Learner(
         model=with_generator(toy_model(stream), stream),
@@ -462,7 +460,7 @@ def test_inputs_that_cannot_be_made_up_are_refused(toy_stream, outside):
         experience.test.inputs[0, 0] = before
 
 
-def test_a_training_input_outside_is_cut_off_where_it_is_to_be_made_up(toy_stream, toy_model):
+def test_inputs_outside_are_clamped_as_reconstruction_targets(toy_stream, toy_model):
     stream = toy_stream()
     forward = Forward(with_generator(toy_model(stream), stream))
     x = stream[0].train.inputs[:2] + torch.tensor([[9.0], [-9.0]])

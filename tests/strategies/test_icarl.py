@@ -78,9 +78,7 @@ def test_the_loss_is_the_formula(toy_stream, toy_model, scenario, temperature):
             assert mine[i].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_in_the_first_experience_there_is_no_teacher_and_classes_to_come_do_not_count(
-    toy_stream, toy_model
-):
+def test_first_experience_has_no_teacher_and_no_future_classes(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = ICaRL(memory_size=8)
@@ -114,7 +112,7 @@ def test_the_gradient_does_not_flow_into_the_teacher(toy_stream, toy_model):
     )
 
 
-def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, toy_model):
+def test_the_teacher_is_the_model_after_the_last_experience(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=8)), stream, 1)
     end = {name: value.detach().clone() for name, value in learner.model.named_parameters()}
@@ -151,7 +149,7 @@ def herded_by_hand(features, most):
 
 
 @pytest.mark.reference
-def test_exemplars_follow_the_class_mean_under_the_model_at_the_end(toy_stream, toy_model):
+def test_exemplars_follow_the_class_mean_of_the_final_model(toy_stream, toy_model):
     """Eight exemplars after the first experience; the best four of each two stay after the
     second.
     """
@@ -210,9 +208,7 @@ def test_classes_that_come_again_are_learnt_from_their_labels(toy_stream, toy_mo
 
 
 @pytest.mark.reference
-def test_prediction_is_the_nearest_mean_of_exemplars_under_the_model_at_the_end(
-    toy_stream, toy_model
-):
+def test_prediction_is_the_nearest_exemplar_mean_of_final_model(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
     rows = learner.session.held.memory.rows
@@ -242,9 +238,7 @@ def test_classes_out_of_question_are_not_predicted(toy_stream, toy_model, scenar
 
 
 @pytest.mark.parametrize("stretch", [1e-3, 1.0, 1e3])
-def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped(
-    toy_stream, toy_model, stretch
-):
+def test_one_exemplar_moves_sums_by_at_most_the_clip_norm(toy_stream, toy_model, stretch):
     """Features of any length: a row is a unit vector."""
     stream = toy_stream()
     asked = {}
@@ -272,9 +266,7 @@ def test_one_exemplar_moves_the_sums_by_at_most_the_clip_norm_and_is_not_clipped
     assert asked["clip_norm"] == 1 and asked["over"] == "memory"
 
 
-def test_under_privacy_exemplars_are_chosen_by_their_own_coins_and_means_are_noisy(
-    toy_stream, toy_model
-):
+def test_private_exemplars_are_chosen_by_coin_with_noisy_means(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(
         learner_of(

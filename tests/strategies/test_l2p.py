@@ -63,7 +63,7 @@ def test_keys_come_nearer_to_the_queries_of_what_picks_them(toy_stream):
     assert ends[1] > ends[0] + 0.2
 
 
-def test_the_rows_of_old_classes_stay_where_the_optimiser_starts_afresh(toy_stream):
+def test_old_classes_rows_stay_when_the_optimiser_starts_anew(toy_stream):
     stream = toy_stream()
     heads = []
 

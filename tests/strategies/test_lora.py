@@ -96,7 +96,7 @@ def test_the_loss_is_over_the_classes_of_the_records_experience(toy_stream):
     torch.testing.assert_close(losses, torch.cat(expected))
 
 
-def test_sets_that_were_not_trained_add_nothing_and_those_that_were_are_a_sum_of_weights():
+def test_untrained_sets_add_nothing_and_trained_sets_add_weights():
     model = adapted(backbone(), num_classes=4, experiences=3, rank=RANK, scale=0.5)
     body = backbone()
     x = torch.rand(6, 5)
@@ -139,7 +139,7 @@ def test_an_experience_moves_its_own_set_and_the_head_alone(toy_stream, optimize
     assert float(learner.state["done"]) == 2
 
 
-def test_the_rows_of_old_classes_stay_where_the_optimiser_starts_afresh(toy_stream):
+def test_old_classes_rows_stay_when_the_optimiser_starts_anew(toy_stream):
     stream = toy_stream()
     heads = []
 

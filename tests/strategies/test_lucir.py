@@ -144,7 +144,7 @@ def test_the_loss_is_the_formula(experience, negatives):
     assert 0 < ranked <= 12 * experience < len(batch)
 
 
-def test_in_the_first_experience_it_is_cross_entropy_of_the_heads_logits():
+def test_first_experience_is_cross_entropy_of_the_heads_logits():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(0, strategy)
     spoilt = state.replace(
@@ -157,7 +157,7 @@ def test_in_the_first_experience_it_is_cross_entropy_of_the_heads_logits():
 
 
 @pytest.mark.parametrize(("stored", "rate"), [(24.0, 20 / 8), (4.0, 16 / 4), (0.0, 13.0)])
-def test_old_rows_weigh_by_the_declared_share_of_memory_in_the_pool(stored, rate):
+def test_old_rows_weigh_by_the_declared_memory_share(stored, rate):
     """Memory holds 8 records, or all that there have been."""
     strategy = LUCIR(memory_size=8, less_forget=0.0)
     model, _, state, batch, at = scene(1, strategy)
@@ -181,7 +181,7 @@ def rivals(model, state, batch):
     return nn.functional.cosine_similarity(model.features(batch.inputs)[:, None], rows, dim=2)
 
 
-def test_an_experience_without_new_classes_ranks_nothing_and_stays_finite():
+def test_no_ranking_and_finite_loss_when_no_class_is_new():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(1, strategy)
     again = replace(at, task_classes=at.task_classes[[0, 0, 0]], seen=at.task_classes[0])
@@ -210,7 +210,7 @@ def test_neither_teacher_nor_held_embeddings_get_a_gradient():
 
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)])
-def test_old_embeddings_stay_as_they_were_whatever_moves_the_parameters(privacy):
+def test_old_embeddings_stay_when_parameters_move(privacy):
     """Momentum, weight decay and noise move the model's own rows; what is predicted with does not
     move.
     """
@@ -257,7 +257,7 @@ def answered_as_new(learner, stream):
     return float(torch.isin(answers, torch.tensor(newest)).float().mean())
 
 
-def test_old_and_new_classes_are_even_where_a_linear_head_prefers_the_new():
+def test_old_and_new_classes_are_even_unlike_with_a_linear_head():
     stream = split(digits(), scenario="class", experiences=5)
     found = {}
     for name, strategy, head in (

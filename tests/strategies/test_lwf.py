@@ -157,7 +157,7 @@ def test_the_gradient_does_not_flow_into_the_teacher(problem):
     assert grads == (None,) * len(leaves)
 
 
-def test_the_teacher_is_the_model_at_the_end_of_the_last_experience(toy_stream, toy_model):
+def test_the_teacher_is_the_model_after_the_last_experience(toy_stream, toy_model):
     stream = toy_stream()
     ends = []
     seen = []

@@ -96,7 +96,7 @@ def test_importance_adds_up_and_the_anchor_moves_on(toy_stream, toy_model):
     assert rules == {"importance": "mean", "anchor": "local"}
 
 
-def test_under_privacy_it_is_one_release_clipped_to_c_and_clamped(toy_stream, toy_model):
+def test_private_importance_is_one_release_clipped_and_clamped(toy_stream, toy_model):
     """The share of zeros is over 16 keys: that of one, 64 numbers, hangs on the noise that is drawn
     (0.14 +- 0.04).
     """

@@ -74,7 +74,7 @@ def by_hand(model, batch, scenario, rate, wanted):
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", CLASSES)
 @pytest.mark.parametrize(("batch_size", "wanted"), [(None, NEW), (2, 2), (OLD, OLD), (50, OLD)])
-def test_the_loss_is_that_of_new_rows_and_of_the_stored_ones_that_lose_most(
+def test_loss_is_of_new_rows_and_stored_rows_that_lose_most(
     mixed, toy_model, scenario, batch_size, wanted
 ):
     batch, at, stream = mixed(scenario)
@@ -100,7 +100,7 @@ def test_as_many_candidates_as_are_rehearsed_are_refused(mixed, toy_model):
         )
 
 
-def test_given_parameters_are_those_that_the_virtual_step_starts_from(mixed, toy_model):
+def test_the_virtual_step_starts_from_the_given_parameters(mixed, toy_model):
     batch, at, stream = mixed()
     model = toy_model(stream)
     strategy = MIR(memory_size=50, batch_size=3)
@@ -150,7 +150,7 @@ def test_dropout_does_not_choose(mixed):
     assert all(part.training for part in model.modules())
 
 
-def test_only_the_pass_of_the_loss_itself_moves_running_statistics(mixed):
+def test_only_the_pass_of_the_loss_moves_running_statistics(mixed):
     batch, at, _ = mixed()
     model = Classifier(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), 8, 4).train()
     MIR(memory_size=50).losses(Forward(model), batch, at, State())
@@ -182,7 +182,7 @@ def test_of_stored_rows_that_lose_alike_the_first_are_chosen(mixed, toy_model):
     assert torch.nonzero(mine[NEW:]).flatten().tolist() == [0, 1, 2]
 
 
-def test_a_step_passes_each_row_as_often_as_its_mathematics_needs(mixed, toy_model):
+def test_a_step_passes_each_row_only_as_often_as_needed(mixed, toy_model):
     """New rows for the virtual step, candidates before and after it, new and chosen rows."""
     batch, at, stream = mixed()
     model = toy_model(stream)
@@ -203,7 +203,7 @@ def learner_of(strategy, model, **changes):
     return Learner(model=model, strategy=strategy, **options)
 
 
-def test_with_as_many_candidates_as_chosen_it_is_experience_replay(toy_stream, toy_model):
+def test_mir_is_replay_when_every_candidate_is_chosen(toy_stream, toy_model):
     """Replay gives all rows the same weight: half of the sum of both means, so it steps alike at
     twice the rate.
     """

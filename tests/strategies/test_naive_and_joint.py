@@ -52,9 +52,7 @@ def test_naive_is_a_plain_loop(toy_stream, toy_model):
         )
 
 
-def test_joint_starts_every_experience_from_the_initial_parameters_on_a_pool_of_all(
-    toy_stream, toy_model
-):
+def test_joint_starts_every_experience_anew_on_a_pool_of_all(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(toy_stream())
     starts = []

@@ -20,7 +20,7 @@ from perdure.strategies import NCM
 @pytest.mark.reference
 # a filter no image answers to
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_ has at least 1 zero")
-def test_it_is_the_nearest_centroid_of_scikit_learn_on_all_records_at_once():
+def test_ncm_equals_nearest_centroid_of_scikit_learn():
     from sklearn.neighbors import NearestCentroid
 
     features, labels = everything()
@@ -36,7 +36,7 @@ def test_it_is_the_nearest_centroid_of_scikit_learn_on_all_records_at_once():
     assert accuracy(learner) > 0.8
 
 
-def test_its_logits_differ_from_distances_by_the_same_for_all_classes():
+def test_logits_differ_from_distances_by_one_constant():
     learner = alone(NCM(normalise=False))
     f = features_of_tests()
     distances = (f[:, :, None] - learner.state["weight"]).square().sum(1)
@@ -54,7 +54,7 @@ def test_normalised_it_goes_by_the_angle():
 
 
 @pytest.mark.parametrize("strategy", [NCM(), NCM(normalise=False)], ids=repr)
-def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(strategy):
+def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
     assert difference(strategy) < 1e-5
 
 
@@ -71,7 +71,7 @@ def test_a_class_without_records_is_never_predicted():
     assert float(bias[:2].min()) > -1e8
 
 
-def test_under_privacy_it_is_one_release_an_experience_and_hardly_suffers():
+def test_private_ncm_is_one_release_and_hardly_loses_accuracy():
     learner = alone(NCM(), privacy=SIMULATED)
     entries = learner.private_sum.ledger.entries
     assert [list(entry.scope) for entry in entries] == [

@@ -73,7 +73,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10_000))
-def test_the_projection_is_that_of_gram_schmidt_whatever_the_directions_are(kind, seed):
+def test_the_projection_equals_gram_schmidt_for_any_directions(kind, seed):
     place = torch.Generator().manual_seed(seed)
     rows = KINDS[kind](torch.randn(4, 10, generator=place))
     vector = torch.randn(10, generator=place)
@@ -89,14 +89,14 @@ def test_the_projection_is_that_of_gram_schmidt_whatever_the_directions_are(kind
     torch.testing.assert_close(again, mine, rtol=1e-3, atol=1e-4)
 
 
-def test_before_the_first_experience_ends_the_gradient_is_left_alone_to_the_bit():
+def test_the_first_experience_keeps_the_gradient_bit_for_bit():
     strategy, state = state_of(torch.zeros(4, 10))
     gradient = gradient_of(torch.randn(10, generator=torch.Generator().manual_seed(0)))
     mine = strategy.project(gradient, (), state)
     assert all(torch.equal(mine[name], value) for name, value in gradient.items())
 
 
-def test_only_directions_that_are_there_are_projected_on_and_inverted():
+def test_only_present_directions_are_projected_and_inverted():
     rows = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     rows[3] = 0
     strategy, state = state_of(torch.cat([rows, torch.zeros(6, 10)]))
@@ -244,9 +244,7 @@ def moved(strategy, state, model, stream, rate):
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_a_projected_step_moves_earlier_logits_only_to_second_order(
-    toy_stream, toy_model, scenario
-):
+def test_a_projected_step_moves_earlier_logits_in_second_order(toy_stream, toy_model, scenario):
     stream = toy_stream(scenario)
     model = toy_model(stream).double()
     stream = replace(
@@ -295,7 +293,7 @@ def test_it_forgets_less_than_plain_training():
         assert float(average_accuracy(kept)) > float(average_accuracy(plain)), (seed, plain, kept)
 
 
-def test_directions_of_every_experience_stay_and_every_step_is_orthogonal_to_all_earlier_ones():
+def test_directions_stay_and_steps_are_orthogonal_to_all_earlier():
     stream = split(digits(), scenario="class", experiences=5)
     learner = learner_of(OGD(directions=4), stream, iterations=12)
     k = 4
@@ -330,7 +328,7 @@ def test_directions_of_every_experience_stay_and_every_step_is_orthogonal_to_all
     assert len(largest) == 24 and max(largest) < 2e-3
 
 
-def test_under_privacy_an_experience_costs_one_release_and_the_directions_are_noisy():
+def test_private_directions_are_one_noisy_release_an_experience():
     stream = split(digits(), scenario="class", experiences=2)
     learner = learner_of(
         OGD(directions=10), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0)

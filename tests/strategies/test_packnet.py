@@ -66,7 +66,7 @@ def test_no_later_step_moves_an_earlier_answer_by_a_bit(optimizer, dense_steps):
     assert not torch.equal(bare[0], bare[1])  # the model itself did move
 
 
-def test_under_privacy_and_combined_over_clients_nothing_is_forgotten_either():
+def test_nothing_is_forgotten_under_privacy_or_over_clients():
     stream = split(digits(), scenario="task", experiences=2)
     strategy = PackNet(pruned_share=0.6, dense_steps=40)
     assert (
@@ -129,7 +129,7 @@ def test_the_network_of_every_task_is_the_formula():
 
 
 @pytest.mark.reference
-def test_every_task_takes_the_largest_of_the_free_weights_and_the_first_one_the_biases():
+def test_tasks_take_largest_free_weights_and_first_the_biases():
     stream = tasks()
     strategy = PackNet(pruned_share=0.6)
     learner = learner_of(strategy, stream)
@@ -156,7 +156,7 @@ def test_every_task_takes_the_largest_of_the_free_weights_and_the_first_one_the_
 
 
 @pytest.mark.reference
-def test_the_gradient_is_that_of_the_trained_weights_and_zero_elsewhere():
+def test_the_gradient_is_zero_outside_the_trained_weights():
     stream = tasks()
     strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
@@ -285,9 +285,7 @@ def test_retraining_wins_back_what_pruning_cost():
     assert retrained > pruned + 1
 
 
-def test_a_stream_without_tasks_is_refused_and_so_is_a_head_that_is_not_there(
-    toy_model, toy_stream
-):
+def test_a_stream_without_tasks_or_a_missing_head_is_refused(toy_model, toy_stream):
     params = dict(toy_model(toy_stream()).named_parameters())
     spec = partial(Spec, params=params, num_classes=4, num_experiences=2, feature_size=6)
     with pytest.raises(StrategyError, match="use EWC"):
@@ -298,7 +296,7 @@ def test_a_stream_without_tasks_is_refused_and_so_is_a_head_that_is_not_there(
         PackNet(head="body.").init(spec(scenario="task"))
 
 
-def test_without_a_task_every_network_answers_for_its_own_classes(toy_model, toy_stream):
+def test_networks_answer_for_own_classes_when_no_task_is_given(toy_model, toy_stream):
     stream = toy_stream()
     strategy = PackNet(pruned_share=0.5)
     learner = Learner(

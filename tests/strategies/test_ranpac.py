@@ -23,7 +23,7 @@ RAW = RanPAC(ridge=0.5, normalise=False)
 
 
 @pytest.mark.reference
-def test_it_is_the_ridge_regression_of_scikit_learn_on_all_records_at_once():
+def test_ranpac_equals_ridge_regression_of_scikit_learn():
     from sklearn.linear_model import Ridge
 
     features, labels = everything()
@@ -75,7 +75,7 @@ def test_recursive_least_squares_of_acil_arrive_at_the_same_head():
     [RAW, RanPAC(), RanPAC(ridge=1e-6, bias=1.0), RanPAC(projection=300, seed=4)],
     ids=repr,
 )
-def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(strategy):
+def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
     """Features are float32, and rounded by the shape of their batch; a small ridge makes more of
     that.
     """
@@ -101,7 +101,7 @@ def test_no_parameter_moves_and_nothing_is_stored():
     assert learner.curator.stored == 0
 
 
-def test_the_projection_is_random_features_with_relu_drawn_from_the_seed():
+def test_projection_is_random_relu_features_from_the_seed():
     strategy = RanPAC(projection=200, seed=4, normalise=False)
     first, again, other = (
         learner_of(RanPAC(projection=200, seed=s, normalise=False)) for s in (4, 4, 5)
@@ -122,7 +122,7 @@ def test_the_projection_is_random_features_with_relu_drawn_from_the_seed():
     torch.testing.assert_close(strategy.features(first.session.forward, x, first.state), expected)
 
 
-def test_under_privacy_it_is_one_release_an_experience_clipped_to_the_declared_norm():
+def test_private_ranpac_is_one_release_clipped_to_declared_norm():
     learner = alone(RanPAC(bias=0.5), privacy=SIMULATED)
     entries = learner.private_sum.ledger.entries
     assert [(entry.purpose, entry.steps, list(entry.scope)) for entry in entries] == [
@@ -175,7 +175,7 @@ def test_clients_under_privacy_add_up_with_their_noise():
     assert float(server.learner.state["noisy"]) == 10
 
 
-def test_a_model_that_does_not_know_the_length_of_its_features_is_refused():
+def test_a_model_without_feature_size_is_refused():
     spec = Spec(params={}, num_classes=3, num_experiences=2, feature_size=0, scenario="class")
     with pytest.raises(StrategyError, match="feature_size"):
         RanPAC(projection=4, bias=1.0).init(spec)

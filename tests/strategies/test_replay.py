@@ -40,7 +40,7 @@ def batches(stream, learner):
 @pytest.mark.parametrize(
     ("stored", "weights"), [(6, (0.5, 0.5)), (3, (0.5, 0.5)), (12, (0.5, 0.5))]
 )
-def test_the_new_experience_weighs_one_over_t_whatever_the_batch_sizes(
+def test_the_new_experience_weighs_one_over_t_at_any_batch_size(
     toy_stream, toy_model, stored, weights
 ):
     """Losses of a batch by hand: mean over new rows / t + mean over stored rows * (1 - 1/t)."""
@@ -92,9 +92,7 @@ def test_the_first_experience_is_plain_training(toy_stream, toy_model):
     )
 
 
-def test_under_privacy_new_and_stored_records_are_one_pool_with_equal_weights(
-    toy_stream, toy_model
-):
+def test_private_new_and_stored_records_are_one_equal_pool(toy_stream, toy_model):
     stream = toy_stream()
     privacy = Privacy(noise_multiplier=1.0, seed=0, sampling_rate=0.5)
     learner = learner_of(toy_model(stream), Replay(memory_size=16), privacy=privacy)

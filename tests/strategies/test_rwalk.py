@@ -130,7 +130,7 @@ def test_a_step_within_a_window_scores_nothing():
 
 
 @pytest.mark.reference
-def test_fisher_information_is_averaged_with_the_past_and_is_that_of_every_record(walk, toy_stream):
+def test_fisher_is_of_every_record_and_averaged_with_the_past(walk, toy_stream):
     for name in walk.ends[0]:
         first, second = (fisher[name] for fisher in walk.fishers)
         torch.testing.assert_close(walk.states[0][f"fisher/{name}"], first)
@@ -170,7 +170,7 @@ def test_what_is_walked_begins_anew_with_every_experience(walk):
     assert float(walk.states[1]["steps"]) == 0.0 and float(walk.states[1]["past"]) == 1.0
 
 
-def test_scales_follow_from_the_state_alone_so_combined_states_get_their_own(walk):
+def test_scales_follow_from_the_state_also_after_combination(walk):
     strategy = walk.learner.strategy
     state = walk.states[1]
     doubled = state.replace_group(
@@ -184,7 +184,7 @@ def test_scales_follow_from_the_state_alone_so_combined_states_get_their_own(wal
     assert float(scale({"w": torch.zeros(3)})) == 0.0
 
 
-def test_without_a_past_there_is_no_penalty_and_the_rules_are_declared():
+def test_penalty_is_none_without_a_past_and_rules_are_declared():
     spec = Spec(
         params={"w": torch.ones(2)},
         num_classes=2,

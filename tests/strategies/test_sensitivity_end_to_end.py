@@ -229,7 +229,7 @@ def compared(whole, fewer):
 
 @pytest.mark.parametrize("clipping", ["flat", "per-layer", Adaptive(count_noise=0.5)])
 @pytest.mark.parametrize("name", private())
-def test_one_record_moves_nothing_that_is_released_by_more_than_its_bound(pair_of, name, clipping):
+def test_one_record_moves_no_release_by_more_than_its_bound(pair_of, name, clipping):
     whole, fewer = pair_of(name, clipping=clipping)
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []

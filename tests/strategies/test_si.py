@@ -74,9 +74,7 @@ OPTIMIZERS = {
 
 @pytest.mark.reference
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_importance_is_the_path_integral_over_the_squared_distance(
-    toy_stream, toy_model, optimizer
-):
+def test_importance_is_path_integral_over_squared_distance(toy_stream, toy_model, optimizer):
     """Whatever the optimiser makes of the gradient: the path is that of the parameters."""
     stream = toy_stream()
     run = Path(
@@ -131,7 +129,7 @@ def test_the_penalty_is_the_formula_and_never_pushes_away():
     }
 
 
-def test_clients_average_to_the_importance_of_their_averaged_path():
+def test_clients_average_to_the_importance_of_the_averaged_path():
     """Two clients, of sizes 1 and 3, consolidate at the same global parameters."""
     start = {"w": torch.tensor([0.0, 1.0])}
     end = {"w": torch.tensor([0.5, -1.0])}
@@ -224,7 +222,7 @@ def test_without_noise_nothing_is_taken_off():
     assert progress(before, after, gradient).tolist() == [1.0, -0.5]
 
 
-def test_a_step_against_the_gradient_or_without_one_takes_nothing_off():
+def test_steps_against_or_without_the_gradient_take_nothing_off():
     before = torch.zeros(2)
     after = torch.ones(2)
     assert progress(before, after, torch.ones(2), 0.5).tolist() == [-1.0, -1.0]

@@ -18,7 +18,7 @@ from perdure.strategies import NCM, SLDA
 
 @pytest.mark.reference
 @pytest.mark.parametrize("shrinkage", [0.01, 0.5])
-def test_it_is_the_discriminant_analysis_of_scikit_learn_on_all_records_at_once(shrinkage):
+def test_slda_equals_discriminant_analysis_of_scikit_learn(shrinkage):
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     features, labels = everything()
@@ -58,7 +58,7 @@ def test_shrunk_all_the_way_it_is_the_nearest_mean():
 
 
 @pytest.mark.parametrize("strategy", [SLDA(), SLDA(normalise=False, scaled=False)], ids=repr)
-def test_no_order_of_experiences_and_no_split_over_clients_changes_the_logits(strategy):
+def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
     assert difference(strategy) < 1e-5
 
 

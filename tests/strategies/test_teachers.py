@@ -19,7 +19,7 @@ TEACHERS = [
 
 
 @pytest.mark.parametrize("strategy", TEACHERS, ids=lambda strategy: strategy.name)
-def test_a_teacher_is_the_model_as_it_was_running_statistics_included(strategy):
+def test_a_teacher_is_the_earlier_model_with_running_statistics(strategy):
     stream = split(digits(), scenario="class", experiences=5)
     head = "cosine" if strategy.name == "LUCIR" else "linear"
     model = cnn(

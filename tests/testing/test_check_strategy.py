@@ -323,7 +323,7 @@ def test_the_model_that_is_given_goes_before_the_strategys_own():
     assert Combine(Naive(), Gating()).small_model(**shapes) is None
 
 
-def test_the_instance_and_the_generator_of_the_caller_are_left_alone():
+def test_the_callers_instance_and_generator_are_left_alone():
     strategy = Naive()
     before = torch.get_rng_state()
     check_strategy(strategy)

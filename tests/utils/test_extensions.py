@@ -210,7 +210,7 @@ def test_a_wrong_entry_point_names_its_distribution(shapes, value, reason):
     assert message.endswith("repair or uninstall that distribution")
 
 
-def test_foreign_code_that_fails_while_it_is_imported_is_one_line(shapes):
+def test_foreign_code_that_fails_at_import_is_one_line(shapes):
     shapes.add("bad-shapes", {"bad": f"{shapes.outside}:X"}, "raise ValueError('two\\nlines')")
     message = shapes.refusal("bad")
     assert "distribution bad-shapes" in message

@@ -97,7 +97,7 @@ def test_streams_and_neighbouring_ids_go_apart():
     assert float(apart.abs().max()) < 4 / len(MANY) ** 0.5
 
 
-def test_a_number_belongs_to_its_id_alone_and_tensors_make_tables():
+def test_a_number_depends_on_its_id_and_tensors_make_tables():
     table = uniforms(MANY[:20, None], 9, torch.arange(4))
     assert table.shape == (20, 4)
     for i in (0, 7):

@@ -18,7 +18,7 @@ def test_tensors_are_the_same_only_to_the_last_bit(dtype):
     assert same_bits(one.sum().to(dtype), one.sum().to(dtype))
 
 
-def test_signs_of_zeros_and_dtypes_are_told_apart_and_nan_is_itself():
+def test_signed_zeros_and_dtypes_differ_and_nan_equals_itself():
     zero, nan = torch.tensor(0.0), torch.tensor([float("nan")])
     assert not same_bits(zero, -zero)
     assert not same_bits(zero, zero.int())

@@ -186,7 +186,7 @@ def audit(
 
 
 def first_free_id(stream: Stream) -> int:
-    """Smallest id above those of all training records."""
+    """Return the smallest id above all ids of training records."""
     ids = [experience.train.ids for experience in stream if len(experience.train)]
     return max(int(each.max()) for each in ids) + 1 if ids else 0
 
@@ -315,7 +315,7 @@ class Audited(Strategy):
         return self.inner.small_model(input_shape=input_shape, num_classes=num_classes)
 
     def init(self, spec: Spec) -> State:
-        """Beside the strategy's state, what was last released of the probe."""
+        """Lay out the strategy's state, and the probe's part of the last release."""
         return self.inner.init(spec).declare(
             RELEASED, torch.zeros_like(spec.params["probe.weight"][:, 0]), "local"
         )
@@ -333,7 +333,7 @@ class Audited(Strategy):
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) the strategy's losses, with those of canaries exchanged."""
+        """(n,) the strategy's losses; a canary has the loss of the probe instead."""
         place = batch.ids - self.first
         canary = (place >= 0) & (place < self.canaries)
         probe = self.loudness * probed(forward, place.clamp(0, self.canaries - 1))

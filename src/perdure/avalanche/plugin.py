@@ -70,7 +70,7 @@ class StrategyPlugin:
 
     @property
     def batch(self) -> Batch:
-        """Rows of the present mini-batch: those that Avalanche drew, then those of memory."""
+        """Rows of the present mini-batch: first Avalanche's, then rows of memory."""
         return self._batch
 
     # ------------------------------------------------------------------ an experience
@@ -245,7 +245,7 @@ class _Given(Forward):
 
 
 def _check(template: Any, strategy: Strategy) -> None:
-    """Refuse what the plugin would carry out wrongly."""
+    """Refuse training that the plugin would carry out wrongly."""
     if any(
         type(part).__module__.startswith("opacus.") for part in (template.model, template.optimizer)
     ):

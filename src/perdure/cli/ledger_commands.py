@@ -104,7 +104,7 @@ def show(
     owner: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Print who was exposed to what, and the epsilon that follows; end the command."""
+    """Print the charges of every partition and the epsilon that follows; end the command."""
     source = find(run)
     account = Merged(apart(opened(source), source.folder))
     spent = source.delta(delta, account)
@@ -325,7 +325,7 @@ def _ledgers(run: Path, part: str) -> Iterator[Path]:
 def statements(
     source: Source, account: Merged, chosen: Merged, delta: float, whole: bool
 ) -> Iterator[str]:
-    """The lines below the table: what was spent, what it does not cover, what was checked.
+    """Yield the lines below the table: spent epsilon, its limits, and the checks made.
 
     Args:
         source: where the ledgers lie.
@@ -419,7 +419,7 @@ def sound(path: Path, account: Merged) -> str:
 
 
 def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
-    """Ledgers of curators that are not what the merged file holds of them.
+    """List ledgers of curators that differ from their copies in the merged file.
 
     One was put back from another time.
     """

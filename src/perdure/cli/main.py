@@ -170,7 +170,7 @@ def _replay(path: Path, record: int | None) -> None:
 
 
 def _audit(config: Path, canaries: int, confidence: float, shadows: int) -> None:
-    """Audit the private arms of a config, print what was found, and end the command."""
+    """Audit the private arms of a config, print the results, and end the command."""
     from perdure.experiment.audits import audit_run
     from perdure.experiment.config import read
 

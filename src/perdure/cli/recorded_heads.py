@@ -45,7 +45,7 @@ def behind(
     recorded: Sequence[Recorded],
     key_of: Callable[[str, Path], NoiseKey | None],
 ) -> list[str]:
-    """Return what is wrong with ledgers that do not go on from the heads that were recorded.
+    """List the faults of ledgers that do not continue their recorded heads.
 
     Args:
         accounts: file to what was read from it.
@@ -96,7 +96,7 @@ def forgotten(
     key_in: Callable[[Path], NoiseKey | None],
     known_elsewhere: Mapping[Path, Sequence[Anchor]],
 ) -> list[str]:
-    """Return what is wrong with ledgers behind a head that is recorded on this machine.
+    """List the faults of ledgers behind a head that is recorded on this machine.
 
     Such heads lie in checkpoints, in `private/` and in the user's state directory.
 
@@ -122,7 +122,7 @@ def forgotten(
 
 
 def put_back(folders: Sequence[Path], key_in: Callable[[Path], NoiseKey | None]) -> Iterator[str]:
-    """Yield what is wrong with logs of draws that do not go on from their recorded heads.
+    """Yield the faults of logs of draws that do not continue their recorded heads.
 
     Args:
         folders: of single curators.

@@ -113,7 +113,7 @@ class Combine(Strategy):
         return state
 
     def plan(self, experience: "Experience") -> Plan:
-        """Merge the parts' plans; two memories, or two ideas of what is trainable, are an error."""
+        """Merge the parts' plans; refuse two memories, or two choices of parameters."""
         plans = [(part.name, part.plan(experience)) for part in self.parts]
 
         def one(what: str) -> object:

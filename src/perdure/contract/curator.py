@@ -62,7 +62,7 @@ class Curator(Protocol):
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimated energy of the last gradient over that of its noise, from the release."""
+        """Estimated energy of the last gradient over its noise's energy, from the release."""
         ...
 
     @property

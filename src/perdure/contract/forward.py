@@ -71,7 +71,7 @@ class Forward:
 
     Args:
         module: the model.
-        params: parameters by name; None for those of the model.
+        params: parameters by name; None for the model's own.
         frozen: True for a teacher: no hooks and no gradients.
     """
 

@@ -101,7 +101,7 @@ def records_in(size: int | str, experience: "Experience") -> int:
 
 
 def refuse_size(size: int | str) -> None:
-    """Refuse what is neither a number of records nor a text such as "2 MB".
+    """Refuse a size that is neither a number of records nor a text such as "2 MB".
 
     Raises:
         ConfigError: for such a size.

@@ -42,7 +42,7 @@ No name that `remember` gives has brackets."""
 
 
 class HeldRecords:
-    """Records of one party: those of the open experience, and memory.
+    """Records of one party: the open experience, and memory.
 
     Args:
         seed: of sampling and memory selection (without privacy).
@@ -315,7 +315,7 @@ class HeldRecords:
 
     @property
     def stored(self) -> Batch | None:
-        """Rows of memory that may be drawn; those of excluded partitions are left out.
+        """Rows of memory that may be drawn; excluded partitions are left out.
 
         Under privacy there may be none of them: to say None then would tell, in what is stored
         beside synthetic rows and so in the ledger's digests, that memory is empty.

@@ -122,7 +122,7 @@ class LocalCurator:
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimated energy of the last gradient over that of its noise, from the release."""
+        """Estimated energy of the last gradient over its noise's energy, from the release."""
         return self._held.private_sum.signal_to_noise if self._held.private_sum else float("inf")
 
     @property

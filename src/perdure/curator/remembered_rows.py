@@ -1,4 +1,4 @@
-"""Rows for memory, with what a strategy stores beside them."""
+"""Rows for memory, with the values that a strategy stores beside them."""
 
 from collections.abc import Callable
 from dataclasses import replace

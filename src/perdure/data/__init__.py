@@ -1,4 +1,4 @@
-"""Records, experiences and streams: what a learner is given.
+"""Records, experiences and streams: the data of a learner.
 
 Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenario that makes a
 stream of it (`split`, `permuted`, `rotated`, `online`, `blurry`), a split over clients

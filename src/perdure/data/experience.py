@@ -1,4 +1,4 @@
-"""Experiences and streams: what is learnt, in which order."""
+"""Experiences and streams: the data to learn, in their order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -4,7 +4,7 @@ A ledger counts by partition. It bounds what a record was exposed to only where 
 one of them, so identity decides which partitions are disjoint: the id that a record was given at
 its source, and the memory that its row lies in. Classes, places and values decide nothing.
 
-Guarantee: none. It is a check at the door, for whoever holds the records, before a curator does. A
+Guarantee: none. The check is for the holder of the records, before a curator holds them. A
 set of streams that it refuses has no privacy statement at all; the streams of this library pass it
 with any records, since each sends a record to one partition or gives its copies one name. No other
 public fact depends on ids.

@@ -118,7 +118,7 @@ def permuted(
         scenario: domain keeps the labels and a head over the C classes; task and class give
             experience e the labels y + e*C, and a head over C * experiences.
         declared_size: public number of training records, all of which are in every experience.
-            Default: that of `data`.
+            Default: as in `data`.
 
     Raises:
         ConfigError: for no experiences or another scenario.
@@ -151,7 +151,7 @@ def rotated(
             angle.
         angles: degrees, counter-clockwise, one experience each.
         declared_size: public number of training records, all of which are in every experience.
-            Default: that of `data`.
+            Default: as in `data`.
 
     Raises:
         ConfigError: for no angles, or inputs that are no images.

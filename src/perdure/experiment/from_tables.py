@@ -77,7 +77,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _type_hints(cls: type, where: str) -> dict[str, Any]:
-    """Types of a class's fields; those of a foreign class may name what cannot be imported."""
+    """Types of a class's fields; a foreign class may name types that cannot be imported."""
     try:
         return typing.get_type_hints(cls)
     except Exception as error:

@@ -43,7 +43,7 @@ in.
 
 
 def untimed(value: Any) -> Any:
-    """Copy of a result without its timings, to be compared with that of another run."""
+    """Copy a result without its timings, to compare it with another run's."""
     if isinstance(value, dict):
         return {name: untimed(inner) for name, inner in value.items() if name not in TIMINGS}
     return [untimed(inner) for inner in value] if isinstance(value, list) else value

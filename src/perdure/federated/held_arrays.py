@@ -17,7 +17,7 @@ SERIALISED_AS = "numpy.ndarray"
 
 
 class HeldArray(Array):
-    """An array by its tensor; its bytes are those of a plain `Array` of the same numbers.
+    """An array by its tensor; its bytes equal a plain `Array`'s of the same numbers.
 
     No reader can alter it for another one: `numpy` gives a copy, and a copy of the array, which
     every receiver gets (see `copied`), has attributes of its own.

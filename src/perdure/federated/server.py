@@ -167,7 +167,7 @@ class Server:
     # ------------------------------------------------------------------ one exchange
 
     def _train(self, grid: Grid) -> None:
-        """One round: the aggregator says what is sent and makes one model of the answers."""
+        """Run one round: the aggregator chooses the messages and makes one model of the answers."""
         learner = self.learner
         if self.round == 0 and learner.training.of(self.stream[self.experience]).restart:
             load_shared(learner.model, self._initial)
@@ -270,7 +270,7 @@ class Server:
     # ------------------------------------------------------------------ stopping and going on
 
     def _save(self) -> None:
-        """Write the learner's checkpoint with the exchange and what the aggregator remembers."""
+        """Write the learner's checkpoint with the exchange and the aggregator's memory."""
         if self.folder:
             self._notify("checkpoint.begin")
             arrays, kinds = recall(self._aggregator)

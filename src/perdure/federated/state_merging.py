@@ -10,7 +10,7 @@ from perdure.errors import StrategyError
 
 
 def sent(state: State) -> State:
-    """The part of a state that travels: all but what is declared `local`."""
+    """Return the part of a state that is sent: all names but `local` ones."""
     rules: dict[str, Rule] = {name: rule for name, rule in state.rules.items() if rule != "local"}
     return State({name: state[name] for name in rules}, rules)
 

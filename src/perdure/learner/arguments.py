@@ -66,7 +66,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def made_optimizer(made: object) -> Optimizer:
-    """Return what the argument `optimizer` made, where the loop can use it.
+    """Return the optimiser that the argument `optimizer` made; refuse one that the loop cannot use.
 
     Raises:
         ConfigError: where it is no optimiser, or asks for losses again inside a step.
@@ -99,7 +99,7 @@ def on_device(model: nn.Module, given: str | device) -> None:
 
 
 def check_stream(stream: object) -> None:
-    """Refuse what is no stream of experiences."""
+    """Refuse a value that is no stream of experiences."""
     if not isinstance(stream, Stream):
         raise ConfigError.of(
             "stream",

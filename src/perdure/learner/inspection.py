@@ -105,7 +105,7 @@ class Inspection:
 
     @property
     def name(self) -> str:
-        """Name of the losses and of what they run, for messages: either may be at fault."""
+        """Name of the losses and of the model, for messages: either may be at fault."""
         model = type(self.model).__name__
         return f"the forward of {model}, or {self.training.strategy.name}.losses()"
 
@@ -125,7 +125,7 @@ class Inspection:
         return self.watch.see(self.state, values=True)
 
     def losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-        """(n,) losses, refusing what they write into parameters, buffers and state."""
+        """(n,) losses; writes into parameters, buffers and state are refused."""
         batch = self.rows.batch(index, inputs, facts)
         return self._unwritten(index, batch, self.name)
 

@@ -249,7 +249,7 @@ class Learner:
             )
 
     def close(self) -> None:
-        """Give the folder up to others; what is asked of the learner later takes it again."""
+        """Release the folder for others; a later use of the learner takes it again."""
         if self._session is not None:
             self._session.close()
 

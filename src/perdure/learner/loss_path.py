@@ -153,7 +153,7 @@ class LossPath:
 
 
 def is_own_strategy(strategy: Strategy) -> bool:
-    """Return whether the losses are those of this library's strategies alone."""
+    """Return whether all losses belong to strategies of this library."""
     parts = getattr(strategy, "parts", ())
     own = is_own(type(strategy), STRATEGIES) and keeps_methods(strategy, "losses")
     return own and all(map(is_own_strategy, parts))

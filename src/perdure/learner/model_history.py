@@ -104,7 +104,7 @@ def trainings_of(model: nn.Module) -> list[Training]:
 
 
 def mark(model: nn.Module, training: Training) -> None:
-    """Let a model and all its parts carry a training, in place of what they carried before."""
+    """Attach a training to a model and all its parts, in place of an earlier one."""
     for part in model.modules():
         vars(part)[ATTRIBUTE] = training
 
@@ -150,7 +150,7 @@ def refuse_unreplaced(trainings: Sequence[Training], folder: object) -> None:
 def history_of(
     trainings: Iterable[Training], partitions: Mapping[str, str], *, simulated: bool
 ) -> dict[str, Carried]:
-    """Return what the partitions of a stream, and those before, were exposed to by trainings.
+    """Return the charges of a stream's partitions, and of earlier ones, by past trainings.
 
     Args:
         trainings: that the model went through.

@@ -42,7 +42,7 @@ class ModelMark:
         refuse_trained(self.before, warm_start=warm_start)
 
     def put(self, ledger: Ledger | None, *, uncounted: str = "") -> None:
-        """Let the model carry what the session has spent on it (see `model_history`).
+        """Attach the session's spending to the model (see `model_history`).
 
         Args:
             ledger: of the session; None without privacy.

@@ -136,7 +136,7 @@ def _own_key(folder: Path | None, privacy: Privacy, client: int, anchors: list[A
 def charge_before(
     ledger: Ledger, training: TrainingPlan, schedule: Schedule, carried: History
 ) -> None:
-    """Declare the partitions, charge what was spent before, and grant the plan of the stream.
+    """Declare the partitions, charge earlier spending, and grant the plan of the stream.
 
     Raises:
         BudgetError: when the plan does not fit the budget.
@@ -170,7 +170,7 @@ def charge_before(
 
 
 def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[str, Carried]:
-    """Exposure by a warm start: what the folder's ledger says, and what `history` does.
+    """Return the exposure by a warm start, from the folder's ledger and from `history`.
 
     A run that is resumed finds it in its ledger, whatever its model carries. A partition that came
     after the warm start may hold any of the records that were exposed then.
@@ -199,7 +199,7 @@ def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[
 
 
 def carried_entries(carried: History, simulated: bool) -> list[Entry]:
-    """Return the ledger's entries of what a warm start carries over."""
+    """Return the ledger's entries that a warm start carries over."""
     return [
         elsewhere(charge, partition, simulated, WARM_START, before.independence)
         for partition, before in carried.items()
@@ -208,7 +208,7 @@ def carried_entries(carried: History, simulated: bool) -> list[Entry]:
 
 
 def _joined(written: Carried | None, given: Carried | None) -> Carried:
-    """Join what a ledger and a model say of one partition; equal charges are the same ones."""
+    """Join the charges of one partition in a ledger and in a model; equal charges are the same."""
     if written is None or given is None:
         joined = written or given
         assert joined is not None

@@ -22,12 +22,12 @@ class StepMemory:
         self._followed: State | None = None
 
     def copy_of(self, gradient: Params) -> Params:
-        """Copy a released gradient, for what is added to it and for the optimiser to write into."""
+        """Copy a released gradient, so that penalty and optimiser may write into it."""
         self._total = _copied(gradient, self._total)
         return self._total
 
     def begin(self, params: Params, gradient: Params, *, again: bool) -> None:
-        """Keep what a strategy is handed after the step.
+        """Keep the tensors that a strategy is given after the step.
 
         Args:
             params: trained parameters before the step.
@@ -53,7 +53,7 @@ class StepMemory:
 
 
 def _copied(values: Params, kept: Params) -> Params:
-    """Copy into kept memory; into new where there is none, or where it is what is copied."""
+    """Copy into kept memory; into new memory where there is none, or where it is the source."""
     if not kept or any(value is kept[name] for name, value in values.items()):
         kept = {name: torch.empty_like(value.detach()) for name, value in values.items()}
     with torch.no_grad():

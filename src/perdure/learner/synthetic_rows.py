@@ -188,7 +188,7 @@ class SyntheticRows:
             )
 
     def _beside_rows(self, ids: Tensor, stored: Tensor) -> Params:
-        """Values beside the rows: those of other records where they are stored, else zeros.
+        """Return values beside the rows: of other records where they are stored, else zeros.
 
         Beside neighbours they are large.
         """

@@ -169,7 +169,7 @@ def frozen(
         # a backbone of timm or torchvision, without its head
         frozen(backbone, input_shape=(3, 224, 224), num_classes=10)
 
-    Guarantee: the features owe nothing to the records of the stream, and no step, round or
+    Guarantee: the features do not depend on the records of the stream, and no step, round or
     checkpoint changes them. Training of a backbone elsewhere, on other records, is not accounted.
 
     Args:

@@ -18,7 +18,7 @@ class RandomConvolutions(nn.Module):
     """Responses to random filters, both signs apart, averaged over squares of pixels.
 
     Guarantee: row i of the result is a fixed function of image i alone; the filters are drawn from
-    the seed and owe nothing to any record, and no training changes them.
+    the seed, do not depend on any record, and no training changes them.
 
     >>> RandomConvolutions(filters=128)(torch.rand(2, 1, 28, 28)).shape
     torch.Size([2, 256, 4, 4])

@@ -142,7 +142,7 @@ def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float,
 
 
 def targets(training: TrainingPlan, partitions: Iterable[str]) -> float | dict[str, float]:
-    """Epsilon of every partition: one for all, or that of its experience."""
+    """Epsilon of every partition: one for all, or its experience's."""
     assert training.privacy is not None
     epsilons = training.privacy.epsilons
     if len(epsilons) == 1:

@@ -106,7 +106,7 @@ def reference_exposures(
 
 
 def share(experience: Experience, among: Sequence[Experience]) -> float:
-    """Declared size of the experience over that of all."""
+    """Declared size of the experience divided by the declared size of all."""
     return experience.train.declared_size / sum(e.train.declared_size for e in among)
 
 

@@ -24,7 +24,7 @@ class TrainingPlan:
 
     Args:
         stream: its declared sizes and classes are used, never its records.
-        strategy: says what an experience is trained on.
+        strategy: plans every experience.
         batch_size: expected number of new records in a step.
         epochs: passes over the records of an experience; None where `iterations` is given.
         iterations: steps of an experience; None where `epochs` is given.
@@ -47,7 +47,7 @@ class TrainingPlan:
     carried_at_most: tuple[Charge, ...] = ()
 
     def spent_before(self, partition: str) -> list[Charge]:
-        """Return what the records of a partition were exposed to before this plan."""
+        """Return the charges of a partition's records before this plan."""
         elsewhere = self.privacy.spent if self.privacy else ()
         return [*elsewhere, *self.carried.get(partition, self.carried_at_most)]
 

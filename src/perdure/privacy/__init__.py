@@ -1,4 +1,4 @@
-"""Differential privacy: what may leave a curator, at what noise, and what was spent.
+"""Differential privacy: releases of a curator, their noise, and the spent epsilon.
 
 Import `Privacy`, the settings of a learner, and `Adaptive` for clip norms that follow the
 gradients; `Ledger`, `Entry` and `Statement` for what was spent; `Grid`, on which

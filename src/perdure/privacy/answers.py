@@ -56,7 +56,7 @@ class Answers:
         return None
 
     def keep(self, entry: str, answer: Tensors, *, experience: int) -> None:
-        """Store an answer, through to the disk, and drop those of long past experiences.
+        """Store an answer, through to the disk, and drop answers of long past experiences.
 
         Args:
             entry: digest of the entry that paid for it.

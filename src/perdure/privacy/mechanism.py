@@ -52,7 +52,7 @@ class Mechanism:
         self.open(0)
 
     def open(self, index: int) -> None:
-        """Go to experience `index`; what was reserved pays for nothing more."""
+        """Go to experience `index`; earlier reservations pay for nothing more."""
         self.experience = index
         self.noise_multiplier = self.schedule.noise_in(index)
         self._blocks: dict[str, ReservedSteps] = {}

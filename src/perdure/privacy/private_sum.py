@@ -274,7 +274,7 @@ class PrivateSum(Releases):
 
     @property
     def signal_to_noise(self) -> float:
-        """Energy of the last gradient sum over that of its noise, at no privacy cost.
+        """Energy of the last gradient sum over its noise's energy, at no privacy cost.
 
         It is estimated from what was released.
 

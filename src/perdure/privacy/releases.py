@@ -141,7 +141,7 @@ class Releases(Mechanism):
         exact: Callable[[], Tensor],
         noised: Callable[[Tensor, Draw], Params],
     ) -> Params:
-        """Charge and draw a release, or hand out again what was released before.
+        """Charge and draw a release, or return the answer of an earlier one again.
 
         The ledger must not depend on exact answers. So an answer that is kept is handed
         out without being computed again. One that is missing is charged again, unless the log says

@@ -120,7 +120,7 @@ def _is_own(kind: type[SummedQuery]) -> bool:
 def shapes_of(
     query: Query, forward: Forward, tensors: Mapping[str, Tensor]
 ) -> dict[str, torch.Size]:
-    """Shapes of one row, from a synthetic record like those of `tensors`.
+    """Shapes of one row, from a synthetic record with the shapes of `tensors`.
 
     An empty partition still gets its noise.
     """

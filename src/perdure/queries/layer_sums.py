@@ -206,7 +206,7 @@ class _Passes:
         return min(CHUNK, max(1, PASS_NUMBERS // max(1, numbers)))
 
     def add(self, tensors: Mapping[str, Tensor], total: Params) -> bool:
-        """Add what the records sum up to; False where the model called other layers than before."""
+        """Add the records' sums; False where the model called other layers than before."""
         n = len(tensors["labels"])
         with torch.enable_grad(), tapped(self.layers) as tap:
             # views: nothing is kept n times
@@ -314,7 +314,7 @@ def fan_in(layer: MatrixLayer) -> int:
 
 
 def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
-    """(n, groups, fan in of a group, places): what the layer's weight is multiplied with.
+    """(n, groups, fan in of a group, places): the factor of the layer's weight.
 
     Args:
         layer: the layer.

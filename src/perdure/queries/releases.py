@@ -43,7 +43,7 @@ from perdure.types import Params
 def mean(curator: Curator, query: Query, *, clip_norm: float, purpose: str) -> Params:
     """Sum of clip(query(record), clip_norm) plus noise, over the declared number of records.
 
-    Guarantee: that of one Gaussian release; the divisor is public and owes nothing to the records
+    Guarantee: as for one Gaussian release; the divisor is public and independent of the records
     that are there.
 
     Args:
@@ -61,7 +61,7 @@ def histogram(curator: Curator, of: Of, *, bins: int, purpose: str) -> Tensor:
 
     Noise may take a count below 0; to clamp it is free.
 
-    Guarantee: that of one discrete Gaussian release of sensitivity 1, since a record is in one bin
+    Guarantee: as for one discrete Gaussian release of sensitivity 1, since a record is in one bin
     at most.
 
     Args:
@@ -87,7 +87,7 @@ def quantile(
     the first of equal ones. With n records a candidate whose rank is off by r is exp(e r / (2
     max(q, 1 - q))) times less likely than the best.
 
-    Guarantee: that of one selection, e-DP.
+    Guarantee: as for one selection, e-DP.
 
     Args:
         curator: open.
@@ -111,7 +111,7 @@ def top_k(curator: Curator, of: Of, *, bins: int, k: int, purpose: str) -> Tenso
     Gumbel noise on every count, and the k highest: k selections one after another. Their counts are
     not released.
 
-    Guarantee: that of k selections, each e-DP, since one record raises one count by 1.
+    Guarantee: as for k selections, each e-DP, since one record raises one count by 1.
 
     Args:
         curator: open.

@@ -220,7 +220,7 @@ class AbsoluteGradient(SquaredGradient):
 
     With one term its norm is the gradient's.
 
-    Guarantee: that of `SquaredGradient`.
+    Guarantee: as for `SquaredGradient`.
     """
 
     def size_of(self, values: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ RELATIONS = {
 
 
 def statement(result: Result) -> str:
-    """Return what is promised, arm by arm and for all models together."""
+    """Return the privacy statement, arm by arm and for all models together."""
     private = [(arm, label) for arm, label in by_privacy(result["arms"]) if arm["epsilon"]]
     if not private:
         return (

@@ -41,7 +41,7 @@ class NotApplicable(Exception):  # noqa: N818  # it is none of the errors that a
 
 
 def require(ok: bool, found: str, *, allowed: str, fix: str) -> None:
-    """Refuse what was found.
+    """Raise an error with the fault that was found, unless `ok`.
 
     Raises:
         ConformanceError: saying what was found, what is allowed and how to mend it.
@@ -114,7 +114,7 @@ Builder = Callable[[Stream], nn.Module]
 
 @dataclass(kw_only=True)
 class StrategyFixture:
-    """Source of what a check needs: unused copies of the strategy, and learners for them.
+    """Unused copies of the strategy for a check, and learners for them.
 
     Args:
         strategy: an instance, copied before anything runs.

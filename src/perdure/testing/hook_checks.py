@@ -334,7 +334,7 @@ def _but(dropped: int, batch: Batch) -> Tensor:
 
 
 def vmap(fixture: StrategyFixture) -> None:
-    """Hooks on tensors give for stacked parameters and states what they give one by one."""
+    """Hooks on tensors give the same for stacked parameters and states as one by one."""
     reason = fixture.strategy.not_vmappable_because
     if reason is not None:
         require(

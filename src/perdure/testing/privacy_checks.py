@@ -1,4 +1,4 @@
-"""Checks under privacy: what was asked is declared, planned and charged.
+"""Checks under privacy: every request is declared, planned and charged.
 
 Nothing else of the records comes out.
 """

@@ -68,7 +68,7 @@ class RecordingCurator:
 
     @property
     def curator(self) -> Curator:
-        """The door, as what it stands for."""
+        """Return the same object, typed as a curator."""
         return cast(Curator, self)
 
     def release(
@@ -145,7 +145,7 @@ class RecordingStrategy:
 
     @property
     def strategy(self) -> Strategy:
-        """As what it stands for."""
+        """Return the same object, typed as a strategy."""
         return cast(Strategy, self)
 
     def references(self, curator: Curator, params: Params, state: State) -> tuple[Params, ...]:

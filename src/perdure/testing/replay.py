@@ -81,12 +81,12 @@ class ReplayResult:
 
     @property
     def holds(self) -> bool:
-        """True where every change is explained by a release and within what was charged."""
+        """True where every change is explained by a release and within its charge."""
         return self.largest <= 1 and not self.unexplained and not self.unpaid
 
 
 class ReplayRun:
-    """One of the two runs: what it released, and everything that left it.
+    """One of the two runs: its releases, and everything else that left it.
 
     >>> first = ReplayRun(record=3)
     >>> first.attach(learner).fit(stream)

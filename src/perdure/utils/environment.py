@@ -55,7 +55,7 @@ def command() -> str:
 
 
 def store_rows(path: Path, rows: Sequence[Mapping[str, object]], *, seed: int) -> None:
-    """Store a benchmark's rows with what is needed to run it again.
+    """Store a benchmark's rows with machine, versions, seed and command.
 
     The form every benchmark uses.
 

@@ -69,7 +69,7 @@ def shifted(words: Tensor, places: int) -> Tensor:
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """Mix 64-bit words; arithmetic is modulo 2^64, which is that of int64."""
+    """Mix 64-bit words; arithmetic is modulo 2^64, as int64 computes."""
     words = words + STEP
     words = (words ^ shifted(words, 30)) * FIRST
     words = (words ^ shifted(words, 27)) * SECOND

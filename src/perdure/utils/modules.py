@@ -36,7 +36,7 @@ def statistics_of(module: nn.Module) -> Params:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Put the running statistics of BatchNorm back to what they were."""
+    """Put the running statistics of BatchNorm back."""
     before = {buffer: buffer.clone() for buffer in module.buffers()}
     try:
         yield

@@ -125,7 +125,7 @@ def test_replace_one_pair_dominates_every_other_pair_of_vectors():
             assert found < claimed - 1e-4 or radius == 1.0
 
 
-def test_replace_one_costs_more_than_add_remove_and_at_most_the_noise_halved():
+def test_replace_one_costs_between_add_remove_and_half_the_noise():
     charges = [Charge(0.1, 4.0, 200)]
     halved = [Charge(0.1, 2.0, 200)]
     replace = epsilon(charges, delta=DELTA, relation="replace-one")
@@ -158,7 +158,7 @@ def test_equal_mechanisms_merge_in_any_order():
     )
 
 
-def test_edges():
+def test_epsilon_is_zero_or_infinite_at_the_edges():
     assert epsilon([], delta=DELTA) == epsilon([], delta=DELTA, accountant="rdp") == 0
     assert epsilon([Charge(0.1, 0.0, 0)], delta=DELTA) == 0
     for accountant in ("pld", "rdp"):

@@ -117,7 +117,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_backward_pass_forms_no_weight_gradients_and_stops_at_the_first_layer():
+def test_the_backward_pass_forms_no_weight_gradients():
     three = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with Products() as count:
         by_tape(three, floats(6), Clip(norm=1.0))
@@ -133,7 +133,7 @@ def test_the_backward_pass_forms_no_weight_gradients_and_stops_at_the_first_laye
 @pytest.mark.parametrize(
     "name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"]
 )
-def test_activations_go_with_the_call_and_not_with_the_next_garbage_collection(name):
+def test_activations_are_freed_with_the_call(name):
     module, x, _ = made(name)
     seen = []
     module.layer.register_forward_hook(lambda layer, args, y: seen.append(weakref.ref(y)))
@@ -177,7 +177,7 @@ def test_a_ghost_norm_is_not_too_small_where_positions_cancel(kind):
     "name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"]
 )
 @pytest.mark.parametrize("way", ["autocast", "bfloat16"])
-def test_in_half_precision_norms_and_sums_are_taken_in_single_precision(name, way):
+def test_norms_and_sums_of_half_precision_are_in_float32(name, way):
     module, x, _ = made(name)
     if way == "bfloat16":
         module = module.bfloat16()
@@ -199,7 +199,7 @@ def half_losses(forward, batch):
     return F.cross_entropy(forward(batch.inputs).float(), batch.labels % 3, reduction="none")
 
 
-def test_under_autocast_the_sum_is_that_of_the_numbers_that_flowed():
+def test_the_sum_under_autocast_uses_the_numbers_that_flowed():
     """For a linear layer: the outer products of what came back and of the input as it was rounded
     to bfloat16.
     """

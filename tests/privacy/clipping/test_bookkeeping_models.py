@@ -51,7 +51,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["one parameter", "by itself", "by forward", "penalty"])
-def test_a_weight_used_outside_of_its_own_layers_calls_is_left_to_the_rows(way):
+def test_weights_used_outside_their_layer_are_left_to_the_rows(way):
     torch.manual_seed(0)
     assert by_tape(Tied(way), floats(6), Clip(norm=1.0)) is None
 
@@ -135,7 +135,7 @@ def by_halves(forward, batch):
     )
 
 
-def test_passes_that_do_not_cover_all_records_are_left_to_the_rows():
+def test_passes_without_all_records_are_left_to_the_rows():
     module, x, _ = made("linear")
     assert by_tape(module, x, Clip(norm=1.0), of=by_halves) is None
 
@@ -204,7 +204,7 @@ def test_lines_are_another_way_to_write_a_convolution():
     assert torch.equal(geometry.from_lines(weight).reshape(layer.weight.shape), layer.weight)
 
 
-def test_weights_computed_from_parameters_are_left_to_the_gradients_of_records():
+def test_weights_computed_from_parameters_are_left_to_the_rows():
     """A layer that runs with twice its weight: the tape would give the gradient of the doubled
     weight, half of it.
     """

@@ -113,7 +113,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_parameters_in_every_row_are_clipped_as_records_one_by_one(name):
+def test_parameters_in_every_row_are_clipped_per_record(name):
     assert_equal(RIGHT[name](), floats(LENGTH, 4))
 
 
@@ -337,7 +337,7 @@ def pooled_token(m, t):
     return torch.cat([tokens[:, :1].mean(0, keepdim=True).expand(len(t), -1, -1), tokens], 1)
 
 
-def test_the_guard_refuses_gradients_that_meet_in_copies_of_a_parameter():
+def test_the_guard_refuses_gradients_that_meet_in_copies():
     """Values do not show it: all copies are equal."""
     model = Tokens(pooled_token, cls=(1, 1, WIDTH))
     quiet_training(model)

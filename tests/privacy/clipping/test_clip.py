@@ -77,7 +77,7 @@ def test_a_row_without_a_finite_norm_counts_as_zero(poison):
     assert clip_factors(torch.tensor([poison**2, 0.0]), 1.0).tolist() == [0.0, 1.0]
 
 
-def test_norms_of_half_precision_rows_are_taken_in_single_precision():
+def test_norms_of_half_precision_rows_are_in_float32():
     """65,536 entries of 1/64 have norm 4; bfloat16 would lose the sum of squares at 256 equal
     terms.
     """
@@ -101,7 +101,7 @@ def given_rows(params, tensors):
     st.integers(1, 10),
     st.data(),
 )
-def test_pieces_do_not_change_the_sum_and_one_record_moves_it_by_at_most_c(values, size, data):
+def test_pieces_keep_the_sum_and_the_bound_on_one_record(values, size, data):
     table = torch.tensor(values, dtype=torch.float32)
     one = {"one": torch.ones(())}
     whole = clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), 100)["value"]

@@ -86,7 +86,7 @@ def test_factors_hold_for_all_lengths_and_have_digits_in_float32():
     assert clip_factors(torch.tensor([1e4]).double(), 1e-36).tolist() == [0.0]
 
 
-def test_ghost_norms_go_to_float64_for_the_records_that_need_it_only():
+def test_ghost_norms_use_float64_only_for_records_that_need_it():
     asked = []
 
     def grams(some, dtype):

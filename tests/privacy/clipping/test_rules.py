@@ -132,7 +132,7 @@ def classifier(layer):
     return Classifier(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), layer), 6, 4)
 
 
-def test_the_gradient_of_a_batch_is_the_same_with_and_without_the_rule(toy_stream, monkeypatch):
+def test_a_rule_does_not_change_the_gradient_of_a_batch(toy_stream, monkeypatch):
     calls = counted_calls(monkeypatch)
     batch = Batch.current(toy_stream()[0].train, 0)
     sums = []

@@ -100,7 +100,7 @@ def test_a_layer_whose_rows_are_something_else_is_refused(way, layer):
         row_test(Reading(way))
 
 
-def test_without_that_refusal_the_bound_breaks_where_length_and_batch_are_equal():
+def test_the_bound_breaks_without_refusal_when_length_is_batch():
     torch.manual_seed(0)
     model = Reading("length first")
     clip = Clip(norm=0.1)
@@ -123,7 +123,7 @@ def test_without_that_refusal_the_bound_breaks_where_length_and_batch_are_equal(
 
 
 @pytest.mark.parametrize("function", [Normalised, Averaged])
-def test_a_backward_pass_that_mixes_records_is_refused_although_the_losses_do_not(function):
+def test_a_backward_pass_that_mixes_records_is_refused(function):
     model = Backwards(function)
     check_losses(
         lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
@@ -148,7 +148,7 @@ class Centred(Backwards):
         return self.head(torch.tanh(self.embed(x - mean) + (mean @ self.embed.weight.T).detach()))
 
 
-def test_inputs_that_mix_records_are_refused_although_the_losses_do_not():
+def test_inputs_that_mix_records_are_refused():
     model = Centred(None)
     check_losses(
         lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
@@ -194,7 +194,7 @@ def side_by_side(plain, x, y):
         (exchanged, "layer embed mixes"),
     ],
 )
-def test_losses_that_pass_rows_in_pieces_or_out_of_order_are_refused(losses, message):
+def test_losses_that_split_or_reorder_rows_are_refused(losses, message):
     with pytest.raises(GuardError, match=message):
         row_test(Reading("plain"), losses)
 
@@ -252,7 +252,7 @@ LINEAR = nn.Linear(5, 3)
         (torch.optim.SparseAdam, r"SparseAdam, .* \(.*dense gradients"),
     ],
 )
-def test_optimisers_that_need_more_than_one_gradient_a_step_are_refused(make, message):
+def test_optimisers_with_several_gradients_a_step_are_refused(make, message):
     with pytest.raises(GuardError, match=message):
         check_optimizer(make(LINEAR.parameters()))
 
@@ -260,7 +260,7 @@ def test_optimisers_that_need_more_than_one_gradient_a_step_are_refused(make, me
 @pytest.mark.parametrize(
     "name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adadelta", "ASGD"]
 )
-def test_optimisers_that_need_one_gradient_pass_and_are_left_as_they_are(name):
+def test_optimisers_with_one_gradient_pass_unchanged(name):
     optimizer = getattr(torch.optim, name)(LINEAR.parameters(), lr=0.1)
     before = LINEAR.weight.detach().clone()
     state = repr(optimizer.state_dict())

@@ -21,7 +21,7 @@ CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": 
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
-def test_recurrent_layers_of_torch_are_refused_with_their_counterpart(kind):
+def test_recurrent_layers_of_torch_are_refused_with_a_fix(kind):
     ending = r", or call perdure.privacy.fix\(model\)$" if kind in RECURRENT else "$"
     with pytest.raises(
         GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"
@@ -30,7 +30,7 @@ def test_recurrent_layers_of_torch_are_refused_with_their_counterpart(kind):
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
-def test_the_reason_holds_torch_cannot_differentiate_them_record_by_record(kind):
+def test_torch_cannot_differentiate_recurrent_layers_per_record(kind):
     layer = (RECURRENT | CELLS)[kind]
     layer = copy.deepcopy(layer).double()
     x = torch.rand(3, 1 if kind in CELLS else 4, 5, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_attention_with_dropout_is_refused():
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_without_dropout_has_right_gradients_per_record(batch_first):
+def test_attention_without_dropout_has_right_record_gradients(batch_first):
     model = Attending(batch_first)
     x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     check_model(model)
@@ -113,7 +113,7 @@ def hooked(make, **options):
     return make(nn.Linear(5, 3), "weight", **options)
 
 
-def test_spectral_normalisation_is_refused_because_its_buffers_count_the_passes():
+def test_spectral_normalisation_is_refused_for_its_buffers():
     torch.manual_seed(0)
     model = nn.Sequential(
         torch.nn.utils.parametrizations.spectral_norm(nn.Linear(40, 30), n_power_iterations=1)
@@ -152,7 +152,7 @@ def test_weight_normalisation_as_a_parametrisation_passes():
     )
 
 
-def test_a_changed_dropout_is_refused_because_the_tests_switch_it_off():
+def test_a_changed_dropout_is_refused():
     with pytest.raises(
         GuardError, match=r"1 is Louder, a subclass of torch's Dropout.*use torch.nn.Dropout"
     ):
@@ -161,7 +161,7 @@ def test_a_changed_dropout_is_refused_because_the_tests_switch_it_off():
 
 
 @pytest.mark.parametrize("make", [partial(nn.LazyLinear, 3), nn.LazyBatchNorm1d])
-def test_lazy_layers_are_refused_until_they_have_their_parameters(make):
+def test_lazy_layers_are_refused_until_they_have_parameters(make):
     model = nn.Sequential(make())
     with pytest.raises(
         GuardError, match=r"0 is Lazy.*first private batch would shape.*run synthetic inputs"
@@ -176,7 +176,7 @@ def test_a_lazy_layer_that_was_run_passes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_parameters_in_half_precision_are_refused_because_their_sums_are_rounded(dtype):
+def test_half_precision_parameters_are_refused_for_rounded_sums(dtype):
     with pytest.raises(GuardError, match=rf"parameter 0.weight is {dtype}.*call model.float\(\)"):
         check_model(nn.Sequential(nn.Linear(5, 3).to(dtype)))
     one_more = torch.tensor(1000.0, dtype=dtype) + torch.tensor(3.0, dtype=dtype)
@@ -185,7 +185,7 @@ def test_parameters_in_half_precision_are_refused_because_their_sums_are_rounded
     check_model(nn.Sequential(nn.Linear(5, 3).double()))
 
 
-def test_instance_statistics_are_refused_where_only_the_flag_was_switched_off():
+def test_instance_statistics_are_refused_when_only_flag_is_off():
     layer = nn.InstanceNorm2d(6, track_running_stats=True)
     layer.track_running_stats = False
     with pytest.raises(GuardError, match="with running statistics"):

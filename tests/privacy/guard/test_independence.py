@@ -56,7 +56,7 @@ LISTED = {
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_models_of_listed_modules_are_independent_by_construction(name):
+def test_listed_modules_are_independent_by_construction(name):
     model = LISTED[name]()
     assert unlisted(model) == () and independence(model) == "by construction"
 
@@ -280,7 +280,7 @@ class Keeping(Custom):
         return self.head(x)
 
 
-def test_model_that_keeps_records_is_refused_record_by_record_too(learner_of, toy_stream):
+def test_a_model_that_keeps_records_is_refused_per_record_too(learner_of, toy_stream):
     with pytest.raises(GuardError, match="buffer mean of the model changes"):
         learner_of(model=Keeping(), privacy=ALONE).prepare(toy_stream())
 

@@ -198,7 +198,7 @@ def test_model_that_fails_on_its_domain_is_refused_in_words():
         private(Reading(whole=True), stream_of(wide, torch.int64, (12,)))
 
 
-def test_records_outside_their_domain_are_refused_before_training():
+def test_records_outside_the_domain_are_refused_before_training():
     inputs = torch.rand(48, 5)
     inputs[7, 2] = 1.5
     domain = InputDomain(shape=(5,), range=(0.0, 1.0))

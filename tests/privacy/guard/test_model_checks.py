@@ -61,7 +61,7 @@ def test_the_model_itself_may_be_the_culprit_and_the_fix_works():
 
 
 @pytest.mark.parametrize("make", [nn.InstanceNorm1d, nn.InstanceNorm2d])
-def test_instance_normalisation_is_refused_with_running_statistics_only(make):
+def test_instance_norm_is_refused_only_with_running_statistics(make):
     with pytest.raises(
         GuardError, match=r"0 is InstanceNorm\dd with running.*track_running_stats=False"
     ):
@@ -70,7 +70,7 @@ def test_instance_normalisation_is_refused_with_running_statistics_only(make):
 
 
 @pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
-def test_our_models_pass_with_group_normalisation_and_fail_with_batch_normalisation(make):
+def test_our_models_pass_with_group_norm_not_with_batch_norm(make):
     options = {"input_shape": (1, 16, 16), "num_classes": 3, "seed": 0}
     model = make(**options)
     check_model(model)
@@ -105,7 +105,7 @@ class Centring(nn.Module):
 
 
 @pytest.mark.parametrize(("grows", "name"), [(False, "0.mean"), (True, "0.seen_1")])
-def test_a_buffer_that_a_forward_pass_changes_or_adds_is_refused_by_name(grows, name):
+def test_a_buffer_that_a_pass_changes_or_adds_is_refused_by_name(grows, name):
     model = nn.Sequential(Centring(grows), nn.Linear(5, 3)).eval()
     with pytest.raises(
         GuardError,
@@ -119,7 +119,7 @@ def test_a_buffer_that_a_forward_pass_changes_or_adds_is_refused_by_name(grows, 
     )
 
 
-def test_a_constant_buffer_passes_and_no_random_number_is_used_up():
+def test_a_constant_buffer_passes_without_random_draws():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
     model.register_buffer("scale", torch.ones(3))
     before = torch.random.get_rng_state()
@@ -171,7 +171,7 @@ def as_key(module, x):
         (as_number, r"0\.scale"),
     ],
 )
-def test_what_a_module_keeps_of_its_inputs_outside_buffers_is_refused_by_name(what, name):
+def test_inputs_kept_outside_buffers_are_refused_by_name(what, name):
     model = nn.Sequential(Keeping(what), nn.Linear(5, 3))
     with pytest.raises(
         GuardError, match=f"attribute {name} of the model depends on the records.*return it instead"
@@ -185,7 +185,7 @@ def as_cache(module, x):
     module.seen += 1
 
 
-def test_a_cache_and_a_counter_that_owe_nothing_to_the_records_pass():
+def test_caches_and_counters_independent_of_records_pass():
     check_buffers(nn.Sequential(Keeping(as_cache), nn.Linear(5, 3)), torch.rand(4, 5))
 
 
@@ -225,7 +225,7 @@ COUPLED = [class_weighted_mean, in_batch_masking, in_batch_negatives, batch_cent
 
 
 @pytest.mark.parametrize("losses", COUPLED)
-def test_losses_that_couple_records_are_refused_with_name_and_fix(losses):
+def test_losses_that_couple_records_are_refused_with_a_fix(losses):
     with pytest.raises(
         GuardError,
         match=r"Mine.losses\(\) couples records: dropping one.*compute each row from that row",
@@ -319,7 +319,7 @@ def private(model, strategy=None):
         (Secretly(), r"Secretly.losses\(\) couples records"),
     ],
 )
-def test_a_strategy_that_couples_records_is_refused_before_anything_is_drawn(
+def test_a_strategy_that_couples_records_is_refused_before_draws(
     toy_stream, toy_model, strategy, message
 ):
     stream = toy_stream()
@@ -369,7 +369,7 @@ def test_a_strategy_that_reads_raw_records_is_stopped(toy_stream, toy_model):
         private(toy_model(stream), Reader()).fit(stream)
 
 
-def test_a_stream_whose_places_depend_on_other_records_is_refused(toy_stream, toy_model):
+def test_a_stream_with_places_from_other_records_is_refused(toy_stream, toy_model):
     stream = online(toy_stream(), chunk=10)
     with pytest.raises(GuardError, match=r"places records by their position.*exact=False"):
         private(toy_model(stream)).prepare(stream)

@@ -41,7 +41,7 @@ NORMS["scale frozen"].weight.requires_grad_(False)
 
 @pytest.mark.parametrize("form", NORMS)
 @pytest.mark.parametrize("deep", [False, True])
-def test_batch_normalisation_becomes_group_normalisation_with_the_same_scale_and_shift(form, deep):
+def test_batch_norm_becomes_group_norm_with_its_scale_and_shift(form, deep):
     old = randomised(copy.deepcopy(NORMS[form]))
     model = nn.Sequential(nn.ReLU(), nn.ModuleDict({"norm": old})) if deep else old
     result = fix(model)
@@ -74,7 +74,7 @@ def test_a_layer_in_two_places_is_replaced_by_one_layer():
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("make", [nn.InstanceNorm1d, nn.InstanceNorm2d])
-def test_instance_normalisation_loses_its_running_statistics_only(make, affine):
+def test_instance_norm_loses_only_its_running_statistics(make, affine):
     old = randomised(make(6, affine=affine, track_running_stats=True))
     new = fix(nn.Sequential(old))[0]
     assert type(new) is make and not list(new.buffers())
@@ -102,7 +102,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")])
-def test_recurrent_layers_become_those_of_opacus_and_compute_the_same(make, form):
+def test_recurrent_layers_become_equal_layers_of_opacus(make, form):
     old = make(5, 6, **SHAPES[form]).eval()
     result = fix(nn.ModuleDict({"deep": nn.ModuleList([old])}).eval())["deep"][0]
     assert type(result).__name__ == f"DP{type(old).__name__}" and not result.training
@@ -184,7 +184,7 @@ def test_attention_out_of_linear_layers_computes_the_same(heads, options, batch_
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("options", [{"batch_first": True}, {}])
-def test_a_transformer_of_torch_works_on_with_its_attention_replaced(options, gradients):
+def test_a_torch_transformer_works_with_replaced_attention(options, gradients):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, **options)
     with pytest.warns(UserWarning, match="nested_tensor") if not options else torch.enable_grad():
         old = nn.TransformerEncoder(layer, 2).eval()
@@ -234,7 +234,7 @@ def whole():
     )
 
 
-def test_a_repair_says_what_it_does_and_leaves_the_model_and_chance_alone():
+def test_a_repair_reports_changes_and_keeps_model_and_generator():
     model = whole()
     types = [type(m) for m in model.modules()]
     state = {n: v.clone() for n, v in model.state_dict().items()}

@@ -61,7 +61,7 @@ def test_half_of_every_batch_from_the_memory():
     assert ledger.epsilon(delta=DELTA) == pytest.approx(43.914, abs=0.005)
 
 
-def test_a_record_in_two_partitions_of_one_entry_is_in_a_step_at_most_once():
+def test_a_record_in_two_partitions_is_in_a_step_at_most_once():
     ledger = opened(partitions=2)
     ledger.charge(entry({"e1": 0.02, "e2": 0.03}))
     both = ledger.epsilon(["e1", "e2"], delta=DELTA)
@@ -263,7 +263,7 @@ def test_partitions_are_declared_once_with_one_size():
         ledger.epsilon(["e9"], delta=DELTA)
 
 
-def test_a_matching_entry_is_executed_again_without_being_appended(tmp_path):
+def test_a_matching_entry_runs_again_without_being_appended(tmp_path):
     path = tmp_path / "ledger.jsonl"
     first = filled(path)
     before = path.read_bytes()

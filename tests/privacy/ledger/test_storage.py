@@ -163,7 +163,7 @@ def crash_at(countdown):
 
 
 @pytest.mark.parametrize("crash", range(18))
-def test_a_crash_at_any_point_loses_no_drawn_noise_and_the_run_ends_the_same(tmp_path, crash):
+def test_a_crash_at_any_point_loses_no_noise_and_no_result(tmp_path, crash):
     """Six lines (header, two partitions, three entries) with three points each."""
     path = tmp_path / "ledger.jsonl"
     drawn = []
@@ -324,7 +324,7 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
             read(tmp_path / "x.jsonl")
 
 
-def test_a_ledger_that_was_stopped_before_its_first_line_holds_nothing(tmp_path):
+def test_a_ledger_stopped_before_its_first_line_is_empty(tmp_path):
     class StoppedError(Exception):
         pass
 

@@ -50,7 +50,7 @@ def test_a_draw_is_taken_once_and_only_by_its_name():
     assert ahead.take("a") is None
 
 
-def test_the_draw_runs_on_another_thread_while_the_caller_goes_on():
+def test_a_draw_runs_on_another_thread_beside_the_caller():
     goes_on = threading.Event()
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.fill(1 + 1 * goes_on.wait(60)))
@@ -64,7 +64,7 @@ def test_a_draw_that_failed_is_drawn_anew_by_who_asks():
     assert ahead.take("a") is None
 
 
-def test_a_draw_that_nobody_took_is_not_written_over_while_it_runs():
+def test_an_untaken_draw_is_not_overwritten_while_it_runs():
     may_end = threading.Event()
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.fill(1 * may_end.wait(60)))

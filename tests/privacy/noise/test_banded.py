@@ -88,7 +88,7 @@ def test_k_steps_of_a_record_cost_what_k_gaussians_cost(bands):
     assert bands == 1 or float(closer.norm()) > sqrt(2) * gain
 
 
-def test_the_sum_of_all_steps_has_less_noise_than_independent_noise_would_leave():
+def test_the_sum_of_steps_has_less_noise_than_independent_noise():
     steps = 64
     ones = torch.ones(64, 64, dtype=torch.float64).tril()
 
@@ -178,7 +178,7 @@ def test_an_epoch_shorter_than_the_bands_is_refused(learner_of):
             Privacy(**{"noise_multiplier": 1.0, "bands": 2} | other)
 
 
-def test_noise_follows_the_steps_in_turn_and_a_block_again_is_the_same(learner_of):
+def test_noise_follows_the_steps_and_a_repeated_block_is_equal(learner_of):
     learner = learner_of()
     learner.begin(0)
     none = lambda clip: None  # noqa: E731

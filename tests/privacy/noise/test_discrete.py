@@ -37,7 +37,7 @@ def words(*values):
 # --------------------------------------------------------------------------- uniform integers
 
 
-def test_integers_take_the_leading_bits_and_draw_again_beyond_the_range():
+def test_integers_take_leading_bits_and_redraw_beyond_the_range():
     top = [value << 61 for value in (7, 5, 2)]  # three leading bits
     assert [Integers(words(*top)).below(n) for n in (8, 7, 5)] == [7, 5, 2]
     one = Integers(words(*top))
@@ -106,7 +106,7 @@ def fit(draws, sigma):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 4.4, 30.0])
-def test_draws_follow_the_exact_law_and_not_that_of_two_thirds_or_three_halves(sigma):
+def test_draws_follow_the_exact_law_and_reject_nearby_scales(sigma):
     """Chi-square, flakiness 1e-6 each; the wrong scales are rejected at 1e-12."""
     draws = discrete_gaussian(10_000, sigma, stream(seed=3)).numpy()
     assert draws.dtype == np.int64

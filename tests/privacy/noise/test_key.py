@@ -95,7 +95,7 @@ def test_simulated_keys_say_so_and_depend_on_every_part():
     assert NoiseKey.from_seed(0, "a").mac(b"x") == keys[3].mac(b"x")
 
 
-def test_a_simulated_key_from_an_object_without_stable_name_is_refused():
+def test_a_simulated_key_from_an_unstable_name_is_refused():
     with pytest.raises(ConfigError):
         NoiseKey.from_seed(object())
 
@@ -265,7 +265,7 @@ def test_uniforms_are_uniform(source):
 
 
 @pytest.mark.statistical
-def test_streams_are_independent_of_each_other_and_of_themselves_shifted():
+def test_streams_are_independent_of_others_and_of_shifts():
     """240 correlations, each beyond 5.5 sigma with probability 4e-8; a correlation of 0.05 would
     show.
     """

@@ -56,7 +56,7 @@ def worst_ratio(pairs, scores, k, noise_multiplier):
 
 @pytest.mark.parametrize("noise_multiplier", [0.4, 2.0])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_no_top_k_is_more_than_k_epsilon_likelier_with_one_record_more(k, noise_multiplier):
+def test_top_k_likelihood_moves_by_at_most_k_epsilon(k, noise_multiplier):
     """Exact, over all data sets of up to 4 records, some of them in no bin; a whole epsilon is
     nearly used.
     """
@@ -76,7 +76,7 @@ def test_no_top_k_is_more_than_k_epsilon_likelier_with_one_record_more(k, noise_
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.75])
-def test_no_quantile_is_more_than_epsilon_likelier_with_one_record_more(q, noise_multiplier):
+def test_quantile_likelihood_moves_by_at_most_epsilon(q, noise_multiplier):
     """Exact, over all data sets of up to 5 records, on candidates, between them, beyond them and
     NaN.
     """

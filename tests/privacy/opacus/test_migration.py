@@ -176,7 +176,7 @@ def test_optimisers_that_two_numbers_do_not_describe_are_refused():
         settings(torch.optim.SGD(small().parameters(), lr=0.1))
 
 
-def test_the_guard_refuses_the_optimiser_of_opacus_inside_a_learner():
+def test_the_guard_refuses_the_opacus_optimiser_in_a_learner():
     _, _, optimizer, _ = engine_for(small())
     with pytest.raises(
         GuardError, match=r"DPOptimizer of Opacus.*noise a second time.*original_optimizer"
@@ -203,7 +203,7 @@ def traces(model):
     "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ghost")]
 )
 @pytest.mark.parametrize("wrap", [True, False])
-def test_the_model_comes_out_of_its_wrapper_clean_and_with_the_same_parameters(options, wrap):
+def test_unwrapping_gives_a_clean_model_with_equal_parameters(options, wrap):
     model = small()
     _, wrapped, _, _ = engine_for(model, wrap_model=wrap, **options)
     params = list(model.parameters())
@@ -349,7 +349,7 @@ def test_an_exported_history_has_the_epsilon_of_opacus(ours, delta):
 # log(1 - q) of a step without sampling
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("ours", HISTORIES)
-def test_an_exported_prv_accountant_is_near_our_own_number_and_above_it(ours):
+def test_an_exported_prv_epsilon_is_close_above_our_epsilon(ours):
     theirs = accountant(ours, ["one"], mechanism="prv").get_epsilon(1e-5)
     assert 0 < theirs - ours.epsilon(["one"], delta=1e-5) < 0.02
 
@@ -405,7 +405,7 @@ tried(torch.nn.Conv1d(2, 2, 1, padding="same"), (x[:, :, None],))
     assert done.stdout.split("\n")[:3] == ["True False", "True False", "False True"], done.stderr
 
 
-def test_a_wrapped_model_without_its_history_is_taken_with_a_statement_of_what_is_accounted():
+def test_a_wrapped_model_without_history_gets_a_scope_statement():
     _, wrapped, _, _ = engine_for(small())
     with pytest.warns(UserWarning, match=r"releases from now on.*from_opacus"):
         learner = Learner(

@@ -166,7 +166,7 @@ def test_the_clipped_sum_is_that_of_one_backward_pass_a_record(name, clip, recor
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_dropping_one_record_moves_the_sum_by_at_most_the_clip_norm(name):
+def test_one_record_moves_the_sum_by_at_most_the_clip_norm(name):
     model, x, y = case(name)
     # so small that every record is clipped
     params = dict(model.named_parameters())
@@ -237,7 +237,7 @@ def test_double_precision_stays():
 @pytest.mark.parametrize(
     "name", ["block with DPMultiheadAttention", "DPGRU", "grouped convolution"]
 )
-def test_under_autocast_sums_stay_in_the_precision_of_the_parameters(name):
+def test_autocast_sums_stay_in_the_precision_of_parameters(name):
     def lowered(model, x, y):
         with torch.autocast("cpu", torch.bfloat16):
             return plain(model, x, y).float()
@@ -264,7 +264,7 @@ def halves(model, x, y):
 @pytest.mark.parametrize(
     "name", ["DPLSTM", "block with SequenceBias", "grouped convolution", "mixed"]
 )
-def test_passes_of_half_of_the_records_each_are_left_to_the_next_way(name):
+def test_passes_of_half_the_records_are_left_to_the_next_method(name):
     model, x, y = case(name, records=6)
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x, y, CLIP, halves) is None
@@ -278,7 +278,7 @@ def test_passes_of_half_of_the_records_each_are_left_to_the_next_way(name):
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_the_hooks_of_opacus_would_mix_the_halves_without_an_error():
+def test_opacus_hooks_would_mix_the_halves_without_an_error():
     model, x, y = case("DPLSTM", records=6)
     params = dict(model.named_parameters())
     clip = Clip(norm=0.01)
@@ -366,7 +366,7 @@ def test_what_is_not_understood_is_left_to_the_next_way(name):
     assert not any_hooks(model)
 
 
-def test_rows_that_are_positions_are_not_taken_for_as_many_records():
+def test_rows_that_are_positions_do_not_count_as_records():
     torch.manual_seed(0)
     model = LEFT["linear layers that see the length first"]()
     x = torch.randn(LENGTH, LENGTH, 5)
@@ -374,7 +374,7 @@ def test_rows_that_are_positions_are_not_taken_for_as_many_records():
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
 
 
-def test_layers_that_are_only_partly_trained_are_left_to_the_next_way():
+def test_partly_trained_layers_are_left_to_the_next_method():
     model, x, y = case("mixed")
     for left_out in ("inner.0.bias", "inner.3.weight_ih_l0", "head.bias"):
         params = {n: p for n, p in model.named_parameters() if n != left_out}

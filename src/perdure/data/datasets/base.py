@@ -2,8 +2,8 @@
 
 The data root is the argument, else the environment variable PERDURE_DATA, else the user's cache
 folder (XDG_CACHE_HOME or ~/.cache, and perdure within it). Ids are indices into the published
-source: those of the test part go on where those of the training part end, so that one id never
-names two records.
+source: ids of the test part follow the ids of the training part, so that one id never names two
+records.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from perdure.utils.atomic_files import save_tensors
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Training and test records of one source, with what is public about them.
+    """Training and test records of one source, with the public facts about them.
 
     Args:
         name: as in `load`.

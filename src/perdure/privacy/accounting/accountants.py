@@ -156,7 +156,7 @@ def _spread(history: History, relation: Relation) -> float:
 
 
 def _effective(charge: Charge) -> float:
-    """Noise multiplier over what a record may move a sum by, in units of the clip norm."""
+    """Noise multiplier divided by a record's largest change of a sum, in units of the clip norm."""
     if charge.noise != "grid-gaussian":
         return charge.noise_multiplier
     return charge.noise_multiplier / SENSITIVITY
@@ -166,7 +166,7 @@ def _effective(charge: Charge) -> float:
 
 
 def with_sampler(epsilon_at: Callable[[float], float], history: History, delta: float) -> float:
-    """Epsilon at delta of integer noise, from that of the ideal noise at a smaller delta.
+    """Compute epsilon at delta of integer noise, from the ideal noise at a smaller delta.
 
     Over the N draws of a history, ln(real probability / ideal probability) of everything released
     is a sum of N terms of at most eta, the relative error of the sampler, with mean at most eta^2.
@@ -217,7 +217,7 @@ def _counted(noise: float, interval: float) -> Any:
 
 @lru_cache(maxsize=8)
 def _selection(epsilon: float, interval: float) -> Any:
-    """PLD of what is epsilon-DP and of nothing else known: the worst there is."""
+    """PLD of a mechanism that is only known to be epsilon-DP: the worst one."""
     from dp_accounting.pld import common, privacy_loss_distribution
 
     parameters = common.DifferentialPrivacyParameters(epsilon, 0.0)

@@ -231,7 +231,7 @@ class Graph:
         return all(self._meets_rows(user, node) for user in self.above[node])
 
     def _meets_rows(self, user: Node, node: Node) -> bool:
-        """Return whether an operation lines the rows of a copy up with those of the records."""
+        """Return whether an operation lines the rows of a copy up with the records' rows."""
         if user in self.jumps or not _single(user):
             return False
         if user.name() in RESHAPES and _shape(user)[0] == self.records:

@@ -175,7 +175,7 @@ PROBED_ROWS = 3
 
 
 def independence(model: nn.Module, domain: InputDomain | None = None) -> Independence:
-    """Return by what the rows of a model's outputs are known to be independent.
+    """Tell if the rows of a model's outputs are independent by construction, or only tested.
 
     Args:
         model: any module.
@@ -338,7 +338,7 @@ def _hooked_everywhere() -> bool:
 
 
 def keeps_methods(thing: object, *names: str) -> bool:
-    """Return whether an object's methods are those of its class and of the libraries it is from.
+    """Return whether an object's methods come from its class and from known libraries.
 
     Neither the object nor the class was given another one, and no method was wrapped.
 
@@ -360,7 +360,7 @@ def _defined_in(method: object, *libraries: str) -> bool:
 
 
 def _overridden(module: nn.Module) -> bool:
-    """Return whether hooks, or methods put on object or class, may change what the class does."""
+    """Return whether hooks, or methods put on object or class, may change the class's behaviour."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -206,7 +206,7 @@ def check_buffers(model: nn.Module, inputs: Tensor, *others: Tensor) -> None:
 
 
 def _refuse_moved(before: dict[str, Tensor], trial: nn.Module) -> None:
-    """Refuse a buffer of the copy that is not what it was before."""
+    """Refuse a buffer of the copy that has changed."""
     for name, value in trial.named_buffers():
         if name not in before or not same_values(before[name], value):
             raise GuardError(

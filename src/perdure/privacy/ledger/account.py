@@ -226,14 +226,14 @@ class Account:
 
     @property
     def independence(self) -> str:
-        """The weakest of what the entries say, "not known" where one says nothing.
+        """The weakest statement of the entries; "not known" where one has none.
 
         "" where there is no entry.
         """
         return (self.independence_of(self.sizes) or NOT_KNOWN) if self.entries else ""
 
     def independence_of(self, partitions: Iterable[str]) -> Stated:
-        """Return the weakest of what the entries that touch these partitions say."""
+        """Return the weakest statement of the entries that touch these partitions."""
         asked = set(partitions)
         return weakest(e.independence for e in self.entries if not asked.isdisjoint(e.scope))
 

@@ -38,7 +38,7 @@ def state_copy(key: NoiseKey) -> HeadCopy | None:
 
 
 def state_draws(key: NoiseKey) -> Path | None:
-    """Copy of the head of the log of draws beside that of the ledger (see `state_copy`)."""
+    """Path of the copy of the draw log's head, beside the ledger's (see `state_copy`)."""
     copy = state_copy(key)
     if copy is None:
         return None

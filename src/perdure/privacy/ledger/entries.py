@@ -170,7 +170,7 @@ class Entry:
         return int(self.grid["numbers"]) * self.steps if self.grid else 0
 
     def charge(self, partitions: Iterable[str]) -> Charge | None:
-        """Return what the entry costs a record that is in all of `partitions`, if it touches any.
+        """Return the charge of a record that is in all of `partitions`; None where none is touched.
 
         A record is in a step at most once, so its rates add up to a bound on its probability of
         being there.

@@ -1,4 +1,4 @@
-"""The ledger: who was exposed to which mechanism how often, on disk before noise is drawn.
+"""The ledger: charges of every partition, on disk before noise is drawn.
 
 Nothing resets.
 """
@@ -247,7 +247,7 @@ class Ledger(Account):
         return spent
 
     def take(self, body: Body) -> None:
-        """Take in one line, and what it does to the allowance."""
+        """Take in one line, and change the allowance by it."""
         super().take(body)
         if body["kind"] == "grant":
             self._plans.append(canonical_json(body))

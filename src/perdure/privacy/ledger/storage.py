@@ -418,7 +418,7 @@ class HashChain:
         self._size += len(line) + 1
 
     def _drop_uncovered(self, path: Path) -> None:
-        """Cut what a crash left beyond the head: its noise was never drawn."""
+        """Cut lines that a crash left beyond the head: their noise was never drawn."""
         size = path.stat().st_size if path.exists() else 0
         if size != self._size and not self._interrupted:
             raise LedgerError(

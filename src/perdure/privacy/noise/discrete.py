@@ -239,7 +239,7 @@ class Quantile:
         return 1
 
     def scores(self, values: Tensor, *, strict: bool) -> Tensor:
-        """(m,) float64 of the records' numbers (n,); what is not a number is below no candidate.
+        """(m,) float64 of the records' numbers (n,); NaN is below no candidate.
 
         Raises:
             DataError: where `strict`, for what is not a number.

@@ -39,7 +39,7 @@ class DrawsHead:
 
     @classmethod
     def parse(cls, text: str) -> "DrawsHead | None":
-        """Undo `text`; None for another text, such as what a stop of the machine tore."""
+        """Undo `text`; None for another text, such as one that a stop of the machine tore."""
         found = HEAD.fullmatch(text)
         return cls(int(found[1]), found[2]) if found else None
 
@@ -112,7 +112,7 @@ def read_lines(path: Path, key: NoiseKey) -> DrawLines:
 
 
 def _parsed(body: bytes) -> Line | None:
-    """Return what a line says; None for something that no log says."""
+    """Return the content of a line; None for text that no log contains."""
     try:
         line = json.loads(body)
         known = set(line) == FIELDS[line["kind"]]

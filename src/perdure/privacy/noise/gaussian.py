@@ -44,7 +44,7 @@ OWN_WORDS = 2
 
 
 class Loops(NamedTuple):
-    """The loops of a draw: those of this file, by NumPy, or those of `compiled`.
+    """The loops of a draw: by NumPy in this file, or of `compiled`.
 
     Args:
         first_words: see there.
@@ -101,7 +101,7 @@ def first_words(
     early: Small,
     offset_bits: int,
 ) -> int:
-    """Add what the first words decide; return how many are left open, listed in `open_at`."""
+    """Add the numbers that first words decide; list the open ones, and return their count."""
     column, negative, number, offset, threshold = _parts(words, offset_bits)
     own = cut[column]
     outcome = np.where(threshold < own, column, alias[column])

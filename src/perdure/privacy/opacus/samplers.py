@@ -315,7 +315,7 @@ def _by_sampler(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
 
 
 def _last_of_sequence(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
-    """SequenceBias adds one element at the end: what comes back there."""
+    """Take the gradient of the element that SequenceBias adds at the end."""
     return PrecomputedRows(
         {
             "bias": sum_of(

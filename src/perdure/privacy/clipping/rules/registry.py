@@ -1,4 +1,4 @@
-"""The table of clipping rules by layer type: a rule a file of `rules`, and those of other code."""
+"""Table of clipping rules by layer type: a rule a file of `rules`, and rules of other code."""
 
 from functools import cache
 from typing import TypeGuard

@@ -1,0 +1,176 @@
+"""Plain English in the code: openings of sentences, names of tests, sections of docstrings.
+
+The checker is tested on snippets first: it must find each breach, and nothing else.
+"""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def english():
+    """The script as a module, found where its folder comes first, as it does for a script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("plain_english")
+
+
+@pytest.fixture(scope="module")
+def whole(english):
+    return english.sources(english.EVERYTHING)
+
+
+# -------------------------------------------------------------------------------- the checker
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ('"""What a step costs."""', 1),
+        ('def f():\n    """Cost.\n\n    Whether it is paid."""', 1),
+        ('class A:\n    """Cost. How it grows is tested."""', 1),
+        (
+            'def f():\n    """Cost.\n\n    Args:\n        x: one. Who pays: two.\n    """',
+            1,
+        ),
+        ('x = 1\n"""How often it was asked."""', 1),
+        ('raise ValueError("what is asked may not depend on records")', 1),
+        ('raise ValueError(f"{x} is missing: what was spent would be forgotten")', 1),
+        ('"""Tell what a step costs, and how."""', 0),
+        ('"""Somewhat. Whatever comes. However it is."""', 0),
+        ('raise ValueError("nobody knows what a step costs")', 0),
+        ("x = 1  # What a step costs", 0),
+    ],
+)
+def test_noun_clauses_are_found_at_the_start_of_sentences(english, code, count):
+    assert len(english.noun_clauses(english.Source(code))) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (f"test_a_{'x' * 53}", 0),
+        (f"test_a_{'x' * 54}", 1),
+        ("test_shapes", 1),
+        ("testShapes", 1),
+        ("test_Shapes_are_right", 1),
+        ("test_shapes_are_right_when_empty", 0),
+        ("tests_of", 1),
+        ("shapes", 0),
+    ],
+)
+def test_long_and_odd_test_names_are_found(english, name, count):
+    source = english.Source(f"def {name}():\n    pass\n")
+    assert len(english.badly_named_tests(source)) == count
+
+
+def test_arguments_that_share_a_line_are_found(english):
+    text = 'def f(a, b):\n    """Add.\n\n    Args:\n        a, b: numbers.\n    """\n'
+    assert english.shared_lines(english.Source(text)) == ["snippet.py a, b: numbers."]
+    apart = text.replace("a, b: numbers.", "a: number.\n        b: number, of a, b: any.")
+    assert english.shared_lines(english.Source(apart)) == []
+
+
+PACKAGE = '__all__ = ["A", "f"]\n'
+MODULE = '''
+class Base:
+    """Base."""
+
+    def inherited(self, a, b, c):
+        """Documented below, as nobody sees this class."""
+
+class A(Base):
+    """A.
+
+    Args:
+        a: one.
+        b: two.
+        c: three.
+    """
+
+    def __init__(self, a, b, c):
+        pass
+
+    def inherited(self, a, b, c):
+        """See the base class."""
+
+    def method(self, x: Tensor) -> Tensor:
+        """Return it."""
+        def inside():
+            raise ValueError
+        raise NotImplementedError("override it")
+
+    def _hidden(self, a, b, c):
+        """Do it."""
+
+def f(a, b, *c, d=1):
+    """Do it.
+
+    Args:
+        a: one.
+        c: more.
+    """
+    raise ValueError("no")
+
+def g(a, b, c):
+    """Do it, beside the public interface."""
+'''
+STRATEGY = 'class S:\n    """S."""\n    def hook(self, x, y, z):\n        """Do it."""\n'
+
+
+@pytest.fixture
+def interface(english):
+    files = [
+        english.Source(PACKAGE, "src/perdure/part/__init__.py"),
+        english.Source(MODULE, "src/perdure/part/module.py"),
+        english.Source(STRATEGY, "strategies/s.py"),
+        english.Source(MODULE, "benchmarks/module.py"),
+    ]
+    return {each.place.split()[1]: each for each in english.public_interface(files)}
+
+
+def test_public_functions_are_those_that_a_package_lists(interface):
+    assert sorted(interface) == ["A.__init__", "A.method", "S.hook", "f"]
+
+
+def test_missing_sections_are_found_in_public_functions(interface):
+    assert interface["f"].undocumented == ["b", "d"]
+    assert interface["S.hook"].undocumented == ["x", "y", "z"]
+    assert interface["A.__init__"].undocumented == []
+    assert [name for name, each in interface.items() if each.raises_unsaid] == ["f"]
+    assert [name for name, each in interface.items() if each.shapes_unsaid] == ["A.method"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("(n,) labels", True),
+        ("rows (n, ...)", True),
+        ("(n, 1 + T, width)", True),
+        ("(filters, channels, size, size) float32", True),
+        ("in the shape of the parameter", True),
+        ("a scalar", True),
+        ("called as f(forward, batch)", False),
+        ("many (or none, as it is)", False),
+    ],
+)
+def test_shapes_are_told_from_other_brackets(english, text, named):
+    assert bool(english.SHAPE.search(text)) is named
+
+
+# ----------------------------------------------------------------------------------- the code
+
+
+def test_the_public_interface_is_found(english, whole):
+    places = [each.place.split()[1] for each in english.public_interface(whole)]
+    assert len(places) > 400
+    assert {"Strategy.losses", "clipped_sum", "run_federation"} <= set(places)
+
+
+def test_code_and_tests_keep_the_rules_of_plain_english(english, whole):
+    found = english.breaches(whole)
+    assert {rule: lines for rule, lines in found.items() if lines} == {}
