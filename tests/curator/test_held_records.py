@@ -19,7 +19,7 @@ from perdure.learner.learner import Learner
 from perdure.models.classifier import Classifier
 from perdure.planning.exposure import exposure
 from perdure.privacy.settings import Privacy
-from perdure.strategies import DER, ERACE, GDumb, Naive, Replay
+from perdure.strategies import DER, ERACE, GDumb, Joint, Naive, Replay
 from perdure.utils.modules import untouched
 
 PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
@@ -414,3 +414,41 @@ def test_copies_of_a_record_are_noted_at_the_drawn_row(toy_data, toy_model):
         noted |= set(batch.ids[~batch.from_memory].tolist())
     mask = held.snapshot()[0][f"noted.{NOTED_ROWS}"]
     assert set(stream[1].train.ids[mask].tolist()) == noted and 0 < len(noted) < 48
+
+
+# --------------------------------------------------------------------------- opened again
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kept"),
+    [
+        (Naive(), True),
+        (Joint(), True),
+        (given(), True),
+        (given(update="step"), False),
+    ],
+    ids=["plain", "all records", "memory", "moving memory"],
+)
+def test_an_open_experience_is_not_pooled_again(toy_stream, toy_model, strategy, kept):
+    """As every round of a federation opens it again."""
+    stream = toy_stream()
+    learner = opened(learner_of(toy_model(stream), strategy), stream, 1)
+    held = learner.session.held
+    pool = held.pool
+    rows = held.sample(0)
+    learner.begin(1)
+    assert (held.pool is pool) == kept
+    assert held.step == -1
+    again = held.sample(0)
+    for name, value in rows.tensors().items():
+        assert torch.equal(value, again.tensors()[name]), name
+
+
+def test_an_experience_is_pooled_anew_where_memory_was_restored(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = opened(learner_of(toy_model(stream), given()), stream, 1)
+    snapshot = learner.snapshot()
+    pool = learner.session.held.pool
+    learner.restore(snapshot)
+    learner.begin(1)
+    assert learner.session.held.pool is not pool

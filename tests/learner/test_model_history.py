@@ -432,6 +432,20 @@ def test_an_untrained_model_may_begin_beside_a_checkpoint(learner_of, toy_stream
     assert len(trainings_of(learner.model)) == 1
 
 
+def test_a_model_that_carries_its_mark_is_not_marked_again(learner_of, toy_stream):
+    learner = learner_of()
+    learner.prepare(toy_stream())
+    learner.begin(0)
+    learner.train(range(2))
+    (mark,) = trainings_of(learner.model)
+    learner.train(range(2, 4))
+    learner.begin(0)
+    assert trainings_of(learner.model)[0] is mark
+    learner.model.head = copy.deepcopy(learner.model.head)  # carries a copy of the mark
+    learner.train(range(4, 6))
+    assert trainings_of(learner.model.head)[0] is trainings_of(learner.model.body)[0]
+
+
 def test_a_mark_is_no_part_of_the_weights(trained, toy_stream):
     model = trained().model
     assert trainings_of(model)

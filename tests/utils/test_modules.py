@@ -1,9 +1,10 @@
-"""Tensors that are compared to the bit."""
+"""Tensors that are compared to the bit, and the modes of modules."""
 
 import pytest
 import torch
+from torch import nn
 
-from perdure.utils.modules import same_bits
+from perdure.utils.modules import begin_training, same_bits
 
 NUMBERS = [torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -23,3 +24,33 @@ def test_signed_zeros_and_dtypes_differ_and_nan_equals_itself():
     assert not same_bits(zero, -zero)
     assert not same_bits(zero, zero.int())
     assert same_bits(nan, nan.clone())
+
+
+class HalfFrozen(nn.Module):
+    """A model whose normalisation never goes into training mode, counting how often it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.asked = 0
+
+    def train(self, mode=True):
+        self.asked += 1
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def test_training_mode_is_asked_of_modules_with_a_train_of_their_own():
+    model = nn.Sequential(HalfFrozen())
+    for asked in (1, 2):
+        begin_training(model)
+        assert model[0].asked == asked
+        assert not model[0].norm.training
+
+
+def test_training_mode_reaches_the_part_that_has_left_it():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[1].eval()
+    begin_training(model)
+    assert all(part.training for part in model.modules())

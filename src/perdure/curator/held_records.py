@@ -11,12 +11,13 @@ from torch import Tensor
 
 from perdure.contract.context import Context
 from perdure.contract.exposure import Exposure
-from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.forward import Forward
 from perdure.contract.plan import MODELLED, Plan
 from perdure.curator.known_rows import KnownRows
 from perdure.curator.memory import Memory, concatenate
-from perdure.curator.remembered_rows import Remember, remembered
+from perdure.curator.remembered_rows import Remember, ranked_by, remembered
 from perdure.curator.sampling import (
+    Opened,
     Pool,
     PrivateSampler,
     refuse_shared_partitions,
@@ -30,9 +31,8 @@ from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.planning.exposure import exposure, reference_exposures
 from perdure.privacy.guard.probes import domain_of, probe_rows
 from perdure.privacy.private_sum import PrivateSum
-from perdure.queries.per_record import CHUNK
 from perdure.types import Params
-from perdure.utils.modules import evaluating, untouched
+from perdure.utils.modules import untouched
 from perdure.utils.seeding import generator
 
 NOTED_ROWS = "(whether it was noted)"
@@ -90,12 +90,15 @@ class HeldRecords:
             context: public facts of the experience.
             forward: the model, for memories that rank records by it.
         """
-        self.experiences = experiences
-        self._plan = plan
         self.context = context
         self.forward = forward
         self.step = -1
         self._releases = 0
+        opened = Opened(experiences=experiences, plan=plan, memory=self.memory.rows)
+        if not self.private_sum and self._pool and opened.same_as(self._pool.opened):
+            return
+        self.experiences = experiences
+        self._plan = plan
         private_sum = self.private_sum
         experience = experiences[-1]
         size = self._batch_size
@@ -109,18 +112,20 @@ class HeldRecords:
         current = Batch.current(experience.train, experience.index)
         if plan.pool == "memory":
             self._offer(current)
-        self._pool = Pool(
+        pool = Pool(
             current=current,
             new=self._pooled(current),
             stored=None if plan.pool == "memory" else self.stored,
             plan=plan.memory,
             batch_size=size,
             place=(self._seed, self._client, experience.index),
+            opened=replace(opened, memory=self.memory.rows),
         )
-        if not len(self._pool.new) and not private_sum:
+        if not len(pool.new) and not private_sum:
             raise DataError(
                 f"experience {experience.index} has no training records; leave it out of the stream"
             )
+        self._pool = pool
         rate = private_sum.privacy.sampling_rate if private_sum else None
         bands = private_sum.privacy.bands if private_sum else None
         self.exposure = exposure(
@@ -452,7 +457,8 @@ class HeldRecords:
             memory.offer_by_coin(new, tags, min(1.0, plan.capacity / offered))
             memory.offered = offered
         else:
-            known = self._known(new, plan.selection) if plan.selection in MODELLED else None
+            modelled = plan.selection in MODELLED
+            known = ranked_by(self.forward, new, plan.selection) if modelled else None
             rng = generator(self._seed, "memory", self._client, experience.index)
             memory.offer(new, plan, rng, known, self._stages())
         memory.latest = experience.index
@@ -460,13 +466,6 @@ class HeldRecords:
     def _stages(self) -> Tensor:
         """(T,) stage of every experience so far; the pieces of one stage share its quotas."""
         return torch.tensor([experience.task for experience in self.experiences])
-
-    def _known(self, rows: Batch, selection: str) -> Tensor:
-        """Features (n, f) of the rows, or their cross entropy (n,) over all classes."""
-        ask = self.forward.features if selection == "herding" else self.forward
-        with torch.no_grad(), evaluating(self.forward.module):
-            answers = torch.cat([ask(piece) for piece in torch.split(rows.inputs, CHUNK)])
-        return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)
 
     def _note(self, remember: Remember) -> None:
         """Note the answers of `remember`, at the present parameters, for the last step's new rows.

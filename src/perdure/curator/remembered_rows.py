@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from perdure.contract.forward import Forward
+from perdure.contract.forward import Forward, cross_entropy_of
 from perdure.data.records import Batch
-from perdure.queries.per_record import rows_one_by_one
+from perdure.queries.per_record import CHUNK, rows_one_by_one
 from perdure.types import Params
 from perdure.utils.modules import evaluating
 
@@ -31,3 +32,11 @@ def remembered(
     with torch.no_grad(), evaluating(forward.module):
         stored = rows_one_by_one(remember, forward, rows) if one_by_one else remember(forward, rows)
     return replace(rows, stored={name: value.detach() for name, value in stored.items()})
+
+
+def ranked_by(forward: Forward, rows: Batch, selection: str) -> Tensor:
+    """Features (n, f) of the rows for herding, else their cross entropy (n,) over all classes."""
+    ask = forward.features if selection == "herding" else forward
+    with torch.no_grad(), evaluating(forward.module):
+        answers = torch.cat([ask(piece) for piece in torch.split(rows.inputs, CHUNK)])
+    return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)

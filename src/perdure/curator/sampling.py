@@ -3,6 +3,7 @@
 Nothing here leaves the curator.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perdure.contract.exposure import Exposure
-from perdure.contract.plan import MemoryPlan
+from perdure.contract.plan import MemoryPlan, Plan
 from perdure.curator.known_rows import KnownRows
 from perdure.curator.memory import concatenate
 from perdure.curator.record_groups import RecordGroups, partition_index
@@ -20,6 +21,29 @@ from perdure.data.records import Batch
 from perdure.errors import PrivacyError
 from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opened:
+    """Experiences, plan and rows of memory that a pool was made of."""
+
+    experiences: Sequence[Experience]
+    plan: Plan
+    memory: Batch | None
+
+    def same_as(self, other: "Opened") -> bool:
+        """Tell if a pool of the other is one of these, as in every round of a federation.
+
+        It never is one of a memory that moves, whose rows may have been written to.
+        """
+        moves = self.plan.memory is not None and self.plan.memory.update == "step"
+        return (
+            not moves
+            and self.plan == other.plan
+            and self.memory is other.memory
+            and len(self.experiences) == len(other.experiences)
+            and all(map(operator.is_, self.experiences, other.experiences))
+        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,6 +57,7 @@ class Pool:
         plan: of the memory.
         batch_size: new rows a step.
         place: where its shuffles are in the run: seed, client and experience.
+        opened: the parts that it was made of.
     """
 
     current: Batch
@@ -41,6 +66,7 @@ class Pool:
     plan: MemoryPlan | None
     batch_size: int
     place: tuple[int, int, int]
+    opened: Opened
     _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     _positions: dict[int, Tensor] = field(default_factory=dict)
 

@@ -27,10 +27,13 @@ class HeldArray(Array):
     """
 
     def __init__(self, value: Tensor) -> None:
-        self.__dict__["tensor"] = value
-        self.shape = tuple(value.shape)
-        self.dtype = str(value.dtype).removeprefix("torch.")
-        self.stype = SERIALISED_AS
+        # not by attributes: Flower's take note of every change, and here is none yet
+        self.__dict__ |= {
+            "tensor": value,
+            "shape": tuple(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "stype": SERIALISED_AS,
+        }
 
     @property
     def tensor(self) -> Tensor | None:
@@ -73,11 +76,25 @@ class HeldArray(Array):
 
 def held(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a record that holds copies of the tensors."""
+    return record_of(
+        {
+            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
+        }
+    )
+
+
+def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return a record that holds the tensors themselves; nobody may write to them any more."""
     record = ArrayRecord()
-    for name, value in tensors.items():
-        own = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        record[name] = HeldArray(own)
+    values_of(record).update({name: HeldArray(value) for name, value in tensors.items()})
     return record
+
+
+def values_of(record: Any) -> dict[str, Any]:
+    """Return the dictionary in one of Flower's, whose checks cost more than small arrays do."""
+    own: dict[str, Any] = vars(record)["_data"]
+    return own
 
 
 def read_only(array: Array) -> Tensor:
@@ -94,8 +111,9 @@ def copied(content: RecordDict) -> RecordDict:
     own = RecordDict()
     for name, record in content.items():
         fresh: Any = record.copy()  # of any kind, each with values of its own types
-        for key, value in record.items():
-            if isinstance(value, Array | list):
-                fresh[key] = copy(value)
-        own[name] = fresh
+        values = values_of(fresh)
+        for key, value in values.items():
+            if isinstance(value, (Array, list)):
+                values[key] = copy(value)
+        values_of(own)[name] = fresh
     return own

@@ -29,7 +29,9 @@ from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, FederationError
 from perdure.federated.attendance import Attendance
+from perdure.federated.averaging import HeldFedAvg
 from perdure.federated.client import client_app
+from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import (
     Cohort,
     InProcessGrid,
@@ -185,11 +187,12 @@ class Server:
             result, _ = self._aggregator.aggregate_train(number, replies)
         except AppExitException as error:
             raise FederationError(
-                f"the aggregator {type(self._aggregator).__name__} stopped: {error}"
+                f"the aggregator {type(self.federation.aggregator).__name__} stopped: {error}"
             ) from error
         if result is None:
             raise FederationError(
-                f"the aggregator {type(self._aggregator).__name__} gave no parameters; use another"
+                f"the aggregator {type(self.federation.aggregator).__name__} gave no parameters; "
+                "use another"
             )
         load_record(learner.model, result)
         learner.session.mark_model(learnt=True)
@@ -228,18 +231,20 @@ class Server:
         clients = self._clients
         outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
         state = to_record(sent(self.learner.state))
+        alike = ConfigRecord(
+            {
+                "experience": self.experience,
+                "round": self.round,
+                "rounds": self.federation.rounds,
+                "exchange": self.exchange,
+                "previous": FRESH,
+                "private": int(self._settings["privacy"] is not None),
+            }
+        )
         for message in outgoing:
             previous = self._attendance.previous[clients[message.metadata.dst_node_id]]
-            task = ConfigRecord(
-                {
-                    "experience": self.experience,
-                    "round": self.round,
-                    "rounds": self.federation.rounds,
-                    "exchange": self.exchange,
-                    "previous": previous,
-                    "private": int(self._settings["privacy"] is not None),
-                }
-            )
+            task = alike.copy()
+            task["previous"] = previous
             records = dict(message.content) | {"task": task}
             # The combined state goes to a client with its first message of an experience only: sent
             # again, it would overwrite what the strategy has changed on the client since then.
@@ -449,6 +454,8 @@ def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
     It uses perdure's names for records.
     """
     fresh = copy.deepcopy(aggregator)
+    if HeldFedAvg.replaces(fresh):
+        fresh = HeldFedAvg(fresh)
     settings: dict[str, object] = {
         "fraction_train": 1.0,
         "min_train_nodes": 1,

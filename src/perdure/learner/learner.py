@@ -34,7 +34,7 @@ from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.denormals import flushed
-from perdure.utils.modules import same_bits, trainable_parameters
+from perdure.utils.modules import begin_training, same_bits, trainable_parameters
 
 RUN = "run"
 """Key of the fingerprint among the facts of a checkpoint."""
@@ -145,7 +145,7 @@ class Learner:
         session = self.session
         self._notify("block.begin")
         session.reserve(steps, self.noise_digest())
-        self.model.train()
+        begin_training(self.model)
         for step in steps:
             batch = session.sample(step)
             self._notify("step.sampled")

@@ -109,6 +109,11 @@ def mark(model: nn.Module, training: Training) -> None:
         vars(part)[ATTRIBUTE] = training
 
 
+def carried(model: nn.Module, training: Training) -> bool:
+    """Tell if a model and all its parts carry this very mark."""
+    return all(vars(part).get(ATTRIBUTE) is training for part in model.modules())
+
+
 def forget(model: nn.Module) -> nn.Module:
     """Take the marks off a model that is never released, such as the copy that an audit trains."""
     for part in model.modules():

@@ -8,6 +8,7 @@ from torch import nn
 from perdure.learner.checkpoint import Store
 from perdure.learner.model_history import (
     Training,
+    carried,
     mark,
     refuse_trained,
     refuse_unreplaced,
@@ -39,6 +40,7 @@ class ModelMark:
         self.before = [] if self._awaits_checkpoint else trainings_of(model)
         """Trainings that the model goes on from."""
         self._known = {training.by: len(training.entries) for training in self.before}
+        self._uncounted: Training | None = None
         refuse_trained(self.before, warm_start=warm_start)
 
     def put(self, ledger: Ledger | None, *, uncounted: str = "") -> None:
@@ -52,6 +54,10 @@ class ModelMark:
             ConfigError: where another learner has trained the model since the session was prepared,
                 or before, and the folder's checkpoint was not restored.
         """
+        own = self._uncounted
+        put = ledger is None and own is not None and uncounted in ("", own.uncounted)
+        if put and own is not None and carried(self._model, own):
+            return  # it carries nothing else, and the same would be put in its place
         since = [
             each
             for each in trainings_of(self._model)
@@ -70,7 +76,8 @@ class ModelMark:
             )
             mark(self._model, counted)
         elif uncounted:
-            mark(self._model, Training(by=self._by, uncounted=uncounted))
+            self._uncounted = Training(by=self._by, uncounted=uncounted)
+            mark(self._model, self._uncounted)
 
     def weights_replaced(self) -> None:
         """Note that a checkpoint of the folder's run has taken the place of the model's weights.

@@ -471,8 +471,8 @@ class Session:
 
     def mark_model(self, *, learnt: bool = False) -> None:
         """Let the model carry what this session spends on it, and has learnt (see `ModelMark`)."""
-        names = ", ".join(sorted({each.train.partition for each in self.stream}))
-        without = self.trained_by or f"trained without privacy on {names}"
+        names = {each.train.partition for each in self.stream} if learnt else set()
+        without = self.trained_by or f"trained without privacy on {', '.join(sorted(names))}"
         ledger = self.private_sum.ledger if self.private_sum else None
         self.mark.put(ledger, uncounted=without if learnt else "")
 

@@ -34,6 +34,14 @@ def statistics_of(module: nn.Module) -> Params:
     }
 
 
+def begin_training(module: nn.Module) -> None:
+    """Put every module into training mode; several times as fast where all are in it already."""
+    for part in module.modules():
+        if not part.training or type(part).train is not nn.Module.train:
+            module.train()
+            return
+
+
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Put the running statistics of BatchNorm back."""
