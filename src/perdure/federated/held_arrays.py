@@ -6,6 +6,7 @@ Within one process a message is read where it was written, so its arrays need no
 
 from collections.abc import Mapping
 from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from torch import Tensor
 
 SERIALISED_AS = "numpy.ndarray"
 """Flower's word for bytes that `np.save` made."""
+
+
+@cache
+def name_of(dtype: torch.dtype) -> str:
+    """Name a dtype as numpy does."""
+    return str(dtype).removeprefix("torch.")
 
 
 class HeldArray(Array):
@@ -31,7 +38,7 @@ class HeldArray(Array):
         self.__dict__ |= {
             "tensor": value,
             "shape": tuple(value.shape),
-            "dtype": str(value.dtype).removeprefix("torch."),
+            "dtype": name_of(value.dtype),
             "stype": SERIALISED_AS,
         }
 
@@ -78,7 +85,7 @@ def held(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a record that holds copies of the tensors."""
     return record_of(
         {
-            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, value in tensors.items()
         }
     )
