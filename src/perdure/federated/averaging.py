@@ -5,12 +5,12 @@ twice.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from perdure.federated.held_arrays import HeldArray, read_only, record_of
 
@@ -30,11 +30,12 @@ class HeldFedAvg(FedAvg):
     def __init__(self, settings: FedAvg) -> None:
         vars(self).update(vars(settings))
 
-    @classmethod
-    def replaces(cls, aggregator: object) -> bool:
+    @staticmethod
+    def replaces(aggregator: Strategy) -> TypeGuard[FedAvg]:
         """Tell if an aggregator is FedAvg itself, and averages metrics as Flower does."""
-        plain = isinstance(aggregator, FedAvg) and type(aggregator) is FedAvg
-        return plain and aggregator.train_metrics_aggr_fn is FedAvg().train_metrics_aggr_fn
+        if type(aggregator) is not FedAvg:
+            return False
+        return aggregator.train_metrics_aggr_fn is FedAvg().train_metrics_aggr_fn
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
