@@ -41,7 +41,7 @@ class HalfFrozen(nn.Module):
         return self
 
 
-def test_training_mode_is_asked_of_modules_with_a_train_of_their_own():
+def test_training_mode_is_asked_of_modules_with_their_own_train():
     model = nn.Sequential(HalfFrozen())
     for asked in (1, 2):
         begin_training(model)
