@@ -329,7 +329,8 @@ def test_a_record_that_is_not_finite_leaves_a_tiny_batch_full(way):
 
     assert size(difference(of([0, 1, 2]), of([0]))) == 0
     assert size(of([1, 2])) == 0
-    assert set(seen) == {16}
+    # one pass of 15 rows only looks at which axes follow the number of records
+    assert set(seen) == {15, 16} and seen.count(15) == 1
 
 
 class Noted(FormedRows):
