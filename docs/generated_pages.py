@@ -65,8 +65,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = dict(_reference())
     pages["strategies.md"] = _strategies()
-    pages["reference/command-line.md"] = _command_line()
-    pages["reference/config.md"] = _run_config()
+    pages["reference/command-line.md"] = command_line()
+    pages["reference/config.md"] = run_config()
     pages["changelog.md"] = Path(config.config_file_path).with_name("CHANGELOG.md").read_text()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
@@ -118,7 +118,7 @@ def _strategies() -> str:
     return "\n".join(parts)
 
 
-def _command_line() -> str:
+def command_line() -> str:
     """Text of the page of commands, from their own help."""
     import typer
 
@@ -162,7 +162,7 @@ def _meaning(option: Any) -> str:
     return f"{option.help} Default: {option.default}." if known else str(option.help)
 
 
-def _run_config() -> str:
+def run_config() -> str:
     """Text of the page of a run's config: the example of its module, then every table."""
     from perdure.experiment import config
 

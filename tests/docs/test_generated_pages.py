@@ -28,7 +28,7 @@ def test_command_line_page_names_every_option(hook: ModuleType) -> None:
         import typer
 
         from perdure.cli.main import app
-    page = hook._command_line()
+    page = hook.command_line()
     top = typer.main.get_command(app)
     commands = {f"perdure {name}": each for name, each in vars(top)["commands"].items()}
     ledger = vars(commands.pop("perdure ledger"))["commands"]
@@ -42,12 +42,12 @@ def test_command_line_page_names_every_option(hook: ModuleType) -> None:
 
 
 def test_config_page_names_every_field(hook: ModuleType) -> None:
-    page = hook._run_config()
+    page = hook.run_config()
     for field in fields(Config):
         assert f"[{field.name}]" in page or f"`{field.name}`" in page, field.name
 
 
 def test_config_page_lists_extensions_by_place(hook: ModuleType) -> None:
-    page = hook._run_config()
+    page = hook.run_config()
     for name in ("breast_cancer", "pgd", "kernel_shap", "replay"):
         assert f"`{name}`" in page

@@ -234,21 +234,21 @@ class LibraryCode:
     def __init__(self) -> None:
         self._seen: dict[str, list[_Names]] = {}
         self._imported = 0
-        self._version = 0
+        self._replacements = 0
 
     def version(self) -> int:
         """Return a number that is another one after every replacement."""
         changed = [
             name for name, seen in self._seen.items() if not all(names.stand() for names in seen)
         ]
-        self._version += bool(changed)
+        self._replacements += bool(changed)
         new = changed if len(sys.modules) == self._imported else list(sys.modules)
         self._imported = len(sys.modules)
         for name in new:
             if name.startswith(_FOLLOWED) and (name in changed or name not in self._seen):
                 module = sys.modules.get(name)
                 self._seen[name] = [_Names.of(each) for each in _code_of(module)] if module else []
-        return self._version
+        return self._replacements
 
 
 def _code_of(module: types.ModuleType) -> list[object]:

@@ -288,7 +288,7 @@ def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
 
 
 def test_the_statement_says_what_is_and_what_is_not_accounted():
-    assert "releases from now on" in STATEMENT and "from_opacus" in STATEMENT
+    assert "accounted from now on" in STATEMENT and "from_opacus" in STATEMENT
 
 
 # --------------------------------------------------------------------------- back into Opacus
@@ -407,7 +407,7 @@ tried(torch.nn.Conv1d(2, 2, 1, padding="same"), (x[:, :, None],))
 
 def test_a_wrapped_model_without_history_gets_a_scope_statement():
     _, wrapped, _, _ = engine_for(small())
-    with pytest.warns(UserWarning, match=r"releases from now on.*from_opacus"):
+    with pytest.warns(UserWarning, match=r"accounted from now on.*from_opacus"):
         learner = Learner(
             model=wrapped,
             strategy=Naive(),
