@@ -193,8 +193,8 @@ def test_the_project_with_added_files_passes_every_check_of_lint(project):
 
 
 def run_tests(project, *words):
-    """Run tests of the copy; pytest fails where it finds none."""
-    python(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
+    """Run tests of the copy, deep ones apart; pytest fails where it finds none."""
+    python(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not deep", *words)
 
 
 @pytest.mark.deep(reason="deployment: runs a copy's tests over all extensions")
