@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 THIS_FILE = Path(__file__).relative_to(ROOT)
 FILES = ROOT / "tests" / "additions"
 COPIED = (
+    ".ci",
     "src",
     "strategies",
     "tests",
