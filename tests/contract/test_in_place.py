@@ -7,8 +7,10 @@ import torch
 
 from perdure.contract.combine import Combine
 from perdure.contract.context import Spec
+from perdure.contract.quadratic_penalty import QuadraticPenalty
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
+from perdure.errors import StrategyError
 from perdure.strategies import EWC, L2, MAS, SI, Naive, RWalk
 from perdure.utils.pieces import PIECE
 
@@ -136,3 +138,8 @@ def test_a_combination_follows_in_place_where_every_part_does():
     mixed = Combine(SI(strength=1.0), Counting(strength=1.0))
     assert mixed.uses("after_step") and not mixed.uses("after_step_in_place")
     assert not Combine(Naive()).uses("after_step_in_place")
+
+
+def test_a_quadratic_penalty_without_weights_is_refused():
+    with pytest.raises(StrategyError, match=r"has no weight\(\).*return the weights"):
+        QuadraticPenalty().weight(State())

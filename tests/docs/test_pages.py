@@ -25,9 +25,14 @@ def test_page_imports_what_exists(page: Path) -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
+    found: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries warn about what they import
-        exec(compile("\n".join(map(ast.unparse, imports)), name(page), "exec"), {})
+        exec(compile("\n".join(map(ast.unparse, imports)), name(page), "exec"), found)
+    wanted = {
+        alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names
+    }
+    assert wanted <= found.keys()
 
 
 @pytest.mark.deep(reason="docs: trains what the pages train, in full")
@@ -55,9 +60,9 @@ def test_page_shows_toml_that_parses(page: Path) -> None:
 
     for block in blocks(page, "toml"):
         if "[[arms]]" in block:
-            parse(block)
+            assert parse(block).arms
         else:
-            tomllib.loads(block)
+            assert tomllib.loads(block)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
+from perdure.errors import StrategyError
 from perdure.types import Params
 from perdure.utils.pieces import pieces
 
@@ -39,8 +40,14 @@ class QuadraticPenalty(Strategy):
 
         Returns:
             The weights, in the shape of the groups, or one number for all.
+
+        Raises:
+            StrategyError: where a subclass does not override it.
         """
-        raise NotImplementedError(f"{type(self).__name__}.weight() is missing; override it")
+        raise StrategyError(
+            f"{type(self).__name__} has no weight(); allowed: a subclass that overrides it; "
+            "return the weights of the given groups"
+        )
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Half the weighted squared distance from the anchor."""
