@@ -4,11 +4,12 @@ MkDocs calls `on_files` and `on_page_markdown` (see `hooks` in mkdocs.yml):
 
     reference/        a page for each package with the names in its `__all__`; the command line
                       and the config of a run
-    strategies.md     a section for each strategy: paper, formula, state, privacy cost
+    strategies.md     a section for each strategy: paper, formula, state, privacy cost, results
     changelog.md      CHANGELOG.md as it is
 """
 
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ CONFIG_TABLES = {
     "[[arms]]": "Arm",
 }
 """Tables of a run's config and the dataclass in `perdure.experiment.config` that reads each."""
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MEASURED = ("split_mnist", "permuted_mnist", "split_cifar10", "dp_continual", "analytic_mnist")
+"""Files of stored rows that have one strategy, and its accuracy, in a row."""
+ROW_NAMES = {"none": "naive", "er": "replay", "der++": "der"}
+"""Strategies that rows give another name than their file."""
+FACTS = {"scenario": "{}-incremental", "protocol": "protocol {}", "epsilon": "epsilon {:g}"}
+"""Facts of a row that tell it from others, with how they are written."""
 
 EXIT_CODES = """
 ## Exit codes
@@ -104,18 +113,34 @@ def _strategies() -> str:
 
     parts = [
         "# Strategies\n\nEvery strategy is one file. Privacy cost and state are read from the "
-        "code; state is counted in multiples of the model's parameters.\n"
+        "code; state is counted in multiples of the model's parameters. Results are average "
+        "accuracies in percent with their standard errors, from the stored rows of the "
+        "[benchmarks](benchmarks.md).\n"
     ]
     for card in cards():
         kind = find(card.name)
         parts.append(
             f"## {kind.__name__}\n\n"
             f"- **Use:** `{card.strategy}`\n- **Paper:** {card.paper or 'none'}\n"
-            f"- **Under privacy:** {card.privacy}\n- **State and memory:** {card.memory}\n\n"
+            f"- **Under privacy:** {card.privacy}\n- **State and memory:** {card.memory}\n"
+            f"{_measured(card.name)}\n"
             f"::: perdure.strategies.{kind.__name__}\n    options:\n"
             "      show_root_heading: false\n      show_root_toc_entry: false\n      members: []\n"
         )
     return "\n".join(parts)
+
+
+def _measured(strategy: str) -> str:
+    """Stored results of a strategy as one item of a list; "" where there is none."""
+    found = []
+    for file in MEASURED:
+        for row in json.loads((RESULTS / f"{file}.json").read_text())["rows"]:
+            if ROW_NAMES.get(row["strategy"], row["strategy"]) != strategy:
+                continue
+            facts = [form.format(row[key]) for key, form in FACTS.items() if row.get(key)]
+            accuracy = f"{row['average_accuracy']:.1f} ({row['standard_error']:.1f})"
+            found.append(f"    - {', '.join([file, *facts])}: {accuracy}, `{row['options']}`\n")
+    return f"- **Results:**\n\n{''.join(found)}" if found else ""
 
 
 def command_line() -> str:

@@ -1,0 +1,391 @@
+"""Write the tables of docs/benchmarks.md from the stored rows.
+
+A table stands on the page between two comments, so that it can be read without this program:
+
+    <!-- rows: loop -->
+    ...
+    <!-- end -->
+
+    python benchmarks/tables.py            write the tables of the page again
+    python benchmarks/tables.py --check    say which of them differ from the rows, and exit with 1
+"""
+
+import argparse
+import json
+import re
+import string
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- rows: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+ACCURACY = "{average_accuracy:.1f} ({standard_error:.1f})"
+
+
+class _Cell(string.Formatter):
+    """Fill a template from a row; what a row does not have, or has as None, is left out."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        return "" if value is None else str(format(value, spec))
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs.get(str(key))
+
+
+def cell(template: str, row: Row) -> str:
+    """Text of a template such as `{ratio:.2f}`, without what is empty around it."""
+    text = _Cell().vformat(template, (), row)
+    return text.removesuffix(", ").replace(" ()", "").strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A table with one line for each stored row.
+
+    Args:
+        file: of the rows, in benchmarks/results, without its ending.
+        columns: heading to template.
+        only: values that a row must have to be in the table, by key; a tuple allows several.
+    """
+
+    file: str
+    columns: Mapping[str, str]
+    only: Mapping[str, object] = field(default_factory=dict)
+
+    def rows(self) -> list[Row]:
+        """Stored rows of the table, in the order of the file."""
+        stored = json.loads((RESULTS / f"{self.file}.json").read_text())["rows"]
+        return [row for row in stored if all(_is(row.get(k), v) for k, v in self.only.items())]
+
+    def lines(self) -> list[list[str]]:
+        """Heading and lines of the table, cell by cell."""
+        body = [[cell(template, row) for template in self.columns.values()] for row in self.rows()]
+        return [list(self.columns), *body]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pivot(Listing):
+    """A table with one line for each value of a key, and one column for each value of another.
+
+    Args:
+        columns: of a line, before the others: heading to template, from its first row.
+        across: key whose values are columns, and the order of the values.
+        each: template of a cell.
+        line: keys that tell lines apart.
+        last: as `columns`, behind the others, from the last row.
+    """
+
+    across: tuple[str, tuple[Any, ...]]
+    each: str
+    line: tuple[str, ...]
+    last: Mapping[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[list[str]]:
+        """Heading and lines of the table, cell by cell."""
+        key, values = self.across
+        grouped: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows():
+            grouped.setdefault(tuple(row[name] for name in self.line), []).append(row)
+        found = [[*self.columns, *(str(value) for value in values), *self.last]]
+        for rows in grouped.values():
+            cells = {row[key]: cell(self.each, row) for row in rows}
+            first = [cell(template, rows[0]) for template in self.columns.values()]
+            last = [
+                next(filter(None, (cell(template, row) for row in reversed(rows))), "")
+                for template in self.last.values()
+            ]
+            found.append([*first, *(cells.get(value, "") for value in values), *last])
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims(Listing):
+    """A table with one line for each comparison of each claim."""
+
+    def lines(self) -> list[list[str]]:
+        """Heading and lines of the table, cell by cell."""
+        found = [list(self.columns)]
+        for row in self.rows():
+            for index, compared in enumerate(row["compared"]):
+                whole = {**row, **compared, "measure": compared["measure"].replace("_", " ")}
+                whole |= {"shown": "yes" if compared["shown"] else "no"}
+                if index:
+                    whole |= {"sentence": None, "paper": None, "seeds": None}
+                found.append([cell(template, whole) for template in self.columns.values()])
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth(Listing):
+    """A table of rows that have a list of sizes and a list of times."""
+
+    def rows(self) -> list[Row]:
+        """Rows with lists, their numbers written one after the other."""
+        return [
+            row
+            | {
+                "sizes": ", ".join(f"{size:,}" for size in row["sizes"]),
+                "milliseconds": ", ".join(f"{each:.3g}" for each in row["milliseconds"]),
+            }
+            for row in super().rows()
+            if "sizes" in row
+        ]
+
+
+def _is(value: object, allowed: object) -> bool:
+    return value in allowed if isinstance(allowed, tuple) else value == allowed
+
+
+SCENARIOS = ("task", "domain", "class")
+METHODS = ("plain", "perdure", "opacus_ghost", "opacus_hooks")
+
+TABLES: dict[str, Listing] = {
+    "split_mnist": Pivot(
+        file="split_mnist",
+        only={"protocol": "vandeven"},
+        columns={"strategy": "{strategy}"},
+        line=("strategy",),
+        across=("scenario", SCENARIOS),
+        each=ACCURACY,
+        last={"published, class": "{published}"},
+    ),
+    "split_mnist_hsu": Pivot(
+        file="split_mnist",
+        only={"protocol": "hsu"},
+        columns={"strategy": "{strategy}"},
+        line=("strategy",),
+        across=("scenario", SCENARIOS),
+        each=ACCURACY + ", {published}",
+    ),
+    "permuted_mnist": Listing(
+        file="permuted_mnist",
+        columns={"strategy": "`{options}`", "accuracy": ACCURACY, "forgetting": "{forgetting:.1f}"},
+    ),
+    "claims": Claims(
+        file="claims",
+        columns={
+            "claim": "{sentence}",
+            "paper": "{paper}",
+            "seeds": "{seeds}",
+            "measure": "{measure}",
+            "compared": "{method} with {against}",
+            "better by": "{difference:.1f} ({standard_error:.1f})",
+            "shown": "{shown}",
+        },
+    ),
+    "split_cifar10": Listing(
+        file="split_cifar10",
+        columns={"strategy": "{strategy}", "stored records": "{buffer}", "accuracy": ACCURACY},
+    ),
+    "loop": Listing(
+        file="loop",
+        columns={
+            "strategy": "{strategy}",
+            "perdure over bare loop": "{ratio:.3f}",
+            "lowest": "{lowest:.3f}",
+            "highest": "{highest:.3f}",
+            "ms a step": "{milliseconds_per_step:.2f}",
+        },
+    ),
+    "versus_avalanche": Pivot(
+        file="versus_avalanche",
+        columns={"strategy": "{strategy}"},
+        line=("strategy",),
+        across=("avalanche_data", ("images", "tensors")),
+        each="{times_faster:.1f}",
+    ),
+    "dp_step": Pivot(
+        file="dp_step",
+        columns={"model": "{model}", "batch": "{batch}"},
+        line=("model", "batch"),
+        across=("method", METHODS[1:]),
+        each="{wall_ratio:.2f} ({time_ratio:.2f}), {memory_ratio:.2f}",
+    ),
+    "private_models": Pivot(
+        file="private_models",
+        columns={"model": "{model}", "batch": "{batch}"},
+        line=("model", "batch"),
+        across=("method", ("perdure", "vmap", "opacus_hooks", "opacus_functorch", "opacus_ghost")),
+        each="{time_ratio:.2f}",
+    ),
+    "growth_steps": Listing(
+        file="growth",
+        only={"row": ("ewc", "si", "mas", "rwalk")},
+        columns={
+            "strategy": "{row}",
+            "ms a step": "{milliseconds_per_step:.0f}",
+            "over Naive": "{naive_ratio:.2f}",
+            "over a bare loop": "{bare_ratio:.2f}",
+        },
+    ),
+    "growth": Growth(
+        file="growth",
+        columns={
+            "what grows": "{row}",
+            "sizes": "{sizes}",
+            "ms each": "{milliseconds}",
+            "of one": "{unit}",
+            "exponent": "{exponent:.2f}",
+            "at most": "{most:g}",
+        },
+    ),
+    "strategies": Listing(
+        file="strategies",
+        columns={
+            "strategy": "{strategy}",
+            "experience": "{experience}",
+            "over Naive": "{ratio:.2f}",
+            "passes": "{passes:.2f}",
+            "ms": "{milliseconds:.2f}",
+        },
+    ),
+    "rounds": Listing(
+        file="rounds",
+        only={"row": ("mlp", "cnn")},
+        columns={
+            "model": "{row}",
+            "ms a round": "{perdure_ms:.1f}",
+            "over a bare loop": "{times_bare:.2f}",
+            "over pfl-research": "{times_pfl:.2f}",
+        },
+    ),
+    "rounds_clients": Listing(
+        file="rounds",
+        only={"row": ("clients", "idle")},
+        columns={
+            "row": "{row}",
+            "clients": "{clients}",
+            "ms a round": "{perdure_ms:.1f}",
+            "ms for consolidation": "{consolidation_ms:.1f}",
+            "copies of the model an idle client keeps": "{copies:.2f}",
+        },
+    ),
+    "fixed_costs": Listing(
+        file="fixed_costs",
+        columns={
+            "cost": "{what}",
+            "ms at first": "{first_milliseconds:.2f}{without_milliseconds:.2f}{milliseconds:.0f}",
+            "ms again": "{again_milliseconds:.2f}{with_milliseconds:.2f}"
+            "{one_entry_more_milliseconds:.2f}",
+            "loss distributions, first and again": "{loss_distributions}, "
+            "{loss_distributions_again}",
+        },
+    ),
+    "importance": Listing(
+        file="importance",
+        columns={
+            "row": "{row}",
+            "ratio": "{ratio:.2f}",
+            "target": "{target:g}",
+            "peak, MiB": "{peak_mib:.0f}",
+        },
+    ),
+    "noise": Pivot(
+        file="noise",
+        columns={"numbers": "{numbers}"},
+        line=("numbers",),
+        across=("method", ("exact, compiled", "exact, NumPy", "words", "torch.randn")),
+        each="{nanoseconds_a_number:.1f}",
+    ),
+    "dp_mnist": Listing(
+        file="dp_mnist",
+        columns={
+            "epsilon": "{epsilon:g}",
+            "accuracy": "{accuracy:.2f} ({standard_error:.2f})",
+            "published": "{published}",
+        },
+    ),
+    "dp_continual": Pivot(
+        file="dp_continual",
+        columns={"strategy": "`{options}`"},
+        line=("strategy",),
+        across=("epsilon", (1.0, 3.0, 8.0)),
+        each=ACCURACY,
+    ),
+    "analytic_mnist": Listing(
+        file="analytic_mnist",
+        columns={
+            "strategy": "`{options}`",
+            "epsilon": "{epsilon:g}",
+            "accuracy": ACCURACY,
+            "forgetting": "{forgetting:.1f}",
+        },
+    ),
+    "kills": Listing(
+        file="kills",
+        columns={
+            "noise": "{series}",
+            "kills": "{kills}",
+            "draws": "{draws}",
+            "drawn again": "{redrawn}",
+            "drawn again for another sum": "{redrawn_differently}",
+            "charged too little": "{undercharged}",
+            "charged too much": "{overcharged}",
+        },
+    ),
+    "entered": Listing(
+        file="entered",
+        columns={
+            "state": "{label}",
+            "entered by": "{entered_by}",
+            "files": "{files}",
+            "functions": "{functions}",
+        },
+    ),
+}
+"""Tables by the name that the page gives them."""
+
+
+def table(name: str) -> str:
+    """Markdown of a table, with a line on where its rows were measured."""
+    spec = TABLES[name]
+    lines = spec.lines()
+    rule = ["---"] * len(lines[0])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+    return f"{text}\n{origin(spec)}\n"
+
+
+def origin(spec: Listing) -> str:
+    """Command, processor and versions of a table's rows, as one sentence in italics."""
+    head = json.loads((RESULTS / f"{spec.file}.json").read_text())
+    command = re.sub(r" --json \S+", "", head["command"])
+    processor = head["machine"]["processor"]
+    torch = head["versions"]["torch"]
+    return f"*`{command}`, {processor}, {head['machine']['cores']} cores, torch {torch}.*"
+
+
+def written(text: str) -> str:
+    """The page with every table as the rows have it now."""
+    return MARKED.sub(lambda found: f"{found[1]}{table(found[2])}{found[4]}", text)
+
+
+def stale(text: str) -> list[str]:
+    """Names of the page's tables that differ from the rows."""
+    return [name for _, name, body, _ in MARKED.findall(text) if body != table(name)]
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    text = PAGE.read_text()
+    if options.check:
+        differing = stale(text)
+        print(f"differ from the stored rows: {', '.join(differing) or 'none'}")
+        return 1 if differing else 0
+    PAGE.write_text(written(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
