@@ -1,8 +1,10 @@
 """Rows of a batch by position."""
 
+import pytest
 import torch
 
 from perdure.data.records import Batch, Records
+from perdure.errors import DataError
 
 
 def test_rows_at_positions_are_those_that_an_index_takes():
@@ -17,3 +19,24 @@ def test_rows_at_positions_are_those_that_an_index_takes():
     for taken in (batch.at(places), batch.take(places), batch.take(torch.tensor([4, 0, 4, -1]))):
         assert taken.tensors().keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in taken.tensors().items())
+
+
+def test_attributes_of_records_follow_their_rows():
+    records = Records(
+        inputs=torch.randn(4, 2),
+        labels=torch.arange(4),
+        attributes={
+            "time": torch.tensor([3.0, 1.0, 2.0, 0.0]),
+            "group": torch.tensor([0, 1, 1, 0]),
+        },
+    )
+    taken = records.take(torch.tensor([2, 0])).to("cpu")
+    assert taken.attributes["time"].tolist() == [2.0, 3.0]
+    assert taken.attributes["group"].tolist() == [1, 0]
+    assert records.take(records.attributes["group"] == 1).labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(4, 1), [0, 1, 2, 3]])
+def test_attribute_with_other_than_one_number_a_record_is_refused(value):
+    with pytest.raises(DataError, match=r"attribute 'time' is .*; allowed: a tensor \(4,\)"):
+        Records(inputs=torch.zeros(4, 2), labels=torch.arange(4), attributes={"time": value})

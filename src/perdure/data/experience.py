@@ -46,12 +46,8 @@ class Experience:
 
     def without_records(self) -> "Experience":
         """Return the same experience with no training record: its declared facts alone."""
-        rows = {
-            name: value.new_empty(0, *value.shape[1:])
-            for name in ("inputs", "labels", "ids")
-            for value in [getattr(self.train, name)]
-        }
-        return replace(self, train=replace(self.train, **rows))
+        empty = self.train.map(lambda rows: rows.new_empty(0, *rows.shape[1:]))
+        return replace(self, train=empty)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,6 +36,9 @@ class Records:
             nobody says. A warm start goes by it (see `perdure.learner.model_history`).
         domain: values that an input may have, declared before any record is seen; None where
             nothing is declared. Under privacy the guard needs it for inputs that are no floats.
+        attributes: further facts of each record by name, such as "time", "domain" or "group",
+            each (n,). A stream may be cut by them; no model sees them. They are as private as the
+            records.
 
     Raises:
         DataError: when lengths or types do not fit.
@@ -50,6 +53,7 @@ class Records:
     ids_by_position: bool = False
     placed_by: str = ""
     domain: InputDomain | None = None
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("inputs", "labels", "ids"):
@@ -68,6 +72,12 @@ class Records:
             object.__setattr__(self, "ids_by_position", True)
         if len(self.ids) != n:
             raise DataError(f"{n} inputs but {len(self.ids)} ids; give one id per input")
+        for name, value in self.attributes.items():
+            if not isinstance(value, Tensor) or value.shape != (n,):
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise DataError(
+                    f"attribute {name!r} is {given}; allowed: a tensor ({n},), one number a record"
+                )
         if self.declared_size <= 0:
             object.__setattr__(self, "declared_size", n)
             object.__setattr__(self, "size_counted", True)
@@ -95,8 +105,21 @@ class Records:
         Args:
             index: int64 positions (k,) or a boolean mask (n,).
         """
-        rows = {name: getattr(self, name)[index] for name in ("inputs", "labels", "ids")}
-        return replace(self, declared_size=0, **rows)
+        return replace(self.map(lambda rows: rows[index]), declared_size=0)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Records":
+        """Apply `change` to inputs, labels, ids and attributes (n, ...): an index, a device move.
+
+        Args:
+            change: the same rows of every tensor, in the same order.
+        """
+        return replace(
+            self,
+            inputs=change(self.inputs),
+            labels=change(self.labels),
+            ids=change(self.ids),
+            attributes={name: change(value) for name, value in self.attributes.items()},
+        )
 
     def declared(self, size: int | None) -> "Records":
         """Return the same records with a declared size; None changes nothing.
@@ -112,8 +135,7 @@ class Records:
 
     def to(self, device: torch.device | str) -> "Records":
         """Return the same records on another device."""
-        rows = {name: getattr(self, name).to(device) for name in ("inputs", "labels", "ids")}
-        return replace(self, **rows)
+        return self.map(lambda rows: rows.to(device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,8 +10,8 @@ import contextlib
 import gzip
 import os
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ class Dataset:
         num_classes: how many classes there are, fixed in advance.
         input_shape: shape of one input: (channels, height, width) or (features,).
         public_facts: what was used of the data and is declared public, one sentence each.
+        categories: names of the values 0, 1, 2, ... of an attribute of the records that is no
+            number, by the attribute: {"group": ("f", "m")}. Declared public.
 
     Raises:
         DataError: when records do not have that shape or those labels.
@@ -45,6 +47,7 @@ class Dataset:
     num_classes: int
     input_shape: tuple[int, ...]
     public_facts: tuple[str, ...] = ()
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for part, records in (("train", self.train), ("test", self.test)):
