@@ -27,8 +27,8 @@ from perdure.contract import (
     Spec,
     State,
     Strategy,
-    cross_entropy,
     cross_entropy_of,
+    task_losses,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError
@@ -71,7 +71,7 @@ class FeatureDistillation(Strategy):
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and half the squared distance of the features, per record."""
         if context.experience == 0:
-            return cross_entropy(forward, batch, context)
+            return task_losses(forward, batch, context)
         logits, features = forward.with_features(batch.inputs)
         before = forward.at(state.group("teacher")).features(batch.inputs)
         distance = (features - before).square().flatten(1).sum(1)

@@ -46,8 +46,8 @@ from perdure.contract import (
     Spec,
     State,
     Strategy,
-    cross_entropy,
     cross_entropy_of,
+    task_losses,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
@@ -134,7 +134,7 @@ class GenerativeReplay(Strategy):
         """
         latent: int = forward.module.latent  # type: ignore[assignment]
         e, z, e_made = drawn(batch.ids, state["steps"], 3 * latent, self.seed).chunk(3, dim=1)
-        new = cross_entropy(forward, batch, context) + vae_loss(forward, batch.inputs, e)
+        new = task_losses(forward, batch, context) + vae_loss(forward, batch.inputs, e)
         if context.experience == 0:
             return new
         teacher = forward.at(state.group("teacher"))

@@ -38,9 +38,9 @@ from perdure.contract import (
     PrivacyCost,
     State,
     Strategy,
-    cross_entropy,
     records_in,
     refuse_size,
+    task_losses,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
@@ -103,7 +103,7 @@ class MIR(Strategy):
                 rehearsed.
         """
         if context.memory_share == 0:
-            return cross_entropy(forward, batch, context)
+            return task_losses(forward, batch, context)
         new = torch.nonzero(~batch.from_memory & batch.valid).flatten()
         old = torch.nonzero(batch.from_memory & batch.valid).flatten()
         if not (len(new) and len(old)):
@@ -121,7 +121,7 @@ class MIR(Strategy):
         chosen = old[scores.argsort(descending=True, stable=True)[:wanted]]
         # the rows that count, and no other: a pass with the gradient costs three without
         rows = torch.cat([new, chosen])
-        losses = cross_entropy(forward, batch.take(rows), context)
+        losses = task_losses(forward, batch.take(rows), context)
         share = torch.where(torch.arange(len(rows)) < len(new), 1 / len(new), 1 / len(chosen))
         weighted = losses * batch.valid.sum() * share.to(losses)
         return torch.zeros_like(batch.valid, dtype=losses.dtype).scatter(0, rows, weighted)
@@ -130,7 +130,7 @@ class MIR(Strategy):
         """(n,) by how much a virtual step on the `new` rows raises the loss of each old one."""
 
         def loss(params: Params | None) -> Tensor:
-            return cross_entropy(Forward(forward.module, params), new, context).mean()
+            return task_losses(Forward(forward.module, params), new, context).mean()
 
         own = {n: value for n, value in forward.module.named_parameters() if value.requires_grad}
         here = {**own, **(forward.params or {})}
@@ -145,6 +145,6 @@ class MIR(Strategy):
             else:
                 slope = torch.func.grad(loss)(here)
             with torch.no_grad():
-                before = cross_entropy(forward, old, context)
+                before = task_losses(forward, old, context)
         there = {n: torch.sub(value, slope[n], alpha=self.rate) for n, value in here.items()}
-        return cross_entropy(forward.at(there), old, context) - before
+        return task_losses(forward.at(there), old, context) - before

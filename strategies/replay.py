@@ -34,9 +34,9 @@ from perdure.contract import (
     State,
     Strategy,
     Update,
-    cross_entropy,
     records_in,
     refuse_size,
+    task_losses,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError
@@ -86,7 +86,7 @@ class Replay(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy, weighted by the role of the row."""
-        losses = cross_entropy(forward, batch, context)
+        losses = task_losses(forward, batch, context)
         if self.weighting == "equal" or context.memory_share == 0:
             return losses
         new_share = 1 / (context.experience + 1)

@@ -40,7 +40,7 @@ from perdure.contract import (
     QuadraticPenalty,
     Spec,
     State,
-    cross_entropy,
+    task_losses,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError
@@ -194,7 +194,7 @@ class RWalk(QuadraticPenalty):
         return state.replace(changes)
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses = cross_entropy(forward, batch, curator.context)[:, None]
+        losses = task_losses(forward, batch, curator.context)[:, None]
         return losses, torch.ones_like(losses)
 
 

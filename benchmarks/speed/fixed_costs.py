@@ -54,7 +54,7 @@ def stream_of(records: int, experiences: int = 1, features: int = 4) -> Stream:
             partition=f"experience {index}",
             declared_size=records,
         )
-        found.append(Experience(index=index, train=own, test=own, classes=(0, 1), task=index))
+        found.append(Experience(index=index, train=own, test=own, classes=(0, 1), stage=index))
     return Stream(
         name="random",
         scenario="domain",

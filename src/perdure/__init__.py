@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from perdure import queries as queries
     from perdure import report as report
     from perdure import strategies as strategies
+    from perdure import tasks as tasks
     from perdure import testing as testing
     from perdure.contract.combine import Combine
     from perdure.contract.context import Context, Spec

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from perdure.contract import MASKED
 from perdure.contract.combine import Combine
-from perdure.contract.context import MASKED, Context, Spec, contexts
+from perdure.contract.context import Context, Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.curator_bench import REPLAY, declared, simulated
-from perdure.contract.forward import Forward, cross_entropy
+from perdure.contract.forward import Forward, task_losses
 from perdure.errors import PrivacyError
 
 # --------------------------------------------------------------------------- gradients
@@ -17,7 +17,7 @@ from perdure.errors import PrivacyError
 def test_without_privacy_the_gradient_is_that_of_the_mean(bench):
     test = bench()
     batch = test.open().held.sample(0)
-    loss = cross_entropy(Forward(test.model), batch, test.curator.context).mean()
+    loss = task_losses(Forward(test.model), batch, test.curator.context).mean()
     expected = torch.autograd.grad(loss, list(test.params.values()))
     for mine, theirs in zip(test.gradient(batch).values(), expected, strict=True):
         torch.testing.assert_close(mine, theirs)

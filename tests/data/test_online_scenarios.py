@@ -66,7 +66,7 @@ def test_online_shows_every_record_once(toy, chunk, exact, seed):
     stream = online(parent, chunk=chunk, seed=seed, exact=exact)
     assert [experience.index for experience in stream] == list(range(len(stream)))
     for task, whole in enumerate(parent):
-        pieces = [experience for experience in stream if experience.task == task]
+        pieces = [experience for experience in stream if experience.stage == task]
         assert len(pieces) == math.ceil(200 / chunk)
         ids = torch.cat([piece.train.ids for piece in pieces])
         assert torch.equal(ids.sort().values, whole.train.ids.sort().values)

@@ -225,7 +225,7 @@ def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
     assert there[0].test is there[1].test is not stream[0].test
     assert there[0].train is not stream[0].train
     assert places(there) == places(stream)
-    assert there[-1].task == 1
+    assert there[-1].stage == 1
     assert there.assigned_by_record == stream.assigned_by_record
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from perdure.contract.forward import cross_entropy, cross_entropy_of
+from perdure.contract.forward import cross_entropy_of, task_losses
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
@@ -146,7 +146,7 @@ class WritingToParameters(Strategy):
 class WritingToRows(Strategy):
     def losses(self, forward, batch, context, state):
         batch.inputs.mul_(0.99)
-        return cross_entropy(forward, batch, context)
+        return task_losses(forward, batch, context)
 
 
 @broken("pure", "project() changes gradient", "in place")
@@ -208,13 +208,13 @@ class CountingInAList(Strategy):
 
     def losses(self, forward, batch, context, state):
         self.calls[0].append(len(batch))
-        return cross_entropy(forward, batch, context)
+        return task_losses(forward, batch, context)
 
 
 @broken("pure", "losses() gives value anew at every call", "generator")
 class Rolling(Strategy):
     def losses(self, forward, batch, context, state):
-        return cross_entropy(forward, batch, context) * torch.rand(
+        return task_losses(forward, batch, context) * torch.rand(
             len(batch), device=batch.inputs.device
         )
 
@@ -234,7 +234,7 @@ class DerivingShared(Strategy):
 @broken("rows", "losses() gives a record another loss", "couples_records")
 class Centred(Strategy):
     def losses(self, forward, batch, context, state):
-        each = cross_entropy(forward, batch, context)
+        each = task_losses(forward, batch, context)
         return each - 0.5 * each.mean()
 
 
@@ -258,7 +258,7 @@ class RememberingOthers(Replay):
 @broken("rows", "losses() gives loss of shape ()", "(n, ...)", "reduction='none'")
 class Averaging(Strategy):
     def losses(self, forward, batch, context, state):
-        return cross_entropy(forward, batch, context).mean()
+        return task_losses(forward, batch, context).mean()
 
 
 @broken("rows", "predict() gives a record another logits")
@@ -287,7 +287,7 @@ class ReferringByCompany(Strategy):
 
     def references(self, curator, params, state):
         def losses(forward, batch):
-            each = cross_entropy(forward, batch, curator.context)
+            each = task_losses(forward, batch, curator.context)
             return each - 0.5 * each.mean()
 
         return (curator.reference(losses, params),) if curator.context.experience else ()

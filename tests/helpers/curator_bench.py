@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.parties import open_experience, private_sum_of
-from perdure.contract.forward import cross_entropy
+from perdure.contract.forward import task_losses
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.local_curator import LocalCurator
@@ -55,7 +55,7 @@ class Bench:
         self.held.close()
 
     def gradient(self, batch, step=0):
-        losses = lambda forward, rows: cross_entropy(forward, rows, self.curator.context)  # noqa: E731
+        losses = lambda forward, rows: task_losses(forward, rows, self.curator.context)  # noqa: E731
         return self.curator.gradient(losses, self.params, batch, step)
 
 

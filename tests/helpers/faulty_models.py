@@ -133,7 +133,7 @@ def words():
 
     parts = [
         Experience(
-            index=i, task=i, classes=(2 * i, 2 * i + 1), train=part(i), test=part(i, test=True)
+            index=i, stage=i, classes=(2 * i, 2 * i + 1), train=part(i), test=part(i, test=True)
         )
         for i in range(2)
     ]

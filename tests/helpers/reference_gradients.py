@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract.forward import cross_entropy
+from perdure.contract.forward import task_losses
 from perdure.data.scenarios import permuted, split
 from perdure.learner.learner import Learner
 from perdure.privacy.noise.key import NoiseKey
@@ -48,7 +48,7 @@ def reserved(learner, steps=range(4)):
 
 
 def loss_of(learner, scale=1.0):
-    return lambda forward, batch: scale * cross_entropy(forward, batch, learner.curator.context)
+    return lambda forward, batch: scale * task_losses(forward, batch, learner.curator.context)
 
 
 def flat(params):

@@ -115,7 +115,7 @@ def test_another_model_is_refused(learner_of, toy_stream, stopped, changes, told
 def reordered(stream):
     """The same experiences with their classes the other way round."""
     first, second = stream.experiences
-    moved = (replace(second, index=0, task=0), replace(first, index=1, task=1))
+    moved = (replace(second, index=0, stage=0), replace(first, index=1, stage=1))
     return replace(stream, experiences=moved)
 
 

@@ -17,7 +17,7 @@ from helpers.reference_gradients import (
     reserved,
     stopping,
 )
-from perdure.contract.forward import cross_entropy
+from perdure.contract.forward import task_losses
 from perdure.strategies import AGEM, DER, GEM, GDumb, Naive
 from perdure.strategies.agem import against
 
@@ -66,7 +66,7 @@ def test_another_batch_size(twice, meetings, strategy):
 def test_another_reference_loss(twice, meetings):
     def references(self, curator, params, state):
         def loss(forward, batch):
-            return 3 * cross_entropy(forward, batch, curator.context)
+            return 3 * task_losses(forward, batch, curator.context)
 
         return (curator.reference(loss, params),) if curator.context.experience else ()
 
@@ -98,7 +98,7 @@ def test_another_loss_of_stored_rows(twice, meetings):
 
 def test_a_loss_of_equal_value_and_other_gradient(twice, meetings):
     def losses(self, forward, batch, context, state):
-        loss = cross_entropy(forward, batch, context)
+        loss = task_losses(forward, batch, context)
         return loss.detach() + 3 * (loss - loss.detach())
 
     twice(Naive(), other(Naive, losses=losses)())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.parties import opened_party, private_sum_of
-from perdure.contract.forward import Forward, cross_entropy
+from perdure.contract.forward import Forward, task_losses
 from perdure.data.records import Batch
 from perdure.learner.learner import Learner
 from perdure.models import mlp
@@ -132,7 +132,7 @@ def steps(toy_data):
     for rows in (train.take(torch.arange(1, len(train))), train):
         batch = Batch.current(rows, 0)
         params = dict(made.named_parameters())
-        losses = lambda forward, part: cross_entropy(forward, part, context)  # noqa: E731
+        losses = lambda forward, part: task_losses(forward, part, context)  # noqa: E731
         total = clipped_gradient(Forward(made), losses, params, batch, Clip(norm=1.0), None)
         sums.append(torch.cat([total[name].flatten() for name in params]).double())
     return seen, sums, len(train)

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract.context import MASKED, Spec, contexts
+from perdure.contract import MASKED
+from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan
 from perdure.data.records import Batch

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.contract.context import MASKED, Spec, contexts
+from perdure.contract import MASKED
+from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.strategy import Strategy

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from helpers.broken_strategies import BROKEN, Centred, Remembering, broken
-from perdure.contract.forward import cross_entropy
+from perdure.contract.forward import task_losses
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
@@ -103,7 +103,7 @@ class UndeclaredReference(Strategy):
         return Plan(memory=MemoryPlan(capacity=self.memory_size, use="reference"))
 
     def references(self, curator, params, state):
-        losses = lambda forward, batch: cross_entropy(forward, batch, curator.context)  # noqa: E731
+        losses = lambda forward, batch: task_losses(forward, batch, curator.context)  # noqa: E731
         return (curator.reference(losses, params),) if curator.context.experience else ()
 
 
@@ -142,7 +142,7 @@ class Smuggling(Remembering):
 
     def losses(self, forward, batch, context, state):
         SIGHTS[:] = [batch.inputs.detach().sum(0)[:2]]
-        return cross_entropy(forward, batch, context)
+        return task_losses(forward, batch, context)
 
     def after_experience(self, curator, params, state):
         return state.replace({"seen": SIGHTS[0]}) if type(SIGHTS[0]) is torch.Tensor else state
@@ -155,7 +155,7 @@ class CouplingInTraining(Strategy):
     """
 
     def losses(self, forward, batch, context, state):
-        each = cross_entropy(forward, batch, context)
+        each = task_losses(forward, batch, context)
         return each - 0.5 * each.mean() if forward.module.training else each
 
 
@@ -245,7 +245,7 @@ class ByIdentity(Strategy):
     """Weighs a record by its id, as one that is held out is weighed by nothing."""
 
     def losses(self, forward, batch, context, state):
-        return cross_entropy(forward, batch, context) * (1 + (batch.ids * 2654435761 >> 8) % 7)
+        return task_losses(forward, batch, context) * (1 + (batch.ids * 2654435761 >> 8) % 7)
 
 
 def test_a_loss_may_depend_on_the_records_identity():

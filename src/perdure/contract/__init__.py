@@ -7,10 +7,10 @@ that pull parameters towards an anchor.
 """
 
 from perdure.contract.combine import Combine
-from perdure.contract.context import MASKED, Context, Spec
+from perdure.contract.context import Context, Spec
 from perdure.contract.curator import Curator, Losses, Of, Query, Utility
 from perdure.contract.exposure import Exposure
-from perdure.contract.forward import Forward, cross_entropy, cross_entropy_of
+from perdure.contract.forward import Forward, cross_entropy_of, task_losses
 from perdure.contract.plan import (
     MemoryPlan,
     Plan,
@@ -24,6 +24,7 @@ from perdure.contract.plan import (
 from perdure.contract.quadratic_penalty import QuadraticPenalty
 from perdure.contract.state import Rule, State
 from perdure.contract.strategy import Strategy
+from perdure.tasks import MASKED
 
 __all__ = [
     "MASKED",
@@ -47,8 +48,8 @@ __all__ = [
     "Strategy",
     "Update",
     "Utility",
-    "cross_entropy",
     "cross_entropy_of",
     "records_in",
     "refuse_size",
+    "task_losses",
 ]

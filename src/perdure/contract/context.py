@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from perdure.data.experience import Stream
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
+from perdure.tasks import SingleLabel, Task, mask_outputs
 from perdure.types import Params, Scenario
 from perdure.utils.modules import statistics_of
-
-MASKED = -1e9
-"""Logit of a class that may not be predicted: its probability underflows to exactly zero."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +26,7 @@ class Spec:
         scenario: task-, domain- or class-incremental.
         statistics: running means and variances of the model's layers; a teacher keeps them beside
             its parameters.
+        task: meaning of the records' targets.
     """
 
     params: Params
@@ -36,6 +35,7 @@ class Spec:
     feature_size: int
     scenario: Scenario
     statistics: Params = field(default_factory=dict)
+    task: Task = field(default_factory=SingleLabel)
 
     def require_features(self) -> None:
         """Refuse a model that does not say how long its features are.
@@ -69,6 +69,7 @@ class Context:
         memory_share: share of the rows of the present batch that come from memory, where they were
             drawn apart; 0 without memory and where new and stored records are pooled, as they are
             under privacy.
+        task: meaning of the records' targets.
     """
 
     scenario: Scenario
@@ -77,6 +78,7 @@ class Context:
     seen: Tensor
     declared_size: int = 1
     memory_share: float = 0.0
+    task: Task = field(default_factory=SingleLabel)
 
     @property
     def current(self) -> Tensor:
@@ -98,12 +100,24 @@ class Context:
             return self.current
         return self.seen if self.scenario == "class" else torch.ones_like(self.seen)
 
-    def mask(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Logits (n, C) with the classes out of question for each row set to `MASKED`."""
+    def allowed_for(self, batch: Batch) -> Tensor | None:
+        """(C,) or (n, C) bool, the classes that each row may be predicted as; None for all."""
         if self.scenario == "domain":
-            return logits
-        allowed = self.task_classes[batch.tasks] if self.scenario == "task" else self.seen
-        return torch.where(allowed, logits, MASKED)
+            return None
+        return self.task_classes[batch.tasks] if self.scenario == "task" else self.seen
+
+    def mask(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits (n, ..., C) with the classes out of question for each row set to `MASKED`."""
+        return mask_outputs(logits, self.allowed_for(batch))
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """(n,) loss of the task for each row, over the classes that it may be predicted as.
+
+        Args:
+            outputs: (n, ..., C) of the model for the rows.
+            batch: n rows.
+        """
+        return self.task.losses(outputs, batch.labels, self.allowed_for(batch))
 
 
 def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
@@ -121,6 +135,7 @@ def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Contex
             seen=so_far[index],
             declared_size=declared_size,
             memory_share=memory_share,
+            task=stream.task,
         )
 
     return context
@@ -144,4 +159,5 @@ def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool =
         scenario=stream.scenario,
         feature_size=getattr(model, "feature_size", 0),
         statistics={} if private else statistics_of(model),
+        task=stream.task,
     )

@@ -134,16 +134,18 @@ class Forward:
 
 
 def cross_entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) cross entropy of each row."""
+    """(n,) cross entropy of each row, for strategies that serve single-label records alone."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def cross_entropy(forward: Forward, batch: Batch, context: Context) -> Tensor:
-    """(n,) cross entropy of each row over the classes it may be predicted as.
+def task_losses(forward: Forward, batch: Batch, context: Context) -> Tensor:
+    """(n,) loss of the task for each row, over the classes that it may be predicted as.
+
+    Cross entropy for single-label records.
 
     Args:
-        forward: the model, from inputs (n, ...) to logits (n, C).
+        forward: the model, from inputs (n, ...) to outputs (n, ..., C).
         batch: n rows.
-        context: the classes that each row may be predicted as.
+        context: the task, and the classes that each row may be predicted as.
     """
-    return cross_entropy_of(context.mask(forward(batch.inputs), batch), batch.labels)
+    return context.losses(forward(batch.inputs), batch)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from perdure.contract.context import MASKED, Context, Spec
-from perdure.contract.forward import Forward, cross_entropy
+from perdure.contract.context import Context, Spec
+from perdure.contract.forward import Forward, task_losses
 from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
+from perdure.tasks import MASKED
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Strategy:
         Returns:
             (n,) losses. Loss i depends on row i, the parameters, the state and the context only.
         """
-        return cross_entropy(forward, batch, context)
+        return task_losses(forward, batch, context)
 
     def penalty(self, params: Params, state: State) -> Tensor | None:
         """Compute a scalar that is added to the mean loss; it uses no data.

@@ -465,7 +465,7 @@ class HeldRecords:
 
     def _stages(self) -> Tensor:
         """(T,) stage of every experience so far; the pieces of one stage share its quotas."""
-        return torch.tensor([experience.task for experience in self.experiences])
+        return torch.tensor([experience.stage for experience in self.experiences])
 
     def _note(self, remember: Remember) -> None:
         """Note the answers of `remember`, at the present parameters, for the last step's new rows.

@@ -22,6 +22,7 @@ from perdure.data.experience import Experience, Stream, placed_again, size_of_ea
 from perdure.data.records import Records
 from perdure.data.scenarios import hashable, public_coin
 from perdure.errors import ConfigError
+from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.seeding import derive
 
 Shares = Callable[[str, int], Tensor]
@@ -75,6 +76,8 @@ def dirichlet(
     """
     if not (math.isfinite(alpha) and alpha > 0):
         raise ConfigError.of("alpha", alpha, "a finite number above 0")
+    reason = "shares differ from class to class; perdure.data.iid splits records of every task"
+    refuse_other_tasks(stream.task, (SingleLabel,), "dirichlet", reason)
 
     def shares(partition: str, label: int) -> Tensor:
         draw = np.random.default_rng(derive(seed, "dirichlet", partition, label))
@@ -219,7 +222,7 @@ class ClientSplit:
             # a permuted copy in a task-incremental stream has the labels of another task
             origin = first.setdefault(partition, experience).classes
             same = len(origin) == len(experience.classes)
-            keys = origin if same else experience.classes
+            keys = _strata(experience, origin if same else experience.classes)
             table = torch.stack([self.shares(partition, key) for key in keys])
             need = self._evening(experience, table.mean(0), total)
             evened[partition] = max(evened.get(partition, 0.0), need)
@@ -268,11 +271,12 @@ def _hashed_owners(
     A record that was met before stays where it is: `homes` remembers it by record id.
     """
     records = experience.train
-    row_of = torch.zeros(max(experience.classes) + 1, dtype=torch.int64)
-    row_of[list(experience.classes)] = torch.arange(len(experience.classes))
+    strata = _strata(experience, experience.classes)
+    row_of = torch.zeros(max(strata) + 1, dtype=torch.int64)
+    row_of[list(strata)] = torch.arange(len(strata))
     coins = public_coin(records.ids, seed=seed)
     # the last share ends at 1 up to rounding, and no coin may fall beyond it
-    bounds = table.cumsum(1)[row_of[records.labels.cpu()], :-1]
+    bounds = table.cumsum(1)[row_of[_stratum(records)], :-1]
     owners = (coins[:, None] >= bounds).sum(1)
     ids = records.ids.tolist()
     if homes:
@@ -312,10 +316,22 @@ def _owners(
 
 def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
     """(n,) client whose share of the label the record's coin falls into."""
-    labels, row = torch.unique(records.labels.cpu(), return_inverse=True)
+    labels, row = torch.unique(_stratum(records), return_inverse=True)
     table = torch.stack([shares(records.partition, label) for label in labels.tolist()]).cumsum(1)
     # the last share ends at 1 up to rounding, and no coin may fall beyond it
     return (coins[:, None] >= table[row, :-1]).sum(1)
+
+
+def _strata(experience: Experience, classes: tuple[int, ...]) -> tuple[int, ...]:
+    """Labels whose shares may differ: these classes, or 0 alone for records without one class."""
+    return classes if isinstance(experience.task, SingleLabel) else (0,)
+
+
+def _stratum(records: Records) -> Tensor:
+    """(n,) int64 label of each record among `_strata`, on the CPU."""
+    if isinstance(records.task, SingleLabel):
+        return records.labels.cpu()
+    return torch.zeros(len(records), dtype=torch.int64)
 
 
 def _levelled(

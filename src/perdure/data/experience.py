@@ -7,6 +7,7 @@ import torch
 
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
+from perdure.tasks import Task
 from perdure.types import SCENARIOS, Scenario
 
 
@@ -18,31 +19,41 @@ class Experience:
         index: its place in the stream, from 0.
         train: records to learn from.
         test: records to be measured on, declared public.
-        classes: the declared classes, as labels of the full-width head. Public, whatever the
-            records hold.
-        task: the stage this one is part of, where a stage was cut into pieces (`online`). Default:
+        classes: the declared classes, as outputs of the full-width head: classes, labels or
+            tokens; all outputs for regression. Public, whatever the records hold.
+        stage: the stage this one is part of, where a stage was cut into pieces (`online`). Default:
             `index`.
 
     Raises:
-        DataError: when a label is not among the declared classes.
+        DataError: when a label is not among the declared classes, or the test records are of
+            another task.
     """
 
     index: int
     train: Records
     test: Records
     classes: tuple[int, ...]
-    task: int = -1
+    stage: int = -1
 
     def __post_init__(self) -> None:
-        if self.task < 0:
-            object.__setattr__(self, "task", self.index)
+        if self.stage < 0:
+            object.__setattr__(self, "stage", self.index)
         for part, records in (("train", self.train), ("test", self.test)):
-            strange = ~torch.isin(records.labels, records.labels.new_tensor(self.classes))
-            if strange.any():
-                found = sorted(set(records.labels[strange].tolist()))
+            if records.task != self.task:
                 raise DataError(
-                    f"experience {self.index} has {part} labels {found}; declared: {self.classes}"
+                    f"experience {self.index} has {self.task.name} records to train on and "
+                    f"{records.task.name} ones to test on; give both the same task"
                 )
+            found = self.task.undeclared(records.labels, self.classes)
+            if found:
+                raise DataError(
+                    f"experience {self.index} has {part} {found}; declared: {self.classes}"
+                )
+
+    @property
+    def task(self) -> Task:
+        """Task of the records."""
+        return self.train.task
 
     def without_records(self) -> "Experience":
         """Return the same experience with no training record: its declared facts alone."""
@@ -59,7 +70,7 @@ class Stream:
         scenario: task (the learner is told the task), domain (same classes, other inputs) or class
             (classes arrive over time and the learner must tell them all apart).
         experiences: at least one, numbered from 0.
-        num_classes: full width of the head.
+        num_classes: full width of the head: classes, labels, targets or tokens.
         input_shape: shape of one input.
         assigned_by_record: whether a record's place depends on the record and public facts alone.
             Where it does not, a guarantee under add/remove adjacency does not hold. None where
@@ -67,8 +78,8 @@ class Stream:
             privacy.
 
     Raises:
-        ConfigError: for another scenario, no experiences, wrong numbering or classes outside the
-            head.
+        ConfigError: for another scenario, no experiences, wrong numbering, classes outside the
+            head, or records of several tasks.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
@@ -89,6 +100,14 @@ class Stream:
         declared = {label for experience in self for label in experience.classes}
         if not declared <= set(range(self.num_classes)):
             raise ConfigError.of("classes", sorted(declared), f"0 .. {self.num_classes - 1}")
+        names = {experience.task: experience.task.name for experience in self}
+        if len(names) > 1:
+            raise ConfigError.of("tasks of the experiences", sorted(names.values()), "one task")
+
+    @property
+    def task(self) -> Task:
+        """Task of the records."""
+        return self.experiences[0].task
 
     def __iter__(self) -> Iterator[Experience]:
         return iter(self.experiences)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perdure.data.domain import InputDomain
 from perdure.errors import ConfigError, DataError
+from perdure.tasks import SingleLabel, Task
 from perdure.utils.chunking import FEWEST_ROWS, filled
 
 
@@ -20,7 +21,9 @@ class Records:
 
     Args:
         inputs: (n, ...) what the model sees.
-        labels: (n,) int64 classes.
+        labels: the targets, in the shape of the task: (n,) int64 classes for single-label records,
+            (n, C) float32 of 0 and 1 for multi-label ones, (n, k) float32 for regression, (n, L)
+            int64 tokens for next-token ones.
         ids: (n,) int64, the identity of each record at its *source*. It survives every split and
             transform, so that a permuted copy of an image is still the same record. Default: 0 ..
             n-1.
@@ -39,6 +42,7 @@ class Records:
         attributes: further facts of each record by name, such as "time", "domain" or "group",
             each (n,). A stream may be cut by them; no model sees them. They are as private as the
             records.
+        task: meaning of the labels: loss, metric and shape.
 
     Raises:
         DataError: when lengths or types do not fit.
@@ -54,6 +58,7 @@ class Records:
     placed_by: str = ""
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    task: Task = field(default_factory=SingleLabel)
 
     def __post_init__(self) -> None:
         for name in ("inputs", "labels", "ids"):
@@ -65,8 +70,9 @@ class Records:
         n = len(self.inputs)
         if len(self.labels) != n:
             raise DataError(f"{n} inputs but {len(self.labels)} labels; give one label per input")
-        if self.labels.dtype != torch.int64:
-            raise DataError(f"labels are {self.labels.dtype}; convert them with labels.long()")
+        if not isinstance(self.task, Task):
+            raise ConfigError.of("task", self.task, "an object of a task, such as SingleLabel()")
+        self.task.check(self.labels)
         if len(self.ids) == 0 and n:
             object.__setattr__(self, "ids", torch.arange(n, device=self.inputs.device))
             object.__setattr__(self, "ids_by_position", True)
@@ -144,7 +150,7 @@ class Batch:
 
     Args:
         inputs: (n, ...).
-        labels: (n,) int64.
+        labels: the targets, in the shape of the task, such as (n,) int64 classes.
         ids: (n,) int64 record ids.
         tasks: (n,) int64, the experience each record came from.
         from_memory: (n,) bool, the role of the row: False for current, True for memory.

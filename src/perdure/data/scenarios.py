@@ -34,6 +34,7 @@ from perdure.data.datasets.base import Dataset
 from perdure.data.experience import Experience, Stream, placed_again, size_of_each
 from perdure.data.records import Records
 from perdure.errors import ConfigError
+from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.types import SCENARIOS, Scenario
 from perdure.utils.hashing import canonical, canonical_text, hashed, shifted
 
@@ -75,6 +76,7 @@ def split(
     """
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
+    refuse_other_tasks(data.task, (SingleLabel,), "split", "it cuts by the class of a record")
     order = _class_order(data.num_classes, class_order, seed)
     width = _slice_width(data.num_classes, experiences)
     slices = [order[start : start + width] for start in range(0, data.num_classes, width)]
@@ -182,7 +184,7 @@ def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> 
     `assigned_by_record = False` too.
 
     Args:
-        stream: the parent. `task` of a piece is the index of its parent.
+        stream: the parent. `stage` of a piece is the index of its parent.
         chunk: records in a piece; without `exact` the declared size, which is met on average.
         seed: of the order, public.
         exact: whether the size is exact.
@@ -393,6 +395,9 @@ def _copies(
     """One experience of all records for each change of the inputs."""
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
+    if scenario != "domain":
+        reason = 'every copy has classes of its own; scenario="domain" keeps the labels'
+        refuse_other_tasks(data.task, (SingleLabel,), name, reason)
     step = 0 if scenario == "domain" else data.num_classes
     rule = placing_rule("whole", data, sizes=declared_size)
     parts = []
@@ -401,7 +406,7 @@ def _copies(
             replace(
                 records,
                 inputs=change(records.inputs),
-                labels=records.labels + index * step,
+                labels=records.labels + index * step if step else records.labels,
                 placed_by=rule,
                 # a turned image is 0 in its corners
                 domain=records.domain and records.domain.including(0.0),

@@ -119,6 +119,7 @@ def stream_settings(stream: Stream, private_sum: PrivateSum | None) -> Fingerpri
     """Public facts of a stream, and for each experience one line of text with its records."""
     return {
         "stream.scenario": stream.scenario,
+        "stream.task": stream.task.name,
         "stream.classes in all": stream.num_classes,
         "stream.input shape": list(stream.input_shape),
         "stream.experiences": [experience_line(each, private_sum) for each in stream],
@@ -136,7 +137,7 @@ def experience_line(experience: Experience, private_sum: PrivateSum | None) -> s
     classes = ",".join(map(str, experience.classes))
     return (
         f"partition {records.partition}, declared size {records.declared_size}, "
-        f"classes {classes}, task {experience.task}, ids and labels {seen[:32]}"
+        f"classes {classes}, stage {experience.stage}, ids and labels {seen[:32]}"
     )
 
 

@@ -153,9 +153,9 @@ def _facts(inspection: Inspection) -> Iterator[Hashable]:
     privacy = training.privacy
     yield CODE.version()
     yield described((privacy and privacy.custom_forward, privacy and privacy.clipping))
-    yield described((stream.scenario, stream.num_classes, stream.input_shape))
+    yield described((stream.scenario, stream.num_classes, stream.input_shape, stream.task))
     for experience in stream:
-        yield described((experience.index, experience.task, experience.classes))
+        yield described((experience.index, experience.stage, experience.classes))
         yield described(inspection.domain_of(experience.index))
         yield described(training.of(experience))
     yield described((inspection.at_once, inspection.seed, str(inspection.device)))

@@ -277,13 +277,14 @@ def reached(inspection: Inspection) -> Verdict:
 def declared_records(stream: Stream) -> int:
     """Return the declared number of training records of a stream, each counted once.
 
-    Experiences of one partition hold copies of its records, or, within one task, pieces of them.
+    Experiences of one partition hold copies of its records, or, within one stage, pieces of them.
     """
     sizes: dict[str, dict[int, int]] = {}
     for experience in stream:
-        tasks = sizes.setdefault(experience.train.partition, {})
-        tasks[experience.task] = tasks.get(experience.task, 0) + experience.train.declared_size
-    return sum(max(tasks.values()) for tasks in sizes.values())
+        stages = sizes.setdefault(experience.train.partition, {})
+        so_far = stages.get(experience.stage, 0)
+        stages[experience.stage] = so_far + experience.train.declared_size
+    return sum(max(stages.values()) for stages in sizes.values())
 
 
 def warn_of_delta(delta: float, records: int) -> None:

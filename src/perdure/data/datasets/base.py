@@ -20,6 +20,7 @@ from torch import Tensor
 from perdure.data.domain import InputDomain
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
+from perdure.tasks import Task
 from perdure.utils.atomic_files import save_tensors
 
 
@@ -29,16 +30,16 @@ class Dataset:
 
     Args:
         name: as in `load`.
-        train: inputs (n, ...) float32, labels in 0 .. num_classes-1.
+        train: inputs (n, ...) float32, labels in 0 .. num_classes-1, or targets of another task.
         test: the same for the test part. It is declared public.
-        num_classes: how many classes there are, fixed in advance.
+        num_classes: how many classes, labels, targets or tokens there are, fixed in advance.
         input_shape: shape of one input: (channels, height, width) or (features,).
         public_facts: what was used of the data and is declared public, one sentence each.
         categories: names of the values 0, 1, 2, ... of an attribute of the records that is no
             number, by the attribute: {"group": ("f", "m")}. Declared public.
 
     Raises:
-        DataError: when records do not have that shape or those labels.
+        DataError: when records do not have that shape or those labels, or are of two tasks.
     """
 
     name: str
@@ -52,15 +53,26 @@ class Dataset:
     def __post_init__(self) -> None:
         for part, records in (("train", self.train), ("test", self.test)):
             shape = tuple(records.inputs.shape[1:])
-            labels = records.labels
+            if records.task != self.task:
+                raise DataError(
+                    f"{self.name} has {self.task.name} records to train on and "
+                    f"{records.task.name} ones to test on; give both the same task"
+                )
             if shape != self.input_shape:
                 raise DataError(
                     f"{self.name} {part} inputs have shape {shape}; allowed: {self.input_shape}"
                 )
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            found = self.task.undeclared(records.labels, range(self.num_classes))
+            if found:
                 raise DataError(
-                    f"{self.name} {part} labels leave the range 0 .. {self.num_classes - 1}"
+                    f"{self.name} has {part} {found}; declared: 0 .. {self.num_classes - 1} "
+                    f"(num_classes={self.num_classes})"
                 )
+
+    @property
+    def task(self) -> Task:
+        """Task of the records."""
+        return self.train.task
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,110 @@
+"""Multi-label classification: any number of labels a record.
+
+    loss_i = mean over the labels c of the mask of BCE(sigmoid(outputs_ic), y_ic)
+    metric = macro-F1 in percent: mean over labels of 2 TP / (2 TP + FP + FN)
+
+Targets are (n, C) float32 of 0 and 1, outputs (n, C) logits; a label is predicted where its logit
+is above 0, a probability above 1/2.
+
+Macro-F1 (CF1 in the field's tables) is a function of counts that add up over records, where mean
+average precision needs the order of all scores; a share of labels that are right would reward a
+model that predicts none. The mean runs over the labels that some record has: a label of a later
+experience, which no record of this one is annotated with, says nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perdure.errors import DataError
+from perdure.tasks.base import Metric, Task, check_shape, fitted, mask_outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLabel(Task):
+    """Any number of labels a record: mean binary cross entropy, and macro-F1 in percent."""
+
+    name: ClassVar[str] = "multi-label"
+    metric: ClassVar[Metric] = Metric(name="macro-F1", unit="%")
+
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n,) binary cross entropy, averaged over the labels of the mask."""
+        each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        return _mean(each, mask)
+
+    def distillation(
+        self,
+        outputs: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        *,
+        known: Tensor | None = None,
+        allowed: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """(n,) binary cross entropy under the teacher's answers, averaged over its labels."""
+        q = torch.sigmoid(teacher / temperature)
+        each = F.binary_cross_entropy_with_logits(outputs / temperature, q, reduction="none")
+        return _mean(each, known)
+
+    def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n, C) float32, 1 where a logit is above 0."""
+        return (mask_outputs(outputs, mask) > 0).float()
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(n, 3C) labels found, labels predicted, and labels present."""
+        predicted = outputs > 0
+        present = targets > 0
+        return torch.cat([predicted & present, predicted, present], dim=1).double()
+
+    def score(self, totals: Tensor, records: int) -> float:
+        """Macro-F1 in percent over the labels that are present; NaN where none is."""
+        found, predicted, present = totals.view(3, -1)
+        counts = present > 0
+        return 100.0 * float((2 * found / (predicted + present))[counts].mean())
+
+    def check(self, targets: Tensor) -> None:
+        """Refuse targets that are not (n, C) float32 of 0 and 1."""
+        check_shape(
+            targets,
+            dtype=torch.float32,
+            dims=2,
+            needed="(n, C) of 0 and 1, one column a label",
+            fix="convert them with labels.float()",
+        )
+        wrong = ((targets != 0) & (targets != 1)).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            value = float(targets[row, column])
+            raise DataError(
+                f"labels have {value} in row {row}, column {column}; allowed: 0 and 1; set 1 "
+                "where a record has the label"
+            )
+
+    def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
+        """Labels that a record has and that are not declared, or too few columns."""
+        if max(classes, default=-1) >= targets.shape[1]:
+            return f"labels of {targets.shape[1]} columns"
+        found = set(targets.any(0).nonzero().flatten().tolist()) - set(classes)
+        return f"labels {sorted(found)}" if found else ""
+
+    def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
+        """Declared labels in turn, and the one after it in every second row."""
+        width = targets.shape[1]
+        columns = torch.tensor(classes)
+        made = torch.zeros(len(numbers), width)
+        made.scatter_(1, columns[numbers.cpu() % len(classes)][:, None], 1.0)
+        twice = columns[(numbers.cpu() // 2) % len(classes)][:, None]
+        return made.scatter_(1, twice, 1.0).to(targets)
+
+
+def _mean(each: Tensor, mask: Tensor | None) -> Tensor:
+    """(n,) mean of the columns (n, C) of a mask."""
+    if mask is None:
+        return each.mean(1)
+    mask = fitted(mask, each)
+    return torch.where(mask, each, 0.0).sum(1) / mask.sum(-1).clamp(min=1)

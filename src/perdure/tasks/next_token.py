@@ -1,0 +1,105 @@
+"""Next token: a sequence a record, in which every token is predicted from those before it.
+
+    loss_i = sum over the positions t of -log softmax(outputs_it)[y_it]
+    metric = bits per token: total loss / (tokens * log 2)
+
+Inputs are (n, L) int64 tokens, targets (n, L) int64: the token that follows each position, and
+`padding` where none follows. Outputs are (n, L, C) logits over the C tokens of the vocabulary. The
+record is the sequence: its loss is the sum over its tokens, and under privacy one sequence is one
+clipped row. Bits per token are bits per character where tokens are characters.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perdure.tasks.base import Metric, Task, check_shape, mask_outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken(Task):
+    """Language modelling: cross entropy summed within a sequence, and bits per token.
+
+    Args:
+        padding: target of the positions that do not count.
+    """
+
+    padding: int = -100
+    name: ClassVar[str] = "next-token"
+    metric: ClassVar[Metric] = Metric(name="bits per token", unit="bits", higher_is_better=False)
+
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n,) cross entropy of the tokens of each sequence, summed."""
+        return self._entropies(mask_outputs(outputs, mask), targets).sum(1)
+
+    def distillation(
+        self,
+        outputs: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        *,
+        known: Tensor | None = None,
+        allowed: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """(n,) cross entropy under the teacher's answers, summed over the tokens."""
+        q = torch.softmax(mask_outputs(teacher, known) / temperature, dim=2)
+        log_p = torch.log_softmax(mask_outputs(outputs, allowed) / temperature, dim=2)
+        return torch.where(targets == self.padding, 0.0, -(q * log_p).sum(2)).sum(1)
+
+    def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n, L) int64, the most probable token after each position."""
+        return mask_outputs(outputs, mask).argmax(2)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(n, 2): the loss, and the number of tokens."""
+        tokens = (targets != self.padding).sum(1)
+        return torch.stack([self._entropies(outputs, targets).double().sum(1), tokens], dim=1)
+
+    def score(self, totals: Tensor, records: int) -> float:
+        """Bits per token; NaN where all is padding."""
+        loss, tokens = totals.tolist()
+        return float(loss / (tokens * math.log(2))) if tokens else math.nan
+
+    def check(self, targets: Tensor) -> None:
+        """Refuse targets that are not (n, L) int64."""
+        check_shape(
+            targets,
+            dtype=torch.int64,
+            dims=2,
+            needed="(n, L), the token that follows each of the L positions",
+            fix="convert them with labels.long()",
+        )
+
+    def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
+        """Tokens outside of the declared vocabulary."""
+        strange = ~torch.isin(targets, targets.new_tensor([*classes, self.padding]))
+        return f"tokens {sorted(set(targets[strange].tolist()))}" if strange.any() else ""
+
+    def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
+        """Declared tokens in turn, with padding at the end of every third sequence but the first.
+
+        The first token is never padding, so that every sequence has a loss.
+        """
+        length = targets.shape[1]
+        position = torch.arange(length)
+        number = numbers.cpu()[:, None]
+        made = torch.tensor(classes)[(number + position) % len(classes)]
+        padded = (number % 3 == 2) & (position > length // 2)
+        return torch.where(padded, self.padding, made).to(targets)
+
+    def output_shape(self, targets: Tensor, width: int) -> tuple[int, ...]:
+        """(n, L, C)."""
+        return (*targets.shape, width)
+
+    def _entropies(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(n, L) cross entropy of every token, 0 for padding."""
+        each = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=self.padding, reduction="none"
+        )
+        return each.view(targets.shape)

@@ -1,0 +1,84 @@
+"""Regression: one or several numbers a record.
+
+    loss_i = mean over the outputs c of (outputs_ic - y_ic)^2
+    metric = root mean squared error over records and outputs, in the unit of the targets
+
+Targets and outputs are (n, k) float32. Scale targets of very different sizes by declared constants:
+the loss and the metric weigh a unit of every output alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from perdure.errors import DataError
+from perdure.tasks.base import Metric, Task, check_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Task):
+    """Numbers: mean squared error, and its root over all records, which is better when lower."""
+
+    name: ClassVar[str] = "regression"
+    metric: ClassVar[Metric] = Metric(name="RMSE", unit="", higher_is_better=False)
+
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n,) squared error, averaged over outputs; all outputs count."""
+        return (outputs - targets).square().mean(1)
+
+    def distillation(
+        self,
+        outputs: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        *,
+        known: Tensor | None = None,
+        allowed: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """(n,) squared distance from the teacher, averaged over outputs."""
+        return ((outputs - teacher) / temperature).square().mean(1)
+
+    def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The outputs (n, k)."""
+        return outputs
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(n, 1) squared error, averaged over outputs."""
+        return (outputs.double() - targets.double()).square().mean(1, keepdim=True)
+
+    def score(self, totals: Tensor, records: int) -> float:
+        """Root mean squared error."""
+        return math.sqrt(float(totals[0]) / records)
+
+    def check(self, targets: Tensor) -> None:
+        """Refuse targets that are not (n, k) float32, or not finite."""
+        check_shape(
+            targets,
+            dtype=torch.float32,
+            dims=2,
+            needed="(n, k), k numbers a record; for one number, give labels[:, None]",
+            fix="convert them with labels.float()",
+        )
+        wrong = (~targets.isfinite()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            value = float(targets[row, column])
+            raise DataError(
+                f"labels have {value} in row {row}, column {column}; allowed: finite numbers; "
+                "repair or leave out the row"
+            )
+
+    def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
+        """Another number of columns than of declared outputs."""
+        columns = targets.shape[1]
+        return "" if set(range(columns)) == set(classes) else f"labels of {columns} columns"
+
+    def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
+        """Small numbers of both signs in turn."""
+        columns = torch.arange(targets.shape[1])
+        return ((numbers.cpu()[:, None] + columns) % 5 - 2.0).to(targets)

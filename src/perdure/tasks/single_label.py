@@ -1,0 +1,78 @@
+"""Single-label classification: one class a record.
+
+    loss_i = -log softmax(outputs_i)[y_i],   metric = accuracy in percent
+
+Targets are (n,) int64 classes, outputs (n, C) logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perdure.tasks.base import Metric, Task, check_shape, mask_outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleLabel(Task):
+    """One class a record: cross entropy, and accuracy in percent; the default."""
+
+    name: ClassVar[str] = "single-label"
+    metric: ClassVar[Metric] = Metric(name="accuracy", unit="%")
+
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n,) cross entropy of each record over the classes of the mask."""
+        return F.cross_entropy(mask_outputs(outputs, mask), targets, reduction="none")
+
+    def distillation(
+        self,
+        outputs: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        *,
+        known: Tensor | None = None,
+        allowed: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """(n,) cross entropy of the softened answers under the teacher's."""
+        q = torch.softmax(mask_outputs(teacher, known) / temperature, dim=1)
+        log_p = torch.log_softmax(mask_outputs(outputs, allowed) / temperature, dim=1)
+        return -(q * log_p).sum(1)
+
+    def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n,) int64 class of the largest logit."""
+        return mask_outputs(outputs, mask).argmax(1)
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(n, 1): 1 where the largest logit is the label's."""
+        return (outputs.argmax(1) == targets).double()[:, None]
+
+    def score(self, totals: Tensor, records: int) -> float:
+        """Accuracy in percent."""
+        return 100.0 * float(totals[0]) / records
+
+    def check(self, targets: Tensor) -> None:
+        """Refuse targets that are not (n,) int64."""
+        check_shape(
+            targets,
+            dtype=torch.int64,
+            dims=1,
+            needed="(n,), one class a record; for several, give task=MultiLabel()",
+            fix="convert them with labels.long()",
+        )
+
+    def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
+        """Labels outside of the declared classes."""
+        strange = ~torch.isin(targets, targets.new_tensor(list(classes)))
+        return f"labels {sorted(set(targets[strange].tolist()))}" if strange.any() else ""
+
+    def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
+        """Declared classes in turn."""
+        return targets.new_tensor(list(classes))[(numbers % len(classes)).to(targets.device)]
+
+    def balance_groups(self, targets: Tensor) -> Tensor:
+        """The class of each record."""
+        return targets
