@@ -26,6 +26,7 @@ from perdure.contract import (
     records_in,
     refuse_size,
 )
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class AGEM(Strategy):
     per_class: int | None = None
     batch_size: int | None = None
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, reuses_past_records=True)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

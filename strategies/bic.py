@@ -86,6 +86,9 @@ class BiC(Strategy):
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(
         memory_releases=ROUNDS, reuses_past_records=True
     )
+    tasks_because: ClassVar[str] = (
+        "its correction of biases is over the logits of one class a record"
+    )
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

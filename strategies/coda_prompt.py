@@ -36,15 +36,16 @@ alone: the weights of a record depend on it and the parameters, and the penalty 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from perdure.contract import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.contract import MASKED, Context, Forward, Plan, Spec, State, Strategy
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import composed, tiny
+from perdure.tasks import MultiLabel, Regression, SingleLabel, Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class CODAPrompt(Strategy):
     """
 
     strength: float = 0.1
+    tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel, Regression)
+    tasks_because: ClassVar[str] = "its models give one row of outputs a record"
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -104,7 +107,7 @@ class CODAPrompt(Strategy):
         """(n,) cross entropy over the classes of the record's own experience (its task)."""
         logits = forward.method("upto")(batch.inputs, context.experience)
         own = context.task_classes[batch.tasks]
-        return cross_entropy_of(torch.where(own, logits, MASKED), batch.labels)
+        return context.task.losses(logits, batch.labels, own)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times the distance of the components so far from orthonormal ones."""

@@ -31,12 +31,12 @@ from perdure.contract import (
     PrivacyCost,
     State,
     Strategy,
-    cross_entropy_of,
     records_in,
     refuse_size,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 
 if TYPE_CHECKING:
     from perdure.data import Experience
@@ -60,6 +60,7 @@ class DER(Strategy):
     beta: float = 0.0
     batch_size: int | None = None
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
@@ -92,10 +93,10 @@ class DER(Strategy):
         Of stored ones the distance to their logits, and `beta` times cross entropy.
         """
         logits = forward(batch.inputs)
-        entropy = cross_entropy_of(context.mask(logits, batch), batch.labels)
+        entropy = context.losses(logits, batch)
         if "logits" not in batch.stored:
             return entropy
-        apart = (logits - batch.stored["logits"]).square().mean(1)
+        apart = (logits - batch.stored["logits"]).square().flatten(1).mean(1)
         share = context.memory_share
         of_new, of_stored = (1 / (1 - share), 1 / share) if share else (1.0, 1.0)
         stored = of_stored * (self.alpha * apart + self.beta * entropy)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     MemoryPlan,
@@ -32,11 +31,11 @@ from perdure.contract import (
     State,
     Strategy,
     Update,
-    cross_entropy_of,
     records_in,
     refuse_size,
 )
 from perdure.data import Batch
+from perdure.tasks import MultiLabel, SingleLabel, Task
 
 if TYPE_CHECKING:
     from perdure.data import Experience
@@ -57,6 +56,8 @@ class ERACE(Strategy):
     batch_size: int | None = None
     update: Update = "step"
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
+    tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel)
+    tasks_because: ClassVar[str] = "it keeps new records to the classes of their experience"
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)
@@ -79,11 +80,11 @@ class ERACE(Strategy):
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy: new rows over the experience's classes, stored ones over all seen."""
-        logits = context.mask(forward(batch.inputs), batch)
-        own = torch.where(context.current, logits, MASKED)
-        losses = cross_entropy_of(
-            torch.where(batch.from_memory[:, None], logits, own), batch.labels
-        )
+        allowed = context.allowed_for(batch)
+        own = context.current if allowed is None else context.current & allowed
+        allowed = torch.ones_like(own) if allowed is None else allowed
+        mask = torch.where(batch.from_memory[:, None], allowed, own)
+        losses = context.task.losses(forward(batch.inputs), batch.labels, mask)
         share = context.memory_share
         of_new, of_stored = (1 / (1 - share), 1 / share) if share else (1.0, 1.0)
         return losses * torch.where(batch.from_memory, of_stored, of_new)

@@ -37,10 +37,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from perdure.contract import Forward, Plan, PrivacyCost, QuadraticPenalty, Spec, State
+from perdure.contract import Forward, Plan, PrivacyCost, QuadraticPenalty, Spec, State, task_losses
 from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.queries import SquaredGradient
+from perdure.tasks import SingleLabel, Task
 from perdure.types import Params
 from perdure.utils import derive, uniforms
 
@@ -66,7 +67,8 @@ class EWC(QuadraticPenalty):
             the last anchor.
         fisher: `exact` takes the expectation over the model's own labels, `sampled` draws one of
             these for every record; `empirical` uses the records' labels. `auto` is `exact` for up
-            to 100 classes that may be predicted in the experience, and `sampled` for more.
+            to 100 classes that may be predicted in the experience, and `sampled` for more; for
+            records of other tasks it is `empirical`, the squared gradient of their loss.
         decay: share of the old Fisher information kept at every experience in `online` mode
             (gamma).
     """
@@ -77,6 +79,7 @@ class EWC(QuadraticPenalty):
     decay: float = 1.0
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
     weighted_by: ClassVar[tuple[str, ...]] = ("fisher",)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -92,6 +95,17 @@ class EWC(QuadraticPenalty):
     def example(cls) -> Self:
         """Return a small instance: a penalty of strength 50.0."""
         return cls(strength=50.0)
+
+    def refuse_task(self, task: Task) -> None:
+        """Refuse forms that need one class a record, for records of another task.
+
+        Raises:
+            ConfigError: for `exact` and `sampled`.
+        """
+        super().refuse_task(task)
+        if self.fisher in ("exact", "sampled") and not isinstance(task, SingleLabel):
+            allowed = f"auto or empirical for {task.name} records: others need one class a record"
+            raise ConfigError.of("ewc.fisher", self.fisher, allowed)
 
     def init(self, spec: Spec) -> State:
         """Start with no importance, and so with no pull."""
@@ -110,7 +124,8 @@ class EWC(QuadraticPenalty):
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Release the Fisher information of the experience and merge it into the penalty."""
-        form = self.form_for(int(curator.context.allowed.sum()))
+        context = curator.context
+        form = self.form_for(context.task, int(context.allowed.sum()))
         query = SquaredGradient(lambda forward, batch: _terms(form, curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
         new = {name: (total[name] / curator.declared_size).clamp(min=0) for name in params}
@@ -128,10 +143,12 @@ class EWC(QuadraticPenalty):
             "anchor", {name: anchor(state, name) for name in state.group("fisher")}
         )
 
-    def form_for(self, classes: int) -> Fisher:
-        """Form of the Fisher information for this number of classes that may be predicted."""
+    def form_for(self, task: Task, classes: int) -> Fisher:
+        """Form of the Fisher information for a task and a number of classes that are predicted."""
         if self.fisher != "auto":
             return self.fisher
+        if not isinstance(task, SingleLabel):
+            return "empirical"
         if classes <= EXACT_CLASSES:
             return "exact"
         log.info(
@@ -146,6 +163,9 @@ def _terms(
     fisher: Fisher, curator: "Curator", forward: Forward, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     """Losses and weights (n, k) of the terms c of every record."""
+    if not isinstance(curator.context.task, SingleLabel):
+        losses = task_losses(forward, batch, curator.context)[:, None]
+        return losses, torch.ones_like(losses)
     logits = curator.context.mask(forward(batch.inputs), batch)
     log_p = torch.log_softmax(logits, dim=1)
     if fisher == "exact":

@@ -17,7 +17,7 @@ Privacy cost: none beyond the gradient: the teacher is a released model, and the
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
@@ -27,11 +27,11 @@ from perdure.contract import (
     Spec,
     State,
     Strategy,
-    cross_entropy_of,
     task_losses,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class FeatureDistillation(Strategy):
     """
 
     strength: float
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -75,7 +76,7 @@ class FeatureDistillation(Strategy):
         logits, features = forward.with_features(batch.inputs)
         before = forward.at(state.group("teacher")).features(batch.inputs)
         distance = (features - before).square().flatten(1).sum(1)
-        new = cross_entropy_of(context.mask(logits, batch), batch.labels)
+        new = context.losses(logits, batch)
         return new + 0.5 * self.strength * distance
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from perdure.contract import MemoryPlan, Plan, PrivacyCost, Strategy, records_in, refuse_size
+from perdure.tasks import Task
 
 if TYPE_CHECKING:
     from perdure.data import Experience
@@ -33,6 +34,7 @@ class GDumb(Strategy):
 
     memory_size: int | str
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

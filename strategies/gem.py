@@ -35,6 +35,7 @@ from perdure.contract import (
     refuse_size,
 )
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class GEM(Strategy):
     not_vmappable_because: ClassVar[str | None] = (
         "its quadratic program is solved on the host, one at a time"
     )
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

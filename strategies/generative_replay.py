@@ -32,7 +32,7 @@ back what it was shown.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,7 @@ class GenerativeReplay(Strategy):
 
     temperature: float | None = None
     seed: int = 0
+    tasks_because: ClassVar[str] = "it labels generated inputs with the most probable class"
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature < math.inf:

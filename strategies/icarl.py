@@ -68,6 +68,7 @@ class ICaRL(Strategy):
     per_class: int | None = None
     temperature: float = 2.0
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(memory_releases=1, reuses_past_records=True)
+    tasks_because: ClassVar[str] = "it predicts the class with the nearest mean"
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

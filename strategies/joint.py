@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from perdure.contract import Plan, PrivacyCost, Strategy
+from perdure.tasks import Task
 
 if TYPE_CHECKING:
     from perdure.data import Experience
@@ -20,6 +21,7 @@ class Joint(Strategy):
     """Retrain from the initial parameters on all records seen so far."""
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def plan(self, experience: "Experience") -> Plan:
         """Pool all experiences and start afresh."""

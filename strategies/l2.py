@@ -14,13 +14,14 @@ Privacy cost: none: the anchor is a released model.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from perdure.contract import Plan, QuadraticPenalty, Spec, State
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class L2(QuadraticPenalty):
     """
 
     strength: float
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:

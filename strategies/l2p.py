@@ -28,14 +28,15 @@ alone.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.contract import Context, Forward, Spec, State, Strategy
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import prompted, tiny
+from perdure.tasks import MultiLabel, Regression, SingleLabel, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class L2P(Strategy):
     """
 
     strength: float = 0.5
+    tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel, Regression)
+    tasks_because: ClassVar[str] = "its models give one row of outputs a record"
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -73,6 +76,6 @@ class L2P(Strategy):
         """Cross entropy over the classes of the record's experience, plus key distance."""
         logits, similarity = forward.method("matched")(batch.inputs)
         own = context.task_classes[batch.tasks]
-        losses = cross_entropy_of(torch.where(own, logits, MASKED), batch.labels)
+        losses = context.task.losses(logits, batch.labels, own)
         pull: Tensor = (1 - similarity).sum(1)
         return losses + self.strength * pull

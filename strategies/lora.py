@@ -30,15 +30,16 @@ their products.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from perdure.contract import MASKED, Context, Forward, Plan, Spec, State, Strategy, cross_entropy_of
+from perdure.contract import Context, Forward, Plan, Spec, State, Strategy
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import adapted, tiny
+from perdure.tasks import MultiLabel, Regression, SingleLabel, Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class LoRA(Strategy):
     strength: float = 0.5
     adapters: str = "body.adapters."
     head: str = "head."
+    tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel, Regression)
+    tasks_because: ClassVar[str] = "its models give one row of outputs a record"
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -95,7 +98,7 @@ class LoRA(Strategy):
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy over the classes of the record's experience."""
         own = context.task_classes[batch.tasks]
-        return cross_entropy_of(torch.where(own, forward(batch.inputs), MASKED), batch.labels)
+        return context.task.losses(forward(batch.inputs), batch.labels, own)
 
     def penalty(self, params: Params, state: State) -> Tensor:
         """Strength times squared inner products of rows of A_t and of each earlier A_i."""

@@ -83,6 +83,7 @@ class LUCIR(Strategy):
     margin: float = 0.5
     negatives: int = 2
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
+    tasks_because: ClassVar[str] = "its margins are between the logits of one class and the others"
 
     def __post_init__(self) -> None:
         for name in ("less_forget", "ranking"):

@@ -25,14 +25,15 @@ Privacy cost: none beyond the gradient: the teacher is a released model, and the
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.contract import Context, Forward, Spec, State, Strategy
 from perdure.data import Batch
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class LwF(Strategy):
     temperature: float = 2.0
     strength: float = 1.0
     weighting: Literal["sum", "experiences"] = "sum"
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -74,12 +76,22 @@ class LwF(Strategy):
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy and distillation, per record."""
         logits = forward(batch.inputs)
-        new = cross_entropy_of(context.mask(logits, batch), batch.labels)
+        new = context.losses(logits, batch)
         if context.experience == 0:
             return new
         teacher = forward.at(state.group("teacher"))(batch.inputs)
         old = torch.stack(
-            [distillation(logits, teacher, *pair, self.temperature) for pair in answered(context)]
+            [
+                context.task.distillation(
+                    logits,
+                    teacher,
+                    batch.labels,
+                    known=known,
+                    allowed=allowed,
+                    temperature=self.temperature,
+                )
+                for known, allowed in answered(context)
+            ]
         )
         if self.weighting == "experiences":
             share = 1 / (context.experience + 1)
@@ -90,23 +102,6 @@ class LwF(Strategy):
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Take the present model as the next teacher."""
         return state.replace_group("teacher", params | curator.statistics)
-
-
-def distillation(
-    logits: Tensor, teacher: Tensor, known: Tensor, allowed: Tensor, temperature: float
-) -> Tensor:
-    """(n,) cross entropy of the student's softened answers under the teacher's.
-
-    Args:
-        logits: (n, C) of the student.
-        teacher: (n, C) logits.
-        known: (C,) classes that the teacher answers over.
-        allowed: (C,) classes that the student answers over.
-        temperature: both are divided by it.
-    """
-    targets = torch.softmax(torch.where(known, teacher, MASKED) / temperature, dim=1)
-    log_p = torch.log_softmax(torch.where(allowed, logits, MASKED) / temperature, dim=1)
-    return -(targets * log_p).sum(1)
 
 
 def answered(context: Context) -> list[tuple[Tensor, Tensor]]:

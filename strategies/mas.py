@@ -31,6 +31,7 @@ from perdure.contract import Forward, Plan, PrivacyCost, QuadraticPenalty, Spec,
 from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.queries import AbsoluteGradient
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class MAS(QuadraticPenalty):
     strength: float
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
     weighted_by: ClassVar[tuple[str, ...]] = ("importance",)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -89,5 +91,5 @@ class MAS(QuadraticPenalty):
 
     def _terms(self, curator: "Curator", forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         possible = torch.nonzero(curator.context.allowed).flatten()
-        squares = forward(batch.inputs)[:, possible].square().sum(1, keepdim=True)
+        squares = forward(batch.inputs)[..., possible].square().flatten(1).sum(1, keepdim=True)
         return squares, torch.ones_like(squares)

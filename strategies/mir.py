@@ -44,6 +44,7 @@ from perdure.contract import (
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.tasks import Task
 from perdure.types import Params
 from perdure.utils import evaluating
 
@@ -69,6 +70,7 @@ class MIR(Strategy):
     rate: float = 0.1
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
     couples_records: ClassVar[bool] = True
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

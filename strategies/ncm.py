@@ -19,7 +19,7 @@ with `normalise` counts are used for nothing else.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from perdure.contract import Spec, State
 from perdure.queries import Gram
@@ -44,6 +44,8 @@ class NCM(Analytic):
         normalise: divide every record's features, and the classes' means, by their L2 norm.
         bound: declared L2 norm of features that are not normalised; used under privacy only.
     """
+
+    tasks_because: ClassVar[str] = "it predicts the class with the nearest mean"
 
     def init(self, spec: Spec) -> State:
         """Start with no records."""

@@ -74,6 +74,7 @@ class OGD(Strategy):
     directions: int = 20
     logit: Literal["true", "mean"] = "true"
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
+    tasks_because: ClassVar[str] = "it stores gradients of the logit of a record's class"
 
     def __post_init__(self) -> None:
         if not self.directions >= 1:

@@ -39,9 +39,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy, cross_entropy_of
+from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.tasks import MultiLabel, SingleLabel, Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class PackNet(Strategy):
     not_vmappable_because: ClassVar[str | None] = (
         "it prunes at one step, which it finds by branching on a count"
     )
+    tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel)
+    tasks_because: ClassVar[str] = "it tells its networks apart by their classes"
 
     def __post_init__(self) -> None:
         if not 0 < self.pruned_share < 1:
@@ -110,7 +113,7 @@ class PackNet(Strategy):
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy of the task's network over the task's classes."""
         logits = self._network(forward, state, context.experience)(batch.inputs)
-        return cross_entropy_of(torch.where(context.current, logits, MASKED), batch.labels)
+        return context.task.losses(logits, batch.labels, context.current)
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
         """Set the gradient of frozen and pruned weights to 0."""

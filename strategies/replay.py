@@ -40,6 +40,7 @@ from perdure.contract import (
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 
 if TYPE_CHECKING:
     from perdure.data import Experience
@@ -68,6 +69,7 @@ class Replay(Strategy):
     weighting: Literal["experiences", "equal"] = "experiences"
     update: Update = "experience"
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(reuses_past_records=True)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

@@ -46,6 +46,7 @@ from perdure.data import Batch
 from perdure.errors import ConfigError
 from perdure.queries import SquaredGradient
 from perdure.strategies.si import add_progress
+from perdure.tasks import Task
 from perdure.types import Params
 from perdure.utils import number_unless_vmapped, pieces
 
@@ -73,6 +74,7 @@ class RWalk(QuadraticPenalty):
     damping: float = 1e-3
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=1)
     weighted_by: ClassVar[tuple[str, ...]] = ("fisher", "score")
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from perdure.contract import Plan, QuadraticPenalty, Spec, State
 from perdure.errors import ConfigError
+from perdure.tasks import Task
 from perdure.types import Params
 from perdure.utils import pieces
 
@@ -58,6 +59,7 @@ class SI(QuadraticPenalty):
     strength: float
     damping: float = 0.1
     weighted_by: ClassVar[tuple[str, ...]] = ("importance",)
+    tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:

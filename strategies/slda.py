@@ -65,6 +65,7 @@ class SLDA(Analytic):
     not_vmappable_because: ClassVar[str | None] = (
         "its head is solved by a factorisation that is checked for success"
     )
+    tasks_because: ClassVar[str] = "it predicts one class by means and a shared covariance"
 
     def __post_init__(self) -> None:
         super().__post_init__()

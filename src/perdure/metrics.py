@@ -1,5 +1,9 @@
 """Continual-learning metrics: plain functions on the accuracy matrix, and calibration error.
 
+Records of other tasks than single-label ones have matrices of another metric, such as root mean
+squared errors: give `metric=stream.task.metric`. Forgetting is then the mean rise from the lowest
+earlier error, and transfer the mean fall, so that their signs mean the same for every task.
+
 The accuracy matrix R has one row per moment and one column per experience:
 R[i, j] = accuracy in percent on experience j after training on experience i, counted from 0. It is
 (T, E) with T moments and E experiences, T = E in a finished stream. NaN marks an experience that
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.tasks import Metric, SingleLabel, Task
 
 __all__ = [
     "Summary",
@@ -22,6 +27,7 @@ __all__ = [
     "area_under_accuracy",
     "average_accuracy",
     "backward_transfer",
+    "evaluate",
     "expected_calibration_error",
     "forgetting",
     "forward_transfer",
@@ -29,6 +35,9 @@ __all__ = [
     "summarise",
     "worst_experience_accuracy",
 ]
+
+ACCURACY = SingleLabel.metric
+"""Metric of single-label records: percent, higher is better."""
 
 _SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
 
@@ -52,13 +61,40 @@ def accuracy(
     return 100.0 * right / len(labels) if len(labels) else math.nan
 
 
-def average_accuracy(matrix: Tensor) -> float:
+def evaluate(
+    task: Task,
+    predict: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    batch_size: int,
+) -> float:
+    """Measure a model by the metric of a task.
+
+    Args:
+        task: of the records.
+        predict: from inputs (k, ...) to outputs (k, ..., C).
+        inputs: (n, ...).
+        targets: of the records, in the shape of the task.
+        batch_size: most records in a pass.
+
+    Returns:
+        The number, in the unit of the metric; NaN without records.
+    """
+    pieces = [slice(start, start + batch_size) for start in range(0, len(targets), batch_size)]
+    if not pieces:
+        return math.nan
+    totals = [task.measures(predict(inputs[piece]), targets[piece]).sum(0) for piece in pieces]
+    return task.score(torch.stack(totals).sum(0), len(targets))
+
+
+def average_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Mean accuracy over all experiences at the end of the stream.
 
     ACC = 1/E sum_j R[T-1, j]
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies.
@@ -68,16 +104,18 @@ def average_accuracy(matrix: Tensor) -> float:
     >>> average_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     75.0
     """
-    return _checked(matrix)[-1].nanmean().item()
+    R, sign = _oriented(matrix, metric)
+    return sign * R[-1].nanmean().item()
 
 
-def learning_accuracy(matrix: Tensor) -> float:
+def learning_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Mean accuracy on each experience just after it was learnt: plasticity.
 
     LA = 1/T sum_j R[j, j]
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies.
@@ -87,10 +125,11 @@ def learning_accuracy(matrix: Tensor) -> float:
     >>> learning_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     95.0
     """
-    return _checked(matrix).diagonal().nanmean().item()
+    R, sign = _oriented(matrix, metric)
+    return sign * R.diagonal().nanmean().item()
 
 
-def forgetting(matrix: Tensor) -> float:
+def forgetting(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Mean drop from the best earlier accuracy on each past experience to the last one.
 
     F = 1/(T-1) sum_{j < T-1} ( max_{j <= l <= T-2} R[l, j] - R[T-1, j] )
@@ -101,6 +140,7 @@ def forgetting(matrix: Tensor) -> float:
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies.
@@ -110,7 +150,7 @@ def forgetting(matrix: Tensor) -> float:
     >>> forgetting(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     40.0
     """
-    R = _checked(matrix)
+    R, _ = _oriented(matrix, metric)
     past = R[:-1, : len(R) - 1]
     learnt = torch.ones_like(past, dtype=torch.bool).tril() & ~past.isnan()
     best = past.masked_fill(~learnt, -torch.inf).amax(dim=0) if len(past) else past.sum(dim=0)
@@ -118,7 +158,7 @@ def forgetting(matrix: Tensor) -> float:
     return _mean_of_past(best - R[-1, : best.numel()], len(R))
 
 
-def backward_transfer(matrix: Tensor) -> float:
+def backward_transfer(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Mean change on each past experience from the moment it was learnt to the end.
 
     BWT = 1/(T-1) sum_{j < T-1} ( R[T-1, j] - R[j, j] )
@@ -127,6 +167,7 @@ def backward_transfer(matrix: Tensor) -> float:
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies.
@@ -136,12 +177,12 @@ def backward_transfer(matrix: Tensor) -> float:
     >>> backward_transfer(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     -40.0
     """
-    R = _checked(matrix)
+    R, _ = _oriented(matrix, metric)
     learnt = R[:-1].diagonal()
     return _mean_of_past(R[-1, : learnt.numel()] - learnt, len(R))
 
 
-def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
+def forward_transfer(matrix: Tensor, baseline: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Mean head start on each experience before it is learnt, over an untrained model.
 
     FWT = 1/(T-1) sum_{j >= 1} ( R[j-1, j] - baseline[j] )
@@ -152,6 +193,7 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
         baseline: (E,) accuracy in percent of the untrained model on each experience.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies, or the baseline has another length.
@@ -161,23 +203,24 @@ def forward_transfer(matrix: Tensor, baseline: Tensor) -> float:
     >>> forward_transfer(torch.tensor([[100.0, 30.0], [60.0, 90.0]]), torch.tensor([50.0, 20.0]))
     10.0
     """
-    R = _checked(matrix)
+    R, sign = _oriented(matrix, metric)
     baseline = torch.as_tensor(baseline)
     if baseline.shape != R.shape[1:]:
         raise ConfigError.of(
             "baseline", tuple(baseline.shape), f"one value per experience, ({R.shape[1]},)"
         )
     ahead = R.diagonal(offset=1)
-    return _mean_of_past(ahead - baseline.to(R)[1 : 1 + ahead.numel()], len(R))
+    return _mean_of_past(ahead - sign * baseline.to(R)[1 : 1 + ahead.numel()], len(R))
 
 
-def area_under_accuracy(matrix: Tensor) -> float:
+def area_under_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Mean over the whole stream of the accuracy on all experiences met so far.
 
     AUC = 1/T sum_i 1/(i+1) sum_{j <= i} R[i, j]
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies.
@@ -187,15 +230,17 @@ def area_under_accuracy(matrix: Tensor) -> float:
     >>> area_under_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     87.5
     """
-    R = _checked(matrix)
-    return torch.stack([row[: i + 1].nanmean() for i, row in enumerate(R)]).nanmean().item()
+    R, sign = _oriented(matrix, metric)
+    rows = [row[: i + 1].nanmean() for i, row in enumerate(R)]
+    return sign * torch.stack(rows).nanmean().item()
 
 
-def worst_experience_accuracy(matrix: Tensor) -> float:
+def worst_experience_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
     """Accuracy at the end of the stream on the experience that fares worst: min_j R[T-1, j].
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix is not one of accuracies.
@@ -203,9 +248,10 @@ def worst_experience_accuracy(matrix: Tensor) -> float:
     >>> worst_experience_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     60.0
     """
-    last = _checked(matrix)[-1]
+    R, sign = _oriented(matrix, metric)
+    last = R[-1]
     last = last[~last.isnan()]
-    return last.min().item() if last.numel() else float("nan")
+    return sign * last.min().item() if last.numel() else float("nan")
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -260,29 +306,42 @@ class Summary:
     area_under_accuracy: float
 
 
-def summarise(matrix: Tensor, baseline: Tensor | None = None) -> Summary:
+def summarise(
+    matrix: Tensor, baseline: Tensor | None = None, *, metric: Metric = ACCURACY
+) -> Summary:
     """Compute every metric of an accuracy matrix.
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
         baseline: (E,) accuracy of the untrained model, needed for forward transfer only.
+        metric: of the matrix, where it is not of accuracies.
 
     Raises:
         ConfigError: when the matrix or the baseline does not fit.
     """
     return Summary(
-        average_accuracy=average_accuracy(matrix),
-        learning_accuracy=learning_accuracy(matrix),
-        forgetting=forgetting(matrix),
-        backward_transfer=backward_transfer(matrix),
-        forward_transfer=None if baseline is None else forward_transfer(matrix, baseline),
-        worst_experience_accuracy=worst_experience_accuracy(matrix),
-        area_under_accuracy=area_under_accuracy(matrix),
+        average_accuracy=average_accuracy(matrix, metric=metric),
+        learning_accuracy=learning_accuracy(matrix, metric=metric),
+        forgetting=forgetting(matrix, metric=metric),
+        backward_transfer=backward_transfer(matrix, metric=metric),
+        forward_transfer=None
+        if baseline is None
+        else forward_transfer(matrix, baseline, metric=metric),
+        worst_experience_accuracy=worst_experience_accuracy(matrix, metric=metric),
+        area_under_accuracy=area_under_accuracy(matrix, metric=metric),
     )
 
 
-def _checked(matrix: Tensor) -> Tensor:
-    """Return the matrix, a tensor or rows of numbers, in float64, or raise its fault."""
+def _oriented(matrix: Tensor, metric: Metric) -> tuple[Tensor, int]:
+    """Return the matrix in float64, negated where lower is better, and the sign.
+
+    Args:
+        matrix: a tensor or rows of numbers.
+        metric: of the matrix.
+
+    Raises:
+        ConfigError: when it is not a matrix of this metric.
+    """
     matrix = torch.as_tensor(matrix)
     if matrix.ndim != 2 or matrix.numel() == 0:
         shape = tuple(matrix.shape)
@@ -291,12 +350,17 @@ def _checked(matrix: Tensor) -> Tensor:
         )
     R = matrix.double()
     known = R[~R.isnan()]
-    if known.numel() and not (known.min() >= -_SLACK and known.max() <= 100 + _SLACK):
+    most = 100 + _SLACK if metric.unit == "%" else math.inf
+    if known.numel() and not (known.min() >= -_SLACK and known.max() <= most):
         span = (known.min().item(), known.max().item())
+        allowed = "percent between 0 and 100" if metric.unit == "%" else "numbers from 0"
         raise ConfigError.of(
-            "accuracy_matrix", span, "percent between 0 and 100, NaN where not evaluated"
+            "accuracy_matrix",
+            span,
+            f"{allowed}, NaN where not evaluated; give metric=stream.task.metric",
         )
-    return R
+    sign = 1 if metric.higher_is_better else -1
+    return sign * R, sign
 
 
 def _mean_of_past(changes: Tensor, moments: int) -> float:

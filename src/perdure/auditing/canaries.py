@@ -211,10 +211,11 @@ def joined(experience: Experience, ids: Tensor) -> Records:
     """
     train = experience.train
     n = len(ids)
+    blank = train.task.synthetic(train.labels, experience.classes, torch.zeros_like(ids))
     return replace(
         train,
         inputs=torch.cat([train.inputs, train.inputs.new_zeros(n, *train.inputs.shape[1:])]),
-        labels=torch.cat([train.labels, train.labels.new_full((n,), experience.classes[0])]),
+        labels=torch.cat([train.labels, blank]),
         ids=torch.cat([train.ids, ids]),
     )
 

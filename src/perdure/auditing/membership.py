@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perdure.data.records import Records
 from perdure.errors import ConfigError
+from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.seeding import derive, generator
 
 Predictor = Callable[[Tensor], Tensor]
@@ -80,11 +81,14 @@ def lira(
         false_positive_rates: at which true positives are counted.
 
     Raises:
-        ConfigError: for an odd or small number of shadows, or where members or others are missing.
+        ConfigError: for an odd or small number of shadows, where members or others are missing, or
+            for records of more than one class.
 
     Source: Carlini et al. 2022, Membership inference attacks from first principles, section VI and
     figure 9.
     """
+    reason = "it scores the probability of one class"
+    refuse_other_tasks(records.task, (SingleLabel,), "membership inference", reason)
     if shadows < 4 or shadows % 2:
         raise ConfigError.of("shadows", shadows, "even numbers from 4")
     if len(members) != len(records) or bool(members.all()) or not bool(members.any()):

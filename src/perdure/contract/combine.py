@@ -14,6 +14,7 @@ from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
+from perdure.tasks import Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class Combine(Strategy):
     def name(self) -> str:
         """Names of the parts, joined."""
         return "+".join(part.name for part in self.parts)
+
+    def refuse_task(self, task: Task) -> None:
+        """Refuse records of a task that some part does not serve."""
+        for part in self.parts:
+            part.refuse_task(task)
 
     def uses(self, hook: str) -> bool:
         """Tell if a part overrides `hook`.

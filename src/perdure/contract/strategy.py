@@ -15,7 +15,7 @@ from perdure.contract.plan import Plan, PrivacyCost
 from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
-from perdure.tasks import MASKED
+from perdure.tasks import MASKED, SingleLabel, Task, refuse_other_tasks
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -43,11 +43,16 @@ class Strategy:
             refused under differential privacy.
         not_vmappable_because: the reason why the hooks cannot run under `torch.func.vmap`, as a
             sentence; None where they can.
+        tasks: classes of the tasks that the hooks serve; `(Task,)` for all, one of a user's own
+            among them. A session refuses records of another task.
+        tasks_because: the reason why other tasks are not served, as a clause.
     """
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
     couples_records: ClassVar[bool] = False
     not_vmappable_because: ClassVar[str | None] = None
+    tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel,)
+    tasks_because: ClassVar[str] = "it declares no other in its class attribute `tasks`"
 
     def __init_subclass__(cls) -> None:
         """Give up the in-place form of a hook where a class below overrides the hook alone."""
@@ -86,6 +91,17 @@ class Strategy:
     def name(self) -> str:
         """Name of the strategy in tables."""
         return type(self).__name__
+
+    def refuse_task(self, task: Task) -> None:
+        """Refuse records of a task that the strategy does not serve.
+
+        Args:
+            task: of the records.
+
+        Raises:
+            ConfigError: in one line, with the reason.
+        """
+        refuse_other_tasks(task, self.tasks, f"the strategy {self.name}", self.tasks_because)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
         """Build a small model that the strategy can train, the same at every call.
@@ -270,7 +286,7 @@ class Strategy:
         return state
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Compute (n, C) logits, masked to the classes that may be predicted.
+        """Compute outputs (n, ..., C), masked to the classes that may be predicted.
 
         Args:
             forward: the model.

@@ -252,7 +252,9 @@ class HeldRecords:
         with untouched(self.forward.module), torch.no_grad():
             stored = remember(self.forward, new)
         new = replace(new, stored={name: value.detach() for name, value in stored.items()})
-        self.memory.offer(new, plan, generator(self._seed, *stream), stages=self._stages())
+        rng = generator(self._seed, *stream)
+        task = self.experiences[-1].task
+        self.memory.offer(new, plan, rng, stages=self._stages(), task=task)
         self.pool.stored = self.memory.rows
 
     def store(self, remember: Remember) -> None:
@@ -371,7 +373,9 @@ class HeldRecords:
         rows = self.synthetic(n)
         past = self.experiences[:-1] or self.experiences
         of = [past[i % len(past)] for i in range(n)]
-        labels = [e.classes[i // len(past) % len(e.classes)] for i, e in enumerate(of)]
+        declared = [e.classes[i // len(past) % len(e.classes)] for i, e in enumerate(of)]
+        outputs = range(len(self.context.seen))
+        numbers = torch.tensor(declared) + len(outputs) * torch.arange(n)
         beside = {
             name: torch.rand(value.shape, generator=rng).to(value)
             if value.is_floating_point()
@@ -381,7 +385,7 @@ class HeldRecords:
         return replace(
             replayed(rows),
             tasks=torch.tensor([e.index for e in of]).to(rows.tasks),
-            labels=torch.tensor(labels).to(rows.labels),
+            labels=self.context.task.synthetic(rows.labels, outputs, numbers),
             ids=torch.arange(n).to(rows.ids),
             stored=beside,
         )
@@ -403,10 +407,10 @@ class HeldRecords:
             name: torch.zeros(n, *t.shape[1:], dtype=t.dtype)
             for name, t in self.rows.tensors().items()
         }
-        classes = torch.nonzero(self.context.current).flatten().cpu()
+        classes = torch.nonzero(self.context.current).flatten().tolist()
         rows |= {
             "inputs": inputs,
-            "labels": classes[torch.arange(n) % len(classes)],
+            "labels": self.context.task.synthetic(rows["labels"], classes, torch.arange(n)),
             "valid": torch.ones(n, dtype=torch.bool),
             "tasks": torch.full((n,), self.experiences[-1].index),
         }
@@ -457,10 +461,11 @@ class HeldRecords:
             memory.offer_by_coin(new, tags, min(1.0, plan.capacity / offered))
             memory.offered = offered
         else:
+            task = experience.task
             modelled = plan.selection in MODELLED
-            known = ranked_by(self.forward, new, plan.selection) if modelled else None
+            known = ranked_by(self.forward, new, plan.selection, task) if modelled else None
             rng = generator(self._seed, "memory", self._client, experience.index)
-            memory.offer(new, plan, rng, known, self._stages())
+            memory.offer(new, plan, rng, known, self._stages(), task)
         memory.latest = experience.index
 
     def _stages(self) -> Tensor:

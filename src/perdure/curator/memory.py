@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perdure.contract.plan import MemoryPlan
 from perdure.data.records import Batch
+from perdure.tasks import SingleLabel, Task
 from perdure.utils.hashing import hashed
 
 
@@ -51,6 +52,7 @@ class Memory:
         generator: torch.Generator,
         known: Tensor | None = None,
         stages: Tensor | None = None,
+        task: Task | None = None,
     ) -> None:
         """Take in records, each once (no privacy).
 
@@ -58,7 +60,9 @@ class Memory:
             known: features (n, f) of the new rows for herding, their losses (n,) for a loss-aware
                 selection, None for others.
             stages: (T,) int64, the stage of every experience so far; None where each is its own.
+            task: says which rows share a quota; None for single-label rows, which do by class.
         """
+        task = task or SingleLabel()
         if plan.selection == "reservoir":
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
             if self.rows is not None and len(kept) == len(self):
@@ -71,12 +75,14 @@ class Memory:
             old = [self.rows] if self.rows is not None else []
             if plan.selection == "herding":
                 assert known is not None
-                order = herd(new.labels, known, quota(groups_of([*old, new], stages), plan))
+                most = quota(groups_of([*old, new], stages, task), plan)
+                order = herd(group_of(new.labels, task), known, most)
             else:
                 order = self._order(new, plan, generator, known)
             parts = [new.take(order.to(new.inputs.device))]
             parts = parts + old if plan.selection == "ring" else old + parts
-            self._take(parts, balanced(groups_of(parts, stages), plan.capacity, plan.per_class))
+            groups = groups_of(parts, stages, task)
+            self._take(parts, balanced(groups, plan.capacity, plan.per_class))
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
@@ -146,15 +152,22 @@ class Memory:
         self.rows = everything.take(kept.to(everything.inputs.device))
 
 
-def groups_of(parts: list[Batch], stages: Tensor | None) -> Tensor:
-    """(n, 2) stage and label of every row, on the CPU: rows with equal ones share a quota.
+def groups_of(parts: list[Batch], stages: Tensor | None, task: Task) -> Tensor:
+    """(n, 2) stage and group of every row, on the CPU: rows with equal ones share a quota.
 
     Args:
         stages: (T,) int64, the stage of every experience so far; None where each is its own.
+        task: gives the groups, which are classes for single-label rows.
     """
     tasks = torch.cat([part.tasks for part in parts]).cpu()
-    labels = torch.cat([part.labels for part in parts]).cpu()
-    return torch.stack([tasks if stages is None else stages[tasks], labels], dim=1)
+    groups = torch.cat([group_of(part.labels, task) for part in parts]).cpu()
+    return torch.stack([tasks if stages is None else stages[tasks], groups], dim=1)
+
+
+def group_of(targets: Tensor, task: Task) -> Tensor:
+    """(n,) int64 group of each row by its targets, 0 for all where the task makes no groups."""
+    groups = task.balance_groups(targets)
+    return targets.new_zeros(len(targets), dtype=torch.int64) if groups is None else groups
 
 
 def quota(groups: Tensor, plan: MemoryPlan) -> int:
@@ -164,10 +177,10 @@ def quota(groups: Tensor, plan: MemoryPlan) -> int:
     return -(-plan.capacity // max(1, len(torch.unique(groups, dim=0))))
 
 
-def herd(labels: Tensor, features: Tensor, most: int) -> Tensor:
-    """(m,) positions, on the CPU, of at most `most` herded rows of every class, class by class."""
-    classes = [torch.nonzero(labels == label).flatten() for label in torch.unique(labels)]
-    herds = [positions[herded(features[positions], most)] for positions in classes]
+def herd(groups: Tensor, features: Tensor, most: int) -> Tensor:
+    """(m,) positions, on the CPU, of at most `most` herded rows of every group, one by one."""
+    parts = [torch.nonzero(groups == group).flatten() for group in torch.unique(groups)]
+    herds = [positions[herded(features[positions], most)] for positions in parts]
     return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
 
 

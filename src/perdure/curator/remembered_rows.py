@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from perdure.contract.forward import Forward, cross_entropy_of
+from perdure.contract.forward import Forward
 from perdure.data.records import Batch
 from perdure.queries.per_record import CHUNK, rows_one_by_one
+from perdure.tasks import Task
 from perdure.types import Params
 from perdure.utils.modules import evaluating
 
@@ -34,9 +35,9 @@ def remembered(
     return replace(rows, stored={name: value.detach() for name, value in stored.items()})
 
 
-def ranked_by(forward: Forward, rows: Batch, selection: str) -> Tensor:
-    """Features (n, f) of the rows for herding, else their cross entropy (n,) over all classes."""
+def ranked_by(forward: Forward, rows: Batch, selection: str, task: Task) -> Tensor:
+    """Features (n, f) of the rows for herding, else their losses (n,) over all outputs."""
     ask = forward.features if selection == "herding" else forward
     with torch.no_grad(), evaluating(forward.module):
         answers = torch.cat([ask(piece) for piece in torch.split(rows.inputs, CHUNK)])
-    return answers if selection == "herding" else cross_entropy_of(answers, rows.labels)
+    return answers.flatten(1) if selection == "herding" else task.losses(answers, rows.labels)

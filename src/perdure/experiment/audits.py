@@ -91,6 +91,7 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
         ids=torch.cat([one.ids, ids]),
         partition=one.partition,
         domain=one.domain,
+        task=one.task,
     )
 
 
@@ -103,6 +104,7 @@ def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Str
         partition=known.partition,
         declared_size=stream[experience].train.declared_size,
         domain=known.domain,
+        task=known.task,
     )
     parts = [replace(e, train=whole) if e.index == experience else e for e in stream]
     return replace(stream, experiences=tuple(parts))

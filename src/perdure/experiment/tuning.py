@@ -11,6 +11,7 @@ Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GE
 section 2.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,7 @@ class Tuned:
 
     Args:
         values: the best hyper-parameters.
-        score: their average accuracy in percent, on records held out.
+        score: their average accuracy in percent on records held out, or the metric of another task.
         experiences: how many of the stream's first were used.
         trials: every setting tried, with its score.
     """
@@ -74,7 +75,8 @@ def tune(
     By Optuna's tree-structured Parzen estimator.
 
     Args:
-        make: from hyper-parameters to a fresh learner; one that runs away scores 0.
+        make: from hyper-parameters to a fresh learner; one that runs away scores 0, or infinity
+            where lower is better.
         space: what is searched.
         stream: of which only the training records of the first `experiences` are looked at.
         experiences: number of experiences to search on.
@@ -105,20 +107,23 @@ def tune(
                 "and so does the choice; tune "
                 "on public records, or take published settings"
             )
-        tried.append((values, _accuracy(learner, first)))
+        tried.append((values, _score(learner, first)))
         return tried[-1][1]
 
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    higher = stream.task.metric.higher_is_better
+    direction = "maximize" if higher else "minimize"
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
     study.optimize(score, n_trials=trials)
-    best, found = max(tried, key=lambda pair: pair[1])
+    best, found = (max if higher else min)(tried, key=lambda pair: pair[1])
     return Tuned(values=best, score=found, experiences=experiences, trials=tuple(tried))
 
 
-def _accuracy(learner: Learner, stream: Stream) -> float:
+def _score(learner: Learner, stream: Stream) -> float:
+    metric = stream.task.metric
     try:
-        return average_accuracy(learner.fit(stream))
+        return average_accuracy(learner.fit(stream), metric=metric)
     except RunawayError:
-        return 0.0
+        return 0.0 if metric.higher_is_better else math.inf
 
 
 def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> Stream:

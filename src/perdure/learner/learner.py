@@ -28,7 +28,7 @@ from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.sanity_checks import refuse_second_ledger
 from perdure.learner.session import OWNER, Session
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
-from perdure.metrics import accuracy
+from perdure.metrics import evaluate
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
@@ -162,9 +162,10 @@ class Learner:
     def fit(self, stream: Stream) -> Tensor:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
-        Row i is measured after experience i, on the test records of every experience. With a
-        `folder`, a run that was stopped continues where it was, to the bit-identical end; a stream
-        that has grown since continues with its new experiences.
+        Row i is measured after experience i, on the test records of every experience; records of
+        another task than single-label ones by `stream.task.metric`. With a `folder`, a run that was
+        stopped continues where it was, to the bit-identical end; a stream that has grown since
+        continues with its new experiences.
 
         Raises:
             DataError: before a private run, for training inputs that are NaN or infinite. Whoever
@@ -287,12 +288,20 @@ class Learner:
         return lambda x: self.strategy.predict(session.forward, x, context, session.state)
 
     def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
-        """Measure the accuracy in percent on the test records of every experience."""
+        """Measure the model on the test records of every experience, by the metric of the task.
+
+        Returns:
+            One number an experience: accuracy in percent for single-label records.
+        """
         after = max(0, self.position.experience - 1)
         with torch.no_grad():
             return [
-                accuracy(
-                    self.predictor(e.index, after=after), e.test.inputs, e.test.labels, batch_size
+                evaluate(
+                    stream.task,
+                    self.predictor(e.index, after=after),
+                    e.test.inputs,
+                    e.test.labels,
+                    batch_size,
                 )
                 for e in stream.to(self.device)
             ]

@@ -6,6 +6,7 @@ Outputs that do not fit, a ledger begun anew, no state, numbers that ran away.
 import torch
 from torch import nn
 
+from perdure.adversarial.base import Attack
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Stream
@@ -16,7 +17,7 @@ from perdure.utils.modules import evaluating
 
 
 def refuse_outputs(model: nn.Module, stream: Stream) -> None:
-    """Refuse a model that fails on a stream's rows, or has not one output for every class.
+    """Refuse a model that fails on a stream's rows, or has not the outputs of its task.
 
     It is shown two rows of zeros.
     """
@@ -38,14 +39,24 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
             "output of the model", type(answer).__name__, "one tensor (rows, classes); return that"
         )
     shape = tuple(answer.shape)
-    if shape != (len(rows), stream.num_classes):
-        fits = len(shape) == 2 and shape[0] == len(rows)
+    width = stream.task.head_width(stream.num_classes)
+    allowed = stream.task.output_shape(stream[0].train.labels[:2], width)
+    if shape != allowed:
+        fits = len(shape) == len(allowed) and shape[:-1] == allowed[:-1]
         raise ConfigError.of(
             "outputs of the model",
-            shape[1] if fits else f"{shape} for {given}",
-            f"{stream.num_classes}: one for every class (num_classes=stream.num_classes)"
-            + ("" if fits else f", ({len(rows)}, {stream.num_classes}), one row for every record"),
+            shape[-1] if fits else f"{shape} for {given}",
+            f"{width}: one for every class (num_classes=stream.num_classes)"
+            + ("" if fits else f", {allowed}, one row for every record"),
         )
+
+
+def refuse_attack(adversary: Attack | None, stream: Stream) -> None:
+    """Refuse an attack on inputs that cannot be moved by a little, such as tokens."""
+    dtype = stream[0].train.inputs.dtype
+    if adversary is not None and not dtype.is_floating_point:
+        allowed = f"None: inputs are {dtype}, and an attack moves floating-point ones"
+        raise ConfigError.of("adversary", adversary, allowed)
 
 
 def refuse_second_ledger(position: Position) -> None:

@@ -35,7 +35,12 @@ from perdure.learner.loss_path import LossPath
 from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
 from perdure.learner.private_setup import inspect, open_private_sum, rule_of
-from perdure.learner.sanity_checks import refuse_outputs, refuse_runaway, require_state
+from perdure.learner.sanity_checks import (
+    refuse_attack,
+    refuse_outputs,
+    refuse_runaway,
+    require_state,
+)
 from perdure.learner.step_memory import StepMemory
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
@@ -94,8 +99,8 @@ class Session:
         make_private_sum: makes what answers under privacy; an audit gives its own.
 
     Raises:
-        ConfigError: for a model whose outputs are not one for every class, or that was trained
-            before without `warm_start`.
+        ConfigError: for a model whose outputs are not those of the task, or that was trained
+            before without `warm_start`; for records of a task that the strategy does not serve.
         GuardError: under privacy, for a model or strategy that breaks the sensitivity bound.
         BudgetError: when the training plan does not fit the budget.
         LedgerError: when the folder's ledger is missing, shorter or other than the folder knows.
@@ -168,6 +173,8 @@ class Session:
         self.params: Params = dict(trainable_parameters(model))
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
+        self.strategy.refuse_task(self.stream.task)
+        refuse_attack(self.adversary, self.stream)
         refuse_outputs(model, self.stream)
         spec = spec_of(model, self._detached(), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))

@@ -90,7 +90,9 @@ class ReadContext(Context):
 class SyntheticRows:
     """Batches of synthetic records in an experience of a stream.
 
-    The facts of a row are its label, its id, its experience and 1 where it is stored.
+    The facts of a row are a declared output, its id, its experience and 1 where it is stored. For
+    single-label records the output is the label; targets of other tasks are made from it and the
+    id.
 
     Args:
         training: stream and strategy.
@@ -155,10 +157,15 @@ class SyntheticRows:
 
     def batch(self, index: int, inputs: Tensor, facts: Tensor) -> Batch:
         """Batch of these rows, with values stored beside them where memory may have stored some."""
-        labels, ids, tasks, stored = facts.unbind(1)
+        outputs, ids, tasks, stored = facts.unbind(1)
+        stream = self.training.stream
+        # the ids tell targets apart that have no class, such as numbers
+        numbers = outputs + stream.num_classes * ids
         return Batch(
             inputs=inputs,
-            labels=labels,
+            labels=stream.task.synthetic(
+                stream[0].train.labels.to(outputs.device), range(stream.num_classes), numbers
+            ),
             ids=ids,
             tasks=tasks,
             from_memory=stored > 0,

@@ -1,0 +1,186 @@
+"""Every task end to end: alone, in a federation and under privacy; strategies by task."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from helpers.task_streams import TASKS, learner_of, model_of, stream_of
+from perdure import Privacy, strategies
+from perdure.adversarial import FGSM
+from perdure.auditing import lira
+from perdure.contract import Combine, Forward, Strategy
+from perdure.contract.context import contexts
+from perdure.contract.forward import task_losses
+from perdure.data import Batch, iid
+from perdure.errors import ConfigError
+from perdure.federated import Federation, run_federation
+from perdure.metrics import forgetting
+from perdure.privacy.clipping.clip import Clip
+from perdure.queries import clipped_gradient
+from perdure.strategies import EWC, NCM, Naive, Replay
+from perdure.tasks import MultiLabel, NextToken, Regression, Task
+
+every = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+others = pytest.mark.parametrize("task", TASKS[1:], ids=lambda task: task.name)
+
+
+def better(task: Task, one: float, other: float) -> bool:
+    return one > other if task.metric.higher_is_better else one < other
+
+
+def untrained(task: Task) -> list[float]:
+    learner = learner_of(task)
+    learner.prepare(stream_of(task))
+    return learner.evaluate(stream_of(task))
+
+
+@every
+def test_a_task_is_learnt_and_forgotten(task):
+    stream = stream_of(task)
+    matrix = learner_of(task).fit(stream)
+    start = untrained(task)
+    assert better(task, float(matrix[0, 0]), start[0])
+    assert better(task, float(matrix[1, 1]), start[1])
+    lost = forgetting(matrix, metric=task.metric)
+    assert lost == pytest.approx(abs(float(matrix[0, 0] - matrix[1, 0]))) and lost > 0
+    kept = learner_of(task, Replay(memory_size=32, per_class=8)).fit(stream)
+    assert forgetting(kept, metric=task.metric) < lost
+
+
+@others
+def test_a_task_is_learnt_by_a_federation(task):
+    stream = stream_of(task)
+    clients = iid(stream, clients=2)
+    server = run_federation(
+        lambda number: learner_of(task, iterations=8, blocks=4),
+        clients,
+        Federation(clients=2, rounds=4),
+    )
+    matrix = server.learner.matrix
+    assert better(task, matrix[0][0], untrained(task)[0])
+    assert better(task, matrix[1][1], untrained(task)[1])
+
+
+@others
+def test_a_task_is_learnt_in_private(task):
+    stream = stream_of(task)
+    learner = learner_of(task, privacy=Privacy(noise_multiplier=0.3, clip_norm=2.0, seed=0))
+    matrix = learner.fit(stream)
+    assert better(task, float(matrix[1, 1]), untrained(task)[1])
+    assert learner.private_sum.ledger.statement().epsilon > 0
+
+
+@others
+def test_one_records_whole_loss_is_one_clipped_row(task):
+    stream = stream_of(task)
+    batch = Batch.current(stream[0].train.take(torch.arange(9)), 0)
+    context = contexts(stream, "cpu")(0)
+    model = model_of(task)
+    params = dict(model.named_parameters())
+    losses = lambda forward, rows: task_losses(forward, rows, context)  # noqa: E731
+    found = clipped_gradient(Forward(model), losses, params, batch, Clip(norm=0.5), None)
+    expected = [torch.zeros_like(value) for value in params.values()]
+    norms = []
+    for i in range(len(batch)):
+        row = losses(Forward(model), batch.take(slice(i, i + 1))).sum()
+        gradient = torch.autograd.grad(row, list(params.values()))
+        norm = torch.cat([value.flatten() for value in gradient]).norm()
+        norms.append(float(norm))
+        for total, value in zip(expected, gradient, strict=True):
+            total += value * (0.5 / norm).clamp(max=1)
+    assert max(norms) > 0.5
+    for value, total in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(value, total, rtol=1e-4, atol=1e-5)
+
+
+def served(name: str) -> Strategy:
+    return strategies.find(name).example()
+
+
+def pairs() -> list[tuple[str, Task]]:
+    return [(name, task) for name in strategies.names() for task in TASKS[1:]]
+
+
+def plain_model(strategy: Strategy) -> bool:
+    return strategy.small_model(input_shape=(6,), num_classes=4) is None
+
+
+def test_every_strategy_trains_the_tasks_that_it_serves():
+    trained = set()
+    for name, task in pairs():
+        strategy = served(name)
+        if isinstance(task, strategy.tasks) and plain_model(strategy):
+            stream = stream_of(task)
+            if name == "packnet":
+                stream = replace(stream, scenario="task")
+            matrix = learner_of(task, strategy, iterations=2).fit(stream)
+            assert matrix.isfinite().all(), (name, task)
+            trained.add((name, task.name))
+    assert len(trained) > 40
+
+
+def test_a_task_that_a_strategy_does_not_serve_is_refused():
+    for name, task in pairs():
+        strategy = served(name)
+        if not isinstance(task, strategy.tasks):
+            with pytest.raises(ConfigError, match=f"does not serve {task.name} records: it"):
+                learner_of(task, strategy).prepare(stream_of(task))
+            assert strategy.tasks_because != Strategy.tasks_because, name
+    with pytest.raises(ConfigError, match="strategy NCM does not serve regression records"):
+        learner_of(Regression(), Combine(Naive(), NCM())).prepare(stream_of(Regression()))
+
+
+def test_exact_fisher_information_is_for_single_labels():
+    assert EWC(strength=1.0).form_for(MultiLabel(), 4) == "empirical"
+    with pytest.raises(ConfigError, match=r"ewc\.fisher = 'exact'.*for next-token records"):
+        learner_of(NextToken(), EWC(strength=1.0, fisher="exact")).prepare(stream_of(NextToken()))
+
+
+def test_outputs_of_another_shape_are_refused_by_task():
+    stream = stream_of(NextToken())
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(20, 6)
+    )
+    with pytest.raises(ConfigError, match=r"\(2, 6\).*\(2, 5, 6\), one row for every record"):
+        learner_of(NextToken(), model=model).prepare(stream)
+
+
+def test_attacks_refuse_what_they_cannot_move_or_score():
+    with pytest.raises(ConfigError, match=r"adversary = FGSM.*inputs are torch\.int64"):
+        learner_of(NextToken(), adversary=FGSM(epsilon=0.1)).prepare(stream_of(NextToken()))
+    records = stream_of(MultiLabel())[0].train
+    with pytest.raises(ConfigError, match="membership inference does not serve multi-label"):
+        lira(lambda x: x, lambda *_: None, records, torch.arange(len(records)) < 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordinal(Regression):
+    """A task of a user's own: levels 0 to 3 as numbers, measured as regression."""
+
+    name: ClassVar[str] = "ordinal"
+
+    def balance_groups(self, targets):
+        return targets[:, 0].round().long()
+
+
+def test_a_task_of_ones_own_trains_and_balances_memory():
+    task = Ordinal()
+    stream = stream_of(Regression())
+    parts = []
+    for experience in stream:
+        own = {
+            name: replace(
+                getattr(experience, name),
+                labels=getattr(experience, name).labels.clamp(-1, 1).round(),
+                task=task,
+            )
+            for name in ("train", "test")
+        }
+        parts.append(replace(experience, **own))
+    stream = replace(stream, experiences=tuple(parts))
+    learner = learner_of(task, Replay(memory_size=12), iterations=2)
+    assert learner.fit(stream).isfinite().all()
+    levels = learner.session.held.memory.rows.labels[:, 0]
+    assert torch.unique(levels, return_counts=True)[1].tolist() == [4, 4, 4]
