@@ -54,7 +54,7 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.models import generative, mlp
 from perdure.strategies.lwf import answered
 from perdure.types import Params
-from perdure.utils import derive, normals
+from perdure.utils import derive, normals, row_slices
 
 if TYPE_CHECKING:
     from perdure.contract import Curator
@@ -120,9 +120,11 @@ class GenerativeReplay(Strategy):
                 them.
         """
         shown = experience.test.inputs
-        if len(shown) and not (shown.amin() >= 0 and shown.amax() <= 1):
+        lows = [float(shown[piece].amin()) for piece in row_slices(shown) if len(shown)]
+        highs = [float(shown[piece].amax()) for piece in row_slices(shown) if len(shown)]
+        if not all(0 <= low <= high <= 1 for low, high in zip(lows, highs, strict=True)):
             raise StrategyError(
-                f"inputs reach from {shown.amin():.3g} to {shown.amax():.3g}; "
+                f"inputs reach from {min(lows):.3g} to {max(highs):.3g}; "
                 "GenerativeReplay makes up inputs in "
                 "[0, 1]: scale them into it, and standardise inside the model"
             )

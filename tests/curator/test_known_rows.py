@@ -50,6 +50,8 @@ def test_rows_are_sorted_once_over_rounds(prepared):
 def test_a_changed_record_is_seen(prepared, name):
     _, before = opened(prepared)
     value = getattr(prepared.stream[0].train, name)
+    if name == "inputs":
+        value = value.parts[0].source  # the rows of a view are written to where they are read from
     with torch.no_grad():
         value[0] += 10_000 if name == "ids" else 1
     count, after = opened(prepared)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from perdure.adversarial.base import Attack
 from perdure.errors import ConfigError
+from perdure.utils.chunking import row_slices
 
 
 def robust_accuracy(
@@ -46,11 +47,9 @@ def robust_accuracy(
     50.0
     """
     _check(inputs, labels, attack, batch_size)
+    pieces = [slice(start, start + batch_size) for start in range(0, len(inputs), batch_size)]
     right = sum(
-        _survivors(predict, rows, truth, attack, generator)
-        for rows, truth in zip(
-            torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True
-        )
+        _survivors(predict, inputs[piece], labels[piece], attack, generator) for piece in pieces
     )
     return 100.0 * right / len(inputs)
 
@@ -90,8 +89,8 @@ def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> N
         raise ConfigError.of("batch_size", batch_size, "1 or more")
     if attack.bounds is None:
         return
-    low = inputs.min().item()
-    high = inputs.max().item()
+    low = min(inputs[piece].min().item() for piece in row_slices(inputs))
+    high = max(inputs[piece].max().item() for piece in row_slices(inputs))
     # An attack cannot move entries outside its bounds freely, so a robust accuracy computed anyway
     # would be too high.
     if low < attack.bounds[0] or high > attack.bounds[1]:

@@ -23,6 +23,7 @@ from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
+from perdure.data.row_view import joined_rows
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.learner.model_history import forget
@@ -214,7 +215,7 @@ def joined(experience: Experience, ids: Tensor) -> Records:
     blank = train.task.synthetic(train.labels, experience.classes, torch.zeros_like(ids))
     return replace(
         train,
-        inputs=torch.cat([train.inputs, train.inputs.new_zeros(n, *train.inputs.shape[1:])]),
+        inputs=joined_rows([train.inputs, train.inputs.new_zeros(n, *train.inputs.shape[1:])]),
         labels=torch.cat([train.labels, blank]),
         ids=torch.cat([train.ids, ids]),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from perdure.curator.record_groups import RecordGroups, group_records
 from perdure.data.records import Records
 from perdure.errors import PrivacyError
-from perdure.privacy.guard.writes import version_of
+from perdure.privacy.guard.writes import counts_writes, version_of
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Tensors
 
@@ -73,8 +73,7 @@ class KnownRows:
             if value.dim() == 1:
                 same = before.dtype == value.dtype and torch.equal(before, value)
             else:
-                counted = not value.is_inference()
-                same = counted and before is value and version_of(value) == version
+                same = counts_writes(value) and before is value and version_of(value) == version
             if not same:
                 return False
         return True

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perdure.contract.plan import MemoryPlan
 from perdure.data.records import Batch
+from perdure.data.row_view import joined_rows, view_rows
 from perdure.tasks import SingleLabel, Task
 from perdure.utils.hashing import hashed
 
@@ -19,8 +20,22 @@ def concatenate(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     tensors = [part.tensors() for part in parts]
+    columns = {name: [part[name] for part in tensors] for name in tensors[0]}
     return Batch.from_tensors(
-        {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+        {
+            name: torch.cat(rows) if rows[0].dim() == 1 else joined_rows(rows)
+            for name, rows in columns.items()
+        }
+    )
+
+
+def reordered(rows: Batch, order: Tensor) -> Batch:
+    """Rows at positions (m,), int64, of which long ones are not copied."""
+    places = order.to(rows.inputs.device)
+    return rows.map(
+        lambda value: (
+            value.index_select(0, places) if value.dim() == 1 else view_rows(value, places)
+        )
     )
 
 
@@ -79,7 +94,7 @@ class Memory:
                 order = herd(group_of(new.labels, task), known, most)
             else:
                 order = self._order(new, plan, generator, known)
-            parts = [new.take(order.to(new.inputs.device))]
+            parts = [reordered(new, order)]
             parts = parts + old if plan.selection == "ring" else old + parts
             groups = groups_of(parts, stages, task)
             self._take(parts, balanced(groups, plan.capacity, plan.per_class))

@@ -11,6 +11,7 @@ from perdure.data.records import Batch
 from perdure.queries.per_record import CHUNK, rows_one_by_one
 from perdure.tasks import Task
 from perdure.types import Params
+from perdure.utils.chunking import row_slices
 from perdure.utils.modules import evaluating
 
 Remember = Callable[[Forward, Batch], Params]
@@ -31,7 +32,14 @@ def remembered(
             blank one: an error would tell that there are none.
     """
     with torch.no_grad(), evaluating(forward.module):
-        stored = rows_one_by_one(remember, forward, rows) if one_by_one else remember(forward, rows)
+        if one_by_one:
+            parts = [rows_one_by_one(remember, forward, rows)]
+        else:
+            # rows that lie in a file are read a piece at a time
+            parts = [remember(forward, rows.take(at)) for at in row_slices(rows.inputs)]
+    stored = parts[0]
+    if len(parts) > 1:
+        stored = {name: torch.cat([part[name] for part in parts]) for name in stored}
     return replace(rows, stored={name: value.detach() for name, value in stored.items()})
 
 
@@ -39,5 +47,6 @@ def ranked_by(forward: Forward, rows: Batch, selection: str, task: Task) -> Tens
     """Features (n, f) of the rows for herding, else their losses (n,) over all outputs."""
     ask = forward.features if selection == "herding" else forward
     with torch.no_grad(), evaluating(forward.module):
-        answers = torch.cat([ask(piece) for piece in torch.split(rows.inputs, CHUNK)])
+        starts = range(0, max(1, len(rows)), CHUNK)
+        answers = torch.cat([ask(rows.inputs[start : start + CHUNK]) for start in starts])
     return answers.flatten(1) if selection == "herding" else task.losses(answers, rows.labels)

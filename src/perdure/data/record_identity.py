@@ -18,6 +18,7 @@ from torch import Tensor
 
 from perdure.data.experience import Stream
 from perdure.data.records import Records
+from perdure.data.row_view import addresses_of
 from perdure.errors import GuardError
 
 Place = tuple[int, str]
@@ -71,12 +72,11 @@ def _addresses(parts: Iterable[Records]) -> Tensor:
     seen: set[int] = set()
     for part in parts:
         rows = part.inputs
-        # all rows of an expanded tensor lie at one place, and say nothing of each other
-        if id(rows) in seen or not rows.numel() or not rows.stride(0):
+        if id(rows) in seen:
             continue
         seen.add(id(rows))
-        step = rows.stride(0) * rows.element_size()
-        found.append(rows.data_ptr() + step * torch.arange(len(rows)))
+        places = addresses_of(rows)
+        found.append(places[places != 0])  # rows without a place say nothing of each other
     each: Tensor = torch.unique(torch.cat(found))
     return each
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perdure.data.domain import InputDomain
+from perdure.data.row_view import positions_of, rows_at, view_rows
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import SingleLabel, Task
 from perdure.utils.chunking import FEWEST_ROWS, filled
@@ -20,7 +21,7 @@ class Records:
     """A set of records with one privacy history: a *partition*.
 
     Args:
-        inputs: (n, ...) what the model sees.
+        inputs: (n, ...) what the model sees, in memory or in a file that torch maps into it.
         labels: the targets, in the shape of the task: (n,) int64 classes for single-label records,
             (n, C) float32 of 0 and 1 for multi-label ones, (n, k) float32 for regression, (n, L)
             int64 tokens for next-token ones.
@@ -108,10 +109,20 @@ class Records:
     def take(self, index: Tensor) -> "Records":
         """Take rows with their ids; the declared size becomes their number.
 
+        Inputs, and targets of several numbers, are not copied: the result reads them from here (see
+        `perdure.data.row_view`). One number a record, such as an id, is copied.
+
         Args:
             index: int64 positions (k,) or a boolean mask (n,).
+
+        Raises:
+            DataError: for a position that is not there, or a mask of another length.
         """
-        return replace(self.map(lambda rows: rows[index]), declared_size=0)
+        positions = positions_of(index, len(self)).to(self.inputs.device)
+        taken = self.map(
+            lambda rows: view_rows(rows, positions) if rows.dim() > 1 else rows[positions]
+        )
+        return replace(taken, declared_size=0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Records":
         """Apply `change` to inputs, labels, ids and attributes (n, ...): an index, a device move.
@@ -219,13 +230,13 @@ class Batch:
         # several times as fast as an index in brackets, where rows are long
         rows = places.to(self.inputs.device)
         return Batch(
-            inputs=self.inputs.index_select(0, rows),
-            labels=self.labels.index_select(0, rows),
+            inputs=rows_at(self.inputs, rows),
+            labels=rows_at(self.labels, rows),
             ids=self.ids.index_select(0, rows),
             tasks=self.tasks.index_select(0, rows),
             from_memory=self.from_memory.index_select(0, rows),
             valid=self.valid.index_select(0, rows),
-            stored={name: value.index_select(0, rows) for name, value in self.stored.items()},
+            stored={name: rows_at(value, rows) for name, value in self.stored.items()},
         )
 
 

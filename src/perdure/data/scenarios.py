@@ -33,6 +33,7 @@ from torch import Tensor
 from perdure.data.datasets.base import Dataset
 from perdure.data.experience import Experience, Stream, placed_again, size_of_each
 from perdure.data.records import Records
+from perdure.data.row_view import changed_rows
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.types import SCENARIOS, Scenario
@@ -112,8 +113,8 @@ def permuted(
     record, and what the experiences spend on it composes.
 
     Args:
-        data: the source. Copies of all its inputs are held in memory, one for each experience but
-            the first.
+        data: the source. Copies of its inputs are held in memory, one for each experience, where
+            they are below 256 MiB; larger inputs are permuted batch by batch.
         experiences: how many, from 1.
         seed: of the permutations.
         first_identity: whether the first experience is left as it is.
@@ -149,8 +150,8 @@ def rotated(
     Guarantee: as for `permuted`, the uses of one image compose.
 
     Args:
-        data: the source, inputs (channels, height, width). A turned copy of all of it is held per
-            angle.
+        data: the source, inputs (channels, height, width). A turned copy of its inputs is held per
+            angle where they are below 256 MiB; larger inputs are turned batch by batch.
         angles: degrees, counter-clockwise, one experience each.
         declared_size: public number of training records, all of which are in every experience.
             Default: as in `data`.
@@ -405,7 +406,7 @@ def _copies(
         train, test = (
             replace(
                 records,
-                inputs=change(records.inputs),
+                inputs=changed_rows(records.inputs, change),
                 labels=records.labels + index * step if step else records.labels,
                 placed_by=rule,
                 # a turned image is 0 in its corners

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from perdure.data.experience import Stream
 from perdure.errors import DataError
-
-ROWS = 4096
-"""Rows looked at in one go, to bound memory."""
+from perdure.utils.chunking import row_slices
 
 
 def check_finite(streams: Iterable[Stream]) -> None:
@@ -52,9 +50,9 @@ def first_not_finite(inputs: Tensor) -> tuple[int, tuple[int, ...]] | None:
     """Return row and column of the first value of inputs (n, ...) that is NaN or infinite."""
     if not inputs.is_floating_point():
         return None
-    for start in range(0, len(inputs), ROWS):
-        bad = ~torch.isfinite(inputs[start : start + ROWS])
+    for piece in row_slices(inputs, always=True):
+        bad = ~torch.isfinite(inputs[piece])
         if bool(bad.any()):
             row, *column = bad.nonzero()[0].tolist()
-            return start + row, tuple(column)
+            return piece.start + row, tuple(column)
     return None

@@ -16,6 +16,7 @@ from perdure.auditing.canaries import AuditResult, audit, first_free_id
 from perdure.auditing.membership import MembershipResult, Predictor, lira
 from perdure.data.experience import Stream
 from perdure.data.records import Records
+from perdure.data.row_view import joined_rows
 from perdure.errors import ConfigError
 from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import Config, read
@@ -86,7 +87,7 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
     """Both sets under the partition of the first; the second one's ids begin at `first_id`."""
     ids = first_id + torch.arange(len(other))
     return Records(
-        inputs=torch.cat([one.inputs, other.inputs]),
+        inputs=joined_rows([one.inputs, other.inputs]),
         labels=torch.cat([one.labels, other.labels]),
         ids=torch.cat([one.ids, ids]),
         partition=one.partition,
@@ -98,7 +99,7 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
 def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Stream:
     """Stream whose experience holds the known members and this half of those under attack."""
     whole = Records(
-        inputs=torch.cat([known.inputs, half.inputs]),
+        inputs=joined_rows([known.inputs, half.inputs]),
         labels=torch.cat([known.labels, half.labels]),
         ids=torch.cat([known.ids, half.ids]),
         partition=known.partition,

@@ -73,6 +73,7 @@ from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
 from perdure.strategies import names as strategy_names
 from perdure.types import Scenario
+from perdure.utils.chunking import row_slices
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
 """Optimisers that need several gradients a step, sparse ones, or matrices only."""
@@ -162,7 +163,11 @@ class AttackConfig:
         """Return the attack with the bounds that hold for a stream's inputs."""
         if self.bounds_given:
             return self.attack
-        unit = all(bool(((e.test.inputs >= 0) & (e.test.inputs <= 1)).all()) for e in stream)
+        unit = all(
+            bool(((rows >= 0) & (rows <= 1)).all())
+            for e in stream
+            for rows in (e.test.inputs[piece] for piece in row_slices(e.test.inputs))
+        )
         return replace(self.attack, bounds=(0.0, 1.0) if unit else None)
 
 

@@ -27,6 +27,7 @@ from perdure.metrics import expected_calibration_error
 from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.merged import Merged
 from perdure.utils.atomic_files import save_tensors
+from perdure.utils.chunking import by_pieces
 from perdure.utils.environment import machine, versions
 
 EXPLAINED = "explanations.safetensors"
@@ -68,7 +69,9 @@ def calibration(learner: Learner, stream: Stream) -> list[float]:
     with torch.no_grad():
         return [
             expected_calibration_error(
-                torch.softmax(learner.predictor(e.index, after=after)(e.test.inputs), dim=1),
+                torch.softmax(
+                    by_pieces(learner.predictor(e.index, after=after), e.test.inputs), dim=1
+                ),
                 e.test.labels,
             )
             for e in stream.to(learner.device)

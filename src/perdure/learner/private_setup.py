@@ -40,6 +40,7 @@ from perdure.privacy.noise.key import NoiseKey, noise_key
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum, Schedule
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
+from perdure.utils.chunking import row_slices
 from perdure.utils.folder_lock import FolderLock
 
 
@@ -332,7 +333,11 @@ def refuse_outside(stream: Stream) -> None:
     """
     for experience in stream:
         records = experience.train
-        if records.domain is not None and bool(records.domain.outside(records.inputs).any()):
+        domain = records.domain
+        if domain is not None and any(
+            bool(domain.outside(records.inputs[piece]).any())
+            for piece in row_slices(records.inputs)
+        ):
             raise DataError(
                 f"experience {experience.index} has records outside the declared {records.domain}; "
                 "clamp the inputs to it, or declare a wider one"

@@ -1,11 +1,11 @@
 """Small helpers without knowledge of learning: files, seeds, hashing, the machine.
 
-Import `derive` and `generator` for randomness that is a function of one seed, `chunks` for batches
-that fit into memory, `evaluating` for a module in evaluation mode, `store_rows` for the results
-of a benchmark, and `Extensions` to find one extension a file.
+Import `derive` and `generator` for randomness that is a function of one seed, `chunks` and
+`row_slices` for pieces of rows that fit into memory, `evaluating` for a module in evaluation mode,
+`store_rows` for the results of a benchmark, and `Extensions` to find one extension a file.
 """
 
-from perdure.utils.chunking import chunks
+from perdure.utils.chunking import chunks, row_slices
 from perdure.utils.denormals import flushed
 from perdure.utils.environment import command, machine, store_rows, versions
 from perdure.utils.extensions import Extensions, is_proper_subclass
@@ -28,6 +28,7 @@ __all__ = [
     "normals",
     "number_unless_vmapped",
     "pieces",
+    "row_slices",
     "seeded",
     "store_rows",
     "uniforms",

@@ -1,6 +1,6 @@
 """Cut batches into pieces that fit into memory, and fill small ones up."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,34 @@ Kernels for one row, or for three, round otherwise than those for many. So one r
 change the rounding of the others, and on inputs far from 0, before a normalisation or a softmax,
 that is no rounding any more. Nothing was found to change from 5 rows on; see the tests of slack.
 """
+
+
+HELD_BYTES = 2**28
+"""Most bytes of rows that are copied as a whole; of more, pieces are read one after another."""
+
+PIECE_BYTES = 2**24
+"""Bytes of such a piece."""
+
+
+def row_slices(rows: Tensor, *, always: bool = False) -> Iterator[slice]:
+    """Cut the rows (n, ...) into pieces that may be copied: one where all of them are small.
+
+    Args:
+        rows: of which shape and dtype are read only.
+        always: whether small ones are cut as well.
+    """
+    n = len(rows)
+    size = max(1, n)
+    if always or rows.nbytes > HELD_BYTES:
+        size = max(1, PIECE_BYTES * n // max(1, rows.nbytes))
+    for start in range(0, max(1, n), size):
+        yield slice(start, min(n, start + size))
+
+
+def by_pieces(answer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Answer (n, ...) for rows (n, ...): all at once where they are small, else piece by piece."""
+    parts = [answer(rows[piece]) for piece in row_slices(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def chunks(tensors: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.types import Tensors
+from perdure.utils.chunking import row_slices
 
 JSONValue = None | bool | int | float | str | list["JSONValue"] | dict[str, "JSONValue"]
 
@@ -138,5 +139,9 @@ def digest(tensors: Tensors) -> bytes:
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # of rows that are not in memory, a piece at a time; the bytes are the same
+        pieces = (value[piece] for piece in row_slices(value)) if value.dim() else iter([value])
+        for piece in pieces:
+            own = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            total.update(own.numpy().data)
     return total.digest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from perdure.data.row_view import RowView
 from perdure.errors import GuardError
 
 State = Mapping[str, Tensor]
@@ -108,7 +109,16 @@ class WriteWatch:
 
 def version_of(tensor: Tensor) -> int:
     """Number of in-place operations on the tensor so far; 0 where torch does not count them."""
+    if isinstance(tensor, RowView):  # it is written to where its rows are read from
+        return sum(version_of(part.source) for part in tensor.parts)
     return 0 if tensor.is_inference() else tensor._version
+
+
+def counts_writes(tensor: Tensor) -> bool:
+    """Tell if torch counts the in-place operations on the tensor."""
+    if isinstance(tensor, RowView):
+        return all(counts_writes(part.source) for part in tensor.parts)
+    return not tensor.is_inference()
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,46 @@
+"""A stream over a file larger than memory stays in the file: it is cut, trained on, evaluated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.mapped_stream import measured
+
+
+def test_a_mapped_stream_is_trained_on_where_it_lies(tmp_path):
+    found = measured(str(tmp_path / "inputs.bin"), 200, "naive", "plain")
+    assert len(found["accuracies"]) == 2
+    assert found["cut"] - found["before"] < 30_000
+    assert found["trained"] - found["before"] < 80_000
+
+
+@pytest.mark.deep(reason="deployment: reads 6 GB several times over")
+@pytest.mark.parametrize(
+    ("strategy", "mode"),
+    [
+        ("naive", "plain"),
+        ("joint", "plain"),
+        ("replay", "plain"),
+        ("icarl", "plain"),
+        ("ewc", "plain"),
+        ("replay", "private"),
+    ],
+)
+def test_a_stream_of_6_gb_stays_below_1_gb(tmp_path, strategy, mode):
+    file = tmp_path / "inputs.bin"
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.mapped_stream", str(file), "6000", strategy, mode],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    file.unlink()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert max(found["cut"], found["trained"]) < 10**6
