@@ -19,6 +19,14 @@ from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
 from perdure.data.scenarios import blurry, online, permuted, rotated, split
+from perdure.data.sources import (
+    from_arrays,
+    from_folder,
+    from_huggingface,
+    from_pandas,
+    from_tokens,
+    from_torch,
+)
 from perdure.data.value_checks import check_finite
 
 __all__ = [
@@ -37,6 +45,12 @@ __all__ = [
     "cifar10",
     "digits",
     "dirichlet",
+    "from_arrays",
+    "from_folder",
+    "from_huggingface",
+    "from_pandas",
+    "from_tokens",
+    "from_torch",
     "iid",
     "load",
     "mnist",

@@ -19,7 +19,7 @@ from torch import Tensor
 from perdure.data.experience import Stream
 from perdure.data.records import Records
 from perdure.data.row_view import addresses_of
-from perdure.errors import GuardError
+from perdure.errors import DataError, GuardError
 
 Place = tuple[int, str]
 """Number of a stream and name of a partition in it."""
@@ -57,6 +57,31 @@ def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
             f"{_told(found, streams)} hold rows of one tensor in common, whose exposures would not "
             f"be added up; give each other rows, or all experiences of one record "
             f"{_one_place(found)}"
+        )
+
+
+def refuse_test_ids_in_training(train: Records, test: Records, name: str) -> None:
+    """Refuse a test part that shares a record with the training part, as their ids tell.
+
+    Ids that nobody gave are positions, which say nothing of who is who.
+
+    Args:
+        train: records to learn from.
+        test: records to be measured on.
+        name: of the data, for the message.
+
+    Raises:
+        DataError: with the first row of the test part that is in both.
+    """
+    if train.ids_by_position or test.ids_by_position:
+        return
+    both = torch.isin(test.ids, train.ids.to(test.ids.device)).nonzero()
+    if len(both):
+        row = int(both[0])
+        raise DataError(
+            f"{name} has id {int(test.ids[row])} in its training records and in row {row} of its "
+            f"test records ({len(both)} such rows); allowed: each record in one part; leave it out "
+            "of one, or give different records different ids"
         )
 
 

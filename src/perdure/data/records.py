@@ -66,7 +66,8 @@ class Records:
             value = getattr(self, name)
             if not isinstance(value, Tensor):
                 raise DataError(
-                    f"{name} are a {type(value).__name__}; give a tensor: torch.as_tensor({name})"
+                    f"{name} are a {type(value).__name__}; allowed: a tensor, such as "
+                    f"torch.as_tensor({name}); perdure.data.from_arrays takes arrays and lists"
                 )
         n = len(self.inputs)
         if len(self.labels) != n:
@@ -153,6 +154,25 @@ class Records:
     def to(self, device: torch.device | str) -> "Records":
         """Return the same records on another device."""
         return self.map(lambda rows: rows.to(device))
+
+
+def require_type(value: object, kind: type, name: str, allowed: str) -> None:
+    """Refuse a value of another type, and name the functions that convert it.
+
+    Args:
+        value: given by the user.
+        kind: type that is allowed.
+        name: of the argument, for the message.
+        allowed: the type in words.
+
+    Raises:
+        DataError: in one line.
+    """
+    if not isinstance(value, kind):
+        raise DataError(
+            f"{name} is a {type(value).__name__}; allowed: a {allowed}; perdure.data.from_arrays, "
+            "from_torch and from_pandas make a data set of what you have"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from perdure.data.domain import InputDomain
-from perdure.data.records import Records
+from perdure.data.record_identity import refuse_test_ids_in_training
+from perdure.data.records import Records, require_type
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
 from perdure.utils.atomic_files import save_tensors
@@ -36,10 +37,14 @@ class Dataset:
         input_shape: shape of one input: (channels, height, width) or (features,).
         public_facts: what was used of the data and is declared public, one sentence each.
         categories: names of the values 0, 1, 2, ... of an attribute of the records that is no
-            number, by the attribute: {"group": ("f", "m")}. Declared public.
+            number, by the attribute: {"group": ("f", "m")}; those of the classes are called
+            "target". Declared public.
+        notes: changes that were made to the data on the way in, one sentence each; `print` shows
+            them.
 
     Raises:
-        DataError: when records do not have that shape or those labels, or are of two tasks.
+        DataError: when a part is empty, has another shape, other labels or another task, or when an
+            id that was given is in both parts.
     """
 
     name: str
@@ -49,25 +54,42 @@ class Dataset:
     input_shape: tuple[int, ...]
     public_facts: tuple[str, ...] = ()
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part, records in (("train", self.train), ("test", self.test)):
-            shape = tuple(records.inputs.shape[1:])
+            require_type(records, Records, f"{part} of data set {self.name}", "perdure.Records")
             if records.task != self.task:
                 raise DataError(
                     f"{self.name} has {self.task.name} records to train on and "
                     f"{records.task.name} ones to test on; give both the same task"
                 )
+            shape = tuple(records.inputs.shape[1:])
             if shape != self.input_shape:
                 raise DataError(
                     f"{self.name} {part} inputs have shape {shape}; allowed: {self.input_shape}"
                 )
+            if not len(records):
+                raise DataError(
+                    f"{self.name} has no {part} records; allowed: at least one; give more records, "
+                    "or another share for the test"
+                )
             found = self.task.undeclared(records.labels, range(self.num_classes))
             if found:
                 raise DataError(
-                    f"{self.name} has {part} {found}; declared: 0 .. {self.num_classes - 1} "
-                    f"(num_classes={self.num_classes})"
+                    f"{self.name} {part} records have {found}, which leave the range 0 .. "
+                    f"{self.num_classes - 1}; number them from 0, or give another num_classes"
                 )
+        refuse_test_ids_in_training(self.train, self.test, f"data set {self.name}")
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Dataset({self.name!r}, {len(self.train)} training and {len(self.test)} test records "
+            f"of shape {self.input_shape}, {self.num_classes} classes)",
+            *(f"  changed: {note}" for note in self.notes),
+            *(f"  public: {fact}" for fact in self.public_facts),
+        ]
+        return "\n".join(lines)
 
     @property
     def task(self) -> Task:

@@ -1,0 +1,217 @@
+"""Assembly of a `Dataset` from a user's converted inputs: checks, test part, scaling."""
+
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from dataclasses import field as filled_with
+
+import torch
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.domain import InputDomain
+from perdure.data.records import Records
+from perdure.data.scenarios import public_coin
+from perdure.data.sources.ids import attributes_of, ids_of
+from perdure.data.sources.inputs import (
+    Number,
+    Scaling,
+    Standardise,
+    refuse_bad_inputs,
+    scaling_of,
+)
+from perdure.data.sources.targets import Classes, TaskName, converted, given_classes, task_of
+from perdure.errors import ConfigError, DataError
+from perdure.tasks import Task
+
+TEST = 4
+"""Purpose of the coin that sends a record to the test part."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Rows of one part of a data set: inputs are converted, all else is as the user gave it.
+
+    Args:
+        inputs: (n, ...) float32, or int64 tokens.
+        targets: one a row.
+        ids: one a row; None where nobody gave any.
+        attributes: name to values, one a row.
+        label: of the part, as messages write it before "inputs".
+    """
+
+    inputs: Tensor
+    targets: object
+    ids: object | None = None
+    attributes: Mapping[str, object] | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+    """Declarations of a user on a data set.
+
+    Args:
+        name: of the data set and of its partition.
+        task: meaning of the targets, by name or as an object.
+        classes: names of the classes in the order of their numbers; None where not declared.
+        num_classes: number of classes; None where not declared.
+        value_range: least and greatest value of inputs before scaling.
+        standardise: constants for scaling.
+        declared_size: public number of training records; None for the number of rows.
+        seed: of the hash that draws the test part.
+        columns: names of the columns of inputs (n, k), where they have names.
+        domain: of inputs that are no floats.
+        facts: sentences on what is declared public.
+        categories: names of the values of attributes.
+    """
+
+    name: str
+    task: TaskName | Task = "single-label"
+    classes: Sequence[object] | None = None
+    num_classes: int | None = None
+    value_range: tuple[Number, Number] | None = None
+    standardise: Standardise | None = None
+    declared_size: int | None = None
+    seed: int = 0
+    columns: Sequence[str] = ()
+    domain: InputDomain | None = None
+    facts: tuple[str, ...] = ()
+    categories: Mapping[str, tuple[str, ...]] = filled_with(default_factory=dict)
+
+
+def dataset_of(
+    train: Part, test: Part | float, settings: Settings, notes: dict[str, None]
+) -> Dataset:
+    """Check all parts, cut the test part off where a share is given, scale, and build the data set.
+
+    A share of the records goes to the test part by a public hash of their ids, so that the place
+    of a record with an id of its own depends on no other record.
+
+    Args:
+        train: rows to learn from; with a share, all rows.
+        test: rows to be measured on, or a share.
+        settings: declarations.
+        notes: remarks on what was changed so far.
+
+    Raises:
+        ConfigError: for a declaration that is not allowed.
+        DataError: in one line, for what the parts hold.
+    """
+    if not isinstance(settings.name, str) or not settings.name:
+        raise ConfigError.of("name", settings.name, "a text that is not empty")
+    if isinstance(settings.seed, bool) or not isinstance(settings.seed, int):
+        raise ConfigError.of("seed", settings.seed, "a whole number")
+    shape = tuple(train.inputs.shape[1:])
+    scaling = scaling_of(settings.standardise, settings.value_range, shape)
+    task = task_of(settings.task)
+    classes = given_classes(settings.classes, settings.num_classes)
+    parts = [train, test] if isinstance(test, Part) else [train]
+    made = []
+    for part in parts:
+        if tuple(part.inputs.shape[1:]) != shape:
+            given = tuple(part.inputs.shape[1:])
+            raise DataError(f"{part.label}inputs have shape {given} a row; allowed: {shape}")
+        refuse_bad_inputs(part.inputs, scaling, f"{part.label}inputs", settings.columns)
+        targets, classes = converted(part.targets, task, classes, f"{part.label}targets", notes)
+        made.append(_records(part, targets, task, settings.name))
+    facts = [*settings.facts, *_facts(classes, settings)]
+    if isinstance(test, Part):
+        learnt, measured = _with_other_ids(*made)
+    else:
+        (whole,) = made
+        out = public_coin(whole.ids, seed=settings.seed, purpose=TEST) < test
+        learnt = whole.take(~out)
+        measured = whole.take(out)
+        facts.append(f"the test part, a share of {test:g} by a hash of the ids, is public")
+    assert classes is not None
+    domain = settings.domain or scaling.domain(shape)
+    return Dataset(
+        name=settings.name,
+        train=_scaled(learnt, scaling, domain).declared(settings.declared_size),
+        test=replace(_scaled(measured, scaling, domain), partition=f"{settings.name}-test"),
+        num_classes=classes.number,
+        input_shape=shape,
+        public_facts=tuple(facts),
+        notes=tuple(notes),
+        categories={**_named(classes), **settings.categories},
+    )
+
+
+def _records(part: Part, targets: Tensor, task: Task, name: str) -> Records:
+    """Return the records of a part, once every row has its target, id and attributes."""
+    ids = part.ids
+    attributes = attributes_of(part.attributes, f"{part.label}attributes")
+    n = len(part.inputs)
+    found = torch.empty(0, dtype=torch.int64) if ids is None else ids_of(ids, f"{part.label}ids")
+    given: dict[str, Sized] = {f"{part.label}targets": targets}
+    given |= {} if ids is None else {f"{part.label}ids": found}
+    given |= {f"{part.label}attributes[{key!r}]": value for key, value in attributes.items()}
+    for what, rows in given.items():
+        if len(rows) != n:
+            raise DataError(f"{n} {part.label}inputs but {len(rows)} {what}; give one for each")
+    return Records(
+        inputs=part.inputs,
+        labels=targets,
+        ids=found,
+        partition=name,
+        attributes=attributes,
+        task=task,
+    )
+
+
+def _with_other_ids(train: Records, test: Records) -> tuple[Records, Records]:
+    """Give the test records ids that follow those of the training, where nobody gave any."""
+    if not test.ids_by_position:
+        return train, test
+    first = int(train.ids.max()) + 1
+    return train, replace(test, ids=first + torch.arange(len(test)), ids_by_position=False)
+
+
+def _scaled(records: Records, scaling: Scaling, domain: InputDomain | None) -> Records:
+    return replace(records, inputs=scaling.applied(records.inputs), domain=domain)
+
+
+def _facts(classes: Classes, settings: Settings) -> list[str]:
+    """Sentences on what was taken from the records and is declared public thereby."""
+    found = [] if classes.declared else ["the classes found in the records are declared public"]
+    if settings.declared_size is None:
+        found.append("the number of training records is declared public")
+    return found
+
+
+def _named(classes: Classes) -> dict[str, tuple[str, ...]]:
+    return {"target": tuple(map(str, classes.names))} if classes.names else {}
+
+
+def share_of(test: object, *, others: str) -> float:
+    """Return the share of the test part.
+
+    Args:
+        test: given by the user.
+        others: other values that are allowed, in words.
+
+    Raises:
+        ConfigError: for what is no number between 0 and 1.
+    """
+    if isinstance(test, bool) or not isinstance(test, int | float) or not 0 < test < 1:
+        given = test if isinstance(test, int | float | str | None) else type(test).__name__
+        raise ConfigError.of("test", given, f"a share between 0 and 1, or {others}")
+    return float(test)
+
+
+def refuse_beside_share(*, test_ids: object, test_attributes: object = None) -> None:
+    """Refuse facts of a test part that is not given, but drawn from the records.
+
+    Args:
+        test_ids: None is allowed.
+        test_attributes: None is allowed.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for field, value in (("test_ids", test_ids), ("test_attributes", test_attributes)):
+        if value is not None:
+            raise ConfigError(
+                f"{field} is not allowed beside a share of the records for the test; allowed: "
+                "None, or a test part of its own in test=..."
+            )

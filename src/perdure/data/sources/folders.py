@@ -1,0 +1,178 @@
+"""Data sets from folders of images: one sub-folder a class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.sources.assembly import Part, Settings, dataset_of, share_of
+from perdure.data.sources.ids import text_ids
+from perdure.data.sources.inputs import Standardise, float_inputs
+from perdure.errors import ConfigError, DataError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings of the files that are read, in small letters."""
+MODES = {1: "L", 3: "RGB"}
+
+
+def from_folder(
+    folder: str | Path,
+    *,
+    test: str | Path | float = 0.2,
+    size: tuple[int, int] | None = None,
+    channels: Literal[1, 3] = 3,
+    classes: Sequence[str] | None = None,
+    standardise: Standardise | None = None,
+    declared_size: int | None = None,
+    seed: int = 0,
+    name: str = "data",
+) -> Dataset:
+    """Build a data set from a folder of images, with one sub-folder for each class.
+
+    Reads FOLDER/CLASS/.../IMAGE. Images become (channels, height, width) float32, bytes divided by
+    255. The id of a record is a hash of its path inside the folder, so that the place of an image
+    depends on no other image. Files that are no images by their ending are left out, and
+    `Dataset.notes` says so.
+
+    >>> from_folder("photos/train", test="photos/test", size=(64, 64))
+
+    Guarantee: none for what is taken from the records, as in `from_arrays`. The test part is
+    public.
+
+    Args:
+        folder: of the images to learn from; with a share for the test, of all images.
+        test: folder of the test part; or the share of the images that goes there, on average.
+        size: (height, width) that every image is resized to, bilinear. Default: all images have
+            one size.
+        channels: 3 for colour, 1 for grey; images of the other kind are converted.
+        classes: names of the sub-folders, their order gives the numbers. Default: all of them in
+            alphabetical order.
+        standardise: "declared" maps 0 .. 1 to -1 .. 1; (mean, deviation) are constants that you
+            declare, one number or one for every channel. Default: no scaling.
+        declared_size: public number of training records. Default: the number of images.
+        seed: of the hash that draws the test part.
+        name: of the data set and of its partition.
+
+    Raises:
+        ConfigError: for a setting that is not allowed.
+        DataError: for a folder without classes or images, and for an image that cannot be read or
+            has another size, with its path.
+    """
+    _refuse_other_sizes(size, channels)
+    notes: dict[str, None] = {}
+    place = _folder(folder, "folder")
+    names = list(classes) if classes is not None else _sub_folders(place)
+
+    def part(place: Path, label: str) -> Part:
+        files = _images(place, names, notes)
+        inputs = _pixels([file for file, _ in files], size, channels)
+        return Part(
+            inputs=float_inputs(inputs, f"{label}images", notes),
+            targets=[names[number] for _, number in files],
+            ids=text_ids(f"{label}{file.relative_to(place).as_posix()}" for file, _ in files),
+            label=label,
+        )
+
+    train = part(place, "")
+    rest: Part | float
+    if isinstance(test, str | Path):
+        if _folder(test, "test").resolve() == place.resolve():
+            raise ConfigError.of("test", str(test), "another folder, or a share of the images")
+        rest = part(Path(test), "test ")
+    else:
+        rest = share_of(test, others="a folder of its own")
+    settings = Settings(
+        name=name,
+        classes=names,
+        value_range=(0.0, 1.0),
+        standardise=standardise,
+        declared_size=declared_size,
+        seed=seed,
+        facts=() if classes is not None else ("the names of the sub-folders are declared public",),
+    )
+    return dataset_of(train, rest, settings, notes)
+
+
+def _refuse_other_sizes(size: object, channels: object) -> None:
+    if channels not in MODES or isinstance(channels, bool):
+        raise ConfigError.of("channels", channels, "1 for grey, 3 for colour")
+    if size is None:
+        return
+    whole = isinstance(size, tuple | list) and all(
+        isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size
+    )
+    if not whole or len(size) != 2:  # type: ignore[arg-type]
+        raise ConfigError.of("size", size, "(height, width) in pixels, or None")
+
+
+def _folder(path: object, field: str) -> Path:
+    if not isinstance(path, str | Path):
+        raise ConfigError.of(field, path, "a path of a folder")
+    place = Path(path)
+    if not place.is_dir():
+        raise DataError(f"{place} is no folder; allowed: a folder with one sub-folder a class")
+    return place
+
+
+def _sub_folders(place: Path) -> list[str]:
+    names = sorted(each.name for each in place.iterdir() if each.is_dir() and each.name[0] != ".")
+    if not names:
+        raise DataError(f"{place} has no sub-folders; allowed: one for each class, with its images")
+    return names
+
+
+def _images(place: Path, names: Sequence[str], notes: dict[str, None]) -> list[tuple[Path, int]]:
+    """Return the images below a folder in the order of their paths, each with its class."""
+    other = [name for name in _sub_folders(place) if name not in names]
+    if other:
+        raise DataError(f"{place} has a sub-folder {other[0]!r}; allowed: {', '.join(names)}")
+    found = []
+    left_out = 0
+    for number, name in enumerate(names):
+        files = [file for file in sorted((place / name).rglob("*")) if file.is_file()]
+        images = [file for file in files if file.suffix.lower() in SUFFIXES]
+        left_out += len(files) - len(images)
+        found += [(file, number) for file in images]
+    if left_out:
+        notes[f"{left_out} files of {place} are no images by their ending and are left out"] = None
+    if not found:
+        raise DataError(f"{place} holds no images; allowed: {', '.join(SUFFIXES)}")
+    return found
+
+
+def _pixels(files: Sequence[Path], size: tuple[int, int] | None, channels: int) -> Tensor:
+    """Return bytes (n, channels, height, width) of the images."""
+    first = _decoded(files[0], size, channels)
+    made = torch.empty(len(files), channels, *first.shape[:2], dtype=torch.uint8)
+    for row, file in enumerate(files):
+        image = _decoded(file, size, channels)
+        if image.shape != first.shape:
+            raise DataError(
+                f"{file} has {image.shape[0]} x {image.shape[1]} pixels, {files[0]} "
+                f"{first.shape[0]} x {first.shape[1]}; allowed: one size; give size=(height, width)"
+            )
+        made[row] = torch.from_numpy(image.reshape(*image.shape[:2], channels)).permute(2, 0, 1)
+    return made
+
+
+def _decoded(file: Path, size: tuple[int, int] | None, channels: int) -> NDArray[Any]:
+    """Return the bytes of an image, (height, width) or (height, width, 3)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert(MODES[channels])
+            if size is not None and image.size != size[::-1]:
+                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            return np.array(image)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{file} is no image; repair it or take it away") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f"{file} cannot be read as an image: {error}; repair it or take it away"
+        ) from error

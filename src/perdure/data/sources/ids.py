@@ -1,0 +1,70 @@
+"""Ids and attributes of a user's records."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perdure.data.sources.values import TEXT_KINDS, array_of, numbers_of, refuse_not_finite
+from perdure.errors import DataError
+
+
+def ids_of(value: object, name: str) -> Tensor:
+    """Return ids (n,) int64: whole numbers as they are, words by a hash of each.
+
+    Args:
+        value: as in `perdure.data.sources.values.array_of`.
+        name: of the argument, for the message.
+
+    Raises:
+        DataError: for other shapes or types, and for an id that comes twice.
+    """
+    found = array_of(value, name)
+    if len(found.shape) != 1:
+        raise DataError(f"{name} have shape {tuple(found.shape)}; allowed: (n,), one for each row")
+    if isinstance(found, np.ndarray) and found.dtype.kind in TEXT_KINDS:
+        ids = text_ids(map(str, found.tolist()))
+    else:
+        numbers = numbers_of(found, name)
+        if numbers.is_floating_point() or numbers.dtype == torch.bool:
+            raise DataError(f"{name} are {numbers.dtype}; allowed: whole numbers, or words")
+        ids = numbers.long()
+    order = torch.argsort(ids, stable=True)
+    twice = (ids[order][1:] == ids[order][:-1]).nonzero()
+    if len(twice):
+        one = int(order[int(twice[0])])
+        other = int(order[int(twice[0]) + 1])
+        raise DataError(
+            f"{name} are the same in rows {one} and {other} ({found[one]}); allowed: one row for "
+            "each id; make one row of all that belongs to one person"
+        )
+    return ids
+
+
+def text_ids(words: Iterable[str]) -> Tensor:
+    """Return the ids (n,) of records that are told apart by texts: 63 bits of the SHA-256 of each.
+
+    Args:
+        words: one a record.
+    """
+    digests = (hashlib.sha256(word.encode()).digest() for word in words)
+    return torch.tensor([int.from_bytes(each[:8], "big") >> 1 for each in digests])
+
+
+def attributes_of(given: Mapping[str, object] | None, name: str) -> dict[str, Tensor]:
+    """Return attributes, name to (n,), of finite numbers.
+
+    Args:
+        given: name to values, one a record.
+        name: of the argument, for the message.
+
+    Raises:
+        DataError: for values that are no numbers, or not finite.
+    """
+    found = {}
+    for key, value in (given or {}).items():
+        found[key] = numbers_of(value, f"{name}[{key!r}]")
+        refuse_not_finite(found[key], f"{name}[{key!r}]")
+    return found

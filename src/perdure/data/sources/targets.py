@@ -1,0 +1,232 @@
+"""Targets of a user's data: words or numbers in, the task's shape out.
+
+Guarantee: none, as in `perdure.data.sources.values`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from perdure.data.sources.values import TEXT_KINDS, array_of, as_float32, numbers_of
+from perdure.errors import ConfigError, DataError
+from perdure.tasks import MultiLabel, NextToken, Regression, SingleLabel, Task
+from perdure.utils.listing import shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """Classes of a data set.
+
+    Args:
+        number: how many.
+        names: as the targets write them, in the order of their numbers; empty for numbers.
+        declared: True where the user gave them, False where they were found in the training part.
+    """
+
+    number: int
+    names: tuple[object, ...] = ()
+    declared: bool = False
+
+
+TaskName = Literal["single-label", "multi-label", "regression", "next-token"]
+TASKS: Mapping[str, type[Task]] = {
+    kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, NextToken)
+}
+"""Tasks that are known by a name."""
+
+
+def task_of(task: object) -> Task:
+    """Return the task of a name, and a task as it is.
+
+    Args:
+        task: given by the user.
+
+    Raises:
+        ConfigError: for another name or type.
+    """
+    if isinstance(task, Task):
+        return task
+    if not isinstance(task, str) or task not in TASKS:
+        allowed = f"{', '.join(TASKS)}, or an object of a task, such as Regression()"
+        raise ConfigError.of("task", task, allowed)
+    return TASKS[task]()
+
+
+def converted(
+    value: object, task: Task, classes: Classes | None, name: str, notes: dict[str, None]
+) -> tuple[Tensor, Classes]:
+    """Return targets in the shape of the task, and the classes or outputs that they need.
+
+    Args:
+        value: as in `perdure.data.sources.values.array_of`.
+        task: of the records.
+        classes: that are known so far; None to take them from the targets.
+        name: of the argument and its part, for the message.
+        notes: remarks, to which every change is added.
+
+    Raises:
+        DataError: in one line, with the row of the first bad value.
+    """
+    if isinstance(task, SingleLabel):
+        found = class_numbers(value, name, notes)
+        classes = classes or found_classes(found, name)
+        return numbered(found, classes, name), classes
+    targets = numbers_of(value, name)
+    if isinstance(task, Regression) and targets.dim() == 1:
+        targets = targets[:, None]
+        notes[f"{name} had shape (n,) and have (n, 1) now"] = None
+    if isinstance(task, NextToken):
+        targets = targets if targets.is_floating_point() else targets.long()
+    elif isinstance(task, MultiLabel | Regression):
+        targets = as_float32(targets, name, notes)
+    try:
+        task.check(targets)
+    except DataError as error:
+        raise DataError(str(error).replace("labels", name, 1)) from error
+    width = targets.shape[1] if isinstance(task, MultiLabel | Regression) else None
+    if classes is None:
+        if width is None:
+            raise ConfigError.of("num_classes", None, f"the number of outputs, for {task.name}")
+        classes = Classes(number=width, declared=True)
+    if width not in (None, classes.number):
+        raise DataError(f"{name} have {width} columns; allowed: {classes.number}, one an output")
+    strange = task.undeclared(targets, range(classes.number))
+    if strange:
+        raise DataError(
+            f"{name} have {strange}; allowed: 0 .. {classes.number - 1}; give another num_classes"
+        )
+    return targets, classes
+
+
+def given_classes(classes: Sequence[object] | None, num_classes: int | None) -> Classes | None:
+    """Return the classes that a user declares; None where nothing is declared.
+
+    Args:
+        classes: names or numbers, in the order of their numbers 0, 1, 2, ...
+        num_classes: how many.
+
+    Raises:
+        ConfigError: for names that come twice, fewer than one class, or two different numbers.
+    """
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+    ):
+        raise ConfigError.of("num_classes", num_classes, "a whole number from 1, or None")
+    if classes is None:
+        return None if num_classes is None else Classes(number=num_classes, declared=True)
+    if isinstance(classes, str) or not classes or len(set(classes)) != len(classes):
+        raise ConfigError.of("classes", classes, "names or numbers, each once, at least one")
+    if num_classes not in (None, len(classes)):
+        allowed = f"{len(classes)}, the number of classes given, or None"
+        raise ConfigError.of("num_classes", num_classes, allowed)
+    return Classes(number=len(classes), names=tuple(classes), declared=True)
+
+
+def class_numbers(value: object, name: str, notes: dict[str, None]) -> Tensor | NDArray[Any]:
+    """Return targets as whole numbers (n,) int64, or as an array of words (n,).
+
+    Args:
+        value: as in `perdure.data.sources.values.array_of`.
+        name: of the argument and its part, for the message.
+        notes: remarks, to which a change of type or shape is added.
+
+    Raises:
+        DataError: for other shapes, and for numbers that are not whole.
+    """
+    found = array_of(value, name)
+    if len(found.shape) == 2 and found.shape[1] == 1:
+        found = found.reshape(-1)
+        notes[f"{name} had shape (n, 1) and have (n,) now"] = None
+    if len(found.shape) != 1:
+        fix = "for one-hot rows give targets.argmax(1); for several labels a record, "
+        fix += "task='multi-label'"
+        shape = tuple(found.shape)
+        raise DataError(f"{name} have shape {shape}; allowed: (n,), one class a record; {fix}")
+    if isinstance(found, np.ndarray) and found.dtype.kind in TEXT_KINDS:
+        return found
+    numbers = numbers_of(found, name)
+    if numbers.is_floating_point():
+        wrong = ((numbers != numbers.round()) | ~numbers.isfinite()).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{name} have {float(numbers[row])} in row {row}; allowed: whole numbers, one "
+                "class a record; for numbers of any size give task='regression'"
+            )
+        was = str(numbers.dtype).removeprefix("torch.")
+        notes[f"{name} were {was} and are int64 now"] = None
+    return numbers.long()
+
+
+def found_classes(targets: Tensor | NDArray[Any], name: str) -> Classes:
+    """Return the classes of a training part where none were declared.
+
+    Words are numbered in alphabetical order. Numbers have to be 0, 1, 2, ... without a gap.
+
+    Args:
+        targets: (n,) numbers or words.
+        name: of the argument and its part, for the message.
+
+    Raises:
+        DataError: for numbers that do not begin at 0 or leave one out.
+    """
+    if isinstance(targets, np.ndarray):
+        _refuse_missing(targets, name)
+        words = sorted(set(targets.tolist()), key=str)
+        return Classes(number=len(words), names=tuple(words))
+    present = torch.unique(targets).tolist()
+    if present != list(range(len(present))):
+        raise DataError(
+            f"{name} take the values {shown(present)}; allowed: 0, 1, 2, ... without a gap; give "
+            "num_classes=... where a class has no record, or classes=(...) to number them"
+        )
+    return Classes(number=len(present))
+
+
+def numbered(targets: Tensor | NDArray[Any], classes: Classes, name: str) -> Tensor:
+    """Return the number (n,) int64 of each record's class.
+
+    Args:
+        targets: (n,) numbers or words.
+        classes: of the data set.
+        name: of the argument and its part, for the message.
+
+    Raises:
+        DataError: for a class that is none of them, with its row.
+    """
+    if classes.names:
+        number = {value: place for place, value in enumerate(classes.names)}
+        values = targets.tolist()
+        for row, value in enumerate(values):
+            if value not in number:
+                raise DataError(
+                    f"{name} have {value!r} in row {row}; allowed: {shown(classes.names)}"
+                )
+        return torch.tensor([number[value] for value in values], dtype=torch.int64)
+    if isinstance(targets, np.ndarray):
+        raise DataError(
+            f"{name} are words, such as {targets[0]!r}; give classes=(...), their order decides "
+            "the numbers"
+        )
+    outside = ((targets < 0) | (targets >= classes.number)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"{name} have {int(targets[row])} in row {row}; allowed: 0 .. {classes.number - 1}; "
+            "classes are numbered from 0"
+        )
+    return targets
+
+
+def _refuse_missing(words: NDArray[Any], name: str) -> None:
+    for row, value in enumerate(words.tolist()):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise DataError(
+                f"{name} have {value} in row {row}; allowed: a class; leave out the row"
+            )

@@ -1,0 +1,244 @@
+"""Data sets of token sequences, with lengths and a padding id."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.domain import InputDomain
+from perdure.data.sources.assembly import (
+    Part,
+    Settings,
+    dataset_of,
+    refuse_beside_share,
+    share_of,
+)
+from perdure.data.sources.targets import TaskName, task_of
+from perdure.data.sources.values import numbers_of
+from perdure.errors import ConfigError, DataError
+from perdure.tasks import NextToken, Task
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+
+def from_tokens(
+    sequences: "Sequence[ArrayLike | Tensor] | ArrayLike | Tensor",
+    targets: "ArrayLike | Tensor | None" = None,
+    *,
+    vocabulary: int,
+    padding: int | None = None,
+    length: int | None = None,
+    test: "Sequence[ArrayLike | Tensor] | ArrayLike | Tensor | float" = 0.2,
+    task: TaskName | Task | None = None,
+    classes: Sequence[object] | None = None,
+    num_classes: int | None = None,
+    ids: "ArrayLike | Tensor | None" = None,
+    test_ids: "ArrayLike | Tensor | None" = None,
+    attributes: Mapping[str, "ArrayLike | Tensor"] | None = None,
+    test_attributes: Mapping[str, "ArrayLike | Tensor"] | None = None,
+    declared_size: int | None = None,
+    seed: int = 0,
+    name: str = "data",
+) -> Dataset:
+    """Build a data set from sequences of tokens, each one record.
+
+    Without targets, every token is to be predicted from those before it (`NextToken`): inputs are
+    all tokens but the last, targets all but the first, and positions of padding do not count. With
+    targets, a sequence has a class, or the target of another task. Sequences are filled up to one
+    length with the padding id; padding at the end of a sequence that is given counts as filled up.
+
+    >>> from_tokens([[3, 1, 2], [2, 2]], vocabulary=4, padding=0, test=0.5)
+
+    Guarantee: none for what is taken from the records: the length of the longest sequence, unless
+    it is declared, and what `from_arrays` names. The test part is public.
+
+    Args:
+        sequences: one sequence of whole numbers a record; or (n, L) numbers.
+        targets: one a sequence, as in `from_arrays`; None for the next token.
+        vocabulary: number of different tokens, 0 .. vocabulary - 1, declared.
+        padding: token that fills up behind the end. Needed where lengths differ.
+        length: of the inputs L, declared; longer sequences are refused. Default: the longest one.
+        test: sequences of the test part, with targets (sequences, targets); or the share of the
+            records that goes there, on average, by a hash of their ids.
+        task: meaning of the targets. Default: "next-token" without targets, else "single-label".
+        classes: as in `from_arrays`.
+        num_classes: as in `from_arrays`; the vocabulary for the next token.
+        ids: (n,) as in `from_arrays`.
+        test_ids: as in `from_arrays`.
+        attributes: as in `from_arrays`.
+        test_attributes: as in `from_arrays`.
+        declared_size: public number of training records. Default: the number of sequences.
+        seed: of the hash that draws the test part.
+        name: of the data set and of its partition.
+
+    Raises:
+        ConfigError: for a setting that is not allowed.
+        DataError: for a token outside of the vocabulary, with its row and column; for sequences
+            that are empty, too long, or of different lengths without padding; else as in
+            `from_arrays`.
+    """
+    meaning = task_of(task or ("next-token" if targets is None else "single-label"))
+    shift = int(isinstance(meaning, NextToken))
+    if bool(shift) != (targets is None):
+        allowed = "None for the next token, which the sequences hold; else one target a sequence"
+        raise ConfigError.of("targets", "an array" if shift else None, allowed)
+    _refuse_other_counts(vocabulary=vocabulary, length=length)
+    share = isinstance(test, int | float) and not isinstance(test, bool)
+    label = "" if share else "training "
+    rows = _rows(sequences, f"{label}sequences", vocabulary, padding, 1 + shift)
+    test_rows: list[Tensor] = []
+    test_targets: object = None
+    if not share:
+        test_sequences, test_targets = _test_part(test, with_targets=not shift)
+        test_rows = _rows(test_sequences, "test sequences", vocabulary, padding, 1 + shift)
+    width = length or max(len(row) for row in [*rows, *test_rows]) - shift
+
+    def part(rows: Sequence[Tensor], given: object, own: object, facts: object, label: str) -> Part:
+        filled = _filled(rows, width + shift, padding, f"{label}sequences")
+        following = None
+        if isinstance(meaning, NextToken):
+            following = _following(filled, rows, meaning.padding)
+        return Part(
+            inputs=filled[:, :width].contiguous(),
+            targets=given if following is None else following,
+            ids=own,
+            attributes=facts,  # type: ignore[arg-type]
+            label=label,
+        )
+
+    rest: Part | float
+    if share:
+        rest = share_of(test, others="sequences of its own")
+        refuse_beside_share(test_ids=test_ids, test_attributes=test_attributes)
+    else:
+        rest = part(test_rows, test_targets, test_ids, test_attributes, "test ")
+    settings = Settings(
+        name=name,
+        task=meaning,
+        classes=classes,
+        num_classes=vocabulary if shift else num_classes,
+        declared_size=declared_size,
+        seed=seed,
+        domain=InputDomain(
+            shape=(width,),
+            dtype=torch.int64,
+            vocabulary=vocabulary,
+            padding=padding,
+            sequence_axes=() if padding is None else (0,),
+        ),
+        facts=() if length else ("the length of the longest sequence is declared public",),
+    )
+    return dataset_of(part(rows, targets, ids, attributes, label), rest, settings, {})
+
+
+def _refuse_other_counts(*, vocabulary: object, length: object) -> None:
+    for field, value in (("vocabulary", vocabulary), ("length", length)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and value >= 1) and not (field == "length" and value is None):  # type: ignore[operator]
+            raise ConfigError.of(field, value, "a whole number from 1")
+
+
+def _test_part(test: object, *, with_targets: bool) -> tuple[object, object]:
+    """Return sequences and targets of the test part."""
+    if not with_targets:
+        return test, None
+    if not isinstance(test, tuple) or len(test) != 2:
+        given = f"a {type(test).__name__}"
+        raise ConfigError.of("test", given, "a share between 0 and 1, or (sequences, targets)")
+    return test
+
+
+def _rows(
+    sequences: object, name: str, vocabulary: int, padding: int | None, least: int
+) -> list[Tensor]:
+    """Return each sequence as int64 tokens, without the padding at its end.
+
+    Args:
+        sequences: given by the user.
+        name: of the argument and its part, for the message.
+        vocabulary: number of different tokens.
+        padding: token that fills up.
+        least: tokens that a sequence has at least.
+
+    Raises:
+        DataError: with row and column of the first bad token.
+    """
+    if not isinstance(sequences, list | tuple):
+        sequences = numbers_of(sequences, name)
+        if sequences.dim() != 2:
+            raise DataError(
+                f"{name} have shape {tuple(sequences.shape)}; allowed: (n, L), or a list of n "
+                "sequences; cut one long text into pieces first, text.unfold(0, L + 1, L)"
+            )
+    if not len(sequences):
+        raise DataError(f"{name} are empty; allowed: at least one sequence")
+    found = []
+    for number, sequence in enumerate(sequences):
+        row = numbers_of(sequence, f"row {number} of {name}")
+        if row.dim() != 1 or (row.is_floating_point() and len(row)):
+            raise DataError(
+                f"row {number} of {name} is {row.dtype} of shape {tuple(row.shape)}; allowed: "
+                "whole numbers, one a token"
+            )
+        row = row.long()
+        outside = ((row < 0) | (row >= vocabulary)).nonzero()
+        if len(outside):
+            column = int(outside[0])
+            raise DataError(
+                f"{name} have {int(row[column])} in row {number}, column {column}; allowed: tokens "
+                f"0 .. {vocabulary - 1}; give a larger vocabulary"
+            )
+        if padding is not None:
+            real = (row != padding).nonzero()
+            row = row[: int(real[-1]) + 1 if len(real) else 0]
+        if len(row) < least:
+            raise DataError(
+                f"row {number} of {name} has {len(row)} tokens; allowed: at least {least}; leave "
+                "out the row"
+            )
+        found.append(row)
+    return found
+
+
+def _filled(rows: Sequence[Tensor], width: int, padding: int | None, name: str) -> Tensor:
+    """Return tokens (n, width), filled up with padding.
+
+    Args:
+        rows: int64 tokens of each sequence.
+        width: tokens that a row has in the end.
+        padding: token that fills up.
+        name: of the argument and its part, for the message.
+
+    Raises:
+        DataError: with the row of the first sequence that is too long or too short.
+    """
+    made = torch.full((len(rows), width), padding or 0)
+    for number, row in enumerate(rows):
+        if len(row) > width:
+            raise DataError(
+                f"row {number} of {name} has {len(row)} tokens; allowed: {width}; cut it, or give "
+                "a greater length"
+            )
+        if len(row) < width and padding is None:
+            raise DataError(
+                f"row {number} of {name} has {len(row)} tokens; allowed: {width}, or "
+                "padding=TOKEN, which fills shorter ones up"
+            )
+        made[number, : len(row)] = row
+    return made
+
+
+def _following(filled: Tensor, rows: Sequence[Tensor], padding: int) -> Tensor:
+    """Return the token (n, L) that follows each position, and `padding` behind the end.
+
+    Args:
+        filled: (n, L + 1) tokens.
+        rows: each sequence without its padding.
+        padding: target of a position that does not count.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    position = torch.arange(1, filled.shape[1])
+    return torch.where(position < lengths[:, None], filled[:, 1:], padding)
