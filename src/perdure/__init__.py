@@ -26,6 +26,7 @@ __all__ = [
     "Privacy",
     "PrivacyCost",
     "Records",
+    "Session",
     "Spec",
     "State",
     "Strategy",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from perdure.data.records import Batch, Records
     from perdure.errors import PerdureError
     from perdure.learner.learner import Learner
+    from perdure.learner.session import Session
     from perdure.privacy.settings import Privacy
     from perdure.types import Params
 else:
@@ -77,6 +79,7 @@ else:
         "Privacy": "perdure.privacy.settings",
         "PrivacyCost": "perdure.contract.plan",
         "Records": "perdure.data.records",
+        "Session": "perdure.learner.session",
         "Spec": "perdure.contract.context",
         "State": "perdure.contract.state",
         "Strategy": "perdure.contract.strategy",

@@ -10,6 +10,7 @@
     ├── StrategyError       a strategy that breaks its contract
     │   ├── RunawayError    training that ended in NaN or infinity
     │   └── ConformanceError  found so by `perdure.testing.check_strategy`, which names the check
+    ├── LoopError           a loop over a session that leaves out, repeats or mixes up its calls
     ├── FederationError     a client or server that cannot go on
     └── RunError            a run on disk that cannot be read or resumed
 
@@ -26,6 +27,7 @@ __all__ = [
     "FederationError",
     "GuardError",
     "LedgerError",
+    "LoopError",
     "PerdureError",
     "PrivacyError",
     "RunError",
@@ -86,6 +88,10 @@ class RunawayError(StrategyError):
 
 class ConformanceError(StrategyError):
     """A strategy failed a check of `perdure.testing.check_strategy`."""
+
+
+class LoopError(PerdureError):
+    """A loop over a session leaves out, repeats or mixes up its calls."""
 
 
 class FederationError(PerdureError):

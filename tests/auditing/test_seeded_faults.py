@@ -148,10 +148,10 @@ def test_a_step_that_was_not_reserved_is_refused(tool, name, parts):
     learner.begin(0)
     session = learner.session
     session.reserve(range(1), learner.noise_digest())
-    session.backward(session.sample(0))
-    session.after_step()
+    session.fill_gradients(session.sample(0))
+    session.follow_step()
     with pytest.raises(PrivacyError, match="was not charged to the ledger"):
-        session.backward(session.sample(1))
+        session.fill_gradients(session.sample(1))
 
 
 class HalfKey(NoiseKey):

@@ -203,6 +203,19 @@ def test_what_is_no_benchmark_of_tensors_is_refused(toy, avalanche):
 
 
 @pytest.mark.reference
+def test_data_without_targets_are_refused(toy, avalanche):
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
+
+    known = as_classification_dataset(tensors(toy.train))
+    bare = AvalancheDataset([TensorDataset(toy.train.inputs, toy.train.labels)])
+    with pytest.raises(DataError, match="training experience 1 has no targets"):
+        from_avalanche(benchmark_from_datasets(train=[known, bare], test=[known]))
+    with pytest.raises(DataError, match="test experience 0 has no targets"):
+        from_avalanche(benchmark_from_datasets(train=[known], test=[bare]))
+
+
+@pytest.mark.reference
 def test_a_benchmark_without_all_records_states_no_rule(toy, avalanche):
     from avalanche.benchmarks.scenarios import benchmark_with_validation_stream
 

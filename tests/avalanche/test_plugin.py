@@ -22,6 +22,7 @@ from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
 from perdure.strategies.ewc import EWC
+from perdure.strategies.gdumb import GDumb
 from perdure.strategies.joint import Joint
 from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive
@@ -397,6 +398,33 @@ def test_models_without_one_lasting_output_a_class_are_refused(avalanche, benchm
         template(narrow, as_plugin(Naive())).train(made.train_stream[0])
     with pytest.raises(ConfigError, match="no growing heads"):
         template(Growing(), as_plugin(Naive())).train(made.train_stream[0])
+
+
+@pytest.mark.parametrize("scenario", ["class", "task"])
+def test_a_model_that_asks_for_task_labels_is_refused(avalanche, benchmark, template, scenario):
+    from avalanche.models import MTSimpleMLP, MultiHeadClassifier
+
+    made = benchmark(scenario)
+    inside = nn.Sequential(nn.Linear(5, 3), MultiHeadClassifier(3, 4))
+    for model, name in ((MTSimpleMLP(input_size=5), "MTSimpleMLP"), (inside, "MultiHead")):
+        with pytest.raises(ConfigError, match=f"model = 'one with {name}.*one head"):
+            template(model, as_plugin(Naive())).train(made.train_stream[0])
+
+
+@pytest.mark.parametrize("strategy", [Joint(), GDumb(memory_size=8)], ids=repr)
+def test_another_memory_beside_a_pool_is_refused(
+    avalanche, benchmark, toy_model, template, strategy
+):
+    from avalanche.training.plugins import ReplayPlugin
+
+    made = benchmark("class")
+    for other, name in (
+        (ReplayPlugin(mem_size=8), "ReplayPlugin"),
+        (as_plugin(Replay(memory_size=8)), "Replay"),
+    ):
+        teacher = template(toy_model(from_avalanche(made)), as_plugin(strategy), other)
+        with pytest.raises(ConfigError, match=f"{strategy.name} beside {name}.*drop one of them"):
+            teacher.train(made.train_stream[0])
 
 
 def test_tasks_that_count_their_classes_from_zero_are_refused(

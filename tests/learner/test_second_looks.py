@@ -85,7 +85,7 @@ def test_a_forked_child_draws_nothing_for_its_parents_charge(make, toy_stream, f
     def fork(point, learner):
         if point == "step.sampled" and learner.position.step == 1 and not told:
             rows = learner.session.held.drawn_rows
-            told.append(in_child(lambda: learner.session.backward(rows)))
+            told.append(in_child(lambda: learner.session.fill_gradients(rows)))
             told.append(in_child(lambda: make().prepare(toy_stream())))
 
     make(fork).fit(toy_stream())

@@ -78,7 +78,7 @@ def test_a_step_makes_no_tensor_as_large_as_the_model(begun, strategy):
             session.set_gradients(gradient, ())
         learner.current_optimizer.step()
         with Fresh() as after:
-            session.after_step()
+            session.follow_step()
         assert before.count == after.count == 0
 
 

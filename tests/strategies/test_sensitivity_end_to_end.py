@@ -283,7 +283,7 @@ def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
     it.
     """
     unguarded = Verdict(independence="tested", alone=False)
-    monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: unguarded)
+    monkeypatch.setattr("perdure.learner.party.inspect", lambda *args, **options: unguarded)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))

@@ -5,7 +5,7 @@ from typing import reveal_type
 
 import torch
 
-from perdure import Learner, Privacy, State, Strategy
+from perdure import Learner, Privacy, Session, State, Strategy
 from perdure.strategies import Naive
 
 model = torch.nn.Linear(2, 2)
@@ -15,6 +15,8 @@ Learner(model=model, strategy=Naive(), optimizer=sgd, epoch=1)  # E[call-arg]: "
 Learner(model=model, strategy="naive", optimizer=sgd, epochs=1)  # E[arg-type]: "strategy"
 learner.fitt(1)  # E[attr-defined]: "fitt"
 reveal_type(learner.strategy)  # N: perdure.contract.strategy.Strategy
+sgd_of_it = torch.optim.SGD(model.parameters(), lr=0.1)
+Session(model=model, strategy=Naive(), stream=1, optimizer=sgd_of_it)  # E[arg-type]: "stream"
 Privacy(epsilon="8")  # E[arg-type]: "epsilon"
 
 

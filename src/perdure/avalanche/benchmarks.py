@@ -1,7 +1,7 @@
 """Benchmarks of Avalanche as streams of perdure."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -55,6 +55,7 @@ def from_avalanche(
         DataError: when the items are no (tensor, label), or the streams do not match.
     """
     train, test = _streams(benchmark)
+    _refuse_without_targets({"training": train, "test": test})
     sources = _Sources()
     tasks = task_labels(benchmark)
     parts = [sources.records(part.dataset) for part in train]
@@ -126,6 +127,21 @@ def _task_of(experience: Any, index: int) -> int:
             f"experience {index} mixes the tasks {sorted(tasks)}; give each task its own experience"
         )
     return tasks.pop()
+
+
+def _refuse_without_targets(streams: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse data whose classes Avalanche does not know.
+
+    Raises:
+        DataError: naming the stream and the experience.
+    """
+    for name, parts in streams.items():
+        for index, part in enumerate(parts):
+            if not hasattr(getattr(part.dataset, "targets", None), "uniques"):
+                raise DataError(
+                    f"{name} experience {index} has no targets; give its data set some before the "
+                    "benchmark is made, such as dataset.targets = labels.tolist()"
+                )
 
 
 def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scenario:

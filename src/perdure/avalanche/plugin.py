@@ -16,10 +16,10 @@ from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.curator.sampling import concat_new_and_stored
+from perdure.data.experience import Experience
 from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.learner.session import Session
-from perdure.planning.training_plan import TrainingPlan
 from perdure.types import Params
 from perdure.utils.modules import evaluating, trainable_parameters
 
@@ -93,6 +93,7 @@ class StrategyPlugin:
         self._memory_apart = plan.memory is not None and not pooled
         self._pool = None
         if plan.pool != "experience" or pooled:
+            _refuse_others_with_rows(template, self.strategy, session.stream[index])
             rows = session.curator.raw("Avalanche draws the batches")
             self._pool = rows.take(~rows.from_memory) if self._memory_apart else rows
             template.adapted_dataset = _dataset(self._pool, self._tasks)
@@ -152,7 +153,7 @@ class StrategyPlugin:
 
     def after_update(self, template: Any, **_: Any) -> None:
         """Let the strategy follow the optimiser's step."""
-        self.session.after_step()
+        self.session.follow_step()
 
     # ------------------------------------------------------------------ evaluation
 
@@ -188,15 +189,12 @@ class StrategyPlugin:
                     "all classes"
                 )
 
-        training = TrainingPlan(
-            stream=stream,
-            strategy=self.strategy,
-            batch_size=template.train_mb_size,
-            epochs=template.train_epochs,
-        )
         session = Session(
             model=template.model,
-            training=training,
+            strategy=self.strategy,
+            stream=stream,
+            epochs=template.train_epochs,
+            batch_size=template.train_mb_size,
             seed=self._seed,
             device=template.device,
             warm_start=True,  # the loop, and what it trains, are Avalanche's
@@ -253,6 +251,7 @@ def _check(template: Any, strategy: Strategy) -> None:
             "a plugin carries no differential privacy, since Avalanche draws no Poisson sample; "
             "train the benchmark with Learner(privacy=...) on from_avalanche(benchmark)"
         )
+    _refuse_heads_of_tasks(template.model)
     criterion = template._criterion
     if strategy.uses("losses") and not _plain(criterion):
         allowed = "CrossEntropyLoss() without weight, label smoothing or another reduction"
@@ -265,6 +264,48 @@ def _check(template: Any, strategy: Strategy) -> None:
         raise StrategyError(
             f"{' and '.join(rivals)} both override losses(); at most one may: drop one of them"
         )
+
+
+def _refuse_heads_of_tasks(model: nn.Module) -> None:
+    """Refuse a model that asks for task labels beside the inputs.
+
+    Raises:
+        ConfigError: naming its part.
+    """
+    from avalanche.models import MultiTaskModule
+
+    for part in model.modules():
+        if isinstance(part, MultiTaskModule):
+            allowed = (
+                "one head with an output for every class, such as nn.Linear(64, num_classes): a "
+                "strategy masks the classes of other tasks by itself"
+            )
+            raise ConfigError.of("model", f"one with {type(part).__name__}", allowed)
+
+
+def _refuse_others_with_rows(template: Any, strategy: Strategy, experience: Experience) -> None:
+    """Refuse plugins that put rows into batches, beside a strategy that draws from its own pool.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for part in template.plugins:
+        if isinstance(part, StrategyPlugin):
+            if part.strategy is strategy:
+                continue
+            plan = part.strategy.plan(experience)
+            brings = plan.memory is not None or plan.pool != "experience"
+            name = part.strategy.name
+        else:
+            brings = hasattr(part, "storage_policy")
+            name = type(part).__name__
+        if brings:
+            raise ConfigError.of(
+                "plugins",
+                f"{strategy.name} beside {name}",
+                f"{strategy.name} without {name}: it draws from records of its own, and both would "
+                "choose the rows of a batch; drop one of them",
+            )
 
 
 def _plain(criterion: Any) -> bool:
@@ -322,8 +363,10 @@ def as_plugin(strategy: Strategy, *, benchmark: Any = None, seed: int = 0) -> St
 
     Raises:
         ConfigError: when training begins, for experiences out of order, tasks that count their
-            classes from zero, a head that grows or has no output for every class, or a criterion
-            that would be ignored.
+            classes from zero, a head that grows, that asks for task labels or has no output for
+            every class, a criterion that would be ignored, or another plugin with a memory beside
+            a plan with a pool of its own.
+        DataError: when training begins, for data without targets.
         PrivacyError: for a model or optimiser of Opacus.
     """
     return StrategyPlugin(strategy, benchmark=benchmark, seed=seed)

@@ -82,6 +82,20 @@ def made_optimizer(made: object) -> Optimizer:
     return made
 
 
+def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) -> nn.Module:
+    """Return the model on its device, without what Opacus wrapped around it.
+
+    Raises:
+        ConfigError: for a device that this machine lacks.
+    """
+    if type(model).__module__.startswith("opacus."):
+        from perdure.privacy.opacus.migration import unwrapped
+
+        model = unwrapped(model, known=not privacy or bool(privacy.spent))
+    on_device(model, place)
+    return model
+
+
 def on_device(model: nn.Module, given: str | device) -> None:
     """Move a model to the device that was given.
 

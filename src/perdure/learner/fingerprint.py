@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from perdure.data.experience import Experience, Stream
 from perdure.errors import ConfigError, RunError
 from perdure.learner.noise_digest import ReplayedRates, module_settings
-from perdure.learner.session import Session
+from perdure.learner.party import Party
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Tensors
 from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
@@ -46,7 +46,7 @@ MAY_GROW = ("stream.experiences", "privacy.epsilon")
 
 
 def fingerprint_of(
-    session: Session,
+    session: Party,
     *,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer], LRScheduler] | None,

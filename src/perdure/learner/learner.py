@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,26 +18,24 @@ from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_finite
-from perdure.errors import ConfigError, LedgerError
-from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, on_device
+from perdure.errors import ConfigError
+from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, plain_model
 from perdure.learner.checkpoint import Position, Snapshot, Store
-from perdure.learner.fingerprint import Fingerprint, fingerprint_of, refuse_other_run
-from perdure.learner.folder_claims import DRAWS, HEAD, anchor_of
+from perdure.learner.evaluation import measurements, predictor
+from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import ReplayedRates, noise_digest
+from perdure.learner.party import OWNER
 from perdure.learner.private_setup import refuse_optimizer
+from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
-from perdure.learner.session import OWNER, Session
+from perdure.learner.session import Session
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
-from perdure.metrics import evaluate
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.denormals import flushed
-from perdure.utils.modules import begin_training, same_bits, trainable_parameters
-
-RUN = "run"
-"""Key of the fingerprint among the facts of a checkpoint."""
+from perdure.utils.modules import same_bits, trainable_parameters
 
 Callback = Callable[[str, "Learner"], None]
 """Called at every named point of the loop; the names are `POINTS`."""
@@ -135,27 +133,18 @@ class Learner:
 
     @flushed()
     def train(self, steps: range) -> None:
-        """THE loop: sample, backward, step, follow.
-
-        `Session.backward` perturbs the batch, takes the gradient and adds penalty and projection.
+        """Train a block of steps, in the loop that `Session` describes.
 
         Args:
             steps: a block of the current experience; charged to the ledger as one.
         """
         session = self.session
-        self._notify("block.begin")
-        session.reserve(steps, self.noise_digest())
-        begin_training(self.model)
-        for step in steps:
-            batch = session.sample(step)
-            self._notify("step.sampled")
+        for batch in session.steps(steps, self.noise_digest):
             session.backward(batch)
             self._optimizer.step()
             if self._scheduler:
                 self._scheduler.step()
             session.after_step()
-            self._notify("step.done")
-        self._notify("block.end")
 
     # ------------------------------------------------------------------ a whole stream
 
@@ -214,18 +203,15 @@ class Learner:
         self.close()
         self.matrix = []
         self._rates = None
-        training = TrainingPlan(
-            stream=stream,
+        self._session = Session(
+            model=self.model,
             strategy=self.strategy,
-            batch_size=self.batch_size,
+            stream=stream,
             epochs=self.epochs,
             iterations=self.iterations,
             blocks=self.blocks,
+            batch_size=self.batch_size,
             privacy=self.privacy,
-        )
-        self._session = Session(
-            model=self.model,
-            training=training,
             seed=self.seed,
             client=self.client,
             owner=self.owner,
@@ -282,29 +268,15 @@ class Learner:
             index: experience of the inputs.
             after: experience that was trained last.
         """
-        session = self.session
-        context = session.context(index if self.stream.scenario == "task" else after)
-        self.model.eval()
-        return lambda x: self.strategy.predict(session.forward, x, context, session.state)
+        return predictor(self.session, index, after=after)
 
     def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
         """Measure the model on the test records of every experience, by the metric of the task.
 
         Returns:
-            One number an experience: accuracy in percent for single-label records.
+            One number per experience: accuracy in percent for single-label records.
         """
-        after = max(0, self.position.experience - 1)
-        with torch.no_grad():
-            return [
-                evaluate(
-                    stream.task,
-                    self.predictor(e.index, after=after),
-                    e.test.inputs,
-                    e.test.labels,
-                    batch_size,
-                )
-                for e in stream.to(self.device)
-            ]
+        return measurements(self.session, stream, batch_size)
 
     # ------------------------------------------------------------------ stopping and resuming
 
@@ -317,13 +289,7 @@ class Learner:
 
         So its folder is neither taken for that of another run, nor used without its ledger.
         """
-        snapshot = self.snapshot()
-        private_sum = self.private_sum
-        facts = {**snapshot.facts, HEAD: None, RUN: self.fingerprint}
-        if private_sum:
-            facts[HEAD] = asdict(private_sum.ledger.chain.head)
-            facts[DRAWS] = private_sum.draws_head.text()
-        return replace(snapshot, facts=facts)
+        return checkpoint_of(self.snapshot(), self.session, self.fingerprint)
 
     def restore_checkpoint(self, snapshot: Snapshot, *, where: object = None) -> None:
         """Go back to a checkpoint of this run; call `prepare` first.
@@ -336,18 +302,14 @@ class Learner:
             LedgerError: when the ledger does not go on from the one that the checkpoint knows.
             RunError: when the run was asked for otherwise; the differences are named.
         """
-        facts = dict(snapshot.facts)
-        place = where or self.folder
-        fix = "give these as stored, or another folder"
-        refuse_other_run(self.fingerprint, facts.get(RUN), where=place, fix=fix)
-        if self.private_sum is not None:
-            anchor = anchor_of(facts)
-            if anchor is None:
-                raise LedgerError(f"the checkpoint in {place} knows no ledger; give another folder")
-            self.private_sum.ledger.chain.require(anchor)
         self._rates = None
-        self.matrix = restore_snapshot(
-            snapshot, self.session, self._optimizer, self._scheduler, of_the_run=True
+        self.matrix = restore_checkpoint(
+            snapshot,
+            self.session,
+            self._optimizer,
+            self._scheduler,
+            fingerprint=self.fingerprint,
+            where=where or self.folder,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -360,8 +322,7 @@ class Learner:
         if self.folder:
             self.session.hold()
             self._notify("checkpoint.begin")
-            store = Store(self.folder)
-            store.save(max([*store.numbers(), 0]) + 1, self.checkpoint())
+            write_checkpoint(self.session, self.checkpoint())
             self._notify("checkpoint.end")
 
     def resume(self) -> bool:
@@ -435,11 +396,7 @@ class Learner:
         check_arguments(vars(self))
         if self.folder is not None:
             self.folder = Path(self.folder)
-        if type(self.model).__module__.startswith("opacus."):
-            from perdure.privacy.opacus.migration import unwrapped
-
-            self.model = unwrapped(self.model, known=not self.privacy or bool(self.privacy.spent))
-        on_device(self.model, self.device)
+        self.model = plain_model(self.model, self.privacy, self.device)
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def share_initial(self, other: "Learner") -> None:

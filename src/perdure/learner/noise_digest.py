@@ -24,7 +24,7 @@ from perdure.contract.plan import MemoryPlan, Plan
 from perdure.contract.state import State
 from perdure.data.records import Batch
 from perdure.learner.checkpoint import Snapshot
-from perdure.learner.session import Session
+from perdure.learner.party import Party
 from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
 from perdure.utils.seeding import generator
 
@@ -33,7 +33,7 @@ VERSION = 1
 
 
 def noise_digest(
-    session: Session,
+    session: Party,
     snapshot: Snapshot,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
@@ -61,7 +61,7 @@ def noise_digest(
 
 
 def settings(
-    session: Session,
+    session: Party,
     snapshot: Snapshot,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
@@ -186,7 +186,7 @@ class ReplayedRates:
         return f"[{self._text[:-1]}]" if steps == len(self._rates) else canonical_text(rates)
 
 
-def probe_strategy(session: Session) -> dict[str, Tensor]:
+def probe_strategy(session: Party) -> dict[str, Tensor]:
     """Results of views, model and strategy on synthetic records.
 
     Other code under the same names shows here.
@@ -220,7 +220,7 @@ def stored_like(batch: Batch, seed: int) -> Batch:
     return replace(batch, from_memory=torch.ones_like(batch.from_memory), stored=stored)
 
 
-def hooks(session: Session) -> dict[str, Tensor]:
+def hooks(session: Party) -> dict[str, Tensor]:
     """Results of the strategy's hooks on parameters and on a gradient, where it overrides any."""
     strategy = session.strategy
     state = session.state

@@ -1,90 +1,71 @@
-"""A session: model, strategy and records of one party between the steps of a training loop.
+"""A session: a party in a loop of the user's own, which calls it in a fixed order.
 
-The loop of `Learner`, the Avalanche plugin and a loop of the user's own stand on the same session,
-so a strategy sees the same calls in the same order wherever it runs.
+The loop of `Learner` is this very loop.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from perdure.adversarial.base import Attack
-from perdure.contract.context import contexts, spec_of
-from perdure.contract.forward import Forward
-from perdure.contract.plan import Plan
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
-from perdure.curator.held_records import HeldRecords
-from perdure.curator.hook_curator import for_hooks
-from perdure.curator.local_curator import LocalCurator, unwatched
-from perdure.data.augmentation import Views
-from perdure.data.experience import Stream
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch
-from perdure.errors import StrategyError
-from perdure.learner.checkpoint import Position
-from perdure.learner.folder_claims import refuse_other_privacy
-from perdure.learner.inspected_path import InspectedPath
-from perdure.learner.inspection import Inspection
-from perdure.learner.loss_path import LossPath
-from perdure.learner.model_history import history_of
-from perdure.learner.model_mark import ModelMark
-from perdure.learner.private_setup import inspect, open_private_sum, rule_of
-from perdure.learner.sanity_checks import (
-    refuse_attack,
-    refuse_outputs,
-    refuse_runaway,
-    require_state,
-)
-from perdure.learner.step_memory import StepMemory
-from perdure.learner.synthetic_rows import SyntheticRows
-from perdure.planning.training_plan import TrainingPlan
-from perdure.privacy.guard.writes import WriteWatch
-from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
-from perdure.types import Params
+from perdure.data.value_checks import check_finite
+from perdure.errors import ConfigError, LoopError
+from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, plain_model
+from perdure.learner.checkpoint import Store
+from perdure.learner.evaluation import measurements
+from perdure.learner.fingerprint import Fingerprint, fingerprint_of
+from perdure.learner.loop_checks import HiddenBatch, StepOrder
+from perdure.learner.noise_digest import noise_digest
+from perdure.learner.party import Party
+from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
+from perdure.learner.snapshots import take_snapshot
+from perdure.privacy.guard.model_checks import check_optimizer
 from perdure.utils.denormals import flushed
-from perdure.utils.folder_lock import FolderLock
-from perdure.utils.modules import trainable_parameters
-from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
-
-HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
-OWNER = "curator"
-"""Name of a ledger's owner where none is given; a federation puts client-N in its place."""
-
-
-def _silent(point: str) -> None:
-    """Report nothing."""
+from perdure.utils.modules import begin_training
 
 
 @dataclass(kw_only=True, eq=False)
-class Session:
-    """A model, a strategy and the records of one party, between the steps of a loop.
+class Session(Party):
+    """A model, a strategy and a stream for a training loop of your own.
 
-    >>> session = Session(model=model, training=TrainingPlan(stream=stream, strategy=strategy, ...))
-    >>> session.open(0)
-    >>> session.reserve(steps, digest)  # under privacy: charges the block
-    >>> for step in steps:
-    ...     batch = session.sample(step)
-    ...     session.backward(batch)  # fills .grad: gradient, penalty, projection
-    ...     optimizer.step()
-    ...     session.after_step()
-    >>> session.consolidate()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> session = Session(model=model, strategy=strategy, stream=stream, optimizer=optimizer,
+    ...                   epochs=1)
+    >>> for experience in stream:
+    ...     with session.experience(experience) as batches:
+    ...         for batch in batches:            # all epochs
+    ...             session.backward(batch)      # fills .grad
+    ...             optimizer.step()
+    ...             session.after_step()
+    ...     print(session.evaluate())
+
+    A `Learner` with the same settings ends with the same parameters to the bit.
 
     Guarantee: under privacy a record influences the model through releases alone, each charged
-    before its noise is drawn; `reserve` charges the steps.
+    before its noise is drawn. The loop is handed batches that hide their records.
 
     Args:
         model: any module with a full-width head.
-        training: stream, strategy and length of every experience.
+        strategy: how forgetting is fought.
+        stream: experiences, in the order in which they are trained.
+        optimizer: made from `model.parameters()`; it needs one gradient a step. None only for a
+            program that calls the session's parts itself, as `Learner` does.
+        epochs: length of an experience in passes over its records; give this or `iterations`.
+        iterations: length of an experience in steps.
+        blocks: pieces of an experience; each is charged to the ledger as one.
+        batch_size: new records a step.
+        privacy: None, or record-level differential privacy.
         seed: of everything but private noise.
         client: number of the party, 0 when there is only one.
         owner: its name in the ledger.
-        folder: where ledger and keys are kept, locked from now on; None for none.
+        folder: where checkpoints, ledger and keys are kept, locked from now on; None for none. A
+            session over a folder goes on after the last experience that was completed there.
         device: where records and model live.
         micro_batch_size: rows of one pass through the model; None for a whole batch.
         precision: of the passes through the model while training.
@@ -99,408 +80,278 @@ class Session:
         make_private_sum: makes what answers under privacy; an audit gives its own.
 
     Raises:
-        ConfigError: for a model whose outputs are not those of the task, or that was trained
-            before without `warm_start`; for records of a task that the strategy does not serve.
-        GuardError: under privacy, for a model or strategy that breaks the sensitivity bound.
+        ConfigError: for an argument that is not allowed, a model whose outputs are not those of
+            the task, one that was trained before without `warm_start`, or records of a task that
+            the strategy does not serve.
+        GuardError: under privacy, for a model, strategy or optimiser that breaks the sensitivity
+            bound.
         BudgetError: when the training plan does not fit the budget.
         LedgerError: when the folder's ledger is missing, shorter or other than the folder knows.
         PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
-        RunError: when the folder is in use.
+        RunError: when the folder is in use, or holds another run.
     """
 
-    model: nn.Module
-    training: TrainingPlan
-    seed: int = 0
-    client: int = 0
-    owner: str = OWNER
-    folder: Path | None = None
-    device: str | torch.device = "cpu"
-    micro_batch_size: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    adversary: Attack | None = None
-    views: Views | None = None
-    initial: Mapping[str, Tensor] | None = None
-    notify: Callable[[str], None] = _silent
-    warm_start: bool = False
-    trained_by: str = ""
-    make_private_sum: MakePrivateSum = PrivateSum
-    position: Position = field(default_factory=Position)
+    optimizer: Optimizer | None = None
 
     def __post_init__(self) -> None:
-        self.lock = FolderLock(self.folder) if self.folder else None
-        self._opened: PrivateSum | None = None
+        check_stream(self.stream)
+        # the optimiser is here already: it is looked at itself, not what makes one
+        check_arguments({**vars(self), "optimizer": made_optimizer})
+        if self.folder is not None:
+            self.folder = Path(self.folder)
+        self.model = plain_model(self.model, self.privacy, self.device)
+        self._order = StepOrder()
+        self._open = False
+        self._training_mode = True
+        self._start: dict[str, Any] = {}
+        self._finite = self.privacy is None
+        self.fingerprint: Fingerprint = {}
+        if self.optimizer is not None:
+            made_optimizer(self.optimizer)
+            if self.privacy:
+                check_optimizer(self.optimizer)
+            self._start = deepcopy(self.optimizer.state_dict())
+        super().__post_init__()
+        if self.folder and self.optimizer is not None:
+            self._resume(self.folder, self.optimizer)
+
+    # ------------------------------------------------------------------ a loop of your own
+
+    @property
+    def remaining(self) -> tuple[Experience, ...]:
+        """Experiences that are not completed yet, in order."""
+        return self.stream.experiences[self.position.experience :]
+
+    @contextmanager
+    def experience(self, experience: Experience | int) -> Iterator["Batches"]:
+        """Open an experience; at the end of the `with`, consolidate it and save a checkpoint.
+
+        A strategy that starts afresh (`Plan.restart`) gets the model's first parameters back, and
+        the optimiser the state and settings in which the session was given it.
+
+        An experience that is left before its last step, by an exception or a `break`, is not
+        consolidated. Open it again to go on with its next step; under privacy the steps that are
+        left are charged again. A step that was left between `backward` and the optimiser's step is
+        drawn again: a memory of every step is offered its rows twice.
+
+        Args:
+            experience: of the session's stream, or its index; each once, in order.
+
+        Raises:
+            ConfigError: for anything else, or an optimiser that lacks a trained parameter.
+            DataError: before the first private experience, for training inputs that are NaN or
+                infinite.
+            LoopError: for an experience out of order, inside another, or left by a `break`.
+            RunawayError: where training diverged and parameters are NaN or infinite.
+        """
+        optimizer = self._loop_optimizer()
+        index = self._in_turn(experience)
         self.hold()
+        if self.open(index) and self.training.of(self.stream[index]).restart:
+            self._restart(optimizer)
+        self.notify("experience.begin")
+        with flushed(), self._order.watching(optimizer, self.trained):
+            self._open = True
+            try:
+                yield Batches(self)
+            except BaseException as error:
+                self._leave()
+                error.add_note(self._left())
+                raise
+            self._leave()
+        if self.position.step < self.training.steps(index):
+            raise LoopError(self._left())
+        self.consolidate()
+        self.notify("experience.end")
+        self.save()
+
+    def backward(self, batch: "Batch | HiddenBatch") -> None:
+        """Fill `.grad` of the trained parameters: mean gradient, penalty, projection.
+
+        Under privacy every record's gradient is clipped, and noise is added. The gradients replace
+        those of the step before: no `zero_grad()` is needed.
+
+        Args:
+            batch: that the loop was given, as it is.
+
+        Raises:
+            LoopError: for another batch, a second call, a call outside a step, or a model that is
+                in evaluation mode.
+        """
+        rows = self._order.rows_of(batch)
+        if self._training_mode and not self.model.training:
+            raise LoopError(
+                "the model is in evaluation mode inside the loop; call model.train() after what "
+                "put it there, or measure with session.evaluate()"
+            )
+        self.fill_gradients(rows)
+        self._order.filled(self.trained)
+
+    def after_step(self) -> None:
+        """Let the strategy follow the optimiser's step, and end the step of the loop.
+
+        Raises:
+            LoopError: before `backward` and the optimiser's step, or outside a step.
+        """
+        self._order.end()
+        self.follow_step()
+
+    def evaluate(self, stream: Stream | None = None, batch_size: int = 2048) -> list[float]:
+        """Measure the accuracy in percent on the test records of every experience.
+
+        Args:
+            stream: whose test records are used; None for the session's.
+            batch_size: rows of one pass.
+        """
+        return measurements(self, self.stream if stream is None else stream, batch_size)
+
+    def save(self) -> None:
+        """Write a checkpoint, where there is a folder; every completed experience does so."""
+        if self.folder and self.optimizer is not None:
+            self.hold()
+            snapshot = take_snapshot(self, self.optimizer, None, [])
+            self.notify("checkpoint.begin")
+            write_checkpoint(self, checkpoint_of(snapshot, self, self.fingerprint))
+            self.notify("checkpoint.end")
+
+    # ------------------------------------------------------------------ the loop itself
+
+    def steps(self, block: range, digest: Callable[[], str]) -> Iterator[Batch | HiddenBatch]:
+        """Charge a block of steps of the open experience, then hand out the batch of each.
+
+        Args:
+            block: numbers of the steps.
+            digest: gives the noise digest of the block (see `reserve`).
+
+        Raises:
+            LoopError: where the step before was not ended.
+        """
+        self.notify("block.begin")
+        self._order.allow_accumulation()
+        self.reserve(block, digest())
+        self._order.refuse_accumulation(self.trained)
+        begin_training(self.model)
+        self._training_mode = self.model.training
+        for step in block:
+            rows = self.sample(step)
+            self.notify("step.sampled")
+            yield self._order.hand_out(rows, step, hidden=self.privacy is not None)
+            self._order.require_ended()
+            self.notify("step.done")
+        self.notify("block.end")
+
+    def noise_digest(self) -> str:
+        """Digest everything but the records that determines the next steps; "" without privacy."""
+        if self.private_sum is None:
+            return ""
+        optimizer = self._loop_optimizer()
+        live = take_snapshot(self, optimizer, None, [], copy=False)
+        return noise_digest(self, live, optimizer, None, "[]")
+
+    def _loop_optimizer(self) -> Optimizer:
+        if self.optimizer is None:
+            raise ConfigError.of(
+                "optimizer", None, "one of the session's model; give it to Session(optimizer=...)"
+            )
+        return self.optimizer
+
+    def _in_turn(self, experience: object) -> int:
+        """Index of the experience that is opened, which has to be the next one."""
+        index = experience.index if isinstance(experience, Experience) else experience
+        if type(index) is not int or not 0 <= index < len(self.stream):
+            raise ConfigError.of(
+                "experience",
+                index if isinstance(index, int) else type(index).__name__,
+                "an experience of the session's stream, or its index; perdure.data.split(dataset, "
+                "experiences=5) makes a stream of a data set",
+            )
+        own = (self.stream[index], self.training.stream[index])
+        if isinstance(experience, Experience) and not any(experience is each for each in own):
+            raise ConfigError.of(
+                "experience", f"experience {index} of another stream", "one of session.stream"
+            )
+        expected = self.position.experience
+        if self._open or index != expected:
+            following = f"experience {expected}" if expected < len(self.stream) else "none"
+            raise LoopError(
+                f"experience {index} was opened "
+                + (f"inside experience {expected}" if self._open else f"where {following} is next")
+                + "; open each once, in order, as `for experience in session.remaining`"
+            )
+        if not self._finite:
+            check_finite([self.training.stream])
+            self._finite = True
+        return index
+
+    def _leave(self) -> None:
+        """Close the experience; a step that the optimiser took already is over."""
+        if self._order.stage == "taken":
+            self.follow_step()
+        self._order.reset()
+        self._open = False
+
+    def _left(self) -> str:
+        index = self.position.experience
+        return (
+            f"experience {index} was left at step {self.position.step} of "
+            f"{self.training.steps(index)} and not consolidated; open session.experience({index}) "
+            "again to go on, or give fewer epochs"
+        )
+
+    def _restart(self, optimizer: Optimizer) -> None:
+        """Put the optimiser back to how it was given."""
+        start = deepcopy(self._start)
+        # a schedule keeps settings of its own beside those of the optimiser
+        start["param_groups"] = [
+            {**own, **first}
+            for own, first in zip(
+                optimizer.state_dict()["param_groups"], start["param_groups"], strict=True
+            )
+        ]
+        optimizer.load_state_dict(start)
+
+    def _resume(self, folder: Path, optimizer: Optimizer) -> None:
+        """Continue from the last checkpoint in the folder, if there is one."""
         try:
-            self._lay_out()
+            self.fingerprint = fingerprint_of(
+                self, optimizer=lambda _: optimizer, scheduler=None, extra={"loop": "own"}
+            )
+            checkpoint = Store(folder).load()
+            if checkpoint is not None:
+                restore_checkpoint(
+                    checkpoint,
+                    self,
+                    optimizer,
+                    None,
+                    fingerprint=self.fingerprint,
+                    where=folder,
+                )
         except BaseException:
             self.close()
             raise
 
-    def hold(self) -> None:
-        """Take the folder, and see that nobody wrote to the ledger since it was given up.
 
-        Raises:
-            LedgerError: when another process or learner did.
-            RunError: when one holds the folder now.
-        """
-        if self._opened is not None:
-            self._opened.ledger.chain.hold()
-        elif self.lock is not None:
-            self.lock.acquire()
+class Batches:
+    """The batches of an experience, in order, all epochs of it; its length is the steps left."""
 
-    def close(self) -> None:
-        """Give the folder up until the next use; steps that were reserved pay for nothing more."""
-        if self.lock is None:
-            return
-        if self._opened is not None:
-            self._opened.open(min(self.position.experience, len(self.stream) - 1))
-            self._opened.close()
-        self.lock.release()
+    def __init__(self, session: Session) -> None:
+        position = session.position
+        self._session = session
+        self._blocks = [
+            range(max(block.start, position.step), block.stop)
+            for block in session.training.remaining_blocks(position.experience, position.step)
+        ]
+        self._looped = False
 
-    def _lay_out(self) -> None:
-        model = self.model
-        private = self.training.privacy is not None
-        if self.folder:
-            refuse_other_privacy(self.folder, private=private)
-        self.mark = ModelMark(model, self.folder, warm_start=self.warm_start)
-        self.strategy: Strategy = self.training.strategy
-        self.stream: Stream = self.training.stream.to(self.device)
-        self.context = contexts(self.stream, self.device)
-        self._watch: WriteWatch | None = None
-        self._compare_values = True
-        self._goes_alone = False
-        self._inspected: InspectedPath | None = None
-        self.params: Params = dict(trainable_parameters(model))
-        self.forward = Forward(model)
-        self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
-        self.strategy.refuse_task(self.stream.task)
-        refuse_attack(self.adversary, self.stream)
-        refuse_outputs(model, self.stream)
-        spec = spec_of(model, self._detached(), self.stream, private=private)
-        self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
-        self.held = HeldRecords(
-            seed=self.seed,
-            client=self.client,
-            batch_size=self.training.batch_size,
-            private_sum=self._open_private_sum() if private else None,
-        )
-        self._opened = self.held.private_sum
-        self.curator = LocalCurator(
-            self.held,
-            micro_batch_size=self.micro_batch_size,
-            alone=self._goes_alone,
-            watched=self.private_pass if private else unwatched,
-        )
-        self._asked_by_hooks = for_hooks(
-            self.curator, strategy=self.strategy.name, cost=self.strategy.privacy_cost
-        )
-        self.uses: dict[str, bool] = {}
-        self.trained: Params = {}
-        self._references: tuple[Params, ...] = ()
-        self._memory = StepMemory()
-        self._stochastic = any(
-            isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()
-        )
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks))
 
-    @property
-    def private_sum(self) -> PrivateSum | None:
-        """Ledger and noise; None without privacy."""
-        return self.held.private_sum
-
-    @property
-    def path(self) -> LossPath:
-        """Path of the rows to their losses, as it is now."""
-        return LossPath(
-            strategy=self.strategy,
-            adversary=self.adversary,
-            views=self.views,
-            precision=self.precision,
-        )
-
-    def inspection(self) -> Inspection:
-        """Look of the guard at the path and at the state, as they are now."""
-        return Inspection(
-            training=self.training,
-            model=self.model,
-            path=self.path,
-            rows=SyntheticRows(
-                training=self.training,
-                model=self.model,
-                context=self.context,
-                state=self.state,
-                seed=self.seed,
-                device=self.device,
-            ),
-            expected=self.training.most_expected,
-            at_once=self.micro_batch_size or math.inf,
-            seed=self.seed,
-            device=self.device,
-        )
-
-    def _open_private_sum(self) -> PrivateSum:
-        inspection = self.inspection()
-        verdict = inspect(inspection)
-        self._goes_alone = verdict.alone
-        self._inspected = InspectedPath(inspection, verdict)
-        privacy = self.training.privacy
-        assert privacy is not None
-        history = history_of(
-            self.mark.before,
-            {each.train.partition: rule_of(each.train) for each in self.stream},
-            simulated=privacy.seed is not None,
-        )
-        private_sum = open_private_sum(
-            self.training,
-            folder=self.folder,
-            client=self.client,
-            owner=self.owner,
-            trace=self.notify,
-            independence=verdict.independence,
-            lock=self.lock,
-            history=history,
-            make=self.make_private_sum,
-        )
-        self.training = replace(self.training, schedule=private_sum.schedule)
-        return private_sum
-
-    @contextmanager
-    def private_pass(self, values: bool = False) -> Iterator[None]:
-        """Refuse what runs inside and writes into a parameter, a buffer or the state.
-
-        Args:
-            values: compare values, which version counters may miss; done once a block anyway.
-
-        Raises:
-            GuardError: naming the tensor.
-        """
-        if self._watch is None:
-            yield
-            return
-        values = values or self._compare_values
-        self._compare_values = False
-        with self._watch.unwritten(self.state, "a private pass", values=values):
-            yield
-
-    # ------------------------------------------------------------------ an experience
-
-    def open(self, index: int) -> bool:
-        """Open experience `index`; return whether it begins now.
-
-        Called again after a resume in its middle, it only reopens the records.
-
-        Raises:
-            ConfigError: where another learner has trained the model since this one was prepared.
-        """
-        self.mark_model()
-        experience = self.stream[index]
-        plan = self.training.of(experience)
-        begins = not self.position.begun or self.position.experience != index
-        if begins:
-            self.position = Position(experience=index, begun=True)
-            if plan.restart:
-                self.model.load_state_dict(self._initial)
-        if self.private_sum:
-            self._watch = WriteWatch(self.model)
-        if self._inspected:
-            self._inspected.look_again(self.inspection, index, begins=begins)
-        context = self.context(index, declared_size=experience.train.declared_size)
-        self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
-        self.select(plan)
-        return begins
-
-    def select(self, plan: Plan) -> None:
-        """Choose the parameters and hooks that an experience uses.
-
-        Raises:
-            StrategyError: when the plan trains no parameter.
-        """
-        prefixes = plan.trainable
-        self.trained = {
-            name: param
-            for name, param in self.params.items()
-            if prefixes is None or name.startswith(prefixes)
-        }
-        if not self.trained:
-            known = ", ".join(self.params)
-            raise StrategyError(f"no parameter begins with {prefixes}; the model trains {known}")
-        for param in self.params.values():
-            param.grad = None  # the optimiser must not use what an earlier experience left
-        self._memory = StepMemory()
-        self.uses = {hook: self.strategy.uses(hook) for hook in HOOKS}
-        self.uses["penalty"] &= plan.applies_penalty
-        self.uses["observe"] = plan.memory is not None and plan.memory.update == "step"
-
-    def reserve(self, steps: range, digest: str) -> None:
-        """Charge a block of steps to every exposed partition, before the first of them draws noise.
-
-        Args:
-            steps: of the open experience.
-            digest: of everything but the records that determines what the steps do (see
-                `noise_digest`).
-
-        Raises:
-            GuardError: where the path of rows to their losses is not the one that was inspected.
-        """
-        if self._inspected:
-            self._inspected.refuse_other(self.model, self.path)
-        self._compare_values = True
-        self.mark_model(learnt=bool(steps))
-        self.held.reserve(steps, digest)
-
-    # ------------------------------------------------------------------ a step
-
-    def sample(self, step: int) -> Batch:
-        """Return the rows of one step: by coins under privacy, else shuffled, new beside stored."""
-        self.position.step = step
-        if self._stochastic and self.private_sum is None:
-            # Dropout draws from torch's global generator: give it its own place in every step.
-            seed_globally(derive(*self._place("layers", step)))
-        return self.held.sample(step)
-
-    def backward(self, batch: Batch) -> None:
-        """Fill `.grad` of the trained parameters: gradient, penalty, projection.
-
-        The next step may use the memory of `.grad` again: copy what is to be kept.
-
-        Args:
-            batch: rows that `sample` returned for the present step.
-        """
-        step = self.position.step
-        for param in self.trained.values():
-            param.grad = None  # the new gradient may take its memory
-        with self._drawing(step):
-            changed = self._varied(batch, step)
-            references = self.references()
-            gradient = self._released(changed, step)
-        while gradient is None:
-            # The step was charged again, and other coins decide who is in it.
-            batch = self.held.draw(step)
-            with self._drawing(step):
-                gradient = self._released(self._varied(batch, step), step)
-        self.notify("step.gradient")
-        self.observe(batch)
-        self.set_gradients(gradient, references)
-
-    def _released(self, batch: Batch, step: int) -> Params | None:
-        """Return the gradient of a step; None where the step was charged again."""
-        try:
-            return self.curator.gradient(self.losses, self.trained, batch, step)
-        except ChangedSumError:
-            return None
-
-    def _varied(self, batch: Batch, step: int) -> Batch:
-        """Return the rows of a step under attack, with their views."""
-        return self.path.changed(
-            batch,
-            self.losses,
-            self.model,
-            self.params,
-            seed_of=lambda purpose: self.seed_of(purpose, step),
-            watched=self.private_pass,
-            private=self.training.privacy is not None,
-        )
-
-    def references(self) -> tuple[Params, ...]:
-        """Return the released reference gradients of the present step; () where none is used."""
-        if not self.uses["references"]:
-            return ()
-        return self.strategy.references(self._asked_by_hooks, self.trained, self.state)
-
-    def losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """(n,) the strategy's loss of every row, averaged over views where there are any."""
-        return self.path.losses(forward, batch, self.held.context, self.state)
-
-    def observe(self, batch: Batch) -> None:
-        """Offer the rows of a step to a memory that is updated every step."""
-        if self.uses["observe"]:
-            self.held.observe(batch, self.remember)
-
-    def remember(self, forward: Forward, batch: Batch) -> Params:
-        """Return the tensors that memory stores beside each row."""
-        with self.private_pass():
-            return self.strategy.remember(forward, batch, self.state)
-
-    def penalty(self) -> Tensor | None:
-        """Return the strategy's penalty, a scalar, at the present parameters; None without one."""
-        return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
-
-    def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:
-        """Put the gradient with penalty and projection into `.grad`."""
-        total = gradient
-        if self.uses["penalty"] or self.uses["after_step"]:
-            # The released gradient stays as it is: an optimiser may write into .grad too.
-            total = self._memory.copy_of(gradient)
-        if self.uses["penalty"]:
-            self.strategy.add_penalty_gradient(total, self.params, self.state)
-        if self.uses["project"]:
-            total = self.strategy.project(total, references, self.state)
-        if self.uses["after_step"]:
-            self._memory.begin(self.trained, gradient, again=self.uses["after_step_in_place"])
-        for name, param in self.trained.items():
-            param.grad = total[name]
-
-    def after_step(self) -> None:
-        """Let the strategy follow the optimiser's step, and go to the next one."""
-        if self.uses["after_step"]:
-            after = {name: param.detach() for name, param in self.trained.items()}
-            self.state = self._memory.follow(
-                self.strategy, after, self.state, self.curator.noise_variance
+    def __iter__(self) -> Iterator[Batch | HiddenBatch]:
+        if self._looped:
+            raise LoopError(
+                "batches was looped over twice; it gives every step of the experience once, all "
+                "epochs of it: write one loop, and give epochs=... to Session"
             )
-        self.position.step += 1
-
-    def rest(self) -> None:
-        """Let go of the gradients and copies of a step until the next one, which makes its own."""
-        for param in self.params.values():
-            param.grad = None
-        self._memory = StepMemory()
-
-    # ------------------------------------------------------------------ the end of an experience
-
-    @flushed()
-    def consolidate(self) -> None:
-        """Offer the records to memory, let the strategy consolidate, and end the experience.
-
-        Raises:
-            RunawayError: where training diverged and parameters are NaN or infinite.
-        """
-        refuse_runaway(self.params, self.strategy, self.position.experience)
-        self.mark_model(learnt=True)
-        self.model.eval()
-        self._compare_values = True
-        self.held.store(self.remember)
-        new = self.strategy.after_experience(self._asked_by_hooks, self._detached(), self.state)
-        self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
-        self.notify("experience.consolidated")
-        self.held.close()
-        self.position = Position(experience=self.position.experience + 1)
-
-    # ------------------------------------------------------------------ inside
-
-    def mark_model(self, *, learnt: bool = False) -> None:
-        """Let the model carry what this session spends on it, and has learnt (see `ModelMark`)."""
-        names = {each.train.partition for each in self.stream} if learnt else set()
-        without = self.trained_by or f"trained without privacy on {', '.join(sorted(names))}"
-        ledger = self.private_sum.ledger if self.private_sum else None
-        self.mark.put(ledger, uncounted=without if learnt else "")
-
-    def seed_of(self, purpose: str, step: int) -> Seed:
-        """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""
-        if self.private_sum:
-            return self.private_sum.secret(purpose, step)
-        return derive(*self._place(purpose, step))
-
-    def _place(self, purpose: str, step: int) -> tuple[int, str, int, int, int]:
-        return self.seed, purpose, self.client, self.position.experience, step
-
-    def _drawing(self, step: int) -> AbstractContextManager[None]:
-        """Let everything that a private step draws through torch start from the secret.
-
-        Whatever modules a model has: dropout inside attention or a recurrent layer and
-        `F.dropout` in a forward pass are not seen from outside. Without privacy `sample` seeds.
-        """
-        if self.private_sum is None:
-            return nullcontext()
-        return drawing_from(self.seed_of("layers", step), self.device)
-
-    def _detached(self) -> Params:
-        return {name: value.detach().clone() for name, value in self.params.items()}
+        self._looped = True
+        for block in self._blocks:
+            yield from self._session.steps(block, self._session.noise_digest)

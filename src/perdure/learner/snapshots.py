@@ -12,11 +12,11 @@ from perdure.learner.checkpoint import (
     load_optimizer,
     numbered,
 )
-from perdure.learner.session import Session
+from perdure.learner.party import Party
 
 
 def take_snapshot(
-    session: Session,
+    session: Party,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
     matrix: list[list[float]],
@@ -52,7 +52,7 @@ def take_snapshot(
 
 def restore_snapshot(
     snapshot: Snapshot,
-    session: Session,
+    session: Party,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
     *,

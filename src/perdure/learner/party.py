@@ -1,0 +1,484 @@
+"""A party: one model, one strategy and one holder of records, between the steps of a loop.
+
+`Session` puts the order of a loop on top. `Learner`, the Avalanche plugin and a loop of the user's
+own stand on it, so that a strategy sees the same calls in the same order wherever it runs.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adversarial.base import Attack
+from perdure.contract.context import contexts, spec_of
+from perdure.contract.forward import Forward
+from perdure.contract.plan import Plan
+from perdure.contract.state import State
+from perdure.contract.strategy import Strategy
+from perdure.curator.held_records import HeldRecords
+from perdure.curator.hook_curator import for_hooks
+from perdure.curator.local_curator import LocalCurator, unwatched
+from perdure.data.augmentation import Views
+from perdure.data.experience import Stream
+from perdure.data.records import Batch
+from perdure.errors import StrategyError
+from perdure.learner.checkpoint import Position
+from perdure.learner.folder_claims import refuse_other_privacy
+from perdure.learner.inspected_path import InspectedPath
+from perdure.learner.inspection import Inspection
+from perdure.learner.loss_path import LossPath
+from perdure.learner.model_history import history_of
+from perdure.learner.model_mark import ModelMark
+from perdure.learner.private_setup import inspect, open_private_sum, rule_of
+from perdure.learner.sanity_checks import (
+    refuse_attack,
+    refuse_outputs,
+    refuse_runaway,
+    require_state,
+)
+from perdure.learner.step_memory import StepMemory
+from perdure.learner.synthetic_rows import SyntheticRows
+from perdure.planning.training_plan import TrainingPlan
+from perdure.privacy.guard.writes import WriteWatch
+from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
+from perdure.privacy.settings import Privacy
+from perdure.types import Params
+from perdure.utils.denormals import flushed
+from perdure.utils.folder_lock import FolderLock
+from perdure.utils.modules import trainable_parameters
+from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
+
+HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
+OWNER = "curator"
+"""Name of a ledger's owner where none is given; a federation puts client-N in its place."""
+
+
+def _silent(point: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Party:
+    """A model, a strategy and the records of one party, between the steps of a loop.
+
+    Guarantee: under privacy a record influences the model through releases alone, each charged
+    before its noise is drawn; `reserve` charges the steps.
+
+    The fields are described in `Session`, which adds the order of a loop.
+    """
+
+    model: nn.Module
+    strategy: Strategy
+    stream: Stream
+    epochs: int | None = None
+    iterations: int | None = None
+    blocks: int = 1
+    batch_size: int = 128
+    privacy: Privacy | None = None
+    seed: int = 0
+    client: int = 0
+    owner: str = OWNER
+    folder: Path | None = None
+    device: str | torch.device = "cpu"
+    micro_batch_size: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    adversary: Attack | None = None
+    views: Views | None = None
+    initial: Mapping[str, Tensor] | None = None
+    notify: Callable[[str], None] = _silent
+    warm_start: bool = False
+    trained_by: str = ""
+    make_private_sum: MakePrivateSum = PrivateSum
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        self.training = TrainingPlan(
+            stream=self.stream,
+            strategy=self.strategy,
+            batch_size=self.batch_size,
+            epochs=self.epochs,
+            iterations=self.iterations,
+            blocks=self.blocks,
+            privacy=self.privacy,
+        )
+        self.lock = FolderLock(self.folder) if self.folder else None
+        self._opened: PrivateSum | None = None
+        self.hold()
+        try:
+            self._lay_out()
+        except BaseException:
+            self.close()
+            raise
+
+    def hold(self) -> None:
+        """Take the folder, and see that nobody wrote to the ledger since it was given up.
+
+        Raises:
+            LedgerError: when another process or learner did.
+            RunError: when one holds the folder now.
+        """
+        if self._opened is not None:
+            self._opened.ledger.chain.hold()
+        elif self.lock is not None:
+            self.lock.acquire()
+
+    def close(self) -> None:
+        """Give the folder up until the next use; steps that were reserved pay for nothing more."""
+        if self.lock is None:
+            return
+        if self._opened is not None:
+            self._opened.open(min(self.position.experience, len(self.stream) - 1))
+            self._opened.close()
+        self.lock.release()
+
+    def _lay_out(self) -> None:
+        model = self.model
+        private = self.privacy is not None
+        if self.folder:
+            refuse_other_privacy(self.folder, private=private)
+        self.mark = ModelMark(model, self.folder, warm_start=self.warm_start)
+        self.stream = self.stream.to(self.device)
+        self.context = contexts(self.stream, self.device)
+        self._watch: WriteWatch | None = None
+        self._compare_values = True
+        self._goes_alone = False
+        self._inspected: InspectedPath | None = None
+        self.params: Params = dict(trainable_parameters(model))
+        self.forward = Forward(model)
+        self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
+        self.strategy.refuse_task(self.stream.task)
+        refuse_attack(self.adversary, self.stream)
+        refuse_outputs(model, self.stream)
+        spec = spec_of(model, self._detached(), self.stream, private=private)
+        self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
+        self.held = HeldRecords(
+            seed=self.seed,
+            client=self.client,
+            batch_size=self.batch_size,
+            private_sum=self._open_private_sum() if private else None,
+        )
+        self._opened = self.held.private_sum
+        self.curator = LocalCurator(
+            self.held,
+            micro_batch_size=self.micro_batch_size,
+            alone=self._goes_alone,
+            watched=self.private_pass if private else unwatched,
+        )
+        self._asked_by_hooks = for_hooks(
+            self.curator, strategy=self.strategy.name, cost=self.strategy.privacy_cost
+        )
+        self.uses: dict[str, bool] = {}
+        self.trained: Params = {}
+        self._references: tuple[Params, ...] = ()
+        self._memory = StepMemory()
+        self._stochastic = any(
+            isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()
+        )
+
+    @property
+    def private_sum(self) -> PrivateSum | None:
+        """Ledger and noise; None without privacy."""
+        return self.held.private_sum
+
+    @property
+    def path(self) -> LossPath:
+        """Path of the rows to their losses, as it is now."""
+        return LossPath(
+            strategy=self.strategy,
+            adversary=self.adversary,
+            views=self.views,
+            precision=self.precision,
+        )
+
+    def inspection(self) -> Inspection:
+        """Look of the guard at the path and at the state, as they are now."""
+        return Inspection(
+            training=self.training,
+            model=self.model,
+            path=self.path,
+            rows=SyntheticRows(
+                training=self.training,
+                model=self.model,
+                context=self.context,
+                state=self.state,
+                seed=self.seed,
+                device=self.device,
+            ),
+            expected=self.training.most_expected,
+            at_once=self.micro_batch_size or math.inf,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def _open_private_sum(self) -> PrivateSum:
+        inspection = self.inspection()
+        verdict = inspect(inspection)
+        self._goes_alone = verdict.alone
+        self._inspected = InspectedPath(inspection, verdict)
+        simulated = self.privacy is not None and self.privacy.seed is not None
+        history = history_of(
+            self.mark.before,
+            {each.train.partition: rule_of(each.train) for each in self.stream},
+            simulated=simulated,
+        )
+        private_sum = open_private_sum(
+            self.training,
+            folder=self.folder,
+            client=self.client,
+            owner=self.owner,
+            trace=self.notify,
+            independence=verdict.independence,
+            lock=self.lock,
+            history=history,
+            make=self.make_private_sum,
+        )
+        self.training = replace(self.training, schedule=private_sum.schedule)
+        return private_sum
+
+    @contextmanager
+    def private_pass(self, values: bool = False) -> Iterator[None]:
+        """Refuse what runs inside and writes into a parameter, a buffer or the state.
+
+        Args:
+            values: compare values, which version counters may miss; done once a block anyway.
+
+        Raises:
+            GuardError: naming the tensor.
+        """
+        if self._watch is None:
+            yield
+            return
+        values = values or self._compare_values
+        self._compare_values = False
+        with self._watch.unwritten(self.state, "a private pass", values=values):
+            yield
+
+    # ------------------------------------------------------------------ an experience
+
+    def open(self, index: int) -> bool:
+        """Open experience `index`; return whether it begins now.
+
+        Called again after a resume in its middle, it only reopens the records.
+
+        Raises:
+            ConfigError: where another learner has trained the model since this one was prepared.
+        """
+        self.mark_model()
+        experience = self.stream[index]
+        plan = self.training.of(experience)
+        begins = not self.position.begun or self.position.experience != index
+        if begins:
+            self.position = Position(experience=index, begun=True)
+            if plan.restart:
+                self.model.load_state_dict(self._initial)
+        if self.private_sum:
+            self._watch = WriteWatch(self.model)
+        if self._inspected:
+            self._inspected.look_again(self.inspection, index, begins=begins)
+        context = self.context(index, declared_size=experience.train.declared_size)
+        self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
+        self.select(plan)
+        return begins
+
+    def select(self, plan: Plan) -> None:
+        """Choose the parameters and hooks that an experience uses.
+
+        Raises:
+            StrategyError: when the plan trains no parameter.
+        """
+        prefixes = plan.trainable
+        self.trained = {
+            name: param
+            for name, param in self.params.items()
+            if prefixes is None or name.startswith(prefixes)
+        }
+        if not self.trained:
+            known = ", ".join(self.params)
+            raise StrategyError(f"no parameter begins with {prefixes}; the model trains {known}")
+        for param in self.params.values():
+            param.grad = None  # the optimiser must not use what an earlier experience left
+        self._memory = StepMemory()
+        self.uses = {hook: self.strategy.uses(hook) for hook in HOOKS}
+        self.uses["penalty"] &= plan.applies_penalty
+        self.uses["observe"] = plan.memory is not None and plan.memory.update == "step"
+
+    def reserve(self, steps: range, digest: str) -> None:
+        """Charge a block of steps to every exposed partition, before the first of them draws noise.
+
+        Args:
+            steps: of the open experience.
+            digest: of everything but the records that determines what the steps do (see
+                `noise_digest`).
+
+        Raises:
+            GuardError: where the path of rows to their losses is not the one that was inspected.
+        """
+        if self._inspected:
+            self._inspected.refuse_other(self.model, self.path)
+        self._compare_values = True
+        self.mark_model(learnt=bool(steps))
+        self.held.reserve(steps, digest)
+
+    # ------------------------------------------------------------------ a step
+
+    def sample(self, step: int) -> Batch:
+        """Return the rows of one step: by coins under privacy, else shuffled, new beside stored."""
+        self.position.step = step
+        return self.held.sample(step)
+
+    def fill_gradients(self, batch: Batch) -> None:
+        """Fill `.grad` of the trained parameters: gradient, penalty, projection.
+
+        The next step may use the memory of `.grad` again: copy what is to be kept.
+
+        Args:
+            batch: rows that `sample` returned for the present step.
+        """
+        step = self.position.step
+        if self._stochastic and self.private_sum is None:
+            # Dropout draws from torch's global generator: give it its own place in every step.
+            seed_globally(derive(*self._place("layers", step)))
+        for param in self.trained.values():
+            param.grad = None  # the new gradient may take its memory
+        with self._drawing(step):
+            changed = self._varied(batch, step)
+            references = self.references()
+            gradient = self._released(changed, step)
+        while gradient is None:
+            # The step was charged again, and other coins decide who is in it.
+            batch = self.held.draw(step)
+            with self._drawing(step):
+                gradient = self._released(self._varied(batch, step), step)
+        self.notify("step.gradient")
+        self.observe(batch)
+        self.set_gradients(gradient, references)
+
+    def _released(self, batch: Batch, step: int) -> Params | None:
+        """Return the gradient of a step; None where the step was charged again."""
+        try:
+            return self.curator.gradient(self.losses, self.trained, batch, step)
+        except ChangedSumError:
+            return None
+
+    def _varied(self, batch: Batch, step: int) -> Batch:
+        """Return the rows of a step under attack, with their views."""
+        return self.path.changed(
+            batch,
+            self.losses,
+            self.model,
+            self.params,
+            seed_of=lambda purpose: self.seed_of(purpose, step),
+            watched=self.private_pass,
+            private=self.privacy is not None,
+        )
+
+    def references(self) -> tuple[Params, ...]:
+        """Return the released reference gradients of the present step; () where none is used."""
+        if not self.uses["references"]:
+            return ()
+        return self.strategy.references(self._asked_by_hooks, self.trained, self.state)
+
+    def losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """(n,) the strategy's loss of every row, averaged over views where there are any."""
+        return self.path.losses(forward, batch, self.held.context, self.state)
+
+    def observe(self, batch: Batch) -> None:
+        """Offer the rows of a step to a memory that is updated every step."""
+        if self.uses["observe"]:
+            self.held.observe(batch, self.remember)
+
+    def remember(self, forward: Forward, batch: Batch) -> Params:
+        """Return the tensors that memory stores beside each row."""
+        with self.private_pass():
+            return self.strategy.remember(forward, batch, self.state)
+
+    def penalty(self) -> Tensor | None:
+        """Return the strategy's penalty, a scalar, at the present parameters; None without one."""
+        return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
+
+    def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:
+        """Put the gradient with penalty and projection into `.grad`."""
+        total = gradient
+        if self.uses["penalty"] or self.uses["after_step"]:
+            # The released gradient stays as it is: an optimiser may write into .grad too.
+            total = self._memory.copy_of(gradient)
+        if self.uses["penalty"]:
+            self.strategy.add_penalty_gradient(total, self.params, self.state)
+        if self.uses["project"]:
+            total = self.strategy.project(total, references, self.state)
+        if self.uses["after_step"]:
+            self._memory.begin(self.trained, gradient, again=self.uses["after_step_in_place"])
+        for name, param in self.trained.items():
+            param.grad = total[name]
+
+    def follow_step(self) -> None:
+        """Let the strategy follow the optimiser's step, and go to the next one."""
+        if self.uses["after_step"]:
+            after = {name: param.detach() for name, param in self.trained.items()}
+            self.state = self._memory.follow(
+                self.strategy, after, self.state, self.curator.noise_variance
+            )
+        self.position.step += 1
+
+    def rest(self) -> None:
+        """Let go of the gradients and copies of a step until the next one, which makes its own."""
+        for param in self.params.values():
+            param.grad = None
+        self._memory = StepMemory()
+
+    # ------------------------------------------------------------------ the end of an experience
+
+    @flushed()
+    def consolidate(self) -> None:
+        """Offer the records to memory, let the strategy consolidate, and end the experience.
+
+        Raises:
+            RunawayError: where training diverged and parameters are NaN or infinite.
+        """
+        refuse_runaway(self.params, self.strategy, self.position.experience)
+        self.mark_model(learnt=True)
+        self.model.eval()
+        self._compare_values = True
+        self.held.store(self.remember)
+        new = self.strategy.after_experience(self._asked_by_hooks, self._detached(), self.state)
+        self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
+        self.notify("experience.consolidated")
+        self.held.close()
+        self.position = Position(experience=self.position.experience + 1)
+
+    # ------------------------------------------------------------------ inside
+
+    def mark_model(self, *, learnt: bool = False) -> None:
+        """Let the model carry what this session spends on it, and has learnt (see `ModelMark`)."""
+        names = {each.train.partition for each in self.stream} if learnt else set()
+        without = self.trained_by or f"trained without privacy on {', '.join(sorted(names))}"
+        ledger = self.private_sum.ledger if self.private_sum else None
+        self.mark.put(ledger, uncounted=without if learnt else "")
+
+    def seed_of(self, purpose: str, step: int) -> Seed:
+        """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""
+        if self.private_sum:
+            return self.private_sum.secret(purpose, step)
+        return derive(*self._place(purpose, step))
+
+    def _place(self, purpose: str, step: int) -> tuple[int, str, int, int, int]:
+        return self.seed, purpose, self.client, self.position.experience, step
+
+    def _drawing(self, step: int) -> AbstractContextManager[None]:
+        """Let everything that a private step draws through torch start from the secret.
+
+        Whatever modules a model has: dropout inside attention or a recurrent layer and
+        `F.dropout` in a forward pass are not seen from outside. Without privacy `fill_gradients`
+        seeds the layers that are seen.
+        """
+        if self.private_sum is None:
+            return nullcontext()
+        return drawing_from(self.seed_of("layers", step), self.device)
+
+    def _detached(self) -> Params:
+        return {name: value.detach().clone() for name, value in self.params.items()}

@@ -1,0 +1,75 @@
+"""Checkpoints of a run: a snapshot with the run's fingerprint and its ledger's head."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from perdure.errors import LedgerError
+from perdure.learner.checkpoint import Snapshot, Store
+from perdure.learner.fingerprint import Fingerprint, refuse_other_run
+from perdure.learner.folder_claims import DRAWS, HEAD, anchor_of
+from perdure.learner.party import Party
+from perdure.learner.snapshots import restore_snapshot
+
+RUN = "run"
+"""Key of the fingerprint among the facts of a checkpoint."""
+
+
+def checkpoint_of(snapshot: Snapshot, party: Party, fingerprint: Fingerprint) -> Snapshot:
+    """Return a snapshot for the disk, with fingerprint and, under privacy, the ledger's head.
+
+    So its folder is neither taken for that of another run, nor used without its ledger.
+
+    Args:
+        snapshot: of the party and its optimiser.
+        party: whose run it is.
+        fingerprint: of the run.
+    """
+    facts = {**snapshot.facts, HEAD: None, RUN: fingerprint}
+    if party.private_sum:
+        facts[HEAD] = asdict(party.private_sum.ledger.chain.head)
+        facts[DRAWS] = party.private_sum.draws_head.text()
+    return replace(snapshot, facts=facts)
+
+
+def restore_checkpoint(
+    checkpoint: Snapshot,
+    party: Party,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    *,
+    fingerprint: Fingerprint,
+    where: object,
+) -> list[list[float]]:
+    """Bring a party and its optimiser back to a checkpoint of its run; return the accuracies.
+
+    Args:
+        checkpoint: from the disk.
+        party: it is changed.
+        optimizer: it is changed.
+        scheduler: it is changed.
+        fingerprint: of the run as it is asked for now.
+        where: for messages, the folder that the checkpoint lies in.
+
+    Raises:
+        LedgerError: when the ledger does not go on from the one that the checkpoint knows.
+        RunError: when the run was asked for otherwise; the differences are named.
+    """
+    facts: Mapping[str, object] = dict(checkpoint.facts)
+    fix = "give these as stored, or another folder"
+    refuse_other_run(fingerprint, facts.get(RUN), where=where, fix=fix)
+    if party.private_sum is not None:
+        anchor = anchor_of(facts)
+        if anchor is None:
+            raise LedgerError(f"the checkpoint in {where} knows no ledger; give another folder")
+        party.private_sum.ledger.chain.require(anchor)
+    return restore_snapshot(checkpoint, party, optimizer, scheduler, of_the_run=True)
+
+
+def write_checkpoint(party: Party, checkpoint: Snapshot) -> None:
+    """Write the next checkpoint into the party's folder."""
+    assert party.folder is not None
+    store = Store(party.folder)
+    store.save(max([*store.numbers(), 0]) + 1, checkpoint)
