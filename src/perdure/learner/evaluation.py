@@ -12,7 +12,7 @@ from perdure.utils.modules import evaluating
 
 
 def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
-    """Return a function from inputs (n, ...) to outputs (n, ..., C); the model predicts from now on.
+    """Return a function from inputs (n, ...) to outputs (n, ..., C); set evaluation mode.
 
     Args:
         party: with model, strategy and state.
