@@ -41,7 +41,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from perdure.contract import MASKED, Context, Forward, Plan, Spec, State, Strategy
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    Plan,
+    Spec,
+    State,
+    Strategy,
+    refuse_single_class,
+)
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import composed, tiny
@@ -100,7 +109,12 @@ class CODAPrompt(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train the experience's own components, and the head."""
+        """Train the experience's own components, and the head.
+
+        Raises:
+            StrategyError: for an experience of one class, which has nothing to be told from.
+        """
+        refuse_single_class(self.name, experience)
         return Plan(trainable=(f"{COMPONENTS}{experience.index}.", HEAD))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

@@ -43,6 +43,7 @@ from perdure.contract import (
     State,
     Strategy,
     cross_entropy_of,
+    refuse_single_class,
 )
 from perdure.data import Batch
 from perdure.errors import StrategyError
@@ -91,7 +92,13 @@ class CWRStar(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train everything in the first experience, and the head alone afterwards."""
+        """Train everything in the first experience, and the head alone afterwards.
+
+        Raises:
+            StrategyError: for a first experience of one class, on which no feature would be learnt.
+        """
+        if experience.index == 0:
+            refuse_single_class(self.name, experience)
         return Plan(trainable=(self.head,) if experience.index else None)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

@@ -32,6 +32,7 @@ from perdure.contract import (
     Strategy,
     Update,
     records_in,
+    refuse_single_class,
     refuse_size,
 )
 from perdure.data import Batch
@@ -68,7 +69,14 @@ class ERACE(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a reservoir."""
+        """Keep a reservoir.
+
+        Raises:
+            StrategyError: for an experience of one class whose records come to memory at its end
+                only: new rows are told from the experience's own classes.
+        """
+        if self.update == "experience":
+            refuse_single_class(self.name, experience)
         return Plan(
             memory=MemoryPlan(
                 capacity=records_in(self.memory_size, experience),

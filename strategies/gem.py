@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from perdure.data import Experience
 
 RIDGE = 1e-3
-"""Added to the diagonal of the quadratic program, so that it has one solution; the value of the
-authors' code.
+"""Added to the diagonal of the quadratic program, so that it has one solution.
+
+It is the value of the authors' code, of references of length 1: so it counts as little for the
+small gradients of a model that is nearly trained.
 """
 
 
@@ -126,11 +128,22 @@ def flat(gradient: Params) -> Tensor:
 
 
 def dual(gram: Tensor, along: Tensor, margin: float) -> Tensor:
-    """(k,) the dual variables, from R R^T (k, k) and R g (k,)."""
+    """(k,) the dual variables, from R R^T (k, k) and R g (k,).
+
+    The program is solved for references of length 1, and its numbers are brought to size 1: scaled
+    references or a scaled gradient are the same program.
+    """
     import numpy as np
     import quadprog  # itself, because qpsolvers imports every solver it finds, JAX among them
 
     matrix, vector = (value.detach().double().cpu().numpy() for value in (gram, along))
+    lengths = np.sqrt(matrix.diagonal())
+    lengths[lengths == 0] = 1.0  # a reference of 0 forbids nothing
     unit = np.eye(len(vector))
-    found = quadprog.solve_qp(matrix + RIDGE * unit, -vector, unit, np.full(len(vector), margin))[0]
-    return torch.from_numpy(found).to(gram)
+    slope = vector / lengths
+    least = margin * lengths
+    size = max(np.abs(slope).max(), least.max())
+    found = quadprog.solve_qp(
+        matrix / np.outer(lengths, lengths) + RIDGE * unit, -slope / size, unit, least / size
+    )[0]
+    return torch.from_numpy(found * size / lengths).to(gram)

@@ -28,15 +28,18 @@ alone.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from perdure.contract import Context, Forward, Spec, State, Strategy
+from perdure.contract import Context, Forward, Plan, Spec, State, Strategy, refuse_single_class
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import prompted, tiny
 from perdure.tasks import MultiLabel, Regression, SingleLabel, Task
+
+if TYPE_CHECKING:
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,15 @@ class L2P(Strategy):
                 f"perdure.models.prompted(backbone, num_classes={spec.num_classes})"
             )
         return State()
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Train the pool and the head.
+
+        Raises:
+            StrategyError: for an experience of one class, which has nothing to be told from.
+        """
+        refuse_single_class(self.name, experience)
+        return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy over the classes of the record's experience, plus key distance."""

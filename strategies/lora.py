@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from perdure.contract import Context, Forward, Plan, Spec, State, Strategy
+from perdure.contract import Context, Forward, Plan, Spec, State, Strategy, refuse_single_class
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import adapted, tiny
@@ -92,7 +92,12 @@ class LoRA(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train the experience's own set, and the head."""
+        """Train the experience's own set, and the head.
+
+        Raises:
+            StrategyError: for an experience of one class, which has nothing to be told from.
+        """
+        refuse_single_class(self.name, experience)
         return Plan(trainable=(f"{self.adapters}{experience.index}.", self.head))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

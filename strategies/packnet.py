@@ -39,7 +39,16 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from perdure.contract import MASKED, Context, Forward, Spec, State, Strategy
+from perdure.contract import (
+    MASKED,
+    Context,
+    Forward,
+    Plan,
+    Spec,
+    State,
+    Strategy,
+    refuse_single_class,
+)
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.tasks import MultiLabel, SingleLabel, Task
@@ -47,6 +56,7 @@ from perdure.types import Params
 
 if TYPE_CHECKING:
     from perdure.contract import Curator
+    from perdure.data import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,8 @@ class PackNet(Strategy):
         """Start with weights that nobody owns.
 
         Raises:
-            StrategyError: where all experiences have the same classes, or the head is not found.
+            StrategyError: where all experiences have the same classes, the head is not found, or
+                the model has too few weights for as many tasks.
         """
         if spec.scenario == "domain":
             raise StrategyError(
@@ -101,6 +112,7 @@ class PackNet(Strategy):
                 f"no parameters {self.head!r} with a row a class; give PackNet(head=...) "
                 "their prefix"
             )
+        self._refuse_full(spec)
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         none = torch.zeros((), device=next(iter(zeros.values())).device)
         state = State().declare_group("owner", zeros, "mean").declare_group("held", zeros, "mean")
@@ -109,6 +121,15 @@ class PackNet(Strategy):
             .declare("pruned", none, "local")
             .declare("steps", none, "local")
         )
+
+    def plan(self, experience: "Experience") -> Plan:
+        """Train all weights; frozen ones are put back.
+
+        Raises:
+            StrategyError: for an experience of one class, which has nothing to be told from.
+        """
+        refuse_single_class(self.name, experience)
+        return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Cross entropy of the task's network over the task's classes."""
@@ -187,6 +208,18 @@ class PackNet(Strategy):
             for k, own in enumerate(tasks)
         ]
         return torch.stack(answers).amax(0)
+
+    def _refuse_full(self, spec: Spec) -> None:
+        """Refuse a model in which a task would get no weight."""
+        free = [v.numel() for n, v in spec.params.items() if prunable(n, v, self.head)]
+        for task in range(spec.num_experiences if free else 0):
+            kept = [weights_kept(count, self.pruned_share) for count in free]
+            if not any(kept):
+                raise StrategyError(
+                    f"PackNet has no weight left for experience {task} of {spec.num_experiences}, "
+                    f"with pruned_share = {self.pruned_share}; give a larger model"
+                )
+            free = [count - own for count, own in zip(free, kept, strict=True)]
 
     def _network(self, forward: Forward, state: State, task: int) -> Forward:
         """The model with the weights of the task's network."""
@@ -283,6 +316,11 @@ def prunable(name: str, value: Tensor, head: str) -> bool:
     return value.dim() > 1 and not name.startswith(head)
 
 
+def weights_kept(free: int, pruned_share: float) -> int:
+    """Number of a layer's free weights that a task takes; the others are left to later tasks."""
+    return round((1 - pruned_share) * free)
+
+
 def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) -> Tensor:
     """Owner of every weight, after the task takes the free weights of largest magnitude.
 
@@ -295,6 +333,6 @@ def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) 
         number: (), number of the task from 1.
     """
     free = owner == 0
-    kept = round((1 - pruned_share) * int(free.sum()))
+    kept = weights_kept(int(free.sum()), pruned_share)
     places = torch.where(free, weight.abs(), -1.0).flatten().topk(kept).indices
     return owner.flatten().index_fill(0, places, float(number)).view_as(owner)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from perdure import Experience, Learner, Privacy, Records, Strategy, Stream
@@ -108,7 +109,9 @@ def guard(repeats: int) -> Iterator[Row]:
 def schedules(repeats: int) -> Iterator[Row]:
     """2,000 private steps in 200 blocks, without and with a schedule."""
     stream = stream_of(640)
-    scheduler = partial(CosineAnnealingLR, T_max=STEPS)
+
+    def scheduler(optimizer: Optimizer, steps: int) -> CosineAnnealingLR:
+        return CosineAnnealingLR(optimizer, T_max=steps)
 
     def run(scheduler: object = None) -> float:
         options = {"iterations": STEPS, "blocks": BLOCKS, "scheduler": scheduler}

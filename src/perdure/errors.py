@@ -13,11 +13,14 @@
     ├── LoopError           a loop over a session that leaves out, repeats or mixes up its calls
     ├── FederationError     a client or server that cannot go on
     └── RunError            a run on disk that cannot be read or resumed
+        └── StorageError    a file that cannot be written: a full disk, a folder of somebody else
 
 A message is one line: what was given, what is allowed, and the fix.
 """
 
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = [
     "BudgetError",
@@ -32,6 +35,7 @@ __all__ = [
     "PrivacyError",
     "RunError",
     "RunawayError",
+    "StorageError",
     "StrategyError",
 ]
 
@@ -100,3 +104,35 @@ class FederationError(PerdureError):
 
 class RunError(PerdureError):
     """A run on disk cannot be read or resumed."""
+
+
+class StorageError(RunError, OSError):
+    """A file cannot be written; what was there before is as it was.
+
+    Attributes:
+        reason: given by the operating system, such as "No space left on device".
+    """
+
+    reason: str = ""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> "StorageError":
+        """Build the standard sentence: file, reason, what is left, and the fix.
+
+        Args:
+            path: of the file that was to be written.
+            error: of the operating system.
+        """
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free some space"
+        elif error.errno == errno.EFBIG:
+            fix = "raise the limit on the size of files (ulimit -f)"
+        else:
+            fix = "make its folder writable, or give another one"
+        made = cls(
+            f"{path} cannot be written: {reason}; nothing that was stored is lost; {fix} and start "
+            "again, and a run goes on from its last checkpoint"
+        )
+        made.reason = reason
+        return made

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.tasks import Metric, SingleLabel, Task
+from perdure.utils.finite_outputs import finite_outputs
 
 __all__ = [
     "Summary",
@@ -55,10 +56,11 @@ def accuracy(
 
     Returns:
         Percent; NaN without records.
+
+    Raises:
+        ConfigError: for logits that are NaN or infinite.
     """
-    pieces = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
-    right = sum(int((predict(inputs[piece]).argmax(1) == labels[piece]).sum()) for piece in pieces)
-    return 100.0 * right / len(labels) if len(labels) else math.nan
+    return evaluate(SingleLabel(), predict, inputs, labels, batch_size)
 
 
 def evaluate(
@@ -79,12 +81,16 @@ def evaluate(
 
     Returns:
         The number, in the unit of the metric; NaN without records.
+
+    Raises:
+        ConfigError: for outputs that are NaN or infinite.
     """
-    pieces = [slice(start, start + batch_size) for start in range(0, len(targets), batch_size)]
-    if not pieces:
-        return math.nan
-    totals = [task.measures(predict(inputs[piece]), targets[piece]).sum(0) for piece in pieces]
-    return task.score(torch.stack(totals).sum(0), len(targets))
+    totals = []
+    for start in range(0, len(targets), batch_size):
+        piece = slice(start, start + batch_size)
+        outputs = finite_outputs(predict(inputs[piece]), first=start)
+        totals.append(task.measures(outputs, targets[piece]).sum(0))
+    return task.score(torch.stack(totals).sum(0), len(targets)) if totals else math.nan
 
 
 def average_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:

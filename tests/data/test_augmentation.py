@@ -3,14 +3,16 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from perdure.adversarial import PGD
 from perdure.contract.forward import Forward
 from perdure.data.augmentation import Views, shift_and_flip
+from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
 from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
-from perdure.models.classifiers import cnn
+from perdure.models.classifiers import cnn, mlp
 from perdure.privacy.clipping.clip import Clip
 from perdure.privacy.settings import Privacy
 from perdure.queries.batch_gradients import clipped_gradient
@@ -64,6 +66,34 @@ def test_a_shift_moves_the_picture_and_brings_zeros_in():
         assert len(found) == 1
         moves += found
     assert set(moves) == {(r, c) for r in range(3) for c in range(3)}
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize(
+    "change", [v2.RandomHorizontalFlip(), v2.ColorJitter(0.5), v2.RandomCrop(4), v2.Resize(3)]
+)
+def test_a_transform_that_does_not_fit_is_one_line(change, private):
+    records = Records(inputs=torch.rand(12, 3, 6, 6), labels=torch.arange(12) % 2)
+    one = Experience(index=0, train=records, test=records, classes=(0, 1))
+    stream = Stream(
+        experiences=(one,), num_classes=2, scenario="domain", name="pictures", input_shape=(3, 6, 6)
+    )
+    learner = Learner(
+        model=mlp(input_shape=(3, 6, 6), num_classes=2, hidden=(2,), seed=0),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        iterations=1,
+        views=Views(count=2, change=change),
+        privacy=Privacy(noise_multiplier=1.0, seed=0) if private else None,
+    )
+    with pytest.raises(ConfigError, match=r"views\.change") as caught:
+        learner.fit(stream)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_change_that_is_no_function_is_refused():
+    with pytest.raises(ConfigError, match=r"views\.change = 'flip' .*shift_and_flip"):
+        Views(count=1, change="flip")
 
 
 def test_a_mirror_comes_half_the_time():

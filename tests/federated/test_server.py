@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import (
     FedProx,
 )
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from helpers.federations import SIMULATED, maker, outcome, short
 from perdure.data.client_splits import dirichlet
@@ -90,7 +91,7 @@ def test_momentum_and_schedule_go_on_over_rounds(stream, reset):
         Naive(),
         optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         reset_optimizer=reset,
-        scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
+        scheduler=lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps),
     )
     stream = short(stream, 2)
     alone = make(0)

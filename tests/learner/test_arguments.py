@@ -21,6 +21,14 @@ from perdure.strategies import Naive
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
+class Twice(torch.optim.SGD):
+    """It asks for the losses again inside a step."""
+
+    def step(self, closure):
+        closure()
+        return super().step()
+
+
 def learner(**changes):
     given = {"model": nn.Linear(5, 4), "strategy": Naive(), "optimizer": SGD, "epochs": 1}
     return Learner(**(given | changes))
@@ -34,6 +42,7 @@ def learner(**changes):
         ({"strategy": "naive"}, "strategy = 'naive' is not allowed; allowed: an instance"),
         ({"privacy": 3.0}, r"privacy = 3.0 .*Privacy\(epsilon=3.0\)"),
         ({"adversary": "pgd"}, r"adversary = 'pgd' .*such as PGD\(\)"),
+        ({"scheduler": "cosine"}, "scheduler = 'str' .*T_max=steps"),
         ({"views": 4}, "views = 4 is not allowed; allowed: None, or perdure.data.Views"),
         ({"optimizer": "sgd"}, r"optimizer = 'str' .*partial\(torch.optim.SGD, lr=0.1\)"),
         ({"epochs": 1.5}, "epochs = 1.5 is not allowed; allowed: a whole number, 1 or more"),
@@ -56,13 +65,21 @@ def test_an_optimizer_in_place_of_its_maker_is_refused():
 @pytest.mark.parametrize(
     ("maker", "message"),
     [
-        (torch.optim.LBFGS, "optimizer = 'LBFGS' .*one gradient a step"),
+        (torch.optim.LBFGS, "optimizer = 'LBFGS' .*one dense gradient a step"),
+        (torch.optim.SparseAdam, "optimizer = 'SparseAdam' .*one dense gradient a step"),
+        (Twice, "optimizer = 'Twice' .*one dense gradient a step"),
         (lambda parameters: None, "optimizer.parameters. = 'NoneType' .*return one"),
+        (partial(torch.optim.SGD, rate=0.1), r"optimizer\(parameters\) fails: .*'rate'.*SGD, lr"),
+        (partial(torch.optim.SGD, lr=-0.1), r"optimizer\(parameters\) fails: Invalid learning"),
+        (torch.optim.Muon, r"optimizer\(parameters\) fails: Muon only supports 2D"),
+        (lambda _: SGD(nn.Linear(5, 4).parameters()), "optimizer = 'SGD of other parameters'"),
+        (partial(SGD, differentiable=True), "optimizer SGD fails in a step: .*dense gradients"),
     ],
 )
 def test_an_optimizer_that_the_loop_cannot_use_is_refused(toy_stream, maker, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         learner(optimizer=maker).fit(toy_stream())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_may_be_text(tmp_path):
@@ -88,7 +105,7 @@ def test_a_data_set_in_place_of_a_stream_is_refused():
 )
 def test_a_model_that_does_not_fit_the_records_is_refused(toy_stream, model, message):
     with pytest.raises(ConfigError, match=message):
-        learner(model=model, optimizer=lambda p: SGD([nn.Parameter(torch.ones(1))])).fit(
+        learner(model=model, optimizer=lambda p: SGD([*p] or [nn.Parameter(torch.ones(1))])).fit(
             toy_stream()
         )
 

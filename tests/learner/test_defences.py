@@ -216,8 +216,8 @@ SETTINGS = (
     {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.5))},
     {"privacy": replace(SIMULATED, clipping=Adaptive(count_noise=0.6))},
     {"micro_batch_size": 2},
-    {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.5)},
-    {"scheduler": partial(LambdaLR, lr_lambda=lambda step: 0.4)},
+    {"scheduler": lambda optimizer, steps: LambdaLR(optimizer, lr_lambda=lambda step: 0.5)},
+    {"scheduler": lambda optimizer, steps: LambdaLR(optimizer, lr_lambda=lambda step: 0.4)},
 )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from helpers.learners import SIMULATED
 from perdure.data import iid
-from perdure.errors import DataError, RunawayError
+from perdure.errors import DataError
 
 
 def spoilt(stream, value, *, index=1, row=5, column=2):
@@ -42,9 +42,12 @@ def test_inside_the_curator_no_value_is_looked_at(learner_of, toy_stream):
     assert learner.position.step == 3
 
 
-def test_without_privacy_nothing_is_checked_beforehand(learner_of, toy_stream):
-    with pytest.raises(RunawayError):
-        learner_of(iterations=40).fit(spoilt(toy_stream(), float("nan"), index=0))
+def test_without_privacy_a_nan_is_named_when_training_fails(learner_of, toy_stream):
+    """Nothing is checked beforehand, and the learning rate is not blamed."""
+    learner = learner_of(iterations=40)
+    with pytest.raises(DataError, match=r"experience 0 .* has nan in row 5 .*, column 2 of"):
+        learner.fit(spoilt(toy_stream(), float("nan"), index=0))
+    assert learner.position.step == 40
 
 
 def test_a_federation_is_checked_before_a_server_hears_of_it(learner_of, toy_stream):

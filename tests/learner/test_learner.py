@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import StepLR
 
 from helpers.learners import SIMULATED, adam, bits, same_bits
 from perdure.contract.combine import Combine
@@ -193,25 +192,6 @@ def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_
     assert len(asked) == 3 * (len(stream) - 1)  # not in the first experience
     # of the part that always pulls
     assert [loud.plan(e).applies_penalty for e in stream] == [True] * len(stream)
-
-
-def test_a_scheduler_is_stepped_after_every_step(learner_of, toy_stream):
-    rates = []
-
-    def look(point, learner):
-        if point == "step.sampled":
-            rates.append(learner.current_optimizer.param_groups[0]["lr"])
-
-    learner_of(scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look]).fit(
-        toy_stream()
-    )
-    # it goes on over experiences
-    assert rates == pytest.approx([0.02] * 3 + [0.002] * 3 + [0.0002] * 2)
-    rates.clear()
-    learner_of(
-        scheduler=partial(StepLR, step_size=3, gamma=0.1), callbacks=[look], reset_optimizer=True
-    ).fit(toy_stream())
-    assert rates == pytest.approx([0.02] * 3 + [0.002] + [0.02] * 3 + [0.002])
 
 
 @pytest.mark.parametrize(("reset", "steps"), [(False, 8), (True, 4)])

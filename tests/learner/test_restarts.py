@@ -172,7 +172,7 @@ def test_any_name_may_be_remembered(four, toy_model):
 @pytest.mark.deep(reason="full replay: two whole runs and their restarts")
 def test_a_schedule_that_changes_late(twice, meetings):
     def lam(late):
-        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        return lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: late if s >= 1007 else 1.0
         )
 

@@ -11,7 +11,15 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 
 from helpers.learners import SIMULATED, bits, same_bits
 from perdure.contract.combine import Combine
@@ -106,7 +114,28 @@ RESUMED = {
     "online": Combine(EWC(strength=20.0, mode="online"), LwF()),
     "joint": Joint(),
 }
-schedule = partial(MultiStepLR, milestones=[3, 6], gamma=0.3)
+
+
+def schedule(optimizer, steps):
+    return MultiStepLR(optimizer, milestones=[steps // 2, 3], gamma=0.3)
+
+
+def every_step(optimizer, steps):
+    return StepLR(optimizer, step_size=1)
+
+
+def one_cycle(optimizer, steps):
+    return OneCycleLR(optimizer, 0.1, total_steps=steps)
+
+
+def in_sequence(optimizer, steps):
+    warm = LinearLR(optimizer, start_factor=0.1, total_iters=2)
+    parts = [warm, CosineAnnealingLR(optimizer, T_max=steps - 2)]
+    return SequentialLR(optimizer, parts, milestones=[2])
+
+
+def harmonic(optimizer, steps):
+    return LambdaLR(optimizer, lr_lambda=lambda step: 1 / (1 + step))
 
 
 @pytest.fixture
@@ -247,7 +276,7 @@ def test_a_finished_run_is_not_run_again(start, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scheduler": partial(StepLR, step_size=1)},
+        {"scheduler": every_step},
         {"seed": 6},
         {"optimizer": partial(torch.optim.Adam, lr=0.5)},
     ],
@@ -310,9 +339,7 @@ def test_private_rows_are_kept_apart(learner_of, toy_stream, tmp_path):
     assert not any(record.tobytes() in published for record in records)
 
 
-@pytest.mark.parametrize(
-    "scheduler", [schedule, partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))]
-)
+@pytest.mark.parametrize("scheduler", [schedule, harmonic, one_cycle, in_sequence])
 def test_a_scheduler_survives_the_disk(learner_of, toy_stream, tmp_path, scheduler):
     rates = {"whole": [], "cut": []}
 

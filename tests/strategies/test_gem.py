@@ -37,11 +37,11 @@ def matrices(gradient, references):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 0.5, 2.0]))
 def test_the_dual_is_the_solution_of_its_program(seed, k, margin):
-    """Against bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge, and the conditions
-    of optimality.
+    """Against bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge |r_k|^2, and the
+    conditions of optimality.
     """
     g, rows = matrices(*problem(seed, k))
-    gram = rows @ rows.T + RIDGE * np.eye(k)
+    gram = rows @ rows.T + RIDGE * np.diag((rows**2).sum(1))
     along = rows @ g
     mine = dual(torch.from_numpy(rows @ rows.T), torch.from_numpy(along), margin).numpy()
     root = np.linalg.cholesky(gram)
@@ -75,7 +75,8 @@ def test_projection_is_the_nearest_harmless_gradient_at_margin_0(seed, k):
         flat(mine).numpy(), nearest, rtol=0, atol=2e-2 * (1 + np.abs(g).max())
     )
     v = dual(torch.from_numpy(rows @ rows.T), torch.from_numpy(rows @ g), 0.0).numpy()
-    assert (rows @ flat(mine).double().numpy() >= -RIDGE * v - 1e-4).all()
+    slack = RIDGE * v * (rows**2).sum(1)
+    assert (rows @ flat(mine).double().numpy() >= -slack - 1e-4).all()
 
 
 def test_a_grid_finds_nothing_better():
@@ -84,9 +85,10 @@ def test_a_grid_finds_nothing_better():
     rows = np.array([[0.0, 1.0, 0.3], [-1.0, 0.4, 0.0]])
     axis = np.linspace(0, 4, 201)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
-    cost = 0.5 * ((grid @ rows) ** 2).sum(1) + 0.5 * RIDGE * (grid**2).sum(1) + grid @ (rows @ g)
+    ridge = RIDGE * (rows**2).sum(1)
+    cost = 0.5 * ((grid @ rows) ** 2).sum(1) + 0.5 * (grid**2) @ ridge + grid @ (rows @ g)
     mine = dual(torch.from_numpy(rows @ rows.T), torch.from_numpy(rows @ g), 0.0).numpy()
-    own = 0.5 * ((mine @ rows) ** 2).sum() + 0.5 * RIDGE * (mine**2).sum() + mine @ (rows @ g)
+    own = 0.5 * ((mine @ rows) ** 2).sum() + 0.5 * (mine**2) @ ridge + mine @ (rows @ g)
     assert own <= cost.min() and np.abs(grid[cost.argmin()] - mine).max() <= 0.02
 
 
@@ -94,14 +96,41 @@ def test_a_grid_finds_nothing_better():
 @settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_with_one_reference_and_no_margin_it_is_averaged_gem(seed):
-    """Up to the ridge: v = -<g, r> / (<r, r> + ridge)."""
+    """Up to the ridge: v = -<g, r> / (<r, r> (1 + ridge))."""
     gradient, (reference,) = problem(seed, 1)
     mine = GEM(memory_size=5, margin=0.0).project(gradient, (reference,), State())
     apart = float((flat(mine) - flat(against(gradient, reference))).norm())
     along = float(flat(gradient) @ flat(reference))
     length = float(flat(reference) @ flat(reference))
-    bound = max(0.0, -along) / length**1.5 * RIDGE
+    bound = max(0.0, -along) / length**0.5 * RIDGE
     assert apart <= bound * 1.01 + 1e-5
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@pytest.mark.parametrize("size", [1e-12, 0.014, 1e6])
+def test_the_projection_does_not_depend_on_the_size_of_gradients(size, margin):
+    gradient, (first, second) = problem(3, 2)
+    against_first = {name: value - 2 * first[name] for name, value in gradient.items()}
+    strategy = GEM(memory_size=5, margin=margin)
+    expected = flat(strategy.project(against_first, (first, second), State()))
+    small, *rest = (
+        {name: size * value for name, value in each.items()}
+        for each in (against_first, first, second)
+    )
+    found = flat(strategy.project(small, tuple(rest), State()))
+    torch.testing.assert_close(found / size, expected, rtol=1e-4, atol=1e-4)
+    units = [flat(each) / flat(each).norm() for each in rest]
+    assert min(float(found @ unit) for unit in units) >= -5e-3 * float(found.norm())
+
+
+def test_a_short_reference_counts_as_much_as_a_long_one():
+    gradient, (first, second) = problem(3, 2)
+    strategy = GEM(memory_size=5, margin=0.0)
+    expected = flat(strategy.project(gradient, (first, second), State()))
+    short = {name: 1e-4 * value for name, value in first.items()}
+    nothing = {name: 0 * value for name, value in first.items()}
+    found = flat(strategy.project(gradient, (nothing, short, second), State()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_agreeing_gradients_stay_and_a_margin_leans_to_the_past():

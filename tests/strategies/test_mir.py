@@ -214,14 +214,13 @@ def test_mir_is_replay_when_every_candidate_is_chosen(toy_stream, toy_model):
     )
     chosen = (MIR(memory_size=12, candidates=candidates, batch_size=4) for candidates in (4, 12))
     for strategy, factor in ((next(chosen), 1), (replay, 2), (next(chosen), 1)):
-        rates = iter([1] + [factor] * 11)  # in the first step memory is empty
-        learner = learner_of(
-            strategy,
-            toy_model(stream),
-            scheduler=partial(
-                torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda _, r=rates: next(r, 1)
-            ),
-        )
+        rates = iter([0.1] + [0.1 * factor] * 11)  # in the first step memory is empty
+
+        def faster(point, learner, rates=rates):
+            if point == "step.sampled":
+                learner.current_optimizer.param_groups[0]["lr"] = next(rates)
+
+        learner = learner_of(strategy, toy_model(stream), callbacks=[faster])
         learner.fit(stream)
         ends.append(torch.cat([value.flatten() for value in learner.model.state_dict().values()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)

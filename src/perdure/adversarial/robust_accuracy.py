@@ -9,6 +9,7 @@ from torch import Tensor
 from perdure.adversarial.base import Attack
 from perdure.errors import ConfigError
 from perdure.utils.chunking import row_slices
+from perdure.utils.finite_outputs import finite_outputs
 
 
 def robust_accuracy(
@@ -38,8 +39,8 @@ def robust_accuracy(
         batch_size: most rows in one forward pass.
 
     Raises:
-        ConfigError: when there are no records, labels do not fit, or inputs lie outside the
-            attack's bounds.
+        ConfigError: when there are no records, labels do not fit, inputs lie outside the attack's
+            bounds, or logits are NaN or infinite.
 
     >>> from perdure.adversarial import FGSM
     >>> pictures, labels = torch.tensor([[0.9, 0.1], [0.6, 0.5]]), torch.tensor([0, 0])
@@ -63,7 +64,7 @@ def _survivors(
 ) -> int:
     """Number of records that are classified right both as they are and under attack."""
     with torch.no_grad():
-        right = predict(inputs).argmax(1) == labels
+        right = finite_outputs(predict(inputs)).argmax(1) == labels
     inputs = inputs[right]
     labels = labels[right]
     if len(inputs) == 0:
@@ -74,7 +75,7 @@ def _survivors(
         generator=generator,
     )
     with torch.no_grad():
-        return int((predict(moved).argmax(1) == labels).sum())
+        return int((finite_outputs(predict(moved)).argmax(1) == labels).sum())
 
 
 def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> None:

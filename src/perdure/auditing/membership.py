@@ -16,6 +16,7 @@ from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.chunking import by_pieces
+from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.seeding import derive, generator
 
 Predictor = Callable[[Tensor], Tensor]
@@ -129,7 +130,7 @@ def logit_confidence(predict: Predictor, records: Records) -> Tensor:
 
     It is the label's logit less the log-sum-exp of all others.
     """
-    logits = by_pieces(predict, records.inputs).double()
+    logits = finite_outputs(by_pieces(predict, records.inputs)).double()
     labels = records.labels[:, None]
     others = logits.scatter(1, labels, -math.inf).logsumexp(1)
     return logits.gather(1, labels)[:, 0] - others

@@ -19,6 +19,7 @@ from perdure.contract.plan import (
     Selection,
     Update,
     records_in,
+    refuse_single_class,
     refuse_size,
 )
 from perdure.contract.quadratic_penalty import QuadraticPenalty
@@ -50,6 +51,7 @@ __all__ = [
     "Utility",
     "cross_entropy_of",
     "records_in",
+    "refuse_single_class",
     "refuse_size",
     "task_losses",
 ]

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, StrategyError
+from perdure.tasks import SingleLabel
 
 if TYPE_CHECKING:
     from perdure.data.experience import Experience
@@ -98,6 +99,26 @@ def records_in(size: int | str, experience: "Experience") -> int:
     inputs = experience.train.inputs
     row = inputs[:0].new_empty(inputs.shape[1:]).nbytes + 2 * experience.train.ids.element_size()
     return max(1, int(float(number) * UNITS[unit]) // row)
+
+
+def refuse_single_class(strategy: str, experience: "Experience") -> None:
+    """Refuse an experience of one class, for a loss that compares the classes of one experience.
+
+    Cross entropy over one class is 0 whatever the model does, so that nothing would be learnt.
+
+    Args:
+        strategy: its name, for the message.
+        experience: of single-label records; others pass.
+
+    Raises:
+        StrategyError: naming the experience and its class.
+    """
+    if isinstance(experience.task, SingleLabel) and len(set(experience.classes)) == 1:
+        raise StrategyError(
+            f"{strategy} learns nothing from experience {experience.index}, whose only class is "
+            f"{experience.classes[0]}: its loss compares the classes of one experience with each "
+            "other; give every experience 2 classes or more, or use Replay or EWC"
+        )
 
 
 def refuse_size(size: int | str) -> None:

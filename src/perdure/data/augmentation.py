@@ -10,7 +10,8 @@ over K views, so views cost nothing in privacy.
 >>> learner = Learner(..., views=views, privacy=Privacy(epsilon=3))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ class Views:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError.of("views.count", self.count, "1 or more")
+        if not callable(self.change):
+            allowed = "a function from one record's input to a version of it, as shift_and_flip()"
+            raise ConfigError.of("views.change", self.change, allowed)
 
     def attach(self, batch: Batch, seed: Seed) -> Batch:
         """Put the views beside the rows, where `losses` finds them.
@@ -54,8 +58,11 @@ class Views:
         Args:
             batch: the rows.
             seed: of the draws; secret bytes under privacy.
+
+        Raises:
+            ConfigError: for a change that does not run on each record alone.
         """
-        with drawing_from(seed, batch.inputs.device):
+        with drawing_from(seed, batch.inputs.device), _explained():
             each = torch.func.vmap(self.change, randomness="different")
             views = {f"stored.{NAME}{k}": each(batch.inputs) for k in range(self.count)}
         return Batch.from_tensors(batch.tensors() | views)
@@ -67,6 +74,23 @@ class Views:
         plain = {n: t for n, t in batch.tensors().items() if not n.startswith(f"stored.{NAME}")}
         views = [plain | {"inputs": batch.stored[f"{NAME}{k}"]} for k in range(self.count)]
         return torch.stack([losses(Batch.from_tensors(view)) for view in views]).mean(0)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say why a change does not run, such as a transform of torchvision that branches."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ConfigError(
+            f"views.change fails on one record under torch.func.vmap: {reason}; allowed: a "
+            "function that does not branch on values or draws, as the random transforms of "
+            "torchvision do; use torch.where, as perdure.data.shift_and_flip, or transform the "
+            "data set beforehand"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

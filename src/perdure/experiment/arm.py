@@ -31,7 +31,7 @@ from perdure.learner.learner import Callback, Learner
 from perdure.metrics import summarise
 from perdure.models.classifiers import build
 from perdure.privacy.ledger.merged import Merged, merge
-from perdure.utils.atomic_files import save_tensors, write_atomically, write_json
+from perdure.utils.atomic_files import save_tensors, write_atomically, write_json, writing
 from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
@@ -104,11 +104,12 @@ class MetricsLog:
         if key in self.rows:
             return
         self.rows[key] = dict(row)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
 # --------------------------------------------------------------------------- one arm

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.utils.finite_outputs import finite_outputs
 
 Predict = Callable[[Tensor], Tensor]
 """Inputs (rows, ...) to outputs (rows, outputs); each row of the result depends on its own input
@@ -85,14 +86,16 @@ def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
         raise ConfigError.of(
             "predict(inputs).shape", tuple(outputs.shape), f"({len(rows)}, outputs)"
         )
-    return outputs.gather(1, targets[:, None]).squeeze(1).double()
+    return finite_outputs(outputs).gather(1, targets[:, None]).squeeze(1).double()
 
 
 @torch.no_grad()
 def chosen_targets(predict: Predict, inputs: Tensor, targets: Tensor | None, chunk: int) -> Tensor:
     """Return the outputs to explain (n,): those given, else each instance's largest."""
     if targets is None:
-        return torch.cat([predict(rows).argmax(1) for rows in torch.split(inputs, chunk)])
+        return torch.cat(
+            [finite_outputs(predict(rows)).argmax(1) for rows in torch.split(inputs, chunk)]
+        )
     if targets.shape != inputs.shape[:1] or targets.dtype != torch.int64:
         given = f"{tuple(targets.shape)} {targets.dtype}"
         raise ConfigError.of("targets", given, f"({len(inputs)},) int64, one output per instance")

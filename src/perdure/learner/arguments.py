@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import device, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from perdure.adversarial.base import Attack
 from perdure.data.augmentation import Views
@@ -47,6 +47,13 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             type(given["optimizer"]).__name__,
             "a function from parameters to an optimiser, such as partial(torch.optim.SGD, lr=0.1)",
         )
+    if given.get("scheduler") is not None and not callable(given.get("scheduler")):
+        raise ConfigError.of(
+            "scheduler",
+            type(given.get("scheduler")).__name__,
+            "None, or a function from optimiser and number of steps of an experience, such as "
+            "lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps)",
+        )
     if (given["epochs"] is None) == (given["iterations"] is None):
         raise ConfigError.of(
             "length of an experience",
@@ -63,23 +70,6 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["views"] and given["adversary"]:
         allowed = "none with an adversary, which perturbs the record itself"
         raise ConfigError.of("views", given["views"], allowed)
-
-
-def made_optimizer(made: object) -> Optimizer:
-    """Return the optimiser that the argument `optimizer` made; refuse one that the loop cannot use.
-
-    Raises:
-        ConfigError: where it is no optimiser, or asks for losses again inside a step.
-    """
-    if not isinstance(made, Optimizer):
-        raise ConfigError.of(
-            "optimizer(parameters)", type(made).__name__, "a torch.optim.Optimizer; return one"
-        )
-    if isinstance(made, LBFGS):
-        raise ConfigError.of(
-            "optimizer", "LBFGS", "an optimiser that needs one gradient a step, such as SGD or Adam"
-        )
-    return made
 
 
 def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from perdure.errors import RunError
-from perdure.utils.atomic_files import save_tensors, write_json
+from perdure.utils.atomic_files import save_tensors, write_json, writing
 
 KEEP = 2
 """Checkpoints kept, so that the one before the last survives a crash while the last is written."""
@@ -53,7 +53,11 @@ class Store:
         self._latest = self.public / "latest.json"
 
     def save(self, number: int, snapshot: Snapshot) -> None:
-        """Write checkpoint `number`, then point to it, then drop old ones."""
+        """Write checkpoint `number`, then point to it, then drop old ones.
+
+        Raises:
+            StorageError: where a file cannot be written; the last checkpoint stays complete.
+        """
         name = f"{number:06d}.safetensors"
         save_tensors(self.private / name, snapshot.private, private=True)
         save_tensors(self.public / name, snapshot.tensors)
@@ -119,7 +123,8 @@ class Store:
         for folder in (self.public, self.private):
             for path in folder.glob("[0-9]*.*"):
                 if int(path.stem) <= up_to:
-                    path.unlink()
+                    with writing(path):
+                        path.unlink()
 
 
 def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,19 +10,20 @@ the code behind a name, which only the noise digest of a private run sees.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import islice
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.data.experience import Experience, Stream
 from perdure.errors import ConfigError, RunError
-from perdure.learner.noise_digest import ReplayedRates, module_settings
+from perdure.learner.noise_digest import module_settings
+from perdure.learner.optimizers import MakeOptimizer
 from perdure.learner.party import Party
+from perdure.learner.schedules import MakeSchedule, ReplayedRates
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Tensors
 from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
@@ -35,7 +36,10 @@ VERSION = 1
 LONGEST = 200
 """Characters of a value that is stored as it is; a longer one is stored as its digest."""
 RATES_SHOWN = 256
-"""Learning rates of a schedule that are looked at: it may be a function that no state holds."""
+"""Learning rates of a schedule that are looked at: it may be a function that no state holds.
+
+They are those of an experience of this many steps, whatever the stream, which may grow.
+"""
 NAMED = 8
 """Differences that a message names."""
 MISSING = "nothing"
@@ -48,8 +52,8 @@ MAY_GROW = ("stream.experiences", "privacy.epsilon")
 def fingerprint_of(
     session: Party,
     *,
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    scheduler: Callable[[Optimizer], LRScheduler] | None,
+    optimizer: MakeOptimizer,
+    scheduler: MakeSchedule | None,
     extra: Mapping[str, object],
 ) -> Fingerprint:
     """Return the fingerprint of the run that a session stands at the start of.
@@ -57,7 +61,7 @@ def fingerprint_of(
     Args:
         session: with its model as it was given.
         optimizer: from parameters to the optimiser.
-        scheduler: from the optimiser to its scheduler.
+        scheduler: from the optimiser and the number of steps to the schedule of an experience.
         extra: settings of whoever drives the session, such as a federation's.
     """
     training = session.training
@@ -93,14 +97,14 @@ def optimizer_settings(optimizer: Optimizer) -> Fingerprint:
 
 
 def schedule_settings(
-    scheduler: Callable[[Optimizer], LRScheduler] | None,
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: MakeSchedule | None,
+    optimizer: MakeOptimizer,
 ) -> Fingerprint:
     """Description of a schedule, and the learning rates that it begins with."""
     found = flat("scheduler", scheduler)
     if scheduler is not None:
-        rates = ReplayedRates(optimizer, scheduler).until(RATES_SHOWN)
-        found["scheduler.learning rates"] = described(rates)
+        replayed = ReplayedRates(optimizer, scheduler, RATES_SHOWN)
+        found["scheduler.learning rates"] = described(replayed.rates)
     return found
 
 

@@ -1,7 +1,7 @@
 """The learner and its one loop. Every strategy, client and privacy mode runs through it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial.base import Attack
 from perdure.contract.state import State
@@ -19,15 +18,23 @@ from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError
-from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, plain_model
+from perdure.learner.arguments import check_arguments, check_stream, plain_model
 from perdure.learner.checkpoint import Position, Snapshot, Store
 from perdure.learner.evaluation import measurements, predictor
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
-from perdure.learner.noise_digest import ReplayedRates, noise_digest
+from perdure.learner.noise_digest import noise_digest
+from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
 from perdure.learner.party import OWNER
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
+from perdure.learner.schedules import (
+    MakeSchedule,
+    ReplayedRates,
+    made_schedule,
+    refuse_schedule,
+    take_step,
+)
 from perdure.learner.session import Session
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.planning.training_plan import TrainingPlan
@@ -73,8 +80,9 @@ class Learner:
             `features`.
         strategy: how forgetting is fought.
         optimizer: from parameters to any torch optimiser that needs one gradient a step.
-        scheduler: from the optimiser to a scheduler that is stepped after every step; None for a
-            constant rate.
+        scheduler: called as scheduler(optimizer, steps=number of steps) when an experience begins,
+            and returns its schedule, which is stepped after every step; None for a constant rate.
+            Every experience starts from the learning rate of `optimizer`.
         epochs: length of an experience in passes over its records; give this or `iterations`.
         iterations: length of an experience in steps.
         blocks: pieces an experience is done in; each is charged to the ledger as one, and ends with
@@ -102,8 +110,8 @@ class Learner:
 
     model: nn.Module
     strategy: Strategy
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
-    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    optimizer: MakeOptimizer
+    scheduler: MakeSchedule | None = None
     epochs: int | None = None
     iterations: int | None = None
     blocks: int = 1
@@ -141,9 +149,7 @@ class Learner:
         session = self.session
         for batch in session.steps(steps, self.noise_digest):
             session.backward(batch)
-            self._optimizer.step()
-            if self._scheduler:
-                self._scheduler.step()
+            take_step(self._optimizer, self._scheduler)
             session.after_step()
 
     # ------------------------------------------------------------------ a whole stream
@@ -203,6 +209,9 @@ class Learner:
         self.close()
         self.matrix = []
         self._rates = None
+        self._new_optimizer()
+        if self.scheduler:  # refuse it before anything is inspected, charged or written
+            refuse_schedule(self.optimizer, self.scheduler, self.iterations)
         self._session = Session(
             model=self.model,
             strategy=self.strategy,
@@ -226,7 +235,6 @@ class Learner:
             warm_start=self.warm_start,
             make_private_sum=self.make_private_sum,
         )
-        self._new_optimizer()
         if self.folder or self.driven_by:
             self.fingerprint = fingerprint_of(
                 self._session,
@@ -246,8 +254,10 @@ class Learner:
         """Open experience `index`; after a resume in its middle, only reopen the records."""
         begins = self.session.open(index)
         restart = self.training.of(self.stream[index]).restart
-        if begins and (restart or self.reset_optimizer):
-            self._new_optimizer()
+        if begins:
+            if restart or self.reset_optimizer:
+                self._new_optimizer()
+            self._new_schedule(index)
         self._notify("experience.begin")
 
     def finish(self) -> None:
@@ -257,6 +267,7 @@ class Learner:
             RunawayError: where training diverged and parameters are NaN or infinite.
         """
         self.session.consolidate()
+        self._scheduler = None
         self._notify("experience.end")
 
     # ------------------------------------------------------------------ evaluation
@@ -302,7 +313,7 @@ class Learner:
             LedgerError: when the ledger does not go on from the one that the checkpoint knows.
             RunError: when the run was asked for otherwise; the differences are named.
         """
-        self._rates = None
+        self._rewind(snapshot)
         self.matrix = restore_checkpoint(
             snapshot,
             self.session,
@@ -314,7 +325,7 @@ class Learner:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""
-        self._rates = None
+        self._rewind(snapshot)
         self.matrix = restore_snapshot(snapshot, self.session, self._optimizer, self._scheduler)
 
     def save(self) -> None:
@@ -407,26 +418,43 @@ class Learner:
                 self._initial[name] = value  # the session has this very dictionary
 
     def _new_optimizer(self) -> None:
-        self._optimizer = made_optimizer(self.optimizer(trainable_parameters(self.model).values()))
-        self._scheduler = self.scheduler(self._optimizer) if self.scheduler else None
+        self._optimizer = made_optimizer(self.optimizer, self.params)
+        self._made_options = options_of(self._optimizer)
+        self._scheduler = None
+
+    def _new_schedule(self, index: int) -> None:
+        """Begin the schedule of an experience, from the options that the optimiser was made with.
+
+        An experience of no step has none.
+        """
+        steps = self.training.steps(index)
+        self._scheduler = None
+        if self.scheduler and steps:
+            put_options(self._optimizer, self._made_options)
+            self._scheduler = made_schedule(self.scheduler, self._optimizer, steps)
+
+    def _rewind(self, snapshot: Snapshot) -> None:
+        """Have the schedule that a snapshot was taken under, at its first step."""
+        self._rates = None
+        self._scheduler = None
+        if snapshot.facts["scheduler"]:
+            self._new_schedule(snapshot.facts["position"]["experience"])
 
     def noise_digest(self) -> str:
         """Digest everything but the records that determines the next steps; "" without privacy."""
         if self.private_sum is None:
             return ""
-        rates = "[]"
-        if self.scheduler:
-            steps = sum(self.training.steps(i) for i in range(self.position.experience + 1))
-            rates = self._replayed(self.scheduler).text(steps)
+        rates = self._replayed(self.scheduler).text if self.scheduler else "[]"
         live = take_snapshot(
             self.session, self._optimizer, self._scheduler, self.matrix, copy=False
         )
         return noise_digest(self.session, live, self._optimizer, self._scheduler, rates)
 
-    def _replayed(self, scheduler: Callable[[Optimizer], LRScheduler]) -> ReplayedRates:
-        """Learning rates of a schedule, run anew wherever the run does not simply go on."""
-        if self._rates is None or not self._rates.are_of(self.optimizer, scheduler):
-            self._rates = ReplayedRates(self.optimizer, scheduler)
+    def _replayed(self, scheduler: MakeSchedule) -> ReplayedRates:
+        """Learning rates of the experience, replayed again where the run does not simply go on."""
+        steps = self.training.steps(self.position.experience)
+        if self._rates is None or not self._rates.are_of(self.optimizer, scheduler, steps):
+            self._rates = ReplayedRates(self.optimizer, scheduler, steps)
         return self._rates
 
     def _notify(self, point: str) -> None:

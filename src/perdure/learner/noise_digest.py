@@ -10,7 +10,6 @@ noise a simulation draws.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -46,7 +45,7 @@ def noise_digest(
         snapshot: of the session and its optimiser now.
         optimizer: that takes the steps.
         scheduler: of its learning rate.
-        rates: learning rates of all steps up to the end of the experience, as JSON.
+        rates: learning rates of all steps of the experience, as JSON.
     """
     asked = {"version": VERSION, **settings(session, snapshot, optimizer, scheduler)}
     texts = {name: canonical_text(value) for name, value in asked.items()}
@@ -142,48 +141,6 @@ def module_settings(path: str, module: nn.Module) -> JSONValue:
 
 
 # --------------------------------------------------------------------------- behaviour
-
-
-class ReplayedRates:
-    """Learning rates of the steps under a schedule.
-
-    A schedule may be a function that no state holds, so it is run: once, and on from where it is.
-
-    Args:
-        optimizer: from parameters to the optimiser.
-        scheduler: from the optimiser to its scheduler.
-    """
-
-    def __init__(
-        self,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[[Optimizer], LRScheduler],
-    ) -> None:
-        self._made_by = (optimizer, scheduler)
-        self._own = optimizer([nn.Parameter(torch.zeros(1))])
-        self._schedule = scheduler(self._own)
-        self._rates: list[float] = []
-        self._text = ""
-
-    def are_of(self, optimizer: object, scheduler: object) -> bool:
-        """Return whether these very makers are replayed here."""
-        return optimizer is self._made_by[0] and scheduler is self._made_by[1]
-
-    def until(self, steps: int) -> list[float]:
-        """Return the rates of the first `steps` steps."""
-        new = []
-        for _ in range(len(self._rates), steps):
-            new.append(float(self._own.param_groups[0]["lr"]))
-            self._own.step()
-            self._schedule.step()
-        self._rates += new
-        self._text += "".join(f"{canonical_text(rate)}," for rate in new)
-        return self._rates[:steps]
-
-    def text(self, steps: int) -> str:
-        """Return the rates of the first `steps` steps as JSON."""
-        rates = self.until(steps)
-        return f"[{self._text[:-1]}]" if steps == len(self._rates) else canonical_text(rates)
 
 
 def probe_strategy(session: Party) -> dict[str, Tensor]:

@@ -35,12 +35,7 @@ from perdure.learner.loss_path import LossPath
 from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
 from perdure.learner.private_setup import inspect, open_private_sum, rule_of
-from perdure.learner.sanity_checks import (
-    refuse_attack,
-    refuse_outputs,
-    refuse_runaway,
-    require_state,
-)
+from perdure.learner.sanity_checks import refuse_misfits, refuse_runaway, require_state
 from perdure.learner.step_memory import StepMemory
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
@@ -152,8 +147,7 @@ class Party:
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
         self.strategy.refuse_task(self.stream.task)
-        refuse_attack(self.adversary, self.stream)
-        refuse_outputs(model, self.stream)
+        refuse_misfits(model, self.training, self.stream, self.adversary, self.views)
         spec = spec_of(model, self._detached(), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
         self.held = HeldRecords(
@@ -438,9 +432,10 @@ class Party:
         """Offer the records to memory, let the strategy consolidate, and end the experience.
 
         Raises:
+            DataError: where an input is NaN or infinite, and so are parameters.
             RunawayError: where training diverged and parameters are NaN or infinite.
         """
-        refuse_runaway(self.params, self.strategy, self.position.experience)
+        refuse_runaway(self.params, self.training, self.position.experience)
         self.mark_model(learnt=True)
         self.model.eval()
         self._compare_values = True

@@ -1,12 +1,11 @@
 """Prepare a private session: check model and strategy, calibrate the noise, open the ledger."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
-from torch.optim import Optimizer
 
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
@@ -22,6 +21,7 @@ from perdure.learner.gradient_inspection import inspect_gradients
 from perdure.learner.inspection import Inspection, Verdict
 from perdure.learner.known_verdicts import VERDICTS, key_of
 from perdure.learner.model_history import Carried, History
+from perdure.learner.optimizers import MakeOptimizer, called
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.kept_noise import KeptNoise
 from perdure.planning.training_plan import TrainingPlan
@@ -344,12 +344,11 @@ def refuse_outside(stream: Stream) -> None:
             )
 
 
-def refuse_optimizer(
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], params: Params
-) -> None:
+def refuse_optimizer(optimizer: MakeOptimizer, params: Params) -> None:
     """Refuse an optimiser that needs more than one gradient a step.
 
     Raises:
         GuardError: naming the optimiser.
     """
-    check_optimizer(optimizer([nn.Parameter(value.detach().clone()) for value in params.values()]))
+    copies = [nn.Parameter(value.detach().clone()) for value in params.values()]
+    check_optimizer(called(optimizer, copies))

@@ -9,11 +9,44 @@ from torch import nn
 from perdure.adversarial.base import Attack
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
+from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.data.records import Batch
+from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
 from perdure.learner.checkpoint import Position
+from perdure.planning.training_plan import TrainingPlan
+from perdure.tasks import SingleLabel
 from perdure.types import Params
 from perdure.utils.modules import evaluating
+
+
+def refuse_misfits(
+    model: nn.Module,
+    training: TrainingPlan,
+    stream: Stream,
+    adversary: Attack | None,
+    views: Views | None,
+) -> None:
+    """Refuse a model, stream, strategy, attack or views that do not fit each other, before a run.
+
+    Args:
+        model: it is shown two rows of zeros.
+        training: the strategy is asked for the plan of every experience.
+        stream: of `training`, on the model's device.
+        adversary: of every batch, or None.
+        views: of every record, or None.
+
+    Raises:
+        ConfigError: for a model that fails on rows or views, or has not one output for every class,
+            and for an experience that has nothing to learn.
+        StrategyError: for an experience that the strategy refuses.
+    """
+    refuse_attack(adversary, stream)
+    refuse_trivial(training)
+    refuse_outputs(model, stream)
+    if views is not None:
+        _refuse_views(views, model, stream)
 
 
 def refuse_outputs(model: nn.Module, stream: Stream) -> None:
@@ -51,6 +84,56 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
         )
 
 
+def _refuse_views(views: Views, model: nn.Module, stream: Stream) -> None:
+    """Refuse views that do not run on each record alone, or on which the model fails."""
+    records = stream[0].train
+    inputs = torch.zeros_like(records.inputs[:2])
+    if not len(inputs):
+        return
+    zeros = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+    batch = Batch(
+        inputs=inputs,
+        labels=torch.zeros_like(records.labels[:2]),
+        ids=zeros,
+        tasks=zeros,
+        from_memory=zeros > 0,
+        valid=zeros == 0,
+    )
+    changed = views.attach(batch, 0).stored.values()
+    with torch.no_grad(), evaluating(model):
+        for view in changed:
+            try:
+                model(view)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(
+                    f"the model fails on a view of shape {tuple(view.shape[1:])} in "
+                    f"{str(view.dtype)[6:]} of a record of shape {tuple(inputs.shape[1:])}: "
+                    f"{reason}; let views.change keep shape and dtype"
+                ) from error
+
+
+def refuse_trivial(training: TrainingPlan) -> None:
+    """Refuse a stream that has nothing to learn, before anything is trained on it.
+
+    A strategy may refuse an experience too, when it is asked for its plan.
+
+    Raises:
+        ConfigError: where a record is told the only class that it may have.
+    """
+    stream = training.stream
+    alone = "and the loss is 0 whatever the model does; give every experience 2 classes or more"
+    for experience in stream:
+        plan = training.of(experience)
+        single = isinstance(experience.task, SingleLabel) and len(set(experience.classes)) == 1
+        if single and plan.train and (stream.scenario == "task" or stream.num_classes == 1):
+            raise ConfigError(
+                f"experience {experience.index} of {stream.name} has one class, "
+                f"{experience.classes[0]}, to tell its records from: any model is right, {alone}"
+                + (', or scenario="class"' if stream.num_classes > 1 else "")
+            )
+
+
 def refuse_attack(adversary: Attack | None, stream: Stream) -> None:
     """Refuse an attack on inputs that cannot be moved by a little, such as tokens."""
     dtype = stream[0].train.inputs.dtype
@@ -76,15 +159,27 @@ def require_state(hook: str, strategy: Strategy, answer: object) -> State:
     return answer
 
 
-def refuse_runaway(params: Params, strategy: Strategy, experience: int) -> None:
+def refuse_runaway(params: Params, training: TrainingPlan, experience: int) -> None:
     """Refuse to go on where training ran away.
 
-    NaN predicts class 0, which looks like an accuracy.
+    Without privacy its records are looked at for the cause; a private message must not depend on a
+    record.
+
+    Args:
+        params: after training.
+        training: of the run.
+        experience: that was trained.
+
+    Raises:
+        DataError: where an input that is NaN or infinite is the cause.
+        RunawayError: otherwise.
     """
     lost = [name for name, value in params.items() if not bool(value.isfinite().all())]
     if lost:
+        if not training.privacy:
+            check_finite([training.stream])
         raise RunawayError(
-            f"{strategy.name}: {', '.join(lost[:2])} is NaN or infinite at the end of "
+            f"{training.strategy.name}: {', '.join(lost[:2])} is NaN or infinite at the end of "
             f"experience {experience}; "
             "lower the learning rate or the strength of the strategy"
         )

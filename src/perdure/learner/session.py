@@ -16,12 +16,13 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, LoopError
-from perdure.learner.arguments import check_arguments, check_stream, made_optimizer, plain_model
+from perdure.learner.arguments import check_arguments, check_stream, plain_model
 from perdure.learner.checkpoint import Store
 from perdure.learner.evaluation import measurements
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.loop_checks import HiddenBatch, StepOrder
 from perdure.learner.noise_digest import noise_digest
+from perdure.learner.optimizers import refuse_unusable
 from perdure.learner.party import Party
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.snapshots import take_snapshot
@@ -96,7 +97,7 @@ class Session(Party):
     def __post_init__(self) -> None:
         check_stream(self.stream)
         # the optimiser is here already: it is looked at itself, not what makes one
-        check_arguments({**vars(self), "optimizer": made_optimizer})
+        check_arguments({**vars(self), "optimizer": refuse_unusable})
         if self.folder is not None:
             self.folder = Path(self.folder)
         self.model = plain_model(self.model, self.privacy, self.device)
@@ -107,7 +108,7 @@ class Session(Party):
         self._finite = self.privacy is None
         self.fingerprint: Fingerprint = {}
         if self.optimizer is not None:
-            made_optimizer(self.optimizer)
+            refuse_unusable(self.optimizer)
             if self.privacy:
                 check_optimizer(self.optimizer)
             self._start = deepcopy(self.optimizer.state_dict())

@@ -47,16 +47,19 @@ class GroupedGradient(SquaredGradient):
         params = forward.params or dict(forward.module.named_parameters())
 
         def one(tensors: Mapping[str, Tensor]) -> Params:
-            here = torch.arange(self.groups, device=tensors["labels"].device) == self._place(
-                tensors
-            )
-            row = self._row(forward.module, params, tensors)
-            return {
-                n: torch.where(here.view(-1, *[1] * value.dim()), value, 0.0)
-                for n, value in row.items()
-            }
+            return self._row_of_one(forward.module, params, tensors)
 
         return torch.func.vmap(one)(batch.tensors())
+
+    def _row_of_one(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]
+    ) -> Params:
+        here = torch.arange(self.groups, device=tensors["labels"].device) == self._place(tensors)
+        row = self._row(module, params, tensors)
+        return {
+            n: torch.where(here.view(-1, *[1] * value.dim()), value, 0.0)
+            for n, value in row.items()
+        }
 
     def size_of(self, values: Tensor) -> Tensor:
         """The value itself."""

@@ -26,7 +26,8 @@ from perdure.privacy.clipping.rules.base import sum_of
 from perdure.privacy.clipping.tape import escapes, runs_as_built, taped
 from perdure.queries.evaluation import SummedQuery
 from perdure.queries.layer_sums import Terms, sum_by_layers, tapped
-from perdure.queries.per_record import CHUNK, clipped_row_sum, exact_row_sum
+from perdure.queries.per_record import CHUNK, add_to, clipped_row_sum, exact_row_sum
+from perdure.queries.unrolled_recurrence import unrolled_recurrence
 from perdure.types import Params
 from perdure.utils.chunking import filled_chunks
 
@@ -56,8 +57,7 @@ class SquaredGradient(SummedQuery):
         params = forward.params or dict(forward.module.named_parameters())
 
         def one(tensors: Mapping[str, Tensor]) -> Params:
-            rows, _ = self._sizes(lambda p: (Forward(forward.module, p), {}), params, tensors)
-            return rows
+            return self._row_of_one(forward.module, params, tensors)
 
         return torch.func.vmap(one)(batch.tensors())
 
@@ -70,13 +70,40 @@ class SquaredGradient(SummedQuery):
 
     @torch.no_grad()
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sum of the rows without privacy; rows are formed where `summed` does not know it."""
-        params = forward.params or {
-            name: value.detach() for name, value in forward.module.named_parameters()
-        }
-        total = self.summed(forward.module, params, batch.tensors())
-        # each row is as large as the parameters
-        return total or exact_row_sum(self, forward, batch, min(chunk, per_pass(params)))
+        """Sum of the rows without privacy; rows are formed where `summed` does not know it.
+
+        A model that does not run under `torch.func.vmap` is run on one record after another: it was
+        trained, and nothing here has to be hidden.
+        """
+        module = forward.module
+        params = forward.params or {name: p.detach() for name, p in module.named_parameters()}
+        with unrolled_recurrence(module):
+            try:
+                total = self.summed(module, params, batch.tensors())
+                # each row is as large as the parameters
+                return total or exact_row_sum(self, forward, batch, min(chunk, per_pass(params)))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                return self._sum_one_by_one(module, params, batch.tensors())
+
+    def _sum_one_by_one(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]
+    ) -> Params:
+        """Sum of the rows, without `torch.func.vmap`."""
+        sums: Params = {}
+        for place in range(len(tensors["labels"])):
+            record = {name: value[place] for name, value in tensors.items()}
+            for name, value in self._row_of_one(module, params, record).items():
+                add_to(sums, name, value)
+        return sums
+
+    def _row_of_one(
+        self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]
+    ) -> Params:
+        """Row of one record, by parameter name."""
+        row, _ = self._sizes(lambda p: (Forward(module, p), {}), params, tensors)
+        return row
 
     def clipped_sum(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip

@@ -3,10 +3,13 @@
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
+
+from perdure.errors import StorageError
 
 PRIVATE = 0o600
 """Mode of a file that only its owner may read; that of its folder is 0700."""
@@ -23,8 +26,18 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     """Replace the file in one step and see it, and its name, through to the disk.
 
     Args:
+        path: of the file.
+        data: its content.
         private: whether only the owner may read it; its folder is shut, too.
+
+    Raises:
+        StorageError: where it cannot be written; the file is then as it was before.
     """
+    with writing(path):
+        _write_atomically(path, data, private=private)
+
+
+def _write_atomically(path: Path, data: bytes, *, private: bool) -> None:
     if private:
         private_folder(path.parent)
     else:
@@ -32,16 +45,36 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     draft.unlink(missing_ok=True)  # a draft that a crash left may be open to others
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    with os.fdopen(os.open(draft, flags, PRIVATE if private else 0o666), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with os.fdopen(os.open(draft, flags, PRIVATE if private else 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()  # it takes space where there is none
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file cannot be written, and why, where something inside fails to write it.
+
+    Raises:
+        StorageError: for a full disk, a limit, or a folder that may not be written.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError.of(path, error) from None
 
 
 def write_json(path: Path, value: object) -> None:

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perdure.errors import LedgerError
+from perdure.errors import LedgerError, StorageError
 from perdure.privacy.noise.key import NoiseKey
-from perdure.utils.atomic_files import write_atomically
+from perdure.utils.atomic_files import write_atomically, writing
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.forks import present_process
 
@@ -215,11 +215,11 @@ class HeadCopy:
             return
         try:
             write_atomically(self.path, head.text().encode(), private=True)
-        except OSError as error:
+        except StorageError as error:
             if not self.optional:
                 raise
             warnings.warn(
-                f"{self.path} cannot be written ({error.strerror}), so that a rollback of the "
+                f"{self.path} cannot be written ({error.reason}), so that a rollback of the "
                 "run's folder would not be seen; set PERDURE_STATE to a folder, or to off",
                 stacklevel=2,
             )
@@ -339,7 +339,6 @@ class HashChain:
         if path is not None and there:
             self._drop_uncovered(path)
         elif path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(head_path(path), self.head.text().encode())
         for copy in self._copies if self.lines else ():
             copy.write(self.head)
@@ -425,12 +424,13 @@ class HashChain:
                 f"{path}: another process wrote to this ledger; let one process at a time use it"
             )
         if size > self._size:
-            os.truncate(path, self._size)
+            with writing(path):
+                os.truncate(path, self._size)
         self._interrupted = False
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("ab") as file:
+    with writing(path), path.open("ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

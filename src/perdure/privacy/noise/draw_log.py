@@ -22,6 +22,7 @@ is checked before every draw: a second writer, a file that was put back meanwhil
 child are refused.
 """
 
+import errno
 import os
 import secrets
 import weakref
@@ -41,6 +42,7 @@ from perdure.privacy.noise.draw_lines import (
     write_line,
 )
 from perdure.privacy.noise.key import NoiseKey
+from perdure.utils.atomic_files import writing
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.forks import present_process
 
@@ -92,7 +94,8 @@ class DrawLog:
         self._log = -1
         self._closing: weakref.finalize[..., DrawLog] | None = None
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._read(path)
 
     @property
@@ -224,12 +227,13 @@ class DrawLog:
             self._take(line)
         self._head = found.head
         self._read_at = self._lock.taken if self._lock else 0
-        self._open_files(path)
-        os.ftruncate(self._log, found.size)
-        self._file = _file(path)
-        if not missed:
-            self._record()
-            return
+        with writing(path):
+            self._open_files(path)
+            os.ftruncate(self._log, found.size)
+            self._file = _file(path)
+            if not missed:
+                self._record()
+                return
         # Before the heads are written over, or a kill in between would make the log look whole.
         heads = ", ".join(sorted(f"{head.count} {head.mac}" for head in missed))
         self._write({"kind": "lost", "heads": heads})
@@ -256,16 +260,18 @@ class DrawLog:
     def _write(self, line: Line, *, sync: bool = False) -> None:
         if self._path:
             data, mac = write_line(line, self._head.mac, self._mac)
-            written = os.write(self._log, data)
+            with writing(self._path):
+                written = os.write(self._log, data)
             self._head = DrawsHead(self._head.count + 1, mac)
             device, number, size = self._file
             # a line that a full disk cut does not have the size that the next draw looks for
             self._file = (device, number, size + len(data))
-            if written != len(data):
-                raise LedgerError(f"{self._path} cannot be written; make room on its disk")
-            if sync:
-                os.fsync(self._log)
-            self._record()
+            with writing(self._path):
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if sync:
+                    os.fsync(self._log)
+                self._record()
         self._take(line)
 
     def _record(self) -> None:

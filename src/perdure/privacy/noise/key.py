@@ -27,6 +27,7 @@ from perdure.errors import ConfigError, PrivacyError
 from perdure.privacy.noise.ahead import DrawAhead
 from perdure.privacy.noise.gaussian import PIECE, add_rounded_gaussian
 from perdure.privacy.noise.table import Integers, gaussian_table
+from perdure.utils.atomic_files import writing
 
 Draw = tuple[str, str, int, str, int, float]
 """Purpose, entry, step, nonce, number of integers and scale: all that a draw depends on."""
@@ -259,7 +260,16 @@ def _encode(*parts: object) -> bytes:
 
 
 def _create(path: Path, secret: bytes) -> None:
-    """Put a whole key at `path` or none; when another process was faster, its key stays."""
+    """Put a whole key at `path` or none; when another process was faster, its key stays.
+
+    Raises:
+        StorageError: where it cannot be written.
+    """
+    with writing(path):
+        _create_whole(path, secret)
+
+
+def _create_whole(path: Path, secret: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,0 +1,128 @@
+"""Optimisers: made from what the user gave, refused where the loop cannot use them, and stepped."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer, SparseAdam
+
+from perdure.errors import ConfigError
+from perdure.types import Params
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""From parameters to an optimiser."""
+
+EXAMPLE = "partial(torch.optim.SGD, lr=0.1)"
+FAULTS = (TypeError, ValueError, LookupError, ArithmeticError)
+"""Errors of torch for options that do not fit."""
+
+
+def called(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """Return what a maker returns, an optimiser or not; map the errors of torch.
+
+    Raises:
+        ConfigError: where the maker fails.
+    """
+    try:
+        return make(parameters)
+    except FAULTS as error:
+        raise ConfigError(
+            f"optimizer(parameters) fails: {first_line(error)}; allowed: a function from "
+            f"parameters to an optimiser, such as {EXAMPLE}"
+        ) from error
+
+
+def refuse_unusable(optimizer: Optimizer) -> None:
+    """Refuse an optimiser that the loop cannot step.
+
+    Raises:
+        ConfigError: where it asks for losses again inside a step, or for gradients of another kind.
+    """
+    again = needs_argument(optimizer.step) or hasattr(optimizer, "first_step")
+    if again or isinstance(optimizer, SparseAdam):
+        raise ConfigError.of(
+            "optimizer",
+            type(optimizer).__name__,
+            "an optimiser that needs one dense gradient a step, such as SGD or Adam",
+        )
+
+
+def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
+    """Return the optimiser of these parameters; refuse one that the loop cannot use.
+
+    Raises:
+        ConfigError: where it is no optimiser, cannot be stepped by the loop, or holds none of the
+            parameters.
+    """
+    made = called(make, params.values())  # type: ignore[arg-type]
+    name = type(made).__name__
+    if not isinstance(made, Optimizer):
+        raise ConfigError.of("optimizer(parameters)", name, "a torch.optim.Optimizer; return one")
+    refuse_unusable(made)
+    own = {id(value) for value in params.values()}
+    held = {id(value) for group in made.param_groups for value in group["params"]}
+    if own and not own & held:  # a model without parameters has any optimiser
+        raise ConfigError.of(
+            "optimizer",
+            f"{name} of other parameters",
+            f"one of the parameters that it is called with, such as {EXAMPLE}",
+        )
+    return made
+
+
+def step_optimizer(optimizer: Optimizer) -> None:
+    """Take a step.
+
+    Raises:
+        ConfigError: where the optimiser cannot step with dense gradients on this device.
+    """
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise
+        raise ConfigError(
+            f"optimizer {type(optimizer).__name__} fails in a step: {first_line(error)}; allowed: "
+            f"one that steps with dense gradients on this device, such as {EXAMPLE}"
+        ) from error
+
+
+def needs_argument(step: Callable[..., object]) -> bool:
+    """Tell if a method `step` cannot be called without arguments: a closure, or a measured loss."""
+    return any(
+        each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        for each in inspect.signature(step).parameters.values()
+    )
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text; its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# --------------------------------------------------------------------------- options
+
+Options = list[dict[str, Any]]
+"""Options of every group of parameters, such as its learning rate."""
+
+
+def options_of(optimizer: Optimizer) -> Options:
+    """Copy the options of every group."""
+    return [
+        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def put_options(optimizer: Optimizer, options: Options) -> None:
+    """Give every group these options and no others; momentum and other state stay.
+
+    A schedule leaves its last rate behind, and `initial_lr`, from which the next would begin.
+    """
+    for group, wanted in zip(optimizer.param_groups, copy.deepcopy(options), strict=False):
+        for name in group.keys() - wanted.keys() - {"params"}:
+            del group[name]
+        group.update(wanted)

@@ -1,0 +1,79 @@
+"""Outputs that are NaN or infinite are refused wherever the largest of them would be taken."""
+
+import math
+
+import pytest
+import torch
+
+from perdure.adversarial import FGSM, robust_accuracy
+from perdure.auditing.membership import logit_confidence
+from perdure.data.records import Records
+from perdure.errors import ConfigError
+from perdure.explain.base import chosen_targets, scores
+from perdure.metrics import accuracy
+from perdure.utils.finite_outputs import finite_outputs
+
+ROWS = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
+TEXT = r"NaN or infinite for 1 of \d records, first record \d; allowed: finite numbers"
+
+
+def predict(value):
+    """Logits of which the last row has one value in its second column."""
+
+    def answer(rows):
+        last = (rows == ROWS[-1]).all(1) | (rows.shape[0] == 1)
+        spoilt = torch.stack([rows[:, 0], torch.full_like(rows[:, 1], value)], 1)
+        return torch.where(last[:, None], spoilt, rows)
+
+    return answer
+
+
+USES = {
+    "accuracy": lambda f: accuracy(f, ROWS, LABELS, 4),
+    "robust accuracy": lambda f: robust_accuracy(
+        f, ROWS, LABELS, FGSM(epsilon=0.0), generator=None
+    ),
+    "membership": lambda f: logit_confidence(f, Records(inputs=ROWS, labels=LABELS)),
+    "explained output": lambda f: chosen_targets(f, ROWS, None, 4),
+    "explained score": lambda f: scores(f, ROWS, LABELS),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("use", USES)
+def test_outputs_that_are_not_finite_are_refused(use, value):
+    with pytest.raises(ConfigError, match=TEXT) as caught:
+        USES[use](predict(value))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_record_is_counted_over_batches():
+    with pytest.raises(ConfigError, match="for 1 of 2 records, first record 5;"):
+        accuracy(predict(math.nan), ROWS, LABELS, 4)
+
+
+def test_an_attack_that_breaks_the_model_is_no_success():
+    def overflow(rows):
+        return torch.where(rows > 0.5, math.nan, rows)
+
+    rows = torch.full((2, 2), 0.45)
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        robust_accuracy(
+            overflow, rows, torch.zeros(2, dtype=torch.int64), FGSM(epsilon=0.2), generator=None
+        )
+
+
+def test_a_class_may_be_ruled_out_by_minus_infinity():
+    outputs = torch.tensor([[-math.inf, 1.0], [0.0, -math.inf]])
+    assert finite_outputs(outputs) is outputs
+    with pytest.raises(ConfigError, match="for 1 of 2 records, first record 1;"):
+        finite_outputs(torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]))
+
+
+def test_outputs_of_every_position_are_looked_at():
+    outputs = torch.zeros(3, 4, 5)
+    finite_outputs(outputs)
+    outputs[1, 2, 3] = math.nan
+    with pytest.raises(ConfigError, match="for 1 of 3 records, first record 1;"):
+        finite_outputs(outputs)
