@@ -2,7 +2,7 @@
 built.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +11,18 @@ import pytest
 import torch
 from torch import nn
 
+from perdure.adversarial import PGD
+from perdure.data import Views
 from perdure.data.records import Records
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, DataError
+from perdure.explain import LIME
+from perdure.federated import Federation
 from perdure.learner.learner import Learner
+from perdure.models import ModelConfig
+from perdure.privacy import Adaptive
 from perdure.privacy.settings import Privacy
-from perdure.strategies import Naive
+from perdure.strategies import ERACE, EWC, Combine, Naive, Replay, find, names
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -39,7 +45,13 @@ def learner(**changes):
     [
         ({"model": nn.Linear}, "model = .*Linear.* is not allowed; allowed: a torch.nn.Module"),
         ({"strategy": Naive}, "strategy = .*Naive.*; allowed: an instance of a strategy, such as"),
-        ({"strategy": "naive"}, "strategy = 'naive' is not allowed; allowed: an instance"),
+        (
+            {"strategy": "naive"},
+            r"strategy = 'naive' .*an instance .*, such as Naive\(\)",
+        ),
+        ({"strategy": "ewc"}, r"strategy = 'ewc' .*such as EWC\(strength=50.0\)"),
+        ({"strategy": Replay}, r"strategy = .*Replay.*such as Replay\(memory_size="),
+        ({"strategy": "none"}, "strategy = 'none' .*an instance of a strategy, such as"),
         ({"privacy": 3.0}, r"privacy = 3.0 .*Privacy\(epsilon=3.0\)"),
         ({"adversary": "pgd"}, r"adversary = 'pgd' .*such as PGD\(\)"),
         ({"scheduler": "cosine"}, "scheduler = 'str' .*T_max=steps"),
@@ -48,6 +60,17 @@ def learner(**changes):
         ({"epochs": 1.5}, "epochs = 1.5 is not allowed; allowed: a whole number, 1 or more"),
         ({"blocks": True}, "blocks = True is not allowed; allowed: a whole number"),
         ({"batch_size": "8"}, "batch_size = '8' is not allowed; allowed: a whole number"),
+        ({"epochs": None, "iterations": 2.0}, "iterations = 2.0 .*a whole number, 1 or more"),
+        ({"scheduler": 0.1}, "scheduler = 0.1 is not allowed; allowed: a function or None"),
+        ({"seed": "0"}, "seed = '0' is not allowed; allowed: a whole number"),
+        ({"seed": None}, "seed = None is not allowed; allowed: a whole number"),
+        ({"client": 1.0}, "client = 1.0 is not allowed; allowed: a whole number"),
+        ({"owner": 3}, "owner = 3 is not allowed; allowed: text"),
+        ({"folder": 3}, "folder = 3 is not allowed; allowed: a path or None"),
+        ({"warm_start": "no"}, "warm_start = 'no' is not allowed; allowed: True or False"),
+        ({"reset_optimizer": 1}, "reset_optimizer = 1 is not allowed; allowed: True or False"),
+        ({"callbacks": print}, "callbacks = <.*print> is not allowed; allowed: a list"),
+        ({"device": 0}, "device = 0 is not allowed; allowed: text or an instance of device"),
         ({"device": "gpu"}, "device = 'gpu' cannot be used: .*; allowed: 'cpu', or a device"),
     ],
 )
@@ -126,6 +149,41 @@ def test_inputs_of_another_precision_are_named(toy_data):
 def test_privacy_in_words_is_refused(settings):
     with pytest.raises(ConfigError, match="is not allowed; allowed: a number"):
         Privacy(**({"noise_multiplier": 1.0} | settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EWC(strength="100"), "ewc.strength = '100' is not allowed; allowed: a number"),
+        (lambda: EWC(strength=1.0, mode=1), "ewc.mode = 1 .*separate, online"),
+        (
+            lambda: Replay(memory_size=2.5),
+            "memory_size = 2.5 .*allowed: a number of records, or bytes",
+        ),
+        (lambda: ERACE(memory_size=True), "memory_size = True .*a number of records, or bytes"),
+        (lambda: PGD(epsilon="0.1"), "pgd.epsilon = '0.1' .*a number"),
+        (lambda: LIME(chunk=2.5), "lime.chunk = 2.5 .*a whole number"),
+        (lambda: Privacy(epsilon=3.0, bands=2.5), "privacy.bands = 2.5 .*a whole number or None"),
+        (lambda: Adaptive(quantile=None), "adaptive.quantile = None .*a number"),
+        (lambda: Views(count=4, change="flip"), "views.change = 'flip' .*a function"),
+        (lambda: ModelConfig(hidden="400"), r"hidden = '400' .*a tuple \(each a whole number\)"),
+        (lambda: Federation(clients=2.0, rounds=1), "federation.clients = 2.0 .*a whole number"),
+        (lambda: Combine(EWC, Naive()), "a part of Combine = .*EWC.*instances of strategies"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_in_one_line(make, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        make()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_field_of_a_strategy_is_checked(name):
+    strategy = find(name).example()
+    for each in fields(strategy):
+        if each.init:
+            with pytest.raises(ConfigError, match=f"{each.name} = <object"):
+                replace(strategy, **{each.name: object()})
 
 
 @pytest.mark.parametrize("name", ["inputs", "labels", "ids"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.utils.checked_fields import CheckedFields
 
 InputLosses = Callable[[Tensor], Tensor]
 """Inputs (n, ...) to one loss per record (n,); row i of the result depends on row i of the inputs
@@ -88,7 +89,7 @@ def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.G
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack(CheckedFields, ABC):
     """Base class of attacks: largest change of an input, and bounds on inputs.
 
     Args:

@@ -13,7 +13,7 @@ from perdure.contract.plan import Plan, Pooled, PrivacyCost
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
-from perdure.errors import StrategyError
+from perdure.errors import ConfigError, StrategyError
 from perdure.tasks import Task
 from perdure.types import Params
 
@@ -30,6 +30,7 @@ class Combine(Strategy):
     prefixed by the part's position, projections run in the order given.
 
     Raises:
+        ConfigError: for a part that is no instance of a strategy.
         StrategyError: where two parts would override the loss, the prediction or the memory, or one
             part trains nothing and so leaves another without effect; it names both.
     """
@@ -37,6 +38,11 @@ class Combine(Strategy):
     parts: tuple[Strategy, ...] = field(default=())
 
     def __init__(self, *parts: Strategy) -> None:
+        for part in parts:
+            # what stands in for a strategy, as in an audit, need not be of its class
+            if isinstance(part, type) or not callable(getattr(part, "losses", None)):
+                allowed = "instances of strategies, as in Combine(EWC(strength=100.0), Naive())"
+                raise ConfigError.of("a part of Combine", part, allowed)
         object.__setattr__(self, "parts", parts)
         for hook in ("losses", "predict", "remember", "references"):
             self._only(hook)

@@ -46,7 +46,8 @@ class Spec:
         if self.feature_size < 1:
             raise StrategyError(
                 "the model has no feature_size; give it and `features`, as "
-                "perdure.models.classifier.Classifier"
+                "perdure.models.Classifier, or name the layer that they enter, as "
+                "perdure.models.wrap(model, head=LAYER)"
             )
 
     @property

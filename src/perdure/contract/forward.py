@@ -95,9 +95,13 @@ class Forward:
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, C) and features (n, f) of one pass, where the model's `forward` is made so.
 
-        A model whose `forward` does not call `features` on x itself, and once, or writes into what
-        it returns, is asked for its features in a pass of their own.
+        A model may have a method of this name (see `perdure.models.wrap`). Of others `forward` is
+        watched: one that does not call `features` on x itself, and once, or writes into what it
+        returns, is asked for its features in a pass of their own.
         """
+        if callable(getattr(type(self.module), "with_features", None)):
+            both: tuple[Tensor, Tensor] = self.method("with_features")(x)
+            return both
         with _recorded_features(self.module) as calls:
             logits = self(x)
         if len(calls) == 1:

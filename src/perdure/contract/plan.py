@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from perdure.errors import ConfigError, StrategyError
 from perdure.tasks import SingleLabel
+from perdure.utils.checked_fields import CheckedFields
 
 if TYPE_CHECKING:
     from perdure.data.experience import Experience
@@ -23,7 +24,7 @@ Pooled = Literal["experience", "all", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
+class MemoryPlan(CheckedFields):
     """Size, choice and use of the memory for replay.
 
     Args:
@@ -144,7 +145,7 @@ UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(CheckedFields):
     """Pool, memory and trained parameters of an experience; a function of public facts only.
 
     Args:

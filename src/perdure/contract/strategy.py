@@ -17,6 +17,7 @@ from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.tasks import MASKED, SingleLabel, Task, refuse_other_tasks
 from perdure.types import Params
+from perdure.utils.checked_fields import CheckedFields
 
 if TYPE_CHECKING:
     from perdure.contract.curator import Curator
@@ -29,7 +30,7 @@ as much as the arithmetic on them, at every step.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
+class Strategy(CheckedFields):
     """Base class of the methods against forgetting.
 
     Subclass it as a frozen dataclass and override the hooks you need. The fields are

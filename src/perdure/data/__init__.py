@@ -15,6 +15,7 @@ from perdure.data.datasets.cifar10 import cifar10
 from perdure.data.datasets.digits import digits
 from perdure.data.datasets.mnist import mnist
 from perdure.data.datasets.registry import load
+from perdure.data.datasets.shakespeare import shakespeare
 from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
@@ -57,6 +58,7 @@ __all__ = [
     "online",
     "permuted",
     "rotated",
+    "shakespeare",
     "shift_and_flip",
     "split",
 ]

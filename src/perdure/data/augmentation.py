@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.seeding import Seed, drawing_from
 
 Change = Callable[[Tensor], Tensor]
@@ -31,7 +32,7 @@ NAME = "view."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
+class Views(CheckedFields):
     """K views of every record.
 
     Guarantee: a view depends on its record and on its own draws only: `change` sees one record at a
@@ -94,7 +95,7 @@ def _explained() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftAndFlip:
+class ShiftAndFlip(CheckedFields):
     """Random shift of a picture (c, h, w) and a random mirror; see `shift_and_flip`.
 
     Args:

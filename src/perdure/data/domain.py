@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.utils.checked_fields import CheckedFields
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputDomain:
+class InputDomain(CheckedFields):
     """Values that the input of one record may have, from public declarations alone.
 
     The guard looks at a model and its losses over this domain, and draws the synthetic records of

@@ -73,6 +73,7 @@ from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
 from perdure.strategies import names as strategy_names
 from perdure.types import Scenario
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import row_slices
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
@@ -110,7 +111,7 @@ def counts(value: int) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(CheckedFields):
     """Which stream.
 
     Args:
@@ -137,7 +138,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig:
+class AttackConfig(CheckedFields):
     """An attack as a table names it.
 
     Args:
@@ -172,7 +173,7 @@ class AttackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(CheckedFields):
     """Length, optimiser and precision of training on an experience.
 
     Args:
@@ -239,7 +240,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederationConfig:
+class FederationConfig(CheckedFields):
     """Parties and rounds of a federation.
 
     Args:
@@ -265,7 +266,7 @@ class FederationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig:
+class ExplainConfig(CheckedFields):
     """Explanations after the first and the last experience.
 
     Args:
@@ -296,7 +297,7 @@ class ExplainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(CheckedFields):
     """One model of the run: a strategy, with or without privacy.
 
     Args:
@@ -335,7 +336,7 @@ def arm_name(file: str, *, private: bool) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CheckedFields):
     """A whole run; see the example at the head of this module.
 
     Args:
@@ -388,13 +389,13 @@ class Config:
             )
 
 
-def read(path: Path) -> Config:
+def read(path: Path | str) -> Config:
     """Read and check a TOML file.
 
     Raises:
         ConfigError: one line naming file, field, value and what is allowed.
     """
-    return parse(read_text(path), source=str(path))
+    return parse(read_text(Path(path)), source=str(path))
 
 
 def read_text(path: Path) -> str:

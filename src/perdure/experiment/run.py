@@ -52,7 +52,7 @@ def untimed(value: Any) -> Any:
 def run(
     config: Config,
     text: str,
-    folder: Path,
+    folder: Path | str,
     progress: Progress = silent,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -69,6 +69,7 @@ def run(
     Raises:
         RunError: when the folder holds a run of another config, is in use, or cannot be written.
     """
+    folder = Path(folder)
     with locked(folder):
         keep_config(folder, config, text)
         if (folder / "result.json").exists():
@@ -91,7 +92,7 @@ def run(
         return read_result(folder)
 
 
-def trained(folder: Path, arm: str) -> Learner:
+def trained(folder: Path | str, arm: str) -> Learner:
     """Learner of a finished run's arm with its final model, ready for `predictor` and `evaluate`.
 
     Args:
@@ -104,6 +105,7 @@ def trained(folder: Path, arm: str) -> Learner:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    folder = Path(folder)
     config = read(folder / "config.toml")
     path = folder / "checkpoint" / arm / "model.safetensors"
     names = [one.name for one in config.arms]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.finite_outputs import finite_outputs
 
 Predict = Callable[[Tensor], Tensor]
@@ -35,7 +36,7 @@ class Attribution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explainer(ABC):
+class Explainer(CheckedFields, ABC):
     """Explain a model's output by the share of every feature in it.
 
     A subclass is a frozen dataclass. Its fields are numbers and words, so that a config can give

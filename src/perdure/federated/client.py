@@ -104,7 +104,9 @@ class ClientSessions:
         return True
 
 
-def client_app(make: MakeParty, folder: Path | None = None, *, distinct: bool = False) -> ClientApp:
+def client_app(
+    make: MakeParty, folder: Path | str | None = None, *, distinct: bool = False
+) -> ClientApp:
     """Build the app that every client runs, on any engine.
 
     Guarantee: under privacy a reply holds released parameters, released state, declared numbers and
@@ -123,7 +125,8 @@ def client_app(make: MakeParty, folder: Path | None = None, *, distinct: bool = 
             same record; else their ids are compared when each is built.
     """
     app = ClientApp()
-    seats = ClientSessions(make, folder, distinct=distinct)
+    place = None if folder is None else Path(folder)
+    seats = ClientSessions(make, place, distinct=distinct)
 
     def answering(handler: Handler) -> Handler:
         @wraps(handler)

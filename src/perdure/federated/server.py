@@ -56,6 +56,7 @@ from perdure.federated.messages import (
 from perdure.federated.party_checks import party_of, refuse_parties
 from perdure.federated.settings import Federation
 from perdure.federated.state_merging import combine, sent
+from perdure.learner.arguments import check_stream
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.fingerprint import plain_attributes
 from perdure.learner.folder_claims import HEADS
@@ -102,6 +103,8 @@ class Server:
     callbacks: Sequence[ServerCallback] = ()
 
     def __post_init__(self) -> None:
+        check_stream(self.stream)
+        self.folder = None if self.folder is None else Path(self.folder)
         bare: dict[str, Any] = {
             "privacy": None,
             "adversary": None,
@@ -329,7 +332,7 @@ def run_federation(
     streams: Sequence[Stream],
     federation: Federation,
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,
@@ -360,6 +363,9 @@ def run_federation(
         GuardError: before a private run, where two clients or partitions hold the same record.
         FederationError, PrivacyError, RunError: see `Server.serve`.
     """
+    folder = None if folder is None else Path(folder)
+    for stream in streams:
+        check_stream(stream)
     if len(streams) != federation.clients:
         raise ConfigError.of(
             "streams", len(streams), f"one for each of {federation.clients} clients"
@@ -402,7 +408,7 @@ def fit_federated(
     streams: Sequence[Stream],
     federation: Federation,
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,

@@ -7,6 +7,7 @@ import torch
 from flwr.serverapp import strategy as aggregators
 
 from perdure.errors import ConfigError, PrivacyError
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.seeding import generator
 
 MISSING_NOISE = "its noise would be missing from the ledger"
@@ -23,7 +24,7 @@ UNSUPPORTED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Federation:
+class Federation(CheckedFields):
     """Number of clients, rounds an experience, and aggregation by the server.
 
     Args:

@@ -1,16 +1,19 @@
 """Checks of a learner's arguments before anything is built from them."""
 
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import device, nn
 from torch.optim import Optimizer
 
 from perdure.adversarial.base import Attack
+from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError
 from perdure.privacy.settings import Privacy
+from perdure.strategies import find, names
 
 KINDS: dict[str, tuple[type, str]] = {
     "model": (nn.Module, "a torch.nn.Module"),
@@ -20,6 +23,18 @@ KINDS: dict[str, tuple[type, str]] = {
 }
 """Types of arguments, and what to write."""
 OPTIONAL = ("privacy", "adversary", "views")
+PLAIN = (
+    "scheduler",
+    "seed",
+    "device",
+    "reset_optimizer",
+    "callbacks",
+    "client",
+    "owner",
+    "folder",
+    "warm_start",
+)
+"""Arguments whose annotations say all; text is taken for the folder."""
 COUNTS = ("epochs", "iterations", "blocks", "batch_size", "micro_batch_size")
 
 
@@ -36,11 +51,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         value = given[name]
         if not isinstance(value, kind) and not (value is None and name in OPTIONAL):
             raise ConfigError.of(name, value, allowed)
-    strategy = given["strategy"]
-    # what stands in for a strategy, as in an audit, need not be of its class
-    if isinstance(strategy, type) or not callable(getattr(strategy, "losses", None)):
-        allowed = "an instance of a strategy, such as EWC(strength=100.0)"
-        raise ConfigError.of("strategy", strategy, allowed)
+    _check_strategy(given["strategy"])
     if isinstance(given["optimizer"], Optimizer) or not callable(given["optimizer"]):
         raise ConfigError.of(
             "optimizer",
@@ -70,6 +81,25 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["views"] and given["adversary"]:
         allowed = "none with an adversary, which perturbs the record itself"
         raise ConfigError.of("views", given["views"], allowed)
+
+
+def _check_strategy(strategy: object) -> None:
+    """Refuse a name, a class or anything else that is no instance of a strategy."""
+    # what stands in for a strategy, as in an audit, need not be of its class
+    if callable(getattr(strategy, "losses", None)) and not isinstance(strategy, type):
+        return
+    kind: object = strategy
+    if isinstance(strategy, str) and strategy in names():
+        kind = find(strategy)
+    written = "EWC(strength=100.0)"
+    if isinstance(kind, type) and issubclass(kind, Strategy):
+        needed = [
+            f"{each.name}={getattr(kind.example(), each.name)!r}"
+            for each in fields(kind)
+            if each.init and each.default is MISSING and each.default_factory is MISSING
+        ]
+        written = f"{kind.__name__}({', '.join(needed)})"
+    raise ConfigError.of("strategy", strategy, f"an instance of a strategy, such as {written}")
 
 
 def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) -> nn.Module:

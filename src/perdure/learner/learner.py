@@ -18,7 +18,7 @@ from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError
-from perdure.learner.arguments import check_arguments, check_stream, plain_model
+from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.checkpoint import Position, Snapshot, Store
 from perdure.learner.evaluation import measurements, predictor
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
@@ -41,6 +41,7 @@ from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
+from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
 
@@ -405,8 +406,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         check_arguments(vars(self))
-        if self.folder is not None:
-            self.folder = Path(self.folder)
+        check_fields(self, prefix="", only=PLAIN)
         self.model = plain_model(self.model, self.privacy, self.device)
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 

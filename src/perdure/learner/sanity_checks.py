@@ -13,8 +13,9 @@ from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.records import Batch
 from perdure.data.value_checks import check_finite
-from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
+from perdure.errors import ConfigError, PerdureError, PrivacyError, RunawayError, StrategyError
 from perdure.learner.checkpoint import Position
+from perdure.models.wrapped import outputs_in
 from perdure.planning.training_plan import TrainingPlan
 from perdure.tasks import SingleLabel
 from perdure.types import Params
@@ -61,6 +62,8 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
     with torch.no_grad(), evaluating(model):
         try:
             answer: object = model(rows)
+        except PerdureError:
+            raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
@@ -68,8 +71,13 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
                 "first layer that fits them, or convert the records, as inputs.float()"
             ) from error
     if not isinstance(answer, torch.Tensor):
+        found = outputs_in(answer)
+        part = "logits" if "logits" in found or not found else found[0]
         raise ConfigError.of(
-            "output of the model", type(answer).__name__, "one tensor (rows, classes); return that"
+            "output of the model",
+            type(answer).__name__,
+            "one tensor (rows, classes); return that, or give "
+            f"perdure.models.wrap(model, output={part!r})",
         )
     shape = tuple(answer.shape)
     width = stream.task.head_width(stream.num_classes)

@@ -16,7 +16,7 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch
 from perdure.data.value_checks import check_finite
 from perdure.errors import ConfigError, LoopError
-from perdure.learner.arguments import check_arguments, check_stream, plain_model
+from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.checkpoint import Store
 from perdure.learner.evaluation import measurements
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
@@ -27,6 +27,7 @@ from perdure.learner.party import Party
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.snapshots import take_snapshot
 from perdure.privacy.guard.model_checks import check_optimizer
+from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import begin_training
 
@@ -98,8 +99,7 @@ class Session(Party):
         check_stream(self.stream)
         # the optimiser is here already: it is looked at itself, not what makes one
         check_arguments({**vars(self), "optimizer": refuse_unusable})
-        if self.folder is not None:
-            self.folder = Path(self.folder)
+        check_fields(self, prefix="", only=PLAIN)
         self.model = plain_model(self.model, self.privacy, self.device)
         self._order = StepOrder()
         self._open = False

@@ -1,8 +1,10 @@
 """Models with a fixed full-width head, and the bodies and layers they are built from.
 
-Import a function that makes a model (`mlp`, `cnn`, `resnet18`, `transformer`, or `build` for a
-`ModelConfig`), a fixed feature extractor (`frozen` with `Scattering` or `RandomConvolutions`), or
-what goes on top of a frozen transformer (`prompted`, `composed`, `adapted`).
+Import a function that makes a model of vectors and images (`mlp`, `cnn`, `resnet18`,
+`transformer`, or `build` for a `ModelConfig`) or of sequences (`lstm`, `gru`, `decoder`), `wrap`
+for a model of another library or of your own, `low_rank` for adapters on any model, a fixed feature
+extractor (`frozen` with `Scattering` or `RandomConvolutions`), or what goes on top of a frozen
+transformer (`prompted`, `composed`, `adapted`).
 """
 
 from perdure.models.bodies import LARGEST_GROUP_COUNT
@@ -10,13 +12,18 @@ from perdure.models.classifier import Classifier
 from perdure.models.classifiers import build, cnn, mlp, resnet18
 from perdure.models.config import ModelConfig
 from perdure.models.cosine_head import CosineHead, cosines, directions
+from perdure.models.decoder import Decoder, decoder
 from perdure.models.frozen import Fixed, FixedNorm, Frozen, frozen
+from perdure.models.gru import gru
+from perdure.models.low_rank import LowRankLinear, low_rank
 from perdure.models.low_rank_adapters import Adapted, adapted
+from perdure.models.lstm import lstm
 from perdure.models.prompts import Composed, Prompted, composed, prompted
 from perdure.models.random_convolutions import RandomConvolutions, random_filters
 from perdure.models.scattering import Scattering
 from perdure.models.vae import Generative, generative
 from perdure.models.vision_transformer import Transformer, from_timm, tiny, transformer
+from perdure.models.wrapped import Wrapped, wrap
 
 __all__ = [
     "LARGEST_GROUP_COUNT",
@@ -24,28 +31,36 @@ __all__ = [
     "Classifier",
     "Composed",
     "CosineHead",
+    "Decoder",
     "Fixed",
     "FixedNorm",
     "Frozen",
     "Generative",
+    "LowRankLinear",
     "ModelConfig",
     "Prompted",
     "RandomConvolutions",
     "Scattering",
     "Transformer",
+    "Wrapped",
     "adapted",
     "build",
     "cnn",
     "composed",
     "cosines",
+    "decoder",
     "directions",
     "from_timm",
     "frozen",
     "generative",
+    "gru",
+    "low_rank",
+    "lstm",
     "mlp",
     "prompted",
     "random_filters",
     "resnet18",
     "tiny",
     "transformer",
+    "wrap",
 ]

@@ -7,6 +7,7 @@ from torch import nn
 
 from perdure.errors import ConfigError
 from perdure.models.classifier import HEADS, Head
+from perdure.utils.checked_fields import CheckedFields
 
 Normalisation = Literal["none", "group", "batch"]
 ModelName = Literal["mlp", "cnn", "resnet18", "generative"]
@@ -18,7 +19,7 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Ta
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(CheckedFields):
     """Which model, and its shape.
 
     Args:

@@ -4,7 +4,7 @@
 
 for the query and the value projection of every block. B_t starts at 0, so a set that was not
 trained adds exactly nothing, and the model after experience t is that of the sum up to t: there is
-nothing to merge.
+nothing to merge. `perdure.models.low_rank` puts one set on named layers of any model.
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, sections 4.1 and
 4.2.
@@ -23,20 +23,21 @@ class LowRank(nn.Module):
     """Low-rank linear map, x to scale * B A x, that starts as 0.
 
     Args:
-        width: of x.
+        ins: length of x.
+        outs: length of B A x.
         rank: of B A.
         scale: alpha / rank of the paper.
     """
 
-    def __init__(self, width: int, rank: int, scale: float) -> None:
+    def __init__(self, ins: int, outs: int, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.down = nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(rank, width, bias=False)
+        self.down = nn.Linear(ins, rank, bias=False)
+        self.up = nn.Linear(rank, outs, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, T, width) to (n, T, width)."""
+        """(n, ..., ins) to (n, ..., outs)."""
         change: Tensor = self.up(self.down(x))
         return self.scale * change
 
@@ -46,8 +47,8 @@ class LowRankPair(nn.Module):
 
     def __init__(self, width: int, rank: int, scale: float) -> None:
         super().__init__()
-        self.query = LowRank(width, rank, scale)
-        self.value = LowRank(width, rank, scale)
+        self.query = LowRank(width, width, rank, scale)
+        self.value = LowRank(width, width, rank, scale)
 
 
 class Adapted(nn.Module):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.errors import ConfigError, DataError
+from perdure.utils.checked_fields import CheckedFields
 
 WIDTH = 0.8
 """Standard deviation, in pixels, of the envelope at the finest scale; doubles with every scale."""
@@ -32,7 +33,7 @@ CUT = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scattering:
+class Scattering(CheckedFields):
     """Scattering transform of second order.
 
     Guarantee: row i of the result is a fixed function of image i alone, so it adds nothing to what

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,13 @@ class Attention(nn.Module):
             key = torch.cat([addition.keys, key], 1)
             value = torch.cat([addition.values, value], 1)
         q, k, v = (self._split(part) for part in (query, key, value))
-        weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
+        weights = torch.softmax(self.scores(q, k), dim=-1)
         together: Tensor = self.output((weights @ v).transpose(1, 2).flatten(2))
         return together
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(n, heads, T, S) scaled products of queries (n, heads, T, f) and keys of S tokens."""
+        return query @ key.mT / math.sqrt(query.shape[-1])
 
     def _split(self, x: Tensor) -> Tensor:
         """(n, T, width) to (n, heads, T, width / heads)."""
@@ -101,10 +106,12 @@ class Block(nn.Module):
         hidden: units of the perceptron.
     """
 
+    attention_type: ClassVar[type[Attention]] = Attention
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=EPSILON) for _ in range(2))
-        self.attention = Attention(width, heads)
+        self.attention = self.attention_type(width, heads)
         self.expand = nn.Linear(width, hidden)
         self.contract = nn.Linear(hidden, width)
 

@@ -16,13 +16,14 @@ import math
 from dataclasses import dataclass
 
 from perdure.errors import ConfigError, PrivacyError
+from perdure.utils.checked_fields import CheckedFields
 
 LEAST = 1e-9
 MOST = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptive:
+class Adaptive(CheckedFields):
     """Adaptive clipping.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Literal
 from perdure.errors import ConfigError
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.utils.checked_fields import CheckedFields
 
 RANGES = {
     "noise_multiplier": (1e-3, 1e6),
@@ -26,7 +27,7 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Privacy:
+class Privacy(CheckedFields):
     """Record-level differential privacy of everything that leaves a curator.
 
     Guarantee: for add/remove neighbours, the released model and state are (epsilon,

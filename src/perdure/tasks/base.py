@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, DataError
+from perdure.utils.checked_fields import CheckedFields
 
 MASKED = -1e9
 """Output for a class that may not be predicted: its probability underflows to exactly zero."""
@@ -30,7 +31,7 @@ class Metric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(ABC):
+class Task(CheckedFields, ABC):
     """Meaning of the targets of a record: loss, prediction, metric and shape.
 
     A task is a frozen dataclass without state. `Records(task=...)` carries it, and every part of

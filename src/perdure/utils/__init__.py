@@ -5,6 +5,7 @@ Import `derive` and `generator` for randomness that is a function of one seed, `
 `store_rows` for the results of a benchmark, and `Extensions` to find one extension a file.
 """
 
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import chunks, row_slices
 from perdure.utils.denormals import flushed
 from perdure.utils.environment import command, machine, store_rows, versions
@@ -16,6 +17,7 @@ from perdure.utils.seeding import derive, generator, seeded
 from perdure.utils.vmapped import number_unless_vmapped
 
 __all__ = [
+    "CheckedFields",
     "Extensions",
     "chunks",
     "command",

@@ -1,0 +1,139 @@
+"""A small decoder-only transformer: each token attends to itself and to the tokens before it.
+
+    z_0 = E tokens + positions
+    z  <- z + attention(norm(z)),    z <- z + mlp(norm(z))          depth times
+    features = norm(z)
+
+Attention is plain linear layers for query, key, value and output, as in
+`perdure.models.vision_transformer`, so low-rank adapters fit by `low_rank(model, modules=("query",
+"value"))`. Nothing draws at random.
+
+Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019, section 2.3.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError
+from perdure.models.classifier import Classifier
+from perdure.models.sequences import check_sizes, check_tokens, last_of
+from perdure.models.vision_transformer import EPSILON, POSITION_SCALE, Attention, Block
+from perdure.utils.seeding import seeded
+
+
+class CausalAttention(Attention):
+    """Self-attention in which a token does not see those after it."""
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(n, heads, T, T) scaled products, minus infinity for later tokens."""
+        length = query.shape[-2]
+        later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        return super().scores(query, key).masked_fill(later, -torch.inf)
+
+
+class CausalBlock(Block):
+    """Block of a decoder."""
+
+    attention_type: ClassVar[type[Attention]] = CausalAttention
+
+
+class Decoder(nn.Module):
+    """A body from tokens (n, L) to features (n, width), or (n, L, width) at every position.
+
+    Args:
+        length: most tokens of a sequence.
+        vocabulary: number of tokens.
+        width: of a token.
+        depth: blocks.
+        heads: of every attention.
+        padding: token id behind the end of a sequence; None for none.
+        every_position: give features of every position.
+    """
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        vocabulary: int,
+        width: int,
+        depth: int,
+        heads: int,
+        padding: int | None,
+        every_position: bool,
+    ) -> None:
+        super().__init__()
+        self.padding = padding
+        self.every_position = every_position
+        self.tokens = nn.Embedding(vocabulary, width, padding_idx=padding)
+        self.positions = nn.Embedding(length, width)
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=POSITION_SCALE)
+        self.blocks = nn.ModuleList(CausalBlock(width, heads, 4 * width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature vectors of tokens (n, L)."""
+        places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        states = self.tokens(x) + self.positions(places)
+        for block in self.blocks:
+            states = block(states)
+        states = self.norm(states)
+        return states if self.every_position else last_of(states, x, self.padding)
+
+
+def decoder(
+    *,
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    vocabulary: int,
+    padding: int | None = None,
+    width: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    every_position: bool = False,
+) -> Classifier:
+    """Make a decoder-only transformer with a linear head; a function of `seed` alone.
+
+        # next tokens: outputs (n, L, vocabulary)
+        decoder(input_shape=(64,), vocabulary=65, num_classes=65, every_position=True, seed=0)
+
+    Args:
+        input_shape: (length,), the most tokens of a sequence.
+        num_classes: full width of the head.
+        seed: of the initialisation.
+        vocabulary: number of tokens.
+        padding: token id that fills sequences up at their end; None for none.
+        width: length of a token's vector.
+        depth: number of blocks.
+        heads: of the attention; a divisor of `width`.
+        every_position: one output for every position instead of one a sequence.
+
+    Raises:
+        ConfigError: naming the field.
+
+    >>> model = decoder(input_shape=(8,), vocabulary=9, num_classes=2, seed=0)
+    >>> model(torch.zeros(3, 8, dtype=torch.int64)).shape
+    torch.Size([3, 2])
+    """
+    check_sizes(
+        num_classes=num_classes, vocabulary=vocabulary, width=width, depth=depth, heads=heads
+    )
+    shape = tuple(input_shape)
+    check_tokens(shape, vocabulary, padding)
+    if width % heads:
+        raise ConfigError.of("heads", heads, f"divisors of the width {width}")
+    with seeded(seed):
+        body = Decoder(
+            length=shape[0],
+            vocabulary=vocabulary,
+            width=width,
+            depth=depth,
+            heads=heads,
+            padding=padding,
+            every_position=every_position,
+        )
+        return Classifier(body, width, num_classes)

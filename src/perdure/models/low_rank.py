@@ -1,0 +1,166 @@
+"""Low-rank adapters on named linear layers of any model.
+
+    W x + b + scale * B A x                    A (rank, ins) at random, B (outs, rank) at 0
+
+Everything else of the model is frozen, but for the parts that are named.
+
+Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1.
+"""
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError
+from perdure.models.frozen import without_statistics
+from perdure.models.low_rank_adapters import LowRank
+from perdure.utils.seeding import seeded
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer and a low-rank change of it that is trained.
+
+    Args:
+        layer: the frozen one.
+        ins: length of its inputs.
+        outs: length of its outputs.
+        rank: of the change.
+        scale: factor of the change; alpha / rank of the paper.
+    """
+
+    def __init__(self, layer: nn.Module, ins: int, outs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.change = LowRank(ins, outs, rank, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, ..., ins) to (n, ..., outs)."""
+        outputs: Tensor = self.layer(x)
+        change: Tensor = self.change(x)
+        return outputs + change
+
+
+def low_rank(
+    model: nn.Module,
+    *,
+    modules: str | Sequence[str],
+    rank: int = 8,
+    scale: float = 1.0,
+    trained: str | Sequence[str] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy of a model that trains low-rank changes of some of its linear layers alone.
+
+        low_rank(llama, modules=("q_proj", "v_proj"), rank=8)
+        low_rank(gpt2, modules="c_attn", trained="lm_head")
+
+    Frozen parts become buffers that are neither stored nor sent: checkpoints and messages of a
+    federation hold the adapters and the parts named in `trained`. BatchNorm with running statistics
+    becomes the scale and shift that it is in evaluation mode.
+
+    Guarantee: no step, round or checkpoint changes what is frozen. Its training elsewhere, on other
+    records, is not accounted.
+
+    Args:
+        model: any module with `nn.Linear` layers, or `Conv1D` of Hugging Face; it is left as it is.
+        modules: names of the layers, in full or by their last parts, as `q_proj` for
+            `model.layers.0.self_attn.q_proj`.
+        rank: of every change.
+        scale: factor of every change: alpha / rank of the paper.
+        trained: names of further parts that go on being trained in full, such as the head.
+        seed: of the adapters' initialisation.
+
+    Returns:
+        A module of the model's class. Layer `NAME` is a `LowRankLinear`, whose trained parameters
+        are `NAME.change.down.weight` (A) and `NAME.change.up.weight` (B).
+
+    Raises:
+        ConfigError: for a name that nothing has, a layer that is not linear, a rank below 1.
+
+    Example:
+        >>> net = low_rank(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), modules="0", rank=1)
+        >>> [name for name, _ in net.named_parameters()]
+        ['0.change.down.weight', '0.change.up.weight']
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError.of("rank", rank, "whole numbers from 1")
+    if not isinstance(model, nn.Module):
+        raise ConfigError.of("model", model, "a torch.nn.Module")
+    result = copy.deepcopy(model)
+    places = _named(result, modules, "modules")
+    sizes = {name: _sizes(name, layer) for name, layer in places.items()}
+    kept = {
+        id(value)
+        for part in _named(result, trained, "trained").values()
+        for value in part.parameters()
+    }
+    result = without_statistics(result)
+    _freeze(result, kept)
+    with seeded(seed):
+        for name, layer in places.items():
+            parent, _, own = name.rpartition(".")
+            adapted = LowRankLinear(layer, *sizes[name], rank, scale)
+            setattr(result.get_submodule(parent), own, adapted)
+    return result.train(model.training)
+
+
+def _named(model: nn.Module, names: str | Sequence[str], field: str) -> dict[str, nn.Module]:
+    """Modules whose dotted name is, or ends with, one of these.
+
+    Raises:
+        ConfigError: naming linear layers that there are, for a name that nothing has.
+    """
+    found: dict[str, nn.Module] = {}
+    for wanted in (names,) if isinstance(names, str) else tuple(names):
+        own = {
+            name: module
+            for name, module in model.named_modules()
+            if name and f".{name}".endswith(f".{wanted}")
+        }
+        if not own:
+            linear = (n for n, module in model.named_modules() if _is_linear(module) and n)
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise ConfigError.of(field, wanted, f"names in model.named_modules(), as {known}")
+        found |= own
+    if field == "modules" and not found:
+        raise ConfigError.of(field, names, "one name of a layer, or more")
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer of torch, or the `Conv1D` of Hugging Face."""
+    of_hugging_face = type(module).__module__.startswith("transformers.")
+    return isinstance(module, nn.Linear) or (of_hugging_face and type(module).__name__ == "Conv1D")
+
+
+def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
+    """Lengths of inputs and outputs of a linear layer."""
+    if not _is_linear(layer):
+        kind = type(layer).__name__
+        raise ConfigError.of(
+            "modules", name, f"linear layers, and this is a {kind}; name the layers inside it"
+        )
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    # Conv1D keeps its weight as (ins, outs)
+    outs, ins = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
+    return ins, outs
+
+
+def _freeze(model: nn.Module, kept: set[int]) -> None:
+    """Make buffers of all parameters but these, and store no buffer of a part without any.
+
+    Args:
+        model: changed in place.
+        kept: identities of the parameters that stay.
+    """
+    for part in model.modules():
+        own = [*part.named_parameters(recurse=False)]
+        for name, value in own:
+            if id(value) not in kept:
+                delattr(part, name)
+                part.register_buffer(name, value.detach(), persistent=False)
+        if not any(id(value) in kept for _, value in own):
+            for name, buffer in [*part.named_buffers(recurse=False)]:
+                part.register_buffer(name, buffer, persistent=False)

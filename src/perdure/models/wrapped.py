@@ -1,0 +1,278 @@
+"""Models of other libraries and of the user's own, with one tensor of outputs and with features.
+
+Learners, sessions, federations, attacks and explainers call a model with one tensor and take one
+tensor from it. `wrap` puts that shape around a model that returns a tuple, a dict or a
+`ModelOutput` of Hugging Face, that takes its input by keyword, or that needs a mask for padding.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from perdure.errors import ConfigError
+
+MASK = "attention_mask"
+"""Keyword of the mask that Hugging Face's models take: 1 for a token, 0 for padding."""
+
+
+Caught = list[tuple[Tensor, Tensor]]
+"""Tensors at a layer: copies as they were then, and the tensors themselves."""
+
+
+class Wrapped(nn.Module):
+    """A model that is called with one tensor and returns one; `wrap` makes it.
+
+    The parameters are those of the model, under names that begin with `model.`.
+
+    Args:
+        model: any module.
+        output: which part of its answer is the output; None for the answer itself.
+        layer: name of the layer whose features are caught; "" for none.
+        entering: True for what enters that layer, False for what leaves it.
+        feature_size: length of one feature vector; 0 without features.
+        input_name: keyword that the inputs are passed by; "" for the first argument.
+        padding: token id that fills sequences; None for no mask.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        output: str | int | None,
+        layer: str,
+        entering: bool,
+        feature_size: int,
+        input_name: str,
+        padding: int | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        self.layer = layer
+        self.entering = entering
+        self.feature_size = feature_size
+        self.input_name = input_name
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (n, ...) of inputs (n, ...)."""
+        named: dict[str, Tensor] = {}
+        if self.padding is not None:
+            named[MASK] = (x != self.padding).long()
+        if self.input_name:
+            return self._chosen(self.model(**{self.input_name: x}, **named))
+        return self._chosen(self.model(x, **named))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Feature vectors (n, feature_size) of inputs (n, ...), or (n, L, feature_size)."""
+        return self.with_features(x)[1]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (n, ...) and features (n, feature_size) of one pass.
+
+        Args:
+            x: inputs (n, ...).
+
+        Raises:
+            ConfigError: where no features were named, or the layer does not give one row a record.
+        """
+        if not self.layer:
+            raise ConfigError(
+                "the model names no features; allowed: wrap(model, head=LAYER) for what enters a "
+                "layer, or wrap(model, features=LAYER) for what leaves one"
+            )
+        caught: Caught = []
+        layer = self.model.get_submodule(self.layer)
+        # For this pass alone: a hook that stayed would be copied with the model.
+        if self.entering:
+            handle = layer.register_forward_pre_hook(partial(_catch_input, caught))
+        else:
+            handle = layer.register_forward_hook(partial(_catch_output, caught))
+        try:
+            outputs = self(x)
+        finally:
+            handle.remove()
+        return outputs, self._rows(caught, outputs)
+
+    def _rows(self, caught: Caught, outputs: Tensor) -> Tensor:
+        """The one tensor that was caught, without axes of length 1 behind the features."""
+        given = f"{'head' if self.entering else 'features'} = {self.layer!r}"
+        if len(caught) != 1:
+            raise ConfigError(
+                f"{given} passes {len(caught)} tensors in a pass; allowed: a layer that runs once "
+                "and passes one tensor"
+            )
+        features, source = caught[0]
+        if source is outputs:
+            raise ConfigError(
+                f"{given} gives the model's outputs; allowed: a layer before them; write "
+                f"head={self.layer!r} for what enters it"
+            )
+        if features.dim() > 2 and features[0, 0].numel() == 1:
+            features = features.flatten(1)
+        shape = tuple(features.shape)
+        if len(shape) < 2 or shape[0] != len(outputs) or shape[-1] != self.feature_size:
+            raise ConfigError(
+                f"{given} gives features of shape {shape} for {len(outputs)} records; allowed: "
+                f"({len(outputs)}, ..., {self.feature_size}); name another layer, or its "
+                "feature_size"
+            )
+        return features
+
+    def _chosen(self, answer: Any) -> Tensor:
+        """Part of the model's answer that is the output."""
+        chosen = answer
+        if self.output is not None:
+            by_place = isinstance(self.output, int) or isinstance(answer, Mapping)
+            try:
+                chosen = answer[self.output] if by_place else getattr(answer, str(self.output))
+            except (LookupError, AttributeError, TypeError):
+                chosen = None
+        if not isinstance(chosen, Tensor):
+            kind = type(answer).__name__
+            allowed = ", ".join(map(repr, outputs_in(answer))) or "a tensor, which there is none of"
+            raise ConfigError.of("output", self.output, f"of this {kind}: {allowed}")
+        return chosen
+
+    def extra_repr(self) -> str:
+        """Settings, for messages and for the digest of a run."""
+        return (
+            f"output={self.output!r}, layer={self.layer!r}, entering={self.entering}, "
+            f"feature_size={self.feature_size}, input_name={self.input_name!r}, "
+            f"padding={self.padding}"
+        )
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    output: str | int | None = None,
+    features: str | None = None,
+    head: str | None = None,
+    feature_size: int | None = None,
+    input_name: str | None = None,
+    padding: int | None = None,
+) -> Wrapped:
+    """Make a model out of any module: one tensor goes in, one comes out, with features if wanted.
+
+        wrap(transformers.GPT2LMHeadModel(config), output="logits")
+        wrap(transformers.BertForSequenceClassification(config), output="logits",
+             head="classifier", padding=0)
+        wrap(torchvision.models.resnet18(num_classes=10), head="fc")
+        wrap(my_module, output=0)                      # the first of a tuple
+
+    Features are what strategies such as iCaRL, SLDA or RanPAC work on: what enters the head. They
+    are caught in the pass that makes the outputs.
+
+    Guarantee: none is added. Under privacy the guard inspects the model as it does any other; the
+    rows of its outputs must depend on the records one by one.
+
+    Args:
+        model: any module; it is not copied.
+        output: key of a dict or `ModelOutput`, name of an attribute, or place in a tuple; None
+            where the model returns the tensor itself.
+        features: name of the layer whose output is the features, (n, feature_size), or
+            (n, L, feature_size) for one vector a token.
+        head: name of the layer whose input is the features; give this or `features`.
+        feature_size: length of a feature vector; None where the layer tells.
+        input_name: keyword by which the model takes its inputs; None for its first argument.
+        padding: token id that fills sequences up: the model is then given
+            `attention_mask=(inputs != padding)`, 1 for a token and 0 for padding.
+
+    Raises:
+        ConfigError: for a layer that the model does not have, or whose feature size is not known.
+
+    Example:
+        >>> model = wrap(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), head="2")
+        >>> model.feature_size
+        8
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError.of("model", model, "a torch.nn.Module")
+    for name, value, kinds, allowed in (
+        ("output", output, (str, int), 'a name such as "logits", a place such as 0, or None'),
+        ("feature_size", feature_size, (int,), "a whole number, 1 or more, or None"),
+        ("input_name", input_name, (str,), 'a keyword such as "input_ids", or None'),
+        ("padding", padding, (int,), "the token id that fills sequences, a whole number, or None"),
+    ):
+        if isinstance(value, bool) or not (value is None or isinstance(value, kinds)):
+            raise ConfigError.of(name, value, allowed)
+    if features is not None and head is not None:
+        given = f"features = {features!r} and head = {head!r}"
+        raise ConfigError(f"{given} both name a layer; allowed: one of them, or neither")
+    layer = head if features is None else features
+    size = 0
+    if layer is not None:
+        where = "features" if head is None else "head"
+        found = _layer(model, layer, where)
+        size = feature_size or _size_at(found, layer, where)
+    return Wrapped(
+        model,
+        output=output,
+        layer=layer or "",
+        entering=head is not None,
+        feature_size=size,
+        input_name=input_name or "",
+        padding=padding,
+    )
+
+
+def outputs_in(answer: object) -> list[str | int]:
+    """Values of `wrap`'s argument `output` that pick a tensor out of a model's answer.
+
+    Args:
+        answer: of a model; not a tensor.
+    """
+    if isinstance(answer, tuple | list):
+        return [place for place, value in enumerate(answer) if isinstance(value, Tensor)]
+    held = answer if isinstance(answer, Mapping) else getattr(answer, "__dict__", {})
+    return [str(name) for name, value in held.items() if isinstance(value, Tensor)]
+
+
+def _layer(model: nn.Module, name: str, where: str) -> nn.Module:
+    """Find a layer by its name.
+
+    Raises:
+        ConfigError: naming the last layers that there are.
+    """
+    found = dict(model.named_modules()) if isinstance(name, str) else {}
+    if not name or name not in found:
+        known = ", ".join([own for own in found if own][-8:])
+        raise ConfigError.of(where, name, f"a name among model.named_modules(), as {known}")
+    return found[name]
+
+
+def _size_at(layer: nn.Module, name: str, where: str) -> int:
+    """Length of the vectors that enter a head, or leave another layer.
+
+    Raises:
+        ConfigError: where the layer does not tell.
+    """
+    entering = where == "head"
+    known = ("in_features", "in_channels") if entering else ("out_features", "out_channels")
+    for attribute in (*known, "normalized_shape", "num_features", "num_channels", "embedding_dim"):
+        value = getattr(layer, attribute, None)
+        value = value[-1] if isinstance(value, tuple | list) and value else value
+        if isinstance(value, int):
+            return value
+    raise ConfigError(
+        f"{where} = {name!r} is a {type(layer).__name__}, which does not tell the length of a "
+        "feature vector; give feature_size=LENGTH"
+    )
+
+
+def _catch_input(caught: Caught, layer: nn.Module, entered: tuple[object, ...]) -> None:
+    """Keep what enters a layer; a forward pre-hook."""
+    _keep(caught, *entered)
+
+
+def _catch_output(caught: Caught, layer: nn.Module, entered: object, left: object) -> None:
+    """Keep what leaves a layer; a forward hook."""
+    _keep(caught, *(left if isinstance(left, tuple | list) else [left]))
+
+
+def _keep(caught: Caught, *values: object) -> None:
+    # copies: models write into what a layer returned, as torchvision's ResNets do
+    caught += [(value.clone(), value) for value in values if isinstance(value, Tensor)]

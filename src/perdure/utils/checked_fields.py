@@ -1,0 +1,215 @@
+"""Types of settings, checked where a user gives them, in Python as in TOML.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(CheckedFields):
+        size: int
+        rates: tuple[float, ...] = ()
+
+    Settings(size=2.5)  # settings.size = 2.5 is not allowed; allowed: a whole number
+
+The annotations say what is allowed; nobody writes the check again.
+"""
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache, wraps
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal
+
+from perdure.errors import ConfigError, PerdureError
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    Path: "a path",
+    type(None): "None",
+    Callable: "a function",
+    Sequence: "a list",
+}
+
+
+class CheckedFields:
+    """Base of dataclasses whose fields are checked against their annotations when one is made.
+
+    Where `__post_init__` of the class refuses a value too, its own message is the one that is
+    raised. A list is taken for a tuple, and text for a path. Annotations that cannot be read are
+    not checked.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Put the check around the class's own `__post_init__`."""
+        super().__init_subclass__()
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _checked(vars(cls)["__post_init__"])
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def _checked(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(own)
+    def checked(self: Any) -> None:
+        fault = _fault(self)
+        try:
+            own(self)
+        except PerdureError:
+            raise
+        except Exception:
+            # a value of another type, which the class did not expect, explains most failures
+            if fault is not None:
+                raise fault from None
+            raise
+        if fault is not None:
+            raise fault
+
+    return checked
+
+
+def check_fields(
+    settings: Any, *, prefix: str | None = None, only: Collection[str] | None = None
+) -> None:
+    """Refuse fields of a dataclass that have another type than their annotation.
+
+    Args:
+        settings: an instance; lists become tuples, and text a path, where these are wanted.
+        prefix: in front of a field's name in messages; None for the name of the class.
+        only: names of the fields to check; None for all.
+
+    Raises:
+        ConfigError: naming the field, what was given and what is allowed.
+    """
+    fault = _fault(settings, prefix, only)
+    if fault is not None:
+        raise fault
+
+
+def _fault(
+    settings: Any, prefix: str | None = None, only: Collection[str] | None = None
+) -> ConfigError | None:
+    """The error for the first field that does not fit; those before it are as they are kept."""
+    kind = type(settings)
+    where = _name(kind) if prefix is None else prefix
+    for name, hint in _hints(kind).items():
+        value = getattr(settings, name)
+        fitted = value if only is not None and name not in only else _fitted(value, hint)
+        if fitted is MISFIT:
+            return ConfigError.of(f"{where}{name}", value, described(hint))
+        if fitted is not value:
+            object.__setattr__(settings, name, fitted)
+    return None
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of the fields of a dataclass; `Any` for one that cannot be read."""
+    if not is_dataclass(kind):
+        return {}
+    return {field.name: _hint(kind, field.name) for field in fields(kind) if field.init}
+
+
+def _hint(kind: type, name: str) -> Any:
+    """Type of one field, where the class that defines it says so."""
+    owner = next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
+    alone = types.SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
+    try:
+        return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[name]
+    except Exception:  # it may name what is imported for type checkers alone, or nothing
+        return Any
+
+
+def _name(kind: type) -> str:
+    """Name of a class in messages: its file's where they are alike, as in a config."""
+    stem = kind.__module__.rpartition(".")[2]
+    plain = kind.__name__.lower()
+    return f"{stem if stem.replace('_', '') == plain else plain}."
+
+
+# --------------------------------------------------------------------------- values and types
+
+MISFIT = object()
+"""Answer for a value that does not have the type."""
+
+
+def _fitted(value: object, hint: Any) -> object:
+    """The value as a field of this type holds it; `MISFIT` where it has another type."""
+    found = (_of_one(value, option) for option in options(hint))
+    return next((fitted for fitted in found if fitted is not MISFIT), MISFIT)
+
+
+def _of_one(value: object, hint: Any) -> object:
+    """As `_fitted`, for a type without alternatives."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return _as_tuple(value, typing.get_args(hint))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if origin is Literal:
+        fits = any(type(value) is type(o) and value == o for o in typing.get_args(hint))
+    elif hint in (int, float):
+        kind = Integral if hint is int else Real
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+    elif origin is type:
+        fits = isinstance(value, type)
+    elif Callable in (hint, origin):
+        fits = callable(value)
+    else:
+        kind = origin or hint
+        try:
+            fits = not isinstance(kind, type) or isinstance(value, kind)
+        except TypeError:  # a protocol that is not made for this
+            fits = True
+    return value if fits else MISFIT
+
+
+def _as_tuple(value: object, kinds: tuple[Any, ...]) -> object:
+    if not isinstance(value, tuple | list):
+        return MISFIT
+    if not kinds:
+        return value
+    if Ellipsis in kinds:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        return MISFIT
+    items = tuple(map(_fitted, value, kinds))
+    if any(item is MISFIT for item in items):
+        return MISFIT
+    alike = isinstance(value, tuple) and all(map(lambda a, b: a is b, items, value))
+    return value if alike else items
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """Types that a field may have, from its annotation."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def described(hint: Any) -> str:
+    """Describe a type in words, as "a whole number or None"."""
+    return " or ".join(_words(hint))
+
+
+def _words(hint: Any) -> Iterator[str]:
+    for option in options(hint):
+        origin = typing.get_origin(option)
+        kinds = typing.get_args(option)
+        if origin is Literal:
+            yield ", ".join(map(str, kinds))
+        elif origin is tuple and kinds:
+            each = described(kinds[0]) if len(set(kinds) - {Ellipsis}) == 1 else "values"
+            length = "" if Ellipsis in kinds else f"{len(kinds)} of them, "
+            yield f"a tuple ({length}each {each})"
+        elif option in WORDS:
+            yield WORDS[option]
+        elif origin is type:
+            yield "a class"
+        elif origin in WORDS:
+            yield WORDS[origin]
+        else:
+            yield f"an instance of {getattr(origin or option, '__name__', option)}"

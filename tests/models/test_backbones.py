@@ -1,0 +1,127 @@
+"""Backbones of torchvision, timm and Hugging Face, randomly initialised, behind `wrap`."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from perdure import Learner, Privacy
+from perdure.contract.forward import Forward
+from perdure.data import Dataset, InputDomain, Records, split
+from perdure.errors import ConfigError, GuardError
+from perdure.models import low_rank, wrap
+from perdure.privacy import fix
+from perdure.strategies import EWC, SLDA, Naive
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+
+
+def pictures():
+    labels = torch.arange(16) % 4
+    inputs = 0.1 * torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs += labels[:, None, None, None] / 4
+    records = Records(inputs=inputs, labels=labels, ids=torch.arange(16))
+    data = Dataset(
+        name="pictures", train=records, test=records, num_classes=4, input_shape=(3, 32, 32)
+    )
+    return split(data, scenario="class", experiences=2)
+
+
+def texts():
+    labels = torch.arange(24) % 2
+    inputs = torch.randint(3, 20, (24, 8), generator=torch.Generator().manual_seed(0))
+    inputs[:, 0] = labels + 1
+    inputs[::2, 5:] = 0
+    domain = InputDomain(
+        shape=(8,), dtype=torch.int64, vocabulary=20, padding=0, sequence_axes=(0,)
+    )
+    records = Records(inputs=inputs, labels=labels, ids=torch.arange(24), domain=domain)
+    data = Dataset(name="texts", train=records, test=records, num_classes=2, input_shape=(8,))
+    return split(data, scenario="class", experiences=2)
+
+
+def learner(model, strategy, **settings):
+    given = {"optimizer": SGD, "epochs": 1, "batch_size": 8} | settings
+    return Learner(model=model, strategy=strategy, **given)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
+        attn_implementation="eager",
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.deep(reason="deployment: trains a network of torchvision in full")
+def test_a_network_of_torchvision_is_fixed_for_privacy():
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    network = resnet18(num_classes=4)
+    learner(wrap(network, head="fc"), SLDA()).fit(pictures())
+    private = {"privacy": Privacy(noise_multiplier=1.0, seed=0), "warm_start": True}
+    with pytest.raises(GuardError, match=r"model.bn1 is BatchNorm2d.*perdure.privacy.fix"):
+        learner(wrap(network, head="fc"), Naive(), **private).fit(pictures())
+    matrix = learner(wrap(fix(network), head="fc"), Naive(), **private).fit(pictures())
+    assert torch.isfinite(matrix).all()
+
+
+@pytest.mark.deep(reason="deployment: timm takes seconds to import")
+def test_a_network_of_timm_learns_with_its_features():
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=16, depth=1
+    )
+    model = wrap(network, head="head")
+    stream = pictures()
+    inputs = stream[0].train.inputs
+    logits, features = Forward(model).with_features(inputs)
+    torch.testing.assert_close(
+        features, network.forward_head(network.forward_features(inputs), True)
+    )
+    torch.testing.assert_close(logits, network(inputs))
+    for strategy, settings in (
+        (SLDA(), {}),
+        (EWC(strength=1.0), {"privacy": Privacy(noise_multiplier=1.0, seed=0)}),
+    ):
+        matrix = learner(model, strategy, warm_start=True, **settings).fit(stream)
+        assert torch.isfinite(matrix).all()
+
+
+@pytest.mark.deep(reason="deployment: transformers takes seconds to import")
+def test_a_model_of_hugging_face_learns_behind_wrap():
+    stream = texts()
+    with pytest.raises(ConfigError, match=r"'SequenceClassifierOutput' .*wrap\(model, output='log"):
+        learner(bert(), Naive()).fit(stream)
+    adam = partial(torch.optim.Adam, lr=5e-3)
+    model = wrap(bert(), output="logits", head="classifier", padding=0)
+    learnt = learner(model, EWC(strength=1.0), optimizer=adam, epochs=4).fit(stream)
+    assert learnt[0, 0] == 100 and model.feature_size == 16
+
+
+@pytest.mark.deep(reason="deployment: transformers takes seconds to import")
+def test_padding_of_a_wrapped_hugging_face_model_does_not_count():
+    model = wrap(bert().eval(), output="logits", padding=0)
+    inputs = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]])
+    torch.testing.assert_close(model(inputs)[0], model(inputs[:1, :3])[0])
+
+
+@pytest.mark.deep(reason="deployment: transformers takes seconds to import")
+def test_adapters_on_hugging_face_learn_under_privacy():
+    adapted = low_rank(bert(), modules=("query", "value"), rank=2, trained="classifier")
+    model = wrap(adapted, output="logits", head="classifier", padding=0)
+    privacy = Privacy(noise_multiplier=1.0, seed=0)
+    for strategy in (Naive(), EWC(strength=1.0), SLDA()):
+        matrix = learner(model, strategy, privacy=privacy, warm_start=True).fit(texts())
+        assert torch.isfinite(matrix).all()

@@ -1,0 +1,127 @@
+"""Fields of settings are checked against their annotations; what fits is kept as it was given."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from perdure.errors import ConfigError
+from perdure.utils import CheckedFields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CheckedFields):
+    """One field of each kind."""
+
+    size: int = 1
+    rate: float = 0.5
+    name: str = ""
+    flag: bool = False
+    kind: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = ()
+    bounds: tuple[float, float] | None = None
+    folder: Path | None = None
+    change: Callable[[int], int] | None = None
+    parts: Sequence[int] = ()
+    cls: type[Exception] = ValueError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Further(Settings):
+    """Settings with a check of their own."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError.of("size", self.size, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(CheckedFields):
+    """Settings whose own check fails."""
+
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 1 / self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unread(CheckedFields):
+    """Settings whose annotation names nothing."""
+
+    size: "Nowhere" = 1  # noqa: F821
+
+
+@pytest.mark.parametrize("kind", [Settings, Further])
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({"size": 2.5}, "a whole number"),
+        ({"size": True}, "a whole number"),
+        ({"rate": "0.5"}, "a number"),
+        ({"rate": False}, "a number"),
+        ({"name": 3}, "text"),
+        ({"flag": 1}, "True or False"),
+        ({"kind": "c"}, "a, b"),
+        ({"kind": []}, "a, b"),
+        ({"sizes": (1, "2")}, r"a tuple \(each a whole number\)"),
+        ({"sizes": "12"}, r"a tuple \(each a whole number\)"),
+        ({"bounds": (0.0,)}, r"a tuple \(2 of them, each a number\) or None"),
+        ({"folder": 3}, "a path or None"),
+        ({"change": 3}, "a function or None"),
+        ({"parts": 3}, "a list"),
+        ({"cls": 3}, "a class"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(kind, given, allowed):
+    (name,) = given
+    with pytest.raises(
+        ConfigError, match=rf"^\w+\.{name} = .* is not allowed; allowed: {allowed}$"
+    ):
+        kind(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"sizes": [3, 4]}, (3, 4)),
+        ({"bounds": [0, 1]}, (0, 1)),
+        ({"folder": "runs"}, Path("runs")),
+    ],
+)
+def test_a_list_or_text_becomes_what_the_field_holds(given, kept):
+    assert getattr(Settings(**given), next(iter(given))) == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", np.int64(3)),
+        ("rate", 3),
+        ("rate", np.float32(0.5)),
+        ("parts", [1]),
+        ("change", abs),
+    ],
+)
+def test_a_value_that_fits_is_kept_as_it_is(name, value):
+    assert getattr(Settings(**{name: value}), name) is value
+
+
+def test_the_message_of_a_class_goes_before_that_of_its_types():
+    for value in (0, 0.5):
+        with pytest.raises(ConfigError, match=rf"^size = {value} .*1 or more"):
+            Further(size=value)
+
+
+def test_an_error_that_no_type_explains_is_raised_as_it_is():
+    with pytest.raises(ZeroDivisionError):
+        Failing(size=0)
+    with pytest.raises(ConfigError, match=r"failing.size = '0' .*a whole number"):
+        Failing(size="0")
+
+
+def test_annotations_that_cannot_be_read_are_not_checked():
+    assert Unread(size="large").size == "large"
