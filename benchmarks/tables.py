@@ -236,6 +236,17 @@ TABLES: dict[str, Listing] = {
             "at most": "{most:g}",
         },
     ),
+    "growth_pieces": Listing(
+        file="growth",
+        only={"row": ("pieces", "pieces, replay", "pieces, replay by quotas")},
+        columns={
+            "strategy": "{row}",
+            "pieces": "{pieces}",
+            "seconds": "{seconds:.1f}",
+            "in 5 experiences": "{seconds_in_experiences:.1f}",
+            "ratio": "{ratio:.2f}",
+        },
+    ),
     "strategies": Listing(
         file="strategies",
         columns={

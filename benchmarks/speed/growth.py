@@ -9,6 +9,9 @@ two sizes on logarithmic scales: 0 is flat, 1 is in proportion, more is superlin
 mathematics asks for. Evaluation after every experience takes T^2 passes over test records for T
 experiences, and GEM a reference gradient a step for every earlier experience; neither is in a row.
 
+Pieces: a stream of 5 experiences against the same steps in 5,000 pieces (`perdure.data.online`),
+each from the stream to the last measurement; both are measured on the test records of 5 stages.
+
     python benchmarks/speed/growth.py --repeats 5
     python benchmarks/speed/growth.py --rows ewc si memory
 """
@@ -19,7 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure import Combine, Experience, Learner, Privacy, Records, Strategy, Stream
+from perdure.data import online
 from perdure.models import mlp
 from perdure.strategies import EWC, GEM, L2, MAS, SI, Naive, Replay, RWalk
 from perdure.utils import flushed, store_rows
@@ -387,12 +391,75 @@ def growth_row(name: str, repeats: int) -> Row:
     }
 
 
+# ------------------------------------------------------------------------------- pieces
+
+PARENTS = 5
+PIECES = 5_000
+PIECE = 10
+"""Records of a piece, and of a step: every record is seen once."""
+TESTED = 1_000
+"""Test records of a parent."""
+PIECE_ROWS: dict[str, Strategy] = {
+    "pieces": Naive(),
+    "pieces, replay": Replay(memory_size=500, selection="reservoir", update="step"),
+    "pieces, replay by quotas": Replay(memory_size=500),
+}
+MOST_FOR_PIECES = 1.5
+
+
+def parents_of(count: int) -> Stream:
+    """Class-incremental experiences that `count` pieces fill, two classes each."""
+    size = count * PIECE // PARENTS
+    stream = stream_of([size] * PARENTS, domain=False)
+    tested = (replace(each, test=each.train.take(torch.arange(TESTED))) for each in stream)
+    return replace(stream, experiences=tuple(tested))
+
+
+def whole_run(stream: Stream, strategy: Strategy, cut: bool) -> Clock:
+    """A whole run on a stream, or on its pieces: one pass, in steps of the size of a piece."""
+
+    def run() -> None:
+        met = online(stream, chunk=PIECE) if cut else stream
+        learner = Learner(
+            model=model_for(stream, (400, 400)),
+            strategy=strategy,
+            optimizer=partial(torch.optim.SGD, lr=RATE),
+            epochs=1,
+            batch_size=PIECE,
+        )
+        learner.fit(met)
+
+    return lambda: seconds(run)
+
+
+def piece_row(name: str, repeats: int, pieces: int = PIECES) -> Row:
+    """Processor time of a run in pieces over the same steps in whole experiences."""
+    stream = parents_of(pieces)
+    strategy = PIECE_ROWS[name]
+    sides = {
+        "pieces": whole_run(stream, strategy, cut=True),
+        "experiences": whole_run(stream, strategy, cut=False),
+    }
+    found = alternated(sides, repeats)
+    return {
+        "benchmark": "growth",
+        "row": name,
+        "pieces": pieces,
+        "steps": pieces,
+        "seconds": statistics.median(found["pieces"]),
+        "seconds_in_experiences": statistics.median(found["experiences"]),
+        "ratio": ratio(found["pieces"], found["experiences"]),
+        "ratio_target": MOST_FOR_PIECES,
+        "repeats": repeats,
+    }
+
+
 # ------------------------------------------------------------------------------- the table
 
 
 def main() -> None:
     """Measure the rows that are named, or all, and print them."""
-    known = [*STEP_ROWS, *GROWTHS]
+    known = [*STEP_ROWS, *GROWTHS, *PIECE_ROWS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -402,9 +469,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
+    makers = {
+        **dict.fromkeys(STEP_ROWS, step_row),
+        **dict.fromkeys(GROWTHS, growth_row),
+        **dict.fromkeys(PIECE_ROWS, piece_row),
+    }
     for name in args.rows:
-        of = step_row if name in STEP_ROWS else growth_row
-        rows.append(of(name, args.repeats))
+        rows.append(makers[name](name, args.repeats))
         print(shown(rows[-1]), flush=True)
     if args.json:
         store_rows(args.json, rows, seed=0)

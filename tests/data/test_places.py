@@ -6,7 +6,21 @@ from functools import cache, partial
 import pytest
 import torch
 
-from perdure.data import Dataset, Records, blurry, dirichlet, iid, online, permuted, rotated, split
+from perdure.data import (
+    Dataset,
+    Records,
+    blurry,
+    by_domain,
+    by_time,
+    dirichlet,
+    iid,
+    joint,
+    online,
+    permuted,
+    repetition,
+    rotated,
+    split,
+)
 
 CLASSES = 4
 DECLARED = 24
@@ -22,11 +36,23 @@ def data_of(seed, *, own_ids=True, declared=DECLARED):
     )
     labels = torch.randint(0, CLASSES, (n,), generator=place)
     inputs = torch.rand(n, 1, 2, 2, generator=place)
-    train = Records(inputs=inputs, labels=labels, ids=ids, declared_size=declared)
-    test = Records(inputs=inputs[:4], labels=labels[:4])
+    train = Records(
+        inputs=inputs,
+        labels=labels,
+        ids=ids,
+        declared_size=declared,
+        attributes=attributes_of(inputs),
+    )
+    test = Records(inputs=inputs[:4], labels=labels[:4], attributes=attributes_of(inputs[:4]))
     return Dataset(
         name="random", train=train, test=test, num_classes=CLASSES, input_shape=(1, 2, 2)
     )
+
+
+def attributes_of(inputs):
+    """A time in [0, 1) and one of six domains, which follow from the record."""
+    time = inputs.flatten(1).amax(1)
+    return {"time": time, "domain": (time * 600).long() % 6}
 
 
 def without(data, row):
@@ -34,6 +60,7 @@ def without(data, row):
     kept = torch.arange(len(data.train)) != row
     train = data.train
     rows = {"inputs": train.inputs[kept], "labels": train.labels[kept]}
+    rows["attributes"] = attributes_of(rows["inputs"])
     if not train.ids_by_position:
         rows["ids"] = train.ids[kept]
     declared = 0 if train.size_counted else train.declared_size
@@ -88,6 +115,11 @@ def clients(splitter, source, data):
 BY_RECORD = {
     "split": lambda data: [by_class(data)],
     "split, domain": lambda data: [split(data, scenario="domain", experiences=2, seed=1)],
+    "split, unequal": lambda data: [split(data, scenario="class", increments=(1, 3))],
+    "repetition": lambda data: [repetition(data, experiences=5, repeat_probability=0.6)],
+    "by time": lambda data: [by_time(data, boundaries=(0.7, 0.8, 0.9))],
+    "by domain": lambda data: [by_domain(data, order=(5, 0, 3, 1, 2, 4))],
+    "joint": lambda data: [joint(data)],
     "permuted": lambda data: [by_task(data)],
     "rotated": lambda data: [rotated(data, angles=(0.0, 0.0))],
     "blurry": lambda data: [blurry(data, experiences=2, blurry_share=0.4)],
@@ -123,6 +155,8 @@ MOVING = {
     "exact dirichlet": lambda d: dirichlet(by_class(d), clients=3, alpha=0.3, min_size=2),
     "exact iid": lambda d: iid(by_class(d), clients=3, min_size=2),
     "exact online": lambda d: [online(by_class(d), chunk=7)],
+    "by time, equal": lambda d: [by_time(d, experiences=3)],
+    "by domain, as found": lambda d: [by_domain(replace(d, test=d.test.take(torch.arange(0))))],
 }
 
 
@@ -144,7 +178,7 @@ def test_a_stream_whose_records_move_each_other_says_so(splitter):
     assert moved_times(build, 60) > 8
 
 
-HASHED = ("blurry", "online", "dirichlet", "iid")
+HASHED = ("blurry", "online", "repetition", "dirichlet", "iid")
 
 
 @pytest.mark.parametrize("splitter", HASHED)

@@ -48,6 +48,20 @@ def test_the_domain_split_labels_the_position_within_the_slice():
     assert set(stream[4].test.labels.tolist()) == {0, 1}
 
 
+def test_slices_may_be_unequal(toy):
+    stream = split(toy, scenario="class", increments=(1, 2, 1), class_order=(3, 1, 0, 2))
+    assert [each.classes for each in stream] == [(3,), (1, 0), (2,)]
+    assert [len(each.train) for each in stream] == [100, 200, 100]
+    declared = replace(toy, train=toy.train.declared(800))
+    sizes = [e.train.declared_size for e in split(declared, scenario="task", increments=(1, 3))]
+    assert sizes == [200, 600]
+    equal, same = (split(toy, scenario="class", **cut) for cut in CUTS)
+    assert [e.train.placed_by for e in equal] == [e.train.placed_by for e in same]
+
+
+CUTS = ({"experiences": 2}, {"increments": (2, 2)})
+
+
 def test_rows_stay_together_and_ids_survive(toy):
     for experience in split(toy, scenario="class", experiences=2, class_order=[2, 0, 3, 1]):
         for part, source, first in (
@@ -89,6 +103,11 @@ def test_a_declared_class_without_records_is_fine(toy):
         ("scenario", {"scenario": "instance", "experiences": 2}),
         ("experiences", {"scenario": "class", "experiences": 3}),
         ("experiences", {"scenario": "class", "experiences": 0}),
+        ("slices", {"scenario": "class"}),
+        ("slices", {"scenario": "class", "experiences": 2, "increments": (2, 2)}),
+        ("increments", {"scenario": "class", "increments": (1, 2)}),
+        ("increments", {"scenario": "class", "increments": (4, 0)}),
+        ("increments", {"scenario": "domain", "increments": (1, 3)}),
         ("class_order", {"scenario": "class", "experiences": 2, "class_order": [0, 1, 2, 2]}),
         ("class_order", {"scenario": "class", "experiences": 2, "class_order": [0, 1, 2]}),
         ("seed", {"scenario": "class", "experiences": 2, "class_order": [0, 1, 2, 3], "seed": 1}),

@@ -44,13 +44,18 @@ def log_to(evaluator: Any) -> "Callback":
     publisher = _MetricPublisher(evaluator)
 
     def listen(point: str, learner: "Learner") -> None:
-        rows = learner.matrix
-        if point == "experience.begin" and not learner.position.step:
-            publisher.task_incremental = learner.stream.scenario == "task"
-            publisher.training(learner.position.experience)
+        position = learner.position
+        if point == "experience.begin" and not position.step:
+            stage = learner.stream.stage_of(position.experience)
+            if position.experience == stage.first:
+                publisher.task_incremental = learner.stream.scenario == "task"
+                publisher.training(stage.number)
         elif point == "evaluated":
-            steps = sum(learner.training.steps(index) for index in range(len(rows)))
-            publisher.evaluation(torch.tensor(rows, dtype=torch.float64), steps)
+            ended = position.experience - 1
+            if ended == learner.stream.stage_of(ended).last:
+                steps = sum(learner.training.steps(index) for index in range(ended + 1))
+                rows = torch.tensor(learner.matrix, dtype=torch.float64)
+                publisher.evaluation(rows, steps)
 
     return listen
 

@@ -72,6 +72,7 @@ class HeldRecords:
         # privacy.
         self._noted: Params = {}
         self._drawn = torch.zeros(0, dtype=torch.int64)
+        self._stage_of = torch.zeros(0, dtype=torch.int64)
 
     # ------------------------------------------------------------------ an experience
 
@@ -331,6 +332,8 @@ class HeldRecords:
         known = rows is not None and (len(rows) > 0 or self.private_sum is not None)
         if not self._plan.memory or rows is None or not known:
             return None
+        if not self.excluded:
+            return rows
         gone = [e.index for e in self.experiences if e.train.partition in self.excluded]
         return without(rows, gone) if gone else rows
 
@@ -470,7 +473,10 @@ class HeldRecords:
 
     def _stages(self) -> Tensor:
         """(T,) stage of every experience so far; the pieces of one stage share its quotas."""
-        return torch.tensor([experience.stage for experience in self.experiences])
+        new = [each.stage for each in self.experiences[len(self._stage_of) :]]
+        if new:
+            self._stage_of = torch.cat([self._stage_of, torch.tensor(new)])
+        return self._stage_of
 
     def _note(self, remember: Remember) -> None:
         """Note the answers of `remember`, at the present parameters, for the last step's new rows.

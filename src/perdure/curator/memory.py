@@ -126,9 +126,7 @@ class Memory:
         return known.argsort(descending=True, stable=True).cpu()
 
     def _keep(self, new: Batch, kept: Tensor) -> None:
-        """Keep these positions of the stored rows, followed by the new ones."""
-        if self.rows is not None and len(kept) == len(self) and bool((kept < len(self)).all()):
-            return  # no new row is kept, so the stored ones stay as they are: spare the copy
+        """Keep these positions, ascending, of the stored rows, followed by the new ones."""
         self._take(([self.rows] if self.rows is not None else []) + [new], kept)
 
     def _grow(self, new: Batch, kept: Tensor, capacity: int) -> None:
@@ -161,7 +159,13 @@ class Memory:
             kept.index_copy_(0, places.to(device), come[name])
 
     def _take(self, parts: list[Batch], kept: Tensor) -> None:
-        """Store these positions of all parts; they are copied, and the other rows can be freed."""
+        """Store these positions, ascending, of all parts.
+
+        They are copied, and the other rows can be freed.
+        """
+        first = self.rows is not None and parts[0] is self.rows
+        if first and len(kept) == len(self) and bool((kept < len(self)).all()):
+            return  # no new row is kept, so the stored ones stay as they are: spare the copy
         everything = concatenate(parts)
         self._room = None
         self.rows = everything.take(kept.to(everything.inputs.device))
@@ -185,11 +189,30 @@ def group_of(targets: Tensor, task: Task) -> Tensor:
     return targets.new_zeros(len(targets), dtype=torch.int64) if groups is None else groups
 
 
+def distinct_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows (m, k) of groups (n, k), int64 from 0, ascending, and (n,) which one each is.
+
+    Rows are compared as one number each: many times as fast as `torch.unique(dim=0)`.
+    """
+    if not len(groups):
+        return groups, groups.new_zeros(0)
+    numbers = groups[:, 0]
+    widths = (groups.amax(0) + 1).tolist()
+    for column, width in enumerate(widths[1:], 1):
+        numbers = numbers * width + groups[:, column]
+    found, which = torch.unique(numbers, return_inverse=True)
+    columns = []
+    for width in reversed(widths[1:]):
+        columns.append(found % width)
+        found = found // width
+    return torch.stack([found, *reversed(columns)], dim=1), which
+
+
 def quota(groups: Tensor, plan: MemoryPlan) -> int:
     """Rows that `balanced` leaves to any of these groups (n, k) at most."""
     if plan.per_class is not None:
         return plan.per_class
-    return -(-plan.capacity // max(1, len(torch.unique(groups, dim=0))))
+    return -(-plan.capacity // max(1, len(distinct_rows(groups)[0])))
 
 
 def herd(groups: Tensor, features: Tensor, most: int) -> Tensor:
@@ -263,7 +286,7 @@ def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
         capacity: rows in all; with `per_class` it bounds nothing.
         per_class: rows of every group; None for equal shares.
     """
-    found, group = torch.unique(groups, dim=0, return_inverse=True)
+    found, group = distinct_rows(groups)
     n_groups = max(1, len(found))
     order_of_group = torch.arange(n_groups)
     if n_groups > capacity:

@@ -1,9 +1,10 @@
 """Records, experiences and streams: the data of a learner.
 
 Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenario that makes a
-stream of it (`split`, `permuted`, `rotated`, `online`, `blurry`), a split over clients
-(`dirichlet`, `iid`), and augmentation inside a record (`Views`). Data sets of your own are
-described in `perdure.data.datasets`.
+stream of it (`split`, `by_time`, `by_domain`, `repetition`, `permuted`, `rotated`, `blurry`,
+`joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`), and augmentation
+inside a record (`Views`). `plot_stream` draws a stream. Data sets of your own are described in
+`perdure.data.datasets`.
 """
 
 from perdure.data.augmentation import Change, Views, shift_and_flip
@@ -18,8 +19,19 @@ from perdure.data.datasets.registry import load
 from perdure.data.datasets.shakespeare import shakespeare
 from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
+from perdure.data.plots import plot_stream
 from perdure.data.records import Batch, Records
-from perdure.data.scenarios import blurry, online, permuted, rotated, split
+from perdure.data.scenarios import (
+    blurry,
+    by_domain,
+    by_time,
+    joint,
+    online,
+    permuted,
+    repetition,
+    rotated,
+    split,
+)
 from perdure.data.sources import (
     from_arrays,
     from_folder,
@@ -42,6 +54,8 @@ __all__ = [
     "adult",
     "blurry",
     "breast_cancer",
+    "by_domain",
+    "by_time",
     "check_finite",
     "cifar10",
     "digits",
@@ -53,10 +67,13 @@ __all__ = [
     "from_tokens",
     "from_torch",
     "iid",
+    "joint",
     "load",
     "mnist",
     "online",
     "permuted",
+    "plot_stream",
+    "repetition",
     "rotated",
     "shakespeare",
     "shift_and_flip",

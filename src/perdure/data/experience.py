@@ -1,7 +1,11 @@
 """Experiences and streams: the data to learn, in their order."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, groupby, islice
+from typing import overload
 
 import torch
 
@@ -9,6 +13,19 @@ from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
 from perdure.types import SCENARIOS, Scenario
+
+NO_TEST = Records(inputs=torch.empty(0), labels=torch.empty(0, dtype=torch.int64))
+"""Test records of an experience that has none yet."""
+
+
+def _no_rows(records: Records) -> Records:
+    """Return the same records without any row: their declared facts alone."""
+    return records.map(lambda rows: rows.new_empty(0, *rows.shape[1:]))
+
+
+def _no_test(train: Records) -> Records:
+    """Return test records of the same kind without any row."""
+    return replace(_no_rows(train), partition="no test", declared_size=0, placed_by="")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -18,7 +35,8 @@ class Experience:
     Args:
         index: its place in the stream, from 0.
         train: records to learn from.
-        test: records to be measured on, declared public.
+        test: records to be measured on, declared public. Leave it out where there are none yet: the
+            experience is not measured until `Stream.with_test` gives some.
         classes: the declared classes, as outputs of the full-width head: classes, labels or
             tokens; all outputs for regression. Public, whatever the records hold.
         stage: the stage this one is part of, where a stage was cut into pieces (`online`). Default:
@@ -31,11 +49,13 @@ class Experience:
 
     index: int
     train: Records
-    test: Records
+    test: Records = NO_TEST
     classes: tuple[int, ...]
     stage: int = -1
 
     def __post_init__(self) -> None:
+        if self.test is NO_TEST:
+            object.__setattr__(self, "test", _no_test(self.train))
         if self.stage < 0:
             object.__setattr__(self, "stage", self.index)
         for part, records in (("train", self.train), ("test", self.test)):
@@ -44,7 +64,7 @@ class Experience:
                     f"experience {self.index} has {self.task.name} records to train on and "
                     f"{records.task.name} ones to test on; give both the same task"
                 )
-            found = self.task.undeclared(records.labels, self.classes)
+            found = records.undeclared(self.classes)
             if found:
                 raise DataError(
                     f"experience {self.index} has {part} {found}; declared: {self.classes}"
@@ -57,8 +77,31 @@ class Experience:
 
     def without_records(self) -> "Experience":
         """Return the same experience with no training record: its declared facts alone."""
-        empty = self.train.map(lambda rows: rows.new_empty(0, *rows.shape[1:]))
-        return replace(self, train=empty)
+        return replace(self, train=_no_rows(self.train))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """Experiences that are measured as one: a single one, or the pieces that one was cut into.
+
+    Args:
+        number: its place among the stages of the stream, from 0; a column of the accuracy matrix.
+        first: index of its first experience.
+        last: index of its last experience.
+        test: records that all of them are measured on.
+    """
+
+    number: int
+    first: int
+    last: int
+    test: Records
+
+    def latest(self, after: int) -> int:
+        """Return the index of its experience that was trained last once experience `after` was.
+
+        Where none was, it is the first.
+        """
+        return min(self.last, max(self.first, after))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +122,8 @@ class Stream:
 
     Raises:
         ConfigError: for another scenario, no experiences, wrong numbering, classes outside the
-            head, or records of several tasks.
+            head, records of several tasks, or a stage whose experiences are apart or have
+            different test records.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
@@ -103,11 +147,90 @@ class Stream:
         names = {experience.task: experience.task.name for experience in self}
         if len(names) > 1:
             raise ConfigError.of("tasks of the experiences", sorted(names.values()), "one task")
+        _ = self.stages  # refuse stages that cannot be measured, before anybody trains
 
     @property
     def task(self) -> Task:
         """Task of the records."""
         return self.experiences[0].task
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """Experiences, or groups of them, that are measured as one, in their order.
+
+        Raises:
+            ConfigError: where the experiences of a stage do not follow one another, or have
+                different test records.
+        """
+        stages: list[Stage] = []
+        met: set[int] = set()
+        for name, group in groupby(self.experiences, key=lambda each: each.stage):
+            parts = list(group)
+            test = parts[0].test
+            if any(part.test is not test and len(part.test) + len(test) for part in parts):
+                raise ConfigError(
+                    f"experiences {parts[0].index} to {parts[-1].index} are one stage and have "
+                    "different test records; give all of them the same object"
+                )
+            if name in met:
+                raise ConfigError(
+                    f"experience {parts[0].index} goes back to stage {name}; allowed: the "
+                    "experiences of a stage one after the other"
+                )
+            met.add(name)
+            stages.append(
+                Stage(
+                    number=len(stages),
+                    first=parts[0].index,
+                    last=parts[-1].index,
+                    test=test,
+                )
+            )
+        return tuple(stages)
+
+    def with_test(self, stage: int, test: Records) -> "Stream":
+        """Return the same stream with other test records of a stage, such as those that come late.
+
+        A learner that goes on with it measures the stage on them from then on.
+
+        Args:
+            stage: its place in `stages`; in a stream without pieces, the index of the experience.
+            test: declared public.
+
+        Raises:
+            ConfigError: for a stage that is not there.
+            DataError: for records of undeclared classes or another task.
+        """
+        if not 0 <= stage < len(self.stages):
+            raise ConfigError.of("stage", stage, f"0 to {len(self.stages) - 1}")
+        its = self.stages[stage]
+        parts = list(self.experiences)
+        for index in range(its.first, its.last + 1):
+            parts[index] = replace(parts[index], test=test)
+        return replace(self, experiences=tuple(parts))
+
+    def upto(self, index: int) -> "Seen":
+        """Return the experiences up to `index`, that one included."""
+        return Seen(self, index + 1)
+
+    @cached_property
+    def declared_sizes(self) -> tuple[int, ...]:
+        """Declared number of training records up to each experience, that one included."""
+        return tuple(accumulate(each.train.declared_size for each in self))
+
+    @cached_property
+    def partitions(self) -> tuple[frozenset[str], ...]:
+        """Partitions up to each experience, that one included."""
+        found = [frozenset[str]()]
+        for each in self:
+            known = found[-1]
+            new = each.train.partition
+            found.append(known if new in known else known | {new})
+        return tuple(found[1:])
+
+    def stage_of(self, index: int) -> Stage:
+        """Return the stage that experience `index` is part of."""
+        return self.stages[bisect_right(self.stages, index, key=lambda each: each.first) - 1]
 
     def __iter__(self) -> Iterator[Experience]:
         return iter(self.experiences)
@@ -144,6 +267,65 @@ class Stream:
             for experience in self
         )
         return replace(self, experiences=tuple(experiences))
+
+
+class Seen(Sequence[Experience]):
+    """First experiences of a stream, which are not copied, and what they declare in all.
+
+    A stream of thousands of pieces is asked for them at every piece.
+
+    Args:
+        stream: that they begin.
+        count: how many.
+    """
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        self._stream = stream
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Experience: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Experience]: ...
+
+    def __getitem__(self, index: int | slice) -> Experience | Sequence[Experience]:
+        places = range(self._count)[index]
+        if isinstance(places, int):
+            return self._stream[places]
+        if places.start == 0 and places.step == 1:
+            return Seen(self._stream, len(places))
+        return tuple(self._stream[place] for place in places)
+
+    def __iter__(self) -> Iterator[Experience]:
+        return islice(self._stream.experiences, self._count)
+
+    @property
+    def declared_size(self) -> int:
+        """Declared number of training records of all of them."""
+        return self._stream.declared_sizes[self._count - 1] if self._count else 0
+
+    @property
+    def partitions(self) -> frozenset[str]:
+        """Partitions of all of them."""
+        return self._stream.partitions[self._count - 1] if self._count else frozenset()
+
+
+def declared_size_of(experiences: Sequence[Experience]) -> int:
+    """Return the declared number of training records of all experiences."""
+    if isinstance(experiences, Seen):
+        return experiences.declared_size
+    return sum(each.train.declared_size for each in experiences)
+
+
+def partitions_of(experiences: Sequence[Experience]) -> frozenset[str]:
+    """Return the partitions of all experiences."""
+    if isinstance(experiences, Seen):
+        return experiences.partitions
+    return frozenset(each.train.partition for each in experiences)
 
 
 def placed_again(stream: Stream, by_record: bool) -> bool | None:

@@ -61,6 +61,8 @@ class Records:
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
     task: Task = field(default_factory=SingleLabel)
 
+    _fits: set[tuple[int, ...]] = field(default_factory=set, init=False, repr=False)
+
     def __post_init__(self) -> None:
         for name in ("inputs", "labels", "ids"):
             value = getattr(self, name)
@@ -138,6 +140,19 @@ class Records:
             ids=change(self.ids),
             attributes={name: change(value) for name, value in self.attributes.items()},
         )
+
+    def undeclared(self, classes: tuple[int, ...]) -> str:
+        """Say what targets have that the declared outputs do not allow; "" for nothing.
+
+        Records that fit are not looked at again for the same outputs: test records are shared by
+        all pieces of an experience.
+        """
+        if classes in self._fits:
+            return ""
+        found = self.task.undeclared(self.labels, classes)
+        if not found:
+            self._fits.add(classes)
+        return found
 
     def declared(self, size: int | None) -> "Records":
         """Return the same records with a declared size; None changes nothing.

@@ -15,7 +15,7 @@ import torch
 from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.datasets.registry import load
 from perdure.data.experience import Stream
-from perdure.data.scenarios import split
+from perdure.data.scenarios import online, split
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.config import Arm, Config, TrainingConfig
 from perdure.experiment.result_schema import ArmResult, PrivacyResult
@@ -65,8 +65,14 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
         data = replace(data, train=data.train.take(data.train.ids != without))
     order = config.seed if config.data.shuffle_classes else None
     stream = split(
-        data, scenario=config.data.scenario, experiences=config.data.experiences, seed=order
+        data,
+        scenario=chosen.scenario,
+        experiences=None if chosen.increments else chosen.experiences,
+        increments=chosen.increments,
+        seed=order,
     )
+    if chosen.chunk is not None:
+        stream = online(stream, chunk=chosen.chunk, seed=config.seed, exact=config.privacy is None)
     if config.explain and len(stream.input_shape) < 2:
         allowed = f"no [explain] table: inputs of shape {stream.input_shape} make no picture"
         raise ConfigError.of("explain.method", config.explain.method, allowed)
@@ -271,7 +277,7 @@ class ArmRun:
                     "epsilon": self._spent(),
                 }
             )
-            self._show((index + 1) / len(self.stream))
+            self._show(learner.position.experience / len(self.stream))
             write_json(self._clock, self._seconds())
 
     def _show(self, share: float) -> None:
@@ -311,17 +317,18 @@ class ArmRun:
         return merge(ledger_files(self.folder)) if self.arm.private else None
 
     def _explain(self, learner: Learner, index: int) -> None:
-        last = len(self.stream) - 1
+        stages = self.stream.stages
         chosen = self.config.explain
-        if chosen is None or self.arm != explained_arm(self.config) or index not in (0, last):
+        ends = (0, len(stages) - 1)
+        if chosen is None or self.arm != explained_arm(self.config) or index not in ends:
             return
-        test = self.stream[0].test
+        test = stages[0].test
         inputs = test.inputs[: chosen.records]
         labels = test.labels[: chosen.records]
         blank = torch.zeros_like(inputs[:1])
         with torch.no_grad():
             values = chosen.explainer.explain(
-                learner.predictor(0, after=index),
+                learner.predictor(stages[0].last, after=stages[index].last),
                 inputs,
                 blank,
                 targets=labels,
@@ -339,13 +346,13 @@ class ArmRun:
         last = len(self.stream) - 1
         shares = [
             robust_accuracy(
-                learner.predictor(e.index, after=last),
-                e.test.inputs,
-                e.test.labels,
+                learner.predictor(stage.last, after=last),
+                stage.test.inputs,
+                stage.test.labels,
                 attack,
-                generator=generator(self.config.seed, "attack", e.index),
+                generator=generator(self.config.seed, "attack", stage.number),
             )
-            for e in self.stream
+            for stage in self.stream.stages
         ]
         return sum(shares) / len(shares)
 
@@ -356,7 +363,8 @@ class ArmRun:
         return {
             "epsilon": epsilon_row(account.statement(self.config.privacy.delta)),
             "epsilon_over_time": [
-                self.log.rows[self.arm.name, e.index]["epsilon"] for e in self.stream
+                self.log.rows[self.arm.name, stage.number]["epsilon"]
+                for stage in self.stream.stages
             ],
             "spending": spending(account, self.config.privacy.delta),
         }

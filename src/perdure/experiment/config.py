@@ -118,7 +118,10 @@ class DataConfig(CheckedFields):
         name: of a data set: digits, breast-cancer, mnist, cifar10, adult, or "module:name".
         root: folder of the data; None for the usual places.
         scenario: task, domain or class.
-        experiences: how many.
+        experiences: how many, where `increments` does not say.
+        increments: number of new classes in each experience, for unequal ones; None for equal ones.
+        chunk: cut every experience into pieces of so many records, each seen once (online); under
+            privacy that is their declared size. None for whole experiences.
         shuffle_classes: order classes by the run's seed.
         declared_size: public number of training records; None to declare the realised one.
     """
@@ -127,6 +130,8 @@ class DataConfig(CheckedFields):
     root: str | None = None
     scenario: Scenario = "class"
     experiences: int = 5
+    increments: tuple[int, ...] | None = None
+    chunk: int | None = None
     shuffle_classes: bool = False
     declared_size: int | None = None
 
@@ -134,7 +139,7 @@ class DataConfig(CheckedFields):
         find_dataset(self.name, field="name")
         if self.declared_size is not None:
             check(self, "declared_size", counts, "1 to 1000000000")
-        check(self, "experiences", counts, "1 to 1000000000")
+        check(self, "experiences chunk", counts, "1 to 1000000000")
 
 
 @dataclass(frozen=True, kw_only=True)

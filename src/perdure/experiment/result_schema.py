@@ -68,12 +68,16 @@ class ArmResult(PrivacyResult):
 
 
 class StreamResult(TypedDict):
-    """The experiences, in the order they were learnt."""
+    """The experiences, in the order they were learnt, and their declared training records.
+
+    Results of before sizes were stored have none.
+    """
 
     name: str
     scenario: str
     experiences: int
     classes: list[list[int]]
+    declared_sizes: NotRequired[list[int]]
 
 
 class AttackResult(TypedDict):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from perdure.data.experience import Stream
+from perdure.data.experience import Stream, declared_size_of
 from perdure.experiment.config import Arm, AttackConfig, Config
 from perdure.experiment.result_schema import (
     SCHEMA,
@@ -48,8 +48,12 @@ def summary(
         "stream": {
             "name": stream.name,
             "scenario": stream.scenario,
-            "experiences": len(stream),
-            "classes": [list(e.classes) for e in stream],
+            "experiences": len(stream.stages),
+            "classes": [list(stream[stage.last].classes) for stage in stream.stages],
+            "declared_sizes": [
+                declared_size_of(stream.experiences[stage.first : stage.last + 1])
+                for stage in stream.stages
+            ],
         },
         "model": asdict(config.model),
         "federation": federation_row(config, stream),
@@ -64,17 +68,17 @@ def summary(
 
 
 def calibration(learner: Learner, stream: Stream) -> list[float]:
-    """Expected calibration error on every experience's test records at the end of the stream."""
+    """Expected calibration error on every stage's test records at the end of the stream."""
     after = max(0, learner.position.experience - 1)
     with torch.no_grad():
         return [
             expected_calibration_error(
                 torch.softmax(
-                    by_pieces(learner.predictor(e.index, after=after), e.test.inputs), dim=1
+                    by_pieces(learner.predictor(stage.last, after=after), stage.test.inputs), dim=1
                 ),
-                e.test.labels,
+                stage.test.labels,
             )
-            for e in stream.to(learner.device)
+            for stage in stream.to(learner.device).stages
         ]
 
 

@@ -223,8 +223,9 @@ class Server:
         )
         learner.session.position = Position(experience=self.experience + 1)
         self._notify("experience.combined")
-        learner.matrix.append(learner.evaluate(self.stream))
-        self._notify("evaluated")
+        if learner.is_measured(self.experience):
+            learner.measure()
+            self._notify("evaluated")
 
     def _ask(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
         """Add to each message its client's task, send all, and return the replies by client.
@@ -425,8 +426,8 @@ def fit_federated(
         progress: as in `run_federation`.
 
     Returns:
-        (T, T) float64, accuracy in percent on the experience of the column after the experience of
-        the row.
+        (T, T) float64, accuracy in percent on the stage of the column after the stage of the row;
+        see `Learner.fit`.
     """
     server = run_federation(
         make_learner,

@@ -35,7 +35,7 @@ PLAIN = (
     "warm_start",
 )
 """Arguments whose annotations say all; text is taken for the folder."""
-COUNTS = ("epochs", "iterations", "blocks", "batch_size", "micro_batch_size")
+COUNTS = ("epochs", "iterations", "blocks", "evaluate_every", "batch_size", "micro_batch_size")
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "exactly one of epochs and iterations",
         )
     for name in COUNTS:
-        value = given[name]
+        value = given.get(name)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (whole and value >= 1):
             raise ConfigError.of(name, value, "a whole number, 1 or more")

@@ -25,7 +25,7 @@ def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Ten
 
 
 def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
-    """Measure a party on the test records of every experience, by the metric of the task.
+    """Measure a party on the test records of every stage, each once, by the metric of the task.
 
     The model's modes stay as they are. An experience that is being trained counts as trained.
 
@@ -36,14 +36,11 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
     """
     position = party.position
     after = max(0, position.experience - (not position.begun))
+    found = []
     with torch.no_grad(), evaluating(party.model):
-        return [
-            evaluate(
-                stream.task,
-                predictor(party, each.index, after=after),
-                each.test.inputs,
-                each.test.labels,
-                batch_size,
-            )
-            for each in stream.to(party.device)
-        ]
+        for stage in stream.stages:
+            # the test records alone: a stream of pieces has thousands of experiences
+            test = stage.test.to(party.device)
+            predicted = predictor(party, stage.latest(after), after=after)
+            found.append(evaluate(stream.task, predicted, test.inputs, test.labels, batch_size))
+    return found

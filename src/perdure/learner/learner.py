@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,9 @@ from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
+
+PROGRESS = "progress"
+"""Key of the measurements inside stages among the facts of a checkpoint."""
 
 Callback = Callable[[str, "Learner"], None]
 """Called at every named point of the loop; the names are `POINTS`."""
@@ -87,7 +90,11 @@ class Learner:
         epochs: length of an experience in passes over its records; give this or `iterations`.
         iterations: length of an experience in steps.
         blocks: pieces an experience is done in; each is charged to the ledger as one, and ends with
-            a checkpoint (in a federation: with a round).
+            a checkpoint (in a federation: with a round). Where one experience was cut into several
+            (`perdure.data.online`), and there is neither privacy nor more than one block, there is
+            a checkpoint where the model is measured.
+        evaluate_every: measure the model after so many experiences inside a stage of several, too
+            (`progress`); None measures it at the end of every stage only.
         batch_size: new records a step.
         micro_batch_size: rows of one pass through the model, to bound memory; what is learnt and
             charged does not change, up to rounding.
@@ -116,6 +123,7 @@ class Learner:
     epochs: int | None = None
     iterations: int | None = None
     blocks: int = 1
+    evaluate_every: int | None = None
     batch_size: int = 128
     micro_batch_size: int | None = None
     seed: int = 0
@@ -132,6 +140,8 @@ class Learner:
     warm_start: bool = False
     make_private_sum: MakePrivateSum = PrivateSum
     matrix: list[list[float]] = field(default_factory=list)
+    progress: list[tuple[int, list[float]]] = field(default_factory=list)
+    """Measurements inside stages: index of the experience that ended, and accuracies by stage."""
     _session: Session | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
@@ -158,10 +168,12 @@ class Learner:
     def fit(self, stream: Stream) -> Tensor:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
-        Row i is measured after experience i, on the test records of every experience; records of
-        another task than single-label ones by `stream.task.metric`. With a `folder`, a run that was
-        stopped continues where it was, to the bit-identical end; a stream that has grown since
-        continues with its new experiences.
+        Row i is measured at the end of stage i, on the test records of every stage: a stage is an
+        experience, or all pieces of one that was cut up (`perdure.data.online`). Records of another
+        task than single-label ones are measured by `stream.task.metric`. With a `folder`, a run
+        that was stopped continues where it was, to the bit-identical end; a stream that has grown
+        since continues with its new experiences, and one that has test records of more stages
+        (`Stream.with_test`) has them measured from now on.
 
         Raises:
             DataError: before a private run, for training inputs that are NaN or infinite. Whoever
@@ -179,18 +191,26 @@ class Learner:
             self.prepare(stream)
             self.resume()
             for index in range(self.position.experience, len(stream)):
+                measured = self.is_measured(index)
+                # Under privacy a resume goes back no further than the present experience.
+                kept = measured or self.blocks > 1 or self.privacy is not None
                 self.begin(index)
                 for block in self.training.remaining_blocks(index, self.position.step):
                     self.train(block)
-                    self.save()
+                    if kept:
+                        self.save()
                 self.finish()
-                self.matrix.append(self.evaluate(stream))
-                self._notify("evaluated")
+                if measured:
+                    self.measure()
+                if kept:
+                    self.save()
+            if self._has_late_tests():
+                self.measure()
                 self.save()
         finally:
             self.close()
         # Rows measured before the stream grew are shorter.
-        rows = [row + [math.nan] * (len(stream) - len(row)) for row in self.matrix]
+        rows = [row + [math.nan] * (len(stream.stages) - len(row)) for row in self.matrix]
         return torch.tensor(rows, dtype=torch.float64)
 
     def prepare(self, stream: Stream) -> None:
@@ -209,6 +229,7 @@ class Learner:
             refuse_optimizer(self.optimizer, self.params)
         self.close()
         self.matrix = []
+        self.progress = []
         self._rates = None
         self._new_optimizer()
         if self.scheduler:  # refuse it before anything is inspected, charged or written
@@ -273,6 +294,12 @@ class Learner:
 
     # ------------------------------------------------------------------ evaluation
 
+    def _has_late_tests(self) -> bool:
+        """Tell if a stage has test records now that was not measured at the end of the stream."""
+        last = self.matrix[-1] if self.matrix else []
+        stages = zip(self.stream.stages, last, strict=False)
+        return any(len(stage.test) and math.isnan(accuracy) for stage, accuracy in stages)
+
     def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
         """Return a function from inputs (n, ...) to logits (n, C).
 
@@ -283,18 +310,41 @@ class Learner:
         return predictor(self.session, index, after=after)
 
     def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
-        """Measure the model on the test records of every experience, by the metric of the task.
+        """Measure the model on the test records of every stage, each once, by the task's metric.
 
         Returns:
-            One number per experience: accuracy in percent for single-label records.
+            one number a stage: accuracy in percent for single-label records; NaN where a stage has
+            no test records.
         """
         return measurements(self.session, stream, batch_size)
+
+    def is_measured(self, index: int) -> bool:
+        """Tell if the model is measured after experience `index`."""
+        stage = self.stream.stage_of(index)
+        inside = index - stage.first + 1
+        every = self.evaluate_every
+        return index == stage.last or (every is not None and inside % every == 0)
+
+    def measure(self) -> None:
+        """Measure the model after the experience that ended last.
+
+        The accuracies go to `matrix` at the end of a stage, and to `progress` inside one.
+        """
+        ended = self.position.experience - 1
+        stage = self.stream.stage_of(ended)
+        accuracies = self.evaluate(self.stream)
+        if ended == stage.last:
+            self.matrix[stage.number :] = [accuracies]
+        else:
+            self.progress.append((ended, accuracies))
+        self._notify("evaluated")
 
     # ------------------------------------------------------------------ stopping and resuming
 
     def snapshot(self) -> Snapshot:
         """Copy everything that a run needs to go on; memory rows apart, as they are private."""
-        return take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
+        now = take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
+        return replace(now, facts={**now.facts, PROGRESS: list(self.progress)})
 
     def checkpoint(self) -> Snapshot:
         """Snapshot for the disk: with the run's fingerprint and, under privacy, the ledger's head.
@@ -323,11 +373,13 @@ class Learner:
             fingerprint=self.fingerprint,
             where=where or self.folder,
         )
+        self._take_progress(snapshot)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""
         self._rewind(snapshot)
         self.matrix = restore_snapshot(snapshot, self.session, self._optimizer, self._scheduler)
+        self._take_progress(snapshot)
 
     def save(self) -> None:
         """Write a checkpoint, when there is a folder."""
@@ -439,6 +491,9 @@ class Learner:
         self._scheduler = None
         if snapshot.facts["scheduler"]:
             self._new_schedule(snapshot.facts["position"]["experience"])
+
+    def _take_progress(self, snapshot: Snapshot) -> None:
+        self.progress = [(index, list(row)) for index, row in snapshot.facts[PROGRESS]]
 
     def noise_digest(self) -> str:
         """Digest everything but the records that determines the next steps; "" without privacy."""

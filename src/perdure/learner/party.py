@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,7 @@ from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
-from perdure.utils.modules import trainable_parameters
+from perdure.utils.modules import end_training, trainable_parameters
 from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
@@ -275,7 +276,7 @@ class Party:
         if self._inspected:
             self._inspected.look_again(self.inspection, index, begins=begins)
         context = self.context(index, declared_size=experience.train.declared_size)
-        self.held.open(self.stream.experiences[: index + 1], plan, context, self.forward)
+        self.held.open(self.stream.upto(index), plan, context, self.forward)
         self.select(plan)
         return begins
 
@@ -433,14 +434,20 @@ class Party:
 
         Raises:
             DataError: where an input is NaN or infinite, and so are parameters.
-            RunawayError: where training diverged and parameters are NaN or infinite.
+            RunawayError: at the end of a stage, where training diverged and parameters are NaN or
+                infinite.
         """
-        refuse_runaway(self.params, self.training, self.position.experience)
+        ended = self.position.experience
+        if self.stream.stage_of(ended).last == ended:
+            refuse_runaway(self.params, self.training, ended)
         self.mark_model(learnt=True)
-        self.model.eval()
+        end_training(self.model)
         self._compare_values = True
         self.held.store(self.remember)
-        new = self.strategy.after_experience(self._asked_by_hooks, self._detached(), self.state)
+        new = self.state
+        if self.strategy.uses("after_experience"):
+            params = self._detached()
+            new = self.strategy.after_experience(self._asked_by_hooks, params, self.state)
         self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
         self.notify("experience.consolidated")
         self.held.close()
@@ -450,10 +457,14 @@ class Party:
 
     def mark_model(self, *, learnt: bool = False) -> None:
         """Let the model carry what this session spends on it, and has learnt (see `ModelMark`)."""
-        names = {each.train.partition for each in self.stream} if learnt else set()
-        without = self.trained_by or f"trained without privacy on {', '.join(sorted(names))}"
+        without = self.trained_by or self._trained_on
         ledger = self.private_sum.ledger if self.private_sum else None
         self.mark.put(ledger, uncounted=without if learnt else "")
+
+    @cached_property
+    def _trained_on(self) -> str:
+        names = sorted(self.stream.partitions[-1])
+        return f"trained without privacy on {', '.join(names)}"
 
     def seed_of(self, purpose: str, step: int) -> Seed:
         """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""

@@ -4,7 +4,7 @@ Outputs that do not fit, a ledger begun anew, no state, numbers that ran away.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from perdure.adversarial.base import Attack
 from perdure.contract.state import State
@@ -167,6 +167,11 @@ def require_state(hook: str, strategy: Strategy, answer: object) -> State:
     return answer
 
 
+def _finite(value: Tensor) -> bool:
+    # one pass that stores nothing; a sum of finite numbers may overflow, and then each is looked at
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
 def refuse_runaway(params: Params, training: TrainingPlan, experience: int) -> None:
     """Refuse to go on where training ran away.
 
@@ -182,7 +187,7 @@ def refuse_runaway(params: Params, training: TrainingPlan, experience: int) -> N
         DataError: where an input that is NaN or infinite is the cause.
         RunawayError: otherwise.
     """
-    lost = [name for name, value in params.items() if not bool(value.isfinite().all())]
+    lost = [name for name, value in params.items() if not _finite(value.detach())]
     if lost:
         if not training.privacy:
             check_finite([training.stream])

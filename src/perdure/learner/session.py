@@ -164,7 +164,9 @@ class Session(Party):
             raise LoopError(self._left())
         self.consolidate()
         self.notify("experience.end")
-        self.save()
+        # under privacy a resume goes back no further than the present experience
+        if self.privacy or self.stream.stage_of(index).last == index:
+            self.save()
 
     def backward(self, batch: "Batch | HiddenBatch") -> None:
         """Fill `.grad` of the trained parameters: mean gradient, penalty, projection.
@@ -198,7 +200,7 @@ class Session(Party):
         self.follow_step()
 
     def evaluate(self, stream: Stream | None = None, batch_size: int = 2048) -> list[float]:
-        """Measure the accuracy in percent on the test records of every experience.
+        """Measure the accuracy in percent on the test records of every stage.
 
         Args:
             stream: whose test records are used; None for the session's.
@@ -207,7 +209,7 @@ class Session(Party):
         return measurements(self, self.stream if stream is None else stream, batch_size)
 
     def save(self) -> None:
-        """Write a checkpoint, where there is a folder; every completed experience does so."""
+        """Write a checkpoint, where there is a folder; the end of every stage does so."""
         if self.folder and self.optimizer is not None:
             self.hold()
             snapshot = take_snapshot(self, self.optimizer, None, [])

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from perdure.data.experience import Experience
+from perdure.data.experience import Experience, partitions_of
 from perdure.errors import BudgetError, ConfigError
 from perdure.planning.exposure import reference_exposures, split_steps
 from perdure.planning.training_plan import NOBODY, TrainingPlan
@@ -62,9 +62,7 @@ def charges(
                 [Charge(rate, noise_multiplier, total, "grid-gaussian")] if total else []
             )
     noise = noise_multiplier * privacy.release_noise
-    for partition in (
-        {stage.train.partition for stage in stages} - excluded if cost.memory_releases else ()
-    ):
+    for partition in partitions_of(stages) - excluded if cost.memory_releases else ():
         spent.setdefault(partition, []).append(
             Charge(1.0, noise, cost.memory_releases, "grid-gaussian")
         )
@@ -193,7 +191,7 @@ def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[fr
     return tuple(out)
 
 
-def horizon(training: TrainingPlan) -> list[Experience]:
+def horizon(training: TrainingPlan) -> Sequence[Experience]:
     """Experiences to plan for.
 
     Those of the stream, and as many more like the last as were declared to come.
@@ -201,7 +199,8 @@ def horizon(training: TrainingPlan) -> list[Experience]:
     Raises:
         ConfigError: when the stream is longer than what was declared.
     """
-    known = list(training.stream.experiences)
+    stream = training.stream
+    known = stream.experiences
     privacy = training.privacy
     asked = privacy.horizon if privacy and privacy.horizon is not None else len(known)
     if asked < len(known):
@@ -212,10 +211,12 @@ def horizon(training: TrainingPlan) -> list[Experience]:
     own = known[-1].train.partition
     shared = any(experience.train.partition == own for experience in known[:-1])
     later = [own if shared else f"{own}, {i - last.index} later" for i in range(len(known), asked)]
-    return known + [
+    to_come = (
         replace(last, index=last.index + i, train=replace(last.train, partition=name))
         for i, name in enumerate(later, 1)
-    ]
+    )
+    whole = replace(stream, experiences=(*known, *to_come)) if later else stream
+    return whole.upto(len(whole) - 1)
 
 
 def elsewhere(

@@ -5,7 +5,7 @@ from collections.abc import Sequence, Set
 
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
-from perdure.data.experience import Experience
+from perdure.data.experience import Experience, declared_size_of, partitions_of
 from perdure.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def exposure(
     past = experiences[:-1]
     if plan.memory and plan.memory.rehearsed and plan.pool != "memory":
         size += expected_stored(past, plan.memory.capacity, excluded)
-        exposed |= {e.train.partition for e in past} - excluded
+        exposed |= partitions_of(past) - excluded
     chosen = min(1.0, batch_size / size) if rate is None else rate
     slots = None
     if bands is not None:
@@ -59,20 +59,27 @@ def pool_size(
     Records that are rehearsed beside the pool are not counted.
     """
     pooled = experiences[-1:] if plan.pool == "experience" else experiences
-    staying = [e.train for e in pooled if e.train.partition not in excluded]
-    partitions = {records.partition for records in staying}
+    partitions = set(partitions_of(pooled) - excluded)
     if plan.pool == "memory" and plan.memory:
         return expected_stored(experiences, plan.memory.capacity, excluded), partitions
-    return sum(records.declared_size for records in staying), partitions
+    return _staying(pooled, excluded), partitions
 
 
 def expected_stored(
     seen: Sequence[Experience], capacity: int, excluded: Set[str] = frozenset()
 ) -> float:
     """Declared number of records in a memory, without the partitions `excluded`."""
-    everything = sum(e.train.declared_size for e in seen)
-    staying = sum(e.train.declared_size for e in seen if e.train.partition not in excluded)
+    everything = declared_size_of(seen)
+    staying = _staying(seen, excluded)
     return min(capacity, everything) * staying / everything if everything else 0.0
+
+
+def _staying(experiences: Sequence[Experience], excluded: Set[str]) -> int:
+    """Declared number of records without the partitions `excluded`."""
+    if not excluded:
+        return declared_size_of(experiences)
+    kept = (each.train for each in experiences if each.train.partition not in excluded)
+    return sum(records.declared_size for records in kept)
 
 
 def reference_exposures(
@@ -87,8 +94,10 @@ def reference_exposures(
     One over all that is stored (`reference`), or one for every earlier experience (`reference 0`,
     ...).
     """
+    if not plan.memory or plan.memory.rehearsed:
+        return {}
     past = [e for e in experiences[:-1] if e.train.partition not in excluded]
-    if not plan.memory or plan.memory.rehearsed or not past:
+    if not past:
         return {}
     whole = expected_stored(experiences[:-1], plan.memory.capacity, excluded)
     sizes = {f"reference {e.index}": (whole * share(e, past), {e.train.partition}) for e in past}

@@ -58,9 +58,9 @@ class TrainingPlan:
         """
         return self.strategy.plan(experience.without_records() if self.privacy else experience)
 
-    def upto(self, index: int) -> tuple[Experience, ...]:
+    def upto(self, index: int) -> Sequence[Experience]:
         """Return the experiences of the stream up to `index`, that one included."""
-        return self.stream.experiences[: index + 1]
+        return self.stream.upto(index)
 
     def exposure(self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY) -> Exposure:
         """Return the exposure of every partition in the last of `experiences`.

@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from perdure.data.plots import stream_figure
 from perdure.errors import RunError
 from perdure.experiment.result_schema import ArmResult, Result
 from perdure.report.picture import INK, MUTED, STYLE, Picture
@@ -54,8 +55,34 @@ def pictures(result: Result, run: Path) -> list[Picture]:
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        drawn = [_matrices(result), _curves(result), _epsilons(result), _explanations(result, run)]
+        drawn = [
+            _stream(result),
+            _matrices(result),
+            _curves(result),
+            _epsilons(result),
+            _explanations(result, run),
+        ]
     return [picture for picture in drawn if picture is not None]
+
+
+def _stream(result: Result) -> Picture | None:
+    told = result["stream"]
+    sizes = told.get("declared_sizes")
+    if sizes is None:
+        return None
+    figure = stream_figure(
+        classes=told["classes"], sizes=sizes, borders=range(len(sizes)), first_number=1
+    )
+    return Picture(
+        name="stream",
+        title="The stream",
+        caption="Declared training records of every experience, and its declared classes: the "
+        "darker, the more records of a class, if all classes of the experience have as many.",
+        alternative=f"Classes and sizes of {told['experiences']} experiences: "
+        + "; ".join(f"{size} records" for size in sizes)
+        + ".",
+        figure=figure,
+    )
 
 
 def _matrices(result: Result) -> Picture:

@@ -96,7 +96,7 @@ def other_records(stream: Stream) -> Stream:
 def run(learner: Learner, stream: Stream) -> None:
     """Train a prepared learner from where it is to the end of the stream.
 
-    After each experience a row of accuracies is appended to `learner.matrix`.
+    A row of accuracies is appended to `learner.matrix` at the end of every stage.
     """
     for index in range(learner.position.experience, len(stream)):
         learner.begin(index)
@@ -105,7 +105,8 @@ def run(learner: Learner, stream: Stream) -> None:
         ):
             learner.train(block)
         learner.finish()
-        learner.matrix.append(learner.evaluate(stream))
+        if learner.is_measured(index):
+            learner.measure()
 
 
 Builder = Callable[[Stream], nn.Module]

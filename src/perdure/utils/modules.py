@@ -35,11 +35,23 @@ def statistics_of(module: nn.Module) -> Params:
 
 
 def begin_training(module: nn.Module) -> None:
-    """Put every module into training mode; several times as fast where all are in it already."""
-    for part in module.modules():
-        if not part.training or type(part).train is not nn.Module.train:
-            module.train()
-            return
+    """Put every module into training mode, several times as fast as `module.train()`."""
+    _put_into_mode(module, training=True)
+
+
+def end_training(module: nn.Module) -> None:
+    """Put every module into evaluation mode, several times as fast as `module.eval()`."""
+    _put_into_mode(module, training=False)
+
+
+def _put_into_mode(module: nn.Module, *, training: bool) -> None:
+    parts = list(module.modules())
+    if any(type(part).train is not nn.Module.train for part in parts):
+        module.train(training)
+        return
+    for part in parts:
+        if part.training is not training:
+            part.training = training
 
 
 @contextmanager

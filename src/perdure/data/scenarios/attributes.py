@@ -1,0 +1,182 @@
+"""Streams whose experiences follow from an attribute of the records: their time, their domain."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Records
+from perdure.data.scenarios.places import expected_sizes, placed, placing_rule, with_sizes
+from perdure.errors import ConfigError, DataError
+
+
+def by_time(
+    data: Dataset,
+    *,
+    experiences: int | None = None,
+    boundaries: Sequence[float] | None = None,
+    attribute: str = "time",
+    declared_size: int | Sequence[int] | None = None,
+) -> Stream:
+    """Cut the records by their time; domain-incremental.
+
+    With `boundaries` b, experience e holds the times in [b[e-1], b[e]), the first one all before
+    b[0] and the last one all from b[-1] on. With `experiences`, the boundaries are quantiles of the
+    training records' times: experiences are about equal, and records of one time stay together.
+
+    Guarantee: with `boundaries`, which are public, a record's experience follows from its own time,
+    and experiences are disjoint partitions. With `experiences` the boundaries depend on all
+    records: the stream says `assigned_by_record = False`.
+
+    Args:
+        data: the source; its training and test records have the attribute.
+        experiences: how many, from 1. Give this or `boundaries`.
+        boundaries: public, ascending times at which a new experience begins.
+        attribute: name of the time among `Records.attributes`.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: an equal share of the declared size of `data`, else the realised one.
+
+    Raises:
+        ConfigError: for boundaries that do not ascend, more experiences than there are times, or
+            other than one size, or one an experience.
+        DataError: where records lack the attribute, or a time is missing (NaN).
+    """
+    if (experiences is None) == (boundaries is None):
+        given = f"experiences={experiences}, boundaries={boundaries}"
+        raise ConfigError.of("cut", given, "exactly one of experiences and boundaries")
+    times = [_values(part, attribute).double() for part in (data.train, data.test)]
+    if boundaries is None:
+        assert experiences is not None
+        cuts = _quantiles(times[0], experiences)
+    else:
+        cuts = torch.tensor(list(boundaries), dtype=torch.float64)
+        if not len(cuts) or not bool((cuts.diff() > 0).all()):
+            raise ConfigError.of("boundaries", tuple(boundaries), "ascending times, at least one")
+    places = [torch.bucketize(each, cuts, right=True) for each in times]
+    rule = [attribute, cuts.tolist()] if boundaries is not None else None
+    return _by_place(data, "time", places, len(cuts) + 1, rule, declared_size)
+
+
+def by_domain(
+    data: Dataset,
+    *,
+    order: Sequence[int] | None = None,
+    attribute: str = "domain",
+    declared_size: int | Sequence[int] | None = None,
+) -> Stream:
+    """Make an experience of every natural domain: a hospital, a speaker, a camera.
+
+    Domain-incremental: labels and head stay.
+
+    Guarantee: where the domains are public (`order`, or `Dataset.categories`), a record's
+    experience follows from its own domain, and experiences are disjoint partitions. Domains that
+    are found among the records depend on all of them: the stream says `assigned_by_record = False`.
+
+    Args:
+        data: the source; its training and test records have the attribute.
+        order: public numbers of the domains, in the order of their arrival. Default: all that
+            `Dataset.categories` names, else those of the training records, ascending.
+        attribute: name of the domain among `Records.attributes`.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: an equal share of the declared size of `data`, else the realised one.
+
+    Raises:
+        ConfigError: for a domain that is twice in the order, or other than one size, or one an
+            experience.
+        DataError: where records lack the attribute, or are of a domain that is not in the order.
+    """
+    values = [_values(part, attribute) for part in (data.train, data.test)]
+    names = data.categories.get(attribute)
+    public = order is not None or names is not None
+    if order is None:
+        order = range(len(names)) if names is not None else values[0].unique().tolist()
+    if not len(order) or len(set(order)) < len(order):
+        raise ConfigError.of("order", tuple(order), "numbers of domains, each once")
+    places = [_positions(each, order, attribute) for each in values]
+    rule = [attribute, list(order)] if public else None
+    return _by_place(data, "domain", places, len(order), rule, declared_size)
+
+
+def _by_place(
+    data: Dataset,
+    kind: str,
+    places: Sequence[Tensor],
+    count: int,
+    facts: list[object] | None,
+    declared_size: int | Sequence[int] | None,
+) -> Stream:
+    """Stream of the records in each place.
+
+    Args:
+        places: (n,) experience of every training record, and of every test record.
+        count: number of experiences.
+        facts: public ones that place a record; None where other records take part.
+    """
+    sizes = expected_sizes(data, declared_size, [1 / count] * count)
+    rule = "" if facts is None else placing_rule(kind, data, facts=facts, sizes=sizes)
+    train, test = places
+    parts = [
+        Experience(
+            index=index,
+            train=placed(data.train, train == index, index, rule),
+            test=data.test.take((test == index).to(data.test.inputs.device)),
+            classes=tuple(range(data.num_classes)),
+        )
+        for index in range(count)
+    ]
+    return Stream(
+        name=f"{kind}-{data.name}",
+        scenario="domain",
+        experiences=with_sizes(parts, sizes),
+        num_classes=data.num_classes,
+        input_shape=data.input_shape,
+        assigned_by_record=facts is not None,
+    )
+
+
+def _values(records: Records, attribute: str) -> Tensor:
+    """(n,) the attribute of every record, on the CPU."""
+    if attribute not in records.attributes:
+        known = ", ".join(records.attributes) or "none"
+        raise DataError(
+            f"{records.partition} has no attribute {attribute!r}; its attributes: {known}; give "
+            f"training and test records Records(attributes={{{attribute!r}: tensor}})"
+        )
+    values = records.attributes[attribute].cpu()
+    missing = values.isnan().nonzero().flatten().tolist()
+    if missing:
+        raise DataError(
+            f"{records.partition} has no {attribute} in row {missing[0]} ({len(missing)} in all); "
+            "fill it in, or leave the record out"
+        )
+    return values
+
+
+def _quantiles(times: Tensor, experiences: int) -> Tensor:
+    """(experiences - 1,) times at which a new experience begins, for about equal sizes."""
+    found = times.unique()
+    if not 1 <= experiences <= len(found):
+        allowed = f"1 to {len(found)}, the number of different times"
+        raise ConfigError.of("experiences", experiences, allowed)
+    ordered = times.sort().values
+    cuts = ordered[torch.arange(1, experiences) * len(times) // experiences]
+    if len(cuts.unique()) < len(cuts) or (len(cuts) and cuts[0] == ordered[0]):
+        # too many records of one time: equal numbers of different times instead
+        cuts = found[torch.arange(1, experiences) * len(found) // experiences]
+    return cuts
+
+
+def _positions(values: Tensor, order: Sequence[int], attribute: str) -> Tensor:
+    """(n,) place of every value in the order."""
+    places = torch.full(values.shape, -1, dtype=torch.int64)
+    for place, domain in enumerate(order):
+        places[values == domain] = place
+    strange = values[places < 0]
+    if len(strange):
+        raise DataError(
+            f"{attribute} {strange[0].item()} is in no experience; the order has {tuple(order)}; "
+            "add it, or leave its records out"
+        )
+    return places

@@ -1,0 +1,132 @@
+"""Streams whose experiences are slices of the classes with blurred boundaries."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.experience import Stream
+from perdure.data.records import Records
+from perdure.data.scenarios.class_slices import split
+from perdure.data.scenarios.places import (
+    expected_sizes,
+    hashable,
+    placed,
+    placing_rule,
+    public_coin,
+    with_sizes,
+)
+from perdure.errors import ConfigError
+
+
+def blurry(
+    data: Dataset,
+    *,
+    experiences: int | None = None,
+    increments: Sequence[int] | None = None,
+    blurry_share: float = 0.1,
+    disjoint_share: float = 0.0,
+    class_order: Sequence[int] | None = None,
+    seed: int = 0,
+    declared_size: int | Sequence[int] | None = None,
+) -> Stream:
+    """Class-incremental slices with blurred boundaries.
+
+    A share of a class turns up in other experiences.
+
+    A record of a blurry class leaves its class's own experience with probability `blurry_share` and
+    goes to one of the others, all alike. Test records stay with their class's own experience.
+
+    Guarantee: both coins are a hash of the record's id and the public seed, so that the place is a
+    function of the record and public facts, and experiences are disjoint partitions. Records
+    without ids of their own are hashed by their position, and the stream says
+    `assigned_by_record = False`.
+
+    Args:
+        data: the source.
+        experiences: how many, from 2; a divisor of the number of classes. Give this or
+            `increments`.
+        increments: number of classes whose own experience each is, as in `split`.
+        blurry_share: expected share of records that leave, in [0, 1].
+        disjoint_share: share of classes that never leave (their choice is random by `seed`), in [0,
+            1].
+        class_order: the classes in the order of their arrival. Default: 0 .. C-1.
+        seed: public.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: the number expected from the shares and the declared size of `data`, else the
+            realised one.
+
+    Raises:
+        ConfigError: for a share outside [0, 1], a class order that is no permutation, slices that
+            do not add up to all classes, or other than one size, or one an experience.
+
+    Source: Bang et al. 2021, "Rainbow memory", section 3; disjoint classes: Koh et al. 2022,
+    "Online continual learning on class incremental blurry task configuration with anytime
+    inference".
+    """
+    for field, share in (("blurry_share", blurry_share), ("disjoint_share", disjoint_share)):
+        if not 0 <= share <= 1:
+            raise ConfigError.of(field, share, "numbers from 0 to 1")
+    home = split(
+        data,
+        scenario="class",
+        experiences=experiences,
+        increments=increments,
+        class_order=class_order,
+    )
+    if len(home) < 2:
+        raise ConfigError.of("experiences", len(home), "whole numbers from 2")
+    is_blurry = torch.ones(data.num_classes, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randperm(data.num_classes, generator=generator)
+    is_blurry[choice[: round(disjoint_share * data.num_classes)]] = False
+    visitors: set[int] = set(is_blurry.nonzero().flatten().tolist()) if blurry_share else set()
+    place = _blurred_place(data.train, home, is_blurry, blurry_share, seed)
+    sizes = expected_sizes(data, declared_size, _blurred_shares(home, is_blurry, blurry_share))
+    rule = placing_rule(
+        "blurry",
+        data,
+        slices=[part.classes for part in home],
+        blurry=is_blurry.tolist(),
+        share=blurry_share,
+        seed=seed,
+        sizes=sizes,
+    )
+    parts = [
+        replace(
+            part,
+            train=placed(data.train, place == part.index, part.index, rule),
+            classes=tuple(sorted({*part.classes, *visitors})),
+        )
+        for part in home
+    ]
+    return replace(
+        home,
+        name=f"blurry-{data.name}",
+        experiences=with_sizes(parts, sizes),
+        assigned_by_record=hashable(home),
+    )
+
+
+def _blurred_shares(home: Stream, is_blurry: Tensor, share: float) -> list[float]:
+    """Expected share of all records in each experience, every class counting the same."""
+    leaving = [share * int(is_blurry[list(part.classes)].sum()) for part in home]
+    return [
+        (len(part.classes) - out + (sum(leaving) - out) / (len(home) - 1)) / home.num_classes
+        for part, out in zip(home, leaving, strict=True)
+    ]
+
+
+def _blurred_place(
+    records: Records, home: Stream, is_blurry: Tensor, share: float, seed: int
+) -> Tensor:
+    """Index (n,) of the experience each record goes to."""
+    home_of = torch.empty(home.num_classes, dtype=torch.int64)
+    for part in home:
+        home_of[list(part.classes)] = part.index
+    labels = records.labels.cpu()
+    leaves = is_blurry[labels] & (public_coin(records.ids, seed=seed, purpose=1) < share)
+    others = public_coin(records.ids, seed=seed, purpose=2) * (len(home) - 1)
+    return (home_of[labels] + torch.where(leaves, 1 + others.long(), 0)) % len(home)

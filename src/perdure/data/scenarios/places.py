@@ -1,0 +1,86 @@
+"""Public rules that place records in experiences, and the sizes that follow from them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.experience import Experience, Stream, size_of_each
+from perdure.data.records import Records
+from perdure.errors import ConfigError
+from perdure.utils.hashing import canonical, canonical_text, hashed, shifted
+
+
+def hashable(stream: Stream) -> bool:
+    """Return whether the training records came with ids, so that a hash of them is their own."""
+    return not any(experience.train.ids_by_position for experience in stream)
+
+
+def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
+    """Return a digest that names the rule by which the records of a data set are placed.
+
+    From public facts alone: the data set's name, its size where one was declared, and all that
+    decides which partition a record goes to. A size that was counted would change with a record.
+    """
+    size = None if data.train.size_counted else data.train.declared_size
+    whole = {"data": data.name, "size": size, "classes": data.num_classes}
+    return sha256(canonical_text(canonical({"rule": kind, **whole, **facts})).encode()).hexdigest()
+
+
+def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
+    """Hash record ids to [0, 1): a coin that belongs to the record, (n,) float64 on the CPU.
+
+    Guarantee: none; everyone can compute it. It says which experience a record belongs to, and is
+    never used for noise or for membership that must stay secret.
+
+    Source: see `perdure.utils.hashing`.
+    """
+    return shifted(hashed(ids.cpu(), seed, purpose), 11).double() * 2.0**-53
+
+
+def arrival_order(
+    num_classes: int, class_order: Sequence[int] | None, seed: int | None
+) -> tuple[int, ...]:
+    """Return the classes in the order of their arrival: as given, or random by a public seed.
+
+    Raises:
+        ConfigError: for an order that is no permutation, or comes beside a seed.
+    """
+    if class_order is None:
+        if seed is None:
+            return tuple(range(num_classes))
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(torch.randperm(num_classes, generator=generator).tolist())
+    if seed is not None:
+        raise ConfigError.of("seed", seed, "None where class_order is given")
+    if sorted(class_order) != list(range(num_classes)):
+        raise ConfigError.of(
+            "class_order", tuple(class_order), f"every class 0 .. {num_classes - 1} once"
+        )
+    return tuple(class_order)
+
+
+def placed(records: Records, rows: Tensor, index: int, rule: str) -> Records:
+    """Take the rows of experience `index` as a partition of their own, placed by a public rule."""
+    taken = records.take(rows.to(records.inputs.device))
+    return replace(taken, partition=f"experience-{index}", placed_by=rule)
+
+
+def expected_sizes(
+    data: Dataset, declared_size: int | Sequence[int] | None, shares: Sequence[float]
+) -> list[int | None]:
+    """Declared size of every experience; None where neither caller nor data set declares one."""
+    if declared_size is not None or data.train.size_counted:
+        return size_of_each(declared_size, len(shares))
+    return [max(1, round(data.train.declared_size * share)) for share in shares]
+
+
+def with_sizes(parts: Sequence[Experience], sizes: Sequence[int | None]) -> tuple[Experience, ...]:
+    """Return the experiences with these declared sizes; None keeps the one that is there."""
+    return tuple(
+        replace(part, train=part.train.declared(size))
+        for part, size in zip(parts, sizes, strict=True)
+    )

@@ -1,0 +1,132 @@
+"""Streams whose classes come back: class-incremental with repetition."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perdure.data.datasets.base import Dataset
+from perdure.data.experience import Experience, Stream
+from perdure.data.records import Records
+from perdure.data.scenarios.places import (
+    arrival_order,
+    expected_sizes,
+    placed,
+    placing_rule,
+    public_coin,
+    with_sizes,
+)
+from perdure.errors import ConfigError
+from perdure.tasks import SingleLabel, refuse_other_tasks
+
+
+def repetition(
+    data: Dataset,
+    *,
+    experiences: int,
+    first_probability: float = 0.3,
+    repeat_probability: float = 0.2,
+    class_order: Sequence[int] | None = None,
+    seed: int = 0,
+    declared_size: int | Sequence[int] | None = None,
+) -> Stream:
+    """Let classes arrive at random and come back: class-incremental with repetition.
+
+        first(c) ~ Geometric(first_probability), at most experiences - 1
+        c is in experience e > first(c) with probability repeat_probability
+
+    The first class of the order arrives in experience 0, and an experience that would have no class
+    gets one that arrived before. Every record is in one experience: each of those with its class is
+    as likely. Test records stay with the experience in which their class arrives, so others have
+    none, and their columns of the accuracy matrix are NaN.
+
+    Guarantee: classes of the experiences follow from the public seed alone, and a record's
+    experience from its label and a hash of its id, so experiences are disjoint partitions. Records
+    without ids of their own are hashed by their position, and the stream says
+    `assigned_by_record = False`.
+
+    Args:
+        data: the source.
+        experiences: how many, from 1.
+        first_probability: probability in (0, 1] that a class which has not arrived does so in the
+            next experience; 1 brings all classes at once.
+        repeat_probability: probability in [0, 1] that a class is in an experience after that in
+            which it arrives.
+        class_order: the first of these arrives in experience 0. Default: 0 .. C-1.
+        seed: public.
+        declared_size: public number of training records of an experience, one for all or one each.
+            Default: the number expected from the declared size of `data`, every class counting the
+            same, else the realised one.
+
+    Raises:
+        ConfigError: for a probability out of range, no experiences, a class order that is no
+            permutation, or other than one size, or one an experience.
+
+    Source: Hemati et al. 2023, "Class-incremental learning with repetition" (the sampling-based
+    generator, every record once).
+    """
+    refuse_other_tasks(
+        data.task, (SingleLabel,), "repetition", "it places by the class of a record"
+    )
+    if experiences < 1:
+        raise ConfigError.of("experiences", experiences, "whole numbers from 1")
+    if not 0 < first_probability <= 1:
+        raise ConfigError.of("first_probability", first_probability, "above 0, at most 1")
+    if not 0 <= repeat_probability <= 1:
+        raise ConfigError.of("repeat_probability", repeat_probability, "numbers from 0 to 1")
+    order = arrival_order(data.num_classes, class_order, None)
+    table = _occurrences(order, experiences, first_probability, repeat_probability, seed)
+    counts = table.sum(0)
+    sizes = expected_sizes(data, declared_size, (table / counts).mean(1).tolist())
+    place = _places(data.train, table, seed)
+    arrives_in = table.long().argmax(0)
+    rule = placing_rule("repetition", data, occurrences=table.tolist(), seed=seed, sizes=sizes)
+    parts = [
+        Experience(
+            index=index,
+            train=placed(data.train, place == index, index, rule),
+            test=data.test.take(arrives_in.to(data.test.labels.device)[data.test.labels] == index),
+            classes=tuple(table[index].nonzero().flatten().tolist()),
+        )
+        for index in range(experiences)
+    ]
+    return Stream(
+        name=f"repetition-{data.name}",
+        scenario="class",
+        experiences=with_sizes(parts, sizes),
+        num_classes=data.num_classes,
+        input_shape=data.input_shape,
+        assigned_by_record=not data.train.ids_by_position,
+    )
+
+
+def _occurrences(
+    order: Sequence[int], experiences: int, first: float, repeat: float, seed: int
+) -> Tensor:
+    """(T, C) bool, the classes of every experience; each class is in one at least."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(order), generator=generator, dtype=torch.float64)
+    # inverse of the geometric distribution; log1p(-1) is -inf, and the quotient 0
+    arrives = ((-uniform).log1p() / torch.tensor(-first, dtype=torch.float64).log1p()).floor()
+    arrives = arrives.clamp(max=experiences - 1).long()
+    arrives[order[0]] = 0
+    moments = torch.arange(experiences)[:, None]
+    again = torch.rand(experiences, len(order), generator=generator) < repeat
+    table = (moments == arrives) | ((moments > arrives) & again)
+    for index in (~table.any(1)).nonzero().flatten().tolist():
+        seen = (arrives < index).nonzero().flatten()
+        table[index, seen[int(torch.randint(len(seen), (), generator=generator))]] = True
+    return table
+
+
+def _places(records: Records, table: Tensor, seed: int) -> Tensor:
+    """Index (n,) of the experience each record goes to: one of those with its class."""
+    labels = records.labels.cpu()
+    # rank-th experience with the class, the first being rank 1
+    ranks = table.long().cumsum(0)
+    counts = ranks[-1]
+    rank = (public_coin(records.ids, seed=seed) * counts[labels]).long()
+    homes = [table[:, label].nonzero().flatten() for label in range(table.shape[1])]
+    width = int(counts.max())
+    padded = torch.stack([torch.nn.functional.pad(home, (0, width - len(home))) for home in homes])
+    return padded[labels, rank]
