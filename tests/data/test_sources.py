@@ -23,6 +23,7 @@ from perdure.data import (
     from_torch,
     split,
 )
+from perdure.data.row_view import RowView
 from perdure.errors import ConfigError
 from perdure.tasks import NextToken, Regression
 
@@ -106,6 +107,16 @@ def test_mapped_array_is_not_copied(tmp_path: Path):
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     data = from_arrays(mapped, LABELS, test=(ROWS, LABELS))
     assert data.train.inputs.data_ptr() == mapped.ctypes.data
+
+
+def test_large_images_are_converted_when_they_are_read():
+    pictures = np.broadcast_to(np.uint8(51), (1100, 256, 256))  # 288 MB in float32
+    data = from_arrays(pictures, np.arange(1100) % 2, standardise="declared", value_range=(0, 1))
+    inputs = split(data, scenario="class", experiences=2)[1].train.inputs
+    assert inputs.dtype == torch.float32
+    assert isinstance(inputs, RowView)
+    assert inputs.parts[0].change is not None
+    assert torch.allclose(inputs[-1], torch.full((1, 256, 256), -0.6))
 
 
 @pytest.mark.parametrize(

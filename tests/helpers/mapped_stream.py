@@ -83,7 +83,7 @@ def train(stream: Stream, name: str, mode: str) -> list[float]:
         optimizer=partial(torch.optim.SGD, lr=0.1),
         iterations=20,
         batch_size=32,
-        privacy=Privacy(noise_multiplier=1.0, seed=0) if mode == "private" else None,
+        privacy=Privacy(noise_multiplier=1.0, delta=1e-8, seed=0) if mode == "private" else None,
     )
     learner.fit(stream)
     return learner.evaluate(stream)

@@ -52,7 +52,8 @@ def from_arrays(
     they are declared. `Dataset.public_facts` names it. The test part is public.
 
     Args:
-        inputs: (n, ...) numbers, one row a record. A memory-mapped float32 array is not copied.
+        inputs: (n, ...) numbers, one row a record. A memory-mapped array is not copied
+            where it is float32 or above 256 MiB: it is then converted batch by batch.
         targets: (n,) the class of each record, as a number from 0 or as a word; for multi-label
             (n, C) of 0 and 1; for regression (n,) or (n, k) numbers.
         test: (inputs, targets) of the test part; or the share of the records that goes there, on

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perdure.data.domain import InputDomain
+from perdure.data.row_view import changed_rows
 from perdure.data.sources.values import as_float32, refuse_not_finite, refuse_outside
 from perdure.errors import ConfigError, DataError
 
@@ -62,6 +63,10 @@ def _unit_images(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
         values = values.permute(0, 3, 1, 2)
         notes[f"{name} had their channels last and have them first now"] = None
     notes[f"{name} were uint8 and are divided by 255: float32 from 0 to 1"] = None
+    return changed_rows(values, _units_of_bytes)
+
+
+def _units_of_bytes(values: Tensor) -> Tensor:
     return values.contiguous().float().div_(255)
 
 
@@ -89,9 +94,13 @@ class Scaling:
     high: Tensor | None = None
 
     def applied(self, inputs: Tensor) -> Tensor:
-        """Scale inputs (n, ...)."""
+        """Scale inputs (n, ...); large ones batch by batch."""
         if self.mean is None or self.deviation is None:
             return inputs
+        return changed_rows(inputs, self._scaled)
+
+    def _scaled(self, inputs: Tensor) -> Tensor:
+        assert self.mean is not None and self.deviation is not None
         return (inputs - self.mean) / self.deviation
 
     def domain(self, shape: tuple[int, ...]) -> InputDomain | None:

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from perdure.data.row_view import changed_rows
 from perdure.data.value_checks import first_not_finite
 from perdure.errors import DataError
+from perdure.utils.chunking import row_slices
 
 TEXT_KINDS = "OSU"
 """Kinds of numpy arrays that may hold words."""
@@ -140,7 +142,7 @@ def as_float32(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
     if values.dtype == torch.float32:
         return values
     notes[f"{name} were {str(values.dtype).removeprefix('torch.')} and are float32 now"] = None
-    return values.float()
+    return changed_rows(values, Tensor.float)
 
 
 def refuse_not_finite(values: Tensor, name: str, columns: Sequence[str] = ()) -> None:
@@ -179,8 +181,8 @@ def refuse_outside(
     Raises:
         DataError: naming the place.
     """
-    for start in range(0, len(values), 4096):
-        rows = values[start : start + 4096]
+    for piece in row_slices(values, always=True):
+        rows = values[piece]
         outside = (rows < low) | (rows > high)
         if not bool(outside.any()):
             continue
@@ -188,7 +190,7 @@ def refuse_outside(
         least = float(low.expand(rows.shape[1:])[tuple(column)])
         most = float(high.expand(rows.shape[1:])[tuple(column)])
         raise DataError(
-            f"{name} have {float(rows[row][tuple(column)]):g} in row {start + row}"
+            f"{name} have {float(rows[row][tuple(column)]):g} in row {piece.start + row}"
             f"{_told(tuple(column), columns)}; allowed: the declared range {least:g} to {most:g}; "
             "clip the values, or declare the range that values may have"
         )
