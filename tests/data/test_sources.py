@@ -111,7 +111,8 @@ def test_mapped_array_is_not_copied(tmp_path: Path):
 
 def test_large_images_are_converted_when_they_are_read():
     pictures = np.broadcast_to(np.uint8(51), (1100, 256, 256))  # 288 MB in float32
-    data = from_arrays(pictures, np.arange(1100) % 2, standardise="declared", value_range=(0, 1))
+    scaled = {"standardise": "declared", "value_range": (0, 1)}
+    data = from_arrays(pictures, np.arange(1100) % 2, test=0.05, **scaled)
     inputs = split(data, scenario="class", experiences=2)[1].train.inputs
     assert inputs.dtype == torch.float32
     assert isinstance(inputs, RowView)

@@ -76,7 +76,7 @@ class RowView(Tensor):
 
     It is made by `view_rows`, `changed_rows` and `joined_rows`. Shape, dtype and device cost
     nothing. An index along the first axis reads the rows that it names; whatever else is asked of
-    the tensor reads all of them, into a tensor that is dropped after use. What is read is a plain
+    the tensor reads all of them, into a tensor that is dropped after use. Rows come as a plain
     tensor. The view itself cannot be written to, and pickled or copied it becomes a plain tensor of
     its own rows: no row of the source leaves with it.
 
