@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from perdure import Batch, Context, Forward, State, Strategy, Stream
-from perdure.contract import MASKED, cross_entropy_of
+from perdure.contract import cross_entropy_of
 from perdure.data import digits, mnist, rotated, split
 from perdure.models import (
     Classifier,
@@ -43,6 +43,7 @@ from perdure.strategies import (
     Naive,
     Replay,
 )
+from perdure.tasks import MASKED
 from perdure.utils import seeded
 
 ADAM = partial(torch.optim.Adam, lr=3e-3, fused=True)

@@ -4,7 +4,8 @@ MkDocs calls `on_files` and `on_page_markdown` (see `hooks` in mkdocs.yml):
 
     reference/        a page for each package with the names in its `__all__`; the command line
                       and the config of a run
-    strategies.md     a section for each strategy: paper, formula, state, privacy cost, results
+    strategies.md     a table of strategies by tasks, and a section for each strategy: paper,
+                      formula, state, privacy cost, results
     changelog.md      CHANGELOG.md as it is
 """
 
@@ -20,6 +21,7 @@ from mkdocs.structure.files import File, Files
 PACKAGES = {
     "perdure": "Names that every program needs",
     "perdure.data": "Data sets, streams of experiences, records",
+    "perdure.tasks": "Losses, metrics and targets",
     "perdure.models": "Models and heads",
     "perdure.contract": "Base classes of extensions",
     "perdure.learner": "The training loop",
@@ -115,7 +117,8 @@ def _strategies() -> str:
         "# Strategies\n\nEvery strategy is one file. Privacy cost and state are read from the "
         "code; state is counted in multiples of the model's parameters. Results are average "
         "accuracies in percent with their standard errors, from the stored rows of the "
-        "[benchmarks](benchmarks.md).\n"
+        "[benchmarks](benchmarks.md).\n",
+        tasks_table(),
     ]
     for card in cards():
         kind = find(card.name)
@@ -128,6 +131,28 @@ def _strategies() -> str:
             "      show_root_heading: false\n      show_root_toc_entry: false\n      members: []\n"
         )
     return "\n".join(parts)
+
+
+def tasks_table() -> str:
+    """Table of strategies by the tasks that they serve, from their class attributes."""
+    from perdure import strategies, tasks
+
+    kinds = [tasks.find(name) for name in tasks.names()]
+    rows = []
+    for name in strategies.names():
+        kind = strategies.find(name)
+        served = ["yes" if issubclass(task, kind.tasks) else "no" for task in kinds]
+        reason = kind.tasks_because if "no" in served else ""
+        link = f"[{kind.__name__}](#{kind.__name__.lower()})"
+        rows.append(f"| {' | '.join([link, *served, reason])} |")
+    heads = ["strategy", *(f"`{kind.__name__}`" for kind in kinds), "reason"]
+    return (
+        "## By task\n\nRecords of a [task](concepts/tasks.md) that a strategy does not serve are "
+        "refused when a session is built, with the reason. A task of your own is served by those "
+        f"that serve all.\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def _measured(strategy: str) -> str:

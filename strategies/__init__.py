@@ -1,11 +1,11 @@
-"""The strategies, one method a file.
+"""Strategies against forgetting, one method per file.
 
     from perdure.strategies import EWC
     from perdure.strategies import find     # find("ewc") is EWC
 
-Adding a strategy is adding a file: `my_method.py` with one class `MyMethod(Strategy)`. It works at
-once. Type checkers and editors know it when it is also listed below; `make lint` names those that
-are not.
+To add a strategy, add a file `my_method.py` with one class `MyMethod(Strategy)`. It works at once.
+Type checkers and editors find it only if it is also listed below; `make lint` names strategies that
+are not listed.
 """
 
 from typing import TYPE_CHECKING, TypeGuard

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from perdure.contract import MASKED, Context, Forward, Plan, PrivacyCost, Spec, State, Strategy
+from perdure.contract import Context, Forward, Plan, PrivacyCost, Spec, State, Strategy
 from perdure.data import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.queries import Gram
+from perdure.tasks import MASKED
 from perdure.types import Params
 from perdure.utils import chunks
 
@@ -150,8 +151,7 @@ def ridge_head(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(shifted(gram, ridge))
     if bool(failed):
         raise StrategyError(
-            f"a matrix of width {len(gram)} with a ridge of {ridge:g} is singular; use a "
-            "larger ridge"
+            f"a matrix of width {len(gram)} with ridge = {ridge:g} is singular; use a larger ridge"
         )
     solution: Tensor = torch.cholesky_solve(cross, factor)
     return solution
@@ -242,17 +242,16 @@ def unit(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Analytic(Strategy, ABC):
-    """A strategy whose head follows from sums of features; nothing is trained.
+    """Base class of strategies that solve for the head from sums of features, without training.
 
-    Guarantee: exactly one release an experience. Without privacy the head is the same, up to the
+    Guarantee: exactly one release per experience. Without privacy the head is the same, up to the
     rounding of float64, for any order of experiences and any split of the records over experiences
     and clients.
 
     Args:
-        normalise: divide every record's features by their L2 norm.
-        bound: L2 norm that features hardly ever exceed, where they are not normalised; declared,
-            and used under privacy only, where a record with longer features counts less. None where
-            there is none to declare.
+    normalise: divide the features of each record by their L2 norm.
+    bound: declared L2 norm that features almost never exceed, if they are not normalised; used
+    under privacy only, where longer features are scaled down. None if no bound is known.
     """
 
     normalise: bool = True
@@ -265,7 +264,7 @@ class Analytic(Strategy, ABC):
             raise ConfigError.of(field, self.bound, "a number above 0, or None")
         if self.bound is not None and self.normalise:
             raise ConfigError.of(
-                field, self.bound, "None with normalise=True, which makes every norm 1"
+                field, self.bound, "None with normalise=True, because all norms are then 1"
             )
 
     def plan(self, experience: "Experience") -> Plan:
@@ -357,9 +356,8 @@ class Analytic(Strategy, ABC):
             return 1.0
         if self.bound is None:
             raise PrivacyError(
-                f"{self.name} releases sums of features, whose norm has no bound; set "
-                "normalise=True, or declare one "
-                "as bound=..."
+                f"{self.name} releases sums of features, but the norm of features has no bound; "
+                "set normalise=True, or declare a bound with bound=..."
             )
         return self.bound
 

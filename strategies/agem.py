@@ -1,4 +1,4 @@
-"""Averaged gradient episodic memory: never step against the mean gradient of stored records.
+"""Averaged gradient episodic memory: no step against the mean gradient of stored records.
 
 Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019,
 equations 10 and 11.
@@ -6,9 +6,9 @@ equations 10 and 11.
     g' = g                                      where <g, r> >= 0
     g' = g - <g, r> / <r, r> r                  otherwise,  r = mean gradient of stored records
 
-State: none. Memory cost: the stored records, and one more gradient a step.
-Privacy cost: one reference gradient a step over the stored records, beside the gradient of the new
-ones, charged to every partition that may be in memory; the projection is free.
+State: none. Memory cost: the stored records, and one more gradient per step. Privacy cost: in
+addition to the gradient of new records, one reference gradient per step over the stored records,
+charged to every partition that may be in memory. The projection costs no privacy.
 """
 
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AGEM(Strategy):
-    """Project the gradient on the half-space in which the loss of stored records does not grow.
+    """Project the gradient so that, to first order, the loss of stored records does not grow.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB".
+        memory_size: total number of stored records, or bytes such as "2 MB".
         selection: see `perdure.contract.MemoryPlan`.
-        per_class: fixed quota for every class of every experience instead of an equal share of
-            `memory_size`.
-        batch_size: stored records in the reference gradient of a step; None for as many as new
-            ones.
+        per_class: number of stored records for each class of each experience, instead of an equal
+            share of `memory_size`.
+        batch_size: number of stored records in the reference gradient of a step; None for the
+            number of new records.
     """
 
     memory_size: int | str

@@ -6,30 +6,30 @@ equations 1 to 5.
     z_c(x)  = alpha_c o_c(x) + beta_c                                  o the model's logits
     loss_i  = (1 - l) CE(z(x_i), y_i) + l sum over old c of -q_c log p_c
     l       = old classes / classes seen
-    old classes: of earlier experiences, but not of this one;
-                 the teacher does not answer for those that come again
+    old classes: classes of earlier experiences that are not in this one;
+                 the teacher is not used for classes that come again
     q = softmax(teacher's z(x_i) / T), p = softmax(z(x_i) / T),            both over the old classes
 
-The classes of one experience share alpha and beta, 1 and 0 while it is trained. When it is over
-they are fitted on records that were held out, equally many of every class, to
+All classes of one experience share alpha and beta. During its training alpha = 1 and beta = 0.
+After it they are fitted on held-out records, equally many of every class, to minimise
 
     sum_i CE(z(x_i), y_i) over all classes seen + PRIOR / 2 ((alpha - 1)^2 + beta^2)
 
-and then stay; in the first experience there is nothing to correct. The second term is not of the
-paper (whose authors' code has 0.05 beta^2 a record): it keeps a fit to a handful of records near no
-correction, and fades with their number.
+and then fixed. The first experience needs no correction. The second term is not in the paper (the
+authors' code has 0.05 beta^2 per record). With few records it keeps the fit close to no correction;
+with many records it has little effect.
 
-Held out: a tenth of all records, by a hash of the record's id, which never get a gradient;
-those of them that are in memory make the validation set. The fit, two numbers of a convex function,
-is by Newton's method: each of its `ROUNDS` steps is one sum over memory of 5 numbers a record
-(slope and curvature).
+Held-out records: a tenth of all records, chosen by a hash of the record's id. They are never used
+for gradients. The held-out records in memory are the validation set. The fit minimises a convex
+function of two numbers by Newton's method: each of its `ROUNDS` steps is one sum over memory, with
+5 numbers per record (slope and curvature).
 
 State: `teacher`, the model at the end of the last experience, `alpha` and `beta`. In a federation
-every client fits its own and the fits are averaged by declared sizes, which is not the fit of all
-records together. Memory cost: the stored records and once the parameters.
-Privacy cost: records that may be stored go on being used, and `ROUNDS` sums over memory after every
-experience, the first one and those without new classes too: what a strategy asks is declared once
-for all.
+every client makes its own fit, and the fits are averaged by declared sizes. This is not the fit of
+all records together. Memory cost: the stored records and once the parameters. Privacy cost: records
+that may be stored are used again in later experiences, and there are `ROUNDS` sums over memory
+after every experience. The sums are released also after the first experience and after experiences
+without new classes, because a strategy declares the same releases for all experiences.
 """
 
 import math
@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     MemoryPlan,
@@ -55,6 +54,7 @@ from perdure.contract import (
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.tasks import MASKED
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -71,13 +71,14 @@ ONE_IN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class BiC(Strategy):
-    """Rescale and shift the logits of new classes until they are even with old classes.
+    """Scale and shift the logits of new classes, to remove the preference for new classes.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB", held-out ones included.
-        per_class: fixed quota for every class of every experience instead of an equal share of
-            `memory_size`.
-        temperature: softens both distributions of the distillation (T).
+        memory_size: total number of stored records, held-out records included, or bytes such as "2
+            MB".
+        per_class: number of stored records for each class of each experience, instead of an equal
+            share of `memory_size`.
+        temperature: temperature of both distributions of the distillation (T).
     """
 
     memory_size: int | str
@@ -108,8 +109,7 @@ class BiC(Strategy):
         """
         if spec.scenario != "class":
             raise StrategyError(
-                "BiC evens out new and old classes of class-incremental streams; use Replay "
-                "elsewhere"
+                "BiC works on class-incremental streams only; use Replay for this stream"
             )
         ones = torch.ones(spec.num_classes, device=next(iter(spec.params.values())).device)
         state = State().declare_group("teacher", spec.teacher, "local")

@@ -10,28 +10,29 @@ sections 4.1 to 4.3.
     loss_i  = CE(x_i, y_i) over the classes of the record's own experience
     penalty = strength * sum over blocks of |P P^T - I|^2 + |K K^T - I|^2 + |A A^T - I|^2
 
-Every experience has components of its own. In experience t those of experience t and the head are
-trained, those of earlier ones are frozen and take part, those of later ones do not, in prompts as
-in the penalty. p is a prefix: one half goes before the keys of the block's attention, the other
-before its values. A row of P is the whole prompt vector of a component. The penalty is the paper's
-sum of squares; the authors' code takes the mean over the entries of each matrix, so that its
-strength is larger.
+Every experience has its own components. In experience t the components of experience t and the head
+are trained. Components of earlier experiences are frozen, but still used in the prompts and in the
+penalty. Components of later experiences are not used. p is a prefix: one half goes before the keys
+of the block's attention, the other half before its values. A row of P is the whole prompt vector of
+a component. The penalty is the sum of squares, as in the paper; the authors' code has the mean over
+the entries of each matrix, so its strength is larger.
 
-As in the paper the logits of all other classes are left out of the loss, so that the rows of old
-classes in the head have no gradient; what an optimiser remembers moves them still, unless it starts
-afresh with every experience (`Learner(reset_optimizer=True)`).
+As in the paper, the logits of all other classes are left out of the loss, so the rows of old
+classes in the head have no gradient. An optimiser with momentum, or Adam, can still change these
+rows, because it keeps averages of earlier gradients; `Learner(reset_optimizer=True)` starts each
+experience with a new optimiser.
 
-A record of experience k is predicted, where it says so (task-incremental), by the components up to
-k; else by those of all experiences so far. The bare model uses all components, trained or not: ask
-`predict`.
+In task-incremental streams, a record of experience k is predicted with the components up to k; in
+other streams, with the components of all experiences so far. The model alone uses all components,
+also untrained ones, so use `predict` of the strategy.
 
 The model is `perdure.models.composed(backbone, experiences=...)`.
 
-State: `done`, the number of experiences that are over.
-Memory cost: components * (2 * length + 2) * width numbers a block and experience. A step and a
-prediction take two passes through the transformer.
-Privacy cost: none beyond the gradient, and that is of the experience's own components and the head
-alone: the weights of a record depend on it and the parameters, and the penalty touches no data.
+State: `done`, the number of finished experiences. Memory cost: components * (2 * length + 2) *
+width numbers per block and experience. A step and a prediction take two passes through the
+transformer. Privacy cost: only the gradient, and only the gradient of the experience's own
+components and of the head. The weights alpha of a record depend only on the record and the
+parameters, and the penalty uses no data.
 """
 
 import math
@@ -42,7 +43,6 @@ import torch
 from torch import Tensor, nn
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     Plan,
@@ -54,7 +54,7 @@ from perdure.contract import (
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import composed, tiny
-from perdure.tasks import MultiLabel, Regression, SingleLabel, Task
+from perdure.tasks import MASKED, MultiLabel, Regression, SingleLabel, Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ HEAD = "head."
 
 @dataclass(frozen=True, kw_only=True)
 class CODAPrompt(Strategy):
-    """Decomposed prompts, the components of earlier experiences frozen.
+    """Train prompt components for each experience, and freeze the components of earlier ones.
 
     Args:
         strength: weight of the orthogonality penalty (lambda).

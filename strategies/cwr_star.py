@@ -1,7 +1,7 @@
-"""CWR*: consolidate the classes of temporary heads, one an experience, above a frozen body.
+"""CWR*: merge the temporary heads of all experiences into one head on a frozen body.
 
 Lomonaco, Maltoni and Pellegrini, Rehearsal-free continual learning over small non-i.i.d. batches,
-CVPR Workshops 2020, algorithm 1 (CWR*); the mean shift is that of Maltoni and Lomonaco, Continuous
+CVPR Workshops 2020, algorithm 1 (CWR*); the mean shift is from Maltoni and Lomonaco, Continuous
 learning in single-incremental-task scenarios, Neural Networks 2019, section 3.2 (CWR+).
 
     start      tw_c = cw_c for the classes of the experience, 0 for all others
@@ -9,21 +9,21 @@ learning in single-incremental-task scenarios, Neural Networks 2019, section 3.2
     end        cw_c <- (w_c cw_c + tw_c - mean(tw)) / (w_c + 1),    w_c = sqrt(past_c / now_c)
     predict    with cw
 
-for the c of the experience; mean(tw) is one number over their weights (and one over their biases),
-past_c and now_c are how many records of c were there before and in this experience. A class that is
-met once has w_c = 0. Counts of classes that the experience does not have are 0, whatever noise
-makes of them.
+for the classes c of the experience. mean(tw) is one number over their weights (and one over their
+biases). past_c and now_c are the numbers of records of c in earlier experiences and in this one. A
+class in one experience only has w_c = 0. Counts of classes that are not in the experience are set
+to 0, also if noise changes them.
 
-A strategy does not write parameters, so tw is the model's head plus a shift that is constant during
-an experience: it starts where it should, and has the gradient of the head. Weight decay pulls the
-model's head, not tw, towards 0. Running statistics of BatchNorm are not parameters and go on moving
-with the frozen body.
+A strategy cannot write parameters. So tw is computed as the model's head plus a shift that is
+constant during an experience. The shift is chosen so that tw starts at the values above; its
+gradient is the gradient of the head. Weight decay pulls the model's head, not tw, towards 0.
+Running statistics of BatchNorm are not parameters, so they still change in the frozen body.
 
-State: the model's head where the experience before ended (`base`), and for the formula `kept`,
-`trained`, `totals`, `before` and `latest`; these are combined over clients, and `cw` follows from
-them, so that a federation holds what one party with all records and the same model would.
-Memory cost: four times the head.
-Privacy cost: the class counts, one histogram with integer noise after every experience.
+State: `base`, the model's head at the end of the previous experience, and for the formula `kept`,
+`trained`, `totals`, `before` and `latest`. The latter are combined over clients, and `cw` is
+computed from them, so a federation has the same `cw` as one party with all records and the same
+model. Memory cost: four times the head. Privacy cost: one histogram of classes per experience, with
+integer noise.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     Plan,
@@ -47,6 +46,7 @@ from perdure.contract import (
 )
 from perdure.data import Batch
 from perdure.errors import StrategyError
+from perdure.tasks import MASKED
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CWRStar(Strategy):
-    """Copy weights with re-initialisation, on features of the first experience.
+    """Copy weights with re-initialisation; only the first experience trains the features.
 
     Args:
-        head: what the names of the head's parameters begin with.
+        head: prefix of the names of the head's parameters.
     """
 
     head: str = "head."
@@ -79,7 +79,8 @@ class CWRStar(Strategy):
             (spec.num_classes, spec.feature_size)
         }:
             raise StrategyError(
-                f"parameters {self.head!r} are no linear layer; give CWRStar(head=...) its prefix"
+                f"the parameters {self.head!r} are not one linear layer; give CWRStar(head=...) "
+                "the prefix of the head's parameters"
             )
         zeros = {name: torch.zeros_like(value) for name, value in own.items()}
         none = next(iter(zeros.values())).new_zeros(spec.num_classes, dtype=torch.float64)

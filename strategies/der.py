@@ -6,14 +6,14 @@ Strong, Simple Baseline, NeurIPS 2020, equations 5 and 6, algorithms 1 and 2.
     loss = mean over new of CE(x, y) + alpha * mean over stored of mean_c (z_c - h_c(x))^2
            + beta * mean over stored of CE(x, y)                                   (DER++: beta > 0)
 
-z are the logits of the moment at which the row was in a step, not those at the end of its
-experience. The paper draws the two stored terms apart; here one batch of stored rows serves both,
-twice as many where `batch_size` says so.
+z are the logits at the step in which the row was drawn, not at the end of its experience. The paper
+draws one batch of stored rows for each of the two terms. Here one batch is used for both; it is
+twice as large if you double `batch_size`.
 
 State: none. Memory cost: the stored records and C numbers for each, and one more forward pass of
-the new rows. Privacy cost: records that may be stored go on being used in all later experiences.
-Under differential privacy a record is stored by its own coin with the logits of the last step it
-was in, and all rows weigh the same.
+the new rows. Privacy cost: records that may be stored are used again in all later experiences.
+Under differential privacy each record is stored at random, independently of the others, with the
+logits of its last step, and all rows have the same weight.
 """
 
 import math
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DER(Strategy):
-    """Rehearse logits: `DER(memory_size=200)`.
+    """Rehearse stored logits: `DER(memory_size=200)`.
 
-    With labels too, DER++: `DER(memory_size=200, beta=0.5)`.
+    With stored labels, too, it is DER++: `DER(memory_size=200, beta=0.5)`.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB" (without logits).
+        memory_size: total number of stored records, or bytes such as "2 MB" (without logits).
         alpha: weight of the distance to the stored logits.
-        beta: weight of the stored labels; above 0 it is DER++.
-        batch_size: stored records a step; None for as many as new ones.
+        beta: weight of the cross entropy of stored labels; above 0 for DER++.
+        batch_size: number of stored records per step; None for the number of new records.
     """
 
     memory_size: int | str

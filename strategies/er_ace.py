@@ -1,4 +1,4 @@
-"""Experience replay with asymmetric cross entropy: new records do not push the old classes away.
+"""Experience replay with asymmetric cross entropy: new records have no old classes in their loss.
 
 Caccia, Aljundi, Asadi, Tuytelaars, Pineau and Belilovsky, New Insights on Reducing Abrupt
 Representation Change in Online Continual Learning, ICLR 2022, section 4.1 and algorithm 1.
@@ -6,14 +6,14 @@ Representation Change in Online Continual Learning, ICLR 2022, section 4.1 and a
     loss = mean over new of CE over the classes of this experience
            + mean over stored of CE over all classes seen
 
-The paper masks new rows by the classes that turn up in their batch; here it is by the declared
-classes of the experience, so that the loss of a row depends on that row alone.
+In the paper, the loss of new rows has the classes of their batch. Here it has the declared classes
+of the experience, so that the loss of a row depends on that row alone.
 
-State: none. Memory cost: the stored records. Privacy cost: records that may be stored go on being
-used in all later experiences. Under differential privacy a record is stored by its own coin, and
-all rows weigh the same; memory then holds earlier experiences only, so that nothing sets the new
-classes against the old ones before the next experience: the newest classes are answered badly, and
-`Replay` is the better choice.
+State: none. Memory cost: the stored records. Privacy cost: records that may be stored are used
+again in all later experiences. Under differential privacy each record is stored at random,
+independently of the others, and all rows have the same weight. Memory then has records of earlier
+experiences only, so no loss compares new classes with old ones before the next experience. The
+newest classes are predicted badly, and `Replay` is the better choice.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ERACE(Strategy):
-    """Rehearse stored records, with the loss of new ones kept to their own classes.
+    """Rehearse stored records; the loss of new records has the classes of their experience only.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB".
-        batch_size: stored records a step; None for as many as new ones.
-        update: take in the records of every `step`, as in the paper, or of a whole `experience` at
-            its end.
+        memory_size: total number of stored records, or bytes such as "2 MB".
+        batch_size: number of stored records per step; None for the number of new records.
+        update: `step` offers the rows of each step to the memory after that step, as in the paper;
+            `experience` offers all records at the end of the experience.
     """
 
     memory_size: int | str

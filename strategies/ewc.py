@@ -1,7 +1,7 @@
-"""Elastic weight consolidation: hold back the parameters that past experiences depend on.
+"""Elastic weight consolidation: penalise changes of parameters that past experiences need.
 
 Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, equation 3
-(one penalty an experience); Schwarz et al., Progress & Compress, ICML 2018, section 3.2 (online,
+(one penalty per experience); Schwarz et al., Progress & Compress, ICML 2018, section 3.2 (online,
 with decay).
 
     penalty = strength / 2 * sum_t sum_j F_t,j (theta_j - theta*_t,j)^2
@@ -10,23 +10,22 @@ with decay).
               [c = c_i]    (fisher = "sampled": its expectation is the exact one)
               [c = y_i]    (fisher = "empirical": not the Fisher information, unless p is the truth)
 
-c_i is one label drawn from p(. | x_i) by a hash of the record's id, so that the row is the record's
-own; it takes one backward pass instead of one a class. So fisher = "auto", the default, is "exact"
-for up to 100 classes that a record may be predicted as, and "sampled" for more: 1,000 classes then
-cost about as much as 10. On the three forms: van de Ven, On the
+c_i is one class drawn from p(. | x_i) by a hash of the record's id, so the row of a record does not
+depend on other records. It takes one backward pass instead of one per class. So fisher = "auto",
+the default, is "exact" if a record may be predicted as up to 100 classes, and "sampled" for more:
+1,000 classes then cost about as much as 10. The three forms are compared in van de Ven, On the
 Computation of the Fisher Information in Continual Learning, ICLR Blogposts 2025.
 
 A sum of quadratic penalties is one quadratic penalty, with the summed Fisher information and the
 Fisher-weighted mean of the anchors (up to a constant without gradient). So the separate form, too,
 needs memory for one experience only.
 
-State: `fisher` and `pull`, the Fisher information times the anchor, which both add up over
-experiences and average over clients by declared sizes, so a federation holds what one party with
-all records would; and `anchor`, their quotient. Memory cost: three times the parameters, whatever
-the number of experiences.
-Privacy cost: one release an experience. The row of a record is its squared gradient, whose L2 norm
-is at most the square of the gradient's, so it is clipped to C^2; the sum is divided by the declared
-size and clamped at 0.
+State: `fisher`; `pull`, the Fisher information times the anchor; and `anchor`, their quotient.
+`fisher` and `pull` add up over experiences and are averaged over clients by declared sizes, so a
+federation has the same values as one party with all records. Memory cost: three times the
+parameters, for any number of experiences. Privacy cost: one release per experience. The row of a
+record is its squared gradient. Its L2 norm is at most the square of the gradient's norm, so it is
+clipped to C^2. The sum is divided by the declared size, and negative values are set to 0.
 """
 
 import logging
@@ -63,14 +62,15 @@ class EWC(QuadraticPenalty):
 
     Args:
         strength: weight of the penalty (lambda).
-        mode: `separate` keeps every experience's penalty; `online` one, decayed by `decay`, around
-            the last anchor.
-        fisher: `exact` takes the expectation over the model's own labels, `sampled` draws one of
-            these for every record; `empirical` uses the records' labels. `auto` is `exact` for up
-            to 100 classes that may be predicted in the experience, and `sampled` for more; for
-            records of other tasks it is `empirical`, the squared gradient of their loss.
-        decay: share of the old Fisher information kept at every experience in `online` mode
-            (gamma).
+        mode: `separate` adds up the Fisher information of all experiences; `online` keeps one
+            penalty around the latest parameters, and multiplies the old Fisher information by
+            `decay` before the new one is added.
+        fisher: `exact`: all classes that may be predicted, weighted by the model's probabilities.
+            `sampled`: one class per record, drawn with these probabilities. `empirical`: the
+            record's label. `auto`: `exact` if up to 100 classes may be predicted in the experience,
+            `sampled` for more, and `empirical` (the squared gradient of the loss) for records of
+            other tasks.
+        decay: factor of the old Fisher information at each experience in `online` mode (gamma).
     """
 
     strength: float

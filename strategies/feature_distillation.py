@@ -1,18 +1,19 @@
-"""Less-forgetting learning: keep the features of new inputs where the previous model had them.
+"""Less-forgetting learning: keep the features of new inputs close to those of the old model.
 
 Jung, Ju, Jung and Kim, Less-forgetting learning in deep neural networks, arXiv:1607.00122, 2016,
 section 3.
 
     loss_i = CE(x_i, y_i) + strength / 2 * |h(x_i; theta) - h(x_i; theta*)|^2
 
-h is what enters the head, theta* the parameters after the last experience. The paper also freezes
-the head, which fits new domains of the same classes. Here the head goes on learning, as it must
-where classes are new, so old answers may drift although the features stay.
+h are the features (the input of the head), theta* the parameters after the last experience. The
+paper also freezes the head, which is possible for new domains of the same classes. Here the head is
+trained further, because new classes need it. So predictions for old classes may change although the
+features do not.
 
 State: `teacher`, parameters and running statistics at the end of the last experience (identical on
 all clients, kept by each).
-Memory cost: once the parameters, and one more forward pass a step.
-Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
+Memory cost: once the parameters, and one more forward pass per step. Privacy cost: only the
+gradient: the teacher is a released model, and the loss is per record.
 """
 
 import math
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureDistillation(Strategy):
-    """Penalise the distance between a record's features and its features in the previous model.
+    """Penalise the distance between a record's features now and in the previous model.
 
     Args:
         strength: weight of half the squared distance (lambda_e over lambda_c).

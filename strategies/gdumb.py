@@ -1,17 +1,18 @@
-"""GDumb: collect a class-balanced memory, and train a fresh model on it alone.
+"""GDumb: collect a class-balanced memory, and train a new model on the memory alone.
 
 Prabhu, Torr and Dokania, GDumb: A Simple Approach that Questions Our Progress in Continual
 Learning, ECCV 2020, section 3 and algorithm 1.
 
     loss_i = cross entropy(record i),  records of the memory only, from the initial parameters
 
-The paper's sampler is greedy by the counts it has seen; here quotas are equal shares of the memory
-for every class of every experience, filled at random, which is where the greedy sampler ends when
-classes have records enough.
+The sampler of the paper is greedy: it depends on the class counts so far. Here every class of every
+experience has an equal share of the memory, filled at random. The greedy sampler gives the same
+shares if all classes have enough records.
 
 State: none. Memory cost: the stored records. Privacy cost: records that may be stored are used in
-this and all later experiences; under differential privacy a record is stored by its own coin, so
-quotas are those of the declared sizes.
+this and all later experiences. Under differential privacy every record is stored with the same
+probability (capacity / declared number of records so far), independently of the others, so classes
+have no equal shares.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class GDumb(Strategy):
     """Train from the initial parameters on a balanced memory.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB".
+        memory_size: total number of stored records, or bytes such as "2 MB".
     """
 
     memory_size: int | str

@@ -1,20 +1,21 @@
-"""Gradient episodic memory: never step against the gradient of any earlier experience.
+"""Gradient episodic memory: no step against the gradient of any earlier experience.
 
 Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, equations 8 to
 12.
 
     g'  = argmin |g' - g|^2   with   <g', r_k> >= 0 for every earlier experience k
-    r_k = mean gradient of its records
+    r_k = mean gradient of its stored records
 
-of which `batch_size` are drawn at every step (the authors' code takes all that are stored: give as
-many as a task has); solved by its dual, a quadratic program of as many variables as there are
-earlier experiences:
+At every step `batch_size` of the stored records are drawn. (The authors' code takes all of them:
+set `batch_size` to the number of stored records of a task.) The problem is solved by its dual, a
+quadratic program with one variable per earlier experience:
 
     v = argmin v^T R R^T v / 2 + g^T R^T v   with   v >= margin,     g' = R^T v + g
 
-State: none. Memory cost: the stored records, and one more gradient a step for every earlier
-experience. Privacy cost: one reference gradient a step for every earlier experience, each over the
-stored records of that experience alone and charged to its partition; the projection is free.
+State: none. Memory cost: the stored records, and one more gradient per step for every earlier
+experience. Privacy cost: one reference gradient per step for every earlier experience. Each is over
+the stored records of that experience alone and is charged to its partition. The projection costs no
+privacy.
 """
 
 import math
@@ -52,17 +53,17 @@ small gradients of a model that is nearly trained.
 
 @dataclass(frozen=True, kw_only=True)
 class GEM(Strategy):
-    """Project the gradient on the cone in which no earlier experience's loss grows.
+    """Project the gradient so that, to first order, the loss of no earlier experience grows.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB".
+        memory_size: total number of stored records, or bytes such as "2 MB".
         selection: see `perdure.contract.MemoryPlan`.
-        per_class: fixed quota for every class of every experience instead of an equal share of
-            `memory_size`.
-        batch_size: stored records in each reference gradient of a step; None for as many as new
-            ones.
-        margin: lower bound of the dual variables; above 0 steps lean towards the earlier
-            experiences (gamma).
+        per_class: number of stored records for each class of each experience, instead of an equal
+            share of `memory_size`.
+        batch_size: number of stored records in each reference gradient of a step; None for the
+            number of new records.
+        margin: lower bound of the dual variables (gamma); with a bound above 0, steps also follow
+            the gradients of earlier experiences.
     """
 
     memory_size: int | str

@@ -1,9 +1,9 @@
-"""Generative replay: train a generator, and rehearse what the previous one makes up.
+"""Generative replay: train a generator, and rehearse samples of the previous generator.
 
 Shin, Lee, Kim and Kim, Continual Learning with Deep Generative Replay, NeurIPS 2017, section 3 and
 algorithm 1; the generator is the variational autoencoder of Kingma and Welling, Auto-Encoding
-Variational Bayes, ICLR 2014, appendix B and C.1, and weights and scale are those of van de Ven,
-Tuytelaars and Tolias, Three types of incremental learning, Nature Machine Intelligence 2022.
+Variational Bayes, ICLR 2014, appendix B and C.1; weights and scale are from van de Ven, Tuytelaars
+and Tolias, Three types of incremental learning, Nature Machine Intelligence 2022.
 
     loss_i  = 1/t (CE(x_i, y_i) + vae(x_i)) + (1 - 1/t) (distil(x~_i) + vae(x~_i))
     vae(x)  = 1/d (sum over the d pixels of BCE(decode(m + s e), x)
@@ -12,22 +12,23 @@ Tuytelaars and Tolias, Three types of incremental learning, Nature Machine Intel
     distil  = CE(x~, the teacher's most probable class),
               or with a temperature sum_c -q_c log p_c as in LwF
 
-t is the number of the experience, and there is no teacher in the first. The teacher answers over
-the classes that `perdure.strategies.lwf.answered` gives, in task-incremental streams over those of
-every earlier task, averaged.
+t is the number of the experience. The first experience has no teacher. The teacher's probabilities
+are over the classes that `perdure.strategies.lwf.answered` returns; in task-incremental streams
+they are over the classes of each earlier task, and the losses are averaged.
 
-Every row brings one made-up row, so that its loss is its own. e and z_i are a function of the
-record's id and of the step (`perdure.utils`). Classifier and generator are trained by one
-loss; they share no parameter, so that without privacy each goes its own way, as in the paper.
+Every row has one generated row x~_i of its own, so its loss does not depend on other rows. e and
+z_i are functions of the record's id and of the step (`perdure.utils`). Classifier and generator are
+trained by one loss but share no parameter, so without privacy they are trained independently, as in
+the paper.
 
 State: `teacher`, the model at the end of the last experience, generator included, and the number of
-`steps`. Memory cost: once the parameters, a generator beside the classifier, and a made-up row for
-every row of a step. Privacy cost: none beyond the gradient. The generator is trained by the same
-released gradients as the classifier, and so whatever it makes up is post-processing: no record is
-stored, and none is used again after its experience. The two share the clip norm of a row, and the
-generator's gradient, in nats a pixel, is the smaller: under a clip norm of 1 it is lost in the
-noise, and a much smaller one serves both. Without privacy nothing keeps a generator from giving
-back what it was shown.
+`steps`. Memory cost: once the parameters, a generator in addition to the classifier, and one
+generated row for every row of a step. Privacy cost: only the gradient. The generator is trained by
+the same released gradients as the classifier, so its samples are post-processing. No record is
+stored, and no record is used again after its experience. Classifier and generator are clipped
+together. The generator's loss is in nats per pixel, so its gradient is much smaller: with a clip
+norm of 1 the noise hides it. Use a much smaller clip norm. Without privacy, a generator may
+reproduce its training records.
 """
 
 import math
@@ -39,7 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     Plan,
@@ -53,6 +53,7 @@ from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import generative, mlp
 from perdure.strategies.lwf import answered
+from perdure.tasks import MASKED
 from perdure.types import Params
 from perdure.utils import derive, normals, row_slices
 
@@ -63,16 +64,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeReplay(Strategy):
-    """Rehearse samples of the previous generator, with the previous classifier's answers.
+    """Rehearse samples of the previous generator, labelled by the previous classifier.
 
-    It needs a model with a generator, by `perdure.models.generative` or
-    `model.name = "generative"`: with `encode`, `decode` and `latent`, and parameters under
-    `encoder.` and `decoder.`. Inputs lie in [0, 1].
+    It needs a model with a generator, by `perdure.models.generative` or `model.name =
+    "generative"`: with `encode`, `decode` and `latent`, and parameters under `encoder.` and
+    `decoder.`. Inputs lie in [0, 1].
 
     Args:
-        temperature: softens the answers of the old classifier and of the new (T); None for its most
-            probable class alone, as in Shin et al.
-        seed: of latent vectors and of the noise of the autoencoder.
+        temperature: temperature of the probabilities of old and new classifier (T); None for the
+            most probable class of the old classifier alone, as in Shin et al.
+        seed: seed of the latent vectors and of the noise of the autoencoder.
     """
 
     temperature: float | None = None
@@ -82,7 +83,7 @@ class GenerativeReplay(Strategy):
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ConfigError.of(
-                "generative_replay.temperature", self.temperature, "a number above 0, or none"
+                "generative_replay.temperature", self.temperature, "a number above 0, or None"
             )
 
     @classmethod
@@ -124,9 +125,9 @@ class GenerativeReplay(Strategy):
         highs = [float(shown[piece].amax()) for piece in row_slices(shown) if len(shown)]
         if not all(0 <= low <= high <= 1 for low, high in zip(lows, highs, strict=True)):
             raise StrategyError(
-                f"inputs reach from {min(lows):.3g} to {max(highs):.3g}; "
-                "GenerativeReplay makes up inputs in "
-                "[0, 1]: scale them into it, and standardise inside the model"
+                f"inputs are from {min(lows):.3g} to {max(highs):.3g}, but GenerativeReplay "
+                "generates inputs in [0, 1]; scale the inputs to [0, 1], and standardise inside "
+                "the model"
             )
         return Plan()
 

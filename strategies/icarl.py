@@ -6,19 +6,19 @@ incremental learning, Nature Machine Intelligence 2022.
 
     loss_i = sum over classes c seen of BCE(f_c(x_i), t_ic)
     t_ic = sigmoid(teacher_c(x_i) / T) for classes of earlier experiences,
-           [y_i = c] for those of this one, also
-           where they come again
+           [y_i = c] for classes of this experience, also if they come again
     predict the c whose mean of |.|-normalised exemplar features is nearest
             to the normalised features of x
 
-New records and exemplars are one pool. Exemplars follow the class mean (herding).
+New records and exemplars are one pool. Exemplars are chosen so that their mean is close to the
+class mean (herding).
 
 State: `teacher`, the model at the end of the last experience; `sums` of the exemplars' normalised
 features by class, and their directions, the normalised `means`. Over clients the sums are averaged
 by declared sizes. Memory cost: the stored records, once the parameters, and a vector of features
-for every class. Privacy cost: records that may be stored go on being used, and one sum over memory
-after every experience. Under differential privacy exemplars are chosen by their own coins instead
-of herding, and the means are noisy.
+for every class. Privacy cost: records that may be stored are used again in later experiences, and
+one sum over memory is released after every experience. Under differential privacy exemplars are
+chosen at random, independently of each other, instead of by herding, and the means are noisy.
 """
 
 import math
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     MemoryPlan,
@@ -44,6 +43,7 @@ from perdure.contract import (
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
+from perdure.tasks import MASKED
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -53,15 +53,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ICaRL(Strategy):
-    """Nearest mean of exemplars.
+    """Predict the class with the nearest mean of exemplars.
 
     The features are trained by binary cross entropy and distillation.
 
     Args:
-        memory_size: exemplars stored in all, or bytes such as "2 MB".
-        per_class: fixed quota for every class of every experience instead of an equal share of
-            `memory_size`.
-        temperature: softens the teacher's outputs (T); 1 in the original, 2 in van de Ven et al.
+        memory_size: total number of exemplars, or bytes such as "2 MB".
+        per_class: number of exemplars for each class of each experience, instead of an equal share
+            of `memory_size`.
+        temperature: temperature of the teacher's outputs (T); 1 in the original, 2 in van de Ven et
+            al.
     """
 
     memory_size: int | str

@@ -1,9 +1,9 @@
-"""Joint: train a fresh model on everything so far after every experience, as an upper bound.
+"""Joint: train a new model on all records so far in every experience, as an upper bound.
 
     loss_i = cross entropy(record i),  records of all experiences so far in one pool
 
-State: none. Memory: all records of all experiences. Privacy cost: every record goes on being used
-in all later experiences, at the sampling rate of the growing pool.
+State: none. Memory: all records of all experiences. Privacy cost: every record is used again in all
+later experiences, at the sampling rate of the growing pool.
 """
 
 from dataclasses import dataclass

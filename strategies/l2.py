@@ -1,4 +1,4 @@
-"""L2 anchoring: hold every parameter to where the last experience left it, all equally.
+"""L2 anchoring: penalise every change of a parameter since the last experience equally.
 
 The baseline of Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS
 2017, figure 2, and of Hsu et al., Re-evaluating continual learning scenarios, NeurIPS continual
@@ -7,9 +7,9 @@ learning workshop 2018, table 2.
     penalty = strength * sum_j (theta_j - theta*_j)^2
     theta*  = the parameters after the last experience
 
-State: `anchor`, identical on all clients and kept by each, and `held`, which is 0 until there is a
-past to hold. Memory cost: once the parameters.
-Privacy cost: none: the anchor is a released model.
+State: `anchor`, identical on all clients and kept by each, and `held`, which is 0 in the first
+experience. Memory cost: once the parameters. Privacy cost: only the gradient: the anchor is a
+released model.
 """
 
 import math

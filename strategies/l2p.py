@@ -1,4 +1,4 @@
-"""L2P: let each record pick prompts from a pool by its own key, on a frozen transformer.
+"""L2P: each record picks prompts from a pool by a key, on a frozen transformer.
 
 Wang, Zhang, Lee, Zhang, Sun, Ren, Su, Perot, Dy and Pfister, Learning to Prompt for Continual
 Learning, CVPR 2022, section 4, equation 5.
@@ -9,21 +9,21 @@ Learning, CVPR 2022, section 4, equation 5.
               + strength * sum over k in K_x of (1 - cos(q(x_i), k))
 
 The prompts of K_x are put before the tokens of x, and the mean of their last states goes to the
-head; prompts, keys and head are trained. As in the authors' code the logits of all other classes
-are left out of the loss, so that the rows of old classes in the head have no gradient; what an
-optimiser remembers moves them still, unless it starts afresh with every experience
-(`Learner(reset_optimizer=True)`).
+head; prompts, keys and head are trained. As in the authors' code, the logits of all other classes
+are left out of the loss, so the rows of old classes in the head have no gradient. An optimiser with
+momentum, or Adam, can still change these rows, because it keeps averages of earlier gradients;
+`Learner(reset_optimizer=True)` starts each experience with a new optimiser.
 
-Two things of the authors' are left out because they are statistics over records: the table of how
-often each prompt was picked, by which section 4.2 makes frequent ones less likely (optional there),
-and one choice of prompts for a whole batch, by vote (an option of the code): here every record has
-its own, trained and tested alike.
+Two parts of the authors' method are left out, because both depend on several records. First, the
+table that counts how often each prompt was picked, which makes frequent prompts less likely
+(section 4.2, optional). Second, the option of their code to choose the same prompts for a whole
+batch by a vote. Here every record has its own prompts, in training and in prediction.
 
 The model is `perdure.models.prompted(backbone)`.
 
 State: none. Memory cost: the pool. A step and a prediction take two passes through the transformer.
-Privacy cost: none beyond the gradient: what a record picks depends on the record and the parameters
-alone.
+Privacy cost: only the gradient: the prompts of a record depend only on the record and the
+parameters.
 """
 
 import math
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class L2P(Strategy):
-    """Prompts from a pool, matched by keys.
+    """Pick prompts from a pool by the similarity of keys and queries.
 
     Args:
-        strength: weight of the pull of keys towards queries (lambda).
+        strength: weight of the loss term that moves keys towards queries (lambda).
     """
 
     strength: float = 0.5

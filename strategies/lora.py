@@ -1,31 +1,30 @@
 """LoRA: learn each experience in its own orthogonal low-rank adapters on a frozen transformer.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1; one set an
-experience and the penalty are those of Wang et al., Orthogonal Subspace Learning for Language Model
-Continual Learning (O-LoRA), Findings of EMNLP 2023, section 3.
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1; one set of
+adapters per experience, and the penalty, are from Wang et al., Orthogonal Subspace Learning for
+Language Model Continual Learning (O-LoRA), Findings of EMNLP 2023, section 3.
 
     projection  W x + sum over experiences i of B_i A_i x
                 with A_i (rank, width), and B_i = 0 until it is trained
     loss_i      = CE(x_i, y_i) over the classes of the record's own experience
     penalty     = strength * sum over projections and earlier i of |A_i A_t^T|^2
 
-In experience t only A_t, B_t and the head are trained. The addition of earlier sets depends on A_i
-x alone, so that a set orthogonal to them changes what the model does with other directions of x.
-The sum over all experiences is the merged model: tasks are not told apart when it predicts. The
-square is the paper's; the authors' code sums |A_i A_t^T|.
+In experience t only A_t, B_t and the head are trained. The output of an earlier set depends on A_i
+x only. If the rows of A_t are orthogonal to those of A_i, the new set therefore reacts to other
+directions of x than the earlier sets. The sum over all experiences is the merged model, so a
+prediction needs no task. The square is from the paper; the authors' code sums |A_i A_t^T|.
 
 The papers adapt language models, which have no head. Here the logits of all other classes are left
-out of the loss, as L2P and CODA-Prompt do, so that the rows of old classes in the head have no
-gradient; what an optimiser remembers moves them still, unless it starts afresh with every
-experience (`Learner(reset_optimizer=True)`).
+out of the loss, as in L2P and CODA-Prompt, so the rows of old classes in the head have no gradient.
+An optimiser with momentum, or Adam, can still change these rows, because it keeps averages of
+earlier gradients; `Learner(reset_optimizer=True)` starts each experience with a new optimiser.
 
 The model is `perdure.models.adapted(backbone, experiences=...)`.
 
-State: `done`, the number of experiences that are over.
-Memory cost: 2 * rank * width numbers a projection and experience; two projections a block. Privacy
-cost: none beyond the gradient, and that is of the trained set and the head alone; the penalty
-touches no data. In a federation A_t and B_t are averaged each by itself, which is not the mean of
-their products.
+State: `done`, the number of finished experiences. Memory cost: 2 * rank * width numbers per
+projection and experience; a block has two projections. Privacy cost: only the gradient, and only
+the gradient of the trained set and of the head; the penalty uses no data. A federation averages A_t
+and B_t separately. The product of the means is not the mean of the products B_t A_t.
 """
 
 import math
@@ -49,10 +48,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Strategy):
-    """Adapters for every experience, the earlier ones frozen.
+    """Train adapters for each experience, and freeze the adapters of earlier ones.
 
     Args:
-        strength: weight of the orthogonality penalty (lambda_1); 0 for plain LoRA, one set an
+        strength: weight of the orthogonality penalty (lambda_1); 0 for plain LoRA with one set per
             experience.
         adapters: prefix of the names of the adapters' parameters.
         head: prefix of the names of the head's parameters.

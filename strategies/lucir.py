@@ -1,4 +1,4 @@
-"""LUCIR: rehearse, classify by cosines, hold features' directions, keep new classes away.
+"""LUCIR: rehearse, classify by cosines, keep feature directions, separate new from old classes.
 
 Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Rebalancing, CVPR 2019,
 section 3, equations 4 and 6 to 10.
@@ -11,24 +11,26 @@ section 3, equations 4 and 6 to 10.
     lambda = less_forget * sqrt(old classes / new classes),  f* the features before this experience
     k      = the `negatives` new classes of largest s_k(x_i)
 
-Lambda is that of the authors' code, and grows with what there is to lose; equation 7 has the
-inverse ratio. The paper averages the last term over the old rows of a batch. A row cannot know how
-many these are, so r is the declared number of records in the pool over that of stored ones, with
-the same expectation. Herded exemplars and new records are one pool.
+Lambda is defined as in the authors' code: it grows with the number of old classes; equation 7 has
+the inverse ratio. The paper averages the last term over the old rows of a batch. Here the loss of a
+row may not depend on other rows, so r = number of records in the pool / number of stored records,
+both from declared sizes; this gives the same expectation. Herded exemplars and new records are one
+pool.
 
-The class embeddings w_c are held as they were when the experience of c ended, exactly, as PackNet
-holds weights. So the bare model is not the classifier: ask `predict`. The paper takes the last ReLU
-out of the body, so that features have both signs; here the body is the user's: with
-`activation="tanh"` they have. Left out is what the authors' code adds: fine-tuning on equally many
-records of every class, and new embeddings that start from class means.
+After the experience of class c, its embedding w_c is fixed exactly, as in PackNet. So the model
+alone is not the classifier; use `predict` of the strategy. The paper removes the last ReLU of the
+body, so that features have both signs; here the user builds the body, and `activation="tanh"` gives
+both signs. Two additions of the authors' code are left out: fine-tuning on equally many records of
+every class, and new embeddings that start from class means.
 
 State: `teacher`, the model at the end of the last experience; `held`, the embeddings; `records`,
-how many were declared so far. Over clients embeddings are averaged, which leaves them as they are.
-Memory cost: the stored records, once the parameters and once the head.
-Privacy cost: records that may be stored go on being used. Under differential privacy exemplars are
-chosen by their own coins instead of herding, and a stored row's r, which is large where few are
-stored, does not raise its clip norm. Gradients are taken record by record, since the embeddings are
-used outside the head.
+the declared number of records so far. Embeddings are averaged over clients; they are equal on all
+clients, so this does not change them. Memory cost: the stored records, once the parameters and once
+the head. Privacy cost: records that may be stored are used again in later experiences. Under
+differential privacy exemplars are chosen at random, independently of each other, instead of by
+herding. The factor r of a stored row is large if few records are stored, but does not change its
+clip norm. Gradients are computed record by record, because the embeddings are used outside the
+head.
 """
 
 import math
@@ -39,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 from perdure.contract import (
-    MASKED,
     Context,
     Forward,
     MemoryPlan,
@@ -53,6 +54,7 @@ from perdure.contract import (
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.models import cosines, directions, mlp
+from perdure.tasks import MASKED
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -65,16 +67,18 @@ SCALE = "head.scale"
 
 @dataclass(frozen=True, kw_only=True)
 class LUCIR(Strategy):
-    """Cosine head, less-forget constraint and margin ranking.
+    """Train a cosine head with a less-forget constraint and a margin ranking loss.
 
     The model must be built with `head="cosine"`.
 
     Args:
-        memory_size: exemplars stored in all.
-        less_forget: weight of the constraint for as many new classes as old ones (lambda_base).
+        memory_size: total number of exemplars.
+        less_forget: weight of the constraint for equal numbers of new and old classes
+            (lambda_base).
         ranking: weight of the margin ranking loss; 1 in the paper.
-        margin: by which the cosine of the true class is to exceed those of new ones (m).
-        negatives: new classes that it is compared with (K).
+        margin: wanted difference between the cosine of the true class and the cosines of new
+            classes (m).
+        negatives: number of new classes in this comparison (K).
     """
 
     memory_size: int
@@ -124,7 +128,7 @@ class LUCIR(Strategy):
         """
         if spec.scenario != "class":
             raise StrategyError(
-                "LUCIR sets new classes off old ones, class-incremental; use Replay elsewhere"
+                "LUCIR works on class-incremental streams only; use Replay for this stream"
             )
         if {name for name in spec.params if name.startswith("head.")} != {WEIGHT, SCALE}:
             raise StrategyError(

@@ -1,7 +1,7 @@
-"""Learning without forgetting: keep answering new inputs as the previous model did.
+"""Learning without forgetting: keep the outputs on new inputs close to the previous model's.
 
 Li and Hoiem, Learning without Forgetting, TPAMI 2018, section 3 and equations 1 to 4; the form for
-domain- and class-incremental streams is that of van de Ven et al., Three types of incremental
+domain- and class-incremental streams is from van de Ven et al., Three types of incremental
 learning, Nature Machine Intelligence 2022.
 
     weighting = "sum":
@@ -13,14 +13,14 @@ learning, Nature Machine Intelligence 2022.
 Task-incremental: KD is summed, or averaged, over the k earlier tasks' heads. Class-incremental: q
 is over the earlier classes, p over all seen so far, k = 1. Domain-incremental: over all classes,
 with k the number of earlier experiences. The second form, with t the number of the experience from
-1, is that of van de Ven and Tolias, Three scenarios for continual learning, 2019, and of the LwF in
+1, is from van de Ven and Tolias, Three scenarios for continual learning, 2019, and from the LwF in
 Hsu, Liu, Ramasamy and Kira, Re-evaluating Continual Learning Scenarios, 2018; `strength` is 1
 there.
 
 State: `teacher`, parameters and running statistics at the end of the last experience (identical on
 all clients, kept by each).
-Memory cost: once the parameters, and one more forward pass a step.
-Privacy cost: none beyond the gradient: the teacher is a released model, and the loss is per record.
+Memory cost: once the parameters, and one more forward pass per step. Privacy cost: only the
+gradient: the teacher is a released model, and the loss is per record.
 """
 
 import math
@@ -45,10 +45,10 @@ class LwF(Strategy):
     """Distil the previous model on the records of the new experience.
 
     Args:
-        temperature: softens both distributions (T).
+        temperature: temperature of both distributions (T).
         strength: weight of the distillation term (lambda_o).
-        weighting: `sum` adds it to the cross entropy; `experiences` gives the new experience the
-            weight 1/t.
+        weighting: `sum` adds the distillation term to the cross entropy; `experiences` gives the
+            new experience the weight 1/t, and the distillation term 1 - 1/t.
     """
 
     temperature: float = 2.0

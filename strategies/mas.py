@@ -1,4 +1,4 @@
-"""Memory aware synapses: hold back the parameters that the model's answers depend on.
+"""Memory aware synapses: penalise changes of parameters that the logits depend on.
 
 Aljundi, Babiloni, Elhoseiny, Rohrbach and Tuytelaars, Memory Aware Synapses: Learning what (not) to
 forget, ECCV 2018, section 4 (the global form, with the squared norm of the output).
@@ -7,17 +7,17 @@ forget, ECCV 2018, section 4 (the global form, with the squared norm of the outp
                    at the end of each experience
     penalty      = strength * sum_j importance_j (theta_j - theta*_j)^2
 
-f are the logits over the classes that a record may be predicted as; logits of other classes have
-never been trained and would only add what they happen to depend on. No label is used. The absolute
-value is of every record's own gradient: that of a batch's mean gradient is smaller, by as much as
-records disagree.
+f are the logits of the classes that a record may be predicted as. Logits of other classes were
+never trained, so their dependence on parameters means nothing. No label is used. The absolute value
+is taken of the gradient of each record. In the mean gradient of a batch, gradients of different
+sign cancel, so its absolute value would be smaller.
 
 State: `importance`, which adds up over experiences and is averaged over clients by declared sizes;
 `anchor`, identical on all clients and kept by each.
 Memory cost: twice the parameters.
-Privacy cost: one release an experience. The row of a record is an absolute gradient, whose L2 norm
-is the gradient's, and is clipped to the clip norm of gradients; the sum is divided by the declared
-size and clamped at 0.
+Privacy cost: one release per experience. Each record contributes the absolute value of its
+gradient. This has the same L2 norm as the gradient, and is clipped to the same clip norm. The sum
+is divided by the declared size, and negative values are set to 0.
 """
 
 import math

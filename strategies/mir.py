@@ -1,4 +1,4 @@
-"""Maximally interfered retrieval: rehearse the records that the coming step would harm most.
+"""Maximally interfered retrieval: rehearse the records whose loss the next step raises most.
 
 Aljundi, Belilovsky, Tuytelaars, Charlin, Caccia, Lin and Page-Caccia, Online Continual Learning
 with Maximal Interfered Retrieval, NeurIPS 2019, section 3.1 (ER-MIR, criterion s_MI-1), algorithm
@@ -8,19 +8,19 @@ with Maximal Interfered Retrieval, NeurIPS 2019, section 3.1 (ER-MIR, criterion 
     score_i = CE(x_i, y_i; theta_v) - CE(x_i, y_i; theta)        for the stored candidates of a step
     loss    = mean over new of CE(x, y; theta) + mean over chosen of CE(x, y; theta)
 
-chosen are the `batch_size` candidates of the highest score. The sum of two means is that of the
-authors' code, whose virtual step is at the rate of the optimiser. Candidates are drawn from all
-that is stored, records of the present experience included, which the authors' code leaves out.
-Scores are found in evaluation mode, so that dropout or BatchNorm do not tell them apart. As many
-candidates as chosen is experience replay: nothing is selected.
+The chosen rows are the `batch_size` candidates with the highest scores. The sum of two means is as
+in the authors' code, whose virtual step has the learning rate of the optimiser. Candidates are
+drawn from all stored records, also from records of the current experience, which the authors' code
+leaves out. Scores are computed in evaluation mode, so that dropout and BatchNorm do not change
+them. If there are no more candidates than chosen rows, this is experience replay.
 
-The virtual step is of all new rows of the step, and every candidate is ranked against all others:
-the loss of a row depends on the others. So `micro_batch_size` must not cut the batch, which is
-refused; nor can one record's influence be bounded, as it moves which others count.
+The virtual step uses all new rows of the step, and every candidate is compared with all others, so
+the loss of a row depends on other rows. A smaller `micro_batch_size` is therefore refused. The
+influence of one record cannot be bounded, because it changes which other records are chosen.
 
-State: none. Memory cost: the stored records. A step takes a pass with its gradient over the new
-rows, and two without over the candidates, on top of that over the new rows and the chosen ones.
-Privacy cost: refused under differential privacy.
+State: none. Memory cost: the stored records. In addition to the training pass over new and chosen
+rows, a step takes one pass with gradient over the new rows and two passes without gradient over the
+candidates. Privacy cost: refused under differential privacy.
 """
 
 import math
@@ -54,14 +54,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MIR(Strategy):
-    """Rehearse, out of many stored records, those that the new ones interfere with.
+    """Rehearse the stored records whose loss a step on the new records would raise most.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB".
-        candidates: stored records of a step that are looked at (C).
-        batch_size: how many of them are rehearsed, 50 and 10 in the paper; None for as many as new
-            ones.
-        rate: of the virtual step; that of the optimiser in the paper.
+        memory_size: total number of stored records, or bytes such as "2 MB".
+        candidates: number of stored records that are compared in each step (C); 50 in the paper.
+        batch_size: number of candidates that are rehearsed; 10 in the paper; None for the number of
+            new records.
+        rate: learning rate of the virtual step; the authors' code uses the learning rate of the
+            optimiser.
     """
 
     memory_size: int | str
@@ -77,7 +78,7 @@ class MIR(Strategy):
         if not 0 < self.rate < math.inf:
             raise ConfigError.of("mir.rate", self.rate, "a finite number above 0")
         if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError.of("mir.batch_size", self.batch_size, "1 or more records, or none")
+            raise ConfigError.of("mir.batch_size", self.batch_size, "1 or more records, or None")
         if self.candidates < (self.batch_size or 1):
             raise ConfigError.of(
                 "mir.candidates", self.candidates, "at least batch_size records, of which to choose"
@@ -110,14 +111,14 @@ class MIR(Strategy):
         old = torch.nonzero(batch.from_memory & batch.valid).flatten()
         if not (len(new) and len(old)):
             raise StrategyError(
-                "MIR ranks all rows of a step together; give Learner(micro_batch_size=None)"
+                "MIR compares all rows of a step with each other; give "
+                "Learner(micro_batch_size=None)"
             )
         wanted = len(new) if self.batch_size is None else self.batch_size
         if self.batch_size is None and wanted >= self.candidates:
             raise StrategyError(
-                f"MIR looks at {self.candidates} stored rows to rehearse {wanted}: it "
-                "leaves out "
-                "none; give more candidates or a batch_size"
+                f"MIR would rehearse {wanted} of {self.candidates} candidates, so there is no "
+                "choice; give more candidates, or a smaller batch_size"
             )
         scores = self._scores(forward, batch.take(new), batch.take(old), context)
         chosen = old[scores.argsort(descending=True, stable=True)[:wanted]]

@@ -1,8 +1,8 @@
-"""Naive: train on, forget on. The lower bound of every comparison.
+"""Naive: train on each experience without any method against forgetting, as a lower bound.
 
     loss_i = cross entropy(record i)
 
-State: none. Memory: none. Privacy cost: none beyond the gradient.
+State: none. Memory: none. Privacy cost: only the gradient.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,6 @@ from perdure.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Naive(Strategy):
-    """Plain training on one experience after another (fine-tuning)."""
+    """Train on one experience after another (fine-tuning)."""
 
     tasks: ClassVar[tuple[type[Task], ...]] = (Task,)

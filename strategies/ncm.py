@@ -5,17 +5,17 @@ classes at near-zero cost, TPAMI 2013, section 3.2:
 
     logit_c(x) = f(x) . mean_c - |mean_c|^2 / 2,    mean_c = sum_{i: y_i = c} f(x_i) / n_c
 
-which differs from -|f(x) - mean_c|^2 / 2 by the same number for all classes. With `normalise`,
+This differs from -|f(x) - mean_c|^2 / 2 by the same number for all classes. With `normalise`,
 features and then means are divided by their norm, as in Rebuffi et al., iCaRL, CVPR 2017, section
-2.1: what counts is the angle.
+2.1, so only the angle between them matters.
 
-Loss: none; the features are those of the model as it is (frozen ones:
-`perdure.models.frozen`). State: the classes' sums of features and counts, which add up over
+Loss: none; the model is not trained and computes the features (for a frozen body:
+`perdure.models.frozen`). State: sums of features and counts per class, which add up over
 experiences and clients, and the means. Memory cost: two tables of classes x features, in float64.
-Privacy cost: one release an experience, of the joint vector (f y^T, v y); with |f| = 1 it is
-clipped to sqrt(1 + v^2), and features with a declared bound are divided by it before, their sums
-multiplied by it after. A class can be predicted where its (noisy) count is at least one half;
-with `normalise` counts are used for nothing else.
+Privacy cost: one release per experience, of the joint vector (f y^T, v y). With |f| = 1 it is
+clipped to sqrt(1 + v^2). Features with a declared bound are divided by the bound before, and their
+sums multiplied by it afterwards. A class can be predicted if its (noisy) count is at least one
+half; with `normalise` the counts have no other use.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,14 @@ only 3 % more.
 
 @dataclass(frozen=True, kw_only=True)
 class NCM(Analytic):
-    """Predict the class with the nearest mean of features; nothing is trained.
+    """Predict the class with the nearest mean of features, without training.
 
     Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
-        normalise: divide every record's features, and the classes' means, by their L2 norm.
-        bound: declared L2 norm of features that are not normalised; used under privacy only.
+        normalise: divide the features of each record, and the mean of each class, by their L2 norm.
+        bound: declared L2 norm that features almost never exceed, if they are not normalised; used
+            under privacy only, where longer features are scaled down.
     """
 
     tasks_because: ClassVar[str] = "it predicts the class with the nearest mean"

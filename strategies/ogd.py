@@ -1,4 +1,4 @@
-"""Orthogonal gradient descent: step only where, to first order, earlier records keep their answers.
+"""Orthogonal gradient descent: take steps that, to first order, do not change earlier logits.
 
 Farajtabar, Azizan, Mott and Li, Orthogonal Gradient Descent for Continual Learning, AISTATS 2020,
 algorithm 1.
@@ -6,36 +6,36 @@ algorithm 1.
     g' = g - V^T (V V^T)^+ V g
          the rows of V: mean of grad f(x) over a group of records, for every group
 
-f is the logit of the record's own class (OGD-GTL, the paper's choice) or the mean of the logits
-that may be predicted (OGD-AVE). V has `directions` rows for every experience that is over, taken at
-the parameters where it ended.
+f is the logit of the record's own class (OGD-GTL, the choice of the paper) or the mean of the
+logits that may be predicted (OGD-AVE). V has `directions` rows for every finished experience,
+computed with the parameters at its end.
 
 The paper keeps the gradients of 200 single records of a task and makes them orthonormal one by one
-(Gram-Schmidt). Here a direction is a mean, because all that is taken from records is a sum over
-them. A record's group follows from its class and its id: every class has an equal share of the
-directions, and a hash of the id says which of them. So V spans the mean gradient of every class,
-and with more groups more of how its records differ; with one record a group it is the paper's with
-all records. The pseudo-inverse projects on the same complement as Gram-Schmidt, and leaves out rows
-of 0 and what depends on others up to `DEPENDENT`. OGD-ALL, with a direction for every logit, is
-left out: a record would fill as many places as there are classes.
+(Gram-Schmidt). Here a direction is a mean, because a curator releases only sums over records. The
+class and the id of a record decide its group: every class has an equal share of the directions, and
+a hash of the id chooses one of them. So V spans the mean gradient of every class; with more groups
+it also spans differences between records of a class. With one record per group it is the method of
+the paper with all records. The pseudo-inverse projects on the same complement as Gram-Schmidt, and
+leaves out rows of 0 and rows that depend on others up to `DEPENDENT`. OGD-ALL, with a direction for
+every logit, is left out, because a record would contribute to one direction per class.
 
-It holds for steps along g': plain SGD, at a rate small enough for first order. Adam rescales every
-number of g'; weight decay, and momentum from before, add to it. In task-incremental streams the
-loss has no gradient in the rows of other tasks' heads, but g' has: there it undoes what the body's
-move does to their logits. (Directions without the head did as well.) In class-incremental streams
-nothing keeps the logits of new classes low for old records: it forgets as SGD does.
+The method needs steps along g': plain SGD with a small learning rate. Adam rescales every number of
+g'; weight decay and earlier momentum add to it. In task-incremental streams the loss has no
+gradient in the heads of other tasks, but g' has: it compensates the effect of the changed body on
+their logits. (Directions without the head had the same accuracy.) In class-incremental streams
+nothing keeps the logits of new classes low for old records, so the method forgets as much as SGD.
 
-State: `directions`, averaged over clients by declared sizes, so that a federation holds what one
-party with all records and the same model would; `inverse`, of their inner products, and `filled`,
-how many there are so far. They are as long as the stream: one that has grown since does not fit.
-Memory cost: experiences x `directions` times the parameters; of those that are there so far every
-number is read twice in every step. The release
-takes `directions` times the parameters, since a record's row of that length is never formed
-(`perdure.queries.GroupedGradient`). Privacy cost: one release an experience. A record adds the
-gradient of one number to one direction, clipped as its gradient is; the rest is free. Directions
-are then as noisy as they come: the noise of one is noise multiplier x clip norm x sqrt(parameters)
-long, the sum itself at most clip norm x records of the group. So few groups of many records; a
-direction of noise alone protects nothing, and hardly changes g' either.
+State: `directions`, averaged over clients by declared sizes, so a federation has the same
+directions as one party with all records and the same model; `inverse`, the pseudo-inverse of their
+inner products; and `filled`, the number of directions so far. Their sizes depend on the length of
+the stream, so a state does not fit a stream that has grown. Memory cost: experiences x `directions`
+times the parameters; every number of the directions so far is read twice per step. The release
+takes `directions` times the parameters, because a whole row of a record is never formed
+(`perdure.queries.GroupedGradient`). Privacy cost: one release per experience. A record adds the
+gradient of one number to one direction, clipped as its gradient is. Other computations cost no
+privacy. The noise of a direction has the length noise multiplier x clip norm x sqrt(parameters),
+but the sum has at most clip norm x records of the group. So use few groups of many records. A
+direction of pure noise protects nothing, but also changes g' very little.
 """
 
 from dataclasses import dataclass
@@ -62,13 +62,13 @@ rounding of float32.
 
 @dataclass(frozen=True, kw_only=True)
 class OGD(Strategy):
-    """Project the gradient on what is orthogonal to the logit gradients of earlier experiences.
+    """Project the gradient so that it is orthogonal to the logit gradients of earlier experiences.
 
     Args:
-        directions: kept of every experience; the more, the more is protected and the less is left
-            to move in.
-        logit: `true`, of the record's class (OGD-GTL), or the `mean` over the classes that may be
-            predicted (OGD-AVE).
+        directions: number of directions that are kept per experience. More directions protect more,
+            but leave fewer directions for training.
+        logit: `true` for the logit of the record's class (OGD-GTL), or `mean` for the mean over the
+            classes that may be predicted (OGD-AVE).
     """
 
     directions: int = 20
@@ -105,8 +105,8 @@ class OGD(Strategy):
         rows = filled_rows(state, state["filled"])
         if rows.keys() != gradient.keys():
             raise StrategyError(
-                "OGD's directions are of all parameters; combine it with nothing that trains "
-                "only some"
+                "OGD needs gradients of all parameters, but another strategy trains only some of "
+                "them; do not combine OGD with a strategy that freezes parameters"
             )
         count = len(next(iter(rows.values())))
         if not count:

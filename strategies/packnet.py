@@ -1,36 +1,38 @@
-"""PackNet: give each task the largest free weights, freeze them, leave the rest to later tasks.
+"""PackNet: each task keeps its largest free weights, and later tasks train the other weights.
 
 Mallya and Lazebnik, PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning, CVPR
 2018, section 3.
 
-    w_j = held_j            where owner_j is an earlier task
-          theta_j - held_j  where owner_j is this task, or nobody and nothing was pruned yet
-          0                 elsewhere
+    w_j = held_j            if an earlier task owns weight j
+          theta_j - held_j  if this task owns weight j,
+                            or if no task owns it and this task has not pruned yet
+          0                 in all other cases
     loss_i = CE(x_i, y_i; w) over the classes of the task
 
-Of every layer's free weights the share `pruned_share` of least |w| is left to later tasks; these
-start from 0, since held_j is then where theta_j stood. Biases and normalisation are the first
-task's and stay, rows of the head belong to the task that first has their class: neither is pruned.
-A task is predicted with the weights of the tasks up to it, as they were when it ended: exactly,
-whatever optimiser moves the parameters (momentum and weight decay move theta_j where the gradient
-is 0, so frozen weights are copies). The bare model is therefore not the network: ask `predict`.
-Weight decay pulls theta_j, and so a later task's w_j towards -held_j instead of 0: leave it out.
+In every layer, the task keeps its largest free weights and leaves the share `pruned_share` with the
+smallest |w| to later tasks. A later task starts with w_j = 0 there, because held_j is set to the
+value of theta_j. Biases and normalisation parameters belong to the first task and are fixed after
+it. A row of the head belongs to the first task that has its class. None of them is pruned. A task
+is predicted with the weights of this task and earlier ones, exactly as at the end of the task.
+Frozen weights are copies, because momentum and weight decay change theta_j also if its gradient is
+0. So the model alone is not the network; use `predict` of the strategy. Do not use weight decay: it
+pulls theta_j towards 0, so it pulls w_j of a later task towards -held_j.
 
-The paper retrains what is kept after pruning. Here this is the part of an experience after its
-first `dense_steps` steps; with None weights are pruned when the experience is over and not
+The paper retrains the kept weights after pruning. Here this is the part of an experience after its
+first `dense_steps` steps. With None, weights are pruned at the end of the experience and not
 retrained, which costs accuracy.
 
-Where no task is given (class-incremental), every task's network answers for its own classes and the
-largest logit wins: not of the paper. Running statistics of BatchNorm are not parameters and are not
-held.
+If no task is given (class-incremental), the network of each task computes the logits of its own
+classes, and the largest logit wins; this is not in the paper. Running statistics of BatchNorm are
+not parameters and are not frozen.
 
-State: `owner` (0 for nobody, else the number of the task from 1) and `held`, a tensor each a
-parameter, the number of tasks `done`, `pruned` (whether this one was) and its `steps`. In a
-federation clients prune alike where `dense_steps` end with a round that all of them trained up to;
-it is checked when their states are combined. Memory cost: twice the parameters, whatever the number
-of tasks.
-Privacy cost: none: magnitudes are those of a released model. Book-keeping clips the gradient of all
-weights, frozen ones included; what they got is dropped after the noise.
+State: `owner` (0 for no task, or the number of the task from 1) and `held`, one tensor of each per
+parameter; the number of tasks `done`, `pruned` (1 after this task has pruned) and its `steps`. In a
+federation all clients prune the same weights if `dense_steps` is the number of steps at the end of
+a round, with all clients trained in every round up to it. This is checked when their states are
+combined. Memory cost: twice the parameters, for any number of tasks. Privacy cost: only the
+gradient: weights are compared in a released model. The per-record gradient is clipped over all
+weights, also the frozen ones. Their part of the noisy gradient is set to 0 afterwards.
 """
 
 from dataclasses import dataclass
@@ -39,19 +41,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from perdure.contract import (
-    MASKED,
-    Context,
-    Forward,
-    Plan,
-    Spec,
-    State,
-    Strategy,
-    refuse_single_class,
-)
+from perdure.contract import Context, Forward, Plan, Spec, State, Strategy, refuse_single_class
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
-from perdure.tasks import MultiLabel, SingleLabel, Task
+from perdure.tasks import MASKED, MultiLabel, SingleLabel, Task
 from perdure.types import Params
 
 if TYPE_CHECKING:
@@ -61,13 +54,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PackNet(Strategy):
-    """Prune, freeze and go on with the free weights.
+    """Prune and freeze the weights of each task, and train later tasks on the free weights.
 
     Args:
-        pruned_share: of the free weights of a layer, the share left to later tasks.
-        dense_steps: steps of an experience before it prunes; the others retrain. None to prune when
-            it is over.
-        head: what the names of the head's parameters begin with.
+        pruned_share: share of the free weights of a layer that is left to later tasks.
+        dense_steps: number of steps of an experience before pruning; later steps retrain the kept
+            weights. None to prune at the end of the experience.
+        head: prefix of the names of the head's parameters.
     """
 
     pruned_share: float = 0.75
@@ -86,7 +79,7 @@ class PackNet(Strategy):
             )
         if self.dense_steps is not None and self.dense_steps < 1:
             raise ConfigError.of(
-                "packnet.dense_steps", self.dense_steps, "1 or more steps, or none"
+                "packnet.dense_steps", self.dense_steps, "1 or more steps, or None"
             )
 
     @classmethod
@@ -103,14 +96,15 @@ class PackNet(Strategy):
         """
         if spec.scenario == "domain":
             raise StrategyError(
-                "PackNet needs tasks, or classes of their own, to tell networks apart; use "
-                "EWC instead"
+                "the stream is domain-incremental; PackNet needs a task label, or different "
+                "classes in each experience, to choose the network for a prediction; use EWC "
+                "instead"
             )
         heads = [len(value) for name, value in spec.params.items() if name.startswith(self.head)]
         if not heads or set(heads) != {spec.num_classes}:
             raise StrategyError(
-                f"no parameters {self.head!r} with a row a class; give PackNet(head=...) "
-                "their prefix"
+                f"no parameters begin with {self.head!r}, or not all of them have one row per "
+                "class; give PackNet(head=...) the prefix of the head's parameters"
             )
         self._refuse_full(spec)
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
@@ -190,9 +184,9 @@ class PackNet(Strategy):
         """
         if any(not torch.equal(owner, owner.round()) for owner in state.group("owner").values()):
             raise StrategyError(
-                f"clients pruned different weights: dense_steps = {self.dense_steps} must "
-                "end with a round that all of "
-                "them trained up to; or give PackNet(dense_steps=None)"
+                f"the clients pruned different weights with dense_steps = {self.dense_steps}; set "
+                "dense_steps to the number of steps at the end of a round, with all clients "
+                "trained in every round up to it, or use PackNet(dense_steps=None)"
             )
         return state
 

@@ -1,4 +1,4 @@
-"""Ridge regression from features to classes, solved from sums, after an optional random projection.
+"""Ridge regression from features to classes, solved from sums, with optional random projection.
 
 McDonnell, Gong, Parvaneh, Abbasnejad and van den Hengel, RanPAC: Random projections and pre-trained
 models for continual learning, NeurIPS 2023, section 3.2 and algorithm 1:
@@ -6,24 +6,24 @@ models for continual learning, NeurIPS 2023, section 3.2 and algorithm 1:
     h(x) = relu(R^T f(x)),   G = sum_i h_i h_i^T,   C = sum_i h_i y_i^T
     W = (G + ridge I)^-1 C,   logits = W^T h(x)
 
-Two other methods are this mathematics: ACIL (Zhuang et al., Analytic class-incremental learning
-with absolute memorization and privacy protection, NeurIPS 2022) arrives at the same W recursively,
-through the inverse matrix and the Woodbury identity; AFL (He et al., Analytic federated learning,
-CVPR 2025) merges the solutions of clients pairwise into the W of all records. Both are `RanPAC` as
-it is: the sums add up over experiences (ACIL) and clients (AFL). ACIL's expansion of the features
-is `projection`.
+Two other methods have the same mathematics: ACIL (Zhuang et al., Analytic class-incremental
+learning with absolute memorization and privacy protection, NeurIPS 2022) arrives at the same W
+recursively, through the inverse matrix and the Woodbury identity; AFL (He et al., Analytic
+federated learning, CVPR 2025) merges the solutions of clients pairwise into the W of all records.
+`RanPAC` computes both, because its sums add up over experiences (ACIL) and clients (AFL). The
+feature expansion of ACIL is `projection`.
 
-Loss: none; the features are those of the model as it is (frozen ones:
-`perdure.models.frozen`). State: Gram matrix and class sums, which add up over experiences
-and clients, the projection, drawn from `seed` by every party alike, and the solved head.
+Loss: none; the model is not trained and computes the features (for a frozen body:
+`perdure.models.frozen`). State: Gram matrix and class sums, which add up over experiences and
+clients, the projection, which is drawn from `seed` and equal on all parties, and the solved head.
 Memory cost: a matrix of features x features and two tables of classes x features, in float64; the
-projection. Privacy cost: one release an experience, of the joint vector (svec(h h^T), w h y^T) of
-`perdure.queries.Gram`; with |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 +
-w^2 (1 + b^2)), so leave the bias feature out; features with a declared bound are divided by it
-before, and their sums multiplied by it after. Negative eigenvalues of the noisy matrix are cut, and
-half of the noise that they show is added to the ridge: free (see
-`perdure.strategies._closed_form.denoised`). Noise grows with the number of features: some hundreds
-do best, thousands without privacy.
+projection. Privacy cost: one release per experience, of the joint vector (svec(h h^T), w h y^T) of
+`perdure.queries.Gram`. With |h| = 1 and a bias feature b it is clipped to sqrt((1 + b^2)^2 + w^2 (1
++ b^2)), so use no bias feature. Features with a declared bound are divided by the bound before, and
+their sums multiplied by it afterwards. Negative eigenvalues of the noisy matrix are removed, and
+half of the noise that they show is added to the ridge; this costs no privacy (see
+`perdure.strategies._closed_form.denoised`). Noise grows with the number of features: use some
+hundreds with privacy, and thousands without.
 """
 
 import math
@@ -55,18 +55,21 @@ WEIGHT = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class RanPAC(Analytic):
-    """Ridge regression on features; nothing is trained.
+    """Solve a ridge regression on features, without training.
 
     Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
-        ridge: added to the Gram matrix; choose it for the length of the features (1 where they are
-            normalised).
-        bias: value of a feature that is the same for all records; 0 for none.
-        projection: width of a random projection with ReLU that goes before; 0 for none.
-        seed: of that projection.
-        normalise: divide every record's features, projected if they are, by their L2 norm.
-        bound: declared L2 norm of features that are not normalised; used under privacy only.
+        ridge: number that is added to the diagonal of the Gram matrix; its best size depends on the
+            length of the features (1 if they are normalised).
+        bias: value of an additional feature, the same for all records; 0 for none.
+        projection: width of a random projection with ReLU that is applied to the features first; 0
+            for none.
+        seed: seed of the random projection.
+        normalise: divide the features of each record by their L2 norm (after the projection, if
+            there is one).
+        bound: declared L2 norm that features almost never exceed, if they are not normalised; used
+            under privacy only, where longer features are scaled down.
     """
 
     ridge: float = 1e-3

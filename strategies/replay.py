@@ -1,4 +1,4 @@
-"""Experience replay: train on stored records beside the new ones.
+"""Experience replay: train on stored records together with the new ones.
 
 Rolnick et al., Experience Replay for Continual Learning, NeurIPS 2019; Chaudhry et al., On Tiny
 Episodic Memories in Continual Learning, 2019 (reservoir and class-balanced memories); weights as in
@@ -9,13 +9,13 @@ van de Ven et al. 2022.
     weighting = "equal":
         loss = mean over new and stored records together
 
-With `Replay(selection="reservoir", weighting="equal", update="step")` it is the ER of the
-literature on buffers, with a memory that takes in every step's records.
+`Replay(selection="reservoir", weighting="equal", update="step")` is ER as in the literature on
+online learning: the memory is updated with the records of every step.
 
-State: none; the rows live with the curator. Memory cost: the stored records.
-Privacy cost: records that may be stored go on being used in all later experiences. Under
-differential privacy a record is stored by its own coin, new and stored records are one pool at one
-rate, and all weights are equal.
+State: none; the curator holds the stored rows. Memory cost: the stored records. Privacy cost:
+records that may be stored are used again in all later experiences. Under differential privacy each
+record is stored at random, independently of the others; new and stored records are one pool with
+one sampling rate, and all weights are equal.
 """
 
 from dataclasses import dataclass
@@ -51,15 +51,15 @@ class Replay(Strategy):
     """Rehearse stored records.
 
     Args:
-        memory_size: records stored in all, or bytes such as "2 MB".
+        memory_size: total number of stored records, or bytes such as "2 MB".
         selection: see `perdure.contract.MemoryPlan`.
-        per_class: fixed quota for every class of every experience instead of an equal share of
-            `memory_size`.
-        batch_size: stored records a step; None for as many as new ones.
+        per_class: number of stored records for each class of each experience, instead of an equal
+            share of `memory_size`.
+        batch_size: number of stored records per step; None for the number of new records.
         weighting: `experiences` gives the new experience the weight 1/t; `equal` gives every row
-            the same.
-        update: offer records to memory at the end of an `experience`, or at every `step` those that
-            were in it.
+            the same weight.
+        update: `experience` offers all records to the memory at the end of the experience; `step`
+            offers the rows of each step after that step.
     """
 
     memory_size: int | str

@@ -1,4 +1,4 @@
-"""Riemannian walk: Fisher information and the scores of the path together say what to hold back.
+"""Riemannian walk: penalise changes by Fisher information and by scores of the training path.
 
 Chaudhry, Dokania, Ajanthan and Torr, Riemannian Walk for Incremental Learning, ECCV 2018, section
 4.
@@ -7,23 +7,24 @@ Chaudhry, Dokania, Ajanthan and Torr, Riemannian Walk for Incremental Learning, 
     s_j     = sum over windows of max(0, won_j / (1/2 R_j moved_j^2 + damping))
     won_j   = sum over the steps of a window of -g_j (theta_j after - theta_j before)
 
-F and s of an experience are averaged half and half with those of the past. R is a running average
-of the squared released gradient, R <- (1 - decay) R + decay g^2; R moved^2 says how far the walk
-went, in place of a divergence.
+After each experience but the first, F is the mean of the new F and the F before, and s likewise. R
+is a running average of the squared released gradient, R <- (1 - decay) R + decay g^2. R moved^2 is
+used in place of the KL divergence of the paper.
 
-Where this departs from the paper, which has one running average of squared gradients for both R and
-F: F here is the empirical Fisher information of every record, from one release after the
-experience, because the square of a batch's mean gradient is none (it shrinks with the batch, and
-forgets how the experience began). R is that square, as nothing else is known inside a step; its
-scale cancels in s / max s, up to the damping. The paper's stored examples are left to
-`Combine(RWalk(...), Replay(...))`.
+The paper has one running average of squared gradients for both R and F. Here F is the empirical
+Fisher information over all records, from one release after the experience, because the squared mean
+gradient of a batch is not the Fisher information: it gets smaller for larger batches, and a running
+average of it loses the first steps of the experience. R does use the squared mean gradient, because
+a step has no other gradient; its scale cancels in s / max s, up to the damping. The paper also
+stores examples; for this use `Combine(RWalk(...), Replay(...))`.
 
 State: `fisher` and `score`, averaged over clients by declared sizes; `anchor`, `metric` (R), `won`,
 `moved` and `walked`, kept by each client, and four numbers.
 Memory cost: seven times the parameters, and a copy of them while a step is taken.
-Privacy cost: one release an experience, the squared gradient clipped to C^2 as for EWC; the walk is
-free. Under privacy the noise of the released gradient is on the path as it is for SI (see there):
-it is taken off `won`, and raises R for all alike.
+Privacy cost: one release per experience, of the squared gradient clipped to C^2 as for EWC; the
+path scores cost no privacy. Under privacy the released gradient has noise, as for SI (see there).
+The noise variance is subtracted from `won`; it is not subtracted from R, where it adds the same
+amount to every parameter on average.
 """
 
 import math
@@ -59,13 +60,13 @@ NUMBERS = ("steps", "past", "fisher_scale", "score_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class RWalk(QuadraticPenalty):
-    """Quadratic penalty weighted by Fisher information plus path scores, each scaled to at most 1.
+    """Quadratic penalty weighted by Fisher information plus path score, both scaled to at most 1.
 
     Args:
         strength: weight of the penalty (lambda).
-        window: steps after which the walk is scored (delta t).
-        decay: weight of the present step in the running average of squared gradients (alpha).
-        damping: added to the distance walked (epsilon).
+        window: number of steps after which path scores are computed again (delta t).
+        decay: weight of the current step in the running average of squared gradients (alpha).
+        damping: number added to the denominator of the path score, so that it is never 0 (epsilon).
     """
 
     strength: float

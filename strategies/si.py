@@ -1,4 +1,4 @@
-"""Synaptic intelligence: hold back the parameters whose movement brought the loss down.
+"""Synaptic intelligence: penalise changes of parameters that contributed to lower losses.
 
 Zenke, Poole and Ganguli, Continual Learning Through Synaptic Intelligence, ICML 2017, section 3,
 equations 3 to 5.
@@ -8,23 +8,23 @@ equations 3 to 5.
     moved_j      = theta_j at the end - theta_j at the start
     penalty      = strength * sum_j max(0, importance_j) (theta_j - theta*_j)^2
 
-g is the released gradient of the loss, without the penalty, as in the paper; the movement is that
-of the optimiser, penalty and momentum included. (The reference code of van de Ven et al. 2022 takes
-the gradient with the penalty.)
+g is the released gradient of the loss without the penalty, as in the paper. The movement of theta_j
+is the optimiser's step, with penalty and momentum. (The reference code of van de Ven et al. 2022
+has the gradient with the penalty.)
 
 State: `importance`, which adds up over experiences and is averaged over clients by declared sizes;
-`path` and `anchor`, kept by each client. All clients divide by the same distance, that of the
-global parameters from the common anchor, so the average of importances is the importance of the
-averaged path. Movement by a server's averaging is on no client's path, nor are rounds in which a
-client does not train: where a fraction of the clients trains in a round, importances are that
-fraction of what they are where all do, so divide `strength` by it. Memory cost: three times the
-parameters, and a copy of them while a step is taken. Privacy cost: none: the released gradient and
-the parameters are all it sees.
+`path` and `anchor`, kept by each client. All clients divide by the same distance, from the common
+anchor to the global parameters, so the average of importances is the importance of the averaged
+path. The path of a client contains neither the averaging by the server nor the rounds in which the
+client does not train. So if a fraction p of the clients trains in each round, importances are p
+times as large as with all clients: divide `strength` by p. Memory cost: three times the parameters,
+and a copy of them during a step. Privacy cost: only the gradient: SI uses the released gradient and
+the parameters.
 
-Under privacy the released gradient holds noise of known variance s^2, which also moves the
-parameters: under SGD with learning rate r it adds r s^2 to every coordinate of the path at every
-step, an importance that is the same for all and says nothing. `add_progress` takes it off: exactly
-in expectation for plain SGD, too much with momentum.
+Under privacy the released gradient has noise of known variance s^2, which also changes the
+parameters. With SGD and learning rate r, the noise adds r s^2 to every coordinate of the path in
+every step. This gives all parameters the same meaningless importance. `add_progress` subtracts it:
+exactly in expectation for plain SGD, and too much with momentum.
 """
 
 import math
@@ -47,13 +47,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SI(QuadraticPenalty):
-    """Quadratic penalty weighted by each parameter's share in the past loss decrease.
+    """Quadratic penalty weighted by each parameter's contribution to past decreases of the loss.
 
-    The share is divided by the way that the parameter went.
+    The contribution is divided by the squared distance that the parameter moved.
 
     Args:
         strength: weight of the penalty (c).
-        damping: added to the squared distance (xi); it bounds the importance of what hardly moved.
+        damping: number added to the squared distance (xi); it limits the importance of parameters
+            that hardly moved.
     """
 
     strength: float

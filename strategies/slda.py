@@ -6,19 +6,19 @@ Workshops 2020, section 3, equations 1 to 4.
     logit_c(x) = f(x) . L mean_c - 1/2 mean_c . L mean_c,    L = ((1 - e) S + e m I)^-1
     S = 1/n (sum_i f_i f_i^T - sum_c n_c mean_c mean_c^T)
 
-The paper updates S record by record, each around the mean that its class had at that moment, so
-that S depends on the order; here it is the covariance around the final means, which does not. The
-shrinkage e is towards m I with m the mean variance, so that it means the same for features of any
-length; the paper has m = 1 (`scaled=False`).
+The paper updates S record by record, around the class mean at that moment, so S depends on the
+order of records. Here S is the covariance around the final means, which does not depend on the
+order. The shrinkage e is towards m I with m the mean variance, so it has the same effect for
+features of any length; the paper has m = 1 (`scaled=False`).
 
-Loss: none; the features are those of the model as it is (frozen ones:
-`perdure.models.frozen`). State: Gram matrix, class sums and counts, which add up over
-experiences and clients, and the solved head. Memory cost: a matrix of features x features and two
-tables of classes x features, in float64. Privacy cost: one release an experience, of the joint
-vector (svec(f f^T), w f y^T, v y) of `perdure.queries.Gram`; with |f| = 1 it is clipped to
-sqrt(1 + w^2 + v^2), and features with a declared bound are divided by it before, their sums
-multiplied by it after. Negative eigenvalues of the noisy covariance are cut, and half of the noise
-that they show is added as a ridge (`perdure.strategies._closed_form.denoised`): free.
+Loss: none; the model is not trained and computes the features (for a frozen body:
+`perdure.models.frozen`). State: Gram matrix, class sums and counts, which add up over experiences
+and clients, and the solved head. Memory cost: a matrix of features x features and two tables of
+classes x features, in float64. Privacy cost: one release per experience, of the joint vector
+(svec(f f^T), w f y^T, v y) of `perdure.queries.Gram`. With |f| = 1 it is clipped to sqrt(1 + w^2 +
+v^2). Features with a declared bound are divided by the bound before, and their sums multiplied by
+it afterwards. Negative eigenvalues of the noisy covariance are removed, and half of the noise that
+they show is added as a ridge (`perdure.strategies._closed_form.denoised`); this costs no privacy.
 """
 
 from dataclasses import dataclass
@@ -49,15 +49,16 @@ COUNT_WEIGHT = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class SLDA(Analytic):
-    """Linear discriminant analysis with a shared covariance; nothing is trained.
+    """Linear discriminant analysis with a shared covariance, solved without training.
 
     Guarantee: see `perdure.strategies._closed_form.Analytic`.
 
     Args:
-        shrinkage: e, above 0 and at most 1.
-        scaled: shrink towards the mean variance, else towards the identity.
-        normalise: divide every record's features by their L2 norm.
-        bound: declared L2 norm of features that are not normalised; used under privacy only.
+        shrinkage: strength e of the shrinkage, above 0 and at most 1.
+        scaled: shrink towards the mean variance times the identity; if False, towards the identity.
+        normalise: divide the features of each record by their L2 norm.
+        bound: declared L2 norm that features almost never exceed, if they are not normalised; used
+            under privacy only, where longer features are scaled down.
     """
 
     shrinkage: float = 1e-4

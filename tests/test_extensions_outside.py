@@ -25,6 +25,7 @@ MODULE = '''
     from perdure.data.datasets import Dataset, from_stratified_split
     from perdure.explain import Attribution, Explainer
     from perdure.privacy.clipping import ClippingRule, PrecomputedRows
+    from perdure.tasks import Regression
 
 
     @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,11 @@ MODULE = '''
         return from_stratified_split("stripes", pictures, labels, seed=seed, test_share=0.2)
 
 
+    @dataclass(frozen=True, kw_only=True)
+    class Levels(Regression):
+        """Regression under another name."""
+
+
     class Gain(torch.nn.Module):
         """Scale every feature."""
 
@@ -110,6 +116,7 @@ KINDS = {
     "perdure.attacks": ("perdure.adversarial", "darken", "Darken"),
     "perdure.explainers": ("perdure.explain", "occlusion", "Occlusion"),
     "perdure.datasets": ("perdure.data.datasets", "stripes", "stripes"),
+    "perdure.tasks": ("perdure.tasks", "levels", "Levels"),
 }
 FINDING = """
 import importlib, json, sys

@@ -1,6 +1,6 @@
-"""Every exception perdure raises.
+"""Exceptions of perdure.
 
-    PerdureError
+PerdureError
     ├── ConfigError         a value the caller gave: names the field, the value and what is allowed
     │   └── DataError       a data set that is missing, damaged or of the wrong shape
     ├── PrivacyError        the privacy rules refuse
@@ -41,7 +41,7 @@ __all__ = [
 
 
 class PerdureError(Exception):
-    """Base of everything perdure raises on purpose."""
+    """Base class of all errors that perdure raises."""
 
 
 class ConfigError(PerdureError, ValueError):

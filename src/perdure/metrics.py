@@ -23,6 +23,7 @@ from perdure.tasks import Metric, SingleLabel, Task
 from perdure.utils.finite_outputs import finite_outputs
 
 __all__ = [
+    "ACCURACY",
     "Summary",
     "accuracy",
     "area_under_accuracy",

@@ -96,7 +96,7 @@ def test_the_replay_catches(tool, name, parts, monkeypatch):
 @pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 20 rows")])
 def test_the_replay_sees_without_the_guard(tool, name, parts, monkeypatch):
     unguarded = Verdict(independence="tested", alone=False)
-    monkeypatch.setattr("perdure.learner.session.inspect", lambda *args, **options: unguarded)
+    monkeypatch.setattr("perdure.learner.party.inspect", lambda *args, **options: unguarded)
     again = "perdure.learner.inspected_path.InspectedPath.look_again"
     monkeypatch.setattr(again, lambda *args, **options: None)
     fault = GUARD[name]

@@ -70,7 +70,7 @@ def test_another_history_of_the_same_length_is_found(perdure, mine):
     count, digest, mac = rest.split(":")
     other = f"{owner}@{count}:{digest[::-1]}:{mac}"
     code, out, _ = perdure("verify", mine, "--at-least", other)
-    assert code == 1 and "not sealed with this key" in out
+    assert code == 1 and "does not fit this key" in out
     (mine / "arms" / "ewc-private" / "private" / "key").unlink()
     code, out, _ = perdure("verify", mine, "--at-least", other)
     assert code == 1 and "not the line that the head given with --at-least knows" in out
@@ -90,7 +90,7 @@ def test_a_ledger_that_was_deleted_with_its_head_is_wrong(perdure, mine):
         (arm / name).unlink()
     (mine / "ledger.jsonl").unlink()
     code, out, _ = perdure("verify", mine)
-    assert code == 1 and "ledger.jsonl is missing, though" in out
+    assert code == 1 and "ledger.jsonl is missing, but" in out
 
 
 @pytest.mark.parametrize("text", ["7", "curator@7", "curator@x:00:00", "a@1:" + "g" * 64])

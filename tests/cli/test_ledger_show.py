@@ -221,7 +221,7 @@ def test_a_run_without_a_ledger_is_refused(perdure, tmp_path):
     for command in ("show", "verify"):
         for path in (tmp_path, tmp_path / "no"):
             assert_refused(
-                perdure(command, path), f"{path} holds no ledger; give the folder of a run"
+                perdure(command, path), f"{path} has no ledger; give the folder of a run"
             )
 
 
@@ -389,7 +389,7 @@ def test_help_names_the_three(perdure):
     out = " ".join(shown(perdure("--help")).replace("│", " ").split())
     for sentence in (
         "show Show the charges of every partition",
-        "verify Check every chain",
+        "verify Check every hash chain",
         "Nothing is written.",
     ):
         assert sentence in out

@@ -36,7 +36,7 @@ def test_verify_prints_one_line_a_ledger_and_what_it_cannot_see(perdure, either)
             f"{path}: {count[path]} lines; chain verified, head verified with its key"
         )
     assert last.startswith(
-        "not covered: whoever can write here can put back an older ledger together with its older"
+        "not covered: anyone who can write here could restore an older ledger together"
     )
 
 
@@ -110,7 +110,7 @@ def test_half_a_ledger_is_wrong(perdure, mine, name):
     assert code == 1
     told = {
         "ledger.jsonl": "ledger.jsonl, line 1: missing",
-        "ledger.head.json": "line 1: not an exported ledger",
+        "ledger.head.json": "line 1: the file is not an exported ledger",
     }
     assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
 
@@ -131,7 +131,9 @@ def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
     head_path(path).write_text(SealedHead(len(lines), last, "0" * 64).text())
     (mine / "ledger.jsonl").unlink()
     code, out, _ = perdure("verify", mine)
-    assert code == 1 and f"WRONG: {head_path(path)}: the head was not sealed with this key" in out
+    assert (
+        code == 1 and f"WRONG: {head_path(path)}: the MAC of the head does not fit this key" in out
+    )
 
     (path.parent / "private" / "key").unlink()
     code, out, _ = perdure("verify", mine)
@@ -141,12 +143,13 @@ def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
     code, out, err = perdure("verify", mine)
     assert (code, err) == (3, "")
     assert (
-        f"{path}: 7 lines; chain verified, head not, for lack of its key: the whole history "
-        "may be another" in out
+        f"{path}: 7 lines; chain verified, head not verified, because its key is missing: "
+        "the whole history could be forged" in out
     )
-    assert "NOT VERIFIED: 1 of 2 heads, for lack of their keys" in out
-    assert "chains verified; 1 of 2 heads verified with their keys, the others not" in shown(
-        perdure("show", mine)
+    assert "NOT VERIFIED: 1 of 2 heads, because their keys are missing" in out
+    assert (
+        "chains verified; 1 of 2 heads verified with their keys, the others not verified"
+        in shown(perdure("show", mine))
     )
 
 
@@ -172,8 +175,8 @@ def test_another_key_and_an_open_key_are_wrong(perdure, mine):
     keys[0].write_bytes(keys[1].read_bytes())
     code, out, _ = perdure("verify", mine)
     # of the arm's ledger and its copy
-    assert code == 1 and out.count("the head was not sealed with this key") == 2
-    assert_refused(perdure("show", mine), "the head was not sealed with this key")
+    assert code == 1 and out.count("the MAC of the head does not fit this key") == 2
+    assert_refused(perdure("show", mine), "the MAC of the head does not fit this key")
     keys[0].chmod(0o644)
     code, out, _ = perdure("verify", mine)
     assert code == 1 and "has mode 0644, allowed: 0600" in out
@@ -184,7 +187,7 @@ def test_a_simulated_ledger_of_another_seed_is_wrong(perdure, federated, tmp_pat
     path = tmp_path / "run" / "config.toml"
     path.write_text(path.read_text().replace("seed = 3", "seed = 4"))
     code, out, _ = perdure("verify", tmp_path / "run")
-    assert code == 1 and out.count("the head was not sealed with this key") == 5
+    assert code == 1 and out.count("the MAC of the head does not fit this key") == 5
 
 
 def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine, monkeypatch):
@@ -243,9 +246,7 @@ def test_a_client_that_only_the_server_knows_is_missed(perdure, ours):
         code, out, _ = perdure("verify", asked)
         lines = [line for line in out.splitlines() if line.startswith("WRONG")]
         assert code == 1 and len(lines) == 1
-        assert (
-            "ewc-private/clients/000/ledger.jsonl is missing, though the checkpoint of" in lines[0]
-        )
+        assert "ewc-private/clients/000/ledger.jsonl is missing, but the checkpoint of" in lines[0]
     code, out, _ = perdure("verify", arm / "clients" / "001")
     assert code == 0
 
@@ -286,7 +287,7 @@ def test_a_client_behind_what_the_server_knows_is_wrong(perdure, ours):
     code, out, _ = perdure("verify", ours)
     assert code == 1
     assert "clients/001/ledger.jsonl holds" in out
-    assert f"but the checkpoint of the federation's server knows {head['count'] + 1}" in out
+    assert f"but the checkpoint of the federation's server records {head['count'] + 1}" in out
 
 
 def test_a_result_is_not_made_of_some_clients(ours):
@@ -304,6 +305,6 @@ def test_a_curator_whose_checkpoint_alone_is_left_is_missed(perdure, mine):
         path.unlink()
     shutil.rmtree(folder / "private")
     code, out, _ = perdure("verify", mine)
-    assert code == 1 and "ewc-private/ledger.jsonl is missing, though" in out
+    assert code == 1 and "ewc-private/ledger.jsonl is missing, but" in out
     code, out, _ = perdure("show", mine)
     assert code == 1 and "1 of 2 ledgers are there" in out

@@ -78,8 +78,8 @@ def test_help_teaches_the_first_steps(perdure, words):
         "perdure demo runs the built-in experiment and writes runs/demo/report.html",
         "perdure demo --show-config > mine.toml gives you its config to change; perdure run "
         "mine.toml runs it",
-        "A run that was stopped goes on where it was: give the same command again.",
-        "run Run the experiment that CONFIG describes, or go on with it.",
+        "To continue a stopped run, give the same command again.",
+        "run Run the experiment that CONFIG describes; a stopped run continues.",
         "report Print the table of a finished run and write its report.html again.",
     ):
         assert sentence in told
@@ -441,9 +441,10 @@ def test_strategies_are_listed_with_their_costs(perdure):
     ewc, replay, naive, joint = (listed[name] for name in ("ewc", "replay", "naive", "joint"))
     assert ewc["paper"].startswith("Kirkpatrick et al., Overcoming catastrophic forgetting")
     assert ewc["paper"].endswith("PNAS 2017")
-    assert ewc["privacy"] == "gradient; 1 release an experience"
+    assert ewc["privacy"] == "gradient; 1 release per experience"
     assert (ewc["memory"], ewc["state_multiple"]) == ("3 x parameters", 3.0)
-    assert replay["privacy"] == joint["privacy"] == "gradient; records go on being used"
+    assert replay["privacy"] == "gradient; records of earlier experiences are used again"
+    assert joint["privacy"] == replay["privacy"]
     assert (replay["memory"], replay["state_multiple"]) == ("memory_size records", 0.0)
     assert (naive["privacy"], naive["memory"], joint["memory"]) == (
         "gradient",
@@ -455,10 +456,10 @@ def test_strategies_are_listed_with_their_costs(perdure):
         "",
     )
     assert listed["agem"]["privacy"].startswith(
-        "gradient; 1 reference gradient of stored records a step;"
+        "gradient; 1 reference gradient of stored records per step;"
     )
-    assert listed["icarl"]["privacy"].startswith("gradient; 1 release over memory an experience;")
-    assert listed["ncm"]["privacy"] == "no gradient; 1 release an experience"
+    assert listed["icarl"]["privacy"].startswith("gradient; 1 release over memory per experience;")
+    assert listed["ncm"]["privacy"] == "no gradient; 1 release per experience"
     assert "features x features" in listed["slda"]["memory"]
     assert listed["ogd"]["memory"] == "100 x parameters, 100 x 100, 1 number"
     assert listed["mir"]["privacy"] == "refused: it couples records"

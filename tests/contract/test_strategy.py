@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.contract import MASKED
 from perdure.contract.combine import Combine
 from perdure.contract.context import Context, Spec, contexts
 from perdure.contract.forward import Forward
@@ -15,6 +14,7 @@ from perdure.contract.strategy import Strategy
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.strategies import EWC, GEM, NCM, LwF, Naive, Replay
+from perdure.tasks import MASKED
 
 
 def spec(model, scenario="class"):

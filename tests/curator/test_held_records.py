@@ -216,7 +216,7 @@ def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, u
         return {"noise": torch.rand_like(batch.inputs)}
 
     ask = partial(held.observe, batch) if update == "step" else held.store
-    with pytest.raises(PrivacyError, match="may not draw at random or branch on values"):
+    with pytest.raises(PrivacyError, match="may not draw random numbers or branch on values"):
         ask(at_random)
 
 

@@ -18,6 +18,7 @@ from perdure.curator.memory import (
 )
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
+from perdure.tasks import SingleLabel
 
 
 def rows(labels, task=0, first_id=0, stored=None):
@@ -355,7 +356,7 @@ def test_products_herd_the_rows_that_distances_do(seed):
 def test_no_more_rows_are_herded_than_a_quota_keeps():
     plan = MemoryPlan(capacity=10, selection="herding")
     new = rows([2, 3] * 20, task=1)
-    groups = groups_of([rows([0, 1]), new], None)
+    groups = groups_of([rows([0, 1]), new], None, SingleLabel())
     assert quota(groups, plan) == 3  # of 10 rows in 4 classes the first get 3
     features = torch.randn(40, 4, generator=place())
     assert len(herd(new.labels, features, quota(groups, plan))) == 2 * 3

@@ -268,9 +268,7 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
 @BOTH
 def test_a_budget_that_new_records_alone_exceed_is_refused(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, epsilon=0.5))
-    with pytest.raises(
-        BudgetError, match=r"experience 0 alone would take its records beyond epsilon 0\.5"
-    ):
+    with pytest.raises(BudgetError, match=r"the records of experience 0 would exceed epsilon 0\.5"):
         learner.prepare(four)
 
 
@@ -312,11 +310,11 @@ def test_a_reference_is_drawn_once_and_only_in_charged_steps(four, toy_model, st
     of = None if strategy.name == "AGEM" else 0
     ask = partial(curator.reference, loss_of(learner), learner.params, of=of)
     ask()
-    with pytest.raises(PrivacyError, match="step 0 is out of turn"):
+    with pytest.raises(PrivacyError, match="step 0 is not the next step"):
         ask()
     learner.session.held.sample(1)
     ask()
-    with pytest.raises(PrivacyError, match="step 1 is out of turn"):
+    with pytest.raises(PrivacyError, match="step 1 is not the next step"):
         ask()
     with pytest.raises(PrivacyError, match="step 2 was not charged"):
         learner.session.held.sample(2)

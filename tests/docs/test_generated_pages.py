@@ -1,6 +1,7 @@
 """Pages that are generated name every command, option and table that there is."""
 
 import importlib.util
+import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import ModuleType
 import pytest
 
 from helpers.pages import ROOT
+from perdure import strategies, tasks
+from perdure.errors import ConfigError
 from perdure.experiment import Config
 
 
@@ -39,6 +42,22 @@ def test_command_line_page_names_every_option(hook: ModuleType) -> None:
         for option in command.params:
             shown = option.opts[0] if option.opts[0].startswith("--") else option.name.upper()
             assert shown in section, (path, shown)
+
+
+def test_tasks_table_says_what_strategies_refuse(hook: ModuleType) -> None:
+    kinds = [tasks.find(name)() for name in tasks.names()]
+    rows = hook.tasks_table().partition("|---|")[2].splitlines()[1:]
+    assert len(rows) == len(strategies.names())
+    for name, row in zip(strategies.names(), rows, strict=True):
+        strategy = strategies.find(name).example()
+        _, title, *served, reason, _ = (cell.strip() for cell in row.split("|"))
+        assert strategy.name in title
+        for task, answer in zip(kinds, served, strict=True):
+            if answer == "yes":
+                strategy.refuse_task(task)
+            else:
+                with pytest.raises(ConfigError, match=re.escape(reason)):
+                    strategy.refuse_task(task)
 
 
 def test_config_page_names_every_field(hook: ModuleType) -> None:

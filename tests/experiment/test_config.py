@@ -179,7 +179,7 @@ def test_arms_are_a_list_of_tables(arms):
         ),
         (
             '[[arms]]\nstrategy = "naive"\nprivate = true\n',
-            "an arm says private = true without a [privacy] table",
+            "an arm has private = true, but there is no [privacy] table",
         ),
         (ARM + ARM, "arms = ['naive-plain']"),
     ],
@@ -244,7 +244,10 @@ def test_choices_that_may_be_left_out_and_lists_are_read():
             "x.sizes = 1 is not allowed; allowed: a list of which each is a finite number",
         ),
         ({"limit": False}, "x.limit = False is not allowed; allowed: a whole number"),
-        ({"strange": "b"}, "x.strange = 'b' is not allowed; allowed: nothing that TOML can say"),
+        (
+            {"strange": "b"},
+            "x.strange = 'b' is not allowed; allowed: no value, because TOML has no such type",
+        ),
     ],
 )
 def test_its_fields_are_checked_like_all_others(table, message):

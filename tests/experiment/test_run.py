@@ -332,7 +332,7 @@ def test_a_finished_run_is_not_done_again(either):
 def test_another_config_is_refused_and_changes_nothing(secret):
     folder = secret[0]
     before = contents(folder)
-    told = r"holds a run that differs in config.seed \(given 9, stored 0\); give another --out"
+    told = r"differs in config.seed \(given 9, stored 0\); give another folder with --out"
     with pytest.raises(RunError, match=told):
         ran(folder, SMALL.replace("[data]", "seed = 9\n[data]", 1))
     assert contents(folder) == before
@@ -480,8 +480,8 @@ def breast(explained):
 def test_explanations_are_for_pictures(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"explain.method = 'kernel_shap' is not allowed; allowed: no \[explain\] table: "
-        r"inputs of shape \(30,\) make no picture",
+        match=r"explain.method = 'kernel_shap' is not allowed; allowed: no \[explain\] table, "
+        r"because inputs of shape \(30,\) are not images",
     ):
         ran(tmp_path, breast(explained=True))
 

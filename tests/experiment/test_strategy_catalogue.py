@@ -22,10 +22,9 @@ def test_a_cost_says_all_that_is_asked():
         reuses_past_records=True,
     )
     assert privacy_cost(everything, Plan(), False) == (
-        "gradient; 1 reference gradient of stored records a step; 2 releases an experience; "
-        "2 releases over memory an "
-        "experience; 1 histogram an experience; 3 selections an experience; records go on "
-        "being used"
+        "gradient; 1 reference gradient of stored records per step; 2 releases per experience; "
+        "2 releases over memory per experience; 1 histogram per experience; "
+        "3 selections per experience; records of earlier experiences are used again"
     )
     assert privacy_cost(PrivacyCost(references=2), Plan(train=False), False).startswith(
         "no gradient; 2 reference gradients of"

@@ -37,7 +37,7 @@ def test_a_report_names_rows_that_are_missing_stale_or_left_over(fruit, tmp_path
     text = fruit("| `apple` | red |", "| `pear` | green |")
     assert text.report(tmp_path) == (
         "README.md, table of fruit: missing: pear; stale: apple; left over: plum; "
-        "make tables writes it anew"
+        "run make tables to write it again"
     )
     assert (tmp_path / "README.md").read_text() == OLD
 

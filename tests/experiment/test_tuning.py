@@ -93,5 +93,5 @@ def test_a_diverging_trial_scores_zero_and_the_search_goes_on(stream, make):
 
 def test_private_records_are_not_tuned_on(stream, make):
     private = partial(make, privacy=Privacy(noise_multiplier=1.0, seed=0))
-    with pytest.raises(PrivacyError, match="every trial spends"):
+    with pytest.raises(PrivacyError, match="because every trial"):
         tune(private, {"rate": (0.01, 0.1)}, stream, experiences=1, trials=1)

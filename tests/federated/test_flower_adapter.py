@@ -225,7 +225,7 @@ def test_nodes_are_known_by_the_partition_they_hold():
 
     with Shuffled(echo(), clients=3).running() as grid:
         assert wait_for_clients(grid, 3) == [1, 2, 3]
-        with pytest.raises(FederationError, match=r"needed: each of 0 \.\. 1 once"):
+        with pytest.raises(FederationError, match=r"allowed: each of 0 \.\. 1 once"):
             wait_for_clients(grid, 2)
 
 

@@ -92,7 +92,7 @@ def test_a_client_whose_folder_was_put_back_is_refused(started, stopped, how):
         with pytest.raises(LedgerError, match=r"client 1: .* the federation's server knows"):
             started()
     else:
-        with pytest.raises(Exception, match=r"client 1.*no state after exchange \d is kept"):
+        with pytest.raises(Exception, match=r"client 1.*no saved state for exchange \d"):
             started()
 
 

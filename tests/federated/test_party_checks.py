@@ -87,7 +87,7 @@ def test_a_learners_own_folder_is_refused(stream, three, tmp_path):
 
 def test_one_owner_of_several_private_ledgers_is_refused(stream, three):
     make = mixed(stream, owner=["a", "b", "a"], privacy=[SIMULATED] * 3)
-    with pytest.raises(ConfigError, match=r"owner = 'a' is not allowed for clients 0 and 2"):
+    with pytest.raises(ConfigError, match=r"owner = 'a' is given to clients 0 and 2"):
         fit_federated(make, three, THREE)
 
 

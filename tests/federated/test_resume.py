@@ -150,7 +150,7 @@ def test_a_client_that_lost_its_state_says_so(stream, tmp_path):
         path.unlink()
     with pytest.raises(
         FederationError,
-        match=r"client 2 stopped: FederationError: no state after exchange \d is kept",
+        match=r"client 2 stopped: FederationError: the client has no saved state for exchange \d",
     ):
         run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
 

@@ -164,8 +164,8 @@ class Counting(Strategy):
 
 @broken(
     "pure",
-    "add_penalty_gradient() adds to",
-    "another gradient",
+    "add_penalty_gradient() adds a gradient to",
+    "that differs from the gradient",
     "correct the formula",
     strength=1.0,
 )

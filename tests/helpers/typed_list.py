@@ -9,7 +9,7 @@ and is no error.
 
 import importlib
 
-PACKAGES = ("perdure.strategies", "perdure.adversarial", "perdure.explain")
+PACKAGES = ("perdure.strategies", "perdure.adversarial", "perdure.explain", "perdure.tasks")
 
 
 def missing_from_typed_list() -> dict[str, list[str]]:

@@ -132,7 +132,7 @@ def test_a_release_that_was_not_planned_is_refused(learner_of, toy_stream):
             return super().after_experience(curator, params, state)
 
     learner = learner_of(Greedy(strength=1.0), privacy=Privacy(epsilon=4.0, delta=1e-2, seed=0))
-    with pytest.raises(BudgetError, match="allowed 0 by the grant"):
+    with pytest.raises(BudgetError, match="the grant allows 0 such steps"):
         learner.fit(toy_stream())
 
 
@@ -244,7 +244,7 @@ def test_a_step_is_drawn_once(learner_of, toy_stream):
     learner.prepare(toy_stream())
     learner.begin(0)
     learner.train(learner.training.block(0, 0, 1))
-    with pytest.raises(PrivacyError, match="step 0 is out of turn: every step is drawn once"):
+    with pytest.raises(PrivacyError, match="step 0 is not the next step; each step is drawn once"):
         learner.curator.gradient(
             learner.session.losses, learner.params, learner.session.held.rows, 0
         )

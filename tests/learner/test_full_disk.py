@@ -58,11 +58,8 @@ def result_of(learner_of, toy_stream):
 @pytest.mark.parametrize(
     ("point", "private"),
     [
-        ("experience.begin", False),
         ("checkpoint.begin", False),
-        ("block.begin", True),
         ("ledger.before-append", True),
-        ("ledger.appended", True),
         ("step.sampled", True),
         ("checkpoint.begin", True),
     ],

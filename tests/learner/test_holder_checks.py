@@ -50,6 +50,24 @@ def test_without_privacy_a_nan_is_named_when_training_fails(learner_of, toy_stre
     assert learner.position.step == 40
 
 
+@pytest.mark.parametrize("privacy", [None, SIMULATED])
+def test_test_inputs_are_checked_before_a_run(learner_of, toy_stream, privacy):
+    stream = toy_stream()
+    test = replace(stream[1].test, inputs=stream[1].test.inputs.clone())
+    test.inputs[3, 2] = float("nan")
+    parts = (stream[0], replace(stream[1], test=test))
+    with pytest.raises(DataError, match=r"experience 1 .* nan in row 3 .* of its test inputs"):
+        learner_of(iterations=3, privacy=privacy).fit(replace(stream, experiences=parts))
+
+
+def test_record_that_is_learnt_and_measured_is_refused(learner_of, toy_stream):
+    stream = toy_stream()
+    mixed = replace(stream[1], test=stream[0].train.take(torch.arange(5)), classes=(0, 1, 2, 3))
+    mixed = replace(stream, experiences=(stream[0], mixed))
+    with pytest.raises(DataError, match=r"experience 1 .* of its test records and among the train"):
+        learner_of(iterations=3).fit(mixed)
+
+
 def test_a_federation_is_checked_before_a_server_hears_of_it(learner_of, toy_stream):
     from perdure.federated import Federation, run_federation
 
@@ -66,11 +84,13 @@ def test_check_finite_finds_bad_pixels_and_accepts_tokens(toy_stream):
     stream = toy_stream()
     train = replace(stream[0].train, inputs=torch.zeros(len(stream[0].train), 2, 3, 4))
     train.inputs[7, 1, 2, 3] = float("nan")
-    pictures = replace(stream, experiences=(replace(stream[0], train=train),))
+    test = replace(stream[0].test, inputs=torch.zeros(len(stream[0].test), 2, 3, 4))
+    pictures = replace(stream, experiences=(replace(stream[0], train=train, test=test),))
     with pytest.raises(DataError, match=r"nan in row 7 \(record id \d+\), column 1, 2, 3 of"):
         check_finite([stream, pictures])
     tokens = replace(train, inputs=torch.zeros(len(train), 5, dtype=torch.int64))
-    check_finite([replace(stream, experiences=(replace(stream[0], train=tokens),))])
+    test = replace(test, inputs=torch.zeros(len(test), 5, dtype=torch.int64))
+    check_finite([replace(stream, experiences=(replace(stream[0], train=tokens, test=test),))])
 
 
 # ---------------------------------------------------------------- delta

@@ -170,6 +170,11 @@ def test_a_model_in_evaluation_mode_is_refused(session):
     assert "the model is in evaluation mode inside the loop" in misused(session, wrong)
 
 
+def test_gradients_that_are_switched_off_are_refused(session):
+    with torch.no_grad():
+        assert "gradients are switched off" in misused(session, session.backward)
+
+
 def test_batches_are_looped_over_once(session):
     twice = r"looped over twice.*give epochs="
     with pytest.raises(LoopError, match=twice), session.experience(0) as batches:
@@ -186,8 +191,10 @@ def test_calls_outside_an_experience_are_refused(session):
         session.backward(batch)
     with pytest.raises(LoopError, match=r"after_step\(\) was called outside a step"):
         session.after_step()
-    with pytest.raises(LoopError, match="looped over twice"):
+    with pytest.raises(LoopError, match="was used outside a `with`"):
         next(iter(batches))
+    with pytest.raises(LoopError, match="was used outside a `with`"):
+        len(session.experience(1))
 
 
 def test_experiences_out_of_order_are_refused(session):

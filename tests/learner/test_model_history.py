@@ -282,7 +282,7 @@ def test_a_folder_refuses_other_records_under_a_known_name(learner_of, toy_data,
     learner.fit(uneven(toy_data))
     learner.close()
     other = learner_of(privacy=SIMULATED, folder=tmp_path)
-    with pytest.raises(LedgerError, match="'experience-0' holds records of another rule"):
+    with pytest.raises(LedgerError, match="'experience-0' was made by another rule"):
         other.prepare(uneven(toy_data, class_order=[2, 3, 0, 1]))
 
 

@@ -306,7 +306,7 @@ def test_a_changed_request_gets_fresh_noise_and_a_new_charge(
 
 def test_a_ledger_of_another_key_is_refused(start, tmp_path):
     start(tmp_path, "ewc", SIMULATED, Cut())
-    with pytest.raises(LedgerError, match="not sealed with this key"):
+    with pytest.raises(LedgerError, match="does not fit this key"):
         start(tmp_path, "ewc", replace(SIMULATED, seed=1), Cut())
 
 

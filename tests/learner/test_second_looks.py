@@ -89,7 +89,7 @@ def test_a_forked_child_draws_nothing_for_its_parents_charge(make, toy_stream, f
             told.append(in_child(lambda: make().prepare(toy_stream())))
 
     make(fork).fit(toy_stream())
-    assert told[0].startswith("LedgerError") and "forked, and belongs to its parent" in told[0]
+    assert told[0].startswith("LedgerError") and "forked, and belongs to the parent" in told[0]
     assert told[1].startswith("RunError") and "in use by another process" in told[1]
     assert sum(b'"kind": "draw"' in line for line in lines(folder)) == 6
 
@@ -241,6 +241,6 @@ def test_a_log_that_changed_meanwhile_is_drawn_for_no_more(make, toy_stream, fol
             log.write_bytes(b"".join(lines(folder)[:OPENED]))
 
     answers = Answers(step=1)
-    with pytest.raises(LedgerError, match="written to or put back by somebody else"):
+    with pytest.raises(LedgerError, match="changed, or replaced by an older copy"):
         make(meddle, answers).fit(toy_stream())
     assert not answers.kept

@@ -120,6 +120,25 @@ def test_a_restart_puts_the_optimiser_back_as_given(toy_stream, toy_model):
     assert session.optimizer.state and group["lr"] < 0.02
 
 
+def test_another_optimiser_may_come_between_experiences(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = Learner(
+        model=toy_model(stream),
+        strategy=SI(strength=1.0),
+        optimizer=adam,
+        reset_optimizer=True,
+        **SETTINGS,
+    )
+    learner.fit(stream)
+    session = train(session_of(toy_model(stream), stream, SI(strength=1.0)), [0])
+    session.optimizer = adam(session.model.parameters())
+    train(session, [1])
+    assert_same_run(session, learner)
+    session.optimizer = adam
+    with pytest.raises(ConfigError, match=r"a torch\.optim\.Optimizer"):
+        session.experience(1).__enter__()
+
+
 def test_a_plan_without_gradients_gives_no_batches(toy_stream, toy_model):
     stream = toy_stream()
     session = session_of(toy_model(stream), stream, NCM())

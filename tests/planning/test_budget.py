@@ -152,13 +152,13 @@ def test_experiences_have_own_budgets_when_records_are_used_once(learner_of, str
 def test_budgets_by_experience_are_refused_when_records_recur(learner_of, stream, strategy):
     with pytest.raises(
         ConfigError,
-        match=f"one number with {strategy.name} on split-blobs, which uses records again",
+        match=f"one number for all, because {strategy.name} on split-blobs uses records again",
     ):
         learner_of(stream, strategy, privacy=Privacy(epsilon=(1, 1, 1, 1), seed=0))
 
 
 def test_there_must_be_one_budget_an_experience(learner_of, stream):
-    with pytest.raises(ConfigError, match="4 numbers, one an experience"):
+    with pytest.raises(ConfigError, match="4 numbers, one per experience"):
         learner_of(stream, privacy=Privacy(epsilon=(1.0, 2.0), seed=0))
     for other in ({"noise_multiplier": 1.0}, {"horizon": 4}):
         with pytest.raises(ConfigError, match=r"privacy.epsilon"):
@@ -208,7 +208,7 @@ def test_unaffordable_new_records_are_refused_before_any_draw(learner_of, stream
     trace = []
     with pytest.raises(
         BudgetError,
-        match=r"experience 0 alone would take its records beyond epsilon 0.01 .* larger",
+        match=r"the records of experience 0 would exceed epsilon 0.01 .* larger",
     ):
         capped(stream, learner_of, Naive(), 0.01, callbacks=[lambda point, _: trace.append(point)])
     assert "noise.drawn" not in trace
@@ -271,7 +271,7 @@ def test_an_experiences_budget_holds_when_a_run_is_extended(learner_of, stream, 
 
 
 def test_an_empty_budget_is_refused(learner_of, stream):
-    with pytest.raises(BudgetError, match="charges that do not depend on it cost more already"):
+    with pytest.raises(BudgetError, match="the charges with fixed noise already cost more"):
         learner_of(stream, privacy=Privacy(epsilon=1, spent=(Charge(1.0, 0.5, 10),), seed=0))
 
 

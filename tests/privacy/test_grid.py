@@ -57,7 +57,7 @@ def test_a_sum_beyond_exact_integers_is_refused():
     grid = Grid.of(1, 1.0)
     with pytest.raises(PrivacyError, match="too large to be added exactly"):
         grid.units({"a": torch.tensor([2.0**50])}, {"a": torch.Size([1])}, 1.0)
-    with pytest.raises(PrivacyError, match="2 numbers, and its grid is for 1"):
+    with pytest.raises(PrivacyError, match="2 coordinates, but its grid was made for at most 1"):
         grid.units(None, {"a": torch.Size([2])}, 1.0)
 
 

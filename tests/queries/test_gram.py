@@ -266,7 +266,9 @@ class OneShape(Derived):
 
 
 def test_a_sum_of_other_shapes_than_its_noise_is_refused(party):
-    with pytest.raises(PrivacyError, match=r"has shapes .*allowed: those of the query's rows.*1"):
+    with pytest.raises(
+        PrivacyError, match=r"has shapes .*allowed: the shapes of the query's rows.*1"
+    ):
         party(**NOISY).curator.release(OneShape(), clip_norm=1.0, purpose="x")
 
 

@@ -122,11 +122,11 @@ def test_choices_are_offered_candidates_and_follow_the_records(party):
         ),
         (
             lambda c: releases.histogram(c, lambda b: b.inputs, bins=3, purpose="x"),
-            r"`of` gives shape .*\(n,\)",
+            r"`of` returns shape .*\(n,\)",
         ),
         (
             lambda c: releases.histogram(c, lambda b: b.labels.sum(), bins=3, purpose="x"),
-            r"`of` gives shape \(\)",
+            r"`of` returns shape \(\)",
         ),
         (lambda c: releases.top_k(c, labels, bins=4, k=5, purpose="x"), "k = 5.*1 to 4"),
         (lambda c: releases.top_k(c, labels, bins=4, k=0, purpose="x"), "k = 0"),
@@ -140,7 +140,7 @@ def test_choices_are_offered_candidates_and_follow_the_records(party):
         ),
         (
             lambda c: releases.quantile(c, brightness, q=0.5, candidates=[2, 1], purpose="x"),
-            "each above the last",
+            "in increasing order",
         ),
         (
             lambda c: releases.quantile(c, brightness, q=0.5, candidates=[], purpose="x"),

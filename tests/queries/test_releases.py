@@ -332,7 +332,7 @@ def test_declared_releases_are_planned_granted_and_spent(toy_stream, toy_model):
 )
 def test_what_was_not_declared_is_refused(toy_stream, toy_model, more, refused):
     made = learner(toy_stream(), toy_model, Curious(more=more), epsilon=8.0)
-    with pytest.raises(BudgetError, match=f"{refused}.*allowed 0 by the grant"):
+    with pytest.raises(BudgetError, match=f"{refused}.*the grant allows 0 such steps"):
         made.fit(toy_stream())
 
 

@@ -163,7 +163,7 @@ def test_the_answer_names_the_best_of_each_kind(result: dict[str, Any]) -> None:
     best = {arm["private"]: arm for arm in result["arms"] if arm["strategy"] == "replay"}
     text = words_of(result)
     assert (
-        f"Without privacy, replay keeps the most: {best[False]['average_accuracy']:.1f} %" in text
+        f"Without privacy, replay remembers most: {best[False]['average_accuracy']:.1f} %" in text
     )
     assert f"With privacy, replay is best at {best[True]['average_accuracy']:.1f} %" in text
     assert f"at epsilon 7.99 (per record, add-remove, δ = 1e-5; {SIMULATION})" in text
@@ -173,7 +173,7 @@ def test_the_answer_follows_the_numbers(result: dict[str, Any]) -> None:
     result["arms"][0]["average_accuracy"] = 99.5
     result["arms"][1]["average_accuracy"] = 99.9
     text = words_of(result)
-    assert "Without privacy, naive keeps the most: 99.5 %" in text
+    assert "Without privacy, naive remembers most: 99.5 %" in text
     assert "With privacy, naive is best at 99.9 % , 0.4 points more" in text
 
 
@@ -201,7 +201,7 @@ def test_the_statement_covers_every_private_arm_and_all_together(result: dict[st
             assert f"Charges of {arm['strategy']}" in text
     assert "Fisher diagonal 5 4 1" in text
     assert f"Epsilon 17.35 (per record, add-remove, δ = 1e-5; {SIMULATION})" in text
-    assert "4 models were trained without privacy on the same records and carry no promise" in text
+    assert "4 models were trained without privacy on the same records and have no promise" in text
     assert "server sees released sums only" in text
 
 
@@ -209,13 +209,13 @@ def test_a_missing_joint_epsilon_is_said_not_hidden(result: dict[str, Any]) -> N
     result["epsilon_of_all_arms"] = None
     text = words_of(result)
     assert "No joint epsilon was computed for the 4 models with privacy." in text
-    assert "This is the number that counts" not in text
+    assert "Use this number if more than one" not in text
 
 
 def test_the_statement_says_that_declared_sizes_are_public(result: dict[str, Any]) -> None:
     text = words_of(result)
     assert "Declared sizes: public" in text
-    assert "Where no number was declared, the real one was taken, and is thereby public." in text
+    assert "If no number was declared, the real number is used, and it becomes public." in text
 
 
 def test_every_simulated_epsilon_is_labelled_and_no_other(result: dict[str, Any]) -> None:

@@ -221,7 +221,7 @@ def test_private_rounds_are_entries_and_client_fits_are_averaged():
 def test_other_scenarios_and_options_are_refused(problem):
     *_, params, _ = problem
     for scenario in ("task", "domain"):
-        with pytest.raises(StrategyError, match="use Replay elsewhere"):
+        with pytest.raises(StrategyError, match="use Replay for this stream"):
             BiC(memory_size=8).init(
                 Spec(
                     params=params,

@@ -454,7 +454,9 @@ def test_inputs_that_cannot_be_made_up_are_refused(toy_stream, outside):
     before = float(experience.test.inputs[0, 0])
     experience.test.inputs[0, 0] = outside
     try:
-        with pytest.raises(StrategyError, match=r"inputs reach from .* in \[0, 1\]: scale them"):
+        with pytest.raises(
+            StrategyError, match=r"inputs are from .* in \[0, 1\]; scale the inputs"
+        ):
             GenerativeReplay().plan(experience)
     finally:
         experience.test.inputs[0, 0] = before

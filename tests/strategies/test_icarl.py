@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 
-from perdure.contract import MASKED
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan
@@ -14,6 +13,7 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
 from perdure.strategies import ICaRL
+from perdure.tasks import MASKED
 
 
 def learner_of(model, strategy, **changes):

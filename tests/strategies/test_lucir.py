@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.contract import MASKED
 from perdure.contract.context import Spec, contexts
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan, PrivacyCost
@@ -22,6 +21,7 @@ from perdure.models.classifier import Classifier
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
 from perdure.strategies import LUCIR
+from perdure.tasks import MASKED
 from perdure.testing.fixtures import small_stream
 
 STRENGTH = 3.0
@@ -304,7 +304,7 @@ def test_other_scenarios_and_heads_are_refused():
     stream = small_stream("class")
     strategy = LUCIR(memory_size=8)
     for scenario in ("task", "domain"):
-        with pytest.raises(StrategyError, match="use Replay elsewhere"):
+        with pytest.raises(StrategyError, match="use Replay for this stream"):
             strategy.init(spec_of(model_of(stream), scenario))
     with pytest.raises(StrategyError, match='build the model with head="cosine"'):
         strategy.init(spec_of(model_of(stream, head="linear")))

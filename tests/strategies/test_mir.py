@@ -93,7 +93,7 @@ def test_loss_is_of_new_rows_and_stored_rows_that_lose_most(
 
 def test_as_many_candidates_as_are_rehearsed_are_refused(mixed, toy_model):
     batch, at, stream = mixed()
-    message = f"MIR looks at {NEW} stored rows to rehearse {NEW}: it leaves out none"
+    message = f"MIR would rehearse {NEW} of {NEW} candidates, so there is no choice"
     with pytest.raises(StrategyError, match=message):
         MIR(memory_size=50, candidates=NEW, batch_size=None).losses(
             Forward(toy_model(stream)), batch, at, State()

@@ -153,7 +153,7 @@ def test_under_privacy_it_still_tells_digits_apart():
 
 def test_features_without_a_bound_are_refused_under_privacy():
     with pytest.raises(
-        PrivacyError, match=r"RanPAC .*no bound; set normalise=True, or declare one as bound="
+        PrivacyError, match=r"RanPAC .*no bound; set normalise=True, or declare a bound with bound="
     ):
         alone(RAW, privacy=SIMULATED)
     bounded = alone(RanPAC(normalise=False, bound=2.0), privacy=SIMULATED)

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ def tokens() -> torch.Tensor:
 
 TARGETS = {
     SingleLabel(): torch.arange(N) % 4,
-    MultiLabel(): (drawn(N, C, seed=1) > 0.3).float() * GIVEN,
+    MultiLabel(): (drawn(N, C, seed=1) > -0.3).float() * GIVEN,
     Regression(): drawn(N, C, seed=2),
     NextToken(): tokens(),
 }
@@ -130,20 +129,16 @@ def test_metrics_are_those_of_the_formula():
     assert math.isnan(metric(multi, torch.zeros(N, C), torch.zeros(N, C)))
 
 
-def test_macro_f1_is_scikit_learns():
-    from sklearn.metrics import f1_score
-
+def test_macro_f1_is_the_mean_over_labels_that_occur():
     task = MultiLabel()
     outputs = outputs_of(task)
-    present = np.flatnonzero(TARGETS[task].any(0).numpy())
-    expected = f1_score(
-        TARGETS[task].numpy(),
-        task.predictions(outputs).numpy(),
-        labels=present,
-        average="macro",
-        zero_division=0.0,
-    )
-    assert metric(task, outputs) == pytest.approx(100 * expected)
+    scores = []
+    for predicted, present in zip((outputs > 0).T.tolist(), TARGETS[task].T.tolist(), strict=True):
+        found = sum(p and t for p, t in zip(predicted, present, strict=True))
+        if any(present):
+            scores.append(2 * found / (sum(predicted) + sum(present)))
+    assert len(scores) == C - 1
+    assert metric(task, outputs) == pytest.approx(100 * sum(scores) / len(scores))
 
 
 @every

@@ -197,7 +197,7 @@ class PredictingLocally(Remembering):
         return torch.where(context.allowed, forward(x) * state["seen"][0], -1e9)
 
 
-@broken("federated", "StrategyError", "has no mean")
+@broken("federated", "StrategyError", "have no mean")
 class AveragingIntegers(Strategy):
     def init(self, spec):
         return State().declare("count", torch.zeros(2, dtype=torch.int64), "mean")
@@ -261,7 +261,7 @@ def test_what_a_strategy_says_of_itself_is_left_out_and_reported():
     assert not {"bounds", "vmap", "private"} & set(report.passed)
     assert report.skipped["vmap"] == "it was never tried"
     assert "couples_records" in report.skipped["private"]
-    assert "not applicable: bounds: it declares couples_records" in str(report)
+    assert "not applicable: bounds: the strategy declares couples_records" in str(report)
 
 
 class Gated(Classifier):

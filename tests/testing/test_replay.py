@@ -208,7 +208,7 @@ def test_a_learner_without_privacy_is_refused(toy_stream, toy_model):
         made.privacy = None
         return made
 
-    with pytest.raises(ConfigError, match="nothing to replay"):
+    with pytest.raises(ConfigError, match="only a private run can be replayed"):
         replay(bare, [toy_stream()], record=0)
 
 

@@ -1,8 +1,8 @@
-"""Attacks that raise each record's own loss, as a step of training and as an evaluation.
+"""Attacks that change inputs to raise each record's loss, for training and for evaluation.
 
     from perdure.adversarial import find    # find("pgd") is PGD
 
-Adding an attack is adding a file: `my_attack.py` with one class `MyAttack(Attack)`.
+To add an attack, add a file `my_attack.py` with one class `MyAttack(Attack)`.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -40,7 +40,7 @@ _EXTENSIONS = Extensions(
 
 
 def names() -> tuple[str, ...]:
-    """Return the sorted names of all attacks: files here, and entry points elsewhere."""
+    """Return the sorted names of all attacks: files of this package, and entry points."""
     return _EXTENSIONS.names()
 
 
@@ -49,10 +49,10 @@ def find(name: str, *, field: str = "attack") -> type[Attack]:
 
     Args:
         name: one of `names()`, or "my_package.my_module:MyAttack".
-        field: where the name was given, for the message.
+        field: name of the setting or argument with this value, for the error message.
 
     Raises:
-        ConfigError: when there is no such attack, or it cannot be imported.
+        ConfigError: if there is no such attack, or it cannot be imported.
     """
     return _EXTENSIONS.find(name, field=field)
 

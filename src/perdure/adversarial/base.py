@@ -90,17 +90,16 @@ def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.G
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(CheckedFields, ABC):
-    """Base class of attacks: largest change of an input, and bounds on inputs.
+    """Base class of attacks, with the allowed change of an input and the bounds of inputs.
 
     Args:
-        epsilon: radius of the ball around each record, in units of the inputs; 0 leaves them as
-            they are.
+        epsilon: radius of the ball around each record, in units of the inputs; 0 for no change.
         norm: "linf" (largest change of any entry) or "l2" (Euclidean length of a record's change).
-        bounds: least and greatest value of an input, or None where inputs are unbounded. An entry
-            that lies outside is never moved further out.
+        bounds: smallest and largest value of an input; None for inputs without bounds. An entry
+            outside the bounds is never moved further out.
 
     Raises:
-        ConfigError: when a value is not allowed.
+        ConfigError: if a value is not allowed.
     """
 
     epsilon: float

@@ -24,10 +24,10 @@ class PGD(Attack):
 
     Args:
         steps: number of gradient steps.
-        step_size: length of one step; None for 2.5 * epsilon / steps, which can cross the ball.
-        random_start: begin at a uniform point of the ball rather than at the record itself.
+        step_size: length of one step; None for 2.5 * epsilon / steps, enough to cross the ball.
+        random_start: start from a uniform random point of the ball, not from the record.
         epsilon: radius of the ball; see `Attack`.
-        norm: of the ball; see `Attack`.
+        norm: norm of the ball; see `Attack`.
         bounds: least and largest value of an input; see `Attack`.
 
     Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks",

@@ -21,26 +21,29 @@ def robust_accuracy(
     generator: torch.Generator | None,
     batch_size: int = 512,
 ) -> float:
-    """Share of records, in percent, that are classified right both as they are and under attack.
+    """Percentage of records that are classified correctly both without and with the attack.
 
         100 / n * sum_i [argmax predict(x_i) = y_i and argmax predict(attack(x_i)) = y_i]
 
-    An upper bound on true robustness: a stronger attack may find more. The attack climbs the cross
-    entropy of the logits, in which masked classes may hold very negative numbers.
+    The result is an upper bound on the true robustness, because a stronger attack may find more
+    errors. The attack increases the cross entropy of the logits; logits of masked classes may be
+    very negative.
 
-    Guarantee: none. The result is an exact statistic of `inputs`, which must be public or paid for.
+    Guarantee: none. The result is an exact statistic of `inputs`, so they must be public.
 
     Args:
-        predict: (k, ...) -> (k, classes) logits, differentiable; freeze the parameters for speed.
-        inputs: (n, ...), within the attack's bounds.
-        labels: (n,) int64.
-        attack: the adversary.
-        generator: CPU generator for the attack's randomness; None for an attack that has none.
-        batch_size: most rows in one forward pass.
+        predict: differentiable function (k, ...) -> (k, classes) logits; freeze the parameters for
+            speed.
+        inputs: (n, ...) inputs, within the bounds of the attack.
+        labels: (n,) int64 labels.
+        attack: attack to use.
+        generator: CPU generator for the random numbers of the attack; None for an attack without
+            them.
+        batch_size: largest number of rows in one forward pass.
 
     Raises:
-        ConfigError: when there are no records, labels do not fit, inputs lie outside the attack's
-            bounds, or logits are NaN or infinite.
+        ConfigError: if there are no records, if labels do not fit, if inputs are outside the bounds
+            of the attack, or if logits are NaN or infinite.
 
     >>> from perdure.adversarial import FGSM
     >>> pictures, labels = torch.tensor([[0.9, 0.1], [0.6, 0.5]]), torch.tensor([0, 0])
@@ -96,5 +99,7 @@ def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> N
     # would be too high.
     if low < attack.bounds[0] or high > attack.bounds[1]:
         raise ConfigError.of(
-            "attack.bounds", attack.bounds, f"bounds that hold the inputs ({low:.4g} to {high:.4g})"
+            "attack.bounds",
+            attack.bounds,
+            f"bounds that include all inputs ({low:.4g} to {high:.4g})",
         )

@@ -1,8 +1,7 @@
 """Empirical audits of privacy: canaries, membership inference, and bounds on epsilon.
 
-Import `audit`, which trains with canaries and bounds epsilon from below, and `lira`, which attacks
-a model by the likelihood ratio. Both return a result with its confidence. An audit of a whole
-experiment is `perdure.experiment.audit_run`.
+Import `audit`, which trains with canaries and computes a lower bound on epsilon, and `lira`, which
+attacks a model by likelihood ratios. `perdure.experiment.audit_run` audits a whole experiment.
 """
 
 from perdure.auditing.bounds import (

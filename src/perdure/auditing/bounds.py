@@ -1,21 +1,19 @@
-"""Lower bounds on epsilon from what an attacker can tell: the mathematics of an audit.
+"""Lower bounds on epsilon from the success of an attacker: the mathematics of an audit.
 
-It knows nothing of learning.
-
-The game: each of m canaries is in the data with probability 1/2, by a coin of its own. The
-mechanism runs once. From what it released, every canary gets a score, the higher the more it looks
-as if it had been in the data. Whoever tells the coins from the scores better than (epsilon, delta)
-allows has shown that the mechanism is not (epsilon, delta)-DP.
+The audit: each of m canaries is in the data with probability 1/2, independently of the others. The
+mechanism runs once. From its releases, every canary gets a score; a higher score means that the
+canary was more likely in the data. If the scores show which canaries were in the data, more often
+than (epsilon, delta)-DP allows, then the mechanism is not (epsilon, delta)-DP.
 
 Three bounds, from the tightest to the one that assumes least:
 
-gaussian        scores of canaries in and out of the data are two samples of Gaussians of one
-                variance; a confidence bound on their distance mu is one on the mu of Gaussian DP.
-                Exact without sampling; with Poisson sampling a limit of many steps, below the PLD:
-                over few steps at a low rate the bound is far too low.
-one-run-f-dp    nothing about the scores; epsilon is that of the smallest mu for which the mechanism
-                could be mu-GDP.
-one-run         nothing about scores or mechanism: any (epsilon, delta)-DP mechanism would pass.
+gaussian        the scores of canaries in the data and not in the data are two samples of Gaussians
+                with one variance. A confidence bound on their distance mu is a bound on the mu of
+                Gaussian DP. Exact without sampling. With Poisson sampling it is a limit for many
+                steps and lies below the PLD: over few steps at a low rate it is far too low.
+one-run-f-dp    assumes nothing about the scores. It finds the smallest mu for which the mechanism
+                could be mu-GDP, and gives the epsilon of this mu.
+one-run         assumes nothing about scores or mechanism: an (epsilon, delta)-DP mechanism passes.
 """
 
 import math
@@ -40,20 +38,20 @@ STANDARD = NormalDist()
 
 
 def log_likelihood_ratio(released: Tensor, *, rate: float, noise_multiplier: float) -> Tensor:
-    """(m,) log likelihood ratio of a noisy coordinate, canary in the data over canary out.
+    """Log likelihood ratios (m,) of noisy coordinates: canary in the data against canary not in it.
 
         log(1 - q + q exp((2x - 1) / (2 s^2)))
         x = released / clip norm, q = rate, s = noise multiplier
 
-    Summed over the steps it is the best score against Poisson-sampled Gaussian noise (Neyman and
-    Pearson); at q = 1 it is the sum of the coordinates, up to scale and shift. Any other score
-    would give a valid bound too, only lower.
+    The sum over all steps is the best score for Poisson-sampled Gaussian noise (Neyman and
+    Pearson). At q = 1 it is the sum of the coordinates, up to scale and shift. Any other score
+    gives a valid but lower bound.
 
     Args:
-        released: (m,) coordinates in units of the clip norm, each N(b, s^2), b = 1 where the canary
-            was in the step.
+        released: (m,) coordinates in units of the clip norm, each N(b, s^2), with b = 1 if the
+            canary was in the step and 0 if not.
         rate: probability that a canary in the data is in a step.
-        noise_multiplier: the claimed one.
+        noise_multiplier: claimed noise multiplier.
     """
     shift = (2 * released.double() - 1) / (2 * noise_multiplier**2)
     absent = torch.tensor(1 - rate, dtype=torch.float64).log().to(released.device)
@@ -93,7 +91,9 @@ def lower_bound(
     outside = scores[~included].double()
     if min(len(inside), len(outside)) < 2:
         raise ConfigError.of(
-            "canaries", len(scores), "enough to have two in the data and two outside; take 1000"
+            "canaries",
+            len(scores),
+            "enough canaries to have two in the data and two outside, for example 1000",
         )
     if method == "gaussian":
         return epsilon_of(separation(inside, outside, confidence), delta)
@@ -135,7 +135,7 @@ def separation(inside: Tensor, outside: Tensor, confidence: float) -> float:
 
 
 def epsilon_of(mu: float, delta: float) -> float:
-    """Epsilon at `delta` of the Gaussian mechanism with sensitivity `mu` noise deviations.
+    """Epsilon at `delta` of a Gaussian mechanism with sensitivity `mu` and noise of deviation 1.
 
         delta(epsilon) = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu)
 
@@ -175,13 +175,13 @@ def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
 
 
 def one_run_epsilon(correct: int, made: int, canaries: int, *, delta: float, tail: float) -> float:
-    """Find the smallest epsilon at which so many right guesses have probability above `tail`.
+    """Find the smallest epsilon at which `correct` right guesses have a probability above `tail`.
 
     Args:
         correct: number of right guesses.
         made: number of guesses.
-        canaries: number of canaries, guessed about or not.
-        delta: of the epsilon.
+        canaries: number of all canaries, with and without a guess.
+        delta: delta of the returned epsilon.
         tail: probability that the bound is wrong.
     """
     return _crossing(
@@ -218,15 +218,15 @@ def one_run_p_value(correct: int, made: int, canaries: int, epsilon: float, delt
 def one_run_f_dp_epsilon(
     correct: int, made: int, canaries: int, *, delta: float, tail: float
 ) -> float:
-    """Compute the epsilon of the smallest mu that makes so many right guesses possible.
+    """Compute the epsilon of the smallest mu at which `correct` right guesses are possible.
 
-    A mu-GDP mechanism could give so many with probability `tail`.
+    With this mu, a mu-GDP mechanism could give `correct` right guesses with probability `tail`.
 
     Args:
         correct: number of right guesses.
         made: number of guesses.
-        canaries: number of canaries, guessed about or not.
-        delta: of the epsilon.
+        canaries: number of all canaries, with and without a guess.
+        delta: delta of the returned epsilon.
         tail: probability that the bound is wrong.
     """
     mu = _crossing(lambda mu: not could_be_gaussian(correct, made, canaries, mu, tail), 1e-6)

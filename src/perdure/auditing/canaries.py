@@ -45,18 +45,19 @@ RELEASED = "audit.released"
 
 @dataclass(frozen=True, kw_only=True)
 class AuditResult:
-    """Result of an audit.
+    """Result of an audit: a lower bound on epsilon beside the claimed epsilon.
 
     Args:
-        lower_bound: epsilon that the mechanism has at least, with probability `confidence`.
-        claimed: epsilon by the ledger, of a record of the partition that the canaries were in.
-        confidence: that an honest mechanism is not flagged.
-        delta: of both epsilons.
-        canaries: how many, in the data and out.
-        method: see `perdure.auditing.bounds`.
-        partition: where the canaries were.
-        sampling_rate: probability that a record there entered a step; the lowest.
-        steps: in which it could.
+        lower_bound: lower bound on the true epsilon, which holds with probability `confidence`.
+        claimed: epsilon in the ledger, for a record of the partition of the canaries.
+        confidence: probability that a correct mechanism is not flagged.
+        delta: delta of both epsilons.
+        canaries: number of all canaries, in the data and not in it.
+        method: kind of bound, see `perdure.auditing.bounds`.
+        partition: partition of the canaries.
+        sampling_rate: probability that a record of this partition is in a step (the lowest over all
+            steps).
+        steps: number of steps that could draw such a record.
     """
 
     lower_bound: float
@@ -78,9 +79,11 @@ class AuditResult:
         found = f"{math.floor(100 * self.lower_bound) / 100:.2f}"
         claimed = f"{math.ceil(100 * self.claimed - 1e-9) / 100:.2f}"
         verdict = (
-            "CONTRADICTED: more leaks than is claimed; do not release what this mechanism makes"
+            "CONTRADICTED: this mechanism reveals more than its epsilon claims; do not release "
+            "its results"
             if self.flagged
-            else "not contradicted: the audit saw no more leak than is claimed"
+            else "not contradicted: the audit found no sign that the mechanism reveals more than "
+            "it claims"
         )
         sampled = (
             "no sampling"
@@ -106,45 +109,47 @@ def audit(
     method: Method = "gaussian",
     experience: int = 0,
 ) -> AuditResult:
-    """Train a copy of `learner` on `stream` with canaries and bound its epsilon from below.
+    """Train a copy of `learner` with canaries, and compute a lower bound on its epsilon.
 
-    Guarantee: a mechanism that keeps what its ledger claims is flagged with probability at most 1 -
-    confidence (under the assumptions of `method`). The result depends on canaries, noise and coins
-    only, never on a real record.
+    Canaries are planted records; each is in the data with probability 1/2.
 
-    The copy works in memory with simulated noise: ledger, key and checkpoints of `learner` are left
-    alone. Noise multiplier, sampling rate, steps and claim are those of the stream without
-    canaries, since they follow from declared sizes. Releases after an experience are charged in the
-    claim but not probed.
+    Guarantee: a correct mechanism is flagged with probability at most 1 - confidence (under the
+    assumptions of `method`). The result depends only on canaries, noise and the random numbers of
+    sampling, never on a real record.
+
+    The copy works in memory with simulated noise. The ledger, key and checkpoints of `learner` do
+    not change. Noise multiplier, sampling rate, steps and claimed epsilon are the same as without
+    canaries, because they follow from declared sizes. Releases after an experience are part of the
+    claimed epsilon, but are not attacked.
 
     Args:
-        learner: not yet trained, with `privacy`. Its class is kept, so that a mechanism of one's
-            own is audited.
-        stream: what it would be trained on.
-        canaries: in all; each is in the data with probability 1/2. Without sampling 1,000 get
-            within about 0.5 of a true epsilon of 4 at 95 % confidence, 10,000 within 0.2; few steps
-            at a low sampling rate show less.
-        confidence: that an honest mechanism is not flagged.
-        method: see `perdure.auditing.bounds`.
-        experience: whose partition the canaries join.
+        learner: untrained learner with `privacy`. The copy has the same class, so a subclass with
+            its own mechanism is audited, too.
+        stream: stream to train on.
+        canaries: total number of canaries. Without sampling, the bound for a true epsilon of 4 is
+            within about 0.5 with 1,000 canaries and within 0.2 with 10,000, at 95 % confidence.
+            With few steps at a low sampling rate the bound is lower.
+        confidence: probability that a correct mechanism is not flagged.
+        method: kind of bound, see `perdure.auditing.bounds`.
+        experience: index of the experience to whose partition the canaries are added.
 
     Raises:
-        ConfigError: without privacy, with correlated noise or adaptive clipping (the score takes
-            every step's noise to be independent and of one known size), for an experience the
-            stream lacks, or fewer than 10 canaries.
+        ConfigError: if the learner has no privacy, has correlated noise or adaptive clipping (the
+            score needs independent noise of one known size in every step), if the stream has no
+            such experience, or if there are fewer than 10 canaries.
     """
     privacy = learner.privacy
     if privacy is None:
         raise ConfigError.of(
-            "learner.privacy", None, "Privacy(...): without it there is no claim to audit"
+            "learner.privacy", None, "Privacy(...), because an audit needs a claimed epsilon"
         )
     if privacy.bands is not None or isinstance(privacy.clipping, Adaptive):
         given = f"bands={privacy.bands}, clipping={privacy.clipping}"
         raise ConfigError.of(
-            "learner.privacy", given, "independent noise and a fixed clip norm, for an audit"
+            "learner.privacy", given, "independent noise (bands=None) and a fixed clip norm"
         )
     if canaries < 10:
-        raise ConfigError.of("canaries", canaries, "10 or more; 1000 say something")
+        raise ConfigError.of("canaries", canaries, "10 or more; use 1000 for a useful bound")
     if not 0 <= experience < len(stream):
         raise ConfigError.of("experience", experience, f"0 to {len(stream) - 1}")
     included = torch.rand(canaries, generator=generator(learner.seed, "audit")) < 0.5
@@ -193,7 +198,7 @@ def first_free_id(stream: Stream) -> int:
 
 
 def with_canaries(stream: Stream, experience: int, ids: Tensor) -> Stream:
-    """Return a stream whose experience also holds blank records; declared sizes stay.
+    """Return a stream in which one experience also has blank records; declared sizes do not change.
 
     Args:
         stream: the stream.

@@ -25,14 +25,16 @@ Predictor = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipResult:
-    """Success of an attacker who tells a classifier's training records from others like them.
+    """Success of an attack that tries to tell the training records of a classifier from others.
 
     Args:
-        auc: probability that a member scores above a non-member; 0.5 is guessing.
+        auc: probability that a member has a higher score than a non-member; 0.5 equals random
+            guessing.
         auc_error: standard error of `auc` (Hanley and McNeil 1982).
-        true_positive_rates: false-positive rate to the share of members found at it.
-        records: attacked in all.
-        shadows: models that the attacker trained.
+        true_positive_rates: from false-positive rate to the share of members that are found at this
+            rate.
+        records: number of attacked records.
+        shadows: number of shadow models that the attacker trained.
     """
 
     auc: float
@@ -62,29 +64,31 @@ def lira(
     seed: int = 0,
     false_positive_rates: Sequence[float] = (0.01, 0.1),
 ) -> MembershipResult:
-    """Attack a finished classifier with the online likelihood-ratio attack.
+    """Attack a trained classifier with the online likelihood-ratio attack (LiRA).
 
     A few shadow models are enough.
 
         score = log N(f; mean_in, s_in^2) - log N(f; mean_out, s_out^2)
         f     = log p_y - log(1 - p_y) of the target
 
-    where the means over shadow models that did (not) see the record are its own, and the variances,
-    for lack of models, common to all records. Shadow models come in pairs trained on a random half
-    and on the other, so that each record is in half of them.
+    Each record has its own means, over the shadow models that were (in) or were not (out) trained
+    on it. The variances are common to all records, because there are few models. Shadow models come
+    in pairs: one is trained on a random half of the records, the other on the other half. So each
+    record is in half of the models.
 
     Args:
-        target: the classifier under attack.
-        train: from records and a seed to a classifier, trained the way the target was.
-        records: members and others of the same population.
-        members: (n,) bool, who trained the target.
-        shadows: an even number, from 4.
-        seed: of halves and shadow models.
-        false_positive_rates: at which true positives are counted.
+        target: classifier to attack.
+        train: function from records and a seed to a classifier, trained in the same way as the
+            target.
+        records: members and non-members of the same population.
+        members: (n,) bool, True for the records that trained the target.
+        shadows: number of shadow models; even, and at least 4.
+        seed: seed of the random halves and of the shadow models.
+        false_positive_rates: rates at which true positives are counted.
 
     Raises:
-        ConfigError: for an odd or small number of shadows, where members or others are missing, or
-            for records of more than one class.
+        ConfigError: if `shadows` is odd or below 4, if there are no members or no non-members, or
+            if records have more than one class.
 
     Source: Carlini et al. 2022, Membership inference attacks from first principles, section VI and
     figure 9.
@@ -92,10 +96,12 @@ def lira(
     reason = "it scores the probability of one class"
     refuse_other_tasks(records.task, (SingleLabel,), "membership inference", reason)
     if shadows < 4 or shadows % 2:
-        raise ConfigError.of("shadows", shadows, "even numbers from 4")
+        raise ConfigError.of("shadows", shadows, "an even number of at least 4")
     if len(members) != len(records) or bool(members.all()) or not bool(members.any()):
         raise ConfigError.of(
-            "members", tuple(members.shape), "a mask over the records, with members and others"
+            "members",
+            tuple(members.shape),
+            "a mask over the records that has both members and non-members",
         )
     seen = halves(len(records), shadows, seed).to(members.device)
     models = [train(records.take(mask), derive(seed, "shadow", k)) for k, mask in enumerate(seen)]

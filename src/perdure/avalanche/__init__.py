@@ -1,7 +1,7 @@
 """Adapters to and from Avalanche.
 
-Import `from_avalanche` to take a benchmark as a stream, `as_plugin` to put a strategy into an
-Avalanche template, and `log_to` to send metrics to Avalanche's loggers.
+Import `from_avalanche` to turn a benchmark of Avalanche into a stream, `as_plugin` to use a
+strategy in an Avalanche template, and `log_to` to send metrics to the loggers of Avalanche.
 """
 
 from perdure.avalanche.benchmarks import from_avalanche, task_labels

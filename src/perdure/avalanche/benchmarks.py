@@ -22,37 +22,41 @@ def from_avalanche(
     declared_size: int | Sequence[int] | None = None,
     assigned_by_record: bool | None = None,
 ) -> Stream:
-    """Take any Avalanche benchmark of classification with a train and a test stream.
+    """Turn an Avalanche benchmark for classification into a stream.
 
-    Inputs are what Avalanche's *eval* transforms give, for both streams: a tensor that stays on its
-    device is made once, and one frozen random crop would be no augmentation. A data set of tensors
-    without input transforms is taken over by one index selection, any other item by item.
+    Both streams use the *eval* transforms of Avalanche. Each input is computed once and kept as a
+    tensor, so a random transform would be drawn only once and would not augment. Use `Views` for
+    augmentation. For a data set of tensors without input transforms this is one fast selection;
+    other data sets are read item by item.
 
-    The scenario is task where task labels differ between experiences, domain where all experiences
-    have the same classes, else class. Where tasks share classes (each counts from zero), every task
-    gets outputs of its own in the head. Of the test stream, experience e keeps its e-th part (its
-    only part, where there is one) and, of it, the classes of training experience e.
+    The scenario is `task` if the task labels differ between experiences, `domain` if there are
+    several experiences with the same classes, and `class` in all other cases. If tasks share
+    classes (the labels of each task start at 0), every task gets its own outputs in the head.
+    Experience e is tested on the e-th experience of the test stream (or on its only one),
+    restricted to the classes of training experience e.
 
-    Guarantee: ids are indices into the source, so a record keeps its identity in whatever
-    experiences it turns up. Experiences are disjoint partitions where both their classes and their
-    records are; otherwise all share one partition and their uses compose. Two tensor data sets over
-    one tensor of inputs (the same people, other labels) hold the same records. The classes that the
-    benchmark lists count as declared public. Places follow from labels where classes are disjoint
-    and no record of a source was left out; from nothing where every experience has all records. A
-    random cut of the records themselves is not `assigned_by_record`. Where records were left out (a
-    validation stream, say), nobody can tell by what rule: the stream does not say, and privacy
-    refuses it until `assigned_by_record` does.
+    Guarantee: ids are indices into the source, so a record has the same id in all experiences.
+    Experiences are separate partitions if neither classes nor records overlap; if they overlap, all
+    experiences share one partition and their privacy costs add up. Two tensor data sets over the
+    same tensor of inputs (the same people with other labels) hold the same records. The classes
+    that the benchmark lists count as declared, so they are public.
+
+    `assigned_by_record` of the stream is True if no record of a source was left out and either the
+    classes are disjoint, or every experience has all records. It is False if experiences share
+    classes and do not all have the same records (a random cut). It is None in the other cases, such
+    as a validation stream that was cut off: the rule cannot be known, and privacy refuses the
+    stream until you pass `assigned_by_record`.
 
     Args:
-        benchmark: of Avalanche 0.6, with `streams["train"]` and `streams["test"]`.
-        declared_size: public number of training records of an experience, one for all or one each.
-            Default: the realised one.
-        assigned_by_record: whether a record's experience depends on the record and public facts
-            alone, where the benchmark does not show it; see `Stream`.
+        benchmark: benchmark of Avalanche 0.6, with `streams["train"]` and `streams["test"]`.
+        declared_size: public number of training records in an experience; one for all experiences,
+            or one for each. Default: the actual number.
+        assigned_by_record: True if the experience of a record depends only on the record and public
+            facts, False if not; needed only if the benchmark does not show it; see `Stream`.
 
     Raises:
-        ConfigError: for something else.
-        DataError: when the items are no (tensor, label), or the streams do not match.
+        ConfigError: if `benchmark` has no train and test streams.
+        DataError: if the items are not (tensor, label), or the train and test streams do not match.
     """
     train, test = _streams(benchmark)
     _refuse_without_targets({"training": train, "test": test})
@@ -100,7 +104,7 @@ def from_avalanche(
 
 
 def task_labels(benchmark: Any) -> list[int]:
-    """Avalanche's task label of every training experience; 0 where it has none."""
+    """Task label of every training experience in Avalanche; 0 if there is none."""
     return [_task_of(part, index) for index, part in enumerate(_streams(benchmark)[0])]
 
 
@@ -108,13 +112,16 @@ def _streams(benchmark: Any) -> tuple[list[Any], list[Any]]:
     streams = getattr(benchmark, "streams", {})
     if not {"train", "test"} <= set(streams):
         raise ConfigError.of(
-            "benchmark", type(benchmark).__name__, "an Avalanche benchmark with train and test"
+            "benchmark",
+            type(benchmark).__name__,
+            "an Avalanche benchmark with a train and a test stream",
         )
     train = list(streams["train"])
     test = list(streams["test"])
     if len(test) not in (1, len(train)):
         raise DataError(
-            f"{len(train)} training but {len(test)} test experiences; allowed: as many, or one"
+            f"{len(train)} training experiences but {len(test)} test experiences; allowed: equal "
+            "numbers, or one test experience"
         )
     return train, test
 

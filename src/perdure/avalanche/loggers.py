@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def log_to(evaluator: Any) -> "Callback":
-    """A callback of `Learner` that shows its accuracies and metrics through Avalanche's loggers.
+    """Build a `Learner` callback that sends accuracies and metrics to the loggers of Avalanche.
 
     >>> loggers = [InteractiveLogger(), CSVLogger("logs")]  # doctest: +SKIP
     >>> evaluator = EvaluationPlugin(loggers=loggers)  # doctest: +SKIP
     >>> Learner(..., callbacks=[log_to(evaluator)]).fit(stream)  # doctest: +SKIP
 
-    After every experience the loggers see what they see of an Avalanche strategy that was trained
-    on it and evaluated on the test stream:
+    After every experience the loggers get the same values as from an Avalanche strategy that was
+    trained on it and evaluated on the test stream:
 
     - `Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp001` for every experience, under Avalanche's
       name;
@@ -31,15 +31,16 @@ def log_to(evaluator: Any) -> "Callback":
       at the end of the stream. `forgetting` is measured from the best earlier accuracy, so it may
       exceed Avalanche's.
 
-    All are fractions, as everything in Avalanche; positions are optimiser steps since the start.
-    `get_last_metrics()` and `get_all_metrics()` of the evaluator answer as usual. Training metrics
-    are not there: perdure shows none that were not paid for.
+    All values are fractions, as in Avalanche. The x position is the number of optimiser steps since
+    the start. `get_last_metrics()` and `get_all_metrics()` of the evaluator work as usual. There
+    are no training metrics, because under privacy they would be releases without noise.
 
     Args:
-        evaluator: an `EvaluationPlugin` with loggers and without metrics of its own.
+        evaluator: an `EvaluationPlugin` with loggers and without metrics.
 
     Raises:
-        ConfigError: for something else, or with metrics that would need Avalanche's own loop.
+        ConfigError: if `evaluator` is not an `EvaluationPlugin`, or has metrics; these need the
+            training loop of Avalanche.
     """
     publisher = _MetricPublisher(evaluator)
 
@@ -93,7 +94,7 @@ class _MetricPublisher:
             )
         if evaluator.metrics:
             raise ConfigError.of(
-                "evaluator", evaluator.metrics, "one without metrics: perdure measures"
+                "evaluator", evaluator.metrics, "no metrics, because perdure computes the metrics"
             )
         self._evaluator = evaluator
         self.task_incremental = False

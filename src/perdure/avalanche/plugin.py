@@ -25,14 +25,14 @@ from perdure.utils.modules import evaluating, trainable_parameters
 
 
 class StrategyPlugin:
-    """A strategy as a plugin of Avalanche; see `perdure.avalanche.as_plugin`.
+    """Avalanche plugin that runs a strategy; made by `perdure.avalanche.as_plugin`.
 
-    Avalanche finds callbacks by name, so this needs no base class of Avalanche's.
+    Avalanche finds callbacks by name, so this class needs no base class of Avalanche.
 
     Args:
         strategy: the strategy.
-        benchmark: of Avalanche; needed only where the experiences do not know theirs.
-        seed: of memory.
+        benchmark: the Avalanche benchmark; needed only if the experiences have no reference to it.
+        seed: seed for the random choices of the memory.
     """
 
     supports_distributed = False
@@ -64,7 +64,8 @@ class StrategyPlugin:
         """
         if self._session is None:
             raise ConfigError(
-                "the plugin has met no experience yet; call train() of the Avalanche strategy first"
+                "the plugin was not trained on any experience yet; call train() of the Avalanche "
+                "strategy first"
             )
         return self._session
 
@@ -84,7 +85,10 @@ class StrategyPlugin:
         session = self._session = self._session or self._open_session(template)
         index = template.experience.logging().current_experience
         if index != session.position.experience:
-            expected = f"{session.position.experience}: each once, in order"
+            expected = (
+                f"{session.position.experience}, because each experience is trained once and in "
+                "order"
+            )
             raise ConfigError.of("experience", index, expected)
         plan = self._plan = session.training.of(session.stream[index])
         if session.open(index) and plan.restart:
@@ -108,7 +112,11 @@ class StrategyPlugin:
         shapes = {name: value.shape for name, value in own.items()}
         if shapes != {name: value.shape for name, value in self.session.params.items()}:
             name = type(template.model).__name__
-            raise ConfigError.of("model", name, "one whose parameters stay: no growing heads")
+            raise ConfigError.of(
+                "model",
+                name,
+                "a model whose parameters do not change their shapes (no growing head)",
+            )
         if not self._plan.train:
             template.stop_training()
 
@@ -178,15 +186,15 @@ class StrategyPlugin:
         )
         if benchmark is None:
             raise ConfigError(
-                "the experience does not know its benchmark; say as_plugin(strategy, "
+                "the experience has no reference to its benchmark; call as_plugin(strategy, "
                 "benchmark=benchmark)"
             )
         stream = from_avalanche(benchmark)
         for part, experience in zip(benchmark.streams["train"], stream, strict=True):
             if {int(label) for label in part.dataset.targets.uniques} != set(experience.classes):
                 raise ConfigError(
-                    "tasks count their classes from zero; allowed: labels of one head over "
-                    "all classes"
+                    "the labels of each task start at 0, so tasks share outputs; allowed: labels "
+                    "that are unique over all tasks, for one head over all classes"
                 )
 
         session = Session(
@@ -248,7 +256,7 @@ def _check(template: Any, strategy: Strategy) -> None:
         type(part).__module__.startswith("opacus.") for part in (template.model, template.optimizer)
     ):
         raise PrivacyError(
-            "a plugin carries no differential privacy, since Avalanche draws no Poisson sample; "
+            "a plugin has no differential privacy, because Avalanche does no Poisson sampling; "
             "train the benchmark with Learner(privacy=...) on from_avalanche(benchmark)"
         )
     _refuse_heads_of_tasks(template.model)
@@ -256,13 +264,14 @@ def _check(template: Any, strategy: Strategy) -> None:
     if strategy.uses("losses") and not _plain(criterion):
         allowed = "CrossEntropyLoss() without weight, label smoothing or another reduction"
         raise ConfigError.of(
-            "criterion", criterion, f"{allowed}: {strategy.name} has a loss of its own"
+            "criterion", criterion, f"{allowed}, because {strategy.name} has its own loss"
         )
     others = [part.strategy for part in template.plugins if isinstance(part, StrategyPlugin)]
     rivals = [other.name for other in others if other.uses("losses") and strategy.uses("losses")]
     if len(rivals) > 1:
         raise StrategyError(
-            f"{' and '.join(rivals)} both override losses(); at most one may: drop one of them"
+            f"{' and '.join(rivals)} both override losses(); allowed: at most one such strategy; "
+            "remove one of them"
         )
 
 
@@ -331,42 +340,44 @@ def _dataset(rows: Batch, labels: Tensor) -> Any:
 
 
 def as_plugin(strategy: Strategy, *, benchmark: Any = None, seed: int = 0) -> StrategyPlugin:
-    """Take any strategy, `Combine` included, as a plugin of an Avalanche `SupervisedTemplate`.
+    """Turn any strategy, also a `Combine`, into a plugin of an Avalanche `SupervisedTemplate`.
 
     >>> plugin = as_plugin(EWC(strength=100.0))
     >>> template = SupervisedTemplate(..., plugins=[plugin])  # doctest: +SKIP
 
-    Avalanche goes on drawing the batches, with its train transforms, running the model and stepping
-    the optimiser.
+    Avalanche still draws the batches, applies its train transforms, runs the model and makes the
+    optimiser steps.
 
-    - Loss: a strategy with a loss of its own (Replay, LwF) replaces the criterion's, which then has
-      to be `CrossEntropyLoss()`, and what plugins before this one added; list it first. Else the
-      criterion stays, as it is. Penalties are added to the loss that Avalanche shows.
-    - Memory is perdure's: stored rows join the mini-batch, and so Avalanche's training metrics, as
-      with its own replay.
-    - Prediction: in evaluation the strategy's `predict` replaces the output. A class that may not
-      be predicted yet has the logit -1e9, so Avalanche's *loss* on experiences not yet met is about
-      1e9; its accuracy is right.
-    - Pools: of a plan that draws from all experiences or from memory (Joint, GDumb, iCaRL),
-      Avalanche is given the rows. A plan that starts afresh resets model and optimiser state; one
-      without gradients skips the epochs.
-    - Fisher information, memory and pooled rows come from `from_avalanche`: all resident, inputs as
-      the eval transforms give them.
+    - Loss: if the strategy has its own loss (Replay, LwF), this loss replaces the loss so far: that
+      of the criterion, which must be `CrossEntropyLoss()`, and everything that earlier plugins
+      added. So put this plugin first in the list. Other strategies leave the criterion unchanged.
+      Penalties are added to the loss that Avalanche shows.
+    - Memory: perdure holds the stored rows and adds them to the mini-batch, so they count in the
+      training metrics of Avalanche, as with its own replay.
+    - Prediction: in evaluation, `predict` of the strategy replaces the output. A class that may not
+      be predicted yet has the logit -1e9, so the *loss* of Avalanche on later experiences is about
+      1e9; the accuracy is right.
+    - Pools: if the strategy trains on all experiences or on memory (Joint, GDumb, iCaRL), the
+      plugin replaces the data set of the experience by these rows. If it trains from the initial
+      parameters, model and optimiser state are reset; if it uses no gradients, the epochs are
+      skipped.
+    - Fisher information, memory and pooled rows use the stream of `from_avalanche`: all inputs are
+      in memory, after the eval transforms.
 
-    Guarantee: none. A plugin carries no differential privacy, since Avalanche draws no Poisson
-    sample.
+    Guarantee: none. A plugin has no differential privacy, because Avalanche does no Poisson
+    sampling.
 
     Args:
-        strategy: of perdure.
-        benchmark: needed only where the experiences do not know theirs.
-        seed: of memory.
+        strategy: a perdure strategy.
+        benchmark: the Avalanche benchmark; needed only if the experiences have no reference to it.
+        seed: seed for the random choices of the memory.
 
     Raises:
-        ConfigError: when training begins, for experiences out of order, tasks that count their
-            classes from zero, a head that grows, that asks for task labels or has no output for
-            every class, a criterion that would be ignored, or another plugin with a memory beside
-            a plan with a pool of its own.
-        DataError: when training begins, for data without targets.
-        PrivacyError: for a model or optimiser of Opacus.
+        ConfigError: when training begins, if experiences are not in order, if the labels of each
+            task start at 0, if the head grows, asks for task labels or has no output for some
+            class, if the criterion would be ignored, or if another plugin has a memory and the
+            plan of the strategy has its own pool.
+        DataError: when training begins, if the data have no targets.
+        PrivacyError: if the model or optimiser belongs to Opacus.
     """
     return StrategyPlugin(strategy, benchmark=benchmark, seed=seed)

@@ -18,7 +18,10 @@ RUN is the folder of a run, finished or not, or a ledger file.""",
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or a ledger file.")]
 Delta = Annotated[
-    float | None, typer.Option(help="Of every epsilon; default: the run's, else 1e-5.")
+    float | None,
+    typer.Option(
+        help="Delta of every epsilon; default: delta of the run, or 1e-5 if the run has none."
+    ),
 ]
 Names = list[str] | None
 
@@ -45,8 +48,8 @@ def show(
 def head(run: Run) -> None:
     """Print the head of every ledger, one line each, for a privacy officer's records.
 
-    Kept where nobody of the run can write, it shows later whether a ledger was put back: see
-    `perdure ledger verify --at-least`.
+    Store the lines where users of the run cannot write. Later they show if a ledger was replaced by
+    an older copy: see `perdure ledger verify --at-least`.
     """
     from perdure.cli import ledger_commands
 
@@ -60,17 +63,17 @@ def verify(
         Names,
         typer.Option(
             "--at-least",
-            help="A line that `perdure ledger head` printed before: the ledger must go on from "
+            help="A line that `perdure ledger head` printed before: the ledger must continue from "
             "it. May be given again.",
         ),
     ] = None,
 ) -> None:
-    """Check every chain, every head whose key is there, and every copy of a head that was kept.
+    """Check every hash chain, every head whose key is available, and every stored copy of a head.
 
     The log of draws beside each key is checked in the same way.
 
-    Exit code 1, with file and line, when one is wrong; 3 when nothing is wrong, but the key of a
-    head is not there, so that the whole history may be another.
+    Exit code 1, with file and line, if one is wrong; 3 if nothing is wrong, but the key of a head
+    is missing, so that the whole history could be forged.
     """
     from perdure.cli import ledger_commands
 
@@ -88,11 +91,11 @@ def project(
     ],
     steps: Annotated[int, typer.Option(help="Number of further steps.")],
     partition: Annotated[
-        Names, typer.Option(help="Only this one, OWNER/PARTITION; may be given again.")
+        Names, typer.Option(help="Only this partition, OWNER/PARTITION; may be given again.")
     ] = None,
     delta: Delta = None,
 ) -> None:
-    """Epsilon of every partition as it would be after so many more steps. Nothing is written."""
+    """Compute the epsilon of every partition after further steps. Nothing is written."""
     from perdure.cli import ledger_commands
 
     ledger_commands.project(

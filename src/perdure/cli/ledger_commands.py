@@ -47,16 +47,16 @@ WRONG = 1
 UNSEALED = 3
 """Exit codes of `verify`; 2 is that of a command that cannot be carried out."""
 NOT_VERIFIED = (
-    "NOT VERIFIED: {} of {} heads, for lack of their keys: whoever can write these files can have "
-    "made up the whole history; verify them where private/ is"
+    "NOT VERIFIED: {} of {} heads, because their keys are missing: anyone who can write these "
+    "files could have forged the whole history; verify them on the machine with the folder private/"
 )
 LEFT_TO_VERIFY = (
-    "not compared with checkpoints and recorded heads: `perdure ledger verify` does that"
+    "not compared with checkpoints and recorded heads; use `perdure ledger verify` for this"
 )
 NOT_COVERED = (
-    "not covered: whoever can write here can put back an older ledger together with its "
-    "older head and checkpoints; "
-    "record `perdure ledger head` elsewhere and give it with --at-least"
+    "not covered: anyone who can write here could restore an older ledger together with its older "
+    "head and checkpoints; store the output of `perdure ledger head` elsewhere and give it with "
+    "--at-least"
 )
 
 
@@ -216,7 +216,7 @@ def find(run: Path) -> Source:
     )
     if not alone and not below:
         raise RunError(
-            f"{run} holds no ledger; give the folder of a run with a private arm, or a {LEDGER}"
+            f"{run} has no ledger; give the folder of a run with a private arm, or a {LEDGER}"
         )
     exported = alone and not head_path(top).exists()
     single = (top, *below) if alone and not exported else tuple(below)
@@ -270,7 +270,7 @@ def open_file(path: Path, source: Source) -> Merged:
     """
     copy = private_copy(path.parent).path
     if copy.exists() and not path.exists() and not head_path(path).exists():
-        raise LedgerError(f"{path} is missing, though {copy} knows it; {RESTORE}")
+        raise LedgerError(f"{path} is missing, but {copy} refers to it; {RESTORE}")
     try:
         if head_path(path).exists() and load(path, key_in(path.parent))[2].count == 0:
             return Merged([])
@@ -393,7 +393,10 @@ def checks(account: Merged) -> str:
     keyed = sum(part.keyed for part in account.parts)
     total = len(account.parts)
     if 0 < keyed < total:
-        return f"chains verified; {keyed} of {total} heads verified with their keys, the others not"
+        return (
+            f"chains verified; {keyed} of {total} heads verified with their keys, the others not "
+            "verified"
+        )
     return f"{account.verified}{anyone(account)}"
 
 
@@ -409,12 +412,12 @@ def sound(path: Path, account: Merged) -> str:
     if not head_path(path).exists():
         return f"{len(account.parts)} ledgers, {len(lines)} lines; {checks(account)}"
     keyed = all(part.keyed for part in account.parts)
-    unsealed = "head not, for lack of its key: the whole history may be another"
+    unsealed = "head not verified, because its key is missing: the whole history could be forged"
     told = (
         f"chain verified, {f'head verified with its key{anyone(account)}' if keyed else unsealed}"
     )
     rest = (path.stat().st_size if path.exists() else 0) - sum(len(line) + 1 for line in lines)
-    beyond = f"; {rest} bytes beyond the head do not count" if rest else ""
+    beyond = f"; {rest} bytes after the last line that the head covers do not count" if rest else ""
     return f"{len(lines)} lines; {told if lines else 'nothing was charged yet'}{beyond}"
 
 
@@ -427,9 +430,8 @@ def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
         return []
     copies = [(part.account.owner, part.head) for part in accounts[source.merged].parts]
     return [
-        f"{path} is not what {source.merged} holds of {part.account.owner!r}; one of the two "
-        "was put back from another "
-        "time: restore it from a backup"
+        f"{path} differs from the ledger of {part.account.owner!r} in {source.merged}; one of the "
+        "two is an older copy: restore it from a backup"
         for path, account in accounts.items()
         if path != source.merged
         for part in account.parts

@@ -32,14 +32,14 @@ app = typer.Typer(
 `perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` \
 runs it.
 
-`perdure audit mine.toml` attacks its private arms and compares what leaks with what they claim.
+`perdure audit mine.toml` attacks its private arms, and compares the results with their epsilons.
 
 `perdure strategies` lists the strategies, and the cost of each in privacy and memory.
 
-`perdure ledger show runs/demo` says which records were exposed to what, how often, and the \
+`perdure ledger show runs/demo` lists all uses of private records, and the \
 epsilon that follows.
 
-A run that was stopped goes on where it was: give the same command again.""",
+To continue a stopped run, give the same command again.""",
 )
 
 app.add_typer(ledger_cli.app, name="ledger")
@@ -52,10 +52,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; defa
 
 @app.command()
 def run(config: Path, out: Out = None) -> None:
-    """Run the experiment that CONFIG describes, or go on with it.
+    """Run the experiment that CONFIG describes; a stopped run continues.
 
-    CONFIG is a TOML file; `perdure demo --show-config` prints an example. Modules that it names are
-    looked for in the current folder, too.
+    CONFIG is a TOML file; `perdure demo --show-config` prints an example. Its modules are also
+    searched in the current folder.
     """
     with resumable(), local_modules():
         from perdure.experiment.config import read_text
@@ -101,11 +101,14 @@ def report(run: Path) -> None:
 def audit(
     config: Path,
     canaries: Annotated[
-        int, typer.Option(help="Planted records, each in or out by a coin.")
+        int, typer.Option(help="Planted records; each is in the data with probability 1/2.")
     ] = 1000,
-    confidence: Annotated[float, typer.Option(help="Of the lower bound, between 0 and 1.")] = 0.99,
+    confidence: Annotated[
+        float, typer.Option(help="Confidence of the lower bound, between 0 and 1.")
+    ] = 0.99,
     shadows: Annotated[
-        int, typer.Option(help="Shadow models an arm, to attack a finished run's models too.")
+        int,
+        typer.Option(help="Shadow models per arm, to attack the models of a finished run, too."),
     ] = 0,
     replay: Annotated[
         bool,
@@ -115,17 +118,17 @@ def audit(
         int | None, typer.Option(help="With --replay: id of the record; default the first one.")
     ] = None,
 ) -> None:
-    """Measure how much the private arms of CONFIG really give away, beside the epsilon they claim.
+    """Audit the private arms of CONFIG: compare a lower bound on epsilon with the claimed epsilon.
 
-    CONFIG is a TOML file, or the folder of a run. The arms are trained anew, with canaries and
-    simulated noise; nothing on disk is touched. Exit code 1 when a claim is refuted. With
-    `--shadows 8`, and the folder of a finished run, its final models are attacked too: which of the
-    records of the first experience have they seen (LiRA)?
+    CONFIG is a TOML file, or the folder of a run. The arms are trained again, with planted records
+    (canaries) and simulated noise; no file is changed. Exit code 1 if a lower bound is above its
+    claim. With `--shadows 8` and the folder of a finished run, its final models are attacked, too:
+    LiRA guesses which records of the first experience were in training.
 
-    With `--replay` no canaries are planted: every private arm runs on its data, and again without
-    one record, with the answers of the first run. Printed is how far the record moves each exact
-    sum, over what was charged. Exit code 1 when that is above 1, when another output differs, or
-    when the ledger does not pay for a draw.
+    With `--replay` there are no canaries: every private arm runs on its data, and again without one
+    record, with the released answers of the first run. The table shows how much the record changes
+    each exact sum, divided by the charged sensitivity. Exit code 1 if this is above 1, if another
+    output differs, or if no ledger entry covers a draw of noise.
     """
     if record is not None and not replay:
         raise ConfigError.of("--record", record, "with --replay")

@@ -25,10 +25,8 @@ from perdure.contract.plan import (
 from perdure.contract.quadratic_penalty import QuadraticPenalty
 from perdure.contract.state import Rule, State
 from perdure.contract.strategy import Strategy
-from perdure.tasks import MASKED
 
 __all__ = [
-    "MASKED",
     "Combine",
     "Context",
     "Curator",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perdure.data.experience import Experience, Stream, placed_again, size_of_each
+from perdure.data.experience import Experience, Stream, placed_again, require_stream, size_of_each
 from perdure.data.records import Records
 from perdure.data.scenarios import hashable, public_coin
 from perdure.errors import ConfigError
@@ -74,6 +74,7 @@ def dirichlet(
     Source: Hsu, Qi, Brown 2019, "Measuring the effects of non-identical data distribution for
     federated visual classification", section 3.
     """
+    require_stream(stream)
     if not (math.isfinite(alpha) and alpha > 0):
         raise ConfigError.of("alpha", alpha, "a finite number above 0")
     reason = "shares differ from class to class; perdure.data.iid splits records of every task"
@@ -119,6 +120,7 @@ def iid(
         ConfigError: for a value out of range, an experience with fewer than clients * min_size
             records, or declared sizes with `exact`.
     """
+    require_stream(stream)
     split = ClientSplit(
         clients=clients,
         min_size=min_size,

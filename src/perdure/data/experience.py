@@ -9,7 +9,7 @@ from typing import overload
 
 import torch
 
-from perdure.data.records import Records
+from perdure.data.records import Records, require_type
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
 from perdure.types import SCENARIOS, Scenario
@@ -58,7 +58,11 @@ class Experience:
             object.__setattr__(self, "test", _no_test(self.train))
         if self.stage < 0:
             object.__setattr__(self, "stage", self.index)
+        if not isinstance(self.classes, Sequence) or isinstance(self.classes, str):
+            raise ConfigError.of("classes", self.classes, "a tuple of whole numbers, as (0, 1)")
         for part, records in (("train", self.train), ("test", self.test)):
+            name = f"{part} of experience {self.index}"
+            require_type(records, Records, name, "a perdure.Records")
             if records.task != self.task:
                 raise DataError(
                     f"experience {self.index} has {self.task.name} records to train on and "
@@ -69,6 +73,14 @@ class Experience:
                 raise DataError(
                     f"experience {self.index} has {part} {found}; declared: {self.classes}"
                 )
+        mine = (self.train.inputs.shape[1:], self.train.inputs.dtype)
+        theirs = (self.test.inputs.shape[1:], self.test.inputs.dtype)
+        if mine != theirs:
+            raise DataError(
+                f"experience {self.index} has training inputs of shape {tuple(mine[0])} in "
+                f"{mine[1]} and test inputs of shape {tuple(theirs[0])} in {theirs[1]}; allowed: "
+                "one shape and type; convert one of them"
+            )
 
     @property
     def task(self) -> Task:
@@ -138,6 +150,9 @@ class Stream:
     def __post_init__(self) -> None:
         if self.scenario not in SCENARIOS:
             raise ConfigError.of("scenario", self.scenario, SCENARIOS)
+        parts: object = self.experiences
+        for part in parts if isinstance(parts, tuple | list) else [parts]:
+            require_type(part, Experience, f"an experience of {self.name}", "a perdure.Experience")
         if [experience.index for experience in self] != list(range(max(1, len(self)))):
             indices = [experience.index for experience in self]
             raise ConfigError.of("experiences", indices, "indices 0, 1, 2, ... and at least one")
@@ -326,6 +341,22 @@ def partitions_of(experiences: Sequence[Experience]) -> frozenset[str]:
     if isinstance(experiences, Seen):
         return experiences.partitions
     return frozenset(each.train.partition for each in experiences)
+
+
+def require_stream(stream: object) -> None:
+    """Refuse what is no `Stream`, and name the function that makes one.
+
+    Args:
+        stream: given by the user.
+
+    Raises:
+        DataError: in one line.
+    """
+    if not isinstance(stream, Stream):
+        raise DataError(
+            f"stream is a {type(stream).__name__}; allowed: a perdure.Stream; "
+            "perdure.data.split(dataset, scenario='class', experiences=5) makes one of a data set"
+        )
 
 
 def placed_again(stream: Stream, by_record: bool) -> bool | None:

@@ -77,12 +77,39 @@ def refuse_test_ids_in_training(train: Records, test: Records, name: str) -> Non
         return
     both = torch.isin(test.ids, train.ids.to(test.ids.device)).nonzero()
     if len(both):
-        row = int(both[0])
-        raise DataError(
-            f"{name} has id {int(test.ids[row])} in its training records and in row {row} of its "
-            f"test records ({len(both)} such rows); allowed: each record in one part; leave it out "
-            "of one, or give different records different ids"
-        )
+        raise DataError(_of_both(name, test, both))
+
+
+def refuse_measured_records(stream: Stream) -> None:
+    """Refuse a stream that learns from a record that it is measured on, as ids tell.
+
+    Args:
+        stream: of any number of experiences; records that several of them share are looked at
+            once.
+
+    Raises:
+        DataError: with the experience and the row of the first such test record.
+    """
+    learnt = _ids([experience.train for experience in stream])
+    seen: set[int] = set()
+    for experience in stream:
+        test = experience.test
+        if id(test.ids) in seen or test.ids_by_position:
+            continue
+        seen.add(id(test.ids))
+        both = torch.isin(test.ids.cpu(), learnt).nonzero()
+        if len(both):
+            raise DataError(_of_both(f"experience {experience.index} of {stream.name}", test, both))
+
+
+def _of_both(name: str, test: Records, both: Tensor) -> str:
+    """Say which test records are training records as well."""
+    row = int(both[0])
+    return (
+        f"{name} has id {int(test.ids[row])} in row {row} of its test records and among the "
+        f"training records ({len(both)} such rows); allowed: each record in one part; leave it out "
+        "of one, or give different records different ids"
+    )
 
 
 def _ids(parts: Iterable[Records]) -> Tensor:

@@ -71,6 +71,8 @@ class Records:
                     f"{name} are a {type(value).__name__}; allowed: a tensor, such as "
                     f"torch.as_tensor({name}); perdure.data.from_arrays takes arrays and lists"
                 )
+            if not value.dim():
+                raise DataError(f"{name} are one number; allowed: one row a record, (n, ...)")
         n = len(self.inputs)
         if len(self.labels) != n:
             raise DataError(f"{n} inputs but {len(self.labels)} labels; give one label per input")
@@ -82,12 +84,12 @@ class Records:
             object.__setattr__(self, "ids_by_position", True)
         if len(self.ids) != n:
             raise DataError(f"{n} inputs but {len(self.ids)} ids; give one id per input")
-        for name, value in self.attributes.items():
-            if not isinstance(value, Tensor) or value.shape != (n,):
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise DataError(
-                    f"attribute {name!r} is {given}; allowed: a tensor ({n},), one number a record"
-                )
+        if self.ids.dtype != torch.int64 or self.ids.dim() != 1:
+            raise DataError(
+                f"ids are {self.ids.dtype} of shape {tuple(self.ids.shape)}; allowed: int64 "
+                f"({n},); convert them with ids.long().flatten()"
+            )
+        self._check_attributes()
         if self.declared_size <= 0:
             object.__setattr__(self, "declared_size", n)
             object.__setattr__(self, "size_counted", True)
@@ -99,6 +101,15 @@ class Records:
                 f"inputs have {given}; the declared domain has shape {self.domain.shape} and "
                 f"{self.domain.dtype}; declare the domain of these inputs"
             )
+
+    def _check_attributes(self) -> None:
+        n = len(self.inputs)
+        for name, value in self.attributes.items():
+            if not isinstance(value, Tensor) or value.shape != (n,):
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise DataError(
+                    f"attribute {name!r} is {given}; allowed: a tensor ({n},), one number a record"
+                )
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -185,7 +196,7 @@ def require_type(value: object, kind: type, name: str, allowed: str) -> None:
     """
     if not isinstance(value, kind):
         raise DataError(
-            f"{name} is a {type(value).__name__}; allowed: a {allowed}; perdure.data.from_arrays, "
+            f"{name} is a {type(value).__name__}; allowed: {allowed}; perdure.data.from_arrays, "
             "from_torch and from_pandas make a data set of what you have"
         )
 

@@ -5,23 +5,26 @@ outside every privacy statement. Inside a curator nothing raises because of a re
 error, or none, would tell of the record.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from perdure.data.experience import Stream
+from perdure.data.record_identity import refuse_measured_records
+from perdure.data.records import Records
 from perdure.errors import DataError
 from perdure.utils.chunking import row_slices
 
 
-def check_finite(streams: Iterable[Stream]) -> None:
-    """Refuse training inputs that are NaN or infinite.
+def check_finite(streams: Iterable[Stream], *, training: bool = True) -> None:
+    """Refuse training and test inputs that are NaN or infinite.
 
     >>> check_finite([stream])  # before a private run; `Learner.fit` does so by itself
 
     Args:
         streams: of all parties whose records are here.
+        training: whether training inputs are looked at, too.
 
     Raises:
         DataError: naming the first such value by experience, row and column.
@@ -29,21 +32,41 @@ def check_finite(streams: Iterable[Stream]) -> None:
     seen: set[int] = set()
     for stream in streams:
         for experience in stream:
-            records = experience.train
-            if id(records.inputs) in seen:
-                continue
-            seen.add(id(records.inputs))
-            found = first_not_finite(records.inputs)
-            if found is None:
-                continue
-            row, column = found
-            value = float(records.inputs[row][column])
-            place = ", ".join(str(axis) for axis in column)
-            raise DataError(
-                f"experience {experience.index} of {stream.name} has {value} in row {row} (record "
-                f"id {int(records.ids[row])}), column {place} of its training inputs; allowed: "
-                "finite numbers; repair or leave out the row"
-            )
+            for part, records in (("training", experience.train), ("test", experience.test)):
+                if id(records.inputs) in seen or (part == "training" and not training):
+                    continue
+                seen.add(id(records.inputs))
+                where = f"experience {experience.index} of {stream.name}"
+                _refuse_not_finite(records, part, where)
+
+
+def _refuse_not_finite(records: Records, part: str, where: str) -> None:
+    found = first_not_finite(records.inputs)
+    if found is None:
+        return
+    row, column = found
+    value = float(records.inputs[row][column])
+    place = ", ".join(str(axis) for axis in column)
+    raise DataError(
+        f"{where} has {value} in row {row} (record id {int(records.ids[row])}), column {place} of "
+        f"its {part} inputs; allowed: finite numbers; repair or leave out the row"
+    )
+
+
+def check_streams(streams: Sequence[Stream], *, training: bool) -> None:
+    """Refuse inputs that are NaN or infinite, and a record to learn from that is measured on too.
+
+    Args:
+        streams: of all parties whose records are here.
+        training: whether training inputs are looked at, which takes time. Without privacy a run
+            that ends in NaN looks at them then.
+
+    Raises:
+        DataError: in one line.
+    """
+    check_finite(streams, training=training)
+    for stream in streams:
+        refuse_measured_records(stream)
 
 
 def first_not_finite(inputs: Tensor) -> tuple[int, tuple[int, ...]] | None:
@@ -51,7 +74,11 @@ def first_not_finite(inputs: Tensor) -> tuple[int, tuple[int, ...]] | None:
     if not inputs.is_floating_point():
         return None
     for piece in row_slices(inputs, always=True):
-        bad = ~torch.isfinite(inputs[piece])
+        rows = inputs[piece]
+        # a value that is not finite makes the sum so, and a sum is fast
+        if bool(rows.sum().isfinite()):
+            continue
+        bad = ~torch.isfinite(rows)
         if bool(bad.any()):
             row, *column = bad.nonzero()[0].tolist()
             return piece.start + row, tuple(column)

@@ -1,9 +1,9 @@
 """Experiments on disk: configuration, runs, results, audits and tuning.
 
-Import `read` or `parse` for a `Config`, and `run` to train and measure what it describes; a stopped
-run goes on where it was. `tune` searches hyper-parameters on training records, `attack_run` and
-`audit_run` attack the models of a run, `read_result` reads what a run has stored, and `cards`
-describes every strategy with its costs.
+Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; a stopped run
+continues. `tune` searches hyper-parameters on training records. `attack_run` attacks the models of
+a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
+a run, and `cards` describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run

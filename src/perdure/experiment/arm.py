@@ -74,7 +74,7 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
     if chosen.chunk is not None:
         stream = online(stream, chunk=chosen.chunk, seed=config.seed, exact=config.privacy is None)
     if config.explain and len(stream.input_shape) < 2:
-        allowed = f"no [explain] table: inputs of shape {stream.input_shape} make no picture"
+        allowed = f"no [explain] table, because inputs of shape {stream.input_shape} are not images"
         raise ConfigError.of("explain.method", config.explain.method, allowed)
     return stream
 
@@ -101,7 +101,7 @@ class MetricsLog:
             }
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{path} is damaged ({error!r}); restore it, or remove the folder"
+                f"{path} is damaged ({error!r}); restore it from a backup, or delete the folder"
             ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:

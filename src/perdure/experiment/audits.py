@@ -36,20 +36,20 @@ def attack_run(
 ) -> dict[str, MembershipResult]:
     """Attack the final model of every arm with LiRA, for the records of one experience.
 
-    The attacker has the config, all other training records, and as many members as there are test
-    records, mixed with these; he trains shadow models on the whole stream, alone and with noise of
-    his own, and asks which of the mixed ones the model has seen. With privacy and without, so that
-    the two can be compared.
+    The attacker has the config, a mix of test records (non-members) and equally many training
+    records (members), and all other training records. He trains shadow models on the whole stream
+    with his own noise, and then decides for each record of the mix if it was in training. Private
+    arms and others are attacked, so that they can be compared.
 
     Args:
-        folder: of a finished run.
-        shadows: models an arm, an even number from 4.
-        experience: whose records.
+        folder: folder of a finished run.
+        shadows: number of shadow models per arm; even, and at least 4.
+        experience: index of the experience whose records are attacked.
         progress: called as progress(arm, share done).
 
     Raises:
-        ConfigError: for an experience that the run lacks.
-        RunError: when it is not finished.
+        ConfigError: if the run has no such experience.
+        RunError: if the run is not finished.
     """
     config = read(folder / "config.toml")
     stream = open_stream(config)
@@ -131,18 +131,18 @@ def shadow(config: Config, arm: int, stream: Stream, experience: int, seed: int)
 def audit_run(
     config: Config, *, canaries: int = 1000, confidence: float = 0.99, method: Method = "gaussian"
 ) -> dict[str, AuditResult]:
-    """Audit every private arm of a config by name.
+    """Audit every private arm of a config, and return the results by name of the arm.
 
-    Of a federation, the learner of its first client is audited, trained alone.
+    In a federation, only the learner of the first client is audited, and it trains alone.
 
     Args:
-        config: of the run.
-        canaries: number of canaries, in the data and out.
-        confidence: probability that an honest mechanism is not flagged.
-        method: see `perdure.auditing.bounds`.
+        config: config of the run.
+        canaries: total number of canaries; each is in the data with probability 1/2.
+        confidence: probability that a correct mechanism is not flagged.
+        method: kind of bound, see `perdure.auditing.bounds`.
 
     Raises:
-        ConfigError: when no arm is private.
+        ConfigError: if no arm is private.
     """
     from perdure.experiment.results import client_streams
 

@@ -225,7 +225,7 @@ class TrainingConfig(CheckedFields):
             raise ConfigError.of(
                 "momentum",
                 self.momentum,
-                f"nothing for {self.optimizer}; {', '.join(known)} take one",
+                f"no momentum for {self.optimizer}; only {', '.join(known)} have momentum",
             )
         if (self.epochs is None) == (self.iterations is None):
             given = f"epochs = {self.epochs} with iterations = {self.iterations}"
@@ -342,17 +342,17 @@ def arm_name(file: str, *, private: bool) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CheckedFields):
-    """A whole run; see the example at the head of this module.
+    """Configuration of a whole run; the start of this module has an example.
 
     Args:
-        name: of the run's folder: letters, digits, dots, dashes and underscores, beginning with a
-            letter or digit.
-        seed: of everything but secret noise.
-        threads: torch threads; results are bit-identical for the same number.
-        private_training: training of the private arms, where it differs; it replaces the whole of
-            `training`.
-        attack: under which robust accuracy is measured.
-        explain: explainer, and how many test records it explains.
+        name: name of the run's folder: letters, digits, dots, dashes and underscores; the first
+            character is a letter or digit.
+        seed: seed of all random numbers except secret noise.
+        threads: number of torch threads; results are bit-identical for the same number.
+        private_training: training settings of private arms; they replace all of `training`. None to
+            use `training`.
+        attack: attack for robust accuracy.
+        explain: explainer, and number of test records to explain.
     """
 
     name: str
@@ -384,7 +384,7 @@ class Config(CheckedFields):
             )
         if any(arm.private for arm in self.arms) and self.privacy is None:
             raise ConfigError(
-                "an arm says private = true without a [privacy] table; add one with epsilon "
+                "an arm has private = true, but there is no [privacy] table; add one with epsilon "
                 "and delta"
             )
         twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
@@ -398,16 +398,17 @@ def read(path: Path | str) -> Config:
     """Read and check a TOML file.
 
     Raises:
-        ConfigError: one line naming file, field, value and what is allowed.
+        ConfigError: if the file is not a valid config; the message names the file, the field, its
+            value and the allowed values.
     """
     return parse(read_text(Path(path)), source=str(path))
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a config.
+    """Read the text of a config file.
 
     Raises:
-        ConfigError: when the file cannot be read, or is not UTF-8.
+        ConfigError: if the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -419,10 +420,11 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, source: str = "config") -> Config:
-    """Check the text of a TOML file.
+    """Parse and check the text of a TOML file.
 
     Raises:
-        ConfigError: one line naming the field, its value and what is allowed.
+        ConfigError: if the text is not a valid config; the message names the field, its value and
+            the allowed values.
     """
     try:
         table = tomllib.loads(text)

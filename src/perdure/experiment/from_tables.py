@@ -166,4 +166,4 @@ def _describe(hint: Any) -> str:
         return typing.cast(str, options[0].TABLE)
     if hasattr(options[0], "__dataclass_fields__"):
         return f"a table with {', '.join(f.name for f in fields(options[0]) if f.init)}"
-    return names.get(options[0], "nothing that TOML can say")
+    return names.get(options[0], "no value, because TOML has no such type")

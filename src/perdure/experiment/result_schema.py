@@ -99,7 +99,7 @@ class Explanations(TypedDict):
 
 
 class Result(TypedDict):
-    """A finished run."""
+    """Content of `result.json`: the result of a finished run."""
 
     schema: int
     name: str
@@ -140,7 +140,7 @@ def checked(content: object, source: str = "result") -> Result:
     """
     if not isinstance(content, Mapping):
         raise RunError(
-            f"{source} holds a {type(content).__name__}; allowed: an object of schema {SCHEMA}"
+            f"{source} contains a {type(content).__name__}; allowed: an object of schema {SCHEMA}"
         )
     if content.get("schema") != SCHEMA:
         raise RunError(
@@ -166,7 +166,10 @@ def _check_arm(arm: Mapping[str, Any], source: str) -> None:
     _require(arm, ArmResult, source)
     if arm["private"] != (arm["epsilon"] is not None):
         given = f"private = {arm['private']} but epsilon = {arm['epsilon']!r}"
-        raise RunError(f"{source} has {given}; a private arm states its epsilon, another has none")
+        raise RunError(
+            f"{source} has {given}; allowed: an epsilon for each private arm, and no "
+            "epsilon for other arms"
+        )
     if arm["epsilon"] is not None:
         _require(arm["epsilon"], Epsilon, f"{source}.epsilon")
     for entry in arm["spending"]:
@@ -177,4 +180,4 @@ def _require(content: object, shape: type, source: str) -> None:
     expected: frozenset[str] = shape.__required_keys__  # type: ignore[attr-defined]
     missing = sorted(expected - set(content)) if isinstance(content, Mapping) else sorted(expected)
     if missing:
-        raise RunError(f"{source} lacks {', '.join(missing)}; schema {SCHEMA} requires them")
+        raise RunError(f"{source} has no {', '.join(missing)}, but schema {SCHEMA} needs them")

@@ -139,7 +139,7 @@ def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
 
 
 def spending(account: Account, delta: float) -> list[Spending]:
-    """List the charges of the worst partition, equal ones added up."""
+    """List the charges of the partition with the largest epsilon; equal charges are added up."""
     worst, _ = account.worst(delta)
     steps: dict[tuple[str, float, float], int] = {}
     for entry in account.entries:

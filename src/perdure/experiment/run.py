@@ -43,7 +43,7 @@ in.
 
 
 def untimed(value: Any) -> Any:
-    """Copy a result without its timings, to compare it with another run's."""
+    """Copy a result without its timings, to compare it with the result of another run."""
     if isinstance(value, dict):
         return {name: untimed(inner) for name, inner in value.items() if name not in TIMINGS}
     return [untimed(inner) for inner in value] if isinstance(value, list) else value
@@ -56,18 +56,18 @@ def run(
     progress: Progress = silent,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Run every arm and write the run's files; a run that was stopped goes on where it was.
+    """Run every arm of a config and write the files of the run; a stopped run continues.
 
     Args:
-        config: what to do.
-        text: the TOML it was read from, kept beside the result.
-        folder: of the run; created.
+        config: parsed config.
+        text: TOML text of the config, which is stored with the result.
+        folder: folder of the run; it is created.
         progress: see `Progress`.
         callbacks: called as callback(point, learner) by every learner of every arm; see
             `perdure.learner.learner.POINTS`.
 
     Raises:
-        RunError: when the folder holds a run of another config, is in use, or cannot be written.
+        RunError: if the folder has a run of another config, is in use, or cannot be written.
     """
     folder = Path(folder)
     with locked(folder):
@@ -167,12 +167,10 @@ def keep_config(folder: Path, config: Config, text: str) -> None:
     if not (folder / "arms").exists():
         write_atomically(path, text.encode())
         return
-    fix = "give another --out, or remove the folder"
+    fix = "give another folder with --out, or delete the folder"
     try:
         stored = read(path)
     except ConfigError as error:
-        raise RunError(
-            f"{folder} holds a run of a config that cannot be read ({error}); {fix}"
-        ) from None
+        raise RunError(f"{folder} has a run whose config cannot be read ({error}); {fix}") from None
     asked = {"version": VERSION, **flat("config", config)}
     refuse_other_run(asked, {"version": VERSION, **flat("config", stored)}, where=folder, fix=fix)

@@ -42,18 +42,18 @@ YEAR = re.compile(r"\b(19|20)\d\d\b")
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyCard:
-    """One strategy of the catalogue.
+    """Description of one strategy.
 
     Args:
-        name: name of its file.
-        strategy: the class and its arguments.
-        summary: first line of its docstring.
-        paper: authors, title, venue and year; empty where there is none.
-        privacy: its use of private data, in words.
-        memory: its state and its stored records, in words.
-        state_multiple: numbers in its state, divided by the parameters of the model that it was
-            laid out for.
-        not_vmappable_because: the reason, or None.
+        name: name of the strategy's file.
+        strategy: class and arguments.
+        summary: first line of the docstring.
+        paper: authors, title, venue and year; empty if there is no paper.
+        privacy: use of private data, in words.
+        memory: size of the state and number of stored records, in words.
+        state_multiple: number of values in the state, divided by the number of parameters of the
+            model.
+        not_vmappable_because: reason why the strategy cannot run under vmap; None if it can.
     """
 
     name: str
@@ -67,7 +67,7 @@ class StrategyCard:
 
 
 def cards() -> list[StrategyCard]:
-    """Describe every strategy, in the order of the names."""
+    """Describe every strategy, sorted by name."""
     return [card(name) for name in names()]
 
 
@@ -140,17 +140,17 @@ def privacy_cost(cost: PrivacyCost, plan: Plan, couples_records: bool) -> str:
     """Say in words which private data a strategy uses.
 
     >>> privacy_cost(PrivacyCost(releases=1, reuses_past_records=True), Plan(), False)
-    'gradient; 1 release an experience; records go on being used'
+    'gradient; 1 release per experience; records of earlier experiences are used again'
     """
     if couples_records:
         return "refused: it couples records"
     parts = ["gradient" if plan.train else "no gradient"]
     for number, what in (
-        (cost.references, "reference gradient of stored records a step"),
-        (cost.releases, "release an experience"),
-        (cost.memory_releases, "release over memory an experience"),
-        (cost.histograms, "histogram an experience"),
-        (cost.selections, "selection an experience"),
+        (cost.references, "reference gradient of stored records per step"),
+        (cost.releases, "release per experience"),
+        (cost.memory_releases, "release over memory per experience"),
+        (cost.histograms, "histogram per experience"),
+        (cost.selections, "selection per experience"),
     ):
         if number:
             first, _, after = what.partition(" ")
@@ -158,7 +158,16 @@ def privacy_cost(cost: PrivacyCost, plan: Plan, couples_records: bool) -> str:
                 first, f"{first}s {after}"
             )
             parts.append(f"{number} {what if number == 1 else many}")
-    return "; ".join([*parts, *(["records go on being used"] if cost.reuses_past_records else [])])
+    return "; ".join(
+        [
+            *parts,
+            *(
+                ["records of earlier experiences are used again"]
+                if cost.reuses_past_records
+                else []
+            ),
+        ]
+    )
 
 
 def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:

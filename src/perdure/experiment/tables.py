@@ -71,7 +71,7 @@ class GeneratedText:
         told = [f"{kind}: {', '.join(names)}" for kind, names in found.items() if names]
         if not told:
             return None
-        return f"{self.path}, {self.title}: {'; '.join(told)}; make tables writes it anew"
+        return f"{self.path}, {self.title}: {'; '.join(told)}; run make tables to write it again"
 
     def _rows(self, text: str) -> dict[str, str]:
         return {match[1]: line for line in text.splitlines() if (match := self.row.match(line))}

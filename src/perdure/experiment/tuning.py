@@ -34,13 +34,14 @@ logarithmic scale.
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """Result of a search.
+    """Result of a search for hyper-parameters.
 
     Args:
-        values: the best hyper-parameters.
-        score: their average accuracy in percent on records held out, or the metric of another task.
-        experiences: how many of the stream's first were used.
-        trials: every setting tried, with its score.
+        values: best hyper-parameters.
+        score: average accuracy with these values, in percent, on held-out records; for other tasks,
+            average of the task's metric.
+        experiences: number of experiences used, from the start of the stream.
+        trials: all tried values with their scores.
     """
 
     values: Values
@@ -75,19 +76,19 @@ def tune(
     By Optuna's tree-structured Parzen estimator.
 
     Args:
-        make: from hyper-parameters to a fresh learner; one that runs away scores 0, or infinity
-            where lower is better.
-        space: what is searched.
-        stream: of which only the training records of the first `experiences` are looked at.
+        make: function from hyper-parameters to a new learner; a learner that diverges gets the
+            score 0, or infinity if lower is better.
+        space: names of hyper-parameters and their ranges.
+        stream: stream to search on; only the training records of its first `experiences` are used.
         experiences: number of experiences to search on.
-        held_out: share of those records that is measured on.
-        trials: learners trained.
-        seed: of cut and search.
+        trials: number of learners to train.
+        held_out: share of the training records that is held out to compute the score.
+        seed: seed of the held-out choice and of the search.
 
     Raises:
-        ConfigError: for an empty or impossible search.
-        PrivacyError: for a private learner: every trial would spend, and the choice itself is a
-            release.
+        ConfigError: if a search with these arguments is impossible.
+        PrivacyError: if the learner is private: every trial would cost privacy, and the chosen
+            values would be a release without noise.
     """
     _check(space, stream, experiences, trials, held_out)
     import optuna
@@ -103,9 +104,8 @@ def tune(
         learner = make(values)
         if learner.privacy is not None:
             raise PrivacyError(
-                "hyper-parameters cannot be tuned on private records: every trial spends, "
-                "and so does the choice; tune "
-                "on public records, or take published settings"
+                "hyper-parameters cannot be tuned on private records, because every trial and the "
+                "choice itself cost privacy; tune on public records, or use published settings"
             )
         tried.append((values, _score(learner, first)))
         return tried[-1][1]
@@ -149,11 +149,13 @@ def _rows(records: Records, places: torch.Tensor) -> Records:
 def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out: float) -> None:
     if not space or any(not 0 < low < high for low, high in space.values()):
         raise ConfigError.of(
-            "space", dict(space), "names with a lowest and a higher value, both above 0"
+            "space", dict(space), "names, each with a lowest and a higher value, both above 0"
         )
     if not 1 <= experiences < len(stream):
         raise ConfigError.of(
-            "experiences", experiences, f"1 to {len(stream) - 1}, fewer than the stream has"
+            "experiences",
+            experiences,
+            f"1 to {len(stream) - 1}, less than the number of experiences in the stream",
         )
     if trials < 1:
         raise ConfigError.of("trials", trials, "1 or more")

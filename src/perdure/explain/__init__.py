@@ -2,7 +2,7 @@
 
     from perdure.explain import find    # find("kernel_shap") is KernelSHAP
 
-Adding an explainer is adding a file: `my_explainer.py` with one class `MyExplainer(Explainer)`.
+To add an explainer, add a file `my_explainer.py` with one class `MyExplainer(Explainer)`.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -43,7 +43,7 @@ _EXTENSIONS = Extensions(
 
 
 def names() -> tuple[str, ...]:
-    """Return the sorted names of all explainers: files here, and entry points elsewhere."""
+    """Return the sorted names of all explainers: files of this package, and entry points."""
     return _EXTENSIONS.names()
 
 
@@ -52,10 +52,10 @@ def find(name: str, *, field: str = "explainer") -> type[Explainer]:
 
     Args:
         name: one of `names()`, or "my_package.my_module:MyExplainer".
-        field: where the name was given, for the message.
+        field: name of the setting or argument with this value, for the error message.
 
     Raises:
-        ConfigError: when there is no such explainer, or it cannot be imported.
+        ConfigError: if there is no such explainer, or it cannot be imported.
     """
     return _EXTENSIONS.find(name, field=field)
 

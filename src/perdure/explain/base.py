@@ -19,12 +19,12 @@ only.
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attribution:
-    """Share of every feature of every instance in one output of the model.
+    """Result of an explainer: contribution of each feature to one output, for each instance.
 
     Args:
-        values: (n, ...) in the shape of the inputs, in units of the model's output.
-        base: (n,) the output that the values start from.
-        targets: (n,) int64, the output that is explained.
+        values: (n, ...) contributions in the shape of the inputs, in units of the model's output.
+        base: (n,) output without any contribution.
+        targets: (n,) int64, index of the explained output.
     """
 
     values: Tensor
@@ -37,16 +37,16 @@ class Attribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Explainer(CheckedFields, ABC):
-    """Explain a model's output by the share of every feature in it.
+    """Base class of explainers, which compute the contribution of each feature to an output.
 
-    A subclass is a frozen dataclass. Its fields are numbers and words, so that a config can give
-    them; tensors in the shape of the data are arguments of `explain`.
+    A subclass is a frozen dataclass. Its fields are numbers and strings, so that a config can set
+    them. Tensors in the shape of the data are arguments of `explain`.
 
     Args:
-        chunk: most rows in one forward pass.
+        chunk: largest number of rows in one forward pass.
 
     Raises:
-        ConfigError: when a value is not allowed.
+        ConfigError: if a value is not allowed.
     """
 
     chunk: int = 8192

@@ -19,20 +19,21 @@ class KernelSHAP(Explainer):
                  with sum_j phi_j = v(all) - v({})
         w(s) = (d - 1) / (binomial(d, s) s (d - s))
 
-    Exact when all 2^d - 2 proper coalitions fit in `samples`. Otherwise coalitions are drawn once
-    for all instances from the kernel's distribution of sizes, each together with its complement.
+    The values are exact if `samples` is at least 2^d - 2, the number of proper coalitions. With
+    fewer samples, coalitions are drawn once for all instances, from the kernel's distribution of
+    sizes; each is drawn together with its complement.
 
-    Guarantee: none of its own. With a model that was released under privacy and a public or
-    synthetic background it is post-processing; a background of private records must be paid for as
-    a query on them.
+    Guarantee: none of its own. With a privately released model and a public or synthetic
+    background, the values are post-processing and cost no privacy. A background of private records
+    costs privacy like every query on them.
 
     Args:
-        samples: most coalitions to evaluate, empty and full ones apart; n * samples * b forward
-            rows for n instances and b background rows.
+        samples: largest number of coalitions to evaluate, not counting the empty and the full one.
+            This needs n * samples * b forward rows for n instances and b background rows.
         chunk: see `Explainer`.
 
     Raises:
-        ConfigError: when a value is not allowed.
+        ConfigError: if a value is not allowed.
 
     >>> import torch
     >>> product = lambda rows: rows.prod(1, keepdim=True)
@@ -98,7 +99,9 @@ def _coalitions(count: int, samples: int, generator: torch.Generator) -> tuple[T
         return masks, each[masks.sum(1)]
     if samples < 2 * count:
         raise ConfigError.of(
-            "samples", samples, f"at least {2 * count} for {count} features, or fewer groups"
+            "samples",
+            samples,
+            f"at least {2 * count} for {count} features; raise samples, or use fewer groups",
         )
     drawn = _draw_pairs(share, samples // 2, generator)
     ends = torch.tensor([[False], [True]]).expand(2, count)

@@ -12,12 +12,12 @@ from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LocalModel(Attribution):
-    """A linear model that stands in for the real one near each instance.
+    """Result of LIME: a linear model that approximates the real model near each instance.
 
     Args:
         values: (n, ...) slopes: change of the output per unit of each input.
         base: (n,) value of the local model at the instance.
-        targets: (n,) int64, the output that is explained.
+        targets: (n,) int64, index of the explained output.
         fidelity: (n,) weighted R^2 of the local model on its perturbations; 1 is a perfect fit.
     """
 
@@ -31,22 +31,24 @@ class LIME(Explainer):
         min_(a, b)  sum_k w_k (f(x + noise_scale * z_k) - a - <b, z_k>)^2 + ridge |b|^2
         z_k ~ N(0, 1),  w_k = exp(-|z_k|^2 / (2 kernel_width^2)),  values = b / noise_scale
 
-    The perturbations come in opposite pairs and are drawn once: distances do not depend on the
-    instance, so one regression matrix serves all of them. No feature is left out for sparsity.
+    The perturbations come in pairs z, -z and are drawn once for all instances. Distances do not
+    depend on the instance, so all instances use the same regression matrix. No feature is removed
+    for sparsity.
 
-    Guarantee: none of its own. With a model that was released under privacy it is post-processing,
-    as long as the scale of the noise is public: a scale measured on private records must be paid
-    for as a query on them.
+    Guarantee: none of its own. With a privately released model and a public noise scale, the result
+    is post-processing and costs no privacy. A noise scale measured on private records costs privacy
+    like every query on them.
 
     Args:
-        samples: perturbations per instance, an even number; n * samples forward rows.
-        kernel_width: in units of the noise; None for 0.75 * sqrt(features).
+        samples: number of perturbations per instance, an even number; n instances need n * samples
+            forward rows.
+        kernel_width: width of the kernel in units of the noise; None for 0.75 * sqrt(features).
         noise_scale: standard deviation of the perturbation in units of the inputs.
         ridge: penalty on the slopes per unit of noise.
         chunk: see `Explainer`.
 
     Raises:
-        ConfigError: when a value is not allowed.
+        ConfigError: if a value is not allowed.
 
     >>> import torch
     >>> linear = lambda rows: rows @ torch.tensor([[2.0], [-1.0]])
@@ -130,7 +132,10 @@ class LIME(Explainer):
         weights = torch.exp(noise.square().sum(1) / (-2 * width**2))
         if weights.sum() == 0:
             raise ConfigError.of(
-                "kernel_width", width, f"about {math.sqrt(features):.2g}; all weights are zero"
+                "kernel_width",
+                width,
+                f"a larger width, about {math.sqrt(features):.2g}, because "
+                "all weights are 0 with this one",
             )
         return noise, weights
 

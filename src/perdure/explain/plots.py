@@ -22,19 +22,20 @@ def heat_maps(
 ) -> "Figure":
     """Draw each input and, below it, its attributions for the explained class over time.
 
-    One column per input, one row per moment. The colours diverge around zero; within a column all
-    moments share one scale, so that paler means weaker.
+    There is one column per input and one row per moment. Positive and negative values have
+    different colours. All moments of a column share one scale, so a paler colour means a smaller
+    value.
 
     Guarantee: none. The picture shows the inputs themselves, which must be public.
 
     Args:
         inputs: (n, height, width) or (n, channels, height, width).
-        rows: (label, attributions) per moment, attributions in the shape of the inputs; channels
-            are summed.
+        rows: one (label, attributions) per moment; attributions have the shape of the inputs, and
+            are summed over channels.
         titles: n column titles.
 
     Raises:
-        ConfigError: when shapes or counts do not fit.
+        ConfigError: if shapes or counts do not fit.
     """
     _check(inputs, rows, titles)
     figure, axes = _grid(1 + len(rows), len(inputs))

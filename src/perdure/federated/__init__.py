@@ -1,7 +1,7 @@
-"""Federations on Flower: the same learner in a client app, Flower's own aggregators on the server.
+"""Federations on Flower: a `Learner` in each client app, and an aggregator of Flower on the server.
 
-Import `Federation`, the settings, and `fit_federated` to train and evaluate in one process;
-`client_app` and `server_app` are what Flower deploys.
+Import `Federation` for the settings, and `fit_federated` to train and evaluate in one process.
+`client_app` and `server_app` build the apps for a deployment with Flower.
 
 >>> from perdure.data import dirichlet
 >>> from perdure.federated import Federation, fit_federated

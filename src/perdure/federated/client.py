@@ -107,22 +107,24 @@ class ClientSessions:
 def client_app(
     make: MakeParty, folder: Path | str | None = None, *, distinct: bool = False
 ) -> ClientApp:
-    """Build the app that every client runs, on any engine.
+    """Build the Flower app that every client runs, on any engine.
 
-    Guarantee: under privacy a reply holds released parameters, released state, declared numbers and
-    the head of the client's ledger, nothing else; an error's text only where it names no value of
-    a record. The app looks at no value of a record: an error
-    would reach the server. Whoever holds the records calls `perdure.data.check_finite` on its
-    stream beforehand.
+    Guarantee: under privacy, a reply contains only released parameters, released state, declared
+    numbers and the head of the client's ledger. It contains the text of an error only if the text
+    has no value of a record. The app does not test values of records, because an error about them
+    would reach the server. So each holder of records must call `perdure.data.check_finite` on its
+    stream first.
 
     Args:
-        make: from a client's number to its freshly built learner and its stream; number and folder
-            are set here. Models must start alike on all parties, from one seed: restarts, SI's
-            anchor and CWR*'s base are a client's own.
-        folder: of the run; clients keep their state in `clients/003` below it. None keeps it in
-            this process only. The owner of a ledger is client-3 where the learner names none.
-        distinct: under privacy, whether it is known that no two clients of this process hold the
-            same record; else their ids are compared when each is built.
+        make: function from a client's number to its new learner and its stream; client number and
+            folder are set by the app. The models of all parties must start with the same
+            parameters, from one seed: SI's anchor, CWR*'s base and new starts use the client's own
+            first parameters.
+        folder: folder of the run; the state of client 3 is in its subfolder `clients/003`. None to
+            keep the state in this process only. If a learner has no owner, the owner of its ledger
+            is client-3.
+        distinct: under privacy, True if no two clients of this process hold the same record; if
+            False, the ids of their records are compared when each client is built.
     """
     app = ClientApp()
     place = None if folder is None else Path(folder)

@@ -58,8 +58,8 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
         f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
     )
     raise FederationError(
-        f"no state after exchange {exchange} is kept ({kept}); give the client the folder of this "
-        "run, or start the run afresh"
+        f"the client has no saved state for exchange {exchange} with the server ({kept}); give "
+        "the client the folder of this run, or start the run again from the beginning"
     )
 
 

@@ -69,16 +69,16 @@ log = logging.getLogger(__name__)
 
 
 class InProcessGrid(Grid):
-    """Carries messages by calling the client app in this process, one node after another.
+    """Flower grid that calls the client app in this process, one node after another.
 
-    Every node gets its own copy of what is sent, so that a client that writes into its message
-    cannot change what the others get. An exception in the client app becomes an error reply.
+    Every node gets its own copy of a message, so a client that writes into its message does not
+    change the messages of others. An exception in the client app becomes an error reply.
 
     Args:
-        app: what all nodes run.
+        app: client app of all nodes.
         clients: number of nodes; node k + 1 is partition k.
-        progress: told about every reply.
-        listen: shown every message and every reply; for audits.
+        progress: function that is called after every reply.
+        listen: function that gets every message and every reply; for audits.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ def wait_for_clients(grid: Grid, clients: int) -> list[int]:
     found = {int(read_metric(reply, "partition")): reply.metadata.src_node_id for reply in replies}
     if sorted(found) != list(range(clients)) or len(nodes) != clients:
         raise FederationError(
-            f"{len(nodes)} nodes hold partitions {sorted(found)}; needed: each of 0 .. "
+            f"{len(nodes)} nodes have the partitions {sorted(found)}; allowed: each of 0 .. "
             f"{clients - 1} once; start as many nodes as federation.clients"
         )
     return [found[client] for client in range(clients)]

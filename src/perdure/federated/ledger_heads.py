@@ -44,7 +44,10 @@ class ClientHeads:
         known = self.texts.get(str(client))
         if LEDGER not in reply.content:
             if known is not None:
-                raise LedgerError(f"{where} reports no ledger, but did before; restore its folder")
+                raise LedgerError(
+                    f"{where} reports no ledger now, but it reported one before; "
+                    "restore the client's folder from its newest backup"
+                )
             return
         text = head_in(reply)
         del reply.content[LEDGER]  # an aggregator expects parameters and numbers only
@@ -52,8 +55,9 @@ class ClientHeads:
         old = SealedHead.parse(known, where=SERVER) if known is not None else None
         if old and (new.count < old.count or (new.count == old.count and new.hash != old.hash)):
             raise LedgerError(
-                f"{where} reports a ledger of {new.count} lines, {SERVER} knows {old.count}: it "
-                "was put back from another time; restore the client's folder from its newest backup"
+                f"{where} reports a ledger of {new.count} lines, but {SERVER} has recorded "
+                f"{old.count}, so the ledger is not the newest one; restore the client's folder "
+                "from its newest backup"
             )
         self.texts[str(client)] = text
 
@@ -78,7 +82,7 @@ def require_known(ledger: Ledger | None, message: Message) -> None:
         return
     if ledger is None:
         raise LedgerError(
-            f"{SERVER} knows a ledger of this client, given privacy=None; give the same privacy, "
-            "or begin another run"
+            f"{SERVER} has recorded a ledger of this client, but its learner has privacy=None; "
+            "give the same privacy as before, or start a new run"
         )
     ledger.chain.require(Anchor(SealedHead.parse(head_in(message), where=SERVER), SERVER))

@@ -22,7 +22,7 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     for name, value in tensors.items():
         if value.dtype == torch.bfloat16:
             raise FederationError(
-                f"{name} is bfloat16, which Flower cannot carry; keep the model in float32"
+                f"{name} is bfloat16, which Flower cannot send; keep the model in float32"
             )
     return held(tensors)
 
@@ -64,8 +64,8 @@ def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise FederationError(
-            f"{', '.join(wrong[:3])}: name or shape is not the model's; build it alike on all "
-            "parties"
+            f"{', '.join(wrong[:3])}: the model has no parameter of this name and shape; build "
+            "the same model on all parties"
         )
     with torch.no_grad():
         for name, value in own.items():

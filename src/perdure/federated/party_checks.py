@@ -46,9 +46,9 @@ def refuse_parties(parties: Sequence[Party], folder: Path | None) -> None:
     plain = [client for client, each in enumerate(parties) if each.privacy is None]
     if private and plain:
         raise FederationError(
-            f"{numbered(plain)} without privacy among {numbered(private)} with it: their updates "
-            "would leave without noise, and no ledger would say so; give every learner "
-            "privacy=..., or none"
+            f"{numbered(plain)} without privacy, but {numbered(private)} with privacy: updates of "
+            "the former would be sent without noise, and no ledger would record it; give all "
+            "learners privacy=..., or give it to no learner"
         )
     for client, party in enumerate(parties):
         refuse_folder(party.folder, client)
@@ -57,8 +57,8 @@ def refuse_parties(parties: Sequence[Party], folder: Path | None) -> None:
     secret = [client for client in private if _secret(parties[client])]
     if secret and folder is None:
         raise ConfigError(
-            f"{numbered(secret)} with secret noise and no folder to keep its keys and ledgers in; "
-            "give fit_federated(..., folder=...), or Privacy(seed=...) for a simulation"
+            f"{numbered(secret)} with secret noise, but no folder for keys and ledgers; give "
+            "fit_federated(..., folder=...), or Privacy(seed=...) for a simulation"
         )
 
 
@@ -70,9 +70,9 @@ def refuse_folder(folder: Path | None, client: int) -> None:
     """
     if folder is not None:
         raise ConfigError(
-            f"client {client}: Learner(folder={str(folder)!r}) is not used in a "
-            "federation; allowed: none; leave it out and give fit_federated(..., folder=...) or "
-            f"client_app(..., folder=...), which keeps this client in clients/{client:03d} below it"
+            f"client {client}: Learner(folder={str(folder)!r}) is not used in a federation; "
+            "allowed: no folder; give fit_federated(..., folder=...) or client_app(..., "
+            f"folder=...) instead, which saves this client in its subfolder clients/{client:03d}"
         )
 
 
@@ -111,6 +111,7 @@ def _refuse_namesakes(owners: Sequence[str]) -> None:
         same = [client for client, each in enumerate(owners) if each == owner]
         if len(same) > 1:
             raise ConfigError(
-                f"owner = {owner!r} is not allowed for {numbered(same)}; allowed: one name a "
-                "client, since its ledger bears it; leave owner out, and it is client-N"
+                f"owner = {owner!r} is given to {numbered(same)}; allowed: a different owner for "
+                "each client, because it is the name of the client's ledger; leave owner out to "
+                "use client-0, client-1, ..."
             )

@@ -26,7 +26,7 @@ from perdure.contract.plan import MODELLED
 from perdure.contract.state import State
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
-from perdure.data.value_checks import check_finite
+from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError, FederationError
 from perdure.federated.attendance import Attendance
 from perdure.federated.averaging import HeldFedAvg
@@ -84,15 +84,15 @@ bits.
 
 @dataclass(kw_only=True)
 class Server:
-    """Drives a whole stream over the clients of a grid.
+    """Server of a federation: trains one model on a whole stream with the clients of a Flower grid.
 
     Args:
-        learner: built like the clients'; holds the global parameters and the combined state. It
-            gets no privacy, no folder and no adversary, because it never sees a training record.
-            `learner.matrix` is the result.
+        learner: learner like the learners of the clients; it holds the global parameters and the
+            combined state. It must have no privacy, folder or adversary, because it gets no
+            training record. `learner.matrix` is the result.
         stream: public part of the clients' stream: classes, declared sizes and test records.
         federation: clients, rounds, aggregator.
-        folder: of the run, for checkpoints; None to keep none.
+        folder: folder of the run, for checkpoints; None for no checkpoints.
         callbacks: called as callback(point, server).
     """
 
@@ -190,12 +190,12 @@ class Server:
             result, _ = self._aggregator.aggregate_train(number, replies)
         except AppExitException as error:
             raise FederationError(
-                f"the aggregator {type(self.federation.aggregator).__name__} stopped: {error}"
+                f"the aggregator {type(self.federation.aggregator).__name__} failed: {error}"
             ) from error
         if result is None:
             raise FederationError(
-                f"the aggregator {type(self.federation.aggregator).__name__} gave no parameters; "
-                "use another"
+                f"the aggregator {type(self.federation.aggregator).__name__} returned no "
+                "parameters; use another aggregator"
             )
         load_record(learner.model, result)
         learner.session.mark_model(learnt=True)
@@ -318,7 +318,7 @@ class Server:
 
 
 def server_app(server: Server) -> ServerApp:
-    """Wrap the server for any Flower engine."""
+    """Build the Flower app of the server, for any engine."""
     app = ServerApp()
 
     @app.main()
@@ -339,29 +339,28 @@ def run_federation(
     progress: MessageProgress | None = None,
     listen: Listen | None = None,
 ) -> Server:
-    """Train one model on the streams of all clients and return the server, which holds it.
+    """Train one model on the streams of all clients, and return the server with the model.
 
-    With a folder, a run that was stopped at any moment goes on where it was, to the bit-identical
-    end.
+    With a folder, a stopped run continues and gives the bit-identical result.
 
     Args:
-        make_learner: from a client's number to a fresh learner, alike but for what the number
-            changes.
-        streams: one a client, with the same experiences (see `perdure.data.client_splits`).
+        make_learner: function from a client's number to a new learner; all learners must be equal,
+            except for effects of the number.
+        streams: one stream per client, with the same experiences (see
+            `perdure.data.client_splits`).
         federation: clients, rounds, aggregator.
-        folder: of the run.
+        folder: folder of the run; None for a run without checkpoints.
         callbacks: called as callback(point, server).
         engine: `inprocess`, or `ray` for Flower's simulation engine.
-        progress: called as progress(replies, expected) in process.
-        listen: called with every message and every reply in process; for audits.
+        progress: called as progress(replies, expected); only with `inprocess`.
+        listen: called with every message and every reply; only with `inprocess`, for audits.
 
     Raises:
-        ConfigError: when streams do not fit the federation, a learner has a folder of its own,
-            ledgers of two clients have one owner, or `ray` or secret noise have no folder for the
-            clients' state.
-        FederationError: for clients without privacy among private ones.
-        DataError: before a private run, for training inputs that are NaN or infinite.
-        GuardError: before a private run, where two clients or partitions hold the same record.
+        ConfigError: if streams do not fit the federation, a learner has its own folder, two clients
+            have the same owner, or there is no folder although `ray` or secret noise needs one.
+        FederationError: if some clients have privacy and others do not.
+        DataError: before a private run, if training inputs are NaN or infinite.
+        GuardError: before a private run, if two clients or partitions hold the same record.
         FederationError, PrivacyError, RunError: see `Server.serve`.
     """
     folder = None if folder is None else Path(folder)
@@ -371,21 +370,25 @@ def run_federation(
         raise ConfigError.of(
             "streams", len(streams), f"one for each of {federation.clients} clients"
         )
+    tasks = {stream.task: stream.task.name for stream in streams}
+    if len(tasks) > 1:
+        allowed = "the same task for all clients"
+        raise ConfigError.of("tasks of the streams", list(tasks.values()), allowed)
     if engine not in get_args(Engine):
         raise ConfigError.of("engine", engine, get_args(Engine))
     if engine == "ray" and folder is None:
         raise ConfigError.of(
             "folder",
             None,
-            "a folder for the clients' state, because Ray's processes share no memory",
+            "a folder for the clients' state, because the processes of Ray share no memory",
         )
     learner = make_learner(0)
     others = (make_learner(client) for client in range(1, federation.clients))
     refuse_parties([party_of(each, i) for i, each in enumerate(chain([learner], others))], folder)
+    # here, where all records are still with their holder: a client's error goes to the server
     if learner.privacy:
-        # here, where all records are still with their holder: a client's error goes to the server
         refuse_records_in_two_partitions(streams)
-        check_finite(streams)
+    check_streams(streams, training=bool(learner.privacy))
     client = client_app(
         lambda number: (make_learner(number), streams[number]), folder, distinct=True
     )
@@ -414,10 +417,12 @@ def fit_federated(
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,
 ) -> Tensor:
-    """Run a federation and return the accuracy matrix alone.
+    """Run a federation and return the accuracy matrix.
+
+    `run_federation` returns the whole server, and describes the errors.
 
     Args:
-        make_learner: as in `run_federation`, which also says what is raised.
+        make_learner: as in `run_federation`.
         streams: as in `run_federation`.
         federation: as in `run_federation`.
         folder: as in `run_federation`.

@@ -16,7 +16,7 @@ UNSUPPORTED = {
     aggregators.DifferentialPrivacyClientSideFixedClipping: MISSING_NOISE,
     aggregators.DifferentialPrivacyServerSideAdaptiveClipping: MISSING_NOISE,
     aggregators.DifferentialPrivacyServerSideFixedClipping: MISSING_NOISE,
-    aggregators.FedProx: "its proximal term belongs into the clients' loss",
+    aggregators.FedProx: "its proximal term must be part of the clients' loss",
     aggregators.QFedAvg: "it needs the clients' training losses",
     aggregators.FedXgbBagging: "it aggregates trees",
     aggregators.FedXgbCyclic: "it aggregates trees",
@@ -25,22 +25,22 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Federation(CheckedFields):
-    """Number of clients, rounds an experience, and aggregation by the server.
+    """Settings of a federation: number of clients, rounds per experience, and aggregator.
 
     Args:
         clients: number of clients.
-        rounds: training rounds per experience.
-        fraction: share of the clients that train in a round, rounded, at least one; drawn by
-            perdure from `seed`.
-        aggregator: any Flower aggregator of model parameters; FedAvg by default. It sees only this
-            round's clients.
-        seed: of client sampling.
-        mode: `open`, where the server inspects every update. The modes `central` and `secure` are
-            not there yet.
+        rounds: number of training rounds per experience.
+        fraction: share of the clients that train in a round, rounded to at least one client. The
+            clients of a round are drawn from `seed`.
+        aggregator: any Flower aggregator of model parameters; FedAvg by default. It gets only the
+            replies of the clients of this round.
+        seed: seed of the choice of clients.
+        mode: `open`: the server can read every update. The modes `central` and `secure` are not
+            implemented.
 
     Raises:
-        ConfigError: for a value out of range, or an aggregator that needs more than parameters.
-        PrivacyError: for a mode or aggregator whose guarantee could not be kept.
+        ConfigError: if a value is out of range, or the aggregator needs more than parameters.
+        PrivacyError: if the mode or aggregator promises a guarantee that cannot be kept.
     """
 
     clients: int
@@ -61,7 +61,9 @@ class Federation(CheckedFields):
                 "federation.fraction", self.fraction, "a number above 0 and at most 1"
             )
         if self.mode != "open":
-            raise PrivacyError(f"federation.mode = {self.mode!r} is not there yet; allowed: 'open'")
+            raise PrivacyError(
+                f"federation.mode = {self.mode!r} is not implemented; allowed: 'open'"
+            )
         for kind, reason in UNSUPPORTED.items():
             if isinstance(self.aggregator, kind):
                 raise ConfigError(

@@ -16,19 +16,22 @@ def sent(state: State) -> State:
 
 
 def combine(old: State | None, states: Sequence[State], weights: Sequence[float]) -> State:
-    """One state of the states of all clients, by each name's rule; `local` names are left out.
+    """Combine the states of all clients into one state.
+
+    Each tensor is combined by the rule that was declared for its name; tensors with the rule
+    `local` are left out.
 
         sum:  old + sum_k (state_k - old)          mean:  sum_k w_k state_k / sum_k w_k
 
-    With one holder its tensor is taken as it is, to the bit.
+    If there is only one state, its tensors are returned unchanged.
 
     Args:
-        old: what the clients started from; None for zero.
-        states: one a client, in a fixed order.
-        weights: declared sizes.
+        old: state before the round, the same for all clients; None for zeros.
+        states: one state per client, in a fixed order.
+        weights: declared sizes of the clients.
 
     Raises:
-        StrategyError: for a `mean` of integers.
+        StrategyError: if a tensor of integers has the rule `mean`.
     """
     parts = [sent(state) for state in states]
     rules = parts[0].rules
@@ -52,7 +55,8 @@ def _sum(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], nam
 def _mean(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
     if not before.is_floating_point():
         raise StrategyError(
-            f"state {name!r} is {before.dtype}, which has no mean; declare it as sum or local"
+            f"state {name!r} is {before.dtype}, and integers have no mean; declare the rule sum "
+            "or local for it"
         )
     total = sum(weights)
     terms = [weight / total * value.double() for weight, value in zip(weights, values, strict=True)]

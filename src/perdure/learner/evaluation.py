@@ -1,5 +1,6 @@
 """Predictions of a party's strategy, and their metric on test records."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,3 +45,25 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
             predicted = predictor(party, stage.latest(after), after=after)
             found.append(evaluate(stream.task, predicted, test.inputs, test.labels, batch_size))
     return found
+
+
+def is_measured(stream: Stream, index: int, every: int | None) -> bool:
+    """Tell if a model is measured after experience `index`.
+
+    Args:
+        stream: that is learnt.
+        index: of the experience.
+        every: experiences of a stage after which it is measured too; None for its end alone.
+    """
+    stage = stream.stage_of(index)
+    inside = index - stage.first + 1
+    return index == stage.last or (every is not None and inside % every == 0)
+
+
+def lacks_late_tests(stream: Stream, matrix: list[list[float]]) -> bool:
+    """Tell if a stage has test records now that was not measured at the end of the stream."""
+    last = matrix[-1] if matrix else []
+    return any(
+        len(stage.test) and math.isnan(found)
+        for stage, found in zip(stream.stages, last, strict=False)
+    )

@@ -43,7 +43,7 @@ _LIBRARIES = ("perdure", "torch")
 _CODE = (
     *("perdure.contract.", "perdure.strategies.", "perdure.models.", "perdure.adversarial."),
     *("perdure.data.", "perdure.queries.", "perdure.privacy.clipping.", "perdure.privacy.guard."),
-    *("perdure.learner.", "perdure.utils."),
+    *("perdure.learner.", "perdure.tasks.", "perdure.utils."),
 )
 """Modules of this library whose functions and classes stand on the path of rows to their losses."""
 

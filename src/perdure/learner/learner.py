@@ -16,11 +16,11 @@ from perdure.contract.strategy import Strategy
 from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
-from perdure.data.value_checks import check_finite
+from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.checkpoint import Position, Snapshot, Store
-from perdure.learner.evaluation import measurements, predictor
+from perdure.learner.evaluation import is_measured, lacks_late_tests, measurements, predictor
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
@@ -91,8 +91,8 @@ class Learner:
         iterations: length of an experience in steps.
         blocks: pieces an experience is done in; each is charged to the ledger as one, and ends with
             a checkpoint (in a federation: with a round). Where one experience was cut into several
-            (`perdure.data.online`), and there is neither privacy nor more than one block, there is
-            a checkpoint where the model is measured.
+            (`perdure.data.online`) and has one block, a run without privacy has its checkpoints
+            where the model is measured.
         evaluate_every: measure the model after so many experiences inside a stage of several, too
             (`progress`); None measures it at the end of every stage only.
         batch_size: new records a step.
@@ -169,15 +169,14 @@ class Learner:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
         Row i is measured at the end of stage i, on the test records of every stage: a stage is an
-        experience, or all pieces of one that was cut up (`perdure.data.online`). Records of another
-        task than single-label ones are measured by `stream.task.metric`. With a `folder`, a run
-        that was stopped continues where it was, to the bit-identical end; a stream that has grown
-        since continues with its new experiences, and one that has test records of more stages
-        (`Stream.with_test`) has them measured from now on.
+        experience, or all pieces of one that was cut up (`perdure.data.online`). Records of other
+        tasks have the metric of their task. With a `folder`, a stopped run goes on to the identical
+        bits; new experiences and late test records (`Stream.with_test`) are taken up then.
 
         Raises:
-            DataError: before a private run, for training inputs that are NaN or infinite. Whoever
-                calls `fit` holds the data; `prepare` and `train` never look at a value.
+            DataError: before the run, for test inputs, and under privacy training inputs, that are
+                NaN or infinite, and for an id that is among the training and the test records.
+                Whoever calls `fit` holds the data; `prepare` and `train` never look at a value.
             LedgerError: when the folder's ledger is missing, shorter or other than its checkpoint
                 knows.
             PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
@@ -185,8 +184,7 @@ class Learner:
                 otherwise; the differences are named.
         """
         check_stream(stream)
-        if self.privacy:
-            check_finite([stream])
+        check_streams([stream], training=bool(self.privacy))
         try:
             self.prepare(stream)
             self.resume()
@@ -204,7 +202,7 @@ class Learner:
                     self.measure()
                 if kept:
                     self.save()
-            if self._has_late_tests():
+            if lacks_late_tests(self.stream, self.matrix):
                 self.measure()
                 self.save()
         finally:
@@ -294,12 +292,6 @@ class Learner:
 
     # ------------------------------------------------------------------ evaluation
 
-    def _has_late_tests(self) -> bool:
-        """Tell if a stage has test records now that was not measured at the end of the stream."""
-        last = self.matrix[-1] if self.matrix else []
-        stages = zip(self.stream.stages, last, strict=False)
-        return any(len(stage.test) and math.isnan(accuracy) for stage, accuracy in stages)
-
     def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
         """Return a function from inputs (n, ...) to logits (n, C).
 
@@ -313,17 +305,13 @@ class Learner:
         """Measure the model on the test records of every stage, each once, by the task's metric.
 
         Returns:
-            one number a stage: accuracy in percent for single-label records; NaN where a stage has
-            no test records.
+            One number per stage, accuracy in percent for single-label records; NaN without records.
         """
         return measurements(self.session, stream, batch_size)
 
     def is_measured(self, index: int) -> bool:
         """Tell if the model is measured after experience `index`."""
-        stage = self.stream.stage_of(index)
-        inside = index - stage.first + 1
-        every = self.evaluate_every
-        return index == stage.last or (every is not None and inside % every == 0)
+        return is_measured(self.stream, index, self.evaluate_every)
 
     def measure(self) -> None:
         """Measure the model after the experience that ended last.
@@ -344,7 +332,7 @@ class Learner:
     def snapshot(self) -> Snapshot:
         """Copy everything that a run needs to go on; memory rows apart, as they are private."""
         now = take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
-        return replace(now, facts={**now.facts, PROGRESS: list(self.progress)})
+        return replace(now, facts=now.facts | {PROGRESS: list(self.progress)})
 
     def checkpoint(self) -> Snapshot:
         """Snapshot for the disk: with the run's fingerprint and, under privacy, the ledger's head.
@@ -373,13 +361,11 @@ class Learner:
             fingerprint=self.fingerprint,
             where=where or self.folder,
         )
-        self._take_progress(snapshot)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken; call `prepare` first."""
         self._rewind(snapshot)
         self.matrix = restore_snapshot(snapshot, self.session, self._optimizer, self._scheduler)
-        self._take_progress(snapshot)
 
     def save(self) -> None:
         """Write a checkpoint, when there is a folder."""
@@ -479,30 +465,27 @@ class Learner:
 
         An experience of no step has none.
         """
-        steps = self.training.steps(index)
         self._scheduler = None
+        steps = self.training.steps(index)
         if self.scheduler and steps:
             put_options(self._optimizer, self._made_options)
             self._scheduler = made_schedule(self.scheduler, self._optimizer, steps)
 
     def _rewind(self, snapshot: Snapshot) -> None:
-        """Have the schedule that a snapshot was taken under, at its first step."""
+        """Take a snapshot's progress, and its schedule at the first step."""
+        self.progress = [(index, list(row)) for index, row in snapshot.facts[PROGRESS]]
         self._rates = None
         self._scheduler = None
         if snapshot.facts["scheduler"]:
             self._new_schedule(snapshot.facts["position"]["experience"])
-
-    def _take_progress(self, snapshot: Snapshot) -> None:
-        self.progress = [(index, list(row)) for index, row in snapshot.facts[PROGRESS]]
 
     def noise_digest(self) -> str:
         """Digest everything but the records that determines the next steps; "" without privacy."""
         if self.private_sum is None:
             return ""
         rates = self._replayed(self.scheduler).text if self.scheduler else "[]"
-        live = take_snapshot(
-            self.session, self._optimizer, self._scheduler, self.matrix, copy=False
-        )
+        parts = (self.session, self._optimizer, self._scheduler)
+        live = take_snapshot(*parts, self.matrix, copy=False)
         return noise_digest(self.session, live, self._optimizer, self._scheduler, rates)
 
     def _replayed(self, scheduler: MakeSchedule) -> ReplayedRates:

@@ -1,4 +1,4 @@
-"""The path of a row to its loss: an attack, views, the model, the strategy's losses.
+"""The path of a row to its loss: an attack, views, the model, the losses of strategy and task.
 
 Every part of it may be the user's own. Records are independent by construction only where none
 is: whatever is not this library's, or a listed module of torch's, is named by `foreign_parts`.
@@ -6,7 +6,7 @@ is: whatever is not this library's, or a listed module of torch's, is named by `
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.records import Batch, filled_batch
 from perdure.privacy.guard.independence import is_own, keeps_methods
+from perdure.tasks import SingleLabel, Task
 from perdure.utils.seeding import Seed, generator_from
 
 STRATEGIES = ("perdure.strategies.", "perdure.contract.")
@@ -28,6 +29,9 @@ STRATEGIES = ("perdure.strategies.", "perdure.contract.")
 
 ATTACKS = ("perdure.adversarial.",)
 """Packages whose attacks move each row by its own loss; their tests hold it."""
+
+TASKS = ("perdure.tasks.",)
+"""Packages whose tasks compute each loss from its own row; their tests hold it."""
 
 VIEWS = ("perdure.data.augmentation",)
 """Modules whose views are of one record each; their tests hold it."""
@@ -42,12 +46,14 @@ class LossPath:
         adversary: attack on the rows; None for none.
         views: random versions of the rows; None for none.
         precision: of the passes through the model.
+        task: meaning of the rows' targets.
     """
 
     strategy: Strategy
     adversary: Attack | None = None
     views: Views | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    task: Task = field(default_factory=SingleLabel)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """(n,) the strategy's loss of every row, averaged over views where there are any."""
@@ -148,8 +154,9 @@ class LossPath:
         """Names of the parts that are not this library's."""
         own = is_own_strategy(self.strategy)
         strategy = () if own else (f"{self.strategy.name}.losses()",)
-        changes = self.foreign_changes
-        return (*strategy, changes) if changes else strategy
+        task = () if is_own_task(self.task) else (f"the task {type(self.task).__name__}",)
+        changes = (self.foreign_changes,) if self.foreign_changes else ()
+        return (*strategy, *task, *changes)
 
 
 def is_own_strategy(strategy: Strategy) -> bool:
@@ -157,6 +164,11 @@ def is_own_strategy(strategy: Strategy) -> bool:
     parts = getattr(strategy, "parts", ())
     own = is_own(type(strategy), STRATEGIES) and keeps_methods(strategy, "losses")
     return own and all(map(is_own_strategy, parts))
+
+
+def is_own_task(task: Task) -> bool:
+    """Return whether a task is one of this library's, as it stands there."""
+    return is_own(type(task), TASKS) and keeps_methods(task, "losses", "distillation")
 
 
 def is_own_attack(adversary: Attack) -> bool:

@@ -188,6 +188,7 @@ class Party:
             adversary=self.adversary,
             views=self.views,
             precision=self.precision,
+            task=self.stream.task,
         )
 
     def inspection(self) -> Inspection:

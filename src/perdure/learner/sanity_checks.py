@@ -68,7 +68,8 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
                 f"the model fails on {given}, as the stream's records are: {reason}; give it a "
-                "first layer that fits them, or convert the records, as inputs.float()"
+                "first layer that fits them, or convert the records, as inputs.float(), images of "
+                "bytes by inputs.float() / 255; perdure.data.from_arrays does so"
             ) from error
     if not isinstance(answer, torch.Tensor):
         found = outputs_in(answer)

@@ -4,12 +4,14 @@ The loop of `Learner` is this very loop.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from perdure.data.experience import Experience, Stream
@@ -56,8 +58,9 @@ class Session(Party):
         model: any module with a full-width head.
         strategy: how forgetting is fought.
         stream: experiences, in the order in which they are trained.
-        optimizer: made from `model.parameters()`; it needs one gradient a step. None only for a
-            program that calls the session's parts itself, as `Learner` does.
+        optimizer: made from `model.parameters()`; it needs one gradient a step. Another may be set
+            between two experiences. None only for a program that calls the session's parts itself,
+            as `Learner` does.
         epochs: length of an experience in passes over its records; give this or `iterations`.
         iterations: length of an experience in steps.
         blocks: pieces of an experience; each is charged to the ledger as one.
@@ -104,14 +107,12 @@ class Session(Party):
         self._order = StepOrder()
         self._open = False
         self._training_mode = True
+        self._known: Optimizer | None = None
         self._start: dict[str, Any] = {}
         self._finite = self.privacy is None
         self.fingerprint: Fingerprint = {}
         if self.optimizer is not None:
-            refuse_unusable(self.optimizer)
-            if self.privacy:
-                check_optimizer(self.optimizer)
-            self._start = deepcopy(self.optimizer.state_dict())
+            self._loop_optimizer()
         super().__post_init__()
         if self.folder and self.optimizer is not None:
             self._resume(self.folder, self.optimizer)
@@ -123,12 +124,11 @@ class Session(Party):
         """Experiences that are not completed yet, in order."""
         return self.stream.experiences[self.position.experience :]
 
-    @contextmanager
-    def experience(self, experience: Experience | int) -> Iterator["Batches"]:
-        """Open an experience; at the end of the `with`, consolidate it and save a checkpoint.
+    def experience(self, experience: Experience | int) -> "Batches":
+        """Open an experience for a `with`; at its end, consolidate and save a checkpoint.
 
         A strategy that starts afresh (`Plan.restart`) gets the model's first parameters back, and
-        the optimiser the state and settings in which the session was given it.
+        the optimiser the state and settings with which the session was given it.
 
         An experience that is left before its last step, by an exception or a `break`, is not
         consolidated. Open it again to go on with its next step; under privacy the steps that are
@@ -138,6 +138,9 @@ class Session(Party):
         Args:
             experience: of the session's stream, or its index; each once, in order.
 
+        Returns:
+            The batches of the experience, which the `with` opens.
+
         Raises:
             ConfigError: for anything else, or an optimiser that lacks a trained parameter.
             DataError: before the first private experience, for training inputs that are NaN or
@@ -145,6 +148,11 @@ class Session(Party):
             LoopError: for an experience out of order, inside another, or left by a `break`.
             RunawayError: where training diverged and parameters are NaN or infinite.
         """
+        return Batches(self, self._opened_experience(experience))
+
+    @contextmanager
+    def _opened_experience(self, experience: Experience | int) -> Iterator[list[range]]:
+        """Open an experience; give the blocks of steps that are left of it."""
         optimizer = self._loop_optimizer()
         index = self._in_turn(experience)
         self.hold()
@@ -154,7 +162,10 @@ class Session(Party):
         with flushed(), self._order.watching(optimizer, self.trained):
             self._open = True
             try:
-                yield Batches(self)
+                yield [
+                    range(max(block.start, self.position.step), block.stop)
+                    for block in self.training.remaining_blocks(index, self.position.step)
+                ]
             except BaseException as error:
                 self._leave()
                 error.add_note(self._left())
@@ -178,10 +189,15 @@ class Session(Party):
             batch: that the loop was given, as it is.
 
         Raises:
-            LoopError: for another batch, a second call, a call outside a step, or a model that is
-                in evaluation mode.
+            LoopError: for another batch, a second call, a call outside a step, a model that is in
+                evaluation mode, or gradients that are switched off.
         """
         rows = self._order.rows_of(batch)
+        if not torch.is_grad_enabled():
+            raise LoopError(
+                "gradients are switched off, by torch.no_grad() or inference_mode() around the "
+                "loop; train outside that block"
+            )
         if self._training_mode and not self.model.training:
             raise LoopError(
                 "the model is in evaluation mode inside the loop; call model.train() after what "
@@ -252,10 +268,18 @@ class Session(Party):
         return noise_digest(self, live, optimizer, None, "[]")
 
     def _loop_optimizer(self) -> Optimizer:
-        if self.optimizer is None:
+        if not isinstance(self.optimizer, Optimizer):
             raise ConfigError.of(
-                "optimizer", None, "one of the session's model; give it to Session(optimizer=...)"
+                "optimizer",
+                self.optimizer,
+                "one of the session's model; give it to Session(optimizer=...)",
             )
+        if self.optimizer is not self._known:
+            refuse_unusable(self.optimizer)
+            self._known = self.optimizer
+            if self.privacy:
+                check_optimizer(self.optimizer)
+            self._start = deepcopy(self.optimizer.state_dict())
         return self.optimizer
 
     def _in_turn(self, experience: object) -> int:
@@ -335,26 +359,50 @@ class Session(Party):
 
 
 class Batches:
-    """The batches of an experience, in order, all epochs of it; its length is the steps left."""
+    """The batches of an experience, in order, all epochs of it; its length is the steps left.
 
-    def __init__(self, session: Session) -> None:
-        position = session.position
+    Args:
+        session: that charges and draws them.
+        opened: opens the experience, and gives the blocks of steps that are left.
+    """
+
+    def __init__(self, session: Session, opened: AbstractContextManager[list[range]]) -> None:
         self._session = session
-        self._blocks = [
-            range(max(block.start, position.step), block.stop)
-            for block in session.training.remaining_blocks(position.experience, position.step)
-        ]
+        self._opened = opened
+        self._blocks: list[range] | None = None
         self._looped = False
 
+    def __enter__(self) -> "Batches":
+        self._blocks = self._opened.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        self._blocks = None
+        return self._opened.__exit__(kind, error, trace)
+
     def __len__(self) -> int:
-        return sum(map(len, self._blocks))
+        return sum(map(len, self._open_blocks()))
 
     def __iter__(self) -> Iterator[Batch | HiddenBatch]:
+        blocks = self._open_blocks()
         if self._looped:
             raise LoopError(
                 "batches was looped over twice; it gives every step of the experience once, all "
                 "epochs of it: write one loop, and give epochs=... to Session"
             )
         self._looped = True
-        for block in self._blocks:
+        for block in blocks:
             yield from self._session.steps(block, self._session.noise_digest)
+
+    def _open_blocks(self) -> list[range]:
+        if self._blocks is None:
+            raise LoopError(
+                "session.experience(...) was used outside a `with`; write `with "
+                "session.experience(experience) as batches:` and loop over batches inside it"
+            )
+        return self._blocks

@@ -1,7 +1,7 @@
-"""From declared sizes to steps, sampling rates and noise, for a whole stream in advance.
+"""Plans of training: steps, sampling rates and noise for a whole stream, from declared sizes.
 
-Nothing here sees a record. Import `TrainingPlan`, which a `Learner` makes by itself and a `Session`
-is given.
+No code of this package reads a record. Import `TrainingPlan`. A `Learner` makes its own plan; a
+`Session` gets a plan as argument.
 """
 
 from perdure.planning.training_plan import TrainingPlan

@@ -119,12 +119,12 @@ def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float,
         raise ConfigError.of(
             "privacy.epsilon",
             targets,
-            f"one number with {training.strategy.name} on {training.stream.name}, which uses "
-            "records again later",
+            f"one number for all, because {training.strategy.name} on {training.stream.name} uses "
+            "records again in later experiences",
         )
     if len(targets) != len(stages):
         raise ConfigError.of(
-            "privacy.epsilon", targets, f"{len(stages)} numbers, one an experience"
+            "privacy.epsilon", targets, f"{len(stages)} numbers, one per experience"
         )
 
     def history(index: int, sigma: float) -> list[list[Charge]]:
@@ -179,9 +179,9 @@ def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[fr
                 break
             if own in over:
                 raise BudgetError(
-                    f"experience {stage.index} alone would take its records beyond epsilon "
-                    f"{cap:g} at delta "
-                    f"{privacy.delta:g}; plan fewer steps, a larger noise_multiplier or a "
+                    f"the records of experience {stage.index} would exceed epsilon {cap:g} at "
+                    f"delta {privacy.delta:g} in this experience alone; plan fewer steps, a "
+                    "larger noise_multiplier or a "
                     "larger epsilon"
                 )
             gone |= over
@@ -205,7 +205,9 @@ def horizon(training: TrainingPlan) -> Sequence[Experience]:
     asked = privacy.horizon if privacy and privacy.horizon is not None else len(known)
     if asked < len(known):
         raise ConfigError.of(
-            "privacy.horizon", asked, f"at least {len(known)}, the experiences of the stream"
+            "privacy.horizon",
+            asked,
+            f"at least {len(known)}, the number of experiences in the stream",
         )
     last = known[-1]
     own = known[-1].train.partition

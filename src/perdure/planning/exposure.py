@@ -45,7 +45,9 @@ def exposure(
         chosen = 1 / slots
         if slots < bands:
             raise ConfigError.of(
-                "privacy.bands", bands, f"up to {slots}, the steps of an epoch here"
+                "privacy.bands",
+                bands,
+                f"up to {slots}, the number of steps in an epoch of this run",
             )
     scope = dict.fromkeys(sorted(exposed), chosen if slots is None else 1.0)
     return Exposure(scope=scope, rate=chosen, pool_size=size, slots=slots)

@@ -20,19 +20,21 @@ NOBODY: frozenset[str] = frozenset()
 class TrainingPlan:
     """Plan of training on a stream: pools of records, numbers of steps, blocks.
 
-    A function of public facts: no record is looked at, so a run can be calibrated before it begins.
+    The plan depends on public facts only and reads no record, so the noise of a run can be
+    calibrated before the run begins.
 
     Args:
-        stream: its declared sizes and classes are used, never its records.
-        strategy: plans every experience.
+        stream: stream to train on; only its declared sizes and classes are used, never its records.
+        strategy: strategy that plans each experience.
         batch_size: expected number of new records in a step.
-        epochs: passes over the records of an experience; None where `iterations` is given.
-        iterations: steps of an experience; None where `epochs` is given.
-        blocks: number of pieces an experience is trained in; each is charged to the ledger as one.
+        epochs: number of passes over the records of an experience; None if `iterations` is given.
+        iterations: number of steps in an experience; None if `epochs` is given.
+        blocks: number of blocks in an experience; each block is one charge in the ledger.
         privacy: settings of differential privacy, or None.
-        schedule: noise and excluded partitions of every experience, once they are calibrated.
-        carried: what a warm-started model cost the records of a partition before.
-        carried_at_most: the same for a partition that is still to come, whose records may be any.
+        schedule: calibrated noise and excluded partitions of every experience.
+        carried: earlier charges of a warm-started model, by partition.
+        carried_at_most: upper bound of earlier charges for a partition of a later experience, whose
+            records are not known.
     """
 
     stream: Stream

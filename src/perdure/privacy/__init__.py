@@ -1,10 +1,9 @@
 """Differential privacy: releases of a curator, their noise, and the spent epsilon.
 
-Import `Privacy`, the settings of a learner, and `Adaptive` for clip norms that follow the
-gradients; `Ledger`, `Entry` and `Statement` for what was spent; `Grid`, on which
-sums are exact; `check_model`, `fixes` and `fix`
-for models that no guarantee covers; `from_opacus` to go on where Opacus stopped. This package knows
-nothing of learning.
+Import `Privacy` for the settings of a learner, and `Adaptive` for clip norms that follow the
+gradients. `Ledger`, `Entry` and `Statement` record and state the privacy cost. Private sums are
+exact on a `Grid`. `check_model` refuses a model that cannot be trained privately; `fixes` and `fix`
+repair it. `from_opacus` continues a training of Opacus.
 """
 
 from perdure.privacy.adaptive_clipping import Adaptive

@@ -24,16 +24,16 @@ MOST = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(CheckedFields):
-    """Adaptive clipping.
+    """Settings of adaptive clipping: the clip norm follows a quantile of the gradient norms.
 
     Args:
-        quantile: share of the records whose gradient is to stay as it is (gamma).
-        learning_rate: of the clip norm's logarithm (eta).
+        quantile: share of records whose gradient should not be scaled down (gamma).
+        learning_rate: learning rate of the logarithm of the clip norm (eta).
         count_noise: standard deviation of the noise on the count, as a share of the expected batch
             (s / m).
 
     Raises:
-        ConfigError: for a value outside its range.
+        ConfigError: if a value is outside its range.
     """
 
     quantile: float = 0.5
@@ -58,9 +58,9 @@ class Adaptive(CheckedFields):
         left = noise_multiplier**-2 - (2 * self.count_noise * expected) ** -2
         if left <= 0:
             raise PrivacyError(
-                f"count_noise = {self.count_noise:g} is too little for {expected:g} records "
-                "a step at noise multiplier "
-                f"{noise_multiplier:g}: the count would spend it all; allowed: more than "
+                f"count_noise = {self.count_noise:g} is too small for {expected:g} records per "
+                f"step at noise multiplier {noise_multiplier:g}: the count alone would use the "
+                "whole privacy cost of the step; allowed: more than "
                 f"{noise_multiplier / (2 * expected):.3g}"
             )
         return 1 / math.sqrt(left)

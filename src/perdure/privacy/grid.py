@@ -56,10 +56,12 @@ MOST_UNITS = 2.0**52
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A grid with M steps in the clip norm; a function of public numbers alone.
+    """A public grid on which private sums are counted in integers; M grid steps are one clip norm.
+
+    It is computed from public numbers only.
 
     Args:
-        numbers: most numbers in a sum, d.
+        numbers: largest number of coordinates in a sum, d.
         steps: M, a power of two.
     """
 
@@ -117,8 +119,8 @@ class Grid:
         numbers = sum(map(math.prod, shapes.values()))
         if numbers > self.numbers:
             raise PrivacyError(
-                f"a private sum has {numbers} numbers, and its grid is for {self.numbers}; reserve "
-                "the steps for so many"
+                f"a private sum has {numbers} coordinates, but its grid was made for at most "
+                f"{self.numbers}; reserve the steps with numbers={numbers}"
             )
         units = self._kept[:numbers]
         if total is None:

@@ -50,20 +50,21 @@ MakePrivateSum = Callable[..., "PrivateSum"]
 
 
 class PrivateSum(Releases):
-    """Sums over records with noise, and the ledger that they are charged to.
+    """Noisy sums over records, charged to a ledger.
 
-    Guarantee: every sum that leaves was charged to the ledger, on disk, before its noise was drawn;
-    one record moves it by at most the clip norm before noise.
+    Guarantee: every released sum was charged to the ledger, on disk, before its noise was drawn.
+    Before noise, one record changes the sum by at most the clip norm.
 
     Args:
-        privacy: what was asked.
-        schedule: what was calibrated.
-        ledger: where it is charged.
-        key: of noise and coins.
-        draws: log of the sums that noise was drawn for; None keeps one in memory.
-        answers: what was released; None keeps it in memory.
-        independence: by what the gradients of records are known to be independent (see
-            `perdure.privacy.guard`); "" where nothing is known.
+        privacy: privacy settings of the user.
+        schedule: calibrated noise of each experience.
+        ledger: ledger that is charged.
+        key: key for the noise and for the coins (random numbers that decide which records enter a
+            step).
+        draws: log of the exact sums for which noise was drawn; None for a log in memory.
+        answers: released answers that are kept; None to keep them in memory.
+        independence: how the gradients of records are known to be independent (see
+            `perdure.privacy.guard`); "" if not known.
     """
 
     def __init__(
@@ -351,8 +352,8 @@ class PrivateSum(Releases):
         if purpose == "gradient" and self._chain and self.privacy.bands is not None:
             self._chain = BandedNoise(self.privacy.bands, rest.start)
         raise ChangedSumError(
-            f"step {step} is executed again with another sum, or without the log of what was "
-            f"drawn for it; steps {rest.start} to {rest.stop - 1} were charged again"
+            f"step {step} runs again with another sum, or without the log of its first draw; "
+            f"steps {rest.start} to {rest.stop - 1} were charged again"
         )
 
     def _drawn(self, purpose: str, step: int) -> None:
@@ -370,7 +371,8 @@ class PrivateSum(Releases):
         block = self._paid(step, purpose)
         if step < block.drawn or (step > block.drawn and purpose == "gradient"):
             raise PrivacyError(
-                f"step {step} is out of turn: every step is drawn once, next is step {block.drawn}"
+                f"step {step} is not the next step; each step is drawn once and in order, and the "
+                f"next one is step {block.drawn}"
             )
         return block
 

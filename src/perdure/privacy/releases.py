@@ -226,5 +226,5 @@ def _refuse_other_shapes(
     if given is not None and given != dict(shapes):
         raise PrivacyError(
             f"the sum for {purpose!r} has shapes { {k: tuple(v) for k, v in given.items()} }; "
-            f"allowed: those of the query's rows, { {k: tuple(v) for k, v in shapes.items()} }"
+            f"allowed: the shapes of the query's rows, { {k: tuple(v) for k, v in shapes.items()} }"
         )

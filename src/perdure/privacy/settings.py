@@ -28,11 +28,11 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy(CheckedFields):
-    """Record-level differential privacy of everything that leaves a curator.
+    """Settings of record-level differential privacy for everything that a curator releases.
 
     Guarantee: for add/remove neighbours, the released model and state are (epsilon,
-    delta)-indistinguishable for a record of any one partition, under the trust model of the ledger;
-    the ledger says what was really spent.
+    delta)-indistinguishable for a record of any one partition, under the trust model of the ledger.
+    The ledger states the epsilon that was really spent.
 
     >>> Privacy(epsilon=3, delta=1e-5)            # noise for the whole declared stream
     >>> Privacy(noise_multiplier=1.1)             # noise as given; epsilon is reported
@@ -41,40 +41,40 @@ class Privacy(CheckedFields):
 
     Args:
         epsilon: target for the worst partition; the noise is calibrated for the whole declared
-            stream. One number an experience where no strategy uses records again. Beside a
-            `noise_multiplier` it is a cap: partitions whose records would exceed it leave every
-            pool, and the run goes on.
+            stream. Give one number per experience only if the strategy never uses records of
+            earlier experiences. Together with `noise_multiplier` it is a cap: partitions whose
+            records would exceed it are not used any more, and the run continues.
         noise_multiplier: standard deviation of the noise in units of the clip norm.
         delta: slack of the guarantee, about the probability that it fails; below 1 / number of
-            records, else a warning comes out and the statement says so.
-        clip_norm: bound C on the L2 norm of one record's gradient; where it is `Adaptive`, the
-            first one.
-        clipping: `flat`, the whole gradient; `per-layer`, each of L layers to C / sqrt(L); or
-            `Adaptive`.
+            records, otherwise there is a warning and the statement says so.
+        clip_norm: bound C on the L2 norm of one record's gradient; with `Adaptive`, the first
+            bound.
+        clipping: `flat` clips the whole gradient to C; `per-layer` clips each of L layers to C /
+            sqrt(L); `Adaptive` lets C follow a quantile of the gradient norms.
         sampling_rate: probability that a record enters a step; None for batch_size / declared pool
             size.
-        release_noise: noise multiplier of a release after an experience, as a multiple of that of a
+        release_noise: a release after an experience has this many times the noise multiplier of a
             step.
-        bands: None for Poisson sampling with independent noise. A number for noise correlated over
-            so many steps, without sampling: every record takes part once an epoch, at a step of its
-            own (see `perdure.privacy.noise.banded`).
-        horizon: experiences to calibrate for, where more will come than the stream has; they are
-            taken to be like its last one. None for the length of the stream.
-        spent: what the records of every partition were exposed to elsewhere, before.
+        bands: None for Poisson sampling with independent noise. A number for noise that is
+            correlated over this many steps, without sampling: every record takes part once per
+            epoch, at a fixed step (see `perdure.privacy.noise.banded`).
+        horizon: number of experiences to calibrate for, if the stream will grow; later experiences
+            are assumed to be like the last one. None for the length of the stream.
+        spent: charges of the records of every partition before this run, outside its ledger.
         seed: None for secret noise from the operating system; a number for reproducible *simulated*
-            noise, which is labelled wherever epsilon is printed.
-        diagnostics: `released`, or `raw` to let callbacks see batch sizes, losses and clipped
-            shares: epsilon is then infinite, and everything that prints it says so.
-        custom_forward: `tested`: a model with a forward pass, losses, an attack, views or clipping
-            rules of the user's own runs in batches once the guard has probed it over the declared
+            noise. Every printed epsilon says if the noise is simulated.
+        diagnostics: `released`, or `raw` to show callbacks the batch sizes, losses and clipped
+            shares. With `raw`, epsilon is infinite, and every printed epsilon says so.
+        custom_forward: mode for user code (a forward pass, losses, an attack, views or clipping
+            rules). `tested`: it runs in batches after the guard has tested it over the declared
             domain, and the statement says that the independence of records is tested.
-            `record-by-record`: such a model sees one record at a time, more slowly, without an
-            attack, and no record can depend on another by construction, save for state that the
-            module keeps. Models of known modules, with strategies and attacks of the library, are
-            independent by construction and run in batches under both.
+            `record-by-record`: it runs on one record at a time, which is slower and excludes
+            attacks; records are then independent by construction, except for state that the module
+            keeps. Models of known modules, with strategies and attacks of the library, are
+            independent by construction and run in batches in both modes.
 
     Raises:
-        ConfigError: for a value outside its range.
+        ConfigError: if a value is outside its range.
     """
 
     epsilon: float | tuple[float, ...] | None = None
@@ -132,16 +132,22 @@ class Privacy(CheckedFields):
         if isinstance(self.epsilon, tuple) and (
             self.noise_multiplier is not None or self.horizon is not None
         ):
-            given = "one number an experience, with noise_multiplier or horizon"
+            given = "one number per experience together with noise_multiplier or horizon"
             raise ConfigError.of(
-                "privacy.epsilon", given, "one number an experience by itself, or one in all"
+                "privacy.epsilon",
+                given,
+                "one number per experience without noise_multiplier and "
+                "horizon, or one number for all",
             )
         if self.bands is not None and (
             self.sampling_rate is not None or isinstance(self.clipping, Adaptive)
         ):
             given = f"{self.bands} with sampling_rate or adaptive clipping"
             raise ConfigError.of(
-                "privacy.bands", given, "bands with neither: correlated noise is not sampled"
+                "privacy.bands",
+                given,
+                "bands without sampling_rate and Adaptive clipping, "
+                "because correlated noise uses no sampling",
             )
 
     @property

@@ -1,8 +1,9 @@
-"""Questions to a curator, and their exact and clipped sums.
+"""Queries that a curator answers, and their exact and clipped sums over records.
 
-Import a query to release (`Gram`, `SquaredGradient`, `AbsoluteGradient`, `GroupedGradient`), or a
-function that releases a statistic (`mean`, `histogram`, `quantile`, `top_k`). `SummedQuery` is the
-base of queries with faster exact sums than row by row.
+Import a query for `curator.release` (`Gram`, `SquaredGradient`, `AbsoluteGradient`,
+`GroupedGradient`), or a function that releases a statistic (`mean`, `histogram`, `quantile`,
+`top_k`). `SummedQuery` is the base class of queries that can compute their sums faster than one
+record at a time.
 """
 
 from perdure.queries.batch_gradients import clipped_gradient

@@ -78,32 +78,34 @@ def clipped_gradient(
     by_loop: bool = True,
     alone: bool = False,
 ) -> Params | None:
-    """Sum over the rows of clip(gradient of the row's loss), the fastest way that fits the model.
+    """Sum over rows of clip(gradient of the row's loss), by the fastest method for the model.
 
-    By book-keeping where every layer has a rule, else by Opacus's samplers, else record by record.
+    The method is book-keeping if every layer has a clipping rule, then the samplers of Opacus if
+    they cover the model, then record by record.
 
-    A row whose gradient is not finite counts as zero: the sum is that of the others alone, and
-    nothing is raised that would tell of it.
+    A row whose gradient is NaN or infinite is left out of the sum. No error is raised, because an
+    error would reveal that such a record exists.
 
-    Few rows go with copies of the first one, which count as nothing: kernels round a row of a tiny
-    batch otherwise (see `FEWEST_ROWS`).
+    A batch of fewer than `FEWEST_ROWS` rows is filled up with copies of its first row. The copies
+    are not part of the sum. They are needed because a kernel may round a row differently in a very
+    small batch.
 
-    Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm;
-    micro-batches change memory only, since every row is clipped by itself.
+    Guarantee: adding or removing one row changes the sum by at most `clip.norm` in L2 norm. Every
+    row is clipped separately, so micro-batches change only the memory in use.
 
     Args:
-        forward: the model at its own parameters.
-        losses: (forward, batch) to one loss per row.
-        params: parameters of the gradient.
-        batch: rows, each of them a record.
+        forward: the model, with its own parameters.
+        losses: function from (forward, batch) to one loss per row.
+        params: parameters of the gradient, by name.
+        batch: rows of the batch; each row is a record.
         clip: the bound on one row.
-        at_once: rows of one pass through the model; None for all.
-        by_loop: differentiate one row after another where `torch.func.vmap` cannot run the losses;
-            False for its error.
-        alone: go record by record, whatever the model: no row can then depend on another.
+        at_once: number of rows in one pass through the model; None for all.
+        by_loop: if `torch.func.vmap` cannot run the losses, differentiate one row after another; if
+            False, raise the error of vmap.
+        alone: always compute record by record, so that no row can depend on another.
 
     Returns:
-        The sum by parameter name; None without rows.
+        The sum by parameter name, or None if the batch is empty.
     """
     total: Params | None = None
     least = min(at_once or FEWEST_ROWS, FEWEST_ROWS)

@@ -22,13 +22,13 @@ from perdure.utils.chunking import blank_row
 
 
 class SummedQuery(ABC):
-    """A query that may know a faster way to its sums than row by row.
+    """Base class of queries that can compute their sums faster than one record at a time.
 
-    Rows define the query; every other method has a default that forms them.
+    The rows define the query. Every other method has a default that computes the rows.
 
-    Guarantee: one record moves a sum that was clipped for a release by at most the clip norm, also
-    where a subclass of yours overrides `clipped_sum`: only the classes of `perdure.queries` clip
-    for themselves, and the rows of all others are clipped by the library.
+    Guarantee: one record changes a sum that was clipped for a release by at most the clip norm.
+    This holds also if your subclass overrides `clipped_sum`: only the classes of `perdure.queries`
+    clip by their own method, and the library clips the rows of all other classes.
     """
 
     @abstractmethod

@@ -22,41 +22,43 @@ Table = Callable[[Forward, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Gram(SummedQuery):
-    """Gram matrix of features, their products with targets, and the sum of targets.
+    """Gram matrix of features, products of features and targets, and sum of targets.
 
-    All that analytic heads need.
+    These are the statistics of analytic heads.
 
         gram = sum_i f_i f_i^T,   cross = sum_i f_i y_i^T,   totals = sum_i y_i,   |y_i| <= 1
 
-    With one-hot targets `cross` has the classes' sums of features as columns, and `totals` the
-    classes' counts. Nearest-class-mean, linear discriminant and ridge heads are functions of these.
+    With one-hot targets, the columns of `cross` are the sums of features per class, and `totals`
+    has the number of records per class. Nearest-class-mean, linear discriminant and ridge heads are
+    functions of these.
 
-    A record's vector is (svec(f f^T), w f y^T, v y) where svec takes the upper triangle row by row,
-    with the entries off the diagonal times sqrt(2). Its L2 norm is
+    The vector of a record is (svec(f f^T), w f y^T, v y). Here svec is the upper triangle, row by
+    row, with the entries off the diagonal times sqrt(2). Its L2 norm is
 
         sqrt(|f|^4 + w^2 |f|^2 |y|^2 + v^2 |y|^2)
 
-    and the record is clipped as a whole to C. Noise is drawn for the upper triangle and mirrored,
-    so that what is released is symmetric: with s = noise multiplier x C its standard deviation is s
-    on the diagonal, s / sqrt(2) off it, s / w on `cross`, s / v on `totals`; the largest eigenvalue
-    of the noise is about s sqrt(2 d).
+    and the whole vector is clipped to C. Noise is drawn for the upper triangle and mirrored, so the
+    released matrix is symmetric. With s = noise multiplier x C, the standard deviation of the noise
+    is s on the diagonal, s / sqrt(2) off it, s / w on `cross`, s / v on `totals`; the largest
+    eigenvalue of the noise is about s sqrt(2 d).
 
-    Guarantee: one record moves the vector by at most C, as no row can depend on another record:
-    features and targets are evaluated on each record alone, in batches of one under
-    `torch.func.vmap`, as all rows are (measured at 1.1 to 1.4 times the plain call).
+    Guarantee: one record changes the vector by at most C. No row can depend on another record,
+    because features and targets are evaluated on each record alone, in batches of one under
+    `torch.func.vmap` (measured at 1.1 to 1.4 times the plain call).
 
-    Why svec: the plain upper triangle has sensitivity |f|^2 as well (take f along an axis), so it
-    needs noise s everywhere. The factor makes every direction of f equally sensitive and saves a
-    sqrt(2) off the diagonal.
+    Reason for svec: the plain upper triangle has sensitivity |f|^2, too (take f along an axis), so
+    it needs noise s everywhere. The factor sqrt(2) makes every direction of f equally sensitive,
+    and noise off the diagonal is smaller by sqrt(2).
 
-    Memory is that of a few (d, d) matrices: rows of d^2 numbers are never formed.
+    Memory: a few (d, d) matrices. Rows of d^2 numbers are never stored.
 
     Args:
-        features: (forward, batch) -> (n, d).
-        targets: (forward, batch) -> (n, c); a longer one is scaled to norm 1 under privacy (and
-            refused without it), one that is not finite counts as 0. None for the matrix alone.
-        weight: w. Large, and the noise goes to the matrix; small, and it goes to the products.
-        totals: v; 0 leaves the sum of targets out.
+        features: function (forward, batch) -> (n, d).
+        targets: function (forward, batch) -> (n, c). Under privacy, targets with a norm above 1 are
+            scaled to norm 1, and targets with NaN or infinity count as 0; without privacy both are
+            refused. None for the matrix alone.
+        weight: w. A larger w means more relative noise in `gram` and less in `cross`.
+        totals: v; 0 to leave out the sum of targets.
 
     Source: Dwork, Talwar, Thakurta and Zhang 2014, "Analyze Gauss" (symmetric Gaussian noise on a
     Gram matrix, with the plain upper triangle).
@@ -113,7 +115,8 @@ class Gram(SummedQuery):
             squares = targets.square().sum(1)
             if strict and not bool((squares <= 1 + 1e-5).all()):
                 raise DataError(
-                    "a record has targets of norm above 1, or none; divide them by a declared bound"
+                    "the targets of a record have an L2 norm above 1 or NaN; divide all targets "
+                    "by a bound declared in advance"
                 )
             parts["targets"] = _finite(targets) * clip_factors(squares, 1.0)[:, None]
         return parts
@@ -193,18 +196,17 @@ class Gram(SummedQuery):
 
 
 def svec(matrix: Tensor) -> Tensor:
-    """(..., d (d + 1) / 2) upper triangle of (..., d, d), row by row.
+    """Upper triangle (..., d (d + 1) / 2) of a matrix (..., d, d), row by row.
 
-    Entries off the diagonal are multiplied by sqrt(2).
-
-    Of a symmetric matrix it keeps the Frobenius norm.
+    Entries off the diagonal are multiplied by sqrt(2), so a symmetric matrix keeps its Frobenius
+    norm.
     """
     rows, columns = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], device=matrix.device)
     return matrix[..., rows, columns] * torch.where(rows == columns, 1.0, math.sqrt(2))
 
 
 def unsvec(vector: Tensor) -> Tensor:
-    """(d, d) symmetric matrix of its `svec`."""
+    """Rebuild the symmetric matrix (d, d) from its `svec`."""
     d = (math.isqrt(8 * len(vector) + 1) - 1) // 2
     rows, columns = torch.triu_indices(d, d, device=vector.device)
     values = vector / torch.where(rows == columns, 1.0, math.sqrt(2))

@@ -23,17 +23,18 @@ from perdure.utils.chunking import filled_chunks
 
 @dataclass(frozen=True)
 class GroupedGradient(SquaredGradient):
-    """Per record, the weighted sum of its terms' gradients in the place of its group.
+    """Sum of gradients per group of records, (groups, *parameter shape).
 
-    (groups, *parameter shape).
+    The row of a record is the weighted sum of the gradients of its terms, at the index of the
+    record's group; all other entries are 0.
 
-    Guarantee: the row of a record depends on that record alone, its group included: it is evaluated
-    in a batch of one, under `torch.func.vmap`. Its norm is that of the gradient.
+    Guarantee: the row and the group of a record depend on that record alone, because they are
+    evaluated in a batch of one, under `torch.func.vmap`. The row has the norm of the gradient.
 
     Args:
-        group: batch -> (n,) whole numbers from 0 on; a record outside is in no group, and counts as
-            nothing.
-        groups: how many there are.
+        group: function batch -> (n,) whole numbers from 0 to `groups` - 1. A record with another
+            number is in no group, and its row is 0.
+        groups: number of groups.
     """
 
     group: Callable[[Batch], Tensor]

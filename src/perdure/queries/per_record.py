@@ -116,9 +116,9 @@ def explain_vmap_errors() -> Iterator[None]:
         if not str(error).startswith("vmap"):
             raise
         raise PrivacyError(
-            "a query runs on each record alone, under torch.func.vmap, and may not draw at "
-            "random or branch on values; "
-            f"use masks and torch.where ({str(error).partition('. ')[0]})"
+            "a query runs on each record alone, under torch.func.vmap, so it may not draw random "
+            "numbers or branch on values; use masks and torch.where "
+            "({str(error).partition('. ')[0]})"
         ) from error
 
 
@@ -126,8 +126,8 @@ def _numbers(of: Of, batch: Batch) -> Tensor:
     answer = of(batch)
     if answer.shape != (len(batch),):
         raise DataError(
-            f"`of` gives shape {tuple(answer.shape)} for {len(batch)} records; give one "
-            "number each, (n,)"
+            f"`of` returns shape {tuple(answer.shape)} for {len(batch)} records; return one "
+            "number per record, (n,)"
         )
     return answer
 

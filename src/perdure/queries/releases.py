@@ -41,38 +41,40 @@ from perdure.types import Params
 
 
 def mean(curator: Curator, query: Query, *, clip_norm: float, purpose: str) -> Params:
-    """Sum of clip(query(record), clip_norm) plus noise, over the declared number of records.
+    """Release a mean: the noisy sum of clip(query(record), clip_norm) over the declared size.
 
-    Guarantee: as for one Gaussian release; the divisor is public and independent of the records
-    that are there.
+    Guarantee: one Gaussian release. The divisor is the declared number of records, which is public
+    and does not depend on the records.
 
     Args:
-        curator: open.
-        query: one row a record (see `perdure.queries.evaluation`), by name or as `value`.
+        curator: curator of the current experience.
+        query: query with one row per record (see `perdure.queries.evaluation`), by name or as
+            `value`.
         clip_norm: bound on the L2 norm of one record's row.
-        purpose: its name in the ledger.
+        purpose: name of the release in the ledger.
     """
     total = curator.release(query, clip_norm=clip_norm, purpose=purpose)
     return {name: value / curator.declared_size for name, value in total.items()}
 
 
 def histogram(curator: Curator, of: Of, *, bins: int, purpose: str) -> Tensor:
-    """(bins,) int64: how many records are in each bin.
+    """Release the number of records in each bin, (bins,) int64.
 
-    Noise may take a count below 0; to clamp it is free.
+    With noise, a count may be below 0. To set it to 0 costs no privacy.
 
-    Guarantee: as for one discrete Gaussian release of sensitivity 1, since a record is in one bin
-    at most.
+    Guarantee: one discrete Gaussian release of sensitivity 1, because a record is in one bin at
+    most.
 
     Args:
-        curator: open.
-        of: batch -> (n,) the bin of each record, a whole number from 0 to bins - 1.
+        curator: curator of the current experience.
+        of: function batch -> (n,) bin of each record, a whole number from 0 to bins - 1.
         bins: public number of bins.
-        purpose: its name in the ledger.
+        purpose: name of the release in the ledger.
 
     Raises:
-        ConfigError: for less than one bin.
-        DataError: for other shapes or types; without privacy also for a record in no bin.
+        ConfigError: if `bins` is below 1.
+        DataError: if `of` returns another shape or type; without privacy also if a record is in no
+            bin.
     """
     return curator.count(of, bins=bins, purpose=purpose)
 
@@ -80,25 +82,25 @@ def histogram(curator: Curator, of: Of, *, bins: int, purpose: str) -> Tensor:
 def quantile(
     curator: Curator, of: Of, *, q: float, candidates: Tensor | Sequence[float], purpose: str
 ) -> float:
-    """One of the candidates, near the q-quantile of the records' numbers.
+    """Release one of the candidates, near the q-quantile of the records' numbers.
 
     P(c) is proportional to exp(e score(c)), with the score of
-    `perdure.privacy.noise.discrete.Quantile`; without privacy the candidate of the highest score,
-    the first of equal ones. With n records a candidate whose rank is off by r is exp(e r / (2
-    max(q, 1 - q))) times less likely than the best.
+    `perdure.privacy.noise.discrete.Quantile`. Without privacy the result is the candidate with the
+    highest score, and the first of several. A candidate whose rank differs by r from the best rank
+    is exp(e r / (2 max(q, 1 - q))) times less likely than the best.
 
-    Guarantee: as for one selection, e-DP.
+    Guarantee: one selection, which is e-DP.
 
     Args:
-        curator: open.
-        of: batch -> (n,) a number of each record.
-        q: above 0 and below 1, 0.5 for the median.
-        candidates: public numbers, increasing.
-        purpose: its name in the ledger.
+        curator: curator of the current experience.
+        of: function batch -> (n,) one number per record.
+        q: number above 0 and below 1; 0.5 for the median.
+        candidates: public numbers in increasing order.
+        purpose: name of the release in the ledger.
 
     Raises:
-        ConfigError: for another q or candidates that are not increasing.
-        DataError: for other shapes; without privacy also for NaN.
+        ConfigError: if q is out of range, or candidates are not increasing.
+        DataError: if `of` returns another shape; without privacy also if it returns NaN.
     """
     utility = Quantile(q=q, candidates=torch.as_tensor(candidates, dtype=torch.float64))
     (place,) = curator.select(of, utility, purpose=purpose).tolist()
@@ -106,22 +108,23 @@ def quantile(
 
 
 def top_k(curator: Curator, of: Of, *, bins: int, k: int, purpose: str) -> Tensor:
-    """(k,) int64: the most frequent bins, the most frequent first.
+    """Release the k bins with most records, (k,) int64, in descending order.
 
-    Gumbel noise on every count, and the k highest: k selections one after another. Their counts are
-    not released.
+    Gumbel noise is added to every count, and the k highest are chosen. This equals k selections one
+    after another. The counts are not released.
 
-    Guarantee: as for k selections, each e-DP, since one record raises one count by 1.
+    Guarantee: k selections, each e-DP, because one record increases one count by 1.
 
     Args:
-        curator: open.
-        of: batch -> (n,) the bin of each record, a whole number from 0 to bins - 1.
+        curator: curator of the current experience.
+        of: function batch -> (n,) bin of each record, a whole number from 0 to bins - 1.
         bins: public number of bins.
-        k: how many to name.
-        purpose: its name in the ledger.
+        k: number of bins to choose.
+        purpose: name of the release in the ledger.
 
     Raises:
-        ConfigError: for less than one bin, or k outside 1 to bins.
-        DataError: for other shapes or types; without privacy also for a record in no bin.
+        ConfigError: if `bins` is below 1, or k is not from 1 to `bins`.
+        DataError: if `of` returns another shape or type; without privacy also if a record is in no
+            bin.
     """
     return curator.select(of, Frequency(bins=bins, k=k), purpose=purpose)

@@ -39,15 +39,15 @@ u_i.
 
 @dataclass(frozen=True)
 class SquaredGradient(SummedQuery):
-    """Per record, the weighted sum over terms k of the squared gradient.
+    """Weighted sum over terms k of the squared gradient, for each record.
 
     sum_k w_k (d l_k / d theta)^2
 
-    With l_k = -log p_k and w_k = p_k over the classes this is the record's share of the diagonal
-    Fisher matrix.
+    With l_k = -log p_k and w_k = p_k over the classes k, this is the contribution of the record to
+    the diagonal of the Fisher matrix.
 
-    Guarantee: the row of a record depends on that record alone: it is evaluated in a batch of one,
-    under `torch.func.vmap`.
+    Guarantee: the row of a record depends on that record alone, because it is evaluated in a batch
+    of one, under `torch.func.vmap`.
     """
 
     terms: Terms
@@ -241,11 +241,11 @@ class SquaredGradient(SummedQuery):
 
 
 class AbsoluteGradient(SquaredGradient):
-    """Per record, the weighted sum over terms k of the absolute gradient.
+    """Weighted sum over terms k of the absolute gradient, for each record.
 
     sum_k w_k |d l_k / d theta|
 
-    With one term its norm is the gradient's.
+    With one term, the row of a record has the norm of the gradient.
 
     Guarantee: as for `SquaredGradient`.
     """

@@ -1,6 +1,6 @@
-"""The report room: a finished run as a terminal table, as pictures, and as one self-contained page.
+"""Reports of a finished run: a table for the terminal, figures, and one self-contained HTML page.
 
-It reads `result.json` and nothing that a run keeps private.
+This package reads `result.json`, and no private file of a run.
 """
 
 from perdure.report.page import write_figures, write_report

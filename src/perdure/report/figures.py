@@ -100,9 +100,10 @@ def _matrices(result: Result) -> Picture:
     return Picture(
         name="accuracy_matrix",
         title="Accuracy kept and lost over time",
-        caption="One matrix per arm. Read a row from left to right: what the model could do after "
-        "that experience. Read a column downwards: how one experience fared from then on. The "
-        "framed diagonal is the moment of learning; pale cells below it are forgetting.",
+        caption="One matrix per arm. A row, from left to right, has the accuracy on each "
+        "experience after training on one. A column, downwards, has the accuracy on one "
+        "experience over time. Framed cells are measured directly after training on the "
+        "experience; paler cells below them show forgetting.",
         alternative="Heat maps of accuracy per experience, one per arm. "
         + _last_accuracies(result),
         figure=figure,
@@ -182,9 +183,9 @@ def _curves(result: Result) -> Picture:
     return Picture(
         name="accuracy_over_time",
         title="Every experience over time",
-        caption="Each coloured line starts when its experience is learnt; a flat line is "
-        "remembered, a falling one forgotten. The grey band is the mean over the experiences "
-        "learnt so far.",
+        caption="Each coloured line starts when its experience is learnt. A flat line means that "
+        "the experience is remembered, a falling line that it is forgotten. The grey band is "
+        "the mean over the experiences learnt so far.",
         alternative="Lines of accuracy on every experience over time, one panel per arm. "
         + _last_accuracies(result),
         figure=figure,
@@ -238,8 +239,9 @@ def _epsilons(result: Result) -> Picture | None:
     return Picture(
         name="epsilon_over_time",
         title="Privacy spent over time",
-        caption="Epsilon of the record or client that is worst off, after each experience. It "
-        "never falls: what was spent stays spent. Arms that spend the same share one line. Only "
+        caption="Epsilon of the record or client with the largest epsilon, after each experience. "
+        "It never falls, because spent privacy cannot be taken back. Arms with the same "
+        "epsilon share one line. Only "
         "arms with the same unit, relation and delta share axes.",
         alternative="Lines of epsilon after each experience. " + " ".join(_last_epsilons(groups)),
         figure=figure,
@@ -327,8 +329,8 @@ def _explanations(result: Result, run: Path) -> Picture | None:
     values = tensors["values"]
     if len(values) != len(told["moments"]):
         raise RunError(
-            f"{run / told['file']} explains {len(values)} moments, result.json names "
-            f"{told['moments']}"
+            f"{run / told['file']} has explanations of {len(values)} moments, but result.json "
+            f"names {told['moments']}"
         )
     titles = [f"class {label}" for label in tensors["labels"].tolist()]
     with rc_context({"axes.spines.top": True, "axes.spines.right": True}):
@@ -337,9 +339,9 @@ def _explanations(result: Result, run: Path) -> Picture | None:
         name="explanations",
         title="Explanations before and after",
         caption=f"The arm {told['arm']}, explained with {explainer_name(told['method'])} on a few "
-        "test inputs. Red pixels speak for the class named above, blue ones against it; where the "
-        "picture changes between the rows, the reasons were forgotten or replaced, even if the "
-        "answer stayed right.",
+        "test inputs. Red pixels support the class named above, blue pixels oppose it. If the "
+        "colours change between the rows, the model uses other pixels than before, even if its "
+        "answer is still right.",
         alternative=f"Heat maps of {len(inputs)} inputs ({', '.join(titles)}), arm "
         f"{told['arm']}: " + ", then ".join(told["moments"]) + ".",
         figure=figure,
@@ -356,7 +358,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read ({error}); run the experiment again") from error
     missing = {"inputs", "labels", "values"} - set(tensors)
     if missing:
-        raise RunError(f"{path} lacks {', '.join(sorted(missing))}; run the experiment again")
+        raise RunError(f"{path} has no {', '.join(sorted(missing))}; run the experiment again")
     return tensors
 
 

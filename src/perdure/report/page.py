@@ -20,17 +20,18 @@ from perdure.utils.atomic_files import write_atomically
 def write_report(run: Path) -> Path:
     """Write `report.html` of a finished run and return its path.
 
-    The same `result.json` gives the same bytes. A reader never sees half a file.
+    The same `result.json` gives the same bytes. The file is replaced as a whole, so nobody can read
+    half a file.
 
-    Guarantee: none of its own. The page shows what `result.json` and `config.toml` say, and the
-    pictures of the explanation file, whose inputs must be public.
+    Guarantee: none. The page shows the contents of `result.json` and `config.toml`, and the images
+    of the explanation file, whose inputs must be public.
 
     Args:
-        run: folder of the run, with `result.json`; `config.toml` is quoted where there is one.
+        run: folder of the run, with `result.json`; if it has a `config.toml`, the page shows it.
 
     Raises:
-        RunError: when `result.json` is missing or of another schema, or the explanations cannot be
-            read.
+        RunError: if `result.json` is missing or has another schema, or if the explanations cannot
+            be read.
     """
     result = read_result(run)
     config = run / "config.toml"
@@ -41,14 +42,14 @@ def write_report(run: Path) -> Path:
 
 
 def write_figures(run: Path) -> list[Path]:
-    """Write every picture of a finished run to `figures/`, as SVG and as PNG, and return the paths.
+    """Write every figure of a finished run to `figures/`, as SVG and as PNG, and return the paths.
 
     Args:
         run: folder of the run, with `result.json`.
 
     Raises:
-        RunError: when `result.json` is missing or of another schema, or the explanations cannot be
-            read.
+        RunError: if `result.json` is missing or has another schema, or if the explanations cannot
+            be read.
     """
     folder = run / "figures"
     drawn = pictures(read_result(run), run)

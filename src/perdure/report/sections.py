@@ -38,17 +38,17 @@ GLOSSARY = (
     ),
     (
         "area under the curve",
-        "Percent right on what was met so far, averaged over all moments of the stream.",
+        "Percent right on the experiences seen so far, averaged over all moments of the stream.",
     ),
     ("average accuracy", "Percent answered right at the very end, averaged over all experiences."),
     (
         "backward transfer",
         "Change on past experiences since they were learnt; negative if forgotten.",
     ),
-    ("worst experience", "Percent right at the very end on the experience that fares worst."),
+    ("worst experience", "Percent right at the very end on the experience with the lowest value."),
     (
         "experience",
-        "One stage of the stream: the data that arrive together and are not there afterwards.",
+        "One stage of the stream: data that arrive together and are not available afterwards.",
     ),
     (
         "forgetting",
@@ -56,7 +56,8 @@ GLOSSARY = (
     ),
     (
         "forward transfer",
-        "Head start on experiences not yet learnt, over an untrained model, in points.",
+        "Accuracy on experiences before they are learnt, minus that of an untrained model, in "
+        "points.",
     ),
     ("learning accuracy", "Percent right on each experience just after it was learnt, averaged."),
     (
@@ -65,17 +66,18 @@ GLOSSARY = (
     ),
     (
         "strategy",
-        "The method against forgetting: naive has none, others penalise change, distil or replay.",
+        "The method against forgetting; for example penalties on change, distillation or replay.",
     ),
     (
         "epsilon (ε)",
-        "The limit on the change of the results by one unit. Every use adds; lower is better.",
+        "Limit on the change of the results by one unit. Every use adds to it; lower is better.",
     ),
-    ("delta (δ)", "The small probability that is left outside the promise of epsilon."),
+    ("delta (δ)", "Small number: about the probability that the promise of epsilon does not hold."),
     ("unit", "The protected unit of the promise: one record, or one client with all its records."),
     (
         "relation",
-        "Which two data sets must look alike: add-remove (one unit more or less), or replace-one.",
+        "Pairs of data sets that must look alike: add-remove (one unit more or less), or "
+        "replace-one.",
     ),
     (
         "accountant",
@@ -83,15 +85,21 @@ GLOSSARY = (
     ),
     (
         "sampling",
-        "The choice of records for a step. Poisson: each by its own coin, hidden from everyone.",
+        "The choice of records for a step. Poisson: each at random, independently and in secret.",
     ),
-    ("noise multiplier", "Standard deviation of the noise over the largest influence of one unit."),
+    (
+        "noise multiplier",
+        "Standard deviation of the noise divided by the largest influence of one unit.",
+    ),
     ("sampling rate", "The probability that a given record takes part in one step."),
     (
         "trust model",
-        "The party that sees raw data or exact sums before noise, and so has to be trusted.",
+        "The party that can see raw data or sums without noise, and so must be trusted.",
     ),
-    ("release", "One noisy sum that left the holder of the records. Nothing else leaves."),
+    (
+        "release",
+        "One noisy sum that the holder of the records gave out. Only releases are given out.",
+    ),
 )
 
 
@@ -111,7 +119,7 @@ def _best_without(free: tuple[ArmResult, str] | None, experiences: int) -> str:
         return "No model was measured without privacy."
     arm, label = free
     return (
-        f"Without privacy, <strong>{escape(label)}</strong> keeps the most: "
+        f"Without privacy, <strong>{escape(label)}</strong> remembers most: "
         f"<strong>{decimal(arm['average_accuracy'])} %</strong> average accuracy after "
         f"{count(experiences, 'experience')}, with {decimal(arm['forgetting'])} points forgotten."
     )
@@ -146,7 +154,7 @@ def arms_table(result: Result) -> str:
     body = "".join(_group(result, private) for private in (False, True))
     caption = (
         "Every arm of the run. The best average accuracy of each group is marked with a star. "
-        "Below an arm stand the options that differ from its strategy's defaults."
+        "Below an arm are the options that differ from the defaults of its strategy."
     )
     return _table(caption, columns, body)
 
@@ -276,7 +284,9 @@ def _declared_sizes(federation: Mapping[str, Any] | None) -> str:
     body = "".join(
         _row(str(i + 1), [str(size) for size in row], "number") for i, row in enumerate(sizes)
     )
-    caption = "Records declared by each client for each experience. Declared sizes are public."
+    caption = (
+        "Declared number of records of each client in each experience. Declared sizes are public."
+    )
     return _details(
         "Declared sizes of the clients", _table(caption, columns, f"<tbody>{body}</tbody>")
     )

@@ -8,23 +8,22 @@ from perdure.report.sections import spending_table
 from perdure.report.wording import SIMULATION, by_privacy, epsilon_number, phrase, small
 
 UNITS = {
-    "record": "One record is one row of data as it was at its source. All its copies, rotations "
-    "and replays count as the same record. A person with several records is protected less; where "
-    "each person is one client, client-level privacy covers them all.",
-    "client": "One client is one participant of the federation with everything it holds.",
+    "record": "One record is one row of the original data. All its copies, rotations and replays "
+    "count as the same record. A person with several records is protected less; if each person is "
+    "one client, client-level privacy covers all records of the person.",
+    "client": "One client is one participant of the federation with all its records.",
 }
 SIZES = (
-    "The number of records of each partition is taken to be public: sampling rates, numbers of "
-    "steps and divisors follow from the declared number, and nothing hides it. Where no number was "
-    "declared, the real one was taken, and is thereby public."
+    "The number of records of each partition is public: sampling rates, numbers of steps and "
+    "divisors follow from the declared number and are not hidden. If no number was declared, the "
+    "real number is used, and it becomes public."
 )
 RELATIONS = {
     "add-remove": "Two data sets are neighbours when one has one "
-    "{unit} more than the other. It is "
-    "hidden whether a given {unit} took part at all.",
+    "{unit} more than the other. It is hidden whether a given {unit} took part.",
     "replace-one": "Two data sets are neighbours when one {unit} of "
     "the first is another {unit} in the "
-    "second. It is hidden which of the two took part; the number that took part is taken as known.",
+    "second. It is hidden which of the two took part; the number of units is assumed to be public.",
 }
 
 
@@ -62,11 +61,9 @@ def _warning(result: Result) -> str:
         return ""
     return (
         f'<p class="warning"><strong>{SIMULATION.capitalize()}.</strong> '
-        "The noise of this run comes from a seed that its user chose, so that it can be "
-        "repeated. Whoever "
-        "learns the seed can subtract the noise. The numbers show what the same run would "
-        "promise with "
-        "secret noise; this one promises nothing.</p>"
+        "The noise of this run comes from a seed that its user chose, so that the run can be "
+        "repeated. Anyone who knows the seed can subtract the noise. The numbers are the promise "
+        "of the same run with secret noise; this run promises nothing.</p>"
     )
 
 
@@ -82,17 +79,18 @@ def _together(result: Result, private: int) -> str:
 
 def _stated(joint: Epsilon) -> str:
     return (
-        f"Epsilon {escape(phrase(joint))}. This is the number that counts as soon as more than one "
-        "of these models is shown, or the best is picked by comparing them."
+        f"Epsilon {escape(phrase(joint))}. Use this number if more than one of these models is "
+        "shown, or if the best model is chosen by a comparison."
     )
 
 
 def _unstated(private: int) -> str:
     if private == 1:
-        return "One model was trained with privacy; its own statement below is the whole one."
+        return "Only one model was trained with privacy, so its statement below is complete."
     return (
-        f"No joint epsilon was computed for the {private} models with privacy. It is no smaller "
-        "than any single one below, so show one model only, chosen without looking at the others."
+        f"No joint epsilon was computed for the {private} models with privacy. It is at least as "
+        "large as each epsilon below, so show one model only, and choose it without looking at "
+        "the others."
     )
 
 
@@ -101,9 +99,9 @@ def _unprotected(free: int) -> str:
         return ""
     which = "One model was" if free == 1 else f"{free} models were"
     return (
-        f"<p>{which} trained without privacy on the same records and carry no promise (epsilon is "
-        "infinite). The statement above holds only while those models stay with whoever may see "
-        "the records.</p>"
+        f"<p>{which} trained without privacy on the same records and have no promise (epsilon is "
+        "infinite). The statement above holds only if these models are shown to nobody except "
+        "people who may see the records.</p>"
     )
 
 

@@ -126,9 +126,14 @@ class Task(CheckedFields, ABC):
 
     @abstractmethod
     def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
-        """Say what targets have that the declared outputs `classes` do not allow; "" for nothing.
+        """Say what targets have that the declared outputs do not allow; "" for nothing.
 
-        Such as "labels [7]", for a message that goes on with what is declared.
+        Args:
+            targets: one row per record, of the shape of the task.
+            classes: the declared outputs.
+
+        Returns:
+            Such as "labels [7]", for a message that goes on with what is declared.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
-"""Tests of strategies: the library's, or one of your own.
+"""Tests for strategies, also for your own.
 
 Import `check_strategy`, which runs a strategy alone, federated, private and under `vmap`, and
-`CHECKS`, the checks by name; `replay`, which runs a private experiment on two data sets that differ
-in one record.
+`CHECKS` for the names of its checks. `replay` runs a private experiment twice, on two data sets
+that differ in one record.
 
 >>> from perdure.testing import check_strategy
 >>> print(check_strategy(Replay(memory_size=20)))

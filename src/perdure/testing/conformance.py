@@ -34,13 +34,13 @@ ON_CUDA = ("alone", "rows", "vmap", "private")
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Checks that a strategy passed.
+    """Result of `check_strategy` for a strategy that passed.
 
     Args:
-        strategy: its repr.
-        scenario: of the stream it ran on.
+        strategy: repr of the strategy.
+        scenario: scenario of the stream.
         passed: names of the checks that ran.
-        skipped: name to the reason why a check, or a part of it, does not apply.
+        skipped: from the name of a check to the reason why it, or a part of it, does not apply.
     """
 
     strategy: str
@@ -63,7 +63,7 @@ def check_strategy(
 ) -> Report:
     """Run a strategy alone, federated, private and under `vmap`, on small synthetic streams.
 
-    In order, each stopping at its first failure:
+    The checks run in this order, and the first failure is raised:
 
         declared    a frozen, hashable dataclass of hyper-parameters; a model that is the same every
                     time
@@ -87,16 +87,18 @@ def check_strategy(
         federated   the only client of a federation ends where the learner alone does, to the bit;
                     states of two clients are combined as declared
 
-    Where there is a CUDA device, the checks in `ON_CUDA` run there too.
+    If there is a CUDA device, the checks in `ON_CUDA` run also on it.
 
     Args:
         strategy: an instance; a copy of it is tested.
-        scenario: of the streams.
-        model: from a stream (inputs of 4 numbers in [0, 1], 6 classes) to the model to test it on,
-            the same every time; None for the strategy's `small_model`, else a small perceptron.
+        scenario: scenario of the streams.
+        model: function from a stream (inputs of 4 numbers in [0, 1], 6 classes) to a model, the
+            same in every call; None for the strategy's `small_model` if it has one, or else a small
+            perceptron.
 
     Raises:
-        ConformanceError: naming the check, what was found, what is allowed and the fix.
+        ConformanceError: if a check fails; the message has the check, the result, the allowed
+            result and the fix.
     """
     fixture = StrategyFixture(strategy=strategy, scenario=scenario, model=model)
     passed = list[str]()
@@ -104,7 +106,7 @@ def check_strategy(
     for name, check in CHECKS.items():
         _run(name, check, fixture, passed, skipped)
     if not torch.cuda.is_available():
-        skipped["cuda"] = "there is no CUDA device here"
+        skipped["cuda"] = "this machine has no CUDA device"
         return Report(
             strategy=repr(strategy), scenario=scenario, passed=tuple(passed), skipped=skipped
         )
@@ -138,7 +140,7 @@ def _run(
             raise ConformanceError(
                 f"{fixture.name} fails the check {name!r}: it raised {told}; allowed: no error "
                 f"on a small {fixture.scenario}-incremental stream; see the traceback above for "
-                "the line to mend"
+                "the line of the error"
             ) from error
     passed.append(name)
     if reason:

@@ -97,8 +97,8 @@ class Tape:
             first = known and (known.release, known.step, tuple(known.exact.shape))
             if known is None or asked != first:
                 raise OtherReleaseError(
-                    f"answer {place} is asked for {asked}, and in the first run for {first}; the "
-                    "question may not depend on a record"
+                    f"the second run asks for {asked} as release {place}, but the first run asked "
+                    f"for {first}; the releases of a run may not depend on a record"
                 )
             own = Draw(**(vars(own) | {"answer": known.answer}))
         self.draws.append(own)
@@ -230,7 +230,7 @@ def frozen(make: MakePrivateSum, tape: Tape) -> MakePrivateSum:
 
     Args:
         make: makes the private sum under audit.
-        tape: that it is recorded on.
+        tape: tape that records the draws.
     """
 
     def made(**parts: object) -> PrivateSum:

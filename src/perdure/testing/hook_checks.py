@@ -84,8 +84,8 @@ def _adds_the_gradient_of_its_penalty(scene: MidRunFixture) -> None:
     wrong = [n for n in mine if not torch.allclose(mine[n], theirs[n], rtol=1e-3, atol=1e-5)]
     require(
         not wrong,
-        f"add_penalty_gradient() adds to {', '.join(wrong[:3])} another gradient than that of "
-        "penalty()",
+        f"add_penalty_gradient() adds a gradient to {', '.join(wrong[:3])} that differs from the "
+        "gradient of penalty()",
         allowed="the same up to rounding",
         fix="correct the formula, or leave add_penalty_gradient() out",
     )
@@ -171,7 +171,7 @@ def rows(fixture: StrategyFixture) -> str | None:
 def scene_couples(strategy: Strategy) -> str | None:
     """Why the loss of a row need not be its own."""
     return (
-        "it declares couples_records, and is refused under privacy"
+        "the strategy declares couples_records, so privacy refuses it"
         if strategy.couples_records
         else None
     )

@@ -33,7 +33,7 @@ def private(fixture: StrategyFixture) -> None:
     """A whole private run, and the same answers on other records."""
     if fixture.strategy.couples_records:
         _refused(fixture)
-        raise NotApplicable("it declares couples_records, and is refused under privacy")
+        raise NotApplicable("the strategy declares couples_records, so privacy refuses it")
     _planned_from_public_facts(fixture)
     watched = RecordingStrategy(fixture.fresh())
     trace = list[str]()
@@ -62,7 +62,8 @@ def _refused(fixture: StrategyFixture) -> None:
     except PrivacyError:
         return
     raise ConformanceError(
-        "couples_records is declared and privacy did not refuse it; report this as an error of ours"
+        "the strategy declares couples_records, but privacy did not refuse it; this is an error "
+        "of perdure, please report it"
     )
 
 

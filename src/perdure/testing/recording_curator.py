@@ -110,7 +110,7 @@ class RecordingCurator:
         if name in MEMBERS:
             return getattr(self._real, name)
         raise ConformanceError(
-            f"it reads curator.{name}, which no charge covers; allowed: "
+            f"the strategy reads curator.{name}, which no charge in the ledger covers; allowed: "
             f"{', '.join(MEMBERS)}; ask "
             "curator.release(query, ...) instead"
         )

@@ -44,14 +44,14 @@ Data = TypeVar("Data")
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseChange:
-    """Largest change of one kind of release between the two runs.
+    """Largest change of one kind of release between the two runs of `replay`.
 
     Args:
-        place: `alone`, or the client.
-        release: gradient, count, reference, release:NAME.
-        times: how often it was drawn.
-        ratio: change of the exact sum over the charged sensitivity, the largest of all; infinite
-            where the record moved a step that its coin keeps it out of.
+        place: `alone` for a single learner, or the name of the client.
+        release: kind of release: gradient, count, reference, or release:NAME.
+        times: number of releases of this kind.
+        ratio: largest change of an exact sum, divided by the charged sensitivity; infinite if the
+            record changed a step that did not draw it.
     """
 
     place: str
@@ -62,12 +62,12 @@ class ReleaseChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayResult:
-    """Findings of a replay.
+    """Result of `replay`: a private run that was repeated without one record.
 
     Args:
-        releases: change of every kind of release, at every place.
-        unexplained: outputs that differ although all answers were the same.
-        unpaid: draws that the ledger does not pay for.
+        releases: largest change of each kind of release, per learner or client.
+        unexplained: outputs that differ although all released answers were the same.
+        unpaid: noise draws that no ledger entry covers, or that would reuse noise for another sum.
     """
 
     releases: tuple[ReleaseChange, ...]
@@ -184,31 +184,38 @@ def replay(
     outputs: Callable[[Learner], Outputs] | None = None,
     alone: bool = False,
 ) -> ReplayResult:
-    """Run twice, on `streams` and on `neighbours`, and compare.
+    """Run an experiment twice, on `streams` and on `neighbours`, and compare the runs.
+
+    The second run gets the released answers of the first run, so only exact sums may differ.
 
     >>> replay(make_learner, [stream], record=3)
     >>> replay(make_learner, [stream], record=3, alone=True)  # one record, and none
 
     Args:
-        make_learner: from a client's number to a fresh private learner, without a folder.
-        streams: one a client; one stream where there is no federation.
-        neighbours: the same without the record; None to leave it out of `streams`.
-        record: id of the record that the two differ in.
-        federation: its settings; None for a learner alone.
-        outputs: from the final learner to anything else that is shown or stored.
-        alone: leave all other records out of both, so that the second run has none at all; then
-            views, adversaries and dropout may be replayed too.
+        make_learner: function from a client's number to a new private learner without a folder.
+        streams: one stream per client, or one stream if there is no federation.
+        neighbours: the same streams without the record; None to remove the record from `streams`.
+        record: id of the record that only the first run has.
+        federation: settings of the federation; None for a single learner.
+        outputs: function from the final learner to other outputs to compare.
+        alone: remove all other records from both runs, so that the second run has no record. Then
+            views, adversaries and dropout are allowed.
 
     Returns:
-        changes of releases over what was charged, unexplained outputs, and unpaid draws.
+        Changes of releases relative to the charged sensitivity, unexplained outputs, and unpaid
+        draws.
 
     Raises:
-        ConfigError: for learners that cannot be replayed (views, adversary, dropout; not where the
-            record is alone), for neighbours beside `alone`, or for learners that are not private.
-        PerdureError: whatever the first run raises.
+        ConfigError: if a learner is not private, or has views, an adversary or dropout without
+            `alone=True`, or if `neighbours` is given together with `alone`.
+        PerdureError: any error of the first run.
     """
     if alone and neighbours is not None:
-        raise ConfigError.of("neighbours", "streams", "None with alone=True, which empties them")
+        raise ConfigError.of(
+            "neighbours",
+            "streams",
+            "None with alone=True, because alone=True makes the neighbours itself",
+        )
     if alone:
         streams = [with_records(stream, lambda ids: ids == record) for stream in streams]
     others = neighbours or [without_record(stream, record) for stream in streams]
@@ -256,7 +263,9 @@ def replayed(
     experiment(first, data)
     first.finish()
     if not any(tape.ledger for tape in first.tapes.values()):
-        raise ConfigError.of("privacy", None, "a private learner: there is nothing to replay")
+        raise ConfigError.of(
+            "privacy", None, "Privacy(...), because only a private run can be replayed"
+        )
     second = ReplayRun(record=record, earlier=first, alone=alone)
     try:
         experiment(second, neighbour)
@@ -358,7 +367,7 @@ def refuse_draws_by_place(learner: Learner) -> None:
     Raises:
         ConfigError: naming the part.
     """
-    allowed = "none in a replay: its draws go by a row's place in the batch"
+    allowed = "none in a replay, because its random draws depend on a row's position in the batch"
     for name in ("views", "adversary"):
         if getattr(learner, name) is not None:
             raise ConfigError.of(name, type(getattr(learner, name)).__name__, allowed)

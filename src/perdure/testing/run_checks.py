@@ -205,7 +205,7 @@ def resume(fixture: StrategyFixture) -> str | None:
     for privacy in (None,) if fixture.strategy.couples_records else (None, SIMULATED):
         _resumed(fixture, privacy)
     return (
-        "under privacy: it declares couples_records, and is refused"
+        "under privacy: the strategy declares couples_records, so privacy refuses it"
         if fixture.strategy.couples_records
         else None
     )

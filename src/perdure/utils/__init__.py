@@ -1,8 +1,9 @@
-"""Small helpers without knowledge of learning: files, seeds, hashing, the machine.
+"""Small general helpers: files, seeds, hashing, information about the machine.
 
-Import `derive` and `generator` for randomness that is a function of one seed, `chunks` and
-`row_slices` for pieces of rows that fit into memory, `evaluating` for a module in evaluation mode,
-`store_rows` for the results of a benchmark, and `Extensions` to find one extension a file.
+Import `derive` and `generator` for random numbers that follow from one seed, `chunks` and
+`row_slices` for pieces of rows that fit into memory, `evaluating` to put a module into evaluation
+mode, `store_rows` for the results of a benchmark, and `Extensions` to find extensions (one per
+file).
 """
 
 from perdure.utils.checked_fields import CheckedFields

@@ -43,9 +43,9 @@ def by_pieces(answer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
 
 
 def chunks(tensors: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Cut the rows (n, ...) into pieces of at most `size`.
+    """Cut the rows (n, ...) into pieces of at most `size` rows.
 
-    Clipping is per record, so the sum does not change.
+    Clipping is per record, so a clipped sum over pieces is the same as over all rows.
     """
     n = len(next(iter(tensors.values())))
     for start in range(0, n, size):

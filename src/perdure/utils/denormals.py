@@ -19,10 +19,10 @@ HALF = 0.5
 
 @contextmanager
 def flushed() -> Iterator[None]:
-    """Take denormal numbers as 0 on the processor, and go back to how it was.
+    """Treat denormal numbers as 0 on the processor inside the `with` block.
 
-    With one thread only: torch sets the calling thread alone, and a result must not hang on which
-    thread made it.
+    This works with one thread only: torch changes the mode of the calling thread, and a result must
+    not depend on the thread that computed it.
     """
     before = _are_flushed()
     if torch.get_num_threads() == 1:

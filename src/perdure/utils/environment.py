@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, str | int | None]:
-    """Describe the processor, its cores, the threads torch uses, and the graphics processor."""
+    """Return the processor, its number of cores, the number of torch threads, and the GPU."""
     import torch
 
     return {
@@ -36,7 +36,7 @@ def machine() -> dict[str, str | int | None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on, where installed."""
+    """Return the versions of Python and of the installed packages that can change results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """Return the command that is running, as one would type it."""
+    """Return the running command as a user would type it."""
     script = Path(sys.argv[0])
     inside = script.is_relative_to(Path.cwd()) if script.is_absolute() else True
     shown = script.relative_to(Path.cwd()) if script.is_absolute() and inside else script
@@ -55,14 +55,14 @@ def command() -> str:
 
 
 def store_rows(path: Path, rows: Sequence[Mapping[str, object]], *, seed: int) -> None:
-    """Store a benchmark's rows with machine, versions, seed and command.
+    """Store the result rows of a benchmark with machine, versions, seed and command.
 
-    The form every benchmark uses.
+    All benchmarks store their results in this form.
 
     Args:
-        path: of the JSON file.
-        rows: the results.
-        seed: of the run.
+        path: path of the JSON file.
+        rows: result rows.
+        seed: seed of the run.
     """
     content = {
         "machine": machine(),

@@ -40,14 +40,14 @@ class Extensions(Generic[T]):
     or `"module:name"`. Files that begin with an underscore are helpers.
 
     Args:
-        kind: noun for one extension, as messages write it.
+        kind: noun for one extension, for error messages.
         package: dotted name of the package whose files are the extensions.
-        group: entry-point group in which other distributions register theirs.
-        fits: whether an object is such an extension.
-        wanted: plain words for `fits`.
-        helpers: stems of further files in the folder that hold no extension.
-        named_as_file: an extension must have the name of its file. For functions: a file may then
-            hold other public functions.
+        group: entry-point group in which other distributions register their extensions.
+        fits: function that returns True if an object is such an extension.
+        wanted: description of such an extension in words, for error messages.
+        helpers: stems of other files in the folder, which have no extension.
+        named_as_file: True if an extension must have the name of its file; the file may then have
+            other public functions, too.
     """
 
     kind: str
@@ -139,8 +139,8 @@ class Extensions(Generic[T]):
             exactly = f"one called {name}" if self.named_as_file else "one"
             raise ConfigError(
                 f"{place} defines {len(found)} objects that are {self.wanted}; allowed: exactly "
-                f"{exactly}; move others to files of their own, and begin a helper file's name "
-                "with an underscore"
+                f"{exactly}; move the others to other files; the name of a file with helpers "
+                "begins with an underscore"
             )
         return next(iter(found.values()))
 
@@ -173,7 +173,8 @@ class Extensions(Generic[T]):
     def _ambiguous(self, name: str, field: str, sources: list[str]) -> ConfigError:
         return ConfigError(
             f"{field} = {name!r} is claimed by {' and '.join(sources)}; allowed: one {self.kind} "
-            'a name; uninstall one of them, or give "module:name"'
+            f""
+            'per name; uninstall one of them, or give "module:name"'
         )
 
     def _unknown(self, name: str, field: str) -> ConfigError:
@@ -184,7 +185,7 @@ class Extensions(Generic[T]):
 
 
 def is_proper_subclass(value: object, base: type[Any]) -> bool:
-    """Return whether a value is a class below `base` of which objects can be made."""
+    """Return True if a value is a subclass of `base` that can be instantiated."""
     return (
         isinstance(value, type)
         and issubclass(value, base)

@@ -74,8 +74,8 @@ class FolderLock:
             self._file = (found.st_dev, found.st_ino)
             if self._file != _identity(self.folder / LOCK):
                 raise RunError(
-                    f"{self.folder / LOCK} was removed while it was taken; leave it where it is, "
-                    "and try again"
+                    f"{self.folder / LOCK} was deleted while this process locked it; do not "
+                    "delete it, and try again"
                 )
         except OSError as error:
             os.close(descriptor)

@@ -50,7 +50,7 @@ def hashed(ids: Tensor, *stream: int | Tensor) -> Tensor:
 
 
 def uniforms(ids: Tensor, *stream: int | Tensor) -> Tensor:
-    """Numbers uniform in the open interval (0, 1), float32, on a grid of 2^23 places. See `hashed`.
+    """Uniform numbers in (0, 1), float32, with 2^23 possible values, computed by `hashed`.
 
     >>> uniforms(torch.arange(3)[:, None], 7, torch.arange(5)).shape
     torch.Size([3, 5])
@@ -59,7 +59,7 @@ def uniforms(ids: Tensor, *stream: int | Tensor) -> Tensor:
 
 
 def normals(ids: Tensor, *stream: int | Tensor) -> Tensor:
-    """(n,) standard normal numbers, float32, between -5.3 and 5.3. See `hashed`."""
+    """Standard normal numbers (n,), float32, between -5.3 and 5.3, computed by `hashed`."""
     return math.sqrt(2) * torch.erfinv(2 * uniforms(ids, *stream) - 1)
 
 

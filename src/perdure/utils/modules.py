@@ -14,7 +14,10 @@ WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into the mode it was in."""
+    """Put a module into evaluation mode inside the `with` block.
+
+    Afterwards every submodule has its earlier mode again.
+    """
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -14,9 +14,9 @@ where one of 100 MB is given to the process page by page, at four times the cost
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one shape into flat views of at most `PIECE` numbers.
 
-    Views, so that what is written into a piece is written into its tensor. Small tensors come
-    whole, and so do those on other devices, where many small kernels cost more than memory, and
-    those that have no flat view.
+    The pieces are views, so writing into a piece writes into its tensor. Small tensors, tensors on
+    other devices (where many small kernels cost more than memory) and tensors without a flat view
+    are returned whole.
     """
     first = tensors[0]
     large = first.numel() > PIECE and first.device.type == "cpu"

@@ -30,13 +30,13 @@ TWISTER_STATE_BYTES = 5056
 
 
 def derive(seed: int | str, *where: object) -> int:
-    """63-bit seed for one place: SHA-256 of the seed and the names of the place."""
+    """Derive a 63-bit seed for one use: SHA-256 of the seed and the names of the use."""
     text = "/".join(str(part) for part in (seed, *where))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *where: object) -> torch.Generator:
-    """CPU generator for one place."""
+    """CPU generator for one use, with a seed from `derive`."""
     return torch.Generator().manual_seed(derive(seed, *where))
 
 
@@ -137,9 +137,9 @@ def _fresh_state() -> npt.NDArray[np.uint8]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let layers start as `seed` alone says, on the processor.
+    """Draw initial parameters on the processor from `seed` inside the `with` block.
 
-    The caller's generators are left as they are.
+    The generators of the caller do not change.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # not torch.manual_seed, which would also reseed every accelerator

@@ -4,10 +4,11 @@ from torch import Tensor
 
 
 def number_unless_vmapped(value: Tensor) -> float | None:
-    """Return the number in a tensor of shape (); None under vmap, where there are several.
+    """Return the number in a tensor of shape (), or None under vmap.
 
-    A hook that spares itself work by a number of its state still runs on stacked states: it then
-    does all the work. On an accelerator reading a number waits for the device.
+    Under vmap the tensor stands for several numbers. A hook can use this function to skip work if a
+    number of its state allows it, and do all the work under vmap. On a GPU, reading a number waits
+    for the device.
     """
     try:
         return float(value)

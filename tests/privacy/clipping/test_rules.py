@@ -279,9 +279,9 @@ class Long(PrecomputedRows):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (ShortNorms, r"rule of \w+ gives squared norms of shape \(1,\) for 9 records"),
-        (Missing, r"rule of \w+ gives a sum of shape None for shift; return \(1,\)"),
-        (Long, r"rule of \w+ gives a sum of shape \(1, 6\) for gain; return \(6,\)"),
+        (ShortNorms, r"rule of \w+ returns squared norms of shape \(1,\) for 9 records"),
+        (Missing, r"rule of \w+ returns a sum of shape None for shift; return \(1,\)"),
+        (Long, r"rule of \w+ returns a sum of shape \(1, 6\) for gain; return \(6,\)"),
     ],
 )
 def test_numbers_of_another_shape_are_refused(kind, message):
@@ -300,7 +300,9 @@ def test_numbers_of_another_shape_are_refused(kind, message):
 
 def test_a_type_has_one_rule_and_a_cell_may_run_again():
     register_rule(Gain, GainRule())
-    with pytest.raises(ConfigError, match=r"Linear has a clipping rule, .*LinearRule.*GainRule"):
+    with pytest.raises(
+        ConfigError, match=r"Linear already has the clipping rule .*LinearRule, and .*GainRule"
+    ):
         register_rule(nn.Linear, GainRule())
 
 

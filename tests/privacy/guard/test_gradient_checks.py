@@ -324,7 +324,7 @@ def test_a_forward_that_computes_lengths_is_refused_uncharged(
         privacy=Privacy(epsilon=8.0, seed=0),
         folder=tmp_path,
     )
-    refused = "cannot be formed|fails on synthetic records|couples records|calls other layers"
+    refused = "cannot be computed|fails on synthetic records|couples records|calls different layers"
     with pytest.raises(GuardError, match=refused):
         learner.fit(rows_in_three_classes)
     assert not list(tmp_path.glob("**/ledger*"))
@@ -468,7 +468,7 @@ def test_a_failure_on_one_large_record_hides_no_other():
             raise ValueError("too large")
         return {"layer.weight": torch.full((3, 8), clip.norm)}
 
-    with pytest.raises(GuardError, match="computes too small a norm"):
+    with pytest.raises(GuardError, match="computes a norm that is too small"):
         check_bound(replace(honest, clipped=clipped), "mine")
     assert len(asked) == 2
 

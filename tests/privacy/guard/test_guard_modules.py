@@ -164,7 +164,7 @@ def test_a_changed_dropout_is_refused():
 def test_lazy_layers_are_refused_until_they_have_parameters(make):
     model = nn.Sequential(make())
     with pytest.raises(
-        GuardError, match=r"0 is Lazy.*first private batch would shape.*run synthetic inputs"
+        GuardError, match=r"0 is Lazy.*first private batch would decide.*run synthetic inputs"
     ):
         check_model(model)
 

@@ -188,7 +188,9 @@ def test_model_in_which_one_record_spoils_others_is_refused(kind):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
 def test_whole_numbers_without_domain_are_refused(dtype):
-    with pytest.raises(GuardError, match=f"inputs are {dtype} and declare no domain.*InputDomain"):
+    with pytest.raises(
+        GuardError, match=f"inputs are {dtype} without a declared domain.*InputDomain"
+    ):
         private(nn.Sequential(Cast(), Reading(whole=True)), stream_of(None, dtype, (12,)))
 
 

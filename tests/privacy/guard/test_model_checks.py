@@ -228,7 +228,7 @@ COUPLED = [class_weighted_mean, in_batch_masking, in_batch_negatives, batch_cent
 def test_losses_that_couple_records_are_refused_with_a_fix(losses):
     with pytest.raises(
         GuardError,
-        match=r"Mine.losses\(\) couples records: dropping one.*compute each row from that row",
+        match=r"Mine.losses\(\) couples records: removing one.*compute each row from that row",
     ):
         check_losses(losses, INPUTS, LABELS, "Mine.losses()")
 

@@ -61,7 +61,9 @@ def test_a_check_of_one_record_less_names_the_cure():
     def losses(x, y):
         return model(x).sum(1)
 
-    with pytest.raises(GuardError, match=f"calls other layers when one record is left.*{CURE}"):
+    with pytest.raises(
+        GuardError, match=f"calls different layers if one record is removed.*{CURE}"
+    ):
         check_rows(model, losses, inputs, labels, "the losses")
-    with pytest.raises(GuardError, match=f"couples records: dropping one record.*{CURE}"):
+    with pytest.raises(GuardError, match=f"couples records: removing one record.*{CURE}"):
         check_losses(lambda x, y: x.sum(1) - x.mean(), inputs, labels, "the losses")

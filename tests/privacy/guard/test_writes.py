@@ -20,7 +20,7 @@ from perdure.privacy.guard.writes import WriteWatch
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"max_norm": 1.0}, "with max_norm, which renormalises"),
+        ({"max_norm": 1.0}, "with max_norm, which writes into"),
         ({"sparse": True}, "with sparse=True"),
         ({"scale_grad_by_freq": True}, "with scale_grad_by_freq"),
     ],

@@ -164,7 +164,7 @@ def test_a_partition_is_of_one_rule(tmp_path):
     ledger.declare("b", 10)
     ledger.declare("a", 10, "rule 1")
     for name, rule in (("a", "rule 2"), ("a", ""), ("b", "rule 1")):
-        with pytest.raises(LedgerError, match=f"'{name}' holds records of another rule"):
+        with pytest.raises(LedgerError, match=f"'{name}' was made by another rule"):
             ledger.declare(name, 10, rule)
     again = Ledger.open(tmp_path / "ledger.jsonl", key=key)
     assert again.rules == ledger.rules == {"a": "rule 1", "b": ""}

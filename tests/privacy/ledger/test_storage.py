@@ -62,7 +62,7 @@ def test_reordered_removed_and_inserted_lines_are_named(path):
 
 @pytest.mark.parametrize("kept", range(6))
 def test_a_shortened_file_is_refused(path, kept):
-    assert f"line {kept + 1}: missing" in damaged(path, lines_of(path)[:kept])
+    assert f"line {kept + 1}: the line is missing" in damaged(path, lines_of(path)[:kept])
 
 
 def test_a_covered_line_that_is_torn_is_refused(path):
@@ -84,7 +84,7 @@ def test_a_ledger_rewritten_as_a_whole_is_refused(path):
             json.loads(head.read_text()) | {"hash": last}, sort_keys=True, separators=(",", ":")
         )
     )
-    assert "not sealed with this key" in damaged(path, rewritten)
+    assert "does not fit this key" in damaged(path, rewritten)
 
 
 def test_a_head_of_another_key_or_a_missing_one_is_refused(path):

@@ -109,7 +109,7 @@ def test_a_forked_child_draws_nothing_also_under_one_number(tmp_path, key, monke
     log = DrawLog(tmp_path / "draws.jsonl" if where == "disk" else None, key, "boot 1")
     log.open("e")
     mine = log.nonce
-    assert "forked, and belongs to its parent" in refused_in_child(log)
+    assert "forked, and belongs to the parent" in refused_in_child(log)
     assert log.nonce_for("gradient", "e", 1, OTHER) == mine
 
 
@@ -193,7 +193,7 @@ def test_two_logs_of_one_file_do_not_both_draw(written, key):
     first = DrawLog(path, key, "boot 1")
     second = DrawLog(path, key, "boot 1")
     assert second.nonce_for("gradient", "b", 1, SUM)
-    with pytest.raises(LedgerError, match="written to or put back by somebody else"):
+    with pytest.raises(LedgerError, match="changed, or replaced by an older copy"):
         first.nonce_for("gradient", "b", 2, SUM)
 
 
@@ -223,7 +223,9 @@ def test_a_log_that_was_edited_is_refused(written, key, how):
         "older format": [b'{"boot": "boot 1", "entry": "e", "kind": "open"}\n'],
     }
     path.write_bytes(b"".join(changed[how]))
-    with pytest.raises(PrivacyError, match=r"is damaged, edited or after a gap; remove the file"):
+    with pytest.raises(
+        PrivacyError, match=r"is damaged or edited, or a line before it is missing; delete the file"
+    ):
         DrawLog(path, key, "boot 1")
 
 

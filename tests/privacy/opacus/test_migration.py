@@ -115,20 +115,18 @@ class Trees(RDPAccountant):
 def test_histories_that_are_something_else_are_refused():
     with pytest.raises(
         PrivacyError,
-        match=r"Trees accounts for tree aggregation; give a PrivacyEngine.*rdp, prv, gdp",
+        match=r"Trees is not a supported .*: tree aggregation.; .*rdp or prv or gdp",
     ):
         spent(Trees())
-    with pytest.raises(PrivacyError, match="Sequential accounts for nothing that Opacus knows"):
+    with pytest.raises(PrivacyError, match="Sequential is not a supported accountant of Opacus"):
         spent(small())
     accumulated = RDPAccountant()
     accumulated.step(noise_multiplier=1.0, sample_rate=0.6 * 2)
-    with pytest.raises(
-        PrivacyError, match=r"cannot be taken over: sampling_rate = 1.2 is not allowed"
-    ):
+    with pytest.raises(PrivacyError, match=r"cannot be used: sampling_rate = 1.2 is not allowed"):
         spent(accumulated)
     torn = RDPAccountant()
     torn.history = [(1.0, 0.1)]
-    with pytest.raises(PrivacyError, match="cannot be taken over"):
+    with pytest.raises(PrivacyError, match="cannot be used"):
         spent(torn)
 
 
@@ -160,17 +158,17 @@ def test_optimisers_that_two_numbers_do_not_describe_are_refused():
         "unclipped_num_std": 2.0,
     }
     _, _, optimizer, _ = engine_for(small(), clipping="adaptive", **adaptive)
-    with pytest.raises(PrivacyError, match=r"AdaClipDPOptimizer moves its clip norm.*Adaptive"):
+    with pytest.raises(PrivacyError, match=r"AdaClipDPOptimizer changes its clip norm.*Adaptive"):
         settings(optimizer)
     _, _, optimizer, _ = engine_for(small(), clipping="per_layer", clip=[0.5, 0.5, 0.5, 0.5])
     with pytest.raises(
-        PrivacyError, match=r"DPPerLayerOptimizer has a clip norm for every parameter.*per-layer"
+        PrivacyError, match=r"DPPerLayerOptimizer has one clip norm per parameter.*per-layer"
     ):
         settings(optimizer)
     _, _, optimizer, _ = engine_for(small(), grad_sample_mode="ghost")
     # what PrivacyEngineAdaptiveClipping sets
     vars(optimizer).update(_adjusted_noise_multiplier=1.4)
-    with pytest.raises(PrivacyError, match="moves its clip norm"):
+    with pytest.raises(PrivacyError, match="changes its clip norm"):
         settings(optimizer)
     with pytest.raises(PrivacyError, match="optimizer SGD is not known; give the DPOptimizer"):
         settings(torch.optim.SGD(small().parameters(), lr=0.1))
@@ -365,7 +363,7 @@ def test_histories_that_opacus_cannot_express_are_refused():
         match=r"Opacus cannot express Charge\(.*noise_multiplier=0.*use Account.epsilon",
     ):
         accountant(account(({"one": 1.0}, 0.0, 1)), ["one"])
-    with pytest.raises(PrivacyError, match="replace-one, and Opacus knows add-remove only"):
+    with pytest.raises(PrivacyError, match="replace-one, but Opacus has only add-remove"):
         accountant(account(({"one": 0.1}, 1.0, 1), relation="replace-one"), ["one"])
     with pytest.raises(ConfigError, match="mechanism = 'gdp' is not allowed; allowed: rdp, prv"):
         accountant(HISTORIES[0], ["one"], mechanism="gdp")

@@ -510,6 +510,6 @@ def test_a_sampler_that_the_user_registered_with_opacus_is_used(monkeypatch):
     model = Around(nn.Sequential(nn.Linear(5, 5), WrongScale()), 5)
     with pytest.raises(
         PrivacyError,
-        match=r"grad sampler of WrongScale gives shape \(5,\) for weight and 7 records",
+        match=r"grad sampler of WrongScale returns shape \(5,\) for weight and 7 records",
     ):
         by_bridge(model, dict(model.named_parameters()), x, y, CLIP)

@@ -58,7 +58,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for part, records in (("train", self.train), ("test", self.test)):
-            require_type(records, Records, f"{part} of data set {self.name}", "perdure.Records")
+            require_type(records, Records, f"{part} of data set {self.name}", "a perdure.Records")
             if records.task != self.task:
                 raise DataError(
                     f"{self.name} has {self.task.name} records to train on and "
@@ -95,6 +95,18 @@ class Dataset:
     def task(self) -> Task:
         """Task of the records."""
         return self.train.task
+
+
+def require_data_set(data: object) -> None:
+    """Refuse what is no `Dataset`, and name the functions that make one.
+
+    Args:
+        data: given by the user.
+
+    Raises:
+        DataError: in one line.
+    """
+    require_type(data, Dataset, "data", "a perdure.data.Dataset")
 
 
 def cache_folder() -> Path:

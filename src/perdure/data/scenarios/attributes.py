@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.base import Dataset, require_data_set
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import expected_sizes, placed, placing_rule, with_sizes
@@ -43,6 +43,7 @@ def by_time(
             other than one size, or one an experience.
         DataError: where records lack the attribute, or a time is missing (NaN).
     """
+    require_data_set(data)
     if (experiences is None) == (boundaries is None):
         given = f"experiences={experiences}, boundaries={boundaries}"
         raise ConfigError.of("cut", given, "exactly one of experiences and boundaries")
@@ -87,6 +88,7 @@ def by_domain(
             experience.
         DataError: where records lack the attribute, or are of a domain that is not in the order.
     """
+    require_data_set(data)
     values = [_values(part, attribute) for part in (data.train, data.test)]
     names = data.categories.get(attribute)
     public = order is not None or names is not None

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.base import Dataset, require_data_set
 from perdure.data.experience import Stream
 from perdure.data.records import Records
 from perdure.data.scenarios.class_slices import split
@@ -66,6 +66,7 @@ def blurry(
     "Online continual learning on class incremental blurry task configuration with anytime
     inference".
     """
+    require_data_set(data)
     for field, share in (("blurry_share", blurry_share), ("disjoint_share", disjoint_share)):
         if not 0 <= share <= 1:
             raise ConfigError.of(field, share, "numbers from 0 to 1")

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.base import Dataset, require_data_set
 from perdure.data.experience import Experience, Stream
 from perdure.data.scenarios.places import (
     arrival_order,
@@ -61,6 +61,7 @@ def split(
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
+    require_data_set(data)
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
     refuse_other_tasks(data.task, (SingleLabel,), "split", "it cuts by the class of a record")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.base import Dataset, require_data_set
 from perdure.data.experience import Experience, Stream
 from perdure.data.row_view import changed_rows
 from perdure.data.scenarios.places import placing_rule
@@ -27,6 +27,7 @@ def joint(data: Dataset, *, declared_size: int | None = None) -> Stream:
         data: the source.
         declared_size: public number of training records. Default: as in `data`.
     """
+    require_data_set(data)
     rule = placing_rule("whole", data, sizes=declared_size)
     whole = Experience(
         index=0,
@@ -74,6 +75,7 @@ def permuted(
 
     Source: Goodfellow et al. 2014, "An empirical investigation of catastrophic forgetting".
     """
+    require_data_set(data)
     if experiences < 1:
         raise ConfigError.of("experiences", experiences, "whole numbers from 1")
     generator = torch.Generator().manual_seed(seed)
@@ -107,6 +109,7 @@ def rotated(
 
     Source: Lopez-Paz and Ranzato 2017, "Gradient episodic memory", section 5.1.
     """
+    require_data_set(data)
     if len(data.input_shape) != 3:
         raise ConfigError.of(
             "input_shape", data.input_shape, "(channels, height, width), to be rotated"

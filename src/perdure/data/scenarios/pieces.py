@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from perdure.data.experience import Stream, placed_again
+from perdure.data.experience import Stream, placed_again, require_stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import hashable, public_coin
 from perdure.errors import ConfigError
@@ -34,6 +34,7 @@ def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> 
     Source: Mai et al. 2022, "Online continual learning in image classification: an empirical
     survey".
     """
+    require_stream(stream)
     if chunk < 1:
         raise ConfigError.of("chunk", chunk, "whole numbers from 1")
     cut = _exact_pieces if exact else _hashed_pieces

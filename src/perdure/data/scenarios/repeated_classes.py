@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perdure.data.datasets.base import Dataset
+from perdure.data.datasets.base import Dataset, require_data_set
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import (
@@ -65,6 +65,7 @@ def repetition(
     Source: Hemati et al. 2023, "Class-incremental learning with repetition" (the sampling-based
     generator, every record once).
     """
+    require_data_set(data)
     refuse_other_tasks(
         data.task, (SingleLabel,), "repetition", "it places by the class of a record"
     )

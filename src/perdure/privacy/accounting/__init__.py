@@ -1,7 +1,7 @@
 """Privacy accounting: from charges to epsilon, and from epsilon to noise.
 
-Import `Charge`, some steps of one mechanism as seen by one record; `epsilon` of a history of
-charges; and `calibrate`, the least noise that stays within a target.
+Import `Charge` for the cost of some steps of one mechanism for one record, `epsilon` to compose
+charges, and `calibrate` to find the smallest noise multiplier that keeps a target epsilon.
 """
 
 from perdure.privacy.accounting.accountants import pld_epsilon, rdp_epsilon

@@ -37,7 +37,7 @@ def rdp_epsilon(history: History, delta: float, relation: Relation) -> float:
 
     Args:
         history: merged charges of one record.
-        delta: of the epsilon, above 0 and below 1.
+        delta: delta at which epsilon is stated, above 0 and below 1.
         relation: neighbouring relation.
     """
     import dp_accounting
@@ -84,14 +84,14 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
 def pld_epsilon(history: History, delta: float, relation: Relation, interval: float) -> float:
     """Epsilon of the composed privacy loss distributions, pessimistic on a grid.
 
-    The grid is widened where losses run into the hundreds, and narrowed where all of them are below
-    1; a million and more is infinity.
+    The grid is coarser if losses reach hundreds, and finer if all losses are below 1. An epsilon of
+    a million or more is returned as infinity.
 
     Args:
         history: merged charges of one record.
-        delta: of the epsilon, above 0 and below 1.
+        delta: delta at which epsilon is stated, above 0 and below 1.
         relation: neighbouring relation.
-        interval: distance of two points of the grid, before it is widened or narrowed.
+        interval: distance between two points of the grid, before the grid is made coarser or finer.
     """
     if not history:
         return 0.0

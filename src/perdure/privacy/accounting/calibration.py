@@ -32,30 +32,29 @@ def epsilon(
 ) -> float:
     """Epsilon of the composition of `charges` at `delta`.
 
-    Guarantee: an upper bound, also where queries depend on earlier answers, as long as the charges
-    do not. PLD is pessimistically discretised at 1e-4, coarser where epsilon runs into the
-    hundreds; a million and more is infinity.
+    Guarantee: an upper bound. It also holds if queries depend on earlier answers, but the charges
+    may not depend on them. PLD is pessimistically discretised at 1e-4, and coarser if epsilon
+    reaches hundreds. An epsilon of a million or more is returned as infinity.
 
-    Under replace-one a record may change into any other, and one step is dominated by the pair
-    (1-q) N(0, s^2) + q N(-1, s^2) against (1-q) N(0, s^2) + q N(1, s^2), s = noise multiplier, q =
-    rate, which is sensitivity 2C at q = 1. Why no other pair v, v' with |v|, |v'| <= 1 is worse:
-    with L and L' the densities of N(v') and N(0) relative to N(v), the divergence at order a >= 1
-    is
-    q E[(1 - a L - (1-q)(a-1)/q L')+], a convex function with non-negative mixed derivative of two
-    log-normals of mean 1; it grows with each entry of their covariance (Kahane's inequality), and
-    |v-v'|^2, |v|^2 and (v-v').v are all largest at v = -v', |v| = 1. Orders below 1 follow by
-    exchanging the two sides.
+    Under replace-one a record may change into any other record. One step is then dominated by the
+    pair (1-q) N(0, s^2) + q N(-1, s^2) against (1-q) N(0, s^2) + q N(1, s^2), with s = noise
+    multiplier and q = sampling rate; at q = 1 this is sensitivity 2C. No other pair v, v' with |v|,
+    |v'| <= 1 costs more, for this reason: with L and L' the densities of N(v') and N(0) relative to
+    N(v), the divergence at order a >= 1 is q E[(1 - a L - (1-q)(a-1)/q L')+], a convex function
+    with non-negative mixed derivative of two log-normals of mean 1; it grows with each entry of
+    their covariance (Kahane's inequality), and |v-v'|^2, |v|^2 and (v-v').v are all largest at v =
+    -v', |v| = 1. Orders below 1 follow by exchanging the two sides.
 
     Args:
-        charges: any number of them; none gives 0.
-        delta: in (0, 1).
-        accountant: "pld" (what is reported) or "rdp" (looser, faster).
+        charges: charges of one record; the result is 0 if there are none.
+        delta: number in (0, 1).
+        accountant: "pld" (used in all reports) or "rdp" (looser, faster).
         relation: how neighbouring data sets differ.
 
     Raises:
-        ConfigError: for a delta, accountant or relation that is not allowed.
-        PrivacyError: for RDP of Poisson-sampled charges under replace-one, for which no bound is
-            implemented.
+        ConfigError: if delta, accountant or relation is not allowed.
+        PrivacyError: if RDP is asked for Poisson-sampled charges under replace-one; no such bound
+            is implemented.
 
     Source: Koskela et al. 2020, Doroshenko et al. 2022 (PLD); Mironov, Talwar and Zhang 2019 (RDP).
     """
@@ -129,22 +128,25 @@ def calibrate(
     delta: float,
     relation: Relation = "add-remove",
 ) -> float:
-    """Smallest noise multiplier at which no history costs more than `epsilon` at `delta`.
+    """Find the smallest noise multiplier at which no history costs more than `epsilon` at `delta`.
 
-    Rounded up to four digits, found to a relative 1e-3, searched between 0.05 and 10,000.
+    The search goes from 0.05 to 10,000. The result has a relative error of at most 1e-3 and is
+    rounded up to four digits.
 
-    Guarantee: `charges_at` of the result costs at most `epsilon` in each history, checked by PLD at
-    1e-4.
+    Guarantee: with the returned noise multiplier, each history of `charges_at` costs at most
+    `epsilon`. PLD at 1e-4 checks this.
 
     Args:
-        charges_at: noise multiplier to histories, one per partition, always in the same order.
-        epsilon: the target, above 0.
-        delta: in (0, 1).
+        charges_at: function from a noise multiplier to histories, one per partition, always in the
+            same order.
+        epsilon: target epsilon, above 0.
+        delta: number in (0, 1).
         relation: how neighbouring data sets differ.
 
     Raises:
-        ConfigError: for a target or delta that is not allowed.
-        BudgetError: when no noise is enough, since what does not depend on it already costs more.
+        ConfigError: if the target or delta is not allowed.
+        BudgetError: if no noise multiplier is large enough, because charges with fixed noise
+            already cost more.
 
     >>> noise = calibrate(lambda noise: [[Charge(0.01, noise, 1000)]], epsilon=3, delta=1e-5)
     >>> round(noise, 2)
@@ -222,8 +224,9 @@ def _solve(
     low, high = _bracket(excess, start, first=0.02)
     if high > math.log(NOISE_RANGE[1]):
         raise BudgetError(
-            f"no noise multiplier up to {NOISE_RANGE[1]:g} meets the epsilon: charges that do not "
-            "depend on it cost more already; raise epsilon or take them out"
+            f"no noise multiplier up to {NOISE_RANGE[1]:g} reaches the target epsilon, because "
+            "the charges with fixed noise already cost more; raise epsilon, or remove these "
+            "charges"
         )
     if low == high:
         return NOISE_RANGE[0]

@@ -17,21 +17,22 @@ History = tuple["Charge", ...]
 
 @dataclass(frozen=True, order=True)
 class Charge:
-    """Some steps of one mechanism, as seen by one record.
+    """Privacy cost of some steps of one mechanism for one record.
 
     Args:
         sampling_rate: probability in (0, 1] that the record is in a step (Poisson); 1.0 means no
             sampling.
-        noise_multiplier: standard deviation of the noise divided by the sensitivity; 0 means none.
-            Of `exponential`: 1 / epsilon of one selection.
-        steps: how often.
-        noise: `gaussian`, that of the textbook; `grid-gaussian`, that of `perdure.privacy.grid`,
-            with what rounding, slack and sampler cost; `discrete-gaussian`, integer noise on one
-            count that the record moves by 1; `exponential`, one selection by the exponential
-            mechanism. The last two are not sampled.
+        noise_multiplier: standard deviation of the noise divided by the sensitivity; 0 for no
+            noise. For `exponential` it is 1 / epsilon of one selection.
+        steps: number of steps.
+        noise: `gaussian`: the Gaussian mechanism of the textbook. `grid-gaussian`: the mechanism of
+            `perdure.privacy.grid`, including the extra cost of rounding, slack and the sampler.
+            `discrete-gaussian`: integer noise on a count that one record changes by 1.
+            `exponential`: one selection by the exponential mechanism. The last two are never
+            sampled.
 
     Raises:
-        ConfigError: for a value outside these ranges.
+        ConfigError: if a value is outside its range.
     """
 
     sampling_rate: float

@@ -1,8 +1,8 @@
-"""Clipping of per-record gradients: the only place where a record's influence is bounded.
+"""Clipping of per-record gradients, so that one record changes a sum by at most the clip norm.
 
-Import `clipped_sum`, which goes record by record, and `clipped_gradient_sum`, which goes by the
-rules of the layers; `Clip` is the bound. A layer type of your own is clipped by rule as well, as
-fast as torch's own layers, after `register_rule(MyLayer, MyRule())` (see `ClippingRule`).
+Import `clipped_sum`, which works record by record, `clipped_gradient_sum`, which uses the clipping
+rule of each layer type, and `Clip` for the bound. `register_rule(MyLayer, MyRule())` adds a rule
+for your own layer type, which is then clipped as fast as the layers of torch (see `ClippingRule`).
 """
 
 from perdure.privacy.clipping.bookkeeping import clipped_gradient_sum

@@ -54,31 +54,34 @@ def clipped_gradient_sum(
     """Sum over records of clip(gradient of the record's loss, C), by the rules of the layers.
 
     Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm,
-    provided that row i of `losses()` depends on record i only, every differentiable pass of the
-    module covers all rows in row order, and rules keep what `ClippingRule` says. Under autocast or
-    in half precision, sums are computed in float32 from the numbers that flowed.
+    if row i of `losses()` depends on record i only, if every differentiable pass of the module
+    covers all rows in row order, and if the rules keep the guarantee of `ClippingRule`. Under
+    autocast or in half precision, sums are computed in float32 from the half-precision inputs and
+    gradients of the layers.
 
     Args:
-        module: the model, at its own parameters.
-        params: those to differentiate.
-        losses: runs the module and returns (n,) losses.
-        records: n.
+        module: the model, with its own parameters.
+        params: parameters to differentiate, by name.
+        losses: function that runs the module and returns (n,) losses.
+        records: number of records, n.
         clip: the bound C.
-        rehearse: runs the losses of another number of records, and returns that number: what looks
-            like a row a record may be a position each, of as many positions (see `Rehearsals`).
-            None where every pass of the module is known to cover all rows in row order.
+        rehearse: function that runs the losses with another number of records and returns this
+            number. With one number alone, an axis of positions can have the same length as the
+            batch by chance, and would be taken for the axis of records (see `Rehearsals`). None if
+            every pass of the module is known to cover all rows in row order.
 
     Returns:
-        The sums, in float32 or wider: rounded to half precision before the noise, a sum of many
-        records would move by more than C. None, for the caller to go on in another way, where a
-        parameter has no rule, is shared, or is used outside its layer's own call (as in a layer
-        that runs with weights computed from the parameters); and where a pass does not cover all
-        records, or would not with another number of them.
+        The sums by parameter name, in float32 or wider. (In half precision, rounding before the
+        noise could change a sum of many records by more than C.) None if the sum cannot be computed
+        this way, and the caller must use another way: if a parameter has no rule, is shared, or is
+        used outside the call of its own layer (as in a layer that runs with weights computed from
+        the parameters), or if a pass does not cover all records, with this or another number of
+        records.
 
     Raises:
-        NotFiniteError: naming the rows whose norms are not finite; in another way all other rows
-            would be rounded otherwise.
-        PrivacyError: where a rule gives numbers of another shape than it must.
+        NotFiniteError: names the rows whose norms are NaN, infinite or too long. Leave these rows
+            out and call again; another way would round the other rows differently.
+        PrivacyError: if a rule returns a tensor of the wrong shape.
     """
     parts = layers_and_bare(module, params)
     if parts is None or records == 0:
@@ -167,8 +170,8 @@ def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int
     squares = gradients.squared_norms()
     if squares.shape != (records,):
         raise PrivacyError(
-            f"the clipping rule of {type(layer).__name__} gives squared norms of shape "
-            f"{tuple(squares.shape)} for {records} records; return (n,), one a record"
+            f"the clipping rule of {type(layer).__name__} returns squared norms of shape "
+            f"{tuple(squares.shape)} for {records} records; return shape (n,), one norm per record"
         )
     return squares.double()
 
@@ -185,7 +188,7 @@ def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> P
         given = tuple(sums[name].shape) if name in sums else None
         if param is not None and given != tuple(param.shape):
             raise PrivacyError(
-                f"the clipping rule of {type(layer).__name__} gives a sum of shape {given} for "
+                f"the clipping rule of {type(layer).__name__} returns a sum of shape {given} for "
                 f"{name}; return {tuple(param.shape)}, the shape of the parameter"
             )
     return sums
@@ -254,8 +257,8 @@ def _goes_by(rule: ClippingRule, name: str, layer: nn.Module, own: Params) -> bo
 def _understood(layers: Layers, tape: Tape, records: int) -> list[TapedCall] | None:
     """Calls on the tape.
 
-    None where one did not turn a row a record into a row a record, or where its input is no longer
-    what it was.
+    None if the input or output of a call does not have one row per record, or if its input was
+    changed afterwards.
     """
     rules = clipping_rules()
     calls = []

@@ -1,7 +1,4 @@
-"""Per-record gradients and their clipped sum.
-
-The only place where a record's influence is bounded.
-"""
+"""Per-record gradients and their clipped sum."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,19 +29,19 @@ WITHIN = "within clip norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """Bound on a record's vector.
+    """Bound on the vector of one record.
 
-    Guarantee: its L2 norm, all names but `WITHIN` together, is at most `norm`; what it adds to
-    `WITHIN` is 1/2 or -1/2.
+    Guarantee: the L2 norm of a clipped vector, over all names except `WITHIN`, is at most `norm`. A
+    record adds 1/2 or -1/2 to `WITHIN`.
 
     Args:
         norm: the bound C.
-        per_layer: bound each of the L layers by C / sqrt(L) by itself. A layer is a module with
+        per_layer: clip each of the L layers separately, to C / sqrt(L). A layer is a module with
             parameters of its own.
-        steps: number of grid steps in the bound C: every clipped row is rounded to the grid, and
-            sums are exact. 0 for no grid.
-        counted: also sum, as `WITHIN`, 1/2 for a record whose norm is at most C and -1/2 for
-            another (Andrew et al. 2021, section 2.2): one record moves it by 1/2.
+        steps: number of grid steps in the bound C. Every clipped row is rounded to the grid, so
+            that sums are exact. 0 for no grid.
+        counted: also return the sum `WITHIN`: 1/2 for each record whose norm is at most C, -1/2 for
+            each other record (Andrew et al. 2021, section 2.2). One record changes it by 1/2.
     """
 
     norm: float
@@ -75,7 +72,7 @@ class Clip:
 
 
 class NotFiniteError(Exception):
-    """Some records have gradients that are not finite; who asked leaves them out and asks again.
+    """Some records have gradients with NaN or infinity; leave these records out and call again.
 
     Args:
         rows: (n,) True for such a record.
@@ -168,17 +165,17 @@ def per_pass(params: Params) -> int:
 def clipped_sum(
     rows: Rows, params: Params, tensors: Mapping[str, Tensor], clip: Clip, chunk: int
 ) -> Params | None:
-    """Sum over records of clip(rows(record), C), or None when there is no record.
+    """Sum of clip(rows(record), C) over all records; None if there is no record.
 
     Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm
     (and `WITHIN` by 1/2).
 
     Args:
-        rows: the query for one record.
+        rows: function from the parameters and one record to the record's vector.
         params: parameters by name.
-        tensors: name to (n, ...), the batch.
+        tensors: the batch, name to (n, ...).
         clip: bound on each row.
-        chunk: records per vectorised pass; bounds memory only.
+        chunk: records per vectorised pass; it limits memory and does not change the result.
     """
     total: Params | None = None
     each = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")

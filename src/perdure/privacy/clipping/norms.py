@@ -38,15 +38,17 @@ def at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def squared_row_norms(*tables: Tensor) -> list[Tensor]:
-    """Squared L2 norms of rows, in float64, where they neither overflow nor underflow.
+    """Squared L2 norms of rows, in float64.
 
-    Products of two of them do not either.
+    Neither the squares nor products of two squares overflow or underflow.
 
     Args:
-        tables: each (n, ...), in float32 or wider; several are asked about together for speed.
+        tables: tensors (n, ...) in float32 or wider; one call with several tables is faster than
+            several calls.
 
     Returns:
-        (n,) for each table; infinite for a row that is not finite or longer than `LONGEST`.
+        (n,) squared norms for each table; infinity for a row with NaN or infinity, or longer than
+        `LONGEST`.
     """
     on_cpu = all(table.device.type == "cpu" for table in tables)
     if not on_cpu or any(table.dtype == torch.float64 for table in tables):

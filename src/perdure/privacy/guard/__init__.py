@@ -1,8 +1,9 @@
 """Checks that a model, its losses and its optimiser keep one record's influence bounded.
 
-Import `check_model` for the refusals with their reasons, `fixes` and `fix` for the repairs, and
-`check_gradients` to compare clipped gradients with a loop of autograd, `check_bound` for those of
-very large inputs; `independence` for what is known by construction.
+Import `check_model` to refuse a model with reason and fix, and `fixes` and `fix` to repair it.
+`check_gradients` compares clipped gradients with a loop of autograd over single records, and
+`check_bound` tests them with very large inputs. `independence` says if records are independent by
+construction or only tested.
 """
 
 from perdure.privacy.guard.gradient_checks import GradientCase, check_bound, check_gradients

@@ -43,15 +43,16 @@ ClippedGradient = Callable[[Tensor, Tensor, Clip], Params | None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GradientCase:
-    """A clipped gradient that is compared with the gradients of single records.
+    """Clipped gradient to test, with everything needed to compute the gradients of single records.
 
     Args:
-        losses: the losses of some records, by the model at `params`, in training mode without
-            dropout (see `perdure.privacy.guard.loss_checks.quiet_training`).
-        clipped: the sum that is tested, of the same losses.
-        params: parameters of the gradient.
-        inputs: (n, ...) of synthetic records, `RECORDS` or more.
-        labels: (n,).
+        losses: function that returns the losses of some records, from the model with `params`, in
+            training mode without dropout (see `perdure.privacy.guard.loss_checks.quiet_training`).
+        clipped: function that returns the clipped sum of the gradients of the same losses; it is
+            tested.
+        params: parameters of the gradient, by name.
+        inputs: (n, ...) inputs of synthetic records; n is at least `RECORDS`.
+        labels: (n,) their labels.
     """
 
     losses: SyntheticLosses
@@ -70,18 +71,19 @@ def check_gradients(
 ) -> None:
     """Compare the clipped gradient of synthetic records with a loop of autograd over them.
 
-    The bound is the middle one of the records' norms, so that some are clipped and some are not.
+    The bound is the median of the records' norms, so that some records are clipped and some are
+    not.
 
     Args:
-        case: what is compared.
-        what: name for the message.
-        per_layer: clip every layer by itself.
-        in_double: makes the case in float64, which decides where float32 differs: in deep networks
-            rounding switches units of ReLU.
+        case: clipped gradient and losses to compare.
+        what: name of the gradient, for the error message.
+        per_layer: clip every layer separately.
+        in_double: function that returns the case in float64. It decides if the results differ in
+            float32, because in deep networks rounding can switch units of ReLU on or off.
 
     Raises:
-        GuardError: naming the parameter whose sum differs most, or the reason why gradients of
-            single records cannot be formed.
+        GuardError: if the sums differ (the message names the parameter with the largest
+            difference), or if gradients of single records cannot be computed.
     """
     moved, worst = _gap(case, what, per_layer)
     if moved < TOLERANCE:
@@ -96,27 +98,27 @@ def check_gradients(
     if not moved < allowed:  # so that NaN is refused too
         raise GuardError(
             f"the clipped gradient of {what} differs from the gradients of single records by "
-            f"{moved:.2g} of its size, most in parameter {worst}: a layer computes something else "
-            "in a batch than its type says (a replaced method, a hook, a tensor written to in "
-            f"place, a wrong clipping rule); allowed: a difference below {allowed:g}; build the "
-            "layer out of torch's own, unchanged"
+            f"{moved:.2g} of its size, most in parameter {worst}: in a batch, a layer computes "
+            "something else than its type (because of a replaced method, a hook, an in-place "
+            f"write or a wrong clipping rule); allowed: a difference below {allowed:g}; build the "
+            "layer from unchanged torch layers"
         )
 
 
 def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> None:
-    """Look at the clipped gradients of single records with very large inputs.
+    """Test that clipped gradients of records with very large inputs stay within the clip norm.
 
-    In front of a normalisation their gradients are as small as the inputs are large; a norm that
-    multiplies squares in float32 is 0 then, and nothing is clipped. Denormal numbers count as 0, as
-    while training. A record on which the model fails or overflows bounds nothing and is passed.
+    Before a normalisation layer, a very large input has a very small gradient. A clipping rule that
+    multiplies their squares in float32 then computes a norm of 0, and does not clip. Denormal
+    numbers are set to 0, as in training. Records on which the model fails or overflows are skipped.
 
     Args:
-        case: what is looked at; inputs are floating-point numbers of any size.
-        what: name for the message.
-        per_layer: clip every layer by itself.
+        case: clipped gradient to test; its inputs are floating-point numbers of any size.
+        what: name of the gradient, for the error message.
+        per_layer: clip every layer separately.
 
     Raises:
-        GuardError: where a clipped gradient is longer than the clip norm.
+        GuardError: if a clipped gradient is longer than the clip norm.
     """
     clip = Clip(norm=SMALL_CLIP, per_layer=per_layer)
     one = case.inputs[:1].flatten(1)
@@ -129,8 +131,8 @@ def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> No
         if not moved <= 1 + SLACK:  # so that NaN is refused too
             raise GuardError(
                 f"the clipped gradient of {what} for a record with inputs of {NEAR_OVERFLOW:g} is "
-                f"{moved:.3g} times the clip norm: a clipping rule computes too small a norm; "
-                f"allowed: at most {1 + SLACK:g}; take norms with squared_row_norms of "
+                f"{moved:.3g} times the clip norm: a clipping rule computes a norm that is too "
+                f"small; allowed: at most {1 + SLACK:g}; compute norms with squared_row_norms of "
                 "perdure.privacy.clipping, or declare the range of the inputs "
                 "(Records(domain=InputDomain(range=...)))"
             )
@@ -204,12 +206,14 @@ def _found(case: GradientCase, clip: Clip, what: str) -> Params:
     except Exception as error:  # the losses themselves ran on each record
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise GuardError(
-            f"gradients of single records cannot be formed of {what}: {reason.partition('. ')[0]}; "
-            "allowed: a forward pass that runs under torch.func.vmap, without lengths, offsets or "
-            "branches computed from values; pad to one length, and use masks and torch.where"
+            f"gradients of single records cannot be computed for {what}: "
+            f"{reason.partition('. ')[0]}; allowed: a forward pass that runs under "
+            "torch.func.vmap, without lengths, offsets or branches that depend on values; pad "
+            "all records to one length, and use masks and torch.where"
         ) from error
     if found is None:
         raise GuardError(
-            f"{what} gives no gradient for {len(case.inputs)} records; return (n,) losses"
+            f"{what} has no gradient for {len(case.inputs)} records; return (n,) losses that "
+            "depend on the parameters"
         )
     return found

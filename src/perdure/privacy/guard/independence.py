@@ -179,13 +179,13 @@ def independence(model: nn.Module, domain: InputDomain | None = None) -> Indepen
 
     Args:
         model: any module.
-        domain: of its inputs; the model is run on random ones. A record of no axis has none behind
-            the batch axis to work on, and so has a layer that gets too few. None for any domain in
-            which every layer gets the axes that it is made for.
+        domain: domain of the model's inputs. The model runs on random inputs of this domain, to
+            find layers whose inputs have too few axes, so that they would work on the batch axis.
+            None to assume that every layer gets inputs with enough axes.
 
     Returns:
-        "by construction" where every module is listed, with harmless settings, unhooked, and with
-        the forward pass of its class; else "tested".
+        "by construction" if every module is on the library's list, with safe settings, without
+        hooks, and with the unchanged forward pass of its class; "tested" in all other cases.
     """
     if domain is not None and not domain.shape:
         return "tested"
@@ -195,7 +195,7 @@ def independence(model: nn.Module, domain: InputDomain | None = None) -> Indepen
 
 
 def unlisted(model: nn.Module) -> tuple[str, ...]:
-    """Names and types of the modules for which a model is tested only, in order."""
+    """Names and types of the modules that make a model "tested", not "by construction"."""
     hooked = _hooked_everywhere()
     return tuple(
         f"{name or 'model'}: {type(module).__name__}"

@@ -70,11 +70,10 @@ def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: 
     )
     if not bool((moved < TOLERANCE).all()):
         raise GuardError(
-            f"{what} couples records: dropping one record moved the loss of another by "
-            f"{float(moved.max()):.2g} of its "
-            "value; compute each row from that row only (no batch means, class-weighted "
-            "means, in-batch negatives; no "
-            f"chance but torch.nn.Dropout), or {ONE_BY_ONE}"
+            f"{what} couples records: removing one record changed the loss of another by "
+            f"{float(moved.max()):.2g} of its value; compute each row from that row only (no "
+            "batch means, class-weighted means or in-batch negatives; no randomness except "
+            f"torch.nn.Dropout), or {ONE_BY_ONE}"
         )
 
 
@@ -108,8 +107,8 @@ def check_rows(
     fewer = layer_calls(model, losses, inputs[:-1], labels[:-1])
     if [call[0] for call in whole] != [call[0] for call in fewer]:
         raise GuardError(
-            f"{what} calls other layers when one record is left out; compute each row from "
-            f"that row only, or {ONE_BY_ONE}"
+            f"{what} calls different layers if one record is removed; compute each row from that "
+            f"row only, or {ONE_BY_ONE}"
         )
     for (name, rows, _), (_, rows_of_fewer, _) in zip(whole, fewer, strict=True):
         if rows * rows_of_fewer != 1 and (rows * (n - 1) != rows_of_fewer * n or rows < n):
@@ -194,9 +193,8 @@ def _compare(
             moved = float((mine - theirs).norm() / mine.norm().clamp(min=1e-30))
             if not moved < tolerance:
                 raise GuardError(
-                    f"layer {name} mixes records in {what}: changing one record moved "
-                    f"another one's {part} by "
-                    f"{moved:.2g} of its size; compute each row from that row only, forwards "
-                    "and backwards, and keep "
-                    f"the records first and in order, or {ONE_BY_ONE}"
+                    f"layer {name} mixes records in {what}: a change of one record changed the "
+                    f"{part} of another by {moved:.2g} of its size; compute each row from that "
+                    "row only, in the forward and the backward pass, keep the records as first "
+                    f"axis and in order, or {ONE_BY_ONE}"
                 )

@@ -36,10 +36,10 @@ def check_model(model: nn.Module) -> None:
     Buffers are checked by `check_buffers`, which needs inputs.
 
     Raises:
-        GuardError: naming the first such part:
+        GuardError: names the first such part:
 
             - BatchNorm in any form (also frozen, affine-free or in evaluation mode: its running
-              statistics move without noise), and InstanceNorm with running statistics;
+              statistics change without noise), and InstanceNorm with running statistics;
             - recurrent layers of torch (no per-record gradients);
             - attention with dropout inside (its random mask is not drawn from the secret seed, as
               the mask of torch.nn.Dropout is);
@@ -58,16 +58,17 @@ def check_model(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if value.dtype.is_floating_point and value.dtype.itemsize < 4:
             raise GuardError(
-                f"parameter {name} is {value.dtype}: a sum in half precision is rounded, and "
-                "one record can move the "
-                "rounding by more than the clip norm; call model.float()"
+                f"parameter {name} is {value.dtype}: a sum in half precision is rounded, and with "
+                "this rounding one record can change it by more than the clip norm; call "
+                "model.float()"
             )
 
 
 def _lazy(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return (
-            ": the first private batch would shape its parameters; run synthetic inputs "
+            ": the first private batch would decide the shapes of its parameters; run synthetic "
+            "inputs "
             "through the model first"
         )
     return None
@@ -84,7 +85,8 @@ def _statistics(module: nn.Module) -> str | None:
         )
     if isinstance(module, _BATCH_STATISTICS):
         return (
-            ": it mixes the records of a batch, so no record's influence is bounded; replace it by "
+            ": it mixes the records of a batch, so the influence of one record has no bound; "
+            "replace it by "
             f"torch.nn.GroupNorm({groups(module)}, {module.num_features}), {FIX}"
         )
     return None
@@ -115,9 +117,8 @@ def _attention(module: nn.Module) -> str | None:
 def _computed_weight(module: nn.Module) -> str | None:
     if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
         return (
-            ": its buffers move at every forward pass, and how many passes a step takes "
-            "depends on the size of the "
-            "private batch; remove it by "
+            ": its buffers change in every forward pass, and the number of passes per step "
+            "depends on the size of the private batch; remove it by "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
         )
     if not isinstance(vars(module).get("weight"), Tensor):
@@ -136,19 +137,20 @@ def _embedding(module: nn.Module) -> str | None:
         return None
     if module.max_norm is not None:
         return (
-            " with max_norm, which renormalises the looked-up rows of the weight in place in every "
-            "forward pass, frozen or not, and so shows the tokens of single records; build it "
-            "with max_norm=None"
+            " with max_norm, which writes into the used rows of its weight in every forward pass, "
+            "also if frozen, and so reveals the tokens of single records; build it with "
+            "max_norm=None"
         )
     if module.scale_grad_by_freq:
         return (
-            " with scale_grad_by_freq, which divides by how often a token is in the batch, so "
-            "one record scales the gradients of others; build it with scale_grad_by_freq=False"
+            " with scale_grad_by_freq, which divides by the number of times that a token is in "
+            "the batch, so one record scales the gradients of others; build it with "
+            "scale_grad_by_freq=False"
         )
     if module.sparse:
         return (
-            " with sparse=True, whose gradient has entries for the tokens of the batch only, and "
-            "noise has to be on all of them; build it with sparse=False"
+            " with sparse=True, whose gradient has entries for the tokens of the batch only, but "
+            "noise must be on all entries; build it with sparse=False"
         )
     return None
 
@@ -158,9 +160,8 @@ def _dropout_subclass(module: nn.Module) -> str | None:
     if own or not isinstance(module, nn.modules.dropout._DropoutNd):
         return None
     return (
-        ", a subclass of torch's Dropout: the tests of the guard run without dropout and "
-        "would not see what it does; "
-        "use torch.nn.Dropout"
+        ", a subclass of torch's Dropout: the guard tests models without dropout, so it would not "
+        "test this layer; use torch.nn.Dropout"
     )
 
 
@@ -180,19 +181,18 @@ _REFUSALS = (
 
 
 def check_buffers(model: nn.Module, inputs: Tensor, *others: Tensor) -> None:
-    """Run synthetic inputs through copies of the model, and refuse changes that they leave behind.
+    """Run synthetic inputs through copies of the model, and refuse one that stores its inputs.
 
-    The copies are in training mode; the model itself does not run.
+    The copies are in training mode. The model itself does not run.
 
     Args:
-        model: is left as it is.
-        inputs: (n, ...) synthetic records.
-        others: other records in batches of the same shape. Default: copies of one record of
-            `inputs`.
+        model: model to check; it is not changed.
+        inputs: (n, ...) synthetic inputs.
+        others: other inputs, in batches of the same shape. Default: copies of one row of `inputs`.
 
     Raises:
-        GuardError: naming a buffer that changes, or an attribute (a tensor, a number, also inside a
-            list or dict) whose content depends on the records.
+        GuardError: names a buffer that changes, or an attribute (a tensor or number, also inside a
+            list or dict) whose content depends on the inputs.
     """
     before = dict(model.named_buffers())
     # Both copies run equally often: what counts passes alone stays equal in them.
@@ -267,29 +267,27 @@ def _equal(one: object, other: object) -> bool:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimiser that cannot step from one released gradient.
+    """Refuse an optimiser that cannot make its step from one released gradient.
 
-    The one given is left as it is.
+    The optimiser is not changed.
 
     Raises:
-        GuardError: for an optimiser of Opacus, which adds noise of its own, and for one that needs
-            a closure or more gradients a step (LBFGS, sharpness-aware minimisation), or gradients
-            of another kind (SparseAdam).
+        GuardError: if the optimiser belongs to Opacus (it adds its own noise), needs a closure or
+            several gradients per step (LBFGS, sharpness-aware minimisation), or needs sparse
+            gradients (SparseAdam).
     """
     kind = type(optimizer).__name__
     if any(base.__module__.startswith("opacus.") for base in type(optimizer).__mro__):
         raise GuardError(
-            f"optimizer is {kind} of Opacus, which would add noise a second time and account "
-            "for it elsewhere; give "
-            "the one inside, optimizer.original_optimizer, and its settings as Privacy(...)"
+            f"optimizer is {kind} of Opacus, which would add noise a second time, outside the "
+            "ledger; give optimizer.original_optimizer, and its settings as Privacy(...)"
         )
     reason = "" if isinstance(optimizer, torch.optim.LBFGS) else _failure(optimizer)
     if reason is not None:
         raise GuardError(
-            f"optimizer is {kind}, which does not step from one gradient{reason}: every "
-            "further gradient of a step is "
-            "another release of the private records; use torch.optim.SGD, Adam or another "
-            "that needs one a step"
+            f"optimizer is {kind}, which does not step from one gradient{reason}: every further "
+            "gradient in a step is another release of the private records; use torch.optim.SGD, "
+            "Adam or another optimiser that needs one gradient per step"
         )
 
 
@@ -312,18 +310,19 @@ def _failure(optimizer: Optimizer) -> str | None:
 
 
 def fix(model: nn.Module) -> nn.Module:
-    """Return a copy of the model that may be trained in private; the one given is left as it is.
+    """Return a copy of the model that may be trained privately; the given model is not changed.
 
     BatchNorm becomes GroupNorm with the same scale and shift, InstanceNorm loses its running
-    statistics, torch.nn.LSTM, GRU and RNN become the layers of Opacus, and attention becomes
-    `perdure.privacy.guard.repair.RepairedAttention`, out of linear layers, which is faster. The
-    last two keep their weights and what they compute, except that Opacus applies dropout inside the
-    recurrence too; GroupNorm computes something else than BatchNorm.
+    statistics, torch.nn.LSTM, GRU and RNN become layers of Opacus, and attention becomes
+    `perdure.privacy.guard.repair.RepairedAttention`, which is built from linear layers and faster.
+    Recurrent layers and attention keep their weights and compute the same as before, except that
+    Opacus applies dropout also inside the recurrence. GroupNorm does not compute the same as
+    BatchNorm.
 
     Guarantee: `check_model` accepts the result.
 
     Raises:
-        GuardError: for what is left and has no safe counterpart, as `check_model` does.
+        GuardError: as `check_model`, if a part of the model has no safe replacement.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
     >>> fixes(model)
@@ -336,7 +335,7 @@ def fix(model: nn.Module) -> nn.Module:
 
 
 def fixes(model: nn.Module) -> tuple[str, ...]:
-    """Replacements that `fix` would make, one line each: where, what, by what."""
+    """List the replacements that `fix` would make, one line each: name, old layer, new layer."""
     return tuple(
         f"{name or 'model'}: {type(old).__name__} -> {repr(new).splitlines()[0].rstrip('(')}"
         for name, (old, new) in replacements(model).items()

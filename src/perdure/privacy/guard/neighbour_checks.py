@@ -38,9 +38,8 @@ def explained(what: str, probe: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise GuardError(
-            f"{what} fails on synthetic records ({probe}): {reason}; it has to run on every "
-            "record of the declared domain, Records(domain=InputDomain(...)), in batches of any "
-            "size"
+            f"{what} fails on synthetic records ({probe}): {reason}; it must run on every record "
+            "of the declared domain, Records(domain=InputDomain(...)), in batches of any size"
         ) from error
 
 
@@ -134,8 +133,9 @@ def _compare_layers(
     n = len(pair.one)
     if [call[:2] for call in before] != [call[:2] for call in after]:
         raise GuardError(
-            f"{what} calls other layers for other neighbours ({pair.name}); compute each row from "
-            "that row only, without flow of control that looks at the batch"
+            f"{what} calls different layers if the other records of the batch change "
+            f"({pair.name}); compute each row from that row only, without branches that depend on "
+            "the batch"
         )
     for (name, rows, parts), (_, _, others) in zip(before, after, strict=True):
         if rows % n:  # one row for all; the losses show what it does

@@ -76,8 +76,8 @@ def domain_of(inputs: Tensor, declared: InputDomain | None) -> InputDomain:
     if inputs.is_floating_point():
         return InputDomain(shape=tuple(inputs.shape[1:]), dtype=inputs.dtype)
     raise GuardError(
-        f"inputs are {inputs.dtype} and declare no domain, so the guard does not know which "
-        "numbers a model may be shown; allowed: floats, or a declared domain; give "
+        f"inputs are {inputs.dtype} without a declared domain, so the guard does not know which "
+        "values are possible; allowed: floats, or a declared domain; give "
         "Records(domain=InputDomain(shape=..., dtype=..., vocabulary=...))"
     )
 
@@ -211,9 +211,9 @@ def whole_batch(domain: InputDomain, expected: float, at_once: float) -> int:
     most = MOST_NUMBERS // max(1, domain.numel)
     if rows > most:
         raise GuardError(
-            f"a step may run {rows} records at once through code that is only tested, and the "
-            f"guard tests batches of at most {most} such records; give micro_batch_size={most} or "
-            "less, which changes neither what is learnt nor what is charged"
+            f"a step may run {rows} records at once through code that is only tested, but the "
+            f"guard can test batches of at most {most} such records; set micro_batch_size to "
+            f"{most} or less, which changes neither the training nor the privacy cost"
         )
     return rows
 

@@ -1,8 +1,8 @@
-"""The ledger: every release is written down, and synced, before its noise is drawn.
+"""The ledger: every release is written and synced to disk before its noise is drawn.
 
-Import `Ledger`, the append-only account of one curator; `merge` and `read` for the accounts of
-several; `Statement`, an epsilon with its delta, unit, relation, accountant, sampling and trust
-model.
+Import `Ledger` for the append-only account of one curator, `merge` and `read` for accounts of
+several curators, and `Statement` for an epsilon with its delta, unit, relation, accountant,
+sampling and trust model.
 """
 
 from perdure.privacy.ledger.account import Account, Statement

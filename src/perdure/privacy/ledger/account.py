@@ -26,9 +26,9 @@ class Statement:
     """Epsilon with its delta, unit, neighbouring relation, accountant, sampling and trust model.
 
     Args:
-        units: declared number of units (records, clients) over all partitions, which is public; 0
-            where it is not known.
-        before: what it covers of a training that the model's first weights went through.
+        units: declared (public) number of units (records, clients) over all partitions; 0 if not
+            known.
+        before: how epsilon covers the earlier training of the model's first weights, in words.
     """
 
     epsilon: float
@@ -74,17 +74,17 @@ class Statement:
 
 
 class Account:
-    """Account of spent privacy: partitions with declared sizes, entries in order.
+    """Account of spent privacy: partitions with declared sizes, and entries in order.
 
-    The reading side of every ledger.
+    It is the reading side of every ledger.
 
     Args:
-        owner: name of the party whose records were exposed.
+        owner: name of the party that holds the records.
         unit: the protected unit, `record` or `client`.
         relation: neighbouring relation.
 
     Raises:
-        ConfigError: for an unknown unit or relation.
+        ConfigError: if unit or relation is not known.
     """
 
     def __init__(
@@ -122,7 +122,9 @@ class Account:
         try:
             self.take(body)
         except (KeyError, TypeError, ConfigError) as error:
-            raise LedgerError(f"{where}: not a line that this version reads ({error})") from error
+            raise LedgerError(
+                f"{where}: this version of perdure cannot read the line ({error})"
+            ) from error
 
     def take(self, body: Body) -> None:
         """Take in one line of this version.
@@ -288,7 +290,9 @@ def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:
     """
     first = bodies[0] if bodies else {}
     if first.get("kind") != "header" or first.get("schema") != SCHEMA:
-        raise LedgerError(f"{where}, line 1: not the header of a ledger of schema {SCHEMA}")
+        raise LedgerError(
+            f"{where}, line 1: this is not the header of a ledger with schema {SCHEMA}"
+        )
     return {name: first[name] for name in ("owner", "unit", "relation")}
 
 

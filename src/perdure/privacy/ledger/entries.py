@@ -43,39 +43,40 @@ def require_one_of(field: str, value: object, literal: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One reserved block of steps of one mechanism, and everyone exposed to it.
+    """Ledger entry: one reserved block of steps of one mechanism, and the exposed partitions.
 
     Args:
-        purpose: what for ("gradient", "reference", "release:fisher").
-        mechanism: "gaussian"; "discrete-gaussian" of integer counts; "exponential", a selection
-            (see `Charge`); "banded-gaussian", whose noise is correlated over the steps (see
-            `perdure.privacy.noise.banded`); "none" for data handed out raw (noise multiplier 0,
-            epsilon infinite).
+        purpose: use of the answer ("gradient", "reference", "release:fisher").
+        mechanism: "gaussian"; "discrete-gaussian" for integer counts; "exponential" for a selection
+            (see `Charge`); "banded-gaussian" for noise that is correlated over the steps (see
+            `perdure.privacy.noise.banded`); "none" for raw data (noise multiplier 0, epsilon
+            infinite).
         noise_multiplier: standard deviation of the noise divided by the clip norm.
         clip_norm: bound on the L2 norm of one unit's contribution.
         first_step: first step of the block in the run.
-        steps: how many steps are reserved; unused ones stay charged.
-        sampling: "poisson" where it really ran and stayed secret, else "none".
-        scope: origin partition to the probability that one of its units is in a step.
-        grid: for noise that is added to integers, everything that its cost depends on (see
-            `perdure.privacy.grid.Grid.facts`); None for noise outside perdure.
-        attempt: how often its steps were charged before, since their sums had changed or their
+        steps: number of reserved steps; unused steps stay charged.
+        sampling: "poisson" if Poisson sampling really ran and stayed secret; "none" in all other
+            cases.
+        scope: partition to the probability that one of its units is in a step.
+        grid: for integer noise, all facts on which its cost depends (see
+            `perdure.privacy.grid.Grid.facts`); None for noise from outside perdure.
+        attempt: how many times these steps were charged before, because their sums changed or their
             noise may have been seen.
-        participations: in how many of the steps one unit takes part at most, where their order is
-            fixed; None for all of them.
-        unit: what the entry protects.
+        participations: largest number of these steps in which one unit takes part, if the order is
+            fixed; None for all steps.
+        unit: protected unit, `record` or `client`.
         relation: how neighbouring data sets differ.
         trust: who sees raw data.
         data: keyed fingerprint of the data.
-        start: digest of model, optimiser and strategy state at the first step and of all else that
-            decides what is released. Noise is keyed by this entry's digest: a change of any of it
-            never meets the same noise.
-        simulated: whether noise comes from a seed that the user chose.
-        independence: by what a record's contribution is known to be independent of other records,
-            "by construction" or "tested"; "" where nothing is said.
+        start: digest of model, optimiser and strategy state at the first step, and of everything
+            else that decides the released values. The digest of the entry is part of the noise key,
+            so after any change the noise is different.
+        simulated: True if the noise comes from a seed that the user chose.
+        independence: how the contribution of a record is known to be independent of other records,
+            "by construction" or "tested"; "" if not known.
 
     Raises:
-        ConfigError: for a value that is not allowed.
+        ConfigError: if a value is not allowed.
     """
 
     purpose: str

@@ -31,12 +31,12 @@ def _silent(point: str) -> None:
 
 
 class Ledger(Account):
-    """Append-only account of one curator.
+    """Append-only privacy account of one curator.
 
-    Hash-chained lines and a head sealed with the curator's key.
+    Its lines form a hash chain, and its head has a MAC made with the curator's key.
 
-    Guarantee: when `charge` returns, its entry is on disk, so that noise drawn afterwards is always
-    accounted for. A grant, once written, binds all later charges, also after a restart.
+    Guarantee: when `charge` returns, its entry is on disk, so noise that is drawn afterwards is
+    always accounted for. A grant, once written, limits all later charges, also after a restart.
 
     >>> ledger = Ledger.open(None, key=NoiseKey.from_seed(0))
     >>> ledger.declare("task 0", 12_000)
@@ -110,7 +110,8 @@ class Ledger(Account):
         found = header(ledger.chain.bodies, str(path))
         if found != asked:
             raise LedgerError(
-                f"{path} belongs to {found}, not to {asked}; open it so, or use another file"
+                f"{path} was made with {found}, but is opened with {asked}; open it with the "
+                "first values, or use another file"
             )
         ledger.delta = asked_delta(ledger.chain.bodies[0], f"{path}, line 1")
         for number, body in enumerate(ledger.chain.bodies[1:], 2):
@@ -148,9 +149,9 @@ class Ledger(Account):
             )
         elif self.rules[partition] != rule:
             raise LedgerError(
-                f"partition {partition!r} holds records of another rule than those that this "
-                "ledger counted under its name (another data set, order, seed or size); give the "
-                "stream as it was, or another folder"
+                f"partition {partition!r} was made by another rule than the partition of that "
+                "name in this ledger (another data set, order, seed or size); give the same "
+                "stream as before, or another folder"
             )
 
     def grant(
@@ -280,8 +281,9 @@ class Ledger(Account):
             before = self.index.draws.get(partition, 0)
             if before + entry.draws > MOST_DRAWS:
                 raise BudgetError(
-                    f"partition {partition!r}: {before + entry.draws} drawn integers, allowed "
-                    f"{MOST_DRAWS}, which statements allow for; train for fewer steps"
+                    f"partition {partition!r} would need {before + entry.draws} noise values; "
+                    f"allowed: at most {MOST_DRAWS}, because the computed epsilon is valid only "
+                    "up to this number; train for fewer steps"
                 )
         if not self._plans:
             return
@@ -291,10 +293,9 @@ class Ledger(Account):
             if left < charge.steps:
                 rate, sigma, noise = charge.kind
                 raise BudgetError(
-                    f"partition {partition!r}: given {charge.steps} steps of {noise} noise "
-                    f"at sampling rate {rate:g} "
-                    f"and noise multiplier {sigma:g}, allowed {left} by the grant; grant a "
-                    "plan that contains them"
+                    f"partition {partition!r}: given {charge.steps} steps of {noise} noise at "
+                    f"sampling rate {rate:g} and noise multiplier {sigma:g}, but the grant allows "
+                    f"{left} such steps; grant a plan that contains them"
                 )
 
     def _charged(self, partition: str) -> dict[object, int]:

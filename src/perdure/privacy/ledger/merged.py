@@ -33,11 +33,11 @@ class Part:
 
 
 class Merged(Account):
-    """The accounts of several curators, with partitions named `owner/partition`.
+    """Accounts of several curators in one, with partitions named `owner/partition`.
 
-    Guarantee: the worst epsilon over all partitions of all owners, for records that stand in one of
-    them. A record that several owners hold is exposed to all of them: name its partitions in
-    `epsilon(...)`.
+    Guarantee: the stated epsilon is the worst over all partitions of all owners, for a record that
+    is in one partition. A record that several owners hold is exposed several times: give all its
+    partitions to `epsilon(...)`.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -53,17 +53,17 @@ class Merged(Account):
     def _join(self, account: Account) -> None:
         if (account.unit, account.relation) != (self.unit, self.relation):
             raise LedgerError(
-                f"ledger of {account.owner!r} protects {account.unit} under "
-                f"{account.relation}, the others "
-                f"{self.unit} under {self.relation}; units and relations never mix"
+                f"the ledger of {account.owner!r} has unit {account.unit} and relation "
+                f"{account.relation}, but the other ledgers have unit {self.unit} and relation "
+                f"{self.relation}; merge only ledgers with the same unit and relation"
             )
         names = {
             name: f"{account.owner}/{name}" if account.owner else name for name in account.sizes
         }
         if not self.sizes.keys().isdisjoint(names.values()):
             raise LedgerError(
-                f"two ledgers hold partitions of {account.owner!r}; give each learner an owner=... "
-                "of its own, or read the ledgers one by one"
+                f"two ledgers have the owner {account.owner!r}; give each learner a different "
+                "owner=..., or read the ledgers one by one"
             )
         self.sizes |= {names[name]: size for name, size in account.sizes.items()}
         for entry in account.entries:
@@ -81,7 +81,10 @@ class Merged(Account):
         """Checks that were made when the ledgers were read, in words."""
         if all(part.keyed for part in self.parts):
             return "chains and keyed heads verified"
-        return "chains verified, heads not: without its key an owner's whole history may be another"
+        return (
+            "chains verified, heads not verified: without the key of an owner, the whole history "
+            "could be forged"
+        )
 
     def per_client(self, delta: float) -> dict[str, float]:
         """Worst epsilon of each owner; of ledgers of one owner, the largest."""
@@ -121,10 +124,10 @@ class Merged(Account):
 
 
 def merge(ledgers: Iterable[Path | Ledger]) -> Merged:
-    """Put several ledgers (open ones, or files, also merged ones) side by side.
+    """Read several ledgers as one account; each is an open ledger or a file, also a merged file.
 
     Raises:
-        LedgerError: for a damaged file, equal owners, or ledgers of different units or relations.
+        LedgerError: if a file is damaged, if two owners are equal, or if units or relations differ.
     """
     parts: list[Part] = []
     for ledger in ledgers:
@@ -137,14 +140,15 @@ def merge(ledgers: Iterable[Path | Ledger]) -> Merged:
 
 
 def read(path: Path, keys: Mapping[str, NoiseKey] | None = None) -> Merged:
-    """Read a ledger with its head beside it, or a file that `export` wrote, and change nothing.
+    """Read a ledger file and its head file, or a file that `export` wrote; no file is changed.
 
     Args:
-        path: the file.
-        keys: owner to key. Heads of owners without one are not verified, and `verified` says so.
+        path: path of the ledger or exported file.
+        keys: owner to key. The head of an owner without a key is not verified, and `verified` says
+            so.
 
     Raises:
-        LedgerError: for damage, naming the line.
+        LedgerError: if a file is damaged; the message names the line.
     """
     if not head_path(path).exists():
         return Merged(list(_parts(path, keys or {})))
@@ -167,7 +171,8 @@ def _parts(path: Path, keys: Mapping[str, NoiseKey]) -> Iterator[Part]:
         start += 1 + head.count
     if start != len(lines) or not path.read_bytes().endswith(b"\n"):
         raise LedgerError(
-            f"{path}, line {start + 1}: after the last ledger; restore the file from a backup"
+            f"{path}, line {start + 1}: the file must end here, after the last ledger, but there "
+            "is more text; restore the file from a backup"
         )
 
 
@@ -176,7 +181,8 @@ def _count(lines: Sequence[str], path: Path) -> int:
         if lines[0] == _title(int(count)):
             return int(count)
     raise LedgerError(
-        f"{path}, line 1: not an exported ledger, and {head_path(path).name} is not beside it"
+        f"{path}, line 1: the file is not an exported ledger, and its head {head_path(path).name} "
+        "is missing in the same folder"
     )
 
 

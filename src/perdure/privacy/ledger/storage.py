@@ -83,8 +83,8 @@ def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Bo
             body, last = unlink(line, last)
         except (ValueError, RecursionError) as error:
             raise LedgerError(
-                f"{where}, line {number}: edited, moved or after a gap; restore the file "
-                "from a backup"
+                f"{where}, line {number}: the line was changed or moved, or a line before it is "
+                "missing; restore the file from a backup"
             ) from error
         bodies.append(body)
     return bodies, last
@@ -92,7 +92,7 @@ def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Bo
 
 @dataclass(frozen=True)
 class SealedHead:
-    """Number of lines that count, hash of the last one, and the curator's MAC over both."""
+    """Head of a ledger: number of valid lines, hash of the last one, and a MAC over both."""
 
     count: int
     hash: str
@@ -141,8 +141,8 @@ class SealedHead:
         """
         if not self.sealed_with(key):
             raise LedgerError(
-                f"{where}: the head was not sealed with this key; it was edited, or the key "
-                "is another"
+                f"{where}: the MAC of the head does not fit this key; the head was edited, or the "
+                "key is not the key of this ledger"
             )
 
 
@@ -170,13 +170,13 @@ class Anchor:
         if len(lines) < count:
             found = f"holds {len(lines)} lines" if lines else "is missing or empty"
             raise LedgerError(
-                f"{path} {found}, but {self.where} knows {count}: charges would be "
-                f"forgotten; {RESTORE}"
+                f"{path} {found}, but {self.where} records {count}, so charges are missing; "
+                f"{RESTORE}"
             )
         if count and json.loads(lines[count - 1])["hash"] != self.head.hash:
             raise LedgerError(
-                f"{path}, line {count}: not the line that {self.where} knows, so it is another "
-                f"ledger; {RESTORE}"
+                f"{path}, line {count}: this is not the line recorded by {self.where}, so it is "
+                f"another ledger; {RESTORE}"
             )
 
 
@@ -219,8 +219,8 @@ class HeadCopy:
             if not self.optional:
                 raise
             warnings.warn(
-                f"{self.path} cannot be written ({error.reason}), so that a rollback of the "
-                "run's folder would not be seen; set PERDURE_STATE to a folder, or to off",
+                f"{self.path} cannot be written ({error.reason}), so an older copy of the run's "
+                "folder would not be detected; set PERDURE_STATE to a folder, or to off",
                 stacklevel=2,
             )
 
@@ -236,7 +236,7 @@ def _sealed(count: int, last: str) -> bytes:
 
 
 def head_path(path: Path) -> Path:
-    """`ledger.jsonl` has its head in `ledger.head.json`."""
+    """Path of the head of a ledger: `ledger.jsonl` has its head in `ledger.head.json`."""
     return path.with_suffix(".head.json")
 
 
@@ -247,12 +247,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], SealedHead]:
-    """Lines and bodies that the head covers, and the head.
+    """Load and verify the lines of a ledger, their parsed contents, and the head.
 
-    Without a key only the chain is verified.
+    Without a key only the hash chain is verified.
 
     Raises:
-        LedgerError: for a file that was edited, reordered, rewritten or shortened, naming the line.
+        LedgerError: if a line was edited, moved, rewritten or removed; the message names the line.
     """
     beside = head_path(path)
     if not beside.exists():
@@ -277,13 +277,13 @@ def cover(lines: Sequence[str], head: SealedHead, *, where: str, first: int = 1)
     bodies, last = verify(lines, where=where, first=first)
     if len(lines) < head.count:
         raise LedgerError(
-            f"{where}, line {first + len(lines)}: missing; {len(lines)} lines are there, the "
-            "head counts "
-            f"{head.count}; restore the file from a backup"
+            f"{where}, line {first + len(lines)}: the line is missing; the file has {len(lines)} "
+            f"lines, but its head says {head.count}; restore the file from a backup"
         )
     if last != head.hash:
         raise LedgerError(
-            f"{where}, line {first + head.count - 1}: rewritten; it is not the line the head seals"
+            f"{where}, line {first + head.count - 1}: the line was changed; its hash differs from "
+            "the hash in the head"
         )
     return bodies
 
@@ -373,8 +373,8 @@ class HashChain:
         if not beside.exists() or beside.read_text() != self.head.text():
             self._lock.release()
             raise LedgerError(
-                f"{self._path}: another process or learner wrote to this ledger; prepare a new "
-                "learner, which goes on from there"
+                f"{self._path}: another process or learner wrote to this ledger; make a new "
+                "learner, which continues from the new state"
             )
         self._read_at = self._lock.taken
 
@@ -387,8 +387,8 @@ class HashChain:
         if self._process != present_process() and not simulated:
             raise LedgerError(
                 f"{self._path or 'the ledger in memory'} was opened before this process was "
-                "forked, and belongs to its parent; let the parent close it, and prepare a "
-                "learner of its own in the child"
+                "forked, and belongs to the parent process; close it in the parent, and make a "
+                "new learner in the child"
             )
 
     def append(self, body: Body) -> None:
@@ -421,7 +421,7 @@ class HashChain:
         size = path.stat().st_size if path.exists() else 0
         if size != self._size and not self._interrupted:
             raise LedgerError(
-                f"{path}: another process wrote to this ledger; let one process at a time use it"
+                f"{path}: another process wrote to this ledger; use it from one process at a time"
             )
         if size > self._size:
             with writing(path):

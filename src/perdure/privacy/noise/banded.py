@@ -74,10 +74,13 @@ class BandedNoise:
             PrivacyError: for a sum too large to be weighted exactly, or a step that counts already.
         """
         if step in self._impulse:
-            raise PrivacyError(f"step {step} is in the chain already; reserve its block anew")
+            raise PrivacyError(
+                f"step {step} was already released; call reserve() for its block again"
+            )
         if len(units) and int(units.abs().max()) > MOST:
             raise PrivacyError(
-                "a private sum is too large for correlated noise; use smaller batches or no bands"
+                "a private sum is too large for correlated noise; use smaller batches, or "
+                "Privacy(bands=None)"
             )
         total = units * self._c[0]
         for c, past in self._past(self._sums, step):

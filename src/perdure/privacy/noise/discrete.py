@@ -154,8 +154,8 @@ def counted(values: Tensor, bins: int, *, strict: bool) -> Tensor:
     if strict and not bool(inside.all()):
         worst = int(values[~inside][0])
         raise DataError(
-            f"a record is in bin {worst}; allowed: 0 to {bins - 1}; raise bins= or clamp "
-            "what `of` gives"
+            f"a record is in bin {worst}; allowed: 0 to {bins - 1}; increase bins=, or clamp the "
+            "numbers that `of` returns"
         )
     return torch.bincount(values[inside].long(), minlength=bins)
 
@@ -230,7 +230,7 @@ class Quantile:
             or not bool(grid.isfinite().all() and (grid.diff() > 0).all())
         ):
             raise ConfigError.of(
-                "candidates", grid.tolist()[:4], "one row of finite numbers, each above the last"
+                "candidates", grid.tolist()[:4], "one row of finite numbers in increasing order"
             )
 
     @property
@@ -248,7 +248,7 @@ class Quantile:
         missing = numbers.isnan()
         if strict and bool(missing.any()):
             raise DataError(
-                f"{int(missing.sum())} records have NaN; let `of` give a number for every record"
+                f"{int(missing.sum())} records have NaN; return a number for every record from `of`"
             )
         numbers = torch.where(missing, math.inf, numbers)
         below, up_to = (

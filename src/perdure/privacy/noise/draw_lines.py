@@ -102,8 +102,9 @@ def read_lines(path: Path, key: NoiseKey) -> DrawLines:
         line = _parsed(body) if text[-SUFFIX:] == SEPARATOR + own.encode() + b'"}' else None
         if line is None:
             raise PrivacyError(
-                f"{path}, line {number} is damaged, edited or after a gap; remove the file, and "
-                "restore no older one: steps that are executed again are then charged again"
+                f"{path}, line {number} is damaged or edited, or a line before it is missing; "
+                "delete the file, and do not restore an older copy: steps that run again are "
+                "then charged again"
             )
         lines.append(line)
         macs.append(own)

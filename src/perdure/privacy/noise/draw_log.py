@@ -202,8 +202,8 @@ class DrawLog:
         if self._process != present_process() and not simulated:
             raise LedgerError(
                 f"{self._path or 'the log of draws in memory'} was opened before this process was "
-                "forked, and belongs to its parent; let the parent close it, and prepare a "
-                "learner of its own in the child"
+                "forked, and belongs to the parent process; close it in the parent, and make a "
+                "new learner in the child"
             )
         if self._path is None:
             return
@@ -213,8 +213,8 @@ class DrawLog:
             return
         if _file(self._path) != self._file:
             raise LedgerError(
-                f"{self._path} was written to or put back by somebody else; prepare a new "
-                "learner, which goes on from there"
+                f"{self._path} was changed, or replaced by an older copy, while this learner used "
+                "it; make a new learner, which continues from the new state"
             )
 
     def _read(self, path: Path) -> None:

@@ -36,12 +36,14 @@ BLOCK_BYTES = 16
 
 
 class NoiseKey:
-    """The secret from which one curator draws all its noise and coins.
+    """Secret key from which one curator draws all its noise and coins.
 
-    Guarantee: to whoever lacks the 256 bits, the streams look like independent uniform bits
-    (AES-256 and HMAC-SHA256 as pseudo-random functions). A key made by
-    `NoiseKey.from_seed(seed, name, ...)` comes from a seed that anyone may know and guarantees
-    nothing: what is drawn from it is a simulation, not a release.
+    Coins are the secret random numbers that decide which records enter a step.
+
+    Guarantee: without the 256 bits of the key, the streams cannot be told from independent uniform
+    bits (AES-256 and HMAC-SHA256 as pseudo-random functions). A key made by
+    `NoiseKey.from_seed(seed, name, ...)` comes from a seed that is not secret and guarantees
+    nothing: its noise is a simulation, not private.
 
     >>> key = NoiseKey.from_seed(0, "client 3")
     >>> key, key.simulated
@@ -52,11 +54,11 @@ class NoiseKey:
     torch.int64
 
     Args:
-        secret: 32 bytes.
-        simulated: True where the secret comes from a seed.
+        secret: the key, 32 bytes.
+        simulated: True if the key comes from a seed.
 
     Raises:
-        PrivacyError: for another number of bytes.
+        PrivacyError: if the key does not have 32 bytes.
     """
 
     __slots__ = ("_ahead", "_secret", "simulated")
@@ -64,7 +66,8 @@ class NoiseKey:
     def __init__(self, secret: bytes, *, simulated: bool) -> None:
         if len(secret) != KEY_BYTES:
             raise PrivacyError(
-                f"a noise key has {KEY_BYTES} bytes, given {len(secret)}; restore the key's file"
+                f"a noise key has {KEY_BYTES} bytes, but {len(secret)} were given; restore the "
+                "file of the key from a backup"
             )
         self._secret = secret
         self._ahead: dict[str, DrawAhead] = {}
@@ -108,7 +111,7 @@ class NoiseKey:
 
     def __reduce__(self) -> NoReturn:
         raise PrivacyError(
-            "a NoiseKey is not pickled or copied; open its file with NoiseKey.from_os instead"
+            "a NoiseKey cannot be pickled or copied; open its file with NoiseKey.from_os instead"
         )
 
     def mac(self, message: bytes) -> str:
@@ -331,22 +334,21 @@ def _unit_interval(words: npt.NDArray[np.uint64]) -> Tensor:
 
 
 def noise_key(folder: Path | None, seed: int | None, client: int) -> NoiseKey:
-    """Return the secret key of this curator, or a simulated one from the seed that the user chose.
+    """Return the secret key of this curator, or a simulated key from the user's seed.
 
     Args:
-        folder: of the run; the key is kept in its `private/` folder.
-        seed: of the simulation; None for secret noise.
-        client: number of the party, which gives each its own simulated key.
+        folder: folder of the run; the key is stored in its `private/` folder.
+        seed: seed of a simulation; None for secret noise.
+        client: number of the party, so that each party has its own simulated key.
 
     Raises:
-        PrivacyError: for secret noise without a folder.
+        PrivacyError: if the noise is secret and there is no folder.
     """
     if seed is not None:
         return NoiseKey.from_seed(seed, "client", client)
     if folder is None:
         raise PrivacyError(
-            "secret noise needs a folder to keep its key and ledger in; give "
-            "Learner(folder=...), or "
+            "secret noise needs a folder for its key and ledger; give Learner(folder=...), or "
             "Privacy(seed=...) for a simulation"
         )
     return NoiseKey.from_os(folder / "private" / "key")

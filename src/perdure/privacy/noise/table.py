@@ -104,7 +104,7 @@ def refuse_scale(scale: float) -> None:
     if not LEAST_SCALE <= scale <= LARGEST_SCALE:
         raise PrivacyError(
             f"noise of {scale:.3g} grid steps cannot be drawn; allowed: 64 to 2^39; use a noise "
-            "multiplier nearer to 1"
+            "multiplier closer to 1"
         )
 
 

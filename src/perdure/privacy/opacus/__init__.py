@@ -1,7 +1,7 @@
-"""From and to Opacus: its settings, its history, its wrapped models and its per-sample rules.
+"""Conversion from and to Opacus: settings, privacy history, models and per-sample gradients.
 
-Import `from_opacus` to go on where a `PrivacyEngine` stopped, `accountant` to hand a history back,
-and `unwrapped` for the model inside its wrapper.
+Import `from_opacus` to continue the training of a `PrivacyEngine`, `accountant` to give a history
+to Opacus, and `unwrapped` to get the model without its wrapper.
 """
 
 from perdure.privacy.opacus.migration import accountant, from_opacus, sampling_rate, unwrapped

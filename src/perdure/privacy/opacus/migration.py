@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 STATEMENT = (
-    "Releases of perdure's curator are accounted from now on. Earlier spending by Opacus "
-    "counts where "
-    "from_opacus(engine, optimizer) takes it over, as Opacus recorded it: Poisson "
-    "sampling at its rate."
+    "Releases of perdure's curator are accounted from now on. The privacy that Opacus spent "
+    "before is counted only if from_opacus(engine, optimizer) reads its history, and as Opacus "
+    "recorded it: Poisson sampling at its rate."
 )
 """Statement on the scope of perdure's epsilon for a model that Opacus trained before."""
 
@@ -37,21 +36,20 @@ their history.
 
 
 def from_opacus(engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> Privacy:
-    """Go on where an Opacus `PrivacyEngine` stopped.
+    """Return privacy settings that continue the training of an Opacus `PrivacyEngine`.
 
-    The result has its noise, its clip norm, and its past charges.
-
-    The charges of its history are written to the ledger for every partition, so the records
-    that Opacus saw must be those of the stream. Set an `epsilon` with `dataclasses.replace` to
-    calibrate, or to cap.
+    The settings have the same noise and clip norm, and the charges of the Opacus history. These
+    charges are written to the ledger for every partition, so the stream must hold the same records
+    as the Opacus training. Set `epsilon` with `dataclasses.replace` to calibrate the noise, or to
+    set a cap.
 
     Args:
-        engine: the engine, or an Opacus accountant.
-        optimizer: the DPOptimizer that `make_private` returned.
+        engine: Opacus engine, or Opacus accountant.
+        optimizer: DPOptimizer that `make_private` returned.
         delta: as in `Privacy`.
 
     Raises:
-        PrivacyError: for a history or an optimiser that cannot be stated so.
+        PrivacyError: if the history or the optimiser has no equivalent in perdure.
     """
     noise_multiplier, clip_norm = settings(optimizer)
     return Privacy(
@@ -73,9 +71,9 @@ def spent(engine: Any) -> tuple[Charge, ...]:
     mechanism = accountant.mechanism() if callable(getattr(accountant, "mechanism", None)) else None
     if mechanism not in MECHANISMS:
         raise PrivacyError(
-            f"{type(engine).__name__} accounts for "
-            f"{mechanism or 'nothing that Opacus knows'}; give a PrivacyEngine or "
-            f"accountant of Opacus whose mechanism is one of {', '.join(MECHANISMS)}"
+            f"{type(engine).__name__} is not a supported accountant of Opacus (mechanism: "
+            f"{mechanism or 'none'}); give a PrivacyEngine or an accountant of Opacus with the "
+            f"mechanism {' or '.join(MECHANISMS)}"
         )
     try:
         return tuple(
@@ -84,9 +82,8 @@ def spent(engine: Any) -> tuple[Charge, ...]:
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise PrivacyError(
-            f"the history of the Opacus accountant cannot be taken over: {error}; it must be "
-            "(noise multiplier, "
-            "sampling rate up to 1, steps)"
+            f"the history of the Opacus accountant cannot be used: {error}; each row must be "
+            "(noise multiplier, sampling rate up to 1, steps)"
         ) from error
 
 
@@ -113,11 +110,12 @@ def settings(optimizer: Any) -> tuple[float, float]:
         optimizer, "_adjusted_noise_multiplier"
     ):
         reason = (
-            "moves its clip norm and spends on the count of clipped records; use "
+            "changes its clip norm, and the count of clipped records has a privacy cost of its "
+            "own; use "
             "Privacy(clipping=Adaptive(...))"
         )
     elif isinstance(getattr(optimizer, "max_grad_norms", None), list):
-        reason = "has a clip norm for every parameter; use Privacy(clipping='per-layer')"
+        reason = "has one clip norm per parameter; use Privacy(clipping='per-layer')"
     elif kind not in flat:
         reason = "is not known; give the DPOptimizer that PrivacyEngine.make_private returned"
     else:
@@ -126,17 +124,17 @@ def settings(optimizer: Any) -> tuple[float, float]:
 
 
 def sampling_rate(loader: Any) -> float:
-    """Rate at which a data loader of Opacus really samples, by Poisson sampling.
+    """Poisson sampling rate of a data loader of Opacus.
 
     Raises:
-        PrivacyError: for another loader, which Opacus accounts for as if it sampled so.
+        PrivacyError: if the loader does not do Poisson sampling, although Opacus accounts for it.
     """
     from opacus.data_loader import DPDataLoader
 
     if not isinstance(loader, DPDataLoader):
         raise PrivacyError(
-            f"{type(loader).__name__} does not do Poisson sampling, although Opacus accounts "
-            "for it; use the loader "
+            f"{type(loader).__name__} does not do Poisson sampling, although Opacus accounts for "
+            "it; use the data loader "
             "that make_private(..., poisson_sampling=True) returns"
         )
     return float(loader.sample_rate)
@@ -145,22 +143,22 @@ def sampling_rate(loader: Any) -> float:
 def accountant(
     account: Account, partitions: Sequence[str], *, mechanism: Literal["rdp", "prv"] = "rdp"
 ) -> Any:
-    """An accountant of Opacus with the history of a record that is in all of `partitions`.
+    """Opacus accountant with the history of a record that is in all `partitions`.
 
-    Guarantee: its epsilon bounds what those records were exposed to. It cannot say unit, trust or
-    simulation; print `Account.statement` for that. RDP agrees with ours where the best order is one
-    that both try (to 1e-3 at noise 1 and more); PRV is about 0.01 above our PLD, which is the error
-    that it allows for.
+    Guarantee: its epsilon is an upper bound for such a record. It contains no unit, trust model or
+    note of a simulation; print `Account.statement` for these. Its RDP epsilon agrees with the RDP
+    epsilon of perdure to 1e-3, at noise 1 or more and if both try the best order. Its PRV epsilon
+    is about 0.01 above the PLD epsilon of perdure, which is the error allowance of PRV.
 
     Args:
-        account: a ledger or its reading side.
-        partitions: of which the record is in all.
+        account: a ledger, or another account.
+        partitions: names of the partitions; the record is in all of them.
         mechanism: rdp (RDPAccountant) or prv (PRVAccountant, tighter).
 
     Raises:
-        PrivacyError: for a history that Opacus cannot express: replace-one, raw data, noise that is
+        PrivacyError: if Opacus cannot express the history: replace-one, raw data, or noise that is
             not Gaussian.
-        ConfigError: for a partition or mechanism that is not known.
+        ConfigError: if a partition or the mechanism is not known.
     """
     from opacus.accountants import PRVAccountant, RDPAccountant
 
@@ -169,7 +167,7 @@ def accountant(
         raise ConfigError.of("mechanism", mechanism, kinds)
     if account.relation != "add-remove":
         raise PrivacyError(
-            f"the ledger is {account.relation}, and Opacus knows add-remove only; use "
+            f"the ledger has the relation {account.relation}, but Opacus has only add-remove; use "
             "Account.epsilon"
         )
     result = kinds[mechanism]()
@@ -181,15 +179,14 @@ def accountant(
 
 
 def unwrapped(model: Any, *, known: bool = True) -> nn.Module:
-    """The model inside Opacus's wrapper (hooks or ghost) and any data-parallel one.
+    """Return the model inside a wrapper of Opacus (hooks or ghost clipping).
 
-    The parameters are the same.
-
-    Hooks and what Opacus left on parameters and modules are removed, so the wrapper is of no
-    further use.
+    A data-parallel wrapper is removed, too. The returned model has the same parameters. The hooks
+    and attributes that Opacus added are removed, so do not use the wrapper afterwards.
 
     Args:
-        known: whether what Opacus spent on the model is accounted; else `STATEMENT` is a warning.
+        known: True if a ledger counts the privacy that Opacus spent on the model; if False,
+            `STATEMENT` is given as a warning.
     """
     if not known:
         warnings.warn(STATEMENT, stacklevel=4)

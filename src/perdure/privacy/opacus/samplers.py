@@ -305,9 +305,9 @@ def _by_sampler(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
             shape = tuple(part[param].shape) if param in part else None
             if shape != (len(call.left), *param.shape):
                 raise PrivacyError(
-                    f"the grad sampler of {type(layer).__name__} gives shape {shape} for "
-                    f"{name} and {len(call.left)} "
-                    f"records; return (n, *{tuple(param.shape)}), one row per record"
+                    f"the grad sampler of {type(layer).__name__} returns shape {shape} for {name} "
+                    f"and {len(call.left)} records; return (n, *{tuple(param.shape)}), one row "
+                    "per record"
                 )
     return PrecomputedRows(
         {name: sum_of([part[param] for part in parts]) for name, param in own.items()}

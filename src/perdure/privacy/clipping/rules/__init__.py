@@ -1,7 +1,7 @@
-"""Rules for book-keeping, one layer type or family of types a file.
+"""Clipping rules for book-keeping; each file has the rule of one layer type or family of types.
 
-Import `ClippingRule` and what a rule is made of. Adding a rule is adding a file with one subclass;
-`register_rule` adds the rule of a layer of your own.
+Import `ClippingRule`, and the classes that a rule is built from. To add a rule to the library, add
+a file with one subclass; `register_rule` adds a rule for your own layer type.
 """
 
 from perdure.privacy.clipping.rules.base import (

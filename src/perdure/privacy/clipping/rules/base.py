@@ -76,9 +76,9 @@ class LayerCall:
     """One call of a layer in the forward pass of a batch.
 
     Args:
-        entered: input (n, ...), detached.
-        left: output (n, ...).
-        back: gradient (n, ...) of the summed losses at the output.
+        entered: input (n, ...) of the layer, detached.
+        left: output (n, ...) of the layer.
+        back: gradient (n, ...) of the summed losses with respect to the output.
     """
 
     entered: Tensor
@@ -111,27 +111,28 @@ class RecordGradients(Protocol):
 
 
 class ClippingRule(ABC):
-    """Per-record gradients of one layer type, or of a family of types, without forming them all.
+    """Norms and clipped sums of per-record gradients, for one layer type or family of types.
 
-    Guarantee that a rule must keep, because book-keeping takes its word for it: for every layer
-    that it covers, with g_i the gradient of record i's loss in all parameters of the layer, added
-    up over the calls,
+    Guarantee that a rule must keep, because book-keeping does not check it: for every layer that
+    the rule covers, let g_i be the gradient of record i's loss in all parameters of the layer,
+    added up over the calls. Then
 
-    - `squared_norms()` of its answer is (|g_1|^2, ..., |g_n|^2), not less, up to float32 rounding,
-      for long and for short numbers: multiply what `squared_row_norms` gives, which is float64,
-      and not squares in float32, of which one may be 0 and the other still finite;
-    - `weighted(c)` is sum_i c_i g_i of these same g_i, in the parameters' shapes, up to C / 2,000
-      where all records are clipped to C. For batches in the thousands float32 alone is too short;
-      `PrecomputedRows` and `FormedRows` add sums of pieces in float64;
-    - g_i is computed from row i of what entered and came back, and from the parameters.
+    - `squared_norms()` of the returned object is (|g_1|^2, ..., |g_n|^2), never less, up to float32
+      rounding, for very large and very small numbers. So multiply results of `squared_row_norms`,
+      which are float64; a square in float32 may be 0 or infinite.
+    - `weighted(c)` is sum_i c_i g_i of the same g_i, in the shapes of the parameters, with an error
+      of at most C / 2,000 if all records are clipped to C. For thousands of records, float32 alone
+      is not precise enough; `PrecomputedRows` and `FormedRows` add partial sums in float64.
+    - g_i is computed only from row i of the inputs and gradients of the calls, and from the
+      parameters.
 
-    A norm that is too small lets a record move the sum by more than the clip norm, and epsilon is
-    then wrong. Shapes are checked in every step; values are not. So compare, on random inputs,
-    `clipped_gradient_sum` of a model with the layer and `clipped_sum` of its gradients, which goes
-    record by record and needs no rule.
+    With a norm that is too small, a record can change the sum by more than the clip norm, and
+    epsilon is wrong. Shapes are checked in every step, values are not. So compare on random inputs:
+    `clipped_gradient_sum` of a model with the layer, and `clipped_sum`, which works record by
+    record without a rule.
 
-    A layer with a rule takes one tensor and returns one tensor, both with one row a record; other
-    calls go record by record.
+    A layer with a rule takes one tensor and returns one tensor, both with one row per record. Other
+    calls are clipped record by record.
 
     >>> class Gain(nn.Module):
     ...     def __init__(self, width):
@@ -147,9 +148,10 @@ class ClippingRule(ABC):
     ...         return PrecomputedRows({"gain": sum_of(products)})
 
     Attributes:
-        layers: types of the layers, exactly: a subclass may compute something else.
-        parameters: names, in a layer, of the parameters that the rule knows. A layer with others
-            goes record by record.
+        layers: exact types of the layers; subclasses do not count, because they may compute
+            something else.
+        parameters: names of the layer's parameters that the rule handles. A layer with other
+            parameters is clipped record by record.
     """
 
     layers: ClassVar[tuple[type[nn.Module], ...]]
@@ -237,10 +239,10 @@ def joined(calls: list[LayerCall]) -> LayerCall:
 
 
 class PrecomputedRows:
-    """Per-record gradients that are there.
+    """Per-record gradients that are already computed, one row per record.
 
     Args:
-        rows: parameter name to (n, ...).
+        rows: parameter name to its gradients, (n, ...).
     """
 
     def __init__(self, rows: Params) -> None:
@@ -264,13 +266,13 @@ class PrecomputedRows:
 
 
 class FormedRows(ABC):
-    """Per-record gradients formed a piece at a time.
+    """Per-record gradients, computed for a few records at a time.
 
-    The numbers that are summed are the numbers that were measured.
+    Norms and sums come from the same numbers.
 
     Args:
-        n: records.
-        numbers: in one record's row.
+        n: number of records.
+        numbers: how many numbers the row of one record has.
     """
 
     def __init__(self, n: int, numbers: int) -> None:

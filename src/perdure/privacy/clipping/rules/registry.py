@@ -25,17 +25,18 @@ EXTENSIONS = Extensions(
 
 
 def register_rule(module_type: type[nn.Module], rule: ClippingRule) -> None:
-    """Give the layers of a type a rule of your own, so that book-keeping clips them too.
+    """Register your own clipping rule for a layer type, so that book-keeping can clip these layers.
 
-    Guarantee: none is added. The bound on one record's influence rests on the rule, which must
-    keep what `ClippingRule` says; a type without a rule is clipped record by record, more slowly.
+    Guarantee: only the guarantee of the rule itself, which must keep the conditions of
+    `ClippingRule`; otherwise one record may change a sum by more than the clip norm. A type without
+    a rule is clipped record by record, which is slower.
 
     Args:
-        module_type: type of the layers; subclasses of it keep going record by record.
+        module_type: type of the layers; its subclasses are still clipped record by record.
         rule: an object of a subclass of `ClippingRule`.
 
     Raises:
-        ConfigError: for anything else, or where the type has another rule.
+        ConfigError: if an argument has another type, or if the type already has another rule.
 
     >>> register_rule(Gain, GainRule())                                     # doctest: +SKIP
     """
@@ -66,8 +67,9 @@ def _add(
     # a cell of a notebook that runs again defines the same class anew
     if known is not None and _name(known) != _name(rule):
         raise ConfigError(
-            f"{module_type.__name__} has a clipping rule, {_name(known)}, and is given another, "
-            f"{_name(rule)}; allowed: one rule a layer type; register a subclass of the layer"
+            f"{module_type.__name__} already has the clipping rule {_name(known)}, and "
+            f"{_name(rule)} cannot be added; allowed: one rule per layer type; register "
+            f"{_name(rule)} for a subclass of the layer"
         )
     table[module_type] = rule
 
