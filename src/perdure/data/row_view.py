@@ -135,7 +135,7 @@ class RowView(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Read the rows that the operation is about, and run it on them."""
@@ -162,14 +162,14 @@ class RowView(Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         raise DataError(NOT_WRITTEN)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"RowView(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.rows().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.rows().clone().__reduce_ex__(protocol)
+        return self.rows().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
         """Read all rows into an array."""
@@ -190,7 +190,8 @@ def _some_rows(func: Any, view: RowView, args: Sequence[Any], kwargs: Any) -> Te
     """Run an operation that reads some of the rows only; None for another operation."""
     n = len(view)
     if func is aten.slice.Tensor:
-        dim, start, end, step = (*args, *(0, None, None, 1)[len(args) :])
+        defaults: tuple[Any, ...] = (0, None, None, 1)
+        dim, start, end, step = (*args, *defaults[len(args) :])
         if dim == 0 and step == 1 and not kwargs:
             first, last, _ = slice(start, end).indices(n)
             return view.between(first, max(first, last))
