@@ -320,6 +320,17 @@ TABLES: dict[str, Listing] = {
         across=("epsilon", (1.0, 3.0, 8.0)),
         each=ACCURACY,
     ),
+    "next_token": Listing(
+        file="next_token",
+        columns={
+            "adapters": "{setting}",
+            "bits per character": "{bits_per_character:.3f} ({standard_error:.3f})",
+            "just after learning": "{after_learning:.3f}",
+            "forgetting": "{forgetting:.3f}",
+            "epsilon": "{epsilon:.2f}",
+            "noise multiplier": "{noise_multiplier:.2f}",
+        },
+    ),
     "analytic_mnist": Listing(
         file="analytic_mnist",
         columns={

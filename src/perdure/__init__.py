@@ -1,9 +1,9 @@
 """Continual and federated learning with differential privacy, in one PyTorch library.
 
-Import here what every program needs: `Learner`, `Privacy`, and what strategies, streams and records
-are made of. The rest is in packages: `perdure.data` for streams, `perdure.models`,
-`perdure.strategies`, `perdure.federated`, `perdure.privacy` and others. A name is loaded when it
-is first used, so that `perdure --help` waits for no torch.
+This package exports the most important names: `Learner`, `Privacy`, and the classes of strategies,
+streams and records. Other names are in packages: `perdure.data` for streams, `perdure.models`,
+`perdure.strategies`, `perdure.federated`, `perdure.privacy` and others. A name is loaded when it is
+first used, so `perdure --help` does not load torch.
 """
 
 import importlib

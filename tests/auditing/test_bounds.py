@@ -42,7 +42,7 @@ def bounds(mu, m, runs, **options):
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
-def test_the_score_is_the_ratio_of_the_two_densities(rate):
+def test_the_audit_score_is_the_log_ratio_of_two_densities(rate):
     x = torch.linspace(-3, 4, 15, dtype=torch.float64)
     sigma = 0.8
     absent = stats.norm.pdf(x, 0, sigma)
@@ -56,13 +56,13 @@ def test_the_score_is_the_ratio_of_the_two_densities(rate):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("mu", [0.2, MU_AT_4, 3.0])
-def test_epsilon_of_a_gaussian_is_that_of_the_accountant(mu):
+def test_epsilon_of_a_gaussian_equals_the_accountants_epsilon(mu):
     assert epsilon_of(mu, DELTA) == pytest.approx(
         epsilon([Charge(1.0, 1 / mu, 1)], delta=DELTA), abs=2e-3
     )
 
 
-def test_epsilon_of_no_and_of_any_separation():
+def test_epsilon_is_0_without_separation_and_grows_with_it():
     assert epsilon_of(0.0, DELTA) == 0.0
     assert epsilon_of(1e-6, DELTA) == 0.0
     assert epsilon_of(math.inf, DELTA) == math.inf
@@ -74,7 +74,7 @@ def test_epsilon_of_no_and_of_any_separation():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("mu", [0.0, MU_AT_4, 2.5])
-def test_the_separation_is_exceeded_as_often_as_it_says(mu):
+def test_the_separation_bound_holds_with_its_confidence(mu):
     """Nominal 5 % of 2,000; the interval is four standard errors, so one in 15,000 seeds would fail
     each case.
     """
@@ -101,7 +101,7 @@ def test_scores_without_any_noise_have_no_finite_epsilon():
     assert lower_bound(torch.zeros(20), included, delta=DELTA, confidence=0.99) == 0.0
 
 
-def test_scores_that_point_the_wrong_way_show_nothing():
+def test_reversed_scores_give_a_lower_bound_of_0():
     scores, included = game(0, 3.0)
     for method in ("gaussian", "one-run", "one-run-f-dp"):
         assert lower_bound(-scores, included, delta=DELTA, confidence=0.95, method=method) == 0.0
@@ -122,7 +122,7 @@ def test_guesses_name_the_highest_in_and_the_lowest_out():
 @pytest.mark.parametrize(
     ("correct", "made", "eps"), [(90, 100, 1.5), (0, 10, 0.0), (10, 10, 3.0), (700, 1000, 0.5)]
 )
-def test_the_p_value_is_the_theorem(correct, made, eps):
+def test_the_p_value_equals_the_formula_of_the_theorem(correct, made, eps):
     accuracy = 1 / (1 + math.exp(-eps))
     above = stats.binom.sf(correct - 1, made, accuracy)
     steps = [
@@ -148,7 +148,7 @@ def test_the_one_run_bound_is_exact_for_randomised_response(eps):
 
 @pytest.mark.parametrize("mu", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("tail", [0.05, 0.001])
-def test_what_a_gaussian_mechanism_does_is_not_called_impossible(mu, tail):
+def test_f_dp_bound_accepts_a_gaussian_mechanism(mu, tail):
     """Guessing every canary by the sign of its own coordinate is right with probability Phi(mu/2),
     independently.
     """
@@ -162,7 +162,7 @@ def test_what_a_gaussian_mechanism_does_is_not_called_impossible(mu, tail):
 @pytest.mark.property
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 60), st.floats(0, 3), st.floats(0, 2), st.data())
-def test_a_larger_mu_explains_more(made, mu, more, data):
+def test_the_f_dp_p_value_grows_with_mu(made, mu, more, data):
     correct = data.draw(st.integers(0, made))
     if could_be_gaussian(correct, made, 60, mu, 0.01):
         assert could_be_gaussian(correct, made, 60, mu + more, 0.01)
@@ -170,7 +170,7 @@ def test_a_larger_mu_explains_more(made, mu, more, data):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("method", "least"), [("one-run", 1.2), ("one-run-f-dp", 1.6)])
-def test_one_run_bounds_hold_and_say_something(method, least):
+def test_one_run_bounds_are_valid_and_above_0(method, least):
     """At most 5 % of honest audits may be flagged; four shares guessed and a bound above 4 at 1,000
     make it far rarer.
 
@@ -182,7 +182,7 @@ def test_one_run_bounds_hold_and_say_something(method, least):
 
 
 @pytest.mark.parametrize("method", ["gaussian", "one-run", "one-run-f-dp"])
-def test_more_confidence_is_a_lower_bound(method):
+def test_more_confidence_gives_a_smaller_lower_bound(method):
     weak, strong = (bounds(2.0, 1000, 1, method=method, confidence=c)[0] for c in (0.9, 0.999))
     assert 0 < strong < weak
     assert len(GUESSED) == 4
@@ -192,13 +192,13 @@ def test_more_confidence_is_a_lower_bound(method):
     "change",
     [{"delta": 0.0}, {"delta": 1.0}, {"confidence": 0.0}, {"confidence": 1.0}, {"method": "magic"}],
 )
-def test_what_is_not_allowed_is_refused(change):
+def test_invalid_arguments_of_bounds_are_refused(change):
     scores, included = game(0, 1.0, m=20)
     [field] = change
     with pytest.raises(ConfigError, match=field):
         lower_bound(scores, included, **({"delta": DELTA, "confidence": 0.95} | change))
 
 
-def test_a_game_without_two_sides_is_refused():
+def test_too_few_canaries_in_or_out_of_the_data_are_refused():
     with pytest.raises(ConfigError, match="canaries"):
         lower_bound(torch.zeros(9), torch.ones(9, dtype=torch.bool), delta=DELTA, confidence=0.95)

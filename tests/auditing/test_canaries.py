@@ -156,7 +156,7 @@ def test_what_the_score_does_not_fit_is_refused(learner, toy_stream, changes):
         audit(private, toy_stream())
 
 
-def test_every_hook_of_a_strategy_reaches_the_one_under_audit():
+def test_the_audit_wrapper_forwards_every_hook_of_a_strategy():
     hooks = {
         name
         for name, value in vars(Strategy).items()
@@ -195,7 +195,7 @@ def test_the_claim_is_the_epsilon_without_canaries(learner, toy_stream):
     assert (result.sampling_rate, result.steps, result.partition) == (0.4, 25, "experience-0")
 
 
-def test_an_audit_leaves_the_learner_and_its_folder_alone(learner, toy_stream, tmp_path):
+def test_an_audit_does_not_change_the_learner_or_its_folder(learner, toy_stream, tmp_path):
     secret = Privacy(noise_multiplier=2.0, sampling_rate=0.4)
     plain = learner(folder=tmp_path, privacy=secret)
     before = {name: value.clone() for name, value in plain.model.state_dict().items()}
@@ -209,7 +209,7 @@ def test_an_audit_leaves_the_learner_and_its_folder_alone(learner, toy_stream, t
     assert plain.privacy is secret
 
 
-def test_the_same_audit_finds_the_same(learner, toy_stream):
+def test_a_repeated_audit_gives_the_same_result(learner, toy_stream):
     first, again, other = (
         audit(learner(seed=seed), toy_stream(), canaries=100) for seed in (0, 0, 1)
     )
@@ -240,7 +240,7 @@ def test_a_correct_mechanism_passes(seed, learner, toy_stream):
     "kind", [broken(HalfKey), broken(LoadedCoins), broken(private_sum=Unclipped)]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_a_broken_mechanism_is_caught(kind, seed, learner, toy_stream):
+def test_a_mechanism_with_too_little_noise_is_flagged(kind, seed, learner, toy_stream):
     """The lower bounds are ten and more standard errors above the claim."""
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
     result = audit(
@@ -306,7 +306,7 @@ def result_of(bound):
     )
 
 
-def test_the_result_reads_well():
+def test_a_result_prints_all_its_numbers():
     assert str(result_of(3.459)) == (
         "epsilon is at least 3.45 with 99.9 % confidence; claimed: 4.00 (record, add/remove, "
         "delta 1e-5)\n"
@@ -330,7 +330,7 @@ def test_the_result_reads_well():
         ({}, {"experience": 2}, "experience"),
     ],
 )
-def test_an_audit_that_cannot_be_is_refused(changes, options, field, learner, toy_stream):
+def test_invalid_arguments_of_an_audit_are_refused(changes, options, field, learner, toy_stream):
     with pytest.raises(ConfigError, match=field):
         audit(learner(**changes), toy_stream(), **options)
 

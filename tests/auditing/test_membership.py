@@ -53,7 +53,7 @@ def test_the_score_is_the_ratio_of_two_normal_densities():
 
 
 @pytest.mark.reference
-def test_the_area_is_that_of_scikit_learn_also_with_ties():
+def test_the_auc_equals_scikit_learn_also_with_ties():
     place = torch.Generator().manual_seed(0)
     inside = torch.randint(3, 9, (40,), generator=place)
     outside = torch.randint(0, 7, (60,), generator=place)
@@ -62,7 +62,7 @@ def test_the_area_is_that_of_scikit_learn_also_with_ties():
     assert area_under_curve(inside, outside) == pytest.approx(roc_auc_score(labels, scores))
 
 
-def test_true_positives_keep_to_the_false_positives_allowed():
+def test_true_positive_rates_respect_the_false_positive_rate():
     inside = torch.tensor([5.0, 3.0, 0.5, 9.0])
     outside = torch.tensor([4.0, 1.0, 2.0, 3.0])
     assert [true_positives(inside, outside, rate) for rate in (0.0, 0.25, 0.5, 1.0)] == [
@@ -134,7 +134,7 @@ def test_members_are_found_when_overfitted_not_when_private():
     assert found.auc - hidden.auc > 4 * math.hypot(found.auc_error, hidden.auc_error)
 
 
-def test_the_result_reads_well():
+def test_a_result_prints_all_its_numbers():
     result = MembershipResult(
         auc=0.7123,
         auc_error=0.026,

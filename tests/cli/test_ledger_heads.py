@@ -22,7 +22,7 @@ def test_head_prints_one_line_a_ledger(perdure, either):
         assert len(digest) == len(mac) == 64 and " " not in line
 
 
-def test_a_ledger_that_goes_on_from_its_head_is_whole(perdure, either):
+def test_a_ledger_that_continues_from_its_head_is_valid(perdure, either):
     lines = heads(perdure, either)
     out = shown(perdure("verify", either, "--at-least", "\n".join(lines)))
     assert "WRONG" not in out
@@ -47,14 +47,14 @@ def older(folder, perdure):
     return arm, line
 
 
-def test_a_shorter_ledger_is_behind_every_head_that_was_kept(perdure, mine, monkeypatch):
+def test_a_shortened_ledger_contradicts_every_stored_head(perdure, mine, monkeypatch):
     arm, line = older(mine, perdure)
     code, out, _ = perdure("verify", arm, "--at-least", line)
     wrong = [each for each in out.splitlines() if each.startswith("WRONG: ")]
     assert code == 1
     for place in ("the head given with --at-least", "checkpoint 00", "private/ledger.head.json"):
-        assert any(f"{place}" in each and "would be forgotten" in each for each in wrong), place
-    assert any("state" in each and ".head.json knows" in each for each in wrong)
+        assert any(f"{place}" in each and "are missing" in each for each in wrong), place
+    assert any("state" in each and ".head.json records" in each for each in wrong)
     monkeypatch.setenv("PERDURE_STATE", "off")
     shutil.rmtree(arm / "checkpoint")
     (arm / "private" / "ledger.head.json").unlink()
@@ -76,7 +76,7 @@ def test_another_history_of_the_same_length_is_found(perdure, mine):
     assert code == 1 and "not the line that the head given with --at-least knows" in out
 
 
-def test_a_head_of_a_ledger_that_is_gone_is_wrong(perdure, mine):
+def test_verify_reports_a_head_without_its_ledger(perdure, mine):
     lines = heads(perdure, mine)
     (mine / "ledger.jsonl").unlink()
     shutil.rmtree(mine / "arms" / "replay-private")
@@ -94,14 +94,14 @@ def test_a_ledger_that_was_deleted_with_its_head_is_wrong(perdure, mine):
 
 
 @pytest.mark.parametrize("text", ["7", "curator@7", "curator@x:00:00", "a@1:" + "g" * 64])
-def test_what_is_no_head_is_refused(perdure, alone, text):
+def test_an_invalid_head_argument_is_refused(perdure, alone, text):
     assert_refused(
         perdure("verify", alone, "--at-least", text), "--at-least", "perdure ledger head"
     )
 
 
 @pytest.mark.parametrize("how", ["shorter", "missing", "edited"])
-def test_a_log_of_draws_that_was_put_back_is_wrong(perdure, mine, how):
+def test_verify_reports_an_older_log_of_draws(perdure, mine, how):
     log = mine / "arms" / "ewc-private" / "private" / "draws.jsonl"
     data = log.read_bytes()
     if how == "missing":

@@ -123,7 +123,7 @@ def test_each_client_owns_its_ledger_by_name_by_default(perdure, federated_in, t
         shown(perdure("verify", folder, "--at-least", line))
 
 
-def test_an_owner_of_ones_own_is_kept(perdure, toy_data, toy_model, tmp_path):
+def test_a_given_owner_name_is_kept(perdure, toy_data, toy_model, tmp_path):
     streams = [site(toy_data, client) for client in (0, 1)]
 
     def make(client):

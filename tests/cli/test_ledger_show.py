@@ -53,7 +53,7 @@ def result_of(folder):
 # --------------------------------------------------------------------------- show
 
 
-def test_show_says_who_was_exposed_to_what(perdure, alone):
+def test_show_prints_charges_of_every_partition(perdure, alone):
     out = shown(perdure("show", alone))
     lines = [line.rstrip() for line in out.splitlines()]
     assert max(map(len, lines[: lines.index("replay-private/client-0")])) <= 120
@@ -76,7 +76,7 @@ def test_show_says_who_was_exposed_to_what(perdure, alone):
     )
 
 
-def test_show_states_what_the_result_states(perdure, either):
+def test_show_prints_the_epsilons_of_the_result(perdure, either):
     out = shown(perdure("show", either))
     result = result_of(either)
     private = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
@@ -142,7 +142,7 @@ def test_json_holds_every_charge_of_every_partition(perdure, either):
     assert facts["all_arms_together"] == result_of(either)["epsilon_of_all_arms"]
 
 
-def test_the_delta_is_the_runs_the_users_or_the_usual_one(perdure, alone, tmp_path):
+def test_delta_is_from_the_user_the_run_or_the_default(perdure, alone, tmp_path):
     own, asked = (
         as_json(perdure("show", alone, "--json", *more)) for more in ((), ("--delta", 1e-6))
     )
@@ -225,7 +225,7 @@ def test_a_run_without_a_ledger_is_refused(perdure, tmp_path):
             )
 
 
-def test_looking_changes_nothing(perdure, mine):
+def test_show_changes_no_file(perdure, mine):
     (mine / "arms" / "ewc-private" / "private" / "key").unlink()
     before = contents(mine)
     for words in (
@@ -258,7 +258,7 @@ def entry(**changes):
     return Entry(**facts | changes)
 
 
-def test_what_rdp_has_no_bound_for_is_a_dash(perdure, tmp_path):
+def test_show_prints_a_dash_if_rdp_has_no_bound(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY, relation="replace-one")
     for name in "abc":
         ledger.declare(name, 12)
@@ -278,7 +278,7 @@ def test_what_rdp_has_no_bound_for_is_a_dash(perdure, tmp_path):
     assert facts["statement"]["value"] > max(row["epsilon_pld"] for row in facts["partitions"])
 
 
-def test_raw_data_is_infinite_and_null_for_machines(perdure, tmp_path):
+def test_raw_data_has_infinite_epsilon_and_null_in_json(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     ledger.charge(
@@ -379,13 +379,13 @@ def test_project_takes_one_partition_or_all_of_a_name(perdure, alone):
 @pytest.mark.parametrize(
     ("option", "value"), [("--sampling-rate", 0), ("--steps", -1), ("--noise-multiplier", "inf")]
 )
-def test_project_refuses_what_is_no_charge(perdure, alone, option, value):
+def test_project_refuses_invalid_charges(perdure, alone, option, value):
     words = list(MORE)
     words[words.index(option) + 1] = value
     assert_refused(perdure("project", alone, *words), option.removeprefix("--").replace("-", "_"))
 
 
-def test_help_names_the_three(perdure):
+def test_help_of_ledger_names_its_commands(perdure):
     out = " ".join(shown(perdure("--help")).replace("│", " ").split())
     for sentence in (
         "show Show the charges of every partition",

@@ -20,7 +20,7 @@ from perdure.utils.atomic_files import write_json
 # --------------------------------------------------------------------------- verify
 
 
-def test_verify_prints_one_line_a_ledger_and_what_it_cannot_see(perdure, either):
+def test_verify_prints_one_line_per_ledger_and_its_limits(perdure, either):
     out = shown(perdure("verify", either))
     own = sorted(either.glob("arms/*/**/ledger.jsonl"))
     *lines, last = out.splitlines()
@@ -59,7 +59,7 @@ def spoilt(lines, how):
 
 
 @pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened"])
-def test_what_was_changed_is_found_with_file_and_line(perdure, mine, how):
+def test_verify_names_file_and_line_of_a_change(perdure, mine, how):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     before = path.read_text().splitlines()
     lines, number = spoilt(before, how)
@@ -104,7 +104,7 @@ def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
 
 
 @pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json"])
-def test_half_a_ledger_is_wrong(perdure, mine, name):
+def test_verify_reports_a_truncated_ledger(perdure, mine, name):
     (mine / "arms" / "ewc-private" / name).unlink()
     code, out, _ = perdure("verify", mine)
     assert code == 1
@@ -153,7 +153,7 @@ def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
     )
 
 
-def test_what_was_sent_without_keys_is_not_taken_for_verified(perdure, mine, tmp_path):
+def test_heads_without_keys_are_reported_as_not_verified(perdure, mine, tmp_path):
     """With `private/` gone, whoever wrote the files can have made up all of them."""
     sent = tmp_path / "sent.jsonl"
     shutil.copy(mine / "ledger.jsonl", sent)
@@ -170,7 +170,7 @@ def test_show_says_that_it_checks_less_than_verify(perdure, alone):
     assert "not compared with checkpoints and recorded heads" in shown(perdure("show", alone))
 
 
-def test_another_key_and_an_open_key_are_wrong(perdure, mine):
+def test_verify_reports_a_wrong_key_and_a_readable_key(perdure, mine):
     keys = [mine / "arms" / arm / "private" / "key" for arm in ARMS]
     keys[0].write_bytes(keys[1].read_bytes())
     code, out, _ = perdure("verify", mine)
@@ -210,7 +210,7 @@ def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine, mo
     )
 
 
-def test_a_ledger_before_its_first_line_is_sound(perdure, tmp_path):
+def test_verify_accepts_an_empty_new_ledger(perdure, tmp_path):
     class Stopped(BaseException):
         pass
 
@@ -233,7 +233,7 @@ def ours(federated, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_client_that_only_the_server_knows_is_missed(perdure, ours):
+def test_verify_reports_a_client_missing_on_disk(perdure, ours):
     """All that its folder held is gone, so nothing there tells of it."""
     arm = ours / "arms" / "ewc-private"
     (ours / "result.json").unlink()
@@ -268,7 +268,7 @@ def test_show_states_no_total_where_a_ledger_is_missing(perdure, ours):
     assert code == 0 and "worst partition by itself: epsilon" in out and "3 of 4 ledgers" in out
 
 
-def test_an_owner_that_the_merged_file_lost_is_missed(perdure, ours):
+def test_verify_reports_an_owner_missing_in_the_merged_file(perdure, ours):
     own = [part for part in read(ours / "ledger.jsonl").parts if "ewc" not in part.account.owner]
     Merged(own).export(ours / "ledger.jsonl")
     code, out, _ = perdure("verify", ours)
@@ -277,7 +277,7 @@ def test_an_owner_that_the_merged_file_lost_is_missed(perdure, ours):
     assert code == 1 and "2 of 4 ledgers are there" in out
 
 
-def test_a_client_behind_what_the_server_knows_is_wrong(perdure, ours):
+def test_verify_reports_a_client_behind_the_server(perdure, ours):
     arm = ours / "arms" / "ewc-private"
     newest = max((arm / "checkpoint").glob("0*.json"))
     facts = json.loads(newest.read_text())
@@ -290,15 +290,15 @@ def test_a_client_behind_what_the_server_knows_is_wrong(perdure, ours):
     assert f"but the checkpoint of the federation's server records {head['count'] + 1}" in out
 
 
-def test_a_result_is_not_made_of_some_clients(ours):
+def test_show_states_no_epsilon_for_some_of_the_clients(ours):
     arm = ours / "arms" / "ewc-private"
     assert len(ledger_files(arm)) == 2
     shutil.rmtree(arm / "clients" / "001")
-    with pytest.raises(LedgerError, match=r"clients/001/ledger.jsonl missing, though a checkpoint"):
+    with pytest.raises(LedgerError, match=r"clients/001/ledger.jsonl missing, but a checkpoint"):
         ledger_files(arm)
 
 
-def test_a_curator_whose_checkpoint_alone_is_left_is_missed(perdure, mine):
+def test_verify_reports_a_checkpoint_without_its_ledger(perdure, mine):
     (mine / "ledger.jsonl").unlink()
     folder = mine / "arms" / "ewc-private"
     for path in (folder / "ledger.jsonl", folder / "ledger.head.json"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def plain(text):
 
 
 @pytest.mark.parametrize("words", [["--help"], []])
-def test_help_teaches_the_first_steps(perdure, words):
+def test_help_shows_the_first_steps(perdure, words):
     _, out, err = perdure(*words)
     told = plain(out + err)
     for sentence in (
@@ -149,7 +150,7 @@ def test_a_chosen_folder_is_not_shared_by_two_configs(perdure, tmp_path):
     assert out.endswith("report: here/report.html\n")
     assert not (tmp_path / "runs").exists()
     assert_refused(
-        perdure("demo", "--out", "here"), "here holds a run that differs in config", "--out"
+        perdure("demo", "--out", "here"), "here has a run that differs in config", "--out"
     )
 
 
@@ -219,7 +220,7 @@ def test_a_config_that_is_refused_at_once_leaves_nothing_behind(perdure, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
-def test_a_config_that_was_mended_runs_in_the_same_folder(perdure, tmp_path):
+def test_a_corrected_config_runs_in_the_same_folder(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(WRONG["slices"][0])
     assert_refused(perdure("run", "mine.toml"))
     (tmp_path / "mine.toml").write_text(CONFIG)
@@ -227,12 +228,12 @@ def test_a_config_that_was_mended_runs_in_the_same_folder(perdure, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["no.toml", ".", "bad.toml", "bad.toml/x.toml"])
-def test_a_path_that_cannot_be_read_is_one_line(perdure, tmp_path, path):
+def test_an_unreadable_path_gives_one_error_line(perdure, tmp_path, path):
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
     assert_refused(perdure("run", path), f"config {path} cannot be read")
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(perdure, tmp_path):
+def test_an_unwritable_folder_gives_one_error_line(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     assert_refused(
         perdure("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written"
@@ -251,7 +252,7 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
-def test_data_that_are_not_there_are_one_line(perdure, tmp_path, monkeypatch, no_network, data):
+def test_missing_data_give_one_error_line(perdure, tmp_path, monkeypatch, no_network, data):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PERDURE_DATA", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
@@ -295,7 +296,7 @@ def test_an_interrupt_ends_with_one_line_and_exit_code_130(capsys):
 
 
 @pytest.mark.deep(reason="chaos: interrupts a running process")
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_prints_how_to_continue(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n"
@@ -417,7 +418,7 @@ def test_replay_ends_with_1_where_a_record_reaches_an_output(perdure, tmp_path, 
     assert "ewc-private: model.safetensors, model.head.weight differs without a release" in told
 
 
-def test_replay_refuses_a_record_that_the_data_lack(perdure, tmp_path):
+def test_replay_refuses_an_unknown_record_id(perdure, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(CONFIG + REPLAYED)
     answer = perdure("audit", path, "--replay", "--record", 10**6)
@@ -476,3 +477,17 @@ def test_strategies_are_listed_as_a_table(perdure):
     assert set(names()) <= set(rows)
     assert "3 x parameters" in out
     assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.deep(reason="chaos: a run of the command that stops, and goes on to its report")
+def test_a_run_without_room_is_one_line_and_goes_on(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(CONFIG)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        code, _, err = perdure("run", "mine.toml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and err.count("\n") == 1
+    assert "cannot be written: File too large; nothing that was stored is lost" in err
+    assert perdure("run", "mine.toml")[0] == 0

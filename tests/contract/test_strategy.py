@@ -30,7 +30,7 @@ def test_a_state_declares_each_name_once_with_one_rule():
     assert state.rules == {"count": "sum"} and repr(state) == "State(count: (3,) sum)"
     with pytest.raises(StrategyError, match="'count' is declared twice"):
         state.declare("count", torch.zeros(3), "mean")
-    with pytest.raises(StrategyError, match=r"one rule; given \['b'\]"):
+    with pytest.raises(StrategyError, match=r"only a tensor or only a rule: \['b'\]"):
         State({"a": torch.zeros(1)}, {"a": "sum", "b": "sum"})
 
 
@@ -343,7 +343,7 @@ def test_two_memories_or_trained_parts_are_refused_by_name(toy_stream):
     "other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)]
 )
 def test_a_part_without_training_keeps_other_parts_effective(toy_stream, other):
-    message = f"NCM takes no gradient, so {other.name} would have no effect; drop one of them"
+    message = f"NCM takes no gradient, so {other.name} would have no effect; remove one of them"
     with pytest.raises(StrategyError, match=message):
         Combine(NCM(), other).plan(toy_stream()[0])
     assert not Combine(NCM(), Naive()).plan(toy_stream()[0]).train

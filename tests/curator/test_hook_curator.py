@@ -98,7 +98,8 @@ def test_no_attribute_of_a_hooks_curator_leads_to_records(given):
 def test_what_hands_out_rows_is_refused_with_what_is_allowed(given, name):
     seen, _ = given
     with pytest.raises(
-        PrivacyError, match=rf"reads curator\.{name}, which no charge covers; allowed: context"
+        PrivacyError,
+        match=rf"reads curator\.{name}, which no charge in the ledger covers; allowed: context",
     ):
         getattr(seen, name)
 

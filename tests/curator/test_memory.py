@@ -492,7 +492,7 @@ def test_another_text_is_refused(toy_stream, size):
         ),
         (
             {"selection": "herding", "update": "step"},
-            "memory selection = 'herding' .*it ranks them all",
+            "memory selection = 'herding' .*because this selection compares all records",
         ),
     ],
 )

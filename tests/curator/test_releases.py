@@ -209,7 +209,7 @@ def test_an_empty_partition_still_gives_noise(bench, toy_stream):
     batch = held.sample(0)
     assert len(batch) == 0
     with pytest.raises(
-        PrivacyError, match="step 0 was drawn already; rows of a step are for the loop"
+        PrivacyError, match="the rows of step 0 were already drawn; only the training loop"
     ):
         held.sample(0)
     released = test.curator.release(

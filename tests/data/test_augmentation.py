@@ -180,7 +180,7 @@ def test_views_keep_the_bound_on_one_record_at_no_privacy_cost(learner_of):
 
 
 def test_views_and_an_adversary_are_refused_together(learner_of):
-    with pytest.raises(ConfigError, match="none with an adversary"):
+    with pytest.raises(ConfigError, match="None with an adversary"):
         learner_of(adversary=PGD(epsilon=0.1, steps=1))
     with pytest.raises(ConfigError, match=r"views.count = 0"):
         Views(count=0, change=jitter)

@@ -187,7 +187,7 @@ def test_client_sizes_may_be_declared_one_by_one(stream):
     given = [[7, 8, 9, 10, 11], [20, 21, 22, 23, 24]]
     parts = iid(stream, clients=2, exact=False, client_sizes=given)
     assert declared(parts).tolist() == given
-    with pytest.raises(ConfigError, match=r"client_sizes = .* 2 rows, one a client, of 5 sizes"):
+    with pytest.raises(ConfigError, match=r"client_sizes = .* 2 rows .one per client. of 5 sizes"):
         iid(stream, clients=2, exact=False, client_sizes=given[:1])
 
 
@@ -198,7 +198,7 @@ def test_a_minimum_size_above_the_declared_records_is_refused(stream):
 
 @pytest.mark.parametrize("given", [{"declared_size": 100}, {"client_sizes": [[1] * 5] * 2}])
 def test_sizes_are_not_declared_where_they_are_exact(stream, given):
-    with pytest.raises(ConfigError, match=r"None with exact=True.*say exact=False"):
+    with pytest.raises(ConfigError, match=r"None with exact=True.*use exact=False"):
         iid(stream, clients=2, **given)
 
 

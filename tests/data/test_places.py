@@ -156,7 +156,6 @@ MOVING = {
     "exact iid": lambda d: iid(by_class(d), clients=3, min_size=2),
     "exact online": lambda d: [online(by_class(d), chunk=7)],
     "by time, equal": lambda d: [by_time(d, experiences=3)],
-    "by domain, as found": lambda d: [by_domain(replace(d, test=d.test.take(torch.arange(0))))],
 }
 
 

@@ -41,11 +41,11 @@ def months(second_ids, *, first_ids=None):
 @pytest.mark.parametrize("common", [20, 1])
 def test_one_id_in_two_partitions_is_refused(learner_of, common):  # noqa: F811
     stream = months(torch.arange(20) + 20 - common)
-    told = "partitions 'january' and 'february' of stream by hand hold records of one id"
+    told = "partitions 'january' and 'february' of stream by hand contain records with the same id"
     learner = learner_of(stream=stream, privacy=SIMULATED)
     with pytest.raises(GuardError, match=told) as caught:
         learner.fit(stream)
-    assert "give records of different people different ids" in str(caught.value)
+    assert "if they are different people, give them different ids" in str(caught.value)
     with pytest.raises(GuardError, match=told):
         learner.prepare(stream)
 
@@ -89,7 +89,7 @@ def test_positions_are_no_identity_but_memory_is(learner_of):  # noqa: F811
     refuse_records_in_two_partitions([copied])
     for other in (table[:20], table[19:39]):
         stream = by_hand(halves[0], replace(two, inputs=other))
-        with pytest.raises(GuardError, match="hold rows of one tensor in common"):
+        with pytest.raises(GuardError, match="contain the same rows of one tensor"):
             learner_of(stream=stream, privacy=SIMULATED).prepare(stream)
 
 

@@ -153,7 +153,7 @@ def test_rows_of_one_tensor_in_two_partitions_are_refused():
         replace(each, train=replace(same, partition=f"{each.index}"), classes=(0, 1, 2, 3))
         for each in stream
     ]
-    with pytest.raises(GuardError, match="hold rows of one tensor in common"):
+    with pytest.raises(GuardError, match="contain the same rows of one tensor"):
         refuse_records_in_two_partitions([replace(stream, experiences=tuple(again))])
 
 

@@ -321,7 +321,9 @@ def test_every_splitter_takes_a_declared_size(toy, build):
 def test_sizes_may_differ_between_experiences(toy):
     stream = split(toy, scenario="class", experiences=2, declared_size=[90, 110])
     assert sizes(stream) == [(90, False), (110, False)]
-    with pytest.raises(ConfigError, match=r"declared_size = \(90,\) .* or 2, one an experience"):
+    with pytest.raises(
+        ConfigError, match=r"declared_size = \(90,\) .* or 2 numbers, one per experience"
+    ):
         split(toy, scenario="class", experiences=2, declared_size=(90,))
 
 

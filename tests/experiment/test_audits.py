@@ -35,7 +35,7 @@ private = true
 """
 
 
-def test_members_and_others_are_told_apart_by_construction(toy_data):
+def test_members_and_non_members_are_disjoint(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
     records, members, known = population(stream, 0, seed=0)
     train = stream[0].train

@@ -31,7 +31,7 @@ from perdure.strategies import find, names
 # --------------------------------------------------------------------------- what is right
 
 
-def test_everything_can_be_left_out_but_name_and_arms():
+def test_a_config_needs_only_name_and_arms():
     config = parse(HEAD + ARM)
     assert config == Config(name="x", arms=(Arm(strategy=find("naive")(), file="naive"),))
     assert config.arms[0].name == "naive-plain"
@@ -110,7 +110,7 @@ def test_every_table_is_read():
     assert isinstance(config.arms[1].strategy.strength, float)
 
 
-def test_the_demo_is_right():
+def test_the_demo_config_is_valid():
     config = parse(
         resources.files("perdure.experiment").joinpath("demo.toml").read_text(encoding="utf-8")
     )
@@ -134,7 +134,7 @@ def test_every_optimiser_that_is_allowed_makes_a_step(name):
     assert torch.isfinite(layer.weight).all()
 
 
-def test_options_reach_the_optimiser():
+def test_optimizer_options_reach_the_optimiser():
     config = TrainingConfig(optimizer="SGD", learning_rate=0.25, momentum=0.75, epochs=1)
     group = config.factory()(torch.nn.Linear(1, 1).parameters()).param_groups[0]
     assert (group["lr"], group["momentum"]) == (0.25, 0.75)
@@ -143,7 +143,7 @@ def test_options_reach_the_optimiser():
 # ------------------------------------------------------------------------ what is missing, and arms
 
 
-def test_what_is_missing_is_named():
+def test_a_missing_field_is_named_in_the_error():
     assert refusal(ARM) == "name is missing; allowed: text"
     assert refusal(HEAD).startswith("arms is missing; allowed: one or more [[arms]] tables")
     assert (
@@ -184,7 +184,7 @@ def test_arms_are_a_list_of_tables(arms):
         (ARM + ARM, "arms = ['naive-plain']"),
     ],
 )
-def test_a_wrong_arm_is_refused(arm, start):
+def test_invalid_arms_are_refused(arm, start):
     assert refusal(HEAD + arm).startswith(start)
 
 
@@ -204,7 +204,7 @@ def test_a_strategy_of_another_module_has_a_safe_folder_name():
         ("../naive:Naive", '"package.module:Name"'),
     ],
 )
-def test_a_strategy_of_another_module_that_is_none_is_refused(name, end):
+def test_an_imported_object_that_is_no_strategy_is_refused(name, end):
     message = refusal(f'{HEAD}[[arms]]\nstrategy = "{name}"\n')
     assert message.startswith(f"arms[0].strategy = {name!r} ")
     assert end in message
@@ -250,7 +250,7 @@ def test_choices_that_may_be_left_out_and_lists_are_read():
         ),
     ],
 )
-def test_its_fields_are_checked_like_all_others(table, message):
+def test_fields_of_an_imported_strategy_are_checked(table, message):
     with pytest.raises(ConfigError) as caught:
         build(Own, table, "x")
     assert str(caught.value) == message
@@ -285,15 +285,15 @@ def test_types_that_cannot_be_read_are_refused():
         "[[[[",
     ],
 )
-def test_what_is_not_toml_is_refused_with_its_place(text):
+def test_text_that_is_not_toml_is_refused_with_its_position(text):
     assert refusal(text).startswith("config is not TOML: ")
 
 
-def test_nesting_without_end_is_refused():
+def test_too_deep_nesting_of_toml_is_refused():
     assert refusal("a = " + "[" * 100_000).startswith("config is not TOML: ")
 
 
-def test_a_file_is_read(tmp_path):
+def test_read_returns_the_config_of_a_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(HEAD + "# ε\n" + ARM, encoding="utf-8")
     assert read(path) == parse(HEAD + ARM)

@@ -145,7 +145,7 @@ def test_a_wrong_value_is_refused_by_name(table, name):
         assert "; allowed: " in message
 
 
-def test_no_field_was_forgotten():
+def test_every_config_field_has_a_test():
     """A new field must come with values that it refuses."""
     tables = CLASSES | {"": Config}
     known = {(table, field.name) for table, cls in tables.items() for field in fields(cls)}
@@ -156,7 +156,7 @@ def test_no_field_was_forgotten():
     assert known - repeated - other - WRONG.keys() == {("privacy", "noise_multiplier")}
 
 
-def test_the_whole_sentence():
+def test_the_error_of_a_wrong_field_is_complete():
     assert refusal(with_field("model", "hidden", "[0]")) == (
         "model.hidden = (0,) is not allowed; allowed: positive whole numbers"
     )
@@ -202,7 +202,7 @@ def test_momentum_is_for_optimisers_that_have_one():
 
 @pytest.mark.parametrize("lengths", ["", "epochs = 1\niterations = 1\n"])
 @pytest.mark.parametrize("table", ["training", "private_training"])
-def test_an_experience_has_one_length(table, lengths):
+def test_epochs_and_iterations_together_are_refused(table, lengths):
     message = refusal(f"{HEAD}[{table}]\n{lengths}{ARM}")
     assert message.startswith(f"{table}.epochs = ")
     assert message.endswith("exactly one of the two")

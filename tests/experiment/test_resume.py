@@ -180,7 +180,7 @@ def test_a_line_of_metrics_that_was_cut_is_written_again(undisturbed, tmp_path):
     assert outputs(tmp_path) == expected
 
 
-def test_drafts_that_were_left_behind_do_no_harm(undisturbed, tmp_path):
+def test_temporary_files_of_a_stopped_run_are_ignored(undisturbed, tmp_path):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch("checkpoint.end", passed["checkpoint.end"] // 2))
     for folder in {path.parent for path in tmp_path.rglob("*") if path.is_file()}:

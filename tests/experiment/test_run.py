@@ -115,7 +115,7 @@ def rows_of(folder):
 # --------------------------------------------------------------------------- the files
 
 
-def test_the_files_are_all_there(secret):
+def test_a_run_writes_all_its_files(secret):
     folder = secret[0]
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
@@ -135,7 +135,7 @@ def test_the_files_are_all_there(secret):
     ) == [f"{arm}/model.safetensors" for arm in sorted(ARMS)]
 
 
-def test_the_result_is_what_was_returned_and_keeps_its_schema(either):
+def test_the_stored_result_equals_the_returned_one(either):
     folder, result, _, _ = either
     stored = checked(json.loads((folder / "result.json").read_text()))
     assert stored == result
@@ -147,7 +147,7 @@ def test_the_result_is_what_was_returned_and_keeps_its_schema(either):
     assert stored["stream"]["classes"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
-def test_every_arm_has_one_line_an_experience(either):
+def test_every_arm_has_one_metrics_line_per_experience(either):
     folder, result, _, _ = either
     rows = rows_of(folder)
     assert [(row["arm"], row["experience"]) for row in rows] == [
@@ -160,7 +160,7 @@ def test_every_arm_has_one_line_an_experience(either):
         assert spent == (arm["epsilon_over_time"] or [None, None])
 
 
-def test_the_accuracy_is_that_of_the_matrix(either):
+def test_the_result_has_the_accuracy_of_the_matrix(either):
     for arm in either[1]["arms"]:
         assert arm["average_accuracy"] == pytest.approx(sum(arm["accuracy_matrix"][-1]) / 2)
 
@@ -190,7 +190,7 @@ def test_the_stored_model_is_a_trained_one(secret, tmp_path):
     )
 
 
-def test_a_model_that_is_not_there_is_refused(secret, tmp_path):
+def test_a_missing_stored_model_is_refused(secret, tmp_path):
     with pytest.raises(
         RunError, match="has no arm 'naive-plain'; it has replay-plain, ewc-private"
     ):
@@ -207,7 +207,7 @@ def test_a_model_that_is_not_there_is_refused(secret, tmp_path):
 # --------------------------------------------------------------------------- privacy
 
 
-def test_the_ledger_verifies_and_says_what_the_result_says(secret):
+def test_the_ledger_is_valid_and_agrees_with_the_result(secret):
     folder, result, _, _ = secret
     keys = {
         f"{arm}/client-0": NoiseKey.from_os(folder / "arms" / arm / "private" / "key")
@@ -315,7 +315,7 @@ def test_private_folders_are_closed_to_others(either):
 # --------------------------------------------------------------------------- the same run again
 
 
-def test_a_finished_run_is_not_done_again(either):
+def test_a_finished_run_is_not_trained_again(either):
     folder, result, _, _ = either
     text = (folder / "config.toml").read_text()
     before = contents(folder)
@@ -338,7 +338,7 @@ def test_another_config_is_refused_and_changes_nothing(secret):
     assert contents(folder) == before
 
 
-def test_a_config_that_means_the_same_goes_on(secret):
+def test_a_config_with_the_same_meaning_continues_the_run(secret):
     folder, result, *_ = secret
     before = contents(folder)
     again, _ = ran(folder, SMALL.replace("\n", "  # a comment\n") + "# another\n")
@@ -346,7 +346,7 @@ def test_a_config_that_means_the_same_goes_on(secret):
     assert contents(folder) == before
 
 
-def test_a_config_may_change_while_nothing_was_run(tmp_path):
+def test_a_config_may_change_before_anything_ran(tmp_path):
     wrong = SMALL.replace("experiences = 2", "experiences = 3")
     with pytest.raises(ConfigError, match="experiences = 3 is not allowed; allowed: 1, 2, 5, 10"):
         ran(tmp_path, wrong)
@@ -372,7 +372,7 @@ def test_two_fresh_runs_differ_in_timings_only(tmp_path, federated):
         assert (tmp_path / "other" / name).read_bytes() == (federated[0] / name).read_bytes()
 
 
-def test_secret_noise_is_drawn_anew(tmp_path, secret):
+def test_secret_noise_differs_between_runs(tmp_path, secret):
     ran(tmp_path, SMALL)
     same = {
         arm: (tmp_path / "checkpoint" / arm / "model.safetensors").read_bytes()
@@ -406,7 +406,7 @@ def test_the_seconds_of_all_sessions_add_up(tmp_path):
 # ----------------------------------------------------------------------- what is told while it goes
 
 
-def test_progress_rises_from_nothing_to_all_arm_by_arm(either):
+def test_progress_rises_from_0_to_1_for_each_arm(either):
     told = either[2]
     assert list(dict.fromkeys(arm for arm, _ in told)) == list(ARMS)
     for arm in ARMS:
@@ -418,7 +418,7 @@ def test_progress_rises_from_nothing_to_all_arm_by_arm(either):
         assert max(shares[:-1]) <= 0.99
 
 
-def test_callbacks_hear_every_point_of_every_learner(either):
+def test_callbacks_are_called_at_every_point_of_every_learner(either):
     points = either[3]
     names = {name for _, name in points}
     assert names >= set(POINTS)
@@ -477,7 +477,7 @@ def breast(explained):
     return text.split('[[arms]]\nstrategy = "ewc"')[0]
 
 
-def test_explanations_are_for_pictures(tmp_path):
+def test_explanations_of_inputs_without_image_shape_are_refused(tmp_path):
     with pytest.raises(
         ConfigError,
         match=r"explain.method = 'kernel_shap' is not allowed; allowed: no \[explain\] table, "

@@ -12,7 +12,7 @@ from perdure.experiment.strategy_catalogue import card, markdown, privacy_cost, 
 from perdure.strategies import OGD, Replay
 
 
-def test_a_cost_says_all_that_is_asked():
+def test_privacy_cost_in_words_names_all_releases():
     everything = PrivacyCost(
         releases=2,
         histograms=1,

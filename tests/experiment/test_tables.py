@@ -52,7 +52,7 @@ def test_a_table_is_written_between_its_markers_and_nowhere_else(fruit, tmp_path
     assert text.report(tmp_path) is None
 
 
-def test_what_is_up_to_date_is_written_as_it_was(fruit, tmp_path):
+def test_an_up_to_date_table_is_not_changed(fruit, tmp_path):
     text = fruit("| `apple` | green |", "| `plum` | blue |")
     assert text.report(tmp_path) is None
     text.write(tmp_path)

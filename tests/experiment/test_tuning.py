@@ -44,7 +44,7 @@ def test_held_out_records_are_disjoint_training_records(stream):
     assert not measured & set(stream[0].test.ids.tolist())
 
 
-def test_it_takes_the_best_and_says_what_it_looked_at(stream, make):
+def test_tune_returns_the_best_values_and_its_data(stream, make):
     found = tune(make, {"rate": (1e-6, 0.05)}, stream, experiences=1, trials=6, seed=1)
     scores = {values["rate"]: score for values, score in found.trials}
     assert len(scores) == 6 and found.score == max(scores.values()) == scores[found.values["rate"]]

@@ -84,7 +84,7 @@ def asked_to_consolidate(stream, strategy, *, folder=None, privacy=None):
     ],
     ids=["naive", "replay", "ewc", "lwf", "der", "herding"],
 )
-def test_untrained_clients_consolidate_when_it_matters(stream, strategy, number):
+def test_untrained_clients_consolidate_if_it_changes_the_state(stream, strategy, number):
     counts, _ = asked_to_consolidate(stream, strategy)
     assert counts == [number] * 2
 
@@ -114,7 +114,7 @@ def test_a_client_that_was_left_out_catches_up_to_the_same_bits(stream, tmp_path
         assert ledger.read_text() == all_asked.read_text()
 
 
-def test_a_run_that_was_stopped_finds_its_attendance_again(stream, tmp_path):
+def test_a_stopped_run_restores_its_attendance(stream, tmp_path):
     streams = dirichlet(short(stream, 2), clients=5, alpha=1.0, min_size=8, exact=False)
     federation = Federation(clients=5, rounds=2, fraction=0.4, seed=3)
     make = maker(stream, Replay(memory_size=30), iterations=4, blocks=1)

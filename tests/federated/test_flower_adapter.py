@@ -80,7 +80,7 @@ def test_replies_come_in_the_order_asked_and_name_their_node():
     assert [reply.metadata.reply_to_message_id for reply in replies] == ["1", "2", "3"]
 
 
-def test_a_reply_is_pulled_once():
+def test_a_reply_is_delivered_once():
     with InProcessGrid(echo(), clients=2).running() as grid:
         ids = list(grid.push_messages(ask(grid, [1, 2])))
         assert len(list(grid.pull_messages(ids))) == 2
@@ -144,7 +144,7 @@ def test_an_exception_becomes_an_error_reply_and_others_go_on():
             answers(grid, ask(grid, [1, 2, 3]), {1: 0, 2: 1, 3: 2})
 
 
-def test_an_interrupt_is_no_error_reply():
+def test_an_interrupt_does_not_become_an_error_reply():
     def interrupt(message, context):
         raise KeyboardInterrupt
 
@@ -155,7 +155,7 @@ def test_an_interrupt_is_no_error_reply():
         grid.send_and_receive(ask(grid, [1]))
 
 
-def test_what_privacy_refused_comes_first_and_keeps_its_type():
+def test_a_privacy_error_of_a_client_is_raised_first():
     def fail(message, context):
         if context.node_id == 3:
             raise BudgetError("epsilon 4 exceeds the grant of 3")
@@ -179,7 +179,7 @@ def test_failures_of_other_types_become_federation_errors():
     assert str(failure(3, "")) == "client 3 stopped: no reason given"
 
 
-def test_a_private_error_reply_quotes_what_names_no_value(caplog):
+def test_a_private_error_reply_has_no_value_of_a_record(caplog):
     with InProcessGrid(echo(), clients=1).running():
         message = Message(RecordDict({}), 1, "train")
         foreign = error_reply(message, ValueError("could not convert 'Jane Doe'"), private=True)
@@ -200,7 +200,7 @@ def test_a_private_error_reply_quotes_what_names_no_value(caplog):
             assert error_reply(message, kind(quoting)).error.reason.endswith(quoting)
 
 
-def test_a_missing_reply_is_named():
+def test_the_error_names_clients_without_reply():
     class Deaf(InProcessGrid):
         def pull_messages(self, message_ids):
             return list(super().pull_messages(message_ids))[:-1]
@@ -229,7 +229,7 @@ def test_nodes_are_known_by_the_partition_they_hold():
             wait_for_clients(grid, 2)
 
 
-def test_the_identity_of_the_process_is_put_back():
+def test_the_identity_of_the_process_is_restored():
     before = dict(vars(TaskIdentity))
     with pytest.raises(ZeroDivisionError), InProcessGrid(echo(), clients=1).running():
         assert TaskIdentity.run_id == 1
@@ -249,7 +249,7 @@ def test_a_cohort_shows_flower_exactly_its_nodes():
         assert cohort.run is grid.run
 
 
-def test_flower_leaves_log_level_and_random_numbers_alone(caplog):
+def test_flower_does_not_change_log_level_or_random_numbers(caplog):
     logger = logging.getLogger("flwr")
     level = logging.getLogger("flwr").level
     state = random.getstate()
@@ -262,7 +262,7 @@ def test_flower_leaves_log_level_and_random_numbers_alone(caplog):
     assert "hidden" not in caplog.text
 
 
-def test_without_ray_its_engine_says_what_to_install(monkeypatch):
+def test_the_ray_engine_without_ray_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(FederationError, match=r"pip install perdure\[simulation\]"):
         simulate(None, None, 1)

@@ -28,7 +28,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_held_array_is_flowers_own_in_all_but_its_class(name):
+def test_a_held_array_behaves_like_flowers_array(name):
     tensor = TENSORS[name]
     own = Array(np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape))
     mine = held({"a": tensor})["a"]
@@ -44,7 +44,7 @@ def test_a_held_array_is_flowers_own_in_all_but_its_class(name):
     assert (type(sent), sent) == (Array, own)
 
 
-def test_what_is_held_is_a_copy_and_so_is_what_is_read():
+def test_held_arrays_are_copied_when_stored_and_read():
     tensor = torch.zeros(3)
     array = held({"a": tensor})["a"]
     tensor.fill_(1.0)
@@ -52,7 +52,7 @@ def test_what_is_held_is_a_copy_and_so_is_what_is_read():
     assert array.numpy().tolist() == [0.0, 0.0, 0.0]
 
 
-def test_a_copied_message_can_be_written_to_alone():
+def test_writing_into_a_copied_message_changes_only_the_copy():
     content = RecordDict(
         {
             "arrays": held({"a": torch.zeros(2), "b": torch.zeros(2)}),
@@ -123,7 +123,7 @@ def test_messages_in_process_serialise_no_array_of_a_clients(
     assert len(saved) == arrays
 
 
-def test_a_federation_through_bytes_comes_to_the_same_bits(stream):
+def test_a_federation_with_serialised_messages_is_bit_identical(stream):
     streams = dirichlet(short(stream, 2), clients=3, alpha=5.0, min_size=8)
     make = maker(stream, EWC(strength=1.0), iterations=4, blocks=1)
     federation = Federation(clients=3, rounds=2)

@@ -73,7 +73,7 @@ def test_the_server_keeps_the_heads_that_clients_report(started, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["deleted", "put back"])
-def test_a_client_whose_folder_was_put_back_is_refused(started, stopped, how):
+def test_a_client_with_an_older_folder_is_refused(started, stopped, how):
     """All of it: its own checkpoint and copy agree with its ledger, and only the server knows."""
     folder = stopped / "clients" / "001"
     kept = stopped.parent / "kept"
@@ -96,12 +96,12 @@ def test_a_client_whose_folder_was_put_back_is_refused(started, stopped, how):
             started()
 
 
-def test_a_client_does_not_go_on_without_privacy(started, stopped):
+def test_a_private_client_cannot_continue_without_privacy(started, stopped):
     with pytest.raises(RunError, match=r"privacy \(given null, stored Privacy\)"):
         started(privacy=None)
     for part in ("checkpoint", "private"):
         shutil.rmtree(stopped / part)
-    with pytest.raises(PrivacyError, match=r"client 0: .* holds a run with privacy"):
+    with pytest.raises(PrivacyError, match=r"client 0: .* has a run with privacy"):
         started(privacy=None)
 
 
@@ -125,8 +125,8 @@ def test_a_client_does_not_go_on_without_privacy(started, stopped):
         ),
     ],
 )
-def test_a_federation_asked_for_otherwise_is_named(started, stopped, changes, told):
-    with pytest.raises(RunError, match=f"run holds a run that differs in .*{told}"):
+def test_the_error_names_changed_federation_settings(started, stopped, changes, told):
+    with pytest.raises(RunError, match=f"run has a run that differs in .*{told}"):
         started(**changes)
 
 

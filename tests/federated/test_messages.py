@@ -112,7 +112,7 @@ def test_a_failing_client_stops_the_run_with_its_name_and_reason(stream, privacy
         )
 
 
-def test_what_a_clients_privacy_refuses_stops_the_run_as_that(stream):
+def test_a_clients_privacy_error_stops_the_run_as_such(stream):
     class Raw(Naive):
         def after_experience(self, curator, params, state):
             curator.raw("to look at them")
@@ -151,7 +151,7 @@ def test_local_names_are_not_combined_and_integers_have_no_mean():
 
 
 @pytest.mark.parametrize("rule", ["sum", "mean"])
-def test_one_holder_is_taken_to_the_bit(rule):
+def test_a_single_state_is_combined_without_change(rule):
     (new,) = states([0.1, -0.0, float("nan"), 1e-45], rule=rule)
     (old,) = states([1e8, 1.0, 1.0, 3.0], rule=rule)
     assert combine(old, [new], [7])["a"].numpy().tobytes() == new["a"].numpy().tobytes()
@@ -211,7 +211,7 @@ def test_a_model_of_another_shape_is_refused():
         ([np.zeros(3), np.ones(1)], "list"),
     ],
 )
-def test_what_an_aggregator_remembers_survives(value, kind):
+def test_the_state_of_an_aggregator_survives_a_restart(value, kind):
     aggregator = FedAvg()
     other = FedAvg()
     aggregator.memory = value

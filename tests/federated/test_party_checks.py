@@ -65,7 +65,7 @@ def never_trains(point, learner):
         never(point, learner)
 
 
-def test_secret_noise_without_a_folder_names_the_one_to_give(stream, three):
+def test_secret_noise_without_a_folder_is_refused_with_the_fix(stream, three):
     make = maker(stream, Naive(), privacy=SECRET)
     with pytest.raises(ConfigError, match=r"clients 0, 1 and 2 .*fit_federated\(..., folder=...\)"):
         fit_federated(make, three, THREE)
@@ -91,7 +91,7 @@ def test_one_owner_of_several_private_ledgers_is_refused(stream, three):
         fit_federated(make, three, THREE)
 
 
-def test_the_name_of_an_owner_changes_no_result(stream, three):
+def test_the_owners_name_does_not_change_results(stream, three):
     named = mixed(stream, owner=["a", "b", "c"], privacy=[SIMULATED] * 3)
     plain = maker(stream, Naive(), privacy=SIMULATED)
     assert fit_federated(named, three, THREE).equal(fit_federated(plain, three, THREE))

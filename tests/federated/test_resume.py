@@ -51,7 +51,7 @@ def reference(request, stream):
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_server_stopped_anywhere_goes_on_to_the_same_bits(stream, tmp_path, reference, point):
+def test_a_server_stopped_anywhere_resumes_bit_identically(stream, tmp_path, reference, point):
     privacy, expected = reference
     streams, federation = hard(stream)
     make = maker(stream, STRATEGY, privacy=privacy)
@@ -76,7 +76,7 @@ CLIENT_POINTS = [
 
 
 @pytest.mark.parametrize("point,times", CLIENT_POINTS)
-def test_a_client_stopped_anywhere_goes_on_to_the_same_bits(
+def test_a_client_stopped_anywhere_resumes_bit_identically(
     stream, tmp_path, reference, point, times
 ):
     privacy, expected = reference
@@ -114,7 +114,7 @@ def test_surviving_clients_go_back_to_the_new_servers_start(stream, tmp_path, re
     assert outcome(last.learner) == expected
 
 
-def test_a_finished_run_is_not_run_again(stream, tmp_path):
+def test_a_finished_federation_is_not_trained_again(stream, tmp_path):
     streams, federation = hard(stream)
     first = run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
     again = run_federation(
@@ -136,7 +136,7 @@ def test_another_federation_may_not_take_over_the_folder(stream, tmp_path):
         )
 
 
-def test_a_client_that_lost_its_state_says_so(stream, tmp_path):
+def test_a_client_without_its_saved_state_is_refused(stream, tmp_path):
     streams, federation = hard(stream)
     with pytest.raises(StoppedError):
         run_federation(

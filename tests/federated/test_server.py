@@ -52,7 +52,7 @@ def test_a_federation_of_one_client_equals_the_learner_alone(stream, strategy, p
     assert alone.matrix[0][0] > 0
 
 
-def test_with_a_folder_it_is_the_same_and_so_is_the_ledger(stream, tmp_path):
+def test_a_folder_changes_neither_federation_nor_ledger(stream, tmp_path):
     stream, make = (
         short(stream, 2),
         maker(stream, Combine(EWC(strength=9.0), Replay(memory_size=30)), privacy=SIMULATED),
@@ -85,7 +85,7 @@ def test_empty_rounds_charge_nothing_when_rounds_exceed_steps(stream, tmp_path):
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_momentum_and_schedule_go_on_over_rounds(stream, reset):
+def test_momentum_and_schedule_continue_over_rounds(stream, reset):
     make = maker(
         stream,
         Naive(),
@@ -266,7 +266,7 @@ def test_a_bad_federation_is_refused_in_one_line(changes, error, text):
     assert "\n" not in str(caught.value)
 
 
-def test_streams_engine_and_folder_must_fit(stream):
+def test_unfitting_streams_engine_or_folder_are_refused(stream):
     make = maker(stream, Naive())
     federation = Federation(clients=2, rounds=1)
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_streams_engine_and_folder_must_fit(stream):
         run_federation(make, [stream] * 2, federation, engine="ray")
 
 
-def test_an_aggregator_that_stops_is_a_federation_error(stream):
+def test_an_aggregator_failure_is_a_federation_error(stream):
     with pytest.raises(FederationError, match=r"aggregator FedAvg stopped: .*`participants`"):
         fit_federated(
             maker(stream, Naive()),

@@ -32,7 +32,7 @@ def refused_then_unseen(learner, stream):
     """A learner whose settings differ from its folder's run is refused; then let the folder say
     that the run was asked for so, to see what holds where a fingerprint sees nothing.
     """
-    with pytest.raises(RunError, match="holds a run that differs in"):
+    with pytest.raises(RunError, match="has a run that differs in"):
         learner.fit(stream)
     for path in (learner.folder / "checkpoint").glob("0*.json"):
         write_json(path, json.loads(path.read_text()) | {"run": learner.fingerprint})

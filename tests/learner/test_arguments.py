@@ -35,6 +35,14 @@ class Twice(torch.optim.SGD):
         return super().step()
 
 
+class Detached(nn.Linear):
+    """No gradient reaches its weights."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
 def learner(**changes):
     given = {"model": nn.Linear(5, 4), "strategy": Naive(), "optimizer": SGD, "epochs": 1}
     return Learner(**(given | changes))
@@ -61,7 +69,6 @@ def learner(**changes):
         ({"blocks": True}, "blocks = True is not allowed; allowed: a whole number"),
         ({"batch_size": "8"}, "batch_size = '8' is not allowed; allowed: a whole number"),
         ({"epochs": None, "iterations": 2.0}, "iterations = 2.0 .*a whole number, 1 or more"),
-        ({"scheduler": 0.1}, "scheduler = 0.1 is not allowed; allowed: a function or None"),
         ({"seed": "0"}, "seed = '0' is not allowed; allowed: a whole number"),
         ({"seed": None}, "seed = None is not allowed; allowed: a whole number"),
         ({"client": 1.0}, "client = 1.0 is not allowed; allowed: a whole number"),
@@ -96,6 +103,11 @@ def test_an_optimizer_in_place_of_its_maker_is_refused():
         (partial(torch.optim.SGD, lr=-0.1), r"optimizer\(parameters\) fails: Invalid learning"),
         (torch.optim.Muon, r"optimizer\(parameters\) fails: Muon only supports 2D"),
         (lambda _: SGD(nn.Linear(5, 4).parameters()), "optimizer = 'SGD of other parameters'"),
+        (partial(torch.optim.SGD, lr=torch.tensor(0.5)), "optimizer option lr = .*a number, 0.5"),
+        (
+            partial(torch.optim.Adam, capturable=True),
+            "optimizer Adam fails in a step: If capturable",
+        ),
         (partial(SGD, differentiable=True), "optimizer SGD fails in a step: .*dense gradients"),
     ],
 )
@@ -123,6 +135,7 @@ def test_a_data_set_in_place_of_a_stream_is_refused():
             "outputs of the model = 5 is not allowed; allowed: 4: one for every class .num_class",
         ),
         (nn.GRU(5, 4), "output of the model = 'tuple' .*one tensor"),
+        (Detached(5, 4), "outputs of the model do not depend on its parameters.*no_grad"),
         (nn.Flatten(0), r"outputs of the model = .\(10,\) for 2 rows.*one row for every record"),
     ],
 )

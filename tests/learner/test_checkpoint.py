@@ -105,7 +105,8 @@ def test_a_damaged_pointer_is_refused(tmp_path, content):
     store.save(1, snapshot(1))
     (store.public / "latest.json").write_bytes(content)
     with pytest.raises(
-        RunError, match=r"latest.json cannot be read .*restore it, or use another folder"
+        RunError,
+        match=r"latest.json cannot be read .*restore it from a backup, or use another folder",
     ):
         store.load()
 

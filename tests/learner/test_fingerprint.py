@@ -78,7 +78,7 @@ CHANGES = {
 def test_a_changed_setting_is_named_with_both_values(learner_of, toy_stream, stopped, name):
     changes, told = CHANGES[name]
     folder = stopped()
-    with pytest.raises(RunError, match=f"holds a run that differs in .*{told}.*another folder"):
+    with pytest.raises(RunError, match=f"has a run that differs in .*{told}.*another folder"):
         learner_of(folder=folder, **changes).fit(toy_stream())
 
 

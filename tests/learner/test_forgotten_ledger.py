@@ -147,7 +147,7 @@ def test_the_state_directory_follows_the_environment(monkeypatch, tmp_path):
 
 def test_a_run_without_privacy_does_not_go_on_with_it(fit, tmp_path):
     fit(None)
-    with pytest.raises(PrivacyError, match="holds a run without privacy, given privacy"):
+    with pytest.raises(PrivacyError, match="has a run without privacy"):
         fit()
     assert not (tmp_path / "run" / "ledger.jsonl").exists()
 
@@ -156,7 +156,7 @@ def test_a_run_without_privacy_does_not_go_on_with_it(fit, tmp_path):
 def test_a_private_run_does_not_go_on_without_privacy(fit, tmp_path, removed):
     fit(stop=True)
     remove(tmp_path / "run", *removed)
-    with pytest.raises(PrivacyError, match=r"holds a run with privacy .*, given privacy=None"):
+    with pytest.raises(PrivacyError, match=r"has a run with privacy .*, given privacy=None"):
         fit(None)
 
 
@@ -164,7 +164,7 @@ def test_a_private_run_before_its_first_checkpoint_stays_private(learner_of, toy
     learner = learner_of(privacy=SIMULATED, folder=tmp_path)
     learner.prepare(toy_stream())
     learner.close()
-    with pytest.raises(PrivacyError, match="holds a run with privacy"):
+    with pytest.raises(PrivacyError, match="has a run with privacy"):
         learner_of(folder=tmp_path).prepare(toy_stream())
 
 

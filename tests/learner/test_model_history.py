@@ -353,7 +353,7 @@ def test_what_no_ledger_counts_does_not_become_private(trained, learner_of, toy_
 def test_a_simulated_history_does_not_become_a_release(trained, learner_of, toy_stream, tmp_path):
     model = trained().model
     secret = Privacy(noise_multiplier=1.0)
-    with pytest.raises(PrivacyError, match="simulated noise, which hides nothing"):
+    with pytest.raises(PrivacyError, match="simulated noise, which protects no record"):
         learner_of(model=model, privacy=secret, warm_start=True, folder=tmp_path).prepare(
             toy_stream()
         )
@@ -397,7 +397,7 @@ def test_a_folder_with_a_checkpoint_launders_no_model(
     before = trainings_of(model)
     learner = learner_of(model=model, warm_start=warm_start, **options)
     learner.prepare(toy_stream())
-    told = r"trained already .* allowed: resume\(\), which puts the checkpoint of .* in its place"
+    told = r"trained already .* allowed: resume\(\), which loads the checkpoint of"
     with pytest.raises(ConfigError, match=told):
         learner.begin(1)
     with pytest.raises(ConfigError, match=told):

@@ -266,7 +266,7 @@ def test_a_run_stopped_twice_goes_on(start, undisturbed, tmp_path):
     assert_same(start(tmp_path / "cut", "replay", SIMULATED, Cut()), result)
 
 
-def test_a_finished_run_is_not_run_again(start, tmp_path):
+def test_a_finished_federation_is_not_trained_again(start, tmp_path):
     first = start(tmp_path, "ewc", SIMULATED, Cut())
     cut = Cut("step.sampled")
     assert_same(start(tmp_path, "ewc", SIMULATED, cut), first)

@@ -54,7 +54,7 @@ def test_a_model_without_features_is_refused_before_training(learner_of, toy_str
 def test_a_private_learner_is_not_fitted_twice(learner_of, toy_stream, tmp_path):
     learner = learner_of(privacy=SIMULATED)
     learner.fit(toy_stream())
-    with pytest.raises(PrivacyError, match="has spent on this model"):
+    with pytest.raises(PrivacyError, match="has already trained this model"):
         learner.fit(toy_stream())
     kept = learner_of(privacy=SIMULATED, folder=tmp_path)
     # goes on where it was: at the end
@@ -94,7 +94,7 @@ class Answers(Strategy):
     [
         (
             "init",
-            r"init\(\) of Answers returned None; allowed: a State; end it with return "
+            r"init\(\) of Answers returned None; allowed: a State; end the hook with return "
             r"state.replace",
         ),
         ("after_experience", r"after_experience\(\) of Answers returned None; allowed: a State"),
@@ -119,7 +119,7 @@ def test_a_capacity_is_a_whole_number(capacity):
     with pytest.raises(ConfigError, match=r"memory capacity = .*; allowed: 1 or more records"):
         MemoryPlan(capacity=capacity)
     with pytest.raises(
-        ConfigError, match=r"memory batch_size = .*; allowed: 1 or more records, or none"
+        ConfigError, match=r"memory batch_size = .*; allowed: 1 or more records, or None"
     ):
         MemoryPlan(capacity=1, batch_size=capacity)
 

@@ -10,7 +10,7 @@ from helpers.learners import adam, bits, same_bits
 from helpers.strategy_examples import example, model_of, private
 from perdure import Learner, Privacy, Session, strategies
 from perdure.data.scenarios import split
-from perdure.errors import ConfigError, DataError, GuardError, RunError
+from perdure.errors import ConfigError, DataError, RunError
 from perdure.strategies import EWC, NCM, SI, Joint, Naive, Replay
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
@@ -135,7 +135,7 @@ def test_another_optimiser_may_come_between_experiences(toy_stream, toy_model):
     train(session, [1])
     assert_same_run(session, learner)
     session.optimizer = adam
-    with pytest.raises(ConfigError, match=r"a torch\.optim\.Optimizer"):
+    with pytest.raises(ConfigError, match="one of the session's model"):
         session.experience(1).__enter__()
 
 
@@ -197,12 +197,21 @@ def test_a_session_goes_on_in_its_folder(privacy, tmp_path, toy_stream, toy_mode
     options = {"strategy": EWC(strength=1.0), "privacy": privacy}
     whole = train(session_of(toy_model(stream), stream, **options))
     first = train(session_of(toy_model(stream), stream, folder=tmp_path, **options), [0])
+    with pytest.raises(KeyboardInterrupt), first.experience(1) as batches:
+        for batch in batches:
+            first.backward(batch)
+            first.optimizer.step()
+            first.after_step()
+            raise KeyboardInterrupt
     first.close()
     second = session_of(toy_model(stream), stream, folder=str(tmp_path), **options)
     assert [experience.index for experience in second.remaining] == [1]
     train(second, second.remaining)
     assert same_bits(bits(second.model.state_dict()), bits(whole.model.state_dict()))
     assert same_bits(dict(second.state), dict(whole.state))
+    if privacy:  # the steps that were done again were paid for once
+        spent = [len(party.private_sum.ledger.entries) for party in (whole, second)]
+        assert spent[0] == spent[1]
     second.close()
 
 
@@ -253,12 +262,12 @@ def test_the_optimiser_is_looked_at(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     given = partial(Session, model=model, strategy=Naive(), stream=stream, iterations=4)
-    with pytest.raises(ConfigError, match=r"type.*a torch\.optim\.Optimizer"):
+    with pytest.raises(ConfigError, match=r"optimizer = <class .*; give it to Session"):
         given(optimizer=torch.optim.SGD)
     with pytest.raises(ConfigError, match="LBFGS"):
         given(optimizer=torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(GuardError, match="SparseAdam"):
-        given(optimizer=torch.optim.SparseAdam(list(model.parameters())), privacy=SIMULATED)
+    with pytest.raises(ConfigError, match="SparseAdam"):
+        given(optimizer=torch.optim.SparseAdam(list(model.parameters())))
     with pytest.raises(ConfigError, match=r"give it to Session\(optimizer=...\)"):
         given().experience(0).__enter__()
     other = torch.optim.SGD(toy_model(stream).parameters(), lr=0.1)

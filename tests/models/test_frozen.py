@@ -150,7 +150,10 @@ def test_the_head_is_a_function_of_the_seed():
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (Scattering(scales=3), "input_shape = .* a shape that the features take .*sides above 8"),
+        (
+            Scattering(scales=3),
+            "input_shape = .* a shape that the features can use .*sides above 8",
+        ),
         (nn.Conv2d(3, 4, 3), "input_shape = "),
         (lambda x: x.sum(0), "features of two inputs have shape"),
     ],

@@ -1,5 +1,6 @@
 """LSTM, GRU and decoder: equal to torch where it has them, causal, and trained by every hook."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -101,7 +102,13 @@ def test_models_of_sequences_are_trained_by_a_strategy(name, privacy):
         shape=(LENGTH,), dtype=torch.int64, vocabulary=VOCABULARY, padding=0, sequence_axes=(0,)
     )
     records = Records(inputs=inputs, labels=labels, domain=domain, ids=torch.arange(60))
-    data = Dataset(name="words", train=records, test=records, num_classes=3, input_shape=(LENGTH,))
+    data = Dataset(
+        name="words",
+        train=records,
+        test=replace(records, ids=records.ids + 100),
+        num_classes=3,
+        input_shape=(LENGTH,),
+    )
     model = made(name, padding=0)
     learner = Learner(
         model=model,

@@ -201,9 +201,11 @@ def test_weights_of_timm_make_torchvisions_model(tmp_path):
 
 def test_other_weights_are_refused_by_name(tmp_path):
     _, weights = torchvision_weights()
-    with pytest.raises(ConfigError, match=r"weights hold blocks.0.ls1.gamma, which has no place"):
+    with pytest.raises(
+        ConfigError, match=r"the weights have an entry blocks.0.ls1.gamma, which this model"
+    ):
         from_timm(weights | {"blocks.0.ls1.gamma": torch.ones(12)}, heads=3)
-    with pytest.raises(ConfigError, match=r"weights have no 'cls_token'"):
+    with pytest.raises(ConfigError, match=r"the weights have no entry 'cls_token'"):
         from_timm({name: value for name, value in weights.items() if name != "cls_token"}, heads=3)
     with pytest.raises(ConfigError, match=r"weights do not fit .*positions"):
         from_timm(weights | {"pos_embed": torch.rand(1, 7, 12)}, heads=3)

@@ -131,8 +131,7 @@ def test_a_model_without_features_says_how_to_name_them(toy_stream):
     learner = Learner(model=wrap(Net()), strategy=SLDA(), optimizer=SGD, epochs=1)
     with pytest.raises(StrategyError, match=r"perdure\.models\.wrap\(model, head=LAYER\)"):
         learner.fit(toy_stream())
-    with pytest.raises(ConfigError, match=r"names no features.*wrap\(model, head=LAYER\)"):
-        wrap(Net()).features(points())
+    assert not hasattr(wrap(Net()), "features")
 
 
 @pytest.mark.parametrize(
@@ -244,11 +243,12 @@ def test_layers_of_a_wrapped_model_are_clipped_by_rules(toy_data):
     assert all(map(torch.equal, *(found.values() for found in sums)))
 
 
-def test_a_wrapped_model_learns_under_privacy(toy_data):
+@pytest.mark.parametrize(("layer", "strategy"), [({"head": "2"}, SLDA()), ({}, Naive())])
+def test_a_wrapped_model_learns_under_privacy(toy_data, layer, strategy):
     stream = split(toy_data, scenario="class", experiences=2)
     learner = Learner(
-        model=pair()[1],
-        strategy=SLDA(),
+        model=wrap(pair()[1].model, **layer),
+        strategy=strategy,
         optimizer=SGD,
         epochs=1,
         batch_size=8,

@@ -83,7 +83,7 @@ def test_a_longer_horizon_adds_noise_only_when_records_recur(learner_of, stream,
     )
 
 
-def test_what_is_expected_to_come_is_like_the_last_experience(learner_of, stream):
+def test_experiences_beyond_the_stream_are_like_the_last_one(learner_of, stream):
     learner = learner_of(stream, privacy=Privacy(epsilon=3, horizon=6, seed=0))
     stages = horizon(learner.training)
     assert [stage.index for stage in stages] == list(range(6))
@@ -157,7 +157,7 @@ def test_budgets_by_experience_are_refused_when_records_recur(learner_of, stream
         learner_of(stream, strategy, privacy=Privacy(epsilon=(1, 1, 1, 1), seed=0))
 
 
-def test_there_must_be_one_budget_an_experience(learner_of, stream):
+def test_the_number_of_budgets_must_equal_the_experiences(learner_of, stream):
     with pytest.raises(ConfigError, match="4 numbers, one per experience"):
         learner_of(stream, privacy=Privacy(epsilon=(1.0, 2.0), seed=0))
     for other in ({"noise_multiplier": 1.0}, {"horizon": 4}):
@@ -214,7 +214,7 @@ def test_unaffordable_new_records_are_refused_before_any_draw(learner_of, stream
     assert "noise.drawn" not in trace
 
 
-def test_a_cap_that_nobody_reaches_changes_nothing(learner_of, stream):
+def test_a_cap_above_the_spent_epsilon_changes_nothing(learner_of, stream):
     ends = []
     for cap in (None, 100.0):
         privacy = Privacy(noise_multiplier=2.0, epsilon=cap, seed=0)
@@ -228,7 +228,7 @@ def test_a_cap_that_nobody_reaches_changes_nothing(learner_of, stream):
 # --------------------------------------------------------------------------- spent elsewhere
 
 
-def test_spending_elsewhere_counts_and_is_written_once(learner_of, stream, tmp_path):
+def test_spent_charges_count_and_are_written_once(learner_of, stream, tmp_path):
     before = (Charge(0.01, 1.1, 500), Charge(1.0, 20.0, 1))
     privacy = Privacy(epsilon=3, spent=before, seed=0)
     fresh = learner_of(stream, EWC(strength=1.0), privacy=replace(privacy, spent=()))
@@ -278,15 +278,13 @@ def test_an_empty_budget_is_refused(learner_of, stream):
 # --------------------------------------------------------------------------- raw diagnostics
 
 
-def test_what_was_not_released_is_not_shown(learner_of, stream):
+def test_unreleased_values_are_not_shown_to_callbacks(learner_of, stream):
     learner = learner_of(
         stream, Replay(memory_size=4), privacy=Privacy(noise_multiplier=1.0, seed=0)
     )
     learner.fit(stream)
     for what in ("diagnostics", "stored"):
-        with pytest.raises(
-            PrivacyError, match="would leave the curator without noise; signal_to_noise is free"
-        ):
+        with pytest.raises(PrivacyError, match="has no noise, so it may not be read"):
             getattr(learner.curator, what)
     assert learner.curator.signal_to_noise > -1
 
@@ -330,7 +328,7 @@ def test_raw_diagnostics_do_not_change_what_is_learnt(learner_of, stream):
     assert all(torch.allclose(value, ends[1][name], atol=1e-6) for name, value in ends[0].items())
 
 
-def test_without_privacy_everything_is_shown(learner_of, stream):
+def test_callbacks_get_all_values_without_privacy(learner_of, stream):
     learner = learner_of(stream, Replay(memory_size=4))
     learner.fit(stream)
     assert learner.curator.diagnostics.rows > 0 and learner.curator.stored == 4

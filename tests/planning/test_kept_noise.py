@@ -64,13 +64,13 @@ def change(folder, noise):
     ],
     ids=["one budget", "one budget an experience"],
 )
-def test_a_second_build_asks_the_accountant_nothing(calls, privacy, strategy):
+def test_a_second_build_does_not_call_the_accountant(calls, privacy, strategy):
     first, noise = calls(privacy, strategy)
     assert first > 0
     assert calls(privacy, strategy) == (0, noise)
 
 
-def test_kept_noise_that_is_too_weak_is_found_anew(calls, tmp_path):
+def test_stored_noise_that_is_too_weak_is_calibrated_again(calls, tmp_path):
     _, noise = calls(strategy=Naive())
     (tmp_path / "other").mkdir()
     for folder in ("run", "other"):
@@ -108,7 +108,7 @@ def plan(stream):
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_another_plan_recalls_nothing(plan, tmp_path, other):
+def test_stored_noise_of_another_plan_is_not_used(plan, tmp_path, other):
     kept = KeptNoise(tmp_path)
     kept.keep(plan(), Schedule(noise=(2.0,)))
     assert kept.recall(plan()) == Schedule(noise=(2.0,))
@@ -120,7 +120,7 @@ def test_another_plan_recalls_nothing(plan, tmp_path, other):
     [replace(BUDGET, diagnostics="raw"), Privacy(noise_multiplier=1.0, epsilon=3.0, seed=0)],
     ids=["without a grant", "noise given"],
 )
-def test_noise_that_no_grant_checks_is_not_kept(plan, tmp_path, privacy):
+def test_noise_without_a_grant_is_not_stored(plan, tmp_path, privacy):
     KeptNoise(tmp_path).keep(plan(privacy), Schedule(noise=(2.0,)))
     assert not (tmp_path / FILE).exists()
 
@@ -130,7 +130,7 @@ def test_noise_that_no_grant_checks_is_not_kept(plan, tmp_path, privacy):
     ["", "[]", "{}", '{"version": 1}', '{"version": 1, "plans": []}', "\x00", "[" * 100_000],
     ids=["empty", "list", "no version", "no plans", "plans in a list", "bytes", "nested"],
 )
-def test_a_file_that_is_damaged_recalls_nothing(plan, tmp_path, text):
+def test_a_damaged_file_of_stored_noise_is_ignored(plan, tmp_path, text):
     kept = KeptNoise(tmp_path)
     (tmp_path / FILE).write_text(text)
     assert kept.recall(plan()) is None
@@ -148,14 +148,14 @@ def test_a_folder_of_that_name_keeps_nothing_and_stops_nothing(plan, tmp_path):
 @pytest.mark.parametrize(
     "noise", [[], [1.0, 2.0], [float("nan")], ["1"], [0.0], [-1.0], [1e9], 1.0, None], ids=str
 )
-def test_a_value_that_is_no_noise_recalls_nothing(plan, tmp_path, noise):
+def test_an_invalid_value_of_stored_noise_is_ignored(plan, tmp_path, noise):
     kept = KeptNoise(tmp_path)
     kept.keep(plan(), Schedule(noise=(2.0,)))
     change(tmp_path, noise)
     assert kept.recall(plan()) is None
 
 
-def test_without_a_folder_nothing_is_kept(plan):
+def test_calibrated_noise_is_not_stored_without_a_folder(plan):
     kept = KeptNoise(None)
     kept.keep(plan(), Schedule(noise=(2.0,)))
     assert kept.recall(plan()) is None

@@ -26,7 +26,7 @@ class Looking(Naive):
 
 
 @pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["exact", "private"])
-def test_a_plan_sees_no_private_record(privacy, toy_stream, toy_model):
+def test_a_training_plan_reads_no_private_record(privacy, toy_stream, toy_model):
     stream = toy_stream()
     Looking.kept.clear()
     learner = Learner(

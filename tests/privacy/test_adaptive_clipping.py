@@ -51,7 +51,7 @@ def test_gradient_and_count_together_cost_what_is_charged(noise_multiplier):
     assert epsilon(both, delta=1e-5) == pytest.approx(charged, abs=2e-3)
 
 
-def test_a_count_that_would_spend_everything_is_refused():
+def test_a_count_with_the_whole_privacy_cost_is_refused():
     with pytest.raises(
         PrivacyError, match=r"count_noise = 0.05 .* 10 records a step .* allowed: more than 0.05"
     ):
@@ -68,7 +68,7 @@ def test_a_count_that_would_spend_everything_is_refused():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
-def test_the_clip_norm_finds_the_quantile(quantile):
+def test_the_adaptive_clip_norm_converges_to_the_quantile(quantile):
     """Norms 1 to 256 of the 256 records of every step; the count's noise moves the share by 0.05,
     averaged out.
     """
@@ -111,7 +111,7 @@ def test_one_record_moves_the_count_by_half_and_the_sum_by_clip():
 
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0)])
-def test_an_adaptive_run_goes_on_to_the_same_bits(toy_stream, toy_model, strategy):
+def test_a_resumed_adaptive_run_is_bit_identical(toy_stream, toy_model, strategy):
     privacy = Privacy(
         noise_multiplier=1.0, clipping=Adaptive(count_noise=0.2), clip_norm=0.1, seed=0
     )

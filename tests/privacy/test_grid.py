@@ -120,7 +120,7 @@ def test_rows_add_up_exactly_in_any_order():
     assert torch.equal((whole * clip.steps).round(), whole * clip.steps)
 
 
-def test_a_poisoned_row_adds_nothing_on_the_grid():
+def test_a_nan_row_adds_nothing_to_a_grid_sum():
     rows = torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [3e38, 3e38], [0.3, 0.4]])
     clip = Clip(norm=1.0, steps=Grid.of(2, 1.0).steps)
     total = sum_of_clipped({"a": rows}, clip)["a"]
@@ -128,7 +128,7 @@ def test_a_poisoned_row_adds_nothing_on_the_grid():
     torch.testing.assert_close(total.float(), expected, rtol=0, atol=2 / clip.steps)
 
 
-def test_the_size_of_the_last_chunk_moves_no_row():
+def test_the_size_of_the_last_chunk_changes_no_row():
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     data = {"x": torch.randn(1001, 30, generator=torch.Generator().manual_seed(1))}
     clip = Clip(norm=1.0, steps=Grid.of(1200, 1.0).steps)

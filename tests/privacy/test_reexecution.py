@@ -147,7 +147,7 @@ def test_a_changed_step_draws_other_records(process):
     assert not torch.equal(again.sum.coins(RECORDS, 0), coins)
 
 
-def test_the_changed_run_is_replayed_in_its_turn(process):
+def test_a_repeat_of_the_changed_run_costs_nothing(process):
     first = process()
     first.reserve()
     first.step(0)
@@ -194,7 +194,7 @@ def test_a_closed_block_is_replayed_after_another_boot(process):
     assert len(again.sum.ledger.entries) == 1
 
 
-def test_a_deleted_log_makes_no_second_look_free(process, tmp_path):
+def test_a_deleted_log_does_not_make_a_repeated_step_free(process, tmp_path):
     first = process()
     first.reserve()
     drawn = first.step(0)
@@ -225,7 +225,7 @@ ASKED = ["release", "count", "select"]
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
-def test_a_release_is_handed_out_again_whatever_it_would_be_now(process, asked, value):
+def test_a_kept_release_is_returned_again_unchanged(process, asked, value):
     """An entry more, or another answer, once said whether two exact sums are equal."""
     first = process()
     answer = first.ask(asked, 1.0)
@@ -234,7 +234,7 @@ def test_a_release_is_handed_out_again_whatever_it_would_be_now(process, asked, 
     assert len(again.sum.ledger.entries) == 1
 
 
-def test_a_release_that_is_handed_out_again_is_not_computed(process):
+def test_a_kept_release_is_not_computed_again(process):
     process().release()
     asked = []
     process().release(seen=asked)
@@ -244,7 +244,7 @@ def test_a_release_that_is_handed_out_again_is_not_computed(process):
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("how", ["removed", "damaged"])
-def test_an_answer_that_is_gone_is_charged_again(process, tmp_path, asked, value, how):
+def test_a_release_without_kept_answer_is_charged_again(process, tmp_path, asked, value, how):
     process().ask(asked, 1.0)
     (file,) = (tmp_path / "private" / "answers").iterdir()
     if how == "removed":
@@ -310,7 +310,7 @@ def test_a_simulated_release_is_drawn_again(tmp_path, value, entries):
     assert not (tmp_path / "private" / "answers").exists()
 
 
-def test_correlated_noise_begins_anew_where_a_block_changed(process):
+def test_correlated_noise_restarts_if_a_block_changed(process):
     made = process(bands=2)
     made.reserve(rate=1.0, slots=4)
     drawn = [made.step(step) for step in STEPS]
@@ -328,7 +328,7 @@ class Stop(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("changes", [{"bands": 3}, {"clipping": Adaptive(count_noise=0.5)}, {}])
 @pytest.mark.parametrize("stopped", [0, 1, 3])
-def test_a_step_that_failed_and_is_asked_again_counts_once(process, tmp_path, changes, stopped):
+def test_a_repeated_step_after_a_failure_counts_once(process, tmp_path, changes, stopped):
     """A record of such a step was once twice in the chain: 1.43 times its clip norm."""
     slots = {"rate": 1.0, "slots": 4} if "bands" in changes else {}
     made = process(**changes)

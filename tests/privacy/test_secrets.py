@@ -78,11 +78,11 @@ def either(request):
 
 
 @pytest.mark.slow
-def test_nothing_that_leaves_holds_a_secret(either):
+def test_outputs_of_a_run_contain_no_secret(either):
     assert either.searcher.found(either.left) == {}
 
 
-def test_everything_was_looked_at(alone, federated):
+def test_the_secret_search_covers_all_outputs(alone, federated):
     """Every kind of file and message; and the searcher does find the secrets where they belong."""
     for one, curators in ((alone, 2), (federated, 6)):
         secrets = one.heard.secrets
@@ -117,7 +117,7 @@ def test_everything_was_looked_at(alone, federated):
 
 
 @pytest.mark.slow
-def test_an_audit_leaves_nothing_but_its_verdict(tmp_path, monkeypatch):
+def test_an_audit_writes_nothing_except_its_result(tmp_path, monkeypatch):
     (tmp_path / "mine.toml").write_text(CONFIG)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))

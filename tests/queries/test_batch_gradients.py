@@ -23,7 +23,7 @@ def problem(toy_stream, toy_model):
     return Forward(model), dict(model.named_parameters()), Batch.current(stream[0].train, 0)
 
 
-def test_pieces_hold_every_row_once(problem):
+def test_row_chunks_contain_every_row_once(problem):
     _, _, batch = problem
     assert [len(piece) for piece in micro_batches(batch, 7)] == [7, 7, 7, 3]
     assert torch.equal(torch.cat([piece.ids for piece in micro_batches(batch, 7)]), batch.ids)
@@ -56,7 +56,7 @@ def test_micro_batches_do_not_change_the_gradient(problem, size):
     )
 
 
-def test_no_pass_is_larger_than_a_micro_batch(problem):
+def test_each_model_pass_has_at_most_micro_batch_size_rows(problem):
     forward, params, batch = problem
     seen = []
 
@@ -71,7 +71,7 @@ def test_no_pass_is_larger_than_a_micro_batch(problem):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_micro_batches_learn_and_charge_the_same(toy_stream, toy_model, private):
+def test_micro_batches_do_not_change_training_or_charges(toy_stream, toy_model, private):
     """Up to rounding, and up to noise: it is keyed by all that shapes a sum, down to its
     rounding.
     """
@@ -110,7 +110,7 @@ def test_a_mask_of_ones_changes_no_bit_of_the_gradient(problem):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("casting", [False, True], ids=["plain program", "casting program"])
-def test_passes_run_in_the_precision_that_was_given(toy_stream, toy_model, precision, casting):
+def test_model_passes_run_in_the_given_precision(toy_stream, toy_model, precision, casting):
     stream = toy_stream()
     seen = set()
 
@@ -131,7 +131,7 @@ def test_passes_run_in_the_precision_that_was_given(toy_stream, toy_model, preci
     assert seen == {f"torch.{precision}"}
 
 
-def test_the_last_gradient_is_let_go_before_the_next_is_taken(toy_stream, toy_model):
+def test_the_last_gradient_is_freed_before_the_next_one(toy_stream, toy_model):
     """So that both never lie in memory at once."""
     stream = toy_stream()
     seen = []

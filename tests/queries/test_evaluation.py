@@ -55,7 +55,7 @@ def test_gradient_rows_are_evaluated_on_each_record_alone():
             torch.testing.assert_close(rows[name][i], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_bare_tensor_is_named_value_and_may_be_scalar():
+def test_a_query_that_returns_a_tensor_is_named_value():
     data = batch()
     module = small()
     assert list(as_params(torch.zeros(3))) == ["value"]

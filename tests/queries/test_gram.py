@@ -47,7 +47,7 @@ entries = st.floats(width=32, allow_nan=True, allow_infinity=True)
     st.sampled_from([0.01, 1.0, 30.0]),
     st.sampled_from([0.0, 2.0]),
 )
-def test_no_record_exceeds_the_bound_whatever_it_holds(values, bound, weight, totals):
+def test_no_gram_row_exceeds_the_clip_norm(values, bound, weight, totals):
     """Of one record, the clipped vector itself; of several, the difference that the last one
     makes.
     """
@@ -69,7 +69,7 @@ def test_no_record_exceeds_the_bound_whatever_it_holds(values, bound, weight, to
 @pytest.mark.reference
 @pytest.mark.parametrize("clip_norm", [0.4, 3.0, 100.0])
 @pytest.mark.parametrize("query", [Gram(features), Gram(features, one_hot), JOINT])
-def test_the_fast_sum_is_the_sum_of_clipped_rows(toy_stream, toy_model, query, clip_norm):
+def test_the_fast_gram_sum_equals_the_sum_of_clipped_rows(toy_stream, toy_model, query, clip_norm):
     """Against rows of all d (d + 1) / 2 + d c + c numbers, clipped by the function that clips
     everything.
     """
@@ -99,7 +99,7 @@ def test_the_fast_sum_is_the_sum_of_clipped_rows(toy_stream, toy_model, query, c
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(1, 7), st.integers(0, 99))
-def test_svec_keeps_norms_and_comes_back(d, seed):
+def test_svec_keeps_norms_and_unsvec_inverts_it(d, seed):
     half = torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
     matrix = half + half.T
     packed = svec(matrix)
@@ -137,7 +137,7 @@ def test_gram_noise_is_symmetric_and_of_the_stated_scales(party, toy_stream):
     assert 0.93 < largest / (0.6 * (2 * 300) ** 0.5) < 1.07  # what a ridge has to stand up to
 
 
-def test_private_gram_sums_are_of_clipped_vectors(party):
+def test_private_gram_sums_use_clipped_vectors(party):
     """End to end, with next to no noise: features and targets of each record times its factor."""
     test = party(**SILENT)
     records = test.stream[0].train
@@ -156,7 +156,7 @@ def test_private_gram_sums_are_of_clipped_vectors(party):
         torch.testing.assert_close(released[name], value, rtol=1e-4, atol=2e-5)
 
 
-def test_ridge_regression_from_the_release_is_that_from_the_rows(party):
+def test_ridge_from_the_release_equals_ridge_from_the_rows(party):
     """What analytic heads do with it: exact without privacy."""
     test = party()
     records = test.stream[0].train
@@ -194,7 +194,7 @@ def test_no_rows_of_d_squared_numbers_are_formed(party, privacy):
     assert 200**2 <= widest.most <= 9 * 200**2
 
 
-def test_a_class_of_the_users_cannot_clip_for_itself(party, toy_stream):
+def test_a_users_gram_subclass_cannot_clip_by_its_own_method(party, toy_stream):
     """Its rows are clipped like anyone's; only `Gram` itself takes the short way."""
 
     class Loose(Gram):
@@ -233,7 +233,7 @@ class Disguised(Named, SummedQuery):
 
 
 @pytest.mark.parametrize("kind", [Named, Derived, Disguised])
-def test_a_method_called_clipped_sum_of_the_users_is_never_asked(kind, party, toy_stream):
+def test_clipped_sum_of_a_users_query_is_never_called(kind, party, toy_stream):
     def plain(forward, batch):
         return {"value": forward.features(batch.inputs)}
 
@@ -245,7 +245,7 @@ def test_a_method_called_clipped_sum_of_the_users_is_never_asked(kind, party, to
     torch.testing.assert_close(flat(change), flat(fair), rtol=1e-3, atol=1e-5)
 
 
-def test_an_attribute_of_a_query_does_not_clip_for_it(toy_stream, toy_model):
+def test_an_attribute_cannot_replace_the_clipping_of_a_query(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream).eval()
     tensors = Batch.current(stream[0].train, 0).tensors()
@@ -265,7 +265,7 @@ class OneShape(Derived):
         return {"value": torch.Size([1])}
 
 
-def test_a_sum_of_other_shapes_than_its_noise_is_refused(party):
+def test_a_sum_with_other_shapes_than_its_noise_is_refused(party):
     with pytest.raises(
         PrivacyError, match=r"has shapes .*allowed: the shapes of the query's rows.*1"
     ):
@@ -291,7 +291,7 @@ def test_gram_subclasses_may_choose_exact_sums_and_release_form(party):
     torch.testing.assert_close(noised, rows.sum(0) / 2, rtol=1e-3, atol=2e-2)
 
 
-def test_targets_longer_than_one_are_scaled_or_refused(party):
+def test_targets_with_norm_above_1_are_scaled_or_refused(party):
     long = Gram(features, lambda f, b: 3.0 * F.one_hot(b.labels, 4))
     unit = Gram(features, one_hot)
     answers = [
@@ -311,7 +311,7 @@ def test_targets_longer_than_one_are_scaled_or_refused(party):
         (lambda: Gram(features, one_hot, totals=-1.0), "totals = -1.0"),
     ],
 )
-def test_weights_that_are_none_are_refused(query, message):
+def test_invalid_weights_of_a_gram_query_are_refused(query, message):
     with pytest.raises(ConfigError, match=message):
         query()
 

@@ -55,7 +55,7 @@ def problem(model, n=20):
 @pytest.mark.reference
 @pytest.mark.parametrize("terms", [logit, fisher_terms])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_rows_and_sums_equal_one_backward_pass_a_record(model, terms):
+def test_rows_and_sums_equal_one_backward_pass_per_record(model, terms):
     module, data = problem(model)
     query = query_of(terms)
     expected = by_hand(module, terms, data, by_label, 3)
@@ -82,7 +82,7 @@ def test_models_with_unusual_layer_use_are_summed_too(make):
 
 @pytest.mark.parametrize("clip", [Clip(norm=0.3), Clip(norm=3.0), Clip(norm=0.5, per_layer=True)])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_the_clipped_sum_equals_that_of_clipped_rows(model, clip):
+def test_the_clipped_sum_equals_the_sum_of_clipped_rows(model, clip):
     module, data = problem(model)
     query = query_of()
     params = {name: value.detach() for name, value in module.named_parameters()}
@@ -107,7 +107,7 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(model):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_record_without_a_finite_norm_moves_nothing_further(model, poison):
+def test_a_record_with_nan_norm_adds_nothing_to_its_group(model, poison):
     module, data = problem(model, 9)
     query = query_of(fisher_terms)
     clip = Clip(norm=0.05)
@@ -121,7 +121,7 @@ def test_a_record_without_a_finite_norm_moves_nothing_further(model, poison):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_record_of_no_group_counts_as_nothing(model):
+def test_a_record_without_group_adds_nothing(model):
     module, data = problem(model)
     shifted = lambda rows: 2 * rows.labels - 1  # noqa: E731  # -1, 1 and 3, of 3 groups
     found = summed(query_of(group=shifted), module, data)
@@ -161,7 +161,7 @@ class Cheating(GroupedGradient):
     clipped_sum = summed
 
 
-def test_a_class_of_somebody_else_may_not_clip_for_itself():
+def test_a_users_grouped_query_cannot_clip_by_its_own_method():
     module, data = problem("mlp")
     params = {name: value.detach() for name, value in module.named_parameters()}
     honest = bounded_sum(query_of(), module, params, data.tensors(), Clip(norm=0.3))

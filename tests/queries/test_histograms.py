@@ -50,7 +50,7 @@ def test_a_histogram_has_integer_noise_of_the_stated_scale(party):
     assert all(abs(int(count) - 12) <= 17 for count in counts[:2])
 
 
-def test_a_record_in_no_bin_counts_nowhere_only_under_privacy(party):
+def test_a_record_outside_the_bins_is_skipped_only_under_privacy(party):
     """With privacy an error would tell that there is such a record."""
 
     def beyond(batch):
@@ -96,7 +96,7 @@ def test_quantiles_of_many_records_are_near(q):
     assert abs(float((values < grid[chosen]).float().mean()) - q) < 0.08
 
 
-def test_choices_are_offered_candidates_and_follow_the_records(party):
+def test_selected_candidates_depend_on_the_records(party):
     test = party(**(NOISY | {"release_noise": 0.05}))
     chosen = releases.quantile(
         test.curator, brightness, q=0.5, candidates=torch.tensor(GRID), purpose="x"
@@ -155,7 +155,7 @@ def test_refusals_take_one_line_and_cost_nothing(party, ask, message, privacy):
     assert "\n" not in str(error.value) and isinstance(error.value, PerdureError) and not test.trace
 
 
-def test_scores_of_the_users_own_are_refused(party):
+def test_score_classes_of_the_user_are_refused(party):
     @dataclass
     class Own:
         k = 1

@@ -105,7 +105,7 @@ def parameters(module):
 @pytest.mark.reference
 @pytest.mark.parametrize("kind", [SquaredGradient, AbsoluteGradient])
 @pytest.mark.parametrize("model", list(MODELS))
-def test_sums_equal_one_backward_pass_a_record_and_term(model, kind, monkeypatch):
+def test_layer_sums_equal_one_backward_pass_per_record_and_term(model, kind, monkeypatch):
     make, shape = MODELS[model]
     module = made(make)
     data = batch(shape=shape)
@@ -141,7 +141,7 @@ def test_a_sum_takes_one_forward_pass_and_one_backward_a_term(monkeypatch):
     assert counted(monkeypatch, module, batch(20, (1, 8, 8)), fisher_terms) == (2, 3)
 
 
-def test_passes_hold_no_more_records_than_fit(monkeypatch):
+def test_passes_have_no_more_records_than_memory_allows(monkeypatch):
     module = small("cnn")
     data = batch(20, (1, 8, 8))
     expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 1024)
@@ -180,7 +180,7 @@ def test_rows_of_a_linear_layer_with_one_place_are_not_formed():
     assert max(largest) == 3 * 400
 
 
-def test_terms_see_one_record_at_a_time():
+def test_terms_are_computed_from_one_record_at_a_time():
     def coupled(forward, batch):
         log_p = torch.log_softmax(forward(batch.inputs - batch.inputs.mean(0)), dim=1)
         return -log_p, log_p.exp().detach()
@@ -192,7 +192,7 @@ def test_terms_see_one_record_at_a_time():
     assert_same(found, {name: value.sum(0) for name, value in rows.items()})
 
 
-def test_layers_that_share_a_weight_are_not_taken_by_themselves():
+def test_layers_with_a_shared_weight_are_not_summed_separately():
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3))
     model[1].weight = model[0].weight
     assert list(matrix_layers(model, parameters(model))) == ["0", "2"]
@@ -201,7 +201,7 @@ def test_layers_that_share_a_weight_are_not_taken_by_themselves():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_attention_of_torch_is_not_taken_by_layers():
+def test_torch_attention_is_not_summed_by_layers():
     """It has a way without gradients, which it takes where it does not see that they are wanted."""
     layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
     module = nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3)).eval()
@@ -217,7 +217,7 @@ def test_without_records_there_is_no_sum():
     assert sum_by_layers(fisher_terms, torch.square, module, parameters(module), none) is None
 
 
-def test_losses_that_no_parameter_moves_sum_to_nothing():
+def test_losses_without_parameters_have_no_sum():
     def constant(forward, batch):
         return forward(batch.inputs).detach()[:, :1], torch.ones(len(batch), 1)
 

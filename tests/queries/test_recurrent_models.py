@@ -90,7 +90,7 @@ def one_by_one(model, batch, size, groups):
 
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "branch"])
-def test_the_sum_is_that_of_a_loop_of_autograd(name, query):
+def test_recurrent_sums_equal_a_loop_of_autograd(name, query):
     place = torch.Generator().manual_seed(1)
     records = Records(inputs=torch.randn(3, 5, generator=place), labels=torch.arange(3))
     batch = Batch.current(records, 0)
@@ -118,7 +118,7 @@ def test_a_recurrent_model_is_trained_on_a_whole_stream(toy_data, strategy):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_recurrent_layer_written_out_is_the_layer(name):
+def test_a_hand_written_recurrent_layer_equals_torch(name):
     layer = LAYERS[name]().double()
     rows = torch.randn(4, 5, 1, dtype=torch.float64)
     with torch.no_grad():

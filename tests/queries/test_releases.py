@@ -85,7 +85,7 @@ def test_a_release_is_charged_once_and_before_its_noise_is_drawn(party, asked):
 
 
 @every
-def test_without_privacy_it_is_exact(party, asked):
+def test_a_release_without_privacy_is_exact(party, asked):
     test = party()
     records = test.stream[0].train
     rows = test.model.features(records.inputs).detach()
@@ -106,7 +106,7 @@ def test_without_privacy_it_is_exact(party, asked):
 
 
 @every
-def test_with_next_to_no_noise_it_is_the_clipped_answer(party, asked):
+def test_a_release_with_tiny_noise_is_the_clipped_sum(party, asked):
     """Noise of 1e-6; the same as without privacy where nothing is clipped."""
     test = party(**SILENT)
     exact = party()
@@ -123,7 +123,7 @@ def test_with_next_to_no_noise_it_is_the_clipped_answer(party, asked):
 
 
 @every
-def test_nobody_gets_an_answer_too(party, toy_stream, asked):
+def test_a_release_without_records_is_noise_only(party, toy_stream, asked):
     test = party(nobody(toy_stream()), **NOISY)
     full = party(**NOISY)
     answer = ASKED[asked](test.curator)
@@ -136,7 +136,7 @@ def test_nobody_gets_an_answer_too(party, toy_stream, asked):
 
 
 @every
-def test_two_of_one_purpose_differ_and_a_restart_repeats_them(party, asked):
+def test_equal_releases_have_own_noise_and_repeat_after_restart(party, asked):
     noisier = NOISY | {"noise_multiplier": 20.0}
     ask = {
         "quantile": lambda c: releases.quantile(
@@ -156,7 +156,7 @@ def test_two_of_one_purpose_differ_and_a_restart_repeats_them(party, asked):
 
 
 @pytest.mark.parametrize("asked", ["histogram", "top-k", "quantile"])
-def test_another_question_after_a_restart_is_another_entry(party, asked):
+def test_another_release_after_a_restart_is_a_new_entry(party, asked):
     """Under one name and number, but of other records' values: never the same noise on another
     answer.
     """
@@ -188,7 +188,7 @@ BOUNDS = {"sum": 0.7, "mean": 0.7, "gram": 1.0}
 
 @every
 @pytest.mark.parametrize("value", [0.5, 1e20, math.nan, math.inf, -math.inf])
-def test_one_record_moves_what_is_summed_by_its_bound_at_most(party, toy_stream, asked, value):
+def test_one_record_changes_an_exact_sum_within_its_bound(party, toy_stream, asked, value):
     stream = poisoned(toy_stream(), 3, value)
     change = flat(moved(party, stream, 3, ASKED[asked]))
     assert bool(change.isfinite().all())
@@ -214,7 +214,7 @@ COUPLED = {
 
 @pytest.mark.parametrize("couple", COUPLED)
 @pytest.mark.parametrize("targets", [None, one_hot])
-def test_features_that_would_couple_records_see_one_at_a_time(party, toy_stream, couple, targets):
+def test_features_are_computed_on_one_record_at_a_time(party, toy_stream, couple, targets):
     query = Gram(COUPLED[couple], targets)
     stream = toy_stream()
     change = moved(party, stream, 0, lambda c: c.release(query, clip_norm=1.0, purpose="gram"))
@@ -239,7 +239,7 @@ def test_features_that_would_couple_records_see_one_at_a_time(party, toy_stream,
         lambda b: b.labels.roll(1),
     ],
 )
-def test_bins_that_would_couple_records_see_one_at_a_time(party, toy_stream, of):
+def test_bins_are_computed_on_one_record_at_a_time(party, toy_stream, of):
     for ask in (
         lambda c: releases.histogram(c, of, bins=4, purpose="x"),
         lambda c: releases.top_k(c, of, bins=4, k=1, purpose="x"),
@@ -256,7 +256,7 @@ def test_bins_that_would_couple_records_see_one_at_a_time(party, toy_stream, of)
         lambda b: b.labels if b.labels[0] else 1 - b.labels,
     ],
 )
-def test_what_cannot_be_asked_about_one_record_is_refused(party, of):
+def test_queries_that_need_several_records_are_refused(party, of):
     test = party(**NOISY)
     with pytest.raises(PrivacyError, match=r"one|alone.*torch.where \(vmap") as error:
         releases.histogram(test.curator, of, bins=4, purpose="x")
@@ -266,7 +266,7 @@ def test_what_cannot_be_asked_about_one_record_is_refused(party, of):
         test.curator.release(query, clip_norm=1.0, purpose="x")
 
 
-def test_a_foreign_error_inside_a_question_stays_what_it_is(party):
+def test_an_error_of_user_code_in_a_query_is_raised_unchanged(party):
     def broken(batch):
         raise RuntimeError("my own")
 
@@ -330,13 +330,13 @@ def test_declared_releases_are_planned_granted_and_spent(toy_stream, toy_model):
         ("top-k", "2 steps of exponential noise"),
     ],
 )
-def test_what_was_not_declared_is_refused(toy_stream, toy_model, more, refused):
+def test_an_undeclared_release_is_refused(toy_stream, toy_model, more, refused):
     made = learner(toy_stream(), toy_model, Curious(more=more), epsilon=8.0)
     with pytest.raises(BudgetError, match=f"{refused}.*the grant allows 0 such steps"):
         made.fit(toy_stream())
 
 
-def test_a_combination_asks_for_what_its_parts_ask(toy_stream, toy_model):
+def test_a_combination_makes_the_releases_of_its_parts(toy_stream, toy_model):
     both = Combine(Curious(), EWC(strength=1.0), Curious())
     assert both.privacy_cost == PrivacyCost(releases=5, histograms=2, selections=6)
     made = learner(toy_stream(), toy_model, both, noise_multiplier=1.0)

@@ -43,7 +43,7 @@ both = pytest.mark.parametrize("kind", list(SIZES))
 @both
 @pytest.mark.parametrize("terms", [fisher_terms, label_terms])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_gradients_equal_one_backward_pass_a_record_and_term(model, terms, kind):
+def test_gradients_equal_one_backward_pass_per_record_and_term(model, terms, kind):
     module = small(model)
     query = kind(terms)
     data = batch(shape=(1, 8, 8)) if model == "cnn" else batch()
@@ -88,7 +88,7 @@ def test_fisher_information_of_ewc_equals_a_written_out_loop(fisher, toy_stream,
 
 @both
 @pytest.mark.parametrize("make", [Twice, Sequence, *BY_ROWS, *ESCAPING[:1]])
-def test_the_fast_sum_steps_back_where_it_would_be_wrong(make, kind):
+def test_the_fast_sum_is_not_used_if_it_would_be_wrong(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -103,7 +103,7 @@ def test_the_fast_sum_steps_back_where_it_would_be_wrong(make, kind):
 
 @both
 @pytest.mark.parametrize("make", FAST)
-def test_the_fast_sum_sees_what_hooks_make_of_a_call(make, kind):
+def test_the_fast_sum_includes_effects_of_hooks(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -116,7 +116,7 @@ def test_the_fast_sum_sees_what_hooks_make_of_a_call(make, kind):
 
 @both
 @pytest.mark.parametrize("make", [*FAST, *BY_ROWS])
-def test_private_sums_of_any_model_are_those_of_its_rows(make, kind):
+def test_private_sums_of_any_model_equal_sums_of_its_rows(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -128,7 +128,7 @@ def test_private_sums_of_any_model_are_those_of_its_rows(make, kind):
     assert_same(bounded_sum(query, module, params, data.tensors(), clip), expected)
 
 
-def test_clipped_sums_see_two_rows_of_a_record_in_one_call():
+def test_clipped_sums_join_two_rows_of_a_record_in_one_call():
     """A layer that is called on a matrix: its gradient is no outer product."""
 
     class Pairs(nn.Module):
@@ -186,7 +186,7 @@ def test_a_body_without_parameters_is_no_layer(kind):
     )
 
 
-def test_no_more_rows_are_formed_at_once_than_fit(monkeypatch):
+def test_no_more_rows_are_computed_at_once_than_memory_allows(monkeypatch):
     module = Transposed()
     data = batch(40)
     seen = []
@@ -203,7 +203,7 @@ def test_no_more_rows_are_formed_at_once_than_fit(monkeypatch):
     assert seen == [16, 16, 8]
 
 
-def test_given_parameters_are_the_ones_that_count():
+def test_sums_use_the_given_parameters():
     module = small()
     other = mlp(input_shape=(5,), num_classes=3, hidden=(6, 4), seed=9, activation="tanh")
     data = batch()
@@ -233,7 +233,7 @@ def test_hooks_do_not_outlive_the_fast_sum():
 @both
 @pytest.mark.parametrize("terms", [fisher_terms, label_terms])
 @pytest.mark.parametrize("clip", [Clip(norm=0.02), Clip(norm=0.2), Clip(norm=0.05, per_layer=True)])
-def test_the_clipped_sum_equals_that_of_clipped_rows(terms, clip, kind):
+def test_the_clipped_sum_equals_the_sum_of_clipped_rows(terms, clip, kind):
     module = small()
     data = batch(n=20)
     query = kind(terms)
@@ -245,7 +245,7 @@ def test_the_clipped_sum_equals_that_of_clipped_rows(terms, clip, kind):
 
 @both
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_a_record_without_a_finite_norm_counts_as_nothing(poison, kind):
+def test_a_record_with_nan_norm_adds_nothing(poison, kind):
     module = small()
     data = batch(n=9)
     query = kind(fisher_terms)
@@ -269,7 +269,7 @@ def test_an_absolute_gradient_has_the_norm_of_the_gradient():
         torch.testing.assert_close(length, torch.cat([g.flatten() for g in gradients]).norm())
 
 
-def test_terms_see_one_record_at_a_time_so_none_can_move_another():
+def test_terms_of_one_record_do_not_depend_on_other_records():
     seen = []
 
     def coupled(forward, batch):

@@ -223,7 +223,7 @@ def test_a_mixture_of_tasks_is_refused():
 def test_what_goes_by_class_refuses_other_tasks():
     part = records(Regression())
     data = Dataset(name="made", train=part, test=part, num_classes=C, input_shape=(3,))
-    with pytest.raises(ConfigError, match="split does not serve regression records: it cuts by"):
+    with pytest.raises(ConfigError, match="split does not support regression records: it cuts by"):
         split(data, scenario="class", experiences=5)
     with pytest.raises(ConfigError, match='scenario="domain" keeps the labels'):
         permuted(data, experiences=2, scenario="class")

@@ -147,10 +147,10 @@ def test_a_task_that_a_strategy_does_not_serve_is_refused():
     for name, task in pairs():
         strategy = served(name)
         if not isinstance(task, strategy.tasks):
-            with pytest.raises(ConfigError, match=f"does not serve {task.name} records: it"):
+            with pytest.raises(ConfigError, match=f"does not support {task.name} records: it"):
                 learner_of(task, strategy).prepare(stream_of(task))
             assert strategy.tasks_because != Strategy.tasks_because, name
-    with pytest.raises(ConfigError, match="strategy NCM does not serve regression records"):
+    with pytest.raises(ConfigError, match="strategy NCM does not support regression records"):
         learner_of(Regression(), Combine(Naive(), NCM())).prepare(stream_of(Regression()))
 
 
@@ -173,7 +173,7 @@ def test_attacks_refuse_what_they_cannot_move_or_score():
     with pytest.raises(ConfigError, match=r"adversary = FGSM.*inputs are torch\.int64"):
         learner_of(NextToken(), adversary=FGSM(epsilon=0.1)).prepare(stream_of(NextToken()))
     records = stream_of(MultiLabel())[0].train
-    with pytest.raises(ConfigError, match="membership inference does not serve multi-label"):
+    with pytest.raises(ConfigError, match="membership inference does not support multi-label"):
         lira(lambda x: x, lambda *_: None, records, torch.arange(len(records)) < 3)
 
 

@@ -32,19 +32,19 @@ class Peeping(Remembering):
         return state.replace({"seen": attrgetter("_held")(curator).rows.inputs.mean(0)[:2]})
 
 
-@broken("alone", "PrivacyError: a hook reads curator.sample", "no charge covers")
+@broken("alone", "PrivacyError: a hook reads curator.sample", "no charge in the ledger covers")
 class Drawing(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": curator.sample(0).inputs.mean(0)[:2]})
 
 
-@broken("alone", "PrivacyError: a hook reads curator._held", "no charge covers")
+@broken("alone", "PrivacyError: a hook reads curator._held", "no charge in the ledger covers")
 class DrawingBehindTheCurator(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": attrgetter("_held")(curator).sample(0).inputs.mean(0)[:2]})
 
 
-@broken("alone", "PrivacyError: a hook reads curator.raw", "no charge covers")
+@broken("alone", "PrivacyError: a hook reads curator.raw", "no charge in the ledger covers")
 class AskingForRaw(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": curator.raw("to see them").inputs.mean(0)[:2]})
@@ -207,7 +207,7 @@ class AveragingIntegers(Strategy):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_strategy_is_found_out(name):
+def test_each_broken_strategy_fails_its_check(name):
     make, check, words = BROKEN[name]
     with pytest.raises(ConformanceError) as caught:
         check_strategy(make())
@@ -224,7 +224,7 @@ def test_every_check_has_a_broken_strategy():
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_what_keeps_the_contract_passes_in_every_scenario(scenario):
+def test_valid_strategies_pass_in_every_scenario(scenario):
     report = check_strategy(Combine(EWC(strength=5.0), Replay(memory_size=12)), scenario=scenario)
     assert report.passed[: len(CHECKS)] == tuple(CHECKS)
     assert set(report.skipped) <= {"cuda"}
@@ -255,7 +255,7 @@ def test_a_loss_may_depend_on_the_records_identity():
     assert check_strategy(ByIdentity()).passed[: len(CHECKS)] == tuple(CHECKS)
 
 
-def test_what_a_strategy_says_of_itself_is_left_out_and_reported():
+def test_inapplicable_checks_are_skipped_and_reported():
     report = check_strategy(Honest())
     assert {"declared", "alone", "pure", "rows", "resume", "federated"} <= set(report.passed)
     assert not {"bounds", "vmap", "private"} & set(report.passed)
@@ -310,7 +310,7 @@ def test_a_strategy_that_needs_another_model_is_tested_on_one():
         assert report.passed[: len(CHECKS)] == tuple(CHECKS)
 
 
-def test_the_model_that_is_given_goes_before_the_strategys_own():
+def test_a_given_model_is_used_instead_of_small_model():
     shapes = {"input_shape": (4,), "num_classes": 6}
     assert StrategyFixture(strategy=Naive(), scenario="class").build().feature_size == 5
     for strategy in (GatingAtHome(), Combine(Naive(), GatingAtHome())):
@@ -323,7 +323,7 @@ def test_the_model_that_is_given_goes_before_the_strategys_own():
     assert Combine(Naive(), Gating()).small_model(**shapes) is None
 
 
-def test_the_callers_instance_and_generator_are_left_alone():
+def test_check_strategy_changes_no_instance_or_generator():
     strategy = Naive()
     before = torch.get_rng_state()
     check_strategy(strategy)

@@ -51,7 +51,7 @@ def combinations():
 
 
 @pytest.mark.parametrize(("name", "clipping", "place"), list(combinations()))
-def test_a_record_moves_no_more_than_was_charged(name, clipping, place, toy_stream, toy_model):
+def test_a_record_changes_no_sum_more_than_charged(name, clipping, place, toy_stream, toy_model):
     parts = experiment(toy_stream(), name, clipping, place, toy_model)
     record = int(parts["streams"][0][0].train.ids[3])
     found = replay(**parts, record=record)
@@ -69,7 +69,7 @@ def test_a_record_moves_no_more_than_was_charged(name, clipping, place, toy_stre
     assert any(row.startswith("release:") for row in names) == bool(once)
 
 
-def test_every_strategy_is_replayed_or_refused_with_a_reason():
+def test_every_strategy_can_be_replayed_or_gives_a_reason():
     assert set(private()) | set(REFUSED) == set(strategies.names())
 
 
@@ -94,7 +94,7 @@ def test_a_record_held_out_by_bic_moves_its_releases(toy_stream, toy_model):
     assert found.holds and moved
 
 
-def test_a_record_of_memory_moves_reference_gradients(toy_stream, toy_model):
+def test_a_stored_record_changes_reference_gradients(toy_stream, toy_model):
     parts = experiment(toy_stream(), "gem", "flat", "alone", toy_model)
     found = replay(**parts, record=0)
     [row] = [row for row in found.releases if row.release == "reference 0"]
@@ -117,7 +117,7 @@ class Dropping(nn.Sequential):
         ({"model": lambda stream: Dropping()}, "dropout of 1"),
     ],
 )
-def test_draws_by_place_are_refused(changes, name, toy_stream, toy_model):
+def test_replay_refuses_views_adversaries_and_dropout(changes, name, toy_stream, toy_model):
     parts = {"model": toy_model} | changes
     make = maker(toy_stream(), Naive(), **parts)
     with pytest.raises(ConfigError, match=f"{name} = .* go by a row's place in the batch"):
@@ -150,7 +150,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("beside", BESIDE)
-def test_one_record_against_none_is_replayed(beside, toy_stream):
+def test_replay_compares_one_record_with_none(beside, toy_stream):
     """Beside an empty partition nothing fails that runs beside one record, draws included."""
     make = maker(toy_stream(), Naive(), **({"model": lambda stream: ByShape()} | BESIDE[beside]))
     record = int(toy_stream()[0].train.ids[3])
@@ -180,7 +180,7 @@ def test_a_strategy_with_one_record_is_replayed_against_none(name, place, toy_st
     assert found.unexplained == () and found.unpaid == () and found.largest <= 1
 
 
-def test_an_error_for_want_of_records_is_found(toy_stream, toy_model):
+def test_replay_finds_an_error_without_records(toy_stream, toy_model):
     """Whatever its class: a raw error of torch tells as much as one of ours."""
 
     class Failing(Learner):
@@ -194,7 +194,7 @@ def test_an_error_for_want_of_records_is_found(toy_stream, toy_model):
     assert not found.holds and "an error: reshape of 0 elements" in found.unexplained
 
 
-def test_neighbours_beside_a_lone_record_are_refused(toy_stream, toy_model):
+def test_replay_refuses_neighbours_with_alone(toy_stream, toy_model):
     make = maker(toy_stream(), Naive(), toy_model)
     with pytest.raises(ConfigError, match="alone=True"):
         replay(make, [toy_stream()], [toy_stream()], record=0, alone=True)
@@ -212,7 +212,7 @@ def test_a_learner_without_privacy_is_refused(toy_stream, toy_model):
         replay(bare, [toy_stream()], record=0)
 
 
-def test_the_neighbour_lacks_one_record_and_declares_the_same(toy_stream):
+def test_without_record_removes_one_record_and_keeps_sizes(toy_stream):
     stream = toy_stream()
     record = int(stream[1].train.ids[0])
     fewer = without_record(stream, record)
@@ -220,7 +220,7 @@ def test_the_neighbour_lacks_one_record_and_declares_the_same(toy_stream):
     assert [e.train.declared_size for e in fewer] == [24, 24]
 
 
-def test_other_outputs_are_compared_too(toy_stream, toy_model):
+def test_replay_compares_other_outputs(toy_stream, toy_model):
     make = maker(toy_stream(), Naive(), toy_model)
     found = replay(
         make,
@@ -231,7 +231,7 @@ def test_other_outputs_are_compared_too(toy_stream, toy_model):
     assert found.unexplained == ("output records",) and not found.holds
 
 
-def test_an_error_that_a_record_decides_on_is_an_output(toy_stream, toy_model):
+def test_an_error_that_depends_on_a_record_is_an_output(toy_stream, toy_model):
     """Here before anything is charged: the neighbour lies outside its declared domain."""
 
     def declared(high):

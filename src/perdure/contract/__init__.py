@@ -1,9 +1,9 @@
-"""The contract between strategies and the learner: all that a strategy author reads.
+"""The contract between strategies and the learner; an author of strategies needs only this package.
 
-Import `Strategy`, the base class with its hooks; what the hooks are given (`Spec`, `Context`,
-`Forward`, `State`, and the `Curator` of private records); and what a strategy declares (`Plan`,
-`MemoryPlan`, `PrivacyCost`). `Combine` joins strategies; `QuadraticPenalty` is the base of those
-that pull parameters towards an anchor.
+Import `Strategy`, the base class with its hooks, and the types of their arguments: `Spec`,
+`Context`, `Forward`, `State`, and the `Curator` of private records. `Plan`, `MemoryPlan` and
+`PrivacyCost` are the declarations of a strategy. `Combine` joins strategies; `QuadraticPenalty` is
+the base class of strategies that pull parameters towards an anchor.
 """
 
 from perdure.contract.combine import Combine

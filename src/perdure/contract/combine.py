@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class Combine(Strategy):
-    """Several strategies as one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.
+    """Join several strategies into one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.
 
-    The task loss counts once: at most one part overrides `losses`. Penalties add, state names are
-    prefixed by the part's position, projections run in the order given.
+    The task loss counts once: at most one part overrides `losses`. Penalties are added up. State
+    names get the position of the part as prefix. Projections run in the given order.
 
     Raises:
         ConfigError: for a part that is no instance of a strategy.
@@ -91,7 +91,8 @@ class Combine(Strategy):
         if len(users) > 1:
             names = " and ".join(part.name for _, part in users)
             raise StrategyError(
-                f"{names} both override {hook}(); at most one part may, so drop one of them"
+                f"{names} both override {hook}(); allowed: at most one such part; remove one of "
+                "them"
             )
         return users[0] if users else (-1, Strategy())
 
@@ -108,7 +109,7 @@ class Combine(Strategy):
         return state.replace(tensors)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
-        """That of the first part that needs one of its own."""
+        """Return the small model of the first part that needs a special one."""
         models = (
             part.small_model(input_shape=input_shape, num_classes=num_classes)
             for part in self.parts
@@ -136,7 +137,7 @@ class Combine(Strategy):
             ]
             if len(given) > 1:
                 raise StrategyError(
-                    f"{given[0][0]} and {given[1][0]} both set {what}; drop one of them"
+                    f"{given[0][0]} and {given[1][0]} both set {what}; remove one of them"
                 )
             return given[0][1] if given else None
 
@@ -148,11 +149,13 @@ class Combine(Strategy):
         ]
         if idle and busy:
             raise StrategyError(
-                f"{idle[0]} takes no gradient, so {busy[0]} would have no effect; drop one of them"
+                f"{idle[0]} uses no gradient, so {busy[0]} would have no effect; remove one of them"
             )
         pools: set[Pooled] = {plan.pool for _, plan in plans} - {"experience"}
         if len(pools) > 1:
-            raise StrategyError(f"two parts pool {' and '.join(sorted(pools))}; drop one of them")
+            raise StrategyError(
+                f"two parts use different pools, {' and '.join(sorted(pools))}; remove one of them"
+            )
         return Plan(
             pool=pools.pop() if pools else "experience",
             memory=one("memory"),  # type: ignore[arg-type]

@@ -16,16 +16,16 @@ from perdure.utils.modules import statistics_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spec:
-    """Shapes and public sizes a strategy needs to lay out its state.
+    """Shapes and public sizes, from which a strategy builds its first state.
 
     Args:
-        params: the model's parameters (for their shapes, device and initial values).
+        params: parameters of the model by name (for their shapes, device and initial values).
         num_classes: width of the head.
         num_experiences: declared length of the stream.
         feature_size: width of `model.features`.
         scenario: task-, domain- or class-incremental.
-        statistics: running means and variances of the model's layers; a teacher keeps them beside
-            its parameters.
+        statistics: running means and variances of the model's layers by name; a teacher keeps them
+            together with its parameters.
         task: meaning of the records' targets.
     """
 
@@ -45,9 +45,9 @@ class Spec:
         """
         if self.feature_size < 1:
             raise StrategyError(
-                "the model has no feature_size; give it and `features`, as "
-                "perdure.models.Classifier, or name the layer that they enter, as "
-                "perdure.models.wrap(model, head=LAYER)"
+                "the model has no feature_size; add the attribute feature_size and the method "
+                "features, as in perdure.models.Classifier, or name the layer that gets the "
+                "features, as in perdure.models.wrap(model, head=LAYER)"
             )
 
     @property
@@ -58,18 +58,18 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
-    """Public facts of the moment; nothing here was observed on private data.
+    """Public facts about the current experience; no fact was computed from private data.
 
     Args:
         scenario: task-, domain- or class-incremental.
-        experience: index of the experience (when evaluating a task-incremental stream: the task
-            being asked for).
+        experience: index of the experience (in the evaluation of a task-incremental stream: index
+            of the evaluated task).
         task_classes: (T, C) bool, the declared classes of every experience.
         seen: (C,) bool, the classes of this and all earlier experiences.
         declared_size: public number of records of this experience.
-        memory_share: share of the rows of the present batch that come from memory, where they were
-            drawn apart; 0 without memory and where new and stored records are pooled, as they are
-            under privacy.
+        memory_share: share of the rows of the current batch that come from memory, if stored rows
+            are drawn as a batch of their own; 0 without memory, and 0 if new and stored records are
+            one pool, as under privacy.
         task: meaning of the records' targets.
     """
 
@@ -108,7 +108,7 @@ class Context:
         return self.task_classes[batch.tasks] if self.scenario == "task" else self.seen
 
     def mask(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Logits (n, ..., C) with the classes out of question for each row set to `MASKED`."""
+        """Logits (n, ..., C), with `MASKED` for the classes that a row may not be predicted as."""
         return mask_outputs(logits, self.allowed_for(batch))
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:

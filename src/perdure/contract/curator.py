@@ -21,7 +21,10 @@ Over = Literal["experience", "memory"]
 
 
 class Utility(Protocol):
-    """Scores of public answers; one record moves the difference of any two by at most 1."""
+    """Scores for choosing one answer from a public list with the exponential mechanism.
+
+    Adding or removing one record changes the difference between any two scores by at most 1.
+    """
 
     @property
     def k(self) -> int:
@@ -34,10 +37,10 @@ class Utility(Protocol):
 
 
 class Curator(Protocol):
-    """Holder of private records as the hooks of a strategy see it.
+    """Interface of the holder of private records, for the hooks of a strategy.
 
     Guarantee: under privacy every answer is a release, charged to the ledger before its noise is
-    drawn, or a function of declared values; without privacy answers are exact.
+    drawn, or is computed from declared values only. Without privacy answers are exact.
     """
 
     @property

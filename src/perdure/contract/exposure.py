@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Exposure:
-    """Partitions that a step of one experience may draw from, and how often.
+    """Partitions that a step of an experience may draw from, with their probabilities.
 
-    A function of public facts.
+    All values follow from public facts.
 
     Args:
         scope: partition name to the probability that one of its records enters a step.
         rate: expected share of the pool in a step.
         pool_size: declared number of records in the pool.
-        slots: steps of an epoch where every record has a fixed step in it; None for Poisson
-            sampling.
+        slots: number of steps in an epoch, if each record takes part in exactly one step per epoch,
+            always the same one; None for Poisson sampling.
     """
 
     scope: Mapping[str, float]

@@ -61,18 +61,18 @@ def _recorded_features(module: nn.Module) -> Iterator[list[_Call]]:
 
 
 class Forward:
-    """The model as a function of its input at given parameters.
+    """The model as a function of its input, with given parameters.
 
-    `forward(x)` gives logits (n, C), `forward.features(x)` what enters the head and
-    `forward.with_features(x)` both of one pass,
-    `forward.method("decode")(z)` what another method of the model makes of its inputs,
-    `forward.at(params)` the same model at other parameters, unhooked and without gradients: a
-    teacher, which keeps running statistics too where `params` has some.
+    `forward(x)` returns logits (n, C). `forward.features(x)` returns the features (the input of the
+    head). `forward.with_features(x)` returns both from one pass. `forward.method("decode")(z)`
+    calls another method of the model. `forward.at(params)` is the same model with other parameters,
+    without hooks and gradients, for use as a teacher; if `params` has running statistics, it uses
+    them, too.
 
     Args:
         module: the model.
-        params: parameters by name; None for the model's own.
-        frozen: True for a teacher: no hooks and no gradients.
+        params: parameters by name; None for the model's own parameters.
+        frozen: True for a teacher, which has no hooks and no gradients.
     """
 
     def __init__(
@@ -138,18 +138,18 @@ class Forward:
 
 
 def cross_entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) cross entropy of each row, for strategies that serve single-label records alone."""
+    """Cross entropy (n,) of each row, for strategies that support single-label records only."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def task_losses(forward: Forward, batch: Batch, context: Context) -> Tensor:
-    """(n,) loss of the task for each row, over the classes that it may be predicted as.
+    """Loss (n,) of the task for each row, over the classes that the row may be predicted as.
 
-    Cross entropy for single-label records.
+    For single-label records this is the cross entropy.
 
     Args:
         forward: the model, from inputs (n, ...) to outputs (n, ..., C).
         batch: n rows.
-        context: the task, and the classes that each row may be predicted as.
+        context: context with the task, and with the classes that each row may be predicted as.
     """
     return context.losses(forward(batch.inputs), batch)

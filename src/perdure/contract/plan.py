@@ -25,25 +25,28 @@ Pooled = Literal["experience", "all", "memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan(CheckedFields):
-    """Size, choice and use of the memory for replay.
+    """Size, selection and use of the memory for replay.
 
     Args:
-        capacity: number of records kept in all.
+        capacity: total number of stored records.
         selection: `reservoir` (uniform over everything seen; Vitter 1985, algorithm R), or equal
             quotas for every pair of stage and class (the pieces of an `online` stream are one
             stage), filled at random (`class-balanced`), by the latest (`ring`; Chaudhry et al.
             2019), by the records whose mean feature follows the class mean best (`herding`; Rebuffi
             et al. 2017, algorithm 4) or by those of the highest loss (`loss-aware`; after Buzzega
             et al. 2020, "Rethinking experience replay", section 3.4, who drop those of low loss).
-            Under differential privacy all become membership by each record's own coin, because a
-            memory that swaps records doubles their influence.
-        per_class: fixed quota for every pair of stage and class instead of a share of `capacity`,
-            which is no limit then. Under differential privacy `capacity` alone counts.
+            Under differential privacy none of these selections is used: each record stays in memory
+            or not by a secret random number of its own, independent of other records. (If one
+            record replaced another in memory, one record would change two.)
+        per_class: number of stored records for each pair of stage and class, instead of an equal
+            share of `capacity`. With it, `capacity` is ignored; under differential privacy
+            `per_class` is ignored instead.
         batch_size: rows drawn from memory at every step; None for as many as new ones. Under
             differential privacy new and stored records are one pool.
-        update: offer records at the end of an `experience`, or every `step` those that were in it.
-            The values that a strategy remembers of a row are computed when the row is offered;
-            under differential privacy, when it was last in a step.
+        update: `experience` offers all records to the memory at the end of the experience; `step`
+            offers the rows of each step after that step. The values that a strategy stores with a
+            row are computed when the row is offered; under differential privacy, in the last step
+            that drew the row.
         use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with
             them; or only for one `reference` gradient a step, or for one a step of every earlier
             experience (`references`).
@@ -65,14 +68,18 @@ class MemoryPlan(CheckedFields):
         for name in ("per_class", "batch_size"):
             value = getattr(self, name)
             if value is not None and not whole(value):
-                raise ConfigError.of(f"memory {name}", value, "1 or more records, or none")
+                raise ConfigError.of(f"memory {name}", value, "1 or more records, or None")
         if self.use == "pooled" and self.update == "step":
             raise ConfigError.of(
-                "memory use", "pooled", "with update='experience': a pool is shuffled whole"
+                "memory use",
+                "pooled",
+                "with update='experience', because a pool is shuffled as a whole",
             )
         if self.selection in MODELLED and self.update == "step":
             raise ConfigError.of(
-                "memory selection", self.selection, "with update='experience': it ranks them all"
+                "memory selection",
+                self.selection,
+                "with update='experience', because this selection compares all records",
             )
 
     @property
@@ -82,16 +89,16 @@ class MemoryPlan(CheckedFields):
 
 
 def records_in(size: int | str, experience: "Experience") -> int:
-    """Compute the number of records that a memory of this size holds.
+    """Compute the number of records in a memory of the given size.
 
-    The values that a strategy remembers beside a row are not counted.
+    The values that a strategy stores with a row are not counted.
 
     Args:
         size: number of records, or a text such as "2 MB" for inputs, labels and ids.
-        experience: its rows have the size that is divided by.
+        experience: experience whose rows have the size of a stored row.
 
     Raises:
-        ConfigError: for any other size.
+        ConfigError: if the size has another form.
     """
     refuse_size(size)
     if not isinstance(size, str):
@@ -126,7 +133,7 @@ def refuse_size(size: int | str) -> None:
     """Refuse a size that is neither a number of records nor a text such as "2 MB".
 
     Raises:
-        ConfigError: for such a size.
+        ConfigError: if the size is neither.
     """
     number, _, unit = str(size).partition(" ")
     text = unit in UNITS and number.replace(".", "", 1).isdecimal() and float(number) > 0
@@ -146,18 +153,19 @@ UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CheckedFields):
-    """Pool, memory and trained parameters of an experience; a function of public facts only.
+    """Plan of an experience: pool, memory and trained parameters, from public facts only.
 
     Args:
-        pool: records that batches are drawn from: those of this `experience`, of `all` experiences
-            so far, or what `memory` holds once those of this experience were offered to it.
-        memory: what is kept for replay, or None.
-        restart: begin with the initial parameters and a fresh optimiser.
-        trainable: prefixes of the parameter names that are trained; None for all.
-        train: False where no gradient is taken at all, because everything that is learnt is a
-            release.
-        applies_penalty: False where the penalty is known to be 0 all the time, so that it need not
-            be computed.
+        pool: records from which batches are drawn: `experience` for the records of this experience,
+            `all` for the records of all experiences so far, `memory` for the stored records after
+            those of this experience were offered.
+        memory: plan of the memory for replay, or None.
+        restart: start with the initial parameters and a new optimiser.
+        trainable: prefixes of the names of trained parameters; None for all.
+        train: False if the experience has no gradient steps, because the strategy learns from
+            releases only.
+        applies_penalty: False if the penalty is 0 in the whole experience, so that it is not
+            computed.
     """
 
     pool: Pooled = "experience"
@@ -174,15 +182,15 @@ class Plan(CheckedFields):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyCost:
-    """Declared privacy cost: the releases that a strategy needs beyond the gradient.
+    """Declared privacy cost: the releases that a strategy needs in addition to the gradient.
 
     Args:
-        releases: noisy sums over the experience, after it.
-        memory_releases: noisy sums over memory, after every experience.
-        histograms: counts after every experience, with integer noise.
-        selections: choices of one public answer after every experience; a top-k is k of them.
-        references: reference gradients that one stored record takes part in at every step: 0 or 1.
-        reuses_past_records: True where records of earlier experiences go on being used.
+        releases: number of noisy sums over the experience, after each experience.
+        memory_releases: number of noisy sums over memory, after each experience.
+        histograms: number of histograms with integer noise, after each experience.
+        selections: number of choices of one public answer, after each experience; a top-k counts k.
+        references: number of reference gradients per step that use one stored record: 0 or 1.
+        reuses_past_records: True if records of earlier experiences are used again.
     """
 
     releases: int = 0

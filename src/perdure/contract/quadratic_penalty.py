@@ -15,17 +15,17 @@ from perdure.utils.pieces import pieces
 
 @dataclass(frozen=True, kw_only=True)
 class QuadraticPenalty(Strategy):
-    """A strategy with a quadratic penalty around an anchor.
+    """Base class of strategies with a quadratic penalty around an anchor.
 
         penalty    = 1/2 sum_j w_j (theta_j - anchor_j)^2
         gradient_j = w_j (theta_j - anchor_j)
 
-    The loop adds the gradient by the formula, in place, so that a step makes no tensor as large as
-    the model. Declare the group `anchor` in `init`, name the groups that the weights are made of in
-    `weighted_by`, and override `weight`.
+    The loop adds the gradient by the formula, in place, so a step needs no tensor of the size of
+    the model. In a subclass, declare the group `anchor` in `init`, list in `weighted_by` the groups
+    from which the weights are computed, and override `weight`.
 
     Class attributes:
-        weighted_by: groups of the state that `weight` is handed.
+    weighted_by: groups of the state that are the arguments of `weight`.
     """
 
     weighted_by: ClassVar[tuple[str, ...]] = ()

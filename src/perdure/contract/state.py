@@ -13,20 +13,19 @@ Rule = Literal["sum", "mean", "local"]
 
 
 class State(Mapping[str, Tensor]):
-    """Memory of a strategy.
+    """State of a strategy: a flat mapping from name to tensor.
 
-    A flat mapping from name to tensor, shapes fixed by `Strategy.init`.
-
-    Each name is declared once with how a federation combines it: `sum` (increments add up over
-    clients), `mean` (weighted by declared sizes) or `local` (stays with the client). A
-    parameter-shaped quantity is a *group*: one entry a parameter, named `group/parameter`.
+    `Strategy.init` fixes names and shapes. Each name is declared once with the rule by which a
+    federation combines it: `sum` (increments add up over clients), `mean` (weighted by declared
+    sizes) or `local` (each client keeps its own). Values in the shapes of the parameters form a
+    *group*: one entry per parameter, named `group/parameter`.
 
     Args:
         tensors: name to tensor.
         rules: name to rule, for the same names.
 
     Raises:
-        StrategyError: when the names differ.
+        StrategyError: if the names differ.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class State(Mapping[str, Tensor]):
         self.rules: dict[str, Rule] = dict(rules or {})
         if self._tensors.keys() != self.rules.keys():
             raise StrategyError(
-                "every state name needs one rule; given "
+                "every state name needs one rule; these names have only a tensor or only a rule: "
                 f"{sorted(self._tensors.keys() ^ self.rules)}"
             )
 
@@ -91,7 +90,8 @@ class State(Mapping[str, Tensor]):
                 known = tuple(self[name].shape) if name in self else "undeclared"
                 given = tuple(value.shape)
                 raise StrategyError(
-                    f"state {name!r} is {known}, given shape {given}; declare it in init()"
+                    f"state {name!r} is {known}, but the given tensor has shape {given}; declare "
+                    "the name with this shape in init()"
                 )
         return State({**self._tensors, **changes}, self.rules)
 

@@ -31,19 +31,19 @@ as much as the arithmetic on them, at every step.
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(CheckedFields):
-    """Base class of the methods against forgetting.
+    """Base class of strategies: methods against forgetting.
 
-    Subclass it as a frozen dataclass and override the hooks you need. The fields are
-    hyper-parameters only. The method's memory is the `State` that `init` lays out and that the
-    hooks are given and return. Records are reached only through the curator, in `references` and
-    `after_experience`.
+    A subclass is a frozen dataclass that overrides the hooks that it needs. Its fields are
+    hyper-parameters only. Values that the method keeps are in the `State`, which `init` builds and
+    which hooks get and return. Only the hooks `references` and `after_experience` use records, and
+    only through the curator.
 
     Class attributes:
         privacy_cost: the declared privacy cost beyond the gradient (see `PrivacyCost`).
-        couples_records: True where the loss of one row depends on other rows; such a strategy is
-            refused under differential privacy.
-        not_vmappable_because: the reason why the hooks cannot run under `torch.func.vmap`, as a
-            sentence; None where they can.
+        couples_records: True if the loss of one row depends on other rows; differential privacy
+            refuses such a strategy.
+        not_vmappable_because: reason why the hooks cannot run under `torch.func.vmap`, as a
+            sentence; None if they can.
         tasks: classes of the tasks that the hooks serve; `(Task,)` for all, one of a user's own
             among them. A session refuses records of another task.
         tasks_because: the reason why other tasks are not served, as a clause.

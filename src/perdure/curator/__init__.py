@@ -1,7 +1,7 @@
-"""The curator: it holds the private records of one party and answers releases.
+"""The curator: holds the private records of one party, and answers queries by releases.
 
-A `Learner` makes its own; import `LocalCurator` to ask one directly. Strategies see it as the
-`Curator` of `perdure.contract`.
+A `Learner` makes its own curator; import `LocalCurator` to use one directly. Strategies use it
+through the interface `Curator` of `perdure.contract`.
 """
 
 from perdure.curator.local_curator import Diagnostics, LocalCurator

@@ -177,7 +177,8 @@ class HeldRecords:
             return batch
         if step <= self.step:
             raise PrivacyError(
-                f"step {step} was drawn already; rows of a step are for the loop, ask for a release"
+                f"the rows of step {step} were already drawn; only the training loop may draw "
+                "rows; use curator.release(...) instead"
             )
         self.step = step
         return self.draw(step)
@@ -209,7 +210,8 @@ class HeldRecords:
         stored = self.pool.stored
         if stored is None:
             raise StrategyError(
-                "memory is empty: there is no reference gradient before the second experience"
+                "the memory is empty, because there is no reference gradient before the second "
+                "experience"
             )
         among = None if of is None else self.pool.positions_of(of)
         if not len(stored if among is None else among):
@@ -308,7 +310,7 @@ class HeldRecords:
             PrivacyError: when none is open.
         """
         if self._pool is None:
-            raise PrivacyError("the curator holds no open experience; call open() first")
+            raise PrivacyError("the curator has no open experience; call open() first")
         return self._pool
 
     @property

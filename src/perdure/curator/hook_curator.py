@@ -52,7 +52,8 @@ def for_hooks(
         if name.startswith("__"):  # what copy and its like try
             raise AttributeError(name)
         raise PrivacyError(
-            f"a hook reads curator.{name}, which no charge covers; allowed: {', '.join(MEMBERS)}; "
+            f"a hook reads curator.{name}, which no charge in the ledger covers; allowed: "
+            f"{', '.join(MEMBERS)}; "
             "ask curator.release(query, ...) instead"
         )
 
@@ -71,6 +72,6 @@ def undeclared(
     purpose = f"purpose={named['purpose']!r}" if "purpose" in named else "..."
     return BudgetError(
         f"{strategy} asks for curator.{member}({purpose}), which its plan does not contain "
-        f"({reason}); declare all that it asks for in the strategy, privacy_cost = "
+        f"({reason}); declare all releases in the strategy, privacy_cost = "
         f"PrivacyCost({field}={getattr(cost, field) + 1})"
     )

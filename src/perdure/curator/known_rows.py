@@ -48,9 +48,8 @@ class KnownRows:
             return
         if len(torch.unique(ids)) < len(records):
             raise PrivacyError(
-                f"records of {records.partition!r} share an id: a release would count one record "
-                "twice; "
-                "give every record of an experience its own id"
+                f"records of {records.partition!r} share an id, so a release would count one "
+                "record twice; give every record of an experience its own id"
             )
         self._distinct = ids.clone()
 

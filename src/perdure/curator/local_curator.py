@@ -58,20 +58,21 @@ def noted() -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(
-            "it was asked about synthetic records, one at a time, also extreme ones and such that "
-            "are not finite: on private records a failure would tell of them"
+            "this error came from a test with synthetic records (single ones, extreme values, NaN "
+            "and infinity), because an error on private records would reveal information about them"
         )
         raise
 
 
 class LocalCurator:
-    """Answers questions about the records of one party (see `perdure.Curator`).
+    """Curator that answers queries about the records of one party (see `perdure.Curator`).
 
     Args:
-        held: the records, and the private sum that answers are noised by.
-        micro_batch_size: rows of one pass through the model; None for a whole batch.
-        alone: run the model on every record alone in private gradients.
-        watched: opens a private pass and refuses what it writes into tensors that are kept.
+        held: records, and the private sum that adds noise to answers.
+        micro_batch_size: number of rows in one pass through the model; None for a whole batch.
+        alone: run the model on each record alone in private gradients.
+        watched: context manager around a private pass, which refuses writes into tensors that are
+            kept.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class LocalCurator:
         """
         if self._held.private_sum:
             raise PrivacyError(
-                f"raw records were asked for ({reason}): that has no finite epsilon; ask for a "
+                f"raw records were asked for ({reason}), which has no finite epsilon; use a "
                 "release instead, curator.release(query, clip_norm=...)"
             )
         return self._held.rows
@@ -440,9 +441,9 @@ class LocalCurator:
     def _refuse_raw(self, what: str) -> None:
         if self._held.private_sum and not self._raw_diagnostics:
             raise PrivacyError(
-                f"{what} would leave the curator without noise; signal_to_noise is free, a release "
-                "is paid for, and Privacy(diagnostics='raw') shows it and labels the run as not "
-                "private"
+                f"{what} has no noise, so it may not be read; use signal_to_noise (costs no "
+                "privacy), a release (costs privacy), or Privacy(diagnostics='raw'), which shows "
+                "it and labels the run as not private"
             )
 
     def _release_key(
@@ -470,12 +471,12 @@ class LocalCurator:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Diagnostics:
-    """Raw statistics of one step.
+    """Statistics of one step without noise.
 
     Args:
         rows: number of records.
-        loss: () their mean loss.
-        clipped: share of them that was clipped; 0 without privacy.
+        loss: () mean loss of the records.
+        clipped: share of records whose gradient was clipped; 0 without privacy.
     """
 
     rows: int

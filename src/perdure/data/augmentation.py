@@ -33,14 +33,14 @@ NAME = "view."
 
 @dataclass(frozen=True, kw_only=True)
 class Views(CheckedFields):
-    """K views of every record.
+    """K random versions (views) of every record, as augmentation.
 
-    Guarantee: a view depends on its record and on its own draws only: `change` sees one record at a
-    time (`torch.func.vmap`), so it cannot mix records.
+    Guarantee: a view depends only on its record and on its own random numbers. `change` gets one
+    record at a time (`torch.func.vmap`), so it cannot mix records.
 
     Args:
-        count: K.
-        change: makes one view; flow of control may not depend on values.
+        count: number of views per record, K.
+        change: function that makes one view; it may not branch on values.
     """
 
     count: int
@@ -121,12 +121,13 @@ class ShiftAndFlip(CheckedFields):
 
 
 def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
-    """Random shift of a picture (c, h, w) and a random mirror.
+    """Make a change for `Views` that shifts an image (c, h, w) and can mirror it, at random.
 
-    The shift is at most `pixels` in each direction; zeros come in.
+    The shift is at most `pixels` in each direction. The border that the shift leaves empty is
+    filled with zeros.
 
     Args:
         pixels: largest shift.
-        flip: mirror left and right with probability 1/2; not for digits.
+        flip: mirror left and right with probability 1/2; do not use it for digits.
     """
     return ShiftAndFlip(pixels=pixels, flip=flip)

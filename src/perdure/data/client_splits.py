@@ -43,27 +43,31 @@ def dirichlet(
     """Split every experience over the clients by a Dirichlet distribution of label shares.
 
         shares of label y ~ Dir(alpha, ..., alpha)
-        client(record) = the share its coin in [0, 1) falls into
+        client(record) = the client whose share contains u, where u in [0, 1) is a hash of the
+        record's id and the seed
 
-    With `exact`, clients that end up with less than `min_size` records of an experience get some of
-    the largest client's, one at a time, and declared sizes are the realised ones. Without, all
-    shares move towards 1 / clients, by the least that gives every client `min_size` expected
-    records. Test records stay whole and public. Partitions are called client-3/experience-0.
+    `exact=True`: a client with less than `min_size` records of an experience gets records of the
+    largest client, one at a time; declared sizes are the actual numbers. `exact=False`: all shares
+    move towards 1 / clients, by the smallest amount that gives every client `min_size` expected
+    records. Every client gets all test records, which are public. The partition of client 3 and
+    experience 0 is called client-3/experience-0.
 
-    Guarantee: without `exact`, a record's client is a function of the record and public facts.
-    With it, it is not, and the streams say `assigned_by_record = False`.
+    Guarantee: with `exact=False`, the client of a record depends only on the record and public
+    facts. With `exact=True` it also depends on other records, and `assigned_by_record` of the
+    streams is False.
 
     Args:
-        stream: what is split.
-        clients: how many.
-        alpha: concentration; towards 0 every label belongs to one client, towards infinity all
-            clients are alike.
-        min_size: records that every client has in every experience, at least; without `exact` in
-            expectation, every class of an experience counting the same.
-        seed: of shares and coins, public.
-        exact: whether sizes are exact, or declared (needed under privacy).
-        declared_size: public number of records of an experience over all clients, one for all or
-            one each; only without `exact`. Default: the sizes that the stream declares.
+        stream: stream to split.
+        clients: number of clients.
+        alpha: concentration; near 0 all records of a label go to one client, and for large values
+            all clients have similar data.
+        min_size: smallest number of records of each client in each experience; with `exact=False`
+            an expected number, computed with equally large classes.
+        seed: public seed of the shares and of u.
+        exact: True for exact sizes, False for declared sizes (needed under privacy).
+        declared_size: public number of records of an experience over all clients; one for all
+            experiences, or one for each; only with `exact=False`. Default: the sizes that the
+            stream declares.
         client_sizes: public number of records of every client (outer) in every experience (inner);
             only without `exact`. Default: the expected numbers.
 
@@ -100,19 +104,20 @@ def iid(
     declared_size: int | Sequence[int] | None = None,
     client_sizes: Sequence[Sequence[int]] | None = None,
 ) -> list[Stream]:
-    """Split every experience over the clients evenly.
+    """Split every experience evenly over the clients.
 
     Every record goes to each client with the same probability. See `dirichlet` for the guarantee.
 
     Args:
-        stream: what is split.
-        clients: how many.
-        min_size: records that every client has in every experience, at least; without `exact` in
-            expectation.
-        seed: of the coins, public.
-        exact: whether sizes are exact, or declared (needed under privacy).
-        declared_size: public number of records of an experience over all clients, one for all or
-            one each; only without `exact`. Default: the sizes that the stream declares.
+        stream: stream to split.
+        clients: number of clients.
+        min_size: smallest number of records of each client in each experience; with `exact=False`
+            an expected number.
+        seed: public seed of the choice of clients.
+        exact: True for exact sizes, False for declared sizes (needed under privacy).
+        declared_size: public number of records of an experience over all clients; one for all
+            experiences, or one for each; only with `exact=False`. Default: the sizes that the
+            stream declares.
         client_sizes: public number of records of every client (outer) in every experience (inner);
             only without `exact`. Default: the expected numbers.
 
@@ -166,7 +171,7 @@ class ClientSplit:
             return self._by_record(stream, declared_size, client_sizes)
         for field, value in (("declared_size", declared_size), ("client_sizes", client_sizes)):
             if value is not None:
-                allowed = "None with exact=True, where sizes are the realised ones; say exact=False"
+                allowed = "None with exact=True, which declares the actual sizes; use exact=False"
                 raise ConfigError.of(field, value, allowed)
         homes: dict[str, dict[int, int]] = {}
         coin = derive(self.seed, "owner")
@@ -260,7 +265,7 @@ class ClientSplit:
             return [[max(1, round(size)) for size in row.tolist()] for row in expected]
         shape = (len(client_sizes), *{len(row) for row in client_sizes})
         if shape != (self.clients, len(tables)):
-            allowed = f"{self.clients} rows, one a client, of {len(tables)} sizes"
+            allowed = f"{self.clients} rows (one per client) of {len(tables)} sizes"
             raise ConfigError.of("client_sizes", [list(row) for row in client_sizes], allowed)
         return [list(column) for column in zip(*client_sizes, strict=True)]
 
@@ -353,7 +358,8 @@ def _levelled(
             raise ConfigError.of(
                 "min_size",
                 min_size,
-                "less: the records that could be moved belong to clients since earlier experiences",
+                "a smaller number, because the records that could be moved already belong to "
+                "clients since earlier experiences",
             )
         row = torch.where(movable & (owners == giver), coins, -1.0).argmax()
         owners[row] = receiver

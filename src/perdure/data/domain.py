@@ -14,9 +14,9 @@ from perdure.utils.checked_fields import CheckedFields
 class InputDomain(CheckedFields):
     """Values that the input of one record may have, from public declarations alone.
 
-    The guard looks at a model and its losses over this domain, and draws the synthetic records of
-    a private run from it. Take it from the definition of the data (the range of a pixel, the size
-    of a vocabulary), never from private records.
+    The guard tests a model and its losses on synthetic records of this domain. Take the domain from
+    the definition of the data (the range of a pixel, the size of a vocabulary), never from private
+    records.
 
     >>> InputDomain(shape=(1, 28, 28), range=(0.0, 1.0))
     >>> InputDomain(
@@ -24,16 +24,16 @@ class InputDomain(CheckedFields):
     ... )
 
     Args:
-        shape: of the input of one record; a sequence has its padded length here.
-        dtype: of the inputs.
-        range: least and greatest value of floating-point inputs; None where none is declared.
-        vocabulary: inputs of whole numbers lie in 0 .. vocabulary - 1.
-        padding: number that fills a sequence up behind its end; floating-point sequences are
-            filled up with 0.
+        shape: shape of the input of one record, with the padded length of a sequence.
+        dtype: dtype of the inputs.
+        range: smallest and largest value of floating-point inputs; None if not declared.
+        vocabulary: number of possible values of integer inputs, which are 0 .. vocabulary - 1.
+        padding: number that fills a sequence after its end; floating-point sequences are filled
+            with 0.
         sequence_axes: axes of `shape` along which records have different lengths.
 
     Raises:
-        ConfigError: for a domain that contradicts itself.
+        ConfigError: if the values contradict each other.
     """
 
     shape: tuple[int, ...]

@@ -33,18 +33,18 @@ class Experience:
     """One stage of a stream.
 
     Args:
-        index: its place in the stream, from 0.
-        train: records to learn from.
+        index: position in the stream, from 0.
+        train: training records.
         test: records to be measured on, declared public. Leave it out where there are none yet: the
             experience is not measured until `Stream.with_test` gives some.
         classes: the declared classes, as outputs of the full-width head: classes, labels or
             tokens; all outputs for regression. Public, whatever the records hold.
-        stage: the stage this one is part of, where a stage was cut into pieces (`online`). Default:
-            `index`.
+        stage: number of the stage that this experience belongs to, if a stage was cut into pieces
+            (`online`). Default: `index`.
 
     Raises:
-        DataError: when a label is not among the declared classes, or the test records are of
-            another task.
+        DataError: if a label is not among the declared classes, or the test records have another
+            task.
     """
 
     index: int
@@ -65,8 +65,8 @@ class Experience:
             require_type(records, Records, name, "a perdure.Records")
             if records.task != self.task:
                 raise DataError(
-                    f"experience {self.index} has {self.task.name} records to train on and "
-                    f"{records.task.name} ones to test on; give both the same task"
+                    f"experience {self.index} has {self.task.name} training records but "
+                    f"{records.task.name} test records; give both the same task"
                 )
             found = records.undeclared(self.classes)
             if found:
@@ -118,19 +118,20 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stream:
-    """Experiences in the order in which they are met.
+    """Experiences in the order of training.
 
     Args:
-        name: for reports.
-        scenario: task (the learner is told the task), domain (same classes, other inputs) or class
-            (classes arrive over time and the learner must tell them all apart).
+        name: name of the stream, for reports.
+        scenario: `task` (the task of each record is known in prediction), `domain` (same classes,
+            other inputs) or `class` (new classes arrive over time, and a prediction is over all of
+            them).
         experiences: at least one, numbered from 0.
         num_classes: full width of the head: classes, labels, targets or tokens.
         input_shape: shape of one input.
-        assigned_by_record: whether a record's place depends on the record and public facts alone.
-            Where it does not, a guarantee under add/remove adjacency does not hold. None where
-            nobody said: a stream made by hand has to say which it is before it is used under
-            privacy.
+        assigned_by_record: True if the experience of a record depends only on the record and on
+            public facts. If False, no guarantee under add/remove adjacency holds. None if not
+            known. Privacy refuses None, so set it to True or False for a stream that you build
+            yourself.
 
     Raises:
         ConfigError: for another scenario, no experiences, wrong numbering, classes outside the
@@ -379,6 +380,8 @@ def size_of_each(declared_size: int | Sequence[int] | None, experiences: int) ->
         return [declared_size] * experiences
     if len(declared_size) != experiences:
         raise ConfigError.of(
-            "declared_size", tuple(declared_size), f"a number, or {experiences}, one an experience"
+            "declared_size",
+            tuple(declared_size),
+            f"one number, or {experiences} numbers, one per experience",
         )
     return list(declared_size)

@@ -23,17 +23,17 @@ MOST_BORDERS = 60
 def plot_stream(stream: Stream) -> "Figure":
     """Draw the classes and the size of every experience.
 
-    Above, the declared number of training records of each experience; below, its declared classes,
-    the darker the more records a class has if all classes of the experience have as many. White
-    lines part the stages.
+    The upper part shows the declared number of training records of each experience. The lower part
+    shows its declared classes; a darker colour means more records per class, assuming classes of
+    equal size. White lines separate the stages.
 
     >>> plot_stream(stream).savefig("stream.svg")
 
-    Guarantee: the picture is a function of declared classes and declared sizes; no record is looked
-    at. Where no size was declared, the number of records is public already.
+    Guarantee: the picture shows declared classes and declared sizes only; no record is read. If no
+    size was declared, the number of records is already public.
 
     Args:
-        stream: any.
+        stream: stream to draw.
     """
     return stream_figure(
         classes=[each.classes for each in stream],

@@ -47,16 +47,16 @@ def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
     found = _shared(by_id)
     if found is not None:
         raise GuardError(
-            f"{_told(found, streams)} hold records of one id, whose exposures would not be added "
-            "up; give records of different people different ids (say, ids + 10_000), or all "
-            f"experiences of one record {_one_place(found)}"
+            f"{_told(found, streams)} contain records with the same id, and their privacy costs "
+            "would not be added; if they are different people, give them different ids (for "
+            f"example ids + 10_000); if not, give all experiences of a record {_one_place(found)}"
         )
     found = _shared(by_memory)
     if found is not None:
         raise GuardError(
-            f"{_told(found, streams)} hold rows of one tensor in common, whose exposures would not "
-            f"be added up; give each other rows, or all experiences of one record "
-            f"{_one_place(found)}"
+            f"{_told(found, streams)} contain the same rows of one tensor, and their privacy "
+            "costs would not be added; give each of them different rows, or give all experiences "
+            f"of a record {_one_place(found)}"
         )
 
 

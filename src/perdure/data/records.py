@@ -16,37 +16,55 @@ from perdure.tasks import SingleLabel, Task
 from perdure.utils.chunking import FEWEST_ROWS, filled
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """A noised sum over records that was released before anything is learnt from them.
+
+    Args:
+        entry: digest of the ledger's entry that paid for it.
+        noise_multiplier: standard deviation of its noise in units of its sensitivity.
+        simulated: whether the noise came from a seed that the user chose.
+    """
+
+    entry: str
+    noise_multiplier: float
+    simulated: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Records:
     """A set of records with one privacy history: a *partition*.
 
     Args:
-        inputs: (n, ...) what the model sees, in memory or in a file that torch maps into it.
-        labels: the targets, in the shape of the task: (n,) int64 classes for single-label records,
-            (n, C) float32 of 0 and 1 for multi-label ones, (n, k) float32 for regression, (n, L)
-            int64 tokens for next-token ones.
-        ids: (n,) int64, the identity of each record at its *source*. It survives every split and
-            transform, so that a permuted copy of an image is still the same record. Default: 0 ..
-            n-1.
-        partition: name of the privacy history these records share.
-        declared_size: the public size of the partition; it, never the realised one, enters sampling
-            rates and normalisers. Default: n, which thereby is declared public.
-        size_counted: set here where no size was declared: `declared_size` follows the rows.
-        ids_by_position: set here where no ids were given: one row less would give the rows after
-            it other ids. Under privacy such ids place no record (see `perdure.data.scenarios`).
-        placed_by: names the public rule that put these records into this partition and not into
-            another one: equal names promise that a record would lie in the partition of the same
-            name. Set by what splits a data set, whose name stands for its records; "" where
-            nobody says. A warm start goes by it (see `perdure.learner.model_history`).
-        domain: values that an input may have, declared before any record is seen; None where
-            nothing is declared. Under privacy the guard needs it for inputs that are no floats.
-        attributes: further facts of each record by name, such as "time", "domain" or "group",
-            each (n,). A stream may be cut by them; no model sees them. They are as private as the
+        inputs: (n, ...) inputs of the model, in memory or in a memory-mapped file.
+        labels: targets in the shape of the task: (n,) int64 classes for single-label records, (n,
+            C) float32 of 0 and 1 for multi-label ones, (n, k) float32 for regression, (n, L) int64
+            tokens for next-token ones.
+        ids: (n,) int64, identity of each record at its *source*. Splits and transforms keep it, so
+            a permuted copy of an image is still the same record. Default: 0 .. n-1.
+        partition: name of the privacy history that these records share.
+        declared_size: public size of the partition. Sampling rates and divisors use this number,
+            never the actual number. Default: n, which then is public.
+        size_counted: True if no size was declared, so that `declared_size` is the number of rows
+            (set automatically).
+        ids_by_position: True if no ids were given, so that ids are row numbers: removing one row
+            would change the ids of all later rows. Under privacy such ids may not decide which
+            experience or client a record goes to (set automatically; see `perdure.data.scenarios`).
+        placed_by: digest of the public rule that put these records into this partition; equal rules
+            put a record into partitions of the same name. Set by the functions that split a data
+            set; "" if the rule is not known. A warm start uses it to find out which records an
+            earlier training used (see `perdure.learner.model_history`).
+        domain: values that an input may have, declared without looking at records; None if not
+            declared. Under privacy the guard needs it for inputs that are not floats.
+        attributes: further facts of each record by name, such as "time", "domain" or "group", each
+            (n,). A stream may be cut by them; models do not get them. They are as private as the
             records.
         task: meaning of the labels: loss, metric and shape.
+        spent: releases that all of these records were exposed to before, such as constants for
+            scaling. A private learner charges them to its ledger, and plans for them.
 
     Raises:
-        DataError: when lengths or types do not fit.
+        DataError: if lengths or types do not fit.
     """
 
     inputs: Tensor
@@ -60,6 +78,7 @@ class Records:
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
     task: Task = field(default_factory=SingleLabel)
+    spent: tuple[Spent, ...] = ()
 
     _fits: set[tuple[int, ...]] = field(default_factory=set, init=False, repr=False)
 
@@ -203,16 +222,17 @@ def require_type(value: object, kind: type, name: str, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Rows handed to a loss. Every tensor has one row per record.
+    """Rows for a loss; every tensor has one row per record.
 
     Args:
-        inputs: (n, ...).
-        labels: the targets, in the shape of the task, such as (n,) int64 classes.
+        inputs: (n, ...) inputs.
+        labels: targets in the shape of the task, such as (n,) int64 classes.
         ids: (n,) int64 record ids.
         tasks: (n,) int64, the experience each record came from.
-        from_memory: (n,) bool, the role of the row: False for current, True for memory.
+        from_memory: (n,) bool, True for rows from memory, False for new rows.
         valid: (n,) bool, False for padding.
-        stored: what memory kept beside the row (DER's logits, say), name to (n, ...).
+        stored: values that the memory stored with the row (for example logits for DER), name to (n,
+            ...).
     """
 
     inputs: Tensor

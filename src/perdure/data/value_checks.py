@@ -23,11 +23,11 @@ def check_finite(streams: Iterable[Stream], *, training: bool = True) -> None:
     >>> check_finite([stream])  # before a private run; `Learner.fit` does so by itself
 
     Args:
-        streams: of all parties whose records are here.
-        training: whether training inputs are looked at, too.
+        streams: the streams of all parties whose records this process holds.
+        training: True to look at training inputs, too.
 
     Raises:
-        DataError: naming the first such value by experience, row and column.
+        DataError: names the first such value by experience, row and column.
     """
     seen: set[int] = set()
     for stream in streams:

@@ -93,6 +93,7 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
         partition=one.partition,
         domain=one.domain,
         task=one.task,
+        spent=one.spent,
     )
 
 
@@ -106,6 +107,7 @@ def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Str
         declared_size=stream[experience].train.declared_size,
         domain=known.domain,
         task=known.task,
+        spent=known.spent,
     )
     parts = [replace(e, train=whole) if e.index == experience else e for e in stream]
     return replace(stream, experiences=tuple(parts))

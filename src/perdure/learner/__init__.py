@@ -1,7 +1,7 @@
-"""The learner: one model on a stream of experiences, in one loop.
+"""The learner: trains one model on a stream of experiences.
 
-Import `Learner`, or `Session` for a loop of your own; `Callback` is the type of what is called at
-the `POINTS` of a step.
+Import `Learner`, or `Session` for your own training loop. `Callback` is the type of a function that
+the learner calls at the points named in `POINTS`.
 """
 
 from perdure.learner.learner import POINTS, Callback, Learner

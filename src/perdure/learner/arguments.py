@@ -24,7 +24,6 @@ KINDS: dict[str, tuple[type, str]] = {
 """Types of arguments, and what to write."""
 OPTIONAL = ("privacy", "adversary", "views")
 PLAIN = (
-    "scheduler",
     "seed",
     "device",
     "reset_optimizer",
@@ -58,10 +57,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             type(given["optimizer"]).__name__,
             "a function from parameters to an optimiser, such as partial(torch.optim.SGD, lr=0.1)",
         )
-    if given.get("scheduler") is not None and not callable(given.get("scheduler")):
+    scheduler = given.get("scheduler")
+    if scheduler is not None and not callable(scheduler):
         raise ConfigError.of(
             "scheduler",
-            type(given.get("scheduler")).__name__,
+            type(scheduler).__name__,
             "None, or a function from optimiser and number of steps of an experience, such as "
             "lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps)",
         )
@@ -79,7 +79,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["precision"] not in ("float32", "bfloat16"):
         raise ConfigError.of("precision", given["precision"], ("float32", "bfloat16"))
     if given["views"] and given["adversary"]:
-        allowed = "none with an adversary, which perturbs the record itself"
+        allowed = "None with an adversary, which changes the record itself"
         raise ConfigError.of("views", given["views"], allowed)
 
 
@@ -128,7 +128,7 @@ def on_device(model: nn.Module, given: str | device) -> None:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"device = {str(given)!r} cannot be used: {reason}; allowed: 'cpu', or a device that "
-            "torch finds here"
+            "torch finds on this machine"
         ) from error
 
 
@@ -138,5 +138,6 @@ def check_stream(stream: object) -> None:
         raise ConfigError.of(
             "stream",
             type(stream).__name__,
-            "a perdure.Stream; perdure.data.split(dataset, experiences=5) makes one of a data set",
+            "a perdure.Stream; perdure.data.split(dataset, experiences=5) makes a stream from a "
+            "data set",
         )

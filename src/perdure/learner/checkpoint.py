@@ -77,7 +77,8 @@ class Store:
             last = int(json.loads(self._latest.read_text())["number"])
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{self._latest} cannot be read ({error!r}); restore it, or use another folder"
+                f"{self._latest} cannot be read ({error!r}); restore it from a backup, or use "
+                "another folder"
             ) from None
         found = sorted(int(path.stem) for path in self.public.glob("[0-9]*.json"))
         return [number for number in found if number <= last]

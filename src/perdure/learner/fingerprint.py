@@ -249,8 +249,8 @@ def refuse_other_run(
     """
     if not isinstance(stored, dict) or stored.get("version") != given.get("version"):
         raise RunError(
-            f"{where} holds a run of another version of perdure, which does not say how it was "
-            f"asked for; {fix}"
+            f"{where} has a run of another version of perdure, whose settings are not recorded; "
+            f"{fix}"
         )
     found = differences(given, stored)
     if not found:
@@ -260,7 +260,7 @@ def refuse_other_run(
         for name, (new, old) in islice(found.items(), NAMED)
     ]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    raise RunError(f"{where} holds a run that differs in {', '.join(told)}{more}; {fix}")
+    raise RunError(f"{where} has a run that differs in {', '.join(told)}{more}; {fix}")
 
 
 def shown(value: JSONValue) -> str:

@@ -61,8 +61,8 @@ def refuse_missing_ledgers(folder: Path) -> None:
     missing = [str(path) for path in known_ledgers(folder) if not path.exists()]
     if missing:
         raise LedgerError(
-            f"{', '.join(missing)} missing, though a checkpoint in {folder} knows of it: its "
-            f"charges would be forgotten; {RESTORE}"
+            f"{', '.join(missing)} missing, but a checkpoint in {folder} refers to it; without "
+            f"it, privacy that was already spent would not be counted; {RESTORE}"
         )
 
 
@@ -109,8 +109,8 @@ def refuse_lost_key(folder: Path, anchors: list[Anchor]) -> None:
     known = [*anchors, *([copy] if copy else [])]
     if known and not (folder / "private" / "key").exists():
         raise LedgerError(
-            f"{folder / 'private' / 'key'} is missing, but {known[0].where} knows a ledger that it "
-            "sealed; restore private/ from a backup, or train a new model in another folder"
+            f"{folder / 'private' / 'key'} is missing, but {known[0].where} refers to a ledger "
+            "with this key; restore private/ from a backup, or train a new model in another folder"
         )
 
 
@@ -125,8 +125,8 @@ def refuse_other_privacy(folder: Path, *, private: bool) -> None:
     sealed = Store(folder).facts(numbers[-1]).get(HEAD) if numbers else None
     if private and numbers and sealed is None:
         raise PrivacyError(
-            f"{folder} holds a run without privacy, given privacy: its model has seen the records "
-            "without noise; train a new model in another folder"
+            f"{folder} has a run without privacy, so its model was trained on the records without "
+            "noise and cannot continue with privacy; train a new model in another folder"
         )
     ledger = folder / LEDGER
     traces = [ledger, head_path(ledger), private_copy(folder).path, folder / "private" / "key"]
@@ -134,6 +134,6 @@ def refuse_other_privacy(folder: Path, *, private: bool) -> None:
     if not private and (found or sealed is not None):
         told = f"{found.relative_to(folder)} is there" if found else "its checkpoint has a ledger"
         raise PrivacyError(
-            f"{folder} holds a run with privacy ({told}), given privacy=None: epsilon would no "
-            "longer hold for its model; give the same privacy, or another folder"
+            f"{folder} has a run with privacy ({told}), but privacy=None was given, and epsilon "
+            "would not hold for its model any more; give the same privacy, or another folder"
         )

@@ -60,9 +60,10 @@ class InspectedPath:
         found = parts_of_others(model, path)
         if found != self._parts:
             raise GuardError(
-                f"rows meet {' and '.join(found) or 'library code alone'} on their way to the "
-                f"losses, and met {' and '.join(self._parts) or 'library code alone'} when the "
-                "guard looked; allowed: one path for a whole run; set hooks, methods, strategy, "
+                "the forward pass and the losses now run "
+                f"{' and '.join(found) or 'library code only'}, but the guard tested them with "
+                f"{' and '.join(self._parts) or 'library code only'}; allowed: the same code in "
+                "the whole run; set hooks, methods, strategy, "
                 "adversary and views before the session is prepared"
             )
 

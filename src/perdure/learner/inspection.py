@@ -281,16 +281,16 @@ class Inspection:
         adversary = self.path.adversary
         if adversary is not None:
             raise GuardError(
-                f"an adversary runs the model in batches, given {type(adversary).__name__} "
-                'with custom_forward="record-by-record"; allowed: one of the two; leave the '
-                "adversary out, or use a model, losses and an attack of this library"
+                f"the adversary {type(adversary).__name__} runs the model in batches, but "
+                'custom_forward is "record-by-record"; allowed: one of the two; remove the '
+                "adversary, or use a model, losses and an attack of this library"
             )
         views = self.path.views
         if views is not None and type(views) is not Views:
             raise GuardError(
-                f"{type(views).__name__} may look at whole batches, which "
+                f"{type(views).__name__} may use whole batches, which "
                 'custom_forward="record-by-record" forbids; allowed: perdure.data.Views with a '
-                "`change` of your own"
+                "`change` function of your own"
             )
 
 

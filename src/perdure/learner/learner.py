@@ -73,7 +73,7 @@ POINTS = (
 
 @dataclass(kw_only=True)
 class Learner:
-    """Trains one model on a stream, one experience after another.
+    """Learner that trains one model on a stream, one experience after another.
 
     >>> optimizer = partial(torch.optim.Adam, lr=1e-3)
     >>> learner = Learner(model=model, strategy=EWC(strength=100.0), optimizer=optimizer)
@@ -82,38 +82,38 @@ class Learner:
     Args:
         model: a `perdure.models.classifier.Classifier`, or any module with a full-width head and
             `features`.
-        strategy: how forgetting is fought.
-        optimizer: from parameters to any torch optimiser that needs one gradient a step.
-        scheduler: called as scheduler(optimizer, steps=number of steps) when an experience begins,
-            and returns its schedule, which is stepped after every step; None for a constant rate.
-            Every experience starts from the learning rate of `optimizer`.
-        epochs: length of an experience in passes over its records; give this or `iterations`.
-        iterations: length of an experience in steps.
-        blocks: pieces an experience is done in; each is charged to the ledger as one, and ends with
-            a checkpoint (in a federation: with a round). Where one experience was cut into several
-            (`perdure.data.online`) and has one block, a run without privacy has its checkpoints
-            where the model is measured.
-        evaluate_every: measure the model after so many experiences inside a stage of several, too
-            (`progress`); None measures it at the end of every stage only.
-        batch_size: new records a step.
-        micro_batch_size: rows of one pass through the model, to bound memory; what is learnt and
-            charged does not change, up to rounding.
-        seed: of everything but private noise.
-        device: where records and model live.
+        strategy: strategy against forgetting.
+        optimizer: function from parameters to a torch optimiser that needs one gradient per step.
+        scheduler: called as scheduler(optimizer, steps=number of steps) at the start of an
+            experience; it returns a schedule, which is updated after every step. None for a
+            constant rate. Every experience starts from the learning rate of `optimizer`.
+        epochs: number of passes over the records of an experience; give this or `iterations`.
+        iterations: number of steps in an experience.
+        blocks: number of blocks in an experience; each is one charge in the ledger, and ends with a
+            checkpoint (in a federation: with a round). With one block per experience, in pieces
+            (`perdure.data.online`) and without privacy, checkpoints are made at evaluations.
+        evaluate_every: in a stage of several experiences, evaluate the model also after every so
+            many experiences (`progress`); None to evaluate at the end of each stage only.
+        batch_size: number of new records per step.
+        micro_batch_size: number of rows in one pass through the model, to limit memory; results and
+            charges do not change, up to rounding.
+        seed: seed of all random numbers except private noise.
+        device: device of records and model.
         privacy: None, or record-level differential privacy.
         adversary: an attack applied to every batch before its gradient (adversarial training).
         views: random versions of every record, averaged inside its loss (augmentation).
-        precision: of the passes through the model while training; parameters, norms and sums stay
-            in float32.
-        reset_optimizer: begin every experience with a fresh optimiser.
+        precision: precision of the passes through the model in training; parameters, norms and sums
+            stay in float32.
+        reset_optimizer: start every experience with a new optimiser.
         callbacks: called as callback(point, learner).
-        client: number of the party, 0 when there is only one.
-        owner: its name in the ledger; where none is given, a federation names client-N.
-        folder: where checkpoints, ledger and keys are kept; None to keep nothing on disk. In a
-            federation give the folder to `fit_federated` instead.
-        warm_start: take a model that a learner has trained before, and go on from it. Under privacy
-            what was spent on it is charged to the new ledger too.
-        make_private_sum: makes what answers under privacy; for audits (`perdure.testing.replay`).
+        client: number of the party; 0 if there is only one.
+        owner: name of the party in the ledger; a federation uses client-N if there is none.
+        folder: folder for checkpoints, ledger and keys; None to write no files. In a federation
+            give the folder to `fit_federated` instead.
+        warm_start: continue from a model that a learner has trained before. Under privacy its
+            earlier cost is charged to the new ledger, too.
+        make_private_sum: function that makes the private sum; for audits
+            (`perdure.testing.replay`).
     """
 
     model: nn.Module
@@ -180,8 +180,8 @@ class Learner:
             LedgerError: when the folder's ledger is missing, shorter or other than its checkpoint
                 knows.
             PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
-            RunError: when the folder is in use, or its checkpoint is of a run that was asked for
-                otherwise; the differences are named.
+            RunError: when the folder is in use, or its checkpoint is of a run with other settings;
+                the message names the differences.
         """
         check_stream(stream)
         check_streams([stream], training=bool(self.privacy))
@@ -337,7 +337,7 @@ class Learner:
     def checkpoint(self) -> Snapshot:
         """Snapshot for the disk: with the run's fingerprint and, under privacy, the ledger's head.
 
-        So its folder is neither taken for that of another run, nor used without its ledger.
+        With these two, a folder of another run, or a folder without its ledger, is refused.
         """
         return checkpoint_of(self.snapshot(), self.session, self.fingerprint)
 
@@ -473,7 +473,7 @@ class Learner:
 
     def _rewind(self, snapshot: Snapshot) -> None:
         """Take a snapshot's progress, and its schedule at the first step."""
-        self.progress = [(index, list(row)) for index, row in snapshot.facts[PROGRESS]]
+        self.progress = [(index, list(row)) for index, row in snapshot.facts.get(PROGRESS, ())]
         self._rates = None
         self._scheduler = None
         if snapshot.facts["scheduler"]:

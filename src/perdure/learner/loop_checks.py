@@ -190,7 +190,9 @@ class StepOrder:
         """
         if self._watched:
             self._hooks = [
-                value.register_post_accumulate_grad_hook(_refuse_accumulated)
+                value.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _refuse_accumulated
+                )
                 for value in trained.values()
             ]
 

@@ -24,8 +24,9 @@ ATTRIBUTE = "_perdure_training"
 EARLIER = ", earlier"
 """Added to the name of an older partition that now stands for other records."""
 START_BARE = (
-    "if that is intended, load its weights into a new model (new.load_state_dict(...)): they start "
-    "without a history, and the statement says so"
+    "so no ledger counts what that training revealed; use an untrained model. To accept this, "
+    "load the weights into a new model (new.load_state_dict(...)): the printed epsilon then says "
+    "'training before this ledger not counted'"
 )
 
 
@@ -132,8 +133,8 @@ def refuse_trained(trainings: Sequence[Training], *, warm_start: bool) -> None:
         raise ConfigError.of(
             "model",
             f"one that a learner has trained already ({told})",
-            "an untrained one, or Learner(warm_start=True), which goes on from it and carries over "
-            "what was spent",
+            "an untrained model, or Learner(warm_start=True), which continues from it and keeps "
+            "the earlier cost",
         )
 
 
@@ -148,7 +149,7 @@ def refuse_unreplaced(trainings: Sequence[Training], folder: object) -> None:
         raise ConfigError.of(
             "model",
             f"one that a learner has trained already ({told})",
-            f"resume(), which puts the checkpoint of {folder} in its place, or an untrained model",
+            f"resume(), which loads the checkpoint of {folder}, or an untrained model",
         )
 
 
@@ -172,8 +173,8 @@ def history_of(
             raise PrivacyError(f"the model was {training.uncounted}; {START_BARE}")
         if training.simulated and not simulated:
             raise PrivacyError(
-                "the model was trained with simulated noise, which hides nothing; train a new "
-                "model with secret noise"
+                "the model was trained with simulated noise, which protects no record; train a "
+                "new model with secret noise"
             )
         account = Account()
         account.sizes |= training.sizes

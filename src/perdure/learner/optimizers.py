@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from perdure.errors import ConfigError
@@ -35,17 +35,27 @@ def called(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> Optimizer
         ) from error
 
 
-def refuse_unusable(optimizer: Optimizer) -> None:
+def refuse_unusable(optimizer: object) -> None:
     """Refuse an optimiser that the loop cannot step.
 
     Raises:
-        ConfigError: where it asks for losses again inside a step, or for gradients of another kind.
+        ConfigError: for another object, and for an optimiser that asks for losses again inside a
+            step, or for gradients of another kind, or has options that are tensors, which no
+            checkpoint holds.
     """
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError.of("optimizer(parameters)", name, "a torch.optim.Optimizer; return one")
+    for group in optimizer.param_groups:
+        for option, value in group.items():
+            if isinstance(value, Tensor):
+                allowed = f"a number, {float(value)}"
+                raise ConfigError.of(f"optimizer option {option}", value, allowed)
     again = needs_argument(optimizer.step) or hasattr(optimizer, "first_step")
     if again or isinstance(optimizer, SparseAdam):
         raise ConfigError.of(
             "optimizer",
-            type(optimizer).__name__,
+            name,
             "an optimiser that needs one dense gradient a step, such as SGD or Adam",
         )
 
@@ -58,16 +68,13 @@ def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
             parameters.
     """
     made = called(make, params.values())  # type: ignore[arg-type]
-    name = type(made).__name__
-    if not isinstance(made, Optimizer):
-        raise ConfigError.of("optimizer(parameters)", name, "a torch.optim.Optimizer; return one")
     refuse_unusable(made)
     own = {id(value) for value in params.values()}
     held = {id(value) for group in made.param_groups for value in group["params"]}
     if own and not own & held:  # a model without parameters has any optimiser
         raise ConfigError.of(
             "optimizer",
-            f"{name} of other parameters",
+            f"{type(made).__name__} of other parameters",
             f"one of the parameters that it is called with, such as {EXAMPLE}",
         )
     return made
@@ -81,7 +88,7 @@ def step_optimizer(optimizer: Optimizer) -> None:
     """
     try:
         optimizer.step()
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
             raise
         raise ConfigError(

@@ -9,8 +9,8 @@ from torch import nn
 
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
-from perdure.data.records import Records
-from perdure.errors import BudgetError, DataError, GuardError
+from perdure.data.records import Records, Spent
+from perdure.errors import BudgetError, DataError, GuardError, PrivacyError
 from perdure.learner.folder_claims import (
     LEDGER,
     checkpoint_anchors,
@@ -24,7 +24,7 @@ from perdure.learner.model_history import Carried, History
 from perdure.learner.optimizers import MakeOptimizer, called
 from perdure.planning.budget import elsewhere, planned, scheduled, targets
 from perdure.planning.kept_noise import KeptNoise
-from perdure.planning.training_plan import TrainingPlan
+from perdure.planning.training_plan import TrainingPlan, charge_of
 from perdure.privacy.accounting.charges import bounding, merged
 from perdure.privacy.answers import Answers
 from perdure.privacy.guard.independence import Independence, foreign_rules
@@ -157,6 +157,11 @@ def charge_before(
         for partition in own
         for charge in merged(privacy.spent)
     ]
+    spent += [
+        released_before(each, partition, ledger.simulated)
+        for partition in own
+        for each in training.spent_by_records(partition)
+    ]
     earlier = carried_entries(carried, ledger.simulated)
     for entry in earlier:
         if own.keys().isdisjoint(entry.scope):
@@ -168,6 +173,21 @@ def charge_before(
     # After the grant, which contains them: a partition may have come after an earlier grant.
     for entry in [*spent, *earlier]:
         ledger.charge(entry)
+
+
+def released_before(spent: Spent, partition: str, simulated: bool) -> Entry:
+    """Ledger entry of a release that a partition's records were exposed to, as they carry it.
+
+    Raises:
+        PrivacyError: where that release was a simulation, and this ledger is none.
+    """
+    if spent.simulated and not simulated:
+        raise PrivacyError(
+            f"records of {partition!r} carry a release with simulated noise, and this run's noise "
+            "is secret; release their constants without a seed, or give Privacy(seed=...) too"
+        )
+    entry = elsewhere(charge_of(spent), partition, simulated, independence="by construction")
+    return replace(entry, start=spent.entry)
 
 
 def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[str, Carried]:
@@ -240,8 +260,7 @@ def inspect(inspection: Inspection) -> Verdict:
     refuse_records_in_two_partitions([stream])
     if strategy.couples_records:
         raise GuardError(
-            f"{strategy.name} couples the records of a batch in its loss; use a strategy that does "
-            "not"
+            f"{strategy.name} couples the records of a batch in its loss; use another strategy"
         )
     check_model(inspection.model)
     refuse_outside(stream)
@@ -293,7 +312,8 @@ def warn_of_delta(delta: float, records: int) -> None:
     if delta * records >= 1:
         warnings.warn(
             f"privacy.delta = {delta:g} is not below 1 / {records}, the declared number of "
-            f"records: it allows to publish whole records; give, say, delta={0.1 / records:.1g}",
+            "records, so a mechanism that publishes whole records would be allowed; give for "
+            f"example delta={0.1 / records:.1g}",
             stacklevel=2,
         )
 
@@ -306,21 +326,22 @@ def refuse_places(stream: Stream) -> None:
     """
     if stream.assigned_by_record is None:
         raise GuardError(
-            f"stream {stream.name} does not say how its records were placed; write "
-            "Stream(..., assigned_by_record=True) if the place of a record follows from the record "
-            "and public facts alone, whatever other records there are"
+            f"stream {stream.name} has assigned_by_record=None, so the rule that chose the "
+            "experience of each record is not known; write Stream(..., assigned_by_record=True) "
+            "if this rule uses only the record itself and public facts"
         )
     if not stream.assigned_by_record:
         by_position = any(experience.train.ids_by_position for experience in stream)
         fix = (
-            "give Records(ids=...) of their own, int64 numbers that stay with a record whatever "
-            "other records there are, such as a hash of a patient's number, and build it"
+            "give the records ids of their own with Records(ids=...), such as a hash of a "
+            "patient's number (int64 numbers that do not depend on other records), and build the "
+            "stream"
             if by_position
-            else "build it"
+            else "build the stream"
         )
         raise GuardError(
-            f"stream {stream.name} places records by their position among others, so one record "
-            f"moves others between clients or between experiences; {fix} with exact=False and a "
+            f"in stream {stream.name} the experience or client of a record depends on other "
+            f"records, so adding one record moves others; {fix} with exact=False and a "
             "declared_size"
         )
 
@@ -340,7 +361,7 @@ def refuse_outside(stream: Stream) -> None:
         ):
             raise DataError(
                 f"experience {experience.index} has records outside the declared {records.domain}; "
-                "clamp the inputs to it, or declare a wider one"
+                "clamp the inputs to the domain, or declare a wider domain"
             )
 
 

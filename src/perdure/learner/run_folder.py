@@ -1,6 +1,5 @@
 """Checkpoints of a run: a snapshot with the run's fingerprint and its ledger's head."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from torch.optim import Optimizer
@@ -57,13 +56,16 @@ def restore_checkpoint(
         LedgerError: when the ledger does not go on from the one that the checkpoint knows.
         RunError: when the run was asked for otherwise; the differences are named.
     """
-    facts: Mapping[str, object] = dict(checkpoint.facts)
+    facts = dict(checkpoint.facts)
     fix = "give these as stored, or another folder"
     refuse_other_run(fingerprint, facts.get(RUN), where=where, fix=fix)
     if party.private_sum is not None:
         anchor = anchor_of(facts)
         if anchor is None:
-            raise LedgerError(f"the checkpoint in {where} knows no ledger; give another folder")
+            raise LedgerError(
+                f"the checkpoint in {where} was saved by a run without a privacy "
+                "ledger; give another folder"
+            )
         party.private_sum.ledger.chain.require(anchor)
     return restore_snapshot(checkpoint, party, optimizer, scheduler, of_the_run=True)
 

@@ -45,21 +45,26 @@ def refuse_misfits(
     """
     refuse_attack(adversary, stream)
     refuse_trivial(training)
-    refuse_outputs(model, stream)
+    refuse_outputs(model, stream, trained=training.of(stream[0]).train)
     if views is not None:
         _refuse_views(views, model, stream)
 
 
-def refuse_outputs(model: nn.Module, stream: Stream) -> None:
+def refuse_outputs(model: nn.Module, stream: Stream, *, trained: bool) -> None:
     """Refuse a model that fails on a stream's rows, or has not the outputs of its task.
 
     It is shown two rows of zeros.
+
+    Args:
+        model: in any mode.
+        stream: of its records.
+        trained: whether its parameters follow gradients.
     """
     rows = torch.zeros_like(stream[0].train.inputs[:2])
     if not len(rows):
         return
     given = f"{len(rows)} rows of {tuple(rows.shape[1:])} in {str(rows.dtype)[6:]}"
-    with torch.no_grad(), evaluating(model):
+    with torch.enable_grad(), evaluating(model):
         try:
             answer: object = model(rows)
         except PerdureError:
@@ -90,6 +95,12 @@ def refuse_outputs(model: nn.Module, stream: Stream) -> None:
             shape[-1] if fits else f"{shape} for {given}",
             f"{width}: one for every class (num_classes=stream.num_classes)"
             + ("" if fits else f", {allowed}, one row for every record"),
+        )
+    learns = any(value.requires_grad for value in model.parameters())
+    if trained and learns and not answer.requires_grad:
+        raise ConfigError(
+            "outputs of the model do not depend on its parameters, so that nothing would be "
+            "learnt; allowed: a forward pass without torch.no_grad(), inference_mode() and detach()"
         )
 
 
@@ -155,8 +166,9 @@ def refuse_second_ledger(position: Position) -> None:
     """Refuse to begin a ledger anew for a model that private records have trained already."""
     if position != Position():
         raise PrivacyError(
-            "this Learner has spent on this model; make a new one of both, give it a folder, or go "
-            "on with warm_start=True, which carries over what was spent"
+            "this Learner has already trained this model with privacy, and a new ledger would "
+            "forget that cost; make a new Learner and a new model, give the Learner a folder, or "
+            "use warm_start=True, which keeps the earlier cost"
         )
 
 
@@ -164,7 +176,9 @@ def require_state(hook: str, strategy: Strategy, answer: object) -> State:
     """The answer of a hook that has to return a state."""
     if not isinstance(answer, State):
         given = f"{hook}() of {strategy.name} returned {answer!r}"
-        raise StrategyError(f"{given}; allowed: a State; end it with return state.replace(...)")
+        raise StrategyError(
+            f"{given}; allowed: a State; end the hook with return state.replace(...)"
+        )
     return answer
 
 

@@ -36,7 +36,7 @@ from perdure.utils.modules import begin_training
 
 @dataclass(kw_only=True, eq=False)
 class Session(Party):
-    """A model, a strategy and a stream for a training loop of your own.
+    """Model, strategy and stream for your own training loop.
 
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> session = Session(model=model, strategy=strategy, stream=stream, optimizer=optimizer,
@@ -49,51 +49,52 @@ class Session(Party):
     ...             session.after_step()
     ...     print(session.evaluate())
 
-    A `Learner` with the same settings ends with the same parameters to the bit.
+    A `Learner` with the same settings gives bit-identical parameters.
 
-    Guarantee: under privacy a record influences the model through releases alone, each charged
-    before its noise is drawn. The loop is handed batches that hide their records.
+    Guarantee: under privacy a record influences the model only through releases, each charged
+    before its noise is drawn. The batches of the loop do not show their records.
 
     Args:
         model: any module with a full-width head.
-        strategy: how forgetting is fought.
-        stream: experiences, in the order in which they are trained.
-        optimizer: made from `model.parameters()`; it needs one gradient a step. Another may be set
-            between two experiences. None only for a program that calls the session's parts itself,
-            as `Learner` does.
-        epochs: length of an experience in passes over its records; give this or `iterations`.
-        iterations: length of an experience in steps.
-        blocks: pieces of an experience; each is charged to the ledger as one.
-        batch_size: new records a step.
+        strategy: strategy against forgetting.
+        stream: experiences in the order of training.
+        optimizer: optimiser of `model.parameters()` that needs one gradient per step. Another one
+            may be set between two experiences. None only for a program that calls the parts of the
+            session itself, as `Learner` does.
+        epochs: number of passes over the records of an experience; give this or `iterations`.
+        iterations: number of steps in an experience.
+        blocks: number of blocks in an experience; each block is one charge in the ledger.
+        batch_size: number of new records per step.
         privacy: None, or record-level differential privacy.
-        seed: of everything but private noise.
-        client: number of the party, 0 when there is only one.
-        owner: its name in the ledger.
-        folder: where checkpoints, ledger and keys are kept, locked from now on; None for none. A
-            session over a folder goes on after the last experience that was completed there.
-        device: where records and model live.
-        micro_batch_size: rows of one pass through the model; None for a whole batch.
-        precision: of the passes through the model while training.
+        seed: seed of all random numbers except private noise.
+        client: number of the party; 0 if there is only one.
+        owner: name of the party in the ledger.
+        folder: folder for checkpoints, ledger and keys, which the session locks; None for no files.
+            A session with the folder of an earlier run continues after its last completed
+            experience.
+        device: device of records and model.
+        micro_batch_size: number of rows in one pass through the model; None for a whole batch.
+        precision: precision of the passes through the model in training.
         adversary: attack applied to every batch before its gradient.
         views: random versions of every record, averaged inside its loss.
-        initial: values of the model that a strategy which starts afresh goes back to; None for the
-            present ones.
-        notify: called with the name of every point of the loop.
-        warm_start: take a model that was trained before, and carry over what that has cost.
-        trained_by: why no ledger of this session counts what its model learns, such as a
-            federation whose clients do; "" for itself.
-        make_private_sum: makes what answers under privacy; an audit gives its own.
+        initial: initial values of the model, for strategies that train from the start again; None
+            for the present values.
+        notify: function that is called with the name of every point of the loop.
+        warm_start: continue from a model that was trained before, and charge its earlier cost, too.
+        trained_by: reason why the ledger of this session does not count the training, such as a
+            federation whose clients count it; "" if it does.
+        make_private_sum: function that makes the private sum; for audits.
 
     Raises:
-        ConfigError: for an argument that is not allowed, a model whose outputs are not those of
-            the task, one that was trained before without `warm_start`, or records of a task that
-            the strategy does not serve.
-        GuardError: under privacy, for a model, strategy or optimiser that breaks the sensitivity
-            bound.
-        BudgetError: when the training plan does not fit the budget.
-        LedgerError: when the folder's ledger is missing, shorter or other than the folder knows.
-        PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
-        RunError: when the folder is in use, or holds another run.
+        ConfigError: if an argument is not allowed, if the outputs of the model do not fit the task,
+            if the model was trained before without `warm_start`, or if the strategy does not
+            support the task of the records.
+        GuardError: under privacy, if a model, strategy or optimiser breaks the sensitivity bound.
+        BudgetError: if the training plan does not fit the budget.
+        LedgerError: if the ledger of the folder is missing, or shorter or other than its recorded
+            heads.
+        PrivacyError: if the run of the folder has privacy and this one has none, or the reverse.
+        RunError: if the folder is in use, or has another run.
     """
 
     optimizer: Optimizer | None = None

@@ -3,8 +3,8 @@
 Import a function that makes a model of vectors and images (`mlp`, `cnn`, `resnet18`,
 `transformer`, or `build` for a `ModelConfig`) or of sequences (`lstm`, `gru`, `decoder`), `wrap`
 for a model of another library or of your own, `low_rank` for adapters on any model, a fixed feature
-extractor (`frozen` with `Scattering` or `RandomConvolutions`), or what goes on top of a frozen
-transformer (`prompted`, `composed`, `adapted`).
+extractor (`frozen` with `Scattering` or `RandomConvolutions`), or a model on a frozen transformer
+(`prompted`, `composed`, `adapted`).
 """
 
 from perdure.models.bodies import LARGEST_GROUP_COUNT

@@ -16,16 +16,16 @@ HEADS: dict[Head, Callable[[int, int], nn.Linear | CosineHead]] = {
 
 
 class Classifier(nn.Module):
-    """A body that makes features and a head over all classes: forward(x) = head(features(x)).
+    """Classifier with a body for features and a head over all classes: head(features(x)).
 
     Args:
-        body: (n, ...) to (n, feature_size).
+        body: module from inputs (n, ...) to features (n, feature_size).
         feature_size: length of one feature vector.
         num_classes: full width of the head, public and fixed in advance.
-        head: linear, or cosine (see `perdure.models.cosine_head.CosineHead`).
+        head: `linear` or `cosine` (see `perdure.models.cosine_head.CosineHead`).
 
     Raises:
-        ConfigError: for an unknown head.
+        ConfigError: if the head is not known.
     """
 
     def __init__(

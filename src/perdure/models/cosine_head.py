@@ -18,11 +18,11 @@ SHORTEST = 1e-6
 
 
 class CosineHead(nn.Module):
-    """Logits eta <f / |f|, w_c / |w_c|> of features f, with eta learnt, and no bias.
+    """Head with logits eta <f / |f|, w_c / |w_c|> of features f; eta is learnt, no bias.
 
     Args:
         in_features: length of f.
-        out_features: rows w_c, all classes that there will ever be.
+        out_features: number of rows w_c, which is the number of all classes of the stream.
 
     Source: Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via
     Rebalancing, CVPR 2019, section 3.2, equation 4.
@@ -51,12 +51,12 @@ class CosineHead(nn.Module):
 
 
 def cosines(features: Tensor, weight: Tensor) -> Tensor:
-    """(..., C) cosines of the angles between features (..., f) and the rows of weight (C, f)."""
+    """Cosines (..., C) of the angles between features (..., f) and the rows of weight (C, f)."""
     return directions(features) @ directions(weight).mT
 
 
 def directions(vectors: Tensor) -> Tensor:
-    """Vectors (..., f) divided by their length."""
+    """Divide vectors (..., f) by their length."""
     return vectors * reciprocal_lengths(vectors)
 
 

@@ -24,7 +24,7 @@ _RUNNING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNo
 
 
 class Fixed(nn.Module):
-    """Transform without parameters, as a module for `nn.Sequential`."""
+    """Module that applies a transform without parameters, for `nn.Sequential`."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
@@ -42,11 +42,11 @@ class Fixed(nn.Module):
 class FixedNorm(nn.Module):
     """Normalisation by running statistics, as in evaluation mode.
 
-    One scale and one shift a channel.
+    There is one scale and one shift per channel.
 
     scale = weight / sqrt(running_var + eps),    shift = bias - scale * running_mean
 
-    Guarantee: row i of the result is a fixed function of row i, and nothing moves.
+    Guarantee: row i of the result is a fixed function of row i, and no statistic changes.
 
     Args:
         norm: a BatchNorm or InstanceNorm with running statistics.
@@ -72,17 +72,17 @@ class FixedNorm(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A module or transform as a body (n, ...) -> (n, feature_size) that nothing trains.
+    """Body (n, ...) -> (n, feature_size) from a module or transform, without trainable parameters.
 
-    Parameters become buffers, which stay out of `state_dict`, and so out of checkpoints and
-    messages; BatchNorm with its running statistics becomes the scale and shift that it is in
-    evaluation mode. The module given is left as it is.
+    Parameters become buffers that are not in `state_dict`, and so not in checkpoints and messages.
+    BatchNorm with running statistics is replaced by its scale and shift in evaluation mode. The
+    given module is not changed.
 
     Guarantee: row i of the result is a fixed function of row i, if the module in evaluation mode
     is.
 
     Raises:
-        ConfigError: for a BatchNorm without running statistics, which has no evaluation mode.
+        ConfigError: if a BatchNorm has no running statistics, because it mixes records.
     """
 
     def __init__(self, features: nn.Module | Transform) -> None:
@@ -110,7 +110,7 @@ def without_statistics(module: nn.Module) -> nn.Module:
         return FixedNorm(module)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         raise ConfigError(
-            f"features hold {module}, which mixes records; give it running statistics, or "
+            f"the features contain {module}, which mixes records; give it running statistics, or "
             "use GroupNorm"
         )
     for name, child in module.named_children():
@@ -144,11 +144,11 @@ def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError.of(
-            "input_shape", input_shape, f"a shape that the features take ({reason})"
+            "input_shape", input_shape, f"a shape that the features can use ({reason})"
         ) from error
     if len(shape) != 2 or shape[0] != 2 or not shape[1]:
         raise ConfigError(
-            f"features of two inputs have shape {shape}; allowed: one row a record, (2, "
+            f"the features of two inputs have shape {shape}; allowed: one row per record, (2, "
             "feature_size)"
         )
     return int(shape[1])
@@ -170,18 +170,19 @@ def frozen(
         frozen(backbone, input_shape=(3, 224, 224), num_classes=10)
 
     Guarantee: the features do not depend on the records of the stream, and no step, round or
-    checkpoint changes them. Training of a backbone elsewhere, on other records, is not accounted.
+    checkpoint changes them. The earlier training of a backbone, on other records, is not counted in
+    any ledger.
 
     Args:
-        features: (n, ...) to (n, ...), row by row; flattened. A module is copied and put into
-            evaluation mode.
-        input_shape: of one input.
+        features: module or function from (n, ...) to (n, ...), row by row; its output is flattened.
+            A module is copied and put into evaluation mode.
+        input_shape: shape of one input.
         num_classes: full width of the head.
-        seed: of the head's initialisation.
-        head: linear, or cosine.
+        seed: seed of the head's initial parameters.
+        head: `linear` or `cosine`.
 
     Raises:
-        ConfigError: when the features do not take that input, or mix records.
+        ConfigError: if the features cannot use this input, or mix records.
     """
     if num_classes < 1:
         raise ConfigError.of("num_classes", num_classes, "whole numbers from 1")

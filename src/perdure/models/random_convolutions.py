@@ -15,7 +15,9 @@ from perdure.utils.seeding import generator
 
 
 class RandomConvolutions(nn.Module):
-    """Responses to random filters, both signs apart, averaged over squares of pixels.
+    """Features of images: responses to random filters, averaged over squares of pixels.
+
+    Positive and negative responses are separate channels.
 
     Guarantee: row i of the result is a fixed function of image i alone; the filters are drawn from
     the seed, do not depend on any record, and no training changes them.
@@ -24,17 +26,17 @@ class RandomConvolutions(nn.Module):
     torch.Size([2, 256, 4, 4])
 
     Args:
-        channels: of the images.
-        filters: how many; each gives two channels.
+        channels: number of channels of the images.
+        filters: number of filters; each gives two channels.
         size: side of a filter in pixels, odd.
-        pool: side of the squares in pixels; rows and columns left over are cut.
-        smoothing: standard deviation in pixels of the Gaussian that filters are smoothed with; 0
-            for none.
-        root: take the square root of every average, which evens out its spread.
-        seed: of the filters.
+        pool: side of the squares in pixels; remaining rows and columns are not used.
+        smoothing: standard deviation of the Gaussian that smooths the filters, in pixels; 0 for
+            none.
+        root: take the square root of every average, so that their variances are more similar.
+        seed: seed of the filters.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: if an argument is not allowed.
 
     Source: Jarrett, Kavukcuoglu, Ranzato and LeCun 2009, "What is the best multi-stage architecture
     for object recognition?" (random filters, rectification, average pooling).
@@ -107,10 +109,10 @@ def random_filters(
 
     Args:
         filters: number of filters.
-        channels: of the image.
+        channels: number of channels of the image.
         size: height and width of a filter.
         smoothing: standard deviation of the blur, in pixels.
-        place: generator of the noise.
+        place: random generator of the noise.
 
     Returns:
         (filters, channels, size, size) float32.

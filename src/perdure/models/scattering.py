@@ -34,10 +34,10 @@ CUT = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Scattering(CheckedFields):
-    """Scattering transform of second order.
+    """Scattering transform of second order, as fixed features of images.
 
-    Guarantee: row i of the result is a fixed function of image i alone, so it adds nothing to what
-    a record costs. The features of private records are themselves private records.
+    Guarantee: row i of the result is a fixed function of image i alone, so it adds no privacy cost.
+    The features of private records are also private.
 
     >>> Scattering()(torch.rand(2, 1, 28, 28)).shape
     torch.Size([2, 81, 7, 7])

@@ -12,14 +12,15 @@ from perdure.utils.seeding import derive, seeded
 
 
 class Generative(Classifier):
-    """A classifier with a variational autoencoder beside it; the two share no parameter.
+    """Classifier together with a variational autoencoder; the two share no parameter.
 
     Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, with fully connected layers on
     the flattened input.
 
     Args:
-        classifier: whose body and head these are from now on; they keep their names.
-        input_shape: of one input, whose numbers lie in [0, 1].
+        classifier: classifier whose body and head become parts of this model; parameters keep their
+            names.
+        input_shape: shape of one input, with numbers in [0, 1].
         latent: length of a latent vector.
         hidden: units of each hidden layer of the encoder, and of the decoder.
     """
@@ -72,19 +73,19 @@ def generative(
     hidden: tuple[int, ...] = (400, 400),
     seed: int = 0,
 ) -> Generative:
-    """Put a generator beside a classifier, which keeps its parameters and their names.
+    """Add a generator to a classifier; the parameters of the classifier keep their names.
 
         generative(mlp(input_shape=(1, 28, 28), num_classes=10, seed=0), input_shape=(1, 28, 28))
 
     Args:
-        classifier: becomes a part of the model, not a copy of it.
-        input_shape: of one input, whose numbers lie in [0, 1].
+        classifier: classifier that becomes a part of the model (it is not copied).
+        input_shape: shape of one input, with numbers in [0, 1].
         latent: length of a latent vector.
         hidden: units of each hidden layer of the encoder; the decoder mirrors them.
-        seed: of the generator's initialisation.
+        seed: seed of the generator's initial parameters.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: if an argument is not allowed.
     """
     if latent < 1:
         raise ConfigError.of("latent", latent, "whole numbers from 1")

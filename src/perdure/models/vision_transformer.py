@@ -123,21 +123,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A body (n, ...) -> (n, width): the class token's last state.
+    """Vision transformer as a body (n, ...) -> (n, width).
 
-    Its weights are stored by `safetensors.torch.save_file(body.state_dict(), path)` and read by
-    `body.load_state_dict(safetensors.torch.load_file(path))`; those of timm by `from_timm`.
+    The features are the last state of the class token. The weights are stored by
+    `safetensors.torch.save_file(body.state_dict(), path)` and read by
+    `body.load_state_dict(safetensors.torch.load_file(path))`; `from_timm` reads weights of timm.
 
     Args:
         input_shape: (channels, height, width), cut into squares, or (features,), cut into runs.
-        patch: side of a square, length of a run.
-        width: of a token.
-        depth: blocks.
-        heads: of every attention.
-        hidden: units of every block's perceptron; None for 4 times the width.
+        patch: side of a square, or length of a run.
+        width: length of a token.
+        depth: number of blocks.
+        heads: number of heads of each attention.
+        hidden: number of hidden units of each block's perceptron; None for 4 times the width.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed.
     """
 
     def __init__(
@@ -216,15 +217,15 @@ def transformer(
     Args:
         input_shape: of one image, (channels, height, width).
         num_classes: full width of the head.
-        seed: of the initialisation.
+        seed: seed of the initial parameters.
         patch: side of a patch in pixels; it divides height and width.
         width: length of a token.
         depth: number of blocks.
-        heads: of the attention; a divisor of `width`.
-        hidden: units of every block's perceptron; None for 4 times the width.
+        heads: number of attention heads; a divisor of `width`.
+        hidden: number of hidden units of each block's perceptron; None for 4 times the width.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed.
 
     >>> transformer(input_shape=(1, 8, 8), num_classes=10, seed=0).feature_size
     64
@@ -244,9 +245,9 @@ def transformer(
 
 
 def tiny(input_shape: Sequence[int]) -> Transformer:
-    """One block of 16 numbers a token, the same every time, for checks.
+    """Make a small transformer for checks: one block, tokens of 16 numbers, always the same.
 
-    Patches are as large as they may be.
+    Patches are as large as possible.
     """
     patch = math.gcd(*input_shape[-2:])
     body = transformer(
@@ -286,18 +287,18 @@ _OF_BLOCK = {
 
 
 def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Transformer:
-    """Make a transformer of the weights of timm's `vit_*` models, which the user has.
+    """Make a transformer from weights of a `vit_*` model of timm.
 
         backbone = from_timm("vit_base_patch16_224.safetensors", heads=12)
 
-    A head among the weights is left out.
+    The weights of a head are not used.
 
     Args:
-        weights: a file of safetensors, or tensors by name, with the names and shapes of timm.
-        heads: of every attention, which the weights do not tell.
+        weights: file of safetensors, or tensors by name, with the names and shapes of timm.
+        heads: number of heads of each attention; the weights do not contain it.
 
     Raises:
-        ConfigError: for a file that cannot be read, and for weights of another architecture.
+        ConfigError: if the file cannot be read, or the weights have another architecture.
     """
     given = dict(weights) if isinstance(weights, Mapping) else _read(Path(weights))
     given = {name: value for name, value in given.items() if not name.startswith("head.")}
@@ -305,12 +306,14 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
         named, used = _renamed(given)
     except KeyError as missing:
         raise ConfigError(
-            f"weights have no {missing}; allowed: those of a plain vit_* model of timm"
+            f"the weights have no entry {missing}; allowed: the weights of a plain vit_* model of "
+            "timm"
         ) from None
     if given.keys() - used:
         found = ", ".join(sorted(given.keys() - used)[:3])
         raise ConfigError(
-            f"weights hold {found}, which has no place here; allowed: those of a plain vit_* model"
+            f"the weights have an entry {found}, which this model does not use; allowed: the "
+            "weights of a plain vit_* model"
         )
     width, channels, patch, _ = given["patch_embed.proj.weight"].shape
     side = patch * math.isqrt(len(named["positions.weight"]) - 1)
@@ -327,7 +330,8 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"weights do not fit ({reason}); allowed: those of a plain vit_* model of timm"
+            f"the weights do not fit ({reason}); allowed: the weights of a plain vit_* model of "
+            "timm"
         ) from None
     return model
 

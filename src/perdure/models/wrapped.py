@@ -22,17 +22,15 @@ Caught = list[tuple[Tensor, Tensor]]
 
 
 class Wrapped(nn.Module):
-    """A model that is called with one tensor and returns one; `wrap` makes it.
+    """Model with one tensor as input and one as output, made from any module by `wrap`.
 
-    The parameters are those of the model, under names that begin with `model.`.
+    Its parameters are the parameters of the module, with names that begin with `model.`.
 
     Args:
         model: any module.
-        output: which part of its answer is the output; None for the answer itself.
-        layer: name of the layer whose features are caught; "" for none.
-        entering: True for what enters that layer, False for what leaves it.
-        feature_size: length of one feature vector; 0 without features.
-        input_name: keyword that the inputs are passed by; "" for the first argument.
+        output: key, name or position of the output in the returned value; None for the returned
+            value itself.
+        input_name: keyword argument for the inputs; "" for the first argument.
         padding: token id that fills sequences; None for no mask.
     """
 
@@ -41,18 +39,12 @@ class Wrapped(nn.Module):
         model: nn.Module,
         *,
         output: str | int | None,
-        layer: str,
-        entering: bool,
-        feature_size: int,
         input_name: str,
         padding: int | None,
     ) -> None:
         super().__init__()
         self.model = model
         self.output = output
-        self.layer = layer
-        self.entering = entering
-        self.feature_size = feature_size
         self.input_name = input_name
         self.padding = padding
 
@@ -65,6 +57,55 @@ class Wrapped(nn.Module):
             return self._chosen(self.model(**{self.input_name: x}, **named))
         return self._chosen(self.model(x, **named))
 
+    def _chosen(self, answer: Any) -> Tensor:
+        """Part of the model's answer that is the output."""
+        chosen = answer
+        if self.output is not None:
+            by_place = isinstance(self.output, int) or isinstance(answer, Mapping)
+            try:
+                chosen = answer[self.output] if by_place else getattr(answer, str(self.output))
+            except (LookupError, AttributeError, TypeError):
+                chosen = None
+        if not isinstance(chosen, Tensor):
+            kind = type(answer).__name__
+            allowed = ", ".join(map(repr, outputs_in(answer))) or "a tensor, which there is none of"
+            raise ConfigError.of("output", self.output, f"of this {kind}: {allowed}")
+        return chosen
+
+    def extra_repr(self) -> str:
+        """Settings, for messages and for the digest of a run."""
+        return f"output={self.output!r}, input_name={self.input_name!r}, padding={self.padding}"
+
+
+class WrappedWithFeatures(Wrapped):
+    """A wrapped model whose features are caught at one of its layers.
+
+    Args:
+        model: see `Wrapped`.
+        output: see `Wrapped`.
+        input_name: see `Wrapped`.
+        padding: see `Wrapped`.
+        layer: name of the layer.
+        entering: True for what enters that layer, False for what leaves it.
+        feature_size: length of one feature vector.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        output: str | int | None,
+        input_name: str,
+        padding: int | None,
+        layer: str,
+        entering: bool,
+        feature_size: int,
+    ) -> None:
+        super().__init__(model, output=output, input_name=input_name, padding=padding)
+        self.layer = layer
+        self.entering = entering
+        self.feature_size = feature_size
+
     def features(self, x: Tensor) -> Tensor:
         """Feature vectors (n, feature_size) of inputs (n, ...), or (n, L, feature_size)."""
         return self.with_features(x)[1]
@@ -76,13 +117,8 @@ class Wrapped(nn.Module):
             x: inputs (n, ...).
 
         Raises:
-            ConfigError: where no features were named, or the layer does not give one row a record.
+            ConfigError: where the layer does not give one row a record.
         """
-        if not self.layer:
-            raise ConfigError(
-                "the model names no features; allowed: wrap(model, head=LAYER) for what enters a "
-                "layer, or wrap(model, features=LAYER) for what leaves one"
-            )
         caught: Caught = []
         layer = self.model.get_submodule(self.layer)
         # For this pass alone: a hook that stayed would be copied with the model.
@@ -121,27 +157,11 @@ class Wrapped(nn.Module):
             )
         return features
 
-    def _chosen(self, answer: Any) -> Tensor:
-        """Part of the model's answer that is the output."""
-        chosen = answer
-        if self.output is not None:
-            by_place = isinstance(self.output, int) or isinstance(answer, Mapping)
-            try:
-                chosen = answer[self.output] if by_place else getattr(answer, str(self.output))
-            except (LookupError, AttributeError, TypeError):
-                chosen = None
-        if not isinstance(chosen, Tensor):
-            kind = type(answer).__name__
-            allowed = ", ".join(map(repr, outputs_in(answer))) or "a tensor, which there is none of"
-            raise ConfigError.of("output", self.output, f"of this {kind}: {allowed}")
-        return chosen
-
     def extra_repr(self) -> str:
         """Settings, for messages and for the digest of a run."""
         return (
-            f"output={self.output!r}, layer={self.layer!r}, entering={self.entering}, "
-            f"feature_size={self.feature_size}, input_name={self.input_name!r}, "
-            f"padding={self.padding}"
+            f"{super().extra_repr()}, layer={self.layer!r}, entering={self.entering}, "
+            f"feature_size={self.feature_size}"
         )
 
 
@@ -155,7 +175,7 @@ def wrap(
     input_name: str | None = None,
     padding: int | None = None,
 ) -> Wrapped:
-    """Make a model out of any module: one tensor goes in, one comes out, with features if wanted.
+    """Make a model from any module: one tensor as input, one as output, and features if wanted.
 
         wrap(transformers.GPT2LMHeadModel(config), output="logits")
         wrap(transformers.BertForSequenceClassification(config), output="logits",
@@ -163,31 +183,34 @@ def wrap(
         wrap(torchvision.models.resnet18(num_classes=10), head="fc")
         wrap(my_module, output=0)                      # the first of a tuple
 
-    Features are what strategies such as iCaRL, SLDA or RanPAC work on: what enters the head. They
-    are caught in the pass that makes the outputs.
+    Strategies such as iCaRL, SLDA or RanPAC need features, the input of the head. They are taken in
+    the same pass as the outputs.
 
-    Guarantee: none is added. Under privacy the guard inspects the model as it does any other; the
-    rows of its outputs must depend on the records one by one.
+    Guarantee: none is added. Under privacy the guard checks the model like any other model; row i
+    of its outputs must depend on record i only.
 
     Args:
         model: any module; it is not copied.
-        output: key of a dict or `ModelOutput`, name of an attribute, or place in a tuple; None
-            where the model returns the tensor itself.
+        output: key of a dict or `ModelOutput`, name of an attribute, or position in a tuple; None
+            if the model returns the tensor itself.
         features: name of the layer whose output is the features, (n, feature_size), or
-            (n, L, feature_size) for one vector a token.
+            (n, L, feature_size) for one vector per token.
         head: name of the layer whose input is the features; give this or `features`.
-        feature_size: length of a feature vector; None where the layer tells.
-        input_name: keyword by which the model takes its inputs; None for its first argument.
-        padding: token id that fills sequences up: the model is then given
-            `attention_mask=(inputs != padding)`, 1 for a token and 0 for padding.
+        feature_size: length of a feature vector; None if it follows from the layer.
+        input_name: keyword argument of the model for its inputs; None for its first argument.
+        padding: token id that fills sequences; the model then gets `attention_mask=(inputs !=
+            padding)`, 1 for a token and 0 for padding.
+
+    Returns:
+        A `Wrapped` model; where a layer is named, one with `features`.
 
     Raises:
-        ConfigError: for a layer that the model does not have, or whose feature size is not known.
+        ConfigError: if the model has no such layer, or its feature size is not known.
 
     Example:
         >>> model = wrap(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), head="2")
-        >>> model.feature_size
-        8
+        >>> model.features(torch.zeros(5, 4)).shape
+        torch.Size([5, 8])
     """
     if not isinstance(model, nn.Module):
         raise ConfigError.of("model", model, "a torch.nn.Module")
@@ -203,19 +226,18 @@ def wrap(
         given = f"features = {features!r} and head = {head!r}"
         raise ConfigError(f"{given} both name a layer; allowed: one of them, or neither")
     layer = head if features is None else features
-    size = 0
-    if layer is not None:
-        where = "features" if head is None else "head"
-        found = _layer(model, layer, where)
-        size = feature_size or _size_at(found, layer, where)
-    return Wrapped(
+    if layer is None:
+        return Wrapped(model, output=output, input_name=input_name or "", padding=padding)
+    where = "features" if head is None else "head"
+    found = _layer(model, layer, where)
+    return WrappedWithFeatures(
         model,
         output=output,
-        layer=layer or "",
-        entering=head is not None,
-        feature_size=size,
         input_name=input_name or "",
         padding=padding,
+        layer=layer,
+        entering=head is not None,
+        feature_size=feature_size or _size_at(found, layer, where),
     )
 
 

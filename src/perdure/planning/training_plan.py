@@ -8,12 +8,18 @@ from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience, Stream
+from perdure.data.records import Spent
 from perdure.planning.exposure import exposure, pool_size, split_steps
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.private_sum import Schedule
 from perdure.privacy.settings import Privacy
 
 NOBODY: frozenset[str] = frozenset()
+
+
+def charge_of(spent: Spent) -> Charge:
+    """Return the charge of a release that all records were exposed to, once."""
+    return Charge(1.0, spent.noise_multiplier, 1, "grid-gaussian")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +56,19 @@ class TrainingPlan:
 
     def spent_before(self, partition: str) -> list[Charge]:
         """Return the charges of a partition's records before this plan."""
-        elsewhere = self.privacy.spent if self.privacy else ()
-        return [*elsewhere, *self.carried.get(partition, self.carried_at_most)]
+        if self.privacy is None:
+            return [*self.carried.get(partition, self.carried_at_most)]
+        before = (*self.privacy.spent, *map(charge_of, self.spent_by_records(partition)))
+        return [*before, *self.carried.get(partition, self.carried_at_most)]
+
+    def spent_by_records(self, partition: str) -> tuple[Spent, ...]:
+        """Return the releases that a partition's records were exposed to, as they carry them.
+
+        A partition that is still to come may hold records of any kind.
+        """
+        stages = [each.train for each in self.stream if each.train.partition == partition]
+        found = stages or [each.train for each in self.stream]
+        return tuple(dict.fromkeys(each for records in found for each in records.spent))
 
     def of(self, experience: Experience) -> Plan:
         """Return the strategy's plan of an experience.

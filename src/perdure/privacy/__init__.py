@@ -1,9 +1,10 @@
 """Differential privacy: releases of a curator, their noise, and the spent epsilon.
 
 Import `Privacy` for the settings of a learner, and `Adaptive` for clip norms that follow the
-gradients. `Ledger`, `Entry` and `Statement` record and state the privacy cost. Private sums are
-exact on a `Grid`. `check_model` refuses a model that cannot be trained privately; `fixes` and `fix`
-repair it. `from_opacus` continues a training of Opacus.
+gradients. `ReleasedScaling` buys constants to scale inputs with. `Ledger`, `Entry` and `Statement`
+record and state the privacy cost. Private sums are exact on a `Grid`. `check_model` refuses a model
+that cannot be trained privately; `fixes` and `fix` repair it. `from_opacus` continues a training of
+Opacus.
 """
 
 from perdure.privacy.adaptive_clipping import Adaptive
@@ -14,6 +15,7 @@ from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.opacus.migration import from_opacus
 from perdure.privacy.private_sum import PrivateSum
+from perdure.privacy.released_scaling import ReleasedScaling
 from perdure.privacy.settings import Privacy
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Ledger",
     "Privacy",
     "PrivateSum",
+    "ReleasedScaling",
     "Statement",
     "check_model",
     "fix",

@@ -4,9 +4,8 @@
     from perdure.tasks import Regression
     Records(inputs=x, labels=y, task=Regression())    # y: (n, k) float32
 
-`SingleLabel` is the default. Strategies, memory, evaluation and the privacy guard look at targets
-through the task only, so adding a task is adding a file: `my_task.py` with one class
-`MyTask(Task)`.
+`SingleLabel` is the default. Strategies, memory, evaluation and the privacy guard use targets
+through the task only. To add a task, add a file `my_task.py` with one class `MyTask(Task)`.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -48,7 +47,7 @@ _EXTENSIONS = Extensions(
 
 
 def names() -> tuple[str, ...]:
-    """Return the sorted names of all tasks: files here, and entry points elsewhere."""
+    """Return the sorted names of all tasks: files of this package, and entry points."""
     return _EXTENSIONS.names()
 
 
@@ -57,10 +56,10 @@ def find(name: str, *, field: str = "task") -> type[Task]:
 
     Args:
         name: one of `names()`, or "my_package.my_module:MyTask".
-        field: where the name was given, for the message.
+        field: name of the setting or argument with this value, for the error message.
 
     Raises:
-        ConfigError: when there is no such task, or it cannot be imported.
+        ConfigError: if there is no such task, or it cannot be imported.
     """
     return _EXTENSIONS.find(name, field=field)
 

@@ -17,11 +17,11 @@ MASKED = -1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """Name and direction of the number by which a model is measured on a task.
+    """Metric of a task: name, unit and direction.
 
     Args:
-        name: as it is printed, such as "accuracy".
-        unit: of the number, such as "%".
+        name: printed name, such as "accuracy".
+        unit: unit of the metric, such as "%".
         higher_is_better: False for an error, such as a root mean squared error.
     """
 
@@ -32,17 +32,17 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(CheckedFields, ABC):
-    """Meaning of the targets of a record: loss, prediction, metric and shape.
+    """Base class of tasks: the meaning of targets, with loss, prediction, metric and shape.
 
-    A task is a frozen dataclass without state. `Records(task=...)` carries it, and every part of
-    the library that looks at targets asks it. Loss, distillation and measures give one row per
-    record, and row i depends on record i alone: under privacy that row is what is clipped.
+    A task is a frozen dataclass without state. `Records(task=...)` has the task, and every part of
+    the library that uses targets calls its methods. Loss, distillation and measures return one row
+    per record, and row i depends on record i alone; under privacy this row is clipped.
 
     Class attributes:
-        name: as tables print it.
-        metric: by which models are measured.
+    name: name in tables.
+    metric: metric of models on this task.
 
-    In what follows n is the number of records and C the width of the head.
+    In the methods, n is the number of records and C the width of the head.
     """
 
     name: ClassVar[str]
@@ -166,11 +166,11 @@ class Task(CheckedFields, ABC):
 
 
 def mask_outputs(outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Set outputs (n, ..., C) outside of the mask to `MASKED`.
+    """Set outputs (n, ..., C) outside the mask to `MASKED`.
 
     Args:
-        outputs: of the model.
-        mask: (C,) or (n, C) bool; None changes nothing.
+        outputs: outputs of the model.
+        mask: (C,) or (n, C) bool, True for allowed outputs; None for no change.
     """
     return outputs if mask is None else torch.where(fitted(mask, outputs), outputs, MASKED)
 
@@ -202,19 +202,20 @@ def check_shape(targets: Tensor, *, dtype: torch.dtype, dims: int, needed: str, 
 
 
 def refuse_other_tasks(task: Task, kinds: Sequence[type[Task]], user: str, reason: str) -> None:
-    """Refuse a task that is none of these kinds.
+    """Refuse a task of another class than the allowed ones.
 
     Args:
-        task: of the records.
-        kinds: classes of tasks that are served.
-        user: of the records, as the message names it.
-        reason: a clause that says why others are not served.
+        task: task of the records.
+        kinds: allowed classes of tasks.
+        user: name of the part of the library that uses the records, for the message.
+        reason: reason why other tasks are not supported, as a clause.
 
     Raises:
-        ConfigError: in one line, with the task, the tasks that are served, and the reason.
+        ConfigError: if the task is not allowed; the message has the task, the allowed tasks and the
+            reason.
     """
     if not isinstance(task, tuple(kinds)):
         served = ", ".join(kind.name for kind in kinds)
         raise ConfigError(
-            f"{user} does not serve {task.name} records: {reason}; allowed: {served} records"
+            f"{user} does not support {task.name} records: {reason}; allowed: {served} records"
         )

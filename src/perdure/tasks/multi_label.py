@@ -26,7 +26,7 @@ from perdure.tasks.base import Metric, Task, check_shape, fitted, mask_outputs
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabel(Task):
-    """Any number of labels a record: mean binary cross entropy, and macro-F1 in percent."""
+    """Task with any number of labels per record: binary cross entropy, and macro-F1 in percent."""
 
     name: ClassVar[str] = "multi-label"
     metric: ClassVar[Metric] = Metric(name="macro-F1", unit="%")

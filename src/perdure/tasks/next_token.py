@@ -23,10 +23,10 @@ from perdure.tasks.base import Metric, Task, check_shape, mask_outputs
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(Task):
-    """Language modelling: cross entropy summed within a sequence, and bits per token.
+    """Task of language models: cross entropy summed over a sequence, and bits per token.
 
     Args:
-        padding: target of the positions that do not count.
+        padding: target of positions that are ignored.
     """
 
     padding: int = -100

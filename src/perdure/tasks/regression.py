@@ -21,7 +21,7 @@ from perdure.tasks.base import Metric, Task, check_shape
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(Task):
-    """Numbers: mean squared error, and its root over all records, which is better when lower."""
+    """Regression task: mean squared error per record, and its root over all records (RMSE)."""
 
     name: ClassVar[str] = "regression"
     metric: ClassVar[Metric] = Metric(name="RMSE", unit="", higher_is_better=False)

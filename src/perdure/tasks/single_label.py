@@ -18,7 +18,7 @@ from perdure.tasks.base import Metric, Task, check_shape, mask_outputs
 
 @dataclass(frozen=True, kw_only=True)
 class SingleLabel(Task):
-    """One class a record: cross entropy, and accuracy in percent; the default."""
+    """Task with one class per record (the default): cross entropy, and accuracy in percent."""
 
     name: ClassVar[str] = "single-label"
     metric: ClassVar[Metric] = Metric(name="accuracy", unit="%")

@@ -41,7 +41,7 @@ def library_epsilon(accountant, charges):
         (Charge(0.1, 2.0, 300), 4.564, 4.183),
     ],
 )
-def test_table_of_accountants(charge, rdp, pld):
+def test_accountants_give_the_epsilons_of_the_table(charge, rdp, pld):
     assert epsilon([charge], delta=DELTA) == pytest.approx(pld, abs=0.005)
     assert epsilon([charge], delta=DELTA, accountant="rdp") == pytest.approx(rdp, abs=0.005)
 
@@ -55,7 +55,7 @@ def test_table_of_accountants(charge, rdp, pld):
         [Charge(0.5, 8.0, 30), Charge(0.1, 4.0, 10), Charge(0.5, 8.0, 12)],
     ],
 )
-def test_agrees_with_the_library_composing_by_itself(charges):
+def test_epsilon_agrees_with_dp_accounting(charges):
     assert epsilon(charges, delta=DELTA) == pytest.approx(
         library_epsilon(PLDAccountant(), charges), abs=1e-6
     )
@@ -67,7 +67,7 @@ def test_agrees_with_the_library_composing_by_itself(charges):
 @pytest.mark.parametrize(
     "charges", [[Charge(Q, 3.0, 469)], [Charge(0.1, 4.0, 50), Charge(1.0, 9.0, 2)]]
 )
-def test_replace_one_agrees_with_the_library(charges):
+def test_epsilon_under_replace_one_agrees_with_dp_accounting(charges):
     library = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE)
     assert epsilon(charges, delta=DELTA, relation="replace-one") == pytest.approx(
         library_epsilon(library, charges), abs=1e-6
@@ -76,7 +76,7 @@ def test_replace_one_agrees_with_the_library(charges):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("noise", [0.8, 3.0])
-def test_one_gaussian_is_the_analytic_gaussian(noise):
+def test_one_gaussian_step_has_the_analytic_epsilon(noise):
     """Balle and Wang 2018: delta = Phi(1/(2s) - eps s) - exp(eps) Phi(-1/(2s) - eps s)."""
     for relation, s in (("add-remove", noise), ("replace-one", noise / 2)):
         spent = epsilon([Charge(1.0, noise, 1)], delta=DELTA, relation=relation)
@@ -87,7 +87,7 @@ def test_one_gaussian_is_the_analytic_gaussian(noise):
         assert delta <= DELTA * (1 + 1e-9)
 
 
-def test_never_the_central_limit():
+def test_epsilon_is_above_the_central_limit_approximation():
     """The central-limit value for the first row, 1.079, is below what was spent."""
     assert epsilon([Charge(0.00427, 1.1, 3525)], delta=DELTA) > 1.13
 
@@ -158,7 +158,7 @@ def test_equal_mechanisms_merge_in_any_order():
     )
 
 
-def test_epsilon_is_zero_or_infinite_at_the_edges():
+def test_epsilon_is_0_without_steps_and_infinite_without_noise():
     assert epsilon([], delta=DELTA) == epsilon([], delta=DELTA, accountant="rdp") == 0
     assert epsilon([Charge(0.1, 0.0, 0)], delta=DELTA) == 0
     for accountant in ("pld", "rdp"):
@@ -180,7 +180,7 @@ def test_little_noise_stays_an_upper_bound_on_a_coarser_grid(noise):
     assert spent <= (0.5 / s**2 + 4.4 / s) * 1.01
 
 
-def test_the_library_does_not_warn_of_orders_it_leaves_out(caplog):
+def test_rdp_gives_no_warning_about_left_out_orders(caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         epsilon([Charge(0.3, 1.1, 50)], delta=2e-5, accountant="rdp")
@@ -215,7 +215,7 @@ def test_impossible_charges_are_refused(values):
         {"delta": DELTA, "relation": "x"},
     ],
 )
-def test_impossible_questions_are_refused(wrong):
+def test_invalid_arguments_of_epsilon_are_refused(wrong):
     with pytest.raises(ConfigError):
         epsilon([Charge(0.1, 1.0, 1)], **wrong)
 
@@ -237,7 +237,7 @@ def test_worst_names_the_history_that_spent_most():
     assert worst({}, delta=DELTA) == ("none", 0.0)
 
 
-def test_within_is_the_verdict_of_pld_at_its_edge():
+def test_within_agrees_with_pld_near_the_target():
     charges = [Charge(0.1, 2.0, 20)]
     spent = epsilon(charges, delta=DELTA)
     assert within(charges, spent, delta=DELTA) and within(charges, 2 * spent, delta=DELTA)
@@ -258,7 +258,7 @@ def check_minimal(charges_at, target, noise, delta=DELTA, **relation):
 
 
 @pytest.mark.parametrize(("target", "rate", "steps"), [(3.0, 0.01, 1000), (0.2, 0.3, 100)])
-def test_calibration_is_smallest_and_never_over(target, rate, steps):
+def test_calibrated_noise_is_smallest_and_within_the_target(target, rate, steps):
     def charges_at(noise):
         return [[Charge(rate, noise, steps)]]
 
@@ -334,7 +334,7 @@ def used_once(noise):
 @pytest.mark.parametrize(
     ("charges_at", "target"), [(revisited, 0.1), (used_once, 1e-3), (used_once, 3.0)]
 )
-def test_calibration_takes_few_loss_distributions(charges_at, target):
+def test_calibration_computes_few_loss_distributions(charges_at, target):
     """It took 1,100 at a target of 0.01, and failed at 1e-4; a second one takes none."""
     before = pld_epsilon.cache_info().misses
     noise = calibrate(charges_at, epsilon=target, delta=1e-5)
@@ -347,7 +347,7 @@ def test_calibration_takes_few_loss_distributions(charges_at, target):
 
 
 @pytest.mark.reference
-def test_small_losses_are_seen_on_the_grid():
+def test_small_losses_are_not_rounded_away_on_the_grid():
     """A Gaussian without sampling at epsilon 1e-3, by its closed form (Balle and Wang 2018)."""
     charge = Charge(1.0, 2000.0, 1)
     spent = epsilon([charge], delta=1e-5)

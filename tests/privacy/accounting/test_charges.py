@@ -8,7 +8,7 @@ from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import Charge, bounding, covers, merged
 
 
-def test_a_history_covers_what_is_rarer_noisier_or_shorter():
+def test_a_history_covers_rarer_noisier_or_shorter_histories():
     strong = [Charge(0.2, 1.0, 10), Charge(0.1, 2.0, 5)]
     assert covers(strong, strong)
     assert covers(strong, [Charge(0.1, 1.0, 10), Charge(0.05, 3.0, 5)])
@@ -21,13 +21,13 @@ def test_a_history_covers_what_is_rarer_noisier_or_shorter():
     assert covers(strong, []) and not covers([], strong)
 
 
-def test_the_worst_of_several_histories_bounds_them_alone():
+def test_bounding_returns_the_history_that_covers_all_others():
     rare, often = [Charge(0.1, 1.0, 10)], [Charge(0.2, 1.0, 10)]
     assert bounding([rare, often]) == bounding([often, rare]) == merged(often)
     assert bounding([rare]) == merged(rare) and bounding([]) == () and bounding([[]]) == ()
 
 
-def test_epsilon_alone_does_not_tell_which_history_is_worst():
+def test_a_larger_epsilon_alone_does_not_make_a_history_worst():
     """One is worse alone, the other after more is added; their bound is worse than both."""
     once, often = [Charge(1.0, 1.45, 1)], [Charge(0.01, 0.5, 40)]
     more = [Charge(0.01, 0.5, 400)]

@@ -42,7 +42,7 @@ CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [
 @pytest.mark.reference
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize(("name", "bias"), CASES)
-def test_the_clipped_sum_is_that_of_records_one_by_one(name, bias, times):
+def test_bookkeeping_sum_equals_a_loop_over_records(name, bias, times):
     module, x, _ = made(name, bias, times)
     assert ("layer.bias" in dict(module.named_parameters())) == (
         bias and not name.startswith(("embedding", "cosine"))
@@ -51,7 +51,7 @@ def test_the_clipped_sum_is_that_of_records_one_by_one(name, bias, times):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, way) in LAYERS.items() if way])
-def test_each_case_goes_the_way_that_it_is_a_case_of(name):
+def test_each_case_uses_its_own_norm_method(name):
     module, x, way = made(name)
     layer = module.layer
     y = module.layer(x)
@@ -93,7 +93,7 @@ def test_a_layer_may_be_the_whole_model():
 
 
 @pytest.mark.parametrize("records", [1, 5])
-def test_few_records(records):
+def test_sums_are_right_with_few_records(records):
     for name in ("linear", "linear, few positions", "conv2d", "embedding"):
         module, x, _ = made(name)
         expected = exactly(module, x[:records], Clip(norm=0.1))
@@ -133,7 +133,7 @@ def test_the_backward_pass_forms_no_weight_gradients():
 @pytest.mark.parametrize(
     "name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"]
 )
-def test_activations_are_freed_with_the_call(name):
+def test_activations_are_freed_after_the_call(name):
     module, x, _ = made(name)
     seen = []
     module.layer.register_forward_hook(lambda layer, args, y: seen.append(weakref.ref(y)))
@@ -150,7 +150,7 @@ def test_activations_are_freed_with_the_call(name):
 
 
 @pytest.mark.parametrize("kind", [LinearGhost, ConvGhost])
-def test_a_ghost_norm_is_not_too_small_where_positions_cancel(kind):
+def test_ghost_norm_is_not_too_small_if_positions_cancel(kind):
     """Positions t and t + 1 cancel but for a share of 2e-4, which is at the end of float32's digits
     in a square.
     """
@@ -199,7 +199,7 @@ def half_losses(forward, batch):
     return F.cross_entropy(forward(batch.inputs).float(), batch.labels % 3, reduction="none")
 
 
-def test_the_sum_under_autocast_uses_the_numbers_that_flowed():
+def test_autocast_sum_uses_the_half_precision_values():
     """For a linear layer: the outer products of what came back and of the input as it was rounded
     to bfloat16.
     """

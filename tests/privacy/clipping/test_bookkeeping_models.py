@@ -51,7 +51,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["one parameter", "by itself", "by forward", "penalty"])
-def test_weights_used_outside_their_layer_are_left_to_the_rows(way):
+def test_weights_used_outside_their_layer_use_per_record_rows(way):
     torch.manual_seed(0)
     assert by_tape(Tied(way), floats(6), Clip(norm=1.0)) is None
 
@@ -84,17 +84,17 @@ class Quirk(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["named input", "in place", "changed by a hook"])
-def test_what_left_the_layer_is_taken_as_it_left(way):
+def test_a_changed_output_is_used_as_the_layer_returned_it(way):
     torch.manual_seed(0)
     assert_equal(Quirk(way), floats(6))
 
 
-def test_an_input_that_is_changed_afterwards_is_left_to_the_rows():
+def test_an_input_changed_afterwards_uses_per_record_rows():
     torch.manual_seed(0)
     assert by_tape(Quirk("input changed"), floats(6), Clip(norm=1.0)) is None
 
 
-def test_what_the_losses_do_not_reach_is_zero():
+def test_parameters_without_effect_on_losses_get_zeros():
     torch.manual_seed(0)
     module = Tied("plain")
     x = floats(6)
@@ -118,7 +118,7 @@ def test_what_the_losses_do_not_reach_is_zero():
     assert all(value.dtype == torch.float32 for value in half.values())
 
 
-def test_a_teacher_without_gradients_does_not_count():
+def test_a_teacher_without_gradients_is_ignored():
     module, x, _ = made("linear")
 
     def of(forward, batch):
@@ -135,12 +135,12 @@ def by_halves(forward, batch):
     )
 
 
-def test_passes_without_all_records_are_left_to_the_rows():
+def test_passes_without_all_records_use_per_record_rows():
     module, x, _ = made("linear")
     assert by_tape(module, x, Clip(norm=1.0), of=by_halves) is None
 
 
-def test_an_image_alone_is_not_taken_for_records():
+def test_channels_of_a_single_image_are_not_taken_for_records():
     module = nn.Sequential(nn.Conv2d(2, N, 3))
     x = floats(2, 5, 5)
     of = lambda forward, batch: forward(batch.inputs[0]).flatten(1).sum(1)  # noqa: E731
@@ -168,7 +168,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_layers_and_settings_without_a_rule_are_left_to_the_rows(name):
+def test_layers_without_a_rule_use_per_record_rows(name):
     layer, x = OTHERS[name]()
     module = nn.ModuleDict({"layer": layer})
     call = (lambda x: layer(x, x)) if name == "no rule" else layer
@@ -177,7 +177,7 @@ def test_layers_and_settings_without_a_rule_are_left_to_the_rows(name):
 
 
 @pytest.mark.parametrize("part", ["layer.weight", "layer.bias"])
-def test_a_layer_that_is_partly_trained_is_left_to_the_rows(part):
+def test_a_partly_trained_layer_uses_per_record_rows(part):
     module, x, _ = made("linear")
     params = {name: value for name, value in module.named_parameters() if name != part}
     clip = Clip(norm=1.0)
@@ -192,7 +192,7 @@ def test_a_layer_that_is_partly_trained_is_left_to_the_rows(part):
     )
 
 
-def test_lines_are_another_way_to_write_a_convolution():
+def test_convolution_by_lines_equals_the_convolution():
     layer = nn.Conv2d(1, 4, 8, stride=2, padding=3, bias=False)
     x = floats(1, 13, 12)
     geometry = Geometry.of(layer)
@@ -204,7 +204,7 @@ def test_lines_are_another_way_to_write_a_convolution():
     assert torch.equal(geometry.from_lines(weight).reshape(layer.weight.shape), layer.weight)
 
 
-def test_weights_computed_from_parameters_are_left_to_the_rows():
+def test_weights_computed_from_parameters_use_per_record_rows():
     """A layer that runs with twice its weight: the tape would give the gradient of the doubled
     weight, half of it.
     """

@@ -173,7 +173,7 @@ def test_a_transformer_with_bare_parameters_runs_once(monkeypatch):
 
 
 @pytest.mark.parametrize("long", [1e23, 1.5e19, 1.5e-19, 1e-23])
-def test_a_record_of_extreme_numbers_moves_the_sum_by_c(long):
+def test_a_record_of_extreme_numbers_changes_the_sum_by_c(long):
     """A scale of long numbers with short gradients, or the reverse."""
     torch.manual_seed(0)
 
@@ -206,7 +206,7 @@ def test_a_record_of_extreme_numbers_moves_the_sum_by_c(long):
 
 
 @pytest.mark.parametrize("name", ["class token and positions", "norm and scale"])
-def test_micro_batches_and_one_record_more_move_the_sum_by_c(name):
+def test_one_more_record_in_micro_batches_changes_the_sum_by_c(name):
     model = RIGHT[name]()
     x = floats(LENGTH, 4)
     params = dict(model.named_parameters())
@@ -295,14 +295,14 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_any_other_use_is_left_to_the_gradients_of_records(name):
+def test_other_uses_of_a_bare_parameter_use_per_record_rows(name):
     model = LEFT[name]()
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0)) is None
     if name not in ("a row for every record", "into a layer", "copies beside the records"):
         assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_a_parameter_beside_raw_records_is_left():
+def test_a_parameter_joined_to_raw_records_uses_rows():
     """Nothing says that the first axis of an input is that of the records."""
     torch.manual_seed(0)
     model = Tokens(lambda m, t: t, row=(4,))
@@ -311,7 +311,7 @@ def test_a_parameter_beside_raw_records_is_left():
     assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_a_penalty_on_the_parameter_is_left():
+def test_a_penalty_on_a_bare_parameter_uses_per_record_rows():
     model = Tokens(shift, pos=(LENGTH, WIDTH))
 
     def penalised(forward, batch):
@@ -320,12 +320,12 @@ def test_a_penalty_on_the_parameter_is_left():
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0), of=penalised) is None
 
 
-def test_a_parameter_in_half_precision_is_left():
+def test_a_bare_half_precision_parameter_uses_per_record_rows():
     model = Tokens(shift, pos=(LENGTH, WIDTH)).bfloat16()
     assert by_tape(model, floats(LENGTH, 4).bfloat16(), Clip(norm=1.0)) is None
 
 
-def test_modules_of_torch_are_left_before_they_run():
+def test_modules_of_torch_are_excluded_before_they_run():
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))  # it has no rule, and never runs
     model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     assert by_tape(model, floats(4), Clip(norm=1.0)) is None
@@ -337,7 +337,7 @@ def pooled_token(m, t):
     return torch.cat([tokens[:, :1].mean(0, keepdim=True).expand(len(t), -1, -1), tokens], 1)
 
 
-def test_the_guard_refuses_gradients_that_meet_in_copies():
+def test_the_guard_refuses_gradients_that_mix_in_copies():
     """Values do not show it: all copies are equal."""
     model = Tokens(pooled_token, cls=(1, 1, WIDTH))
     quiet_training(model)

@@ -45,7 +45,7 @@ def norms(rows):
     st.lists(st.lists(entries, min_size=7, max_size=7), min_size=1, max_size=6),
     st.floats(1e-4, 1e4),
 )
-def test_no_row_exceeds_the_bound_whatever_it_holds(values, bound):
+def test_no_clipped_row_exceeds_the_clip_norm(values, bound):
     table = torch.tensor(values, dtype=torch.float32)
     rows = {"weight": table[:, :6].reshape(-1, 2, 3), "scale": table[:, 6]}
     clipped = clip_rows(rows, Clip(norm=bound))
@@ -114,7 +114,7 @@ def test_pieces_keep_the_sum_and_the_bound_on_one_record(values, size, data):
     assert float((whole - (neighbour["value"] if neighbour else 0)).norm()) <= 2.0 * ROUNDING + 1e-5
 
 
-def test_the_sum_over_nobody_is_none():
+def test_the_sum_without_records_is_none():
     assert (
         clipped_sum(
             given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, Clip(norm=1.0), 4
@@ -123,7 +123,7 @@ def test_the_sum_over_nobody_is_none():
     )
 
 
-def test_pieces_hold_every_row_once_and_in_order():
+def test_chunks_contain_every_row_once_and_in_order():
     pieces = list(chunks({"a": torch.arange(7), "b": torch.zeros(7, 2)}, 3))
     assert [len(piece["b"]) for piece in pieces] == [3, 3, 1]
     assert torch.cat([piece["a"] for piece in pieces]).tolist() == list(range(7))
@@ -292,7 +292,7 @@ def as_rows(total):
 
 
 @pytest.mark.parametrize("how", ["rows", "book-keeping"])
-def test_a_counted_clip_adds_up_who_was_within(how):
+def test_a_counted_clip_sums_votes_of_records_within_the_norm(how):
     module, shape = problem("mlp")
     batch = records(shape)
     params = dict(module.named_parameters())

@@ -143,7 +143,7 @@ def test_sums_of_every_layer_are_right_in_channels_last(layer, way):
 
 
 @pytest.mark.parametrize("layer", [*SAMPLED, *RULED])
-def test_an_input_that_is_transposed_is_read_in_its_own_order(layer):
+def test_a_transposed_input_gives_the_right_sum(layer):
     make, shape = LAYERS[layer]
     model = Network(
         make, shape, before=lambda h: torch.tanh(h).transpose(0, -1).contiguous().transpose(0, -1)

@@ -72,14 +72,14 @@ def test_a_row_that_is_not_finite_or_too_long_is_infinite(value):
         assert squared_row_norms(table)[0].tolist() == [4.0, torch.inf, 4.0]
 
 
-def test_several_tables_and_none_of_a_row():
+def test_squared_norms_work_for_several_tables_and_empty_rows():
     a, d = squared_row_norms(torch.zeros(2, 3), torch.full((2, 3), 1e-30))
     assert a.tolist() == [0.0, 0.0]
     assert d.tolist() == pytest.approx([3e-60] * 2, rel=1e-5)
     assert squared_row_norms(torch.zeros(0, 3))[0].shape == (0,)
 
 
-def test_factors_hold_for_all_lengths_and_have_digits_in_float32():
+def test_clip_factors_are_right_for_all_row_lengths():
     norms = torch.tensor([0.0, 1e-200, 1e-3, 1.0, 1e20, 1e40, torch.inf, torch.nan]).double()
     factors = clip_factors(norms.square(), 1e-3)
     assert factors.tolist() == pytest.approx([1.0, 1.0, 1.0, 1e-3, 1e-23, 0.0, 0.0, 0.0])
@@ -149,7 +149,7 @@ def extreme(name, long):
 
 @pytest.mark.parametrize("flush", [True, False], ids=["flushed", "denormal"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_record_of_extreme_numbers_moves_the_sum_by_c(name, flush):
+def test_a_record_of_extreme_numbers_changes_the_sum_by_c(name, flush):
     torch.set_flush_denormal(flush)
     clip = Clip(norm=0.01, steps=2**30, per_layer="LSTM" in name)
     for long in (1e23, 1.5e19, 1.5e-19, 1e-23) if flush else (1.5e19, 1.5e-19):
@@ -166,7 +166,7 @@ def test_a_record_of_extreme_numbers_moves_the_sum_by_c(name, flush):
 
 
 @pytest.mark.parametrize("name", ["linear, few positions", "linear, many positions"])
-def test_positions_of_opposite_extremes_move_the_sum_by_c(name):
+def test_opposite_extreme_positions_change_the_sum_by_c(name):
     """In one record, short gradients of long inputs and the reverse."""
     model, x, backs = extreme(name, 1.0)
     x[EXTREME].view(-1, x.shape[-1])[::2] *= 1e19
@@ -239,7 +239,7 @@ def sums_of_one(model, x, y, clip):
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_missing_date_before_a_normalisation_counts_for_c(name, per_layer):
+def test_a_huge_input_before_a_normalisation_is_clipped_to_c(name, per_layer):
     torch.manual_seed(0)
     make, shape, dates = NETWORKS[name]
     model = make()
@@ -279,7 +279,7 @@ def with_a_frozen_head():
     return model
 
 
-def test_a_run_with_a_missing_date_moves_by_what_was_charged():
+def test_a_run_with_a_huge_input_changes_within_its_charge():
     """It moved by 43 times that."""
     labels = torch.arange(40) % 10
     stream = stream_with_a_missing_date(labels)
@@ -299,7 +299,7 @@ def test_a_run_with_a_missing_date_moves_by_what_was_charged():
     assert report.holds and 0.9 < report.largest <= 1.0
 
 
-def test_longest_is_far_from_the_ends_of_float32():
+def test_longest_norm_is_far_from_the_limits_of_float32():
     """So that a denormal number times such a row, and a clip factor, do not matter."""
     assert 2.0**-126 * LONGEST < 1e-13
     assert torch.finfo(torch.float32).tiny < 1e-12 / LONGEST

@@ -105,7 +105,7 @@ def test_a_users_layer_without_a_rule_goes_record_by_record():
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 6)])
-def test_a_users_layer_that_only_broadcasts_needs_no_rule(shape):
+def test_a_users_broadcasting_layer_is_clipped_without_a_rule(shape):
     x = floats(*shape)
     assert_equal(net(PlainGain(6), x, times=2), x)
 
@@ -154,7 +154,7 @@ def test_a_rule_does_not_change_the_gradient_of_a_batch(toy_stream, monkeypatch)
     assert distance(*sums) < 1e-5 * size(sums[0]) and size(sums[0]) > 1
 
 
-def test_a_private_run_goes_by_the_rule(toy_stream, monkeypatch):
+def test_a_private_run_uses_the_registered_rule(toy_stream, monkeypatch):
     calls = counted_calls(monkeypatch)
     of_steps = []
 
@@ -284,7 +284,7 @@ class Long(PrecomputedRows):
         (Long, r"rule of \w+ returns a sum of shape \(1, 6\) for gain; return \(6,\)"),
     ],
 )
-def test_numbers_of_another_shape_are_refused(kind, message):
+def test_rule_results_of_another_shape_are_refused(kind, message):
     class Wrong(Gain):
         pass
 
@@ -298,7 +298,7 @@ def test_numbers_of_another_shape_are_refused(kind, message):
         by_tape(net(Wrong(6), x), x, Clip(norm=1.0))
 
 
-def test_a_type_has_one_rule_and_a_cell_may_run_again():
+def test_a_second_rule_for_a_layer_type_is_refused():
     register_rule(Gain, GainRule())
     with pytest.raises(
         ConfigError, match=r"Linear already has the clipping rule .*LinearRule, and .*GainRule"
@@ -314,7 +314,7 @@ def test_a_type_has_one_rule_and_a_cell_may_run_again():
         (PlainGain, lambda layer, calls: None, "rule = .*lambda.* allowed: an object"),
     ],
 )
-def test_what_is_no_type_or_no_rule_is_refused(module_type, rule, message):
+def test_register_rule_refuses_other_objects(module_type, rule, message):
     with pytest.raises(ConfigError, match=message):
         register_rule(module_type, rule)
 
@@ -322,7 +322,7 @@ def test_what_is_no_type_or_no_rule_is_refused(module_type, rule, message):
 # --------------------------------------------------------------------------- where they are found
 
 
-def test_every_file_of_rules_is_in_the_table():
+def test_the_rule_table_has_every_rule_file():
     found = {kind.__name__ for kind, rule in clipping_rules().items() if "perdure" in repr(rule)}
     assert found >= {
         "Linear",
@@ -335,7 +335,7 @@ def test_every_file_of_rules_is_in_the_table():
     }
 
 
-def test_rules_are_read_when_they_are_needed():
+def test_rule_files_are_imported_at_first_use():
     code = (
         "import sys, perdure, perdure.privacy.clipping.bookkeeping\n"
         "assert 'perdure.privacy.clipping.rules.linear' not in sys.modules"

@@ -172,7 +172,7 @@ def test_slack_holds_at_every_batch_size(name, kind, per_layer):
 # --------------------------------------------------------------------------- hard cases
 
 
-def test_a_word_said_often_moves_the_sum_by_its_norm():
+def test_a_repeated_token_changes_the_sum_by_its_norm():
     """In float32, words added one by one moved it by 1.012 C."""
     n, length = 1024, 128
     backs = randn(1, 1, 8, draw=place()) * (1 + 1e-3 * randn(n, length, 8, draw=place()))
@@ -185,7 +185,7 @@ def test_a_word_said_often_moves_the_sum_by_its_norm():
 @pytest.mark.parametrize(
     "name", ["ghost", "convolution, ghost", "rows", "convolution", "embedding"]
 )
-def test_positions_that_cancel_move_the_sum_by_their_norm(name, share, n):
+def test_cancelling_positions_change_the_sum_by_their_norm(name, share, n):
     """Of a row that cancels, float32 keeps few digits; it keeps the same ones in every batch."""
     positions, ins, outs = (2, 60, 50) if "ghost" in name else (16, 8, 10)
     x = (100 * randn(1, 1, ins, draw=place())).repeat(n, positions, 1)
@@ -205,7 +205,7 @@ def test_positions_that_cancel_move_the_sum_by_their_norm(name, share, n):
 
 @pytest.mark.parametrize("value", [1e30, float("nan")])
 @pytest.mark.parametrize("name", ["linear, wide", "linear, few positions", "grouped conv2d"])
-def test_a_record_that_float32_cannot_measure_moves_no_other(name, value):
+def test_a_row_beyond_float32_does_not_change_other_rows(name, value):
     """It counts as zero, and the others stay in one batch, to the last bit."""
     model, x, backs = problem(name, 512, "aligned")
     backs[256] *= value
@@ -291,7 +291,7 @@ def test_slack_holds_far_from_0_at_all_small_sizes(way, offset, at_once):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_filling_counts_as_no_record(way):
+def test_copies_that_fill_a_batch_are_not_counted(way):
     """Sum and count of three records are those of each alone; nothing of a copy enters."""
     make, shape, alone = WAYS[way]
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def test_filling_counts_as_no_record(way):
 
 
 @pytest.mark.parametrize("way", ["book-keeping", "samplers"])
-def test_a_record_that_is_not_finite_leaves_a_tiny_batch_full(way):
+def test_a_tiny_batch_stays_full_without_a_nan_record(way):
     """What is left without it is filled up again, also where nothing else is there."""
     make, shape, _ = WAYS[way]
     model = make()
@@ -447,7 +447,7 @@ def test_few_records_far_from_0_move_a_release_by_its_norm(name):
         assert size(difference(moved, own)) <= bound.norm * 1e-6
 
 
-def test_few_records_far_from_0_stay_in_their_bins():
+def test_few_records_with_large_inputs_stay_in_their_bins():
     """A bin of the model's output is a record's own, however few are counted with it."""
     torch.manual_seed(0)
     model = images()

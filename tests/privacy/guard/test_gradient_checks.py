@@ -96,7 +96,7 @@ def test_sums_of_a_changed_layer_are_right(change, grouped):
 
 
 @pytest.mark.parametrize("kind", ["forward hook", "pre-hook"])
-def test_sums_are_right_under_hooks_of_all_modules(kind):
+def test_clipped_sums_are_right_with_global_module_hooks(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3))
     if kind == "pre-hook":
@@ -110,7 +110,7 @@ def test_sums_are_right_under_hooks_of_all_modules(kind):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
-def test_sums_are_right_of_a_layer_also_run_with_other_weights(grouped):
+def test_sums_are_right_if_a_layer_also_runs_with_other_weights(grouped):
     """A copy of the weights without gradients, on inputs that have some."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
@@ -134,7 +134,7 @@ def test_sums_are_right_of_a_layer_also_run_with_other_weights(grouped):
 
 
 @pytest.mark.parametrize("way", ["by itself", "by forward"])
-def test_sums_are_right_of_a_weight_used_outside_its_layer(way):
+def test_sums_are_right_if_a_weight_is_used_outside_its_layer(way):
     """Beside a layer that goes by a sampler."""
 
     class Reusing(nn.Module):
@@ -221,7 +221,7 @@ class Magnifying(nn.Module):
         return self.head(torch.sin(1e6 * self.first(x)).relu())
 
 
-def test_rounding_is_told_from_a_fault_in_double_precision():
+def test_float64_check_accepts_differences_from_rounding():
     model = Magnifying()
     assert gap_to_loop(model, rows(8)) > 1e-2
     with pytest.raises(GuardError, match="differs from the gradients of single records"):
@@ -233,7 +233,7 @@ def test_rounding_is_told_from_a_fault_in_double_precision():
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_a_fault_is_a_fault_in_double_precision_too():
+def test_float64_check_refuses_a_wrong_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), Gain(8), nn.Linear(8, 3))
     twin = copy.deepcopy(model).double()
@@ -245,7 +245,7 @@ def test_a_fault_is_a_fault_in_double_precision_too():
         check_gradients(case_of(model, rows(8)), "mine", in_double=lambda: case_of(twin, rows(8)))
 
 
-def test_losses_that_reach_no_parameter_pass():
+def test_losses_without_parameters_pass_the_gradient_check():
     class Deaf(nn.Linear):
         def forward(self, x):
             return super().forward(x).detach()
@@ -312,7 +312,7 @@ def rows_in_three_classes():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", LENGTHS)
-def test_a_forward_that_computes_lengths_is_refused_uncharged(
+def test_a_forward_with_computed_lengths_is_refused_uncharged(
     name, tmp_path, rows_in_three_classes
 ):
     torch.manual_seed(0)
@@ -358,7 +358,7 @@ class Unmapped(nn.Module):
         return self.layer(x) + 0.0 * x.nan_to_num().sum().item()
 
 
-def test_a_row_of_no_number_counts_as_nothing_without_vmap_too():
+def test_a_nan_row_adds_nothing_without_vmap_too():
     """An error after the charge would tell that there was such a row."""
     model = Unmapped()
     params = dict(model.named_parameters())
@@ -453,11 +453,11 @@ class Picky(nn.Module):
         return self.layer(x)
 
 
-def test_a_model_that_refuses_very_large_inputs_is_passed():
+def test_bound_check_skips_inputs_that_the_model_refuses():
     check_bound(case_of(Picky(), rows(8)), "mine")
 
 
-def test_a_failure_on_one_large_record_hides_no_other():
+def test_bound_check_goes_on_after_a_failing_record():
     """The first of both records raises; the second has a gradient that is too long."""
     honest = case_of(Picky(), rows(8))
     asked = []

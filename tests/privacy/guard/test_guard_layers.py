@@ -100,7 +100,7 @@ def test_a_layer_whose_rows_are_something_else_is_refused(way, layer):
         row_test(Reading(way))
 
 
-def test_the_bound_breaks_without_refusal_when_length_is_batch():
+def test_unrefused_layer_breaks_bound_if_length_is_batch_size():
     torch.manual_seed(0)
     model = Reading("length first")
     clip = Clip(norm=0.1)
@@ -194,7 +194,7 @@ def side_by_side(plain, x, y):
         (exchanged, "layer embed mixes"),
     ],
 )
-def test_losses_that_split_or_reorder_rows_are_refused(losses, message):
+def test_the_guard_refuses_losses_that_split_or_reorder_rows(losses, message):
     with pytest.raises(GuardError, match=message):
         row_test(Reading("plain"), losses)
 

@@ -43,7 +43,7 @@ def test_torch_cannot_differentiate_recurrent_layers_per_record(kind):
         torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
 
 
-def test_an_lstm_with_a_projection_has_no_counterpart_to_call():
+def test_an_lstm_with_projection_is_refused_without_call_of_fix():
     with pytest.raises(GuardError, match=r"DPLSTM, which has no proj_size$"):
         check_model(nn.LSTM(5, 6, proj_size=2))
 
@@ -92,7 +92,7 @@ def test_attention_without_dropout_has_right_record_gradients(batch_first):
             assert torch.allclose(row[i], value, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_over_the_records_is_seen_by_the_drop_one_test():
+def test_drop_one_test_finds_attention_over_records():
     model = Attending(False, rearrange=False)
     labels = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(GuardError, match="couples records"):

@@ -175,7 +175,7 @@ class OwnLosses(Strategy):
         (None, Combine(EWC(strength=1.0), OwnLosses()), "tested"),
     ],
 )
-def test_statement_says_by_what_records_are_independent(
+def test_the_statement_names_the_independence_of_records(
     learner_of, toy_stream, model, strategy, word
 ):
     learner = learner_of(strategy, model=model, privacy=SIMULATED)
@@ -203,7 +203,7 @@ class Branching(Custom):
 ALONE = Privacy(noise_multiplier=1.0, seed=0, custom_forward="record-by-record")
 
 
-def test_coupled_model_goes_record_by_record_where_asked(learner_of, toy_stream):
+def test_coupled_model_runs_record_by_record_on_request(learner_of, toy_stream):
     with pytest.raises(GuardError, match=r"Naive.losses.. couples records"):
         learner_of(model=Coupled(), privacy=SIMULATED, batch_size=12).prepare(toy_stream())
     learner = learner_of(model=Coupled(), privacy=ALONE, batch_size=12)
@@ -211,7 +211,7 @@ def test_coupled_model_goes_record_by_record_where_asked(learner_of, toy_stream)
     assert learner.private_sum.ledger.statement(1e-3).independence == "by construction"
 
 
-def test_one_record_moves_a_coupled_model_by_the_clip_norm(toy_stream):
+def test_one_record_changes_coupled_sums_by_the_clip_norm(toy_stream):
     torch.manual_seed(0)
     model = Coupled()
     rows = Batch.current(toy_stream()[0].train, 0)
@@ -255,13 +255,13 @@ def test_model_sees_one_record_at_a_time_in_private_steps(learner_of, toy_stream
     assert seen and set(seen) == {1}
 
 
-def test_listed_model_goes_in_batches_although_asked_otherwise(learner_of, toy_stream):
+def test_listed_model_runs_in_batches_in_record_by_record_mode(learner_of, toy_stream):
     learner = learner_of(privacy=ALONE)
     learner.prepare(toy_stream())
     assert learner.private_sum.independence == "by construction"
 
 
-def test_model_that_cannot_go_alone_is_refused_before_a_charge(learner_of, toy_stream, tmp_path):
+def test_model_that_fails_on_one_record_is_refused_uncharged(learner_of, toy_stream, tmp_path):
     learner = learner_of(model=Branching(), privacy=ALONE, folder=tmp_path)
     with pytest.raises(
         GuardError, match=r"Naive.losses\(\), record by record, fails on synth.*vmap"
@@ -285,12 +285,12 @@ def test_a_model_that_keeps_records_is_refused_per_record_too(learner_of, toy_st
         learner_of(model=Keeping(), privacy=ALONE).prepare(toy_stream())
 
 
-def test_adversary_is_refused_where_a_model_goes_alone(learner_of, toy_stream):
+def test_record_by_record_mode_refuses_an_adversary(learner_of, toy_stream):
     learner = learner_of(model=Custom(), privacy=ALONE, adversary=FGSM(epsilon=0.1))
-    with pytest.raises(GuardError, match="an adversary runs the model in batches, given FGSM"):
+    with pytest.raises(GuardError, match="the adversary FGSM runs the model in batches"):
         learner.prepare(toy_stream())
 
 
-def test_other_words_for_a_custom_forward_are_refused():
+def test_unknown_values_of_custom_forward_are_refused():
     with pytest.raises(ConfigError, match="custom_forward = 'proved' is not allowed; allowed: tes"):
         Privacy(epsilon=1.0, custom_forward="proved")

@@ -149,7 +149,7 @@ def declared(size):
 
 
 @pytest.mark.parametrize("above", [1030, 1500])
-def test_whole_batches_are_probed_up_to_what_coins_draw(above):
+def test_guard_tests_batches_up_to_the_largest_drawn_size(above):
     """1,400 are expected in a step, and 1,550 may come."""
     mix = lambda x: x - 0.5 * x.mean(0) if len(x) > above else x  # noqa: E731
     with pytest.raises(GuardError, match=r"couples records: other neighb.* in a batch of 1550"):
@@ -176,7 +176,7 @@ def test_model_is_probed_over_its_declared_domain_only():
 
 
 @pytest.mark.parametrize("kind", ["not a number", "infinite"])
-def test_model_in_which_one_record_spoils_others_is_refused(kind):
+def test_model_in_which_a_nan_record_changes_others_is_refused(kind):
     def spread(x):
         bad = ~x.isfinite() if kind == "infinite" else x.isnan()
         return x + torch.where(bad, x, 0.0).sum(0)
@@ -194,7 +194,7 @@ def test_whole_numbers_without_domain_are_refused(dtype):
         private(nn.Sequential(Cast(), Reading(whole=True)), stream_of(None, dtype, (12,)))
 
 
-def test_model_that_fails_on_its_domain_is_refused_in_words():
+def test_model_that_fails_on_its_domain_is_refused_with_a_reason():
     wide = InputDomain(shape=(12,), dtype=torch.int64, vocabulary=50, padding=0)
     with pytest.raises(GuardError, match=r"fails on synthetic records .*every record of the decl"):
         private(Reading(whole=True), stream_of(wide, torch.int64, (12,)))
@@ -269,7 +269,7 @@ class Featured(nn.Module):
         return self.head(x)
 
 
-def test_features_are_probed_like_losses():
+def test_the_guard_tests_features_like_losses():
     with pytest.raises(GuardError, match=r"features\(\) of the model couples records"):
         private(Featured(), stream_of())
 
@@ -305,7 +305,7 @@ def test_domain_stays_with_its_records_and_fits_them():
         Records(inputs=torch.rand(3, 5).double(), labels=torch.zeros(3).long(), domain=domain)
 
 
-def test_domain_tells_which_records_are_outside():
+def test_domain_finds_records_with_values_outside():
     floats = InputDomain(shape=(2,), range=(-1.0, 1.0))
     rows = torch.tensor([[0.0, 1.0], [0.0, 1.1], [float("nan"), 0.0], [float("inf"), 0.0]])
     assert floats.outside(rows).tolist() == [False, True, False, False]

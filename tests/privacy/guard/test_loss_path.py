@@ -143,7 +143,7 @@ class Noting(DER):
 SHOWN = []
 
 
-def test_probes_show_what_a_step_may_draw(learner_of, toy_stream):
+def test_synthetic_batches_mix_new_and_stored_rows_like_a_step(learner_of, toy_stream):
     SHOWN.clear()
     assert word(learner_of(Noting(memory_size=8), privacy=SIMULATED), toy_stream()) == "tested"
     first = [batch for index, batch in SHOWN if index == 0]
@@ -295,7 +295,7 @@ def test_views_of_the_library_are_independent_by_construction():
 
 def test_views_of_whole_batches_are_refused_record_by_record(learner_of, toy_stream):
     learner = learner_of(privacy=ALONE, views=Batchwise(count=2, change=shifted))
-    with pytest.raises(GuardError, match="Batchwise may look at whole batches"):
+    with pytest.raises(GuardError, match="Batchwise may use whole batches"):
         learner.prepare(toy_stream())
 
 
@@ -347,9 +347,7 @@ def in_a_clipping_rule(strategy, model, patch):
         in_a_clipping_rule,
     ],
 )
-def test_code_in_the_place_of_the_librarys_is_tested_only(
-    toy_stream, toy_model, monkeypatch, change
-):
+def test_replaced_library_code_is_only_tested(toy_stream, toy_model, monkeypatch, change):
     strategy = Naive()
     model = toy_model(toy_stream())
     before = (*LossPath(strategy=strategy).foreign_parts(), *unlisted(model))
@@ -363,7 +361,7 @@ def test_statement_depends_on_replaced_losses(learner_of, toy_stream, monkeypatc
     assert word(learner_of(Naive(), privacy=SIMULATED), toy_stream()) == "tested"
 
 
-def test_code_that_is_replaced_in_a_run_is_refused_uncharged(learner_of, toy_stream):
+def test_code_replaced_during_a_run_is_refused_without_charge(learner_of, toy_stream):
     charged = []
 
     def hook(point, learner):
@@ -372,6 +370,6 @@ def test_code_that_is_replaced_in_a_run_is_refused_uncharged(learner_of, toy_str
             learner.model.register_forward_hook(lambda _, inputs, z: z - z.mean(0))
 
     learner = learner_of(privacy=SIMULATED, callbacks=[hook])
-    with pytest.raises(GuardError, match="rows meet model: Classifier on their way"):
+    with pytest.raises(GuardError, match="the losses now run model: Classifier"):
         learner.fit(toy_stream())
     assert charged == [len(learner.private_sum.ledger.entries)]

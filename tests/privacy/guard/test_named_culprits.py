@@ -47,13 +47,13 @@ def learner_of(how, **privacy):
 
 
 @pytest.mark.parametrize("how", ["mean", "chooses"])
-def test_a_model_that_couples_records_is_named_with_the_cure(toy_stream, how):
+def test_the_coupled_records_error_names_model_and_fix(toy_stream, how):
     with pytest.raises(GuardError, match=rf"the forward of Mixing, or Naive\.losses\(\).*{CURE}"):
         learner_of(how).prepare(toy_stream())
     learner_of(how, custom_forward="record-by-record").prepare(toy_stream())
 
 
-def test_a_check_of_one_record_less_names_the_cure():
+def test_the_error_of_the_drop_one_check_names_the_fix():
     model = Mixing("chooses").train()
     inputs = torch.rand(6, 5)
     labels = torch.zeros(6, dtype=torch.int64)

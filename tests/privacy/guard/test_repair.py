@@ -60,7 +60,7 @@ def test_batch_norm_becomes_group_norm_with_its_scale_and_shift(form, deep):
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (4, 32, 5)])
-def test_one_number_a_channel_is_not_normalised_away(shape):
+def test_batch_norm_of_single_numbers_becomes_one_group(shape):
     new = fix(nn.BatchNorm1d(32))
     assert new.num_groups == 1
     assert new(inputs(*shape)).std() > 0.5 and new(inputs(1, *shape[1:])).std() > 0.5
@@ -131,7 +131,7 @@ def test_dropout_that_torch_ignores_in_one_layer_stays_ignored():
     assert torch.allclose(fix(old)(inputs(4, 3, 5))[0], old(inputs(4, 3, 5))[0], atol=1e-6)
 
 
-def test_what_has_no_counterpart_is_refused_after_the_repair():
+def test_fix_refuses_layers_without_safe_replacement():
     with pytest.raises(GuardError, match="1 is LSTM"):
         fix(nn.Sequential(nn.BatchNorm1d(5), nn.LSTM(5, 6, proj_size=2)))
     with pytest.raises(GuardError, match="0 is MultiheadAttention with dropout"):
@@ -211,7 +211,7 @@ def test_attention_drops_out_weights_in_training_only():
     assert not bool((new.eval()(x, x, x)[1] == 0).any())
 
 
-def test_attention_is_book_kept_and_the_whole_decoder_too():
+def test_repaired_attention_and_decoder_use_bookkeeping():
     model = fix(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True))
     assert ruled_layers(model, dict(model.named_parameters())) is not None
     assert [type(m) for n, m in model.named_modules() if n in ("self_attn", "multihead_attn")] == [
@@ -258,7 +258,7 @@ def test_a_repair_reports_changes_and_keeps_model_and_generator():
         check_model(model)
 
 
-def test_a_sound_model_comes_back_as_an_equal_copy():
+def test_fix_returns_an_equal_copy_of_a_model_without_faults():
     model = nn.Sequential(nn.Linear(5, 6), nn.GroupNorm(2, 6))
     result = fix(model)
     assert result is not model and all(
@@ -270,7 +270,7 @@ def test_a_sound_model_comes_back_as_an_equal_copy():
 
 
 @pytest.mark.reference
-def test_what_is_wrong_with_the_repair_of_opacus_itself():
+def test_opacus_own_repair_keeps_known_faults():
     from opacus.validators import ModuleValidator
 
     attention = nn.MultiheadAttention(8, 2, batch_first=True)

@@ -114,7 +114,7 @@ class Late(Writing):
 
 @pytest.mark.parametrize("through_data", [False, True])
 @pytest.mark.parametrize("where", PLACES)
-def test_writes_that_no_probe_shows_are_refused_in_the_step(
+def test_writes_missed_by_the_guard_are_refused_in_the_step(
     learner_of, toy_stream, where, through_data
 ):
 
@@ -172,7 +172,7 @@ def test_query_that_writes_is_refused(learner_of, toy_stream):
 # --------------------------------------------------------------------------- the watch
 
 
-def test_watch_puts_back_what_was_written_where_it_has_values():
+def test_write_watch_restores_written_tensors_if_it_has_values():
     model = Keeper()
     with (
         pytest.raises(GuardError, match="buffer shift is written to in here"),
@@ -182,7 +182,7 @@ def test_watch_puts_back_what_was_written_where_it_has_values():
     assert float(model.shift.sum()) == 0
 
 
-def test_watch_lets_pass_what_reads_only():
+def test_write_watch_accepts_code_that_only_reads():
     model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5))
     state = {"mean": torch.full((2,), float("nan"))}
     with WriteWatch(model).unwritten(state, "here", values=True):

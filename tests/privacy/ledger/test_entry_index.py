@@ -55,7 +55,7 @@ def anew(own, group):
 
 
 @pytest.mark.parametrize("relation", ["add-remove", "replace-one"])
-def test_histories_are_those_of_all_entries(relation):
+def test_indexed_histories_equal_histories_of_all_entries(relation):
     draw = Random(0)
     own = account(relation)
     groups = [group for n in (1, 2, 3) for group in combinations(NAMES, n)]
@@ -66,7 +66,7 @@ def test_histories_are_those_of_all_entries(relation):
 
 
 @pytest.mark.parametrize("relation", ["add-remove", "replace-one"])
-def test_worst_is_that_of_all_entries(relation):
+def test_indexed_worst_equals_the_worst_of_all_entries(relation):
     draw = Random(1)
     own = account(relation)
     for _ in range(4):
@@ -99,7 +99,7 @@ def test_a_new_partition_counts_at_once():
     assert own.epsilon(delta=1e-5) > 0.0
 
 
-def test_another_list_of_entries_is_read_anew():
+def test_the_index_of_another_list_of_entries_is_rebuilt():
     draw = Random(4)
     own = account()
     own.entries += [entry(draw) for _ in range(5)]

@@ -18,7 +18,7 @@ from perdure.privacy.noise.key import NoiseKey
 
 
 @pytest.mark.reference
-def test_disjoint_experiences_and_a_record_of_two():
+def test_epsilon_of_disjoint_experiences_and_a_shared_record():
     ledger = opened()
     for i in range(1, 6):
         ledger.charge(entry({f"e{i}": Q}, noise_multiplier=0.9 if i == 3 else NOISE))
@@ -31,7 +31,7 @@ def test_disjoint_experiences_and_a_record_of_two():
 
 
 @pytest.mark.reference
-def test_the_same_data_five_times_never_resets():
+def test_training_five_times_on_the_same_data_adds_up():
     ledger = opened()
     for i in range(5):
         ledger.charge(entry({"e1": Q}, first_step=i * STEPS))
@@ -39,7 +39,7 @@ def test_the_same_data_five_times_never_resets():
 
 
 @pytest.mark.reference
-def test_replay_is_charged_to_where_the_records_came_from():
+def test_replayed_records_are_charged_to_their_own_partition():
     ledger = opened()
     series = []
     ledger.charge(entry({"e1": Q}))
@@ -53,7 +53,7 @@ def test_replay_is_charged_to_where_the_records_came_from():
 
 
 @pytest.mark.reference
-def test_half_of_every_batch_from_the_memory():
+def test_a_batch_half_from_memory_is_charged_to_both_partitions():
     ledger = opened()
     ledger.charge(entry({"e1": Q}))
     for i in range(2, 6):
@@ -61,7 +61,7 @@ def test_half_of_every_batch_from_the_memory():
     assert ledger.epsilon(delta=DELTA) == pytest.approx(43.914, abs=0.005)
 
 
-def test_a_record_in_two_partitions_is_in_a_step_at_most_once():
+def test_rates_of_a_record_in_two_partitions_add_up():
     ledger = opened(partitions=2)
     ledger.charge(entry({"e1": 0.02, "e2": 0.03}))
     both = ledger.epsilon(["e1", "e2"], delta=DELTA)
@@ -69,7 +69,7 @@ def test_a_record_in_two_partitions_is_in_a_step_at_most_once():
     assert both > epsilon([Charge(0.02, NOISE, STEPS), Charge(0.03, NOISE, STEPS)], delta=DELTA)
 
 
-def test_replace_one_looks_at_any_two_partitions():
+def test_replace_one_epsilon_is_over_any_two_partitions():
     ledger = opened(partitions=2, relation="replace-one")
     for i, rate in ((1, 0.02), (2, 0.03)):
         ledger.charge(entry({f"e{i}": rate}, relation="replace-one"))
@@ -146,7 +146,7 @@ def test_an_entry_without_scope_is_refused():
         replace(entry(), scope={})
 
 
-def test_the_statement_says_the_weakest_of_what_entries_say():
+def test_the_statement_has_the_weakest_independence_of_entries():
     ledger = opened()
     assert ledger.independence == ""
     said = []
@@ -157,7 +157,7 @@ def test_the_statement_says_the_weakest_of_what_entries_say():
     assert ledger.independence_of(["e2"]) == "by construction", "no entry touches it"
 
 
-def test_a_partition_is_of_one_rule(tmp_path):
+def test_a_partition_with_another_rule_is_refused(tmp_path):
     key = NoiseKey.from_seed(0)
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=key)
     ledger.declare("a", 10, "rule 1")
@@ -170,7 +170,7 @@ def test_a_partition_is_of_one_rule(tmp_path):
     assert again.rules == ledger.rules == {"a": "rule 1", "b": ""}
 
 
-def test_statement_says_everything():
+def test_the_printed_statement_has_all_parts():
     ledger = opened()
     ledger.charge(entry())
     assert str(ledger.statement(DELTA)) == (
@@ -191,7 +191,7 @@ def test_statement_says_everything():
         ([{"e1": 0.5}], "Poisson sampling"),
     ],
 )
-def test_statement_claims_no_sampling_at_rate_one(scopes, sampling):
+def test_statement_says_no_sampling_at_rate_1(scopes, sampling):
     """The coins of a Poisson sample at rate 1 leave nobody out."""
     ledger = opened()
     for number, scope in enumerate(scopes):
@@ -307,7 +307,7 @@ def test_a_plan_over_budget_is_refused_with_amount_and_way_out():
     ledger.charge(entry(first_step=7))  # nothing was granted, nothing binds
 
 
-def test_the_verdict_is_that_of_pld():
+def test_a_grant_is_decided_by_pld():
     exact = epsilon(PLAN["e1"], delta=DELTA)
     assert epsilon(PLAN["e1"], delta=DELTA, accountant="rdp") > exact
     opened().grant({"e1": PLAN["e1"]}, epsilon=exact, delta=DELTA)
@@ -315,7 +315,7 @@ def test_the_verdict_is_that_of_pld():
         opened().grant({"e1": PLAN["e1"]}, epsilon=exact - 1e-6, delta=DELTA)
 
 
-def test_what_was_spent_before_counts():
+def test_grant_counts_charges_from_before():
     ledger = opened()
     ledger.charge(entry(noise_multiplier=1.2))
     with pytest.raises(
@@ -325,7 +325,7 @@ def test_what_was_spent_before_counts():
     ledger.grant({"e2": PLAN["e2"]}, epsilon=2.5, delta=DELTA)
 
 
-def test_what_of_a_plan_was_charged_already_is_not_charged_again():
+def test_a_grant_does_not_count_charged_steps_twice():
     """A run that goes on with a new partition grants its whole plan anew; the part that is done is
     done.
     """
@@ -370,7 +370,7 @@ def test_only_what_was_granted_may_be_charged(tmp_path):
         reopened.charge(entry(first_step=999, steps=1))
 
 
-def test_a_new_plan_lets_the_old_one_lapse():
+def test_a_new_grant_replaces_the_old_one():
     ledger = opened()
     old = {"e1": [Charge(Q, NOISE, 100)]}
     new = {"e1": [Charge(Q, 2.0, 50)]}

@@ -41,7 +41,7 @@ def path(tmp_path):
     return tmp_path / "ledger.jsonl"
 
 
-def test_an_edited_line_is_named(path):
+def test_the_error_names_an_edited_ledger_line(path):
     lines = lines_of(path)
     lines[3] = lines[3].replace(b'"steps":1', b'"steps":0')
     assert "line 4" in damaged(path, lines)
@@ -98,7 +98,7 @@ def test_a_head_of_another_key_or_a_missing_one_is_refused(path):
 @pytest.mark.parametrize(
     "options", [{"owner": "x"}, {"unit": "client"}, {"relation": "replace-one"}]
 )
-def test_a_ledger_is_opened_as_what_it_is(path, options):
+def test_a_ledger_with_another_owner_unit_or_relation_is_refused(path, options):
     with pytest.raises(LedgerError, match=str(next(iter(options.values())))):
         Ledger.open(path, key=KEY, **options)
 
@@ -137,7 +137,7 @@ def test_any_changed_byte_is_refused(path, data):
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(tail=st.binary(min_size=1, max_size=300))
-def test_whatever_stands_beyond_the_head_is_dropped(path, tail):
+def test_lines_beyond_the_head_are_dropped(path, tail):
     original = path.read_bytes()
     path.write_bytes(original + tail)
     assert len(Ledger.open(path, key=KEY).entries) == 3
@@ -203,7 +203,7 @@ def test_a_caught_failure_leaves_the_open_ledger_usable(tmp_path, crash):
     assert sorted(e.steps for e in reopened.entries) == [1, 2]
 
 
-def test_memory_behaves_as_the_file_does(tmp_path):
+def test_a_ledger_in_memory_behaves_like_a_ledger_file(tmp_path):
     on_disk = filled(tmp_path / "l.jsonl")
     in_memory = filled(None)
     assert (
@@ -239,7 +239,7 @@ def clients(tmp_path):
     return [tmp_path / f"{i}.jsonl" for i in (1, 2, 3)]
 
 
-def test_merged_ledgers_stand_side_by_side(clients, tmp_path):
+def test_merged_ledgers_keep_partitions_of_all_owners(clients, tmp_path):
     merged = merge(clients)
     each = merged.per_client(DELTA)
     assert each == {

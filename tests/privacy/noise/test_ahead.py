@@ -33,7 +33,7 @@ def added(key, **changes):
         {"n": N - 1},
     ],
 )
-def test_what_was_begun_changes_no_integer(changes):
+def test_noise_drawn_ahead_has_the_same_integers(changes):
     """Whatever is asked for next, it is what a key without a draw ahead gives."""
     key = NoiseKey.from_seed(0)
     key.draw_ahead(N, SCALE, **PLACE)
@@ -58,7 +58,7 @@ def test_a_draw_runs_on_another_thread_beside_the_caller():
     assert (ahead.take("a") == 2).all()
 
 
-def test_a_draw_that_failed_is_drawn_anew_by_who_asks():
+def test_a_failed_draw_ahead_is_drawn_again_on_request():
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.reshape(-1, 0))
     assert ahead.take("a") is None

@@ -71,7 +71,7 @@ def test_a_weighted_sum_is_exact_where_a_float64_would_round():
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4])
-def test_k_steps_of_a_record_cost_what_k_gaussians_cost(bands):
+def test_k_steps_of_a_record_cost_as_much_as_k_gaussian_steps(bands):
     """All ways to take part at least `bands` steps apart: the norm of what a record adds to C x,
     over the gain.
     """
@@ -131,7 +131,7 @@ def batches(learner, index=0):
     return seen
 
 
-def test_every_record_takes_part_once_an_epoch_at_its_own_place(learner_of, toy_stream):
+def test_every_record_takes_part_once_per_epoch_at_a_fixed_step(learner_of, toy_stream):
     seen = batches(learner_of())
     assert len(seen) == 12 and seen[:6] == seen[6:]
     assert sorted(i for ids in seen[:6] for i in ids) == sorted(toy_stream()[0].train.ids.tolist())

@@ -69,7 +69,7 @@ def test_integers_are_uniform(n):
 @pytest.mark.parametrize(
     "rate", [Fraction(0), Fraction(1, 7), Fraction(1), Fraction(5, 2), Fraction(10**38, 3**80)]
 )
-def test_a_coin_of_rate_exp_minus_gamma(rate):
+def test_bernoulli_exp_is_true_with_its_exact_probability(rate):
     """Flakiness 1e-6 each; a fifth more or less often is rejected."""
     n = 20_000
     source = Integers(stream(seed=1))
@@ -115,7 +115,7 @@ def test_draws_follow_the_exact_law_and_reject_nearby_scales(sigma):
 
 
 @pytest.mark.statistical
-def test_it_is_not_a_rounded_gaussian():
+def test_the_discrete_gaussian_is_not_a_rounded_gaussian():
     """At s = 0.4 the discrete law has 0 in 92 of 100 draws, a rounded normal in 79; rejected at
     1e-12.
     """
@@ -127,7 +127,7 @@ def test_it_is_not_a_rounded_gaussian():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("sigma", "n"), [(0.7, 40_000), (4.4, 40_000)])
-def test_parities_signs_and_tails(sigma, n):
+def test_discrete_gaussian_has_right_parities_signs_and_tails(sigma, n):
     """Each share is binomial, flakiness 1e-6 each; a fifth more or less (in the tail, half as many)
     is rejected.
     """
@@ -151,18 +151,18 @@ def test_parities_signs_and_tails(sigma, n):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("sigma", [1e6 + 0.1, 12345.678])
-def test_wide_noise_is_normal_to_the_eye(sigma):
+def test_wide_discrete_gaussian_noise_is_close_to_normal(sigma):
     """Flakiness 1e-6; a scale of 1.2 is rejected."""
     draws = discrete_gaussian(10_000, sigma, stream(seed=6)).numpy() / sigma
     assert stats.kstest(draws, "norm").pvalue > 1e-6 > stats.kstest(1.2 * draws, "norm").pvalue
 
 
-def test_noise_that_is_nearly_off_is_off():
+def test_discrete_gaussian_with_tiny_sigma_gives_zeros():
     assert discrete_gaussian(2000, 1e-6, stream()).abs().max() == 0
     assert discrete_gaussian(0, 1.0, stream()).shape == (0,)
 
 
-def test_equal_places_give_equal_noise_and_others_do_not():
+def test_equal_requests_give_equal_noise_and_others_different():
     first, again, other = (discrete_gaussian(50, 9.0, stream(step)) for step in (0, 0, 1))
     assert torch.equal(first, again) and (first == other).sum() < 15
     assert discrete_gaussian(8, 4.0, stream()).tolist() == PINNED
@@ -173,12 +173,12 @@ PINNED = [-2, -7, 6, 4, 0, 5, -4, 9]
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
-def test_a_scale_that_is_none_is_refused(sigma):
+def test_an_invalid_sigma_is_refused(sigma):
     with pytest.raises(ConfigError, match="sigma"):
         discrete_gaussian(1, sigma, stream())
 
 
-def test_bytes_of_a_stream_go_on_and_differ_by_place():
+def test_stream_bytes_continue_and_differ_between_requests():
     """Two calls continue one keystream, which is not that of coins, normals or another place."""
     key = NoiseKey.from_seed(0)
     whole = stream()(96)
@@ -234,7 +234,7 @@ def test_epsilon_of_counts_equals_a_sum_over_the_exact_law(sigma, times):
 # --------------------------------------------------------------------------- counts
 
 
-def test_counts_and_what_is_in_no_bin():
+def test_values_outside_the_bins_are_skipped_or_refused():
     values = torch.tensor([0, 2, 2, 5, -1, 3])
     assert counted(values, 4, strict=False).tolist() == [1, 0, 2, 1]
     assert counted(torch.zeros(0, dtype=torch.int64), 3, strict=True).tolist() == [0, 0, 0]
@@ -245,14 +245,14 @@ def test_counts_and_what_is_in_no_bin():
 
 
 @pytest.mark.parametrize("bins", [0, -3])
-def test_no_bins_are_refused(bins):
+def test_fewer_than_one_bin_is_refused(bins):
     with pytest.raises(ConfigError, match="bins"):
         counted(torch.zeros(1, dtype=torch.int64), bins, strict=False)
     with pytest.raises(ConfigError, match="bins"):
         Frequency(bins=bins)
 
 
-def test_bins_that_are_no_whole_numbers_are_refused():
+def test_bin_numbers_that_are_not_integers_are_refused():
     with pytest.raises(DataError, match=r"torch.float32; give whole numbers from 0 to 3"):
         counted(torch.zeros(3), 4, strict=False)
 
@@ -260,7 +260,7 @@ def test_bins_that_are_no_whole_numbers_are_refused():
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.lists(st.integers(-3, 8), max_size=12), st.integers(-3, 8))
-def test_one_record_moves_one_count_by_one(values, more):
+def test_one_record_changes_one_count_by_1(values, more):
     before, after = (
         counted(torch.tensor(v, dtype=torch.int64), 5, strict=False)
         for v in (values, [*values, more])

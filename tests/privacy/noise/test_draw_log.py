@@ -31,7 +31,7 @@ def test_an_equal_sum_is_replayed_under_its_nonce(tmp_path, key):
     assert later.nonce_for("gradient", "e", 1, SUM) == later.nonce
 
 
-def test_another_sum_gets_no_nonce_and_is_not_noted(tmp_path, key):
+def test_a_different_sum_gets_no_nonce_and_writes_no_line(tmp_path, key):
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     log.open("e")
     log.nonce_for("gradient", "e", 0, SUM)
@@ -67,7 +67,7 @@ def test_an_open_entry_counts_as_seen_after_another_boot(tmp_path, key, boot, cl
     assert DrawLog(tmp_path / "draws.jsonl", key, boot).seen("e") is seen
 
 
-def test_an_entry_that_no_log_knows_counts_as_seen(tmp_path, key):
+def test_an_entry_missing_in_the_log_counts_as_seen(tmp_path, key):
     """A deleted log must not make a second look free."""
     assert DrawLog(tmp_path / "draws.jsonl", key, "boot 1").seen("e")
 
@@ -149,7 +149,7 @@ def written(tmp_path, key):
 
 @pytest.mark.parametrize("kept", [None, *range(5)])
 @pytest.mark.parametrize("known_to", ["head", "copy", "anchor"])
-def test_a_log_that_was_put_back_forgets_what_it_may_have_missed(written, key, kept, known_to):
+def test_a_restored_old_log_charges_open_entries_again(written, key, kept, known_to):
     path, copy = written
     lines = path.read_bytes().splitlines(keepends=True)
     head = DrawLog(path, key, "boot 1").head
@@ -169,7 +169,7 @@ def test_a_log_that_was_put_back_forgets_what_it_may_have_missed(written, key, k
         assert path.read_text().count("lost") == 1
 
 
-def test_a_log_without_its_head_forgets_what_is_open(written, key):
+def test_a_log_without_its_head_charges_open_entries_again(written, key):
     path, copy = written
     path.with_suffix(".head").unlink()
     copy.unlink()
@@ -177,7 +177,7 @@ def test_a_log_without_its_head_forgets_what_is_open(written, key):
     assert log.seen("b") and not log.seen("a")
 
 
-def test_a_kill_between_a_line_and_its_head_loses_nothing(written, key):
+def test_a_kill_between_line_and_head_loses_no_draw(written, key):
     path, copy = written
     before = path.with_suffix(".head").read_bytes()
     log = DrawLog(path, key, "boot 1", copies=[copy])
@@ -188,7 +188,7 @@ def test_a_kill_between_a_line_and_its_head_loses_nothing(written, key):
     assert again.nonce_for("gradient", "b", 1, SUM) == nonce and not again.seen("b")
 
 
-def test_two_logs_of_one_file_do_not_both_draw(written, key):
+def test_a_second_log_of_the_same_file_cannot_draw(written, key):
     path, _ = written
     first = DrawLog(path, key, "boot 1")
     second = DrawLog(path, key, "boot 1")

@@ -127,7 +127,7 @@ def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
         assert abs(int(value) / mpmath.mpf(2) ** 63 / exact - 1) < mpmath.mpf(2) ** -47
 
 
-def test_early_decisions_agree_with_the_exact_ones():
+def test_early_gaussian_decisions_agree_with_exact_ones():
     """What is kept at once would be kept by the exact comparison, at every place of the cell."""
     for scale in SCALES[2:]:
         table = gaussian_table(scale)

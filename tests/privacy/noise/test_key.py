@@ -133,7 +133,7 @@ def test_keystream_is_aes_256_ctr():
     assert keystream(key, 0).tobytes() == b""
 
 
-def test_a_reader_goes_on_where_it_stopped():
+def test_a_keystream_reader_continues_at_its_last_position():
     read = keystream_reader(bytes(32), 40)
     assert (
         b"".join(read(n).tobytes() for n in (40, 5, 0, 16, 39))
@@ -228,7 +228,7 @@ def scale_p_value(z, scale):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
-def test_scale_is_one_and_not_two_thirds_or_three_halves(seed):
+def test_noise_scale_is_1_and_not_two_thirds_or_three_halves(seed):
     """Flakiness 1e-6 per seed; the wrong scales are rejected with power 1 - 1e-100."""
     z = draw(NoiseKey.from_seed(seed), n=4001)
     assert scale_p_value(z, 1) > 1e-6
@@ -281,7 +281,7 @@ def test_streams_are_independent_of_others_and_of_shifts():
 
 
 @pytest.mark.statistical
-def test_a_coin_lands_independently_over_steps():
+def test_coins_of_a_record_are_independent_over_steps():
     """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial.
 
     Flakiness 1e-6 per comparison.

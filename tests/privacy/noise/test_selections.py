@@ -124,7 +124,7 @@ def test_the_score_of_a_candidate_is_its_distance_from_the_rank():
         torch.testing.assert_close(scores, -(below - 4 * q).abs().double() / (2 * max(q, 1 - q)))
 
 
-def test_a_value_that_many_have_is_told_from_its_neighbours():
+def test_quantile_finds_a_value_shared_by_many_records():
     """100 records at 5: the median is 5, which #{x < c} alone would not say."""
     utility = Quantile(q=0.5, candidates=torch.arange(11.0))
     scores = utility.scores(torch.full((100,), 5.0), strict=True)
@@ -137,7 +137,7 @@ def test_a_value_that_many_have_is_told_from_its_neighbours():
     assert chosen == [1, 4, 4, 9]
 
 
-def test_what_is_not_a_number_lies_above_all_or_is_refused():
+def test_nan_counts_as_above_all_candidates_or_is_refused():
     values = torch.tensor([math.nan, 0.0, math.inf])
     utility = Quantile(q=0.5, candidates=torch.tensor([1.0, 2.0]))
     assert torch.equal(
@@ -161,19 +161,19 @@ def test_what_is_not_a_number_lies_above_all_or_is_refused():
         ({"candidates": torch.tensor([0.0, math.inf])}, "finite"),
     ],
 )
-def test_quantiles_that_are_none_are_refused_in_one_line(change, message):
+def test_invalid_quantile_arguments_are_refused_in_one_line(change, message):
     with pytest.raises(ConfigError, match=message) as error:
         Quantile(**{"q": 0.5, "candidates": torch.tensor([0.0, 1.0])} | change)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("k", [0, 5, -1])
-def test_more_bins_than_there_are_cannot_be_chosen(k):
+def test_top_k_refuses_k_above_the_number_of_bins(k):
     with pytest.raises(ConfigError, match=r"k = .*1 to 4, the number of bins"):
         Frequency(bins=4, k=k)
 
 
-def test_the_best_are_in_order_and_of_equals_the_first():
+def test_best_returns_sorted_places_and_first_of_equal_scores():
     assert best(torch.tensor([1.0, 3.0, 3.0, 0.0]), 3).tolist() == [1, 2, 0]
 
 

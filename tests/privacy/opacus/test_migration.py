@@ -84,13 +84,13 @@ def engine_for(model, *, kind="rdp", noise=1.3, steps=5, clip=0.7, **options):
 
 
 @pytest.mark.parametrize("kind", ["rdp", "prv", "gdp"])
-def test_what_an_engine_spent_is_its_history(kind):
+def test_spent_returns_the_history_of_the_engine(kind):
     engine, _, _, loader = engine_for(small(), kind=kind, steps=7)
     assert spent(engine) == spent(engine.accountant) == (Charge(0.2, 1.3, 7),)
     assert sampling_rate(loader) == 0.2
 
 
-def test_what_changed_on_the_way_is_kept_apart():
+def test_history_keeps_changed_noise_and_rates_separate():
     engine, _, optimizer, _ = engine_for(small(), steps=3)
     optimizer.noise_multiplier = 0.9
     optimizer.step_hook(optimizer)
@@ -99,7 +99,7 @@ def test_what_changed_on_the_way_is_kept_apart():
 
 
 @pytest.mark.reference
-def test_epsilon_of_what_was_spent_is_that_of_opacus():
+def test_epsilon_of_the_history_equals_opacus():
     engine, *_ = engine_for(small(), steps=11)
     assert epsilon(spent(engine), delta=1e-3, accountant="rdp") == pytest.approx(
         engine.get_epsilon(1e-3), abs=1e-3
@@ -112,7 +112,7 @@ class Trees(RDPAccountant):
         return "tree aggregation"
 
 
-def test_histories_that_are_something_else_are_refused():
+def test_from_opacus_refuses_other_objects_as_history():
     with pytest.raises(
         PrivacyError,
         match=r"Trees is not a supported .*: tree aggregation.; .*rdp or prv or gdp",
@@ -130,7 +130,7 @@ def test_histories_that_are_something_else_are_refused():
         spent(torn)
 
 
-def test_a_loader_that_does_not_sample_as_accounted_is_refused():
+def test_a_loader_without_poisson_sampling_is_refused():
     engine, _, _, loader = engine_for(small(), poisson_sampling=False)
     assert spent(engine) == (Charge(0.2, 1.3, 5),)  # Opacus says Poisson all the same
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_the_settings_of_a_flat_optimiser_are_two_numbers(options):
     assert settings(optimizer) == (1.3, 0.7)
 
 
-def test_optimisers_that_two_numbers_do_not_describe_are_refused():
+def test_optimisers_with_other_clipping_are_refused():
     adaptive = {
         "target_unclipped_quantile": 0.5,
         "clipbound_learning_rate": 0.2,
@@ -221,7 +221,7 @@ def test_a_model_that_hooks_were_attached_to_is_cleaned_too():
     assert traces(model) == (set(), 0, set())
 
 
-def test_an_interrupted_pass_leaves_nothing_either():
+def test_unwrapping_after_an_interrupted_pass_removes_everything():
     model = nn.ModuleDict({"layer": DPLSTM(5, 4, batch_first=True)})
     wrapped = GradSampleModule(model)
     model["layer"](torch.rand(3, 4, 5))
@@ -234,7 +234,7 @@ def test_an_interrupted_pass_leaves_nothing_either():
     )
 
 
-def test_a_model_without_a_wrapper_comes_back_as_it_is():
+def test_unwrapping_a_plain_model_returns_the_same_model():
     model = small()
     passes = []
     model[0].register_forward_hook(lambda *_: passes.append(1))
@@ -259,7 +259,7 @@ def test_data_parallel_wrappers_are_taken_off_too(tmp_path):
 # --------------------------------------------------------------------------- on with perdure
 
 
-def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
+def test_a_learner_continues_an_opacus_training(toy_stream, toy_model):
     stream = toy_stream()
     engine, wrapped, optimizer, _ = engine_for(
         nn.Sequential(nn.Flatten(), toy_model(stream)), steps=6
@@ -285,7 +285,7 @@ def test_a_learner_goes_on_where_opacus_stopped(toy_stream, toy_model):
     assert learner.private_sum.ledger.epsilon(delta=1e-3) > epsilon(spent(engine), delta=1e-3)
 
 
-def test_the_statement_says_what_is_and_what_is_not_accounted():
+def test_the_opacus_statement_says_which_spending_is_counted():
     assert "accounted from now on" in STATEMENT and "from_opacus" in STATEMENT
 
 
@@ -381,7 +381,7 @@ def test_noise_of_another_kind_is_refused(noise):
 
 
 @pytest.mark.deep(reason="deployment: fresh processes that load libraries where they are used")
-def test_opacus_is_imported_only_where_it_can_help():
+def test_opacus_is_imported_only_for_its_layers():
     code = """
 import sys, torch
 from perdure.privacy.guard import model_checks as guard

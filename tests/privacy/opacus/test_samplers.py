@@ -156,7 +156,7 @@ def size(total):
 @pytest.mark.parametrize("records", [RECORDS, LENGTH, 1])
 @pytest.mark.parametrize("clip", [CLIP, COUNTED], ids=["flat", "by layer"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_clipped_sum_is_that_of_one_backward_pass_a_record(name, clip, records):
+def test_opacus_sampler_sum_equals_a_loop_over_records(name, clip, records):
     model, x, y = case(name, records)
     params = dict(model.named_parameters())
     assert clipped_gradient_sum(model, params, lambda: plain(model, x, y), records, clip) is None
@@ -202,7 +202,7 @@ def test_a_layer_that_is_used_twice_is_one_layer():
     assert distance(by_bridge(model, params, x, y, CLIP), expected) < 1e-5 * size(expected)
 
 
-def test_whole_layers_may_be_left_out_and_a_teacher_is_not_heard():
+def test_frozen_layers_and_teachers_are_ignored_by_samplers():
     def with_teacher(model, x, y):
         with torch.no_grad():
             taught = model(-3 * x).softmax(-1).flip(1)
@@ -223,7 +223,7 @@ def test_a_layer_that_no_loss_reaches_gets_zeros():
     assert float(total["spare.weight"].abs().sum()) == 0 and size(total) > 0
 
 
-def test_double_precision_stays():
+def test_sampler_sums_of_float64_models_are_float64():
     model, x, y = case("mixed")
     model = model.double()
     x = x.double()
@@ -357,7 +357,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_not_understood_is_left_to_the_next_way(name):
+def test_unsupported_models_are_left_to_the_next_method(name):
     torch.manual_seed(0)
     model = LEFT[name]()
     x = torch.randn(RECORDS, LENGTH, 5)
@@ -381,7 +381,7 @@ def test_partly_trained_layers_are_left_to_the_next_method():
         assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_no_records_and_rows_too_many_are_left_to_the_next_way(monkeypatch):
+def test_empty_and_too_large_batches_go_to_the_next_method(monkeypatch):
     model, x, y = case("grouped convolution")
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x[:0], y[:0], CLIP) is None
@@ -390,7 +390,7 @@ def test_no_records_and_rows_too_many_are_left_to_the_next_way(monkeypatch):
     assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_rows_that_are_not_finite_are_named():
+def test_sampler_error_names_rows_with_nan_or_infinity():
     model, x, y = case("grouped convolution")
     x = torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x)
     with pytest.raises(NotFiniteError) as refusal:
@@ -398,7 +398,7 @@ def test_rows_that_are_not_finite_are_named():
     assert refusal.value.rows.tolist() == [i == 3 for i in range(7)]
 
 
-def test_a_model_with_a_rule_for_every_layer_is_book_keeping_s():
+def test_samplers_leave_models_with_rules_to_bookkeeping():
     model = Around(nn.Linear(5, 8), 8)
     x = torch.randn(RECORDS, LENGTH, 5)
     y = torch.zeros(RECORDS, dtype=torch.int64)
@@ -406,7 +406,7 @@ def test_a_model_with_a_rule_for_every_layer_is_book_keeping_s():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_is_left_on_the_model_also_after_an_error(name):
+def test_samplers_leave_no_attributes_also_after_an_error(name):
     def broken(model, x, y):
         plain(model, x, y)
         raise ZeroDivisionError
@@ -433,7 +433,7 @@ def test_the_guard_accepts_the_rows_of_every_layer(name):
 
 
 @pytest.mark.parametrize("name", ["DPLSTM", "DPLSTM, two layers both ways", "DPGRU", "mixed"])
-def test_record_by_record_is_a_way_for_the_layers_of_opacus_too(name):
+def test_layers_of_opacus_also_run_record_by_record(name):
     model, x, y = case(name)
     params = {n: p.detach() for n, p in model.named_parameters()}
 
@@ -479,7 +479,7 @@ def register(undone, kind, sampler):
     register_grad_sampler(kind)(sampler)
 
 
-def test_a_layer_of_two_inputs_is_left_to_the_next_way(monkeypatch):
+def test_a_layer_with_two_inputs_is_left_to_the_next_method(monkeypatch):
     register(
         monkeypatch,
         Product,

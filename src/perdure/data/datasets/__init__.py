@@ -1,7 +1,7 @@
-"""Data sets as tensors on one device: one data set a file, in a function of the file's name.
+"""Data sets as tensors; each file has one data set, in a function with the name of the file.
 
-Import `load`, `names` and `find` to reach them by name; the functions themselves are in
-`perdure.data`. Adding a data set is adding a file that builds a `Dataset` with
+Import `load`, `names` and `find` to get them by name; the functions themselves are exported by
+`perdure.data`. To add a data set, add a file whose function builds a `Dataset` with
 `from_published_split` or `from_stratified_split`.
 """
 

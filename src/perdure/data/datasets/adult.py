@@ -136,15 +136,15 @@ ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 def adult(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """48,842 people of the 1994 census, inputs (105,) in [0, 1], label 1 for an income above 50K.
 
-    Reads ROOT/adult/adult.data and adult.test. Categories are those of the data set's documentation
-    and ranges are declared in advance, so that nothing is taken from the records.
+    Reads ROOT/adult/adult.data and adult.test. Categories and ranges are from the documentation of
+    the data set, so no constant is computed from the records.
 
     Args:
         root: data root; see `perdure.data.datasets.base`.
-        declared_size: public number of training records; None to declare the realised one.
+        declared_size: public number of training records; None for the actual number.
 
     Raises:
-        DataError: when a file is missing, or a row is not as documented.
+        DataError: if a file is missing, or a row differs from the documentation.
 
     Source: Becker and Kohavi 1996, "Adult", UCI Machine Learning Repository.
     """

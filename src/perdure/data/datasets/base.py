@@ -27,24 +27,24 @@ from perdure.utils.atomic_files import save_tensors
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Training and test records of one source, with the public facts about them.
+    """Training and test records of one source, with public facts about them.
 
     Args:
-        name: as in `load`.
+        name: name of the data set, as in `load`.
         train: inputs (n, ...) float32, labels in 0 .. num_classes-1, or targets of another task.
-        test: the same for the test part. It is declared public.
-        num_classes: how many classes, labels, targets or tokens there are, fixed in advance.
+        test: test records, with inputs and labels like `train`; they are declared public.
+        num_classes: number of classes, labels, targets or tokens, fixed in advance.
         input_shape: shape of one input: (channels, height, width) or (features,).
-        public_facts: what was used of the data and is declared public, one sentence each.
-        categories: names of the values 0, 1, 2, ... of an attribute of the records that is no
-            number, by the attribute: {"group": ("f", "m")}; those of the classes are called
-            "target". Declared public.
-        notes: changes that were made to the data on the way in, one sentence each; `print` shows
-            them.
+        public_facts: facts that were computed from the data and are declared public, one sentence
+            each.
+        categories: names of the values 0, 1, 2, ... of an attribute, by attribute: {"group": ("f",
+            "m")}; the names of the classes have the key "target". Declared public.
+        notes: changes that were made to the data when they were read, one sentence each; `print`
+            shows them.
 
     Raises:
-        DataError: when a part is empty, has another shape, other labels or another task, or when an
-            id that was given is in both parts.
+        DataError: if a part is empty, or has another shape, other labels or another task, or if a
+            given id is in both parts.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Dataset:
             require_type(records, Records, f"{part} of data set {self.name}", "a perdure.Records")
             if records.task != self.task:
                 raise DataError(
-                    f"{self.name} has {self.task.name} records to train on and "
-                    f"{records.task.name} ones to test on; give both the same task"
+                    f"{self.name} has {self.task.name} training records but {records.task.name} "
+                    "test records; give both the same task"
                 )
             shape = tuple(records.inputs.shape[1:])
             if shape != self.input_shape:
@@ -110,13 +110,13 @@ def require_data_set(data: object) -> None:
 
 
 def cache_folder() -> Path:
-    """Folder for what can be computed again: XDG_CACHE_HOME or ~/.cache, and perdure within it."""
+    """Folder for files that can be computed again: `perdure` in XDG_CACHE_HOME or in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "perdure"
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Folder of data sets: the argument, else PERDURE_DATA, else the user's cache folder."""
+    """Folder of data sets: the argument, or PERDURE_DATA, or the user's cache folder."""
     chosen = root or os.environ.get("PERDURE_DATA")
     return Path(chosen) if chosen else cache_folder()
 
@@ -131,10 +131,12 @@ def from_published_split(
     declared_size: int | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Dataset:
-    """Build a data set whose source publishes its own split: test ids follow the training ids.
+    """Build a data set from a published split into training and test part.
+
+    The ids of test records follow the ids of training records.
 
     Args:
-        name: of the data set and of its partition.
+        name: name of the data set and of its partition.
         train: inputs (n, ...) and labels (n,) to train on.
         test: inputs (m, ...) and labels (m,) to test on.
         num_classes: number of classes.
@@ -169,23 +171,23 @@ def from_stratified_split(
     declared_size: int | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Dataset:
-    """Build a data set by a seeded split that takes the same share of every class for the test.
+    """Build a data set by a random split with the same share of every class in the test part.
 
-    Ids index the source. The split goes by positions in the published table, so it is a fact of
-    that table: the private data set is the training part that it leaves.
+    Ids are positions in the source. The split depends on positions in the published table, so it is
+    a public fact about this table. The private data are the remaining training records.
 
     Args:
-        name: of the data set and of its partition.
-        inputs: (n, ...).
-        labels: (n,), whole numbers from 0.
-        seed: of the split.
-        test_share: share of every class that goes to the test, between 0 and 1.
+        name: name of the data set and of its partition.
+        inputs: (n, ...) inputs.
+        labels: (n,) labels, whole numbers from 0.
+        seed: seed of the split.
+        test_share: share of every class in the test part, between 0 and 1.
         facts: public facts on the data set, one sentence each.
         declared_size: public number of training records; None for the number of rows.
         value_range: least and greatest number of an input, known from the source's definition.
 
     Raises:
-        ConfigError: when `test_share` is not between 0 and 1.
+        ConfigError: if `test_share` is not between 0 and 1.
     """
     if not 0 < test_share < 1:
         raise ConfigError.of("test_share", test_share, "a number between 0 and 1, both excluded")
@@ -233,9 +235,8 @@ def download_failed(place: Path, name: str, hint: str, error: Exception) -> Data
     """Build the error that names the place, the data set, the reason and the remedy."""
     reason = (str(error).splitlines() or [type(error).__name__])[-1]
     return DataError(
-        f"no {name} in {place} and the download failed ({reason}); {hint}, or set "
-        "PERDURE_DATA to the folder "
-        f"that holds it"
+        f"no {name} in {place} and the download failed ({reason}); {hint}, or set PERDURE_DATA to "
+        "the folder that contains it"
     )
 
 
@@ -256,10 +257,10 @@ def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str,
 
 
 def file_bytes(path: Path) -> bytes:
-    """Content of `path`, or of `path` with .gz appended, unzipped.
+    """Content of the file `path`, or unzipped content of `path` with .gz appended.
 
     Raises:
-        DataError: when neither can be read.
+        DataError: if neither can be read.
     """
     zipped = path.with_name(path.name + ".gz")
     try:

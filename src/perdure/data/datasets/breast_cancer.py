@@ -14,16 +14,16 @@ def breast_cancer(
     """569 tumours, 30 measurements each, malignant (0) or benign (1); part of scikit-learn.
 
     Guarantee: none for the scaling. Each column is standardised with its mean and standard
-    deviation over the whole published table; these 60 numbers are *declared public*. For records of
-    your own, declare such constants in advance or release them.
+    deviation over the whole published table; these 60 numbers are *declared public*. For your own
+    records, declare such constants in advance or release them.
 
     Args:
-        seed: of the stratified split.
-        test_share: share of each class that goes to the test part.
-        declared_size: public number of training records; None to declare the realised one.
+        seed: seed of the stratified split.
+        test_share: share of each class in the test part.
+        declared_size: public number of training records; None for the actual number.
 
     Raises:
-        ConfigError: when `test_share` is not between 0 and 1.
+        ConfigError: if `test_share` is not between 0 and 1.
 
     Source: Wolberg, Mangasarian, Street 1995, "Breast cancer Wisconsin (diagnostic)", UCI.
     """

@@ -45,17 +45,17 @@ CIFAR_CLASSES = (
 def cifar10(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """60,000 colour images of ten classes, inputs (3, 32, 32) in [0, 1], not normalised.
 
-    Looked for in this order: ROOT/cifar-10-batches-bin (the binary version; the pickled version is
-    never opened), ROOT/cifar10-jpeg.zip (train|test/CLASS/NAME.jpg; JPEG moves pixels a little, so
-    compare with figures on the same files only; decoded once and cached), a download of the binary
-    version.
+    The files are searched in this order: ROOT/cifar-10-batches-bin (the binary version; the pickled
+    version is never opened); ROOT/cifar10-jpeg.zip (train|test/CLASS/NAME.jpg, decoded once and
+    cached; JPEG changes pixels a little, so compare results on the same files only); a download of
+    the binary version.
 
     Args:
         root: data root; see `perdure.data.datasets.base`.
-        declared_size: public number of training records; None to declare the realised one.
+        declared_size: public number of training records; None for the actual number.
 
     Raises:
-        DataError: when the files are missing and cannot be downloaded, or are damaged.
+        DataError: if the files are missing and cannot be downloaded, or are damaged.
 
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images".
     """
@@ -130,7 +130,8 @@ def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
     for path, data in content:
         if not data or len(data) % CIFAR_RECORD_BYTES:
             raise DataError(
-                f"{path} has {len(data)} bytes, no multiple of {CIFAR_RECORD_BYTES}; get it again"
+                f"{path} has {len(data)} bytes, which is not a multiple of {CIFAR_RECORD_BYTES}; "
+                "download it again"
             )
     joined = np.frombuffer(b"".join(data for _, data in content), dtype=np.uint8)
     rows = torch.from_numpy(joined.reshape(-1, CIFAR_RECORD_BYTES).copy())
@@ -155,10 +156,10 @@ def read_image_zip(archive: Path, part: str) -> tuple[Tensor, Tensor]:
             )
             images = [_decode(opened.read(name), f"{archive}:{name}") for name in names]
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{archive} cannot be read: {error}; get it again") from error
+        raise DataError(f"{archive} cannot be read: {error}; download it again") from error
     if not images:
         raise DataError(
-            f"{archive} holds no {part}/CLASS/NAME.jpg; expected the classes {CIFAR_CLASSES}"
+            f"{archive} has no file {part}/CLASS/NAME.jpg; expected the classes {CIFAR_CLASSES}"
         )
     return torch.stack(images), torch.tensor([_class_of(name, archive) for name in names])
 
@@ -172,7 +173,7 @@ def zip_digest(archive: Path) -> str:
         with zipfile.ZipFile(archive) as opened:
             entries = [f"{entry.filename} {entry.CRC}" for entry in opened.infolist()]
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{archive} cannot be read: {error}; get it again") from error
+        raise DataError(f"{archive} cannot be read: {error}; download it again") from error
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()[:16]
 
 
@@ -182,7 +183,7 @@ def _decode(content: bytes, source: str) -> Tensor:
     try:
         pixels = np.array(Image.open(BytesIO(content)).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise DataError(f"{source} is not an image; get the archive again") from error
+        raise DataError(f"{source} is not an image; download the archive again") from error
     if pixels.shape != (32, 32, 3):
         raise DataError(f"{source} has shape {pixels.shape}; allowed: (32, 32, 3)")
     return torch.from_numpy(pixels).permute(2, 0, 1)

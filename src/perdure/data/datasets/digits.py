@@ -9,12 +9,12 @@ def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None 
     """1,797 handwritten digits of 8 x 8 pixels, inputs (1, 8, 8) in [0, 1]; part of scikit-learn.
 
     Args:
-        seed: of the stratified split.
-        test_share: share of each class that goes to the test part.
-        declared_size: public number of training records; None to declare the realised one.
+        seed: seed of the stratified split.
+        test_share: share of each class in the test part.
+        declared_size: public number of training records; None for the actual number.
 
     Raises:
-        ConfigError: when `test_share` is not between 0 and 1.
+        ConfigError: if `test_share` is not between 0 and 1.
 
     Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI.
     """

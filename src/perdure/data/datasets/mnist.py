@@ -28,15 +28,15 @@ UNSIGNED_BYTE = 0x08
 def mnist(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """70,000 handwritten digits, inputs (1, 28, 28) in [0, 1].
 
-    Reads the IDX files in ROOT/MNIST/raw, gzipped or not. Where the files are missing,
-    torchvision's downloader is tried.
+    Reads the IDX files in ROOT/MNIST/raw, gzipped or not. If the files are missing, torchvision
+    downloads them.
 
     Args:
         root: data root; see `perdure.data.datasets.base`.
-        declared_size: public number of training records; None to declare the realised one.
+        declared_size: public number of training records; None for the actual number.
 
     Raises:
-        DataError: when the files are missing and cannot be downloaded, or are damaged.
+        DataError: if the files are missing and cannot be downloaded, or are damaged.
 
     Source: LeCun, Bottou, Bengio, Haffner 1998, "Gradient-based learning applied to document
     recognition".
@@ -73,7 +73,8 @@ def _mnist_part(folder: Path, stem: str) -> tuple[Tensor, Tensor]:
         and hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_TRAIN_IMAGES_MD5
     ):
         raise DataError(
-            f"{images_path} does not have the published MD5 {MNIST_TRAIN_IMAGES_MD5}; get it again"
+            f"{images_path} does not have the published MD5 {MNIST_TRAIN_IMAGES_MD5}; download it "
+            "again"
         )
     images = parse_idx(content, str(images_path))
     labels = parse_idx(file_bytes(labels_path), str(labels_path))
@@ -116,14 +117,15 @@ def parse_idx(content: bytes, source: str) -> Tensor:
     """
     if len(content) < 4 or content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
         raise DataError(
-            f"{source} is not an IDX file of bytes (it starts {content[:4].hex()}); get it again"
+            f"{source} is not an IDX file of bytes (it starts with {content[:4].hex()}); download "
+            "it again"
         )
     header = 4 + 4 * content[3]
     shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
     if len(content) - header != math.prod(shape):
         raise DataError(
-            f"{source} holds {len(content)} bytes, not the {header} + {shape} of its head; "
-            "get it again"
+            f"{source} holds {len(content)} bytes, but its header promises {header} + {shape}; "
+            "download it again"
         )
     body = np.frombuffer(content[header:], dtype=np.uint8)
     return torch.from_numpy(body.reshape(shape).copy())

@@ -42,10 +42,10 @@ def find(name: str, *, field: str | None = None) -> Callable[..., Dataset]:
 
     Args:
         name: one of `names()`, with dashes or underscores, or "module:name".
-        field: where the name was given, for the message.
+        field: name of the setting or argument with this value, for the error message.
 
     Raises:
-        ConfigError: when there is no such data set; it lists those there are.
+        ConfigError: if there is no such data set; the message lists all data sets.
 
     >>> find("breast-cancer").__name__
     'breast_cancer'
@@ -66,12 +66,13 @@ def load(
     Args:
         name: one of `names()`, with dashes or underscores, or "module:name".
         root: data root, for data sets that are read from files; see `perdure.data.datasets.base`.
-        seed: of the split into training and test part, for data sets that publish none.
-        declared_size: public number of training records; None for what the data set declares.
+        seed: seed of the split into training and test part, if the data set has no published split.
+        declared_size: public number of training records; None for the size that the data set
+            declares.
 
     Raises:
-        ConfigError: for another name, or a function that returns no data set.
-        DataError: for files that are missing or damaged.
+        ConfigError: if the name is not known, or the function returns no data set.
+        DataError: if files are missing or damaged.
 
     >>> load("digits").input_shape
     (1, 8, 8)

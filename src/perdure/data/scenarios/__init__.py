@@ -1,24 +1,24 @@
 """Streams of experiences.
 
-Splits by class, by time and by domain, permuted and rotated copies, classes that come back,
-one-pass and blurry streams: one kind a file.
+Each file makes one kind: splits by class, by time and by domain, permuted and rotated copies,
+classes that come back, one-pass and blurry streams.
 
-Which privacy history (*partition*) a record belongs to is decided here:
+These functions decide the privacy history (*partition*) of each record:
 
-- Where a record's experience is a function of the record itself and of public facts (its label and
-  the class order; a hash of its id and a public seed), adding or removing one record touches one
-  experience only. Experiences are then disjoint partitions, called experience-0, experience-1, and
+- If the experience of a record depends only on the record and on public facts (its label and the
+  class order, or a hash of its id and a public seed), adding or removing one record changes one
+  experience only. Experiences are then separate partitions, called experience-0, experience-1, and
   so on.
-- Where the same record turns up in several experiences (permuted and rotated copies), its id and
-  the partition of its origin stay with it: one image is one record, and its uses compose.
-- Where the place of a record depends on which *other* records are present (a cut after every so
-  many records; a hash of ids that are positions; a number of pieces that follows the number of
-  records), adding one record moves others. Such a stream says `assigned_by_record = False`, and no
-  guarantee under add/remove adjacency holds for it.
+- If the same record is in several experiences (permuted and rotated copies), it keeps its id and
+  the partition of its source: one image is one record, and its privacy costs add up.
+- If the experience of a record depends on *other* records (a cut after a fixed number of records; a
+  hash of ids that are positions; a number of pieces that depends on the number of records), adding
+  one record moves others. Then `assigned_by_record` of the stream is False, and no guarantee under
+  add/remove adjacency holds.
 
-Sizes are public. Every splitter takes `declared_size`; where a data set declares the size of its
-training part, the sizes of experiences follow from it and from public shares, every class counting
-the same. Where nothing is declared, the realised sizes are declared public.
+Sizes are public. Every function has the argument `declared_size`. If a data set declares the size
+of its training part, the sizes of experiences follow from it and from public shares, with equally
+large classes. If no size is declared, the actual sizes are used and become public.
 """
 
 from perdure.data.scenarios.attributes import by_domain, by_time

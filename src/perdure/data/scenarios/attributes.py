@@ -22,26 +22,27 @@ def by_time(
 ) -> Stream:
     """Cut the records by their time; domain-incremental.
 
-    With `boundaries` b, experience e holds the times in [b[e-1], b[e]), the first one all before
-    b[0] and the last one all from b[-1] on. With `experiences`, the boundaries are quantiles of the
-    training records' times: experiences are about equal, and records of one time stay together.
+    With `boundaries` b, experience e has the times in [b[e-1], b[e]), the first one all times
+    before b[0], and the last one all times from b[-1]. With `experiences`, the boundaries are
+    quantiles of the times of training records: experiences have about equal sizes, and records with
+    the same time stay together.
 
-    Guarantee: with `boundaries`, which are public, a record's experience follows from its own time,
-    and experiences are disjoint partitions. With `experiences` the boundaries depend on all
-    records: the stream says `assigned_by_record = False`.
+    Guarantee: with `boundaries`, which are public, the experience of a record depends only on its
+    own time, and experiences are separate partitions. With `experiences` the boundaries depend on
+    all records, so `assigned_by_record` is False.
 
     Args:
         data: the source; its training and test records have the attribute.
-        experiences: how many, from 1. Give this or `boundaries`.
+        experiences: number of experiences, at least 1. Give this or `boundaries`.
         boundaries: public, ascending times at which a new experience begins.
         attribute: name of the time among `Records.attributes`.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: an equal share of the declared size of `data`, else the realised one.
 
     Raises:
-        ConfigError: for boundaries that do not ascend, more experiences than there are times, or
-            other than one size, or one an experience.
-        DataError: where records lack the attribute, or a time is missing (NaN).
+        ConfigError: if boundaries are not ascending, if there are more experiences than different
+            times, or if `declared_size` is neither one number nor one number per experience.
+        DataError: if records do not have the attribute, or a time is missing (NaN).
     """
     require_data_set(data)
     if (experiences is None) == (boundaries is None):
@@ -67,26 +68,27 @@ def by_domain(
     attribute: str = "domain",
     declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
-    """Make an experience of every natural domain: a hospital, a speaker, a camera.
+    """Make one experience of each natural domain, such as a hospital, a speaker or a camera.
 
-    Domain-incremental: labels and head stay.
+    The stream is domain-incremental: labels and head do not change.
 
-    Guarantee: where the domains are public (`order`, or `Dataset.categories`), a record's
-    experience follows from its own domain, and experiences are disjoint partitions. Domains that
-    are found among the records depend on all of them: the stream says `assigned_by_record = False`.
+    Guarantee: if the domains are public (`order`, or `Dataset.categories`), the experience of a
+    record depends only on its own domain, and experiences are separate partitions. Domains that are
+    found in the records depend on all records, so `assigned_by_record` is then False.
 
     Args:
         data: the source; its training and test records have the attribute.
-        order: public numbers of the domains, in the order of their arrival. Default: all that
-            `Dataset.categories` names, else those of the training records, ascending.
+        order: public numbers of the domains, in the order of training. Default: all domains in
+            `Dataset.categories`, or, without these, the domains of the training records in
+            ascending order.
         attribute: name of the domain among `Records.attributes`.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: an equal share of the declared size of `data`, else the realised one.
 
     Raises:
-        ConfigError: for a domain that is twice in the order, or other than one size, or one an
-            experience.
-        DataError: where records lack the attribute, or are of a domain that is not in the order.
+        ConfigError: if a domain is twice in the order, or if `declared_size` is neither one number
+            nor one number per experience.
+        DataError: if records do not have the attribute, or have a domain that is not in the order.
     """
     require_data_set(data)
     values = [_values(part, attribute) for part in (data.train, data.test)]

@@ -32,35 +32,35 @@ def blurry(
     seed: int = 0,
     declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
-    """Class-incremental slices with blurred boundaries.
+    """Make a class-incremental stream in which some records of a class are in other experiences.
 
-    A share of a class turns up in other experiences.
+    A record of a blurry class leaves the main experience of its class with probability
+    `blurry_share`, and goes to one of the other experiences with equal probabilities. Test records
+    are always in the main experience of their class.
 
-    A record of a blurry class leaves its class's own experience with probability `blurry_share` and
-    goes to one of the others, all alike. Test records stay with their class's own experience.
-
-    Guarantee: both coins are a hash of the record's id and the public seed, so that the place is a
-    function of the record and public facts, and experiences are disjoint partitions. Records
-    without ids of their own are hashed by their position, and the stream says
-    `assigned_by_record = False`.
+    Guarantee: both random choices are a hash of the record's id and the public seed. So the
+    experience of a record depends only on the record and public facts, and experiences are separate
+    partitions. Records without given ids are hashed by their position; `assigned_by_record` is then
+    False.
 
     Args:
         data: the source.
-        experiences: how many, from 2; a divisor of the number of classes. Give this or
-            `increments`.
-        increments: number of classes whose own experience each is, as in `split`.
+        experiences: number of experiences, at least 2; a divisor of the number of classes. Give
+            this or `increments`.
+        increments: number of classes per experience, as in `split`.
         blurry_share: expected share of records that leave, in [0, 1].
-        disjoint_share: share of classes that never leave (their choice is random by `seed`), in [0,
-            1].
-        class_order: the classes in the order of their arrival. Default: 0 .. C-1.
-        seed: public.
+        disjoint_share: share of classes whose records never leave, in [0, 1]; `seed` chooses these
+            classes.
+        class_order: classes in the order of training. Default: 0 .. C-1.
+        seed: public seed of the hash.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: the number expected from the shares and the declared size of `data`, else the
             realised one.
 
     Raises:
-        ConfigError: for a share outside [0, 1], a class order that is no permutation, slices that
-            do not add up to all classes, or other than one size, or one an experience.
+        ConfigError: if a share is outside [0, 1], if the class order is not a permutation, if the
+            slices do not add up to all classes, or if `declared_size` is neither one number nor one
+            number per experience.
 
     Source: Bang et al. 2021, "Rainbow memory", section 3; disjoint classes: Koh et al. 2022,
     "Online continual learning on class incremental blurry task configuration with anytime

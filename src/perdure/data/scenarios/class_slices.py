@@ -33,31 +33,33 @@ def split(
 ) -> Stream:
     """Cut the classes into slices, one experience each: equal ones, or of given widths.
 
-    Task- and class-incremental streams keep the labels and have a head over all classes C. In the
+    Task- and class-incremental streams keep the labels and need a head over all C classes. In a
     domain-incremental stream a label is the *position within the slice*, and the head has C /
-    experiences outputs (pairs of digits become even against odd).
+    experiences outputs (for example, pairs of digits become the classes even and odd).
 
     >>> stream = split(data, scenario="class", increments=(50, 10, 10, 10, 10, 10))
 
-    Guarantee: a record's experience is a function of its label and the public class order, so
-    experiences are disjoint partitions.
+    Guarantee: the experience of a record depends only on its label and the public class order, so
+    experiences are separate partitions.
 
     Args:
         data: the source.
         scenario: task, domain or class.
-        experiences: how many; a divisor of the number of classes. Give this or `increments`.
-        increments: number of new classes in each experience, at least 1 each and C in all; equal
-            ones in the domain-incremental stream.
-        class_order: the classes in the order of their arrival. Default: 0 .. C-1, or random by
-            `seed`.
-        seed: of a random class order.
+        experiences: number of experiences; a divisor of the number of classes. Give this or
+            `increments`.
+        increments: number of new classes in each experience, at least 1, with sum C; equal numbers
+            in a domain-incremental stream.
+        class_order: classes in the order of training. Default: 0 .. C-1, or a random order if
+            `seed` is given.
+        seed: seed of a random class order.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: the share of its classes in the declared size of `data`, else the realised
             one.
 
     Raises:
-        ConfigError: for a class order that is no permutation or comes beside a seed; for slices
-            that do not add up to all classes; for other than one size, or one an experience.
+        ConfigError: if the class order is not a permutation or is given together with a seed; if
+            the classes cannot be cut into these slices; if `declared_size` is neither one number
+            nor one number per experience.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """

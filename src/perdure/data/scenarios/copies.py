@@ -19,9 +19,9 @@ from perdure.types import SCENARIOS, Scenario
 
 
 def joint(data: Dataset, *, declared_size: int | None = None) -> Stream:
-    """All records in one experience: what a learner reaches that meets everything at once.
+    """Make a stream of one experience with all records, as an upper bound for other streams.
 
-    Guarantee: records keep the partition of their origin.
+    Guarantee: records keep the partition of the data set.
 
     Args:
         data: the source.
@@ -54,24 +54,24 @@ def permuted(
     scenario: Scenario = "domain",
     declared_size: int | None = None,
 ) -> Stream:
-    """Every experience holds all records, with the numbers of an input in another fixed order.
+    """Make experiences with all records each, with the numbers of inputs in another fixed order.
 
-    Guarantee: a copy keeps the record's id and the partition of its origin. One image is one
-    record, and what the experiences spend on it composes.
+    Guarantee: a copy keeps the id of the record and the partition of the data set. One image is one
+    record, and its privacy costs in all experiences add up.
 
     Args:
-        data: the source. Copies of its inputs are held in memory, one for each experience, where
-            they are below 256 MiB; larger inputs are permuted batch by batch.
-        experiences: how many, from 1.
-        seed: of the permutations.
-        first_identity: whether the first experience is left as it is.
+        data: the source. Inputs below 256 MiB are copied in memory, once per experience; larger
+            inputs are permuted batch by batch.
+        experiences: number of experiences, at least 1.
+        seed: seed of the permutations.
+        first_identity: do not permute the first experience.
         scenario: domain keeps the labels and a head over the C classes; task and class give
             experience e the labels y + e*C, and a head over C * experiences.
         declared_size: public number of training records, all of which are in every experience.
             Default: as in `data`.
 
     Raises:
-        ConfigError: for no experiences or another scenario.
+        ConfigError: if there are no experiences, or the scenario is not known.
 
     Source: Goodfellow et al. 2014, "An empirical investigation of catastrophic forgetting".
     """
@@ -93,19 +93,19 @@ def rotated(
     angles: Sequence[float] = (0.0, 45.0, 90.0, 135.0),
     declared_size: int | None = None,
 ) -> Stream:
-    """Every experience holds all images, turned by another angle; domain-incremental.
+    """Make experiences with all images each, rotated by another angle (domain-incremental).
 
-    Guarantee: as for `permuted`, the uses of one image compose.
+    Guarantee: as for `permuted`, the privacy costs of one image add up.
 
     Args:
-        data: the source, inputs (channels, height, width). A turned copy of its inputs is held per
-            angle where they are below 256 MiB; larger inputs are turned batch by batch.
+        data: the source, inputs (channels, height, width). Inputs below 256 MiB are copied in
+            memory, once per angle; larger inputs are rotated batch by batch.
         angles: degrees, counter-clockwise, one experience each.
         declared_size: public number of training records, all of which are in every experience.
             Default: as in `data`.
 
     Raises:
-        ConfigError: for no angles, or inputs that are no images.
+        ConfigError: if there are no angles, or inputs are not images.
 
     Source: Lopez-Paz and Ranzato 2017, "Gradient episodic memory", section 5.1.
     """
@@ -126,7 +126,7 @@ def permute(inputs: Tensor, *, order: Tensor) -> Tensor:
 
 
 def rotate(images: Tensor, *, degrees: float) -> Tensor:
-    """Turn images (n, channels, height, width) counter-clockwise, bilinear, zero outside."""
+    """Rotate images (n, channels, height, width) counter-clockwise, bilinear, zeros outside."""
     if degrees % 360 == 0:
         return images
     sine = math.sin(math.radians(degrees))

@@ -10,26 +10,28 @@ from perdure.errors import ConfigError
 
 
 def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> Stream:
-    """Cut every experience into small ones, to be seen once each.
+    """Cut every experience into small pieces, for training with one pass over each piece.
 
-    Classes and test records are the parent's.
+    A piece has the classes and test records of its parent experience.
 
-    Guarantee: partitions are the parent's, so what the pieces spend composes. With `exact`, every
-    piece has `chunk` records (the last has the rest): the field's protocol, but one more record
-    moves others into the next piece, so the stream says `assigned_by_record = False`. Without, a
-    hash of the record's id and the seed picks the piece: sizes vary around `chunk`, and adding or
-    removing a record changes one piece only. That holds where the parent's size was declared, as
-    the number of pieces follows from it, and records came with ids; else the stream says
-    `assigned_by_record = False` too.
+    `exact=True`: every piece has exactly `chunk` records (the last one may have fewer), as usual in
+    the literature. Adding one record then moves other records to another piece, so
+    `assigned_by_record` is False. `exact=False`: a hash of the record's id and the seed chooses the
+    piece, so adding or removing a record changes one piece only. Pieces then have at most `chunk`
+    records on average. `assigned_by_record` is then True if the parent's is, the parent's sizes
+    were declared, and the records have ids of their own; otherwise False.
+
+    Guarantee: pieces keep the partition of their parent, so their privacy costs add up.
 
     Args:
-        stream: the parent. `stage` of a piece is the index of its parent.
-        chunk: records in a piece; without `exact` the declared size, which is met on average.
-        seed: of the order, public.
-        exact: whether the size is exact.
+        stream: stream to cut. `stage` of a piece is the index of its parent experience.
+        chunk: number of records in a piece; with `exact=False` the declared size, which is an upper
+            bound on the average.
+        seed: public seed of the order.
+        exact: True for exact sizes, False for sizes on average.
 
     Raises:
-        ConfigError: for a chunk below 1.
+        ConfigError: if `chunk` is below 1.
 
     Source: Mai et al. 2022, "Online continual learning in image classification: an empirical
     survey".

@@ -31,10 +31,10 @@ def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
 
 
 def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
-    """Hash record ids to [0, 1): a coin that belongs to the record, (n,) float64 on the CPU.
+    """Hash record ids to public random numbers in [0, 1), (n,) float64 on the CPU.
 
-    Guarantee: none; everyone can compute it. It says which experience a record belongs to, and is
-    never used for noise or for membership that must stay secret.
+    Guarantee: none; everyone can compute the numbers. They decide the experience of a record, and
+    are never used for noise or for secret membership.
 
     Source: see `perdure.utils.hashing`.
     """

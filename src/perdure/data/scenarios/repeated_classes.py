@@ -30,37 +30,37 @@ def repetition(
     seed: int = 0,
     declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
-    """Let classes arrive at random and come back: class-incremental with repetition.
+    """Make a class-incremental stream with repetition: classes arrive at random and come back.
 
         first(c) ~ Geometric(first_probability), at most experiences - 1
         c is in experience e > first(c) with probability repeat_probability
 
-    The first class of the order arrives in experience 0, and an experience that would have no class
-    gets one that arrived before. Every record is in one experience: each of those with its class is
-    as likely. Test records stay with the experience in which their class arrives, so others have
-    none, and their columns of the accuracy matrix are NaN.
+    The first class of the order arrives in experience 0. An experience without any class gets a
+    class that arrived before. Every record is in one experience, chosen with equal probabilities
+    among the experiences with its class. Test records are in the experience in which their class
+    arrives. Experiences without test records have NaN in their columns of the accuracy matrix.
 
-    Guarantee: classes of the experiences follow from the public seed alone, and a record's
-    experience from its label and a hash of its id, so experiences are disjoint partitions. Records
-    without ids of their own are hashed by their position, and the stream says
-    `assigned_by_record = False`.
+    Guarantee: the classes of the experiences follow from the public seed alone. The experience of a
+    record depends only on its label and a hash of its id, so experiences are separate partitions.
+    Records without given ids are hashed by their position; `assigned_by_record` is then False.
 
     Args:
         data: the source.
-        experiences: how many, from 1.
-        first_probability: probability in (0, 1] that a class which has not arrived does so in the
-            next experience; 1 brings all classes at once.
-        repeat_probability: probability in [0, 1] that a class is in an experience after that in
-            which it arrives.
-        class_order: the first of these arrives in experience 0. Default: 0 .. C-1.
-        seed: public.
+        experiences: number of experiences, at least 1.
+        first_probability: probability in (0, 1] that a class that has not arrived yet arrives in
+            the next experience; with 1 all classes arrive in experience 0.
+        repeat_probability: probability in [0, 1] that a class is in a given experience after the
+            one in which it arrives.
+        class_order: order of the classes; the first one arrives in experience 0. Default: 0 .. C-1.
+        seed: public seed of all random choices.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: the number expected from the declared size of `data`, every class counting the
             same, else the realised one.
 
     Raises:
-        ConfigError: for a probability out of range, no experiences, a class order that is no
-            permutation, or other than one size, or one an experience.
+        ConfigError: if a probability is out of range, if there are no experiences, if the class
+            order is not a permutation, or if `declared_size` is neither one number nor one number
+            per experience.
 
     Source: Hemati et al. 2023, "Class-incremental learning with repetition" (the sampling-based
     generator, every record once).

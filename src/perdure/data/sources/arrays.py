@@ -73,7 +73,9 @@ def from_arrays(
             or one for every column or channel. The guard of a private run looks at this range.
             Default: (0, 1) for images of bytes, else none.
         standardise: "declared" maps `value_range` to -1 .. 1; (mean, deviation) are constants that
-            you declare, one number or one for every column or channel. Default: no scaling.
+            you declare, one number or one for every column or channel; a
+            `perdure.privacy.ReleasedScaling` pays for constants of the training records. Default:
+            no scaling.
         declared_size: public number of training records. Default: the number of rows.
         seed: of the hash that draws the test part.
         name: of the data set and of its partition.

@@ -16,7 +16,9 @@ from perdure.data.sources.inputs import (
     Number,
     Scaling,
     Standardise,
+    is_release,
     refuse_bad_inputs,
+    released_scaling,
     scaling_of,
 )
 from perdure.data.sources.targets import Classes, TaskName, converted, given_classes, task_of
@@ -124,10 +126,14 @@ def dataset_of(
         measured = whole.take(out)
         facts.append(f"the test part, a share of {test:g} by a hash of the ids, is public")
     assert classes is not None
+    learnt = learnt.declared(settings.declared_size)
+    if is_release(settings.standardise):
+        scaling, learnt = released_scaling(settings.standardise, scaling, learnt)
+        facts.append("mean and deviation of the inputs are a paid release")
     domain = settings.domain or scaling.domain(shape)
     return Dataset(
         name=settings.name,
-        train=_scaled(learnt, scaling, domain).declared(settings.declared_size),
+        train=_scaled(learnt, scaling, domain),
         test=replace(_scaled(measured, scaling, domain), partition=f"{settings.name}-test"),
         num_classes=classes.number,
         input_shape=shape,

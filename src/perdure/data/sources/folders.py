@@ -53,7 +53,8 @@ def from_folder(
         classes: names of the sub-folders, their order gives the numbers. Default: all of them in
             alphabetical order.
         standardise: "declared" maps 0 .. 1 to -1 .. 1; (mean, deviation) are constants that you
-            declare, one number or one for every channel. Default: no scaling.
+            declare, one number or one for every channel; or a release, as in `from_arrays`.
+            Default: no scaling.
         declared_size: public number of training records. Default: the number of images.
         seed: of the hash that draws the test part.
         name: of the data set and of its partition.

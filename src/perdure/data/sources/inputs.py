@@ -5,20 +5,31 @@ Constants for scaling say something of the records that they are computed from. 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from perdure.data.domain import InputDomain
+from perdure.data.records import Records, Spent
 from perdure.data.row_view import changed_rows
 from perdure.data.sources.values import as_float32, refuse_not_finite, refuse_outside
 from perdure.errors import ConfigError, DataError
 
+
+class Release(Protocol):
+    """Constants for scaling that are a paid release; see `perdure.privacy.ReleasedScaling`."""
+
+    def constants(
+        self, inputs: Tensor, low: Tensor, high: Tensor, *, partition: str, size: int
+    ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
+        """Return mean and deviation, each broadcasting to one row, and what was spent."""
+
+
 Number = float | Sequence[float]
 """One number for all columns or channels, or one for each."""
-Standardise = Literal["declared", "released"] | tuple[Number, Number]
+Standardise = Literal["declared", "released"] | tuple[Number, Number] | Release
 CHANNELS = (1, 3, 4)
 """Channels of an image that stores them last."""
 
@@ -122,7 +133,8 @@ def scaling_of(
 
     Args:
         standardise: "declared" for the middle and the half width of `value_range`, which gives
-            numbers from -1 to 1; (mean, deviation), declared; None for no scaling.
+            numbers from -1 to 1, and for a release, before its constants are known; (mean,
+            deviation), declared; None for no scaling.
         value_range: (least, greatest) value before scaling.
         shape: of one input; a sequence of constants has one for each column, or each channel.
 
@@ -138,19 +150,49 @@ def scaling_of(
         return Scaling(low=low, high=high)
     if standardise == "released":
         raise ConfigError(
-            "standardise = 'released' is not allowed: constants computed from the records have a "
-            "price, which is charged before they are computed"
+            "standardise = 'released' has no price; allowed: perdure.privacy.ReleasedScaling("
+            "noise_multiplier=20.0, folder='...'), whose noise and ledger you choose"
         )
-    if standardise == "declared":
+    if standardise == "declared" or is_release(standardise):
         if low is None or high is None:
-            raise ConfigError.of(
-                "standardise", "declared", "'declared' beside value_range=(least, greatest)"
-            )
+            given = standardise if isinstance(standardise, str) else type(standardise).__name__
+            allowed = f"{given} beside value_range=(least, greatest)"
+            raise ConfigError.of("standardise", given, allowed)
         return Scaling(mean=(low + high) / 2, deviation=(high - low) / 2, low=low, high=high)
     mean, deviation = _constants("standardise", standardise, shape)
     if not bool((deviation > 0).all()):
         raise ConfigError.of("standardise", standardise, "(mean, deviation), deviation above 0")
     return Scaling(mean=mean, deviation=deviation, low=low, high=high)
+
+
+def is_release(standardise: object) -> TypeGuard[Release]:
+    """Return whether constants are to be released from the records."""
+    return callable(getattr(standardise, "constants", None))
+
+
+def released_scaling(
+    release: Release, scaling: Scaling, records: Records
+) -> tuple[Scaling, Records]:
+    """Release the constants of training records, which carry what they spent from then on.
+
+    Guarantee: that of the release. Scaled test records are a function of it.
+
+    Args:
+        release: what is paid.
+        scaling: with the declared range.
+        records: to learn from, before scaling.
+    """
+    assert scaling.low is not None
+    assert scaling.high is not None
+    mean, deviation, spent = release.constants(
+        records.inputs,
+        scaling.low,
+        scaling.high,
+        partition=records.partition,
+        size=records.declared_size,
+    )
+    found = replace(scaling, mean=mean, deviation=deviation)
+    return found, replace(records, spent=(*records.spent, *spent))
 
 
 def _constants(field: str, given: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

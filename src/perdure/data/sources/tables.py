@@ -69,7 +69,8 @@ def from_pandas(
         missing: number that stands for a missing one, by column, declared.
         standardise: "declared" maps `ranges`, which then has every column of numbers, to -1 .. 1;
             (mean, deviation) are constants that you declare, one number or one for every column of
-            the inputs. Indicators are left as they are by "declared".
+            the inputs. Indicators are left as they are by "declared"; a release, as in
+            `from_arrays`, scales them too.
         task: meaning of the targets: "single-label", "multi-label", "regression", "next-token", or
             an object of a task, such as `Regression()`.
         classes: all classes, as the target column writes them. Default: as in `from_arrays`.
@@ -338,7 +339,7 @@ def _constants(
 ) -> Standardise | None:
     """Return the constants of every input: indicators are left as they are by "declared"."""
     if standardise != "declared" or low_and_high is None:
-        return standardise
+        return standardise  # released constants scale indicators, too
     scaled = [each.numbers and place == 0 for each in encoding for place in range(len(each.names))]
     low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in low_and_high)
     middle = torch.where(torch.tensor(scaled), (low + high) / 2, 0.0)

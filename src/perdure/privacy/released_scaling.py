@@ -1,0 +1,149 @@
+"""Constants for scaling that are a paid release: mean and deviation of every column.
+
+    mean_j = S1_j / N,   deviation_j = sqrt(S2_j / N - mean_j^2)
+
+S1 and S2 are noised sums of u and u^2 over the records, u in [-1, 1] a value's place in its
+declared range, and N the declared number of records.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from perdure.data.records import Spent
+from perdure.errors import ConfigError
+from perdure.privacy.answers import Answers
+from perdure.privacy.clipping.clip import Clip, sum_of_clipped
+from perdure.privacy.ledger.ledger import Ledger
+from perdure.privacy.noise.draw_log import DrawLog
+from perdure.privacy.noise.key import noise_key
+from perdure.privacy.private_sum import PrivateSum, ReleaseKey, Schedule
+from perdure.privacy.settings import Privacy
+from perdure.types import Params
+from perdure.utils.chunking import row_slices
+from perdure.utils.hashing import digest
+
+LEAST_DEVIATION = 0.01
+"""Least deviation of u: noise may leave none, and a column that never changes has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedScaling:
+    """Mean and deviation of every column or channel, from one noised sum over the records.
+
+    Give it as `standardise=` to a function that makes a data set. The sum is charged to a ledger of
+    its own before its noise is drawn. The records carry what they spent, and a private `Learner`
+    charges it to its own ledger, and plans for it, before it trains.
+
+    >>> scaling = ReleasedScaling(noise_multiplier=20.0, folder="runs/scaling")
+    >>> from_arrays(inputs, targets, value_range=(0, 120), standardise=scaling)
+
+    Guarantee: for add/remove neighbours among the training records, the constants are one Gaussian
+    release: a record moves the sum by at most sqrt(2 k) in L2 norm for k columns, since u is
+    clamped to [-1, 1]. The test part is public and no part of the sum.
+
+    Args:
+        noise_multiplier: standard deviation of the noise in units of that bound. The constants of k
+            columns of n records are off by about sqrt(2 k) noise_multiplier / n half ranges.
+        folder: keeps key, ledger and answer, so that the same call on the same records gives the
+            same constants at no further cost. It is no folder of a run. None for a simulation.
+        seed: None for secret noise; a number for reproducible, simulated noise.
+
+    Raises:
+        ConfigError: for a noise multiplier that is not allowed, or secret noise without a folder.
+    """
+
+    noise_multiplier: float
+    folder: str | Path | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        Privacy(noise_multiplier=self.noise_multiplier, release_noise=1.0, seed=self.seed)
+        if self.folder is None and self.seed is None:
+            allowed = "a folder for key and ledger, or None beside seed=..., a simulation"
+            raise ConfigError.of("folder", None, allowed)
+
+    def constants(
+        self, inputs: Tensor, low: Tensor, high: Tensor, *, partition: str, size: int
+    ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
+        """Release mean and deviation of every column or channel.
+
+        Args:
+            inputs: (n, k, ...) of the training records.
+            low: declared least value, broadcasts to one row.
+            high: declared greatest value.
+            partition: name of the records in the ledger.
+            size: declared number of records.
+
+        Returns:
+            Mean and deviation, each of a shape that broadcasts to one row, and what was spent.
+        """
+        rows = torch.cat([_row_sums(inputs[piece], low, high) for piece in row_slices(inputs)])
+        columns = inputs.shape[1]
+        bound = math.sqrt(2 * columns)
+        shapes = {"sums": torch.Size([2 * columns])}
+        privacy = Privacy(noise_multiplier=self.noise_multiplier, release_noise=1.0, seed=self.seed)
+        private_sum = self._private_sum(privacy, partition, size)
+
+        def clipped(clip: Clip) -> Params | None:
+            return sum_of_clipped({"sums": rows}, clip) if len(rows) else None
+
+        try:
+            released = private_sum.release(
+                clipped,
+                purpose="scaling",
+                occasion=ReleaseKey(
+                    partitions=(partition,),
+                    numbers=range(1),
+                    start=digest({"low": low, "high": high}).hex() + f"{size}",
+                    data={"rows": rows},
+                ),
+                shapes=shapes,
+                clip_norm=bound,
+            )["sums"]
+            spent = tuple(
+                Spent(
+                    entry=entry.digest,
+                    noise_multiplier=entry.noise_multiplier,
+                    simulated=entry.simulated,
+                )
+                for entry in private_sum.ledger.entries
+            )
+        finally:
+            private_sum.close()
+        first = released[:columns].cpu() / size
+        second = released[columns:].cpu() / size
+        middle = first.clamp(-1, 1)
+        spread = (second - middle.square()).clamp(min=LEAST_DEVIATION**2).sqrt().clamp(max=1)
+        shape = (columns, *[1] * (inputs.dim() - 2))
+        half = (high - low) / 2
+        mean = (high + low) / 2 + half * middle.view(shape)
+        return mean, half * spread.view(shape), spent
+
+    def _private_sum(self, privacy: Privacy, partition: str, size: int) -> PrivateSum:
+        folder = None if self.folder is None else Path(self.folder)
+        key = noise_key(folder, self.seed, 0)
+        ledger = Ledger.open(None if folder is None else folder / "ledger.jsonl", key=key)
+        ledger.declare(partition, size, "")
+        private = None if folder is None else folder / "private"
+        return PrivateSum(
+            privacy=privacy,
+            schedule=Schedule(noise=(self.noise_multiplier,)),
+            ledger=ledger,
+            key=key,
+            draws=DrawLog(None if private is None else private / "draws.jsonl", key),
+            answers=Answers(None if private is None else private / "answers", key),
+            independence="by construction",
+        )
+
+
+def _row_sums(inputs: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return u and u^2 of every column (n, 2 k), averaged over the positions of a channel."""
+    u = ((inputs - low) / (high - low) * 2 - 1).clamp(-1, 1).nan_to_num(0.0)
+    flat = u.flatten(2) if u.dim() > 2 else u.unsqueeze(2)
+    # float64, so that a record's row does not depend on how a batch is summed
+    wide = flat.double()
+    return torch.cat([wide.mean(2), wide.square().mean(2)], dim=1).float()
