@@ -88,7 +88,7 @@ class BiC(Strategy):
         memory_releases=ROUNDS, reuses_past_records=True
     )
     tasks_because: ClassVar[str] = (
-        "its correction of biases is over the logits of one class a record"
+        "its correction of biases is over the logits of one class per record"
     )
 
     def __post_init__(self) -> None:

@@ -64,9 +64,7 @@ class CWRStar(Strategy):
 
     head: str = "head."
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(histograms=1)
-    tasks_because: ClassVar[str] = (
-        "it keeps one row of the head a class, by the records of the class"
-    )
+    tasks_because: ClassVar[str] = "it keeps one row of the head per class"
 
     def init(self, spec: Spec) -> State:
         """Start with no class consolidated.

@@ -97,14 +97,14 @@ class EWC(QuadraticPenalty):
         return cls(strength=50.0)
 
     def refuse_task(self, task: Task) -> None:
-        """Refuse forms that need one class a record, for records of another task.
+        """Refuse forms that need one class per record, for records of another task.
 
         Raises:
             ConfigError: for `exact` and `sampled`.
         """
         super().refuse_task(task)
         if self.fisher in ("exact", "sampled") and not isinstance(task, SingleLabel):
-            allowed = f"auto or empirical for {task.name} records: others need one class a record"
+            allowed = f"auto or empirical for {task.name} records, which do not have one class each"
             raise ConfigError.of("ewc.fisher", self.fisher, allowed)
 
     def init(self, spec: Spec) -> State:
@@ -153,7 +153,7 @@ class EWC(QuadraticPenalty):
             return "exact"
         log.info(
             "ewc: %d classes may be predicted, so the Fisher information is of one sampled label a "
-            'record; fisher="exact" takes one backward pass a class',
+            'record; fisher="exact" takes one backward pass per class',
             classes,
         )
         return "sampled"

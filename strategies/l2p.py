@@ -52,7 +52,7 @@ class L2P(Strategy):
 
     strength: float = 0.5
     tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel, Regression)
-    tasks_because: ClassVar[str] = "its models give one row of outputs a record"
+    tasks_because: ClassVar[str] = "its models give one row of outputs per record"
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:

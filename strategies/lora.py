@@ -61,7 +61,7 @@ class LoRA(Strategy):
     adapters: str = "body.adapters."
     head: str = "head."
     tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel, MultiLabel, Regression)
-    tasks_because: ClassVar[str] = "its models give one row of outputs a record"
+    tasks_because: ClassVar[str] = "its models give one row of outputs per record"
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:

@@ -4,7 +4,7 @@ Hou, Pan, Loy, Wang and Lin, Learning a Unified Classifier Incrementally via Reb
 section 3, equations 4 and 6 to 10.
 
     s_c(x) = <f(x) / |f(x)|, w_c / |w_c|>,  logits eta s_c(x)
-             w_c of old classes as they were
+             w_c of old classes is fixed
     loss_i = CE(eta s(x_i), y_i) + lambda (1 - <f(x_i) / |f(x_i)|, f*(x_i) / |f*(x_i)|>)
              + ranking * r * sum over k of max(0, margin - s_y(x_i) + s_k(x_i))
                where y = y_i is an old class

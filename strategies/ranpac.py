@@ -79,7 +79,7 @@ class RanPAC(Analytic):
     not_vmappable_because: ClassVar[str | None] = (
         "its head is solved by a factorisation that is checked for success"
     )
-    tasks_because: ClassVar[str] = "its head is solved from one class a record"
+    tasks_because: ClassVar[str] = "its head is solved from one class per record"
 
     def __post_init__(self) -> None:
         super().__post_init__()

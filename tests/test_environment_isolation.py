@@ -26,7 +26,7 @@ def test_every_data_set_can_be_read(data_root, name, shape):
         )
 
 
-def test_no_host_can_be_looked_up():
+def test_tests_cannot_resolve_host_names():
     for host in ("example.org", "192.0.2.1"):
         with pytest.raises(OSError, match="without a network"):
             socket.create_connection((host, 80), timeout=1)
@@ -40,10 +40,10 @@ def test_this_machine_can_be_reached():
         assert client.getpeername() == server.getsockname()
 
 
-def test_the_home_is_not_the_users():
+def test_tests_do_not_use_the_home_of_the_user():
     assert Path.home() != Path(pwd.getpwuid(os.getuid()).pw_dir)
     assert cache_folder().is_relative_to(Path.home())
 
 
-def test_one_thread():
+def test_tests_run_with_one_thread():
     assert torch.get_num_threads() == 1

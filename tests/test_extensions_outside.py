@@ -209,7 +209,7 @@ def test_a_clipping_rule_holds_for_its_layers(installed):
 
 @pytest.mark.deep(reason="full replay: a whole run with foreign extensions")
 @pytest.mark.slow
-def test_a_config_runs_with_them(installed, tmp_path):
+def test_a_config_can_use_extensions_from_outside(installed, tmp_path):
     result = json.loads(python(installed, "-c", RUNNING, str(tmp_path / "run"), text=CONFIG))
     assert [arm["strategy"] for arm in result["arms"]] == ["shrink", "somebody.extensions:Shrink"]
     assert [arm["options"] for arm in result["arms"]] == [

@@ -71,7 +71,7 @@ def test_a_class_may_be_ruled_out_by_minus_infinity():
         finite_outputs(torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]))
 
 
-def test_outputs_of_every_position_are_looked_at():
+def test_outputs_of_every_position_are_checked():
     outputs = torch.zeros(3, 4, 5)
     finite_outputs(outputs)
     outputs[1, 2, 3] = math.nan

@@ -48,7 +48,7 @@ def test_only_the_long_run_takes_the_deep_tests():
     assert commands["test"] == commands["test-all"] + " -m 'not deep'"
 
 
-def test_every_deep_mark_says_why():
+def test_every_deep_mark_has_a_reason():
     reasons = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = ast.parse(path.read_text())

@@ -59,7 +59,7 @@ def test_names_that_are_not_loaded_are_listed():
     [[], ["run"], ["demo"], ["report"], ["audit"], ["strategies"], ["ledger"], ["ledger", "show"]],
     ids=" ".join,
 )
-def test_help_needs_no_torch(words):
+def test_help_does_not_import_torch(words):
     program = (
         "import sys; from perdure.cli.main import main\n"
         "try: main()\n"
@@ -96,7 +96,7 @@ def test_the_engine_works_without_the_heavy_libraries(names):
     assert [line.split()[0] for line in lines[-2:]] == ["trained", "explained"]
 
 
-def test_the_version_is_that_of_the_installed_package():
+def test_version_equals_the_installed_package():
     from importlib.metadata import version
 
     assert perdure.__version__ == version("perdure")

@@ -20,12 +20,12 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_perdure_keeps_the_rule(rule):
+def test_perdure_keeps_the_import_rule(rule):
     found = RULES[rule](PERDURE)
     assert not found, "\n".join([f"against the rule that {rule}:", *found])
 
 
-def test_every_file_is_read():
+def test_the_import_check_reads_every_file():
     assert {"perdure", "perdure.data.records", "perdure.strategies.ewc"} <= set(PERDURE.modules)
     assert sum(map(len, PERDURE.imports.values())) > 500
     assert set(RANK) >= {name.split(".")[1] for name in PERDURE.modules if "." in name}
@@ -122,7 +122,7 @@ def test_an_unknown_package_is_found_in_its_place_and_imports(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["privacy", "learner", "curator", "planning"])
-def test_what_a_strategy_may_not_import_is_found(tmp_path, package):
+def test_forbidden_imports_of_a_strategy_are_found(tmp_path, package):
     made = tree(tmp_path, {"strategies/replay.py": f"from perdure.{package} import x"})
     assert made.forbidden_to_strategies() == [f"strategies/replay.py:1 imports perdure.{package}"]
 
@@ -132,7 +132,7 @@ def test_a_strategy_may_not_import_perdure_itself(tmp_path):
     assert made.forbidden_to_strategies() == ["strategies/replay.py:1 imports perdure"]
 
 
-def test_a_circle_of_files_is_found(tmp_path):
+def test_an_import_cycle_of_files_is_found(tmp_path):
     made = tree(
         tmp_path,
         {
@@ -154,7 +154,7 @@ def test_a_file_that_imports_its_own_package_is_a_circle(tmp_path):
     assert made.circles_of_files() == ["perdure.data <-> perdure.data.records"]
 
 
-def test_a_circle_of_sub_packages_is_found_without_one_of_files(tmp_path):
+def test_an_import_cycle_of_sub_packages_is_found(tmp_path):
     made = tree(
         tmp_path,
         {
@@ -171,7 +171,7 @@ def test_a_circle_of_sub_packages_is_found_without_one_of_files(tmp_path):
     ]
 
 
-def test_a_circle_of_packages_is_found_without_one_of_files(tmp_path):
+def test_an_import_cycle_of_packages_is_found(tmp_path):
     made = tree(tmp_path, {"src/perdure/data/views.py": "import perdure.learner"})
     assert made.circles_of_files() == []
     assert made.circles_of_packages() == ["perdure.data <-> perdure.learner"]

@@ -41,7 +41,7 @@ def matrices(draw: st.DrawFn, smallest: int = 1) -> Tensor:
     )
 
 
-def test_hand_computed_values() -> None:
+def test_metrics_equal_hand_computed_values() -> None:
     assert average_accuracy(HAND) == pytest.approx(60)
     assert learning_accuracy(HAND) == pytest.approx(80)
     assert forgetting(HAND) == pytest.approx(((95 - 50) + (80 - 60)) / 2)
@@ -56,11 +56,11 @@ def test_forgetting_ignores_accuracy_before_an_experience() -> None:
     assert forgetting(lucky) == pytest.approx((0 + 10) / 2)
 
 
-def test_getting_better_is_negative_forgetting() -> None:
+def test_higher_accuracy_later_is_negative_forgetting() -> None:
     assert forgetting(torch.tensor([[50.0, 0.0], [60.0, 90.0]])) == pytest.approx(-10)
 
 
-def test_one_experience_cannot_be_forgotten_or_transferred() -> None:
+def test_with_one_experience_forgetting_and_transfer_are_0() -> None:
     one = torch.tensor([[87.5]])
     assert summarise(one, torch.tensor([10.0])) == Summary(
         average_accuracy=87.5,
@@ -73,7 +73,7 @@ def test_one_experience_cannot_be_forgotten_or_transferred() -> None:
     )
 
 
-def test_one_moment_of_several_experiences() -> None:
+def test_metrics_of_one_moment_with_several_experiences() -> None:
     row = torch.tensor([[80.0, 40.0, 0.0]])
     assert average_accuracy(row) == pytest.approx(40)
     assert learning_accuracy(row) == 80
@@ -90,13 +90,13 @@ def test_unevaluated_experiences_are_left_out() -> None:
     assert math.isnan(forward_transfer(holes, BASELINE))
 
 
-def test_an_experience_first_evaluated_later_counts_from_there() -> None:
+def test_forgetting_counts_from_the_first_evaluation() -> None:
     late = torch.tensor([[NAN, NAN, NAN], [85.0, 80.0, NAN], [70.0, 75.0, 90.0]])
     assert forgetting(late) == pytest.approx((15 + 5) / 2)
     assert backward_transfer(late) == pytest.approx(-5)
 
 
-def test_nothing_evaluated_gives_nan_not_zero() -> None:
+def test_metrics_without_evaluations_are_nan() -> None:
     empty = torch.full((3, 3), NAN)
     for metric in (
         average_accuracy,
@@ -132,7 +132,7 @@ def test_summary_without_baseline_has_no_forward_transfer() -> None:
         torch.tensor([[math.inf]]),
     ],
 )
-def test_what_is_not_an_accuracy_matrix_is_refused(bad: Tensor) -> None:
+def test_an_invalid_accuracy_matrix_is_refused(bad: Tensor) -> None:
     with pytest.raises(ConfigError, match="accuracy_matrix"):
         summarise(bad)
 
@@ -150,7 +150,7 @@ def test_forgetting_is_at_least_minus_backward_transfer(matrix: Tensor) -> None:
 
 @pytest.mark.property
 @given(matrices(), accuracies)
-def test_a_constant_stream_neither_forgets_nor_transfers(matrix: Tensor, value: float) -> None:
+def test_constant_accuracy_has_no_forgetting_and_no_transfer(matrix: Tensor, value: float) -> None:
     constant = torch.full_like(matrix, value)
     assert forgetting(constant) == backward_transfer(constant) == 0
     assert forward_transfer(constant, constant[0]) == 0
@@ -180,7 +180,9 @@ def avalanche_metrics() -> tuple[type, type, type]:
 @pytest.mark.property
 @settings(deadline=None)
 @given(matrix=matrices(smallest=2))
-def test_agrees_with_avalanche(avalanche_metrics: tuple[type, type, type], matrix: Tensor) -> None:
+def test_forgetting_agrees_with_avalanche(
+    avalanche_metrics: tuple[type, type, type], matrix: Tensor
+) -> None:
     worst, change, ahead = (metric() for metric in avalanche_metrics)
     rows = matrix.tolist()
     last = len(matrix) - 1
@@ -203,7 +205,7 @@ def test_agrees_with_avalanche(avalanche_metrics: tuple[type, type, type], matri
     assert ours == pytest.approx(theirs, abs=1e-9)
 
 
-def test_calibration_error_by_hand() -> None:
+def test_calibration_error_equals_hand_computed_values() -> None:
     probabilities = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.45, 0.55], [0.45, 0.55]])
     labels = torch.tensor([0, 1, 1, 1])
     assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx(
@@ -213,7 +215,7 @@ def test_calibration_error_by_hand() -> None:
     assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_sure_model_is_calibrated_only_when_right() -> None:
+def test_a_confident_model_is_calibrated_only_if_correct() -> None:
     sure = torch.eye(3)
     assert expected_calibration_error(sure, torch.tensor([0, 1, 2])) == 0
     assert expected_calibration_error(sure, torch.tensor([1, 2, 0])) == 1
@@ -244,7 +246,7 @@ def test_calibration_error_agrees_with_torchmetrics(seed: int) -> None:
         (torch.empty(0, 2), torch.empty(0, dtype=torch.int64), 15, "probabilities"),
     ],
 )
-def test_calibration_refuses_what_are_not_probabilities(
+def test_calibration_error_refuses_invalid_probabilities(
     probabilities: Tensor, labels: Tensor, bins: int, field: str
 ) -> None:
     with pytest.raises(ConfigError, match=field):

@@ -112,7 +112,7 @@ def test_the_wheel_holds_every_file_of_both_packages(names):
     } <= expected
 
 
-def test_the_licence_travels_with_it(names):
+def test_the_wheel_contains_the_licence(names):
     assert f"perdure-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
 
 
@@ -143,7 +143,7 @@ def test_a_folder_of_the_user_does_not_shadow_the_strategies(installed, tmp_path
     assert found == sorted(path.stem for path in (ROOT / "strategies").glob("[a-z]*.py"))
 
 
-def test_the_folder_refuses_another_name():
+def test_the_strategies_folder_refuses_another_import_name():
     done = python("-c", "import strategies", cwd=ROOT)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
@@ -187,7 +187,7 @@ def test_only_the_extra_asks_for_ray():
     assert not [need for need in PROJECT["dependencies"] if need.startswith("ray")]
 
 
-def test_constraints_pin_all_that_is_needed():
+def test_constraints_pin_all_needed_packages():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert [line for line in pins if not re.match(r"[a-z0-9-]+==[\w.]+( ; .*)?$", line)] == []

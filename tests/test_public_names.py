@@ -60,7 +60,7 @@ def order(name: str) -> tuple[int, str]:
 
 
 @every
-def test_all_is_sorted_and_there(name):
+def test_all_is_sorted_and_its_names_exist(name):
     module = importlib.import_module(name)
     assert module.__doc__
     assert list(module.__all__) == sorted(set(module.__all__), key=order)
@@ -68,7 +68,7 @@ def test_all_is_sorted_and_there(name):
 
 
 @every
-def test_all_is_complete(name):
+def test_every_public_name_is_in_all(name):
     listed = set(importlib.import_module(name).__all__)
     unlisted = {key for key in own_names(name) if f"{name}.{key}" not in MODULES} - listed
     assert not unlisted, f"{name} has public names that __all__ does not list: {sorted(unlisted)}"

@@ -52,7 +52,7 @@ def reported():
 
 
 @pytest.mark.deep(reason="deployment: checks users' files against the types of the whole package")
-def test_mypy_reports_what_the_comments_expect_and_nothing_else():
+def test_mypy_reports_exactly_the_expected_errors():
     said = sorted(reported(), key=lambda each: each[:2])
     assert len(said) > 20
     assert [each[:2] for each in said] == sorted(expected())

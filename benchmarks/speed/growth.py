@@ -6,8 +6,8 @@ loop that does the same arithmetic in place, without hooks and without a library
 Growth: the processor time of one unit of work (a step, or an experience) at growing numbers of
 experiences, classes, parameters, stored records and records. `exponent` is the slope of the last
 two sizes on logarithmic scales: 0 is flat, 1 is in proportion, more is superlinear. A row says what
-mathematics asks for. Evaluation after every experience takes T^2 passes over test records for T
-experiences, and GEM a reference gradient a step for every earlier experience; neither is in a row.
+mathematics asks for. Evaluation at the end of every stage takes T^2 passes over test records for T
+stages, and GEM a reference gradient a step for every earlier experience; neither is in a row.
 
 Pieces: a stream of 5 experiences against the same steps in 5,000 pieces (`perdure.data.online`),
 each from the stream to the last measurement; both are measured on the test records of 5 stages.
@@ -411,7 +411,9 @@ def parents_of(count: int) -> Stream:
     """Class-incremental experiences that `count` pieces fill, two classes each."""
     size = count * PIECE // PARENTS
     stream = stream_of([size] * PARENTS, domain=False)
-    tested = (replace(each, test=each.train.take(torch.arange(TESTED))) for each in stream)
+    tested = (
+        replace(each, test=each.train.take(torch.arange(min(TESTED, size)))) for each in stream
+    )
     return replace(stream, experiences=tuple(tested))
 
 

@@ -132,7 +132,7 @@ class StorageError(RunError, OSError):
             fix = "make its folder writable, or give another one"
         made = cls(
             f"{path} cannot be written: {reason}; nothing that was stored is lost; {fix} and start "
-            "again, and a run goes on from its last checkpoint"
+            "again, and a run continues from its last checkpoint"
         )
         made.reason = reason
         return made

@@ -88,7 +88,7 @@ def test_entries_outside_the_bounds_move_no_further_out():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_fgsm_on_a_linear_model_is_the_closed_form(norm):
+def test_fgsm_on_a_linear_model_equals_the_closed_form(norm):
     weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, -1.0]])
     inputs = torch.randn(6, 3, generator=seed())
     labels = torch.tensor([0, 1, 0, 1, 1, 0])
@@ -123,7 +123,7 @@ def test_tiny_gradients_still_give_a_full_l2_step():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_row_without_gradient_stays(norm):
+def test_an_attack_does_not_change_a_row_without_gradient(norm):
     inputs = torch.rand(2, 3, generator=seed())
     moved = FGSM(epsilon=0.1, norm=norm).perturb(
         lambda x: x.sum(1) * torch.tensor([0.0, 1.0]), inputs
@@ -134,7 +134,7 @@ def test_a_row_without_gradient_stays(norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", [FGSM(epsilon=0.1), PGD(epsilon=0.1, random_start=False)])
-def test_a_record_is_perturbed_alike_alone_and_in_a_batch(attack, norm):
+def test_a_record_has_the_same_perturbation_in_a_batch(attack, norm):
     attack = type(attack)(**vars(attack) | {"norm": norm})
     model = mlp().double()
     labels = torch.tensor([0, 1, 2, 0])
@@ -145,7 +145,7 @@ def test_a_record_is_perturbed_alike_alone_and_in_a_batch(attack, norm):
         assert torch.allclose(together[i : i + 1], alone, atol=1e-10)
 
 
-def test_inputs_and_parameter_gradients_are_left_alone():
+def test_an_attack_changes_no_input_or_parameter_gradient():
     model = mlp().requires_grad_(True)
     inputs = torch.rand(4, 12, generator=seed())
     before = inputs.clone()
@@ -184,14 +184,14 @@ def test_the_l2_random_start_is_uniform_in_the_ball():
         assert abs(share - edge**3) < 6 * (edge**3 * (1 - edge**3) / 4000) ** 0.5
 
 
-def test_an_empty_batch_stays_empty():
+def test_an_attack_returns_an_empty_batch_unchanged():
     for attack in (FGSM(epsilon=0.1), PGD(epsilon=0.1, norm="l2")):
         moved = attack.perturb(lambda x: x.sum(1), torch.zeros(0, 3), generator=seed())
         assert moved.shape == (0, 3)
 
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5)])
-def test_pgd_beats_fgsm_beats_noise(digits, norm, epsilon):
+def test_pgd_raises_the_loss_more_than_fgsm_and_noise(digits, norm, epsilon):
     model, inputs, labels = digits
     settings = {"epsilon": epsilon, "norm": norm}
     left = [
@@ -201,7 +201,7 @@ def test_pgd_beats_fgsm_beats_noise(digits, norm, epsilon):
     assert left[0] <= left[1] < left[2] - 5
 
 
-def test_fgsm_beats_noise_of_the_same_size(digits):
+def test_fgsm_raises_the_loss_more_than_equal_noise(digits):
     model, inputs, labels = digits
     noise = robust_accuracy(model, inputs, labels, Noise(epsilon=0.1), generator=seed())
     fgsm = robust_accuracy(model, inputs, labels, FGSM(epsilon=0.1), generator=seed())
@@ -218,7 +218,7 @@ def test_robust_accuracy_is_accuracy_when_epsilon_is_zero(digits):
         assert left == pytest.approx(accuracy, abs=1e-4)
 
 
-def test_a_record_wrong_as_it_is_never_counts_as_robust():
+def test_a_misclassified_record_is_never_robust():
     # Row 1 is wrong as it is; raising its own label's loss cannot help, but a bad attack moves it
     # across.
     class Backfiring(FGSM):
@@ -236,7 +236,7 @@ def test_a_record_wrong_as_it_is_never_counts_as_robust():
 
 
 @pytest.mark.parametrize("masked", [-1e9, torch.finfo(torch.float32).min, -float("inf")])
-def test_masked_logits_change_nothing_for_open_classes(digits, masked):
+def test_masked_logits_do_not_change_robust_accuracy(digits, masked):
     model, inputs, labels = digits
     keep = labels < 5
     inputs = inputs[keep]
@@ -265,7 +265,7 @@ def test_masked_logits_change_nothing_for_open_classes(digits, masked):
         ({"epsilon": 0.1, "step_size": 0.0}, "step_size"),
     ],
 )
-def test_a_bad_value_is_named(config, field):
+def test_an_invalid_value_is_named_in_the_error(config, field):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         PGD(**config)
 

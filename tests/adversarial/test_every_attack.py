@@ -37,7 +37,7 @@ def test_results_lie_in_the_ball_and_the_bounds(name, norm):
 
 @every
 @both
-def test_a_radius_of_0_leaves_inputs_as_they_are(name, norm):
+def test_epsilon_0_does_not_change_inputs(name, norm):
     inputs = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
     attack = find(name)(epsilon=0.0, norm=norm)
     result = attack.perturb(losses, inputs, generator=torch.Generator().manual_seed(0))

@@ -133,7 +133,7 @@ def test_a_canary_fills_only_its_coordinate_to_the_clip_norm(way, learner, toy_s
         torch.testing.assert_close(mixed[name], real[name])
 
 
-def test_canaries_join_without_changing_what_is_declared(toy_stream):
+def test_canaries_do_not_change_declared_sizes(toy_stream):
     stream = toy_stream()
     mixed = with_canaries(stream, 1, torch.tensor([500, 501, 502]))
     assert len(mixed[1].train) == len(stream[1].train) + 3
@@ -147,7 +147,7 @@ def test_canaries_join_without_changing_what_is_declared(toy_stream):
 
 
 @pytest.mark.parametrize("changes", [{"bands": 2}, {"clipping": Adaptive()}])
-def test_what_the_score_does_not_fit_is_refused(learner, toy_stream, changes):
+def test_audits_with_correlated_noise_or_adaptive_are_refused(learner, toy_stream, changes):
     private = learner()
     private.privacy = Privacy(noise_multiplier=1.0, seed=0, **changes)
     with pytest.raises(
@@ -166,16 +166,16 @@ def test_the_audit_wrapper_forwards_every_hook_of_a_strategy():
 
 
 @pytest.mark.statistical
-def test_scores_lie_as_far_apart_as_noise_and_steps_say(learner, toy_stream):
+def test_audit_scores_have_the_expected_separation(learner, toy_stream):
     """In units of its noise s, T steps move the mean score by T / s^2 = 0.8; its standard error is
     0.04. Seeded.
     """
     privacy = Privacy(noise_multiplier=5.0, sampling_rate=1.0, clip_norm=0.2, seed=0)
     chosen = learner(privacy=privacy, iterations=20)
     ear = Listener("experience-0", 2000)
-    strategy = Audited(inner=Naive(), first=1000, canaries=2000, loudness=10.0)
+    strategy = Audited(inner=Naive(), first=9000, canaries=2000, loudness=10.0)
     trial = replace(chosen, model=Probed(chosen.model, 2000), strategy=strategy, callbacks=(ear,))
-    trial.fit(with_canaries(toy_stream(), 0, 1000 + torch.arange(1000)))
+    trial.fit(with_canaries(toy_stream(), 0, 9000 + torch.arange(1000)))
     assert ear.rates == [1.0] * 20
     assert ear.scores[:1000].mean() - ear.scores[1000:].mean() == pytest.approx(0.8, abs=0.16)
     assert ear.scores.mean() == pytest.approx(0.0, abs=0.08)
@@ -380,7 +380,7 @@ def test_a_config_without_a_private_arm_is_refused():
         audit_run(parse(CONFIG.format(federation="", arms="")))
 
 
-def test_a_bound_is_on_what_was_released_not_on_the_coins_alone(learner, toy_stream):
+def test_the_audit_bound_uses_released_values(learner, toy_stream):
     """Scores of one audit say nothing about the coins of another."""
     scores = torch.randn(1000, generator=torch.Generator().manual_seed(5))
     included = torch.rand(1000, generator=torch.Generator().manual_seed(6)) < 0.5

@@ -98,7 +98,7 @@ def test_transforms_are_applied_item_by_item_from_the_eval_group(toy, avalanche)
 
 
 @pytest.mark.reference
-def test_a_random_cut_of_the_records_is_no_partition(toy, avalanche):
+def test_a_random_cut_of_records_is_not_assigned_by_record(toy, avalanche):
     benchmark = avalanche.ni_benchmark(
         tensors(toy.train), tensors(toy.test), 4, task_labels=False, seed=1
     )
@@ -133,7 +133,7 @@ def test_copies_of_the_same_records_keep_their_ids(toy, avalanche):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("sources", ["one", "one tensor"])
-def test_other_labels_of_the_same_people_share_a_partition(toy, avalanche, sources):
+def test_data_sets_over_the_same_inputs_share_a_partition(toy, avalanche, sources):
     """Disjoint classes do not make disjoint records."""
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
@@ -171,7 +171,7 @@ def test_several_sources_have_ids_of_their_own(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_the_newer_generators_of_avalanche(toy, avalanche):
+def test_benchmarks_of_newer_avalanche_generators_work(toy, avalanche):
     from avalanche.benchmarks.scenarios.supervised import class_incremental_benchmark
     from avalanche.benchmarks.utils import as_classification_dataset
 
@@ -188,7 +188,7 @@ def test_the_newer_generators_of_avalanche(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_what_is_no_benchmark_of_tensors_is_refused(toy, avalanche):
+def test_from_avalanche_refuses_other_objects(toy, avalanche):
     with pytest.raises(ConfigError, match="benchmark = 'Dataset'"):
         from_avalanche(toy)
     pictures = avalanche.nc_benchmark(
@@ -206,6 +206,7 @@ def test_what_is_no_benchmark_of_tensors_is_refused(toy, avalanche):
 def test_data_without_targets_are_refused(toy, avalanche):
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
+    from avalanche.benchmarks.utils.data_attribute import DataAttribute
 
     known = as_classification_dataset(tensors(toy.train))
     bare = AvalancheDataset([TensorDataset(toy.train.inputs, toy.train.labels)])
@@ -213,10 +214,16 @@ def test_data_without_targets_are_refused(toy, avalanche):
         from_avalanche(benchmark_from_datasets(train=[known, bare], test=[known]))
     with pytest.raises(DataError, match="test experience 0 has no targets"):
         from_avalanche(benchmark_from_datasets(train=[known], test=[bare]))
+    for target in (0.5, -1, (0, 1)):
+        other = TensorDataset(toy.train.inputs, toy.train.labels)
+        attribute = DataAttribute([target] * len(other), "targets")
+        measured = AvalancheDataset([other], data_attributes=[attribute])
+        with pytest.raises(DataError, match="training experience 0 has the target"):
+            from_avalanche(benchmark_from_datasets(train=[measured], test=[known]))
 
 
 @pytest.mark.reference
-def test_a_benchmark_without_all_records_states_no_rule(toy, avalanche):
+def test_a_benchmark_with_left_out_records_has_no_known_rule(toy, avalanche):
     from avalanche.benchmarks.scenarios import benchmark_with_validation_stream
 
     benchmark = avalanche.nc_benchmark(

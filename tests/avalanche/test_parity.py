@@ -113,7 +113,7 @@ def test_naive_has_the_same_parameters(avalanche, benchmark, toy_model, trained)
     assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def test_naive_differs_by_the_mask_of_classes_to_come(avalanche, benchmark, toy_model, trained):
+def test_naive_differs_only_by_the_mask_of_later_classes(avalanche, benchmark, toy_model, trained):
     """Avalanche's criterion pushes down the logits of classes that nobody met yet; with a mask it
     is ours.
     """
@@ -422,7 +422,7 @@ def test_gem_projects_to_the_same_gradient(avalanche, margin):
 
 
 @pytest.mark.parametrize("kind", ["AGEM", "GEM"])
-def test_whole_runs_agree_where_memory_holds_every_record(
+def test_whole_runs_agree_if_memory_has_every_record(
     kind, avalanche, benchmark, toy_model, trained
 ):
     """Then the reference gradient has no choice of records in it."""

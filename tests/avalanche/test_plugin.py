@@ -27,6 +27,7 @@ from perdure.strategies.joint import Joint
 from perdure.strategies.lwf import LwF
 from perdure.strategies.naive import Naive
 from perdure.strategies.replay import Replay
+from perdure.tasks import SingleLabel
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
@@ -57,7 +58,8 @@ def taught(plugin, benchmark, toy_model, template, **options):
 
 def pools(strategy):
     """Whether batches are drawn from more than the experience."""
-    plan = strategy.plan(SimpleNamespace(index=0, test=SimpleNamespace(inputs=torch.zeros(0, 5))))
+    facts = {"index": 0, "task": SingleLabel(), "classes": (0, 1)}
+    plan = strategy.plan(SimpleNamespace(test=SimpleNamespace(inputs=torch.zeros(0, 5)), **facts))
     return plan.pool != "experience" or (plan.memory is not None and plan.memory.use == "pooled")
 
 
@@ -76,7 +78,9 @@ def comparable():
 
 
 @pytest.mark.parametrize(("name", "scenario"), comparable())
-def test_a_plugin_trains_what_the_learner_trains(name, scenario, benchmark, toy_model, template):
+def test_a_plugin_trains_the_same_parameters_as_the_learner(
+    name, scenario, benchmark, toy_model, template
+):
     strategy = example(name)
     made = benchmark(scenario)
     make = partial(model_of, name, otherwise=toy_model)
@@ -123,7 +127,7 @@ class Referred(Strategy):
         return {n: g + sum(reference[n] for reference in references) for n, g in gradient.items()}
 
 
-def test_reference_gradients_and_a_memory_of_every_step(benchmark, toy_model, template):
+def test_a_plugin_supports_references_and_step_memory(benchmark, toy_model, template):
     made = benchmark("domain")
     learner, matrix = learnt(Referred(), made, toy_model)
     model, rows = taught(as_plugin(Referred()), made, toy_model, template)
@@ -139,7 +143,7 @@ def test_reference_gradients_and_a_memory_of_every_step(benchmark, toy_model, te
 
 
 @pytest.mark.parametrize("name", [name for name in strategies.names() if pools(example(name))])
-def test_a_plan_with_a_pool_of_its_own_is_given_its_rows(name, benchmark, toy_model, template):
+def test_a_plugin_replaces_the_data_by_the_rows_of_the_pool(name, benchmark, toy_model, template):
     """All rows are in every batch, so that their order does not matter."""
     strategy = example(name)
     made = benchmark("class" if strategy.uses("losses") else "domain")
@@ -255,7 +259,7 @@ def test_a_strategy_without_gradients_only_releases_and_predicts(benchmark, toy_
     )
 
 
-def test_a_task_is_predicted_among_its_own_classes(benchmark, toy_model, template):
+def test_a_plugin_predicts_a_task_among_its_own_classes(benchmark, toy_model, template):
     made = benchmark("task")
     outputs = []
     teacher = template(
@@ -271,7 +275,7 @@ def test_a_task_is_predicted_among_its_own_classes(benchmark, toy_model, templat
     ]
 
 
-def test_the_criterion_stays_and_shows_the_penalty(benchmark, toy_model, template):
+def test_the_criterion_is_kept_and_the_penalty_added(benchmark, toy_model, template):
     made = benchmark("class")
     losses = []
     strategy = EWC(strength=50.0)
@@ -423,7 +427,7 @@ def test_another_memory_beside_a_pool_is_refused(
         (as_plugin(Replay(memory_size=8)), "Replay"),
     ):
         teacher = template(toy_model(from_avalanche(made)), as_plugin(strategy), other)
-        with pytest.raises(ConfigError, match=f"{strategy.name} beside {name}.*drop one of them"):
+        with pytest.raises(ConfigError, match=f"{strategy.name} beside {name}.*remove one of them"):
             teacher.train(made.train_stream[0])
 
 
@@ -439,7 +443,7 @@ def test_tasks_that_count_their_classes_from_zero_are_refused(
         template(nn.Linear(5, 4), as_plugin(Naive())).train(made.train_stream[0])
 
 
-def test_privacy_is_refused(benchmark, toy_model, template):
+def test_a_plugin_refuses_optimisers_of_opacus(benchmark, toy_model, template):
     from opacus import GradSampleModule
 
     made = benchmark("class")

@@ -48,7 +48,7 @@ def test_slda_sees_every_record_once_on_both_sides(script, stream, name):
     assert row["times_faster_in_steps"] is None, "it takes none"
 
 
-def test_images_are_the_same_inputs(script, stream):
+def test_both_sides_of_the_speed_test_get_equal_images(script, stream):
     tensors, images = (
         script.benchmark_of(stream, kind).train_stream[1].dataset for kind in ("tensors", "images")
     )
@@ -57,7 +57,7 @@ def test_images_are_the_same_inputs(script, stream):
         assert tensors[row][1] == images[row][1]
 
 
-def test_a_table_is_shown(script, stream, capsys):
+def test_the_speed_test_prints_a_table(script, stream, capsys):
     script.show([script.measure("naive", "tensors", stream, repeats=1)])
     assert "naive" in capsys.readouterr().out
 

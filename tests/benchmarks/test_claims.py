@@ -52,7 +52,7 @@ def parts(strategy):
     return getattr(strategy, "parts", (strategy,))
 
 
-def test_every_claim_is_of_a_strategy_that_its_first_arm_is(claims):
+def test_the_first_arm_of_a_claim_is_its_strategy(claims):
     assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS) >= 11
     for claim in claims.CLAIMS:
         assert claim.name in names()
@@ -79,7 +79,7 @@ def test_every_claim_names_its_comparison_and_source_of_settings(claims, compari
         )
 
 
-def test_options_tell_settings_apart(claims, comparison):
+def test_option_labels_are_different_for_different_settings(claims, comparison):
     whole = [comparison.options(claim) for claim in claims.CLAIMS]
     assert json.loads(json.dumps(whole)) == whole, "they are compared with what was stored"
     claim = claims.CLAIMS[0]
@@ -139,7 +139,7 @@ def test_shown_is_a_difference_above_two_standard_errors(
     assert row["arms"][method]["by_seed"][measure] == own
 
 
-def test_what_stands_beside_does_not_decide(claims, comparison):
+def test_additional_arms_do_not_decide_a_claim(claims, comparison):
     claim = replace(claims.CLAIMS[0], measures=("average_accuracy",))
     method, naive = (replace(arm, strategy=claims.Naive) for arm in claim.arms)
     other = replace(naive, name="other", beside=True)
@@ -159,7 +159,7 @@ def test_what_stands_beside_does_not_decide(claims, comparison):
         assert row["shown"] is shown
 
 
-def test_a_value_that_has_to_be_met_exactly_decides_too(claims, comparison):
+def test_a_required_exact_value_decides_a_claim(claims, comparison):
     [claim] = [claim for claim in claims.CLAIMS if claim.exactly is not None]
     claim = replace(claim, measures=("forgetting",))
     method, against = (arm.name for arm in claim.arms)
@@ -173,7 +173,7 @@ def test_a_value_that_has_to_be_met_exactly_decides_too(claims, comparison):
 
 
 @pytest.mark.slow
-def test_a_seed_says_everything_and_packnet_forgets_nothing(comparison, tiny):
+def test_a_claim_is_repeatable_and_packnet_forgets_nothing(comparison, tiny):
     claim = tiny("packnet")
     method, naive = claim.arms
     once, again = (comparison.run(claim, naive, {}, 0) for _ in range(2))
@@ -184,7 +184,7 @@ def test_a_seed_says_everything_and_packnet_forgets_nothing(comparison, tiny):
 
 
 @pytest.mark.deep(reason="full replay: tunes, trains and stores a whole claim")
-def test_a_run_stores_its_rows_and_takes_up_those_that_are_there(
+def test_a_claim_run_stores_rows_and_reuses_stored_ones(
     comparison, tiny, tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / "claims.json"
@@ -225,7 +225,7 @@ def test_a_run_stores_its_rows_and_takes_up_those_that_are_there(
     assert later == row | {"sentence": "Put better"}, "it was not run again"
 
 
-def test_one_seed_is_refused(comparison, claims, monkeypatch, capsys):
+def test_a_claim_with_one_seed_is_refused(comparison, claims, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks/claims.py", "--seeds", "1"])
     with pytest.raises(SystemExit):
         comparison.main(copy.copy(claims.CLAIMS), "words")

@@ -61,7 +61,7 @@ def test_a_shortened_ledger_contradicts_every_stored_head(perdure, mine, monkeyp
     # a rollback of all that lies in the folder shows against the officer's record only
     assert perdure("verify", arm)[0] == 0
     code, out, _ = perdure("verify", arm, "--at-least", line)
-    assert code == 1 and "the head given with --at-least knows" in out
+    assert code == 1 and "the head given with --at-least records" in out
 
 
 def test_another_history_of_the_same_length_is_found(perdure, mine):
@@ -73,7 +73,7 @@ def test_another_history_of_the_same_length_is_found(perdure, mine):
     assert code == 1 and "does not fit this key" in out
     (mine / "arms" / "ewc-private" / "private" / "key").unlink()
     code, out, _ = perdure("verify", mine, "--at-least", other)
-    assert code == 1 and "not the line that the head given with --at-least knows" in out
+    assert code == 1 and "not the line that the head given with --at-least records" in out
 
 
 def test_verify_reports_a_head_without_its_ledger(perdure, mine):
@@ -111,5 +111,5 @@ def test_verify_reports_an_older_log_of_draws(perdure, mine, how):
         log.write_bytes(shorter if how == "shorter" else data.replace(b"open", b"shut", 1))
     code, out, _ = perdure("verify", mine)
     (wrong,) = [each for each in out.splitlines() if each.startswith("WRONG: ")]
-    told = "line 1 is damaged, edited" if how == "edited" else "is missing, shorter or other"
+    told = "line 1 is damaged or edited" if how == "edited" else "is missing, shorter or other"
     assert code == 1 and str(log) in wrong and told in wrong

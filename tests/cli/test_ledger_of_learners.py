@@ -155,7 +155,7 @@ def namesakes(tmp_path):
     return tmp_path
 
 
-def test_heads_of_one_name_are_compared_with_their_own_ledgers(perdure, namesakes):
+def test_equal_owner_heads_are_matched_to_their_ledgers(perdure, namesakes):
     lines = shown(perdure("head", namesakes)).splitlines()
     assert [line.partition("@")[0] for line in lines] == ["curator", "curator"]
     for line in lines:

@@ -96,7 +96,7 @@ def test_show_prints_the_epsilons_of_the_result(perdure, either):
     assert "not finished" not in out
 
 
-def test_the_epsilon_of_an_arm_is_that_of_its_result(perdure, either):
+def test_show_prints_the_epsilon_of_each_arms_result(perdure, either):
     for arm in result_of(either)["arms"]:
         name = f"{arm['strategy']}-private"
         if arm["private"]:
@@ -178,7 +178,7 @@ def test_arms_and_owners_can_be_chosen(perdure, federated):
     )
 
 
-def test_an_unfinished_run_shows_what_it_was_charged_so_far(perdure, unfinished, alone):
+def test_show_prints_the_charges_of_an_unfinished_run(perdure, unfinished, alone):
     out = shown(perdure("show", unfinished))
     assert "the run is not finished: this is what it was charged so far" in out
     assert "chains and keyed heads verified" in out
@@ -190,7 +190,7 @@ def test_an_unfinished_run_shows_what_it_was_charged_so_far(perdure, unfinished,
     assert shown(perdure("verify", unfinished)).count("\n") == 3
 
 
-def test_an_arm_a_client_or_a_file_can_be_asked_for(perdure, federated):
+def test_show_accepts_an_arm_a_client_or_a_file(perdure, federated):
     client = federated / "arms" / "ewc-private" / "clients" / "001"
     for path in (client, client / "ledger.jsonl"):
         facts = as_json(perdure("show", path, "--json"))
@@ -320,7 +320,7 @@ def test_equal_charges_are_added_up_and_others_are_not(tmp_path):
     assert len({str(asdict(use)) for use in exposed.uses}) == 4
 
 
-def test_steps_without_a_record_are_not_charged_to_it(perdure, tmp_path):
+def test_a_record_is_charged_only_for_its_own_steps(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     for first in (0, 10):
@@ -344,7 +344,7 @@ def test_steps_without_a_record_are_not_charged_to_it(perdure, tmp_path):
 MORE = ("--noise-multiplier", 1.1, "--sampling-rate", 0.1, "--steps", 50)
 
 
-def test_project_adds_a_charge_to_what_was_spent(perdure, alone):
+def test_project_adds_a_charge_to_the_spent_ones(perdure, alone):
     account = read_ledger(alone / "ledger.jsonl")
     charge = Charge(0.1, 1.1, 50, "grid-gaussian")
     out = shown(perdure("project", alone, *MORE))

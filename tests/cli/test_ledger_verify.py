@@ -75,7 +75,7 @@ def test_verify_names_file_and_line_of_a_change(perdure, mine, how):
 
 
 @pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened", "torn"])
-def test_the_merged_file_is_checked_line_by_line_too(perdure, mine, how):
+def test_verify_checks_every_line_of_the_merged_file(perdure, mine, how):
     path = mine / "ledger.jsonl"
     title, head, *chain = path.read_text().splitlines()
     count = json.loads(head)["count"]
@@ -98,8 +98,8 @@ def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
         file.write('{"kind":"entry","torn')
     out = shown(perdure("verify", mine))
     assert (
-        f"{path}: 7 lines; chain verified, head verified with its key; 21 bytes beyond the "
-        "head do not count" in out
+        f"{path}: 7 lines; chain verified, head verified with its key; 21 bytes after "
+        "the last line that the head covers do not count" in out
     )
 
 
@@ -109,7 +109,7 @@ def test_verify_reports_a_truncated_ledger(perdure, mine, name):
     code, out, _ = perdure("verify", mine)
     assert code == 1
     told = {
-        "ledger.jsonl": "ledger.jsonl, line 1: missing",
+        "ledger.jsonl": "ledger.jsonl, line 1: the line is missing",
         "ledger.head.json": "line 1: the file is not an exported ledger",
     }
     assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
@@ -137,7 +137,9 @@ def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
 
     (path.parent / "private" / "key").unlink()
     code, out, _ = perdure("verify", mine)
-    assert code == 1 and f"WRONG: {path}, line 7: not the line that checkpoint" in out
+    assert (
+        code == 1 and f"WRONG: {path}, line 7: this is not the line recorded by checkpoint" in out
+    )
     shutil.rmtree(path.parent / "checkpoint")
     (path.parent / "private" / "ledger.head.json").unlink()
     code, out, err = perdure("verify", mine)
@@ -166,7 +168,7 @@ def test_heads_without_keys_are_reported_as_not_verified(perdure, mine, tmp_path
     assert code == 3 and "NOT VERIFIED: 4 of 4 heads" in out and "WRONG" not in out
 
 
-def test_show_says_that_it_checks_less_than_verify(perdure, alone):
+def test_show_prints_that_verify_checks_more(perdure, alone):
     assert "not compared with checkpoints and recorded heads" in shown(perdure("show", alone))
 
 
@@ -205,9 +207,8 @@ def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine, mo
     assert perdure("verify", path)[0] == 0
     code, out, _ = perdure("verify", mine)
     assert code == 1
-    assert (
-        f"WRONG: {path} is not what {mine / 'ledger.jsonl'} holds of 'ewc-private/client-0'" in out
-    )
+    merged = mine / "ledger.jsonl"
+    assert f"WRONG: {path} differs from the ledger of 'ewc-private/client-0' in {merged}" in out
 
 
 def test_verify_accepts_an_empty_new_ledger(perdure, tmp_path):
@@ -251,7 +252,7 @@ def test_verify_reports_a_client_missing_on_disk(perdure, ours):
     assert code == 0
 
 
-def test_show_states_no_total_where_a_ledger_is_missing(perdure, ours):
+def test_show_prints_no_total_if_a_ledger_is_missing(perdure, ours):
     shutil.rmtree(ours / "arms" / "ewc-private" / "clients" / "000")
     code, out, _ = perdure("show", ours)
     assert code == 0 and "worst partition by itself: epsilon" in out, "the merged file is whole"

@@ -345,7 +345,7 @@ def test_audit_prints_the_bound_beside_the_claim(perdure, tmp_path):
     assert "simulated noise" in told
 
 
-def test_audit_of_a_finished_run_attacks_its_models_too(perdure, tmp_path):
+def test_audit_with_shadows_attacks_the_models_of_a_run(perdure, tmp_path):
     claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.0005\nsampling_rate = 0.5\nseed = 0\n"
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
@@ -399,7 +399,7 @@ def test_replay_of_a_federation_names_the_clients(perdure, tmp_path):
     assert "client 0" in plain(out) and "client 1" in plain(out)
 
 
-def test_replay_ends_with_1_where_a_record_reaches_an_output(perdure, tmp_path, monkeypatch):
+def test_replay_exits_with_1_if_a_record_changes_an_output(perdure, tmp_path, monkeypatch):
     """The number of records in a step divides their sum: the parameters tell it."""
     from perdure.curator.local_curator import LocalCurator
 

@@ -96,7 +96,7 @@ def test_features_follow_the_parameters_under_vmap_and_grad():
     assert own.body.passes == 1 + 2
 
 
-def test_a_pass_that_fails_leaves_the_model_as_it_was():
+def test_a_failing_pass_does_not_change_the_model():
     own = model(Classifier)
     with pytest.raises(RuntimeError):
         Forward(own).with_features(torch.zeros(2, 9))

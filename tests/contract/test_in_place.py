@@ -54,7 +54,7 @@ def autograd(strategy, params, state):
 
 
 @pytest.mark.parametrize("strategy", PULLS, ids=repr)
-def test_the_formula_adds_what_autograd_adds(strategy):
+def test_the_penalty_gradient_formula_equals_autograd(strategy):
     state = state_of(strategy)
     params = drawn(1)
     before = {name: value.clone() for name, value in state.items()}
@@ -78,7 +78,7 @@ def test_only_trained_parameters_are_pulled():
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", FOLLOWING, ids=repr)
-def test_a_path_in_place_is_the_path_made_anew(strategy, noise):
+def test_an_in_place_path_equals_a_new_path(strategy, noise):
     """Over the end of a window, from counters at 1."""
     anew = state_of(strategy)
     in_place = State({name: value.clone() for name, value in anew.items()}, anew.rules)
@@ -116,7 +116,7 @@ class Mixed(Counting, Cubic):
 
 
 @pytest.mark.parametrize("kind", [Cubic, Mixed])
-def test_a_penalty_overridden_alone_is_the_one_used(kind):
+def test_an_overridden_penalty_is_used_for_the_gradient(kind):
     strategy = kind(strength=5.0)
     params = {name: value.requires_grad_() for name, value in drawn(1).items()}
     total = {name: torch.zeros_like(value) for name, value in params.items()}
@@ -125,7 +125,7 @@ def test_a_penalty_overridden_alone_is_the_one_used(kind):
     assert not strategy.uses("add_penalty_gradient")
 
 
-def test_after_step_overridden_alone_is_the_one_called():
+def test_an_overridden_after_step_is_called():
     strategy = Counting(strength=5.0)
     state = state_of(strategy)
     moved = strategy.after_step_in_place(drawn(), drawn(1), drawn(2), state)
@@ -133,7 +133,7 @@ def test_after_step_overridden_alone_is_the_one_called():
     assert not strategy.uses("after_step_in_place") and SI(strength=1.0).uses("after_step_in_place")
 
 
-def test_a_combination_follows_in_place_where_every_part_does():
+def test_combine_updates_in_place_if_every_part_does():
     assert Combine(SI(strength=1.0), EWC(strength=1.0)).uses("after_step_in_place")
     mixed = Combine(SI(strength=1.0), Counting(strength=1.0))
     assert mixed.uses("after_step") and not mixed.uses("after_step_in_place")

@@ -97,7 +97,7 @@ def shown(mask):
         ("domain", 0, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
     ],
 )
-def test_classes_out_of_question_are_masked(scenario, experience, rows_shown, allowed):
+def test_classes_that_are_not_allowed_are_masked(scenario, experience, rows_shown, allowed):
     at = context(scenario, experience)
     assert shown(at.mask(torch.zeros(2, 4), rows([0, 1]))) == rows_shown
     assert torch.nonzero(at.allowed).flatten().tolist() == allowed
@@ -223,7 +223,7 @@ def test_a_teacher_leaves_every_module_in_the_mode_it_was_in(tower, what):
     )
 
 
-def test_a_failing_teacher_leaves_the_mode_too(tower):
+def test_a_failing_teacher_restores_the_mode_of_the_model(tower):
     tower.train()
     with pytest.raises(RuntimeError):
         Forward(tower).at(zeros(tower))(torch.rand(2, 7))
@@ -251,7 +251,7 @@ def test_the_base_class_is_plain_training(toy_stream, toy_model):
     )
 
 
-def test_uses_tells_what_is_overridden():
+def test_uses_is_true_for_overridden_hooks():
     assert EWC(strength=1.0).uses("penalty") and not EWC(strength=1.0).uses("losses")
     assert LwF.overrides("losses") and not Naive.overrides("losses")
 
@@ -349,7 +349,7 @@ def test_a_part_without_training_keeps_other_parts_effective(toy_stream, other):
     assert not Combine(NCM(), Naive()).plan(toy_stream()[0]).train
 
 
-def test_plans_are_merged(toy_stream):
+def test_combine_merges_the_plans_of_its_parts(toy_stream):
     plan = Combine(Freezer(), Replay(memory_size=5)).plan(toy_stream()[0])
     assert plan == Plan(
         pool="all", restart=True, trainable=("body",), memory=MemoryPlan(capacity=5)
@@ -407,7 +407,7 @@ def test_projections_run_in_order_and_every_part_follows_steps(toy_stream, toy_m
     assert after.rules == {"0.steps": "sum", "2.steps": "sum"}
 
 
-def test_a_combination_says_all_that_its_parts_say():
+def test_combine_declares_the_costs_of_all_parts():
     both = Combine(
         EWC(strength=1.0),
         Combine(EWC(strength=2.0), Replay(memory_size=5)),
@@ -424,7 +424,7 @@ def test_a_combination_says_all_that_its_parts_say():
     assert Combine(EWC(strength=1.0)) == Combine(EWC(strength=1.0)) != Combine(EWC(strength=2.0))
 
 
-def test_states_of_eleven_parts_do_not_run_into_each_other(toy_stream, toy_model):
+def test_states_of_11_parts_stay_separate(toy_stream, toy_model):
     both = Combine(*[Shifter(times=float(i)) for i in range(11)])
     after = both.after_step({}, {}, {}, both.init(spec(toy_model(toy_stream()))))
     assert [float(after[f"{i}.steps"]) for i in range(11)] == [float(i) for i in range(11)]
@@ -441,12 +441,12 @@ class Weighted(Strategy):
     decay: float = 0.5
 
 
-def test_an_example_has_the_defaults():
+def test_example_returns_an_instance_with_defaults():
     assert Naive.example() == Naive()
     assert Strategy.example() == Strategy()
 
 
-def test_an_example_is_refused_where_a_field_has_no_default():
+def test_example_refuses_a_field_without_default():
     with pytest.raises(
         StrategyError, match=r"Weighted.example\(\) has no value for strength; allowed: fields with"
     ):

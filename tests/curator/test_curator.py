@@ -20,7 +20,7 @@ from perdure.planning.exposure import exposure
 # --------------------------------------------------------------------------- who is exposed
 
 
-def test_rates_come_from_declared_sizes_and_count_the_memory(toy_stream):
+def test_sampling_rates_use_declared_sizes_and_memory(toy_stream):
     """256/12,000 for the first experience and 256/13,000 once a memory of 1,000 is pooled with the
     new records.
     """
@@ -32,7 +32,7 @@ def test_rates_come_from_declared_sizes_and_count_the_memory(toy_stream):
     assert (second.rate, second.pool_size) == (256 / 13_000, 13_000)
 
 
-def test_only_what_is_used_is_exposed(toy_stream):
+def test_only_used_partitions_are_exposed(toy_stream):
     experiences = declared(toy_stream(), 100, 300).experiences
     alone = exposure(experiences, Plan(), batch_size=30, rate=None)
     assert alone.scope == {"experience-1": 0.1} and alone.pool_size == 300
@@ -126,7 +126,7 @@ def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=25), st.floats(0.01, 1.0), st.integers(0, 99)
 )
-def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
+def test_a_record_enters_a_step_at_most_once(ids, rate, seed):
     rows = torch.tensor(ids)
     grouped = group_records(rows, torch.zeros_like(rows))
     assert sorted(grouped.order.tolist()) == list(range(len(ids)))
@@ -137,7 +137,7 @@ def test_a_record_enters_a_step_at_most_once_by_its_one_coin(ids, rate, seed):
     assert drawn.tolist() == rows.unique()[coins < rate].tolist()
 
 
-def test_the_largest_coin_below_the_rate_picks_the_last_row():
+def test_sampling_handles_random_numbers_close_to_the_rate():
     coin = torch.tensor([torch.nextafter(torch.tensor(1.0).double(), torch.tensor(0.0).double())])
     assert group_records(torch.tensor([5, 5, 5]), torch.zeros(3)).rows(
         coin < 1.0, coin
@@ -146,7 +146,7 @@ def test_the_largest_coin_below_the_rate_picks_the_last_row():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("plan", [Plan(memory=MemoryPlan(capacity=100)), Plan(pool="all")])
-def test_copies_of_one_image_are_one_record(bench, toy_data, plan):
+def test_copies_of_an_image_are_drawn_as_one_record(bench, toy_data, plan):
     """Permuted copies, new, stored or pooled: one at most in a step, at the charged rate, each copy
     as often.
 
@@ -193,7 +193,7 @@ def test_raw_records_are_refused_under_privacy(bench):
         closed.curator.raw("the past")
 
 
-def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
+def test_stored_values_are_returned_with_their_row(bench):
     """The model's logits at the time, as DER stores them; new rows have zeros in their place."""
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=8))
@@ -210,7 +210,7 @@ def test_what_memory_stores_beside_a_row_comes_back_with_it(bench):
     )
 
 
-def test_private_memory_is_by_coin_at_the_declared_threshold(bench, toy_stream):
+def test_private_memory_keeps_records_with_declared_probability(bench, toy_stream):
     plan = Plan(memory=MemoryPlan(capacity=30))
     test = bench(simulated(), declared(toy_stream(), 40, 60))
     tags = {int(i): float(test.private_sum.tags(torch.tensor([i]))) for i in range(48)}
@@ -222,7 +222,7 @@ def test_private_memory_is_by_coin_at_the_declared_threshold(bench, toy_stream):
     assert test.held.memory.offered == 100
 
 
-def test_class_balance_of_memory_without_privacy(bench):
+def test_memory_without_privacy_is_class_balanced(bench):
     test = bench()
     for index in range(2):
         test.whole(index, Plan(memory=MemoryPlan(capacity=12)))

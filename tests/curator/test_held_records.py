@@ -12,7 +12,7 @@ from torch import nn
 from helpers.reference_gradients import opened
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.contract.strategy import Strategy
-from perdure.curator.held_records import NOTED_ROWS
+from perdure.curator.remembered_rows import NOTED_ROWS
 from perdure.data.scenarios import permuted, split
 from perdure.errors import DataError, PrivacyError, StrategyError
 from perdure.learner.learner import Learner
@@ -193,7 +193,7 @@ def test_private_remember_runs_on_each_row_alone(toy_stream, toy_model, update):
     torch.testing.assert_close(stored["seen"], torch.zeros_like(stored["seen"]), atol=1e-6, rtol=0)
 
 
-def test_without_privacy_it_sees_the_rows_of_the_step(toy_stream, toy_model):
+def test_remember_gets_the_rows_of_the_step_without_privacy(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
@@ -203,7 +203,7 @@ def test_without_privacy_it_sees_the_rows_of_the_step(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("update", ["experience", "step"])
-def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, update):
+def test_remember_that_needs_several_rows_is_refused(toy_stream, toy_model, update):
     stream = toy_stream()
     learner = learner_of(
         toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
@@ -220,7 +220,7 @@ def test_what_cannot_be_asked_of_a_row_alone_is_refused(toy_stream, toy_model, u
         ask(at_random)
 
 
-def test_private_stored_values_are_of_the_records_last_step(toy_stream, toy_model):
+def test_private_stored_values_are_from_the_last_step_of_a_row(toy_stream, toy_model):
     """Of a record that was in none, those at the end of the experience."""
     stream = toy_stream()
     moment = [0.0]
@@ -249,7 +249,7 @@ def test_private_stored_values_are_of_the_records_last_step(toy_stream, toy_mode
     assert set(expected) >= {9.0, 5.0} and len(set(expected)) > 3
 
 
-def test_private_stored_values_do_not_depend_on_stored_rows(toy_stream, toy_model):
+def test_rows_drawn_from_memory_are_not_offered_to_memory_again(toy_stream, toy_model):
     """Rows of memory in a batch are not offered again, and only new ones are noted."""
     stream = toy_stream()
     learner = learner_of(
@@ -315,7 +315,7 @@ def test_the_exposure_of_a_pool_of_memory_is_declared(four):
     }
 
 
-def test_the_steps_on_a_pool_of_memory_follow_its_size(four, toy_model):
+def test_the_number_of_steps_depends_on_the_memory_size(four, toy_model):
     """3 epochs of 12, 16, 16 and 16 stored records, 4 a step."""
     learner = learner_of(
         toy_model(four), GDumb(memory_size=16), epochs=3, iterations=None, batch_size=4
@@ -376,7 +376,7 @@ def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("pool", ["all", "memory"])
-def test_a_moving_memory_needs_the_pool_of_the_experience(toy_stream, toy_model, pool):
+def test_a_step_memory_needs_pool_experience(toy_stream, toy_model, pool):
     stream = toy_stream()
     learner = learner_of(toy_model(stream), given(pool=pool, selection="reservoir", update="step"))
     with pytest.raises(StrategyError, match=f"needs pool='experience'; given pool='{pool}'"):
@@ -444,7 +444,7 @@ def test_an_open_experience_is_not_pooled_again(toy_stream, toy_model, strategy,
         assert torch.equal(value, again.tensors()[name]), name
 
 
-def test_an_experience_is_pooled_anew_where_memory_was_restored(toy_stream, toy_model):
+def test_a_restored_memory_is_pooled_again(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), given()), stream, 1)
     snapshot = learner.snapshot()

@@ -95,7 +95,7 @@ def test_no_attribute_of_a_hooks_curator_leads_to_records(given):
 @pytest.mark.parametrize(
     "name", ["sample", "snapshot", "raw", "stored", "diagnostics", "step", "_held", "_pool", "rows"]
 )
-def test_what_hands_out_rows_is_refused_with_what_is_allowed(given, name):
+def test_members_that_return_rows_are_refused(given, name):
     seen, _ = given
     with pytest.raises(
         PrivacyError,
@@ -110,7 +110,7 @@ def test_a_hooks_curator_cannot_be_copied_open(given):
     assert vars(type(copy.copy(seen))).keys() == vars(type(seen)).keys()
 
 
-def test_a_hook_cannot_put_anything_on_its_curator(given):
+def test_a_hook_cannot_set_attributes_of_its_curator(given):
     seen, _ = given
     with pytest.raises(AttributeError):
         seen.kept = torch.zeros(1)
@@ -118,7 +118,7 @@ def test_a_hook_cannot_put_anything_on_its_curator(given):
         seen.private = False
 
 
-def test_questions_are_answered_as_by_the_curator_itself(toy_stream, toy_model):
+def test_a_hook_curator_gives_the_answers_of_the_curator(toy_stream, toy_model):
     learner = learner_of(toy_stream(), toy_model)
     learner.prepare(toy_stream())
     learner.begin(0)
@@ -154,9 +154,7 @@ class Undeclared(Naive):
 
 
 @pytest.mark.parametrize(("member", "field"), [("release", "releases"), ("count", "histograms")])
-def test_what_a_strategy_forgot_to_declare_is_told_with_the_fix(
-    toy_stream, toy_model, member, field
-):
+def test_undeclared_releases_are_refused_with_the_fix(toy_stream, toy_model, member, field):
     stream = toy_stream()
     learner = Learner(
         model=toy_model(stream),

@@ -40,14 +40,14 @@ def prepared(learner_of, toy_stream):  # noqa: F811
     return learner
 
 
-def test_rows_are_sorted_once_over_rounds(prepared):
+def test_opening_an_experience_again_sorts_nothing(prepared):
     first, fingerprint = opened(prepared)
     assert first > 0
     assert opened(prepared) == (0, fingerprint)
 
 
 @pytest.mark.parametrize("name", ["ids", "labels", "inputs"])
-def test_a_changed_record_is_seen(prepared, name):
+def test_a_changed_record_is_detected(prepared, name):
     _, before = opened(prepared)
     value = getattr(prepared.stream[0].train, name)
     if name == "inputs":
@@ -59,7 +59,7 @@ def test_a_changed_record_is_seen(prepared, name):
     assert (count > 0) == (name == "ids")
 
 
-def test_a_write_that_torch_does_not_count_is_seen_in_ids(prepared):
+def test_an_uncounted_write_into_ids_is_detected(prepared):
     opened(prepared)
     ids = prepared.stream[0].train.ids
     ids.numpy()[0] = 77_777
@@ -79,7 +79,7 @@ def test_an_id_that_comes_to_be_shared_is_refused(prepared):
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 2)), max_size=20))
-def test_groups_are_those_of_unique_pairs(pairs):
+def test_row_groups_equal_unique_pairs(pairs):
     ids, owner = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
     found = group_records(ids, owner)
     own, record, counts = torch.unique(

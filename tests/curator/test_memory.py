@@ -10,6 +10,7 @@ from perdure.curator.memory import (
     Memory,
     balanced,
     concatenate,
+    distinct_rows,
     groups_of,
     herd,
     herded,
@@ -92,7 +93,7 @@ def test_a_memory_that_is_not_full_keeps_everything():
     assert len(memory) == 10 and memory.offered == 35
 
 
-def test_what_is_kept_does_not_hold_on_to_the_rest():
+def test_stored_rows_do_not_keep_other_rows_in_memory():
     source = rows([0] * 8)
     memory = Memory()
     memory.offer(source, MemoryPlan(capacity=2, selection="reservoir"), place())
@@ -202,7 +203,7 @@ tags = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30)
 @pytest.mark.property
 @settings(deadline=None)
 @given(tags, st.lists(st.floats(0, 1), min_size=1, max_size=4), st.data())
-def test_membership_by_coin_is_monotone_and_each_record_s_own(coins, thresholds, data):
+def test_random_membership_is_monotone_and_per_record(coins, thresholds, data):
     def kept(members):
         memory = Memory()
         batch = rows([0] * len(coins))
@@ -229,7 +230,7 @@ def test_membership_by_coin_is_monotone_and_each_record_s_own(coins, thresholds,
 # --------------------------------------------------------------------------- rows and plans
 
 
-def test_concatenation_keeps_order_and_what_is_stored():
+def test_concatenation_keeps_order_and_stored_values():
     first, second = (
         rows([0, 1], stored={"logits": torch.full((2, 3), float(k))}) for k in range(2)
     )
@@ -252,7 +253,7 @@ def test_concatenation_keeps_order_and_what_is_stored():
         ({"capacity": 5, "batch_size": -1}, "memory batch_size = -1"),
     ],
 )
-def test_a_plan_that_is_none_is_refused(options, field):
+def test_an_invalid_memory_plan_is_refused(options, field):
     with pytest.raises(ConfigError, match=field):
         MemoryPlan(**options)
 
@@ -291,7 +292,7 @@ def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
     assert memory.offered == first and len(memory) <= capacity
 
 
-def test_a_ring_of_fixed_quotas_turns_per_experience():
+def test_a_ring_with_per_class_keeps_the_latest_per_experience():
     memory = Memory()
     plan = MemoryPlan(capacity=1, selection="ring", per_class=2)
     for start in (0, 3, 6):
@@ -315,7 +316,7 @@ def test_a_ring_of_fixed_quotas_turns_per_experience():
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 999))
-def test_every_herded_row_is_the_best_that_is_left(n, most, seed):
+def test_herding_picks_the_best_remaining_row(n, most, seed):
     features = torch.randn(n, 3, generator=place(seed))
     chosen = herded(features, most).tolist()
     unit = torch.nn.functional.normalize(features.double(), dim=1)
@@ -381,7 +382,7 @@ def test_herding_keeps_prefixes_when_quotas_shrink():
         } == {label: ids[:quota] for label, ids in first.items()}
 
 
-def test_herding_keeps_all_rows_when_there_is_room():
+def test_herding_keeps_all_rows_if_memory_is_large_enough():
     memory = Memory()
     memory.offer(rows([0, 0]), MemoryPlan(capacity=4, selection="herding"), place(), torch.eye(2))
     assert len(memory) == 2 and memory.offered == 2
@@ -390,7 +391,7 @@ def test_herding_keeps_all_rows_when_there_is_room():
 # --------------------------------------------------------------------------- every step
 
 
-def test_a_full_reservoir_is_what_taking_all_rows_gives():
+def test_a_full_reservoir_equals_offering_all_rows_at_once():
     memory = Memory()
     plan = MemoryPlan(capacity=6, selection="reservoir")
     memory.offer(rows([0] * 8), plan, place(1))
@@ -440,7 +441,7 @@ def test_a_reservoir_that_is_offered_single_rows_is_as_even():
     )
 
 
-def test_a_memory_that_takes_nothing_in_keeps_its_rows():
+def test_a_memory_without_new_rows_keeps_its_rows():
     memory = Memory()
     plan = MemoryPlan(capacity=1, selection="reservoir")
     memory.offer(rows([0]), plan, place())
@@ -453,7 +454,7 @@ def test_a_memory_that_takes_nothing_in_keeps_its_rows():
 # --------------------------------------------------------------------------- sizes
 
 
-def test_a_size_is_records_or_bytes(toy_stream):
+def test_a_memory_size_is_a_number_or_bytes(toy_stream):
     """A toy record has 5 numbers of 4 bytes, and label and id of 8 each: 36."""
     first = toy_stream()[0]
     assert records_in(7, first) == 7
@@ -473,7 +474,7 @@ def test_a_size_is_records_or_bytes(toy_stream):
     "size",
     ["2MB", "MB", "2 mb", "2 KB", "two MB", "-2 MB", "1e3 kB", "1.2.3 kB", "2  MB", ". kB", ""],
 )
-def test_another_text_is_refused(toy_stream, size):
+def test_an_invalid_memory_size_text_is_refused(toy_stream, size):
     with pytest.raises(
         ConfigError,
         match=r"memory_size = .* is not allowed; allowed: a number of records, or bytes",
@@ -496,12 +497,12 @@ def test_another_text_is_refused(toy_stream, size):
         ),
     ],
 )
-def test_plans_that_do_not_go_together_are_refused(options, field):
+def test_contradictory_memory_plans_are_refused(options, field):
     with pytest.raises(ConfigError, match=field):
         MemoryPlan(capacity=5, **options)
 
 
-def test_what_is_rehearsed():
+def test_the_loss_uses_new_and_stored_rows_as_planned():
     uses = {
         use: MemoryPlan(capacity=5, use=use).rehearsed
         for use in ("rehearsal", "pooled", "reference", "references")
@@ -525,7 +526,7 @@ def test_the_highest_losses_fill_a_loss_aware_quota():
 
 
 @pytest.mark.parametrize("selection", ["herding", "loss-aware"])
-def test_what_ranks_all_records_waits_for_the_end(selection):
+def test_ranking_selections_are_refused_with_update_step(selection):
     with pytest.raises(ConfigError, match=f"memory selection = '{selection}'.*update='experience'"):
         MemoryPlan(capacity=4, selection=selection, update="step")
 
@@ -570,3 +571,11 @@ def test_a_reservoir_is_algorithm_r_on_a_list_of_slots(stored, offered, capacity
             elif slot < capacity:
                 slots[slot] = stored + i
         assert reservoir(stored, offered, 12, capacity, place(seed)).tolist() == slots
+
+
+@pytest.mark.parametrize("largest", [3, 2**40, 2**62])
+def test_groups_of_any_numbers_are_told_apart(largest):
+    groups = torch.tensor([[0, -largest], [1, largest], [0, largest], [0, -largest], [1, 0]])
+    found, which = distinct_rows(groups)
+    expected, places = torch.unique(groups, dim=0, return_inverse=True)
+    assert torch.equal(found, expected) and torch.equal(which, places)

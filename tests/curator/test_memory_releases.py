@@ -20,7 +20,7 @@ def ones(forward, batch):
     return torch.ones(len(batch), 1)
 
 
-def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
+def test_a_memory_release_sums_the_stored_rows(four, toy_model):
     learner = opened(learner_of(toy_model(four), Replay(memory_size=8), privacy=None), four, 1)
     rows = learner.session.held.memory.rows
     total = learner.curator.release(
@@ -31,7 +31,7 @@ def test_a_sum_over_memory_is_that_of_the_stored_rows(four, toy_model):
     assert len(rows) == 8 and float(own["value"]) == 12
 
 
-def test_a_private_sum_over_memory_exposes_all_that_was_seen(four, toy_model, meetings):
+def test_a_private_memory_sum_exposes_all_earlier_partitions(four, toy_model, meetings):
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 2)
     rows = learner.session.held.memory.rows
     learner.curator.release(ones, clip_norm=0.5, purpose="x", over="memory")
@@ -75,7 +75,7 @@ def test_recalls_are_planned_for_every_partition_seen(four, toy_model):
 
 
 @pytest.mark.deep(reason="full replay: calibrates and trains under a cap")
-def test_who_left_is_not_in_a_sum_over_memory(four, toy_model, meetings):
+def test_excluded_partitions_are_not_in_memory_releases(four, toy_model, meetings):
     privacy = replace(PRIVATE, epsilon=6, delta=1e-5)
     learner = learner_of(toy_model(four), ICaRL(memory_size=12), privacy=privacy)
     learner.fit(four)

@@ -64,7 +64,7 @@ def test_references_are_none_without_past_or_when_rehearsed(four):
         )
 
 
-def test_who_left_is_in_none(four):
+def test_excluded_partitions_are_in_no_reference_gradient(four):
     stages = declared(four, 100, 300, 600, 12)[:3]
     for use, names in (("reference", ["reference"]), ("references", ["reference 1"])):
         plan = Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=15))
@@ -82,7 +82,7 @@ def test_who_left_is_in_none(four):
 @BOTH
 @pytest.mark.parametrize("bands", [None, 2])
 @pytest.mark.parametrize("which", ["four", "copies"])
-def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, bands):
+def test_the_ledger_has_the_planned_reference_charges(request, toy_model, strategy, which, bands):
     stream = request.getfixturevalue(which)
     learner = learner_of(toy_model(stream), strategy, privacy=replace(PRIVATE, bands=bands))
     learner.fit(stream)
@@ -93,13 +93,13 @@ def test_the_ledger_holds_what_was_planned(request, toy_model, strategy, which, 
 
 @pytest.mark.deep(reason="full replay: calibrates and trains two strategies")
 @BOTH
-def test_a_calibrated_run_stays_within_its_budget_and_uses_it(four, toy_model, strategy):
+def test_a_calibrated_run_spends_almost_its_whole_budget(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=Privacy(epsilon=4, seed=0, delta=1e-5))
     learner.fit(four)
     assert 3.9 < learner.private_sum.ledger.epsilon(delta=1e-5) <= 4
 
 
-def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
+def test_every_earlier_experience_is_charged_at_its_own_rate(four, toy_model):
     learner = learner_of(toy_model(four), GEM(memory_size=12, batch_size=2))
     learner.prepare(four)
     assert charges(learner.training, four.experiences[:3], 1.0) == {
@@ -112,7 +112,7 @@ def test_every_experience_before_is_charged_at_its_own_rate(four, toy_model):
 @pytest.mark.parametrize(
     ("strategy", "beside"), [(AGEM(memory_size=12), [1, 1]), (GEM(memory_size=12), [1, 2])]
 )
-def test_where_experiences_share_records_all_charges_add_up(copies, toy_model, strategy, beside):
+def test_charges_add_up_if_experiences_share_records(copies, toy_model, strategy, beside):
     """Permuted copies of one image are one record: it pays for the gradients and for every
     reference gradient.
     """
@@ -266,7 +266,7 @@ def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
 
 
 @BOTH
-def test_a_budget_that_new_records_alone_exceed_is_refused(four, toy_model, strategy):
+def test_a_budget_below_the_cost_of_new_records_is_refused(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, epsilon=0.5))
     with pytest.raises(BudgetError, match=r"the records of experience 0 would exceed epsilon 0\.5"):
         learner.prepare(four)
@@ -329,13 +329,13 @@ def test_a_reference_is_drawn_once_and_only_in_charged_steps(four, toy_model, st
         (Replay(memory_size=12), None),
     ],
 )
-def test_what_was_not_planned_is_refused(four, toy_model, strategy, of):
+def test_an_unplanned_use_of_memory_is_refused(four, toy_model, strategy, of):
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
     with pytest.raises(PrivacyError, match=r"was not planned; see MemoryPlan\.use"):
         reserved(learner).reference(loss_of(learner), learner.params, of=of)
 
 
-def test_without_memory_there_is_no_reference(four, toy_model):
+def test_there_is_no_reference_gradient_without_memory(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
     learner.session.held.sample(0)
     with pytest.raises(StrategyError, match="no reference gradient before the second experience"):

@@ -136,7 +136,7 @@ def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings,
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_noise_that_met_two_sums_would_be_seen(four, toy_model, meetings, monkeypatch, blind):
+def test_the_check_finds_noise_used_for_two_sums(four, toy_model, meetings, monkeypatch, blind):
     """A gradient by hand under the start of another; were sums not told apart, both would meet its
     noise.
     """

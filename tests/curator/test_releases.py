@@ -14,7 +14,7 @@ from perdure.errors import PrivacyError
 # --------------------------------------------------------------------------- gradients
 
 
-def test_without_privacy_the_gradient_is_that_of_the_mean(bench):
+def test_gradient_without_privacy_is_the_gradient_of_the_mean(bench):
     test = bench()
     batch = test.open().held.sample(0)
     loss = task_losses(Forward(test.model), batch, test.curator.context).mean()
@@ -23,7 +23,7 @@ def test_without_privacy_the_gradient_is_that_of_the_mean(bench):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_padding_does_not_count(bench):
+def test_positions_of_padding_do_not_change_the_loss(bench):
     test = bench()
     batch = test.open().held.sample(0)
     padded = replace(batch, valid=torch.arange(len(batch)) < 3)

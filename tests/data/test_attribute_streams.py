@@ -45,7 +45,7 @@ def test_public_boundaries_cut_training_and_test_records(timed):
     assert len({each.train.partition for each in stream}) == 3
 
 
-def test_quantiles_keep_equal_times_together_and_say_so(timed):
+def test_quantile_cuts_are_not_assigned_by_record(timed):
     stream = by_time(timed, experiences=4)
     assert stream.assigned_by_record is False
     assert all(each.train.placed_by == "" for each in stream)
@@ -55,7 +55,7 @@ def test_quantiles_keep_equal_times_together_and_say_so(timed):
     assert [len(each.train) for each in by_time(skewed, experiences=3)] == [46, 1, 1]
 
 
-def test_domains_come_in_a_public_order(timed):
+def test_domains_are_in_the_given_order(timed):
     stream = by_domain(timed, order=(2, 0, 1))
     assert found(stream, "domain") == [[[2], [2]], [[0], [0]], [[1], [1]]]
     assert stream.assigned_by_record is True

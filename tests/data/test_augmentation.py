@@ -51,7 +51,7 @@ def learner_of(toy_stream, toy_model):
     return make
 
 
-def test_a_shift_moves_the_picture_and_brings_zeros_in():
+def test_a_shift_moves_the_image_and_fills_with_zeros():
     batch = batch_of(n=200)
     views = Views(count=1, change=shift_and_flip(pixels=1)).attach(batch, seed=3).stored["view.0"]
     wide = nn.functional.pad(batch.inputs, (1, 1, 1, 1))
@@ -72,7 +72,7 @@ def test_a_shift_moves_the_picture_and_brings_zeros_in():
 @pytest.mark.parametrize(
     "change", [v2.RandomHorizontalFlip(), v2.ColorJitter(0.5), v2.RandomCrop(4), v2.Resize(3)]
 )
-def test_a_transform_that_does_not_fit_is_one_line(change, private):
+def test_a_failing_change_of_views_is_one_error_line(change, private):
     records = Records(inputs=torch.rand(12, 3, 6, 6), labels=torch.arange(12) % 2)
     one = Experience(index=0, train=records, test=records, classes=(0, 1))
     stream = Stream(
@@ -91,12 +91,12 @@ def test_a_transform_that_does_not_fit_is_one_line(change, private):
     assert "\n" not in str(caught.value)
 
 
-def test_a_change_that_is_no_function_is_refused():
-    with pytest.raises(ConfigError, match=r"views\.change = 'flip' .*shift_and_flip"):
+def test_views_refuse_a_change_that_is_not_a_function():
+    with pytest.raises(ConfigError, match=r"views\.change = 'flip' .*a function"):
         Views(count=1, change="flip")
 
 
-def test_a_mirror_comes_half_the_time():
+def test_images_are_mirrored_half_the_time():
     batch = batch_of(n=400)
     views = (
         Views(count=1, change=shift_and_flip(pixels=0, flip=True))
@@ -120,7 +120,7 @@ def test_views_differ_between_records_and_follow_the_seed():
     assert not torch.equal(first.stored["view.1"], other.stored["view.1"])
 
 
-def test_a_change_cannot_look_at_other_records():
+def test_a_change_of_views_gets_one_record_only():
     seen = []
 
     def peek(record):

@@ -39,11 +39,11 @@ def rows(records):
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 100.0])
-def test_min_size_holds_in_every_experience(stream, alpha):
+def test_min_size_is_kept_in_every_experience(stream, alpha):
     assert sizes(dirichlet(stream, clients=10, alpha=alpha, min_size=12)).min() >= 12
 
 
-def test_an_exact_fit_is_possible_and_one_more_is_refused(stream):
+def test_min_size_may_use_all_records_but_not_more(stream):
     smallest = min(len(e.train) for e in stream)
     fit = smallest // 10
     assert sizes(dirichlet(stream, clients=10, alpha=0.05, min_size=fit)).min() >= fit
@@ -57,7 +57,7 @@ def test_partitions_are_named_by_client_and_sizes_declared(stream):
     assert all(e.train.declared_size == len(e.train) for e in part)
 
 
-def test_test_records_stay_whole_and_the_stream_keeps_its_facts(stream):
+def test_clients_get_all_test_records_and_stream_facts(stream):
     part = dirichlet(stream, clients=4, alpha=1.0)[0]
     assert all(mine.test is whole.test for mine, whole in zip(part, stream, strict=True))
     assert (part.num_classes, part.scenario, part.input_shape) == (10, "class", stream.input_shape)
@@ -65,7 +65,7 @@ def test_test_records_stay_whole_and_the_stream_keeps_its_facts(stream):
     assert dirichlet(stream, clients=4, alpha=1.0, exact=False)[0].assigned_by_record is True
 
 
-def test_a_split_is_a_function_of_the_seed(stream):
+def test_a_client_split_depends_on_the_seed_only(stream):
     first, again, other = (
         dirichlet(stream, clients=5, alpha=0.5, seed=s)[0][0].train.ids for s in (1, 1, 2)
     )
@@ -114,7 +114,7 @@ def test_iid_shares_are_even(stream):
     assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
 
 
-def test_a_record_that_comes_again_stays_with_its_client():
+def test_a_record_of_two_experiences_stays_with_its_client():
     for scenario in ("domain", "class"):
         again = permuted(digits(), experiences=3, scenario=scenario)
         for part in dirichlet(again, clients=4, alpha=0.2, min_size=10):
@@ -122,7 +122,7 @@ def test_a_record_that_comes_again_stays_with_its_client():
             assert all(ids == first for ids in later)
 
 
-def test_one_record_less_moves_no_other():
+def test_removing_a_record_moves_no_other_record():
     data = digits()
     less = replace(data, train=data.train.take(torch.arange(len(data.train)) != 17))
     gone = int(data.train.ids[17])
@@ -151,7 +151,7 @@ def declared(streams):
     return torch.tensor([[e.train.declared_size for e in stream] for stream in streams])
 
 
-def test_a_minimum_size_is_met_by_the_public_shares(stream):
+def test_hashed_shares_give_min_size_expected_records(stream):
     plain, evened = (
         dirichlet(stream, clients=10, alpha=0.1, min_size=m, seed=1, exact=False) for m in (1, 12)
     )
@@ -197,7 +197,7 @@ def test_a_minimum_size_above_the_declared_records_is_refused(stream):
 
 
 @pytest.mark.parametrize("given", [{"declared_size": 100}, {"client_sizes": [[1] * 5] * 2}])
-def test_sizes_are_not_declared_where_they_are_exact(stream, given):
+def test_declared_sizes_are_refused_with_exact_splits(stream, given):
     with pytest.raises(ConfigError, match=r"None with exact=True.*use exact=False"):
         iid(stream, clients=2, **given)
 

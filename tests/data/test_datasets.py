@@ -88,7 +88,7 @@ def small_zip(tmp_path, monkeypatch):
     ("name", "total", "shape", "classes"),
     [("digits", 1797, (1, 8, 8), 10), ("breast-cancer", 569, (30,), 2)],
 )
-def test_embedded_sets(name, total, shape, classes):
+def test_embedded_data_sets_have_their_sizes_and_ranges(name, total, shape, classes):
     data = load(name)
     assert (data.name, data.input_shape, data.num_classes) == (name, shape, classes)
     assert data.train.inputs.dtype == torch.float32
@@ -141,7 +141,7 @@ def test_mnist_reads_idx_gzipped_or_not(small_mnist):
     assert data.test.ids.tolist() == [5, 6, 7], "one id never names two records"
 
 
-def test_pixels_keep_their_places(small_mnist):
+def test_pixels_are_read_in_the_right_order(small_mnist):
     pixels = np.arange(5 * 784, dtype=np.uint8).reshape(5, 28, 28)
     path = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(idx(pixels))  # the plain file is preferred to the gzipped one
@@ -155,8 +155,8 @@ def test_pixels_keep_their_places(small_mnist):
     [
         (b"\x00\x00\x0d\x03", "not an IDX file"),
         (b"", "not an IDX file"),
-        (idx(np.zeros((2, 2, 2), dtype=np.uint8))[:-1], "of its head"),
-        (idx(np.zeros((2, 2, 2), dtype=np.uint8))[:9], "of its head"),
+        (idx(np.zeros((2, 2, 2), dtype=np.uint8))[:-1], "but its header promises"),
+        (idx(np.zeros((2, 2, 2), dtype=np.uint8))[:9], "but its header promises"),
         (idx(np.zeros((5, 27, 27), dtype=np.uint8)), r"\(1, 27, 27\)"),
         (idx(np.zeros(5, dtype=np.uint8)), "shape"),
         (idx(np.zeros((4, 28, 28), dtype=np.uint8)), "labels"),
@@ -183,7 +183,7 @@ def test_images_of_published_size_need_the_published_checksum(small_mnist):
         load("mnist", root=small_mnist)
 
 
-def test_the_real_mnist_where_there_is_one(small_mnist):
+def test_the_real_mnist_files_are_read_if_present(small_mnist):
     """With PERDURE_DATA the published files, sum and all; without it the small ones."""
     real = "PERDURE_DATA" in os.environ
     data = load("mnist", root=None if real else small_mnist)
@@ -236,14 +236,14 @@ def test_another_archive_is_not_mistaken_for_the_cached_one(small_zip):
     assert load("cifar10", root=small_zip).train.labels.tolist() == [0, 2, 9]
 
 
-def test_a_damaged_cache_is_made_again(small_zip):
+def test_a_damaged_cache_file_is_written_again(small_zip):
     data = load("cifar10", root=small_zip)
     (cached,) = (small_zip / "cache" / "perdure").iterdir()
     cached.write_bytes(b"torn")
     assert torch.equal(load("cifar10", root=small_zip).train.inputs, data.train.inputs)
 
 
-def test_a_cache_that_cannot_be_written_does_not_matter(small_zip, monkeypatch):
+def test_an_unwritable_cache_is_ignored(small_zip, monkeypatch):
     blocked = small_zip / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
@@ -259,7 +259,7 @@ def test_a_cache_that_cannot_be_written_does_not_matter(small_zip, monkeypatch):
         ("train/cat/9.jpg", jpeg((9, 99, 0))[:-30], "cannot be read"),
     ],
 )
-def test_a_strange_picture_is_refused(small_zip, name, content, words):
+def test_an_image_of_the_wrong_shape_is_refused(small_zip, name, content, words):
     with zipfile.ZipFile(small_zip / "cifar10-jpeg.zip", "a") as archive:
         archive.writestr(name, content)
     with pytest.raises(DataError, match=words):
@@ -304,7 +304,7 @@ def test_adult_is_encoded_with_declared_ranges_and_categories(small_adult):
         (", Male", "", "line 2 has 14 columns"),
     ],
 )
-def test_a_strange_row_is_refused_with_its_line(small_adult, old, new, words):
+def test_an_invalid_row_of_adult_is_refused_with_its_line(small_adult, old, new, words):
     path = small_adult / "adult" / "adult.data"
     path.write_text(f"{ADULT_HEADER}\n{ADULT_ROW.replace(old, new)}\n")
     with pytest.raises(DataError, match=words):
@@ -325,7 +325,7 @@ def test_an_empty_or_undecodable_table_is_refused(small_adult):
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "adult"])
-def test_missing_data_names_the_path_and_the_remedy(tmp_path, name):
+def test_the_error_for_missing_data_names_path_and_fix(tmp_path, name):
     """The root is a plain file, so that a download fails at once, with or without a network."""
     root = tmp_path / "file"
     root.write_text("")
@@ -403,13 +403,13 @@ def twins(tmp_path, monkeypatch):
     vars(package).pop("twins", None)
 
 
-def test_names_are_those_of_the_files():
+def test_data_set_names_equal_file_names():
     assert {"adult", "breast_cancer", "cifar10", "digits", "mnist"} <= set(names())
     assert find("digits") is digits
     assert find("breast-cancer") is find("breast_cancer") is breast_cancer
 
 
-def test_adding_a_data_set_is_adding_a_file(twins):
+def test_a_data_set_is_added_by_a_file(twins):
     assert "twins" in names()
     assert load("twins", root="here", seed=1).train.labels.tolist() == [1, 1]
     assert DataConfig(name="twins").name == "twins"

@@ -11,7 +11,7 @@ import pytest
 from helpers.mapped_stream import measured
 
 
-def test_a_mapped_stream_is_trained_on_where_it_lies(tmp_path):
+def test_a_memory_mapped_stream_is_trained_without_a_copy(tmp_path):
     found = measured(str(tmp_path / "inputs.bin"), 200, "naive", "plain")
     assert len(found["accuracies"]) == 2
     assert found["cut"] - found["before"] < 30_000

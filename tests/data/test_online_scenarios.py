@@ -33,7 +33,7 @@ def without(data: Dataset, record_id: int) -> Dataset:
 
 
 @pytest.mark.statistical
-def test_the_coin_is_uniform():
+def test_the_public_random_number_is_uniform():
     """Kolmogorov distance of 100,000 coins; 0.0062 is the 0.1 % point, and the seed is fixed."""
     coins = public_coin(torch.arange(100_000), seed=7).sort().values
     assert 0 <= coins[0] <= coins[-1] < 1
@@ -41,7 +41,7 @@ def test_the_coin_is_uniform():
 
 
 @pytest.mark.statistical
-def test_coins_of_different_seeds_and_purposes_are_unrelated():
+def test_public_numbers_of_different_seeds_are_independent():
     ids = torch.arange(20_000)
     coins = [
         public_coin(ids, seed=s, purpose=p) for s, p in ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0))
@@ -50,7 +50,7 @@ def test_coins_of_different_seeds_and_purposes_are_unrelated():
     assert correlations.abs().max() < 0.03, "four standard deviations"
 
 
-def test_the_coin_belongs_to_the_record():
+def test_the_public_number_depends_on_the_record_only():
     coins = public_coin(torch.arange(50), seed=3)
     assert torch.equal(public_coin(torch.tensor([17, 4]), seed=3), coins[[17, 4]])
 
@@ -61,7 +61,7 @@ def test_the_coin_belongs_to_the_record():
 @settings(max_examples=20, deadline=None)
 @given(chunk=st.integers(1, 250), exact=st.booleans(), seed=st.integers(0, 2**32))
 @pytest.mark.property
-def test_online_shows_every_record_once(toy, chunk, exact, seed):
+def test_online_pieces_contain_every_record_once(toy, chunk, exact, seed):
     parent = split(toy, scenario="class", experiences=2)
     stream = online(parent, chunk=chunk, seed=seed, exact=exact)
     assert [experience.index for experience in stream] == list(range(len(stream)))
@@ -74,7 +74,7 @@ def test_online_shows_every_record_once(toy, chunk, exact, seed):
         assert all(piece.classes == whole.classes and piece.test is whole.test for piece in pieces)
 
 
-def test_exact_pieces_have_the_given_size_and_state_the_cost(toy):
+def test_exact_pieces_have_the_given_size_and_no_guarantee(toy):
     stream = online(split(toy, scenario="class", experiences=2), chunk=30)
     assert [len(experience.train) for experience in stream] == [30] * 6 + [20] + [30] * 6 + [20]
     assert not stream.assigned_by_record
@@ -104,7 +104,7 @@ def test_one_record_changes_one_hashed_piece_but_many_exact_ones(toy):
     assert {changed(record_id, exact=False) for record_id in (earliest, 0, 137, 399)} == {1}
 
 
-def test_hashed_pieces_declare_the_size_met_on_average(toy):
+def test_hashed_pieces_declare_the_given_chunk(toy):
     parent = split(toy, scenario="class", experiences=1, declared_size=400)
     stream = online(parent, chunk=20, exact=False)
     assert {experience.train.declared_size for experience in stream} == {20}
@@ -112,7 +112,7 @@ def test_hashed_pieces_declare_the_size_met_on_average(toy):
     assert len({len(experience.train) for experience in stream}) > 1
 
 
-def test_a_chunk_has_a_record(toy):
+def test_a_chunk_below_1_is_refused(toy):
     with pytest.raises(ConfigError, match="chunk"):
         online(permuted(toy, experiences=1), chunk=0)
 
@@ -121,7 +121,7 @@ def test_a_chunk_has_a_record(toy):
 
 
 @pytest.mark.statistical
-def test_blurry_moves_the_share_asked_for_and_keeps_every_record():
+def test_blurry_moves_the_given_share_and_keeps_all_records():
     n = 20_000
     data = Dataset(
         name="toy",
@@ -156,7 +156,7 @@ def test_disjoint_classes_never_leave(toy):
     assert seen[0] & seen[1] == shared
 
 
-def test_without_blur_it_is_the_split(toy):
+def test_blurry_with_share_0_equals_split(toy):
     plain = split(toy, scenario="class", experiences=2)
     unblurred = blurry(toy, experiences=2, blurry_share=0)
     assert places(plain) == places(unblurred)
@@ -179,6 +179,6 @@ def test_one_record_changes_one_blurry_experience(toy, record_id, seed):
     ("field", "value"),
     [("blurry_share", 1.2), ("disjoint_share", -0.1), ("experiences", 1), ("experiences", 3)],
 )
-def test_a_bad_blurry_stream_is_refused(toy, field, value):
+def test_invalid_arguments_of_blurry_are_refused(toy, field, value):
     with pytest.raises(ConfigError, match=field):
         blurry(toy, **({"experiences": 2} | {field: value}))

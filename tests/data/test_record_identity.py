@@ -50,7 +50,7 @@ def test_one_id_in_two_partitions_is_refused(learner_of, common):  # noqa: F811
         learner.prepare(stream)
 
 
-def test_the_refusal_tells_of_no_record_and_no_number():
+def test_the_refusal_of_equal_ids_names_no_record():
     texts = set()
     for common in (1, 7, 20):
         with pytest.raises(GuardError) as caught:
@@ -59,7 +59,7 @@ def test_the_refusal_tells_of_no_record_and_no_number():
     assert len(texts) == 1
 
 
-def test_records_of_other_people_or_of_one_partition_pass(learner_of):  # noqa: F811
+def test_different_ids_or_one_partition_are_accepted(learner_of):  # noqa: F811
     refuse_records_in_two_partitions([months(torch.arange(20) + 20)])
     one = records(20, partition="people")
     again = replace(records(20, first_id=50, partition="people"), ids=one.ids)
@@ -75,7 +75,7 @@ def test_without_privacy_ids_are_not_compared(learner_of):  # noqa: F811
     assert len(learner_of(stream=stream).fit(stream)) == len(stream)
 
 
-def test_positions_are_no_identity_but_memory_is(learner_of):  # noqa: F811
+def test_shared_rows_are_found_by_memory_and_not_by_position(learner_of):  # noqa: F811
     none = torch.empty(0, dtype=torch.int64)
     one, two = (replace(e.train, ids=none) for e in months(torch.arange(20)))
     assert torch.equal(one.ids, two.ids) and one.ids_by_position
@@ -106,7 +106,7 @@ def test_positions_are_no_identity_but_memory_is(learner_of):  # noqa: F811
     ids=["class", "domain", "permuted", "rotated", "blurry", "online"],
 )
 @pytest.mark.parametrize("own_ids", [True, False], ids=["ids", "positions"])
-def test_every_stream_of_the_library_passes(toy, build, own_ids):
+def test_every_stream_of_the_library_passes_the_id_check(toy, build, own_ids):
     ids = toy.train.ids if own_ids else torch.empty(0, dtype=torch.int64)
     stream = build(replace(toy, train=replace(toy.train, ids=ids)))
     assert refuse_records_in_two_partitions([stream]) is None

@@ -7,7 +7,7 @@ from perdure.data.records import Batch, Records
 from perdure.errors import DataError
 
 
-def test_rows_at_positions_are_those_that_an_index_takes():
+def test_rows_at_positions_equal_indexed_rows():
     rng = torch.Generator().manual_seed(0)
     records = Records(
         inputs=torch.randn(9, 2, generator=rng), labels=torch.arange(9) % 3, ids=torch.arange(9) + 5
@@ -37,6 +37,6 @@ def test_attributes_of_records_follow_their_rows():
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(4, 1), [0, 1, 2, 3]])
-def test_attribute_with_other_than_one_number_a_record_is_refused(value):
+def test_attribute_without_one_number_per_record_is_refused(value):
     with pytest.raises(DataError, match=r"attribute 'time' is .*; allowed: a tensor \(4,\)"):
         Records(inputs=torch.zeros(4, 2), labels=torch.arange(4), attributes={"time": value})

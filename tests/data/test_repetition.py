@@ -18,7 +18,7 @@ def test_every_record_is_in_one_experience_of_its_class(toy):
     assert stream.assigned_by_record and len({each.train.partition for each in stream}) == 8
 
 
-def test_test_records_stay_where_their_class_arrives(toy):
+def test_test_records_are_in_the_first_experience_of_their_class(toy):
     stream = repetition(toy, experiences=8, repeat_probability=0.5, seed=1)
     met = set()
     for each in stream:
@@ -28,7 +28,7 @@ def test_test_records_stay_where_their_class_arrives(toy):
     assert met == {0, 1, 2, 3}
 
 
-def test_probabilities_are_those_asked_for(toy):
+def test_repetition_uses_the_given_probabilities(toy):
     once = repetition(toy, experiences=30, first_probability=0.5, repeat_probability=1.0)
     for before, each in zip(once, list(once)[1:], strict=False):
         assert set(before.classes) <= set(each.classes)
@@ -55,6 +55,6 @@ def test_declared_sizes_are_the_expected_ones(toy):
     ("field", "value"),
     [("experiences", 0), ("first_probability", 0.0), ("repeat_probability", 1.5)],
 )
-def test_a_bad_repetition_is_refused(toy, field, value):
+def test_invalid_arguments_of_repetition_are_refused(toy, field, value):
     with pytest.raises(ConfigError, match=field):
         repetition(toy, **({"experiences": 3} | {field: value}))

@@ -69,7 +69,7 @@ READS = {
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("kind", views())
-def test_a_view_answers_as_a_copy_does(kind, read):
+def test_a_row_view_behaves_like_a_copy(kind, read):
     found = READS[read](views()[kind])
     assert type(found) is torch.Tensor
     assert torch.equal(found, READS[read](ROWS[AT]))
@@ -93,7 +93,7 @@ def parts_of(stream):
     ],
     ids=["class", "domain", "blurry", "online", "online by hash", "clients"],
 )
-def test_parts_of_a_data_set_lie_in_its_memory(toy, streams):  # noqa: F811
+def test_parts_of_a_data_set_share_its_memory(toy, streams):  # noqa: F811
     whole = torch.cat([addresses_of(toy.train.inputs), addresses_of(toy.test.inputs)])
     everyone = []
     for stream in streams(toy):
@@ -120,8 +120,8 @@ def at_ids(data, ids):
     ids=["in place", "item", "in place on an item", "out", "copy"],
 )
 @pytest.mark.parametrize("at", [AT, torch.arange(4)], ids=["anywhere", "neighbours"])
-def test_a_view_is_not_written_to(write, at):
-    with pytest.raises(DataError, match="cannot be written to; change a copy"):
+def test_writing_into_a_row_view_is_refused(write, at):
+    with pytest.raises(DataError, match="cannot be changed; change a copy"):
         write(view_rows(ROWS, at))
     assert torch.equal(ROWS, torch.arange(60.0).reshape(10, 2, 3))
 
@@ -135,7 +135,7 @@ def test_a_copy_of_a_view_holds_its_own_rows_only(kind):
 
 
 @pytest.mark.parametrize("index", [torch.tensor([0, 10]), torch.tensor([-11]), torch.ones(9) > 0])
-def test_a_position_that_is_not_there_is_refused(index):
+def test_a_position_out_of_range_is_refused(index):
     with pytest.raises(DataError, match="allowed: "):
         Records(inputs=ROWS, labels=torch.zeros(10).long()).take(index)
 
@@ -175,7 +175,7 @@ def test_large_rows_are_changed_and_joined_when_they_are_read():
 
 
 @pytest.mark.parametrize("of", [permuted, rotated])
-def test_a_large_copy_gives_the_bits_of_a_held_one(toy, of):  # noqa: F811
+def test_a_large_lazy_copy_is_bit_identical(toy, of):  # noqa: F811
     settings = {"experiences": 2} if of is permuted else {"angles": (0.0, 30.0)}
     train = toy.train
     for each in of(toy, **settings):
@@ -203,7 +203,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_run_has_the_bits_of_one_on_copies(toy, name, private):  # noqa: F811
+def test_a_run_on_views_is_bit_identical_to_copies(toy, name, private):  # noqa: F811
     stream = split(toy, scenario="class", experiences=2)
     copied = tuple(
         replace(

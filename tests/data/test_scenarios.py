@@ -48,7 +48,7 @@ def test_the_domain_split_labels_the_position_within_the_slice():
     assert set(stream[4].test.labels.tolist()) == {0, 1}
 
 
-def test_slices_may_be_unequal(toy):
+def test_split_accepts_unequal_increments(toy):
     stream = split(toy, scenario="class", increments=(1, 2, 1), class_order=(3, 1, 0, 2))
     assert [each.classes for each in stream] == [(3,), (1, 0), (2,)]
     assert [len(each.train) for each in stream] == [100, 200, 100]
@@ -62,7 +62,7 @@ def test_slices_may_be_unequal(toy):
 CUTS = ({"experiences": 2}, {"increments": (2, 2)})
 
 
-def test_rows_stay_together_and_ids_survive(toy):
+def test_splits_keep_rows_together_and_ids(toy):
     for experience in split(toy, scenario="class", experiences=2, class_order=[2, 0, 3, 1]):
         for part, source, first in (
             (experience.train, toy.train, 0),
@@ -73,7 +73,7 @@ def test_rows_stay_together_and_ids_survive(toy):
             assert torch.equal(part.labels, source.labels[rows])
 
 
-def test_experiences_of_a_split_are_partitions_of_their_own(toy):
+def test_experiences_of_a_split_are_separate_partitions(toy):
     stream = split(toy, scenario="class", experiences=2)
     assert [experience.train.partition for experience in stream] == ["experience-0", "experience-1"]
     assert [experience.train.declared_size for experience in stream] == [200, 200]
@@ -90,7 +90,7 @@ def test_a_seed_gives_a_random_class_order(toy):
     assert orders[3] == [e.classes for e in split(toy, scenario="class", experiences=4, seed=3)]
 
 
-def test_a_declared_class_without_records_is_fine(toy):
+def test_a_declared_class_may_have_no_records(toy):
     empty = toy.train.take(toy.train.labels != 1)
     data = Dataset(name="toy", train=empty, test=toy.test, num_classes=4, input_shape=(1, 4, 6))
     assert split(data, scenario="class", experiences=2)[0].classes == (0, 1)
@@ -162,7 +162,7 @@ def test_permutations_follow_the_seed_and_may_include_the_first(toy):
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])
-def test_permuted_with_a_wide_head(toy, scenario):
+def test_permuted_class_streams_have_a_wide_head(toy, scenario):
     stream = permuted(toy, experiences=3, scenario=scenario)
     assert stream.num_classes == 12
     assert stream[2].classes == (8, 9, 10, 11)
@@ -185,7 +185,7 @@ def test_right_angles_are_exact(turns):
     )
 
 
-def test_an_oblong_image_is_turned_and_not_sheared():
+def test_rotating_a_non_square_image_keeps_distances():
     """A bright pixel keeps its distance to the centre."""
     image = torch.zeros(1, 1, 9, 17)
     image[0, 0, 4, 12] = 1  # four to the right of the centre
@@ -211,7 +211,7 @@ def test_rotated_copies_are_the_same_records(toy):
         (rotated, {"angles": ()}, "angles"),
     ],
 )
-def test_bad_copies_are_refused(toy, make, arguments, field):
+def test_invalid_arguments_of_permuted_and_rotated_are_refused(toy, make, arguments, field):
     with pytest.raises(ConfigError, match=field):
         make(toy, **arguments)
 
@@ -219,7 +219,7 @@ def test_bad_copies_are_refused(toy, make, arguments, field):
 # ---------------------------------------------------------------- the types
 
 
-def test_a_stream_is_a_short_readable_sequence(toy):
+def test_a_stream_is_a_sequence_with_a_short_repr(toy):
     stream = split(toy, scenario="class", experiences=2)
     assert list(stream) == [stream[0], stream[1]] == [*stream.experiences]
     assert stream[-1] is stream[1]
@@ -265,7 +265,7 @@ def test_labels_must_be_declared(toy):
         ("classes", {"num_classes": 3}),
     ],
 )
-def test_a_bad_stream_is_refused(toy, field, change):
+def test_an_invalid_stream_is_refused(toy, field, change):
     good = {
         "name": "toy",
         "scenario": "class",
@@ -318,7 +318,7 @@ def test_every_splitter_takes_a_declared_size(toy, build):
             build(toy, declared_size=wrong)
 
 
-def test_sizes_may_differ_between_experiences(toy):
+def test_declared_sizes_may_differ_between_experiences(toy):
     stream = split(toy, scenario="class", experiences=2, declared_size=[90, 110])
     assert sizes(stream) == [(90, False), (110, False)]
     with pytest.raises(
@@ -341,7 +341,7 @@ def test_sizes_follow_from_declared_size_and_public_shares(toy):
     assert [size for size, _ in sizes(stream)] == expected
 
 
-def test_records_know_a_declared_size_from_a_counted_one(toy):
+def test_size_counted_is_true_without_declared_size(toy):
     train = toy.train
     assert train.size_counted and train.take(torch.arange(5)).size_counted
     declared = train.declared(400)
@@ -351,7 +351,7 @@ def test_records_know_a_declared_size_from_a_counted_one(toy):
     assert not replace(train, declared_size=401).size_counted
 
 
-def test_records_know_their_own_ids_from_positions():
+def test_ids_by_position_is_true_without_given_ids():
     rows = {"inputs": torch.zeros(3, 2), "labels": torch.zeros(3).long()}
     plain = Records(**rows)
     own = Records(**rows, ids=torch.tensor([4, 9, 2]))
@@ -359,7 +359,7 @@ def test_records_know_their_own_ids_from_positions():
     assert not own.ids_by_position and not own.take(torch.tensor([1])).ids_by_position
 
 
-def test_a_stream_by_hand_does_not_say_how_records_were_placed(toy):
+def test_a_hand_made_stream_has_assigned_by_record_none(toy):
     part = split(toy, scenario="class", experiences=1)
     stream = Stream(
         name="mine",

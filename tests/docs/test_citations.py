@@ -39,7 +39,7 @@ def citations(text):
 
 
 @pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_is_cited_is_there(path):
+def test_cited_files_and_sections_exist(path):
     documents, notes = citations(path.read_text(errors="replace"))
     lost = [
         name

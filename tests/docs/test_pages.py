@@ -17,7 +17,7 @@ every_page = pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 
 
 @every_page
-def test_page_imports_what_exists(page: Path) -> None:
+def test_page_imports_only_existing_names(page: Path) -> None:
     trees = [ast.parse(block) for block in blocks(page, "python")]
     imports = [
         node
@@ -37,7 +37,9 @@ def test_page_imports_what_exists(page: Path) -> None:
 
 @pytest.mark.deep(reason="docs: trains what the pages train, in full")
 @every_page
-def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_each_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One namespace, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))

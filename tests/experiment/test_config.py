@@ -210,7 +210,7 @@ def test_an_imported_object_that_is_no_strategy_is_refused(name, end):
     assert end in message
 
 
-def test_an_unknown_strategy_is_refused_with_those_there_are():
+def test_an_unknown_strategy_is_refused_with_known_names():
     message = refusal(f'{HEAD}[[arms]]\nstrategy = "gem of the sea"\n')
     assert all(name in message for name in names())
 

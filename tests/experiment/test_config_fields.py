@@ -170,7 +170,7 @@ def test_the_error_of_a_wrong_field_is_complete():
 
 
 @pytest.mark.parametrize("table", ["", *CLASSES])
-def test_an_unknown_field_is_refused_with_those_there_are(table):
+def test_an_unknown_config_field_is_refused_with_known_ones(table):
     message = refusal(with_field(table, "colour", '"red"'))
     assert message.startswith(f"{table}.colour = 'red'" if table else "colour = 'red'")
     first = fields(CLASSES[table] if table else Config)[0].name

@@ -225,7 +225,7 @@ def kill(process, folder, target, pause):
 
 
 @pytest.mark.deep(reason="chaos: kills the process of a long run three times")
-def test_three_kills_of_a_federated_run_change_nothing(tmp_path):
+def test_three_kills_of_a_federated_run_do_not_change_results(tmp_path):
     config = tmp_path / "config.toml"
     folder = tmp_path / "killed"
     seeded = random.Random(0)

@@ -263,7 +263,7 @@ def test_simulated_noise_is_labelled_and_secret_noise_is_not(secret, federated):
         ] * 3
 
 
-def test_epsilon_only_grows(either):
+def test_the_stored_epsilon_never_decreases(either):
     for arm in either[1]["arms"]:
         spent = arm["epsilon_over_time"]
         assert spent is None or (0 < spent[0] <= spent[1] == arm["epsilon"]["value"])
@@ -306,7 +306,7 @@ def test_nothing_outside_private_folders_holds_a_training_record(either):
     assert holders(folder, rows, inside=True)
 
 
-def test_private_folders_are_closed_to_others(either):
+def test_private_folders_have_mode_0700(either):
     folders = [path for path in either[0].rglob("private") if path.is_dir()]
     assert folders
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}

@@ -79,7 +79,7 @@ def test_an_impossible_search_is_refused(stream, make, options, message):
         tune(make, given.pop("space"), stream, **given)
 
 
-def test_a_diverging_trial_scores_zero_and_the_search_goes_on(stream, make):
+def test_a_diverging_trial_scores_0_and_the_search_continues(stream, make):
     def run_away(values):
         learner = make(values)
         if values["rate"] > 0.01:

@@ -26,7 +26,7 @@ def data(n, features, value=0):
     return torch.randn(n, features, generator=seed(value), dtype=torch.float64)
 
 
-def test_a_linear_model_is_given_back():
+def test_lime_recovers_the_slopes_of_a_linear_model():
     weight = data(6, 2)
     x = data(3, 6, 1)
     targets = torch.tensor([0, 1, 1])
@@ -44,7 +44,7 @@ def test_slopes_are_per_unit_of_input_at_any_noise_scale():
     assert torch.allclose(got.values, weight.T.expand(2, 4), atol=1e-7)
 
 
-def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
+def test_the_lime_regression_equals_ridge_of_scikit_learn():
     from sklearn.linear_model import Ridge
 
     model = smooth(5)
@@ -71,7 +71,7 @@ def test_the_regression_is_the_weighted_ridge_of_scikit_learn():
     assert 0.2 < fidelity < 0.999
 
 
-def test_close_to_the_instance_slopes_are_the_gradient():
+def test_lime_slopes_with_small_noise_equal_the_gradient():
     model = smooth(5)
     x = data(3, 5, 1)
     targets = torch.tensor([0, 1, 0])
@@ -81,7 +81,7 @@ def test_close_to_the_instance_slopes_are_the_gradient():
     assert torch.allclose(got.values, gradient, atol=1e-5)
 
 
-def test_a_batch_is_explained_as_one_by_one():
+def test_a_batch_gets_the_same_explanations_as_single_rows():
     model = nn.Sequential(nn.Flatten(), smooth(6))
     x = data(4, 6, 1).view(4, 2, 3)
     together = LIME(samples=100, chunk=33).explain(model, x, generator=seed(2))
@@ -105,7 +105,7 @@ def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
     assert fidelity(5.0) < 0.1
 
 
-def test_one_seed_one_explanation_and_no_gradients():
+def test_equal_seeds_give_equal_values_without_gradients():
     model = smooth(5)
     x = data(2, 5, 1)
     state = torch.get_rng_state()
@@ -174,7 +174,7 @@ def test_a_bad_field_is_named_when_the_explainer_is_made(fields, field):
         LIME(**fields)
 
 
-def test_a_kernel_that_sees_no_perturbation_is_refused():
+def test_a_kernel_width_with_all_weights_0_is_refused():
     with pytest.raises(ConfigError, match=r"^kernel_width = 0\.001"):
         LIME(kernel_width=1e-3).explain(smooth(4), data(2, 4))
 

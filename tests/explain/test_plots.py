@@ -106,7 +106,7 @@ def test_matplotlib_loads_with_the_first_picture_without_pyplot():
         ({"titles": ["a"]}, "titles"),
     ],
 )
-def test_a_bad_value_is_named(pictures, change, field):
+def test_an_invalid_value_is_named_in_the_error(pictures, change, field):
     given = dict(zip(("inputs", "rows", "titles"), pictures, strict=True)) | change
     with pytest.raises(ConfigError, match=f"^{field}"):
         heat_maps(**given)

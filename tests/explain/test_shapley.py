@@ -54,7 +54,7 @@ def brute_force(predict, x, background, target):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
-def test_exact_on_eight_features(explainer, dtype, tolerance):
+def test_shapley_values_are_exact_on_8_features(explainer, dtype, tolerance):
     model = network(8)
     x = data(3, 8)
     background = data(5, 8, 1)
@@ -71,7 +71,7 @@ def test_exact_on_eight_features(explainer, dtype, tolerance):
 
 
 @pytest.mark.parametrize("samples", [2048, 64])
-def test_a_batch_is_explained_as_one_by_one(samples):
+def test_a_batch_gets_the_same_explanations_as_single_rows(samples):
     model = network(9)
     x = data(4, 9)
     background = data(6, 9, 1)
@@ -99,7 +99,7 @@ def test_values_add_up_to_output_minus_background_mean(samples):
 @pytest.mark.property
 @settings(deadline=None, max_examples=25)
 @given(value=st.integers(0, 2**31), dummy=st.integers(0, 5), exact=st.booleans())
-def test_a_feature_that_the_model_ignores_gets_nothing(value, dummy, exact):
+def test_an_unused_feature_has_the_value_0(value, dummy, exact):
     weight = data(6, 6, value)
     weight[dummy] = 0
 
@@ -115,7 +115,7 @@ def test_a_feature_that_the_model_ignores_gets_nothing(value, dummy, exact):
 @pytest.mark.property
 @settings(deadline=None, max_examples=25)
 @given(value=st.integers(0, 2**31), pair=st.permutations(range(6)), exact=st.booleans())
-def test_features_that_play_the_same_part_get_the_same(value, pair, exact):
+def test_symmetric_features_have_equal_values(value, pair, exact):
     first, second = pair[:2]
     weight = data(6, 6, value)
     x = data(2, 6, value + 1)
@@ -155,7 +155,7 @@ def test_sampling_approaches_exact_values_with_more_samples():
     assert error(1000) < error(60)
 
 
-def test_many_features_with_no_coalition_to_spare():
+def test_kernel_shap_works_with_the_fewest_samples():
     weight = data(40, 2)
     x = data(2, 40)
     background = data(3, 40, 1)
@@ -167,7 +167,7 @@ def test_many_features_with_no_coalition_to_spare():
     assert torch.allclose(got.values, expected, atol=1e-8)
 
 
-def test_no_forward_pass_is_larger_than_the_chunk():
+def test_each_forward_pass_has_at_most_chunk_rows():
     model = network(6)
     sizes = []
 
@@ -183,7 +183,7 @@ def test_no_forward_pass_is_larger_than_the_chunk():
 
 
 @pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
-def test_groups_join_together_and_share_equally(explainer):
+def test_features_of_a_group_get_equal_values(explainer):
     groups = torch.tensor([[7, 7, 2], [2, 2, 5]])
     model = nn.Sequential(nn.Flatten(), network(6))
     x = data(2, 6)
@@ -208,7 +208,7 @@ def test_groups_join_together_and_share_equally(explainer):
 
 
 @pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
-def test_a_single_feature_gets_everything(explainer):
+def test_a_single_feature_has_the_whole_difference(explainer):
     got = explainer.explain(
         lambda rows: rows**2, torch.tensor([[3.0]]), torch.tensor([[1.0], [2.0]])
     )
@@ -216,7 +216,7 @@ def test_a_single_feature_gets_everything(explainer):
     assert got.base.item() == pytest.approx(2.5)
 
 
-def test_one_seed_one_explanation_and_no_gradients():
+def test_equal_seeds_give_equal_values_without_gradients():
     model = network(10)
     x = data(2, 10)
     background = data(3, 10, 1)
@@ -230,7 +230,7 @@ def test_one_seed_one_explanation_and_no_gradients():
 
 
 @pytest.mark.reference
-def test_agrees_with_the_reference_implementation():
+def test_kernel_shap_agrees_with_the_shap_package():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import shap
@@ -264,7 +264,7 @@ def test_agrees_with_the_reference_implementation():
         ({"predict": lambda rows: rows.sum(1)}, "predict"),
     ],
 )
-def test_a_bad_value_is_named(change, field):
+def test_an_invalid_value_is_named_in_the_error(change, field):
     given = {"predict": network(12, dtype=torch.float32), "background": torch.zeros(3, 12)} | change
     if field == "predict":
         given["targets"] = torch.zeros(2, dtype=torch.int64)

@@ -21,7 +21,7 @@ from perdure.strategies import DER, EWC, LwF, Naive, Replay
     everyone=st.booleans(),
 )
 @pytest.mark.property
-def test_previous_exchange_is_the_last_that_asked_the_client(
+def test_the_previous_exchange_is_the_last_one_of_the_client(
     clients, rounds, fraction, seed, everyone
 ):
     federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)

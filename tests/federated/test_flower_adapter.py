@@ -122,7 +122,7 @@ def test_a_client_that_writes_into_its_message_changes_no_other():
     assert shared["arrays"]["w"].numpy().tolist() == [0, 0, 0]
 
 
-def test_progress_is_told_after_every_reply():
+def test_progress_is_called_after_every_reply():
     seen = []
     with InProcessGrid(
         echo(), clients=3, progress=lambda done, of: seen.append((done, of))
@@ -131,7 +131,7 @@ def test_progress_is_told_after_every_reply():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_an_exception_becomes_an_error_reply_and_others_go_on():
+def test_a_client_exception_is_an_error_reply_for_it_only():
     def fail(message, context):
         if context.node_id == 2:
             raise ValueError("no such thing\nsecond line")

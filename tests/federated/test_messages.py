@@ -230,7 +230,7 @@ def test_the_state_of_an_aggregator_survives_a_restart(value, kind):
 
 
 @pytest.mark.parametrize("spoilt", ["value", "label"])
-def test_a_private_clients_bad_record_is_not_named_to_the_server(stream, spoilt, caplog):
+def test_the_server_gets_no_name_of_a_private_bad_record(stream, spoilt, caplog):
     """A data check that the holder runs while the client is built: its text quotes a record."""
     one = short(stream, 1)
 

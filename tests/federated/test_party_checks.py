@@ -36,8 +36,8 @@ def never(point, learner):
 @pytest.mark.parametrize(
     ("privacy", "told"),
     [
-        ((None, SIMULATED, SIMULATED), "client 0 without privacy among clients 1 and 2 with it"),
-        ((SIMULATED, None, None), "clients 1 and 2 without privacy among client 0 with it"),
+        ((None, SIMULATED, SIMULATED), "client 0 without privacy, but clients 1 and 2 with"),
+        ((SIMULATED, None, None), "clients 1 and 2 without privacy, but client 0 with"),
     ],
 )
 def test_clients_without_privacy_among_private_ones_are_refused(stream, three, privacy, told):

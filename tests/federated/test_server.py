@@ -260,7 +260,7 @@ def federation_of_one(clients):
         ),
     ],
 )
-def test_a_bad_federation_is_refused_in_one_line(changes, error, text):
+def test_an_invalid_federation_is_refused_in_one_line(changes, error, text):
     with pytest.raises(error, match=text) as caught:
         Federation(**{"clients": 2, "rounds": 2, **changes})
     assert "\n" not in str(caught.value)
@@ -280,7 +280,7 @@ def test_unfitting_streams_engine_or_folder_are_refused(stream):
 
 
 def test_an_aggregator_failure_is_a_federation_error(stream):
-    with pytest.raises(FederationError, match=r"aggregator FedAvg stopped: .*`participants`"):
+    with pytest.raises(FederationError, match=r"aggregator FedAvg failed: .*`participants`"):
         fit_federated(
             maker(stream, Naive()),
             [short(stream, 1)],

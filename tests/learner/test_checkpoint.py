@@ -21,7 +21,7 @@ def snapshot(k):
     )
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_saved_checkpoint_is_loaded_again(tmp_path):
     store = Store(tmp_path)
     assert store.load() is None and store.numbers() == []
     store.save(1, snapshot(7))
@@ -35,7 +35,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert back.facts == snapshot(7).facts
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_the_last_two_checkpoints_are_kept(tmp_path):
     store = Store(tmp_path)
     for number in (1, 2, 3, 4):
         store.save(number, snapshot(number))
@@ -54,7 +54,7 @@ def test_tensors_that_share_memory_are_saved_each(tmp_path):
     assert torch.equal(back["a"], back["b"]) and torch.equal(back["c"], weight.view(2, 2).T)
 
 
-def test_private_rows_lie_in_a_folder_closed_to_others(tmp_path):
+def test_private_rows_are_in_a_folder_with_mode_0700(tmp_path):
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     assert store.private.stat().st_mode & 0o777 == 0o700
@@ -62,7 +62,7 @@ def test_private_rows_lie_in_a_folder_closed_to_others(tmp_path):
     assert b"memory.inputs" not in (store.public / "000001.safetensors").read_bytes()
 
 
-def test_an_unfinished_checkpoint_does_not_count(tmp_path):
+def test_an_unfinished_checkpoint_is_ignored(tmp_path):
     """Whatever part of number 2 was written when the power went, number 1 is the last."""
     store = Store(tmp_path)
     store.save(1, snapshot(1))
@@ -111,14 +111,14 @@ def test_a_damaged_pointer_is_refused(tmp_path, content):
         store.load()
 
 
-def test_a_number_that_never_was_is_refused(tmp_path):
+def test_an_unknown_checkpoint_number_is_refused(tmp_path):
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     with pytest.raises(RunError, match="checkpoint 000009"):
         store.load(9)
 
 
-def test_a_private_folder_that_stood_open_is_shut(tmp_path):
+def test_an_open_private_folder_gets_mode_0700(tmp_path):
     (tmp_path / "private").mkdir(mode=0o755)
     draft = tmp_path / "private" / f".000001.safetensors.{os.getpid()}.draft"
     draft.touch(mode=0o644)  # left by a crash
@@ -127,7 +127,7 @@ def test_a_private_folder_that_stood_open_is_shut(tmp_path):
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "private").iterdir()] == [0o600]
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_files_are_replaced_atomically(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_atomically(path, b"first")
     with pytest.raises(TypeError):

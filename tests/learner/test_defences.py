@@ -136,7 +136,7 @@ def test_a_release_that_was_not_planned_is_refused(learner_of, toy_stream):
         learner.fit(toy_stream())
 
 
-def test_two_fisher_matrices_are_paid_for_twice(learner_of, toy_stream):
+def test_two_fisher_releases_are_charged_twice(learner_of, toy_stream):
     both = Combine(EWC(strength=1.0), EWC(strength=1.0, fisher="empirical"))
     learner = learner_of(both, privacy=SIMULATED)
     learner.fit(toy_stream())
@@ -144,7 +144,7 @@ def test_two_fisher_matrices_are_paid_for_twice(learner_of, toy_stream):
     assert purposes == ["gradient", "release:fisher", "release:fisher"] * 2
 
 
-def test_a_batch_of_nobody_still_takes_a_step(learner_of, toy_stream):
+def test_an_empty_private_batch_still_makes_a_step(learner_of, toy_stream):
     """Rate so low that no one is drawn: noise alone moves the model, also behind an adversary."""
     privacy = replace(SIMULATED, sampling_rate=1e-9)
     learner = learner_of(
@@ -186,7 +186,7 @@ def test_a_changed_loss_or_view_gets_fresh_noise(learner_of, toy_stream):
     assert len({start(1.0, 0.9), start(2.0, 0.9), start(1.0, 0.8)}) == 3
 
 
-def test_another_release_under_the_same_name_meets_fresh_noise(learner_of, toy_stream):
+def test_another_release_of_the_same_name_gets_fresh_noise(learner_of, toy_stream):
     """Once more from the same checkpoint with another query: the answers must not differ by the
     records alone.
     """
@@ -221,7 +221,7 @@ SETTINGS = (
 )
 
 
-def test_whatever_shapes_a_sum_or_its_noise_keys_it(learner_of, toy_stream):
+def test_settings_that_change_a_sum_change_its_noise(learner_of, toy_stream):
     """The ledger's entry, under whose digest noise is drawn, differs from that of every other
     setting.
     """
@@ -238,7 +238,7 @@ def test_whatever_shapes_a_sum_or_its_noise_keys_it(learner_of, toy_stream):
     assert len(set(first)) == len(SETTINGS)
 
 
-def test_a_step_is_drawn_once(learner_of, toy_stream):
+def test_a_private_step_is_drawn_only_once(learner_of, toy_stream):
     """Another sum must not meet its noise: the difference of the two would be free of it."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(toy_stream())

@@ -172,7 +172,7 @@ def test_an_experience_without_records_is_remembered(what, model):
     assert there == first == last and there
 
 
-def test_what_memory_keeps_of_no_record_has_names_and_shapes():
+def test_empty_stored_values_have_names_and_shapes():
     """The rows of the next experience join it."""
     made = learner(ByShape, DER(memory_size=6))
     made.fit(stream_of(0, 4))
@@ -275,7 +275,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_fails_on_few_records_is_refused_before_a_charge(what):
+def test_losses_that_fail_on_few_records_are_refused_uncharged(what):
     changes, message = BROKEN[what]
     made = learner(ByShape, **changes)
     with pytest.raises(Exception, match=message) as caught:

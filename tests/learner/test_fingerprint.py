@@ -157,7 +157,7 @@ def test_under_privacy_the_digest_of_records_is_keyed(learner_of, toy_stream, tm
     assert len(set(seen)) == 3
 
 
-def test_a_grown_stream_and_other_callbacks_go_on(learner_of, toy_data, tmp_path):
+def test_a_grown_stream_with_other_callbacks_can_continue(learner_of, toy_data, tmp_path):
     four = split(toy_data, scenario="class", experiences=4)
     two = replace(four, experiences=four.experiences[:2])
     learner_of(folder=tmp_path, callbacks=[lambda point, learner: None]).fit(two)
@@ -167,14 +167,14 @@ def test_a_grown_stream_and_other_callbacks_go_on(learner_of, toy_data, tmp_path
         learner_of(folder=tmp_path).fit(two)
 
 
-def test_a_finished_run_is_not_returned_to_another_request(learner_of, toy_stream, tmp_path):
+def test_a_finished_run_is_refused_for_other_settings(learner_of, toy_stream, tmp_path):
     learner_of(Replay(memory_size=12), folder=tmp_path).fit(toy_stream())
     with pytest.raises(RunError, match=r"strategy.memory_size \(given 20, stored 12\)"):
         learner_of(Replay(memory_size=20), folder=tmp_path).fit(toy_stream())
 
 
 @pytest.mark.parametrize("late", [0.1, 0.2])
-def test_a_schedule_that_no_state_holds_is_looked_at(learner_of, toy_stream, tmp_path, late):
+def test_a_schedule_without_saved_state_is_checked(learner_of, toy_stream, tmp_path, late):
     """Two functions of one name: their learning rates differ."""
 
     def scheduler(rate):
@@ -212,7 +212,7 @@ def test_an_undescribed_strategy_field_does_not_stop_a_run(learner_of, toy_strea
     assert learner.fingerprint["odd.strength"] == "a Identity"
 
 
-def test_differences_name_what_is_given_and_what_is_stored():
+def test_differences_name_the_given_and_the_stored_value():
     given = {"a": 1, "b": 2, "stream.experiences": ["x", "y"]}
     assert differences(given, {"a": 1, "b": 2, "stream.experiences": ["x"]}) == {}
     assert differences(given, {"a": 1, "c": 3, "stream.experiences": ["z"]}) == {

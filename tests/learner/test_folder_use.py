@@ -29,14 +29,14 @@ def test_two_learners_do_not_work_in_one_folder(prepared, privacy):
 
 
 @BOTH
-def test_a_dropped_learner_gives_its_folder_up(prepared, privacy):
+def test_a_deleted_learner_releases_its_folder(prepared, privacy):
     learner = prepared(privacy)
     del learner
     prepared(privacy)
 
 
 @BOTH
-def test_a_fit_gives_its_folder_up_also_when_it_stops(
+def test_fit_releases_its_folder_also_after_an_error(
     learner_of, toy_stream, tmp_path, prepared, privacy
 ):
     def stop(point, learner):
@@ -58,7 +58,7 @@ def test_a_learner_is_prepared_again_in_its_own_folder(prepared, toy_stream):
     assert learner.session.lock.held
 
 
-def test_a_refused_session_gives_its_folder_up(prepared):
+def test_a_refused_session_releases_its_folder(prepared):
     with pytest.raises(LedgerError, match="belongs to"):
         prepared(SIMULATED).close() or prepared(SIMULATED, owner="other")
     prepared(SIMULATED)
@@ -81,7 +81,7 @@ def test_noise_is_drawn_by_the_holder_of_the_folder_only(prepared):
         first.train(range(2))
 
 
-def test_steps_that_were_reserved_pay_for_nothing_once_closed(prepared):
+def test_reserved_steps_cannot_be_used_after_closing(prepared):
     learner = prepared(SIMULATED)
     learner.begin(0)
     learner.session.reserve(range(2), learner.noise_digest())

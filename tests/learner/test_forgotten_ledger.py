@@ -83,7 +83,7 @@ def test_only_a_checkpoint_in_another_folder_is_refused(fit, tmp_path):
 
 
 @pytest.mark.parametrize("with_copy", [False, True])
-def test_an_older_ledger_that_was_put_back_is_refused(fit, tmp_path, with_copy):
+def test_a_restored_older_ledger_is_refused(fit, tmp_path, with_copy):
     """With its head and, in one case, the copy in `private/`: the checkpoint still knows."""
     folder = tmp_path / "run"
     fit(stop=True)
@@ -101,11 +101,11 @@ def test_another_ledger_of_the_same_key_is_refused(fit, tmp_path):
     fit(folder=tmp_path / "other", batch_size=4)
     for name in (*LEDGER, "private/ledger.head.json"):
         shutil.copy(tmp_path / "other" / name, tmp_path / "run" / name)
-    with pytest.raises(LedgerError, match=r"not the line that checkpoint \d+ knows"):
+    with pytest.raises(LedgerError, match=r"not the line recorded by checkpoint \d+"):
         fit()
 
 
-def test_a_rolled_back_folder_shows_in_the_state_directory(fit, tmp_path, monkeypatch):
+def test_the_state_directory_reveals_a_rolled_back_folder(fit, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
     fit(SECRET, stop=True)
@@ -121,7 +121,7 @@ def test_a_rolled_back_folder_shows_in_the_state_directory(fit, tmp_path, monkey
     fit(SECRET)  # from inside it cannot be seen
 
 
-def test_simulated_runs_keep_nothing_in_the_state_directory(fit, tmp_path, monkeypatch):
+def test_simulated_runs_write_nothing_to_the_state_directory(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
     fit()
     assert not (tmp_path / "state").exists()
@@ -145,7 +145,7 @@ def test_the_state_directory_follows_the_environment(monkeypatch, tmp_path):
     assert state_folder() is None
 
 
-def test_a_run_without_privacy_does_not_go_on_with_it(fit, tmp_path):
+def test_a_run_without_privacy_cannot_continue_with_privacy(fit, tmp_path):
     fit(None)
     with pytest.raises(PrivacyError, match="has a run without privacy"):
         fit()
@@ -153,7 +153,7 @@ def test_a_run_without_privacy_does_not_go_on_with_it(fit, tmp_path):
 
 
 @pytest.mark.parametrize("removed", [(), LEDGER, (*LEDGER, "private/ledger.head.json")])
-def test_a_private_run_does_not_go_on_without_privacy(fit, tmp_path, removed):
+def test_a_private_run_cannot_continue_without_privacy(fit, tmp_path, removed):
     fit(stop=True)
     remove(tmp_path / "run", *removed)
     with pytest.raises(PrivacyError, match=r"has a run with privacy .*, given privacy=None"):
@@ -168,7 +168,7 @@ def test_a_private_run_before_its_first_checkpoint_stays_private(learner_of, toy
         learner_of(folder=tmp_path).prepare(toy_stream())
 
 
-def test_a_checkpoint_knows_the_ledger_it_was_written_after(fit, tmp_path):
+def test_a_checkpoint_records_the_head_of_the_ledger(fit, tmp_path):
     learner = fit(stop=True)
     head = learner.private_sum.ledger.chain.head
     facts = learner.checkpoint().facts["ledger"]
@@ -178,7 +178,7 @@ def test_a_checkpoint_knows_the_ledger_it_was_written_after(fit, tmp_path):
     assert fit(None, folder=tmp_path / "plain").checkpoint().facts["ledger"] is None
 
 
-def test_more_noise_than_was_asked_for_before_is_another_run(fit):
+def test_a_larger_noise_multiplier_is_another_run(fit):
     fit(stop=True)
     with pytest.raises(Exception, match=r"privacy.noise_multiplier \(given 2.0, stored 1.0\)"):
         fit(replace(SIMULATED, noise_multiplier=2.0))

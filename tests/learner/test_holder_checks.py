@@ -33,7 +33,7 @@ def test_a_private_run_names_the_first_bad_value(learner_of, toy_stream, value):
     assert learner.position.step == 0 and not learner.position.begun
 
 
-def test_inside_the_curator_no_value_is_looked_at(learner_of, toy_stream):
+def test_the_curator_tests_no_value_of_records(learner_of, toy_stream):
     """An error, or none, would tell of the record."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(spoilt(toy_stream(), float("nan"), index=0))
@@ -68,7 +68,7 @@ def test_record_that_is_learnt_and_measured_is_refused(learner_of, toy_stream):
         learner_of(iterations=3).fit(mixed)
 
 
-def test_a_federation_is_checked_before_a_server_hears_of_it(learner_of, toy_stream):
+def test_a_federation_checks_values_before_contacting_the_server(learner_of, toy_stream):
     from perdure.federated import Federation, run_federation
 
     streams = iid(toy_stream(), clients=2, exact=False)

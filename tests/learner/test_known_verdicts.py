@@ -61,7 +61,7 @@ def known(learner_of, toy_stream):
     return first, again, make, stream
 
 
-def test_equal_learners_are_looked_at_once(known):
+def test_the_guard_inspects_equal_learners_once(known):
     first, again, _, _ = known
     assert again <= 4 < 100 < first
 
@@ -73,7 +73,7 @@ def test_clients_of_other_sizes_share_a_verdict(known):
     assert looks(make(client=3), other) == again
 
 
-def test_losses_that_read_a_size_are_looked_at_for_each(learner_of, toy_stream):
+def test_losses_that_use_a_size_are_inspected_for_each_size(learner_of, toy_stream):
     stream = toy_stream()
     sizes = [replace(e, train=e.train.declared(40 + e.index)) for e in stream]
     other = replace(stream, experiences=tuple(sizes))
@@ -102,7 +102,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_part_is_looked_at(name, known):
+def test_the_guard_inspects_another_part(name, known):
     _, again, make, stream = known
     assert looks(make(**OTHERS[name]()), stream) > 10 * again
 
@@ -130,12 +130,12 @@ def models(stream):
 
 
 @pytest.mark.parametrize("name", ["frozen", "value", "setting"])
-def test_another_model_is_looked_at(name, known):
+def test_the_guard_inspects_another_model(name, known):
     _, again, make, stream = known
     assert looks(make(model=models(stream)[name]), stream) > 10 * again
 
 
-def test_other_facts_of_the_stream_are_looked_at(known):
+def test_a_verdict_is_not_reused_for_other_stream_facts(known):
     _, again, make, stream = known
     wide = InputDomain(shape=(5,), dtype=torch.float32, range=(-100.0, 100.0))
     declared = [replace(e, train=replace(e.train, domain=wide)) for e in stream]
@@ -157,7 +157,7 @@ class Mine(Naive):
         return each - z.mean() if self.parts else each
 
 
-def test_code_of_others_is_looked_at_every_time(known):
+def test_the_guard_inspects_user_code_every_time(known):
     first, _, make, stream = known
     mine = Mine()
     assert looks(make(strategy=mine), stream) >= first
@@ -167,7 +167,7 @@ def test_code_of_others_is_looked_at_every_time(known):
         make(strategy=mine).prepare(stream)
 
 
-def test_a_replaced_method_of_the_library_is_looked_at(known, monkeypatch):
+def test_the_guard_inspects_a_replaced_library_method(known, monkeypatch):
     _, _, make, stream = known
     make().prepare(stream)
 
@@ -188,7 +188,7 @@ def test_a_replaced_method_of_the_library_is_looked_at(known, monkeypatch):
         (Forward, "__call__"),
     ],
 )
-def test_a_replaced_function_is_looked_at(known, monkeypatch, place, name):
+def test_the_guard_inspects_a_replaced_function(known, monkeypatch, place, name):
     first, again, make, stream = known
     own = getattr(place, name)
 
@@ -204,7 +204,7 @@ def test_a_replaced_function_is_looked_at(known, monkeypatch, place, name):
     assert looks(make(), stream) == again
 
 
-def test_a_hook_of_a_known_model_is_looked_at(known):
+def test_the_guard_inspects_a_hook_of_a_known_model(known):
     _, _, make, stream = known
     learner = make()
     learner.model.head.register_forward_hook(lambda module, args, out: out - out.mean(0))
@@ -212,7 +212,7 @@ def test_a_hook_of_a_known_model_is_looked_at(known):
         learner.prepare(stream)
 
 
-def test_a_recalled_look_leaves_the_model_as_a_look(known):
+def test_a_recalled_verdict_has_the_effects_of_an_inspection(known):
     _, _, make, stream = known
     learner = make()
     learner.model.eval()
@@ -220,7 +220,7 @@ def test_a_recalled_look_leaves_the_model_as_a_look(known):
     assert learner.model.training
 
 
-def test_a_refusal_is_no_verdict(learner_of, toy_stream):
+def test_a_refusal_is_not_stored_as_verdict(learner_of, toy_stream):
     for _ in range(2):
         with pytest.raises(GuardError, match="couples"):
             learner_of(strategy=Mine(parts=[1]), privacy=SIMULATED).prepare(toy_stream())
@@ -235,7 +235,7 @@ def test_recalled_and_reached_verdicts_are_equal(known):
     assert reached(learner.session.inspection()) == recalled
 
 
-def test_described_tells_values_apart():
+def test_described_differs_for_different_values():
     a = torch.zeros(3)
     values = [0, 0.0, -0.0, False, "0", b"0", None, (0,), [0], {0: 0}, {0}, a, a.double(), a + 1]
     values += [EWC(strength=1.0), EWC(strength=2.0), torch.relu, nn.functional.relu, float, int]
@@ -245,12 +245,12 @@ def test_described_tells_values_apart():
 
 
 @pytest.mark.parametrize("value", [lambda x: x, object(), torch.Generator(), Mine()])
-def test_described_refuses_what_it_does_not_know(value):
+def test_described_refuses_unknown_objects(value):
     with pytest.raises(UnknownKindError):
         described(value)
 
 
-def test_few_verdicts_are_kept(known):
+def test_the_number_of_stored_verdicts_is_limited(known):
     _, _, make, stream = known
     learner = make()
     learner.prepare(stream)

@@ -22,7 +22,7 @@ from perdure.strategies import EWC, LwF, Naive, Replay
 # --------------------------------------------------------------------------- how long
 
 
-def test_epochs_and_iterations_say_how_many_steps(learner_of, toy_stream):
+def test_epochs_and_iterations_set_the_number_of_steps(learner_of, toy_stream):
     stream = toy_stream()
     for options, steps in (({"iterations": 7}, 7), ({"iterations": None, "epochs": 3}, 9)):
         learner = learner_of(**options)
@@ -33,7 +33,7 @@ def test_epochs_and_iterations_say_how_many_steps(learner_of, toy_stream):
     assert ragged.training.steps(0) == 11  # 3 * 24 / 7, rounded up
 
 
-def test_under_privacy_an_epoch_is_one_over_the_rate(learner_of, toy_stream):
+def test_a_private_epoch_has_1_over_rate_steps(learner_of, toy_stream):
     learner = learner_of(iterations=None, epochs=2, privacy=replace(SIMULATED, sampling_rate=0.15))
     learner.prepare(toy_stream())
     assert learner.training.steps(0) == 14
@@ -49,12 +49,12 @@ def test_under_privacy_an_epoch_is_one_over_the_rate(learner_of, toy_stream):
         ({"batch_size": 0}, "batch_size = 0"),
     ],
 )
-def test_options_are_checked(learner_of, options, message):
+def test_invalid_options_are_refused(learner_of, options, message):
     with pytest.raises(ConfigError, match=message):
         learner_of(**options)
 
 
-def test_blocks_cut_an_experience_without_a_gap(learner_of, toy_stream):
+def test_blocks_cover_all_steps_of_an_experience(learner_of, toy_stream):
     learner = learner_of(iterations=7, blocks=3)
     learner.prepare(toy_stream())
     assert learner.training.remaining_blocks(0, 0) == [range(0, 2), range(2, 4), range(4, 7)]
@@ -112,7 +112,7 @@ class Tracing(Strategy):
     "optimizer",
     [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9, nesterov=True, foreach=True)],
 )
-def test_penalty_projection_and_path_are_handed_the_right_things(learner_of, toy_stream, optimizer):
+def test_hooks_get_the_documented_arguments(learner_of, toy_stream, optimizer):
     HANDED.clear()
     stream = toy_stream()
     losses = []
@@ -177,7 +177,7 @@ def test_a_penalty_gets_all_parameters_and_moves_trained_ones(learner_of, toy_st
     assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()
 
 
-def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_stream):
+def test_penalty_is_not_called_if_applies_penalty_is_false(learner_of, toy_stream):
     asked = []
 
     class Watched(EWC):
@@ -195,7 +195,9 @@ def test_a_penalty_is_not_asked_for_where_the_plan_rules_it_out(learner_of, toy_
 
 
 @pytest.mark.parametrize(("reset", "steps"), [(False, 8), (True, 4)])
-def test_an_experience_may_begin_with_a_fresh_optimiser(learner_of, toy_stream, reset, steps):
+def test_reset_optimizer_starts_each_experience_with_a_new_one(
+    learner_of, toy_stream, reset, steps
+):
     learner = learner_of(reset_optimizer=reset)
     learner.fit(toy_stream())
     assert {float(entry["step"]) for entry in learner.current_optimizer.state.values()} == {steps}
@@ -215,7 +217,7 @@ class HeadOnly(Strategy):
 @pytest.mark.parametrize(
     "optimizer", [adam, partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)]
 )
-def test_what_is_not_trained_keeps_its_bits(learner_of, toy_stream, privacy, optimizer):
+def test_untrained_parameters_do_not_change(learner_of, toy_stream, privacy, optimizer):
     moments = []
 
     def look(point, learner):
@@ -272,7 +274,7 @@ def test_callbacks_see_every_point_in_order(learner_of, toy_stream, tmp_path):
     }
 
 
-def test_under_privacy_callbacks_see_the_ledger_too(learner_of, toy_stream):
+def test_private_callbacks_can_read_the_ledger(learner_of, toy_stream):
     seen = []
     learner_of(privacy=SIMULATED, callbacks=[lambda point, _: seen.append(point)]).fit(toy_stream())
     at = seen.index("block.begin")
@@ -303,7 +305,9 @@ class Oracle(Strategy):
         ("task", [[100.0, 100.0], [100.0, 100.0]]),
     ],
 )
-def test_the_matrix_of_an_oracle(learner_of, toy_stream, scenario, expected):
+def test_an_oracle_has_an_accuracy_matrix_of_100_percent(
+    learner_of, toy_stream, scenario, expected
+):
     stream = toy_stream(scenario)
     telling = tuple(
         replace(e, test=replace(e.test, inputs=e.test.labels[:, None].float().expand(-1, 5)))

@@ -76,7 +76,7 @@ def test_after_step_without_the_optimisers_step_is_refused(session):
     assert "came before session.backward" in misused(session, lambda _: session.after_step())
 
 
-def test_another_optimisers_step_is_no_step(session):
+def test_a_step_of_another_optimiser_does_not_count(session):
     other = torch.optim.SGD(session.model.parameters(), lr=0.1)
 
     def wrong(batch):
@@ -114,7 +114,7 @@ def test_gradients_zeroed_before_the_step_are_refused(session, to_none):
     assert "zeroed between session.backward(batch) and optimizer.step()" in misused(session, wrong)
 
 
-def test_gradients_zeroed_before_backward_do_no_harm(session):
+def test_gradients_may_be_zeroed_before_backward(session):
     with session.experience(0) as batches:
         for batch in batches:
             session.optimizer.zero_grad(set_to_none=False)
@@ -150,14 +150,14 @@ def test_a_loss_of_the_users_own_is_refused(session):
     loss(session.held.rows).backward()  # outside the loop nobody minds
 
 
-def test_gradients_set_by_hand_are_no_backward(session):
+def test_gradients_set_by_hand_do_not_count_as_backward(session):
     assert "came before session.backward(batch)" in misused(
         session, lambda batch: session.optimizer.step()
     )
 
 
 def test_another_batch_is_refused(session):
-    assert "another batch than that of step 0" in misused(
+    assert "another batch than the batch of step 0" in misused(
         session, lambda batch: session.backward(batch.take(slice(0, 2)))
     )
 
@@ -211,7 +211,7 @@ def test_experiences_out_of_order_are_refused(session):
         run(session, 1)
 
 
-def test_what_is_no_experience_of_the_stream_is_refused(session, toy_stream):
+def test_an_experience_of_another_stream_is_refused(session, toy_stream):
     for given, message in {
         "records": (session.stream[0].train, "experience = 'Records' is not allowed"),
         "number": (2, "experience = 2 is not allowed"),
@@ -240,7 +240,7 @@ def test_an_experience_left_early_is_not_consolidated(session):
     assert session.position.experience == 1
 
 
-def test_an_experience_goes_on_to_the_same_bits(session, toy_stream, toy_model):
+def test_a_resumed_experience_is_bit_identical(session, toy_stream, toy_model):
     with pytest.raises(KeyboardInterrupt), session.experience(0) as batches:
         for batch in batches:
             if session.position.step == 1:
@@ -262,7 +262,7 @@ def test_an_experience_goes_on_to_the_same_bits(session, toy_stream, toy_model):
     assert all(map(torch.equal, session.model.parameters(), whole.model.parameters()))
 
 
-def test_nothing_stays_on_the_optimiser_and_parameters(session):
+def test_no_hooks_stay_on_optimiser_and_parameters(session):
     run(session, 0)
     with pytest.raises(LoopError), session.experience(1) as batches:
         for _ in batches:
@@ -288,7 +288,7 @@ def test_a_private_batch_hides_its_records(toy_stream, toy_model):
     with session.experience(0) as batches:
         for number, batch in enumerate(batches):
             assert batch.step == number and not hasattr(batch, "other")
-            with pytest.raises(PrivacyError, match="inputs of a private batch was asked for"):
+            with pytest.raises(PrivacyError, match="inputs of a private batch may not be read"):
                 _ = batch.inputs
             with pytest.raises(PrivacyError, match="the number of records"):
                 len(batch)

@@ -49,20 +49,22 @@ def spent(learner):
 
 @pytest.mark.parametrize("first", [None, SIMULATED], ids=["plain", "private"])
 @pytest.mark.parametrize("then", [None, SIMULATED], ids=["to plain", "to private"])
-def test_a_trained_model_is_not_trained_again_unasked(trained, learner_of, toy_stream, first, then):
+def test_a_trained_model_is_refused_without_warm_start(
+    trained, learner_of, toy_stream, first, then
+):
     model = trained(first).model
     with pytest.raises(ConfigError, match=r"trained already .* allowed: .*warm_start=True"):
         learner_of(model=model, privacy=then).fit(toy_stream())
 
 
-def test_a_learner_is_not_fitted_twice_unasked(trained, toy_stream):
+def test_a_second_fit_is_refused_without_warm_start(trained, toy_stream):
     learner = trained(None)
     with pytest.raises(ConfigError, match="warm_start=True"):
         learner.fit(toy_stream())
 
 
 @pytest.mark.parametrize("how", ["itself", "copy", "part"])
-def test_a_warm_start_carries_over_what_was_spent(trained, learner_of, toy_stream, tmp_path, how):
+def test_a_warm_start_charges_the_earlier_cost(trained, learner_of, toy_stream, tmp_path, how):
     first = trained()
     alone = spent(first)
     given = {
@@ -80,7 +82,9 @@ def test_a_warm_start_carries_over_what_was_spent(trained, learner_of, toy_strea
     assert "training before this ledger counted" in str(again.private_sum.ledger.statement(DELTA))
 
 
-def test_bare_weights_have_no_history_in_the_statement(trained, learner_of, toy_stream, toy_model):
+def test_loaded_weights_have_no_history_in_the_statement(
+    trained, learner_of, toy_stream, toy_model
+):
     first = trained()
     bare = toy_model(toy_stream())
     bare.load_state_dict(first.model.state_dict())
@@ -106,7 +110,7 @@ def test_a_third_learner_carries_both_histories(trained, learner_of, toy_stream)
 
 
 @pytest.mark.deep(reason="full replay: calibrates a whole stream three times")
-def test_a_budget_counts_what_a_warm_start_carries(trained, learner_of, toy_stream):
+def test_a_budget_counts_charges_of_a_warm_start(trained, learner_of, toy_stream):
     first = trained()
     target = replace(SIMULATED, noise_multiplier=None, epsilon=2 * spent(first), delta=DELTA)
     fresh = learner_of(privacy=target)
@@ -154,7 +158,7 @@ def test_renamed_records_count_as_the_most_exposed_ones(trained, learner_of, toy
         assert ledger.epsilon([name], delta=DELTA) > spent(first)
 
 
-def test_a_partition_of_another_size_is_not_taken_for_the_same(trained, learner_of, toy_stream):
+def test_a_partition_of_another_size_is_another_partition(trained, learner_of, toy_stream):
     model = trained().model
     stream = toy_stream()
     first = stream[0]
@@ -231,7 +235,7 @@ def test_equal_names_of_another_rule_count_as_exposed_most(learner_of, toy_data,
     assert [carried(again, name) for name in earlier] == [{RARE}, {OFTEN}]
 
 
-def test_a_third_rule_keeps_the_records_of_both_before_apart(learner_of, toy_data):
+def test_records_of_a_third_rule_are_separate_from_earlier_ones(learner_of, toy_data):
     learner = learner_of(privacy=SIMULATED)
     learner.fit(uneven(toy_data))
     for order in ([2, 3, 0, 1], [0, 2, 1, 3]):
@@ -244,7 +248,7 @@ def test_a_third_rule_keeps_the_records_of_both_before_apart(learner_of, toy_dat
     assert carried(learner, "experience-0") == {(8 / 12, 8)} and worst == 8
 
 
-def test_both_hands_of_a_history_count_where_neither_is_worst(learner_of, toy_data):
+def test_two_histories_count_if_neither_covers_the_other(learner_of, toy_data):
     """Epsilon does not tell which of two histories is the worse one after more is added."""
     stream = uneven(toy_data)
     first = learner_of(iterations=None, epochs=1, privacy=SIMULATED)
@@ -286,7 +290,7 @@ def test_a_folder_refuses_other_records_under_a_known_name(learner_of, toy_data,
         other.prepare(uneven(toy_data, class_order=[2, 3, 0, 1]))
 
 
-def test_the_rule_of_a_client_says_how_records_were_spread(toy_data):
+def test_the_rule_of_a_client_depends_on_the_client_split(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
 
     def rules(streams):
@@ -324,7 +328,7 @@ class Own(nn.Module):
         return self.head(self.features(x))
 
 
-def test_a_statement_says_the_weaker_independence_of_before(learner_of, toy_stream):
+def test_a_statement_has_the_weaker_earlier_independence(learner_of, toy_stream):
     model = Own()
     learner_of(model=model, privacy=SIMULATED).fit(toy_stream())
     alone = replace(SIMULATED, custom_forward="record-by-record")
@@ -337,20 +341,20 @@ def test_a_statement_says_the_weaker_independence_of_before(learner_of, toy_stre
     assert again.private_sum.ledger.statement(DELTA).independence == "tested"
 
 
-def test_what_was_spent_outside_is_not_known_to_be_independent(learner_of, toy_stream):
+def test_spent_charges_have_unknown_independence(learner_of, toy_stream):
     learner = learner_of(privacy=replace(SIMULATED, spent=(Charge(0.1, 1.0, 5),)))
     learner.prepare(toy_stream())
     assert learner.private_sum.ledger.statement(DELTA).independence == "not known"
 
 
-def test_what_no_ledger_counts_does_not_become_private(trained, learner_of, toy_stream):
+def test_a_model_trained_without_ledger_cannot_become_private(trained, learner_of, toy_stream):
     model = trained(None).model
     with pytest.raises(PrivacyError, match="trained without privacy on experience-0, experience-1"):
         learner_of(model=model, privacy=SIMULATED, warm_start=True).prepare(toy_stream())
     learner_of(model=model, warm_start=True).fit(toy_stream())
 
 
-def test_a_simulated_history_does_not_become_a_release(trained, learner_of, toy_stream, tmp_path):
+def test_a_simulated_history_is_refused_for_secret_noise(trained, learner_of, toy_stream, tmp_path):
     model = trained().model
     secret = Privacy(noise_multiplier=1.0)
     with pytest.raises(PrivacyError, match="simulated noise, which protects no record"):
@@ -386,7 +390,7 @@ def test_a_model_that_was_restored_carries_its_history(learner_of, toy_stream, t
 
 @pytest.mark.parametrize("warm_start", [False, True])
 @pytest.mark.parametrize("first", [None, SIMULATED], ids=["plain", "private"])
-def test_a_folder_with_a_checkpoint_launders_no_model(
+def test_a_checkpoint_folder_does_not_hide_a_models_history(
     trained, learner_of, toy_stream, toy_model, tmp_path, first, warm_start
 ):
     """A checkpoint in the folder takes a history away only where it takes the weights' place."""
@@ -410,9 +414,7 @@ def test_a_folder_with_a_checkpoint_launders_no_model(
     assert spent(learner) >= spent_there and not training.uncounted
 
 
-def test_a_snapshot_of_elsewhere_is_no_checkpoint_of_the_run(
-    trained, learner_of, toy_stream, tmp_path
-):
+def test_a_snapshot_of_another_run_is_not_its_checkpoint(trained, learner_of, toy_stream, tmp_path):
     options = {"privacy": SIMULATED, "folder": tmp_path}
     leave_checkpoint(learner_of, toy_stream(), options)
     other = trained(SIMULATED)
@@ -422,7 +424,7 @@ def test_a_snapshot_of_elsewhere_is_no_checkpoint_of_the_run(
         learner.restore(other.snapshot())
 
 
-def test_an_untrained_model_may_begin_beside_a_checkpoint(learner_of, toy_stream, tmp_path):
+def test_an_untrained_model_may_start_in_a_checkpoint_folder(learner_of, toy_stream, tmp_path):
     options = {"privacy": SIMULATED, "folder": tmp_path}
     leave_checkpoint(learner_of, toy_stream(), options)
     learner = learner_of(**options)
@@ -446,7 +448,7 @@ def test_a_model_that_carries_its_mark_is_not_marked_again(learner_of, toy_strea
     assert trainings_of(learner.model.head)[0] is trainings_of(learner.model.body)[0]
 
 
-def test_a_mark_is_no_part_of_the_weights(trained, toy_stream):
+def test_the_history_of_a_model_is_not_in_its_weights(trained, toy_stream):
     model = trained().model
     assert trainings_of(model)
     assert not any("perdure" in name for name in model.state_dict())

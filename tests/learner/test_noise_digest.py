@@ -116,7 +116,7 @@ def test_canonical_ignores_how_a_value_prints():
     assert canonical(Quiet(size=1)) != canonical(Quiet(size=2))
 
 
-def test_canonical_refuses_what_no_process_could_compare():
+def test_canonical_text_refuses_objects_without_stable_form():
     with pytest.raises(ConfigError, match="object"):
         canonical(object())
 
@@ -171,7 +171,7 @@ def test_a_schedule_is_replayed_again_after_a_restore(counted, toy_stream):
     assert Counted.steps - before >= 12
 
 
-def test_the_digest_is_that_of_all_settings_in_one_text(counted, toy_stream):
+def test_the_noise_digest_hashes_all_settings(counted, toy_stream):
     counted.prepare(toy_stream())
     counted.begin(0)
     session = counted.session

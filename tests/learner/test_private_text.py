@@ -145,7 +145,7 @@ def test_clipped_sum_of_tokens_equals_record_gradients(kind, clip_norm):
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding", [None, 0])
-def test_bags_go_by_their_rule(mode, padding):
+def test_embedding_bags_use_their_clipping_rule(mode, padding):
     torch.manual_seed(0)
     model = nn.Sequential(nn.EmbeddingBag(WORDS, 6, mode=mode, padding_idx=padding))
     x = tokens(7)

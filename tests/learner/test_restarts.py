@@ -58,12 +58,12 @@ def other(base, **hooks):
 
 
 @pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
-def test_another_batch_size(twice, meetings, strategy):
+def test_another_batch_size_after_a_restart_gets_fresh_noise(twice, meetings, strategy):
     twice(strategy, strategy, then={"batch_size": 2})
     assert meetings.reused == 0
 
 
-def test_another_reference_loss(twice, meetings):
+def test_another_reference_loss_after_a_restart_gets_fresh_noise(twice, meetings):
     def references(self, curator, params, state):
         def loss(forward, batch):
             return 3 * task_losses(forward, batch, curator.context)
@@ -74,7 +74,7 @@ def test_another_reference_loss(twice, meetings):
     assert meetings.reused == 0
 
 
-def test_another_projection(twice, meetings):
+def test_another_projection_after_a_restart_is_handled(twice, meetings):
     def project(self, gradient, references, state):
         return (
             {n: (v + against(gradient, references[0])[n]) / 2 for n, v in gradient.items()}
@@ -86,7 +86,7 @@ def test_another_projection(twice, meetings):
     assert meetings.reused == 0
 
 
-def test_another_loss_of_stored_rows(twice, meetings):
+def test_another_loss_of_stored_rows_gets_fresh_noise(twice, meetings):
     def losses(self, forward, batch, context, state):
         return torch.where(batch.from_memory, 2.0, 1.0) * DER.losses(
             self, forward, batch, context, state
@@ -107,7 +107,7 @@ def test_a_loss_of_equal_value_and_other_gradient(twice, meetings):
 
 @pytest.mark.deep(reason="full replay: calibrates and trains two strategies")
 @pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
-def test_partitions_that_left_are_no_reference(four, toy_model, strategy):
+def test_excluded_partitions_have_no_reference_gradient(four, toy_model, strategy):
     privacy = replace(PRIVATE, epsilon=8, delta=1e-5)
     learner = learner_of(toy_model(four), strategy, privacy=privacy, iterations=6)
     assert learner.fit(four).isfinite().all()
@@ -170,7 +170,7 @@ def test_any_name_may_be_remembered(four, toy_model):
 
 
 @pytest.mark.deep(reason="full replay: two whole runs and their restarts")
-def test_a_schedule_that_changes_late(twice, meetings):
+def test_a_schedule_that_changes_late_gets_fresh_noise(twice, meetings):
     def lam(late):
         return lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: late if s >= 1007 else 1.0
@@ -180,7 +180,7 @@ def test_a_schedule_that_changes_late(twice, meetings):
     assert meetings.reused == 0
 
 
-def test_other_parameters_to_train(twice, meetings):
+def test_other_trained_parameters_get_fresh_noise(twice, meetings):
     from perdure.contract.plan import Plan
 
     twice(Naive(), other(Naive, plan=lambda self, experience: Plan(trainable=("head",)))())

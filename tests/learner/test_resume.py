@@ -77,7 +77,7 @@ def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_
     )
 
 
-def test_fitting_again_measures_the_same_stream_anew(learner_of, toy_stream):
+def test_a_second_fit_evaluates_the_stream_again(learner_of, toy_stream):
     learner = learner_of(iterations=60, warm_start=True)
     first = learner.fit(toy_stream())
     again = learner.fit(toy_stream())
@@ -204,7 +204,7 @@ FREE = [point for point in POINTS if not point.startswith(("ledger.", "noise."))
         *product(["online", "joint"], ["step.gradient", "experience.consolidated"]),
     ],
 )
-def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(start, undisturbed, tmp_path, name, point):
+def test_a_run_stopped_anywhere_resumes_bit_identically(start, undisturbed, tmp_path, name, point):
     result, _, passed = undisturbed(start, name, None)
     assert passed[point] >= 2
     for k in (1, passed[point] // 2 + 1):
@@ -232,9 +232,7 @@ def test_a_stopped_private_run_ends_with_equal_bits_and_charges(
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_with_secret_noise_nothing_is_drawn_that_was_not_charged(
-    start, undisturbed, tmp_path, point
-):
+def test_secret_noise_is_never_drawn_without_a_charge(start, undisturbed, tmp_path, point):
     """The key survives the cut, so what is done again is done with the same noise: no charge is
     missing or doubled.
     """
@@ -253,7 +251,7 @@ def test_with_secret_noise_nothing_is_drawn_that_was_not_charged(
     )
 
 
-def test_a_run_stopped_twice_goes_on(start, undisturbed, tmp_path):
+def test_a_run_stopped_twice_can_continue(start, undisturbed, tmp_path):
     result, _, _ = undisturbed(start, "replay", SIMULATED)
     for point, k in (
         ("step.done", 3),
@@ -317,7 +315,7 @@ def test_secret_noise_needs_a_folder(learner_of, toy_stream):
         learner_of(privacy=SECRET).prepare(toy_stream())
 
 
-def test_a_snapshot_does_not_change_while_training_goes_on(learner_of, toy_stream):
+def test_a_snapshot_does_not_change_during_training(learner_of, toy_stream):
     learner = learner_of(LwF(), warm_start=True)
     learner.fit(toy_stream())
     kept = learner.snapshot()
@@ -327,7 +325,7 @@ def test_a_snapshot_does_not_change_while_training_goes_on(learner_of, toy_strea
     assert not same_bits(learner.snapshot().tensors, before)
 
 
-def test_private_rows_are_kept_apart(learner_of, toy_stream, tmp_path):
+def test_private_rows_are_saved_in_the_private_folder(learner_of, toy_stream, tmp_path):
     learner = learner_of(Replay(memory_size=12), folder=tmp_path)
     learner.fit(toy_stream())
     saved = Store(tmp_path).load()
@@ -340,7 +338,7 @@ def test_private_rows_are_kept_apart(learner_of, toy_stream, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", [schedule, harmonic, one_cycle, in_sequence])
-def test_a_scheduler_survives_the_disk(learner_of, toy_stream, tmp_path, scheduler):
+def test_a_scheduler_state_is_saved_and_loaded(learner_of, toy_stream, tmp_path, scheduler):
     rates = {"whole": [], "cut": []}
 
     def run(key, cut):

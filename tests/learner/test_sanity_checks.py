@@ -61,7 +61,7 @@ def test_a_private_learner_is_not_fitted_twice(learner_of, toy_stream, tmp_path)
     assert torch.equal(kept.fit(toy_stream()), kept.fit(toy_stream()))
 
 
-def test_training_that_ran_away_is_no_result(learner_of, toy_stream):
+def test_training_that_diverges_raises_an_error(learner_of, toy_stream):
     sgd = partial(torch.optim.SGD, lr=0.1)
     with pytest.raises(
         RunawayError, match=r"EWC: .* is NaN or infinite at the end of experience 1; lower"
@@ -101,12 +101,12 @@ class Answers(Strategy):
         ("penalty", r"penalty\(\) returned tensor.*; allowed: a tensor with one number, or None"),
     ],
 )
-def test_hooks_that_answer_nothing_are_named(learner_of, toy_stream, hook, message):
+def test_hooks_that_return_none_are_named_in_the_error(learner_of, toy_stream, hook, message):
     with pytest.raises(StrategyError, match=message):
         learner_of(Answers(hook=hook)).fit(toy_stream())
 
 
-def test_a_pool_that_is_none_is_refused():
+def test_an_unknown_pool_is_refused():
     with pytest.raises(
         ConfigError,
         match=r"plan.pool = 'everything' is not allowed; allowed: experience, all, memory",
@@ -115,7 +115,7 @@ def test_a_pool_that_is_none_is_refused():
 
 
 @pytest.mark.parametrize("capacity", [0, 2.5, math.nan, math.inf, True, "2 MB"])
-def test_a_capacity_is_a_whole_number(capacity):
+def test_a_capacity_that_is_not_an_integer_is_refused(capacity):
     with pytest.raises(ConfigError, match=r"memory capacity = .*; allowed: 1 or more records"):
         MemoryPlan(capacity=capacity)
     with pytest.raises(
@@ -134,7 +134,7 @@ def test_a_capacity_is_a_whole_number(capacity):
         lambda value: ICaRL(memory_size=5, temperature=value),
     ],
 )
-def test_infinity_is_no_setting(make):
+def test_infinite_settings_are_refused(make):
     for value in (math.inf, math.nan, -1.0):
         with pytest.raises(ConfigError, match="is not allowed"):
             make(value)
@@ -142,7 +142,7 @@ def test_infinity_is_no_setting(make):
 
 @pytest.mark.parametrize("kind", [AGEM, BiC, DER, ERACE, GDumb, GEM, ICaRL, MIR, Replay])
 @pytest.mark.parametrize("size", ["2 XB", "0 MB", "", -1, 0, 2.5, math.nan, True])
-def test_a_memory_size_is_refused_where_it_is_given(kind, size):
+def test_an_invalid_memory_size_is_refused_in_the_constructor(kind, size):
     with pytest.raises(
         ConfigError,
         match=r"memory_size = .*; allowed: a number of records, or bytes such as '500 kB'",
@@ -150,5 +150,5 @@ def test_a_memory_size_is_refused_where_it_is_given(kind, size):
         kind(memory_size=size)
 
 
-def test_the_right_width_trains(learner_of, toy_stream):
+def test_a_model_of_the_right_width_is_trained(learner_of, toy_stream):
     assert learner_of(Naive(), model=nn.Linear(5, 4)).fit(toy_stream()).isfinite().all()

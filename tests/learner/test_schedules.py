@@ -66,7 +66,7 @@ def test_every_experience_has_a_whole_schedule(rates_of, scheduler, reset):
     assert len(set(found[0])) == 6
 
 
-def test_momentum_goes_on_where_a_schedule_begins_anew(learner_of, toy_stream):
+def test_momentum_continues_if_a_schedule_restarts(learner_of, toy_stream):
     learner = learner_of(scheduler=cosine, optimizer=SGD)
     seen = []
 
@@ -123,7 +123,7 @@ def test_an_unusable_schedule_is_refused_before_anything(learner_of, toy_stream,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_schedule_that_ends_too_early_is_named(learner_of, toy_stream):
+def test_a_schedule_that_ends_too_early_is_refused_by_name(learner_of, toy_stream):
     short = learner_of(scheduler=lambda optimizer, steps: one_cycle(optimizer, 2), optimizer=SGD)
     with pytest.raises(ConfigError, match=r"OneCycleLR fails after a step: Tried.*T_max=steps"):
         short.fit(toy_stream())

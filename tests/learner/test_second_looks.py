@@ -105,7 +105,7 @@ def test_a_child_works_in_a_folder_that_its_parent_gave_up(make, toy_stream):
     [(None, False), (OPENED, False), (-1, False), (0, True), (OPENED, True)],
     ids=["removed", "opened", "a line short", "empty, no head", "opened, no head"],
 )
-def test_a_log_that_was_put_back_makes_no_look_free(make, toy_stream, folder, kept, beside):
+def test_a_restored_draw_log_does_not_make_a_repeat_free(make, toy_stream, folder, kept, beside):
     """Only the log goes back, and the checkpoint is gone: the ledger stays as it is."""
     first = Answers(stop=3)
     with pytest.raises(Stop):
@@ -125,7 +125,7 @@ def test_a_log_that_was_put_back_makes_no_look_free(make, toy_stream, folder, ke
     assert not torch.equal(first.kept[0], second.kept[0])
 
 
-def test_a_log_that_went_back_inside_a_block_is_seen(make, toy_stream, folder):
+def test_a_draw_log_restored_inside_a_block_is_detected(make, toy_stream, folder):
     with pytest.raises(Stop):
         make(Answers(stop=2)).fit(toy_stream())
     (folder / "private" / "draws.jsonl").write_bytes(b"".join(lines(folder)[:-1]))
@@ -134,7 +134,7 @@ def test_a_log_that_went_back_inside_a_block_is_seen(make, toy_stream, folder):
     assert [e.attempt for e in entries(again)] == [0, 1]
 
 
-def test_a_checkpoint_knows_the_log(make, toy_stream, folder, monkeypatch):
+def test_a_checkpoint_records_the_head_of_the_draw_log(make, toy_stream, folder, monkeypatch):
     """The log and its head went back, and there is no state directory."""
     monkeypatch.setenv("PERDURE_STATE", "off")
     log = folder / "private" / "draws.jsonl"
@@ -154,7 +154,7 @@ def test_a_checkpoint_knows_the_log(make, toy_stream, folder, monkeypatch):
     assert [b'"lost"' in line for line in lines(folder)] == [False, True]
 
 
-def test_an_undisturbed_restart_costs_nothing(make, toy_stream, folder):
+def test_a_normal_restart_has_no_privacy_cost(make, toy_stream, folder):
     first = Answers(stop=2)
     with pytest.raises(Stop):
         make(first).fit(toy_stream())
@@ -199,7 +199,7 @@ def trained_by_another(make, toy_stream):
     return train
 
 
-def test_a_learner_that_goes_on_reads_what_others_drew(stopped, trained_by_another):
+def test_a_continuing_learner_reads_draws_of_others(stopped, trained_by_another):
     """Step 0 was once drawn twice, by a learner that still knew the log of before."""
     learner, mine = stopped
     learner.close()
@@ -209,7 +209,7 @@ def test_a_learner_that_goes_on_reads_what_others_drew(stopped, trained_by_anoth
     assert torch.equal(mine[0], others[0]) and len(entries(learner)) == 1
 
 
-def test_a_removed_lock_hides_no_second_writer(stopped, trained_by_another, folder):
+def test_a_second_writer_is_found_after_the_lock_was_removed(stopped, trained_by_another, folder):
     learner, mine = stopped
     (folder / LOCK).unlink()
     others = trained_by_another()
@@ -232,7 +232,7 @@ def test_a_removed_lock_lets_one_learner_work_at_a_time(stopped, make, toy_strea
     assert len(mine) == 1
 
 
-def test_a_log_that_changed_meanwhile_is_drawn_for_no_more(make, toy_stream, folder):
+def test_a_draw_log_changed_by_others_refuses_draws(make, toy_stream, folder):
     """Without a lock that tells of it: the file itself is looked at before every draw."""
 
     def meddle(point, learner):

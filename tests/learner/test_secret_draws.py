@@ -75,7 +75,7 @@ DRAWERS = {
 
 
 @pytest.mark.parametrize("what", DRAWERS)
-def test_private_draws_do_not_start_from_32_bits(learner_of, toy_stream, what):
+def test_private_random_numbers_use_more_than_32_secret_bits(learner_of, toy_stream, what):
     seen, _ = trained(learner_of, toy_stream, **DRAWERS[what]())
     assert len(seen) >= 2
     assert not any(from_32_bits(state) for state in seen)
@@ -93,7 +93,7 @@ def test_private_draws_change_with_the_key_and_the_step(learner_of, toy_stream, 
     assert not torch.equal(first[0], other[0])
 
 
-def test_private_draws_leave_nothing_in_the_global_generator(learner_of, toy_stream):
+def test_private_draws_do_not_change_the_global_generator(learner_of, toy_stream):
     """Numbers that a callback draws afterwards would tell of the secret state."""
     states = []
 
@@ -106,7 +106,7 @@ def test_private_draws_leave_nothing_in_the_global_generator(learner_of, toy_str
 
 
 @pytest.mark.parametrize("what", ["listed dropout", "views", "start of an attack"])
-def test_draws_without_privacy_come_from_the_seed(learner_of, toy_stream, what):
+def test_random_numbers_without_privacy_come_from_the_seed(learner_of, toy_stream, what):
     seen, learner = trained(learner_of, toy_stream, privacy=None, **DRAWERS[what]())
     assert all(from_32_bits(state) for state in seen)
     assert isinstance(learner.session.seed_of("layers", 0), int)

@@ -89,7 +89,7 @@ def test_a_session_gives_dropout_the_learners_draws(toy_stream, toy_model):
     assert_same_run(*both(stream, model, Naive()))
 
 
-def test_draws_of_the_users_own_do_not_move_dropout(toy_stream, toy_model):
+def test_random_numbers_of_the_user_do_not_change_dropout(toy_stream, toy_model):
     stream = toy_stream()
     models = [nn.Sequential(nn.Dropout(0.5), toy_model(stream)) for _ in range(2)]
     train(session_of(models[0], stream))
@@ -174,7 +174,7 @@ def test_batches_count_the_steps_of_all_epochs(toy_stream, toy_model):
             session.after_step()
 
 
-def test_an_evaluation_inside_the_loop_leaves_training_alone(toy_stream, toy_model):
+def test_an_evaluation_in_the_loop_does_not_change_training(toy_stream, toy_model):
     stream = toy_stream()
     quiet = train(session_of(toy_model(stream), stream, Replay(memory_size=8)))
     session = session_of(toy_model(stream), stream, Replay(memory_size=8))
@@ -192,7 +192,7 @@ def test_an_evaluation_inside_the_loop_leaves_training_alone(toy_stream, toy_mod
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
-def test_a_session_goes_on_in_its_folder(privacy, tmp_path, toy_stream, toy_model):
+def test_a_session_continues_in_its_folder(privacy, tmp_path, toy_stream, toy_model):
     stream = toy_stream()
     options = {"strategy": EWC(strength=1.0), "privacy": privacy}
     whole = train(session_of(toy_model(stream), stream, **options))
@@ -215,7 +215,7 @@ def test_a_session_goes_on_in_its_folder(privacy, tmp_path, toy_stream, toy_mode
     second.close()
 
 
-def test_a_grown_stream_goes_on_with_what_is_new(tmp_path, toy_data, toy_model):
+def test_a_grown_stream_trains_only_new_experiences(tmp_path, toy_data, toy_model):
     stream = split(toy_data, scenario="class", experiences=4)
     begun = type(stream)(
         name=stream.name,
@@ -245,7 +245,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, toy_stream, toy_model):
 # --------------------------------------------------------------------------- arguments
 
 
-def test_the_arguments_are_those_of_the_learner(toy_stream, toy_model):
+def test_session_arguments_have_the_learners_names(toy_stream, toy_model):
     stream = toy_stream()
     for message, changes in {
         "strategy = .*an instance of a strategy": {"strategy": EWC},
@@ -258,7 +258,7 @@ def test_the_arguments_are_those_of_the_learner(toy_stream, toy_model):
         session_of(toy_model(stream), [1, 2])
 
 
-def test_the_optimiser_is_looked_at(toy_stream, toy_model):
+def test_a_session_checks_its_optimiser(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     given = partial(Session, model=model, strategy=Naive(), stream=stream, iterations=4)

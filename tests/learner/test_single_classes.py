@@ -48,7 +48,7 @@ def learner_of(toy_model):
 
 
 @pytest.mark.parametrize("name", names())
-def test_a_task_of_one_class_is_refused_by_all_that_train(ones, toy_data, learner_of, name):
+def test_an_experience_with_one_class_is_refused_in_training(ones, toy_data, learner_of, name):
     stream = ones("task")
     learner = learner_of(find(name).example(), stream)
     pairs = split(toy_data, scenario="task", experiences=2)
@@ -73,7 +73,7 @@ def test_a_task_of_one_class_is_refused_by_all_that_train(ones, toy_data, learne
     ],
     ids=lambda strategy: strategy.name,
 )
-def test_a_loss_of_own_classes_alone_needs_two_of_them(ones, learner_of, strategy):
+def test_a_loss_over_own_classes_needs_at_least_two_classes(ones, learner_of, strategy):
     stream = ones()
     text = "learns nothing from experience 0, whose only class is 0: .*2 classes or more"
     with pytest.raises(StrategyError, match=text) as caught:
@@ -82,7 +82,7 @@ def test_a_loss_of_own_classes_alone_needs_two_of_them(ones, learner_of, strateg
 
 
 @pytest.mark.parametrize("strategy", [Naive(), ERACE(memory_size=12)])
-def test_classes_one_by_one_are_learnt_beside_earlier_ones(ones, learner_of, strategy):
+def test_single_classes_are_learnt_together_with_earlier_ones(ones, learner_of, strategy):
     stream = ones()
     learner = learner_of(strategy, stream)
     before = {name: value.clone() for name, value in learner.params.items()}

@@ -35,14 +35,14 @@ def by_hand(learner, parents):
     ]
 
 
-def test_pieces_are_measured_by_the_experience_they_are_of(learner_of, parents, pieces):
+def test_pieces_are_evaluated_as_their_stage(learner_of, parents, pieces):
     ends = []
 
     def at_ends_of_parents(point, learner):
         if point == "experience.end" and learner.position.experience in (5, 10):
             ends.append(by_hand(learner, parents))
 
-    learner = learner_of(callbacks=[at_ends_of_parents], iterations=30)
+    learner = learner_of(callbacks=[at_ends_of_parents], iterations=8)
     matrix = learner.fit(pieces)
     assert len(pieces) == 10 and matrix.tolist() == ends == learner.matrix
     assert forgetting(matrix) == ends[0][0] - ends[1][0] > 20
@@ -60,7 +60,7 @@ def test_every_test_record_is_predicted_once_a_stage(learner_of, parents, pieces
     assert predicted == [len(each.test) for each in parents] * len(parents)
 
 
-def test_progress_inside_a_stage_is_apart_from_the_matrix(learner_of, parents, pieces):
+def test_progress_in_a_stage_is_not_in_the_matrix(learner_of, parents, pieces):
     seen = []
 
     def listen(point, learner):
@@ -80,7 +80,7 @@ def test_progress_inside_a_stage_is_apart_from_the_matrix(learner_of, parents, p
     ("options", "saved"),
     [({}, 4), ({"evaluate_every": 2}, 12), ({"blocks": 2}, 30), ({"privacy": SIMULATED}, 20)],
 )
-def test_pieces_are_checkpointed_where_they_are_measured(
+def test_pieces_have_checkpoints_at_evaluations(
     learner_of, parents, pieces, tmp_path, options, saved
 ):
     """Twice each: before the end of a piece and after it."""
@@ -162,7 +162,7 @@ def without_test(stream, index):
     return replace(stream, experiences=tuple(parts))
 
 
-def test_test_records_may_come_late(learner_of, parents, tmp_path):
+def test_test_records_may_be_added_later(learner_of, parents, tmp_path):
     late = without_test(parents, 0)
     assert len(late[0].test) == 0 and late[0].test.inputs.shape[1:] == parents.input_shape
     matrix = learner_of(folder=tmp_path).fit(late)

@@ -83,7 +83,7 @@ def test_a_step_makes_no_tensor_as_large_as_the_model(begun, strategy):
 
 
 @pytest.mark.parametrize("strategy", [EWC(strength=1.0), SI(strength=1.0)], ids=repr)
-def test_gradients_and_paths_stay_where_they_are(begun, strategy):
+def test_gradients_and_paths_keep_their_memory(begun, strategy):
     learner = begun(strategy)
 
     def places():
@@ -97,7 +97,7 @@ def test_gradients_and_paths_stay_where_they_are(begun, strategy):
 
 
 @pytest.mark.parametrize("strategy", [SI(strength=1.0), RWalk(strength=1.0, window=3)], ids=repr)
-def test_a_state_from_outside_is_not_written_into(begun, strategy):
+def test_a_state_of_the_caller_is_not_changed(begun, strategy):
     learner = begun(strategy)
     held = State(bits(learner.state), learner.state.rules)
     values = bits(held)
@@ -120,7 +120,7 @@ class Collecting(Strategy):
         return state.replace_group("before", before)
 
 
-def test_what_a_strategy_without_a_form_in_place_keeps_stays(begun):
+def test_state_of_strategies_without_in_place_form_is_kept(begun):
     learner = begun(Collecting())
     kept = learner.state
     values = bits(kept)
@@ -129,7 +129,7 @@ def test_what_a_strategy_without_a_form_in_place_keeps_stays(begun):
     assert not torch.equal(learner.state["before/head.weight"], values["before/head.weight"])
 
 
-def test_the_released_gradient_is_apart_from_optimiser_memory(begun):
+def test_the_released_gradient_shares_no_optimiser_memory(begun):
     nesterov = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
     learner = begun(SI(strength=1.0), optimizer=nesterov)
     session = learner.session

@@ -99,11 +99,11 @@ def test_a_network_of_torchvision_is_fixed_for_privacy():
     assert torch.isfinite(learner(model, Naive(), **settings).fit(pictures())).all()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over fused attention
 @pytest.mark.deep(reason="deployment: timm takes seconds to import")
 def test_a_network_of_timm_learns_with_its_features():
     import timm
 
+    timm.layers.set_fused_attn(False)  # fused attention has no rule for gradients of records
     torch.manual_seed(0)
     network = timm.create_model(
         "vit_tiny_patch16_224", num_classes=4, img_size=32, patch_size=16, depth=1
@@ -145,6 +145,5 @@ def test_adapters_on_hugging_face_learn_under_privacy():
     adapted = low_rank(bert(), modules=("query", "value"), rank=2, trained="classifier")
     model = wrap(adapted, output="logits", head="classifier", padding=0)
     privacy = Privacy(noise_multiplier=1.0, seed=0)
-    for strategy in (Naive(), SLDA()):
-        matrix = learner(model, strategy, privacy=privacy, warm_start=True).fit(texts())
-        assert torch.isfinite(matrix).all()
+    matrix = learner(model, Naive(), privacy=privacy).fit(texts())
+    assert torch.isfinite(matrix).all()

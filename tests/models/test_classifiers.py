@@ -43,14 +43,14 @@ def test_every_model_takes_every_image_size(config, shape):
     assert model.features(x).shape == (3, model.feature_size)
 
 
-def test_tabular_inputs_go_through_the_mlp():
+def test_the_mlp_accepts_tabular_inputs():
     assert mlp(input_shape=(30,), num_classes=2, hidden=(5,), seed=0)(torch.rand(4, 30)).shape == (
         4,
         2,
     )
 
 
-def test_without_hidden_layers_the_mlp_is_linear():
+def test_an_mlp_without_hidden_layers_is_linear():
     model = mlp(input_shape=(30,), num_classes=2, hidden=(), seed=0)
     x = torch.rand(4, 30)
     torch.testing.assert_close(model(x), x @ model.head.weight.T + model.head.bias)
@@ -77,7 +77,7 @@ def test_parameters_are_a_function_of_the_seed(model):
     assert not torch.equal(model.head.weight, matching[0].head.weight)
 
 
-def test_the_callers_generator_is_left_alone():
+def test_building_a_model_does_not_change_the_generator():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -122,7 +122,7 @@ def test_one_record_does_not_change_anothers_output(model):
 
 
 @pytest.mark.parametrize("make", [cnn, resnet18])
-def test_batch_norm_only_when_asked_for(make):
+def test_models_have_batch_norm_only_on_request(make):
     def kinds(norm):
         model = make(input_shape=DIGITS, num_classes=2, seed=0, width=4, norm=norm)
         return {type(module) for module in model.modules()}
@@ -132,7 +132,7 @@ def test_batch_norm_only_when_asked_for(make):
     assert nn.GroupNorm in kinds("group")
 
 
-def test_default_sizes():
+def test_default_models_have_the_documented_sizes():
     """About 100,000 parameters in the CNN; the usual 11,173,962 of ResNet-18 with a small stem."""
     small = cnn(input_shape=(1, 28, 28), num_classes=10, seed=0)
     large = resnet18(input_shape=(3, 32, 32), num_classes=10, seed=0)
@@ -152,7 +152,7 @@ def test_default_sizes():
         ("head", "cone"),
     ],
 )
-def test_a_bad_value_is_named(field, value):
+def test_an_invalid_value_is_named_in_the_error(field, value):
     with pytest.raises(ConfigError, match=rf"^{field} = .* is not allowed; allowed: [^\n]*$"):
         ModelConfig(**{field: value})
 
@@ -221,7 +221,7 @@ def test_the_generators_parameters_are_a_function_of_its_seed():
     assert not torch.equal(one["encoder.1.weight"], one["body.1.weight"])
 
 
-def test_a_generator_names_what_it_cannot_take():
+def test_a_generator_refuses_invalid_inputs_by_name():
     plain = mlp(input_shape=DIGITS, num_classes=2, hidden=(5,), seed=0)
     with pytest.raises(
         ConfigError, match=r"input shape = \(8, 8\).*\(1, 8, 8\), as the generator was made for"

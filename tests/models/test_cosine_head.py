@@ -59,7 +59,7 @@ def test_lengths_do_not_matter_and_the_scale_does():
     torch.testing.assert_close(made(features), 2 * before)
 
 
-def test_its_gradient_is_that_of_finite_differences():
+def test_the_cosine_head_gradient_equals_finite_differences():
     made = head().double()
     features = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
@@ -83,7 +83,7 @@ def test_a_zero_vector_has_no_direction_and_finite_gradients():
 
 
 @pytest.mark.parametrize("make", [mlp, cnn, resnet18])
-def test_every_builder_takes_it(make):
+def test_every_builder_accepts_the_cosine_head(make):
     sizes = {"width": 4} if make is not mlp else {"hidden": (8,)}
     model = make(input_shape=DIGITS, num_classes=10, seed=0, head="cosine", **sizes)
     again = make(input_shape=DIGITS, num_classes=10, seed=0, head="cosine", **sizes)
@@ -100,13 +100,13 @@ def test_every_builder_takes_it(make):
         assert torch.equal(value, other), name
 
 
-def test_on_frozen_features_too():
+def test_the_cosine_head_works_on_frozen_features():
     model = frozen(torch.abs, input_shape=DIGITS, num_classes=10, head="cosine")
     assert {name for name, _ in model.named_parameters()} == {"head.weight", "head.scale"}
     assert model(torch.rand(3, *DIGITS)).shape == (3, 10)
 
 
-def test_a_head_that_there_is_not_is_named():
+def test_an_unknown_head_is_named_in_the_error():
     with pytest.raises(ConfigError, match="head = 'cone' is not allowed; allowed: linear, cosine"):
         Classifier(torch.nn.Flatten(), 4, 2, "cone")
 
@@ -120,7 +120,7 @@ def losses(forward, batch):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("bound", [0.05, 0.5, 50.0])
-def test_clipped_sums_are_those_of_records_one_by_one(toy_stream, bound):
+def test_cosine_head_sums_equal_a_loop_over_records(toy_stream, bound):
     stream = toy_stream()
     model = mlp(
         input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine"
@@ -153,7 +153,7 @@ def test_weights_used_outside_the_head_get_per_record_gradients(toy_stream):
     assert clipped_gradient_sum(model, params, by_angles, len(batch), Clip(norm=1.0)) is None
 
 
-def test_the_guard_takes_it_and_a_private_run_goes_by_the_rule(toy_stream, monkeypatch):
+def test_the_guard_accepts_the_cosine_head_and_uses_its_rule(toy_stream, monkeypatch):
     stream = toy_stream()
     called = []
     rule = CosineHeadRule.gradients

@@ -51,7 +51,7 @@ def model(request):
     return frozen(request.param, input_shape=SHAPE, num_classes=10)
 
 
-def test_only_the_head_has_parameters_and_only_it_is_stored(model):
+def test_only_the_head_of_a_frozen_model_is_stored(model):
     assert (
         {name for name, _ in model.named_parameters()}
         == {"head.weight", "head.bias"}
@@ -62,7 +62,7 @@ def test_only_the_head_has_parameters_and_only_it_is_stored(model):
     torch.testing.assert_close(model(x), model.head(model.features(x)))
 
 
-def test_the_guard_takes_it_and_training_mode_changes_nothing(model):
+def test_the_guard_accepts_a_frozen_model_in_training_mode(model):
     x = images()
     before = model.features(x)
     check_model(model)
@@ -80,7 +80,7 @@ def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(model):
     torch.testing.assert_close(alone, model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_backbone_computes_as_in_evaluation_mode_unchanged():
+def test_a_frozen_backbone_equals_its_evaluation_mode():
     given = backbone()
     names = [name for name, _ in given.named_parameters()]
     model = frozen(given, input_shape=SHAPE, num_classes=4)
@@ -97,7 +97,7 @@ def test_a_backbone_computes_as_in_evaluation_mode_unchanged():
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d])
-def test_fixed_norms_are_what_they_stand_for(make, affine):
+def test_fixed_norms_equal_the_replaced_norms(make, affine):
     norm = make(3, affine=affine, track_running_stats=True)
     x = torch.randn(6, 3, 4, 4)[(...,) if make is not nn.BatchNorm1d else (..., 0)]
     for value in [*norm.parameters(), norm.running_mean]:
@@ -107,7 +107,7 @@ def test_fixed_norms_are_what_they_stand_for(make, affine):
 
 
 def test_norms_that_mix_records_in_evaluation_mode_are_refused():
-    with pytest.raises(ConfigError, match=r"features hold BatchNorm2d.*mixes records"):
+    with pytest.raises(ConfigError, match=r"features contain .*BatchNorm2d.*mixes records"):
         Frozen(nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)))
 
 
@@ -158,7 +158,7 @@ def test_the_head_is_a_function_of_the_seed():
         (lambda x: x.sum(0), "features of two inputs have shape"),
     ],
 )
-def test_features_that_do_not_take_the_input_are_refused(features, message):
+def test_features_that_fail_on_the_input_are_refused(features, message):
     with pytest.raises(ConfigError, match=message):
         frozen(features, input_shape=SHAPE, num_classes=4)
 

@@ -32,7 +32,7 @@ def moved(model):
     return model
 
 
-def test_fresh_adapters_change_nothing_and_the_rest_is_frozen():
+def test_new_adapters_change_no_output_and_freeze_the_rest():
     model = net()
     model(torch.randn(9, 5))  # moves the running statistics
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -79,7 +79,7 @@ def test_names_are_matched_by_their_last_parts():
     ("settings", "message"),
     [
         ({"modules": "q_proj"}, r"modules = 'q_proj' .*model.named_modules\(\), as 0, 3, 4"),
-        ({"modules": "2"}, "modules = '2' .*linear layers, and this is a Tanh"),
+        ({"modules": "2"}, "modules = '2' .*a linear layer, but this is a Tanh"),
         ({"modules": ()}, r"modules = \(\) .*one name of a layer, or more"),
         ({"modules": "0", "trained": "head"}, "trained = 'head' .*as 0, 3, 4"),
         ({"modules": "0", "rank": 0}, "rank = 0 .*whole numbers from 1"),

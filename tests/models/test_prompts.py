@@ -70,7 +70,7 @@ def test_every_record_picks_the_prompts_of_the_nearest_keys():
     assert len(set(orders)) > 1, "all pick alike, so that a choice for the batch would pass"
 
 
-def test_what_nobody_picks_has_no_gradient():
+def test_unpicked_prompts_have_no_gradient():
     model = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=2))
     x = inputs(1)
     logits, similarity = model.matched(x)
@@ -118,7 +118,7 @@ def test_prefixes_are_sums_of_components_weighted_by_attention(experience):
         )
 
 
-def test_later_components_are_unused_and_the_bare_model_uses_all():
+def test_predict_uses_components_so_far_but_the_model_all():
     model = composed(backbone(), num_classes=4, experiences=3, components=2, length=2)
     x = inputs()
     before = [model.upto(x, t) for t in range(3)]
@@ -187,7 +187,7 @@ def test_parameters_are_a_function_of_the_seed(make):
         (composed, {"components": 5}, "components = 5 .* width / experiences = 4"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(make, changes, message):
+def test_invalid_numbers_of_prompts_are_refused(make, changes, message):
     more = {"num_classes": 4} | ({} if make is prompted else {"experiences": 2})
     with pytest.raises(ConfigError, match=message):
         make(backbone(), **more | changes)

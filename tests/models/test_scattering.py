@@ -74,7 +74,7 @@ def plain_average(plane, resolution, scales):
 
 
 @pytest.mark.reference
-def test_the_transform_is_the_formula_written_out():
+def test_scattering_equals_its_formula():
     scales = 2
     orientations = 8
     image = images(n=1, side=12)
@@ -103,13 +103,13 @@ def test_scattering_shapes_follow_scales_and_orientations(scales, orientations, 
     assert transform(images(n=0, side=32)).shape == (0, channels, small, small)
 
 
-def test_sides_may_differ():
+def test_scattering_works_on_non_square_images():
     turned = Scattering(orientations=4)(images().mT[..., :20, :].mT)
     assert turned.shape == (3, 25, 7, 5)
 
 
 @pytest.mark.parametrize("scale", [0, 1, 2])
-def test_wavelets_see_no_constant_and_peak_at_their_frequency(scale):
+def test_wavelets_have_mean_0_and_peak_at_their_frequency(scale):
     wavelets = morlet(scale, 8)
     assert wavelets.sum((1, 2)).abs().max() < 1e-6
     response = torch.fft.fft2(wavelets, s=(64, 64)).abs()
@@ -131,13 +131,13 @@ def test_stripes_show_in_the_channel_of_their_direction(direction):
     assert int(finest.argmax()) == direction
 
 
-def test_a_constant_image_has_itself_as_mean_and_nothing_else():
+def test_a_constant_image_has_only_its_mean_as_feature():
     features = Scattering()(torch.full((1, 1, 16, 16), 0.7))
     torch.testing.assert_close(features[:, 0], torch.full((1, 4, 4), 0.7))
     assert features[:, 1:].abs().max() < 1e-6
 
 
-def test_means_are_means():
+def test_scattering_means_equal_local_means():
     for resolution in range(3):
         weights = low_pass(32, 2, resolution)
         assert weights.shape == (6, 32 >> resolution)
@@ -172,7 +172,7 @@ def test_a_step_to_the_side_moves_features_much_less_than_pixels():
     assert change(transform(x), transform(moved)) < 0.5 * change(x, moved)
 
 
-def test_moduli_go_round_at_the_borders():
+def test_scattering_is_periodic_at_the_borders():
     x = images(side=16)
     torch.testing.assert_close(modulus(x.roll(4, 2), 1, 4), modulus(x, 1, 4).roll(2, 2))
 

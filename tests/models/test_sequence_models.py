@@ -37,7 +37,7 @@ def tokens(n=5):
 
 
 @pytest.mark.parametrize(("kind", "theirs"), [(LSTMLayer, nn.LSTM), (GRULayer, nn.GRU)])
-def test_a_recurrent_layer_equals_that_of_torch(kind, theirs):
+def test_a_recurrent_layer_equals_the_layer_of_torch(kind, theirs):
     torch.manual_seed(0)
     own = kind(3, 4)
     reference = theirs(3, 4, batch_first=True)
@@ -58,7 +58,7 @@ def test_a_recurrent_layer_equals_that_of_torch(kind, theirs):
 
 
 @every_maker
-def test_outputs_at_a_position_do_not_see_later_tokens(name):
+def test_outputs_do_not_depend_on_later_tokens(name):
     model = made(name, num_classes=VOCABULARY, every_position=True)
     x = tokens()
     later = x.clone()
@@ -70,7 +70,7 @@ def test_outputs_at_a_position_do_not_see_later_tokens(name):
 
 
 @every_maker
-def test_padding_at_the_end_changes_nothing(name):
+def test_padding_at_the_end_does_not_change_outputs(name):
     model = made(name, padding=0)
     x = tokens()
     padded = x.clone()
@@ -85,7 +85,7 @@ def test_models_of_sequences_are_a_function_of_their_seed(name):
 
 
 @every_maker
-def test_models_of_sequences_keep_records_apart_by_construction(name):
+def test_sequence_models_are_independent_by_construction(name):
     domain = InputDomain(shape=(LENGTH,), dtype=torch.int64, vocabulary=VOCABULARY)
     assert independence(made(name, padding=0), domain) == "by construction"
 

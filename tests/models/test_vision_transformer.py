@@ -84,7 +84,7 @@ def multihead(own):
 
 
 @pytest.mark.reference
-def test_attention_is_that_of_pytorch():
+def test_attention_equals_pytorch_attention():
     own = moved(Attention(12, 3))
     x = torch.randn(4, 7, 12)
     torch.testing.assert_close(
@@ -185,7 +185,7 @@ def torchvision_weights():
 
 
 @pytest.mark.reference
-def test_weights_of_timm_make_torchvisions_model(tmp_path):
+def test_timm_weights_give_the_outputs_of_torchvision(tmp_path):
     from safetensors.torch import save_file
 
     theirs, weights = torchvision_weights()
@@ -234,7 +234,7 @@ def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(make):
 
 @pytest.mark.reference
 @every
-def test_book_keeping_gives_the_clipped_sums_of_single_records(make):
+def test_transformer_bookkeeping_equals_a_loop_over_records(make):
     own = make()
     batch = Batch.current(Records(inputs=images(), labels=torch.arange(N) % 4), 0)
     params = dict(own.named_parameters())
@@ -259,7 +259,7 @@ def test_book_keeping_gives_the_clipped_sums_of_single_records(make):
 
 
 @every
-def test_the_guard_takes_it_and_only_what_trains_is_stored(make):
+def test_the_guard_accepts_it_and_only_trained_parts_are_stored(make):
     own = make()
     check_model(own)
     check_buffers(own, images())
@@ -310,7 +310,7 @@ def test_a_fixed_copy_computes_the_same_and_keeps_the_original():
     assert not torch.equal(copied(x), body(x))
 
 
-def test_stored_weights_are_read_again(tmp_path):
+def test_stored_transformer_weights_can_be_loaded(tmp_path):
     from safetensors.torch import load_file, save_file
 
     body = moved(model()).body
@@ -341,7 +341,7 @@ def test_shapes_that_do_not_fit_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("make", [adapted, prompted, composed])
-def test_a_backbone_without_the_places_is_refused(make):
+def test_a_backbone_of_another_class_is_refused(make):
     more = {} if make is prompted else {"experiences": 2}
     with pytest.raises(
         ConfigError,

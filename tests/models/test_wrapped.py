@@ -72,7 +72,7 @@ def points():
         (lambda logits, hidden: SimpleNamespace(logits=logits), "logits"),
     ],
 )
-def test_wrap_takes_the_output_from_any_answer(answer, output):
+def test_wrap_takes_the_output_from_any_return_value(answer, output):
     net = Net(answer)
     hidden = torch.tanh(net.body(points()))
     assert torch.equal(wrap(net, output=output)(points()), net.score(hidden))
@@ -86,7 +86,7 @@ def test_wrap_takes_the_output_from_any_answer(answer, output):
         ({}, "output = None .*of this dict: 'hidden', 'logits'"),
     ],
 )
-def test_an_output_that_is_not_there_is_refused(settings, message):
+def test_a_missing_output_of_a_wrapped_model_is_refused(settings, message):
     net = Net(lambda logits, hidden: {"hidden": hidden, "logits": logits, "loss": None})
     with pytest.raises(ConfigError, match=message) as refusal:
         wrap(net, **settings)(points())
@@ -118,7 +118,7 @@ def test_a_class_in_place_of_a_model_is_refused():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"features": "score"}, "the model's outputs; .*write head='score' for what enters it"),
+        ({"features": "score"}, "the model's outputs; .*write head='score' to use the input"),
         ({"features": "act", "feature_size": 7}, r"shape \(6, 6\) for 6 records.*feature_size"),
     ],
 )
@@ -127,7 +127,7 @@ def test_features_that_do_not_fit_are_refused(layer, message):
         wrap(Net(), **layer).features(points())
 
 
-def test_a_model_without_features_says_how_to_name_them(toy_stream):
+def test_the_error_of_a_model_without_features_names_the_fix(toy_stream):
     learner = Learner(model=wrap(Net()), strategy=SLDA(), optimizer=SGD, epochs=1)
     with pytest.raises(StrategyError, match=r"perdure\.models\.wrap\(model, head=LAYER\)"):
         learner.fit(toy_stream())
@@ -148,7 +148,7 @@ def test_logits_and_features_of_a_wrapped_model_take_one_pass(layer):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_features_stay_when_the_model_writes_into_them():
+def test_features_do_not_change_by_later_in_place_writes():
     net = Written()
     expected = net.body(points())
     assert torch.equal(wrap(net, features="body").features(points()), expected)
@@ -180,7 +180,7 @@ def test_axes_of_length_one_behind_features_are_left_out(shape):
     assert model.features(points()).shape == ((6, 6) if shape == (6, 1, 1) else (6, 3, 6))
 
 
-def test_padding_makes_the_mask_and_inputs_go_by_keyword():
+def test_wrap_passes_mask_and_inputs_by_keyword():
     net = Masked()
     tokens = torch.tensor([[3, 4, 0, 0], [1, 2, 5, 6]])
     model = wrap(net, output="logits", input_name="input_ids", padding=0)
@@ -195,7 +195,7 @@ def test_padding_makes_the_mask_and_inputs_go_by_keyword():
         (lambda logits, hidden: (logits, hidden), "output=0"),
     ],
 )
-def test_a_bare_model_of_another_kind_is_told_about_wrap(toy_stream, answer, fix):
+def test_a_hugging_face_model_is_refused_with_a_hint_to_wrap(toy_stream, answer, fix):
     learner = Learner(model=Net(answer), strategy=Naive(), optimizer=SGD, epochs=1)
     with pytest.raises(ConfigError, match=rf"perdure\.models\.wrap\(model, {fix}\)") as refusal:
         learner.fit(toy_stream())
@@ -217,7 +217,7 @@ def pair():
 
 
 @pytest.mark.parametrize("strategy", [SLDA(), EWC(strength=10.0)])
-def test_a_wrapped_model_learns_what_a_classifier_learns(toy_data, strategy):
+def test_a_wrapped_model_trains_like_the_classifier(toy_data, strategy):
     stream = split(toy_data, scenario="class", experiences=2)
     results = []
     for model in pair():

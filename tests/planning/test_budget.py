@@ -114,7 +114,7 @@ def test_a_stream_longer_than_its_horizon_is_refused(learner_of, stream):
         learner_of(stream, privacy=Privacy(epsilon=3, horizon=3, seed=0))
 
 
-def test_a_run_goes_on_in_its_horizon_when_records_arrive(learner_of, stream, tmp_path):
+def test_a_run_continues_within_its_horizon_with_new_records(learner_of, stream, tmp_path):
     """The same folder, a stream that grew: the old charges stand and the grant of the whole horizon
     still holds.
     """
@@ -317,7 +317,7 @@ def test_raw_diagnostics_are_shown_and_make_epsilon_infinite(learner_of, stream,
     assert {e.mechanism for e in ledger.entries if e.purpose == "diagnostics"} == {"none"}
 
 
-def test_raw_diagnostics_do_not_change_what_is_learnt(learner_of, stream):
+def test_raw_diagnostics_do_not_change_the_model(learner_of, stream):
     ends = []
     for diagnostics in ("released", "raw"):
         learner = learner_of(

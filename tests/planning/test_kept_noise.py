@@ -138,7 +138,7 @@ def test_a_damaged_file_of_stored_noise_is_ignored(plan, tmp_path, text):
     assert kept.recall(plan()) == Schedule(noise=(2.0,))
 
 
-def test_a_folder_of_that_name_keeps_nothing_and_stops_nothing(plan, tmp_path):
+def test_a_folder_in_place_of_the_noise_file_is_ignored(plan, tmp_path):
     (tmp_path / FILE).mkdir()
     kept = KeptNoise(tmp_path)
     kept.keep(plan(), Schedule(noise=(2.0,)))

@@ -41,7 +41,7 @@ def private_sum(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("noise_multiplier", [0.7, 1.0, 3.0])
-def test_gradient_and_count_together_cost_what_is_charged(noise_multiplier):
+def test_gradient_and_count_together_cost_the_charge(noise_multiplier):
     adaptive = Adaptive()
     expected = 64.0
     of_gradient = adaptive.gradient_noise(noise_multiplier, expected)

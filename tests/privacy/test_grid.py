@@ -193,11 +193,11 @@ def test_a_ledger_refuses_more_draws_than_statements_allow_for():
     ledger = Ledger.open(None, key=NoiseKey.from_seed(0))
     ledger.declare("p", 100)
     ledger.charge(entry())
-    with pytest.raises(BudgetError, match=f"allowed {MOST_DRAWS}"):
+    with pytest.raises(BudgetError, match=f"allowed: at most {MOST_DRAWS}"):
         ledger.charge(entry(steps=2**9, first_step=100))
 
 
-def test_an_entry_says_what_its_cost_depends_on():
+def test_a_ledger_entry_has_all_facts_of_its_cost():
     assert entry().grid.keys() == {
         "numbers",
         "steps",

@@ -260,7 +260,7 @@ def test_a_release_without_kept_answer_is_charged_again(process, tmp_path, asked
 
 @pytest.mark.parametrize("point", ["ledger.head-written", "noise.drawn"])
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
-def test_a_release_that_never_left_costs_nothing_more(process, tmp_path, value, point):
+def test_a_release_that_was_not_returned_is_not_charged_twice(process, tmp_path, value, point):
     """Stopped between charge and answer: the ledger shows the same, whatever the sums are."""
     made = process()
 
@@ -291,7 +291,7 @@ def test_kept_answers_are_private_and_old_ones_are_dropped(process, tmp_path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in kept} == {0o600}
 
 
-def test_the_ledger_does_not_say_whether_answers_are_equal(process):
+def test_the_ledger_does_not_reveal_if_answers_are_equal(process):
     made = process()
     for number in range(2):
         made.release(1.0, number=number)

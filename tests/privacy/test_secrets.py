@@ -195,7 +195,7 @@ def test_a_planted_tensor_is_found_in_a_file_and_in_a_message(alone, tmp_path, n
     assert alone.searcher.found({"message": values}) == {"message": {kind}}
 
 
-def test_what_is_printed_logged_and_sent_is_searched(federated):
+def test_the_secret_search_covers_prints_logs_and_messages(federated):
     secrets = federated.heard.secrets
     with told() as surface:
         print(min(secrets.keys).hex())
@@ -288,7 +288,7 @@ CHANGES = {
     "strategy", [EWC(strength=9.0), Replay(memory_size=20)], ids=["ewc", "replay"]
 )
 @pytest.mark.parametrize("name", ["nothing", *CHANGES])
-def test_runs_that_differ_in_anything_share_no_noise(toy_stream, toy_model, strategy, name):
+def test_different_runs_have_different_noise(toy_stream, toy_model, strategy, name):
     """Four integers coincide by chance with probability below 1e-20: none of these do."""
     drawn = []
     for changes in ({}, dict(CHANGES.get(name, {}))):
@@ -305,7 +305,7 @@ def test_runs_that_differ_in_anything_share_no_noise(toy_stream, toy_model, stra
     assert (drawn[0] == drawn[1]) if name == "nothing" else not drawn[0].keys() & drawn[1].keys()
 
 
-def test_clients_and_arms_share_no_noise(alone, federated):
+def test_different_clients_and_arms_have_different_noise(alone, federated):
     for one in (alone, federated):
         found = windows(one.heard.noise)
         assert len(found) > 1000 and set(found.values()) == {1}

@@ -298,7 +298,7 @@ def test_targets_with_norm_above_1_are_scaled_or_refused(party):
         party(**SILENT).curator.release(query, clip_norm=1e3, purpose="x") for query in (long, unit)
     ]
     torch.testing.assert_close(flat(answers[0]), flat(answers[1]), rtol=1e-4, atol=2e-2)
-    with pytest.raises(DataError, match=r"norm above 1.*declared bound"):
+    with pytest.raises(DataError, match=r"norm above 1.*a bound declared in advance"):
         party().curator.release(long, clip_norm=1e3, purpose="x")
 
 

@@ -69,7 +69,7 @@ def test_rows_and_sums_equal_one_backward_pass_per_record(model, terms):
 
 
 @pytest.mark.parametrize("make", [Twice, Sequence, tied, *FAST, *BY_ROWS])
-def test_models_with_unusual_layer_use_are_summed_too(make):
+def test_grouped_sums_are_right_for_unusual_layer_use(make):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -131,7 +131,7 @@ def test_a_record_without_group_adds_nothing(model):
         assert not value[0].any() and not value[2].any()
 
 
-def test_noise_keeps_its_shape_when_there_are_no_records():
+def test_a_release_without_records_has_noise_of_the_right_shape():
     module, data = problem("mlp")
     none = data.take(slice(0, 0))
     assert summed(query_of(), module, none) is None

@@ -211,7 +211,7 @@ def test_torch_attention_is_not_summed_by_layers():
     assert_same(found, {name: value.sum(0) for name, value in rows.items()}, 1e-6)
 
 
-def test_without_records_there_is_no_sum():
+def test_a_layer_sum_without_records_is_none():
     module = small()
     none = batch().take(slice(0, 0)).tensors()
     assert sum_by_layers(fisher_terms, torch.square, module, parameters(module), none) is None

@@ -172,7 +172,7 @@ def test_frozen_parameters_do_not_stop_the_sum():
 
 
 @both
-def test_a_body_without_parameters_is_no_layer(kind):
+def test_a_body_without_parameters_is_not_counted_as_layer(kind):
     body = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.Tanh())
     module = frozen(body, input_shape=(5,), num_classes=3)
     data = batch()

@@ -29,14 +29,14 @@ def line_of(text: str, *words: str) -> str:
     return next(line for line in text.splitlines() if line.split()[: len(words)] == list(words))
 
 
-def test_one_row_per_arm_in_100_columns(result: dict[str, Any]) -> None:
+def test_the_table_has_one_row_per_arm_in_100_columns(result: dict[str, Any]) -> None:
     text = printed(result)
     assert max(len(line) for line in text.splitlines()) <= COLUMNS
     assert table(result).row_count == 8
     assert not any("…" in line for line in text.splitlines())
 
 
-def test_a_row_says_everything_an_epsilon_needs(result: dict[str, Any]) -> None:
+def test_a_table_row_has_all_parts_of_its_epsilon(result: dict[str, Any]) -> None:
     row = line_of(printed(result), "replay", "yes")
     for word in ("7.99", "per record", "add-remove", "δ = 1e-5", "14.5"):
         assert word in row
@@ -49,7 +49,7 @@ def test_the_header_names_the_attack_and_the_caption_the_units(result: dict[str,
     assert text.splitlines()[-1].strip().startswith("accuracy, robust: %")
 
 
-def test_every_simulated_epsilon_is_labelled_and_no_other(result: dict[str, Any]) -> None:
+def test_only_simulated_epsilons_are_labelled(result: dict[str, Any]) -> None:
     assert printed(result).count(SIMULATION) == 4
     for arm in result["arms"]:
         if arm["epsilon"]:
@@ -57,14 +57,14 @@ def test_every_simulated_epsilon_is_labelled_and_no_other(result: dict[str, Any]
     assert SIMULATION not in printed(result)
 
 
-def test_numbers_are_those_of_the_result(result: dict[str, Any]) -> None:
+def test_the_table_has_the_numbers_of_the_result(result: dict[str, Any]) -> None:
     arm = result["arms"][0]
     cells = line_of(printed(result), "naive", "no").split()
     expected = [arm["average_accuracy"], arm["forgetting"], arm["robust_accuracy"]]
     assert cells[2:5] == [f"{value:.1f}" for value in expected]
 
 
-def test_what_was_not_measured_is_a_dash(result: dict[str, Any]) -> None:
+def test_missing_values_are_printed_as_a_dash(result: dict[str, Any]) -> None:
     result["attack"] = None
     for arm in result["arms"]:
         arm["robust_accuracy"] = None
@@ -74,7 +74,7 @@ def test_what_was_not_measured_is_a_dash(result: dict[str, Any]) -> None:
     assert line_of(text, "naive", "no").split()[2:5:2] == ["–", "–"]
 
 
-def test_changed_options_stand_below_the_strategy_line_by_line(
+def test_changed_options_are_below_the_strategy_one_per_line(
     result: dict[str, Any],
 ) -> None:
     result["arms"][2].update(
@@ -101,9 +101,7 @@ def test_arms_of_one_strategy_differ_by_their_options(result: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("arms", [1, 2])
-def test_options_that_cannot_be_read_are_shown_as_they_are(
-    result: dict[str, Any], arms: int
-) -> None:
+def test_unreadable_options_are_shown_unchanged(result: dict[str, Any], arms: int) -> None:
     chosen = result["arms"][:arms]
     texts = ["Combine(EWC(), Replay())", "odd \0 (", "x" * 5, "(" * 5000, "**{}"][-len(chosen) :]
     for arm, text in zip(chosen, texts, strict=True):
@@ -125,7 +123,9 @@ def test_options_that_cannot_be_read_are_shown_as_they_are(
         ("Inner(a=1.0)", "Inner(a=1.0)"),
     ],
 )
-def test_a_value_is_written_plainly(result: dict[str, Any], written: str, shown: str) -> None:
+def test_option_values_are_printed_as_numbers_and_words(
+    result: dict[str, Any], written: str, shown: str
+) -> None:
     arm = result["arms"][0] | {"strategy": "own", "options": f"Own(option={written})"}
     assert shown_options(arm, [arm]) == [f"option = {shown}"]
 
@@ -139,7 +139,7 @@ def test_every_strategy_at_its_defaults_shows_no_option(result: dict[str, Any]) 
         assert shown_options(arm, [arm]) == []
 
 
-def test_long_options_wrap_and_nothing_is_cut_off(result: dict[str, Any]) -> None:
+def test_long_options_wrap_and_are_complete(result: dict[str, Any]) -> None:
     result["arms"][6]["options"] = f"Replay(memory_size=200, {'x' * 50}='{'y' * 50}')"
     text = printed(result)
     assert text.count("x") >= 50 and text.count("y") >= 50
@@ -148,7 +148,7 @@ def test_long_options_wrap_and_nothing_is_cut_off(result: dict[str, Any]) -> Non
     assert line_of(text, "memory_size").strip() == "memory_size = 200"
 
 
-def test_names_are_text_and_not_markup(result: dict[str, Any]) -> None:
+def test_names_are_printed_as_text_and_not_as_markup(result: dict[str, Any]) -> None:
     result["name"] = "[bold]x[/bold]"
     result["arms"][0]["strategy"] = "[red]odd"
     text = printed(result)
@@ -156,7 +156,7 @@ def test_names_are_text_and_not_markup(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("schema", [None, 2, "1"])
-def test_another_schema_is_refused(result: dict[str, Any], schema: object) -> None:
+def test_a_result_of_another_schema_is_refused(result: dict[str, Any], schema: object) -> None:
     with pytest.raises(RunError, match="schema"):
         table(result | {"schema": schema})
 
@@ -183,10 +183,10 @@ def test_an_incomplete_result_is_refused_by_name(
 
 @pytest.mark.property
 @given(st.floats(0, 1e6))
-def test_a_printed_epsilon_never_claims_more_than_is_true(value: float) -> None:
+def test_a_printed_epsilon_is_never_rounded_down(value: float) -> None:
     shown = float(epsilon_number(value))
     assert value - 1e-10 <= shown <= value + 0.0100001
 
 
-def test_an_infinite_epsilon_is_said() -> None:
+def test_an_infinite_epsilon_is_printed_in_words() -> None:
     assert epsilon_number(math.inf) == "∞"

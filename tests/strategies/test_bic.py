@@ -60,7 +60,7 @@ def problem(toy_stream, toy_model):
 
 
 @pytest.mark.reference
-def test_the_loss_is_the_formula(problem):
+def test_the_loss_equals_its_formula(problem):
     stream, model, teacher, state = problem
     strategy = BiC(memory_size=8, temperature=3.0)
     batch = Batch.current(stream[1].train, 1)
@@ -89,7 +89,7 @@ def test_the_loss_is_the_formula(problem):
 
 
 @pytest.mark.reference
-def test_the_rows_are_the_derivatives_of_each_record(problem):
+def test_rows_of_the_bic_query_are_derivatives_per_record(problem):
     stream, model, _, state = problem
     batch = Batch.current(stream[1].train, 1)
     at = contexts(stream, "cpu")(1)
@@ -113,7 +113,7 @@ def test_the_rows_are_the_derivatives_of_each_record(problem):
 
 
 @pytest.mark.reference
-def test_the_fit_is_the_minimum_over_what_memory_holds_out():
+def test_the_fit_minimises_the_loss_on_held_out_records():
     stream = split(digits(), scenario="class", experiences=2)
     learner = learner_of(BiC(memory_size=200), stream)
     learner.fit(stream)
@@ -156,7 +156,7 @@ def test_classes_that_come_again_are_learnt_from_their_labels(problem):
     )
 
 
-def test_what_is_held_out_is_one_in_ten_and_never_trained_on():
+def test_one_in_ten_records_is_held_out_and_never_trained():
     ids = torch.arange(20_000)
     assert float(held_out(ids).double().mean()) == pytest.approx(0.1, abs=0.01)
     assert torch.equal(held_out(ids.flip(0)), held_out(ids).flip(0))
@@ -180,12 +180,12 @@ def score(strategy, seed):
     return float(average_accuracy(learner_of(strategy, stream, seed).fit(stream)))
 
 
-def test_the_correction_wins_back_old_classes():
+def test_the_correction_improves_accuracy_on_old_classes():
     for seed in range(3):
         assert score(BiC(memory_size=100), seed) > score(Uncorrected(memory_size=100), seed) + 2
 
 
-def test_noise_may_make_the_sums_anything():
+def test_the_fit_is_finite_for_any_noisy_sums():
     place = torch.Generator().manual_seed(0)
     for _ in range(200):
         sums = 100 * torch.randn(5, generator=place)

@@ -61,7 +61,7 @@ MODULE = torch.nn.Identity()
 
 
 @pytest.mark.parametrize("d", [5, BLOCK - 1, BLOCK, BLOCK + 3])
-def test_wide_sums_are_those_of_gram_in_float64(d):
+def test_float64_gram_sums_equal_gram_sums(d):
     f, y = rows(n=40, d=d)
     found = exact_sum(asked(Float64Gram), Forward(MODULE), batch_of(f, y), 7)
     assert {value.dtype for value in found.values()} == {torch.float64}
@@ -74,7 +74,7 @@ def test_wide_sums_are_those_of_gram_in_float64(d):
     assert torch.equal(found["gram"], found["gram"].T)
 
 
-def test_wide_sums_do_not_know_their_order_where_narrow_ones_do():
+def test_float64_sums_do_not_depend_on_the_order():
     f, y = rows(n=3000, d=8)
     order = torch.randperm(len(f), generator=torch.Generator().manual_seed(1))
 
@@ -107,7 +107,7 @@ def test_class_sums_equal_gram_sums_without_the_matrix():
     torch.testing.assert_close(narrow.unpacked(clipped)["totals"], factors @ targets)
 
 
-def test_one_record_moves_class_sums_by_its_clip_norm_at_most():
+def test_one_record_changes_class_sums_by_at_most_clip_norm():
     f, y = rows()
     narrow = asked(ClassSums, totals=0.5)
 
@@ -132,7 +132,7 @@ def test_the_upper_triangle_is_mirrored():
 
 
 @pytest.mark.reference
-def test_the_ridge_head_is_that_of_scikit_learn():
+def test_the_ridge_head_equals_scikit_learn():
     from sklearn.linear_model import Ridge
 
     f, y = (value.double() for value in rows())
@@ -148,7 +148,7 @@ def test_a_singular_matrix_is_refused_with_its_ridge():
         ridge_head(torch.zeros(3, 3), torch.zeros(3, 2), 0.0)
 
 
-def test_the_covariance_is_that_around_the_means_of_the_classes():
+def test_the_covariance_is_around_the_class_means():
     f, y = rows()
     f = f.double()
     targets = torch.eye(3, dtype=torch.float64)[y]
@@ -161,7 +161,7 @@ def test_the_covariance_is_that_around_the_means_of_the_classes():
 
 @pytest.mark.reference
 @pytest.mark.parametrize("shrinkage", [0.05, 1.0])
-def test_shrinking_is_that_of_scikit_learn(shrinkage):
+def test_shrinkage_equals_scikit_learn(shrinkage):
     from sklearn.covariance import shrunk_covariance
 
     matrix = torch.cov(rows()[0].T).double()
@@ -173,7 +173,7 @@ def test_shrinking_is_that_of_scikit_learn(shrinkage):
     )
 
 
-def test_no_records_give_a_head_all_the_same():
+def test_a_head_can_be_solved_without_records():
     """A federation derives before the first record was seen."""
     empty = within_covariance(torch.zeros(3, 3), torch.zeros(3, 2), torch.zeros(2))
     weight, bias = discriminant_head(
@@ -196,7 +196,7 @@ def test_discriminant_head_is_gaussian_log_density_plus_constant():
     torch.testing.assert_close(gap, gap[:, :1].expand_as(gap), rtol=1e-3, atol=1e-3)
 
 
-def test_units_have_norm_one_and_nothing_stays_nothing():
+def test_normalised_rows_have_norm_1_and_zero_rows_stay_0():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     torch.testing.assert_close(unit(x), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
@@ -212,7 +212,7 @@ def noise(d, scale, seed):
     return unsvec(scale * drawn)
 
 
-def test_without_negative_eigenvalues_a_matrix_stays_as_it_is():
+def test_denoising_keeps_a_matrix_without_negative_eigenvalues():
     f = rows()[0].double()
     torch.testing.assert_close(denoised(f.T @ f), f.T @ f)
 
@@ -230,7 +230,7 @@ def test_the_floor_estimates_noise_from_weak_directions(seed):
 
 
 @pytest.mark.statistical
-def test_a_noisy_head_is_better_denoised():
+def test_denoising_improves_the_accuracy_of_a_noisy_head():
     """Squared error of the ridge head against the true one, over ten draws; the worse way is off by
     orders.
     """

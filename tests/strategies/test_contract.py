@@ -44,13 +44,13 @@ def learner_of(toy_stream, toy_model):
 
 
 @every
-def test_its_example_is_an_instance_of_its_own_class(name):
+def test_the_example_of_each_strategy_has_its_class(name):
     kind = strategies.find(name)
     assert type(kind.example()) is kind and kind.example() == kind.example()
 
 
 @every
-def test_it_runs_alone(learner_of, toy_stream, name):
+def test_each_strategy_runs_alone(learner_of, toy_stream, name):
     adam = partial(torch.optim.Adam, lr=0.04)
     matrix = learner_of(name, iterations=90, optimizer=adam).fit(toy_stream())
     assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 40
@@ -74,7 +74,7 @@ TRANSFORMERS = pytest.mark.deep(reason="full replay: runs a model of the strateg
         for name in strategies.names()
     ],
 )
-def test_it_keeps_the_contract(name):
+def test_each_strategy_passes_check_strategy(name):
     """Alone, as a Flower client, under privacy, under vmap, stopped and resumed: see
     `perdure.testing`.
     """
@@ -85,7 +85,7 @@ def test_it_keeps_the_contract(name):
 
 
 @every
-def test_combined_with_nothing_it_is_itself(learner_of, toy_stream, name):
+def test_combine_with_one_part_equals_the_part(learner_of, toy_stream, name):
     alone = learner_of(name)
     combined = learner_of(name)
     combined.strategy = Combine(example(name), strategies.find("naive")())
@@ -95,7 +95,7 @@ def test_combined_with_nothing_it_is_itself(learner_of, toy_stream, name):
 
 
 @pytest.mark.parametrize("name", sorted({*strategies.names()} - OWN))
-def test_it_works_with_a_model_that_normalises_and_drops_out(toy_stream, name):
+def test_each_strategy_works_with_normalisation_and_dropout(toy_stream, name):
     stream = toy_stream()
     body = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     learner = Learner(

@@ -81,7 +81,7 @@ def by_hand(stream, experiences, seed=0):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", ["class", "domain"])
-def test_a_shifted_head_does_what_a_rewritten_one_does(scenario):
+def test_a_shifted_head_equals_a_rewritten_head(scenario):
     stream = split(digits(), scenario=scenario, experiences=5)
     learner = learner_of(CWRStar(), stream)
     learner.fit(stream)
@@ -101,7 +101,7 @@ def test_a_shifted_head_does_what_a_rewritten_one_does(scenario):
     )
 
 
-def test_the_body_stays_and_old_classes_keep_their_weights():
+def test_body_and_old_class_weights_do_not_change():
     stream = split(digits(), scenario="class", experiences=5)
     learner = learner_of(CWRStar(), stream, optimizer=partial(torch.optim.Adam, lr=0.01))
     learner.prepare(stream)
@@ -146,7 +146,7 @@ def test_client_counts_add_up_to_the_head_of_all_records():
     assert not torch.allclose(own[0] / own[0].sum(), counts[0] / counts[0].sum(), atol=0.02)
 
 
-def test_private_counts_are_a_histogram_safe_below_zero(toy_stream, toy_model):
+def test_private_class_counts_below_zero_are_handled(toy_stream, toy_model):
     stream = toy_stream()
     strategy = CWRStar()
     learner = Learner(
@@ -200,7 +200,7 @@ def convolutions(seed):
         ),
     ],
 )
-def test_it_keeps_classes_that_training_on_forgets(seed):
+def test_cwr_star_forgets_less_than_plain_training(seed):
     assert scores(CWRStar(), seed) > scores(Naive(), seed) + 20
 
 

@@ -68,7 +68,7 @@ def by_hand(logits, batch, allowed, alpha, beta):
 @pytest.mark.reference
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("stored", [None, 3])
-def test_the_loss_is_the_formula(toy_stream, toy_model, beta, stored):
+def test_the_loss_equals_its_formula(toy_stream, toy_model, beta, stored):
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)
@@ -84,7 +84,7 @@ def test_the_loss_is_the_formula(toy_stream, toy_model, beta, stored):
         torch.testing.assert_close(mine, by_hand(model(batch.inputs), batch, at.seen, 0.3, beta))
 
 
-def test_without_stored_rows_it_is_plain_training(toy_stream, toy_model):
+def test_without_stored_rows_the_loss_is_cross_entropy(toy_stream, toy_model):
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)
@@ -99,7 +99,7 @@ def test_without_stored_rows_it_is_plain_training(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("selected", [1, 2])
-def test_stored_logits_are_from_a_step_with_the_record(toy_stream, toy_model, selected):
+def test_stored_logits_are_computed_in_a_step_with_the_record(toy_stream, toy_model, selected):
     """In one epoch of the one; with two epochs, of one of the two."""
     stream = toy_stream()
     watch = Watch()
@@ -126,7 +126,7 @@ def test_stored_logits_are_from_a_step_with_the_record(toy_stream, toy_model, se
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_so_they_are_after_a_stop_in_mid_experience(toy_stream, toy_model, tmp_path, private):
+def test_stored_logits_survive_a_stop_in_an_experience(toy_stream, toy_model, tmp_path, private):
     stream = toy_stream()
     watch = Watch()
     options = {
@@ -199,7 +199,7 @@ def test_private_logits_are_of_the_last_step_with_equal_weights(toy_stream, toy_
     torch.testing.assert_close(losses, torch.where(batch.from_memory, stored, entropy))
 
 
-def test_the_distance_is_over_all_classes_also_those_to_come(toy_stream, toy_model):
+def test_the_logit_distance_is_over_all_classes(toy_stream, toy_model):
     """A stored row pulls the logits of unseen classes as well: the paper's heads are full-width."""
     stream = toy_stream()
     model = toy_model(stream)
@@ -214,7 +214,7 @@ def test_the_distance_is_over_all_classes_also_those_to_come(toy_stream, toy_mod
     torch.testing.assert_close(losses, torch.ones(24))  # 2 ** 2 / 4
 
 
-def test_plans_ask_for_a_reservoir_that_moves_every_step(toy_stream):
+def test_the_plan_uses_a_reservoir_updated_every_step(toy_stream):
     memory = DER(memory_size=9, batch_size=3).plan(toy_stream()[0]).memory
     assert memory == MemoryPlan(capacity=9, selection="reservoir", batch_size=3, update="step")
     assert DER(memory_size="0.4 kB").plan(toy_stream()[0]).memory.capacity == 400 // (5 * 4 + 8 + 8)
@@ -228,7 +228,7 @@ def test_plans_ask_for_a_reservoir_that_moves_every_step(toy_stream):
         ({"alpha": float("nan")}, "der.alpha = nan"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         DER(memory_size=5, **options)
 
@@ -241,6 +241,6 @@ def test_options_are_checked(options, message):
         ({"memory_size": 5, "batch_size": 0}, "memory batch_size = 0"),
     ],
 )
-def test_a_memory_that_is_none_is_refused(toy_stream, options, message):
+def test_an_invalid_memory_size_is_refused(toy_stream, options, message):
     with pytest.raises(ConfigError, match=message):
         DER(**options).plan(toy_stream()[0])

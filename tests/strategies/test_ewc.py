@@ -96,7 +96,7 @@ def test_a_merged_penalty_is_the_sum_of_penalties_plus_constant(toy_stream):
 
 
 @pytest.mark.reference
-def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
+def test_the_online_form_decays_around_the_last_anchor(toy_stream):
     past = Past(
         EWC(strength=7.0, mode="online", decay=0.5),
         toy_stream(),
@@ -111,7 +111,7 @@ def test_the_online_form_decays_and_holds_to_the_last_point(toy_stream):
     torch.testing.assert_close(past.strategy.penalty(somewhere(), past.state), expected)
 
 
-def test_without_a_past_there_is_no_penalty(toy_stream):
+def test_ewc_has_no_penalty_in_the_first_experience(toy_stream):
     past = Past(EWC(strength=7.0), toy_stream())
     assert float(past.strategy.penalty(somewhere(), past.empty)) == 0
     assert set(past.state.rules.values()) == {"mean", "local"} and len(past.state) == 3 * len(
@@ -292,7 +292,7 @@ def test_the_form_is_sampled_above_a_hundred_classes(fisher, classes, terms, cap
     assert len(told) == said and all("one sampled label a record" in line for line in told)
 
 
-def test_the_default_is_exact_where_classes_are_few(toy_stream):
+def test_the_default_fisher_is_exact_for_few_classes(toy_stream):
     stream = toy_stream()
     batch = Batch.current(stream[1].train, 1)
     assert torch.equal(rows_of("auto", stream, 1, batch), rows_of("exact", stream, 1, batch))
@@ -308,7 +308,7 @@ def test_an_anchor_is_the_fisher_weighted_mean_and_finite():
     assert anchor(state, "w").tolist() == [5.0, 0.0]
 
 
-def test_clients_average_to_what_one_party_would_hold():
+def test_averaged_clients_equal_one_party_with_all_records():
     """Two experiences, two clients of sizes 1 and 3: the combined penalty is the sum of the global
     ones.
     """
@@ -345,6 +345,6 @@ def test_clients_average_to_what_one_party_would_hold():
         ),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         EWC(**options)

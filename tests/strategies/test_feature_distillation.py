@@ -22,7 +22,7 @@ def problem(toy_stream, toy_model):
 
 
 @pytest.mark.reference
-def test_the_loss_is_the_formula(problem):
+def test_the_loss_equals_its_formula(problem):
     stream, model, teacher, spec = problem
     strategy = FeatureDistillation(strength=0.7)
     batch = Batch.current(stream[1].train, 1)
@@ -77,7 +77,7 @@ def test_the_distance_gives_head_and_teacher_no_gradient(problem):
     assert sizes["teacher/head.weight"] < 1e-5 and sizes["teacher/body.1.weight"] > 0.01
 
 
-def test_features_of_new_inputs_stay_where_they_were(toy_stream, toy_model):
+def test_features_of_new_inputs_change_less(toy_stream, toy_model):
     def drift(strategy):
         """Mean squared distance over the second experience between the features before and after
         it.
@@ -105,6 +105,6 @@ def test_features_of_new_inputs_stay_where_they_were(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
-def test_options_are_checked(strength):
+def test_invalid_options_are_refused(strength):
     with pytest.raises(ConfigError, match=r"feature_distillation\.strength"):
         FeatureDistillation(strength=strength)

@@ -79,7 +79,7 @@ def test_projection_is_the_nearest_harmless_gradient_at_margin_0(seed, k):
     assert (rows @ flat(mine).double().numpy() >= -slack - 1e-4).all()
 
 
-def test_a_grid_finds_nothing_better():
+def test_a_grid_search_finds_no_better_dual_solution():
     """Two references and all dual variables from 0 to 4 in steps of 1/50."""
     g = np.array([1.0, -2.0, 0.5])
     rows = np.array([[0.0, 1.0, 0.3], [-1.0, 0.4, 0.0]])
@@ -95,7 +95,7 @@ def test_a_grid_finds_nothing_better():
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(0, 10_000))
-def test_with_one_reference_and_no_margin_it_is_averaged_gem(seed):
+def test_gem_with_one_reference_and_margin_0_equals_agem(seed):
     """Up to the ridge: v = -<g, r> / (<r, r> (1 + ridge))."""
     gradient, (reference,) = problem(seed, 1)
     mine = GEM(memory_size=5, margin=0.0).project(gradient, (reference,), State())
@@ -133,7 +133,7 @@ def test_a_short_reference_counts_as_much_as_a_long_one():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_agreeing_gradients_stay_and_a_margin_leans_to_the_past():
+def test_agreeing_gradients_are_kept_and_margin_adds_references():
     gradient, _ = problem(0, 0)
     agreeing = tuple(
         {name: scale * value for name, value in gradient.items()} for scale in (1.0, 0.3)
@@ -150,7 +150,7 @@ def test_agreeing_gradients_stay_and_a_margin_leans_to_the_past():
     torch.testing.assert_close(at[1], -0.5 * flat(gradient))  # g + 1.5 r
 
 
-def test_every_earlier_experience_has_a_reference_of_its_own(toy_data, toy_model):
+def test_every_earlier_experience_has_its_own_reference(toy_data, toy_model):
     from perdure.data.scenarios import split
 
     stream = split(toy_data, scenario="class", experiences=4)
@@ -181,7 +181,7 @@ def test_every_earlier_experience_has_a_reference_of_its_own(toy_data, toy_model
     assert all(bool(value.isfinite().all()) for value in learner.params.values())
 
 
-def test_plans_ask_for_a_memory_for_references(toy_stream):
+def test_the_plan_uses_memory_for_references(toy_stream):
     first = toy_stream()[0]
     assert GEM(memory_size=9, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="ring", batch_size=3, use="references"
@@ -193,7 +193,7 @@ def test_plans_ask_for_a_memory_for_references(toy_stream):
 
 
 @pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan])
-def test_options_are_checked(toy_stream, margin):
+def test_invalid_options_are_refused(toy_stream, margin):
     with pytest.raises(
         ConfigError, match=r"gem\.margin = .* is not allowed; allowed: a finite number, 0 or more"
     ):

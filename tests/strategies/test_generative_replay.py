@@ -122,7 +122,7 @@ def answer_by_hand(scenario, temperature, new, old):
 @pytest.mark.reference
 @pytest.mark.parametrize("temperature", [None, 3.0])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_the_loss_is_the_formula(scene, scenario, temperature):
+def test_the_loss_equals_its_formula(scene, scenario, temperature):
     it = scene(scenario, temperature)
     mine = it.losses(Forward(it.model), it.batch)
     e, made, e_made = it.made()
@@ -201,7 +201,7 @@ def test_in_the_first_experience_there_is_no_teacher(scene):
     torch.testing.assert_close(mine, entropy + vae_loss(Forward(it.model), batch.inputs, e))
 
 
-def test_gradients_of_teacher_classifier_generator_stay_apart(scene):
+def test_teacher_classifier_and_generator_share_no_gradient(scene):
     it = scene()
     leaves = {name: value.clone().requires_grad_() for name, value in it.teacher.items()}
     loss = it.losses(Forward(it.model), it.batch, it.state.replace_group("teacher", leaves)).sum()
@@ -227,7 +227,7 @@ def test_gradients_of_teacher_classifier_generator_stay_apart(scene):
 # --------------------------------------------------------------------------- what is drawn
 
 
-def test_every_step_and_record_draws_anew_and_the_same_again(scene):
+def test_generated_rows_depend_on_record_and_step_only(scene):
     it = scene()
 
     def at(step, batch=it.batch):
@@ -299,7 +299,7 @@ def test_the_clipped_sum_by_book_keeping_equals_single_records(scene, temperatur
         assert 0 < int((factors < 1).sum()) < n
 
 
-def test_private_replay_charges_only_gradients_and_keeps_none(toy_stream, toy_model):
+def test_private_generative_replay_releases_only_gradients(toy_stream, toy_model):
     stream = toy_stream()
     learner = Learner(
         model=with_generator(toy_model(stream), stream),
@@ -319,7 +319,7 @@ def test_private_replay_charges_only_gradients_and_keeps_none(toy_stream, toy_mo
     assert learner.session.held.memory.rows is None
 
 
-def test_its_mechanism_can_be_audited(toy_stream, toy_model):
+def test_generative_replay_can_be_audited(toy_stream, toy_model):
     """The audit puts a probe beside the model, through which `encode` and `decode` must still be
     reached.
     """
@@ -336,7 +336,7 @@ def test_its_mechanism_can_be_audited(toy_stream, toy_model):
     assert found.canaries == 20 and found.steps == 3 and 0 < found.claimed < math.inf
 
 
-def test_it_runs_with_normalisation_dropout_and_half_precision(toy_stream):
+def test_generative_replay_runs_with_dropout_and_bfloat16(toy_stream):
     stream = toy_stream()
     body = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     for privacy, precision in (
@@ -373,7 +373,7 @@ def digits_of(strategy, seed):
     return learner, float(average_accuracy(learner.fit(stream)))
 
 
-def test_it_keeps_old_classes_where_plain_training_forgets_them():
+def test_generative_replay_forgets_less_than_plain_training():
     for seed in range(2):
         learner, accuracy = digits_of(GenerativeReplay(), seed)
         assert accuracy > digits_of(Naive(), seed)[1] + 20
@@ -397,7 +397,7 @@ def test_it_keeps_old_classes_where_plain_training_forgets_them():
                 assert float(torch.corrcoef(torch.stack([seen, shown]))[0, 1]) > 0.7
 
 
-def test_a_toml_runs_it(tmp_path):
+def test_a_config_can_use_generative_replay(tmp_path):
     text = """
     name = "made-up"
     [data]
@@ -448,7 +448,7 @@ def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("outside", [-0.4, 1.2, math.nan])
-def test_inputs_that_cannot_be_made_up_are_refused(toy_stream, outside):
+def test_inputs_outside_0_to_1_are_refused(toy_stream, outside):
     experience = toy_stream()[0]
     assert GenerativeReplay().plan(experience).train
     before = float(experience.test.inputs[0, 0])
@@ -492,6 +492,6 @@ def test_images_of_another_size_are_refused():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_is_above_zero(temperature):
+def test_a_temperature_of_0_or_less_is_refused(temperature):
     with pytest.raises(ConfigError, match=r"generative_replay\.temperature = "):
         GenerativeReplay(temperature=temperature)

@@ -49,7 +49,7 @@ def sigmoid(value):
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", ["class", "task"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_loss_is_the_formula(toy_stream, toy_model, scenario, temperature):
+def test_the_loss_equals_its_formula(toy_stream, toy_model, scenario, temperature):
     """Rows of both experiences in the second: teacher's answers for classes 0 and 1, labels for 2
     and 3.
     """
@@ -229,7 +229,7 @@ def test_prediction_is_the_nearest_exemplar_mean_of_final_model(toy_stream, toy_
 
 
 @pytest.mark.parametrize(("scenario", "allowed"), [("class", {0, 1}), ("task", {2, 3})])
-def test_classes_out_of_question_are_not_predicted(toy_stream, toy_model, scenario, allowed):
+def test_classes_that_are_not_allowed_are_not_predicted(toy_stream, toy_model, scenario, allowed):
     stream = toy_stream(scenario)
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
     predicted = learner.predictor(1 if scenario == "task" else 0, after=0)(stream[1].test.inputs)
@@ -267,7 +267,7 @@ def test_one_exemplar_moves_sums_by_at_most_the_clip_norm(toy_stream, toy_model,
     assert asked["clip_norm"] == 1 and asked["over"] == "memory"
 
 
-def test_private_exemplars_are_chosen_by_coin_with_noisy_means(toy_stream, toy_model):
+def test_private_exemplars_are_random_and_means_are_noisy(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(
         learner_of(
@@ -297,7 +297,7 @@ def test_a_stream_without_new_classes_is_refused(toy_stream, toy_model):
         learner_of(toy_model(stream), ICaRL(memory_size=8)).prepare(stream)
 
 
-def test_plans_ask_for_herded_exemplars_in_the_pool(toy_stream):
+def test_the_plan_pools_herded_exemplars_with_new_records(toy_stream):
     first = toy_stream()[0]
     assert ICaRL(memory_size=9, per_class=2).plan(first).memory == MemoryPlan(
         capacity=9, selection="herding", per_class=2, use="pooled"
@@ -307,7 +307,7 @@ def test_plans_ask_for_herded_exemplars_in_the_pool(toy_stream):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_options_are_checked(toy_stream, temperature):
+def test_invalid_options_are_refused(toy_stream, temperature):
     with pytest.raises(
         ConfigError,
         match=r"icarl\.temperature = .* is not allowed; allowed: a finite number above 0",

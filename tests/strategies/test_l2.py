@@ -20,7 +20,7 @@ def test_the_penalty_is_the_formula():
     assert set(state.rules.values()) == {"local"}
 
 
-def test_nothing_holds_before_there_is_a_past():
+def test_the_penalty_is_0_in_the_first_experience():
     params = {"a": torch.ones(3)}
     strategy = L2(strength=5.0)
     assert float(strategy.penalty({"a": torch.full((3,), 9.0)}, strategy.init(spec(params)))) == 0.0
@@ -47,7 +47,7 @@ def ends(strategy, stream, model):
     return found
 
 
-def test_first_experience_is_free_and_the_second_stays_near(toy_stream, toy_model):
+def test_l2_changes_only_the_training_of_later_experiences(toy_stream, toy_model):
     stream = toy_stream()
     held, free = (ends(s, stream, toy_model(stream)) for s in (L2(strength=2.0), Naive()))
     assert all(torch.equal(held[0][name], value) for name, value in free[0].items())
@@ -58,6 +58,6 @@ def test_first_experience_is_free_and_the_second_stays_near(toy_stream, toy_mode
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
-def test_options_are_checked(strength):
+def test_invalid_options_are_refused(strength):
     with pytest.raises(ConfigError, match=r"l2\.strength"):
         L2(strength=strength)

@@ -34,7 +34,7 @@ def similarity(model, x):
 
 @pytest.mark.parametrize("scenario", ["class", "task", "domain"])
 @torch.no_grad()
-def test_the_loss_is_that_of_the_paper(toy_stream, scenario):
+def test_the_loss_equals_the_formula_of_the_paper(toy_stream, scenario):
     stream = toy_stream(scenario)
     model = model_of(stream)
     at = contexts(stream, "cpu")(1)
@@ -48,7 +48,7 @@ def test_the_loss_is_that_of_the_paper(toy_stream, scenario):
     torch.testing.assert_close(losses, entropy + 0.7 * pull)
 
 
-def test_keys_come_nearer_to_the_queries_of_what_picks_them(toy_stream):
+def test_training_moves_keys_towards_their_queries(toy_stream):
     stream = toy_stream()
     ends = []
     for strength in (0.0, 1.0):
@@ -63,7 +63,7 @@ def test_keys_come_nearer_to_the_queries_of_what_picks_them(toy_stream):
     assert ends[1] > ends[0] + 0.2
 
 
-def test_old_classes_rows_stay_when_the_optimiser_starts_anew(toy_stream):
+def test_old_head_rows_do_not_change_with_a_new_optimiser(toy_stream):
     stream = toy_stream()
     heads = []
 
@@ -75,7 +75,7 @@ def test_old_classes_rows_stay_when_the_optimiser_starts_anew(toy_stream):
     assert torch.equal(heads[0][:2], heads[1][:2]) and not torch.equal(heads[0][2:], heads[1][2:])
 
 
-def test_it_keeps_the_contract_where_tasks_are_told():
+def test_the_strategy_passes_check_strategy_on_task_streams():
     assert "private" in check_strategy(L2P(), scenario="task").passed
 
 

@@ -56,7 +56,7 @@ def bits(model):
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_the_penalty_is_that_of_the_paper(toy_stream, done):
+def test_the_penalty_equals_the_formula_of_the_paper(toy_stream, done):
     """By single rows of A: those of the present set against those of every earlier one, in every
     projection.
     """
@@ -122,7 +122,7 @@ def test_untrained_sets_add_nothing_and_trained_sets_add_weights():
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     ],
 )
-def test_an_experience_moves_its_own_set_and_the_head_alone(toy_stream, optimizer):
+def test_only_the_own_adapter_set_and_head_are_trained(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
     learner.prepare(stream)
@@ -139,7 +139,7 @@ def test_an_experience_moves_its_own_set_and_the_head_alone(toy_stream, optimize
     assert float(learner.state["done"]) == 2
 
 
-def test_old_classes_rows_stay_when_the_optimiser_starts_anew(toy_stream):
+def test_old_head_rows_do_not_change_with_a_new_optimiser(toy_stream):
     stream = toy_stream()
     heads = []
 
@@ -151,7 +151,7 @@ def test_old_classes_rows_stay_when_the_optimiser_starts_anew(toy_stream):
     assert torch.equal(heads[0][:2], heads[1][:2]) and not torch.equal(heads[0][2:], heads[1][2:])
 
 
-def test_the_penalty_keeps_new_sets_out_of_the_way_of_old_ones(toy_stream):
+def test_the_penalty_keeps_adapter_sets_orthogonal(toy_stream):
     stream = toy_stream()
     overlaps = []
     for strength in (0.0, 1.0):
@@ -162,7 +162,7 @@ def test_the_penalty_keeps_new_sets_out_of_the_way_of_old_ones(toy_stream):
     assert overlaps[1] < 0.1 * overlaps[0]
 
 
-def test_under_privacy_only_what_trains_is_released(toy_stream):
+def test_only_trained_adapters_are_released_under_privacy(toy_stream):
     stream = toy_stream()
     asked = []
     learner = learner_of(stream, privacy=Privacy(noise_multiplier=1.0, seed=0))

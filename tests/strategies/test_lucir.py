@@ -117,7 +117,7 @@ def by_hand(features, then, weight, scale, label, experience, negatives, rate):
 @pytest.mark.reference
 @pytest.mark.parametrize("experience", [1, 2])
 @pytest.mark.parametrize("negatives", [1, 2, 9])
-def test_the_loss_is_the_formula(experience, negatives):
+def test_the_loss_equals_its_formula(experience, negatives):
     strategy = LUCIR(
         memory_size=8, less_forget=STRENGTH, ranking=RANKING, margin=MARGIN, negatives=negatives
     )
@@ -211,7 +211,7 @@ def test_neither_teacher_nor_held_embeddings_get_a_gradient():
 
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)])
-def test_old_embeddings_stay_when_parameters_move(privacy):
+def test_old_embeddings_do_not_change_with_the_parameters(privacy):
     """Momentum, weight decay and noise move the model's own rows; what is predicted with does not
     move.
     """
@@ -258,7 +258,7 @@ def answered_as_new(learner, stream):
     return float(torch.isin(answers, torch.tensor(newest)).float().mean())
 
 
-def test_old_and_new_classes_are_even_unlike_with_a_linear_head():
+def test_lucir_predicts_old_records_as_new_classes_less_often():
     stream = split(digits(), scenario="class", experiences=5)
     found = {}
     for name, strategy, head in (
@@ -271,7 +271,7 @@ def test_old_and_new_classes_are_even_unlike_with_a_linear_head():
     assert found["cosine"][1] < 0.5 * found["linear"][1] and found["linear"][1] > 0.05
 
 
-def test_under_privacy_it_asks_for_gradients_alone():
+def test_private_lucir_releases_only_gradients():
     stream = split(digits(), scenario="class", experiences=2)
     learner = learner_of(
         LUCIR(memory_size=50), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0)
@@ -282,7 +282,7 @@ def test_under_privacy_it_asks_for_gradients_alone():
     assert len(learner.private_sum.ledger.entries[-1].scope) == 2
 
 
-def test_with_a_model_that_normalises_and_drops_out():
+def test_lucir_works_with_normalisation_and_dropout():
     stream = small_stream("class")
     body = nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     for privacy in (None, Privacy(noise_multiplier=1.0, seed=0)):
@@ -322,6 +322,6 @@ def test_other_scenarios_and_heads_are_refused():
         ({"memory_size": 0}, "lucir.memory_size = 0"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LUCIR(**{"memory_size": 8} | options)

@@ -62,7 +62,7 @@ def problem(toy_stream, toy_model):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_the_loss_is_the_formula(problem, scenario):
+def test_the_loss_equals_its_formula(problem, scenario):
     stream, student, teacher, spec = problem(scenario)
     strategy = LwF(temperature=T, strength=0.7)
     state = strategy.init(spec)
@@ -100,7 +100,7 @@ def third_by_hand(scenario, weighting, student, teacher, label, strength):
 @pytest.mark.reference
 @pytest.mark.parametrize("weighting", ["sum", "experiences"])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_in_the_third_experience_heads_add_up_or_are_averaged(scenario, weighting):
+def test_lwf_sums_or_averages_heads_in_experience_3(scenario, weighting):
     stream = small_stream(scenario)
     student, other = (
         mlp(
@@ -194,6 +194,6 @@ def test_the_teacher_is_the_model_after_the_last_experience(toy_stream, toy_mode
         ({"weighting": "equal"}, "lwf.weighting = 'equal'.*sum, experiences"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LwF(**options)

@@ -56,7 +56,7 @@ def test_the_importance_equals_a_hand_written_loop(toy_stream, toy_model, scenar
         assert torch.equal(state[f"anchor/{name}"], params[name])
 
 
-def test_it_is_not_that_of_the_mean_gradient(toy_stream, toy_model):
+def test_importance_differs_from_that_of_the_mean_gradient(toy_stream, toy_model):
     """Records that pull in opposite directions both count; in the gradient of the mean they would
     cancel.
     """
@@ -125,6 +125,6 @@ def test_private_importance_is_one_release_clipped_and_clamped(toy_stream, toy_m
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
-def test_options_are_checked(strength):
+def test_invalid_options_are_refused(strength):
     with pytest.raises(ConfigError, match=r"mas\.strength"):
         MAS(strength=strength)

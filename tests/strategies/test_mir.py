@@ -113,7 +113,7 @@ def test_the_virtual_step_starts_from_the_given_parameters(mixed, toy_model):
         torch.testing.assert_close(strategy.losses(Forward(model), batch, at, State()), given)
 
 
-def test_it_rehearses_the_class_that_the_new_one_is_taken_for():
+def test_mir_rehearses_the_class_confused_with_the_new_one():
     """Classes 0 and 1 are stored; the new class 2 looks almost like 1."""
     inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]])
     labels = torch.tensor([2] * 4 + [0, 1] * 5)
@@ -138,7 +138,7 @@ def test_it_rehearses_the_class_that_the_new_one_is_taken_for():
     assert set(labels[4:][mine[4:] > 0].tolist()) == {1}
 
 
-def test_dropout_does_not_choose(mixed):
+def test_dropout_does_not_change_the_chosen_rows(mixed):
     batch, at, _ = mixed()
     model = Classifier(nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Dropout(0.5)), 30, 4).train()
     losses = [
@@ -150,7 +150,7 @@ def test_dropout_does_not_choose(mixed):
     assert all(part.training for part in model.modules())
 
 
-def test_only_the_pass_of_the_loss_moves_running_statistics(mixed):
+def test_mir_changes_running_statistics_only_in_the_loss_pass(mixed):
     batch, at, _ = mixed()
     model = Classifier(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), 8, 4).train()
     MIR(memory_size=50).losses(Forward(model), batch, at, State())
@@ -171,7 +171,7 @@ def test_padding_is_neither_learnt_from_nor_rehearsed(mixed, toy_model):
     assert not mine[0] and not mine[-1]
 
 
-def test_of_stored_rows_that_lose_alike_the_first_are_chosen(mixed, toy_model):
+def test_mir_chooses_the_first_of_rows_with_equal_scores(mixed, toy_model):
     batch, at, stream = mixed()
     inputs = batch.inputs.clone()
     labels = batch.labels.clone()
@@ -240,7 +240,7 @@ def test_a_batch_that_is_cut_is_refused(toy_stream, toy_model):
     )
 
 
-def test_it_is_refused_under_privacy(toy_stream, toy_model):
+def test_mir_is_refused_under_privacy(toy_stream, toy_model):
     stream = toy_stream()
     with pytest.raises(PrivacyError, match="MIR couples the records of a batch"):
         learner_of(
@@ -248,7 +248,7 @@ def test_it_is_refused_under_privacy(toy_stream, toy_model):
         ).fit(stream)
 
 
-def test_plans_ask_for_the_candidates(toy_stream):
+def test_the_plan_draws_the_candidates_from_memory(toy_stream):
     first = toy_stream()[0]
     assert MIR(memory_size=9, candidates=7, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="reservoir", batch_size=7, update="step"
@@ -269,6 +269,6 @@ def test_plans_ask_for_the_candidates(toy_stream):
         ({"memory_size": 0}, "memory_size = 0"),
     ],
 )
-def test_options_are_checked(toy_stream, options, message):
+def test_invalid_options_are_refused(toy_stream, options, message):
     with pytest.raises(ConfigError, match=message):
         MIR(**options).plan(toy_stream()[0])

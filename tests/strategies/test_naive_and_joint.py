@@ -22,7 +22,7 @@ def weights(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def test_naive_is_a_plain_loop(toy_stream, toy_model):
+def test_naive_equals_a_hand_written_loop(toy_stream, toy_model):
     """The bare PyTorch loop over the same batches gives the same bits."""
     stream = toy_stream()
     batches = []
@@ -52,7 +52,7 @@ def test_naive_is_a_plain_loop(toy_stream, toy_model):
         )
 
 
-def test_joint_starts_every_experience_anew_on_a_pool_of_all(toy_stream, toy_model):
+def test_joint_restarts_on_a_pool_of_all_records(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(toy_stream())
     starts = []
@@ -80,7 +80,7 @@ def test_joint_takes_an_epoch_of_the_pool(toy_stream, toy_model):
     assert [learner.training.steps(index) for index in range(2)] == [12, 24]
 
 
-def test_joint_keeps_what_naive_forgets(toy_stream, toy_model):
+def test_joint_forgets_less_than_naive(toy_stream, toy_model):
     stream = toy_stream()
     _, naive = fit(stream, toy_model(stream), Naive(), epochs=20)
     _, joint = fit(stream, toy_model(stream), Joint(), epochs=20)

@@ -44,7 +44,7 @@ def test_logits_differ_from_distances_by_one_constant():
     torch.testing.assert_close(gap, gap[:, :1].expand_as(gap), rtol=1e-4, atol=1e-4)
 
 
-def test_normalised_it_goes_by_the_angle():
+def test_normalised_ncm_predicts_by_the_angle():
     features, labels = everything()
     unit = features / features.norm(dim=1, keepdim=True)
     means = torch.stack([unit[labels == c].mean(0) for c in range(10)])

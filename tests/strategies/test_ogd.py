@@ -112,7 +112,7 @@ def test_only_present_directions_are_projected_and_inverted():
     assert flat(mine).isfinite().all() and not torch.equal(flat(mine), flat(gradient))
 
 
-def test_in_the_first_experience_no_direction_is_read():
+def test_ogd_reads_no_direction_in_the_first_experience():
     strategy, state = state_of(torch.zeros(4, 10))
     gradient = gradient_of(torch.ones(10))
     unread = state.replace({"inverse": torch.full_like(state["inverse"], math.nan)})
@@ -175,7 +175,7 @@ def test_a_direction_is_the_mean_logit_gradient_of_its_group(
             assert not state[f"directions/{name}"][:6].any()
 
 
-def test_groups_go_by_class_and_id_alone_and_classes_share_alike(toy_stream):
+def test_groups_depend_on_class_and_id_with_equal_shares(toy_stream):
     stream = toy_stream()
     at = contexts(stream, "cpu")(1)
     batch = Batch.current(stream[1].train, 1)
@@ -193,7 +193,7 @@ def test_groups_go_by_class_and_id_alone_and_classes_share_alike(toy_stream):
     assert float((counts - 0.1).abs().max()) < 0.01
 
 
-def test_over_clients_directions_are_those_of_all_records(toy_stream, toy_model):
+def test_averaged_directions_equal_directions_of_all_records(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = OGD(directions=4)
@@ -283,7 +283,7 @@ def learner_of(strategy, stream, seed=0, **changes):
     return Learner(model=model, strategy=strategy, **options | changes)
 
 
-def test_it_forgets_less_than_plain_training():
+def test_ogd_forgets_less_than_plain_training():
     for seed in range(3):
         stream = permuted(digits(seed=seed), experiences=2, seed=seed)
         plain, kept = (
@@ -353,6 +353,6 @@ def test_a_step_of_some_parameters_only_is_refused():
     ("options", "message"),
     [({"directions": 0}, "ogd.directions = 0"), ({"logit": "all"}, "ogd.logit = 'all'")],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         OGD(**options)

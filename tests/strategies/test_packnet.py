@@ -46,7 +46,7 @@ def network(weights, x):
 
 @pytest.mark.parametrize("dense_steps", [None, 12])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_no_later_step_moves_an_earlier_answer_by_a_bit(optimizer, dense_steps):
+def test_later_steps_do_not_change_earlier_predictions(optimizer, dense_steps):
     stream = tasks()
     learner = learner_of(
         PackNet(pruned_share=0.6, dense_steps=dense_steps), stream, optimizer=OPTIMIZERS[optimizer]
@@ -227,7 +227,7 @@ def test_arithmetic_gives_the_network_of_masks_to_the_bit(steps):
             assert torch.equal(projected[name], torch.where(training, ones[name], 0.0))
 
 
-def test_what_is_pruned_starts_the_next_task_from_zero(toy_stream, toy_model):
+def test_pruned_weights_start_the_next_task_at_0(toy_stream, toy_model):
     stream = toy_stream("task")
     strategy = PackNet(pruned_share=0.5)
     learner = Learner(
@@ -266,7 +266,7 @@ def scores(strategy, scenario, seed, hidden=(100,), iterations=200):
         ),
     ],
 )
-def test_it_forgets_nothing_where_training_on_forgets(seed):
+def test_packnet_forgets_nothing_unlike_plain_training(seed):
     (naive, lost), (kept, nothing) = (
         scores(s, "task", seed) for s in (Naive(), PackNet(dense_steps=100))
     )
@@ -274,7 +274,7 @@ def test_it_forgets_nothing_where_training_on_forgets(seed):
 
 
 @pytest.mark.deep(reason="full replay: trains six networks to compare their means")
-def test_retraining_wins_back_what_pruning_cost():
+def test_retraining_recovers_accuracy_after_pruning():
     pruned, retrained = (
         sum(
             scores(PackNet(pruned_share=0.97, dense_steps=steps), "task", seed, (40,))[0]
@@ -297,7 +297,7 @@ def test_a_stream_without_tasks_or_a_missing_head_is_refused(toy_model, toy_stre
         PackNet(head="body.").init(spec(scenario="task"))
 
 
-def test_networks_answer_for_own_classes_when_no_task_is_given(toy_model, toy_stream):
+def test_networks_predict_own_classes_if_no_task_is_given(toy_model, toy_stream):
     stream = toy_stream()
     strategy = PackNet(pruned_share=0.5)
     learner = Learner(
@@ -327,6 +327,6 @@ def test_networks_answer_for_own_classes_when_no_task_is_given(toy_model, toy_st
         ({"dense_steps": 0}, "packnet.dense_steps = 0"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         PackNet(**options)

@@ -82,7 +82,7 @@ def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
     assert difference(strategy) < (1e-5 if strategy.ridge >= 1e-3 else 1e-3)
 
 
-def test_one_experience_is_not_all_of_them():
+def test_ranpac_after_one_experience_differs_from_all():
     """What the comparison above could not miss: a head of fewer records."""
     few = learner_of(RAW)
     base = logits(alone(RAW))
@@ -136,7 +136,7 @@ def test_private_ranpac_is_one_release_clipped_to_declared_norm():
     assert 5 < learner.private_sum.ledger.worst(1e-5)[1] <= 8
 
 
-def test_no_record_is_clipped_where_features_are_normalised():
+def test_normalised_features_are_not_clipped():
     """With noise of nearly nothing the released sums are the exact ones."""
     exact = alone(RanPAC(bias=0.5)).state
     noised = alone(
@@ -146,7 +146,7 @@ def test_no_record_is_clipped_where_features_are_normalised():
         torch.testing.assert_close(noised[name], exact[name], rtol=1e-3, atol=1e-3)
 
 
-def test_under_privacy_it_still_tells_digits_apart():
+def test_private_ranpac_still_classifies_digits():
     """178 records a class bear a budget of 8 with few features."""
     assert accuracy(alone(RanPAC(projection=24), privacy=SIMULATED)) > 0.5
 
@@ -192,6 +192,6 @@ def test_a_model_without_feature_size_is_refused():
         ({"bound": -1.0, "normalise": False}, "ranpac.bound = -1.0"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         RanPAC(**options)

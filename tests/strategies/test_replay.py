@@ -57,7 +57,7 @@ def test_the_new_experience_weighs_one_over_t_at_any_batch_size(
     torch.testing.assert_close(mine, expected)
 
 
-def test_in_the_third_experience_it_is_a_third():
+def test_new_records_have_weight_one_third_in_experience_3():
     table = torch.eye(3, dtype=torch.bool)
     from perdure.contract.context import Context
     from perdure.data.records import Batch
@@ -80,7 +80,7 @@ def test_in_the_third_experience_it_is_a_third():
     torch.testing.assert_close(equal, each)
 
 
-def test_the_first_experience_is_plain_training(toy_stream, toy_model):
+def test_the_first_experience_equals_plain_training(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     first = batches(stream, learner_of(model, Replay(memory_size=8)))[0]
@@ -106,7 +106,7 @@ def test_private_new_and_stored_records_are_one_equal_pool(toy_stream, toy_model
     ]
 
 
-def test_plans_ask_for_the_memory(toy_stream):
+def test_the_plan_uses_the_memory(toy_stream):
     plan = Replay(memory_size=9, selection="reservoir", per_class=2, batch_size=3).plan(
         toy_stream()[0]
     )
@@ -126,6 +126,6 @@ def test_plans_ask_for_the_memory(toy_stream):
         ({"memory_size": 5, "batch_size": 0}, "memory batch_size = 0"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Replay(**options)

@@ -95,7 +95,7 @@ def walk(toy_stream, toy_model):
 
 
 @pytest.mark.reference
-def test_scores_are_those_of_the_windows_averaged_with_the_past(walk):
+def test_rwalk_scores_are_averaged_with_earlier_ones(walk):
     for name in walk.ends[0]:
         first = walk.walked(name, 0)
         second = walk.walked(name, 1)
@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_windows_averaged_with_the_past(walk):
         assert float(first.max()) > 0 and float(second.max()) > 0
 
 
-def test_a_step_within_a_window_scores_nothing():
+def test_scores_change_only_at_the_end_of_a_window():
     params = {"w": torch.tensor([1.0, 2.0])}
     spec = Spec(params=params, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
     strategy = RWalk(strength=1.0, window=2)
@@ -162,7 +162,7 @@ def test_the_penalty_scales_both_to_at_most_one(walk):
     )
 
 
-def test_what_is_walked_begins_anew_with_every_experience(walk):
+def test_the_path_is_reset_in_every_experience(walk):
     for name in walk.ends[0]:
         assert not any(
             walk.states[1][f"{group}/{name}"].any() for group in ("walked", "won", "moved")
@@ -184,7 +184,7 @@ def test_scales_follow_from_the_state_also_after_combination(walk):
     assert float(scale({"w": torch.zeros(3)})) == 0.0
 
 
-def test_penalty_is_none_without_a_past_and_rules_are_declared():
+def test_rwalk_has_no_penalty_in_the_first_experience():
     spec = Spec(
         params={"w": torch.ones(2)},
         num_classes=2,
@@ -210,6 +210,6 @@ def test_penalty_is_none_without_a_past_and_rules_are_declared():
         ({"strength": 1.0, "damping": 0.0}, "rwalk.damping = 0.0"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         RWalk(**options)

@@ -251,7 +251,7 @@ def test_one_record_moves_no_release_by_more_than_its_bound(pair_of, name, clipp
 
 
 @pytest.mark.parametrize("name", private())
-def test_with_noise_in_a_fixed_order_too(pair_of, name):
+def test_one_record_changes_fixed_order_sums_within_its_bound(pair_of, name):
     whole, fewer = pair_of(name, bands=2)
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
@@ -260,7 +260,7 @@ def test_with_noise_in_a_fixed_order_too(pair_of, name):
     assert len(touched) == 3 * trains  # six steps of the first experience are three epochs of two
 
 
-def test_a_memory_keeps_the_same_of_all_others(pair):
+def test_one_record_does_not_change_other_memory_members(pair):
     """Membership goes by each record's own coin: one record less evicts and admits nobody."""
     whole, fewer = pair(example("replay"))
     compared(whole, fewer)
@@ -278,7 +278,7 @@ class Masked(Naive):
         return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
-def test_a_loss_that_couples_records_is_found_out(pair, monkeypatch):
+def test_a_loss_that_couples_records_is_detected(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds
     it.
     """

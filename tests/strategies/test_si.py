@@ -155,7 +155,7 @@ def test_parameters_that_are_not_trained_have_no_path(toy_stream, toy_model):
     assert not state["importance/body.1.weight"].any() and state["importance/head.weight"].any()
 
 
-def test_what_mattered_is_held_where_it_was(toy_stream, toy_model):
+def test_important_parameters_change_less(toy_stream, toy_model):
     def importance_weighted_move(strategy):
         stream = toy_stream()
         run = Path(strategy, stream, toy_model(stream), iterations=60, optimizer=OPTIMIZERS["adam"])
@@ -195,7 +195,7 @@ def noisy_walk(optimizer, variance, told, steps=400):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
-def test_the_noise_on_the_path_is_taken_off_where_it_is_known(optimizer):
+def test_known_noise_is_subtracted_from_the_path(optimizer):
     """Standard error of a mean over 1,000 coordinates and 400 steps of r v (chi-squared): 0.2 % of
     the noise's part.
     """
@@ -215,14 +215,14 @@ def test_the_noise_on_the_path_is_taken_off_where_it_is_known(optimizer):
         assert abs(float(flat.mean())) < of_noise
 
 
-def test_without_noise_nothing_is_taken_off():
+def test_without_noise_nothing_is_subtracted_from_the_path():
     before, after, gradient = (
         torch.tensor(value) for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5])
     )
     assert progress(before, after, gradient).tolist() == [1.0, -0.5]
 
 
-def test_steps_against_or_without_the_gradient_take_nothing_off():
+def test_other_steps_subtract_no_noise_from_the_path():
     before = torch.zeros(2)
     after = torch.ones(2)
     assert progress(before, after, torch.ones(2), 0.5).tolist() == [-1.0, -1.0]
@@ -238,6 +238,6 @@ def test_steps_against_or_without_the_gradient_take_nothing_off():
         ({"strength": 1.0, "damping": float("inf")}, "si.damping = inf"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         SI(**options)

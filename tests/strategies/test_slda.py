@@ -51,7 +51,7 @@ def test_the_papers_shrinkage_is_towards_the_identity():
     )
 
 
-def test_shrunk_all_the_way_it_is_the_nearest_mean():
+def test_slda_with_shrinkage_1_is_the_nearest_mean():
     near = alone(NCM(normalise=False))
     shrunk = alone(SLDA(shrinkage=1.0, scaled=False, normalise=False))
     torch.testing.assert_close(logits(shrunk), logits(near))
@@ -62,7 +62,7 @@ def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
     assert difference(strategy) < 1e-5
 
 
-def test_under_privacy_it_is_one_release_an_experience():
+def test_private_slda_makes_one_release_per_experience():
     learner = alone(SLDA(), privacy=SIMULATED)
     entries = learner.private_sum.ledger.entries
     assert [list(entry.scope) for entry in entries] == [
@@ -75,6 +75,6 @@ def test_under_privacy_it_is_one_release_an_experience():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, math.nan])
-def test_options_are_checked(value):
+def test_invalid_options_are_refused(value):
     with pytest.raises(ConfigError, match=r"slda\.shrinkage"):
         SLDA(shrinkage=value)

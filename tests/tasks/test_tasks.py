@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 
 import perdure.tasks
-from perdure.data import Dataset, Experience, Records, Stream, dirichlet, iid, permuted, split
+from perdure.contract.context import contexts
+from perdure.data import (
+    Batch,
+    Dataset,
+    Experience,
+    Records,
+    Stream,
+    dirichlet,
+    iid,
+    permuted,
+    split,
+)
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import MASKED, MultiLabel, NextToken, Regression, SingleLabel, Task
 
@@ -62,7 +73,7 @@ def losses_by_hand(task: Task, outputs, targets, mask) -> list[float]:
 
 @every
 @pytest.mark.parametrize("masked", [False, True])
-def test_losses_are_those_of_the_formula(task, masked):
+def test_task_losses_equal_their_formula(task, masked):
     outputs, targets = outputs_of(task), TARGETS[task]
     mask = GIVEN if masked else torch.ones(C, dtype=torch.bool)
     expected = torch.tensor(losses_by_hand(task, outputs, targets, mask))
@@ -118,7 +129,7 @@ def metric(task: Task, outputs, targets=None) -> float:
     return task.score(task.measures(outputs, targets).sum(0), len(targets))
 
 
-def test_metrics_are_those_of_the_formula():
+def test_task_metrics_equal_their_formula():
     single, multi, numbers, words = TARGETS
     assert metric(single, F.one_hot(TARGETS[single], C).float()) == 100.0
     assert metric(numbers, TARGETS[numbers] + 2.0) == pytest.approx(2.0, rel=1e-6)
@@ -220,7 +231,7 @@ def test_a_mixture_of_tasks_is_refused():
         )
 
 
-def test_what_goes_by_class_refuses_other_tasks():
+def test_class_based_strategies_refuse_other_tasks():
     part = records(Regression())
     data = Dataset(name="made", train=part, test=part, num_classes=C, input_shape=(3,))
     with pytest.raises(ConfigError, match="split does not support regression records: it cuts by"):
@@ -236,3 +247,25 @@ def test_tasks_are_found_from_their_files():
     assert perdure.tasks.find("next_token") is NextToken
     with pytest.raises(ConfigError, match=r"'regresion' is not allowed.*did you mean 'regression'"):
         perdure.tasks.find("regresion")
+
+
+def test_labels_not_seen_yet_count_for_nothing():
+    parts = []
+    for index, classes in enumerate(((0, 1), (2, 3, 4))):
+        labels = torch.zeros(N, C)
+        labels[:, list(classes)] = 1.0
+        part = Records(inputs=torch.rand(N, 3), labels=labels, task=MultiLabel())
+        parts.append(Experience(index=index, train=part, test=part, classes=classes))
+    stream = Stream(
+        name="labels", scenario="class", experiences=tuple(parts), num_classes=C, input_shape=(3,)
+    )
+    batch = Batch.current(stream[0].train, 0)
+    outputs = outputs_of(MultiLabel())
+    first = contexts(stream, "cpu")(0)
+    expected = torch.tensor(
+        losses_by_hand(MultiLabel(), outputs, batch.labels, torch.arange(C) < 2)
+    )
+    torch.testing.assert_close(first.losses(outputs, batch), expected)
+    assert not MultiLabel().predictions(first.mask(outputs.abs(), batch))[:, 2:].any()
+    later = contexts(stream, "cpu")(1)
+    assert not torch.allclose(later.losses(outputs, batch), expected)

@@ -10,6 +10,7 @@ from helpers.task_streams import TASKS, learner_of, model_of, stream_of
 from perdure import Privacy, strategies
 from perdure.adversarial import FGSM
 from perdure.auditing import lira
+from perdure.auditing.canaries import Audited, with_canaries
 from perdure.contract import Combine, Forward, Strategy
 from perdure.contract.context import contexts
 from perdure.contract.forward import task_losses
@@ -19,7 +20,7 @@ from perdure.federated import Federation, run_federation
 from perdure.metrics import forgetting
 from perdure.privacy.clipping.clip import Clip
 from perdure.queries import clipped_gradient
-from perdure.strategies import EWC, NCM, Naive, Replay
+from perdure.strategies import EWC, NCM, LwF, Naive, Replay
 from perdure.tasks import MultiLabel, NextToken, Regression, Task
 
 every = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -63,6 +64,19 @@ def test_a_task_is_learnt_by_a_federation(task):
     assert better(task, matrix[1][1], untrained(task)[1])
 
 
+@pytest.mark.deep(reason="deployment: a private federation of every task")
+@others
+def test_a_task_is_learnt_by_a_private_federation(task):
+    clients = iid(stream_of(task), clients=2, exact=False)
+
+    def make(number):
+        private = Privacy(noise_multiplier=0.3, clip_norm=2.0, seed=number)
+        return learner_of(task, LwF(), iterations=12, blocks=4, privacy=private)
+
+    server = run_federation(make, clients, Federation(clients=2, rounds=4))
+    assert better(task, server.learner.matrix[0][0], untrained(task)[0])
+
+
 @others
 def test_a_task_is_learnt_in_private(task):
     stream = stream_of(task)
@@ -74,7 +88,7 @@ def test_a_task_is_learnt_in_private(task):
 
 
 @others
-def test_one_records_whole_loss_is_one_clipped_row(task):
+def test_the_whole_loss_of_a_record_is_one_clipped_row(task):
     stream = stream_of(task)
     batch = Batch.current(stream[0].train.take(torch.arange(9)), 0)
     context = contexts(stream, "cpu")(0)
@@ -117,6 +131,17 @@ def test_fisher_information_is_of_whole_records(task):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@others
+def test_canaries_are_records_of_the_task(task):
+    stream = with_canaries(stream_of(task), 0, torch.tensor([7, 8]))
+    rows = stream[0].train.labels[-2:]
+    task.check(rows)
+    assert torch.equal(rows[0], rows[1])
+    Audited(inner=Naive(), first=7, canaries=2, loudness=1.0).refuse_task(task)
+    with pytest.raises(ConfigError, match="NCM does not"):
+        Audited(inner=NCM(), first=7, canaries=2, loudness=1.0).refuse_task(task)
+
+
 def served(name: str) -> Strategy:
     return strategies.find(name).example()
 
@@ -129,7 +154,7 @@ def plain_model(strategy: Strategy) -> bool:
     return strategy.small_model(input_shape=(6,), num_classes=4) is None
 
 
-def test_every_strategy_trains_the_tasks_that_it_serves():
+def test_every_strategy_trains_its_supported_tasks():
     trained = set()
     for name, task in pairs():
         strategy = served(name)
@@ -143,7 +168,7 @@ def test_every_strategy_trains_the_tasks_that_it_serves():
     assert len(trained) > 40
 
 
-def test_a_task_that_a_strategy_does_not_serve_is_refused():
+def test_an_unsupported_task_of_a_strategy_is_refused():
     for name, task in pairs():
         strategy = served(name)
         if not isinstance(task, strategy.tasks):
@@ -169,7 +194,7 @@ def test_outputs_of_another_shape_are_refused_by_task():
         learner_of(NextToken(), model=model).prepare(stream)
 
 
-def test_attacks_refuse_what_they_cannot_move_or_score():
+def test_attacks_refuse_unsupported_inputs_and_tasks():
     with pytest.raises(ConfigError, match=r"adversary = FGSM.*inputs are torch\.int64"):
         learner_of(NextToken(), adversary=FGSM(epsilon=0.1)).prepare(stream_of(NextToken()))
     records = stream_of(MultiLabel())[0].train
@@ -197,7 +222,7 @@ class Ordinal(Regression):
         return targets[:, 0].round().long()
 
 
-def test_a_task_of_ones_own_trains_and_balances_memory():
+def test_a_users_own_task_trains_and_balances_memory():
     task = Ordinal()
     stream = stream_of(Regression())
     parts = []

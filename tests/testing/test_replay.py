@@ -74,7 +74,7 @@ def test_every_strategy_can_be_replayed_or_gives_a_reason():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_strategy_says_why(name, toy_stream, toy_model):
+def test_replay_gives_the_reason_for_a_refused_strategy(name, toy_stream, toy_model):
     parts = experiment(toy_stream(), name, "flat", "alone", toy_model)
     with pytest.raises(GuardError, match=REFUSED[name]):
         replay(**parts, record=0)
@@ -120,7 +120,7 @@ class Dropping(nn.Sequential):
 def test_replay_refuses_views_adversaries_and_dropout(changes, name, toy_stream, toy_model):
     parts = {"model": toy_model} | changes
     make = maker(toy_stream(), Naive(), **parts)
-    with pytest.raises(ConfigError, match=f"{name} = .* go by a row's place in the batch"):
+    with pytest.raises(ConfigError, match=f"{name} = .* depend on a row's position in the batch"):
         replay(make, [toy_stream()], record=0)
 
 
@@ -172,7 +172,7 @@ def test_replay_compares_one_record_with_none(beside, toy_stream):
         for place in PLACES
     ],
 )
-def test_a_strategy_with_one_record_is_replayed_against_none(name, place, toy_stream, toy_model):
+def test_replay_compares_each_strategy_with_and_without_data(name, place, toy_stream, toy_model):
     own = (lambda stream: ByShape()) if name == "der" else toy_model
     parts = experiment(toy_stream(), name, "flat", place, own)
     record = int(parts["streams"][0][0].train.ids[3])

@@ -92,7 +92,7 @@ def test_a_field_of_another_type_is_refused(kind, given, allowed):
         ({"folder": "runs"}, Path("runs")),
     ],
 )
-def test_a_list_or_text_becomes_what_the_field_holds(given, kept):
+def test_a_list_or_text_is_converted_to_the_field_type(given, kept):
     assert getattr(Settings(**given), next(iter(given))) == kept
 
 
@@ -106,17 +106,17 @@ def test_a_list_or_text_becomes_what_the_field_holds(given, kept):
         ("change", abs),
     ],
 )
-def test_a_value_that_fits_is_kept_as_it_is(name, value):
+def test_a_value_of_the_right_type_is_kept(name, value):
     assert getattr(Settings(**{name: value}), name) is value
 
 
-def test_the_message_of_a_class_goes_before_that_of_its_types():
+def test_a_class_checks_its_own_message_before_types():
     for value in (0, 0.5):
         with pytest.raises(ConfigError, match=rf"^size = {value} .*1 or more"):
             Further(size=value)
 
 
-def test_an_error_that_no_type_explains_is_raised_as_it_is():
+def test_other_errors_of_a_field_are_raised_unchanged():
     with pytest.raises(ZeroDivisionError):
         Failing(size=0)
     with pytest.raises(ConfigError, match=r"failing.size = '0' .*a whole number"):

@@ -27,19 +27,19 @@ def denormal() -> float:
     return float(torch.tensor(1e-30) * 1e-10)
 
 
-def test_inside_they_are_zero_and_outside_they_are_not() -> None:
+def test_denormals_are_zero_only_inside_flushed() -> None:
     with flushed():
         assert denormal() == 0.0
     assert denormal() > 0.0
 
 
-def test_it_ends_with_an_error_too() -> None:
+def test_flushed_ends_also_after_an_error() -> None:
     with pytest.raises(KeyError), flushed():
         raise KeyError
     assert denormal() > 0.0
 
 
-def test_a_caller_that_flushes_them_itself_still_does_afterwards() -> None:
+def test_flushed_restores_the_mode_of_the_caller() -> None:
     torch.set_flush_denormal(True)
     with flushed():
         assert denormal() == 0.0
@@ -52,7 +52,7 @@ def test_denormals_do_not_depend_on_the_thread_that_worked() -> None:
         assert denormal() > 0.0
 
 
-def test_the_loop_runs_inside(toy_stream, toy_model) -> None:
+def test_the_training_loop_runs_with_flushed_denormals(toy_stream, toy_model) -> None:
     seen: dict[str, float] = {}
     learner = Learner(
         model=toy_model(toy_stream()),

@@ -119,7 +119,7 @@ def shapes(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- files
 
 
-def test_names_are_the_files_and_none_of_them_is_imported(shapes):
+def test_names_lists_files_without_importing_them(shapes):
     assert shapes.registry().names() == NAMES
     loaded = {name for name in sys.modules if name.startswith(f"{shapes.package}.")}
     assert loaded == set()
@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_imported_is_named_with_its_reason(shapes):
     assert "no_such_module_at_all" in message
 
 
-def test_an_unknown_name_is_refused_with_those_there_are(shapes):
+def test_an_unknown_extension_is_refused_with_known_names(shapes):
     assert shapes.refusal("sqare") == (
         "shape = 'sqare' is not allowed; allowed: broken, empty, right_circle, square, two, or "
         "\"module:name\"; did you mean 'square'?"
@@ -210,7 +210,7 @@ def test_a_wrong_entry_point_names_its_distribution(shapes, value, reason):
     assert message.endswith("repair or uninstall that distribution")
 
 
-def test_foreign_code_that_fails_at_import_is_one_line(shapes):
+def test_an_import_error_of_an_extension_is_one_line(shapes):
     shapes.add("bad-shapes", {"bad": f"{shapes.outside}:X"}, "raise ValueError('two\\nlines')")
     message = shapes.refusal("bad")
     assert "distribution bad-shapes" in message
@@ -237,7 +237,7 @@ def test_two_distributions_may_not_claim_one_name(shapes):
 # --------------------------------------------------------------------------- module:name
 
 
-def test_any_module_can_be_named(shapes):
+def test_an_extension_of_any_module_is_found(shapes):
     shapes.add("others", {})
     assert shapes.registry().find(f"{shapes.outside}:Triangle")().area() == 0.5
     assert shapes.registry().find(f"{shapes.package}.right_circle:Square").__name__ == "Square"
@@ -247,7 +247,7 @@ def test_any_module_can_be_named(shapes):
     "name",
     [":", "a:", ":A", "a b:C", "a:b c", "a:b:c", "a..b:C", "1a:B", "a:B.C", "a:B[x]", "é-:A"],
 )
-def test_a_name_that_python_cannot_have_is_refused(shapes, name):
+def test_an_invalid_python_name_is_refused_as_extension(shapes, name):
     assert shapes.refusal(name) == (
         f'shape = {name!r} is not allowed; allowed: "package.module:Name", both of them importable'
     )

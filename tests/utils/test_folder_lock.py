@@ -16,7 +16,7 @@ def holding(folder, ready):
     signal.pause()
 
 
-def test_a_folder_has_one_holder_at_a_time(tmp_path):
+def test_a_folder_can_be_locked_only_once(tmp_path):
     first = FolderLock(tmp_path / "new")
     second = FolderLock(tmp_path / "new")
     assert first.acquire() and first.held and not first.acquire()
@@ -27,12 +27,12 @@ def test_a_folder_has_one_holder_at_a_time(tmp_path):
     assert not first.held and second.acquire()
 
 
-def test_a_lock_goes_with_its_object(tmp_path):
+def test_a_lock_is_released_with_its_object(tmp_path):
     FolderLock(tmp_path).acquire()
     assert FolderLock(tmp_path).acquire()
 
 
-def test_a_block_keeps_its_folder_until_it_ends_however_it_does(tmp_path):
+def test_a_folder_is_locked_until_the_block_ends_or_fails(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path):
         with pytest.raises(RunError, match="in use"):
             FolderLock(tmp_path).acquire()
@@ -42,7 +42,7 @@ def test_a_block_keeps_its_folder_until_it_ends_however_it_does(tmp_path):
         pass
 
 
-def test_a_killed_process_gives_its_folder_up(tmp_path):
+def test_the_lock_of_a_killed_process_is_released(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     process = context.Process(target=holding, args=(tmp_path, ready))

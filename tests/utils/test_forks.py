@@ -18,13 +18,13 @@ def in_child(answer):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_child_has_another_name_than_its_parent():
+def test_a_forked_child_has_another_process_name():
     mine = present_process()
     assert mine == present_process()
     assert in_child(lambda: present_process() != mine)
 
 
-def test_a_child_of_equal_number_has_another_name(monkeypatch):
+def test_a_child_with_equal_pid_has_another_process_name(monkeypatch):
     """In two process namespaces both may be process 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     mine = present_process()

@@ -33,12 +33,12 @@ def test_the_mixing_function_is_splitmix64():
 
 
 @pytest.mark.reference
-def test_the_public_coin_is_the_upper_bits_of_the_same_word():
+def test_the_public_number_has_the_upper_bits_of_the_hash():
     expected = [(word % 2**64 >> 11) * 2.0**-53 for word in hashed(MANY[:50], 7, 2).tolist()]
     assert public_coin(MANY[:50], seed=7, purpose=2).tolist() == expected
 
 
-def test_they_are_uniform_in_the_open_interval():
+def test_uniforms_are_uniform_in_the_open_interval():
     """No flakiness: a fixed hash.
 
     The gap to the uniform distribution is 1.36 / sqrt(n) in one of 20 samples.
@@ -60,7 +60,7 @@ def unmixed(word):
     return (word - 0x9E3779B97F4A7C15) % 2**64
 
 
-def test_the_ends_are_never_reached():
+def test_uniforms_are_never_0_or_1():
     """By the ids whose words are the smallest and the largest; the inverse of a distribution
     function is finite.
     """
@@ -84,7 +84,7 @@ def test_normals_are_normal():
         assert abs(drawn.pow(4).mean() - 3) < 4 * 96**0.5 * error
 
 
-def test_streams_and_neighbouring_ids_go_apart():
+def test_streams_and_neighbouring_ids_are_independent():
     rows = [
         uniforms(MANY),
         uniforms(MANY, 0),

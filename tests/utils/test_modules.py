@@ -41,7 +41,7 @@ class HalfFrozen(nn.Module):
         return self
 
 
-def test_training_mode_is_asked_of_modules_with_their_own_train():
+def test_training_mode_uses_overridden_train_methods():
     model = nn.Sequential(HalfFrozen())
     for asked in (1, 2):
         begin_training(model)
@@ -49,7 +49,7 @@ def test_training_mode_is_asked_of_modules_with_their_own_train():
         assert not model[0].norm.training
 
 
-def test_training_mode_reaches_the_part_that_has_left_it():
+def test_training_mode_is_set_on_every_submodule():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     model[1].eval()
     begin_training(model)

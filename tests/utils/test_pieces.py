@@ -17,7 +17,7 @@ def test_pieces_are_views_that_cover_every_number_once(shape):
     assert len(sizes) == -(-max(1, counts.numel()) // PIECE)
 
 
-def test_tensors_without_a_flat_view_come_whole():
+def test_pieces_returns_tensors_without_flat_view_whole():
     turned = torch.zeros(400, 300).T
     ((piece, _),) = pieces(turned, torch.zeros(300, 400))
     piece.add_(1)

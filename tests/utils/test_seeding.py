@@ -23,7 +23,7 @@ def test_generator_from_uses_every_bit_of_a_secret():
     assert len({drawn(secret) for secret in secrets}) == len(secrets)
 
 
-def test_generator_from_keeps_more_than_a_number_does():
+def test_generator_from_bytes_has_more_states_than_from_a_number():
     """torch keeps 32 bits of a number: two that agree in them draw the same."""
     assert drawn(5) == drawn(5 + 2**32)
     assert drawn(SECRET) != drawn(SECRET[:4] + bytes(28)) != drawn(bytes(28) + SECRET[-4:])
@@ -48,7 +48,7 @@ def test_generator_from_refuses_a_short_secret():
 
 
 @pytest.mark.parametrize("seed", [7, SECRET])
-def test_drawing_from_leaves_the_global_generator_as_it_was(seed):
+def test_seeded_does_not_change_the_global_generator(seed):
     before = torch.get_rng_state()
     with drawing_from(seed):
         first = torch.rand(3)

@@ -28,6 +28,7 @@ from perdure.errors import ConfigError
 from perdure.learner.learner import Learner
 from perdure.learner.model_history import forget
 from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.tasks import Task
 from perdure.types import Params
 from perdure.utils.seeding import derive, generator
 
@@ -192,9 +193,9 @@ def audit(
 
 
 def first_free_id(stream: Stream) -> int:
-    """Return the smallest id above all ids of training records."""
-    ids = [experience.train.ids for experience in stream if len(experience.train)]
-    return max(int(each.max()) for each in ids) + 1 if ids else 0
+    """Return the smallest id above all ids of training and test records."""
+    parts = [part.ids for each in stream for part in (each.train, each.test) if len(part)]
+    return max(int(ids.max()) for ids in parts) + 1 if parts else 0
 
 
 def with_canaries(stream: Stream, experience: int, ids: Tensor) -> Stream:
@@ -312,6 +313,10 @@ class Audited(Strategy):
     def name(self) -> str:
         """Name of the strategy."""
         return self.inner.name
+
+    def refuse_task(self, task: Task) -> None:
+        """See the strategy."""
+        self.inner.refuse_task(task)
 
     def uses(self, hook: str) -> bool:
         """Tell if the strategy overrides `hook`; `after_step` is always used, to read the probe."""

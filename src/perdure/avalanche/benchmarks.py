@@ -144,11 +144,26 @@ def _refuse_without_targets(streams: Mapping[str, Sequence[Any]]) -> None:
     """
     for name, parts in streams.items():
         for index, part in enumerate(parts):
-            if not hasattr(getattr(part.dataset, "targets", None), "uniques"):
+            labels = getattr(getattr(part.dataset, "targets", None), "uniques", None)
+            if labels is None:
                 raise DataError(
                     f"{name} experience {index} has no targets; give its data set some before the "
                     "benchmark is made, such as dataset.targets = labels.tolist()"
                 )
+            strange = [label for label in labels if not _is_class(label)]
+            if strange:
+                raise DataError(
+                    f"{name} experience {index} has the target {strange[0]!r}; allowed: whole "
+                    "numbers from 0, one a record, as its class; other tasks need "
+                    "perdure.data.from_arrays or from_torch"
+                )
+
+
+def _is_class(label: Any) -> bool:
+    try:
+        return int(label) == label and int(label) >= 0
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scenario:

@@ -312,8 +312,8 @@ def _refuse_others_with_rows(template: Any, strategy: Strategy, experience: Expe
             raise ConfigError.of(
                 "plugins",
                 f"{strategy.name} beside {name}",
-                f"{strategy.name} without {name}: it draws from records of its own, and both would "
-                "choose the rows of a batch; drop one of them",
+                f"{strategy.name} without {name}, because {strategy.name} chooses the rows of a "
+                "batch itself; remove one of them",
             )
 
 

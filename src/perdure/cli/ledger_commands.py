@@ -155,7 +155,7 @@ def verify(run: Path, *, at_least: Sequence[str]) -> None:
     known: dict[Path, list[Anchor]] = {}
     try:
         gone = missing(source, parts.get(source.merged) if source.merged else None, files=True)
-        problems += [f"{name} is missing, though {why}; {RESTORE}" for name, why in gone.items()]
+        problems += [f"{name} is missing, but {why}; {RESTORE}" for name, why in gone.items()]
         known = anchors_below(source.run) if source.run else {}
     except PerdureError as error:
         problems.append(str(error))

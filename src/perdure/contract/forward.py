@@ -113,7 +113,7 @@ class Forward:
     def method(self, name: str) -> Callable[..., Any]:
         """Another method of the model, at the same parameters as `forward`.
 
-        It takes tensors with one row a record.
+        It takes tensors with one row per record.
 
         The layers that it calls are hooked as those of `forward` are, and its passes are counted
         like them.

@@ -47,9 +47,10 @@ class MemoryPlan(CheckedFields):
             offers the rows of each step after that step. The values that a strategy stores with a
             row are computed when the row is offered; under differential privacy, in the last step
             that drew the row.
-        use: `rehearsal`, in a batch of their own beside the new records; `pooled`, shuffled with
-            them; or only for one `reference` gradient a step, or for one a step of every earlier
-            experience (`references`).
+        use: use of stored records. `rehearsal`: a separate batch in addition to the new records.
+            `pooled`: shuffled with the new records. `reference`: not trained on; gives one
+            reference gradient per step. `references`: the same, one per earlier experience and
+            step.
     """
 
     capacity: int
@@ -125,7 +126,7 @@ def refuse_single_class(strategy: str, experience: "Experience") -> None:
         raise StrategyError(
             f"{strategy} learns nothing from experience {experience.index}, whose only class is "
             f"{experience.classes[0]}: its loss compares the classes of one experience with each "
-            "other; give every experience 2 classes or more, or use Replay or EWC"
+            "other; give every experience 2 classes or more"
         )
 
 

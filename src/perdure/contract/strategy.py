@@ -188,7 +188,7 @@ class Strategy(CheckedFields):
             state: the state before the step.
 
         Returns:
-            Gradients, each with one tensor a parameter in its shape.
+            Gradients, each with one tensor per parameter in its shape.
         """
         return ()
 

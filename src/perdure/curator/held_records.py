@@ -15,7 +15,13 @@ from perdure.contract.forward import Forward
 from perdure.contract.plan import MODELLED, Plan
 from perdure.curator.known_rows import KnownRows
 from perdure.curator.memory import Memory, concatenate
-from perdure.curator.remembered_rows import Remember, ranked_by, remembered
+from perdure.curator.remembered_rows import (
+    Remember,
+    as_noted,
+    note_rows,
+    ranked_by,
+    remembered,
+)
 from perdure.curator.sampling import (
     Opened,
     Pool,
@@ -35,11 +41,6 @@ from perdure.types import Params
 from perdure.utils.modules import untouched
 from perdure.utils.seeding import generator
 
-NOTED_ROWS = "(whether it was noted)"
-"""Key, among the noted tensors in checkpoints, of the mask (n,) of rows that were noted.
-
-No name that `remember` gives has brackets."""
-
 
 class HeldRecords:
     """Records of one party: the open experience, and memory.
@@ -47,7 +48,7 @@ class HeldRecords:
     Args:
         seed: of sampling and memory selection (without privacy).
         client: number of the party.
-        batch_size: new records a step.
+        batch_size: new records per step.
         private_sum: decides by secret coins who is drawn and kept; None without privacy.
     """
 
@@ -267,7 +268,7 @@ class HeldRecords:
         private = self.private_sum is not None
         if plan and self.memory.latest < index and (private or plan.update == "experience"):
             rows = remembered(self.pool.current, remember, self.forward, one_by_one=private)
-            self._offer(self._as_noted(rows))
+            self._offer(as_noted(self._noted, rows))
         if plan:
             self.memory.latest = index
 
@@ -481,31 +482,9 @@ class HeldRecords:
         return self._stage_of
 
     def _note(self, remember: Remember) -> None:
-        """Note the answers of `remember`, at the present parameters, for the last step's new rows.
-
-        A row that was noted in an earlier step is overwritten.
-        """
+        """Note the answers of `remember`, at the present parameters, for the last new rows."""
         current = self.pool.current
         # positions from len(current) on are rows of memory, which keep what is stored with them
         at = self._drawn[self._drawn < len(current)]
         new = remembered(current.take(at), remember, self.forward, one_by_one=True)
-        if not self._noted:
-            self._noted = {
-                n: t.new_zeros(len(current), *t.shape[1:]) for n, t in new.stored.items()
-            }
-            device = current.inputs.device
-            self._noted[NOTED_ROWS] = torch.zeros(len(current), dtype=torch.bool, device=device)
-        for name, value in new.stored.items():
-            self._noted[name][at] = value
-        self._noted[NOTED_ROWS][at] = True
-
-    def _as_noted(self, new: Batch) -> Batch:
-        """Rows of the experience, those that were noted with the noted tensors."""
-        if not self._noted:
-            return new
-        noted = self._noted[NOTED_ROWS]
-        stored = {
-            name: torch.where(noted.view(-1, *[1] * (value.dim() - 1)), self._noted[name], value)
-            for name, value in new.stored.items()
-        }
-        return replace(new, stored=stored)
+        note_rows(self._noted, new, at, len(current))

@@ -3,6 +3,7 @@
 Memory is storage, not a partition: using it is charged to the partitions its rows came from.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -190,22 +191,27 @@ def group_of(targets: Tensor, task: Task) -> Tensor:
 
 
 def distinct_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows (m, k) of groups (n, k), int64 from 0, ascending, and (n,) which one each is.
+    """Distinct rows (m, k) of groups (n, k), int64, ascending, and (n,) which one each is.
 
     Rows are compared as one number each: many times as fast as `torch.unique(dim=0)`.
     """
     if not len(groups):
         return groups, groups.new_zeros(0)
-    numbers = groups[:, 0]
-    widths = (groups.amax(0) + 1).tolist()
+    least = groups.amin(0)
+    shifted = groups - least
+    widths = (shifted.amax(0) + 1).tolist()
+    if not 0 < math.prod(widths) < 2**63 or min(widths) < 1:  # numbers would overflow
+        found, which = torch.unique(groups, dim=0, return_inverse=True)
+        return found, which
+    numbers = shifted[:, 0]
     for column, width in enumerate(widths[1:], 1):
-        numbers = numbers * width + groups[:, column]
+        numbers = numbers * width + shifted[:, column]
     found, which = torch.unique(numbers, return_inverse=True)
     columns = []
     for width in reversed(widths[1:]):
         columns.append(found % width)
         found = found // width
-    return torch.stack([found, *reversed(columns)], dim=1), which
+    return torch.stack([found, *reversed(columns)], dim=1) + least, which
 
 
 def quota(groups: Tensor, plan: MemoryPlan) -> int:

@@ -14,6 +14,11 @@ from perdure.types import Params
 from perdure.utils.chunking import row_slices
 from perdure.utils.modules import evaluating
 
+NOTED_ROWS = "(whether it was noted)"
+"""Key, among the noted tensors in checkpoints, of the mask (n,) of rows that were noted.
+
+No name that `remember` gives has brackets."""
+
 Remember = Callable[[Forward, Batch], Params]
 """(forward, batch) -> tensors (n, ...) by name, one row of each to be stored with every record."""
 
@@ -50,3 +55,38 @@ def ranked_by(forward: Forward, rows: Batch, selection: str, task: Task) -> Tens
         starts = range(0, max(1, len(rows)), CHUNK)
         answers = torch.cat([ask(rows.inputs[start : start + CHUNK]) for start in starts])
     return answers.flatten(1) if selection == "herding" else task.losses(answers, rows.labels)
+
+
+def note_rows(noted: Params, new: Batch, at: Tensor, n: int) -> None:
+    """Note the stored values of rows; the values of a row that was noted before are replaced.
+
+    Args:
+        noted: values (n, ...) by name, and the mask `NOTED_ROWS`; it is written to.
+        new: rows with their stored values, (k, ...).
+        at: (k,) places of the rows.
+        n: number of rows of the experience.
+    """
+    if not noted:
+        for name, value in new.stored.items():
+            noted[name] = value.new_zeros(n, *value.shape[1:])
+        noted[NOTED_ROWS] = torch.zeros(n, dtype=torch.bool, device=new.inputs.device)
+    for name, value in new.stored.items():
+        noted[name][at] = value
+    noted[NOTED_ROWS][at] = True
+
+
+def as_noted(noted: Params, new: Batch) -> Batch:
+    """Return rows of the experience, with the noted values in the rows that were noted.
+
+    Args:
+        noted: see `note_rows`.
+        new: all rows of the experience, with their stored values.
+    """
+    if not noted:
+        return new
+    mask = noted[NOTED_ROWS]
+    stored = {
+        name: torch.where(mask.view(-1, *[1] * (value.dim() - 1)), noted[name], value)
+        for name, value in new.stored.items()
+    }
+    return replace(new, stored=stored)

@@ -55,7 +55,7 @@ class Pool:
         new: rows that are drawn in the role of new ones.
         stored: rows that memory brings back, for rehearsal or reference.
         plan: of the memory.
-        batch_size: new rows a step.
+        batch_size: new rows per step.
         place: where its shuffles are in the run: seed, client and experience.
         opened: the parts that it was made of.
     """

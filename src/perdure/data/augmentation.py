@@ -49,9 +49,6 @@ class Views(CheckedFields):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError.of("views.count", self.count, "1 or more")
-        if not callable(self.change):
-            allowed = "a function from one record's input to a version of it, as shift_and_flip()"
-            raise ConfigError.of("views.change", self.change, allowed)
 
     def attach(self, batch: Batch, seed: Seed) -> Batch:
         """Put the views beside the rows, where `losses` finds them.

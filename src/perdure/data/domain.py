@@ -1,4 +1,4 @@
-"""Declared domain of the inputs: which values a record may have, before any record is seen."""
+"""Declared domain of the inputs: which values per record may have, before any record is seen."""
 
 import math
 from dataclasses import dataclass, replace

@@ -143,7 +143,7 @@ class Records:
         """Take rows with their ids; the declared size becomes their number.
 
         Inputs, and targets of several numbers, are not copied: the result reads them from here (see
-        `perdure.data.row_view`). One number a record, such as an id, is copied.
+        `perdure.data.row_view`). One number per record, such as an id, is copied.
 
         Args:
             index: int64 positions (k,) or a boolean mask (n,).

@@ -76,9 +76,9 @@ class RowView(Tensor):
 
     It is made by `view_rows`, `changed_rows` and `joined_rows`. Shape, dtype and device cost
     nothing. An index along the first axis reads the rows that it names; whatever else is asked of
-    the tensor reads all of them, into a tensor that is dropped after use. Rows come as a plain
-    tensor. The view itself cannot be written to, and pickled or copied it becomes a plain tensor of
-    its own rows: no row of the source leaves with it.
+    the tensor reads all of them, into a tensor that is dropped after use. The result of reading is
+    a plain tensor. The view itself cannot be written to. A pickled or copied view becomes a plain
+    tensor of its own rows only.
 
     >>> from perdure.data import digits, split
     >>> stream = split(digits(), scenario="class", experiences=5)
@@ -181,7 +181,7 @@ class RowView(Tensor):
 
 
 NOT_WRITTEN = (
-    "rows of a part of a data set are read from the whole and cannot be written to; change a copy: "
+    "this tensor shows rows of a larger data set and cannot be changed; change a copy instead: "
     "inputs.clone()"
 )
 
@@ -224,7 +224,9 @@ def positions_of(index: Tensor, n: int) -> Tensor:
     """
     if index.dtype == torch.bool:
         if index.shape != (n,):
-            raise DataError(f"a mask has shape {tuple(index.shape)}; allowed: ({n},), one a record")
+            raise DataError(
+                f"a mask has shape {tuple(index.shape)}; allowed: ({n},), one per record"
+            )
         return index.nonzero().flatten()
     positions = torch.where(index < 0, index + n, index)
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n:

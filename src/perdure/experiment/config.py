@@ -77,7 +77,7 @@ from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import row_slices
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
-"""Optimisers that need several gradients a step, sparse ones, or matrices only."""
+"""Optimisers that need several gradients per step, sparse ones, or matrices only."""
 OPTIMIZERS = tuple(
     name
     for name, value in vars(torch.optim).items()
@@ -187,7 +187,7 @@ class TrainingConfig(CheckedFields):
         epochs: passes over the records of an experience, in a federation spread over its rounds;
             give this or `iterations`.
         iterations: steps of an experience, in a federation spread over its rounds.
-        batch_size: records a step.
+        batch_size: records per step.
         reset_optimizer: start every experience with a fresh optimiser.
         precision: of the passes through the model while training.
         adversary: attack that moves every batch before its gradient (adversarial training).

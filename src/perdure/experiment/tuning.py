@@ -14,6 +14,7 @@ section 2.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -111,7 +112,7 @@ def tune(
         return tried[-1][1]
 
     higher = stream.task.metric.higher_is_better
-    direction = "maximize" if higher else "minimize"
+    direction: Literal["maximize", "minimize"] = "maximize" if higher else "minimize"
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
     study.optimize(score, n_trials=trials)
     best, found = (max if higher else min)(tried, key=lambda pair: pair[1])

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial.base import Attack
 from perdure.contract.state import State
@@ -144,6 +145,7 @@ class Learner:
     """Measurements inside stages: index of the experience that ended, and accuracies by stage."""
     _session: Session | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
+    _scheduler: LRScheduler | None = field(default=None, init=False, repr=False)
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
     driven_by: Mapping[str, object] = field(default_factory=dict, init=False, repr=False)
     """Settings of whoever drives the learner, such as a federation's; the fingerprint has them."""
@@ -305,7 +307,8 @@ class Learner:
         """Measure the model on the test records of every stage, each once, by the task's metric.
 
         Returns:
-            One number per stage, accuracy in percent for single-label records; NaN without records.
+            One number per stage: accuracy in percent for single-label records; NaN if a stage has
+            no test records.
         """
         return measurements(self.session, stream, batch_size)
 
@@ -332,7 +335,7 @@ class Learner:
     def snapshot(self) -> Snapshot:
         """Copy everything that a run needs to go on; memory rows apart, as they are private."""
         now = take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
-        return replace(now, facts=now.facts | {PROGRESS: list(self.progress)})
+        return replace(now, facts={**now.facts, PROGRESS: list(self.progress)})
 
     def checkpoint(self) -> Snapshot:
         """Snapshot for the disk: with the run's fingerprint and, under privacy, the ledger's head.
@@ -461,10 +464,7 @@ class Learner:
         self._scheduler = None
 
     def _new_schedule(self, index: int) -> None:
-        """Begin the schedule of an experience, from the options that the optimiser was made with.
-
-        An experience of no step has none.
-        """
+        """Begin the schedule of an experience with steps, from the optimiser's first options."""
         self._scheduler = None
         steps = self.training.steps(index)
         if self.scheduler and steps:

@@ -39,8 +39,8 @@ class HiddenBatch:
 
     def _refuse(self, wanted: str) -> NoReturn:
         raise PrivacyError(
-            f"{wanted} of a private batch was asked for, which has no finite epsilon; give the "
-            "batch to session.backward(batch) as it is"
+            f"{wanted} of a private batch may not be read, because this would have no finite "
+            "epsilon; give the batch to session.backward(batch) unchanged"
         )
 
 
@@ -77,8 +77,9 @@ class StepOrder:
             )
         if batch is not self._given:
             raise LoopError(
-                f"session.backward() was given another batch than that of step {self.step}; give "
-                "the one of `for batch in batches` as it is (views=... augments)"
+                f"session.backward() got another batch than the batch of step {self.step}; give "
+                "the batch of the loop `for batch in batches` unchanged, and use views=... for "
+                "augmentation"
             )
         if self.stage != "drawn":
             raise LoopError(
@@ -102,8 +103,8 @@ class StepOrder:
         """
         if self.stage in ("between", "drawn"):
             raise LoopError(
-                "optimizer.step() came before session.backward(batch), so .grad holds no gradient "
-                f"of the strategy's; for every batch call: {CALLS}"
+                "optimizer.step() came before session.backward(batch), so .grad has no gradient "
+                "of this batch; for every batch call: {CALLS}"
             )
         if self.stage == "taken":
             raise LoopError(
@@ -115,7 +116,7 @@ class StepOrder:
         if gone or (self._moving and not _any_number(trained)):
             raise LoopError(
                 "the gradients were zeroed between session.backward(batch) and optimizer.step(); "
-                "drop zero_grad(): session.backward() replaces old gradients by itself"
+                "remove zero_grad(), because session.backward() replaces old gradients"
             )
         self._moving = False
 
@@ -227,6 +228,7 @@ def _any_number(trained: Params) -> bool:
 
 def _refuse_accumulated(_: Tensor) -> None:
     raise LoopError(
-        "loss.backward() added to .grad inside the session's loop, past the strategy and the "
-        "privacy rules; call session.backward(batch) alone, and put a further loss into a Strategy"
+        "loss.backward() added to .grad inside the session's loop, without the strategy and the "
+        "privacy rules; call only session.backward(batch), and put an additional loss into a "
+        "Strategy"
     )

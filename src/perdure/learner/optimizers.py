@@ -56,7 +56,7 @@ def refuse_unusable(optimizer: object) -> None:
         raise ConfigError.of(
             "optimizer",
             name,
-            "an optimiser that needs one dense gradient a step, such as SGD or Adam",
+            "an optimiser that needs one dense gradient per step, such as SGD or Adam",
         )
 
 
@@ -75,7 +75,7 @@ def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
         raise ConfigError.of(
             "optimizer",
             f"{type(made).__name__} of other parameters",
-            f"one of the parameters that it is called with, such as {EXAMPLE}",
+            f"an optimiser of the parameters in its argument, such as {EXAMPLE}",
         )
     return made
 
@@ -93,7 +93,7 @@ def step_optimizer(optimizer: Optimizer) -> None:
             raise
         raise ConfigError(
             f"optimizer {type(optimizer).__name__} fails in a step: {first_line(error)}; allowed: "
-            f"one that steps with dense gradients on this device, such as {EXAMPLE}"
+            f"an optimiser that works with dense gradients on this device, such as {EXAMPLE}"
         ) from error
 
 

@@ -299,7 +299,7 @@ class Party:
         for param in self.params.values():
             param.grad = None  # the optimiser must not use what an earlier experience left
         self._memory = StepMemory()
-        self.uses = {hook: self.strategy.uses(hook) for hook in HOOKS}
+        self.uses = dict(self._hooks)
         self.uses["penalty"] &= plan.applies_penalty
         self.uses["observe"] = plan.memory is not None and plan.memory.update == "step"
 
@@ -461,6 +461,10 @@ class Party:
         without = self.trained_by or self._trained_on
         ledger = self.private_sum.ledger if self.private_sum else None
         self.mark.put(ledger, uncounted=without if learnt else "")
+
+    @cached_property
+    def _hooks(self) -> dict[str, bool]:
+        return {hook: self.strategy.uses(hook) for hook in HOOKS}
 
     @cached_property
     def _trained_on(self) -> str:

@@ -366,7 +366,7 @@ def refuse_outside(stream: Stream) -> None:
 
 
 def refuse_optimizer(optimizer: MakeOptimizer, params: Params) -> None:
-    """Refuse an optimiser that needs more than one gradient a step.
+    """Refuse an optimiser that needs more than one gradient per step.
 
     Raises:
         GuardError: naming the optimiser.

@@ -33,7 +33,7 @@ def refuse_misfits(
 
     Args:
         model: it is shown two rows of zeros.
-        training: the strategy is asked for the plan of every experience.
+        training: the strategy is asked for its plan of every experience of one class.
         stream: of `training`, on the model's device.
         adversary: of every batch, or None.
         views: of every record, or None.
@@ -72,9 +72,9 @@ def refuse_outputs(model: nn.Module, stream: Stream, *, trained: bool) -> None:
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
-                f"the model fails on {given}, as the stream's records are: {reason}; give it a "
-                "first layer that fits them, or convert the records, as inputs.float(), images of "
-                "bytes by inputs.float() / 255; perdure.data.from_arrays does so"
+                f"the model fails on {given}, as the stream's records are: {reason}; use a first "
+                "layer that fits these inputs, or convert the records, as inputs.float(), images "
+                "of bytes by inputs.float() / 255; perdure.data.from_arrays does so"
             ) from error
     if not isinstance(answer, torch.Tensor):
         found = outputs_in(answer)
@@ -129,27 +129,28 @@ def _refuse_views(views: Views, model: nn.Module, stream: Stream) -> None:
                 raise ConfigError(
                     f"the model fails on a view of shape {tuple(view.shape[1:])} in "
                     f"{str(view.dtype)[6:]} of a record of shape {tuple(inputs.shape[1:])}: "
-                    f"{reason}; let views.change keep shape and dtype"
+                    f"{reason}; write views.change so that it keeps shape and dtype"
                 ) from error
 
 
 def refuse_trivial(training: TrainingPlan) -> None:
     """Refuse a stream that has nothing to learn, before anything is trained on it.
 
-    A strategy may refuse an experience too, when it is asked for its plan.
+    A strategy may refuse an experience of one class too, when it is asked for its plan.
 
     Raises:
         ConfigError: where a record is told the only class that it may have.
     """
     stream = training.stream
-    alone = "and the loss is 0 whatever the model does; give every experience 2 classes or more"
-    for experience in stream:
-        plan = training.of(experience)
-        single = isinstance(experience.task, SingleLabel) and len(set(experience.classes)) == 1
-        if single and plan.train and (stream.scenario == "task" or stream.num_classes == 1):
+    alone = "and the loss is always 0; give every experience 2 classes or more"
+    for experience in stream if isinstance(stream.task, SingleLabel) else ():
+        if len(set(experience.classes)) != 1:
+            continue
+        trains = training.of(experience).train
+        if trains and (stream.scenario == "task" or stream.num_classes == 1):
             raise ConfigError(
                 f"experience {experience.index} of {stream.name} has one class, "
-                f"{experience.classes[0]}, to tell its records from: any model is right, {alone}"
+                f"{experience.classes[0]}, so every prediction is right, {alone}"
                 + (', or scenario="class"' if stream.num_classes > 1 else "")
             )
 
@@ -158,7 +159,7 @@ def refuse_attack(adversary: Attack | None, stream: Stream) -> None:
     """Refuse an attack on inputs that cannot be moved by a little, such as tokens."""
     dtype = stream[0].train.inputs.dtype
     if adversary is not None and not dtype.is_floating_point:
-        allowed = f"None: inputs are {dtype}, and an attack moves floating-point ones"
+        allowed = f"None: inputs are {dtype}, but an attack needs floating-point inputs"
         raise ConfigError.of("adversary", adversary, allowed)
 
 

@@ -61,13 +61,14 @@ def made_schedule(make: MakeSchedule, optimizer: Optimizer, steps: int) -> LRSch
         raise ConfigError.of(
             "scheduler",
             name,
-            f"a schedule that needs no measured loss, as the loop measures none: {EXAMPLE}",
+            "a schedule that needs no measured loss, because the loop measures no loss, such as "
+            f"{EXAMPLE}",
         )
     if made.optimizer is not optimizer:
         raise ConfigError.of(
             "scheduler",
             f"{name} of another optimiser",
-            f"a schedule of the optimiser that the learner hands in: {EXAMPLE}",
+            f"a schedule of the optimiser in its first argument, such as {EXAMPLE}",
         )
     return made
 

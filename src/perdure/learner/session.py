@@ -273,7 +273,7 @@ class Session(Party):
             raise ConfigError.of(
                 "optimizer",
                 self.optimizer,
-                "one of the session's model; give it to Session(optimizer=...)",
+                "an optimiser of the session's model; give it to Session(optimizer=...)",
             )
         if self.optimizer is not self._known:
             refuse_unusable(self.optimizer)

@@ -1,10 +1,10 @@
 """Models with a fixed full-width head, and the bodies and layers they are built from.
 
-Import a function that makes a model of vectors and images (`mlp`, `cnn`, `resnet18`,
-`transformer`, or `build` for a `ModelConfig`) or of sequences (`lstm`, `gru`, `decoder`), `wrap`
-for a model of another library or of your own, `low_rank` for adapters on any model, a fixed feature
-extractor (`frozen` with `Scattering` or `RandomConvolutions`), or a model on a frozen transformer
-(`prompted`, `composed`, `adapted`).
+Import a function that makes a model for vectors and images (`mlp`, `cnn`, `resnet18`,
+`transformer`, or `build` for a `ModelConfig`) or for sequences (`lstm`, `gru`, `decoder`). Import
+`wrap` for your own model or a model of another library, `low_rank` for adapters on any model,
+`frozen` for a fixed feature extractor (with `Scattering` or `RandomConvolutions`), or a model on a
+frozen transformer (`prompted`, `composed`, `adapted`).
 """
 
 from perdure.models.bodies import LARGEST_GROUP_COUNT

@@ -26,16 +26,16 @@ from perdure.utils.seeding import seeded
 def build(
     config: ModelConfig, *, input_shape: Sequence[int], num_classes: int, seed: int
 ) -> Classifier:
-    """Make the model that `config` names; parameters are a function of `seed` alone.
+    """Make the model of a `ModelConfig`; parameters depend on `seed` only.
 
     Args:
-        config: which model.
-        input_shape: of one input, (channels, height, width) or (features,).
+        config: configuration of the model.
+        input_shape: shape of one input, (channels, height, width) or (features,).
         num_classes: full width of the head.
-        seed: of the initialisation; the caller's generators are left as they are.
+        seed: seed of the initial parameters; the generators of the caller do not change.
 
     Raises:
-        ConfigError: when the model cannot take that input.
+        ConfigError: if the model cannot use inputs of this shape.
 
     >>> build(ModelConfig(hidden=(8,)), input_shape=(1, 8, 8), num_classes=10, seed=0).feature_size
     8
@@ -65,15 +65,15 @@ def mlp(
     activation: Activation = "relu",
     head: Head = "linear",
 ) -> Classifier:
-    """Make fully connected layers on the flattened input, with PyTorch's initialisation.
+    """Make a multilayer perceptron on the flattened input, with the initialisation of PyTorch.
 
     Args:
-        input_shape: of one input, (channels, height, width) or (features,).
+        input_shape: shape of one input, (channels, height, width) or (features,).
         num_classes: full width of the head.
-        seed: of the initialisation, as in `build`, which also says what is raised.
+        seed: seed of the initial parameters, as in `build`, which describes the errors.
         hidden: width of each layer.
-        activation: after each layer.
-        head: linear, or cosine.
+        activation: activation after each layer.
+        head: `linear` or `cosine`.
     """
     config = ModelConfig(name="mlp", hidden=hidden, activation=activation, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
@@ -89,16 +89,19 @@ def cnn(
     width: int = 64,
     head: Head = "linear",
 ) -> Classifier:
-    """Make three 3 x 3 convolutions, two poolings, a mean over positions; some 100,000 parameters.
+    """Make a small CNN with three convolutions and about 100,000 parameters.
+
+    The convolutions are 3 x 3, with two poolings and a mean over positions.
 
     Args:
-        input_shape: of one image, (channels, height, width).
+        input_shape: shape of one image, (channels, height, width).
         num_classes: full width of the head.
-        seed: of the initialisation, as in `build`, which also says what is raised.
+        seed: seed of the initial parameters, as in `build`, which describes the errors.
         norm: normalisation after each convolution.
-        activation: after each normalisation.
-        width: channels of the second convolution; the first has half and the third twice as many.
-        head: linear, or cosine.
+        activation: activation after each normalisation.
+        width: number of channels of the second convolution; the first has half as many, the third
+            twice as many.
+        head: `linear` or `cosine`.
     """
     config = ModelConfig(name="cnn", norm=norm, activation=activation, width=width, head=head)
     return build(config, input_shape=input_shape, num_classes=num_classes, seed=seed)
@@ -116,12 +119,12 @@ def resnet18(
     """Make a ResNet-18 for small images: a 3 x 3 stem of stride 1 and no max-pooling.
 
     Args:
-        input_shape: of one image, (channels, height, width).
+        input_shape: shape of one image, (channels, height, width).
         num_classes: full width of the head.
-        seed: of the initialisation, as in `build`, which also says what is raised.
+        seed: seed of the initial parameters, as in `build`, which describes the errors.
         norm: normalisation after each convolution.
-        width: channels of the first stage.
-        head: linear, or cosine.
+        width: number of channels of the first stage.
+        head: `linear` or `cosine`.
 
     Source: He, Zhang, Ren, Sun 2016, "Deep residual learning", section 4.2 for the stem.
     """

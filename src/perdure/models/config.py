@@ -20,20 +20,21 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Ta
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(CheckedFields):
-    """Which model, and its shape.
+    """Configuration of a model: its name and sizes.
 
     Args:
-        name: mlp, cnn, resnet18, or generative: an mlp with a variational autoencoder beside it.
-        hidden: units of each hidden layer (mlp; of encoder and decoder too).
+        name: `mlp`, `cnn`, `resnet18`, or `generative` (an mlp with a variational autoencoder).
+        hidden: number of units of each hidden layer (mlp, encoder and decoder).
         activation: relu, tanh or gelu (mlp, cnn); encoder and decoder have relu.
         norm: none, group or batch (cnn, resnet18). Batch is refused under differential privacy.
-        width: channels of ResNet-18's first stage; the CNN's layers have width/2, width and
-            2*width.
+        width: number of channels of ResNet-18's first stage; the layers of the CNN have width/2,
+            width and 2*width.
         latent: length of a latent vector (generative).
-        head: linear, or cosine: logits by the angles between features and classes, without bias.
+        head: `linear`, or `cosine` for logits from the angles between features and classes, without
+            bias.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
     """
 
     name: ModelName = "mlp"

@@ -41,16 +41,16 @@ class CausalBlock(Block):
 
 
 class Decoder(nn.Module):
-    """A body from tokens (n, L) to features (n, width), or (n, L, width) at every position.
+    """Decoder body from tokens (n, L) to features (n, width), or (n, L, width).
 
     Args:
-        length: most tokens of a sequence.
-        vocabulary: number of tokens.
-        width: of a token.
-        depth: blocks.
-        heads: of every attention.
-        padding: token id behind the end of a sequence; None for none.
-        every_position: give features of every position.
+        length: largest number of tokens of a sequence.
+        vocabulary: number of different tokens.
+        width: length of a token's vector.
+        depth: number of blocks.
+        heads: number of heads of each attention.
+        padding: token id after the end of a sequence; None for no padding.
+        every_position: return features of every position, (n, L, width).
     """
 
     def __init__(
@@ -96,24 +96,24 @@ def decoder(
     heads: int = 4,
     every_position: bool = False,
 ) -> Classifier:
-    """Make a decoder-only transformer with a linear head; a function of `seed` alone.
+    """Make a decoder-only transformer with a linear head; parameters depend on `seed` only.
 
         # next tokens: outputs (n, L, vocabulary)
         decoder(input_shape=(64,), vocabulary=65, num_classes=65, every_position=True, seed=0)
 
     Args:
-        input_shape: (length,), the most tokens of a sequence.
+        input_shape: (length,), the largest number of tokens of a sequence.
         num_classes: full width of the head.
-        seed: of the initialisation.
+        seed: seed of the initial parameters.
         vocabulary: number of tokens.
-        padding: token id that fills sequences up at their end; None for none.
+        padding: token id that fills sequences at their end; None for no padding.
         width: length of a token's vector.
         depth: number of blocks.
-        heads: of the attention; a divisor of `width`.
-        every_position: one output for every position instead of one a sequence.
+        heads: number of attention heads; a divisor of `width`.
+        every_position: one output per position instead of one per sequence.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
 
     >>> model = decoder(input_shape=(8,), vocabulary=9, num_classes=2, seed=0)
     >>> model(torch.zeros(3, 8, dtype=torch.int64)).shape

@@ -62,18 +62,18 @@ def gru(
     layers: int = 1,
     every_position: bool = False,
 ) -> Classifier:
-    """Make a GRU with a linear head; parameters are a function of `seed` alone.
+    """Make a GRU with a linear head; parameters depend on `seed` only.
 
     Args:
-        input_shape: of one input, as in `lstm`, which also says what is raised.
+        input_shape: shape of one input, as in `lstm`, which describes the errors.
         num_classes: full width of the head.
-        seed: of the initialisation.
-        vocabulary: number of tokens; None where inputs are vectors of features.
-        padding: token id that fills sequences up at their end; None for none.
+        seed: seed of the initial parameters.
+        vocabulary: number of different tokens; None if inputs are vectors of features.
+        padding: token id that fills sequences at their end; None for no padding.
         embedding: length of a token's vector.
         hidden: length of the state.
         layers: number of layers.
-        every_position: one output for every position instead of one a sequence.
+        every_position: one output per position instead of one per sequence.
     """
     return recurrent(
         GRULayer,

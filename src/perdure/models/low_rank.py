@@ -19,13 +19,13 @@ from perdure.utils.seeding import seeded
 
 
 class LowRankLinear(nn.Module):
-    """A frozen linear layer and a low-rank change of it that is trained.
+    """Frozen linear layer with a trained low-rank change.
 
     Args:
-        layer: the frozen one.
+        layer: frozen layer.
         ins: length of its inputs.
         outs: length of its outputs.
-        rank: of the change.
+        rank: rank of the change.
         scale: factor of the change; alpha / rank of the paper.
     """
 
@@ -50,33 +50,33 @@ def low_rank(
     trained: str | Sequence[str] = (),
     seed: int = 0,
 ) -> nn.Module:
-    """Return a copy of a model that trains low-rank changes of some of its linear layers alone.
+    """Return a copy of a model in which only low-rank changes of some linear layers are trained.
 
         low_rank(llama, modules=("q_proj", "v_proj"), rank=8)
         low_rank(gpt2, modules="c_attn", trained="lm_head")
 
     Frozen parts become buffers that are neither stored nor sent: checkpoints and messages of a
     federation hold the adapters and the parts named in `trained`. BatchNorm with running statistics
-    becomes the scale and shift that it is in evaluation mode.
+    is replaced by its scale and shift in evaluation mode.
 
-    Guarantee: no step, round or checkpoint changes what is frozen. Its training elsewhere, on other
-    records, is not accounted.
+    Guarantee: no step, round or checkpoint changes frozen parts. The earlier training of the model,
+    on other records, is not counted in any ledger.
 
     Args:
-        model: any module with `nn.Linear` layers, or `Conv1D` of Hugging Face; it is left as it is.
+        model: any module with `nn.Linear` layers, or `Conv1D` of Hugging Face; it is not changed.
         modules: names of the layers, in full or by their last parts, as `q_proj` for
             `model.layers.0.self_attn.q_proj`.
-        rank: of every change.
+        rank: rank of each change.
         scale: factor of every change: alpha / rank of the paper.
-        trained: names of further parts that go on being trained in full, such as the head.
-        seed: of the adapters' initialisation.
+        trained: names of other parts that are trained as a whole, such as the head.
+        seed: seed of the adapters' initial parameters.
 
     Returns:
         A module of the model's class. Layer `NAME` is a `LowRankLinear`, whose trained parameters
         are `NAME.change.down.weight` (A) and `NAME.change.up.weight` (B).
 
     Raises:
-        ConfigError: for a name that nothing has, a layer that is not linear, a rank below 1.
+        ConfigError: if no layer has a given name, a layer is not linear, or the rank is below 1.
 
     Example:
         >>> net = low_rank(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), modules="0", rank=1)
@@ -139,7 +139,9 @@ def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
     if not _is_linear(layer):
         kind = type(layer).__name__
         raise ConfigError.of(
-            "modules", name, f"linear layers, and this is a {kind}; name the layers inside it"
+            "modules",
+            name,
+            f"a linear layer, but this is a {kind}; give the names of the layers inside it",
         )
     weight = layer.weight
     assert isinstance(weight, Tensor)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen transformer, one set an experience.
+"""Low-rank adapters on a frozen transformer, one set per experience.
 
     W x + sum over experiences t of scale * B_t A_t x          A_t (rank, width), B_t (width, rank)
 
@@ -52,13 +52,13 @@ class LowRankPair(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen transformer with one set of low-rank adapters an experience.
+    """Frozen transformer with one set of low-rank adapters per experience.
 
     `adapters.T.BLOCK.query` and `.value` are the adapters of experience T for a block.
 
     Args:
-        backbone: the transformer, of which a frozen copy is taken.
-        rank: of each product B A.
+        backbone: transformer; the model has a frozen copy of it.
+        rank: rank of each product B A.
         experiences: number of sets.
         scale: factor of each product.
     """
@@ -104,22 +104,22 @@ def adapted(
         # for the strategy LoRA
         model = adapted(pretrained.body, num_classes=10, experiences=5, rank=4)
 
-    A backbone of other libraries cannot be adapted, for want of its inner places: see
-    `transformers.from_timm`.
+    Backbones of other libraries do not have the needed inner layers; `from_timm` reads weights of
+    timm.
 
-    Guarantee: no step, round or checkpoint changes the backbone. Its training elsewhere,
-    on other records, is not accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. Its earlier training,
+    on other records, is not counted in any ledger.
 
     Args:
-        backbone: copied.
+        backbone: frozen transformer; it is copied.
         num_classes: full width of the head.
         experiences: length of the stream.
-        rank: of every adapter.
-        scale: of what they add (alpha / rank).
-        seed: of adapters and head.
+        rank: rank of each adapter.
+        scale: factor of the adapters' output (alpha / rank).
+        seed: seed of the initial parameters of adapters and head.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
     """
     for name, number in (
         ("num_classes", num_classes),

@@ -62,27 +62,27 @@ def lstm(
     layers: int = 1,
     every_position: bool = False,
 ) -> Classifier:
-    """Make an LSTM with a linear head; parameters are a function of `seed` alone.
+    """Make an LSTM with a linear head; parameters depend on `seed` only.
 
         lstm(input_shape=(80,), vocabulary=1000, padding=0, num_classes=2, seed=0)
         # next tokens: outputs (n, L, vocabulary)
         lstm(input_shape=(80,), vocabulary=100, num_classes=100, every_position=True, seed=0)
 
     Args:
-        input_shape: of one input, (length,) for tokens or (length, features).
+        input_shape: shape of one input, (length,) for tokens or (length, features).
         num_classes: full width of the head.
-        seed: of the initialisation.
-        vocabulary: number of tokens; None where inputs are vectors of features.
-        padding: token id that fills sequences up at their end; the class is then told from the
-            state at the last token before it. None for sequences of one length.
+        seed: seed of the initial parameters.
+        vocabulary: number of different tokens; None if inputs are vectors of features.
+        padding: token id that fills sequences at their end; the prediction then uses the state at
+            the last token before the padding. None for sequences of one length.
         embedding: length of a token's vector.
         hidden: length of the state.
         layers: number of layers.
-        every_position: one output for every position, (n, L, num_classes), as next-token
-            prediction needs it, instead of one a sequence.
+        every_position: one output per position, (n, L, num_classes), for next-token prediction,
+            instead of one per sequence.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
 
     >>> lstm(input_shape=(7, 3), num_classes=2, seed=0)(torch.zeros(5, 7, 3)).shape
     torch.Size([5, 2])

@@ -58,7 +58,7 @@ class PromptPool(nn.Module):
 
 
 class Prompted(Classifier):
-    """A linear head on a `PromptPool`."""
+    """Classifier with a linear head on a `PromptPool`; made by `prompted`."""
 
     def matched(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, num_classes) and similarities (n, chosen) of the chosen keys, in one pass."""
@@ -80,22 +80,22 @@ def prompted(
 
         model = prompted(pretrained.body, num_classes=10)      # for the strategy L2P
 
-    A backbone of other libraries cannot be prompted, for want of its inner places: see
-    `transformers.from_timm`.
+    Backbones of other libraries do not have the needed inner layers; `from_timm` reads weights of
+    timm.
 
-    Guarantee: no step, round or checkpoint changes the backbone. Its training elsewhere,
-    on other records, is not accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. Its earlier training,
+    on other records, is not counted in any ledger.
 
     Args:
-        backbone: copied.
+        backbone: frozen transformer; it is copied.
         num_classes: full width of the head.
-        pool: prompts (M).
-        length: tokens of a prompt (L_p).
-        chosen: prompts that a record picks (N).
-        seed: of prompts, keys and head.
+        pool: number of prompts (M).
+        length: number of tokens of a prompt (L_p).
+        chosen: number of prompts that a record picks (N).
+        seed: seed of the initial prompts, keys and head.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
 
     Source: Wang et al., Learning to Prompt for Continual Learning, CVPR 2022, sections 4.1 and 4.2.
     """
@@ -190,7 +190,7 @@ class ComposedPrompts(nn.Module):
 
 
 class Composed(Classifier):
-    """A linear head on `ComposedPrompts`."""
+    """Classifier with a linear head on `ComposedPrompts`; made by `composed`."""
 
     def upto(self, x: Tensor, experience: int) -> Tensor:
         """Logits (n, num_classes) by the components of experiences 0 to `experience`."""
@@ -218,20 +218,20 @@ def composed(
     first `depth` blocks (prefix tuning; the paper's L_p counts both). The class token's last state
     goes to the head. Prompts, keys and attention vectors of all experiences start orthonormal.
 
-    Guarantee: no step, round or checkpoint changes the backbone. Its training elsewhere,
-    on other records, is not accounted.
+    Guarantee: no step, round or checkpoint changes the backbone. Its earlier training,
+    on other records, is not counted in any ledger.
 
     Args:
-        backbone: copied.
+        backbone: frozen transformer; it is copied.
         num_classes: full width of the head.
         experiences: length of the stream.
         components: number of components of one experience (in the paper M / experiences).
-        length: keys, and values, of a prompt.
-        depth: blocks with prompts; None for all.
-        seed: of components and head.
+        length: number of keys, and of values, of a prompt.
+        depth: number of blocks with prompts; None for all.
+        seed: seed of the initial components and head.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
 
     Source: Smith et al., CODA-Prompt, CVPR 2023, sections 4.1 and 4.2; for prefix tuning section 3.
     """

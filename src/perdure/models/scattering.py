@@ -47,7 +47,7 @@ class Scattering(CheckedFields):
         orientations: L; one input channel gives 1 + J L + L^2 J (J - 1) / 2 channels.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
 
     Source: Bruna and Mallat 2013, "Invariant scattering convolution networks"; Oyallon and Mallat
     2015, "Deep roto-translation scattering for object classification".

@@ -83,7 +83,7 @@ def recurrent(
         every_position: see `perdure.models.lstm`.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
     """
     check_sizes(num_classes=num_classes, embedding=embedding, hidden=hidden, layers=layers)
     shape = tuple(input_shape)
@@ -124,7 +124,7 @@ def check_tokens(shape: tuple[int, ...], vocabulary: int | None, padding: int | 
         padding: token id that fills sequences up; None for none.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if an argument is not allowed; the message names it.
     """
     if vocabulary is None:
         if len(shape) != 2:

@@ -64,7 +64,7 @@ class Attention(nn.Module):
     softmax(Q K^T / sqrt(width / heads)) V in every head, then one linear layer.
 
     Args:
-        width: of a token.
+        width: length of a token's vector.
         heads: that share it evenly.
     """
 
@@ -101,7 +101,7 @@ class Block(nn.Module):
     """Attention and a two-layer perceptron, each on normalised tokens and added to what entered.
 
     Args:
-        width: of a token.
+        width: length of a token's vector.
         heads: of the attention.
         hidden: units of the perceptron.
     """
@@ -212,10 +212,10 @@ def transformer(
     heads: int = 4,
     hidden: int | None = None,
 ) -> Classifier:
-    """Make a transformer with a linear head; parameters are a function of `seed` alone.
+    """Make a transformer with a linear head; parameters depend on `seed` only.
 
     Args:
-        input_shape: of one image, (channels, height, width).
+        input_shape: shape of one image, (channels, height, width).
         num_classes: full width of the head.
         seed: seed of the initial parameters.
         patch: side of a patch in pixels; it divides height and width.

@@ -143,8 +143,8 @@ class WrappedWithFeatures(Wrapped):
         features, source = caught[0]
         if source is outputs:
             raise ConfigError(
-                f"{given} gives the model's outputs; allowed: a layer before them; write "
-                f"head={self.layer!r} for what enters it"
+                f"{given} gives the model's outputs; allowed: an earlier layer; write "
+                f"head={self.layer!r} to use the input of this layer"
             )
         if features.dim() > 2 and features[0, 0].numel() == 1:
             features = features.flatten(1)
@@ -152,7 +152,7 @@ class WrappedWithFeatures(Wrapped):
         if len(shape) < 2 or shape[0] != len(outputs) or shape[-1] != self.feature_size:
             raise ConfigError(
                 f"{given} gives features of shape {shape} for {len(outputs)} records; allowed: "
-                f"({len(outputs)}, ..., {self.feature_size}); name another layer, or its "
+                f"({len(outputs)}, ..., {self.feature_size}); give another layer, or its "
                 "feature_size"
             )
         return features
@@ -280,8 +280,8 @@ def _size_at(layer: nn.Module, name: str, where: str) -> int:
         if isinstance(value, int):
             return value
     raise ConfigError(
-        f"{where} = {name!r} is a {type(layer).__name__}, which does not tell the length of a "
-        "feature vector; give feature_size=LENGTH"
+        f"{where} = {name!r} is a {type(layer).__name__}, which has no known length of a feature "
+        "vector; give feature_size=LENGTH"
     )
 
 

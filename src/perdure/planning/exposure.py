@@ -25,7 +25,7 @@ def exposure(
 
     Args:
         plan: of the strategy.
-        batch_size: expected records a step.
+        batch_size: expected records per step.
         rate: sampling rate, instead of that.
         bands: least distance of a record's steps, where they are in a fixed order.
         excluded: partitions out of every pool.

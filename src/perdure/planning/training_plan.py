@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
@@ -66,9 +67,20 @@ class TrainingPlan:
 
         A partition that is still to come may hold records of any kind.
         """
-        stages = [each.train for each in self.stream if each.train.partition == partition]
-        found = stages or [each.train for each in self.stream]
-        return tuple(dict.fromkeys(each for records in found for each in records.spent))
+        return self._spent.get(partition, self._spent_by_any)
+
+    @cached_property
+    def _spent(self) -> dict[str, tuple[Spent, ...]]:
+        """Releases that the records of each partition carry, each once."""
+        found: dict[str, dict[Spent, None]] = {}
+        for experience in self.stream:
+            records = experience.train
+            found.setdefault(records.partition, {}).update(dict.fromkeys(records.spent))
+        return {partition: tuple(spent) for partition, spent in found.items()}
+
+    @cached_property
+    def _spent_by_any(self) -> tuple[Spent, ...]:
+        return tuple(dict.fromkeys(each for spent in self._spent.values() for each in spent))
 
     def of(self, experience: Experience) -> Plan:
         """Return the strategy's plan of an experience.

@@ -115,7 +115,7 @@ class PrivateSum(Releases):
                 the same noise.
             expected: declared number of records in a step.
             numbers: most numbers in a sum, those of all parameters.
-            slots: steps an epoch where the order is fixed.
+            slots: steps per epoch where the order is fixed.
             purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
 
         Raises:

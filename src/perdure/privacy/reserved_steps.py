@@ -54,7 +54,7 @@ class ReservedSteps:
         entry: in the ledger.
         steps: which.
         expected: declared number of records in one of them.
-        slots: steps an epoch where the order is fixed.
+        slots: steps per epoch where the order is fixed.
         grid: that their sums are counted on.
         drawn: the step that is drawn next.
     """

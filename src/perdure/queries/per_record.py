@@ -91,7 +91,7 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
             depend on another record.
 
     Raises:
-        DataError: for another shape than one number a record.
+        DataError: for another shape than one number per record.
         PrivacyError: for what cannot be asked about one record alone.
     """
 

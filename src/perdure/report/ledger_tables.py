@@ -105,7 +105,7 @@ def places(account: Merged) -> dict[str, tuple[str, str]]:
 
 
 def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) -> list[Exposed]:
-    """Return one row a partition, in the order of the ledgers.
+    """Return one row per partition, in the order of the ledgers.
 
     Args:
         account: what was spent.
@@ -199,7 +199,7 @@ def projections(
 
 
 def exposure_table(rows: Sequence[Exposed]) -> Table:
-    """One row a partition below its owner, the worst in bold."""
+    """One row per partition below its owner, the worst in bold."""
     drawn = _empty("records", "exposed to", "epsilon\nby PLD", "by RDP", "")
     drawn.caption = Text(TERMS)
     for owner, own in groupby(rows, key=lambda row: row.owner):
@@ -218,7 +218,7 @@ def exposure_table(rows: Sequence[Exposed]) -> Table:
 
 
 def projection_table(rows: Sequence[Projected]) -> Table:
-    """One row a partition below its owner, the one that would have spent most in bold."""
+    """One row per partition below its owner, the one that would have spent most in bold."""
     drawn = _empty("epsilon now", "epsilon after")
     most = max((row.after for row in rows), default=0.0)
     for owner, own in groupby(rows, key=lambda row: row.owner):

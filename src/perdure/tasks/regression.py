@@ -1,4 +1,4 @@
-"""Regression: one or several numbers a record.
+"""Regression: one or several numbers per record.
 
     loss_i = mean over the outputs c of (outputs_ic - y_ic)^2
     metric = root mean squared error over records and outputs, in the unit of the targets
@@ -61,7 +61,7 @@ class Regression(Task):
             targets,
             dtype=torch.float32,
             dims=2,
-            needed="(n, k), k numbers a record; for one number, give labels[:, None]",
+            needed="(n, k), k numbers per record; for one number, give labels[:, None]",
             fix="convert them with labels.float()",
         )
         wrong = (~targets.isfinite()).nonzero()

@@ -1,4 +1,4 @@
-"""Single-label classification: one class a record.
+"""Single-label classification: one class per record.
 
     loss_i = -log softmax(outputs_i)[y_i],   metric = accuracy in percent
 
@@ -60,7 +60,7 @@ class SingleLabel(Task):
             targets,
             dtype=torch.int64,
             dims=1,
-            needed="(n,), one class a record; for several, give task=MultiLabel()",
+            needed="(n,), one class per record; for several, give task=MultiLabel()",
             fix="convert them with labels.long()",
         )
 

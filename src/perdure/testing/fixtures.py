@@ -53,7 +53,7 @@ def require(ok: bool, found: str, *, allowed: str, fix: str) -> None:
 def small_stream(scenario: Scenario) -> Stream:
     """Three experiences of two classes, which a linear model tells apart.
 
-    There are six training records a class.
+    There are six training records per class.
     """
     rng = torch.Generator().manual_seed(0)
     centres = torch.rand(CLASSES, FEATURES, generator=rng)

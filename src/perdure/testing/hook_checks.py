@@ -208,7 +208,7 @@ def _same_for_every_company(what: str, ask: RowsOfBatch, batch: Batch) -> None:
     require(
         not wrong,
         f"{what} gives {', '.join(wrong[:3])} for {n} rows",
-        allowed="one row a record, (n, ...)",
+        allowed="one row per record, (n, ...)",
         fix="use reduction='none' and keep the rows in order",
     )
     changed = batch.map(lambda value: value.clone())

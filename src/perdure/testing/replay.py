@@ -202,8 +202,8 @@ def replay(
             views, adversaries and dropout are allowed.
 
     Returns:
-        Changes of releases relative to the charged sensitivity, unexplained outputs, and unpaid
-        draws.
+        Changes of releases relative to the charged sensitivity, outputs that differ without a
+        changed release, and noise draws that no ledger entry covers.
 
     Raises:
         ConfigError: if a learner is not private, or has views, an adversary or dropout without

@@ -50,7 +50,12 @@ def hashed(ids: Tensor, *stream: int | Tensor) -> Tensor:
 
 
 def uniforms(ids: Tensor, *stream: int | Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float32, with 2^23 possible values, computed by `hashed`.
+    """Hash ids to uniform numbers in (0, 1), float32, with 2^23 possible values.
+
+    Args:
+        ids: ids, int64.
+        stream: numbers that choose an independent stream of values.
+
 
     >>> uniforms(torch.arange(3)[:, None], 7, torch.arange(5)).shape
     torch.Size([3, 5])
@@ -59,7 +64,7 @@ def uniforms(ids: Tensor, *stream: int | Tensor) -> Tensor:
 
 
 def normals(ids: Tensor, *stream: int | Tensor) -> Tensor:
-    """Standard normal numbers (n,), float32, between -5.3 and 5.3, computed by `hashed`."""
+    """Hash ids to standard normal numbers (n,), float32, between -5.3 and 5.3."""
     return math.sqrt(2) * torch.erfinv(2 * uniforms(ids, *stream) - 1)
 
 

@@ -19,12 +19,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     Afterwards every submodule has its earlier mode again.
     """
     modes = {part: part.training for part in module.modules()}
-    module.eval()
+    end_training(module)
     try:
         yield
     finally:
         for part, training in modes.items():
-            part.training = training
+            if part.training is not training:
+                part.training = training
 
 
 def statistics_of(module: nn.Module) -> Params:
@@ -53,7 +54,10 @@ def _put_into_mode(module: nn.Module, *, training: bool) -> None:
         module.train(training)
         return
     for part in parts:
-        if part.training is not training:
+        own = vars(part)
+        if "training" in own:
+            own["training"] = training  # past the module's checks for parameters, which are slow
+        else:
             part.training = training
 
 

@@ -130,7 +130,7 @@ def _fresh_state() -> npt.NDArray[np.uint8]:
     state: npt.NDArray[np.uint8] = torch.Generator().manual_seed(0).get_state().numpy()
     if len(state) != TWISTER_STATE_BYTES:
         given = f"{len(state)} bytes in torch {torch.__version__}"
-        allowed = f"{TWISTER_STATE_BYTES}, the layout this version knows; use another torch"
+        allowed = f"{TWISTER_STATE_BYTES}, as in known versions; use another torch version"
         raise ConfigError.of("state of a CPU generator", given, allowed)
     return state
 

@@ -282,7 +282,7 @@ def test_calibration_of_a_stream_takes_the_worst_partition():
     check_minimal(charges_at, 2.0, calibrate(charges_at, epsilon=2.0, delta=1e-3), delta=1e-3)
 
 
-def test_calibration_counts_what_was_spent_before():
+def test_calibration_includes_earlier_charges():
     spent = Charge(0.1, 2.0, 30)
 
     def charges_at(noise):
@@ -302,7 +302,7 @@ def test_calibration_under_replace_one():
     assert epsilon(charges_at(noise)[0], delta=DELTA) < 0.95
 
 
-def test_calibration_where_the_least_noise_is_enough():
+def test_calibration_returns_the_smallest_noise_if_it_is_enough():
     assert calibrate(lambda noise: [], epsilon=1.0, delta=DELTA) == 0.05
     assert calibrate(lambda noise: [[]], epsilon=1.0, delta=DELTA) == 0.05
     assert (

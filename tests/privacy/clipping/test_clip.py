@@ -101,7 +101,7 @@ def given_rows(params, tensors):
     st.integers(1, 10),
     st.data(),
 )
-def test_pieces_keep_the_sum_and_the_bound_on_one_record(values, size, data):
+def test_chunked_clipping_keeps_sum_and_bound(values, size, data):
     table = torch.tensor(values, dtype=torch.float32)
     one = {"one": torch.ones(())}
     whole = clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), 100)["value"]

@@ -99,7 +99,7 @@ class ExpGain(Gain):
         return x * self.gain.exp() + self.shift
 
 
-def test_a_users_layer_without_a_rule_goes_record_by_record():
+def test_a_users_layer_without_rule_is_clipped_record_by_record():
     x = floats(6)
     assert by_tape(net(ExpGain(6), x), x, Clip(norm=1.0)) is None
 
@@ -225,7 +225,7 @@ class PairNet(nn.Module):
 @pytest.mark.parametrize(
     "make", [PairNet, lambda: net(WithPart(6), floats(6)), lambda: Switched(Gain(6))]
 )
-def test_calls_that_a_rule_cannot_know_go_record_by_record(make):
+def test_calls_that_no_rule_covers_are_clipped_record_by_record(make):
     assert by_tape(make(), floats(6), Clip(norm=1.0)) is None
 
 
@@ -343,6 +343,6 @@ def test_rule_files_are_imported_at_first_use():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_call_holds_what_entered_and_came_back_in_float32():
+def test_a_layer_call_returns_input_and_gradient_in_float32():
     call = LayerCall(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16))
     assert [value.dtype for value in call.flowed()] == [torch.float32, torch.float32]

@@ -457,7 +457,7 @@ def test_bound_check_skips_inputs_that_the_model_refuses():
     check_bound(case_of(Picky(), rows(8)), "mine")
 
 
-def test_bound_check_goes_on_after_a_failing_record():
+def test_bound_check_continues_after_a_failing_record():
     """The first of both records raises; the second has a gradient that is too long."""
     honest = case_of(Picky(), rows(8))
     asked = []
@@ -474,7 +474,7 @@ def test_bound_check_goes_on_after_a_failing_record():
 
 
 @pytest.mark.parametrize("declared", [False, True])
-def test_a_run_is_refused_only_where_inputs_may_be_very_large(declared, one_thread):
+def test_bound_check_refuses_runs_only_without_an_input_range(declared, one_thread):
     place = torch.Generator().manual_seed(0)
     inputs = torch.rand(16, 8, generator=place)
     domain = InputDomain(shape=(8,), range=(0.0, 1.0)) if declared else None

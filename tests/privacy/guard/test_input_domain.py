@@ -157,8 +157,8 @@ def test_guard_tests_batches_up_to_the_largest_drawn_size(above):
     assert private(Mixing(mix), declared(5_000), batch_size=1_400, micro_batch_size=1_000)
 
 
-def test_batches_too_large_to_be_probed_are_refused():
-    with pytest.raises(GuardError, match="give micro_batch_size=26843545 or less"):
+def test_batches_too_large_for_the_guard_are_refused():
+    with pytest.raises(GuardError, match="set micro_batch_size to 26843545 or less"):
         private(Mixing(lambda x: x), declared(10**9), batch_size=3 * 10**7, delta=1e-12)
     own = mlp(input_shape=(5,), num_classes=4, seed=0)
     learner = private(own, declared(10**9), batch_size=3 * 10**7, delta=1e-12)

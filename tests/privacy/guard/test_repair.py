@@ -83,7 +83,7 @@ def test_instance_norm_loses_only_its_running_statistics(make, affine):
     assert fixes(make(6, affine=affine)) == ()
 
 
-def test_statistics_that_were_only_switched_off_are_removed_too():
+def test_fix_removes_instance_norm_statistics_also_if_unused():
     old = nn.InstanceNorm1d(6, track_running_stats=True)
     old.track_running_stats = False
     assert not list(fix(nn.Sequential(old))[0].buffers())

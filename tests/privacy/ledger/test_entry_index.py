@@ -90,7 +90,7 @@ def test_epsilon_looks_at_new_entries_only():
     assert len(asked) <= len(NAMES)
 
 
-def test_a_new_partition_counts_at_once():
+def test_a_new_partition_is_in_the_index_at_once():
     own = account()
     assert own.epsilon(delta=1e-5) == 0.0
     own.sizes["e"] = 5
@@ -112,7 +112,7 @@ def test_the_index_of_another_list_of_entries_is_rebuilt():
     assert other.epsilon(delta=1e-5) < spent < own.epsilon(delta=1e-5)
 
 
-def test_only_dominated_histories_are_left_out():
+def test_the_index_leaves_out_only_dominated_histories():
     draw = Random(5)
     kinds = [(0.1, 1.0), (0.1, 2.0), (0.2, 1.0)]
     histories = {

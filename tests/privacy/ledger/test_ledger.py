@@ -211,7 +211,7 @@ def test_statement_says_that_delta_is_too_large():
     assert str(at).endswith(f"; delta is not below 1 / {units} records: whole ones may leak)")
 
 
-def test_statement_of_a_secret_key_is_no_simulation(tmp_path):
+def test_the_statement_with_a_secret_key_is_not_a_simulation(tmp_path):
     key = NoiseKey.from_os(tmp_path / "key")
     ledger = opened(key=key, unit="client", relation="replace-one")
     ledger.charge(
@@ -249,7 +249,7 @@ def test_units_relations_and_kinds_of_noise_never_mix(wrong):
     assert ledger.entries == []
 
 
-def test_partitions_are_declared_once_with_one_size():
+def test_a_partition_cannot_be_declared_with_two_sizes():
     ledger = opened(partitions=1)
     ledger.declare("e1", N)
     assert len(ledger.chain.lines) == 2
@@ -333,7 +333,7 @@ def test_a_grant_does_not_count_charged_steps_twice():
     ledger.grant({"e1": PLAN["e1"]}, epsilon=2.5, delta=DELTA)
     ledger.charge(entry(steps=400))
     ledger.grant(PLAN, epsilon=2.5, delta=DELTA)
-    with pytest.raises(BudgetError, match="allowed 69"):
+    with pytest.raises(BudgetError, match="grant allows 69"):
         ledger.charge(entry(first_step=400, steps=70))
     ledger.charge(entry(first_step=400, steps=69))
     ledger.charge(entry({"e2": Q}))
@@ -341,11 +341,11 @@ def test_a_grant_does_not_count_charged_steps_twice():
         ledger.charge(entry(first_step=800, steps=1))
 
 
-def test_only_what_was_granted_may_be_charged(tmp_path):
+def test_only_granted_charges_are_accepted(tmp_path):
     ledger = opened(tmp_path / "l.jsonl")
     ledger.grant(PLAN, epsilon=3.0, delta=DELTA)
     ledger.charge(entry(steps=400))
-    with pytest.raises(BudgetError, match=r"'e1': given 70 steps .* allowed 69"):
+    with pytest.raises(BudgetError, match=r"'e1': given 70 steps .* grant allows 69"):
         ledger.charge(entry(first_step=400, steps=70))
     for outside in (
         {"noise_multiplier": 1.0},
@@ -358,7 +358,7 @@ def test_only_what_was_granted_may_be_charged(tmp_path):
         ledger = opened(tmp_path / "l.jsonl")
         ledger.grant(PLAN, epsilon=3.0, delta=DELTA)
         ledger.charge(entry(steps=400))
-        with pytest.raises(BudgetError, match="allowed 69"):
+        with pytest.raises(BudgetError, match="grant allows 69"):
             ledger.charge(entry(first_step=400, steps=70))
     ledger.charge(entry(first_step=400, steps=69))
     ledger.charge(entry({"e2": Q}))

@@ -67,7 +67,7 @@ def test_a_shortened_file_is_refused(path, kept):
 
 def test_a_covered_line_that_is_torn_is_refused(path):
     lines = lines_of(path)
-    assert "line 6: missing" in damaged(path, [*lines[:5], lines[5][:-1]])
+    assert "line 6: the line is missing" in damaged(path, [*lines[:5], lines[5][:-1]])
 
 
 def test_a_ledger_rewritten_as_a_whole_is_refused(path):
@@ -77,7 +77,7 @@ def test_a_ledger_rewritten_as_a_whole_is_refused(path):
         body = {n: v for n, v in json.loads(line).items() if n not in ("prev", "hash")}
         text, last = link(body | ({"steps": 2} if body["kind"] == "entry" else {}), last)
         rewritten.append(text.encode() + b"\n")
-    assert "line 6: rewritten" in damaged(path, rewritten)
+    assert "line 6: the line was changed" in damaged(path, rewritten)
     head = path.with_suffix(".head.json")
     head.write_text(
         json.dumps(
@@ -163,7 +163,7 @@ def crash_at(countdown):
 
 
 @pytest.mark.parametrize("crash", range(18))
-def test_a_crash_at_any_point_loses_no_noise_and_no_result(tmp_path, crash):
+def test_a_crash_at_any_point_loses_no_ledger_entry(tmp_path, crash):
     """Six lines (header, two partitions, three entries) with three points each."""
     path = tmp_path / "ledger.jsonl"
     drawn = []
@@ -270,7 +270,7 @@ def test_export_keeps_every_chain_and_head(clients, tmp_path):
         read(out, keys | {"client 2": NoiseKey.from_seed(9)})
 
 
-def test_reading_changes_nothing(clients):
+def test_reading_a_ledger_changes_no_file(clients):
     with clients[0].open("ab") as file:
         file.write(b"torn")
     before = clients[0].read_bytes()
@@ -308,11 +308,11 @@ def test_lines_after_the_last_ledger_are_refused(clients, tmp_path):
         merge(clients).export(out)
 
 
-def test_equal_owners_and_mixed_units_are_refused(clients, tmp_path):
+def test_merge_refuses_equal_owners_and_mixed_units(clients, tmp_path):
     with pytest.raises(LedgerError, match="owner"):
         merge([clients[0], clients[0]])
     other = opened(None, 1, unit="client", owner="server")
-    with pytest.raises(LedgerError, match="never mix"):
+    with pytest.raises(LedgerError, match="merge only ledgers with the same unit"):
         merge([clients[0], other])
     assert merge([]).worst(DELTA) == ("none", 0.0)
 

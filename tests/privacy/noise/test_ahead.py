@@ -41,7 +41,7 @@ def test_noise_drawn_ahead_has_the_same_integers(changes):
     assert torch.equal(added(key), added(NoiseKey.from_seed(0)))
 
 
-def test_a_draw_is_taken_once_and_only_by_its_name():
+def test_noise_drawn_ahead_is_used_once_and_by_its_name_only():
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.__iadd__(7))
     assert ahead.take("b") is None

@@ -31,7 +31,7 @@ def strategy_matrix(steps, bands):
 
 
 @pytest.mark.reference
-def test_the_coefficients_are_those_of_the_square_root():
+def test_banded_coefficients_equal_the_square_root():
     exact = [comb(2 * k, k) / 4**k for k in range(6)]
     assert [c / PARTS for c in coefficients(6)] == pytest.approx(exact, abs=0.5 / PARTS)
     root = strategy_matrix(STEPS, STEPS)
@@ -40,7 +40,7 @@ def test_the_coefficients_are_those_of_the_square_root():
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 9, 12])
-def test_the_chain_is_the_inverse_of_the_matrix(bands):
+def test_banded_noise_equals_the_inverse_matrix_times_noise(bands):
     """Sums x and noise z, both integers, give x + C^-1 z."""
     chain = BandedNoise(bands)
     rng = torch.Generator().manual_seed(0)
@@ -167,7 +167,7 @@ def test_a_target_is_calibrated_for_the_participations(learner_of):
 def test_an_epoch_shorter_than_the_bands_is_refused(learner_of):
     with pytest.raises(
         ConfigError,
-        match=r"privacy.bands = 7 is not allowed; allowed: up to 6, the steps of an epoch",
+        match=r"privacy.bands = 7 is not allowed; allowed: up to 6, the number of steps in",
     ):
         learner_of(privacy=Privacy(noise_multiplier=1.0, bands=7, seed=0)).begin(0)
     for other in (

@@ -113,7 +113,7 @@ def test_a_forked_child_draws_nothing_also_under_one_number(tmp_path, key, monke
     assert log.nonce_for("gradient", "e", 1, OTHER) == mine
 
 
-def test_a_simulation_in_memory_goes_on_in_a_child():
+def test_a_simulation_in_memory_continues_in_a_child_process():
     log = DrawLog(None, NoiseKey.from_seed(0), "boot 1")
     log.open("e")
     assert refused_in_child(log) == ""
@@ -197,7 +197,7 @@ def test_a_second_log_of_the_same_file_cannot_draw(written, key):
         first.nonce_for("gradient", "b", 2, SUM)
 
 
-def test_a_log_is_read_again_when_its_lock_was_taken_anew(tmp_path, key):
+def test_a_draw_log_is_read_again_after_a_new_lock(tmp_path, key):
     path = tmp_path / "private" / "draws.jsonl"
     mine, other = FolderLock(tmp_path), FolderLock(tmp_path)
     mine.acquire()
@@ -229,7 +229,7 @@ def test_a_log_that_was_edited_is_refused(written, key, how):
         DrawLog(path, key, "boot 1")
 
 
-def test_a_draw_opens_no_file_and_syncs_nothing(written, key, monkeypatch):
+def test_a_noise_draw_opens_no_file_and_does_no_sync(written, key, monkeypatch):
     """One look at the file a draw; a sync once a block."""
     path, copy = written
     log = DrawLog(path, key, "boot 1", copies=[copy])

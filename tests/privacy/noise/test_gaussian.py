@@ -227,7 +227,7 @@ def test_every_integer_has_its_frequency(scale, bins):
 
 
 @pytest.mark.statistical
-def test_moments_and_tails_are_those_of_the_gaussian():
+def test_noise_moments_and_tails_equal_the_gaussian():
     """A scale off by 1 % or a tail off by a tenth would be rejected."""
     z = drawn(1_000_000, 1.1 * 2**21) / (1.1 * 2**21)
     assert abs(z.mean()) < 5e-3 and z.std() == pytest.approx(1, abs=4e-3)

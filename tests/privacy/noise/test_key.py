@@ -48,7 +48,7 @@ def test_two_keys_from_the_system_differ(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o602])
-def test_a_key_that_others_can_reach_is_refused(tmp_path, mode):
+def test_a_key_file_readable_by_others_is_refused(tmp_path, mode):
     path = tmp_path / "noise.key"
     NoiseKey.from_os(path)
     path.chmod(mode)
@@ -64,7 +64,7 @@ def test_a_damaged_key_is_refused(tmp_path):
         NoiseKey.from_os(path)
 
 
-def test_a_key_written_first_by_another_process_is_kept(tmp_path, monkeypatch):
+def test_a_key_that_another_process_wrote_first_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "noise.key"
     first = NoiseKey.from_os(path)
     # as for one that looked before the file was there
@@ -84,7 +84,7 @@ def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
             leak(key)
 
 
-def test_simulated_keys_say_so_and_depend_on_every_part():
+def test_simulated_keys_are_marked_and_depend_on_every_part():
     keys = [
         NoiseKey.from_seed(*p)
         for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]
@@ -177,7 +177,7 @@ def test_any_change_of_the_request_shares_no_value(change):
     assert (base[:m] == other[:m]).sum() <= 2
 
 
-def test_noise_is_added_to_what_is_there():
+def test_add_noise_adds_to_the_given_sum():
     total = torch.arange(5) * 10**6
     NoiseKey.from_seed(0).add_noise(total, SCALE, **STREAM)
     assert torch.equal((total - torch.arange(5) * 10**6).double() / SCALE, draw(n=5))

@@ -179,7 +179,7 @@ def test_best_returns_sorted_places_and_first_of_equal_scores():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("k", [1, 2])
-def test_choices_come_as_often_as_the_exponential_mechanism_says(k):
+def test_selections_have_exponential_mechanism_probabilities(k):
     """Chi-square over 10,000 draws, flakiness 1e-6; noise of 2/3 and 3/2 is rejected at 1e-6."""
     key = NoiseKey.from_seed(8)
     n = 10_000

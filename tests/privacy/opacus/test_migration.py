@@ -214,7 +214,7 @@ def test_unwrapping_gives_a_clean_model_with_equal_parameters(options, wrap):
     check_model(model)
 
 
-def test_a_model_that_hooks_were_attached_to_is_cleaned_too():
+def test_unwrapping_removes_the_hooks_of_opacus():
     model = small()
     engine_for(model, wrap_model=False)
     assert traces(model)[1] and unwrapped(model) is model
@@ -243,7 +243,7 @@ def test_unwrapping_a_plain_model_returns_the_same_model():
     assert passes == [1]
 
 
-def test_data_parallel_wrappers_are_taken_off_too(tmp_path):
+def test_unwrapping_removes_data_parallel_wrappers(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel

@@ -381,7 +381,7 @@ def test_partly_trained_layers_are_left_to_the_next_method():
         assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_empty_and_too_large_batches_go_to_the_next_method(monkeypatch):
+def test_samplers_skip_empty_and_too_large_batches(monkeypatch):
     model, x, y = case("grouped convolution")
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x[:0], y[:0], CLIP) is None

@@ -77,8 +77,8 @@ class Dataset:
             found = self.task.undeclared(records.labels, range(self.num_classes))
             if found:
                 raise DataError(
-                    f"{self.name} {part} records have {found}, which leave the range 0 .. "
-                    f"{self.num_classes - 1}; number them from 0, or give another num_classes"
+                    f"{self.name} has {part} {found}; allowed: 0 .. {self.num_classes - 1}; number "
+                    "them from 0, or give another num_classes"
                 )
         refuse_test_ids_in_training(self.train, self.test, f"data set {self.name}")
 

@@ -26,20 +26,20 @@ def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
     """15,920 sequences of 64 characters of tiny Shakespeare, each of one speaker.
 
     Reads ROOT/shakespeare/tinyshakespeare.txt or input.txt. The lines of a speaker are joined and
-    cut into sequences without overlap; what is left at the end is dropped. A sequence is one record
-    of the task `NextToken`: each character is predicted from those before it, the first one from a
-    new line. The last tenth of a speaker's sequences, rounded down, is the test.
+    cut into sequences without overlap; a shorter rest is dropped. A sequence is one record of the
+    task `NextToken`: each character is predicted from the characters before it, the first one from
+    a line break. The last tenth of the sequences of a speaker, rounded down, is in the test part.
 
-    `attributes["domain"]` is the number of the speaker, `categories["domain"]` has the names. They
-    are numbered by the length of their lines, the longest first.
+    `attributes["domain"]` is the number of the speaker, `categories["domain"]` has the names.
+    Speakers are numbered by the total length of their lines, the longest first.
 
     Args:
         root: data root; see `perdure.data.datasets.base`.
-        length: characters of a sequence.
+        length: number of characters of a sequence.
 
     Raises:
-        ConfigError: for a length below 2.
-        DataError: when the file is missing, or has other characters than the published one.
+        ConfigError: if `length` is below 2.
+        DataError: if the file is missing, or has other characters than the published file.
 
     Source: Karpathy 2015, "The unreasonable effectiveness of recurrent neural networks".
     """

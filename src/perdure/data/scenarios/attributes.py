@@ -153,7 +153,7 @@ def _values(records: Records, attribute: str) -> Tensor:
     if missing:
         raise DataError(
             f"{records.partition} has no {attribute} in row {missing[0]} ({len(missing)} in all); "
-            "fill it in, or leave the record out"
+            "set a value, or leave the record out"
         )
     return values
 

@@ -15,15 +15,21 @@ from perdure.utils.hashing import canonical, canonical_text, hashed, shifted
 
 
 def hashable(stream: Stream) -> bool:
-    """Return whether the training records came with ids, so that a hash of them is their own."""
+    """Return True if the training records have ids of their own, which can be hashed."""
     return not any(experience.train.ids_by_position for experience in stream)
 
 
 def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
-    """Return a digest that names the rule by which the records of a data set are placed.
+    """Return a digest of the public rule that decides the partition of each record.
 
-    From public facts alone: the data set's name, its size where one was declared, and all that
-    decides which partition a record goes to. A size that was counted would change with a record.
+    It is computed from public facts only: the name of the data set, its declared size, and all
+    settings that decide the partition of a record. A counted size is not used, because it would
+    change with one record.
+
+    Args:
+        kind: name of the scenario.
+        data: the source.
+        facts: public settings of the scenario.
     """
     size = None if data.train.size_counted else data.train.declared_size
     whole = {"data": data.name, "size": size, "classes": data.num_classes}
@@ -35,6 +41,11 @@ def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
 
     Guarantee: none; everyone can compute the numbers. They decide the experience of a record, and
     are never used for noise or for secret membership.
+
+    Args:
+        ids: (n,) int64 record ids.
+        seed: public seed.
+        purpose: number of the use, so that different uses have independent numbers.
 
     Source: see `perdure.utils.hashing`.
     """

@@ -1,7 +1,7 @@
-"""Functions that make a `Dataset` of a user's own data: one kind of source a file.
+"""Functions that make a `Dataset` from your own data; each file has one kind of source.
 
-Each converts by rules that are stated, checks what it is given before anything is trained, and
-names the row and the column of the first bad value. `perdure.data` exports them too.
+Each function converts by documented rules, checks the data before training, and names the row and
+column of the first invalid value. `perdure.data` exports them too.
 """
 
 from perdure.data.sources.arrays import from_arrays

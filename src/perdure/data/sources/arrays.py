@@ -44,32 +44,32 @@ def from_arrays(
 
     Inputs become float32, and `Dataset.notes` says so. Images of bytes, (n, height, width),
     (n, channels, height, width) or channels last, are divided by 255 and have their channels first.
-    Other numbers keep their values, save for `standardise`.
+    Other numbers keep their values, except with `standardise`.
 
     >>> data = from_arrays([[0.1, 0.2], [0.9, 0.8], [0.2, 0.1]], ["no", "yes", "no"], test=0.3)
 
-    Guarantee: none for what is taken from the records: the number of rows and the classes, unless
-    they are declared. `Dataset.public_facts` names it. The test part is public.
+    Guarantee: none for facts computed from the records: the number of rows and the classes, unless
+    they are declared. `Dataset.public_facts` lists them. The test part is public.
 
     Args:
-        inputs: (n, ...) numbers, one row a record. A memory-mapped array is not copied
-            where it is float32 or above 256 MiB: it is then converted batch by batch.
+        inputs: (n, ...) numbers, one row per record. A memory-mapped array is not copied if it is
+            float32 or larger than 256 MiB: it is then converted batch by batch.
         targets: (n,) the class of each record, as a number from 0 or as a word; for multi-label
             (n, C) of 0 and 1; for regression (n,) or (n, k) numbers.
-        test: (inputs, targets) of the test part; or the share of the records that goes there, on
-            average, by a hash of their ids.
+        test: (inputs, targets) of the test part; or the average share of records in the test part,
+            chosen by a hash of their ids.
         task: meaning of the targets: "single-label", "multi-label", "regression", "next-token", or
             an object of a task, such as `Regression()`.
         classes: all classes, as the targets write them; their order gives the numbers. Default:
             the words of the training part in alphabetical order.
-        num_classes: number of classes, where targets are numbers.
+        num_classes: number of classes, if targets are numbers.
         ids: (n,) identity of each record, a whole number or a word, each once. Under privacy they
-            let a record be placed by itself. Default: the position.
-        test_ids: (m,) the same for a test part that is given.
+            decide the experience or client of a record. Default: the position.
+        test_ids: (m,) identities of the records of a given test part.
         attributes: further facts of each record, name to (n,) numbers, such as "time", "domain" or
             "group".
-        test_attributes: the same, (m,), for a test part that is given.
-        value_range: (least, greatest) value of inputs before scaling, declared; each one number,
+        test_attributes: attributes (m,) of the records of a given test part.
+        value_range: declared (smallest, largest) value of inputs before scaling; each one number,
             or one for every column or channel. The guard of a private run looks at this range.
             Default: (0, 1) for images of bytes, else none.
         standardise: "declared" maps `value_range` to -1 .. 1; (mean, deviation) are constants that
@@ -77,13 +77,13 @@ def from_arrays(
             `perdure.privacy.ReleasedScaling` pays for constants of the training records. Default:
             no scaling.
         declared_size: public number of training records. Default: the number of rows.
-        seed: of the hash that draws the test part.
-        name: of the data set and of its partition.
+        seed: seed of the hash that draws the test part.
+        name: name of the data set and of its partition.
 
     Raises:
-        ConfigError: for a setting that is not allowed.
-        DataError: for values that are no numbers, not finite or out of range, with row and column;
-            for rows that do not match; for an id that comes twice, or in both parts.
+        ConfigError: if a setting is not allowed.
+        DataError: if values are not numbers, not finite or out of range (with row and column), if
+            numbers of rows differ, or if an id is there twice or in both parts.
     """
     notes: dict[str, None] = {}
     label = "training " if isinstance(test, tuple | list) else ""

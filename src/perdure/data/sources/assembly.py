@@ -53,14 +53,14 @@ class Settings:
     """Declarations of a user on a data set.
 
     Args:
-        name: of the data set and of its partition.
+        name: name of the data set and of its partition.
         task: meaning of the targets, by name or as an object.
         classes: names of the classes in the order of their numbers; None where not declared.
         num_classes: number of classes; None where not declared.
         value_range: least and greatest value of inputs before scaling.
         standardise: constants for scaling.
         declared_size: public number of training records; None for the number of rows.
-        seed: of the hash that draws the test part.
+        seed: seed of the hash that draws the test part.
         columns: names of the columns of inputs (n, k), where they have names.
         domain: of inputs that are no floats.
         facts: sentences on what is declared public.
@@ -110,10 +110,7 @@ def dataset_of(
     parts = [train, test] if isinstance(test, Part) else [train]
     made = []
     for part in parts:
-        if tuple(part.inputs.shape[1:]) != shape:
-            given = tuple(part.inputs.shape[1:])
-            raise DataError(f"{part.label}inputs have shape {given} a row; allowed: {shape}")
-        refuse_bad_inputs(part.inputs, scaling, f"{part.label}inputs", settings.columns)
+        _refuse_bad_rows(part, shape, scaling, settings.columns)
         targets, classes = converted(part.targets, task, classes, f"{part.label}targets", notes)
         made.append(_records(part, targets, task, settings.name))
     facts = [*settings.facts, *_facts(classes, settings)]
@@ -143,6 +140,16 @@ def dataset_of(
     )
 
 
+def _refuse_bad_rows(
+    part: Part, shape: tuple[int, ...], scaling: Scaling, columns: Sequence[str]
+) -> None:
+    """Refuse inputs of another shape than the first part's, not finite, or out of range."""
+    given = tuple(part.inputs.shape[1:])
+    if given != shape:
+        raise DataError(f"{part.label}inputs have shape {given} a row; allowed: {shape}")
+    refuse_bad_inputs(part.inputs, scaling, f"{part.label}inputs", columns)
+
+
 def _records(part: Part, targets: Tensor, task: Task, name: str) -> Records:
     """Return the records of a part, once every row has its target, id and attributes."""
     ids = part.ids
@@ -154,7 +161,9 @@ def _records(part: Part, targets: Tensor, task: Task, name: str) -> Records:
     given |= {f"{part.label}attributes[{key!r}]": value for key, value in attributes.items()}
     for what, rows in given.items():
         if len(rows) != n:
-            raise DataError(f"{n} {part.label}inputs but {len(rows)} {what}; give one for each")
+            raise DataError(
+                f"{n} {part.label}inputs but {len(rows)} {what}; give one for each input"
+            )
     return Records(
         inputs=part.inputs,
         labels=targets,
@@ -213,11 +222,11 @@ def refuse_beside_share(*, test_ids: object, test_attributes: object = None) -> 
         test_attributes: None is allowed.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: if an argument is not allowed; the message names it.
     """
     for field, value in (("test_ids", test_ids), ("test_attributes", test_attributes)):
         if value is not None:
             raise ConfigError(
-                f"{field} is not allowed beside a share of the records for the test; allowed: "
-                "None, or a test part of its own in test=..."
+                f"{field} is not allowed if test=... is a share of the records; allowed: None, or "
+                "a separate test part in test=..."
             )

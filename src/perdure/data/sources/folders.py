@@ -35,18 +35,18 @@ def from_folder(
     """Build a data set from a folder of images, with one sub-folder for each class.
 
     Reads FOLDER/CLASS/.../IMAGE. Images become (channels, height, width) float32, bytes divided by
-    255. The id of a record is a hash of its path inside the folder, so that the place of an image
-    depends on no other image. Files that are no images by their ending are left out, and
+    255. The id of a record is a hash of its path inside the folder, so the id of an image does not
+    depend on other images. Files whose ending is not that of an image are left out, and
     `Dataset.notes` says so.
 
     >>> from_folder("photos/train", test="photos/test", size=(64, 64))
 
-    Guarantee: none for what is taken from the records, as in `from_arrays`. The test part is
+    Guarantee: none for facts computed from the records, as in `from_arrays`. The test part is
     public.
 
     Args:
-        folder: of the images to learn from; with a share for the test, of all images.
-        test: folder of the test part; or the share of the images that goes there, on average.
+        folder: folder of the training images; if `test` is a share, folder of all images.
+        test: folder of the test part; or the average share of images in the test part.
         size: (height, width) that every image is resized to, bilinear. Default: all images have
             one size.
         channels: 3 for colour, 1 for grey; images of the other kind are converted.
@@ -56,13 +56,13 @@ def from_folder(
             declare, one number or one for every channel; or a release, as in `from_arrays`.
             Default: no scaling.
         declared_size: public number of training records. Default: the number of images.
-        seed: of the hash that draws the test part.
-        name: of the data set and of its partition.
+        seed: seed of the hash that draws the test part.
+        name: name of the data set and of its partition.
 
     Raises:
-        ConfigError: for a setting that is not allowed.
-        DataError: for a folder without classes or images, and for an image that cannot be read or
-            has another size, with its path.
+        ConfigError: if a setting is not allowed.
+        DataError: if the folder has no classes or images, or if an image cannot be read or has
+            another size (with its path).
     """
     _refuse_other_sizes(size, channels)
     notes: dict[str, None] = {}
@@ -116,7 +116,7 @@ def _folder(path: object, field: str) -> Path:
         raise ConfigError.of(field, path, "a path of a folder")
     place = Path(path)
     if not place.is_dir():
-        raise DataError(f"{place} is no folder; allowed: a folder with one sub-folder a class")
+        raise DataError(f"{place} is not a folder; allowed: a folder with one sub-folder per class")
     return place
 
 
@@ -142,7 +142,7 @@ def _images(place: Path, names: Sequence[str], notes: dict[str, None]) -> list[t
     if left_out:
         notes[f"{left_out} files of {place} are no images by their ending and are left out"] = None
     if not found:
-        raise DataError(f"{place} holds no images; allowed: {', '.join(SUFFIXES)}")
+        raise DataError(f"{place} has no images; allowed: {', '.join(SUFFIXES)}")
     return found
 
 
@@ -172,8 +172,8 @@ def _decoded(file: Path, size: tuple[int, int] | None, channels: int) -> NDArray
                 image = image.resize(size[::-1], Image.Resampling.BILINEAR)
             return np.array(image)
     except UnidentifiedImageError as error:
-        raise DataError(f"{file} is no image; repair it or take it away") from error
+        raise DataError(f"{file} is not an image; repair or remove it") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
-            f"{file} cannot be read as an image: {error}; repair it or take it away"
+            f"{file} cannot be read as an image: {error}; repair or remove it"
         ) from error

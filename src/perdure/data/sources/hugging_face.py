@@ -40,27 +40,27 @@ def from_huggingface(
 
     >>> from_huggingface(datasets.load_dataset("mnist"), inputs="image", target="label")
 
-    Guarantee: none for what is taken from the records, as in `from_arrays`. The test part is
+    Guarantee: none for facts computed from the records, as in `from_arrays`. The test part is
     public.
 
     Args:
-        dataset: the records to learn from; with a share for the test, all records.
+        dataset: training records; if `test` is a share, all records.
         inputs: column of the inputs, or several columns of a table.
         target: column of the targets; None for the next token.
-        test: records of the test part; or the share of the records that goes there, on average.
-            Default: the part "test" of a dict, else 0.2.
+        test: records of the test part; or the average share of records in the test part. Default:
+            the part "test" of a dict, or 0.2 if there is none.
         vocabulary: number of different tokens, declared, for a column of token ids.
-        padding: token that fills sequences up, as in `from_tokens`.
-        length: of sequences, declared, as in `from_tokens`.
+        padding: token that fills sequences, as in `from_tokens`.
+        length: declared length of sequences, as in `from_tokens`.
         task: meaning of the targets, as in `from_arrays` and `from_tokens`.
         ids: column of the identity of each record, whole numbers or words, each once.
         declared_size: public number of training records. Default: the number of rows.
-        seed: of the hash that draws the test part.
-        name: of the data set and of its partition.
+        seed: seed of the hash that draws the test part.
+        name: name of the data set and of its partition.
 
     Raises:
-        ConfigError: for a setting that is not allowed, or a column that the data set lacks.
-        DataError: for values that are not allowed, as in the functions named above.
+        ConfigError: if a setting is not allowed, or the data set has no such column.
+        DataError: if values are not allowed, as in the functions named above.
     """
     train, rest = _parts(dataset, test)
     columns = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -88,7 +88,7 @@ def from_huggingface(
             name=name,
         )
     elif target is None:
-        allowed = f"one of {', '.join(train.column_names)}; or None beside vocabulary=..."
+        allowed = f"one of {', '.join(train.column_names)}; or None together with vocabulary=..."
         raise ConfigError.of("target", None, allowed)
     elif len(columns) > 1 or isinstance(train[0][columns[0]], bool | int | float | str):
         made = from_pandas(
@@ -132,7 +132,7 @@ def _parts(dataset: Any, test: Any) -> tuple[Any, Any]:
         if field == "test" and isinstance(value, int | float):
             continue
         if not all(hasattr(value, known) for known in ("features", "column_names", "to_pandas")):
-            fix = "datasets.load_dataset(...) loads one; a stream has to be read into one first"
+            fix = "load one with datasets.load_dataset(...); convert a streaming dataset first"
             raise DataError(
                 f"{field} is a {type(value).__name__}; allowed: a datasets.Dataset; {fix}"
             )

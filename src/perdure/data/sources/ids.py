@@ -37,8 +37,8 @@ def ids_of(value: object, name: str) -> Tensor:
         one = int(order[int(twice[0])])
         other = int(order[int(twice[0]) + 1])
         raise DataError(
-            f"{name} are the same in rows {one} and {other} ({found[one]}); allowed: one row for "
-            "each id; make one row of all that belongs to one person"
+            f"{name} are equal in rows {one} and {other} ({found[one]}); allowed: one row per id; "
+            "join all data of one person into one row"
         )
     return ids
 

@@ -47,8 +47,8 @@ def float_inputs(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
     """
     if values.dim() < 2:
         raise DataError(
-            f"{name} have shape {tuple(values.shape)}; allowed: (n, ...), one row a record; for "
-            "one number a record, reshape(-1, 1)"
+            f"{name} have shape {tuple(values.shape)}; allowed: (n, ...), one row per record; for "
+            "one number per record, use reshape(-1, 1)"
         )
     if not len(values) or not values[0].numel():
         raise DataError(

@@ -45,48 +45,49 @@ def from_pandas(
     seed: int = 0,
     name: str = "data",
 ) -> Dataset:
-    """Build a data set from a table, one row a record.
+    """Build a data set from a table, one row per record.
 
     A column of numbers or booleans becomes one float32 number. A column of words, and a pandas
     Categorical, becomes one indicator, 0 or 1, for each of its categories; a missing category sets
-    none. A missing number is refused, unless `missing` declares the number that stands for it; the
-    column is then followed by an indicator that is 1 where the number was missing.
+    no indicator. A missing number is refused, unless `missing` declares a number to replace it; the
+    column then has an additional indicator that is 1 if the number was missing.
 
     >>> from_pandas(visits, target="ill", ids="patient", time="day", group="sex")
 
-    Guarantee: none for what is taken from the records: classes and categories, unless they are
-    declared. `Dataset.public_facts` names it. The test part is public.
+    Guarantee: none for facts computed from the records: classes and categories, unless they are
+    declared. `Dataset.public_facts` lists them. The test part is public.
 
     Args:
-        table: the rows to learn from; with a share for the test, all rows.
+        table: training rows; if `test` is a share, all rows.
         target: column of the class of each record; several columns for multi-label or regression.
-        test: the table of the test part; or the share of the records that goes there, on average,
-            by a hash of their ids.
-        columns: columns of the inputs, in their order. Default: all that have no other role.
-        categories: all categories of a column, in the order of their indicators. Default: those of
-            a pandas Categorical, else those of the training part in alphabetical order.
-        ranges: (least, greatest) value of a column of numbers, declared.
-        missing: number that stands for a missing one, by column, declared.
-        standardise: "declared" maps `ranges`, which then has every column of numbers, to -1 .. 1;
-            (mean, deviation) are constants that you declare, one number or one for every column of
-            the inputs. Indicators are left as they are by "declared"; a release, as in
-            `from_arrays`, scales them too.
+        test: table of the test part; or the average share of records in the test part, chosen by a
+            hash of their ids.
+        columns: columns of the inputs, in their order. Default: all columns without another role.
+        categories: all categories of a column, in the order of their indicators. Default: the
+            categories of a pandas Categorical, or the words of the training part in alphabetical
+            order.
+        ranges: declared (smallest, largest) value of a column of numbers.
+        missing: declared number that replaces a missing one, by column.
+        standardise: "declared" maps the values in `ranges` to -1 .. 1, and needs a range for every
+            column of numbers; it does not change indicators. (mean, deviation) are constants that
+            you declare, one number or one for every column of the inputs. A release, as in
+            `from_arrays`, scales indicators too.
         task: meaning of the targets: "single-label", "multi-label", "regression", "next-token", or
             an object of a task, such as `Regression()`.
         classes: all classes, as the target column writes them. Default: as in `from_arrays`.
-        num_classes: number of classes, where the target column holds numbers.
+        num_classes: number of classes, if the target column has numbers.
         ids: column of the identity of each record, whole numbers or words, each once.
         time: column of a date or number, kept as the attribute "time": dates in seconds since 1970
             (UTC).
         domain: column of a natural domain, such as the hospital, kept as the attribute "domain".
         group: column of a group for measures of fairness, kept as the attribute "group".
         declared_size: public number of training records. Default: the number of rows.
-        seed: of the hash that draws the test part.
-        name: of the data set and of its partition.
+        seed: seed of the hash that draws the test part.
+        name: name of the data set and of its partition.
 
     Raises:
-        ConfigError: for a setting that is not allowed, or a column that the table lacks.
-        DataError: for values that are not allowed, with row and column; else as in `from_arrays`.
+        ConfigError: if a setting is not allowed, or the table has no such column.
+        DataError: if values are not allowed (with row and column); other cases as in `from_arrays`.
     """
     _refuse_other_tables(table, test)
     targets = [target] if isinstance(target, str) else list(target)
@@ -198,7 +199,7 @@ def _refuse_missing_columns(
                 raise ConfigError.of(role, column, [str(name) for name in table.columns])
     seen = [column for column in targets if column in chosen]
     if seen:
-        allowed = "columns without the target, which the model is to predict"
+        allowed = "columns without the target column, which the model predicts"
         raise ConfigError.of("columns", seen[0], allowed)
     if not targets:
         raise ConfigError.of("target", targets, "a column, or several")
@@ -286,8 +287,8 @@ def _fill_numbers(place: "NDArray[Any]", values: "Series[Any]", each: _Column, l
         row = int(absent.argmax())
         raise DataError(
             f"{label}table has a missing number in row {row}, column {each.column!r}; allowed: "
-            f"numbers; declare one that stands for it, missing={{{each.column!r}: ...}}, or leave "
-            "out the row"
+            f"numbers; declare a number to replace it with missing={{{each.column!r}: ...}}, or "
+            "leave out the row"
         )
     with np.errstate(over="ignore"):
         place[:, 0] = np.where(absent, each.fill, numbers) if each.fill is not None else numbers
@@ -380,8 +381,8 @@ def _values_by_attribute(
             if absent.any():
                 raise DataError(
                     f"{label}table has a missing value in row {int(absent.argmax())}, column "
-                    f"{column!r}, its {role}; allowed: a value; table[{column!r}].fillna('unknown')"
-                    " gives one"
+                    f"{column!r}, which is its {role}; allowed: a value in every row; use "
+                    f"table[{column!r}].fillna('unknown') to set one"
                 )
             seen |= set(rows[column].tolist())
         found[role] = sorted(seen, key=lambda value: (str(type(value)), value))

@@ -95,7 +95,9 @@ def converted(
             raise ConfigError.of("num_classes", None, f"the number of outputs, for {task.name}")
         classes = Classes(number=width, declared=True)
     if width not in (None, classes.number):
-        raise DataError(f"{name} have {width} columns; allowed: {classes.number}, one an output")
+        raise DataError(
+            f"{name} have {width} columns; allowed: {classes.number} columns, one per output"
+        )
     strange = task.undeclared(targets, range(classes.number))
     if strange:
         raise DataError(
@@ -144,10 +146,10 @@ def class_numbers(value: object, name: str, notes: dict[str, None]) -> Tensor | 
         found = found.reshape(-1)
         notes[f"{name} had shape (n, 1) and have (n,) now"] = None
     if len(found.shape) != 1:
-        fix = "for one-hot rows give targets.argmax(1); for several labels a record, "
+        fix = "for one-hot rows give targets.argmax(1); for several labels per record, "
         fix += "task='multi-label'"
         shape = tuple(found.shape)
-        raise DataError(f"{name} have shape {shape}; allowed: (n,), one class a record; {fix}")
+        raise DataError(f"{name} have shape {shape}; allowed: (n,), one class per record; {fix}")
     if isinstance(found, np.ndarray) and found.dtype.kind in TEXT_KINDS:
         return found
     numbers = numbers_of(found, name)
@@ -157,7 +159,7 @@ def class_numbers(value: object, name: str, notes: dict[str, None]) -> Tensor | 
             row = int(wrong[0])
             raise DataError(
                 f"{name} have {float(numbers[row])} in row {row}; allowed: whole numbers, one "
-                "class a record; for numbers of any size give task='regression'"
+                "class per record; for other numbers give task='regression'"
             )
         was = str(numbers.dtype).removeprefix("torch.")
         notes[f"{name} were {was} and are int64 now"] = None
@@ -184,7 +186,7 @@ def found_classes(targets: Tensor | NDArray[Any], name: str) -> Classes:
     if present != list(range(len(present))):
         raise DataError(
             f"{name} take the values {shown(present)}; allowed: 0, 1, 2, ... without a gap; give "
-            "num_classes=... where a class has no record, or classes=(...) to number them"
+            "num_classes=... if a class has no records, or classes=(...) with all classes in order"
         )
     return Classes(number=len(present))
 
@@ -211,8 +213,8 @@ def numbered(targets: Tensor | NDArray[Any], classes: Classes, name: str) -> Ten
         return torch.tensor([number[value] for value in values], dtype=torch.int64)
     if isinstance(targets, np.ndarray):
         raise DataError(
-            f"{name} are words, such as {targets[0]!r}; give classes=(...), their order decides "
-            "the numbers"
+            f"{name} are words, such as {targets[0]!r}; give classes=(...) with all words, whose "
+            "order decides the class numbers"
         )
     outside = ((targets < 0) | (targets >= classes.number)).nonzero()
     if len(outside):

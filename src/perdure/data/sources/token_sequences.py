@@ -45,24 +45,26 @@ def from_tokens(
 ) -> Dataset:
     """Build a data set from sequences of tokens, each one record.
 
-    Without targets, every token is to be predicted from those before it (`NextToken`): inputs are
-    all tokens but the last, targets all but the first, and positions of padding do not count. With
-    targets, a sequence has a class, or the target of another task. Sequences are filled up to one
-    length with the padding id; padding at the end of a sequence that is given counts as filled up.
+    Without targets, every token is predicted from the tokens before it (`NextToken`): inputs are
+    all tokens except the last, targets all tokens except the first, and positions of padding are
+    ignored. With targets, a sequence has a class, or the target of another task. Shorter sequences
+    are filled with the padding id. If a given sequence already has padding at its end, these
+    positions are ignored, too.
 
     >>> from_tokens([[3, 1, 2], [2, 2]], vocabulary=4, padding=0, test=0.5)
 
-    Guarantee: none for what is taken from the records: the length of the longest sequence, unless
-    it is declared, and what `from_arrays` names. The test part is public.
+    Guarantee: none for facts computed from the records: the length of the longest sequence, unless
+    it is declared, and the facts named in `from_arrays`. The test part is public.
 
     Args:
-        sequences: one sequence of whole numbers a record; or (n, L) numbers.
-        targets: one a sequence, as in `from_arrays`; None for the next token.
-        vocabulary: number of different tokens, 0 .. vocabulary - 1, declared.
-        padding: token that fills up behind the end. Needed where lengths differ.
-        length: of the inputs L, declared; longer sequences are refused. Default: the longest one.
-        test: sequences of the test part, with targets (sequences, targets); or the share of the
-            records that goes there, on average, by a hash of their ids.
+        sequences: one sequence of whole numbers per record; or (n, L) numbers.
+        targets: one target per sequence, as in `from_arrays`; None for the next token.
+        vocabulary: declared number of different tokens, which are 0 .. vocabulary - 1.
+        padding: token that fills sequences after their end. Needed if lengths differ.
+        length: declared length L of the inputs; longer sequences are refused. Default: the length
+            of the longest sequence.
+        test: sequences of the test part, with targets (sequences, targets); or the average share of
+            records in the test part, chosen by a hash of their ids.
         task: meaning of the targets. Default: "next-token" without targets, else "single-label".
         classes: as in `from_arrays`.
         num_classes: as in `from_arrays`; the vocabulary for the next token.
@@ -71,19 +73,22 @@ def from_tokens(
         attributes: as in `from_arrays`.
         test_attributes: as in `from_arrays`.
         declared_size: public number of training records. Default: the number of sequences.
-        seed: of the hash that draws the test part.
-        name: of the data set and of its partition.
+        seed: seed of the hash that draws the test part.
+        name: name of the data set and of its partition.
 
     Raises:
-        ConfigError: for a setting that is not allowed.
-        DataError: for a token outside of the vocabulary, with its row and column; for sequences
-            that are empty, too long, or of different lengths without padding; else as in
+        ConfigError: if a setting is not allowed.
+        DataError: if a token is outside the vocabulary (with row and column), or if sequences are
+            empty, too long, or of different lengths without padding; other cases as in
             `from_arrays`.
     """
     meaning = task_of(task or ("next-token" if targets is None else "single-label"))
     shift = int(isinstance(meaning, NextToken))
     if bool(shift) != (targets is None):
-        allowed = "None for the next token, which the sequences hold; else one target a sequence"
+        allowed = (
+            "None for task 'next-token', whose targets are in the sequences; one target per "
+            "sequence for other tasks"
+        )
         raise ConfigError.of("targets", "an array" if shift else None, allowed)
     _refuse_other_counts(vocabulary=vocabulary, length=length)
     share = isinstance(test, int | float) and not isinstance(test, bool)
@@ -181,7 +186,7 @@ def _rows(
         if row.dim() != 1 or (row.is_floating_point() and len(row)):
             raise DataError(
                 f"row {number} of {name} is {row.dtype} of shape {tuple(row.shape)}; allowed: "
-                "whole numbers, one a token"
+                "whole numbers, one per token"
             )
         row = row.long()
         outside = ((row < 0) | (row >= vocabulary)).nonzero()
@@ -219,13 +224,13 @@ def _filled(rows: Sequence[Tensor], width: int, padding: int | None, name: str) 
     for number, row in enumerate(rows):
         if len(row) > width:
             raise DataError(
-                f"row {number} of {name} has {len(row)} tokens; allowed: {width}; cut it, or give "
-                "a greater length"
+                f"row {number} of {name} has {len(row)} tokens; allowed: at most {width}; cut the "
+                "row, or give a larger length"
             )
         if len(row) < width and padding is None:
             raise DataError(
-                f"row {number} of {name} has {len(row)} tokens; allowed: {width}, or "
-                "padding=TOKEN, which fills shorter ones up"
+                f"row {number} of {name} has {len(row)} tokens; allowed: {width} tokens in each "
+                "row, or padding=TOKEN to fill shorter rows"
             )
         made[number, : len(row)] = row
     return made

@@ -61,39 +61,39 @@ def from_torch(
 ) -> Dataset:
     """Build a data set from a map-style PyTorch dataset, with its transforms.
 
-    Every item is read once, transforms included, and kept in memory. Transforms that draw at random
-    are drawn once for each record, and `Dataset.notes` says so; for new draws at every step give
-    `Views` to the learner. Items are converted as by `from_arrays`; pictures that no transform has
-    made a tensor of become bytes.
+    Every item is read once, with its transforms, and kept in memory. So random transforms are drawn
+    once for each record, and `Dataset.notes` says so; for new random transforms in every step give
+    `Views` to the learner. Items are converted as by `from_arrays`; images without a transform to
+    tensors become bytes.
 
     >>> points = torch.utils.data.TensorDataset(torch.rand(40, 3), torch.arange(40) % 2)
     >>> len(from_torch(points, test=points).test)
     40
 
-    Guarantee: none for what is taken from the records, as in `from_arrays`. The test part is
+    Guarantee: none for facts computed from the records, as in `from_arrays`. The test part is
     public.
 
     Args:
-        dataset: items are (input, target) pairs, or dicts. Its attribute `classes`, as torchvision
-            writes it, names the classes.
-        test: the dataset of the test part; or the share of the records that goes there.
+        dataset: dataset whose items are (input, target) pairs, or dicts. Its attribute `classes`,
+            as torchvision writes it, names the classes.
+        test: dataset of the test part; or the average share of records in the test part.
         keys: places of input and target in an item: positions, or names in a dict.
         task: meaning of the targets: "single-label", "multi-label", "regression", "next-token", or
             an object of a task, such as `Regression()`.
         classes: all classes, as the targets write them. Default: as in `from_arrays`.
-        num_classes: number of classes. Default: that of the dataset's `classes`.
-        ids: (n,) identity of each item, as in `from_arrays`. Default: its number.
-        test_ids: (m,) the same for a test part that is given.
+        num_classes: number of classes. Default: the number of `classes`.
+        ids: (n,) identity of each item, as in `from_arrays`. Default: the position.
+        test_ids: (m,) identities of the items of a given test part.
         value_range: as in `from_arrays`, after the transforms.
         standardise: as in `from_arrays`.
         declared_size: public number of training records. Default: the number of items.
-        seed: of the hash that draws the test part, and of random transforms.
-        name: of the data set and of its partition.
+        seed: seed of the hash that draws the test part, and of random transforms.
+        name: name of the data set and of its partition.
 
     Raises:
-        ConfigError: for a setting that is not allowed.
-        DataError: for an item that cannot be read, or has another shape than the first one, with
-            its number; else as in `from_arrays`.
+        ConfigError: if a setting is not allowed.
+        DataError: if an item cannot be read, or has another shape than the first item (with its
+            number); other cases as in `from_arrays`.
     """
     notes: dict[str, None] = {}
     own_test = not isinstance(test, int | float)

@@ -27,7 +27,7 @@ WIDER = {"uint16": "int64", "uint32": "int64", "uint64": "int64", "float128": "f
 
 
 def array_of(value: object, name: str) -> NDArray[Any] | Tensor:
-    """Return a tensor as it is, and everything else that holds one row a record as an array.
+    """Return a tensor as it is, and everything else that holds one row per record as an array.
 
     Args:
         value: a tensor, an array, a column of a table, or a list of numbers, words or tensors.

@@ -9,14 +9,14 @@ The graph of autograd, which is what is differentiated, says whether a parameter
 path from the losses to the parameter must end in views of the parameter (which read no record)
 below one of
 
-- `x + q` and `x * q`, where q has no axis of records and x has a row a record;
+- `x + q` and `x * q`, where q has no axis of records and x has one row per record;
 - `q.expand(n, ...)` and `q.repeat(n, 1, ...)`, where all that is done with the result is one of the
-  former or `torch.cat` along another axis than the records', with an x that has a row a record.
+  former or `torch.cat` along another axis than the records', with an x that has one row per record.
 
-A tensor has a row a record where it is the output of a layer with a rule, whose rows are records'
-rows by the contract of book-keeping, or follows from one by operations of a short list that leave
-the first axis alone. A first axis that happens to be as long as the batch proves nothing. Whatever
-else is found, the gradients of records are formed one by one.
+A tensor has one row per record if it is the output of a layer with a rule (a condition of
+book-keeping), or is computed from such a tensor by operations of a short list that do not change
+the first axis. A first axis of the length of the batch alone proves nothing. In all other cases,
+gradients are computed record by record.
 """
 
 import math
@@ -90,8 +90,8 @@ class Use:
         param: the parameter.
         viewed: place of q in the graph, a view of the parameter.
         shape: of q.
-        out: place of the tensor with a row a record; its gradient is asked for.
-        factor: what q is multiplied with, a row a record; None where it is added or copied.
+        out: place of the tensor with one row per record; its gradient is asked for.
+        factor: what q is multiplied with, one row per record; None where it is added or copied.
     """
 
     name: str
@@ -125,7 +125,7 @@ def parameter_uses(
 
     Args:
         total: sum of the losses.
-        calls: of layers with a rule, whose outputs have a row a record.
+        calls: of layers with a rule, whose outputs have one row per record.
         params: by name in the model; none belongs to a layer with a rule.
         records: in the batch.
 
@@ -210,7 +210,7 @@ class Graph:
         return [Use(name=name, param=param, viewed=viewed, shape=shape, out=out, factor=factor)]
 
     def _broadcast(self, node: Node, place: int) -> bool:
-        """Return whether the operand at `place` meets another one with a row a record."""
+        """Return whether the operand at `place` meets another one with one row per record."""
         functions = node.next_functions
         if len(functions) != 2 or len(_shape(node)) < 2:
             return False
@@ -245,7 +245,7 @@ class Graph:
         return fits and self._broadcast(user, places[0])
 
     def _has_rows(self, node: Node | None, number: int) -> bool:
-        """Return whether what left a node has a row a record."""
+        """Return whether what left a node has one row per record."""
         if node is None or number != 0 or not _single(node):
             return False
         if node not in self.known:
@@ -272,7 +272,7 @@ class Graph:
 
 
 def _first_axis_stays(node: Node, entered: torch.Size) -> bool:
-    """Return whether an operation on one tensor with a row a record gives one."""
+    """Return whether an operation on one tensor with one row per record gives one."""
     kind = node.name()
     if kind in ELEMENTWISE:
         return True

@@ -148,7 +148,7 @@ def _written_to(left: Tensor) -> Tensor:
 
 
 class Rehearsals:
-    """Layers that a module was seen to call with a row a record, by sequence of calls.
+    """Layers that a module was seen to call with one row per record, by sequence of calls.
 
     A first axis that is as long as the batch may be so by chance: positions of a sequence, looked
     up once for all records, are as many as records in some batches. So a sequence of calls is
@@ -167,7 +167,7 @@ class Rehearsals:
         rehearse: Callable[[], int],
         follows: Callable[[Tape, int], Sequence[TapedCall] | None],
     ) -> bool:
-        """Return whether the calls of a module have a row a record, whatever their number.
+        """Return whether the calls of a module have one row per record, whatever their number.
 
         Args:
             module: the model.
@@ -175,7 +175,7 @@ class Rehearsals:
             calls: of the pass in question.
             rehearse: runs the losses of another number of records, and returns that number.
             follows: from a tape and the number of records to its calls; None where one of them has
-                no row a record.
+                no row per record.
         """
         known = self._seen.setdefault(module, {})
         order = tuple(call.layer for call in calls)

@@ -90,7 +90,7 @@ def check_rows(
     Book-keeping reads per-record gradients off the rows of a layer, so this is what its bound rests
     on. A layer that sees (length, n, features) fails it, and would mix records in the one batch
     whose size equals the length; so does a backward pass that mixes records, which no test of the
-    losses sees. One row in all, or k > 1 rows a record, pass: they are never taken for several
+    losses sees. One row in all, or k > 1 rows per record, pass: they are never taken for several
     records.
 
     Args:

@@ -166,7 +166,7 @@ def check_outputs(
     """Refuse a function of inputs (n, ...) whose kept rows depend on their neighbours.
 
     Args:
-        function: to a tensor with one row a record; other answers are not compared.
+        function: to a tensor with one row per record; other answers are not compared.
 
     Raises:
         GuardError: naming it.

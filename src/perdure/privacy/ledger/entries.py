@@ -150,7 +150,7 @@ class Entry:
 
         Args:
             steps: the rest of its block.
-            slots: steps an epoch where the order is fixed.
+            slots: steps per epoch where the order is fixed.
         """
         times = None if slots is None else math.ceil(len(steps) / slots)
         return replace(

@@ -129,7 +129,7 @@ def grad_sample_sum(
 
 
 def _understood(layers: Sequence[Layer], tape: Tape, records: int) -> list[TapedCall] | None:
-    """Calls on the tape; None where one did not turn a row a record into a row a record."""
+    """Calls on the tape; None where one did not turn one row per record into one row per record."""
     of = {layer.key: layer for layer in layers}
     calls = []
     for call in tape:
@@ -146,7 +146,7 @@ def _understood(layers: Sequence[Layer], tape: Tape, records: int) -> list[Taped
 
 
 def _output_dims(part: nn.Module) -> int:
-    """Least number of dimensions of an output with one row a record (see `ClippingRule`)."""
+    """Least number of dimensions of an output with one row per record (see `ClippingRule`)."""
     if isinstance(part, nn.modules.conv._ConvNd):
         return part.weight.dim()
     if type(part) in INSTANCE_NORMS:

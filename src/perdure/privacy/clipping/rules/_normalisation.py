@@ -1,4 +1,4 @@
-"""Scale and shift of normalisations, which are few numbers a record."""
+"""Scale and shift of normalisations, which are few numbers per record."""
 
 from abc import abstractmethod
 

@@ -162,7 +162,7 @@ class ClippingRule(ABC):
         return True
 
     def output_dims(self, layer: nn.Module) -> int:
-        """Least number of dimensions of an output with one row a record.
+        """Least number of dimensions of an output with one row per record.
 
         An output with fewer is the output of a single record without batch dimension.
         """
