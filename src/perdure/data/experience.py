@@ -58,7 +58,8 @@ class Experience:
             object.__setattr__(self, "test", _no_test(self.train))
         if self.stage < 0:
             object.__setattr__(self, "stage", self.index)
-        if not isinstance(self.classes, Sequence) or isinstance(self.classes, str):
+        classes: object = self.classes
+        if not isinstance(classes, Sequence) or isinstance(classes, str):
             raise ConfigError.of("classes", self.classes, "a tuple of whole numbers, as (0, 1)")
         for part, records in (("train", self.train), ("test", self.test)):
             name = f"{part} of experience {self.index}"
