@@ -47,7 +47,7 @@ class CheckedFields:
         """Put the check around the class's own `__post_init__`."""
         super().__init_subclass__()
         if "__post_init__" in vars(cls):
-            cls.__post_init__ = _checked(vars(cls)["__post_init__"])
+            type.__setattr__(cls, "__post_init__", _checked(vars(cls)["__post_init__"]))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,7 +96,7 @@ def _fault(
     """The error for the first field that does not fit; those before it are as they are kept."""
     kind = type(settings)
     where = _name(kind) if prefix is None else prefix
-    for name, hint in _hints(kind).items():
+    for name, hint in _hints(kind).items():  # type: ignore[arg-type]  # classes are hashable
         value = getattr(settings, name)
         fitted = value if only is not None and name not in only else _fitted(value, hint)
         if fitted is MISFIT:
