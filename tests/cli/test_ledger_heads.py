@@ -73,7 +73,7 @@ def test_another_history_of_the_same_length_is_found(perdure, mine):
     assert code == 1 and "does not fit this key" in out
     (mine / "arms" / "ewc-private" / "private" / "key").unlink()
     code, out, _ = perdure("verify", mine, "--at-least", other)
-    assert code == 1 and "not the line that the head given with --at-least records" in out
+    assert code == 1 and "not the line recorded by the head given with --at-least" in out
 
 
 def test_verify_reports_a_head_without_its_ledger(perdure, mine):

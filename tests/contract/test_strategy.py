@@ -343,7 +343,7 @@ def test_two_memories_or_trained_parts_are_refused_by_name(toy_stream):
     "other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)]
 )
 def test_a_part_without_training_keeps_other_parts_effective(toy_stream, other):
-    message = f"NCM takes no gradient, so {other.name} would have no effect; remove one of them"
+    message = f"NCM uses no gradient, so {other.name} would have no effect; remove one of them"
     with pytest.raises(StrategyError, match=message):
         Combine(NCM(), other).plan(toy_stream()[0])
     assert not Combine(NCM(), Naive()).plan(toy_stream()[0]).train

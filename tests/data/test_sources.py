@@ -137,7 +137,7 @@ def test_large_images_are_converted_when_they_are_read():
         ("inputs have shape (40,)", ROWS[:, 0], LABELS, {}),
         ("inputs have shape (0, 3)", ROWS[:0], LABELS[:0], {}),
         ("test inputs have shape (0, 3)", ROWS, LABELS, {"test": (ROWS[:0], LABELS[:0])}),
-        ("test inputs have shape (2,) a row", ROWS, LABELS, {"test": (ROWS[:, :2], LABELS)}),
+        ("test inputs have rows of shape (2,)", ROWS, LABELS, {"test": (ROWS[:, :2], LABELS)}),
         ("inputs are uint8 of shape (40, 3)", ROWS.astype(np.uint8), LABELS, {}),
         ("inputs are words", [["a"], ["b"]], [0, 1], {}),
         ("ids are equal in rows 0 and 2", ROWS, LABELS, {"ids": changed(range(40), 2, 0)}),
@@ -279,7 +279,7 @@ def test_table_becomes_numbers_indicators_and_attributes(visits):
             {"categories": {"ward": ["north"]}, **FILL},
         ),
         (
-            "missing value in row 39, column 'stage', its group",
+            "missing value in row 39, column 'stage', which is its group",
             {"group": "stage", **FILL},
         ),
         (

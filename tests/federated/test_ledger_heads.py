@@ -89,7 +89,7 @@ def test_a_client_with_an_older_folder_is_refused(started, stopped, how):
         path = store.public / f"{number:06d}.json"
         # as if it had taken part in the exchange that followed
         path.write_text(path.read_text().replace('"exchange": 3', '"exchange": 4'))
-        with pytest.raises(LedgerError, match=r"client 1: .* the federation's server knows"):
+        with pytest.raises(LedgerError, match=r"client 1: .* the federation's server records"):
             started()
     else:
         with pytest.raises(Exception, match=r"client 1.*no saved state for exchange \d"):

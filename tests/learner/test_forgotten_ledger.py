@@ -156,7 +156,9 @@ def test_a_run_without_privacy_cannot_continue_with_privacy(fit, tmp_path):
 def test_a_private_run_cannot_continue_without_privacy(fit, tmp_path, removed):
     fit(stop=True)
     remove(tmp_path / "run", *removed)
-    with pytest.raises(PrivacyError, match=r"has a run with privacy .*, given privacy=None"):
+    with pytest.raises(
+        PrivacyError, match=r"has a run with privacy .*, but privacy=None was given"
+    ):
         fit(None)
 
 

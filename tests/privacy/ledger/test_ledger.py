@@ -337,7 +337,7 @@ def test_a_grant_does_not_count_charged_steps_twice():
         ledger.charge(entry(first_step=400, steps=70))
     ledger.charge(entry(first_step=400, steps=69))
     ledger.charge(entry({"e2": Q}))
-    with pytest.raises(BudgetError, match="allowed 0"):
+    with pytest.raises(BudgetError, match="grant allows 0"):
         ledger.charge(entry(first_step=800, steps=1))
 
 
@@ -352,7 +352,7 @@ def test_only_granted_charges_are_accepted(tmp_path):
         {"scope": {"e3": Q}},
         {"scope": {"e2": Q, "e1": Q / 2}},
     ):
-        with pytest.raises(BudgetError, match="allowed 0"):
+        with pytest.raises(BudgetError, match="grant allows 0"):
             ledger.charge(entry(**outside, steps=1))
     for _ in range(2):  # the grant binds a restarted run, and re-execution consumes nothing
         ledger = opened(tmp_path / "l.jsonl")
