@@ -259,7 +259,7 @@ def _layer(model: nn.Module, name: str, where: str) -> nn.Module:
     Raises:
         ConfigError: naming the last layers that there are.
     """
-    found = dict(model.named_modules()) if isinstance(name, str) else {}
+    found: dict[str, nn.Module] = dict(model.named_modules()) if isinstance(name, str) else {}
     if not name or name not in found:
         known = ", ".join([own for own in found if own][-8:])
         raise ConfigError.of(where, name, f"a name among model.named_modules(), as {known}")

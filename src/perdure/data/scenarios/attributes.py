@@ -57,7 +57,7 @@ def by_time(
         if not len(cuts) or not bool((cuts.diff() > 0).all()):
             raise ConfigError.of("boundaries", tuple(boundaries), "ascending times, at least one")
     places = [torch.bucketize(each, cuts, right=True) for each in times]
-    rule = [attribute, cuts.tolist()] if boundaries is not None else None
+    rule: list[object] | None = [attribute, cuts.tolist()] if boundaries is not None else None
     return _by_place(data, "time", places, len(cuts) + 1, rule, declared_size)
 
 
@@ -95,11 +95,11 @@ def by_domain(
     names = data.categories.get(attribute)
     public = order is not None or names is not None
     if order is None:
-        order = range(len(names)) if names is not None else values[0].unique().tolist()
+        order = range(len(names)) if names is not None else torch.unique(values[0]).tolist()
     if not len(order) or len(set(order)) < len(order):
         raise ConfigError.of("order", tuple(order), "numbers of domains, each once")
     places = [_positions(each, order, attribute) for each in values]
-    rule = [attribute, list(order)] if public else None
+    rule: list[object] | None = [attribute, list(order)] if public else None
     return _by_place(data, "domain", places, len(order), rule, declared_size)
 
 
@@ -160,13 +160,13 @@ def _values(records: Records, attribute: str) -> Tensor:
 
 def _quantiles(times: Tensor, experiences: int) -> Tensor:
     """(experiences - 1,) times at which a new experience begins, for about equal sizes."""
-    found = times.unique()
+    found = torch.unique(times)
     if not 1 <= experiences <= len(found):
         allowed = f"1 to {len(found)}, the number of different times"
         raise ConfigError.of("experiences", experiences, allowed)
     ordered = times.sort().values
     cuts = ordered[torch.arange(1, experiences) * len(times) // experiences]
-    if len(cuts.unique()) < len(cuts) or (len(cuts) and cuts[0] == ordered[0]):
+    if len(torch.unique(cuts)) < len(cuts) or (len(cuts) and cuts[0] == ordered[0]):
         # too many records of one time: equal numbers of different times instead
         cuts = found[torch.arange(1, experiences) * len(found) // experiences]
     return cuts

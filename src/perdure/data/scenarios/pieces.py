@@ -62,5 +62,5 @@ def _hashed_pieces(records: Records, chunk: int, seed: int) -> list[Records]:
     piece = (public_coin(records.ids, seed=seed) * count).long()
     # one sort of all, or every piece would look at every record
     order = piece.argsort(stable=True).to(records.inputs.device)
-    rows = order.split(piece.bincount(minlength=count).tolist())
+    rows = torch.split(order, piece.bincount(minlength=count).tolist())
     return [records.take(taken).declared(chunk) for taken in rows]

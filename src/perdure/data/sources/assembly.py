@@ -113,6 +113,7 @@ def dataset_of(
         _refuse_bad_rows(part, shape, scaling, settings.columns)
         targets, classes = converted(part.targets, task, classes, f"{part.label}targets", notes)
         made.append(_records(part, targets, task, settings.name))
+    assert classes is not None
     facts = [*settings.facts, *_facts(classes, settings)]
     if isinstance(test, Part):
         learnt, measured = _with_other_ids(*made)
@@ -122,7 +123,6 @@ def dataset_of(
         learnt = whole.take(~out)
         measured = whole.take(out)
         facts.append(f"the test part, a share of {test:g} by a hash of the ids, is public")
-    assert classes is not None
     learnt = learnt.declared(settings.declared_size)
     if is_release(settings.standardise):
         scaling, learnt = released_scaling(settings.standardise, scaling, learnt)

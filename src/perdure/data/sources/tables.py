@@ -101,7 +101,9 @@ def from_pandas(
     values = _values_by_attribute(table, test, domain=domain, group=group)
 
     def part(rows: "DataFrame", label: str) -> Part:
-        attributes = {} if time is None else {"time": _seconds(rows, time, label)}
+        attributes: dict[str, Any] = {}
+        if time is not None:
+            attributes["time"] = _seconds(rows, time, label)
         for role, names in values.items():
             attributes[role] = _codes(rows, str(roles[role]), names)
         return Part(
@@ -356,13 +358,13 @@ def _seconds(rows: "DataFrame", column: str, label: str) -> "NDArray[Any]":
     values = rows[column]
     if types.is_datetime64_any_dtype(values):
         since = pandas.to_datetime(values, utc=True) - pandas.Timestamp(0, tz="UTC")
-        return since.dt.total_seconds().to_numpy(dtype="float64")
+        return np.asarray(since.dt.total_seconds(), dtype="float64")
     if not types.is_numeric_dtype(values) or types.is_complex_dtype(values):
         raise DataError(
             f"column {column!r} of the {label}table holds {values.dtype}; allowed: dates or "
             "numbers as time; pandas.to_datetime converts words"
         )
-    return values.to_numpy(dtype="float64", na_value=np.nan)
+    return np.asarray(values.to_numpy(dtype="float64", na_value=np.nan))
 
 
 def _values_by_attribute(
