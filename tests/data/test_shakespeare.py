@@ -35,7 +35,7 @@ def test_lines_of_a_speaker_are_cut_into_sequences(tmp_path, name):
 
 
 def test_shakespeare_is_loaded_by_name(tmp_path):
-    place(tmp_path, TEXT.format("so " * 60))
+    place(tmp_path, TEXT.format("so " * 300))
     assert load("shakespeare", tmp_path).input_shape == (64,)
 
 

@@ -95,9 +95,9 @@ def test_an_optimizer_in_place_of_its_maker_is_refused():
 @pytest.mark.parametrize(
     ("maker", "message"),
     [
-        (torch.optim.LBFGS, "optimizer = 'LBFGS' .*one dense gradient a step"),
-        (torch.optim.SparseAdam, "optimizer = 'SparseAdam' .*one dense gradient a step"),
-        (Twice, "optimizer = 'Twice' .*one dense gradient a step"),
+        (torch.optim.LBFGS, "optimizer = 'LBFGS' .*one dense gradient per step"),
+        (torch.optim.SparseAdam, "optimizer = 'SparseAdam' .*one dense gradient per step"),
+        (Twice, "optimizer = 'Twice' .*one dense gradient per step"),
         (lambda parameters: None, "optimizer.parameters. = 'NoneType' .*return one"),
         (partial(torch.optim.SGD, rate=0.1), r"optimizer\(parameters\) fails: .*'rate'.*SGD, lr"),
         (partial(torch.optim.SGD, lr=-0.1), r"optimizer\(parameters\) fails: Invalid learning"),
