@@ -53,8 +53,8 @@ def test_a_group_holds_one_tensor_a_parameter():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"b": torch.zeros(2)}, "'b' is undeclared, given shape"),
-        ({"a": torch.zeros(3)}, r"'a' is \(2,\), given shape \(3,\)"),
+        ({"b": torch.zeros(2)}, "'b' is undeclared, but the given tensor has shape"),
+        ({"a": torch.zeros(3)}, r"'a' is \(2,\), but the given tensor has shape \(3,\)"),
     ],
 )
 def test_a_state_keeps_the_names_and_shapes_of_init(changes, message):

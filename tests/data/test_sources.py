@@ -400,8 +400,12 @@ def test_sequences_may_have_a_class():
     ("message", "sequences", "settings"),
     [
         ("sequences have 4 in row 1, column 0; allowed: tokens 0 .. 3", TEXTS, {"vocabulary": 4}),
-        ("row 0 of sequences has 3 tokens; allowed: 4, or padding=TOKEN", TEXTS, {"padding": None}),
-        ("row 2 of sequences has 4 tokens; allowed: 3", TEXTS, {"length": 2}),
+        (
+            "row 0 of sequences has 3 tokens; allowed: 4 tokens in each row, or padding=TOKEN",
+            TEXTS,
+            {"padding": None},
+        ),
+        ("row 2 of sequences has 4 tokens; allowed: at most 3", TEXTS, {"length": 2}),
         ("row 1 of sequences has 1 tokens; allowed: at least 2", [[1, 2], [3, 0]], {}),
         ("sequences have shape (20,)", np.arange(20) % 5, {}),
         ("row 0 of sequences are a str", ["to be"], {}),

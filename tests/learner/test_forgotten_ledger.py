@@ -61,7 +61,7 @@ def test_a_deleted_ledger_is_refused_and_nothing_is_written(fit, tmp_path, priva
     remove(folder, *LEDGER, *names)
     before = contents(folder)
     for _ in range(2):  # a refusal makes no ledger that the next attempt would take
-        with pytest.raises(LedgerError, match=r"missing or empty, but .* knows \d+: .*restore"):
+        with pytest.raises(LedgerError, match=r"missing or empty, but .* records \d+, .*restore"):
             fit(privacy)
         assert contents(folder) == before
 
@@ -70,7 +70,7 @@ def test_a_deleted_key_is_refused(fit, tmp_path):
     folder = tmp_path / "run"
     fit(SECRET, stop=True)
     remove(folder, *LEDGER, "private/key", "private/ledger.head.json")
-    with pytest.raises(LedgerError, match=r"private/key is missing, but checkpoint .* knows"):
+    with pytest.raises(LedgerError, match=r"private/key is missing, but checkpoint .* refers to"):
         fit(SECRET)
     assert not (folder / "private" / "key").exists()
 
@@ -92,7 +92,7 @@ def test_a_restored_older_ledger_is_refused(fit, tmp_path, with_copy):
     fit()
     for name, data in older.items():
         (folder / name).write_bytes(data)
-    with pytest.raises(LedgerError, match=r"holds \d+ lines, but .* knows \d+"):
+    with pytest.raises(LedgerError, match=r"holds \d+ lines, but .* records \d+"):
         fit()
 
 
@@ -115,7 +115,7 @@ def test_the_state_directory_reveals_a_rolled_back_folder(fit, tmp_path, monkeyp
     assert recorded.stat().st_mode & 0o777 == 0o600
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "kept", folder)
-    with pytest.raises(LedgerError, match=f"{recorded} knows"):
+    with pytest.raises(LedgerError, match=f"{recorded} records"):
         fit(SECRET)
     monkeypatch.setenv("PERDURE_STATE", "off")
     fit(SECRET)  # from inside it cannot be seen

@@ -36,7 +36,7 @@ class Part:
     Args:
         inputs: (n, ...) float32, or int64 tokens.
         targets: one a row.
-        ids: one a row; None where nobody gave any.
+        ids: one id per row; None if no ids were given.
         attributes: name to values, one a row.
         label: of the part, as messages write it before "inputs".
     """
@@ -146,7 +146,7 @@ def _refuse_bad_rows(
     """Refuse inputs of another shape than the first part's, not finite, or out of range."""
     given = tuple(part.inputs.shape[1:])
     if given != shape:
-        raise DataError(f"{part.label}inputs have shape {given} a row; allowed: {shape}")
+        raise DataError(f"{part.label}inputs have rows of shape {given}; allowed: {shape}")
     refuse_bad_inputs(part.inputs, scaling, f"{part.label}inputs", columns)
 
 
