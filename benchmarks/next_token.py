@@ -99,7 +99,7 @@ def transformer(vocabulary: int, seed: int) -> GPT2LMHeadModel:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
-            attn_implementation="eager",
+            attn_implementation="eager",  # type: ignore[call-arg]  # missing in its stubs
         )
     )
 
@@ -137,10 +137,7 @@ def adapted(base: GPT2LMHeadModel, seed: int) -> Wrapped:
 
 def learner_for(model: nn.Module, setting: Setting, seed: int) -> Learner:
     """Learner of the adapters."""
-    if setting == "private":
-        length = {"epochs": PRIVATE_EPOCHS, "batch_size": PRIVATE_BATCH}
-    else:
-        length = {"epochs": EPOCHS, "batch_size": BATCH if setting == "alone" else CLIENT_BATCH}
+    batch = {"alone": BATCH, "federated": CLIENT_BATCH, "private": PRIVATE_BATCH}
     privacy = Privacy(epsilon=EPSILON, delta=DELTA, clip_norm=CLIP_NORM, seed=seed)
     return Learner(
         model=model,
@@ -148,7 +145,8 @@ def learner_for(model: nn.Module, setting: Setting, seed: int) -> Learner:
         optimizer=partial(torch.optim.Adam, lr=RATE),
         seed=seed,
         privacy=privacy if setting == "private" else None,
-        **length,
+        epochs=PRIVATE_EPOCHS if setting == "private" else EPOCHS,
+        batch_size=batch[setting],
     )
 
 

@@ -3,7 +3,9 @@
 The checker is tested on snippets first: it must find each breach, and nothing else.
 """
 
+import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,27 @@ def test_the_public_interface_is_found(english, whole):
 def test_code_and_tests_keep_the_rules_of_plain_english(english, whole):
     found = english.breaches(whole)
     assert {rule: lines for rule, lines in found.items() if lines} == {}
+
+
+def test_messages_of_errors_are_filled_in():
+    """A string without its f shows a name in braces to the user."""
+    bare = []
+    root = FOLDER.parent
+    for path in [*(root / "src").rglob("*.py"), *(root / "strategies").glob("*.py")]:
+        for error in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(error, ast.Raise):
+                continue
+            filled = {
+                id(part)
+                for text in ast.walk(error)
+                if isinstance(text, ast.JoinedStr)
+                for part in ast.walk(text)
+            }
+            bare += [
+                f"{path.name}:{part.lineno}"
+                for part in ast.walk(error)
+                if isinstance(part, ast.Constant)
+                and id(part) not in filled
+                and re.search(r"\{[a-z_]+[.(\[!}]", str(part.value))
+            ]
+    assert not bare

@@ -40,3 +40,10 @@ def test_attributes_of_records_follow_their_rows():
 def test_attribute_without_one_number_per_record_is_refused(value):
     with pytest.raises(DataError, match=r"attribute 'time' is .*; allowed: a tensor \(4,\)"):
         Records(inputs=torch.zeros(4, 2), labels=torch.arange(4), attributes={"time": value})
+
+
+def test_records_are_taken_by_position_mask_or_slice():
+    records = Records(inputs=torch.arange(8.0).view(4, 2), labels=torch.tensor([0, 1, 0, 1]))
+    mask = torch.tensor([False, True, True, False])
+    for index in (torch.tensor([1, 2]), torch.tensor([-3, -2]), mask, slice(1, 3)):
+        assert records.take(index).ids.tolist() == [1, 2]

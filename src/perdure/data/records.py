@@ -139,14 +139,14 @@ class Records:
             f"partition={self.partition!r})"
         )
 
-    def take(self, index: Tensor) -> "Records":
+    def take(self, index: Tensor | slice) -> "Records":
         """Take rows with their ids; the declared size becomes their number.
 
         Inputs, and targets of several numbers, are not copied: the result reads them from here (see
         `perdure.data.row_view`). One number per record, such as an id, is copied.
 
         Args:
-            index: int64 positions (k,) or a boolean mask (n,).
+            index: int64 positions (k,), a boolean mask (n,), or a slice.
 
         Raises:
             DataError: for a position that is not there, or a mask of another length.

@@ -212,16 +212,18 @@ def _some_rows(func: Any, view: RowView, args: Sequence[Any], kwargs: Any) -> Te
     return None
 
 
-def positions_of(index: Tensor, n: int) -> Tensor:
+def positions_of(index: Tensor | slice, n: int) -> Tensor:
     """(k,) int64 positions that an index names among n rows.
 
     Args:
-        index: positions (k,), negative ones counted from the end, or a boolean mask (n,).
+        index: positions (k,), negative ones counted from the end, a boolean mask (n,), or a slice.
         n: number of rows.
 
     Raises:
         DataError: for positions that are not there, or a mask of another length.
     """
+    if isinstance(index, slice):
+        return torch.arange(n)[index]
     if index.dtype == torch.bool:
         if index.shape != (n,):
             raise DataError(

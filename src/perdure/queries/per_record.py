@@ -115,10 +115,10 @@ def explain_vmap_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("vmap"):
             raise
+        reason = str(error).partition(". ")[0]
         raise PrivacyError(
             "a query runs on each record alone, under torch.func.vmap, so it may not draw random "
-            "numbers or branch on values; use masks and torch.where "
-            "({str(error).partition('. ')[0]})"
+            f"numbers or branch on values; use masks and torch.where ({reason})"
         ) from error
 
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import torch
+
 from perdure.data.experience import Stream, placed_again, require_stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import hashable, public_coin

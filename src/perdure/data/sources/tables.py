@@ -170,7 +170,7 @@ class _Column:
         return self.categories is None and not self.boolean
 
 
-def _refuse_other_tables(table: object, test: object) -> None:
+def _refuse_other_tables(table: Any, test: Any) -> None:
     for name, value in (("table", table), ("test", test)):
         if name == "test" and isinstance(value, int | float):
             continue
@@ -183,8 +183,8 @@ def _refuse_other_tables(table: object, test: object) -> None:
         twice = next((column for column in names if names.count(column) > 1), None)
         if twice is not None:
             raise DataError(f"{name} has two columns {twice!r}; allowed: each name once")
-        if not len(value):
-            raise DataError(f"{name} has no rows; allowed: at least one")
+        if value.empty:
+            raise DataError(f"{name} has no rows or columns; allowed: at least one of each")
 
 
 def _refuse_missing_columns(
