@@ -44,8 +44,9 @@ docs: setup ## build the documentation into build/site; a broken link or a missi
 docs-serve: setup ## show the documentation at http://127.0.0.1:8000, and again after every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
-tables: setup ## write the README's table of strategies from the strategies
+tables: setup ## write the README's table of strategies, and the tables of benchmarks from the stored rows
 	$(BIN)/python -m perdure.experiment.tables
+	$(BIN)/python benchmarks/tables.py
 
 measure: setup ## shape of the code and breaches of plain English: functions, comments, docstrings, names
 	$(BIN)/python benchmarks/measure.py

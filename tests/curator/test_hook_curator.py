@@ -165,7 +165,7 @@ def test_undeclared_releases_are_refused_with_the_fix(toy_stream, toy_model, mem
     )
     told = (
         rf"^Undeclared asks for curator\.{member}\(purpose='mine'\), which its plan does not "
-        rf"contain \(partition .* allowed 0 .*\); .* privacy_cost = PrivacyCost\({field}=1\)$"
+        rf"contain \(partition .* allows 0 .*\); .* privacy_cost = PrivacyCost\({field}=1\)$"
     )
     with pytest.raises(BudgetError, match=told):
         learner.fit(stream)

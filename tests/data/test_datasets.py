@@ -272,7 +272,7 @@ def test_a_damaged_or_empty_archive_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         load("cifar10", root=tmp_path)
     zipfile.ZipFile(archive, "w").close()
-    with pytest.raises(DataError, match="holds no train"):
+    with pytest.raises(DataError, match="has no file train"):
         cifar10.read_image_zip(archive, "train")
 
 

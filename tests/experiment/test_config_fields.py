@@ -131,6 +131,8 @@ WRONG = {
     ("explain", "method"): CHOICES,
     ("explain", "records"): COUNTS,
     ("explain", "samples"): ("1", "-1", "true", "1.5", '"2"', "[1]"),
+    ("data", "chunk"): COUNTS,
+    ("data", "increments"): ("5", "[]", "[0, 2]", "[true]", "[1.5]", '"2"'),
     ("explain", "chunk"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
     ("training", "adversary"): ("true", '"pgd"', "{}", '{name = "pgd"}', '{name = "lime"}'),
     ("private_training", "adversary"): ('{name = "pgd", epsilon = -1}',),
@@ -197,7 +199,7 @@ def test_whole_numbers_beyond_64_bits_are_refused_at_any_length():
 def test_momentum_is_for_optimisers_that_have_one():
     message = refusal(f'{HEAD}[training]\nepochs = 1\nmomentum = 0.5\noptimizer = "AdamW"\n{ARM}')
     assert message.startswith("training.momentum = 0.5")
-    assert "RMSprop, SGD take one" in message
+    assert "only RMSprop, SGD have momentum" in message
 
 
 @pytest.mark.parametrize("lengths", ["", "epochs = 1\niterations = 1\n"])

@@ -305,7 +305,7 @@ def test_a_record_of_two_clients_is_refused_under_privacy(stream, built):
     one = short(stream, 1)
     make = maker(one, Naive(), privacy=SIMULATED)
     federation = Federation(clients=2, rounds=1)
-    told = "partition 'experience-0' of client 0 and partition 'experience-0' of client 1 hold"
+    told = "partition 'experience-0' of client 0 and partition 'experience-0' of client 1 contain"
     if built == "by run_federation":
         with pytest.raises(GuardError, match=told):
             run_federation(make, [one] * 2, federation)

@@ -133,7 +133,7 @@ def with_ids(stream, first):
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
 @pytest.mark.parametrize(
-    "change", [reordered, partial(with_ids, first=1000)], ids=["class order", "ids"]
+    "change", [reordered, partial(with_ids, first=10**6)], ids=["class order", "ids"]
 )
 def test_other_data_are_refused(learner_of, toy_stream, stopped, change, privacy):
     folder = stopped(privacy=privacy)

@@ -140,6 +140,8 @@ class DataConfig(CheckedFields):
         if self.declared_size is not None:
             check(self, "declared_size", counts, "1 to 1000000000")
         check(self, "experiences chunk", counts, "1 to 1000000000")
+        allowed = "numbers of new classes, each from 1, and at least one of them"
+        check(self, "increments", lambda each: bool(each) and all(map(counts, each)), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
