@@ -135,7 +135,7 @@ def test_another_optimiser_may_come_between_experiences(toy_stream, toy_model):
     train(session, [1])
     assert_same_run(session, learner)
     session.optimizer = adam
-    with pytest.raises(ConfigError, match="one of the session's model"):
+    with pytest.raises(ConfigError, match="an optimiser of the session's model"):
         session.experience(1).__enter__()
 
 
