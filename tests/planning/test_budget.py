@@ -109,7 +109,7 @@ def permuted_stream(stream):
 def test_a_stream_longer_than_its_horizon_is_refused(learner_of, stream):
     with pytest.raises(
         ConfigError,
-        match=r"privacy.horizon = 3 is not allowed; allowed: at least 4, the experiences",
+        match=r"privacy.horizon = 3 is not allowed; allowed: at least 4, the number of experiences",
     ):
         learner_of(stream, privacy=Privacy(epsilon=3, horizon=3, seed=0))
 
