@@ -53,7 +53,7 @@ def test_gradient_and_count_together_cost_the_charge(noise_multiplier):
 
 def test_a_count_with_the_whole_privacy_cost_is_refused():
     with pytest.raises(
-        PrivacyError, match=r"count_noise = 0.05 .* 10 records a step .* allowed: more than 0.05"
+        PrivacyError, match=r"count_noise = 0.05 .* 10 records per step .* allowed: more than 0.05"
     ):
         Adaptive().gradient_noise(1.0, 10.0)
     for wrong in (

@@ -166,11 +166,11 @@ def test_a_result_of_another_schema_is_refused(result: dict[str, Any], schema: o
     [
         (lambda r: r.pop("arms"), "arms"),
         (lambda r: r["arms"].clear(), "no arms"),
-        (lambda r: r["arms"][3].pop("spending"), r"arms\[3\] lacks spending"),
-        (lambda r: r["arms"][1]["epsilon"].pop("unit"), r"arms\[1\].epsilon lacks unit"),
+        (lambda r: r["arms"][3].pop("spending"), r"arms\[3\] has no spending"),
+        (lambda r: r["arms"][1]["epsilon"].pop("unit"), r"arms\[1\].epsilon has no unit"),
         (lambda r: r["arms"][1].update(epsilon=None), "private"),
-        (lambda r: r["stream"].pop("classes"), "stream lacks classes"),
-        (lambda r: r["attack"].pop("norm"), "attack lacks norm"),
+        (lambda r: r["stream"].pop("classes"), "stream has no classes"),
+        (lambda r: r["attack"].pop("norm"), "attack has no norm"),
     ],
 )
 def test_an_incomplete_result_is_refused_by_name(

@@ -164,7 +164,7 @@ def test_the_plan_uses_memory_for_one_reference_gradient(toy_stream):
     ("options", "message"),
     [
         ({"memory_size": 0}, "memory_size = 0"),
-        ({"memory_size": 5, "selection": "best"}, "memory selection = 'best'"),
+        ({"memory_size": 5, "selection": "best"}, "agem.selection = 'best'"),
         ({"memory_size": "5 records"}, "memory_size = '5 records'"),
     ],
 )

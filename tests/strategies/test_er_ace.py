@@ -154,7 +154,7 @@ def test_the_plan_uses_a_reservoir(toy_stream):
         ({"memory_size": "much"}, "memory_size = 'much'"),
         (
             {"memory_size": 5, "update": "daily"},
-            "memory update = 'daily' is not allowed; allowed: experience, step",
+            "er_ace.update = 'daily' is not allowed; allowed: experience, step",
         ),
     ],
 )

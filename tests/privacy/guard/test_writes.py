@@ -109,7 +109,7 @@ class Late(Writing):
     """Writes about real records only: their ids are not those of synthetic ones."""
 
     def writes(self, batch):
-        return bool(((batch.ids >= 1000) & (batch.ids < 2000)).any())
+        return bool(((batch.ids >= 5000) & (batch.ids < 6000)).any())
 
 
 @pytest.mark.parametrize("through_data", [False, True])
@@ -119,7 +119,7 @@ def test_writes_missed_by_the_guard_are_refused_in_the_step(
 ):
 
     stream = toy_stream()
-    parts = [replace(e, train=replace(e.train, ids=e.train.ids + 1000)) for e in stream]
+    parts = [replace(e, train=replace(e.train, ids=e.train.ids + 5000)) for e in stream]
     stream = replace(stream, experiences=tuple(parts))
     steps = []
     learner = learner_of(

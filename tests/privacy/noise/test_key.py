@@ -60,7 +60,7 @@ def test_a_damaged_key_is_refused(tmp_path):
     path = tmp_path / "noise.key"
     path.write_bytes(b"short")
     path.chmod(0o600)
-    with pytest.raises(PrivacyError, match="32 bytes, given 5"):
+    with pytest.raises(PrivacyError, match="32 bytes, but 5 were given"):
         NoiseKey.from_os(path)
 
 

@@ -155,7 +155,7 @@ def test_nan_counts_as_above_all_candidates_or_is_refused():
         ({"q": 1.0}, "q = 1.0"),
         ({"q": math.nan}, "q = nan"),
         ({"candidates": torch.tensor([1.0, 1.0])}, "candidates"),
-        ({"candidates": torch.tensor([2.0, 1.0])}, "above"),
+        ({"candidates": torch.tensor([2.0, 1.0])}, "in increasing order"),
         ({"candidates": torch.tensor([])}, "candidates"),
         ({"candidates": torch.tensor([[1.0]])}, "one row"),
         ({"candidates": torch.tensor([0.0, math.inf])}, "finite"),
