@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from perdure.data import (
     InputDomain,
+    by_domain,
     from_arrays,
     from_folder,
     from_huggingface,
@@ -240,6 +241,26 @@ def visits() -> pd.DataFrame:
             "ill": np.array(["no", "yes"])[LABELS],
         }
     )
+
+
+def test_wards_found_in_a_table_do_not_place_private_records(visits):
+    table = visits[["patient", "ward", "ill"]].assign(age=1.0)
+    one_more = pd.concat([table, table[:1].assign(patient="new", ward="east")])
+    test = table.assign(patient=[f"q{number}" for number in range(40)])
+    roles = {"target": "ill", "ids": "patient", "domain": "ward", "test": test}
+    before, after = (from_pandas(rows, **roles) for rows in (table, one_more))
+    moved = before.train.attributes["domain"] != after.train.attributes["domain"][:40]
+    assert moved.all()  # one record of another ward, and all others are in another experience
+    assert by_domain(before).assigned_by_record is False
+    assert by_domain(before, order=(1, 0)).assigned_by_record is False
+    wards = {"ward": ["east", "north", "south"]}
+    declared = [from_pandas(rows, **roles, categories=wards) for rows in (table, one_more)]
+    assert torch.equal(*(data.train.attributes["domain"][:40] for data in declared))
+    assert by_domain(declared[0]).assigned_by_record is True
+    fact = "the values of the attribute domain are declared public"
+    assert [fact in data.public_facts for data in (before, declared[0])] == [True, False]
+    few = {"ward": ["north"]}
+    refused("has 'south'; allowed: north", from_pandas, table, **roles, categories=few)
 
 
 FILL = {"missing": {"age": 50}}

@@ -19,7 +19,7 @@ from perdure.learner.known_verdicts import MOST, VERDICTS, UnknownKindError, des
 from perdure.learner.private_setup import reached
 from perdure.models import mlp
 from perdure.strategies import EWC, LUCIR, LwF, Naive, Replay
-from perdure.tasks import single_label
+from perdure.tasks import SingleLabel, single_label
 
 
 class Products(TorchDispatchMode):
@@ -202,6 +202,24 @@ def test_the_guard_inspects_a_replaced_function(known, monkeypatch, place, name)
             make().prepare(stream)
     assert looks(make(), stream) >= first
     assert looks(make(), stream) == again
+
+
+def _centred(self, outputs, targets, mask=None):
+    return F.cross_entropy(outputs - outputs.mean(0), targets, reduction="none")  # noqa: F821
+
+
+@pytest.mark.parametrize("function", [SingleLabel.losses, single_label.mask_outputs])
+def test_the_guard_inspects_code_reloaded_in_place(known, monkeypatch, function):
+    first, again, make, stream = known
+    assert looks(make(), stream) == again
+    code = function.__code__
+    if function is SingleLabel.losses:
+        monkeypatch.setattr(function, "__code__", _centred.__code__)
+        with pytest.raises(GuardError, match="couples records"):
+            make().prepare(stream)
+    else:  # the same code, loaded again
+        monkeypatch.setattr(function, "__code__", code.replace())
+        assert looks(make(), stream) == first
 
 
 def test_the_guard_inspects_a_hook_of_a_known_model(known):

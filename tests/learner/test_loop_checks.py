@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from perdure import Privacy, Session
-from perdure.errors import ConfigError, LoopError, PrivacyError
+from perdure.errors import ConfigError, GuardError, LoopError, PrivacyError
 from perdure.strategies import DER, Naive
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
@@ -151,9 +151,39 @@ def test_a_loss_of_the_users_own_is_refused(session):
 
 
 def test_gradients_set_by_hand_do_not_count_as_backward(session):
-    assert "came before session.backward(batch)" in misused(
-        session, lambda batch: session.optimizer.step()
+    told = misused(session, lambda batch: session.optimizer.step())
+    assert "came before session.backward(batch)" in told
+    assert told.endswith("optimizer.step(), session.after_step()")
+
+
+CHANGES = {
+    "hook": lambda session: session.model.register_forward_hook(lambda *given: given[2] * 2),
+    "method": lambda session: setattr(session.model, "forward", type(session.model).forward),
+    "strategy": lambda session: setattr(session, "strategy", Naive()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_path_in_a_private_loop_is_refused(toy_stream, toy_model, change):
+    """At its very next step; one block may be all steps of an experience."""
+    stream = toy_stream()
+    model = toy_model(stream)
+    session = Session(
+        model=model,
+        strategy=Naive(),
+        stream=stream,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        iterations=3,
+        batch_size=8,
+        privacy=SIMULATED,
     )
+    changed = pytest.raises(GuardError, match="changed between two steps")
+    with changed, session.experience(0) as batches:
+        for number, batch in enumerate(batches):
+            if number == 1:
+                CHANGES[change](session)
+            step(session, batch)
+    assert session.position.step == 1
 
 
 def test_another_batch_is_refused(session):

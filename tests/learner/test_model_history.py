@@ -2,14 +2,25 @@
 
 import copy
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
 from torch import nn
 
 from helpers.learners import SIMULATED
-from perdure.data import dirichlet, iid
+from perdure.data import (
+    dirichlet,
+    from_arrays,
+    from_folder,
+    from_huggingface,
+    from_pandas,
+    from_tokens,
+    from_torch,
+    iid,
+)
 from perdure.data.scenarios import permuted, split
+from perdure.data.scenarios.places import NAMELESS
 from perdure.errors import ConfigError, LedgerError, PrivacyError
 from perdure.learner.model_history import trainings_of
 from perdure.privacy.accounting.calibration import epsilon
@@ -205,6 +216,20 @@ def test_the_same_rule_gives_each_partition_its_own_charges(learner_of, toy_data
     assert again.private_sum.ledger.partitions == ("experience-0", "experience-1")
     assert carried(again, "experience-0") == {RARE}
     assert carried(again, "experience-1") == {OFTEN}
+
+
+def test_a_data_set_without_a_name_counts_as_another_one(learner_of, toy_data):
+    """It may be the same records with other targets, which place them elsewhere."""
+    nameless = replace(toy_data, name="data")  # the default of from_arrays and its kin
+    first = learner_of(privacy=SIMULATED)
+    first.fit(uneven(nameless))
+    again = begun_again(learner_of, first, uneven(nameless))
+    assert carried(again, "experience-0") == carried(again, "experience-1") == {OFTEN}
+
+
+def test_functions_that_make_data_sets_leave_them_nameless():
+    for make in (from_arrays, from_folder, from_huggingface, from_pandas, from_tokens, from_torch):
+        assert signature(make).parameters["name"].default == NAMELESS
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.learners import SIMULATED, learner_of  # noqa: F401
-from perdure.data import from_arrays, split
-from perdure.errors import ConfigError, PrivacyError
+from perdure.data import from_arrays, joint, split
+from perdure.errors import ConfigError, GuardError, PrivacyError, RunError
 from perdure.privacy import ReleasedScaling
+from perdure.utils.folder_lock import locked
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(loc=[10, 20], scale=[1, 3], size=(2000, 2)).clip(0, 60)
@@ -36,7 +38,8 @@ def test_released_constants_of_channels_are_their_own():
     images = np.stack([np.full((50, 4, 4), value) for value in (0.2, 0.6)], axis=1)
     images[::2] += 0.1
     scaling = ReleasedScaling(noise_multiplier=0.001, seed=0)
-    data = from_arrays(images, LABELS[:50] % 2, value_range=(0, 1), standardise=scaling, test=0.2)
+    values = {"value_range": (0, 1), "standardise": scaling, "ids": range(50)}
+    data = from_arrays(images, LABELS[:50] % 2, test=0.2, **values)
     assert data.train.inputs.mean((0, 2, 3)).abs().max() < 0.3
     assert data.train.inputs.std((0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.3)
 
@@ -101,6 +104,14 @@ def test_same_release_from_a_folder_costs_nothing_more(tmp_path):
     assert len(other.train.spent) == 2
 
 
+def test_a_folder_serves_one_release_at_a_time(tmp_path):
+    """Two at once would each write a ledger without the entry of the other."""
+    scaling = ReleasedScaling(noise_multiplier=20.0, folder=tmp_path / "scaling")
+    with locked(tmp_path / "scaling"), pytest.raises(RunError, match="is in use"):
+        scaled(scaling)
+    assert len(scaled(scaling).train.spent) == 1
+
+
 def test_simulated_release_is_refused_in_a_secret_run(learner_of, tmp_path):  # noqa: F811
     data = scaled(ReleasedScaling(noise_multiplier=20.0, seed=0), ids=range(2000), test=0.2)
     stream = split(data, scenario="class", experiences=2)
@@ -120,8 +131,30 @@ def test_simulated_release_is_refused_in_a_secret_run(learner_of, tmp_path):  # 
             "ReleasedScaling beside value_range",
             lambda: scaled(ReleasedScaling(noise_multiplier=1.0, seed=0), value_range=None),
         ),
+        (
+            "one row less would move other rows",
+            lambda: scaled(ReleasedScaling(noise_multiplier=1.0, seed=0), test=0.2),
+        ),
     ],
 )
 def test_release_without_price_or_range_is_refused(message, make):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("cut", [joint, partial(split, scenario="class", experiences=2)])
+def test_training_part_drawn_by_row_numbers_is_refused(learner_of, cut):  # noqa: F811
+    whole, fewer = (from_arrays(ROWS[n:], LABELS[n:], test=0.2) for n in (0, 1))
+    one, other = (set(map(tuple, data.train.inputs.tolist())) for data in (whole, fewer))
+    assert len(one ^ other) > 100  # one row less, and so many training records come or go
+    stream = cut(whole)
+    learner = learner_of(stream=stream, privacy=SIMULATED)
+    with pytest.raises(GuardError, match="a hash of row numbers chose the training records"):
+        learner.prepare(stream)
+
+
+def test_training_part_drawn_by_ids_or_given_is_not_refused():
+    drawn = from_arrays(ROWS, LABELS, test=0.2, ids=range(2000))
+    given = from_arrays(ROWS, LABELS, test=(ROWS, LABELS))
+    assert not drawn.train.drawn_by_position
+    assert not given.train.drawn_by_position

@@ -21,7 +21,7 @@ from perdure.data import (
     split,
 )
 from perdure.errors import ConfigError, DataError
-from perdure.tasks import MASKED, MultiLabel, NextToken, Regression, SingleLabel, Task
+from perdure.tasks import EXTREME, MASKED, MultiLabel, NextToken, Regression, SingleLabel, Task
 
 N, C, L = 6, 5, 4
 GIVEN = torch.tensor([True, True, True, True, False])
@@ -161,6 +161,13 @@ def test_synthetic_targets_pass_the_checks_and_differ(task):
     assert not torch.equal(rows[0], rows[1])
     zeros = torch.zeros_like(TARGETS[task])
     assert torch.equal(rows, task.synthetic(zeros, (0, 1, 2, 3, 4), torch.arange(7)))
+
+
+@every
+def test_extreme_synthetic_targets_pass_the_checks(task):
+    rows = task.synthetic(TARGETS[task], (0, 1, 2), EXTREME + torch.arange(7))
+    task.check(rows)
+    assert task.undeclared(rows[:, :3] if isinstance(task, Regression) else rows, range(3)) == ""
 
 
 BAD = [

@@ -258,3 +258,27 @@ def test_the_guard_looks_at_a_task_of_ones_own():
             () if proof == "by construction" else ("the task Ordinal",)
         )
         assert learner.session.inspection().verdict().independence == proof
+
+
+SELDOM = [
+    (Regression(), lambda targets: targets.abs() > 10),
+    (MultiLabel(), lambda targets: ~targets.any(1)),
+    (NextToken(), lambda targets: (targets == NextToken().padding).all(1)),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CouplesBySeldomTargets(Naive):
+    """Losses that count twice where a record of the batch has a target that few records have."""
+
+    def losses(self, forward, batch, context, state):
+        seldom = next(rule for task, rule in SELDOM if task == context.task)
+        return super().losses(forward, batch, context, state) * (1 + seldom(batch.labels).any())
+
+
+@others
+def test_losses_that_couple_by_seldom_targets_are_refused(task):
+    private = Privacy(noise_multiplier=1.0, seed=0)
+    learner = learner_of(task, CouplesBySeldomTargets(), privacy=private)
+    with pytest.raises(GuardError, match="couples records: other neighbours"):
+        learner.prepare(stream_of(task))

@@ -50,6 +50,9 @@ class Records:
         ids_by_position: True if no ids were given, so that ids are row numbers: removing one row
             would change the ids of all later rows. Under privacy such ids may not decide which
             experience or client a record goes to (set automatically; see `perdure.data.scenarios`).
+        drawn_by_position: True if a hash of row numbers chose these records from a table: removing
+            one row would choose other records. Under privacy such records are refused (set
+            automatically by `perdure.data.from_arrays` and its kin).
         placed_by: digest of the public rule that put these records into this partition; equal rules
             put a record into partitions of the same name. Set by the functions that split a data
             set; "" if the rule is not known. A warm start uses it to find out which records an
@@ -74,6 +77,7 @@ class Records:
     declared_size: int = 0
     size_counted: bool = False
     ids_by_position: bool = False
+    drawn_by_position: bool = False
     placed_by: str = ""
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)

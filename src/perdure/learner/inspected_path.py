@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 
 from torch import nn
 
@@ -19,6 +20,11 @@ from perdure.privacy.guard.loss_checks import check_losses, quiet_training
 from perdure.privacy.guard.neighbour_checks import check_neighbours, explained
 from perdure.utils.modules import evaluating
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold its hooks."""
+HOOKS_OF_ALL = tuple(getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS)
+"""Hooks of all modules."""
+
 
 class InspectedPath:
     """Parts of a path that the guard has inspected, and parts that it still has to inspect.
@@ -30,6 +36,7 @@ class InspectedPath:
 
     def __init__(self, inspection: Inspection, verdict: Verdict) -> None:
         self._parts = parts_of_others(inspection.model, inspection.path)
+        self._glance = Glance(inspection.model, inspection.path)
         self._looks_again = verdict.independence == "tested"
         self._looked_at: set[int] = set()
 
@@ -49,6 +56,21 @@ class InspectedPath:
         self._looked_at.add(index)
         _look_again(inspection(), index)
 
+    def refuse_changed(self, model: nn.Module, path: LossPath) -> None:
+        """Refuse a path that was changed since the last look; a glance, for every step.
+
+        A loop of the user's own may set a hook or a method between two steps.
+
+        Raises:
+            GuardError: where it was changed.
+        """
+        if not self._glance.same(Glance(model, path)):
+            raise GuardError(
+                "a hook, a forward method, the strategy or another part of the forward pass and "
+                "the losses was changed between two steps; allowed: the same code in the whole "
+                "run; make the change before the session is prepared"
+            )
+
     def refuse_other(self, model: nn.Module, path: LossPath) -> None:
         """Refuse a path of rows to their losses that has other foreign parts than before.
 
@@ -57,6 +79,7 @@ class InspectedPath:
         Raises:
             GuardError: naming both.
         """
+        self._glance = Glance(model, path)
         found = parts_of_others(model, path)
         if found != self._parts:
             raise GuardError(
@@ -93,3 +116,25 @@ def _look_again(inspection: Inspection, index: int) -> None:
 def parts_of_others(model: nn.Module, path: LossPath) -> tuple[str, ...]:
     """Return the parts on the path of rows to their losses that are not library code."""
     return (*unlisted(model), *path.foreign_parts())
+
+
+class Glance:
+    """Objects on a path, and the methods and numbers of hooks of its modules, at one moment.
+
+    Args:
+        model: that is trained.
+        path: of rows to their losses.
+    """
+
+    def __init__(self, model: nn.Module, path: LossPath) -> None:
+        self._things: list[object] = [path.strategy, path.adversary, path.views, path.task]
+        self._counts = list(map(len, HOOKS_OF_ALL))
+        for module in model.modules():
+            own = vars(module)
+            self._things += [module, type(module), own.get("forward")]
+            self._counts += [len(own[kind]) for kind in HOOKS]
+
+    def same(self, other: "Glance") -> bool:
+        """Return whether another glance saw the very same objects, and as many hooks."""
+        alike = self._counts == other._counts and len(self._things) == len(other._things)
+        return alike and all(map(is_, self._things, other._things))

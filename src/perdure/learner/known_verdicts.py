@@ -14,10 +14,10 @@ Objects are compared by identity and kept alive; no name stands for a thing.
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from pathlib import Path
 from typing import Any
 
@@ -206,22 +206,47 @@ def _state(state: State) -> Hashable:
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """Names of a module or class, and what they stood for."""
+    """Names of a module or class, and what they stood for.
+
+    A tool that reloads edited files, as IPython does, gives a function other code and leaves the
+    function itself in its place.
+    """
 
     space: Mapping[str, object]
     names: tuple[str, ...]
     values: tuple[object, ...]
+    functions: tuple[types.FunctionType, ...]
+    codes: tuple[types.CodeType, ...]
 
     @classmethod
     def of(cls, thing: object) -> "_Names":
         """Names of a module or class now."""
         space = vars(thing)
         own = {n: v for n, v in space.items() if not n.startswith("__") or n in _SPECIAL}
-        return cls(space=space, names=tuple(own), values=tuple(own.values()))
+        functions = tuple(filter(None, map(_function_of, own.values())))
+        return cls(
+            space=space,
+            names=tuple(own),
+            values=tuple(own.values()),
+            functions=functions,
+            codes=tuple(map(_CODE_OF, functions)),
+        )
 
     def stand(self) -> bool:
         """Return whether all of them still stand for the same."""
-        return all(map(is_, map(self.space.get, self.names), self.values))
+        same = all(map(is_, map(self.space.get, self.names), self.values))
+        return same and all(map(is_, map(_CODE_OF, self.functions), self.codes))
+
+
+_CODE_OF: Callable[[types.FunctionType], types.CodeType] = attrgetter("__code__")
+
+
+def _function_of(value: object) -> types.FunctionType | None:
+    """Return the function in a name of a module or class: itself, or of a method or property."""
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    return value if isinstance(value, types.FunctionType) else None
 
 
 class LibraryCode:

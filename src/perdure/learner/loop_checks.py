@@ -104,7 +104,7 @@ class StepOrder:
         if self.stage in ("between", "drawn"):
             raise LoopError(
                 "optimizer.step() came before session.backward(batch), so .grad has no gradient "
-                "of this batch; for every batch call: {CALLS}"
+                f"of this batch; for every batch call: {CALLS}"
             )
         if self.stage == "taken":
             raise LoopError(

@@ -35,7 +35,7 @@ from perdure.learner.inspection import Inspection
 from perdure.learner.loss_path import LossPath
 from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
-from perdure.learner.private_setup import inspect, open_private_sum, rule_of
+from perdure.learner.private_setup import inspect, lasting_rule_of, open_private_sum
 from perdure.learner.sanity_checks import refuse_misfits, refuse_runaway, require_state
 from perdure.learner.step_memory import StepMemory
 from perdure.learner.synthetic_rows import SyntheticRows
@@ -219,7 +219,7 @@ class Party:
         simulated = self.privacy is not None and self.privacy.seed is not None
         history = history_of(
             self.mark.before,
-            {each.train.partition: rule_of(each.train) for each in self.stream},
+            {each.train.partition: lasting_rule_of(each.train) for each in self.stream},
             simulated=simulated,
         )
         private_sum = open_private_sum(
@@ -330,12 +330,15 @@ class Party:
     def fill_gradients(self, batch: Batch) -> None:
         """Fill `.grad` of the trained parameters: gradient, penalty, projection.
 
-        The next step may use the memory of `.grad` again: copy what is to be kept.
+        The next step may use the memory of `.grad` again: copy what is to be kept. A path of rows
+        to their losses that was changed after its inspection is a `GuardError`.
 
         Args:
             batch: rows that `sample` returned for the present step.
         """
         step = self.position.step
+        if self._inspected:
+            self._inspected.refuse_changed(self.model, self.path)
         if self._stochastic and self.private_sum is None:
             # Dropout draws from torch's global generator: give it its own place in every step.
             seed_globally(derive(*self._place("layers", step)))

@@ -10,6 +10,7 @@ from torch import nn
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.records import Records, Spent
+from perdure.data.scenarios.places import OF_NAMELESS
 from perdure.errors import BudgetError, DataError, GuardError, PrivacyError
 from perdure.learner.folder_claims import (
     LEDGER,
@@ -243,6 +244,15 @@ def rule_of(records: Records) -> str:
     return sha256(records.placed_by) if records.placed_by else ""
 
 
+def lasting_rule_of(records: Records) -> str:
+    """Return `rule_of` where a record of a later data set with this rule has this partition too.
+
+    "" for a data set without a name: another one without a name, such as other targets of the same
+    records, may place a record in another partition.
+    """
+    return "" if OF_NAMELESS in records.placed_by else rule_of(records)
+
+
 def inspect(inspection: Inspection) -> Verdict:
     """Guard model, stream and strategy, on synthetic records only.
 
@@ -324,6 +334,12 @@ def refuse_places(stream: Stream) -> None:
     Raises:
         GuardError: saying what to write.
     """
+    if any(experience.train.drawn_by_position for experience in stream):
+        raise GuardError(
+            f"in stream {stream.name} a hash of row numbers chose the training records, so "
+            "removing one row would choose others; give the data set ids=..., which belong to the "
+            "records, or a test part of its own in test=..."
+        )
     if stream.assigned_by_record is None:
         raise GuardError(
             f"stream {stream.name} has assigned_by_record=None, so the rule that chose the "
@@ -342,7 +358,7 @@ def refuse_places(stream: Stream) -> None:
         raise GuardError(
             f"in stream {stream.name} the experience or client of a record depends on other "
             f"records, so adding one record moves others; {fix} with exact=False and a "
-            "declared_size"
+            "declared_size, by_time with boundaries=..., or by_domain with declared domains"
         )
 
 

@@ -24,6 +24,7 @@ from perdure.privacy.private_sum import PrivateSum, ReleaseKey, Schedule
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
 from perdure.utils.chunking import row_slices
+from perdure.utils.folder_lock import locked
 from perdure.utils.hashing import digest
 
 LEAST_DEVIATION = 0.01
@@ -36,7 +37,8 @@ class ReleasedScaling:
 
     Give it as `standardise=` to a function that makes a data set. The sum is charged to a ledger of
     its own before its noise is drawn. The records carry what they spent, and a private `Learner`
-    charges it to its own ledger, and plans for it, before it trains.
+    charges it to its own ledger, and plans for it, before it trains. Records that you make by hand
+    of the scaled inputs carry nothing by themselves: give them `spent=data.train.spent`.
 
     >>> scaling = ReleasedScaling(noise_multiplier=20.0, folder="runs/scaling")
     >>> from_arrays(inputs, targets, value_range=(0, 120), standardise=scaling)
@@ -80,7 +82,17 @@ class ReleasedScaling:
 
         Returns:
             Mean and deviation, each of a shape that broadcasts to one row, and what was spent.
+
+        Raises:
+            RunError: if another process or object uses the folder.
         """
+        with locked(None if self.folder is None else Path(self.folder)):
+            return self._constants(inputs, low, high, partition, size)
+
+    def _constants(
+        self, inputs: Tensor, low: Tensor, high: Tensor, partition: str, size: int
+    ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
+        """See `constants`; the folder is locked."""
         rows = torch.cat([_row_sums(inputs[piece], low, high) for piece in row_slices(inputs)])
         columns = inputs.shape[1]
         bound = math.sqrt(2 * columns)

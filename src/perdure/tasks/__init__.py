@@ -10,7 +10,7 @@ through the task only. To add a task, add a file `my_task.py` with one class `My
 
 from typing import TYPE_CHECKING, TypeGuard
 
-from perdure.tasks.base import MASKED, Metric, Task, mask_outputs, refuse_other_tasks
+from perdure.tasks.base import EXTREME, MASKED, Metric, Task, mask_outputs, refuse_other_tasks
 from perdure.tasks.multi_label import MultiLabel
 from perdure.tasks.next_token import NextToken
 from perdure.tasks.regression import Regression
@@ -18,6 +18,7 @@ from perdure.tasks.single_label import SingleLabel
 from perdure.utils.extensions import Extensions, is_proper_subclass
 
 __all__ = [
+    "EXTREME",
     "MASKED",
     "Metric",
     "MultiLabel",

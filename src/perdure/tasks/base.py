@@ -14,6 +14,9 @@ from perdure.utils.checked_fields import CheckedFields
 MASKED = -1e9
 """Output for a class that may not be predicted: its probability underflows to exactly zero."""
 
+EXTREME = 2**16
+"""First number from which `Task.synthetic` makes targets that records seldom have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -144,6 +147,8 @@ class Task(CheckedFields, ABC):
             targets: (m, ...) of which shape of a row, dtype and device are taken, and no value.
             classes: the declared outputs.
             numbers: (n,) int64 from 0; other numbers give other targets, as far as there are any.
+                From `EXTREME` on they give extreme ones, such as large numbers or padding alone: a
+                loss may couple records through those alone.
 
         Returns:
             (n, ...) targets.

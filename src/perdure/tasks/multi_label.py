@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.errors import DataError
-from perdure.tasks.base import Metric, Task, check_shape, fitted, mask_outputs
+from perdure.tasks.base import EXTREME, Metric, Task, check_shape, fitted, mask_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +93,19 @@ class MultiLabel(Task):
         return f"labels {sorted(found)}" if found else ""
 
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Declared labels in turn, and the one after it in every second row."""
+        """Declared labels in turn, and the one after it in every second row.
+
+        From `EXTREME` on all declared labels, or none, in turn.
+        """
         width = targets.shape[1]
         columns = torch.tensor(classes)
         made = torch.zeros(len(numbers), width)
         made.scatter_(1, columns[numbers.cpu() % len(classes)][:, None], 1.0)
         twice = columns[(numbers.cpu() // 2) % len(classes)][:, None]
-        return made.scatter_(1, twice, 1.0).to(targets)
+        made.scatter_(1, twice, 1.0)
+        whole = torch.zeros(width).index_fill(0, columns, 1.0)
+        number = numbers.cpu()[:, None]
+        return torch.where(number < EXTREME, made, whole * (number % 2)).to(targets)
 
 
 def _mean(each: Tensor, mask: Tensor | None) -> Tensor:

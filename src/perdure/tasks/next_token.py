@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.tasks.base import Metric, Task, check_shape, mask_outputs
+from perdure.tasks.base import EXTREME, Metric, Task, check_shape, mask_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,15 @@ class NextToken(Task):
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
         """Declared tokens in turn, with padding at the end of every third sequence but the first.
 
-        The first token is never padding, so that every sequence has a loss.
+        The first token is never padding, so that every sequence has a loss. From `EXTREME` on there
+        is one token, or padding alone, in turn.
         """
         length = targets.shape[1]
         position = torch.arange(length)
         number = numbers.cpu()[:, None]
         made = torch.tensor(classes)[(number + position) % len(classes)]
         padded = (number % 3 == 2) & (position > length // 2)
+        padded = torch.where(number < EXTREME, padded, position >= number % 2)
         return torch.where(padded, self.padding, made).to(targets)
 
     def output_shape(self, targets: Tensor, width: int) -> tuple[int, ...]:

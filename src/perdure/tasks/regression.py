@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from perdure.errors import DataError
-from perdure.tasks.base import Metric, Task, check_shape
+from perdure.tasks.base import EXTREME, Metric, Task, check_shape
+
+FAR = 1e4
+"""Absolute value of large synthetic targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,8 @@ class Regression(Task):
         return "" if set(range(columns)) == set(classes) else f"labels of {columns} columns"
 
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Small numbers of both signs in turn."""
-        columns = torch.arange(targets.shape[1])
-        return ((numbers.cpu()[:, None] + columns) % 5 - 2.0).to(targets)
+        """Small numbers of both signs in turn; from `EXTREME` on large ones, of both signs too."""
+        number = numbers.cpu()[:, None]
+        small = (number + torch.arange(targets.shape[1])) % 5 - 2.0
+        large = torch.where(number % 3 == 0, FAR / 10, -FAR)
+        return torch.where(number < EXTREME, small, large).to(targets)

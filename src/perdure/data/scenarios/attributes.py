@@ -74,7 +74,8 @@ def by_domain(
 
     Guarantee: if the domains are public (`order`, or `Dataset.categories`), the experience of a
     record depends only on its own domain, and experiences are separate partitions. Domains that are
-    found in the records depend on all records, so `assigned_by_record` is then False.
+    found in the records, here or by `from_pandas`, depend on all records, so `assigned_by_record`
+    is then False.
 
     Args:
         data: the source; its training and test records have the attribute.
@@ -93,7 +94,8 @@ def by_domain(
     require_data_set(data)
     values = [_values(part, attribute) for part in (data.train, data.test)]
     names = data.categories.get(attribute)
-    public = order is not None or names is not None
+    declared = order is not None or names is not None
+    public = declared and attribute not in data.numbered_by_records
     if order is None:
         order = range(len(names)) if names is not None else torch.unique(values[0]).tolist()
     if not len(order) or len(set(order)) < len(order):

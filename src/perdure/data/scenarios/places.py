@@ -13,6 +13,11 @@ from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.utils.hashing import canonical, canonical_text, hashed, shifted
 
+NAMELESS = "data"
+"""Name of a data set that nobody named: other data may have it as well."""
+OF_NAMELESS = "data without a name: "
+"""Beginning of a placing rule that another data set may have, with other records or targets."""
+
 
 def hashable(stream: Stream) -> bool:
     """Return True if the training records have ids of their own, which can be hashed."""
@@ -24,7 +29,7 @@ def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
 
     It is computed from public facts only: the name of the data set, its declared size, and all
     settings that decide the partition of a record. A counted size is not used, because it would
-    change with one record.
+    change with one record. The rule of a data set without a name begins with `OF_NAMELESS`.
 
     Args:
         kind: name of the scenario.
@@ -33,7 +38,8 @@ def placing_rule(kind: str, data: Dataset, **facts: object) -> str:
     """
     size = None if data.train.size_counted else data.train.declared_size
     whole = {"data": data.name, "size": size, "classes": data.num_classes}
-    return sha256(canonical_text(canonical({"rule": kind, **whole, **facts})).encode()).hexdigest()
+    rule = sha256(canonical_text(canonical({"rule": kind, **whole, **facts})).encode()).hexdigest()
+    return f"{OF_NAMELESS}{rule}" if data.name == NAMELESS else rule
 
 
 def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:

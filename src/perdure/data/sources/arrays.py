@@ -64,7 +64,8 @@ def from_arrays(
             the words of the training part in alphabetical order.
         num_classes: number of classes, if targets are numbers.
         ids: (n,) identity of each record, a whole number or a word, each once. Under privacy they
-            decide the experience or client of a record. Default: the position.
+            decide the experience or client of a record. Default: the position; privacy then needs a
+            test part of its own, because a hash of positions would let one record move others.
         test_ids: (m,) identities of the records of a given test part.
         attributes: further facts of each record, name to (n,) numbers, such as "time", "domain" or
             "group".
@@ -78,7 +79,8 @@ def from_arrays(
             no scaling.
         declared_size: public number of training records. Default: the number of rows.
         seed: seed of the hash that draws the test part.
-        name: name of the data set and of its partition.
+        name: name of the data set and of its partition. Other records, or other targets of the same
+            records, need another name: a warm start compares names.
 
     Raises:
         ConfigError: if a setting is not allowed.

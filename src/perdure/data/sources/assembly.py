@@ -65,6 +65,7 @@ class Settings:
         domain: of inputs that are no floats.
         facts: sentences on what is declared public.
         categories: names of the values of attributes.
+        numbered_by_records: as in `Dataset`.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Settings:
     domain: InputDomain | None = None
     facts: tuple[str, ...] = ()
     categories: Mapping[str, tuple[str, ...]] = filled_with(default_factory=dict)
+    numbered_by_records: tuple[str, ...] = ()
 
 
 def dataset_of(
@@ -87,7 +89,9 @@ def dataset_of(
     """Check all parts, cut the test part off where a share is given, scale, and build the data set.
 
     A share of the records goes to the test part by a public hash of their ids, so that the place
-    of a record with an id of its own depends on no other record.
+    of a record with an id of its own depends on no other record. Without ids of their own, one row
+    less would move others between the parts: such training records are marked, and privacy and
+    releases refuse them.
 
     Args:
         train: rows to learn from; with a share, all rows.
@@ -120,11 +124,12 @@ def dataset_of(
     else:
         (whole,) = made
         out = public_coin(whole.ids, seed=settings.seed, purpose=TEST) < test
-        learnt = whole.take(~out)
+        learnt = replace(whole.take(~out), drawn_by_position=whole.ids_by_position)
         measured = whole.take(out)
         facts.append(f"the test part, a share of {test:g} by a hash of the ids, is public")
     learnt = learnt.declared(settings.declared_size)
     if is_release(settings.standardise):
+        _refuse_drawn_by_position(learnt)
         scaling, learnt = released_scaling(settings.standardise, scaling, learnt)
         facts.append("mean and deviation of the inputs are a paid release")
     domain = settings.domain or scaling.domain(shape)
@@ -137,6 +142,7 @@ def dataset_of(
         public_facts=tuple(facts),
         notes=tuple(notes),
         categories={**_named(classes), **settings.categories},
+        numbered_by_records=settings.numbered_by_records,
     )
 
 
@@ -180,6 +186,15 @@ def _with_other_ids(train: Records, test: Records) -> tuple[Records, Records]:
         return train, test
     first = int(train.ids.max()) + 1
     return train, replace(test, ids=first + torch.arange(len(test)), ids_by_position=False)
+
+
+def _refuse_drawn_by_position(records: Records) -> None:
+    if records.drawn_by_position:
+        raise ConfigError(
+            "ids = None beside a released scaling and a share as test part, so that one row less "
+            "would move other rows between the parts; give ids=..., which belong to the records, "
+            "or a test part of its own in test=..."
+        )
 
 
 def _scaled(records: Records, scaling: Scaling, domain: InputDomain | None) -> Records:

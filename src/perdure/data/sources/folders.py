@@ -57,7 +57,8 @@ def from_folder(
             Default: no scaling.
         declared_size: public number of training records. Default: the number of images.
         seed: seed of the hash that draws the test part.
-        name: name of the data set and of its partition.
+        name: name of the data set and of its partition. Other records, or other targets of the same
+            records, need another name: a warm start compares names.
 
     Raises:
         ConfigError: if a setting is not allowed.

@@ -56,7 +56,8 @@ def from_huggingface(
         ids: column of the identity of each record, whole numbers or words, each once.
         declared_size: public number of training records. Default: the number of rows.
         seed: seed of the hash that draws the test part.
-        name: name of the data set and of its partition.
+        name: name of the data set and of its partition. Other records, or other targets of the same
+            records, need another name: a warm start compares names.
 
     Raises:
         ConfigError: if a setting is not allowed, or the data set has no such column.

@@ -63,9 +63,9 @@ def from_pandas(
         test: table of the test part; or the average share of records in the test part, chosen by a
             hash of their ids.
         columns: columns of the inputs, in their order. Default: all columns without another role.
-        categories: all categories of a column, in the order of their indicators. Default: the
-            categories of a pandas Categorical, or the words of the training part in alphabetical
-            order.
+        categories: all categories of a column, in the order of their indicators, or all values of
+            the column of a domain or group, in the order of their numbers. Default: the categories
+            of a pandas Categorical, or the words of the training part in alphabetical order.
         ranges: declared (smallest, largest) value of a column of numbers.
         missing: declared number that replaces a missing one, by column.
         standardise: "declared" maps the values in `ranges` to -1 .. 1, and needs a range for every
@@ -80,10 +80,12 @@ def from_pandas(
         time: column of a date or number, kept as the attribute "time": dates in seconds since 1970
             (UTC).
         domain: column of a natural domain, such as the hospital, kept as the attribute "domain".
+            Under privacy `by_domain` needs its values declared in `categories`.
         group: column of a group for measures of fairness, kept as the attribute "group".
         declared_size: public number of training records. Default: the number of rows.
         seed: seed of the hash that draws the test part.
-        name: name of the data set and of its partition.
+        name: name of the data set and of its partition. Other records, or other targets of the same
+            records, need another name: a warm start compares names.
 
     Raises:
         ConfigError: if a setting is not allowed, or the table has no such column.
@@ -97,8 +99,12 @@ def from_pandas(
     tables = [table] if isinstance(test, int | float) else [table, test]
     _refuse_missing_columns(tables, chosen, targets, roles)
     notes: dict[str, None] = {}
-    encoding = _encoding(table, chosen, categories or {}, missing or {})
-    values = _values_by_attribute(table, test, domain=domain, group=group)
+    declared = dict(categories or {})
+    kept = {"domain": domain, "group": group}
+    values = _values_by_attribute(table, test, declared, kept)
+    found = [role for role in values if kept[role] not in declared]
+    of_inputs = {c: v for c, v in declared.items() if c in chosen or c not in kept.values()}
+    encoding = _encoding(table, chosen, of_inputs, missing or {})
 
     def part(rows: "DataFrame", label: str) -> Part:
         attributes: dict[str, Any] = {}
@@ -132,8 +138,9 @@ def from_pandas(
         declared_size=declared_size,
         seed=seed,
         columns=[column for each in encoding for column in each.names],
-        facts=_facts(encoding, values),
+        facts=_facts(encoding, found),
         categories={key: tuple(map(str, found)) for key, found in values.items()},
+        numbered_by_records=tuple(found),
     )
     notes["columns of numbers are float32 now"] = None
     return dataset_of(train, rest, settings, notes)
@@ -368,9 +375,19 @@ def _seconds(rows: "DataFrame", column: str, label: str) -> "NDArray[Any]":
 
 
 def _values_by_attribute(
-    table: "DataFrame", test: "DataFrame | float", **columns: str | None
+    table: "DataFrame",
+    test: "DataFrame | float",
+    declared: Mapping[str, Sequence[object]],
+    columns: Mapping[str, str | None],
 ) -> dict[str, list[object]]:
-    """Return the sorted values of the columns that are domain and group, of both parts."""
+    """Return the values of the columns that are domain and group: declared, or sorted as found.
+
+    Args:
+        table: training rows, or all rows.
+        test: rows of the test part, or its share.
+        declared: values by column.
+        columns: column by attribute; None for no such attribute.
+    """
     found = {}
     for role, column in columns.items():
         if column is None:
@@ -388,6 +405,14 @@ def _values_by_attribute(
                 )
             seen |= set(rows[column].tolist())
         found[role] = sorted(seen, key=lambda value: (str(type(value)), value))
+        if column in declared:
+            strange = [value for value in found[role] if value not in declared[column]]
+            if strange:
+                raise DataError(
+                    f"column {column!r} has {strange[0]!r}; allowed: {shown(declared[column])}; "
+                    f"declare all categories={{{column!r}: ...}}"
+                )
+            found[role] = list(declared[column])
     return found
 
 
@@ -397,8 +422,8 @@ def _codes(rows: "DataFrame", column: str, values: Sequence[object]) -> Tensor:
     return torch.tensor([number[value] for value in rows[column].tolist()], dtype=torch.int64)
 
 
-def _facts(encoding: Sequence[_Column], values: Mapping[str, object]) -> tuple[str, ...]:
+def _facts(encoding: Sequence[_Column], roles: Sequence[str]) -> tuple[str, ...]:
     found = [each.column for each in encoding if each.found]
     facts = [f"the categories found in {shown(found)} are declared public"] if found else []
-    facts += [f"the values of the attribute {role} are declared public" for role in values]
+    facts += [f"the values of the attribute {role} are declared public" for role in roles]
     return tuple(facts)

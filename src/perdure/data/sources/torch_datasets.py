@@ -88,7 +88,8 @@ def from_torch(
         standardise: as in `from_arrays`.
         declared_size: public number of training records. Default: the number of items.
         seed: seed of the hash that draws the test part, and of random transforms.
-        name: name of the data set and of its partition.
+        name: name of the data set and of its partition. Other records, or other targets of the same
+            records, need another name: a warm start compares names.
 
     Raises:
         ConfigError: if a setting is not allowed.
