@@ -451,15 +451,11 @@ def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
 def test_inputs_outside_0_to_1_are_refused(toy_stream, outside):
     experience = toy_stream()[0]
     assert GenerativeReplay().plan(experience).train
-    before = float(experience.test.inputs[0, 0])
-    experience.test.inputs[0, 0] = outside
-    try:
-        with pytest.raises(
-            StrategyError, match=r"inputs are from .* in \[0, 1\]; scale the inputs"
-        ):
-            GenerativeReplay().plan(experience)
-    finally:
-        experience.test.inputs[0, 0] = before
+    inputs = experience.test.inputs.clone()
+    inputs[0, 0] = outside
+    changed = replace(experience, test=replace(experience.test, inputs=inputs))
+    with pytest.raises(StrategyError, match=r"inputs are from .* in \[0, 1\]; scale the inputs"):
+        GenerativeReplay().plan(changed)
 
 
 def test_inputs_outside_are_clamped_as_reconstruction_targets(toy_stream, toy_model):
