@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest

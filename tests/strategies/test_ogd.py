@@ -250,7 +250,12 @@ def test_a_projected_step_moves_earlier_logits_in_second_order(toy_stream, toy_m
     stream = replace(
         stream,
         experiences=tuple(
-            replace(e, train=replace(e.train, inputs=e.train.inputs.double())) for e in stream
+            replace(
+                e,
+                train=replace(e.train, inputs=e.train.inputs.double()),
+                test=replace(e.test, inputs=e.test.inputs.double()),
+            )
+            for e in stream
         ),
     )
     strategy = OGD(directions=6)
