@@ -59,7 +59,7 @@ def test_a_learner_is_prepared_again_in_its_own_folder(prepared, toy_stream):
 
 
 def test_a_refused_session_releases_its_folder(prepared):
-    with pytest.raises(LedgerError, match="was made with .*owner"):
+    with pytest.raises(LedgerError, match=r"was made with .*owner"):
         prepared(SIMULATED).close() or prepared(SIMULATED, owner="other")
     prepared(SIMULATED)
 
