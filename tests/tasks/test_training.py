@@ -21,7 +21,7 @@ from perdure.metrics import forgetting
 from perdure.privacy.clipping.clip import Clip
 from perdure.queries import clipped_gradient
 from perdure.strategies import EWC, NCM, LwF, Naive, Replay
-from perdure.tasks import MultiLabel, NextToken, Regression, Task
+from perdure.tasks import MultiLabel, NextToken, Regression, SingleLabel, Task
 
 every = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 others = pytest.mark.parametrize("task", TASKS[1:], ids=lambda task: task.name)
@@ -282,3 +282,19 @@ def test_losses_that_couple_by_seldom_targets_are_refused(task):
     learner = learner_of(task, CouplesBySeldomTargets(), privacy=private)
     with pytest.raises(GuardError, match="couples records: other neighbours"):
         learner.prepare(stream_of(task))
+
+
+def test_labels_of_synthetic_neighbours_are_their_outputs():
+    rows = learner_of(SingleLabel(), privacy=Privacy(noise_multiplier=1.0, seed=0))
+    rows.prepare(stream_of(SingleLabel()))
+    synthetic = rows.session.inspection().rows
+    facts = synthetic.facts(1, 6, neighbours=True)
+    domain = rows.session.inspection().domain_of(1)
+    batch = synthetic.batch(1, domain.random(6, torch.Generator()), facts)
+    assert torch.equal(batch.labels, facts[:, 0])
+
+
+def test_ordinary_targets_of_a_large_vocabulary_are_not_extreme():
+    numbers = 50_000 * torch.arange(1, 20_000, 999)  # ids of whole batches, times the vocabulary
+    rows = NextToken().synthetic(torch.zeros(1, 8, dtype=torch.int64), range(50_000), numbers)
+    assert ((rows != NextToken().padding).sum(1) > 4).all()

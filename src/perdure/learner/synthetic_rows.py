@@ -22,6 +22,7 @@ from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.guard.neighbour_checks import explained
 from perdure.privacy.guard.probes import Neighbours, domain_of
 from perdure.queries.per_record import rows_one_by_one
+from perdure.tasks import EXTREME
 from perdure.types import Params
 from perdure.utils.modules import evaluating
 from perdure.utils.seeding import generator
@@ -92,7 +93,7 @@ class SyntheticRows:
 
     The facts of a row are a declared output, its id, its experience and 1 where it is stored. For
     single-label records the output is the label; targets of other tasks are made from it and the
-    id.
+    id, extreme ones for neighbours.
 
     Args:
         training: stream and strategy.
@@ -160,7 +161,7 @@ class SyntheticRows:
         outputs, ids, tasks, stored = facts.unbind(1)
         stream = self.training.stream
         # the ids tell targets apart that have no class, such as numbers
-        numbers = outputs + stream.num_classes * ids
+        numbers = outputs + stream.num_classes * (ids + EXTREME * (ids >= NEIGHBOURS))
         return Batch(
             inputs=inputs,
             labels=stream.task.synthetic(

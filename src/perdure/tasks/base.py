@@ -14,7 +14,7 @@ from perdure.utils.checked_fields import CheckedFields
 MASKED = -1e9
 """Output for a class that may not be predicted: its probability underflows to exactly zero."""
 
-EXTREME = 2**16
+EXTREME = 2**40
 """First number from which `Task.synthetic` makes targets that records seldom have."""
 
 
