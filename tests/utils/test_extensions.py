@@ -222,7 +222,7 @@ def test_an_entry_point_may_not_take_the_name_of_a_file(shapes):
     message = shapes.refusal("square", field="arms[0].shape")
     assert message == (
         f"arms[0].shape = 'square' is claimed by {shapes.package} (square.py) and distribution "
-        'squares; allowed: one shape a name; uninstall one of them, or give "module:name"'
+        'squares; allowed: one shape per name; uninstall one of them, or give "module:name"'
     )
     assert shapes.registry().names() == NAMES
     assert shapes.registry().find(f"{shapes.package}.square:Square").__name__ == "Square"

@@ -215,7 +215,8 @@ class MidRunFixture:
         self.learner.model.eval()
         self.strategy: Strategy = self.learner.strategy
         self.state: State = self.learner.state
-        self.batch: Batch = self.learner.session.held.rows
+        # copies: rows of a view refuse to be written to, and a hook that writes is to be named
+        self.batch: Batch = self.learner.session.held.rows.map(torch.clone)
         # the share that a step would set; half and half, so that both kinds of rows count
         share = 0.5 if bool(self.batch.from_memory.any()) else 0.0
         self.context: Context = replace(self.learner.curator.context, memory_share=share)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from perdure.data.datasets.base import Dataset
 from perdure.data.sources.tables import from_pandas
@@ -66,43 +66,36 @@ def from_huggingface(
     train, rest = _parts(dataset, test)
     columns = [inputs] if isinstance(inputs, str) else list(inputs)
     tables = [train] if isinstance(rest, int | float) else [train, rest]
-    for table in tables:
-        _refuse_missing_columns(table, columns, target, ids)
+    _refuse_missing_columns(tables, columns, target, ids)
     classes = getattr(train.features[target], "names", None) if target is not None else None
-    own_ids = [None if ids is None else _column(table, ids) for table in tables]
-    test_ids = own_ids[1] if len(tables) > 1 else None
-    num_classes = None if classes is None else len(classes)
+    own_ids = [ids and _column(table, ids) for table in tables]
+    settings = _Settings(
+        num_classes=classes and len(classes), declared_size=declared_size, seed=seed, name=name
+    )
     if vocabulary is not None:
         made = from_tokens(
             _column(train, columns[0]),
-            None if target is None else _column(train, target),
+            target and _column(train, target),
             test=_tokens_of_test(rest, columns[0], target),
             vocabulary=vocabulary,
             padding=padding,
             length=length,
             task=task,
-            num_classes=num_classes,
             ids=own_ids[0],
-            test_ids=test_ids,
-            declared_size=declared_size,
-            seed=seed,
-            name=name,
+            test_ids=own_ids[1] if len(tables) > 1 else None,
+            **settings,
         )
     elif target is None:
-        allowed = f"one of {', '.join(train.column_names)}; or None together with vocabulary=..."
-        raise ConfigError.of("target", None, allowed)
+        raise _without_target(train)
     elif len(columns) > 1 or isinstance(train[0][columns[0]], bool | int | float | str):
         made = from_pandas(
             train.to_pandas(),
             target=target,
             columns=columns,
-            test=rest if isinstance(rest, int | float) else rest.to_pandas(),
+            test=rest if len(tables) == 1 else rest.to_pandas(),
             task=task or "single-label",
-            num_classes=num_classes,
             ids=ids,
-            declared_size=declared_size,
-            seed=seed,
-            name=name,
+            **settings,
         )
     else:
         made = from_torch(
@@ -110,15 +103,29 @@ def from_huggingface(
             keys=(columns[0], target),
             test=rest,
             task=task or "single-label",
-            num_classes=num_classes,
             ids=own_ids[0],
-            test_ids=test_ids,
-            declared_size=declared_size,
-            seed=seed,
-            name=name,
+            test_ids=own_ids[1] if len(tables) > 1 else None,
+            **settings,
         )
-    named = {} if classes is None else {"target": tuple(classes)}
-    return replace(made, categories={**made.categories, **named})
+    return made if classes is None else _named(made, classes)
+
+
+def _named(data: Dataset, classes: Sequence[str]) -> Dataset:
+    return replace(data, categories={**data.categories, "target": tuple(classes)})
+
+
+class _Settings(TypedDict):
+    """Settings that every way to a data set takes as they are."""
+
+    num_classes: int | None
+    declared_size: int | None
+    seed: int
+    name: str
+
+
+def _without_target(table: "Table") -> ConfigError:
+    allowed = f"one of {', '.join(table.column_names)}; or None together with vocabulary=..."
+    return ConfigError.of("target", None, allowed)
 
 
 def _parts(dataset: Any, test: Any) -> tuple[Any, Any]:
@@ -143,14 +150,15 @@ def _parts(dataset: Any, test: Any) -> tuple[Any, Any]:
 
 
 def _refuse_missing_columns(
-    table: Any, columns: Sequence[str], target: str | None, ids: str | None
+    tables: Sequence[Any], columns: Sequence[str], target: str | None, ids: str | None
 ) -> None:
     if not columns:
-        raise ConfigError.of("inputs", [], table.column_names)
+        raise ConfigError.of("inputs", [], tables[0].column_names)
     asked = [("inputs", column) for column in columns]
-    for field, column in [*asked, ("target", target), ("ids", ids)]:
-        if column is not None and column not in table.column_names:
-            raise ConfigError.of(field, column, table.column_names)
+    for table in tables:
+        for field, column in [*asked, ("target", target), ("ids", ids)]:
+            if column is not None and column not in table.column_names:
+                raise ConfigError.of(field, column, table.column_names)
 
 
 def _column(table: Any, name: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,27 +107,10 @@ def from_pandas(
     of_inputs = {c: v for c, v in declared.items() if c in chosen or c not in kept.values()}
     encoding = _encoding(table, chosen, of_inputs, missing or {})
 
-    def part(rows: "DataFrame", label: str) -> Part:
-        attributes: dict[str, Any] = {}
-        if time is not None:
-            attributes["time"] = _seconds(rows, time, label)
-        for role, names in values.items():
-            attributes[role] = _codes(rows, str(roles[role]), names)
-        return Part(
-            inputs=_encoded(rows, encoding, label),
-            targets=rows[target if isinstance(target, str) else targets].to_numpy(),
-            ids=None if ids is None else rows[ids].to_numpy(),
-            attributes=attributes,
-            label=label,
-        )
-
-    rest: Part | float
-    if isinstance(test, int | float):
-        train = part(table, "")
-        rest = share_of(test, others="a table of its own")
-    else:
-        train = part(table, "training ")
-        rest = part(test, "test ")
+    part = partial(_part, encoding=encoding, target=target, roles=roles, values=values)
+    share = isinstance(test, int | float)
+    train = part(table, "" if share else "training ")
+    rest = share_of(test, others="a table of its own") if share else part(test, "test ")
     low_and_high = _declared_ranges(encoding, ranges)
     settings = Settings(
         name=name,
@@ -144,6 +128,32 @@ def from_pandas(
     )
     notes["columns of numbers are float32 now"] = None
     return dataset_of(train, rest, settings, notes)
+
+
+def _part(
+    rows: "DataFrame",
+    label: str,
+    *,
+    encoding: Sequence["_Column"],
+    target: str | Sequence[str],
+    roles: Mapping[str, str | None],
+    values: Mapping[str, Sequence[object]],
+) -> Part:
+    """Convert the rows of a part: inputs, targets, ids and attributes."""
+    ids = roles["ids"]
+    time = roles["time"]
+    attributes: dict[str, Any] = {}
+    if time is not None:
+        attributes["time"] = _seconds(rows, time, label)
+    for role, names in values.items():
+        attributes[role] = _codes(rows, str(roles[role]), names)
+    return Part(
+        inputs=_encoded(rows, encoding, label),
+        targets=rows[target if isinstance(target, str) else list(target)].to_numpy(),
+        ids=None if ids is None else rows[ids].to_numpy(),
+        attributes=attributes,
+        label=label,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

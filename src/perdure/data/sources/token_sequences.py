@@ -1,6 +1,7 @@
 """Data sets of token sequences, with lengths and a padding id."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,19 +103,7 @@ def from_tokens(
         test_rows = _rows(test_sequences, "test sequences", vocabulary, padding, 1 + shift)
     width = length or max(len(row) for row in [*rows, *test_rows]) - shift
 
-    def part(rows: Sequence[Tensor], given: object, own: object, facts: object, label: str) -> Part:
-        filled = _filled(rows, width + shift, padding, f"{label}sequences")
-        following = None
-        if isinstance(meaning, NextToken):
-            following = _following(filled, rows, meaning.padding)
-        return Part(
-            inputs=filled[:, :width].contiguous(),
-            targets=given if following is None else following,
-            ids=own,
-            attributes=facts,  # type: ignore[arg-type]
-            label=label,
-        )
-
+    part = partial(_part, width=width, padding=padding, task=meaning)
     rest: Part | float
     if share:
         rest = share_of(test, others="sequences of its own")
@@ -128,16 +117,43 @@ def from_tokens(
         num_classes=vocabulary if shift else num_classes,
         declared_size=declared_size,
         seed=seed,
-        domain=InputDomain(
-            shape=(width,),
-            dtype=torch.int64,
-            vocabulary=vocabulary,
-            padding=padding,
-            sequence_axes=() if padding is None else (0,),
-        ),
+        domain=_domain(width, vocabulary, padding),
         facts=() if length else ("the length of the longest sequence is declared public",),
     )
     return dataset_of(part(rows, targets, ids, attributes, label), rest, settings, {})
+
+
+def _part(
+    rows: Sequence[Tensor],
+    given: object,
+    ids: object,
+    attributes: object,
+    label: str,
+    *,
+    width: int,
+    padding: int | None,
+    task: Task,
+) -> Part:
+    """Fill the sequences of a part; without targets, its targets are the tokens that follow."""
+    shift = isinstance(task, NextToken)
+    filled = _filled(rows, width + shift, padding, f"{label}sequences")
+    return Part(
+        inputs=filled[:, :width].contiguous(),
+        targets=_following(filled, rows, task.padding) if isinstance(task, NextToken) else given,
+        ids=ids,
+        attributes=attributes,  # type: ignore[arg-type]
+        label=label,
+    )
+
+
+def _domain(length: int, vocabulary: int, padding: int | None) -> InputDomain:
+    return InputDomain(
+        shape=(length,),
+        dtype=torch.int64,
+        vocabulary=vocabulary,
+        padding=padding,
+        sequence_axes=() if padding is None else (0,),
+    )
 
 
 def _refuse_other_counts(*, vocabulary: object, length: object) -> None:
