@@ -415,12 +415,10 @@ def test_agem_projects_to_the_same_gradient(avalanche):
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 def test_gem_projects_to_the_same_gradient(avalanche, margin):
-    from avalanche.training.plugins import GEMPlugin
-
     changed = 0
     for seed in range(8):
         current, *references = gradients((2, 3), seed, 4)
-        plugin = GEMPlugin(1, margin)
+        plugin = gem_on_unit_references(margin)
         plugin.G = torch.stack([reference.flatten() for reference in references])
         given = tuple({"weight": reference} for reference in references)
         ours = GEM(memory_size=1, margin=margin).project({"weight": current}, given, State())[
@@ -431,17 +429,38 @@ def test_gem_projects_to_the_same_gradient(avalanche, margin):
     assert changed > 0
 
 
+def gem_on_unit_references(margin):
+    """Avalanche's plugin, its program written for references of length 1.
+
+    Its ridge is then as large, relative to them, as ours; the constraints are the same.
+    """
+    from avalanche.training.plugins import GEMPlugin
+
+    class OnUnitReferences(GEMPlugin):
+        def solve_quadprog(self, g):
+            references, strength = self.G, self.memory_strength
+            lengths = references.norm(dim=1)
+            self.G = references / lengths[:, None]
+            self.memory_strength = strength * lengths.double().cpu().numpy()
+            try:
+                return super().solve_quadprog(g)
+            finally:
+                self.G, self.memory_strength = references, strength
+
+    return OnUnitReferences(WHOLE, margin)
+
+
 @pytest.mark.parametrize("kind", ["AGEM", "GEM"])
 def test_whole_runs_agree_if_memory_has_every_record(
     kind, avalanche, benchmark, toy_model, trained
 ):
     """Then the reference gradient has no choice of records in it."""
-    from avalanche.training.plugins import AGEMPlugin, GEMPlugin
+    from avalanche.training.plugins import AGEMPlugin
 
     made = benchmark("domain")
     ours = {"AGEM": AGEM, "GEM": GEM}[kind](memory_size=2 * WHOLE, batch_size=WHOLE)
     learner, _ = learnt(ours, made, toy_model)
-    plugin = {"AGEM": AGEMPlugin(WHOLE, WHOLE), "GEM": GEMPlugin(WHOLE, 0.5)}[kind]
+    plugin = {"AGEM": AGEMPlugin(WHOLE, WHOLE), "GEM": gem_on_unit_references(0.5)}[kind]
     model, _ = trained(made, plugin)
     assert_same_model(model, learner)
     naive, _ = trained(made)
