@@ -405,8 +405,6 @@ def test_positions_as_ids_are_refused_with_the_fix(toy_data, toy_model):
     train = Records(inputs=toy_data.train.inputs, labels=toy_data.train.labels)
     stream = split(replace(toy_data, train=train), scenario="class", experiences=2)
     client, _ = iid(stream, clients=2, exact=False)
-    told = (
-        r"with Records\(ids=...\).*a hash of a patient's number.*exact=False and a declared_size$"
-    )
+    told = r"with Records\(ids=...\).*a hash of a patient's number.*exact=False and a declared_size"
     with pytest.raises(GuardError, match=told):
         private(toy_model(stream)).prepare(client)
