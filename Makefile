@@ -22,10 +22,10 @@ demo: setup ## continual, federated and private learning on real digits; ends wi
 # Every test uses one thread, so the files are shared out over the cores. A worker needs up to 1.5 GB: four at most.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: setup ## every behaviour, without the deep tests; under 10 minutes on two cores
+test: setup ## every behaviour, without the deep tests; the aim is 10 minutes on two cores
 	$(PYTEST) -m 'not deep'
 
-test-all: setup ## all tests, also those that are deep: kills, builds, parity, whole runs; under 45 minutes
+test-all: setup ## all tests, also those that are deep: kills, builds, parity, whole runs; the aim is 45 minutes
 	$(PYTEST)
 
 # The last line only reports a missing or stale row of the README's table; it does not fail for it.
