@@ -162,10 +162,10 @@ def test_the_command_is_installed(installed, tmp_path):
 
 
 def files_of_the_project():
-    """Every file here, apart from the folders that .gitignore names, and git's own."""
-    ignored = {
-        line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split() if line.endswith("/")
-    } | {".git"}
+    """Every file here, apart from the folders that .gitignore names (with or without a slash at
+    the end), and git's own.
+    """
+    ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()} | {".git"}
     for folder, inner, names in os.walk(ROOT):
         inner[:] = set(inner) - ignored
         yield from (Path(folder, name) for name in names)
