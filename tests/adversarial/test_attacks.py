@@ -64,7 +64,7 @@ class Noise(FGSM):
     bounds=st.sampled_from([None, (0.0, 1.0), (-0.5, 2.0)]),
     value=st.integers(0, 2**31),
 )
-def test_the_result_stays_in_the_ball_and_the_bounds(attack, norm, epsilon, bounds, value):
+def test_perturbed_inputs_stay_in_the_epsilon_ball_and_bounds(attack, norm, epsilon, bounds, value):
     inputs = torch.rand(5, 3, 4, generator=seed(value))
     losses = cross_entropy_of(nn.Sequential(nn.Flatten(), mlp()), torch.tensor([0, 1, 2, 0, 1]))
     moved = attack(epsilon=epsilon, norm=norm, bounds=bounds).perturb(
@@ -79,7 +79,7 @@ def test_the_result_stays_in_the_ball_and_the_bounds(attack, norm, epsilon, boun
         assert change.abs().sum(1).min() > 0
 
 
-def test_entries_outside_the_bounds_move_no_further_out():
+def test_fgsm_moves_entries_outside_the_bounds_only_inwards():
     inputs = torch.tensor([[-1.0, 3.0, 0.5]])
     out = FGSM(epsilon=0.25).perturb(lambda x: -x[:, 0] + x[:, 1] + x[:, 2], inputs)
     back = FGSM(epsilon=0.25).perturb(lambda x: x[:, 0] - x[:, 1] + x[:, 2], inputs)
@@ -134,7 +134,7 @@ def test_an_attack_does_not_change_a_row_without_gradient(norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", [FGSM(epsilon=0.1), PGD(epsilon=0.1, random_start=False)])
-def test_a_record_has_the_same_perturbation_in_a_batch(attack, norm):
+def test_a_record_is_perturbed_alike_alone_and_in_a_batch(attack, norm):
     attack = type(attack)(**vars(attack) | {"norm": norm})
     model = mlp().double()
     labels = torch.tensor([0, 1, 2, 0])
@@ -145,7 +145,7 @@ def test_a_record_has_the_same_perturbation_in_a_batch(attack, norm):
         assert torch.allclose(together[i : i + 1], alone, atol=1e-10)
 
 
-def test_an_attack_changes_no_input_or_parameter_gradient():
+def test_an_attack_keeps_inputs_and_parameter_gradients():
     model = mlp().requires_grad_(True)
     inputs = torch.rand(4, 12, generator=seed())
     before = inputs.clone()
@@ -191,7 +191,7 @@ def test_an_attack_returns_an_empty_batch_unchanged():
 
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5)])
-def test_pgd_raises_the_loss_more_than_fgsm_and_noise(digits, norm, epsilon):
+def test_robust_accuracy_is_lower_under_pgd_than_under_fgsm(digits, norm, epsilon):
     model, inputs, labels = digits
     settings = {"epsilon": epsilon, "norm": norm}
     left = [
@@ -201,14 +201,14 @@ def test_pgd_raises_the_loss_more_than_fgsm_and_noise(digits, norm, epsilon):
     assert left[0] <= left[1] < left[2] - 5
 
 
-def test_fgsm_raises_the_loss_more_than_equal_noise(digits):
+def test_fgsm_lowers_accuracy_more_than_noise_of_equal_size(digits):
     model, inputs, labels = digits
     noise = robust_accuracy(model, inputs, labels, Noise(epsilon=0.1), generator=seed())
     fgsm = robust_accuracy(model, inputs, labels, FGSM(epsilon=0.1), generator=seed())
     assert fgsm < noise - 5
 
 
-def test_robust_accuracy_is_accuracy_when_epsilon_is_zero(digits):
+def test_robust_accuracy_equals_accuracy_when_epsilon_is_0(digits):
     model, inputs, labels = digits
     accuracy = 100 * (model(inputs).argmax(1) == labels).float().mean().item()
     for size in (7, 512):
@@ -265,12 +265,12 @@ def test_masked_logits_do_not_change_robust_accuracy(digits, masked):
         ({"epsilon": 0.1, "step_size": 0.0}, "step_size"),
     ],
 )
-def test_an_invalid_value_is_named_in_the_error(config, field):
+def test_pgd_refuses_an_invalid_value_and_names_the_field(config, field):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         PGD(**config)
 
 
-def test_losses_must_be_one_per_record_and_inputs_real():
+def test_fgsm_refuses_averaged_losses_and_integer_inputs():
     with pytest.raises(ConfigError, match="one per record"):
         FGSM(epsilon=0.1).perturb(lambda x: x.mean(), torch.rand(3, 2))
     with pytest.raises(ConfigError, match="floating-point"):

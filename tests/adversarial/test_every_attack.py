@@ -22,7 +22,7 @@ def moved(name, norm, inputs, bounds=(0.0, 1.0)):
 
 @every
 @both
-def test_results_lie_in_the_ball_and_the_bounds(name, norm):
+def test_every_attack_stays_in_the_epsilon_ball_and_bounds(name, norm):
     inputs = torch.rand(20, 5, generator=torch.Generator().manual_seed(1))
     before = inputs.clone()
     result = moved(name, norm, inputs)
@@ -37,7 +37,7 @@ def test_results_lie_in_the_ball_and_the_bounds(name, norm):
 
 @every
 @both
-def test_epsilon_0_does_not_change_inputs(name, norm):
+def test_an_attack_with_epsilon_0_does_not_change_inputs(name, norm):
     inputs = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
     attack = find(name)(epsilon=0.0, norm=norm)
     result = attack.perturb(losses, inputs, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def test_epsilon_0_does_not_change_inputs(name, norm):
 
 @every
 @both
-def test_the_change_of_a_row_depends_on_that_row_alone(name, norm):
+def test_the_perturbation_of_a_row_depends_only_on_that_row(name, norm):
     inputs = torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
     others = inputs.clone()
     others[1:] = 1 - others[1:]

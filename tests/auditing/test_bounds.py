@@ -62,7 +62,7 @@ def test_epsilon_of_a_gaussian_equals_the_accountants_epsilon(mu):
     )
 
 
-def test_epsilon_is_0_without_separation_and_grows_with_it():
+def test_epsilon_grows_from_0_with_the_separation_of_scores():
     assert epsilon_of(0.0, DELTA) == 0.0
     assert epsilon_of(1e-6, DELTA) == 0.0
     assert epsilon_of(math.inf, DELTA) == math.inf
@@ -74,7 +74,7 @@ def test_epsilon_is_0_without_separation_and_grows_with_it():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("mu", [0.0, MU_AT_4, 2.5])
-def test_the_separation_bound_holds_with_its_confidence(mu):
+def test_the_95_percent_separation_bound_fails_in_5_percent(mu):
     """Nominal 5 % of 2,000; the interval is four standard errors, so one in 15,000 seeds would fail
     each case.
     """
@@ -86,7 +86,7 @@ def test_the_separation_bound_holds_with_its_confidence(mu):
 
 
 @pytest.mark.statistical
-def test_the_gaussian_bound_at_epsilon_4():
+def test_the_gaussian_bound_nears_epsilon_with_more_canaries():
     """Seeded; the mean of 50 has standard error 0.05 at 1,000 canaries, 0.015 at 10,000."""
     few = bounds(MU_AT_4, 1000, 50)
     many = bounds(MU_AT_4, 10_000, 50)
@@ -95,7 +95,7 @@ def test_the_gaussian_bound_at_epsilon_4():
     assert many.mean() == pytest.approx(3.82, abs=0.06)
 
 
-def test_scores_without_any_noise_have_no_finite_epsilon():
+def test_scores_without_noise_give_an_infinite_epsilon_bound():
     included = torch.tensor([True, False] * 10)
     assert lower_bound(included.double(), included, delta=DELTA, confidence=0.99) == math.inf
     assert lower_bound(torch.zeros(20), included, delta=DELTA, confidence=0.99) == 0.0
@@ -110,7 +110,7 @@ def test_reversed_scores_give_a_lower_bound_of_0():
 # ---- one run
 
 
-def test_guesses_name_the_highest_in_and_the_lowest_out():
+def test_high_scores_are_guessed_in_and_low_scores_out():
     scores = torch.tensor([0.0, 5.0, 1.0, 4.0, 2.0, 3.0])
     included = torch.tensor([False, True, True, False, True, False])
     assert guesses(scores, included, 1 / 3) == (2, 2)
@@ -122,7 +122,7 @@ def test_guesses_name_the_highest_in_and_the_lowest_out():
 @pytest.mark.parametrize(
     ("correct", "made", "eps"), [(90, 100, 1.5), (0, 10, 0.0), (10, 10, 3.0), (700, 1000, 0.5)]
 )
-def test_the_p_value_equals_the_formula_of_the_theorem(correct, made, eps):
+def test_the_one_run_p_value_equals_the_formula_of_the_theorem(correct, made, eps):
     accuracy = 1 / (1 + math.exp(-eps))
     above = stats.binom.sf(correct - 1, made, accuracy)
     steps = [
@@ -170,7 +170,7 @@ def test_the_f_dp_p_value_grows_with_mu(made, mu, more, data):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("method", "least"), [("one-run", 1.2), ("one-run-f-dp", 1.6)])
-def test_one_run_bounds_are_valid_and_above_0(method, least):
+def test_one_run_bounds_stay_below_the_true_epsilon(method, least):
     """At most 5 % of honest audits may be flagged; four shares guessed and a bound above 4 at 1,000
     make it far rarer.
 

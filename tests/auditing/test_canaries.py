@@ -109,7 +109,7 @@ def canary_batch(stream, learner, canaries=(0, 3), of=4):
 
 
 @pytest.mark.parametrize("way", ["book-keeping", "record by record"])
-def test_a_canary_fills_only_its_coordinate_to_the_clip_norm(way, learner, toy_stream):
+def test_a_canary_gradient_has_the_clip_norm_at_its_coordinate(way, learner, toy_stream):
     clip_norm = 0.3
     clip = Clip(norm=clip_norm)
     model, losses, batch = canary_batch(toy_stream(), learner())
@@ -147,7 +147,7 @@ def test_canaries_do_not_change_declared_sizes(toy_stream):
 
 
 @pytest.mark.parametrize("changes", [{"bands": 2}, {"clipping": Adaptive()}])
-def test_audits_with_correlated_noise_or_adaptive_are_refused(learner, toy_stream, changes):
+def test_audit_refuses_correlated_noise_and_adaptive_clipping(learner, toy_stream, changes):
     private = learner()
     private.privacy = Privacy(noise_multiplier=1.0, seed=0, **changes)
     with pytest.raises(
@@ -184,7 +184,7 @@ def test_audit_scores_have_the_expected_separation(learner, toy_stream):
 # ---- the claim under audit is that of the learner
 
 
-def test_the_claim_is_the_epsilon_without_canaries(learner, toy_stream):
+def test_the_audited_claim_is_the_epsilon_without_canaries(learner, toy_stream):
     plain = learner(strategy=EWC(strength=1.0))
     stream = toy_stream()
     result = audit(plain, stream, canaries=20)
@@ -222,7 +222,7 @@ def test_a_repeated_audit_gives_the_same_result(learner, toy_stream):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
-def test_a_correct_mechanism_passes(seed, learner, toy_stream):
+def test_the_audit_does_not_flag_a_correct_mechanism(seed, learner, toy_stream):
     """At 99.99 % confidence one honest audit in 10,000 is flagged; another processor draws other
     noise.
     """
@@ -240,7 +240,7 @@ def test_a_correct_mechanism_passes(seed, learner, toy_stream):
     "kind", [broken(HalfKey), broken(LoadedCoins), broken(private_sum=Unclipped)]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_a_mechanism_with_too_little_noise_is_flagged(kind, seed, learner, toy_stream):
+def test_the_audit_flags_a_mechanism_with_too_little_noise(kind, seed, learner, toy_stream):
     """The lower bounds are ten and more standard errors above the claim."""
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
     result = audit(
@@ -253,7 +253,7 @@ def test_a_mechanism_with_too_little_noise_is_flagged(kind, seed, learner, toy_s
 
 @pytest.mark.deep(reason="full replay: every method of audit")
 @pytest.mark.statistical
-def test_every_method_catches_half_the_noise_without_sampling(learner, toy_stream):
+def test_every_audit_method_detects_noise_at_half_scale(learner, toy_stream):
     privacy = Privacy(noise_multiplier=5.0, delta=1e-5, sampling_rate=1.0, seed=1)
     options = {"privacy": privacy, "iterations": 20}
     for method in ("gaussian", "one-run-f-dp"):
@@ -277,13 +277,13 @@ def test_every_method_catches_half_the_noise_without_sampling(learner, toy_strea
         (Combine(EWC(strength=1.0), Replay(memory_size=40)), 50),
     ],
 )
-def test_strategies_are_audited_as_they_are(strategy, steps, learner, toy_stream):
+def test_the_audit_bound_of_each_strategy_is_below_the_claim(strategy, steps, learner, toy_stream):
     result = audit(learner(strategy=strategy), toy_stream(), canaries=500, confidence=0.9999)
     assert result.steps == steps
     assert 0.5 < result.lower_bound < result.claimed
 
 
-def test_canaries_may_join_a_later_experience(learner, toy_stream):
+def test_canaries_can_be_added_to_a_later_experience(learner, toy_stream):
     result = audit(learner(), toy_stream(), canaries=500, experience=1, confidence=0.9999)
     assert result.partition == "experience-1"
     assert 0.5 < result.lower_bound < result.claimed
@@ -306,7 +306,7 @@ def result_of(bound):
     )
 
 
-def test_a_result_prints_all_its_numbers():
+def test_an_audit_result_prints_every_number():
     assert str(result_of(3.459)) == (
         "epsilon is at least 3.45 with 99.9 % confidence; claimed: 4.00 (record, add/remove, "
         "delta 1e-5)\n"
@@ -375,12 +375,12 @@ def test_every_private_arm_of_a_config_is_audited(federation, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_without_a_private_arm_is_refused():
+def test_audit_run_refuses_a_config_without_a_private_arm():
     with pytest.raises(ConfigError, match="private = true"):
         audit_run(parse(CONFIG.format(federation="", arms="")))
 
 
-def test_the_audit_bound_uses_released_values(learner, toy_stream):
+def test_scores_unrelated_to_inclusion_give_a_small_bound(learner, toy_stream):
     """Scores of one audit say nothing about the coins of another."""
     scores = torch.randn(1000, generator=torch.Generator().manual_seed(5))
     included = torch.rand(1000, generator=torch.Generator().manual_seed(6)) < 0.5

@@ -21,14 +21,14 @@ from perdure.models.classifiers import mlp
 from perdure.strategies.naive import Naive
 
 
-def test_every_record_is_in_half_of_the_shadows():
+def test_every_record_is_in_half_of_the_shadow_models():
     seen = halves(11, 6, seed=0)
     assert seen.sum(0).tolist() == [3] * 11
     assert not torch.equal(seen[0], seen[2])
     assert torch.equal(seen[0], ~seen[1])
 
 
-def test_confidence_is_the_logit_of_the_label_s_probability():
+def test_the_confidence_is_the_logit_of_the_label_probability():
     logits = torch.tensor([[1.0, 2.0, 0.5], [30.0, -30.0, 0.0]])
     records = Records(inputs=torch.zeros(2, 1), labels=torch.tensor([1, 0]))
     p = logits.double().softmax(1)[[0, 1], records.labels]
@@ -38,7 +38,7 @@ def test_confidence_is_the_logit_of_the_label_s_probability():
     assert logit_confidence(lambda x: logits, records)[1] == pytest.approx(30.0)
 
 
-def test_the_score_is_the_ratio_of_two_normal_densities():
+def test_the_lira_score_is_the_log_ratio_of_two_normals():
     place = torch.Generator().manual_seed(0)
     shadows = torch.randn(6, 5, generator=place).double()
     target = torch.randn(5, generator=place).double()
@@ -118,7 +118,7 @@ def attacked(train):
 
 @pytest.mark.slow
 @pytest.mark.statistical
-def test_members_are_found_when_overfitted_not_when_private():
+def test_the_attack_finds_members_only_without_privacy():
     """Seeded; standard errors of both areas are about 0.03, so the thresholds are three and more of
     them away.
     """
@@ -134,7 +134,7 @@ def test_members_are_found_when_overfitted_not_when_private():
     assert found.auc - hidden.auc > 4 * math.hypot(found.auc_error, hidden.auc_error)
 
 
-def test_a_result_prints_all_its_numbers():
+def test_a_membership_result_prints_every_number():
     result = MembershipResult(
         auc=0.7123,
         auc_error=0.026,
@@ -150,7 +150,7 @@ def test_a_result_prints_all_its_numbers():
 
 
 @pytest.mark.parametrize("shadows", [0, 2, 5])
-def test_too_few_or_unpaired_shadows_are_refused(shadows):
+def test_lira_refuses_too_few_or_an_odd_number_of_shadows(shadows):
     records = Records(inputs=torch.zeros(4, 1), labels=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="shadows"):
         lira(
@@ -163,7 +163,7 @@ def test_too_few_or_unpaired_shadows_are_refused(shadows):
 
 
 @pytest.mark.parametrize("members", [[True] * 4, [False] * 4, [True, False]])
-def test_an_attack_needs_members_and_others(members):
+def test_lira_refuses_records_without_members_or_non_members(members):
     records = Records(inputs=torch.zeros(4, 1), labels=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ConfigError, match="members"):
         lira(lambda x: x, lambda r, s: lambda x: x, records, torch.tensor(members))

@@ -63,14 +63,14 @@ def replayed(fault, stream, make, *, honest):
     )
 
 
-def test_there_are_at_least_24_seeded_faults():
+def test_there_are_at_least_24_planted_faults():
     tools = Counter(guard=len(GUARD), replay=len(REPLAY), ledger=len(UNPAID) + 3, canary=2)
     assert tools.total() >= 24
     assert not GUARD.keys() & REPLAY.keys() and not REPLAY.keys() & UNPAID.keys()
 
 
 @pytest.mark.parametrize(("tool", "name"), [("guard", name) for name in GUARD])
-def test_the_guard_finds_its_seeded_faults(tool, name, parts, monkeypatch):
+def test_the_guard_finds_each_planted_fault(tool, name, parts, monkeypatch):
     stream, make = parts(GUARD[name], honest=False)
     with monkeypatch.context() as planted:
         GUARD[name].plant(planted)
@@ -83,7 +83,7 @@ def test_the_guard_finds_its_seeded_faults(tool, name, parts, monkeypatch):
 
 
 @pytest.mark.parametrize(("tool", "name"), [("replay", name) for name in REPLAY])
-def test_the_replay_finds_its_seeded_faults(tool, name, parts, monkeypatch):
+def test_the_replay_without_a_record_finds_each_planted_fault(tool, name, parts, monkeypatch):
     fault = REPLAY[name]
     with monkeypatch.context() as planted:
         fault.plant(planted)
@@ -94,7 +94,7 @@ def test_the_replay_finds_its_seeded_faults(tool, name, parts, monkeypatch):
 
 
 @pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 20 rows")])
-def test_the_replay_finds_faults_without_the_guard(tool, name, parts, monkeypatch):
+def test_the_replay_finds_planted_faults_without_the_guard(tool, name, parts, monkeypatch):
     unguarded = Verdict(independence="tested", alone=False)
     monkeypatch.setattr("perdure.learner.party.inspect", lambda *args, **options: unguarded)
     again = "perdure.learner.inspected_path.InspectedPath.look_again"
@@ -106,7 +106,7 @@ def test_the_replay_finds_faults_without_the_guard(tool, name, parts, monkeypatc
 
 
 @pytest.mark.parametrize(("tool", "name"), [("ledger", name) for name in UNPAID])
-def test_draws_without_a_ledger_entry_are_found(tool, name, parts, monkeypatch):
+def test_the_replay_finds_noise_draws_without_a_ledger_entry(tool, name, parts, monkeypatch):
     fault = UNPAID[name]
     with monkeypatch.context() as planted:
         fault.plant(planted)
@@ -122,7 +122,7 @@ def test_draws_without_a_ledger_entry_are_found(tool, name, parts, monkeypatch):
         ("ledger", "a shortened ledger", lambda text: text[: text[:-1].rindex(b"\n") + 1]),
     ],
 )
-def test_a_damaged_ledger_is_refused(tool, name, damage, parts, tmp_path):
+def test_the_learner_refuses_a_damaged_ledger(tool, name, damage, parts, tmp_path):
     stream, make = parts(Fault(), honest=True)
 
     def learner():
@@ -141,7 +141,7 @@ def test_a_damaged_ledger_is_refused(tool, name, damage, parts, tmp_path):
 
 
 @pytest.mark.parametrize(("tool", "name"), [("ledger", "a step drawn without a reserve")])
-def test_a_step_that_was_not_reserved_is_refused(tool, name, parts):
+def test_a_step_without_a_ledger_charge_is_refused(tool, name, parts):
     stream, make = parts(Fault(), honest=True)
     learner = make(0)
     learner.prepare(stream)
@@ -176,7 +176,7 @@ class LoadedCoins(NoiseKey):
         ("canary", "coins that ignore the rate", LoadedCoins),
     ],
 )
-def test_the_canary_audit_finds_its_seeded_faults(tool, name, key, toy_stream, toy_model):
+def test_the_canary_audit_finds_each_planted_fault(tool, name, key, toy_stream, toy_model):
     """Lower bounds are ten standard errors above the claim; an honest audit is flagged once in
     10,000.
     """

@@ -38,7 +38,7 @@ def assert_same_rows(part: Records, source: Records, first_id: int = 0) -> None:
 
 
 @pytest.mark.reference
-def test_a_class_incremental_benchmark_of_avalanche(toy, avalanche):
+def test_a_class_incremental_benchmark_gives_the_same_rows(toy, avalanche):
     benchmark = avalanche.nc_benchmark(
         tensors(toy.train), tensors(toy.test), 2, task_labels=False, fixed_class_order=[3, 1, 0, 2]
     )
@@ -56,7 +56,7 @@ def test_a_class_incremental_benchmark_of_avalanche(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_tasks_that_count_from_zero_get_their_own_outputs(toy, avalanche):
+def test_tasks_whose_labels_start_at_0_get_separate_outputs(toy, avalanche):
     disjoint, shared = (
         from_avalanche(
             avalanche.nc_benchmark(
@@ -80,7 +80,7 @@ def test_tasks_that_count_from_zero_get_their_own_outputs(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_transforms_are_applied_item_by_item_from_the_eval_group(toy, avalanche):
+def test_the_eval_transform_is_applied_to_each_item(toy, avalanche):
     benchmark = avalanche.nc_benchmark(
         tensors(toy.train),
         tensors(toy.test),
@@ -98,7 +98,7 @@ def test_transforms_are_applied_item_by_item_from_the_eval_group(toy, avalanche)
 
 
 @pytest.mark.reference
-def test_a_random_cut_of_records_is_not_assigned_by_record(toy, avalanche):
+def test_a_random_split_is_not_assigned_by_record(toy, avalanche):
     benchmark = avalanche.ni_benchmark(
         tensors(toy.train), tensors(toy.test), 4, task_labels=False, seed=1
     )
@@ -111,7 +111,7 @@ def test_a_random_cut_of_records_is_not_assigned_by_record(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_copies_of_the_same_records_keep_their_ids(toy, avalanche):
+def test_a_record_in_two_experiences_keeps_one_id(toy, avalanche):
     train = tensors(toy.train)
     test = tensors(toy.test)
     stream = from_avalanche(
@@ -157,7 +157,7 @@ def test_data_sets_over_the_same_inputs_share_a_partition(toy, avalanche, source
 
 
 @pytest.mark.reference
-def test_several_sources_have_ids_of_their_own(toy, avalanche):
+def test_several_source_data_sets_get_separate_ids(toy, avalanche):
     one = toy.train.take(torch.arange(100))
     two = toy.train.take(torch.arange(100, 160))
     joined = ConcatDataset([tensors(one), tensors(two)])
@@ -223,7 +223,7 @@ def test_data_without_targets_are_refused(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_a_benchmark_with_left_out_records_has_no_known_rule(toy, avalanche):
+def test_assigned_by_record_is_unknown_if_records_are_left_out(toy, avalanche):
     from avalanche.benchmarks.scenarios import benchmark_with_validation_stream
 
     benchmark = avalanche.nc_benchmark(
@@ -238,7 +238,7 @@ def test_a_benchmark_with_left_out_records_has_no_known_rule(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_a_benchmark_takes_declared_sizes_and_ids_by_position(toy, avalanche):
+def test_from_avalanche_uses_declared_sizes_and_position_ids(toy, avalanche):
     benchmark = avalanche.nc_benchmark(
         tensors(toy.train), tensors(toy.test), 2, task_labels=False, shuffle=False
     )

@@ -74,7 +74,7 @@ def test_logged_names_and_values_equal_an_avalanche_run(scenario, benchmark, toy
     assert own == kept
 
 
-def test_a_csv_file_has_the_whole_matrix(avalanche, tmp_path):
+def test_the_csv_file_holds_the_whole_accuracy_matrix(avalanche, tmp_path):
     file = logger("CSVLogger", str(tmp_path))
     log(torch.tensor([[100.0, 0.0, float("nan")], [60.0, 90.0, 10.0]]), evaluator(file))
     file.close()
@@ -89,7 +89,7 @@ def test_a_csv_file_has_the_whole_matrix(avalanche, tmp_path):
     ]
 
 
-def test_a_stored_matrix_gives_every_metric_as_a_fraction(avalanche, capsys):
+def test_a_logged_accuracy_matrix_gives_metrics_as_fractions(avalanche, capsys):
     last = log(torch.tensor([[100.0, 0.0], [60.0, 90.0]]), evaluator(logger("InteractiveLogger")))
     assert last == pytest.approx(
         {

@@ -106,7 +106,7 @@ def loss_of(strategy, logits, batch, context):
 # ---------------------------------------------------------------- Naive
 
 
-def test_naive_has_the_same_parameters(avalanche, benchmark, toy_model, trained):
+def test_naive_trains_the_same_parameters_as_avalanche(avalanche, benchmark, toy_model, trained):
     made = benchmark("domain")
     learner, _ = learnt(Naive(), made, toy_model)
     model, _ = trained(made, kind=avalanche.training.Naive)
@@ -115,7 +115,9 @@ def test_naive_has_the_same_parameters(avalanche, benchmark, toy_model, trained)
     assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def test_naive_differs_only_by_the_mask_of_later_classes(avalanche, benchmark, toy_model, trained):
+def test_naive_differs_from_avalanche_only_by_the_class_mask(
+    avalanche, benchmark, toy_model, trained
+):
     """Avalanche's criterion pushes down the logits of classes that nobody met yet; with a mask it
     is ours.
     """
@@ -155,7 +157,9 @@ class Seen:
         )
 
 
-def test_replay_has_the_same_loss_and_stored_counts(avalanche, benchmark, toy_model, template):
+def test_replay_has_the_loss_and_stored_counts_of_avalanche(
+    avalanche, benchmark, toy_model, template
+):
     made = benchmark("domain")
     seen = Seen()
     from avalanche.training.plugins import ReplayPlugin
@@ -188,7 +192,7 @@ def test_replay_has_the_same_loss_and_stored_counts(avalanche, benchmark, toy_mo
     )
 
 
-def test_er_ace_has_the_same_loss_when_a_batch_has_all_classes(avalanche):
+def test_er_ace_loss_equals_avalanche_if_all_classes_occur(avalanche):
     """Ours masks by the declared classes, theirs by those that turned up, so a missing class makes
     them differ.
     """
@@ -210,7 +214,7 @@ def test_er_ace_has_the_same_loss_when_a_batch_has_all_classes(avalanche):
 # ---------------------------------------------------------------- LwF
 
 
-def test_lwf_has_the_same_parameters(avalanche, benchmark, toy_model, trained):
+def test_lwf_trains_the_same_parameters_as_avalanche(avalanche, benchmark, toy_model, trained):
     """Theirs is a Kullback-Leibler divergence, ours a cross entropy: the same but for a constant
     without gradient.
     """
@@ -234,7 +238,7 @@ def test_lwf_has_the_same_parameters(avalanche, benchmark, toy_model, trained):
     assert_same_model(weaker, learner, far=0.003)
 
 
-def test_lwf_differs_in_class_incremental_streams(avalanche):
+def test_lwf_differs_from_avalanche_in_class_incremental_runs(avalanche):
     """There the student answers over all classes seen so far, theirs over the old ones."""
     from avalanche.training.regularization import LearningWithoutForgetting
 
@@ -267,7 +271,7 @@ def test_lwf_differs_in_class_incremental_streams(avalanche):
 
 
 @pytest.mark.parametrize(("mode", "options"), [("separate", {}), ("online", {"decay_factor": 0.5})])
-def test_ewc_has_the_same_parameters_when_fisher_is_per_record(
+def test_ewc_equals_avalanche_when_fisher_is_per_record(
     mode, options, avalanche, benchmark, toy_model, trained
 ):
     """Theirs squares the gradient of a batch's mean; only in batches of one is that the Fisher
@@ -300,7 +304,9 @@ def test_ewc_has_the_same_parameters_when_fisher_is_per_record(
     )
 
 
-def test_mas_has_the_same_importance_record_by_record(avalanche, benchmark, toy_model, trained):
+def test_mas_importance_equals_avalanche_with_batches_of_one(
+    avalanche, benchmark, toy_model, trained
+):
     """Theirs takes the absolute value of a batch's mean gradient, and averages over experiences;
     ours adds up.
     """
@@ -329,7 +335,7 @@ def test_mas_has_the_same_importance_record_by_record(avalanche, benchmark, toy_
     assert_same_model(model, learner)
 
 
-def test_si_has_the_same_importance_after_the_first_experience(
+def test_si_importance_equals_avalanche_after_one_experience(
     avalanche, benchmark, toy_model, trained, monkeypatch
 ):
     """Theirs cuts importance at 0.001, halves its weight, and later counts the penalty into the
@@ -396,7 +402,7 @@ def projected(plugin, current):
     return model.weight.grad
 
 
-def test_agem_projects_to_the_same_gradient(avalanche):
+def test_agem_projects_gradients_as_avalanche_does(avalanche):
     from avalanche.training.plugins import AGEMPlugin
 
     changed = 0
@@ -414,7 +420,7 @@ def test_agem_projects_to_the_same_gradient(avalanche):
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
-def test_gem_projects_to_the_same_gradient(avalanche, margin):
+def test_gem_projects_gradients_as_avalanche_does(avalanche, margin):
     changed = 0
     for seed in range(8):
         current, *references = gradients((2, 3), seed, 4)
@@ -451,7 +457,7 @@ def gem_on_unit_references(margin):
 
 
 @pytest.mark.parametrize("kind", ["AGEM", "GEM"])
-def test_whole_runs_agree_if_memory_has_every_record(
+def test_agem_and_gem_runs_equal_avalanche_with_full_memory(
     kind, avalanche, benchmark, toy_model, trained
 ):
     """Then the reference gradient has no choice of records in it."""
@@ -470,7 +476,7 @@ def test_whole_runs_agree_if_memory_has_every_record(
 # ---------------------------------------------------------------- SLDA
 
 
-def test_slda_has_the_same_means_and_covariance_in_any_order(avalanche, benchmark, toy_model):
+def test_slda_means_and_covariance_do_not_depend_on_order(avalanche, benchmark, toy_model):
     """Theirs updates it around the mean of the moment, and counts the records of all classes for
     each.
     """

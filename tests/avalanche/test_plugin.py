@@ -94,7 +94,7 @@ def test_a_plugin_trains_the_same_parameters_as_the_learner(
     assert rows == [pytest.approx(row, abs=1e-4) for row in matrix.tolist()]
 
 
-def test_rows_of_a_step_have_ids_of_their_own(benchmark, toy_model, template):
+def test_the_rows_of_a_plugin_step_have_distinct_ids(benchmark, toy_model, template):
     seen = []
 
     @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Referred(Strategy):
         return {n: g + sum(reference[n] for reference in references) for n, g in gradient.items()}
 
 
-def test_a_plugin_supports_references_and_step_memory(benchmark, toy_model, template):
+def test_a_plugin_supports_reference_gradients_and_step_memory(benchmark, toy_model, template):
     made = benchmark("domain")
     learner, matrix = learnt(Referred(), made, toy_model)
     model, rows = taught(as_plugin(Referred()), made, toy_model, template)
@@ -143,7 +143,7 @@ def test_a_plugin_supports_references_and_step_memory(benchmark, toy_model, temp
 
 
 @pytest.mark.parametrize("name", [name for name in strategies.names() if pools(example(name))])
-def test_a_plugin_replaces_the_data_by_the_rows_of_the_pool(name, benchmark, toy_model, template):
+def test_a_plugin_replaces_the_experience_data_by_the_pool(name, benchmark, toy_model, template):
     """All rows are in every batch, so that their order does not matter."""
     strategy = example(name)
     made = benchmark("class" if strategy.uses("losses") else "domain")
@@ -193,7 +193,7 @@ class Watch:
             setattr(self, name, lambda template, hook=hook, **_: hook(template))
 
 
-def test_pooled_rows_keep_their_task_in_task_streams(benchmark, toy_model, template):
+def test_pooled_rows_keep_their_task_label_in_task_streams(benchmark, toy_model, template):
     made = benchmark("task")
     plugin = as_plugin(Joint())
     met = Counter()
@@ -242,7 +242,7 @@ class Counted(Strategy):
         )
 
 
-def test_a_strategy_without_gradients_only_releases_and_predicts(benchmark, toy_model, template):
+def test_a_plugin_without_gradients_only_releases_and_predicts(benchmark, toy_model, template):
     made = benchmark("class")
     plugin = as_plugin(Counted())
     model = toy_model(from_avalanche(made))
@@ -259,7 +259,7 @@ def test_a_strategy_without_gradients_only_releases_and_predicts(benchmark, toy_
     )
 
 
-def test_a_plugin_predicts_a_task_among_its_own_classes(benchmark, toy_model, template):
+def test_a_plugin_predicts_only_classes_of_the_given_task(benchmark, toy_model, template):
     made = benchmark("task")
     outputs = []
     teacher = template(
@@ -275,7 +275,7 @@ def test_a_plugin_predicts_a_task_among_its_own_classes(benchmark, toy_model, te
     ]
 
 
-def test_the_criterion_is_kept_and_the_penalty_added(benchmark, toy_model, template):
+def test_a_plugin_keeps_the_criterion_and_adds_the_penalty(benchmark, toy_model, template):
     made = benchmark("class")
     losses = []
     strategy = EWC(strength=50.0)
@@ -301,7 +301,7 @@ def test_the_criterion_is_kept_and_the_penalty_added(benchmark, toy_model, templ
     assert any(penalty > 0 for *_, penalty in losses)
 
 
-def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(
+def test_a_plugin_adds_stored_rows_to_the_batch(
     avalanche, benchmark, toy_data, toy_model, template
 ):
     from avalanche.benchmarks.scenarios.supervised import class_incremental_benchmark
@@ -334,7 +334,7 @@ def test_stored_rows_join_the_batch_in_both_kinds_of_benchmark(
         assert plugin.session.curator.stored == 6
 
 
-def test_the_model_keeps_its_mode_over_a_whole_stream(benchmark, toy_model, template):
+def test_a_plugin_keeps_the_model_in_training_mode(benchmark, toy_model, template):
     modes = []
     teacher = template(
         toy_model(from_avalanche(benchmark("class"))),
@@ -359,7 +359,7 @@ def test_the_model_keeps_its_mode_over_a_whole_stream(benchmark, toy_model, temp
         (Naive(), nn.MultiMarginLoss(), True),
     ],
 )
-def test_a_criterion_that_would_be_ignored_is_refused(
+def test_a_plugin_refuses_a_criterion_that_it_would_ignore(
     strategy, criterion, allowed, benchmark, toy_model, template
 ):
     made = benchmark("class")
@@ -371,7 +371,7 @@ def test_a_criterion_that_would_be_ignored_is_refused(
         teacher.train(made.train_stream[0])
 
 
-def test_experiences_are_trained_on_once_and_in_order(benchmark, toy_model, template):
+def test_a_plugin_trains_each_experience_once_and_in_order(benchmark, toy_model, template):
     made = benchmark("class")
     teacher = template(toy_model(from_avalanche(made)), as_plugin(Naive()))
     with pytest.raises(ConfigError, match="experience = 1 is not allowed; allowed: 0"):
@@ -380,7 +380,7 @@ def test_experiences_are_trained_on_once_and_in_order(benchmark, toy_model, temp
         _ = as_plugin(Naive()).state
 
 
-def test_models_without_one_lasting_output_a_class_are_refused(avalanche, benchmark, template):
+def test_a_plugin_refuses_models_with_a_growing_or_narrow_head(avalanche, benchmark, template):
     from avalanche.models import DynamicModule, IncrementalClassifier
 
     class Growing(DynamicModule):
@@ -405,7 +405,7 @@ def test_models_without_one_lasting_output_a_class_are_refused(avalanche, benchm
 
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
-def test_a_model_that_asks_for_task_labels_is_refused(avalanche, benchmark, template, scenario):
+def test_a_plugin_refuses_a_model_that_needs_task_labels(avalanche, benchmark, template, scenario):
     from avalanche.models import MTSimpleMLP, MultiHeadClassifier
 
     made = benchmark(scenario)
@@ -416,7 +416,7 @@ def test_a_model_that_asks_for_task_labels_is_refused(avalanche, benchmark, temp
 
 
 @pytest.mark.parametrize("strategy", [Joint(), GDumb(memory_size=8)], ids=repr)
-def test_another_memory_beside_a_pool_is_refused(
+def test_a_plugin_refuses_a_second_memory_beside_a_pool(
     avalanche, benchmark, toy_model, template, strategy
 ):
     from avalanche.training.plugins import ReplayPlugin
@@ -431,7 +431,7 @@ def test_another_memory_beside_a_pool_is_refused(
             teacher.train(made.train_stream[0])
 
 
-def test_tasks_that_count_their_classes_from_zero_are_refused(
+def test_a_plugin_refuses_class_labels_that_start_at_0_per_task(
     avalanche, toy_data, toy_model, template
 ):
     from avalanche.benchmarks import nc_benchmark
@@ -443,7 +443,7 @@ def test_tasks_that_count_their_classes_from_zero_are_refused(
         template(nn.Linear(5, 4), as_plugin(Naive())).train(made.train_stream[0])
 
 
-def test_a_plugin_refuses_optimisers_of_opacus(benchmark, toy_model, template):
+def test_a_plugin_refuses_a_model_wrapped_by_opacus(benchmark, toy_model, template):
     from opacus import GradSampleModule
 
     made = benchmark("class")

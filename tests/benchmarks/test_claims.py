@@ -79,7 +79,7 @@ def test_every_claim_names_its_comparison_and_source_of_settings(claims, compari
         )
 
 
-def test_option_labels_are_different_for_different_settings(claims, comparison):
+def test_stored_options_differ_for_different_settings(claims, comparison):
     whole = [comparison.options(claim) for claim in claims.CLAIMS]
     assert json.loads(json.dumps(whole)) == whole, "they are compared with what was stored"
     claim = claims.CLAIMS[0]
@@ -114,7 +114,7 @@ def results(comparison, **values):
         ("forgetting", [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0, False),
     ],
 )
-def test_shown_is_a_difference_above_two_standard_errors(
+def test_a_claim_is_shown_above_two_standard_errors(
     claims, comparison, measure, own, other, difference, shown
 ):
     claim = replace(claims.CLAIMS[1], measures=(measure,))
@@ -173,7 +173,7 @@ def test_a_required_exact_value_decides_a_claim(claims, comparison):
 
 
 @pytest.mark.slow
-def test_a_claim_is_repeatable_and_packnet_forgets_nothing(comparison, tiny):
+def test_a_claim_run_is_repeatable_and_packnet_forgets_nothing(comparison, tiny):
     claim = tiny("packnet")
     method, naive = claim.arms
     once, again = (comparison.run(claim, naive, {}, 0) for _ in range(2))
@@ -184,7 +184,7 @@ def test_a_claim_is_repeatable_and_packnet_forgets_nothing(comparison, tiny):
 
 
 @pytest.mark.deep(reason="full replay: tunes, trains and stores a whole claim")
-def test_a_claim_run_stores_rows_and_reuses_stored_ones(
+def test_the_claims_script_stores_rows_and_reuses_them(
     comparison, tiny, tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / "claims.json"
@@ -225,7 +225,7 @@ def test_a_claim_run_stores_rows_and_reuses_stored_ones(
     assert later == row | {"sentence": "Put better"}, "it was not run again"
 
 
-def test_a_claim_with_one_seed_is_refused(comparison, claims, monkeypatch, capsys):
+def test_the_claims_script_refuses_a_single_seed(comparison, claims, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks/claims.py", "--seeds", "1"])
     with pytest.raises(SystemExit):
         comparison.main(copy.copy(claims.CLAIMS), "words")

@@ -19,14 +19,14 @@ def noise():
         yield importlib.import_module("noise")
 
 
-def test_small_draws_have_the_distribution_of_large_ones(noise):
+def test_the_small_noise_benchmark_draws_at_the_right_scale(noise):
     total = torch.zeros(20_000, dtype=torch.int64)
     noise.exact_small(total, 2.0**20)
     assert 0.97 < float(total.double().std()) / 2**20 < 1.03  # 6 standard errors
     assert len(total.unique()) > 19_000
 
 
-def test_rows_name_every_contestant_and_judge_the_compiled_one(noise):
+def test_noise_benchmark_rows_name_every_method(noise):
     rows = noise.measure("small", 10_000, 1)
     by_method = {row["method"]: row for row in rows}
     assert list(by_method) == ["exact, compiled", "exact, NumPy", "words", "torch.randn"]

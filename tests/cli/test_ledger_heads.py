@@ -11,7 +11,7 @@ def heads(perdure, run):
     return shown(perdure("head", run)).splitlines()
 
 
-def test_head_prints_one_line_a_ledger(perdure, either):
+def test_head_prints_one_line_per_ledger(perdure, either):
     lines = heads(perdure, either)
     own = sorted(either.glob("arms/*/**/ledger.jsonl"))
     assert len(lines) == len(own)
@@ -22,7 +22,7 @@ def test_head_prints_one_line_a_ledger(perdure, either):
         assert len(digest) == len(mac) == 64 and " " not in line
 
 
-def test_a_ledger_that_continues_from_its_head_is_valid(perdure, either):
+def test_verify_accepts_a_ledger_that_matches_its_head(perdure, either):
     lines = heads(perdure, either)
     out = shown(perdure("verify", either, "--at-least", "\n".join(lines)))
     assert "WRONG" not in out
@@ -47,7 +47,7 @@ def older(folder, perdure):
     return arm, line
 
 
-def test_a_shortened_ledger_contradicts_every_stored_head(perdure, mine, monkeypatch):
+def test_verify_reports_every_stored_head_of_a_cut_ledger(perdure, mine, monkeypatch):
     arm, line = older(mine, perdure)
     code, out, _ = perdure("verify", arm, "--at-least", line)
     wrong = [each for each in out.splitlines() if each.startswith("WRONG: ")]
@@ -64,7 +64,7 @@ def test_a_shortened_ledger_contradicts_every_stored_head(perdure, mine, monkeyp
     assert code == 1 and "the head given with --at-least records" in out
 
 
-def test_another_history_of_the_same_length_is_found(perdure, mine):
+def test_verify_reports_a_different_history_of_equal_length(perdure, mine):
     line = heads(perdure, mine / "arms" / "ewc-private")[0]
     owner, _, rest = line.partition("@")
     count, digest, mac = rest.split(":")
@@ -84,7 +84,7 @@ def test_verify_reports_a_head_without_its_ledger(perdure, mine):
     assert code == 1 and "no ledger of 'replay-private/client-0' is there" in out
 
 
-def test_a_ledger_that_was_deleted_with_its_head_is_wrong(perdure, mine):
+def test_verify_reports_a_ledger_deleted_with_its_head(perdure, mine):
     arm = mine / "arms" / "ewc-private"
     for name in ("ledger.jsonl", "ledger.head.json"):
         (arm / name).unlink()
@@ -94,14 +94,14 @@ def test_a_ledger_that_was_deleted_with_its_head_is_wrong(perdure, mine):
 
 
 @pytest.mark.parametrize("text", ["7", "curator@7", "curator@x:00:00", "a@1:" + "g" * 64])
-def test_an_invalid_head_argument_is_refused(perdure, alone, text):
+def test_verify_refuses_an_invalid_head_argument(perdure, alone, text):
     assert_refused(
         perdure("verify", alone, "--at-least", text), "--at-least", "perdure ledger head"
     )
 
 
 @pytest.mark.parametrize("how", ["shorter", "missing", "edited"])
-def test_verify_reports_an_older_log_of_draws(perdure, mine, how):
+def test_verify_reports_a_changed_log_of_noise_draws(perdure, mine, how):
     log = mine / "arms" / "ewc-private" / "private" / "draws.jsonl"
     data = log.read_bytes()
     if how == "missing":

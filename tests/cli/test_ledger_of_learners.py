@@ -59,7 +59,9 @@ def federated_in(toy_data, toy_model):
 # --------------------------------------------------------------------------- one statement
 
 
-def test_show_prints_the_statement_that_python_prints(perdure, learner_of, toy_stream, tmp_path):
+def test_show_prints_the_same_privacy_statement_as_python(
+    perdure, learner_of, toy_stream, tmp_path
+):
     learner = learner_of(
         EWC(strength=1.0),
         privacy=Privacy(noise_multiplier=1.5, delta=1e-3),
@@ -80,7 +82,9 @@ def test_show_prints_the_statement_that_python_prints(perdure, learner_of, toy_s
     assert told in shown(perdure("show", sent))
 
 
-def test_raw_diagnostics_are_infinite_in_both_statements(perdure, learner_of, toy_stream, tmp_path):
+def test_raw_diagnostics_make_the_stated_epsilon_infinite(
+    perdure, learner_of, toy_stream, tmp_path
+):
     privacy = Privacy(noise_multiplier=1.5, delta=1e-3, diagnostics="raw")
     learner = learner_of(privacy=privacy, folder=tmp_path / "run", iterations=2)
     learner.fit(toy_stream())
@@ -88,7 +92,7 @@ def test_raw_diagnostics_are_infinite_in_both_statements(perdure, learner_of, to
     assert "infinite" in told and told in shown(perdure("show", tmp_path / "run"))
 
 
-def test_show_prints_the_statement_of_all_clients(perdure, federated_in, tmp_path):
+def test_show_prints_the_privacy_statement_of_all_clients(perdure, federated_in, tmp_path):
     folder = federated_in(tmp_path / "run")
     ledgers = sorted(folder.glob("clients/*/ledger.jsonl"))
     told = str(merge(ledgers).statement(delta=1e-3))
@@ -98,7 +102,7 @@ def test_show_prints_the_statement_of_all_clients(perdure, federated_in, tmp_pat
     assert "trusted curator," in alone and "per client" not in alone
 
 
-def test_a_delta_changed_before_the_first_checkpoint_is_kept(tmp_path):
+def test_the_ledger_stores_the_latest_delta_given_at_opening(tmp_path):
     key = NoiseKey.from_seed(0)
     path = tmp_path / "ledger.jsonl"
     for delta in (1e-3, 1e-4, 1e-4):
@@ -110,7 +114,7 @@ def test_a_delta_changed_before_the_first_checkpoint_is_kept(tmp_path):
 # --------------------------------------------------------------------------- clients by default
 
 
-def test_each_client_owns_its_ledger_by_name_by_default(perdure, federated_in, tmp_path):
+def test_client_ledgers_are_owned_by_client_n_by_default(perdure, federated_in, tmp_path):
     folder = federated_in(tmp_path / "run")
     lines = shown(perdure("head", folder)).splitlines()
     assert [line.partition("@")[0] for line in lines] == ["client-0", "client-1"]
@@ -123,7 +127,7 @@ def test_each_client_owns_its_ledger_by_name_by_default(perdure, federated_in, t
         shown(perdure("verify", folder, "--at-least", line))
 
 
-def test_a_given_owner_name_is_kept(perdure, toy_data, toy_model, tmp_path):
+def test_a_ledger_keeps_the_given_owner_name(perdure, toy_data, toy_model, tmp_path):
     streams = [site(toy_data, client) for client in (0, 1)]
 
     def make(client):
@@ -155,7 +159,7 @@ def namesakes(tmp_path):
     return tmp_path
 
 
-def test_equal_owner_heads_are_matched_to_their_ledgers(perdure, namesakes):
+def test_verify_matches_heads_to_ledgers_with_the_same_owner(perdure, namesakes):
     lines = shown(perdure("head", namesakes)).splitlines()
     assert [line.partition("@")[0] for line in lines] == ["curator", "curator"]
     for line in lines:
@@ -167,7 +171,7 @@ def test_equal_owner_heads_are_matched_to_their_ledgers(perdure, namesakes):
         assert code != 1 and "WRONG" not in out
 
 
-def test_a_rollback_among_ledgers_of_one_name_is_found(perdure, namesakes, monkeypatch):
+def test_verify_finds_a_rollback_among_ledgers_of_one_owner(perdure, namesakes, monkeypatch):
     monkeypatch.setenv("PERDURE_STATE", "off")
     folder = namesakes / "clients" / "001"
     before = namesakes / "before"
@@ -183,7 +187,7 @@ def test_a_rollback_among_ledgers_of_one_name_is_found(perdure, namesakes, monke
     assert code == 1 and out.count("WRONG") == 1 and "clients/001" in out
 
 
-def test_ledgers_of_one_name_are_shown_under_their_folders(perdure, namesakes):
+def test_show_names_folders_if_ledgers_have_the_same_owner(perdure, namesakes):
     facts = json.loads(shown(perdure("show", namesakes, "--json")))
     owners = [row["owner"] for row in facts["partitions"]]
     assert owners == ["clients/000/curator", "clients/001/curator"]

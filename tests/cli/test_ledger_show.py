@@ -76,7 +76,7 @@ def test_show_prints_charges_of_every_partition(perdure, alone):
     )
 
 
-def test_show_prints_the_epsilons_of_the_result(perdure, either):
+def test_show_prints_the_epsilon_that_the_result_stores(perdure, either):
     out = shown(perdure("show", either))
     result = result_of(either)
     private = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
@@ -96,7 +96,7 @@ def test_show_prints_the_epsilons_of_the_result(perdure, either):
     assert "not finished" not in out
 
 
-def test_show_prints_the_epsilon_of_each_arms_result(perdure, either):
+def test_show_prints_the_stored_epsilon_of_each_arm(perdure, either):
     for arm in result_of(either)["arms"]:
         name = f"{arm['strategy']}-private"
         if arm["private"]:
@@ -108,7 +108,7 @@ def test_show_prints_the_epsilon_of_each_arms_result(perdure, either):
             assert facts["all_arms_together"] is None
 
 
-def test_json_holds_every_charge_of_every_partition(perdure, either):
+def test_show_json_holds_every_charge_of_every_partition(perdure, either):
     facts = as_json(perdure("show", either, "--json"))
     account = read_ledger(either / "ledger.jsonl")
     assert [f"{row['owner']}/{row['partition']}" for row in facts["partitions"]] == list(
@@ -142,7 +142,7 @@ def test_json_holds_every_charge_of_every_partition(perdure, either):
     assert facts["all_arms_together"] == result_of(either)["epsilon_of_all_arms"]
 
 
-def test_delta_is_from_the_user_the_run_or_the_default(perdure, alone, tmp_path):
+def test_show_takes_delta_from_the_option_the_run_or_a_default(perdure, alone, tmp_path):
     own, asked = (
         as_json(perdure("show", alone, "--json", *more)) for more in ((), ("--delta", 1e-6))
     )
@@ -157,7 +157,7 @@ def test_delta_is_from_the_user_the_run_or_the_default(perdure, alone, tmp_path)
     assert_refused(perdure("show", alone, "--delta", 1), "delta = 1.0 is not allowed")
 
 
-def test_arms_and_owners_can_be_chosen(perdure, federated):
+def test_show_filters_ledgers_by_arm_and_owner(perdure, federated):
     def owners(*more):
         facts = as_json(perdure("show", federated, "--json", *more))
         return sorted({row["owner"] for row in facts["partitions"]})
@@ -190,7 +190,7 @@ def test_show_prints_the_charges_of_an_unfinished_run(perdure, unfinished, alone
     assert shown(perdure("verify", unfinished)).count("\n") == 3
 
 
-def test_show_accepts_an_arm_a_client_or_a_file(perdure, federated):
+def test_show_accepts_the_path_of_an_arm_a_client_or_a_file(perdure, federated):
     client = federated / "arms" / "ewc-private" / "clients" / "001"
     for path in (client, client / "ledger.jsonl"):
         facts = as_json(perdure("show", path, "--json"))
@@ -203,7 +203,7 @@ def test_show_accepts_an_arm_a_client_or_a_file(perdure, federated):
     ]
 
 
-def test_clients_of_one_name_are_all_shown(perdure, tmp_path):
+def test_show_lists_all_clients_with_the_same_owner(perdure, tmp_path):
     for client in (0, 1):
         ledger = Ledger.open(
             tmp_path / "clients" / f"{client:03d}" / "ledger.jsonl", key=KEY, owner="curator"
@@ -217,7 +217,7 @@ def test_clients_of_one_name_are_all_shown(perdure, tmp_path):
         ]
 
 
-def test_a_run_without_a_ledger_is_refused(perdure, tmp_path):
+def test_show_and_verify_refuse_a_folder_without_a_ledger(perdure, tmp_path):
     for command in ("show", "verify"):
         for path in (tmp_path, tmp_path / "no"):
             assert_refused(
@@ -225,7 +225,7 @@ def test_a_run_without_a_ledger_is_refused(perdure, tmp_path):
             )
 
 
-def test_show_changes_no_file(perdure, mine):
+def test_show_head_project_and_verify_change_no_file(perdure, mine):
     (mine / "arms" / "ewc-private" / "private" / "key").unlink()
     before = contents(mine)
     for words in (
@@ -278,7 +278,7 @@ def test_show_prints_a_dash_if_rdp_has_no_bound(perdure, tmp_path):
     assert facts["statement"]["value"] > max(row["epsilon_pld"] for row in facts["partitions"])
 
 
-def test_raw_data_has_infinite_epsilon_and_null_in_json(perdure, tmp_path):
+def test_show_prints_infinite_epsilon_for_a_raw_release(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     ledger.charge(
@@ -293,7 +293,7 @@ def test_raw_data_has_infinite_epsilon_and_null_in_json(perdure, tmp_path):
     assert "infinite" in facts["statement"]["text"]
 
 
-def test_partitions_take_one_line_and_names_cannot_steer_output(perdure, tmp_path):
+def test_show_prints_one_line_per_partition_and_escapes_names(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY, owner="\x1b[31mred")
     names = [f"client-3/experience-{i}" for i in range(40)]
     for name in names:
@@ -308,7 +308,7 @@ def test_partitions_take_one_line_and_names_cannot_steer_output(perdure, tmp_pat
         assert "12000  500 x gradient (gaussian) at q 0.02133, sigma 2, C 0.5" in line
 
 
-def test_equal_charges_are_added_up_and_others_are_not(tmp_path):
+def test_show_adds_up_only_charges_with_equal_settings(tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     for first, changes in enumerate(
@@ -320,7 +320,7 @@ def test_equal_charges_are_added_up_and_others_are_not(tmp_path):
     assert len({str(asdict(use)) for use in exposed.uses}) == 4
 
 
-def test_a_record_is_charged_only_for_its_own_steps(perdure, tmp_path):
+def test_show_counts_only_the_steps_that_use_a_record(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     for first in (0, 10):
@@ -344,7 +344,7 @@ def test_a_record_is_charged_only_for_its_own_steps(perdure, tmp_path):
 MORE = ("--noise-multiplier", 1.1, "--sampling-rate", 0.1, "--steps", 50)
 
 
-def test_project_adds_a_charge_to_the_spent_ones(perdure, alone):
+def test_project_adds_a_planned_charge_to_the_spent_charges(perdure, alone):
     account = read_ledger(alone / "ledger.jsonl")
     charge = Charge(0.1, 1.1, 50, "grid-gaussian")
     out = shown(perdure("project", alone, *MORE))
@@ -361,7 +361,7 @@ def test_project_adds_a_charge_to_the_spent_ones(perdure, alone):
     assert "record, add-remove, delta 0.0005, PLD; nothing was written" in out
 
 
-def test_project_takes_one_partition_or_all_of_a_name(perdure, alone):
+def test_project_accepts_a_full_or_a_shared_partition_name(perdure, alone):
     def count(*names):
         words = [word for name in names for word in ("--partition", name)]
         return shown(perdure("project", alone, *MORE, *words)).count("  experience-")
@@ -385,7 +385,7 @@ def test_project_refuses_invalid_charges(perdure, alone, option, value):
     assert_refused(perdure("project", alone, *words), option.removeprefix("--").replace("-", "_"))
 
 
-def test_help_of_ledger_names_its_commands(perdure):
+def test_the_help_text_of_ledger_lists_its_commands(perdure):
     out = " ".join(shown(perdure("--help")).replace("│", " ").split())
     for sentence in (
         "show Show the charges of every partition",

@@ -59,7 +59,7 @@ def spoilt(lines, how):
 
 
 @pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened"])
-def test_verify_names_file_and_line_of_a_change(perdure, mine, how):
+def test_verify_names_the_file_and_line_of_a_changed_ledger(perdure, mine, how):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     before = path.read_text().splitlines()
     lines, number = spoilt(before, how)
@@ -75,7 +75,7 @@ def test_verify_names_file_and_line_of_a_change(perdure, mine, how):
 
 
 @pytest.mark.parametrize("how", ["edited", "reordered", "cut out", "inserted", "shortened", "torn"])
-def test_verify_checks_every_line_of_the_merged_file(perdure, mine, how):
+def test_verify_checks_every_line_of_the_merged_ledger(perdure, mine, how):
     path = mine / "ledger.jsonl"
     title, head, *chain = path.read_text().splitlines()
     count = json.loads(head)["count"]
@@ -92,7 +92,7 @@ def test_verify_checks_every_line_of_the_merged_file(perdure, mine, how):
     assert wrong.startswith(f"WRONG: {path}, line {number + 2}: ")
 
 
-def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
+def test_verify_ignores_a_torn_line_after_the_sealed_lines(perdure, mine):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     with path.open("a") as file:
         file.write('{"kind":"entry","torn')
@@ -104,7 +104,7 @@ def test_a_torn_last_line_beyond_the_head_does_not_count(perdure, mine):
 
 
 @pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.head.json"])
-def test_verify_reports_a_truncated_ledger(perdure, mine, name):
+def test_verify_reports_a_missing_ledger_or_head_file(perdure, mine, name):
     (mine / "arms" / "ewc-private" / name).unlink()
     code, out, _ = perdure("verify", mine)
     assert code == 1
@@ -115,7 +115,7 @@ def test_verify_reports_a_truncated_ledger(perdure, mine, name):
     assert f"WRONG: {mine / 'arms' / 'ewc-private'}/" in out and told[name] in out
 
 
-def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
+def test_a_rewritten_ledger_is_detected_only_with_the_key(perdure, mine):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     last = "0" * 64
     lines = []
@@ -155,7 +155,7 @@ def test_a_rewritten_history_is_found_only_with_the_key(perdure, mine):
     )
 
 
-def test_heads_without_keys_are_reported_as_not_verified(perdure, mine, tmp_path):
+def test_verify_reports_heads_without_keys_as_not_verified(perdure, mine, tmp_path):
     """With `private/` gone, whoever wrote the files can have made up all of them."""
     sent = tmp_path / "sent.jsonl"
     shutil.copy(mine / "ledger.jsonl", sent)
@@ -168,11 +168,11 @@ def test_heads_without_keys_are_reported_as_not_verified(perdure, mine, tmp_path
     assert code == 3 and "NOT VERIFIED: 4 of 4 heads" in out and "WRONG" not in out
 
 
-def test_show_prints_that_verify_checks_more(perdure, alone):
+def test_show_prints_that_heads_were_not_compared(perdure, alone):
     assert "not compared with checkpoints and recorded heads" in shown(perdure("show", alone))
 
 
-def test_verify_reports_a_wrong_key_and_a_readable_key(perdure, mine):
+def test_verify_reports_a_wrong_key_and_a_key_others_can_read(perdure, mine):
     keys = [mine / "arms" / arm / "private" / "key" for arm in ARMS]
     keys[0].write_bytes(keys[1].read_bytes())
     code, out, _ = perdure("verify", mine)
@@ -184,7 +184,7 @@ def test_verify_reports_a_wrong_key_and_a_readable_key(perdure, mine):
     assert code == 1 and "has mode 0644, allowed: 0600" in out
 
 
-def test_a_simulated_ledger_of_another_seed_is_wrong(perdure, federated, tmp_path):
+def test_verify_reports_a_simulated_ledger_of_another_seed(perdure, federated, tmp_path):
     shutil.copytree(federated, tmp_path / "run")
     path = tmp_path / "run" / "config.toml"
     path.write_text(path.read_text().replace("seed = 3", "seed = 4"))
@@ -192,7 +192,7 @@ def test_a_simulated_ledger_of_another_seed_is_wrong(perdure, federated, tmp_pat
     assert code == 1 and out.count("the MAC of the head does not fit this key") == 5
 
 
-def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine, monkeypatch):
+def test_verify_reports_a_ledger_older_than_the_merged_ledger(perdure, mine, monkeypatch):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     key = NoiseKey.from_os(path.parent / "private" / "key")
     lines = path.read_text().splitlines()[:-1]
@@ -211,7 +211,7 @@ def test_an_older_copy_of_a_ledger_differs_from_the_merged_one(perdure, mine, mo
     assert f"WRONG: {path} differs from the ledger of 'ewc-private/client-0' in {merged}" in out
 
 
-def test_verify_accepts_an_empty_new_ledger(perdure, tmp_path):
+def test_verify_accepts_an_empty_ledger(perdure, tmp_path):
     class Stopped(BaseException):
         pass
 
@@ -234,7 +234,7 @@ def ours(federated, tmp_path):
     return tmp_path / "run"
 
 
-def test_verify_reports_a_client_missing_on_disk(perdure, ours):
+def test_verify_reports_a_missing_client_folder(perdure, ours):
     """All that its folder held is gone, so nothing there tells of it."""
     arm = ours / "arms" / "ewc-private"
     (ours / "result.json").unlink()
@@ -252,7 +252,7 @@ def test_verify_reports_a_client_missing_on_disk(perdure, ours):
     assert code == 0
 
 
-def test_show_prints_no_total_if_a_ledger_is_missing(perdure, ours):
+def test_show_states_no_epsilon_when_a_ledger_is_missing(perdure, ours):
     shutil.rmtree(ours / "arms" / "ewc-private" / "clients" / "000")
     code, out, _ = perdure("show", ours)
     assert code == 0 and "worst partition by itself: epsilon" in out, "the merged file is whole"
@@ -269,7 +269,7 @@ def test_show_prints_no_total_if_a_ledger_is_missing(perdure, ours):
     assert code == 0 and "worst partition by itself: epsilon" in out and "3 of 4 ledgers" in out
 
 
-def test_verify_reports_an_owner_missing_in_the_merged_file(perdure, ours):
+def test_verify_reports_a_ledger_missing_in_the_merged_file(perdure, ours):
     own = [part for part in read(ours / "ledger.jsonl").parts if "ewc" not in part.account.owner]
     Merged(own).export(ours / "ledger.jsonl")
     code, out, _ = perdure("verify", ours)
@@ -278,7 +278,7 @@ def test_verify_reports_an_owner_missing_in_the_merged_file(perdure, ours):
     assert code == 1 and "2 of 4 ledgers are there" in out
 
 
-def test_verify_reports_a_client_behind_the_server(perdure, ours):
+def test_verify_reports_a_client_ledger_behind_the_server(perdure, ours):
     arm = ours / "arms" / "ewc-private"
     newest = max((arm / "checkpoint").glob("0*.json"))
     facts = json.loads(newest.read_text())
@@ -291,7 +291,7 @@ def test_verify_reports_a_client_behind_the_server(perdure, ours):
     assert f"but the checkpoint of the federation's server records {head['count'] + 1}" in out
 
 
-def test_show_states_no_epsilon_for_some_of_the_clients(ours):
+def test_ledger_files_refuses_a_folder_with_a_missing_client(ours):
     arm = ours / "arms" / "ewc-private"
     assert len(ledger_files(arm)) == 2
     shutil.rmtree(arm / "clients" / "001")

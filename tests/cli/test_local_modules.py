@@ -53,13 +53,13 @@ def test_a_run_finds_a_strategy_in_the_current_folder(finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["show", "verify", "head"])
-def test_a_ledger_is_read_without_the_modules_of_its_run(perdure, finished, command):
+def test_a_ledger_is_read_without_importing_its_strategy(perdure, finished, command):
     assert "mine_beside.Mine-private" in shown(perdure(command, finished))
     assert "mine_beside" not in sys.modules
 
 
 @pytest.mark.slow
-def test_a_report_is_written_without_the_modules_of_its_run(finished, monkeypatch, capsys):
+def test_a_report_is_written_without_importing_the_strategy(finished, monkeypatch, capsys):
     from perdure.report import write_report
 
     assert "mine_beside" in write_report(finished).read_text()
@@ -67,7 +67,7 @@ def test_a_report_is_written_without_the_modules_of_its_run(finished, monkeypatc
 
 
 @pytest.mark.slow
-def test_no_module_beside_a_ledger_is_imported(perdure, finished, monkeypatch):
+def test_show_imports_no_module_beside_the_ledger(perdure, finished, monkeypatch):
     """Neither where the reader stands in its folder."""
     folder = finished.parent.parent
     (folder / "mine_beside.py").write_text(STRATEGY)
@@ -85,7 +85,7 @@ def test_no_module_beside_a_ledger_is_imported(perdure, finished, monkeypatch):
         ("[privacy]\ndelta = 'x'", "privacy.delta = 'x'"),
     ],
 )
-def test_a_damaged_config_beside_a_ledger_is_refused(perdure, tmp_path, text, told):
+def test_show_refuses_a_damaged_config_beside_a_ledger(perdure, tmp_path, text, told):
     (tmp_path / "config.toml").write_text(text)
     code, _, err = perdure("show", tmp_path)
     assert code == 2 and told in err

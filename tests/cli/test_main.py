@@ -72,7 +72,7 @@ def plain(text):
 
 
 @pytest.mark.parametrize("words", [["--help"], []])
-def test_help_shows_the_first_steps(perdure, words):
+def test_help_prints_the_first_steps(perdure, words):
     _, out, err = perdure(*words)
     told = plain(out + err)
     for sentence in (
@@ -101,7 +101,7 @@ def test_help_of_a_command_names_its_arguments(perdure, command, told):
     assert told in plain(out)
 
 
-def test_show_config_prints_the_packaged_file_to_the_letter(perdure):
+def test_show_config_prints_the_packaged_file_unchanged(perdure):
     code, out, err = perdure("demo", "--show-config")
     assert (code, err) == (0, "")
     assert out == resources.files("perdure.experiment").joinpath("demo.toml").read_text(
@@ -113,7 +113,7 @@ def test_show_config_prints_the_packaged_file_to_the_letter(perdure):
 # --------------------------------------------------------------------------- a run
 
 
-def test_a_run_prints_plain_lines_into_a_pipe_and_a_table(perdure, tmp_path):
+def test_a_run_prints_plain_progress_and_a_result_table(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     code, out, err = perdure("run", "mine.toml")
     assert (code, err) == (0, "")
@@ -143,7 +143,7 @@ def test_a_run_prints_plain_lines_into_a_pipe_and_a_table(perdure, tmp_path):
     assert shown.splitlines()[-7:] == out.splitlines()[-7:]
 
 
-def test_a_chosen_folder_is_not_shared_by_two_configs(perdure, tmp_path):
+def test_an_output_folder_is_refused_for_a_second_config(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     code, out, _ = perdure("run", "mine.toml", "--out", "here")
     assert code == 0
@@ -154,7 +154,7 @@ def test_a_chosen_folder_is_not_shared_by_two_configs(perdure, tmp_path):
     )
 
 
-def test_a_terminal_gets_bars_and_a_pipe_gets_a_line_a_quarter():
+def test_progress_shows_bars_on_a_terminal_and_lines_in_a_pipe():
     for terminal in (True, False):
         written = io.StringIO()
         with cli.shown_progress(
@@ -208,13 +208,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_bad_config_is_one_line_and_exit_code_2(perdure, tmp_path, name):
+def test_an_invalid_config_gives_one_error_line_and_exit_code_2(perdure, tmp_path, name):
     text, *words = WRONG[name]
     (tmp_path / "mine.toml").write_text(text)
     assert_refused(perdure("run", "mine.toml"), *words)
 
 
-def test_a_config_that_is_refused_at_once_leaves_nothing_behind(perdure, tmp_path):
+def test_a_refused_config_leaves_no_files(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(WRONG["field"][0])
     perdure("run", "mine.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
@@ -228,12 +228,12 @@ def test_a_corrected_config_runs_in_the_same_folder(perdure, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["no.toml", ".", "bad.toml", "bad.toml/x.toml"])
-def test_an_unreadable_path_gives_one_error_line(perdure, tmp_path, path):
+def test_an_unreadable_config_path_gives_one_error_line(perdure, tmp_path, path):
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
     assert_refused(perdure("run", path), f"config {path} cannot be read")
 
 
-def test_an_unwritable_folder_gives_one_error_line(perdure, tmp_path):
+def test_an_unwritable_output_folder_gives_one_error_line(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     assert_refused(
         perdure("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written"
@@ -252,7 +252,7 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
-def test_missing_data_give_one_error_line(perdure, tmp_path, monkeypatch, no_network, data):
+def test_missing_data_files_give_one_error_line(perdure, tmp_path, monkeypatch, no_network, data):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PERDURE_DATA", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
@@ -260,7 +260,7 @@ def test_missing_data_give_one_error_line(perdure, tmp_path, monkeypatch, no_net
     assert_refused(perdure("run", "mine.toml"), str(tmp_path / "empty"))
 
 
-def test_a_report_needs_a_finished_run(perdure, tmp_path):
+def test_report_refuses_an_unfinished_run(perdure, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "result.json").write_text('{"schema": 1')
     for folder, words in (
@@ -296,7 +296,7 @@ def test_an_interrupt_ends_with_one_line_and_exit_code_130(capsys):
 
 
 @pytest.mark.deep(reason="chaos: interrupts a running process")
-def test_ctrl_c_prints_how_to_continue(tmp_path):
+def test_ctrl_c_prints_how_to_continue_the_run(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
         CONFIG.replace("epochs = 1", "epochs = 999") + "[federation]\nclients = 2\nrounds = 999\n"
@@ -332,7 +332,7 @@ def test_ctrl_c_prints_how_to_continue(tmp_path):
 # --------------------------------------------------------------------------- the audit
 
 
-def test_audit_prints_the_bound_beside_the_claim(perdure, tmp_path):
+def test_audit_prints_the_lower_bound_and_the_claimed_epsilon(perdure, tmp_path):
     claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.0005\nsampling_rate = 0.5\nseed = 0\n"
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
@@ -377,7 +377,7 @@ private = true
 """
 
 
-def test_replay_prints_every_release_beside_its_charge(perdure, tmp_path):
+def test_audit_replay_prints_the_change_of_every_release(perdure, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + REPLAYED)
     code, out, err = perdure("audit", path, "--replay")
@@ -390,7 +390,7 @@ def test_replay_prints_every_release_beside_its_charge(perdure, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["small.toml"]
 
 
-def test_replay_of_a_federation_names_the_clients(perdure, tmp_path):
+def test_audit_replay_of_a_federation_names_the_clients(perdure, tmp_path):
     federation = "\n[federation]\nclients = 2\nrounds = 1\nmin_size = 1\n"
     path = tmp_path / "small.toml"
     path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + federation + REPLAYED)
@@ -399,7 +399,7 @@ def test_replay_of_a_federation_names_the_clients(perdure, tmp_path):
     assert "client 0" in plain(out) and "client 1" in plain(out)
 
 
-def test_replay_exits_with_1_if_a_record_changes_an_output(perdure, tmp_path, monkeypatch):
+def test_audit_replay_exits_with_1_if_a_record_changes_outputs(perdure, tmp_path, monkeypatch):
     """The number of records in a step divides their sum: the parameters tell it."""
     from perdure.curator.local_curator import LocalCurator
 
@@ -418,7 +418,7 @@ def test_replay_exits_with_1_if_a_record_changes_an_output(perdure, tmp_path, mo
     assert "ewc-private: model.safetensors, model.head.weight differs without a release" in told
 
 
-def test_replay_refuses_an_unknown_record_id(perdure, tmp_path):
+def test_audit_replay_refuses_an_unknown_record_id(perdure, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(CONFIG + REPLAYED)
     answer = perdure("audit", path, "--replay", "--record", 10**6)
@@ -431,7 +431,7 @@ def test_replay_refuses_an_unknown_record_id(perdure, tmp_path):
 # --------------------------------------------------------------------------- the list of strategies
 
 
-def test_strategies_are_listed_with_their_costs(perdure):
+def test_strategies_json_lists_every_strategy_with_its_costs(perdure):
     from perdure.strategies import names
 
     code, out, err = perdure("strategies", "--json")
@@ -468,7 +468,7 @@ def test_strategies_are_listed_with_their_costs(perdure):
     assert ewc["not_vmappable_because"] is None
 
 
-def test_strategies_are_listed_as_a_table(perdure):
+def test_strategies_prints_a_table_of_every_strategy(perdure):
     from perdure.strategies import names
 
     code, out, err = perdure("strategies")
@@ -480,7 +480,7 @@ def test_strategies_are_listed_as_a_table(perdure):
 
 
 @pytest.mark.deep(reason="chaos: a run of the command that stops, and goes on to its report")
-def test_a_run_without_room_is_one_line_and_goes_on(perdure, tmp_path):
+def test_a_full_disk_gives_one_error_line_and_the_run_continues(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
