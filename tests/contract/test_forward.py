@@ -66,7 +66,7 @@ def test_logits_and_features_take_one_pass_through_the_body():
 
 
 @pytest.mark.parametrize("kind", [Written, Twice, Scaled, Past, Detached])
-def test_a_model_with_other_use_of_features_is_called_again(kind):
+def test_features_are_computed_again_if_the_model_alters_them(kind):
     own = model(kind)
     x = points()
     logits, features = Forward(own).with_features(x)
@@ -74,7 +74,7 @@ def test_a_model_with_other_use_of_features_is_called_again(kind):
     assert features.requires_grad
 
 
-def test_features_follow_the_parameters_under_vmap_and_grad():
+def test_features_use_the_given_parameters_under_vmap_and_grad():
     own = model(Classifier)
     x = points()
     params = {name: value.detach() + 1 for name, value in own.named_parameters()}
@@ -96,7 +96,7 @@ def test_features_follow_the_parameters_under_vmap_and_grad():
     assert own.body.passes == 1 + 2
 
 
-def test_a_failing_pass_does_not_change_the_model():
+def test_a_failing_forward_pass_does_not_change_the_model():
     own = model(Classifier)
     with pytest.raises(RuntimeError):
         Forward(own).with_features(torch.zeros(2, 9))

@@ -69,7 +69,7 @@ def test_the_penalty_gradient_formula_equals_autograd(strategy):
     assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
-def test_only_trained_parameters_are_pulled():
+def test_the_penalty_gradient_covers_only_trained_parameters():
     strategy = EWC(strength=3.0)
     total = {"small": torch.zeros(7)}
     strategy.add_penalty_gradient(total, drawn(1), state_of(strategy))
@@ -78,7 +78,7 @@ def test_only_trained_parameters_are_pulled():
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", FOLLOWING, ids=repr)
-def test_an_in_place_path_equals_a_new_path(strategy, noise):
+def test_the_in_place_path_update_equals_the_functional_update(strategy, noise):
     """Over the end of a window, from counters at 1."""
     anew = state_of(strategy)
     in_place = State({name: value.clone() for name, value in anew.items()}, anew.rules)
@@ -116,7 +116,7 @@ class Mixed(Counting, Cubic):
 
 
 @pytest.mark.parametrize("kind", [Cubic, Mixed])
-def test_an_overridden_penalty_is_used_for_the_gradient(kind):
+def test_an_overridden_penalty_gives_the_gradient_by_autograd(kind):
     strategy = kind(strength=5.0)
     params = {name: value.requires_grad_() for name, value in drawn(1).items()}
     total = {name: torch.zeros_like(value) for name, value in params.items()}
@@ -125,7 +125,7 @@ def test_an_overridden_penalty_is_used_for_the_gradient(kind):
     assert not strategy.uses("add_penalty_gradient")
 
 
-def test_an_overridden_after_step_is_called():
+def test_the_in_place_update_calls_an_overridden_after_step():
     strategy = Counting(strength=5.0)
     state = state_of(strategy)
     moved = strategy.after_step_in_place(drawn(), drawn(1), drawn(2), state)
@@ -133,13 +133,13 @@ def test_an_overridden_after_step_is_called():
     assert not strategy.uses("after_step_in_place") and SI(strength=1.0).uses("after_step_in_place")
 
 
-def test_combine_updates_in_place_if_every_part_does():
+def test_combine_updates_in_place_only_if_every_part_does():
     assert Combine(SI(strength=1.0), EWC(strength=1.0)).uses("after_step_in_place")
     mixed = Combine(SI(strength=1.0), Counting(strength=1.0))
     assert mixed.uses("after_step") and not mixed.uses("after_step_in_place")
     assert not Combine(Naive()).uses("after_step_in_place")
 
 
-def test_a_quadratic_penalty_without_weights_is_refused():
+def test_a_quadratic_penalty_without_a_weight_method_is_refused():
     with pytest.raises(StrategyError, match=r"has no weight\(\).*return the weights"):
         QuadraticPenalty().weight(State())

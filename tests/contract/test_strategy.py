@@ -34,7 +34,7 @@ def test_a_state_declares_each_name_once_with_one_rule():
         State({"a": torch.zeros(1)}, {"a": "sum", "b": "sum"})
 
 
-def test_a_group_holds_one_tensor_a_parameter():
+def test_a_state_group_holds_one_tensor_per_parameter():
     params = {"head.weight": torch.ones(2, 3), "head.bias": torch.ones(2)}
     state = (
         State()
@@ -57,7 +57,7 @@ def test_a_group_holds_one_tensor_a_parameter():
         ({"a": torch.zeros(3)}, r"'a' is \(2,\), but the given tensor has shape \(3,\)"),
     ],
 )
-def test_a_state_keeps_the_names_and_shapes_of_init(changes, message):
+def test_replace_keeps_the_declared_names_and_shapes_of_a_state(changes, message):
     with pytest.raises(StrategyError, match=message):
         State().declare("a", torch.zeros(2), "sum").replace(changes)
 
@@ -97,7 +97,7 @@ def shown(mask):
         ("domain", 0, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
     ],
 )
-def test_classes_that_are_not_allowed_are_masked(scenario, experience, rows_shown, allowed):
+def test_the_mask_hides_classes_that_a_row_may_not_have(scenario, experience, rows_shown, allowed):
     at = context(scenario, experience)
     assert shown(at.mask(torch.zeros(2, 4), rows([0, 1]))) == rows_shown
     assert torch.nonzero(at.allowed).flatten().tolist() == allowed
@@ -112,7 +112,7 @@ def test_a_masked_class_has_probability_zero_and_no_gradient():
     assert logits.grad[0, 2:].tolist() == [0.0, 0.0]
 
 
-def test_contexts_come_from_declared_classes(toy_stream):
+def test_the_context_takes_its_classes_from_the_declared_ones(toy_stream):
     at = contexts(toy_stream("class"), "cpu")
     assert at(0).seen.tolist() == [True, True, False, False]
     assert at(1).seen.tolist() == [True] * 4 and at(1).current.tolist() == [
@@ -153,7 +153,7 @@ def zeros(module):
     return {name: torch.zeros_like(value) for name, value in module.named_parameters()}
 
 
-def test_forward_runs_the_model_at_own_or_given_parameters(tower):
+def test_forward_runs_the_model_with_own_or_given_parameters(tower):
     tower.eval()
     x = torch.rand(3, 5)
     assert torch.equal(Forward(tower)(x), tower(x))
@@ -163,7 +163,7 @@ def test_forward_runs_the_model_at_own_or_given_parameters(tower):
     assert Forward(tower, zeros(tower)).features(x).abs().sum() == 0
 
 
-def test_any_method_runs_at_its_own_or_at_given_parameters(tower):
+def test_forward_runs_any_method_with_own_or_given_parameters(tower):
     tower.eval()
     x = torch.rand(3, 5)
     y = torch.rand(3, 5)
@@ -177,7 +177,7 @@ def test_any_method_runs_at_its_own_or_at_given_parameters(tower):
         Forward(tower, shifted).method("neither")(x)
 
 
-def test_method_layers_are_hooked_and_teachers_have_no_gradients(tower):
+def test_forward_method_runs_hooks_and_teachers_without_grad(tower):
     calls = []
     tower.body[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     x = torch.rand(3, 5)
@@ -199,7 +199,7 @@ def test_only_a_teacher_runs_without_gradients_and_dropout(tower):
     assert torch.equal(teacher(x), teacher(x)) and torch.equal(teacher(x), tower.eval()(x))
 
 
-def test_a_teacher_is_not_hooked(tower):
+def test_a_teacher_removes_no_forward_hooks_of_the_model(tower):
     calls = []
     Forward(tower).at(zeros(tower))(torch.rand(2, 5))
     tower.head.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -208,7 +208,7 @@ def test_a_teacher_is_not_hooked(tower):
 
 
 @pytest.mark.parametrize("what", ["__call__", "features"])
-def test_a_teacher_leaves_every_module_in_the_mode_it_was_in(tower, what):
+def test_a_teacher_keeps_every_module_in_its_mode(tower, what):
     tower.eval()
     getattr(Forward(tower).at(zeros(tower)), what)(torch.rand(2, 5))
     assert not any(module.training for module in tower.modules())
@@ -223,7 +223,7 @@ def test_a_teacher_leaves_every_module_in_the_mode_it_was_in(tower, what):
     )
 
 
-def test_a_failing_teacher_restores_the_mode_of_the_model(tower):
+def test_a_teacher_that_fails_restores_the_mode_of_the_model(tower):
     tower.train()
     with pytest.raises(RuntimeError):
         Forward(tower).at(zeros(tower))(torch.rand(2, 7))
@@ -233,7 +233,7 @@ def test_a_failing_teacher_restores_the_mode_of_the_model(tower):
 # --------------------------------------------------------------------------- the contract
 
 
-def test_the_base_class_is_plain_training(toy_stream, toy_model):
+def test_the_base_strategy_is_plain_training(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     at = contexts(stream, "cpu")(0)
@@ -326,12 +326,12 @@ class Referrer(Strategy):
         ((Combine(LwF()), Replay(memory_size=5)), r"LwF and Replay both override losses\(\)"),
     ],
 )
-def test_two_overrides_are_an_error_that_names_both(parts, message):
+def test_combine_refuses_two_parts_that_override_one_hook(parts, message):
     with pytest.raises(StrategyError, match=message):
         Combine(*parts)
 
 
-def test_two_memories_or_trained_parts_are_refused_by_name(toy_stream):
+def test_combine_refuses_two_memories_or_two_trained_parts(toy_stream):
     experience = toy_stream()[0]
     with pytest.raises(StrategyError, match="Replay and Rememberer both set memory"):
         Combine(Replay(memory_size=5), Rememberer()).plan(experience)
@@ -342,7 +342,7 @@ def test_two_memories_or_trained_parts_are_refused_by_name(toy_stream):
 @pytest.mark.parametrize(
     "other", [Replay(memory_size=5), EWC(strength=1.0), LwF(), GEM(memory_size=5)]
 )
-def test_a_part_without_training_keeps_other_parts_effective(toy_stream, other):
+def test_combine_refuses_parts_that_would_have_no_effect(toy_stream, other):
     message = f"NCM uses no gradient, so {other.name} would have no effect; remove one of them"
     with pytest.raises(StrategyError, match=message):
         Combine(NCM(), other).plan(toy_stream()[0])
@@ -366,7 +366,7 @@ def part_of(state, position):
     )
 
 
-def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
+def test_combine_uses_one_loss_and_adds_the_penalties(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     at = contexts(stream, "cpu")(0)
@@ -388,7 +388,7 @@ def test_losses_count_once_and_penalties_add(toy_stream, toy_model):
     )
 
 
-def test_projections_run_in_order_and_every_part_follows_steps(toy_stream, toy_model):
+def test_combine_projects_in_order_and_updates_every_part(toy_stream, toy_model):
     both = Combine(Shifter(add=1.0), Naive(), Shifter(times=2.0))
     state = both.init(spec(toy_model(toy_stream())))
     assert float(both.project({"w": torch.ones(1)}, (), state)["w"]) == 4.0  # (1 + 1) * 2
@@ -407,7 +407,7 @@ def test_projections_run_in_order_and_every_part_follows_steps(toy_stream, toy_m
     assert after.rules == {"0.steps": "sum", "2.steps": "sum"}
 
 
-def test_combine_declares_the_costs_of_all_parts():
+def test_combine_declares_the_privacy_costs_of_all_parts():
     both = Combine(
         EWC(strength=1.0),
         Combine(EWC(strength=2.0), Replay(memory_size=5)),
@@ -424,7 +424,7 @@ def test_combine_declares_the_costs_of_all_parts():
     assert Combine(EWC(strength=1.0)) == Combine(EWC(strength=1.0)) != Combine(EWC(strength=2.0))
 
 
-def test_states_of_11_parts_stay_separate(toy_stream, toy_model):
+def test_combine_keeps_the_states_of_11_parts_separate(toy_stream, toy_model):
     both = Combine(*[Shifter(times=float(i)) for i in range(11)])
     after = both.after_step({}, {}, {}, both.init(spec(toy_model(toy_stream()))))
     assert [float(after[f"{i}.steps"]) for i in range(11)] == [float(i) for i in range(11)]
@@ -441,19 +441,19 @@ class Weighted(Strategy):
     decay: float = 0.5
 
 
-def test_example_returns_an_instance_with_defaults():
+def test_example_returns_a_strategy_with_default_values():
     assert Naive.example() == Naive()
     assert Strategy.example() == Strategy()
 
 
-def test_example_refuses_a_field_without_default():
+def test_example_refuses_a_strategy_field_without_default():
     with pytest.raises(
         StrategyError, match=r"Weighted.example\(\) has no value for strength; allowed: fields with"
     ):
         Weighted.example()
 
 
-def test_an_example_of_a_subclass_is_of_the_subclass():
+def test_example_of_a_subclass_returns_the_subclass():
     @dataclass(frozen=True, kw_only=True)
     class Milder(EWC):
         """EWC with one more field."""
@@ -463,7 +463,7 @@ def test_an_example_of_a_subclass_is_of_the_subclass():
     assert Milder.example() == Milder(strength=50.0, rate=0.1)
 
 
-def test_a_group_is_declared_in_one_state(monkeypatch):
+def test_declare_group_builds_one_new_state_for_all_names(monkeypatch):
     """One new state for each name would take time with the square of the number of names."""
     made = []
     build = State.__init__

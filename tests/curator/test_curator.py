@@ -20,7 +20,7 @@ from perdure.planning.exposure import exposure
 # --------------------------------------------------------------------------- who is exposed
 
 
-def test_sampling_rates_use_declared_sizes_and_memory(toy_stream):
+def test_sampling_rates_use_declared_sizes_and_memory_capacity(toy_stream):
     """256/12,000 for the first experience and 256/13,000 once a memory of 1,000 is pooled with the
     new records.
     """
@@ -32,7 +32,7 @@ def test_sampling_rates_use_declared_sizes_and_memory(toy_stream):
     assert (second.rate, second.pool_size) == (256 / 13_000, 13_000)
 
 
-def test_only_used_partitions_are_exposed(toy_stream):
+def test_only_the_partitions_in_the_pool_are_exposed(toy_stream):
     experiences = declared(toy_stream(), 100, 300).experiences
     alone = exposure(experiences, Plan(), batch_size=30, rate=None)
     assert alone.scope == {"experience-1": 0.1} and alone.pool_size == 300
@@ -42,7 +42,7 @@ def test_only_used_partitions_are_exposed(toy_stream):
     assert small.pool_size == 400  # a memory of 1,000 cannot hold more than the 100 there were
 
 
-def test_a_rate_is_at_most_one_and_may_be_given(toy_stream):
+def test_the_sampling_rate_is_at_most_1_and_can_be_given(toy_stream):
     experiences = toy_stream().experiences
     assert exposure(experiences[:1], Plan(), batch_size=10_000, rate=None).rate == 1.0
     given_rate = exposure(experiences, REPLAY, batch_size=8, rate=0.25)
@@ -52,7 +52,7 @@ def test_a_rate_is_at_most_one_and_may_be_given(toy_stream):
 # --------------------------------------------------------------------------- sampling
 
 
-def test_without_privacy_an_epoch_is_a_permutation(bench):
+def test_an_epoch_without_privacy_is_a_permutation_of_records(bench):
     test = bench(batch_size=7).open()
     sizes = [len(test.held.sample(step)) for step in range(4)]
     assert sizes == [7, 7, 7, 3]
@@ -65,7 +65,7 @@ def test_without_privacy_an_epoch_is_a_permutation(bench):
     assert not torch.equal(*epochs)
 
 
-def test_a_batch_is_a_function_of_seed_and_step(bench):
+def test_a_batch_depends_only_on_the_seed_and_the_step(bench):
     first, again, other = (bench(seed=seed).open().held for seed in (0, 0, 1))
     forth = [first.sample(step).ids for step in range(6)]
     back = [again.sample(step).ids for step in reversed(range(6))]
@@ -73,7 +73,7 @@ def test_a_batch_is_a_function_of_seed_and_step(bench):
     assert not torch.equal(forth[0], other.sample(0).ids)
 
 
-def test_memory_has_rows_of_its_own_in_every_batch(bench):
+def test_every_batch_has_the_planned_number_of_memory_rows(bench):
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=10, batch_size=4))
     test.whole(0, plan)
@@ -83,14 +83,14 @@ def test_memory_has_rows_of_its_own_in_every_batch(bench):
     assert set(batch.labels[:6].tolist()) <= {2, 3} and set(batch.labels[6:].tolist()) <= {0, 1}
 
 
-def test_joint_pools_all_records_of_all_experiences(bench):
+def test_the_plan_pool_all_pools_records_of_all_experiences(bench):
     test = bench().open(1, Plan(pool="all"))
     assert torch.bincount(test.curator.raw("a test").tasks).tolist() == [24, 24]
     assert test.held.pool.current.tasks.unique().tolist() == [1]
 
 
 @pytest.mark.statistical
-def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
+def test_poisson_sampling_includes_records_at_the_stated_rate(bench, toy_stream):
     """2,000 steps over 24 records at rate 1/4: the count's standard score stays within 4
     (probability 6e-5), both per record (within 5, 24 x 6e-7) and in all; a rate 5 % off would score
     6."""
@@ -126,7 +126,7 @@ def test_poisson_inclusion_has_the_declared_rate(bench, toy_stream):
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=25), st.floats(0.01, 1.0), st.integers(0, 99)
 )
-def test_a_record_enters_a_step_at_most_once(ids, rate, seed):
+def test_a_record_is_drawn_at_most_once_per_step(ids, rate, seed):
     rows = torch.tensor(ids)
     grouped = group_records(rows, torch.zeros_like(rows))
     assert sorted(grouped.order.tolist()) == list(range(len(ids)))
@@ -146,7 +146,7 @@ def test_sampling_handles_random_numbers_close_to_the_rate():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("plan", [Plan(memory=MemoryPlan(capacity=100)), Plan(pool="all")])
-def test_copies_of_an_image_are_drawn_as_one_record(bench, toy_data, plan):
+def test_permuted_copies_of_an_image_are_drawn_as_one_record(bench, toy_data, plan):
     """Permuted copies, new, stored or pooled: one at most in a step, at the charged rate, each copy
     as often.
 
@@ -166,7 +166,7 @@ def test_copies_of_an_image_are_drawn_as_one_record(bench, toy_data, plan):
     assert abs(sum(tasks) - len(tasks) / 2) < 4 * (len(tasks) / 4) ** 0.5
 
 
-def test_one_id_for_two_records_of_an_experience_is_refused(bench, toy_stream):
+def test_privacy_refuses_one_id_for_two_records_of_an_experience(bench, toy_stream):
     stream = toy_stream()
     train = stream[0].train
     doubled = replace(train, ids=torch.where(train.ids == train.ids[1], train.ids[0], train.ids))
@@ -179,7 +179,7 @@ def test_one_id_for_two_records_of_an_experience_is_refused(bench, toy_stream):
 # --------------------------------------------------------------------------- raw records and memory
 
 
-def test_raw_records_are_refused_under_privacy(bench):
+def test_the_curator_refuses_raw_records_under_privacy(bench):
     assert len(bench().open().curator.raw("a plot")) == 24
     with pytest.raises(
         PrivacyError, match=r"raw records were asked for \(a plot\).*curator.release"
@@ -193,7 +193,7 @@ def test_raw_records_are_refused_under_privacy(bench):
         closed.curator.raw("the past")
 
 
-def test_stored_values_are_returned_with_their_row(bench):
+def test_stored_values_are_returned_with_their_memory_row(bench):
     """The model's logits at the time, as DER stores them; new rows have zeros in their place."""
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=8))
@@ -210,7 +210,7 @@ def test_stored_values_are_returned_with_their_row(bench):
     )
 
 
-def test_private_memory_keeps_records_with_declared_probability(bench, toy_stream):
+def test_private_memory_keeps_records_at_the_declared_rate(bench, toy_stream):
     plan = Plan(memory=MemoryPlan(capacity=30))
     test = bench(simulated(), declared(toy_stream(), 40, 60))
     tags = {int(i): float(test.private_sum.tags(torch.tensor([i]))) for i in range(48)}
@@ -229,7 +229,7 @@ def test_memory_without_privacy_is_class_balanced(bench):
     assert torch.bincount(test.held.memory.rows.labels).tolist() == [3, 3, 3, 3]
 
 
-def test_split_streams_have_disjoint_partitions(toy_data):
+def test_split_streams_have_no_record_in_two_partitions(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
     assert isinstance(stream[0].train, Records)
     assert not set(stream[0].train.ids.tolist()) & set(stream[1].train.ids.tolist())

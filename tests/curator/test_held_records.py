@@ -53,7 +53,7 @@ def given(**options):
 # --------------------------------------------------------------------------- every step
 
 
-def test_step_memory_returns_rows_of_earlier_steps(toy_stream, toy_model):
+def test_step_memory_returns_only_rows_of_earlier_steps(toy_stream, toy_model):
     """In the first experience already, in which the first step has nothing to bring back."""
     offered = []
     stream = toy_stream()
@@ -73,7 +73,7 @@ def test_step_memory_returns_rows_of_earlier_steps(toy_stream, toy_model):
         assert set(memory.rows.ids.tolist()) <= set(offered) and not memory.rows.from_memory.any()
 
 
-def test_step_memory_gets_no_second_offer_at_the_end(toy_stream, toy_model):
+def test_step_memory_is_offered_no_row_again_at_the_end(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
@@ -86,7 +86,7 @@ def test_step_memory_gets_no_second_offer_at_the_end(toy_stream, toy_model):
 
 
 @pytest.mark.statistical
-def test_step_memory_is_uniform_over_all_records_seen(toy_stream, toy_model):
+def test_step_memory_is_a_uniform_sample_of_all_records(toy_stream, toy_model):
     """800 seeds, 12 of 48 kept; each record's count within 4.5 standard deviations of a quarter (48
     x 7e-6: 3e-4).
     """
@@ -149,7 +149,9 @@ def run(stream, model, strategy, folder, stops=(), **changes):
     ],
     ids=lambda strategy: strategy.name,
 )
-def test_step_memory_survives_stops_bit_for_bit(toy_stream, toy_model, tmp_path, strategy, privacy):
+def test_a_resumed_run_has_the_same_step_memory_bit_for_bit(
+    toy_stream, toy_model, tmp_path, strategy, privacy
+):
     ends = [
         run(toy_stream(), toy_model, strategy, tmp_path / name, stops, privacy=privacy).snapshot()
         for name, stops in (("whole", ()), ("stopped", ((0, 3), (0, 5), (1, 1), (1, 4))))
@@ -176,7 +178,7 @@ def peeking(forward, batch):
 
 
 @pytest.mark.parametrize("update", ["experience", "step"])
-def test_private_remember_runs_on_each_row_alone(toy_stream, toy_model, update):
+def test_remember_is_called_on_single_rows_under_privacy(toy_stream, toy_model, update):
     stream = toy_stream()
     learner = learner_of(
         toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
@@ -193,7 +195,7 @@ def test_private_remember_runs_on_each_row_alone(toy_stream, toy_model, update):
     torch.testing.assert_close(stored["seen"], torch.zeros_like(stored["seen"]), atol=1e-6, rtol=0)
 
 
-def test_remember_gets_the_rows_of_the_step_without_privacy(toy_stream, toy_model):
+def test_remember_gets_all_rows_of_the_step_without_privacy(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
@@ -203,7 +205,7 @@ def test_remember_gets_the_rows_of_the_step_without_privacy(toy_stream, toy_mode
 
 
 @pytest.mark.parametrize("update", ["experience", "step"])
-def test_remember_that_needs_several_rows_is_refused(toy_stream, toy_model, update):
+def test_privacy_refuses_a_remember_hook_that_couples_rows(toy_stream, toy_model, update):
     stream = toy_stream()
     learner = learner_of(
         toy_model(stream), given(selection="reservoir", update=update), privacy=PRIVATE
@@ -220,7 +222,7 @@ def test_remember_that_needs_several_rows_is_refused(toy_stream, toy_model, upda
         ask(at_random)
 
 
-def test_private_stored_values_are_from_the_last_step_of_a_row(toy_stream, toy_model):
+def test_private_memory_stores_values_from_a_rows_last_step(toy_stream, toy_model):
     """Of a record that was in none, those at the end of the experience."""
     stream = toy_stream()
     moment = [0.0]
@@ -269,7 +271,7 @@ def test_rows_drawn_from_memory_are_not_offered_to_memory_again(toy_stream, toy_
     assert ids == kept + stream[1].train.ids.tolist() and held.memory.offered == 48
 
 
-def test_remembering_leaves_running_statistics_as_they_were(toy_stream):
+def test_the_remember_hook_does_not_change_running_statistics(toy_stream):
     stream = toy_stream()
     model = Classifier(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), 6, 4)
     learner = opened(learner_of(model, DER(memory_size=8)), stream)
@@ -297,7 +299,7 @@ def four(toy_data):
     return split(toy_data, scenario="class", experiences=4)
 
 
-def test_the_exposure_of_a_pool_of_memory_is_declared(four):
+def test_a_memory_pool_declares_its_size_and_partitions(four):
     sizes = (100, 300, 600, 12)
     stages = [
         replace(e, train=replace(e.train, declared_size=n))
@@ -328,7 +330,7 @@ def test_the_number_of_steps_depends_on_the_memory_size(four, toy_model):
 
 
 @EITHER
-def test_a_pool_of_memory_holds_stored_records_only(four, toy_model, privacy):
+def test_a_memory_pool_holds_only_stored_records(four, toy_model, privacy):
     learner = learner_of(toy_model(four), GDumb(memory_size=16), privacy=privacy)
     opened(learner, four, index=2)
     pooled = learner.session.held.rows
@@ -351,7 +353,7 @@ def test_a_pool_of_memory_holds_stored_records_only(four, toy_model, privacy):
     assert learner.session.held.memory.offered == 36
 
 
-def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
+def test_use_pooled_shuffles_stored_rows_with_new_rows(toy_stream, toy_model):
     """An epoch of the pool, 24 new and 12 stored rows, meets each of them once; the context knows
     of no share.
     """
@@ -376,14 +378,14 @@ def test_pooled_rows_are_shuffled_with_the_new_ones(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("pool", ["all", "memory"])
-def test_a_step_memory_needs_pool_experience(toy_stream, toy_model, pool):
+def test_step_memory_is_refused_unless_the_pool_is_experience(toy_stream, toy_model, pool):
     stream = toy_stream()
     learner = learner_of(toy_model(stream), given(pool=pool, selection="reservoir", update="step"))
     with pytest.raises(StrategyError, match=f"needs pool='experience'; given pool='{pool}'"):
         opened(learner, stream)
 
 
-def test_an_empty_experience_is_refused_without_privacy(toy_stream, toy_model):
+def test_an_experience_without_records_is_refused(toy_stream, toy_model):
     stream = toy_stream()
     nobody = replace(
         stream[0], train=replace(stream[0].train.take(torch.arange(0)), declared_size=24)
@@ -395,7 +397,7 @@ def test_an_empty_experience_is_refused_without_privacy(toy_stream, toy_model):
         opened(learner_of(toy_model(stream), Replay(memory_size=8)), stream)
 
 
-def test_copies_of_a_record_are_noted_at_the_drawn_row(toy_data, toy_model):
+def test_a_drawn_copy_of_a_record_is_noted_only_at_its_own_row(toy_data, toy_model):
     """New and stored copies are one record; where the stored one was drawn, the new one is not
     noted.
     """
@@ -429,7 +431,7 @@ def test_copies_of_a_record_are_noted_at_the_drawn_row(toy_data, toy_model):
     ],
     ids=["plain", "all records", "memory", "moving memory"],
 )
-def test_an_open_experience_is_not_pooled_again(toy_stream, toy_model, strategy, kept):
+def test_opening_an_experience_again_reuses_its_pool(toy_stream, toy_model, strategy, kept):
     """As every round of a federation opens it again."""
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), strategy), stream, 1)
@@ -444,7 +446,7 @@ def test_an_open_experience_is_not_pooled_again(toy_stream, toy_model, strategy,
         assert torch.equal(value, again.tensors()[name]), name
 
 
-def test_a_restored_memory_is_pooled_again(toy_stream, toy_model):
+def test_restoring_a_snapshot_builds_a_new_pool(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), given()), stream, 1)
     snapshot = learner.snapshot()

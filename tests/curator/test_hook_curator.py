@@ -76,14 +76,14 @@ def reachable(start):
     return seen.values()
 
 
-def test_hooks_are_given_exactly_the_members_of_the_protocol(given):
+def test_hooks_get_exactly_the_members_of_the_curator_protocol(given):
     seen, _ = given
     public = {name for name in dir(seen) if not name.startswith("_")}
     assert public == set(MEMBERS)
     assert public == {name for name in vars(Curator) if not name.startswith("_")}
 
 
-def test_no_attribute_of_a_hooks_curator_leads_to_records(given):
+def test_no_attribute_of_the_hook_curator_leads_to_records(given):
     seen, own = given
     found = list(reachable(seen))
     assert not any(isinstance(value, LocalCurator | HeldRecords) for value in found)
@@ -95,7 +95,7 @@ def test_no_attribute_of_a_hooks_curator_leads_to_records(given):
 @pytest.mark.parametrize(
     "name", ["sample", "snapshot", "raw", "stored", "diagnostics", "step", "_held", "_pool", "rows"]
 )
-def test_members_that_return_rows_are_refused(given, name):
+def test_the_hook_curator_refuses_members_that_return_rows(given, name):
     seen, _ = given
     with pytest.raises(
         PrivacyError,
@@ -104,13 +104,13 @@ def test_members_that_return_rows_are_refused(given, name):
         getattr(seen, name)
 
 
-def test_a_hooks_curator_cannot_be_copied_open(given):
+def test_a_copy_of_the_hook_curator_gives_no_further_access(given):
     seen, _ = given
     assert not hasattr(seen, "__dict__")
     assert vars(type(copy.copy(seen))).keys() == vars(type(seen)).keys()
 
 
-def test_a_hook_cannot_set_attributes_of_its_curator(given):
+def test_a_hook_cannot_set_attributes_of_the_hook_curator(given):
     seen, _ = given
     with pytest.raises(AttributeError):
         seen.kept = torch.zeros(1)
@@ -118,7 +118,7 @@ def test_a_hook_cannot_set_attributes_of_its_curator(given):
         seen.private = False
 
 
-def test_a_hook_curator_gives_the_answers_of_the_curator(toy_stream, toy_model):
+def test_the_hook_curator_gives_the_same_answers_as_the_curator(toy_stream, toy_model):
     learner = learner_of(toy_stream(), toy_model)
     learner.prepare(toy_stream())
     learner.begin(0)
@@ -154,7 +154,7 @@ class Undeclared(Naive):
 
 
 @pytest.mark.parametrize(("member", "field"), [("release", "releases"), ("count", "histograms")])
-def test_undeclared_releases_are_refused_with_the_fix(toy_stream, toy_model, member, field):
+def test_an_undeclared_release_is_refused_with_the_fix(toy_stream, toy_model, member, field):
     stream = toy_stream()
     learner = Learner(
         model=toy_model(stream),

@@ -47,7 +47,7 @@ def test_opening_an_experience_again_sorts_nothing(prepared):
 
 
 @pytest.mark.parametrize("name", ["ids", "labels", "inputs"])
-def test_a_changed_record_is_detected(prepared, name):
+def test_the_fingerprint_detects_a_changed_record(prepared, name):
     _, before = opened(prepared)
     value = getattr(prepared.stream[0].train, name)
     if name == "inputs":
@@ -62,7 +62,7 @@ def test_a_changed_record_is_detected(prepared, name):
     assert (count > 0) == (name == "ids")
 
 
-def test_an_uncounted_write_into_ids_is_detected(prepared):
+def test_a_write_into_ids_through_numpy_is_detected(prepared):
     opened(prepared)
     ids = prepared.stream[0].train.ids
     ids.numpy()[0] = 77_777
@@ -70,7 +70,7 @@ def test_an_uncounted_write_into_ids_is_detected(prepared):
     assert 77_777 in prepared.session.held.samplers["gradient"].records.ids
 
 
-def test_an_id_that_comes_to_be_shared_is_refused(prepared):
+def test_a_record_id_changed_to_a_duplicate_is_refused(prepared):
     opened(prepared)
     ids = prepared.stream[0].train.ids
     ids[0] = ids[1]
@@ -82,7 +82,7 @@ def test_an_id_that_comes_to_be_shared_is_refused(prepared):
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 2)), max_size=20))
-def test_row_groups_equal_unique_pairs(pairs):
+def test_row_groups_equal_the_unique_pairs_of_id_and_owner(pairs):
     ids, owner = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
     found = group_records(ids, owner)
     own, record, counts = torch.unique(

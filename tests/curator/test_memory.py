@@ -83,7 +83,7 @@ def test_a_reservoir_keeps_records_with_equal_probability():
     assert unevenness(lambda _: torch.arange(10).add(10 * (next(turns) % 4)).tolist()) < 18
 
 
-def test_a_memory_that_is_not_full_keeps_everything():
+def test_a_memory_that_is_not_full_keeps_every_offered_row():
     memory = Memory()
     plan = MemoryPlan(capacity=10, selection="reservoir")
     memory.offer(rows([0, 1, 0]), plan, place())
@@ -93,7 +93,7 @@ def test_a_memory_that_is_not_full_keeps_everything():
     assert len(memory) == 10 and memory.offered == 35
 
 
-def test_stored_rows_do_not_keep_other_rows_in_memory():
+def test_memory_copies_stored_rows_and_frees_the_other_rows():
     source = rows([0] * 8)
     memory = Memory()
     memory.offer(source, MemoryPlan(capacity=2, selection="reservoir"), place())
@@ -115,7 +115,7 @@ def test_stored_rows_do_not_keep_other_rows_in_memory():
     st.integers(1, 25),
     st.none() | st.integers(1, 4),
 )
-def test_every_group_keeps_its_first_rows_up_to_its_share(groups, capacity, per_class):
+def test_balanced_keeps_the_first_rows_of_each_group(groups, capacity, per_class):
     kept = balanced(
         torch.tensor(groups, dtype=torch.int64).reshape(-1, 2), capacity, per_class
     ).tolist()
@@ -130,7 +130,7 @@ def test_every_group_keeps_its_first_rows_up_to_its_share(groups, capacity, per_
     assert kept == sorted(kept) and (per_class or len(kept) <= capacity)
 
 
-def test_late_groups_have_equal_chances_when_places_are_few():
+def test_more_groups_than_places_have_equal_chances():
     kept = balanced(torch.arange(3000)[:, None], 300, None)
     assert len(kept) == 300
     for third in range(3):
@@ -138,7 +138,7 @@ def test_late_groups_have_equal_chances_when_places_are_few():
 
 
 @pytest.mark.parametrize("selection", ["class-balanced", "ring"])
-def test_the_pieces_of_a_stage_share_its_quotas(selection):
+def test_pieces_of_a_stage_share_the_class_quotas_of_the_stage(selection):
     memory = Memory()
     plan = MemoryPlan(capacity=12, selection=selection)
     stages = torch.arange(60) // 30
@@ -152,7 +152,7 @@ def test_the_pieces_of_a_stage_share_its_quotas(selection):
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 12))
-def test_no_share_grows_when_groups_are_added(capacity, groups):
+def test_the_share_of_a_group_never_grows_when_groups_are_added(capacity, groups):
     def shares(n):
         kept = balanced(torch.arange(n).repeat_interleave(capacity)[:, None], capacity, None)
         return torch.bincount(kept // capacity, minlength=n)
@@ -162,7 +162,7 @@ def test_no_share_grows_when_groups_are_added(capacity, groups):
     assert before.sum() == after.sum() == capacity and bool((after[:-1] <= before).all())
 
 
-def test_quotas_shrink_as_experiences_arrive():
+def test_class_quotas_shrink_as_experiences_arrive():
     memory = Memory()
     plan = MemoryPlan(capacity=12)
     for task in range(3):
@@ -180,7 +180,7 @@ def test_quotas_shrink_as_experiences_arrive():
 
 
 @pytest.mark.statistical
-def test_a_quota_is_filled_at_random():
+def test_a_class_quota_is_filled_uniformly_at_random():
     """500 choices of 2 of 8, thinned from 4: each kept 125 times, within 5 standard deviations
     (1e-6 each).
     """
@@ -203,7 +203,7 @@ tags = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30)
 @pytest.mark.property
 @settings(deadline=None)
 @given(tags, st.lists(st.floats(0, 1), min_size=1, max_size=4), st.data())
-def test_random_membership_is_monotone_and_per_record(coins, thresholds, data):
+def test_random_membership_is_decided_per_record_and_only_falls(coins, thresholds, data):
     def kept(members):
         memory = Memory()
         batch = rows([0] * len(coins))
@@ -230,7 +230,7 @@ def test_random_membership_is_monotone_and_per_record(coins, thresholds, data):
 # --------------------------------------------------------------------------- rows and plans
 
 
-def test_concatenation_keeps_order_and_stored_values():
+def test_concatenate_keeps_row_order_and_stored_values():
     first, second = (
         rows([0, 1], stored={"logits": torch.full((2, 3), float(k))}) for k in range(2)
     )
@@ -253,7 +253,7 @@ def test_concatenation_keeps_order_and_stored_values():
         ({"capacity": 5, "batch_size": -1}, "memory batch_size = -1"),
     ],
 )
-def test_an_invalid_memory_plan_is_refused(options, field):
+def test_the_memory_plan_refuses_an_invalid_option(options, field):
     with pytest.raises(ConfigError, match=field):
         MemoryPlan(**options)
 
@@ -266,7 +266,7 @@ def test_an_invalid_memory_plan_is_refused(options, field):
 @given(
     st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=6), st.integers(1, 12)
 )
-def test_a_ring_keeps_the_latest_of_every_group(offers, capacity):
+def test_a_ring_keeps_the_latest_rows_of_every_class(offers, capacity):
     """Against lists: the last rows of each class, as many as its share is."""
     memory = Memory()
     seen = {}
@@ -316,7 +316,7 @@ def test_a_ring_with_per_class_keeps_the_latest_per_experience():
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 999))
-def test_herding_picks_the_best_remaining_row(n, most, seed):
+def test_herding_picks_the_row_that_brings_the_mean_closest(n, most, seed):
     features = torch.randn(n, 3, generator=place(seed))
     chosen = herded(features, most).tolist()
     unit = torch.nn.functional.normalize(features.double(), dim=1)
@@ -348,13 +348,13 @@ def by_distances(features, most):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", range(3))
-def test_products_herd_the_rows_that_distances_do(seed):
+def test_herding_by_products_equals_herding_by_distances(seed):
     features = torch.randn(90, 16, generator=place(seed)).relu()
     features[3:6] = 0  # rows without a direction, which are equal too
     assert herded(features, 60).tolist() == by_distances(features, 60)
 
 
-def test_no_more_rows_are_herded_than_a_quota_keeps():
+def test_herding_ranks_only_as_many_rows_as_the_quota_keeps():
     plan = MemoryPlan(capacity=10, selection="herding")
     new = rows([2, 3] * 20, task=1)
     groups = groups_of([rows([0, 1]), new], None, SingleLabel())
@@ -365,7 +365,7 @@ def test_no_more_rows_are_herded_than_a_quota_keeps():
     assert quota(groups, MemoryPlan(capacity=1, selection="herding")) == 1
 
 
-def test_herding_keeps_prefixes_when_quotas_shrink():
+def test_herding_keeps_the_best_ranked_rows_when_quotas_shrink():
     memory = Memory()
     plan = MemoryPlan(capacity=12, selection="herding")
     first = {}
@@ -382,7 +382,7 @@ def test_herding_keeps_prefixes_when_quotas_shrink():
         } == {label: ids[:quota] for label, ids in first.items()}
 
 
-def test_herding_keeps_all_rows_if_memory_is_large_enough():
+def test_herding_keeps_all_rows_if_the_memory_is_large_enough():
     memory = Memory()
     memory.offer(rows([0, 0]), MemoryPlan(capacity=4, selection="herding"), place(), torch.eye(2))
     assert len(memory) == 2 and memory.offered == 2
@@ -404,7 +404,7 @@ def test_a_full_reservoir_equals_offering_all_rows_at_once():
         assert torch.equal(value, expected.tensors()[name])
 
 
-def test_a_full_reservoir_writes_over_rows_and_copies_no_others():
+def test_a_full_reservoir_overwrites_rows_in_place():
     memory = Memory()
     plan = MemoryPlan(capacity=6, selection="reservoir")
     offered = rows([0] * 8)
@@ -417,7 +417,7 @@ def test_a_full_reservoir_writes_over_rows_and_copies_no_others():
 
 
 @pytest.mark.statistical
-def test_a_reservoir_that_is_offered_single_rows_is_as_even():
+def test_a_reservoir_keeps_rows_offered_one_by_one_equally_often():
     """40 offers of one row each; the score is that of `unevenness`, out of (18, 70) with
     probability 0.004.
     """
@@ -441,7 +441,7 @@ def test_a_reservoir_that_is_offered_single_rows_is_as_even():
     )
 
 
-def test_a_memory_without_new_rows_keeps_its_rows():
+def test_a_memory_that_takes_no_new_row_keeps_its_rows():
     memory = Memory()
     plan = MemoryPlan(capacity=1, selection="reservoir")
     memory.offer(rows([0]), plan, place())
@@ -454,7 +454,7 @@ def test_a_memory_without_new_rows_keeps_its_rows():
 # --------------------------------------------------------------------------- sizes
 
 
-def test_a_memory_size_is_a_number_or_bytes(toy_stream):
+def test_memory_size_accepts_a_number_of_records_or_bytes(toy_stream):
     """A toy record has 5 numbers of 4 bytes, and label and id of 8 each: 36."""
     first = toy_stream()[0]
     assert records_in(7, first) == 7
@@ -497,12 +497,12 @@ def test_an_invalid_memory_size_text_is_refused(toy_stream, size):
         ),
     ],
 )
-def test_contradictory_memory_plans_are_refused(options, field):
+def test_the_memory_plan_refuses_contradictory_options(options, field):
     with pytest.raises(ConfigError, match=field):
         MemoryPlan(capacity=5, **options)
 
 
-def test_the_loss_uses_new_and_stored_rows_as_planned():
+def test_stored_rows_enter_the_loss_only_if_the_plan_says_so():
     uses = {
         use: MemoryPlan(capacity=5, use=use).rehearsed
         for use in ("rehearsal", "pooled", "reference", "references")
@@ -510,7 +510,7 @@ def test_the_loss_uses_new_and_stored_rows_as_planned():
     assert uses == {"rehearsal": True, "pooled": True, "reference": False, "references": False}
 
 
-def test_the_highest_losses_fill_a_loss_aware_quota():
+def test_loss_aware_memory_keeps_the_highest_losses_per_class():
     memory = Memory()
     plan = MemoryPlan(capacity=4, selection="loss-aware")
     losses = torch.tensor([0.1, 3.0, 2.0, 0.5, 0.2, 9.0])
@@ -526,12 +526,12 @@ def test_the_highest_losses_fill_a_loss_aware_quota():
 
 
 @pytest.mark.parametrize("selection", ["herding", "loss-aware"])
-def test_ranking_selections_are_refused_with_update_step(selection):
+def test_herding_and_loss_aware_refuse_an_update_per_step(selection):
     with pytest.raises(ConfigError, match=f"memory selection = '{selection}'.*update='experience'"):
         MemoryPlan(capacity=4, selection=selection, update="step")
 
 
-def test_a_reservoir_that_grows_is_copied_few_times():
+def test_a_growing_reservoir_reallocates_its_rows_rarely():
     """The rows are those of a list that replaces, kept whole and copied at every offer."""
     plan = MemoryPlan(capacity=300, selection="reservoir")
     memory = Memory()
@@ -548,7 +548,7 @@ def test_a_reservoir_that_grows_is_copied_few_times():
     assert len(memory) == 300 and len(places) <= 7
 
 
-def test_rows_from_outside_are_not_grown_into():
+def test_memory_never_writes_into_rows_that_were_assigned():
     plan = MemoryPlan(capacity=30, selection="reservoir")
     memory = Memory()
     memory.offer(rows([0, 1]), plan, place())
@@ -560,7 +560,7 @@ def test_rows_from_outside_are_not_grown_into():
 
 @pytest.mark.reference
 @pytest.mark.parametrize(("stored", "offered", "capacity"), [(0, 0, 5), (3, 3, 9), (9, 40, 9)])
-def test_a_reservoir_is_algorithm_r_on_a_list_of_slots(stored, offered, capacity):
+def test_a_reservoir_equals_algorithm_r_on_a_list_of_slots(stored, offered, capacity):
     for seed in range(20):
         slots = list(range(stored))
         draws = torch.rand(12, generator=place(seed), dtype=torch.float64).tolist()
@@ -574,7 +574,7 @@ def test_a_reservoir_is_algorithm_r_on_a_list_of_slots(stored, offered, capacity
 
 
 @pytest.mark.parametrize("largest", [3, 2**40, 2**62])
-def test_groups_of_any_numbers_are_told_apart(largest):
+def test_distinct_rows_separates_groups_with_large_numbers(largest):
     groups = torch.tensor([[0, -largest], [1, largest], [0, largest], [0, -largest], [1, 0]])
     found, which = distinct_rows(groups)
     expected, places = torch.unique(groups, dim=0, return_inverse=True)

@@ -31,7 +31,7 @@ def test_a_memory_release_sums_the_stored_rows(four, toy_model):
     assert len(rows) == 8 and float(own["value"]) == 12
 
 
-def test_a_private_memory_sum_exposes_all_earlier_partitions(four, toy_model, meetings):
+def test_a_private_memory_sum_charges_all_earlier_partitions(four, toy_model, meetings):
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 2)
     rows = learner.session.held.memory.rows
     learner.curator.release(ones, clip_norm=0.5, purpose="x", over="memory")
@@ -43,7 +43,7 @@ def test_a_private_memory_sum_exposes_all_earlier_partitions(four, toy_model, me
     )
 
 
-def test_another_memory_gives_another_entry(four, toy_model, meetings):
+def test_a_changed_memory_gives_a_new_ledger_entry(four, toy_model, meetings):
     """Also where the sum happens to be the same."""
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 1)
     held = learner.session.held
@@ -56,7 +56,7 @@ def test_another_memory_gives_another_entry(four, toy_model, meetings):
     assert scope[1] == scope[0] and scope[2] == scope[0] + 1 and meetings.reused == 0
 
 
-def test_recalls_are_planned_for_every_partition_seen(four, toy_model):
+def test_memory_releases_are_planned_for_all_earlier_partitions(four, toy_model):
     learner = learner_of(toy_model(four), ICaRL(memory_size=12))
     learner.prepare(four)
     assert charges(learner.training, four.experiences[:3], 1.0) == {
@@ -96,7 +96,7 @@ def test_excluded_partitions_are_not_in_memory_releases(four, toy_model, meeting
     assert learner.private_sum.ledger.epsilon(delta=1e-5) <= 6
 
 
-def test_a_private_memory_sum_is_refused_when_records_are_shared(copies, toy_model):
+def test_shared_records_make_a_private_memory_sum_refused(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 0)
     # there is one experience so far
     learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")

@@ -26,7 +26,7 @@ def declared(stream, *sizes):
     return [replace(e, train=replace(e.train, declared_size=size)) for e, size in parts]
 
 
-def test_rates_come_from_declared_sizes(four):
+def test_reference_rates_come_from_declared_sizes(four):
     """A memory of 200 of the 400 records before: 50 of the first experience, 150 of the second."""
     stages = declared(four, 100, 300, 600, 12)[:3]
     plans = {
@@ -49,7 +49,7 @@ def test_rates_come_from_declared_sizes(four):
     assert reference_exposures(stages, by_new, batch_size=500)["reference"].rate == 1.0
 
 
-def test_references_are_none_without_past_or_when_rehearsed(four):
+def test_no_reference_is_planned_without_past_or_with_rehearsal(four):
     stages = four.experiences
     only = Plan(memory=MemoryPlan(capacity=9, use="reference"))
     assert (
@@ -64,7 +64,7 @@ def test_references_are_none_without_past_or_when_rehearsed(four):
         )
 
 
-def test_excluded_partitions_are_in_no_reference_gradient(four):
+def test_an_excluded_partition_is_in_no_reference_gradient(four):
     stages = declared(four, 100, 300, 600, 12)[:3]
     for use, names in (("reference", ["reference"]), ("references", ["reference 1"])):
         plan = Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=15))
@@ -93,7 +93,7 @@ def test_the_ledger_has_the_planned_reference_charges(request, toy_model, strate
 
 @pytest.mark.deep(reason="full replay: calibrates and trains two strategies")
 @BOTH
-def test_a_calibrated_run_spends_almost_its_whole_budget(four, toy_model, strategy):
+def test_a_calibrated_run_spends_almost_the_whole_budget(four, toy_model, strategy):
     learner = learner_of(toy_model(four), strategy, privacy=Privacy(epsilon=4, seed=0, delta=1e-5))
     learner.fit(four)
     assert 3.9 < learner.private_sum.ledger.epsilon(delta=1e-5) <= 4
@@ -146,7 +146,7 @@ def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
         assert len(own) == 6 and float(flat(mine).norm()) > 0.01
 
 
-def test_rows_of_a_reference_are_drawn_from_positions_found_once(four, toy_model):
+def test_reference_rows_equal_rows_drawn_from_one_experience(four, toy_model):
     """They are the rows that a draw from a copy of the experience's rows gives."""
     strategy = GEM(memory_size=12, batch_size=4)
     held = opened(learner_of(toy_model(four), strategy, privacy=None), four, 2).session.held
@@ -161,7 +161,7 @@ def test_rows_of_a_reference_are_drawn_from_positions_found_once(four, toy_model
     assert found[0] is found[1] is found[2] and len(found[0]) == 6
 
 
-def test_an_epoch_of_references_visits_every_stored_row(four, toy_model):
+def test_an_epoch_of_reference_batches_visits_every_stored_row(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=10), privacy=None), four, 2)
     met = []
 
@@ -179,7 +179,7 @@ def test_an_epoch_of_references_visits_every_stored_row(four, toy_model):
     assert sorted(ids.tolist()) == sorted(learner.session.held.memory.rows.ids.tolist())
 
 
-def test_a_private_reference_is_clipped_sum_over_declared_size(four, toy_model, meetings):
+def test_a_private_reference_is_the_clipped_sum_over_its_size(four, toy_model, meetings):
     """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were
     kept.
     """
@@ -202,7 +202,7 @@ def test_a_private_reference_is_clipped_sum_over_declared_size(four, toy_model, 
 
 
 @BOTH
-def test_one_record_moves_a_reference_by_at_most_the_clip_norm(four, toy_model, meetings, strategy):
+def test_one_record_changes_a_reference_by_at_most_clip_norm(four, toy_model, meetings, strategy):
     strategy = replace(strategy, batch_size=100)  # all that is stored, at rate 1
     learner = opened(
         learner_of(toy_model(four), strategy, privacy=replace(PRIVATE, clip_norm=0.3)), four, 2
@@ -232,7 +232,7 @@ def test_one_record_moves_a_reference_by_at_most_the_clip_norm(four, toy_model, 
         )
 
 
-def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meetings):
+def test_a_reference_without_stored_records_is_only_noise(four, toy_model, meetings):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12)), four, 1)
     learner.session.held.memory.rows = None
     learner.begin(1)
@@ -244,7 +244,7 @@ def test_a_reference_without_any_stored_record_is_noise(four, toy_model, meeting
 
 
 @pytest.mark.deep(reason="full replay: calibrates and trains under a cap")
-def test_rows_of_partitions_that_left_are_not_drawn(four, toy_model):
+def test_excluded_partitions_are_not_drawn_for_references(four, toy_model):
     privacy = replace(PRIVATE, epsilon=15, delta=1e-5)
     drawn = {}
 
@@ -329,13 +329,13 @@ def test_a_reference_is_drawn_once_and_only_in_charged_steps(four, toy_model, st
         (Replay(memory_size=12), None),
     ],
 )
-def test_an_unplanned_use_of_memory_is_refused(four, toy_model, strategy, of):
+def test_a_reference_that_was_not_planned_is_refused(four, toy_model, strategy, of):
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
     with pytest.raises(PrivacyError, match=r"was not planned; see MemoryPlan\.use"):
         reserved(learner).reference(loss_of(learner), learner.params, of=of)
 
 
-def test_there_is_no_reference_gradient_without_memory(four, toy_model):
+def test_a_reference_in_the_first_experience_is_refused(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
     learner.session.held.sample(0)
     with pytest.raises(StrategyError, match="no reference gradient before the second experience"):
@@ -346,7 +346,7 @@ def test_there_is_no_reference_gradient_without_memory(four, toy_model):
 
 
 @pytest.mark.statistical
-def test_references_have_own_noise_of_the_stated_scale(four, toy_model, meetings):
+def test_references_have_independent_noise_of_the_stated_scale(four, toy_model, meetings):
     """64 numbers a stream: a correlation of 400 x 64 pairs has standard deviation 1/160; bound 5 of
     them (6e-7).
 

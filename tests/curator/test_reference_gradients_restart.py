@@ -69,7 +69,7 @@ def test_a_restart_repeats_the_same_noise_on_the_same_sums(stopped, meetings, st
 
 
 @BOTH
-def test_other_new_records_after_a_restart_meet_other_noise(stopped, meetings, strategy):
+def test_changed_new_records_get_new_noise_after_a_restart(stopped, meetings, strategy):
     stream, again = stopped(strategy)
     moved = replace(stream[1].train, inputs=stream[1].train.inputs.flip(1))
     ledger = again(
@@ -79,7 +79,7 @@ def test_other_new_records_after_a_restart_meet_other_noise(stopped, meetings, s
 
 
 @BOTH
-def test_another_memory_after_a_restart_meets_other_noise(stopped, tmp_path, meetings, strategy):
+def test_a_changed_memory_gets_new_noise_after_a_restart(stopped, tmp_path, meetings, strategy):
     _, again = stopped(strategy)
     (*_, last) = sorted((tmp_path / "private").glob("*.safetensors"))
     private = load_file(last)
@@ -91,16 +91,14 @@ def test_another_memory_after_a_restart_meets_other_noise(stopped, tmp_path, mee
 
 @BOTH
 @pytest.mark.parametrize("option", [{"batch_size": 3}, {"memory_size": 8}])
-def test_another_option_after_a_restart_meets_other_noise(stopped, meetings, strategy, option):
+def test_a_changed_option_gets_new_noise_after_a_restart(stopped, meetings, strategy, option):
     _, again = stopped(strategy)
     ledger = again(replace(strategy, **option), seen=True)
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
 
 
 @BOTH
-def test_another_clip_norm_from_the_beginning_meets_other_noise(
-    stopped, tmp_path, meetings, strategy
-):
+def test_a_changed_clip_norm_gets_new_noise_after_a_restart(stopped, tmp_path, meetings, strategy):
     _, again = stopped(strategy)
     shutil.rmtree(tmp_path / "checkpoint")
     ledger = again(strategy, privacy=replace(PRIVATE, clip_norm=0.7))
@@ -108,7 +106,7 @@ def test_another_clip_norm_from_the_beginning_meets_other_noise(
 
 
 @BOTH
-def test_a_changed_sampling_rate_gives_references_other_noise(stopped, meetings, strategy):
+def test_a_changed_sampling_rate_gives_references_new_noise(stopped, meetings, strategy):
     """Their own rate is as it was, but the gradients beside them are others, and so is where they
     are taken.
     """
@@ -121,7 +119,9 @@ def test_a_changed_sampling_rate_gives_references_other_noise(stopped, meetings,
 
 @BOTH
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings, strategy, scale):
+def test_a_changed_reference_loss_gives_a_new_ledger_entry(
+    four, toy_model, meetings, strategy, scale
+):
     """Asked anew in the same block, whose gradients are the same: only the reference's entry can
     tell.
     """
@@ -136,7 +136,9 @@ def test_another_loss_of_a_reference_is_another_entry(four, toy_model, meetings,
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_the_check_finds_noise_used_for_two_sums(four, toy_model, meetings, monkeypatch, blind):
+def test_the_check_finds_noise_that_is_used_for_two_sums(
+    four, toy_model, meetings, monkeypatch, blind
+):
     """A gradient by hand under the start of another; were sums not told apart, both would meet its
     noise.
     """

@@ -14,7 +14,7 @@ from perdure.errors import PrivacyError
 # --------------------------------------------------------------------------- gradients
 
 
-def test_gradient_without_privacy_is_the_gradient_of_the_mean(bench):
+def test_a_gradient_without_privacy_is_that_of_the_mean_loss(bench):
     test = bench()
     batch = test.open().held.sample(0)
     loss = task_losses(Forward(test.model), batch, test.curator.context).mean()
@@ -23,7 +23,7 @@ def test_gradient_without_privacy_is_the_gradient_of_the_mean(bench):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_positions_of_padding_do_not_change_the_loss(bench):
+def test_padded_positions_do_not_change_the_gradient(bench):
     test = bench()
     batch = test.open().held.sample(0)
     padded = replace(batch, valid=torch.arange(len(batch)) < 3)
@@ -37,7 +37,7 @@ def flat(params):
     return torch.cat([value.detach().flatten() for value in params.values()])
 
 
-def test_the_normaliser_is_the_declared_expectation(bench, toy_stream):
+def test_the_private_gradient_is_divided_by_the_declared_size(bench, toy_stream):
     """The same batch, noise nearly off, declared once as 24 and once as 48 records: half the step,
     whatever came.
     """
@@ -138,7 +138,7 @@ def test_a_release_is_charged_before_its_noise_is_drawn(bench):
     ]
 
 
-def test_a_step_that_was_not_charged_is_refused(bench):
+def test_a_step_without_a_charge_is_refused(bench):
     test = bench(simulated())
     held = test.open(0, steps=range(2, 4)).held
     for step in (0, 4):
@@ -149,7 +149,7 @@ def test_a_step_that_was_not_charged_is_refused(bench):
     assert "noise.drawn" not in test.trace
 
 
-def test_a_reservation_does_not_pay_for_the_next_experience(bench):
+def test_a_reservation_does_not_cover_the_next_experience(bench):
     test = bench(simulated())
     test.whole(0, REPLAY, steps=range(2))
     held = test.open(1, REPLAY).held
@@ -182,7 +182,7 @@ def test_a_repeated_release_after_restart_is_not_charged_again(bench):
     assert torch.equal(*answers) and len(test.ledger.entries) == 1
 
 
-def test_other_records_never_meet_the_same_noise(bench, toy_stream):
+def test_changed_records_never_get_the_same_release_noise(bench, toy_stream):
     stream = toy_stream()
     answers = []
     for shift in (0.0, 1e-3):

@@ -51,7 +51,7 @@ def learner_of(toy_stream, toy_model):
     return make
 
 
-def test_a_shift_moves_the_image_and_fills_with_zeros():
+def test_shift_and_flip_shifts_images_and_fills_with_zeros():
     batch = batch_of(n=200)
     views = Views(count=1, change=shift_and_flip(pixels=1)).attach(batch, seed=3).stored["view.0"]
     wide = nn.functional.pad(batch.inputs, (1, 1, 1, 1))
@@ -72,7 +72,7 @@ def test_a_shift_moves_the_image_and_fills_with_zeros():
 @pytest.mark.parametrize(
     "change", [v2.RandomHorizontalFlip(), v2.ColorJitter(0.5), v2.RandomCrop(4), v2.Resize(3)]
 )
-def test_a_failing_change_of_views_is_one_error_line(change, private):
+def test_a_failing_change_of_views_gives_one_error_line(change, private):
     records = Records(inputs=torch.rand(12, 3, 6, 6), labels=torch.arange(12) % 2)
     one = Experience(index=0, train=records, test=records, classes=(0, 1))
     stream = Stream(
@@ -96,7 +96,7 @@ def test_views_refuse_a_change_that_is_not_a_function():
         Views(count=1, change="flip")
 
 
-def test_images_are_mirrored_half_the_time():
+def test_shift_and_flip_mirrors_half_of_the_images():
     batch = batch_of(n=400)
     views = (
         Views(count=1, change=shift_and_flip(pixels=0, flip=True))
@@ -108,7 +108,7 @@ def test_images_are_mirrored_half_the_time():
     assert bool((mirrored ^ same).all()) and 150 < int(mirrored.sum()) < 250
 
 
-def test_views_differ_between_records_and_follow_the_seed():
+def test_views_differ_between_records_and_depend_on_the_seed():
     batch = batch_of()
     views = Views(count=2, change=jitter)
     first = views.attach(batch, 1)
@@ -120,7 +120,7 @@ def test_views_differ_between_records_and_follow_the_seed():
     assert not torch.equal(first.stored["view.1"], other.stored["view.1"])
 
 
-def test_a_change_of_views_gets_one_record_only():
+def test_the_change_of_views_gets_one_record_at_a_time():
     seen = []
 
     def peek(record):
@@ -145,7 +145,7 @@ def test_the_loss_of_a_record_is_the_mean_over_its_views():
 
 @pytest.mark.parametrize("strategy", [Naive(), LwF(strength=0.5), Replay(memory_size=8)])
 @pytest.mark.parametrize("private", [False, True])
-def test_training_with_views_is_reproducible_and_learns(learner_of, toy_stream, strategy, private):
+def test_training_with_views_learns_and_is_reproducible(learner_of, toy_stream, strategy, private):
     privacy = Privacy(noise_multiplier=0.5, seed=0) if private else None
     ends = []
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_training_with_views_is_reproducible_and_learns(learner_of, toy_stream, 
     assert matrix[0, 0] > 80
 
 
-def test_views_keep_the_bound_on_one_record_at_no_privacy_cost(learner_of):
+def test_views_change_neither_sensitivity_nor_privacy_charges(learner_of):
     learner, plain = (
         learner_of(privacy=Privacy(noise_multiplier=1.0, seed=0), views=v)
         for v in (Views(count=3, change=jitter), None)
@@ -179,7 +179,7 @@ def test_views_keep_the_bound_on_one_record_at_no_privacy_cost(learner_of):
         assert 0.009 < float(moved) <= 0.01 * (1 + 1e-4)
 
 
-def test_views_and_an_adversary_are_refused_together(learner_of):
+def test_views_with_an_adversary_are_refused(learner_of):
     with pytest.raises(ConfigError, match="None with an adversary"):
         learner_of(adversary=PGD(epsilon=0.1, steps=1))
     with pytest.raises(ConfigError, match=r"views.count = 0"):
@@ -189,7 +189,7 @@ def test_views_and_an_adversary_are_refused_together(learner_of):
 # --------------------------------------------------------------------------- passes in bfloat16
 
 
-def test_bfloat16_passes_keep_norms_and_sums_in_float32(toy_stream, learner_of):
+def test_bfloat16_training_keeps_parameters_in_float32(toy_stream, learner_of):
     learner = learner_of(
         views=None,
         precision="bfloat16",
@@ -205,7 +205,7 @@ def test_bfloat16_passes_keep_norms_and_sums_in_float32(toy_stream, learner_of):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
-def test_in_bfloat16_one_record_moves_the_sum_by_at_most_c(kind, learner_of, toy_stream):
+def test_in_bfloat16_one_record_changes_the_sum_by_clip_norm(kind, learner_of, toy_stream):
     learner = learner_of(
         views=None, precision="bfloat16", privacy=Privacy(noise_multiplier=1.0, seed=0)
     )

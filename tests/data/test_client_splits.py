@@ -25,7 +25,7 @@ def test_every_record_goes_to_exactly_one_client(stream):
         assert sorted(ids.tolist()) == sorted(e.train.ids.tolist())
 
 
-def test_inputs_and_labels_stay_with_their_ids(stream):
+def test_a_client_split_keeps_inputs_and_labels_with_their_ids(stream):
     whole = {int(i): (x, int(y)) for i, x, y in zip(*rows(stream[2].train), strict=True)}
     part = dirichlet(stream, clients=3, alpha=1.0)[1][2].train
     assert len(part)
@@ -39,7 +39,7 @@ def rows(records):
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 100.0])
-def test_min_size_is_kept_in_every_experience(stream, alpha):
+def test_every_client_has_min_size_records_in_every_experience(stream, alpha):
     assert sizes(dirichlet(stream, clients=10, alpha=alpha, min_size=12)).min() >= 12
 
 
@@ -51,13 +51,13 @@ def test_min_size_may_use_all_records_but_not_more(stream):
         dirichlet(stream, clients=10, alpha=0.05, min_size=fit + 1)
 
 
-def test_partitions_are_named_by_client_and_sizes_declared(stream):
+def test_client_partitions_have_names_and_declared_sizes(stream):
     part = dirichlet(stream, clients=4, alpha=1.0)[3]
     assert [e.train.partition for e in part] == [f"client-3/experience-{i}" for i in range(5)]
     assert all(e.train.declared_size == len(e.train) for e in part)
 
 
-def test_clients_get_all_test_records_and_stream_facts(stream):
+def test_each_client_gets_all_test_records_and_stream_settings(stream):
     part = dirichlet(stream, clients=4, alpha=1.0)[0]
     assert all(mine.test is whole.test for mine, whole in zip(part, stream, strict=True))
     assert (part.num_classes, part.scenario, part.input_shape) == (10, "class", stream.input_shape)
@@ -65,7 +65,7 @@ def test_clients_get_all_test_records_and_stream_facts(stream):
     assert dirichlet(stream, clients=4, alpha=1.0, exact=False)[0].assigned_by_record is True
 
 
-def test_a_client_split_depends_on_the_seed_only(stream):
+def test_a_client_split_depends_only_on_the_seed(stream):
     first, again, other = (
         dirichlet(stream, clients=5, alpha=0.5, seed=s)[0][0].train.ids for s in (1, 1, 2)
     )
@@ -73,7 +73,7 @@ def test_a_client_split_depends_on_the_seed_only(stream):
     assert not torch.equal(first, other)
 
 
-def test_alpha_sets_how_unequal_clients_are(stream):
+def test_a_smaller_alpha_gives_more_unequal_clients(stream):
     def imbalance(parts):
         """Mean over classes of the largest client's share."""
         counts = torch.stack(
@@ -108,13 +108,13 @@ def test_label_shares_follow_the_dirichlet_distribution(stream):
     assert 0.6 * variance < float(first.var()) < 1.6 * variance
 
 
-def test_iid_shares_are_even(stream):
+def test_iid_gives_clients_shares_of_equal_size(stream):
     counts = sizes(iid(stream, clients=5, seed=3)).double()
     expected = counts.sum(0) / 5
     assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
 
 
-def test_a_record_of_two_experiences_stays_with_its_client():
+def test_a_record_in_two_experiences_stays_with_one_client():
     for scenario in ("domain", "class"):
         again = permuted(digits(), experiences=3, scenario=scenario)
         for part in dirichlet(again, clients=4, alpha=0.2, min_size=10):
@@ -122,7 +122,7 @@ def test_a_record_of_two_experiences_stays_with_its_client():
             assert all(ids == first for ids in later)
 
 
-def test_removing_a_record_moves_no_other_record():
+def test_removing_a_record_moves_no_other_record_of_a_client():
     data = digits()
     less = replace(data, train=data.train.take(torch.arange(len(data.train)) != 17))
     gone = int(data.train.ids[17])
@@ -138,7 +138,7 @@ def test_removing_a_record_moves_no_other_record():
 @pytest.mark.parametrize(
     "field,value", [("alpha", 0.0), ("alpha", float("nan")), ("clients", 0), ("min_size", 0)]
 )
-def test_values_out_of_range_are_refused_by_name(stream, field, value):
+def test_dirichlet_refuses_an_out_of_range_value_by_name(stream, field, value):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         dirichlet(stream, **{"clients": 3, "alpha": 1.0, field: value})
 
@@ -151,7 +151,7 @@ def declared(streams):
     return torch.tensor([[e.train.declared_size for e in stream] for stream in streams])
 
 
-def test_hashed_shares_give_min_size_expected_records(stream):
+def test_hashed_splits_give_min_size_records_in_expectation(stream):
     plain, evened = (
         dirichlet(stream, clients=10, alpha=0.1, min_size=m, seed=1, exact=False) for m in (1, 12)
     )
@@ -162,7 +162,7 @@ def test_hashed_shares_give_min_size_expected_records(stream):
     assert (gap <= 5 * declared(evened).sqrt() + 5).all()
 
 
-def test_shares_move_no_more_than_the_minimum_size_needs(stream):
+def test_min_size_changes_no_hashed_split_that_already_meets_min(stream):
     plain, low = (dirichlet(stream, clients=4, alpha=5.0, min_size=m, exact=False) for m in (1, 2))
     assert all(
         torch.equal(a.train.ids, b.train.ids)
@@ -171,7 +171,7 @@ def test_shares_move_no_more_than_the_minimum_size_needs(stream):
     )
 
 
-def test_client_sizes_follow_the_declared_total_not_records(stream):
+def test_client_sizes_follow_the_declared_total_not_the_records(stream):
     parts = iid(stream, clients=5, exact=False, declared_size=(1000, 500, 500, 500, 500))
     assert declared(parts).tolist() == [[200, 100, 100, 100, 100]] * 5
     less = replace(
@@ -183,7 +183,7 @@ def test_client_sizes_follow_the_declared_total_not_records(stream):
     assert declared(iid(less, clients=5, exact=False)).unique().tolist() == [50]
 
 
-def test_client_sizes_may_be_declared_one_by_one(stream):
+def test_client_sizes_can_be_declared_one_by_one(stream):
     given = [[7, 8, 9, 10, 11], [20, 21, 22, 23, 24]]
     parts = iid(stream, clients=2, exact=False, client_sizes=given)
     assert declared(parts).tolist() == given
@@ -191,18 +191,18 @@ def test_client_sizes_may_be_declared_one_by_one(stream):
         iid(stream, clients=2, exact=False, client_sizes=given[:1])
 
 
-def test_a_minimum_size_above_the_declared_records_is_refused(stream):
+def test_min_size_above_the_declared_records_is_refused(stream):
     with pytest.raises(ConfigError, match=r"min_size = 11 .* at most 10: experience 1 has 40 decl"):
         iid(stream, clients=4, min_size=11, exact=False, declared_size=(44, 40, 44, 44, 44))
 
 
 @pytest.mark.parametrize("given", [{"declared_size": 100}, {"client_sizes": [[1] * 5] * 2}])
-def test_declared_sizes_are_refused_with_exact_splits(stream, given):
+def test_exact_splits_refuse_declared_sizes(stream, given):
     with pytest.raises(ConfigError, match=r"None with exact=True.*use exact=False"):
         iid(stream, clients=2, **given)
 
 
-def test_copies_of_a_record_stay_with_one_client_by_hash():
+def test_hashed_splits_keep_copies_of_a_record_with_one_client():
     for scenario in ("domain", "task"):
         again = permuted(digits(), experiences=3, scenario=scenario)
         for part in dirichlet(again, clients=4, alpha=0.2, min_size=10, exact=False):

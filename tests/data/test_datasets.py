@@ -88,7 +88,7 @@ def small_zip(tmp_path, monkeypatch):
     ("name", "total", "shape", "classes"),
     [("digits", 1797, (1, 8, 8), 10), ("breast-cancer", 569, (30,), 2)],
 )
-def test_embedded_data_sets_have_their_sizes_and_ranges(name, total, shape, classes):
+def test_built_in_data_sets_have_the_stated_sizes_and_ranges(name, total, shape, classes):
     data = load(name)
     assert (data.name, data.input_shape, data.num_classes) == (name, shape, classes)
     assert data.train.inputs.dtype == torch.float32
@@ -104,7 +104,7 @@ def test_embedded_data_sets_have_their_sizes_and_ranges(name, total, shape, clas
     assert (shares - 0.3).abs().max() < 0.01, "the same share of each class"
 
 
-def test_digits_are_the_published_pixels_over_16():
+def test_digits_are_the_published_pixels_divided_by_16():
     from sklearn.datasets import load_digits
 
     data = digits(seed=4)
@@ -115,7 +115,7 @@ def test_digits_are_the_published_pixels_over_16():
     assert 0 == data.train.inputs.min() < data.train.inputs.max() == 1
 
 
-def test_the_split_is_a_function_of_the_seed():
+def test_the_train_test_split_depends_only_on_the_seed():
     first, again, other = (digits(seed=seed).test.ids for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -132,7 +132,7 @@ def test_breast_cancer_is_standardised_over_the_published_table():
 # ---------------------------------------------------------------- MNIST
 
 
-def test_mnist_reads_idx_gzipped_or_not(small_mnist):
+def test_mnist_reads_plain_and_gzipped_idx_files(small_mnist):
     data = load("mnist", root=small_mnist)
     assert data.train.inputs.shape == (5, 1, 28, 28)
     assert data.train.inputs[0, 0, 0, :2].tolist() == [0.0, 1.0]
@@ -141,7 +141,7 @@ def test_mnist_reads_idx_gzipped_or_not(small_mnist):
     assert data.test.ids.tolist() == [5, 6, 7], "one id never names two records"
 
 
-def test_pixels_are_read_in_the_right_order(small_mnist):
+def test_mnist_reads_pixels_in_the_right_order(small_mnist):
     pixels = np.arange(5 * 784, dtype=np.uint8).reshape(5, 28, 28)
     path = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(idx(pixels))  # the plain file is preferred to the gzipped one
@@ -162,20 +162,20 @@ def test_pixels_are_read_in_the_right_order(small_mnist):
         (idx(np.zeros((4, 28, 28), dtype=np.uint8)), "labels"),
     ],
 )
-def test_a_damaged_idx_file_is_refused(small_mnist, content, words):
+def test_mnist_refuses_a_damaged_idx_file(small_mnist, content, words):
     (small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(DataError, match=words):
         load("mnist", root=small_mnist)
 
 
-def test_a_torn_gzip_file_is_refused(small_mnist):
+def test_mnist_refuses_a_truncated_gzip_file(small_mnist):
     path = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="cannot be read"):
         load("mnist", root=small_mnist)
 
 
-def test_images_of_published_size_need_the_published_checksum(small_mnist):
+def test_mnist_files_of_published_size_need_the_checksum(small_mnist):
     (small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(
         idx(np.zeros((60_000, 28, 28), dtype=np.uint8))
     )
@@ -193,7 +193,7 @@ def test_the_real_mnist_files_are_read_if_present(small_mnist):
 # ---------------------------------------------------------------- CIFAR-10
 
 
-def test_cifar10_reads_the_binary_version(tmp_path):
+def test_cifar10_reads_the_binary_files(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     record = np.arange(3072, dtype=np.uint8)
@@ -214,7 +214,7 @@ def test_cifar10_reads_the_binary_version(tmp_path):
         load("cifar10", root=tmp_path)
 
 
-def test_cifar10_reads_zipped_jpeg_and_caches_it(small_zip, monkeypatch):
+def test_cifar10_reads_zipped_jpeg_files_and_caches_pixels(small_zip, monkeypatch):
     data = load("cifar10", root=small_zip)
     assert data.train.labels.tolist() == [0, 9], (
         "airplane is 0 and truck is 9, in alphabetical order"
@@ -229,21 +229,21 @@ def test_cifar10_reads_zipped_jpeg_and_caches_it(small_zip, monkeypatch):
     assert torch.equal(again.train.inputs, data.train.inputs)
 
 
-def test_another_archive_is_not_mistaken_for_the_cached_one(small_zip):
+def test_cifar10_reads_a_changed_archive_and_not_the_cache(small_zip):
     load("cifar10", root=small_zip)
     with zipfile.ZipFile(small_zip / "cifar10-jpeg.zip", "a") as archive:
         archive.writestr("train/bird/0002.jpg", jpeg((0, 0, 0)))
     assert load("cifar10", root=small_zip).train.labels.tolist() == [0, 2, 9]
 
 
-def test_a_damaged_cache_file_is_written_again(small_zip):
+def test_cifar10_replaces_a_damaged_cache_file(small_zip):
     data = load("cifar10", root=small_zip)
     (cached,) = (small_zip / "cache" / "perdure").iterdir()
     cached.write_bytes(b"torn")
     assert torch.equal(load("cifar10", root=small_zip).train.inputs, data.train.inputs)
 
 
-def test_an_unwritable_cache_is_ignored(small_zip, monkeypatch):
+def test_cifar10_loads_without_a_writable_cache(small_zip, monkeypatch):
     blocked = small_zip / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
@@ -259,14 +259,14 @@ def test_an_unwritable_cache_is_ignored(small_zip, monkeypatch):
         ("train/cat/9.jpg", jpeg((9, 99, 0))[:-30], "cannot be read"),
     ],
 )
-def test_an_image_of_the_wrong_shape_is_refused(small_zip, name, content, words):
+def test_cifar10_refuses_an_invalid_image_in_the_archive(small_zip, name, content, words):
     with zipfile.ZipFile(small_zip / "cifar10-jpeg.zip", "a") as archive:
         archive.writestr(name, content)
     with pytest.raises(DataError, match=words):
         load("cifar10", root=small_zip)
 
 
-def test_a_damaged_or_empty_archive_is_refused(tmp_path):
+def test_cifar10_refuses_a_damaged_or_empty_archive(tmp_path):
     archive = tmp_path / "cifar10-jpeg.zip"
     archive.write_bytes(b"PK torn")
     with pytest.raises(DataError, match="cannot be read"):
@@ -304,14 +304,14 @@ def test_adult_is_encoded_with_declared_ranges_and_categories(small_adult):
         (", Male", "", "line 2 has 14 columns"),
     ],
 )
-def test_an_invalid_row_of_adult_is_refused_with_its_line(small_adult, old, new, words):
+def test_adult_refuses_an_invalid_row_and_names_its_line(small_adult, old, new, words):
     path = small_adult / "adult" / "adult.data"
     path.write_text(f"{ADULT_HEADER}\n{ADULT_ROW.replace(old, new)}\n")
     with pytest.raises(DataError, match=words):
         load("adult", root=small_adult)
 
 
-def test_an_empty_or_undecodable_table_is_refused(small_adult):
+def test_adult_refuses_an_empty_or_undecodable_table(small_adult):
     path = small_adult / "adult" / "adult.data"
     path.write_text(ADULT_HEADER)
     with pytest.raises(DataError, match="no records"):
@@ -346,7 +346,7 @@ def test_the_data_root_is_argument_then_environment_then_cache(monkeypatch, tmp_
     assert datasets.cache_folder() == tmp_path / ".cache" / "perdure"
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_an_unknown_data_set_name_lists_the_known_names():
     known = f"data set = 'imagenet' .* allowed: {', '.join(names())}, or \"module:name"
     with pytest.raises(ConfigError, match=known):
         load("imagenet")
@@ -409,13 +409,13 @@ def test_data_set_names_equal_file_names():
     assert find("breast-cancer") is find("breast_cancer") is breast_cancer
 
 
-def test_a_data_set_is_added_by_a_file(twins):
+def test_a_file_in_the_package_adds_a_data_set(twins):
     assert "twins" in names()
     assert load("twins", root="here", seed=1).train.labels.tolist() == [1, 1]
     assert DataConfig(name="twins").name == "twins"
 
 
-def test_a_data_set_outside_is_named_by_module_and_function(twins):
+def test_an_outside_data_set_is_named_by_module_and_function(twins):
     assert load("twins:twins", root="here").train.labels.tolist() == [0, 0]
     assert DataConfig(name="twins:twins").name == "twins:twins"
     with pytest.raises(
@@ -434,7 +434,7 @@ def test_a_config_refuses_an_unknown_data_set():
 # ---------------------------------------------------------------- declared sizes and ids
 
 
-def test_every_data_set_takes_a_declared_size(small_mnist, small_adult, small_zip):
+def test_every_data_set_accepts_a_declared_size(small_mnist, small_adult, small_zip):
     made = [
         digits(declared_size=1300),
         breast_cancer(declared_size=1300),
@@ -449,6 +449,6 @@ def test_every_data_set_takes_a_declared_size(small_mnist, small_adult, small_zi
     assert digits().train.declared_size == len(digits().train)
 
 
-def test_ids_of_published_tables_are_their_own(small_mnist, small_adult):
+def test_published_data_sets_have_ids_of_their_own(small_mnist, small_adult):
     made = (digits(), breast_cancer(), mnist(small_mnist), adult(small_adult))
     assert not any(data.train.ids_by_position for data in made)

@@ -38,7 +38,7 @@ def refused(message: str, make, *args, **settings) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_data_set_made_by_hand_is_checked_too():
+def test_a_data_set_made_by_hand_is_checked():
     data = from_arrays(ROWS, LABELS, ids=range(40))
     settings = {"name": "mine", "num_classes": 2, "input_shape": (3,)}
     refused("mine has id", Dataset, train=data.train, test=data.train, **settings)
@@ -48,7 +48,7 @@ def test_data_set_made_by_hand_is_checked_too():
 
 
 @pytest.mark.parametrize("value", [torchvision.datasets.FakeData(3), [ROWS], {"x": ROWS}, None])
-def test_parts_of_a_stream_made_by_hand_have_their_types(value):
+def test_stream_parts_made_by_hand_must_have_the_right_types(value):
     records = from_arrays(ROWS, LABELS).train
     settings = {"index": 0, "classes": (0, 1)}
     given = f"is a {type(value).__name__}; allowed: a perdure.Records"
@@ -73,7 +73,7 @@ def test_records_made_by_hand_are_checked(message, settings):
     refused(message, Records, **{**good, **settings})
 
 
-def test_experience_with_other_test_inputs_is_refused():
+def test_an_experience_with_other_test_inputs_is_refused():
     one = from_arrays(ROWS, LABELS).train
     two = Records(inputs=one.inputs.double(), labels=one.labels)
     message = "training inputs of shape (3,) in torch.float32 and test inputs of shape (3,) in"
@@ -81,7 +81,7 @@ def test_experience_with_other_test_inputs_is_refused():
 
 
 @pytest.mark.parametrize("value", [torchvision.datasets.FakeData(3), [ROWS], {"x": ROWS}, None])
-def test_scenarios_name_the_data_set_that_they_need(value):
+def test_scenarios_refuse_objects_that_are_not_a_data_set(value):
     for make in (
         partial(split, scenario="class", experiences=2),
         partial(permuted, experiences=2),

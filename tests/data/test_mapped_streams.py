@@ -30,7 +30,7 @@ def test_a_memory_mapped_stream_is_trained_without_a_copy(tmp_path):
         ("replay", "private"),
     ],
 )
-def test_a_stream_of_6_gb_stays_below_1_gb(tmp_path, strategy, mode):
+def test_training_on_a_6_gb_stream_uses_less_than_1_gb(tmp_path, strategy, mode):
     file = tmp_path / "inputs.bin"
     done = subprocess.run(
         [sys.executable, "-m", "helpers.mapped_stream", str(file), "6000", strategy, mode],

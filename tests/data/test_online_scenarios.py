@@ -33,7 +33,7 @@ def without(data: Dataset, record_id: int) -> Dataset:
 
 
 @pytest.mark.statistical
-def test_the_public_random_number_is_uniform():
+def test_public_random_numbers_of_records_are_uniform():
     """Kolmogorov distance of 100,000 coins; 0.0062 is the 0.1 % point, and the seed is fixed."""
     coins = public_coin(torch.arange(100_000), seed=7).sort().values
     assert 0 <= coins[0] <= coins[-1] < 1
@@ -41,7 +41,7 @@ def test_the_public_random_number_is_uniform():
 
 
 @pytest.mark.statistical
-def test_public_numbers_of_different_seeds_are_independent():
+def test_public_random_numbers_of_two_seeds_are_independent():
     ids = torch.arange(20_000)
     coins = [
         public_coin(ids, seed=s, purpose=p) for s, p in ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0))
@@ -50,7 +50,7 @@ def test_public_numbers_of_different_seeds_are_independent():
     assert correlations.abs().max() < 0.03, "four standard deviations"
 
 
-def test_the_public_number_depends_on_the_record_only():
+def test_a_public_random_number_depends_only_on_its_record():
     coins = public_coin(torch.arange(50), seed=3)
     assert torch.equal(public_coin(torch.tensor([17, 4]), seed=3), coins[[17, 4]])
 
@@ -74,13 +74,13 @@ def test_online_pieces_contain_every_record_once(toy, chunk, exact, seed):
         assert all(piece.classes == whole.classes and piece.test is whole.test for piece in pieces)
 
 
-def test_exact_pieces_have_the_given_size_and_no_guarantee(toy):
+def test_exact_online_pieces_are_not_assigned_by_record(toy):
     stream = online(split(toy, scenario="class", experiences=2), chunk=30)
     assert [len(experience.train) for experience in stream] == [30] * 6 + [20] + [30] * 6 + [20]
     assert not stream.assigned_by_record
 
 
-def test_the_order_of_a_one_pass_stream_is_seeded(toy):
+def test_the_order_of_online_pieces_depends_on_the_seed(toy):
     parent = split(toy, scenario="class", experiences=2)
     first, again, other = (
         online(parent, chunk=30, seed=seed)[0].train.ids.tolist() for seed in (0, 0, 1)
@@ -89,7 +89,7 @@ def test_the_order_of_a_one_pass_stream_is_seeded(toy):
     assert first != sorted(first)
 
 
-def test_one_record_changes_one_hashed_piece_but_many_exact_ones(toy):
+def test_one_record_changes_only_one_hashed_online_piece(toy):
     def pieces(data: Dataset, *, exact: bool) -> list[set[int]]:
         return places(online(split(data, scenario="class", experiences=1), chunk=20, exact=exact))
 
@@ -104,7 +104,7 @@ def test_one_record_changes_one_hashed_piece_but_many_exact_ones(toy):
     assert {changed(record_id, exact=False) for record_id in (earliest, 0, 137, 399)} == {1}
 
 
-def test_hashed_pieces_declare_the_given_chunk(toy):
+def test_hashed_online_pieces_declare_the_given_chunk_size(toy):
     parent = split(toy, scenario="class", experiences=1, declared_size=400)
     stream = online(parent, chunk=20, exact=False)
     assert {experience.train.declared_size for experience in stream} == {20}
@@ -112,7 +112,7 @@ def test_hashed_pieces_declare_the_given_chunk(toy):
     assert len({len(experience.train) for experience in stream}) > 1
 
 
-def test_a_chunk_below_1_is_refused(toy):
+def test_online_refuses_a_chunk_below_1(toy):
     with pytest.raises(ConfigError, match="chunk"):
         online(permuted(toy, experiences=1), chunk=0)
 
@@ -146,7 +146,7 @@ def test_blurry_moves_the_given_share_and_keeps_all_records():
     ]
 
 
-def test_disjoint_classes_never_leave(toy):
+def test_disjoint_classes_of_blurry_stay_in_their_experience(toy):
     stream = blurry(toy, experiences=2, blurry_share=0.5, disjoint_share=0.5, seed=1)
     shared = set(stream[0].classes) & set(stream[1].classes)
     assert len(shared) == 2
@@ -166,7 +166,7 @@ def test_blurry_with_share_0_equals_split(toy):
 @settings(max_examples=20, deadline=None)
 @given(record_id=st.integers(0, 399), seed=st.integers(0, 2**32))
 @pytest.mark.property
-def test_one_record_changes_one_blurry_experience(toy, record_id, seed):
+def test_removing_a_record_changes_only_one_blurry_experience(toy, record_id, seed):
     """What makes the experiences disjoint partitions: all other records stay where they are."""
     whole, rest = (
         places(blurry(data, experiences=4, blurry_share=0.5, seed=seed))

@@ -145,7 +145,7 @@ BY_RECORD = {
     ],
 )
 @pytest.mark.parametrize("splitter", BY_RECORD)
-def test_removing_a_record_moves_none_if_assigned_by_record(splitter, trials):
+def test_a_stream_assigned_by_record_moves_no_other_record(splitter, trials):
     build = BY_RECORD[splitter]
     assert all(stream.assigned_by_record is True for stream in build(data_of(0)))
     assert moved_times(build, trials) == 0
@@ -170,7 +170,7 @@ def allowed(build, data):
 
 
 @pytest.mark.parametrize("splitter", MOVING)
-def test_a_stream_that_depends_on_other_records_is_marked(splitter):
+def test_a_stream_that_moves_other_records_is_marked_so(splitter):
     build = partial(allowed, MOVING[splitter])
     streams = MOVING[splitter](data_of(3))
     assert all(stream.assigned_by_record is False for stream in streams)
@@ -181,7 +181,7 @@ HASHED = ("blurry", "online", "repetition", "dirichlet", "iid")
 
 
 @pytest.mark.parametrize("splitter", HASHED)
-def test_ids_by_position_are_not_assigned_by_record(splitter):
+def test_streams_with_ids_by_position_are_not_assigned_by_record(splitter):
     build = BY_RECORD[splitter]
     assert all(not s.assigned_by_record for s in build(data_of(0, own_ids=False)))
     assert moved_times(build, 30, own_ids=False) > 15
@@ -194,7 +194,7 @@ def test_pieces_of_a_counted_size_are_not_assigned_by_record():
 
 
 @pytest.mark.parametrize("by_record", [None, False])
-def test_a_client_split_keeps_assigned_by_record_false(by_record):
+def test_a_client_split_keeps_the_streams_assigned_by_record(by_record):
     stream = replace(by_class(data_of(0)), assigned_by_record=by_record)
     for splitter in (iid, partial(dirichlet, alpha=1.0)):
         parts = splitter(stream, clients=2, exact=False)

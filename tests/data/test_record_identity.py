@@ -39,7 +39,7 @@ def months(second_ids, *, first_ids=None):
 
 
 @pytest.mark.parametrize("common", [20, 1])
-def test_one_id_in_two_partitions_is_refused(learner_of, common):  # noqa: F811
+def test_privacy_refuses_one_id_in_two_partitions(learner_of, common):  # noqa: F811
     stream = months(torch.arange(20) + 20 - common)
     told = "partitions 'january' and 'february' of stream by hand contain records with the same id"
     learner = learner_of(stream=stream, privacy=SIMULATED)
@@ -50,7 +50,7 @@ def test_one_id_in_two_partitions_is_refused(learner_of, common):  # noqa: F811
         learner.prepare(stream)
 
 
-def test_the_refusal_of_equal_ids_names_no_record():
+def test_the_refusal_of_shared_ids_reveals_no_record():
     texts = set()
     for common in (1, 7, 20):
         with pytest.raises(GuardError) as caught:
@@ -59,7 +59,7 @@ def test_the_refusal_of_equal_ids_names_no_record():
     assert len(texts) == 1
 
 
-def test_different_ids_or_one_partition_are_accepted(learner_of):  # noqa: F811
+def test_different_ids_or_one_partition_name_are_accepted(learner_of):  # noqa: F811
     refuse_records_in_two_partitions([months(torch.arange(20) + 20)])
     one = records(20, partition="people")
     again = replace(records(20, first_id=50, partition="people"), ids=one.ids)
@@ -70,12 +70,12 @@ def test_different_ids_or_one_partition_are_accepted(learner_of):  # noqa: F811
     assert sum(charge.steps for charge in ledger.charges("people")) == 8
 
 
-def test_without_privacy_ids_are_not_compared(learner_of):  # noqa: F811
+def test_shared_ids_are_accepted_without_privacy(learner_of):  # noqa: F811
     stream = months(torch.arange(20))
     assert len(learner_of(stream=stream).fit(stream)) == len(stream)
 
 
-def test_shared_rows_are_found_by_memory_and_not_by_position(learner_of):  # noqa: F811
+def test_privacy_refuses_two_partitions_with_the_same_rows(learner_of):  # noqa: F811
     none = torch.empty(0, dtype=torch.int64)
     one, two = (replace(e.train, ids=none) for e in months(torch.arange(20)))
     assert torch.equal(one.ids, two.ids) and one.ids_by_position
@@ -106,7 +106,7 @@ def test_shared_rows_are_found_by_memory_and_not_by_position(learner_of):  # noq
     ids=["class", "domain", "permuted", "rotated", "blurry", "online"],
 )
 @pytest.mark.parametrize("own_ids", [True, False], ids=["ids", "positions"])
-def test_every_stream_of_the_library_passes_the_id_check(toy, build, own_ids):
+def test_every_built_in_stream_passes_the_shared_id_check(toy, build, own_ids):
     ids = toy.train.ids if own_ids else torch.empty(0, dtype=torch.int64)
     stream = build(replace(toy, train=replace(toy.train, ids=ids)))
     assert refuse_records_in_two_partitions([stream]) is None
@@ -114,7 +114,7 @@ def test_every_stream_of_the_library_passes_the_id_check(toy, build, own_ids):
         assert refuse_records_in_two_partitions(clients) is None
 
 
-def test_a_data_set_with_an_id_in_two_classes_is_refused(toy):
+def test_a_split_with_one_id_in_two_classes_is_refused(toy):
     """Two rows of one person, of which the split by class sends each to another partition."""
     ids = toy.train.ids.clone()
     ids[1] = ids[2]  # of classes 1 and 2

@@ -7,7 +7,7 @@ from perdure.data.records import Batch, Records
 from perdure.errors import DataError
 
 
-def test_rows_at_positions_equal_indexed_rows():
+def test_take_selects_batch_rows_by_position():
     rng = torch.Generator().manual_seed(0)
     records = Records(
         inputs=torch.randn(9, 2, generator=rng), labels=torch.arange(9) % 3, ids=torch.arange(9) + 5
@@ -21,7 +21,7 @@ def test_rows_at_positions_equal_indexed_rows():
         assert all(torch.equal(value, expected[name]) for name, value in taken.tensors().items())
 
 
-def test_attributes_of_records_follow_their_rows():
+def test_take_keeps_attributes_with_their_records():
     records = Records(
         inputs=torch.randn(4, 2),
         labels=torch.arange(4),
@@ -37,12 +37,12 @@ def test_attributes_of_records_follow_their_rows():
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(4, 1), [0, 1, 2, 3]])
-def test_attribute_without_one_number_per_record_is_refused(value):
+def test_an_attribute_without_one_number_per_record_is_refused(value):
     with pytest.raises(DataError, match=r"attribute 'time' is .*; allowed: a tensor \(4,\)"):
         Records(inputs=torch.zeros(4, 2), labels=torch.arange(4), attributes={"time": value})
 
 
-def test_records_are_taken_by_position_mask_or_slice():
+def test_take_selects_records_by_position_mask_or_slice():
     records = Records(inputs=torch.arange(8.0).view(4, 2), labels=torch.tensor([0, 1, 0, 1]))
     mask = torch.tensor([False, True, True, False])
     for index in (torch.tensor([1, 2]), torch.tensor([-3, -2]), mask, slice(1, 3)):

@@ -8,7 +8,7 @@ from perdure.data import repetition
 from perdure.errors import ConfigError
 
 
-def test_every_record_is_in_one_experience_of_its_class(toy):
+def test_repetition_puts_every_record_in_one_experience(toy):
     stream = repetition(toy, experiences=8, repeat_probability=0.5, seed=1)
     shown = places(stream)
     assert set.union(*shown) == set(range(400)) and sum(map(len, shown)) == 400
@@ -18,7 +18,7 @@ def test_every_record_is_in_one_experience_of_its_class(toy):
     assert stream.assigned_by_record and len({each.train.partition for each in stream}) == 8
 
 
-def test_test_records_are_in_the_first_experience_of_their_class(toy):
+def test_repetition_tests_a_class_in_its_first_experience(toy):
     stream = repetition(toy, experiences=8, repeat_probability=0.5, seed=1)
     met = set()
     for each in stream:
@@ -28,7 +28,7 @@ def test_test_records_are_in_the_first_experience_of_their_class(toy):
     assert met == {0, 1, 2, 3}
 
 
-def test_repetition_uses_the_given_probabilities(toy):
+def test_repetition_draws_classes_at_the_given_probabilities(toy):
     once = repetition(toy, experiences=30, first_probability=0.5, repeat_probability=1.0)
     for before, each in zip(once, list(once)[1:], strict=False):
         assert set(before.classes) <= set(each.classes)
@@ -43,7 +43,7 @@ def test_repetition_uses_the_given_probabilities(toy):
     assert torch.tensor(counts).float().mean() == pytest.approx(0.8 + 0.8**4, abs=0.1)
 
 
-def test_declared_sizes_are_the_expected_ones(toy):
+def test_repetition_declares_the_expected_sizes(toy):
     data = type(toy)(**vars(toy) | {"train": toy.train.declared(400)})
     stream = repetition(data, experiences=5, repeat_probability=0.5)
     assert sum(each.train.declared_size for each in stream) == pytest.approx(400, abs=3)

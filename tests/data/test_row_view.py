@@ -69,7 +69,7 @@ READS = {
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("kind", views())
-def test_a_row_view_behaves_like_a_copy(kind, read):
+def test_a_row_view_reads_the_same_values_as_a_copy(kind, read):
     found = READS[read](views()[kind])
     assert type(found) is torch.Tensor
     assert torch.equal(found, READS[read](ROWS[AT]))
@@ -127,7 +127,7 @@ def test_writing_into_a_row_view_is_refused(write, at):
 
 
 @pytest.mark.parametrize("kind", views())
-def test_a_copy_of_a_view_holds_its_own_rows_only(kind):
+def test_a_copy_of_a_row_view_holds_only_its_own_rows(kind):
     build, arguments, *_ = views()[kind].__reduce_ex__(2)  # what is sent to another process
     for copied in (copy.deepcopy(views()[kind]), build(*arguments)):
         assert copied.untyped_storage().nbytes() == copied.nbytes
@@ -135,12 +135,12 @@ def test_a_copy_of_a_view_holds_its_own_rows_only(kind):
 
 
 @pytest.mark.parametrize("index", [torch.tensor([0, 10]), torch.tensor([-11]), torch.ones(9) > 0])
-def test_a_position_out_of_range_is_refused(index):
+def test_records_refuse_a_position_out_of_range(index):
     with pytest.raises(DataError, match="allowed: "):
         Records(inputs=ROWS, labels=torch.zeros(10).long()).take(index)
 
 
-def test_rows_of_one_tensor_in_two_partitions_are_refused():
+def test_privacy_refuses_one_tensors_rows_in_two_partitions():
     whole = replace(records(20), ids=torch.arange(20), ids_by_position=True)
     stream = split(
         Dataset(name="t", train=whole, test=whole, num_classes=4, input_shape=(1, 4, 6)),
@@ -157,7 +157,7 @@ def test_rows_of_one_tensor_in_two_partitions_are_refused():
         refuse_records_in_two_partitions([replace(stream, experiences=tuple(again))])
 
 
-def test_large_rows_are_changed_and_joined_when_they_are_read():
+def test_large_row_views_transform_rows_only_when_read():
     changed = changed_rows(LARGE, lambda rows: rows.double() + 1)
     assert isinstance(changed, RowView)
     assert changed.dtype == torch.float64
@@ -175,7 +175,7 @@ def test_large_rows_are_changed_and_joined_when_they_are_read():
 
 
 @pytest.mark.parametrize("of", [permuted, rotated])
-def test_a_large_lazy_copy_is_bit_identical(toy, of):  # noqa: F811
+def test_a_lazily_permuted_or_rotated_row_is_bit_identical(toy, of):  # noqa: F811
     settings = {"experiences": 2} if of is permuted else {"angles": (0.0, 30.0)}
     train = toy.train
     for each in of(toy, **settings):
@@ -203,7 +203,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_run_on_views_is_bit_identical_to_copies(toy, name, private):  # noqa: F811
+def test_training_on_row_views_is_bit_identical_to_copies(toy, name, private):  # noqa: F811
     stream = split(toy, scenario="class", experiences=2)
     copied = tuple(
         replace(

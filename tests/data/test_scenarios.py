@@ -18,7 +18,7 @@ from perdure.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
-def test_class_and_task_splits_keep_labels_and_the_full_head(scenario):
+def test_class_and_task_splits_keep_labels_and_all_classes(scenario):
     data = digits()
     stream = split(data, scenario=scenario, experiences=5)
     assert (len(stream), stream.num_classes, stream.scenario) == (5, 10, scenario)
@@ -30,7 +30,7 @@ def test_class_and_task_splits_keep_labels_and_the_full_head(scenario):
     assert sum(len(experience.test) for experience in stream) == len(data.test)
 
 
-def test_the_domain_split_labels_the_position_within_the_slice():
+def test_a_domain_split_relabels_classes_within_each_slice():
     data = digits()
     stream = split(
         data, scenario="domain", experiences=5, class_order=[8, 3, *(0, 1, 2, 4, 5, 6, 7, 9)]
@@ -62,7 +62,7 @@ def test_split_accepts_unequal_increments(toy):
 CUTS = ({"experiences": 2}, {"increments": (2, 2)})
 
 
-def test_splits_keep_rows_together_and_ids(toy):
+def test_a_split_keeps_inputs_labels_and_ids_together(toy):
     for experience in split(toy, scenario="class", experiences=2, class_order=[2, 0, 3, 1]):
         for part, source, first in (
             (experience.train, toy.train, 0),
@@ -73,7 +73,7 @@ def test_splits_keep_rows_together_and_ids(toy):
             assert torch.equal(part.labels, source.labels[rows])
 
 
-def test_experiences_of_a_split_are_separate_partitions(toy):
+def test_the_experiences_of_a_split_are_separate_partitions(toy):
     stream = split(toy, scenario="class", experiences=2)
     assert [experience.train.partition for experience in stream] == ["experience-0", "experience-1"]
     assert [experience.train.declared_size for experience in stream] == [200, 200]
@@ -90,7 +90,7 @@ def test_a_seed_gives_a_random_class_order(toy):
     assert orders[3] == [e.classes for e in split(toy, scenario="class", experiences=4, seed=3)]
 
 
-def test_a_declared_class_may_have_no_records(toy):
+def test_split_accepts_a_class_without_records(toy):
     empty = toy.train.take(toy.train.labels != 1)
     data = Dataset(name="toy", train=empty, test=toy.test, num_classes=4, input_shape=(1, 4, 6))
     assert split(data, scenario="class", experiences=2)[0].classes == (0, 1)
@@ -113,7 +113,7 @@ def test_a_declared_class_may_have_no_records(toy):
         ("seed", {"scenario": "class", "experiences": 2, "class_order": [0, 1, 2, 3], "seed": 1}),
     ],
 )
-def test_a_bad_split_is_refused_in_one_line(toy, field, arguments):
+def test_split_refuses_an_invalid_argument_in_one_line(toy, field, arguments):
     with pytest.raises(ConfigError, match=rf"^{field} = [^\n]*$"):
         split(toy, **arguments)
 
@@ -121,7 +121,7 @@ def test_a_bad_split_is_refused_in_one_line(toy, field, arguments):
 # ---------------------------------------------------------------- permuted and rotated copies
 
 
-def test_permuted_copies_are_the_same_records(toy):
+def test_permuted_experiences_contain_the_same_records(toy):
     stream = permuted(toy, experiences=3, seed=1)
     assert stream.scenario == "domain"
     assert stream.num_classes == 4
@@ -136,7 +136,7 @@ def test_permuted_copies_are_the_same_records(toy):
     assert torch.equal(one.flatten(1).sort().values, toy.train.inputs.flatten(1).sort().values)
 
 
-def test_training_and_test_share_the_permutation(toy):
+def test_permuted_uses_one_permutation_for_train_and_test(toy):
     stream = permuted(toy, experiences=2, seed=1)
     numbered = torch.arange(24.0).reshape(1, 1, 4, 6)
     same = Dataset(
@@ -152,7 +152,7 @@ def test_training_and_test_share_the_permutation(toy):
     assert torch.equal(permuted(same, experiences=2, seed=1)[1].test.inputs.flatten().long(), order)
 
 
-def test_permutations_follow_the_seed_and_may_include_the_first(toy):
+def test_permutations_depend_on_the_seed(toy):
     same, other = (permuted(toy, experiences=2, seed=seed)[1].train.inputs for seed in (0, 1))
     assert torch.equal(same, permuted(toy, experiences=2)[1].train.inputs)
     assert not torch.equal(same, other)
@@ -162,7 +162,7 @@ def test_permutations_follow_the_seed_and_may_include_the_first(toy):
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])
-def test_permuted_class_streams_have_a_wide_head(toy, scenario):
+def test_permuted_class_streams_have_new_classes_per_experience(toy, scenario):
     stream = permuted(toy, experiences=3, scenario=scenario)
     assert stream.num_classes == 12
     assert stream[2].classes == (8, 9, 10, 11)
@@ -170,7 +170,7 @@ def test_permuted_class_streams_have_a_wide_head(toy, scenario):
     assert torch.equal(stream[2].test.labels, toy.test.labels + 8)
 
 
-def test_a_table_can_be_permuted_but_not_rotated():
+def test_permuted_accepts_a_table_and_rotated_refuses_one():
     table = breast_cancer()
     assert permuted(table, experiences=2)[1].train.inputs.shape == table.train.inputs.shape
     with pytest.raises(ConfigError, match="input_shape"):
@@ -178,7 +178,7 @@ def test_a_table_can_be_permuted_but_not_rotated():
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_right_angles_are_exact(turns):
+def test_rotations_by_right_angles_are_exact(turns):
     images = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(
         rotate(images, degrees=90 * turns), images.rot90(turns, (-2, -1)), atol=1e-5, rtol=0
@@ -193,7 +193,7 @@ def test_rotating_a_non_square_image_keeps_distances():
     assert turned[0, 0, 0, 8] == pytest.approx(1, abs=1e-5)  # four above it
 
 
-def test_rotated_copies_are_the_same_records(toy):
+def test_rotated_experiences_contain_the_same_records(toy):
     stream = rotated(toy, angles=(0, 30))
     assert (stream.scenario, stream.num_classes) == ("domain", 4)
     assert torch.equal(stream[0].train.inputs, toy.train.inputs)
@@ -248,7 +248,7 @@ def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
     assert there.assigned_by_record == stream.assigned_by_record
 
 
-def test_labels_must_be_declared(toy):
+def test_an_experience_refuses_undeclared_labels(toy):
     with pytest.raises(
         DataError, match=r"experience 0 has train labels \[2, 3\]; declared: \(0, 1\)"
     ):
@@ -265,7 +265,7 @@ def test_labels_must_be_declared(toy):
         ("classes", {"num_classes": 3}),
     ],
 )
-def test_an_invalid_stream_is_refused(toy, field, change):
+def test_a_stream_refuses_an_invalid_field(toy, field, change):
     good = {
         "name": "toy",
         "scenario": "class",
@@ -277,7 +277,7 @@ def test_an_invalid_stream_is_refused(toy, field, change):
         Stream(**(good | change))
 
 
-def test_experiences_are_numbered_in_order(toy):
+def test_a_stream_refuses_experiences_out_of_order(toy):
     first, second = split(toy, scenario="class", experiences=2)
     with pytest.raises(ConfigError, match="experiences"):
         Stream(
@@ -310,7 +310,7 @@ def declaring(toy, size):
         lambda data, **size: rotated(data, angles=(0.0, 90.0), **size),
     ],
 )
-def test_every_splitter_takes_a_declared_size(toy, build):
+def test_every_splitter_accepts_a_declared_size(toy, build):
     assert {counted for _, counted in sizes(build(toy))} == {True}
     assert sizes(build(toy, declared_size=77)) == [(77, False)] * 2
     for wrong in (0, -1, 2.5, True):
@@ -318,7 +318,7 @@ def test_every_splitter_takes_a_declared_size(toy, build):
             build(toy, declared_size=wrong)
 
 
-def test_declared_sizes_may_differ_between_experiences(toy):
+def test_declared_sizes_can_differ_between_experiences(toy):
     stream = split(toy, scenario="class", experiences=2, declared_size=[90, 110])
     assert sizes(stream) == [(90, False), (110, False)]
     with pytest.raises(
@@ -327,7 +327,7 @@ def test_declared_sizes_may_differ_between_experiences(toy):
         split(toy, scenario="class", experiences=2, declared_size=(90,))
 
 
-def test_sizes_follow_from_declared_size_and_public_shares(toy):
+def test_experience_sizes_follow_from_the_declared_size(toy):
     data = declaring(toy, 1000)
     assert sizes(split(data, scenario="class", experiences=4)) == [(250, False)] * 4
     assert sizes(permuted(data, experiences=3)) == [(1000, False)] * 3

@@ -19,7 +19,7 @@ def place(root, text, name="tinyshakespeare.txt"):
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "input.txt"])
-def test_lines_of_a_speaker_are_cut_into_sequences(tmp_path, name):
+def test_shakespeare_cuts_the_lines_of_a_speaker_into_sequences(tmp_path, name):
     place(tmp_path, TEXT.format("x" * 60), name)
     data = shakespeare(tmp_path, length=5)
     assert data.categories == {"domain": ("ROMEO", "JULIET")}
@@ -46,12 +46,12 @@ def test_shakespeare_is_loaded_by_name(tmp_path):
         ("ROMEO:\n100 lines\n", "has the character '1' in the lines of ROMEO"),
     ],
 )
-def test_a_text_of_another_form_is_refused(tmp_path, text, message):
+def test_shakespeare_refuses_a_text_in_another_format(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         shakespeare(place(tmp_path, text), length=3)
 
 
-def test_a_missing_text_and_a_short_length_are_refused(tmp_path):
+def test_shakespeare_refuses_a_missing_text_or_short_length(tmp_path):
     with pytest.raises(DataError, match=r"no tinyshakespeare.txt or input.txt in .*; get it from"):
         shakespeare(tmp_path)
     with pytest.raises(ConfigError, match=r"length = 1 .*whole numbers from 2"):

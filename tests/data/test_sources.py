@@ -51,7 +51,7 @@ def changed(values, place, value):
 # --------------------------------------------------------------------------- arrays
 
 
-def test_arrays_become_float32_with_a_note():
+def test_from_arrays_converts_inputs_to_float32_and_notes_it():
     data = from_arrays(ROWS, LABELS.astype(np.int32), test=(ROWS[:8] + 1, LABELS[:8]))
     assert data.train.inputs.dtype == torch.float32
     assert torch.equal(data.train.inputs, torch.from_numpy(ROWS).float())
@@ -62,7 +62,7 @@ def test_arrays_become_float32_with_a_note():
     assert len(split(data, scenario="class", experiences=2)) == 2
 
 
-def test_bytes_of_images_are_divided_by_255_with_channels_first():
+def test_from_arrays_scales_image_bytes_and_puts_channels_first():
     data = from_arrays(BYTES, LABELS, test=(BYTES[:8], LABELS[:8]))
     expected = torch.from_numpy(BYTES).permute(0, 3, 1, 2) / 255
     assert torch.equal(data.train.inputs, expected)
@@ -73,7 +73,7 @@ def test_bytes_of_images_are_divided_by_255_with_channels_first():
     assert float(grey.train.inputs.min()) >= -1
 
 
-def test_words_are_classes_in_the_order_that_is_declared():
+def test_from_arrays_numbers_text_labels_in_the_declared_order():
     words = np.array(["well", "ill"])[LABELS]
     found = from_arrays(ROWS, words)
     assert found.categories["target"] == ("ill", "well")
@@ -83,7 +83,7 @@ def test_words_are_classes_in_the_order_that_is_declared():
     assert not any("classes" in fact for fact in declared.public_facts)
 
 
-def test_constants_for_scaling_are_declared():
+def test_from_arrays_scales_inputs_by_declared_constants():
     data = from_arrays(ROWS, LABELS, value_range=(-8, 8), standardise="declared")
     assert torch.allclose(data.train.inputs, torch.from_numpy(ROWS).float()[data.train.ids] / 8)
     assert data.train.domain == InputDomain(shape=(3,), range=(-1.0, 1.0))
@@ -92,7 +92,7 @@ def test_constants_for_scaling_are_declared():
     assert torch.allclose(each.train.inputs.double(), torch.from_numpy(expected), atol=1e-5)
 
 
-def test_share_for_the_test_depends_on_each_id_alone():
+def test_the_test_share_depends_only_on_each_record_id():
     names = [f"patient {number}" for number in range(40)]
     whole = from_arrays(ROWS, LABELS, ids=names, attributes={"time": np.arange(40)})
     less = from_arrays(ROWS[1:], LABELS[1:], ids=names[1:])
@@ -102,14 +102,14 @@ def test_share_for_the_test_depends_on_each_id_alone():
     assert len(whole.train.attributes["time"]) == len(whole.train)
 
 
-def test_mapped_array_is_not_copied(tmp_path: Path):
+def test_from_arrays_does_not_copy_a_memory_mapped_array(tmp_path: Path):
     np.save(tmp_path / "rows.npy", ROWS.astype(np.float32))
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     data = from_arrays(mapped, LABELS, test=(ROWS, LABELS))
     assert data.train.inputs.data_ptr() == mapped.ctypes.data
 
 
-def test_large_images_are_converted_when_they_are_read():
+def test_from_arrays_converts_large_images_only_when_read():
     pictures = np.broadcast_to(np.uint8(51), (1100, 256, 256))  # 288 MB in float32
     scaled = {"standardise": "declared", "value_range": (0, 1)}
     data = from_arrays(pictures, np.arange(1100) % 2, test=0.05, **scaled)
@@ -161,11 +161,11 @@ def test_large_images_are_converted_when_they_are_read():
         ("classes = ('a', 'a')", ROWS, LABELS, {"classes": ("a", "a")}),
     ],
 )
-def test_arrays_that_are_wrong_are_refused_in_one_line(message, inputs, targets, settings):
+def test_from_arrays_refuses_invalid_arguments_in_one_line(message, inputs, targets, settings):
     refused(message, from_arrays, inputs, targets, **settings)
 
 
-def test_id_in_both_parts_is_refused():
+def test_from_arrays_refuses_an_id_in_train_and_test():
     test = (ROWS[:5], LABELS[:5])
     message = "id 35 in row 0 of its test records and among the training records (5 such rows)"
     refused(message, from_arrays, ROWS, LABELS, test=test, ids=range(40), test_ids=range(35, 40))
@@ -174,7 +174,7 @@ def test_id_in_both_parts_is_refused():
 # --------------------------------------------------------------------------- torch
 
 
-def test_torch_dataset_keeps_its_transforms():
+def test_from_torch_keeps_the_transforms_of_the_data_set():
     pictures = torchvision.datasets.FakeData(
         20,
         (3, 6, 6),
@@ -186,13 +186,13 @@ def test_torch_dataset_keeps_its_transforms():
     assert data.notes == ()
 
 
-def test_torch_dataset_of_pictures_becomes_bytes():
+def test_from_torch_converts_pictures_to_scaled_bytes():
     data = from_torch(torchvision.datasets.FakeData(20, (3, 6, 6), 3), num_classes=3)
     assert data.input_shape == (3, 6, 6)
     assert "divided by 255" in repr(data)
 
 
-def test_torch_dataset_with_random_transforms_has_a_note():
+def test_from_torch_notes_random_transforms():
     flipped = torchvision.datasets.FakeData(20, (3, 6, 6), 3, transform=v2.RandomHorizontalFlip())
     before = torch.get_rng_state()
     one, two = (from_torch(flipped, num_classes=3) for _ in range(2))
@@ -201,7 +201,7 @@ def test_torch_dataset_with_random_transforms_has_a_note():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_torch_dataset_of_dicts_names_its_keys():
+def test_from_torch_refuses_dict_items_without_keys():
     items = [{"x": torch.rand(3), "y": "ab"[number % 2]} for number in range(20)]
     assert from_torch(items, keys=("x", "y")).categories["target"] == ("a", "b")
     refused("is a dict with 'x', 'y'; allowed: input and target", from_torch, items)
@@ -220,7 +220,7 @@ def test_torch_dataset_of_dicts_names_its_keys():
         ("inputs have nan in row 1", [(torch.zeros(2), 0), (torch.full((2,), np.nan), 1)]),
     ],
 )
-def test_torch_dataset_that_is_wrong_is_refused_in_one_line(message, dataset):
+def test_from_torch_refuses_invalid_data_sets_in_one_line(message, dataset):
     refused(message, from_torch, dataset)
 
 
@@ -243,7 +243,7 @@ def visits() -> pd.DataFrame:
     )
 
 
-def test_wards_found_in_a_table_do_not_place_private_records(visits):
+def test_found_categories_do_not_place_private_records(visits):
     table = visits[["patient", "ward", "ill"]].assign(age=1.0)
     one_more = pd.concat([table, table[:1].assign(patient="new", ward="east")])
     test = table.assign(patient=[f"q{number}" for number in range(40)])
@@ -268,7 +268,7 @@ AGES = {"age": (0, 99)}
 SETTINGS = {"target": "ill", "ids": "patient", "time": "day", "group": "sex"}
 
 
-def test_table_becomes_numbers_indicators_and_attributes(visits):
+def test_from_pandas_makes_numbers_indicators_and_attributes(visits):
     data = from_pandas(
         visits,
         **SETTINGS,
@@ -314,11 +314,11 @@ def test_table_becomes_numbers_indicators_and_attributes(visits):
         ("test is a list; allowed: a pandas.DataFrame", {"test": []}),
     ],
 )
-def test_table_that_is_wrong_is_refused_in_one_line(visits, message, settings):
+def test_from_pandas_refuses_invalid_arguments_in_one_line(visits, message, settings):
     refused(message, from_pandas, visits, **{**SETTINGS, **settings})
 
 
-def test_table_of_another_type_is_refused():
+def test_from_pandas_refuses_a_table_of_another_type():
     refused("table is a ndarray; allowed: a pandas.DataFrame", from_pandas, ROWS, target="x")
 
 
@@ -335,7 +335,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_folder_of_images_gives_a_class_for_each_sub_folder(photos):
+def test_from_folder_makes_one_class_per_sub_folder(photos):
     data = from_folder(photos, test=0.3)
     pixels = torch.from_numpy(BYTES[:4]).permute(0, 3, 1, 2) / 255
     whole = torch.cat([data.train.inputs, data.test.inputs])
@@ -347,7 +347,7 @@ def test_folder_of_images_gives_a_class_for_each_sub_folder(photos):
     assert from_folder(photos, size=(2, 3), channels=1).input_shape == (1, 2, 3)
 
 
-def test_folder_that_is_wrong_is_refused_in_one_line(photos):
+def test_from_folder_refuses_invalid_folders_in_one_line(photos):
     refused("is not a folder", from_folder, photos / "absent")
     refused("has no sub-folders", from_folder, photos / "cat")
     refused("has a sub-folder 'dog'; allowed: cat", from_folder, photos, classes=("cat",))
@@ -371,7 +371,7 @@ def test_folder_that_is_wrong_is_refused_in_one_line(photos):
         (Regression(), RANDOM.normal(size=(40, 2)), (40, 2), 2),
     ],
 )
-def test_arrays_have_targets_of_their_task(task, targets, shape, outputs):
+def test_from_arrays_keeps_targets_of_each_task(task, targets, shape, outputs):
     data = from_arrays(ROWS, targets, task=task, test=(ROWS, targets))
     assert data.train.labels.shape == shape
     assert data.train.labels.dtype == torch.float32
@@ -389,7 +389,7 @@ def test_arrays_have_targets_of_their_task(task, targets, shape, outputs):
         ("targets are torch.float32; convert", "next-token", ROWS.astype(np.float32)),
     ],
 )
-def test_targets_of_another_task_are_refused(message, task, targets):
+def test_from_arrays_refuses_targets_of_another_task(message, task, targets):
     refused(message, from_arrays, ROWS, targets, task=task)
 
 
@@ -398,7 +398,7 @@ def test_targets_of_another_task_are_refused(message, task, targets):
 TEXTS = [[1, 2, 3], [4, 1], [2, 2, 2, 2], [3, 4]] * 5
 
 
-def test_sequences_predict_their_next_token():
+def test_from_tokens_predicts_the_next_token_by_default():
     data = from_tokens(TEXTS, vocabulary=5, padding=0, length=4, test=TEXTS[:4])
     assert data.train.inputs[:2].tolist() == [[1, 2, 3, 0], [4, 1, 0, 0]]
     assert data.train.labels[:2].tolist() == [[2, 3, -100, -100], [1, -100, -100, -100]]
@@ -410,7 +410,7 @@ def test_sequences_predict_their_next_token():
     assert not any("length" in fact for fact in data.public_facts)
 
 
-def test_sequences_may_have_a_class():
+def test_from_tokens_accepts_one_class_per_sequence():
     data = from_tokens(TEXTS, [0, 1] * 10, vocabulary=5, padding=0, test=(TEXTS[:2], [0, 1]))
     assert data.train.inputs.shape == (20, 4)
     assert data.num_classes == 2
@@ -437,7 +437,7 @@ def test_sequences_may_have_a_class():
         ("targets = 'an array'", TEXTS, {"targets": [0] * 20, "task": "next-token"}),
     ],
 )
-def test_sequences_that_are_wrong_are_refused(message, sequences, settings):
+def test_from_tokens_refuses_invalid_sequences(message, sequences, settings):
     refused(message, from_tokens, sequences, **{"vocabulary": 5, "padding": 0, **settings})
 
 
@@ -458,7 +458,7 @@ def table() -> datasets.Dataset:
     ).cast_column("kind", datasets.ClassLabel(names=["cat", "dog"]))
 
 
-def test_huggingface_data_set_is_read_by_its_columns(table):
+def test_from_huggingface_reads_the_named_columns(table):
     parts = datasets.DatasetDict(train=table, test=table.select(range(4)))
     photos = from_huggingface(parts, inputs="photo", target="kind")
     assert photos.input_shape == (3, 5, 6)
@@ -471,7 +471,7 @@ def test_huggingface_data_set_is_read_by_its_columns(table):
     assert texts.task == NextToken()
 
 
-def test_huggingface_data_set_that_is_wrong_is_refused(table):
+def test_from_huggingface_refuses_invalid_data_sets_and_columns(table):
     refused("inputs = 'photos'", from_huggingface, table, inputs="photos", target="kind")
     refused("target = None", from_huggingface, table, inputs="photo")
     refused("dataset is a str", from_huggingface, "mnist", inputs="image", target="label")

@@ -25,7 +25,7 @@ def drawn(stream):
         lambda data: online(split(data, scenario="class", experiences=2), chunk=5),
     ],
 )
-def test_a_picture_shows_classes_and_declared_sizes(toy_data, build):
+def test_a_stream_picture_shows_classes_and_declared_sizes(toy_data, build):
     stream = build(toy_data)
     sizes, shades = drawn(stream)
     assert sizes.tolist() == [each.train.declared_size for each in stream]
@@ -35,7 +35,7 @@ def test_a_picture_shows_classes_and_declared_sizes(toy_data, build):
         assert np.nansum(shades[:, index]) == pytest.approx(each.train.declared_size)
 
 
-def test_a_picture_does_not_depend_on_the_records(toy_data):
+def test_a_stream_picture_does_not_depend_on_the_records(toy_data):
     stream = split(toy_data, scenario="class", experiences=2, declared_size=30)
     fewer = (replace(each, train=each.train.take(each.train.ids % 3 > 0)) for each in stream)
     rest = tuple(replace(each, train=each.train.declared(30)) for each in fewer)

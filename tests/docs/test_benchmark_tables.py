@@ -16,13 +16,13 @@ def tables():
         yield importlib.import_module("tables")
 
 
-def test_tables_of_the_page_equal_the_stored_rows(tables):
+def test_the_benchmark_tables_equal_the_stored_rows(tables):
     text = tables.PAGE.read_text()
     assert len(tables.MARKED.findall(text)) >= 10
     assert tables.stale(text) == []
 
 
-def test_a_changed_number_in_a_table_is_found_and_repaired(tables):
+def test_a_changed_number_in_a_benchmark_table_is_repaired(tables):
     text = tables.written("<!-- rows: loop -->\n<!-- end -->\n")
     assert "| naive | " in text and tables.stale(text) == []
     wrong = text.replace("| naive | 1", "| naive | 2")
@@ -39,5 +39,5 @@ def test_a_changed_number_in_a_table_is_found_and_repaired(tables):
         ("{b:.1f}", {}, ""),
     ],
 )
-def test_a_cell_leaves_out_missing_values(tables, template, row, text):
+def test_a_table_cell_leaves_out_missing_values(tables, template, row, text):
     assert tables.cell(template, row) == text

@@ -50,7 +50,7 @@ def test_cited_files_and_sections_exist(path):
     assert not lost and not notes, f"{path.relative_to(ROOT)} cites {[*lost, *notes]}"
 
 
-def test_citations_are_recognised():
+def test_the_citation_check_finds_cited_files_and_folders():
     page, note, folder = ".".join(("plan", "md")), "-".join(("private", "notes")), "shared" + "/x"
     assert citations(f"see {page}, docs/{page} and {note} in {folder}") == (
         [page, f"docs/{page}"],

@@ -8,7 +8,7 @@ from helpers.pages import README, blocks
 
 
 @pytest.mark.deep(reason="docs: trains what the README's example trains, in full")
-def test_readme_example_prints_accuracy_and_statement(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_example_prints_accuracy_and_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, object] = {"__name__": "readme"}
     (block,) = blocks(README, "python")
     exec(compile(block, str(README), "exec"), namespace)
@@ -18,7 +18,7 @@ def test_readme_example_prints_accuracy_and_statement(capsys: pytest.CaptureFixt
     assert tuple(namespace["matrix"].shape) == (5, 5)
 
 
-def test_readme_lists_classes_that_exist() -> None:
+def test_the_readme_lists_only_existing_strategies() -> None:
     """A missing row is no error: `make lint` reports it, and `make tables` writes it."""
     from perdure.strategies import find, names
 
@@ -27,7 +27,7 @@ def test_readme_lists_classes_that_exist() -> None:
     assert {find(name).__name__ for name in names()} >= set(listed)
 
 
-def test_readme_names_targets_of_make_that_exist() -> None:
+def test_the_readme_names_only_existing_make_targets() -> None:
     makefile = (README.parent / "Makefile").read_text()
     targets = re.findall(r"`make ([\w-]+)`", README.read_text())
     assert {"test", "test-all", "lint"} <= {*targets}

@@ -25,7 +25,7 @@ def hook() -> ModuleType:
     return module
 
 
-def test_command_line_page_names_every_option(hook: ModuleType) -> None:
+def test_the_command_line_page_names_every_option(hook: ModuleType) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # typer imports what click will remove
         import typer
@@ -44,7 +44,7 @@ def test_command_line_page_names_every_option(hook: ModuleType) -> None:
             assert shown in section, (path, shown)
 
 
-def test_tasks_table_says_what_strategies_refuse(hook: ModuleType) -> None:
+def test_the_tasks_table_shows_the_tasks_a_strategy_refuses(hook: ModuleType) -> None:
     kinds = [tasks.find(name)() for name in tasks.names()]
     rows = hook.tasks_table().partition("|---|")[2].splitlines()[1:]
     assert len(rows) == len(strategies.names())
@@ -60,13 +60,13 @@ def test_tasks_table_says_what_strategies_refuse(hook: ModuleType) -> None:
                     strategy.refuse_task(task)
 
 
-def test_config_page_names_every_field(hook: ModuleType) -> None:
+def test_the_config_page_names_every_field(hook: ModuleType) -> None:
     page = hook.run_config()
     for field in fields(Config):
         assert f"[{field.name}]" in page or f"`{field.name}`" in page, field.name
 
 
-def test_config_page_lists_extensions_by_place(hook: ModuleType) -> None:
+def test_the_config_page_lists_built_in_data_sets_and_attacks(hook: ModuleType) -> None:
     page = hook.run_config()
     for name in ("breast_cancer", "pgd", "kernel_shap", "replay"):
         assert f"`{name}`" in page

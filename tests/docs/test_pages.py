@@ -17,7 +17,7 @@ every_page = pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 
 
 @every_page
-def test_page_imports_only_existing_names(page: Path) -> None:
+def test_each_page_imports_only_existing_names(page: Path) -> None:
     trees = [ast.parse(block) for block in blocks(page, "python")]
     imports = [
         node
@@ -37,7 +37,7 @@ def test_page_imports_only_existing_names(page: Path) -> None:
 
 @pytest.mark.deep(reason="docs: trains what the pages train, in full")
 @every_page
-def test_code_of_each_page_runs(
+def test_the_python_code_of_each_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One namespace, in a folder of its own."""
@@ -57,7 +57,7 @@ def test_code_of_each_page_runs(
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "toml")], ids=name)
-def test_page_shows_toml_that_parses(page: Path) -> None:
+def test_the_toml_examples_of_each_page_are_valid(page: Path) -> None:
     from perdure.experiment import parse
 
     for block in blocks(page, "toml"):
@@ -76,13 +76,13 @@ def test_page_shows_toml_that_parses(page: Path) -> None:
         ("docs/how-to/add-a-clipping-rule.md", "prelu.py"),
     ],
 )
-def test_page_shows_the_file_that_is_tested(page: str, file: str) -> None:
+def test_a_how_to_page_shows_the_file_that_is_tested(page: str, file: str) -> None:
     text = (ROOT / "tests" / "additions" / file).read_text()
     assert text in blocks(ROOT / page, "python")
 
 
 @pytest.mark.deep(reason="docs: builds the whole site")
-def test_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+def test_the_documentation_site_builds_without_broken_links(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,

@@ -14,7 +14,7 @@ def blocks(kind: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_examples_print_what_the_page_quotes(
+def test_the_privacy_page_examples_print_what_the_page_quotes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One namespace, in a folder of its own, as a reader would type them."""
@@ -31,7 +31,7 @@ def test_the_examples_print_what_the_page_quotes(
     assert set(told) <= set(printed)
 
 
-def test_each_part_of_the_statement_is_explained() -> None:
+def test_the_privacy_page_explains_each_part_of_the_statement() -> None:
     (quoted,) = blocks("text")
     head, _, inside = quoted.strip().partition(" (")
     before, _, after = inside.removesuffix(")").partition("; ")
@@ -39,5 +39,5 @@ def test_each_part_of_the_statement_is_explained() -> None:
     assert {head, *before.split(", "), after} <= explained
 
 
-def test_the_readme_leads_to_the_page() -> None:
+def test_the_readme_links_to_the_privacy_page() -> None:
     assert str(PAGE.relative_to(ROOT)) in (ROOT / "README.md").read_text()
