@@ -35,7 +35,7 @@ private = true
 """
 
 
-def test_members_and_non_members_are_disjoint(toy_data):
+def test_attack_members_and_non_members_are_disjoint(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
     records, members, known = population(stream, 0, seed=0)
     train = stream[0].train
@@ -51,7 +51,7 @@ def test_members_and_non_members_are_disjoint(toy_data):
 
 
 @pytest.mark.deep(reason="full replay: attacks every arm of a run")
-def test_every_arm_is_attacked_and_no_file_of_the_run_changes(tmp_path):
+def test_attack_run_attacks_every_arm_and_changes_no_run_file(tmp_path):
     short = CONFIG.replace("epochs = 60", "epochs = 1").replace("epochs = 4", "epochs = 1")
     run(parse(short), short, tmp_path)
     seen = []
@@ -64,14 +64,14 @@ def test_every_arm_is_attacked_and_no_file_of_the_run_changes(tmp_path):
 
 
 @pytest.mark.deep(reason="full replay: trains a run to memorise, and eight shadows of each arm")
-def test_attack_finds_memorisation_but_not_under_privacy(tmp_path):
+def test_the_attack_finds_members_only_without_privacy(tmp_path):
     run(parse(CONFIG), CONFIG, tmp_path)
     plain, private = attack_run(tmp_path, shadows=8).values()
     assert plain.auc > 0.5 + 3 * plain.auc_error
     assert abs(private.auc - 0.5) < 3 * private.auc_error
 
 
-def test_an_unfinished_run_or_an_unknown_experience_is_refused(tmp_path):
+def test_attack_run_refuses_an_unfinished_run(tmp_path):
     (tmp_path / "config.toml").write_text(CONFIG)
     with pytest.raises(RunError, match="let the run finish first"):
         attack_run(tmp_path, shadows=4)

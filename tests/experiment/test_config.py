@@ -37,7 +37,7 @@ def test_a_config_needs_only_name_and_arms():
     assert config.arms[0].name == "naive-plain"
 
 
-def test_every_table_is_read():
+def test_the_config_reader_reads_every_table():
     text = f"""
     name = "all"
     seed = 7
@@ -122,7 +122,7 @@ def test_the_demo_config_is_valid():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimiser_that_is_allowed_makes_a_step(name):
+def test_every_allowed_optimizer_makes_a_step(name):
     layer = torch.nn.Linear(3, 2)
     before = layer.weight.detach().clone()
     optimizer = TrainingConfig(optimizer=name, learning_rate=0.1, epochs=1).factory()(
@@ -134,7 +134,7 @@ def test_every_optimiser_that_is_allowed_makes_a_step(name):
     assert torch.isfinite(layer.weight).all()
 
 
-def test_optimizer_options_reach_the_optimiser():
+def test_the_config_passes_optimizer_options_to_the_optimizer():
     config = TrainingConfig(optimizer="SGD", learning_rate=0.25, momentum=0.75, epochs=1)
     group = config.factory()(torch.nn.Linear(1, 1).parameters()).param_groups[0]
     assert (group["lr"], group["momentum"]) == (0.25, 0.75)
@@ -143,7 +143,7 @@ def test_optimizer_options_reach_the_optimiser():
 # ------------------------------------------------------------------------ what is missing, and arms
 
 
-def test_a_missing_field_is_named_in_the_error():
+def test_a_missing_config_field_is_named_in_the_error():
     assert refusal(ARM) == "name is missing; allowed: text"
     assert refusal(HEAD).startswith("arms is missing; allowed: one or more [[arms]] tables")
     assert (
@@ -155,7 +155,7 @@ def test_a_missing_field_is_named_in_the_error():
 @pytest.mark.parametrize(
     "arms", ["arms = 3", 'arms = "naive"', "[arms]\nstrategy = 3", 'arms = {strategy = "naive"}']
 )
-def test_arms_are_a_list_of_tables(arms):
+def test_a_config_refuses_arms_that_are_no_list_of_tables(arms):
     assert refusal(f"{HEAD}{arms}\n").startswith("arms = ")
 
 
@@ -184,7 +184,7 @@ def test_arms_are_a_list_of_tables(arms):
         (ARM + ARM, "arms = ['naive-plain']"),
     ],
 )
-def test_invalid_arms_are_refused(arm, start):
+def test_a_config_refuses_invalid_arms(arm, start):
     assert refusal(HEAD + arm).startswith(start)
 
 
@@ -204,13 +204,13 @@ def test_a_strategy_of_another_module_has_a_safe_folder_name():
         ("../naive:Naive", '"package.module:Name"'),
     ],
 )
-def test_an_imported_object_that_is_no_strategy_is_refused(name, end):
+def test_a_config_refuses_an_imported_object_that_is_no_strategy(name, end):
     message = refusal(f'{HEAD}[[arms]]\nstrategy = "{name}"\n')
     assert message.startswith(f"arms[0].strategy = {name!r} ")
     assert end in message
 
 
-def test_an_unknown_strategy_is_refused_with_known_names():
+def test_an_unknown_strategy_is_refused_with_the_known_names():
     message = refusal(f'{HEAD}[[arms]]\nstrategy = "gem of the sea"\n')
     assert all(name in message for name in names())
 
@@ -228,7 +228,7 @@ class Own:
     strange: bytes = b""
 
 
-def test_choices_that_may_be_left_out_and_lists_are_read():
+def test_a_config_reads_optional_choices_and_lists():
     assert build(Own, {"how": "slow", "sizes": [1, 2.5], "limit": 3}, "x") == Own(
         how="slow", sizes=(1.0, 2.5), limit=3
     )
@@ -250,7 +250,7 @@ def test_choices_that_may_be_left_out_and_lists_are_read():
         ),
     ],
 )
-def test_fields_of_an_imported_strategy_are_checked(table, message):
+def test_the_fields_of_an_imported_strategy_are_checked(table, message):
     with pytest.raises(ConfigError) as caught:
         build(Own, table, "x")
     assert str(caught.value) == message
@@ -263,7 +263,7 @@ class Unreadable:
     how: "NotImported"  # noqa: F821
 
 
-def test_types_that_cannot_be_read_are_refused():
+def test_unreadable_types_of_an_imported_strategy_are_refused():
     with pytest.raises(ConfigError, match=r"^x: the types of Unreadable cannot be read \(name 'No"):
         build(Unreadable, {"how": 1}, "x")
 
@@ -289,7 +289,7 @@ def test_text_that_is_not_toml_is_refused_with_its_position(text):
     assert refusal(text).startswith("config is not TOML: ")
 
 
-def test_too_deep_nesting_of_toml_is_refused():
+def test_deeply_nested_toml_is_refused():
     assert refusal("a = " + "[" * 100_000).startswith("config is not TOML: ")
 
 
@@ -299,7 +299,7 @@ def test_read_returns_the_config_of_a_file(tmp_path):
     assert read(path) == parse(HEAD + ARM)
 
 
-def test_a_file_that_is_not_toml_is_named(tmp_path):
+def test_the_error_for_a_file_that_is_not_toml_names_the_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("name = ")
     with pytest.raises(ConfigError, match=r"mine\.toml is not TOML: "):
@@ -307,7 +307,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "inside a file", "binary"])
-def test_a_path_that_cannot_be_read_is_refused_on_one_line(tmp_path, kind):
+def test_an_unreadable_config_path_is_refused_in_one_line(tmp_path, kind):
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     paths = {

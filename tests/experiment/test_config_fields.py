@@ -140,7 +140,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("table", "name"), WRONG)
-def test_a_wrong_value_is_refused_by_name(table, name):
+def test_an_invalid_config_value_is_refused_by_field_name(table, name):
     for value in WRONG[table, name]:
         message = refusal(with_field(table, name, value))
         assert message.startswith(f"{table}.{name}" if table else name), message
@@ -158,7 +158,7 @@ def test_every_config_field_has_a_test():
     assert known - repeated - other - WRONG.keys() == {("privacy", "noise_multiplier")}
 
 
-def test_the_error_of_a_wrong_field_is_complete():
+def test_the_error_names_field_given_value_and_allowed_values():
     assert refusal(with_field("model", "hidden", "[0]")) == (
         "model.hidden = (0,) is not allowed; allowed: positive whole numbers"
     )
@@ -172,22 +172,22 @@ def test_the_error_of_a_wrong_field_is_complete():
 
 
 @pytest.mark.parametrize("table", ["", *CLASSES])
-def test_an_unknown_config_field_is_refused_with_known_ones(table):
+def test_an_unknown_config_field_is_refused_with_the_known_names(table):
     message = refusal(with_field(table, "colour", '"red"'))
     assert message.startswith(f"{table}.colour = 'red'" if table else "colour = 'red'")
     first = fields(CLASSES[table] if table else Config)[0].name
     assert f"one of the fields {first}" in message
 
 
-def test_a_line_break_in_a_field_name_is_refused_on_one_line():
+def test_a_line_break_in_a_field_name_gives_a_one_line_error():
     assert "'a\\nb' = 1" in refusal(f'{HEAD}"a\\nb" = 1\n{ARM}')
 
 
-def test_an_unknown_table_is_refused():
+def test_an_unknown_config_table_is_refused():
     assert refusal(f"{HEAD}{ARM}[trainning]\nepochs = 3\n").startswith("trainning = {'epochs': 3}")
 
 
-def test_whole_numbers_beyond_64_bits_are_refused_at_any_length():
+def test_whole_numbers_beyond_64_bits_are_refused():
     for value in (str(2**63), str(-(2**63) - 1), "0x" + "f" * 6000):
         message = refusal(with_field("model", "hidden", f"[1, {value}]"))
         assert message.startswith("model.hidden[1] is a whole number of ")
@@ -196,7 +196,7 @@ def test_whole_numbers_beyond_64_bits_are_refused_at_any_length():
     refusal(with_field("training", "learning_rate", "1" + "0" * 400))
 
 
-def test_momentum_is_for_optimisers_that_have_one():
+def test_momentum_is_refused_for_optimizers_without_momentum():
     message = refusal(f'{HEAD}[training]\nepochs = 1\nmomentum = 0.5\noptimizer = "AdamW"\n{ARM}')
     assert message.startswith("training.momentum = 0.5")
     assert "only RMSprop, SGD have momentum" in message
@@ -204,7 +204,7 @@ def test_momentum_is_for_optimisers_that_have_one():
 
 @pytest.mark.parametrize("lengths", ["", "epochs = 1\niterations = 1\n"])
 @pytest.mark.parametrize("table", ["training", "private_training"])
-def test_epochs_and_iterations_together_are_refused(table, lengths):
+def test_epochs_together_with_iterations_are_refused(table, lengths):
     message = refusal(f"{HEAD}[{table}]\n{lengths}{ARM}")
     assert message.startswith(f"{table}.epochs = ")
     assert message.endswith("exactly one of the two")
@@ -213,7 +213,7 @@ def test_epochs_and_iterations_together_are_refused(table, lengths):
 @pytest.mark.parametrize(
     "budget", ["", "epsilon = [1.0, 2.0]\nnoise_multiplier = 1.0\n", "noise_multiplier = -1.0\n"]
 )
-def test_privacy_is_given_by_epsilon_or_by_noise_or_both(budget):
+def test_privacy_needs_a_valid_epsilon_or_noise_multiplier(budget):
     assert refusal(f"{HEAD}[privacy]\n{budget}{ARM}").startswith("privacy")
 
 
@@ -244,7 +244,7 @@ KEYS = {
 @pytest.mark.property
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(KEYS, key=str)), st.data())
-def test_field_values_raise_nothing_but_config_errors(cls, data):
+def test_invalid_config_values_raise_only_config_errors(cls, data):
     table = data.draw(st.dictionaries(KEYS[cls] | st.text(max_size=5), VALUES, max_size=5))
     try:
         made = build(cls, table, "here")
@@ -262,7 +262,7 @@ def test_field_values_raise_nothing_but_config_errors(cls, data):
         lambda pair: with_field(*pair[0], pair[1])
     )
 )
-def test_no_text_raises_anything_but_a_config_error(text):
+def test_invalid_config_text_raises_only_config_errors(text):
     try:
         config = parse(text)
     except ConfigError as error:

@@ -112,7 +112,7 @@ ONCE_IN_SHORT = IN_SHORT | {"step.done", "checkpoint.begin", "evaluated"}
     "point",
     [pytest.param(point, marks=() if point in ONCE_IN_SHORT else EVERY_POINT) for point in POINTS],
 )
-def test_a_stop_at_the_last_pass_of_a_point_changes_nothing(undisturbed, tmp_path, point):
+def test_a_stop_at_the_last_call_of_a_point_changes_no_result(undisturbed, tmp_path, point):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch(point, passed[point] - 1))
     assert not (tmp_path / "result.json").exists()
@@ -125,7 +125,7 @@ def test_a_stop_at_the_last_pass_of_a_point_changes_nothing(undisturbed, tmp_pat
     "point",
     [pytest.param(point, marks=() if point in IN_SHORT else EVERY_POINT) for point in POINTS],
 )
-def test_several_stops_at_a_point_change_nothing(undisturbed, tmp_path, point):
+def test_several_stops_at_a_point_change_no_result(undisturbed, tmp_path, point):
     text, expected, passed, _ = undisturbed
     for at in (0, passed[point] // 2, passed[point] // 3):
         ended = started(tmp_path, text, Watch(point, at))
@@ -135,7 +135,7 @@ def test_several_stops_at_a_point_change_nothing(undisturbed, tmp_path, point):
 
 
 @pytest.mark.slow
-def test_a_stop_every_few_checkpoints_changes_nothing(undisturbed, tmp_path):
+def test_a_stop_every_few_checkpoints_changes_no_result(undisturbed, tmp_path):
     text, expected, _, _ = undisturbed
     stops = 0
     # a federated exchange has three checkpoints, so that every session ends one
@@ -158,7 +158,7 @@ LAST_WRITTEN = (
 
 
 @pytest.mark.parametrize("count", range(1, len(LAST_WRITTEN) + 1))
-def test_a_stop_between_the_last_files_changes_nothing(undisturbed, tmp_path, count):
+def test_missing_final_files_are_written_again_on_resume(undisturbed, tmp_path, count):
     text, expected, _, folder = undisturbed
     shutil.copytree(folder, tmp_path / "run")
     for name in LAST_WRITTEN[:count]:
@@ -169,7 +169,7 @@ def test_a_stop_between_the_last_files_changes_nothing(undisturbed, tmp_path, co
     assert not watch.passed["step.done"]
 
 
-def test_a_line_of_metrics_that_was_cut_is_written_again(undisturbed, tmp_path):
+def test_a_cut_line_of_metrics_is_written_again_on_resume(undisturbed, tmp_path):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch("evaluated", passed["evaluated"] - 1))
     path = tmp_path / "metrics.jsonl"
@@ -225,7 +225,7 @@ def kill(process, folder, target, pause):
 
 
 @pytest.mark.deep(reason="chaos: kills the process of a long run three times")
-def test_three_kills_of_a_federated_run_do_not_change_results(tmp_path):
+def test_a_federated_run_killed_three_times_has_equal_results(tmp_path):
     config = tmp_path / "config.toml"
     folder = tmp_path / "killed"
     seeded = random.Random(0)

@@ -135,7 +135,7 @@ def test_a_run_writes_all_its_files(secret):
     ) == [f"{arm}/model.safetensors" for arm in sorted(ARMS)]
 
 
-def test_the_stored_result_equals_the_returned_one(either):
+def test_the_stored_result_equals_the_returned_result(either):
     folder, result, _, _ = either
     stored = checked(json.loads((folder / "result.json").read_text()))
     assert stored == result
@@ -160,7 +160,7 @@ def test_every_arm_has_one_metrics_line_per_experience(either):
         assert spent == (arm["epsilon_over_time"] or [None, None])
 
 
-def test_the_result_has_the_accuracy_of_the_matrix(either):
+def test_average_accuracy_is_the_mean_of_the_last_matrix_row(either):
     for arm in either[1]["arms"]:
         assert arm["average_accuracy"] == pytest.approx(sum(arm["accuracy_matrix"][-1]) / 2)
 
@@ -175,7 +175,7 @@ def test_the_stored_model_has_the_accuracy_of_the_result(either, arm):
     assert not learner.callbacks
 
 
-def test_the_stored_model_is_a_trained_one(secret, tmp_path):
+def test_trained_loads_the_trained_model_of_an_arm(secret, tmp_path):
     learner = trained(secret[0], "replay-plain")
     config = parse(SMALL)
     log = MetricsLog(tmp_path / "metrics.jsonl")
@@ -190,7 +190,7 @@ def test_the_stored_model_is_a_trained_one(secret, tmp_path):
     )
 
 
-def test_a_missing_stored_model_is_refused(secret, tmp_path):
+def test_trained_refuses_a_missing_model(secret, tmp_path):
     with pytest.raises(
         RunError, match="has no arm 'naive-plain'; it has replay-plain, ewc-private"
     ):
@@ -221,7 +221,7 @@ def test_the_ledger_is_valid_and_agrees_with_the_result(secret):
     assert not account.simulated
 
 
-def test_every_client_has_its_own_ledger(federated):
+def test_every_client_has_a_ledger_of_its_own(federated):
     folder, result, _, _ = federated
     account = read_ledger(folder / "ledger.jsonl")
     spent = account.per_client(0.0005)
@@ -239,7 +239,7 @@ def test_every_client_has_its_own_ledger(federated):
     assert account.sizes == own
 
 
-def test_all_arms_together_cost_more_than_each(either):
+def test_all_arms_together_cost_more_epsilon_than_each_arm(either):
     _, result, _, _ = either
     joint = result["epsilon_of_all_arms"]
     own = [arm["epsilon"] for arm in result["arms"] if arm["private"]]
@@ -251,7 +251,7 @@ def test_all_arms_together_cost_more_than_each(either):
         )
 
 
-def test_simulated_noise_is_labelled_and_secret_noise_is_not(secret, federated):
+def test_only_simulated_noise_is_labelled_as_simulation(secret, federated):
     for (_, result, _, _), simulated in ((secret, False), (federated, True)):
         stated = [
             result["epsilon_of_all_arms"],
@@ -291,7 +291,7 @@ def holders(folder, needles, inside):
     }
 
 
-def test_nothing_outside_private_folders_holds_a_key(secret):
+def test_no_file_outside_private_folders_holds_a_noise_key(secret):
     folder = secret[0]
     keys = [(folder / "arms" / arm / "private" / "key").read_bytes() for arm in PRIVATE]
     assert len(set(keys)) == 2
@@ -299,7 +299,7 @@ def test_nothing_outside_private_folders_holds_a_key(secret):
     assert len(holders(folder, keys, inside=True)) == 2
 
 
-def test_nothing_outside_private_folders_holds_a_training_record(either):
+def test_no_file_outside_private_folders_holds_training_records(either):
     rows = [row.numpy().tobytes() for row in load("digits", seed=0).train.inputs]
     folder = either[0]
     assert not holders(folder, rows, inside=False)
@@ -329,7 +329,7 @@ def test_a_finished_run_is_not_trained_again(either):
     assert told == [(arm, 1.0) for arm in ARMS]
 
 
-def test_another_config_is_refused_and_changes_nothing(secret):
+def test_a_changed_config_is_refused_and_changes_no_file(secret):
     folder = secret[0]
     before = contents(folder)
     told = r"differs in config.seed \(given 9, stored 0\); give another folder with --out"
@@ -346,7 +346,7 @@ def test_a_config_with_the_same_meaning_continues_the_run(secret):
     assert contents(folder) == before
 
 
-def test_a_config_may_change_before_anything_ran(tmp_path):
+def test_a_config_can_change_before_the_first_training_step(tmp_path):
     wrong = SMALL.replace("experiences = 2", "experiences = 3")
     with pytest.raises(ConfigError, match="experiences = 3 is not allowed; allowed: 1, 2, 5, 10"):
         ran(tmp_path, wrong)
@@ -359,7 +359,7 @@ def test_a_config_may_change_before_anything_ran(tmp_path):
     assert (tmp_path / "config.toml").read_text() == SMALL
 
 
-def test_two_fresh_runs_differ_in_timings_only(tmp_path, federated):
+def test_two_fresh_simulated_runs_differ_only_in_timings(tmp_path, federated):
     text = FEDERATED
     result, _ = ran(tmp_path / "other", text)
     assert result != federated[1]
@@ -382,12 +382,12 @@ def test_secret_noise_differs_between_runs(tmp_path, secret):
     assert same == {"replay-plain": True, "ewc-private": False, "replay-private": False}
 
 
-def test_timings_are_left_out_at_any_depth():
+def test_untimed_removes_timings_at_any_depth():
     assert set(TIMINGS) == {"seconds"}
     assert untimed({"a": [{"seconds": 1, "b": 2}], "seconds": 3}) == {"a": [{"b": 2}]}
 
 
-def test_the_seconds_of_all_sessions_add_up(tmp_path):
+def test_the_stored_seconds_add_up_over_resumed_sessions(tmp_path):
     text = SMALL.split('[[arms]]\nstrategy = "ewc"')[0]
 
     def stop(point, learner):
@@ -428,20 +428,20 @@ def test_callbacks_are_called_at_every_point_of_every_learner(either):
 # --------------------------------------------------------------------------- what a folder may be
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_run_folder_in_use_is_refused(tmp_path):
     with locked(tmp_path), pytest.raises(RunError, match="is in use by another process"):
         ran(tmp_path, SMALL)
     with locked(tmp_path):
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file/run cannot be written \(.*\); give another folder"):
         ran(tmp_path / "file" / "run", SMALL)
 
 
-def test_a_torn_line_is_dropped_and_a_line_is_written_once(tmp_path):
+def test_the_metrics_log_drops_a_torn_line_and_repeats_no_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     row = {"arm": "a", "experience": 0, "accuracy": [1.0]}
     MetricsLog(path).append(row)
@@ -454,14 +454,14 @@ def test_a_torn_line_is_dropped_and_a_line_is_written_once(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["not json", "[]", '{"arm": "a"}', "\xff"])
-def test_a_damaged_log_is_refused(tmp_path, line):
+def test_a_damaged_metrics_log_is_refused(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line.encode("latin-1") + b"\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
         MetricsLog(path)
 
 
-def test_a_damaged_result_is_refused(secret, tmp_path):
+def test_a_damaged_result_file_is_refused(secret, tmp_path):
     shutil.copytree(secret[0], tmp_path / "copy")
     (tmp_path / "copy" / "result.json").write_text("{}")
     with pytest.raises(RunError, match="schema"):
@@ -477,7 +477,7 @@ def breast(explained):
     return text.split('[[arms]]\nstrategy = "ewc"')[0]
 
 
-def test_explanations_of_inputs_without_image_shape_are_refused(tmp_path):
+def test_explanations_of_inputs_that_are_not_images_are_refused(tmp_path):
     with pytest.raises(
         ConfigError,
         match=r"explain.method = 'kernel_shap' is not allowed; allowed: no \[explain\] table, "
@@ -496,7 +496,7 @@ def test_inputs_without_bounds_are_attacked_without_bounds(tmp_path):
     assert Path(write_report(tmp_path)).exists()
 
 
-def test_bounds_that_a_config_gives_are_kept():
+def test_attack_bounds_in_a_config_are_kept():
     text = SMALL.replace("epsilon = 0.1", "epsilon = 0.1\nbounds = [-1, 2.5]")
     assert parse(text).attack.on(open_stream(parse(text))).bounds == (-1.0, 2.5)
 
@@ -547,7 +547,7 @@ def test_adversary_attack_and_explainer_are_chosen_by_name(tmp_path):
     assert "fgsm, L∞ 0.1" in page or "fgsm,<br>L∞ 0.1" in page
 
 
-def test_an_adversary_changes_what_is_learnt(tmp_path):
+def test_training_with_an_adversary_changes_the_accuracies(tmp_path):
     plain = OTHERS.replace(
         '[training.adversary]\nname = "perdure.adversarial.fgsm:FGSM"\nepsilon = 0.1\n', ""
     ).replace('[explain]\nmethod = "lime"\nsamples = 20\nrecords = 2\n', "")

@@ -12,7 +12,7 @@ from perdure.experiment.strategy_catalogue import card, markdown, privacy_cost, 
 from perdure.strategies import OGD, Replay
 
 
-def test_privacy_cost_in_words_names_all_releases():
+def test_the_privacy_cost_text_names_all_releases():
     everything = PrivacyCost(
         releases=2,
         histograms=1,
@@ -32,7 +32,7 @@ def test_privacy_cost_in_words_names_all_releases():
     assert privacy_cost(PrivacyCost(), Plan(), True) == "refused: it couples records"
 
 
-def test_a_card_has_defaults_and_takes_the_rest_from_the_example():
+def test_a_strategy_card_uses_defaults_and_example_values():
     assert OGD.example().directions == 4
     assert with_defaults(OGD) == OGD(directions=20)
     assert with_defaults(Replay) == Replay(memory_size=16)
@@ -49,12 +49,12 @@ class Placed(Strategy):
     strength: float = 1.0
 
 
-def test_a_field_without_a_default_needs_an_example():
+def test_a_strategy_field_without_default_needs_an_example():
     with pytest.raises(StrategyError, match=r"Placed.example\(\) has no value for where; allowed"):
         with_defaults(Placed)
 
 
-def test_a_row_of_markdown_has_one_cell_a_column():
+def test_a_markdown_row_has_one_cell_per_column():
     row = replace(card("gem"), summary="never p(c | x)")
     head, rule, line = markdown([row]).splitlines()
     assert head.count("|") == rule.count("|") == line.count("|") - line.count(r"\|") == 7

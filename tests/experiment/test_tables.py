@@ -33,7 +33,7 @@ def fruit(tmp_path):
     )
 
 
-def test_a_report_names_rows_that_are_missing_stale_or_left_over(fruit, tmp_path):
+def test_the_report_names_missing_stale_and_extra_table_rows(fruit, tmp_path):
     text = fruit("| `apple` | red |", "| `pear` | green |")
     assert text.report(tmp_path) == (
         "README.md, table of fruit: missing: pear; stale: apple; left over: plum; "
@@ -42,7 +42,7 @@ def test_a_report_names_rows_that_are_missing_stale_or_left_over(fruit, tmp_path
     assert (tmp_path / "README.md").read_text() == OLD
 
 
-def test_a_table_is_written_between_its_markers_and_nowhere_else(fruit, tmp_path):
+def test_a_generated_table_is_written_only_between_its_markers(fruit, tmp_path):
     text = fruit("| `apple` | red |", "| `pear` | green |")
     text.write(tmp_path)
     assert (tmp_path / "README.md").read_text() == (
@@ -52,14 +52,14 @@ def test_a_table_is_written_between_its_markers_and_nowhere_else(fruit, tmp_path
     assert text.report(tmp_path) is None
 
 
-def test_an_up_to_date_table_is_not_changed(fruit, tmp_path):
+def test_an_up_to_date_generated_table_is_not_changed(fruit, tmp_path):
     text = fruit("| `apple` | green |", "| `plum` | blue |")
     assert text.report(tmp_path) is None
     text.write(tmp_path)
     assert (tmp_path / "README.md").read_text() == OLD
 
 
-def test_a_file_without_both_markers_is_refused(fruit, tmp_path):
+def test_a_file_without_both_table_markers_is_refused(fruit, tmp_path):
     (tmp_path / "README.md").write_text(OLD.replace("<!-- end -->\n", ""))
     with pytest.raises(
         ConfigError, match=r"README.md.* is not allowed; allowed: a file with the lines"
@@ -67,7 +67,7 @@ def test_a_file_without_both_markers_is_refused(fruit, tmp_path):
         fruit().report(tmp_path)
 
 
-def test_the_files_of_the_project_have_the_markers():
+def test_the_project_files_have_the_table_markers():
     for text in TEXTS:
         before, between, after = text.parts(Path(__file__).parents[2])
         assert before and text.row.search(between) and after

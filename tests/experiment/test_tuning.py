@@ -35,7 +35,7 @@ def make(stream, toy_model):
     return build
 
 
-def test_held_out_records_are_disjoint_training_records(stream):
+def test_tuning_holds_out_training_records_only(stream):
     (cut,) = beginning(stream, 1, 0.25, seed=0)
     whole = set(stream[0].train.ids.tolist())
     learnt = set(cut.train.ids.tolist())
@@ -44,7 +44,7 @@ def test_held_out_records_are_disjoint_training_records(stream):
     assert not measured & set(stream[0].test.ids.tolist())
 
 
-def test_tune_returns_the_best_values_and_its_data(stream, make):
+def test_tune_returns_the_best_values_and_its_trials(stream, make):
     found = tune(make, {"rate": (1e-6, 0.05)}, stream, experiences=1, trials=6, seed=1)
     scores = {values["rate"]: score for values, score in found.trials}
     assert len(scores) == 6 and found.score == max(scores.values()) == scores[found.values["rate"]]
@@ -55,7 +55,7 @@ def test_tune_returns_the_best_values_and_its_data(stream, make):
     assert tune(make, {"rate": (1e-6, 0.05)}, stream, experiences=1, trials=6, seed=1) == found
 
 
-def test_test_records_and_later_experiences_change_nothing(stream, make):
+def test_tuning_ignores_test_records_and_later_experiences(stream, make):
     blank = [replace(e, test=e.test.take(torch.arange(2))) for e in stream]
     blank[1] = replace(blank[1], train=blank[1].train.take(torch.arange(3)))
     other = replace(stream, experiences=tuple(blank))
@@ -73,13 +73,13 @@ def test_test_records_and_later_experiences_change_nothing(stream, make):
         ({"held_out": 1.0}, "held_out = 1.0"),
     ],
 )
-def test_an_impossible_search_is_refused(stream, make, options, message):
+def test_tune_refuses_an_invalid_search(stream, make, options, message):
     given = {"space": {"rate": (0.01, 0.1)}, "experiences": 1} | options
     with pytest.raises(ConfigError, match=message):
         tune(make, given.pop("space"), stream, **given)
 
 
-def test_a_diverging_trial_scores_0_and_the_search_continues(stream, make):
+def test_a_diverging_tuning_trial_scores_0_and_search_goes_on(stream, make):
     def run_away(values):
         learner = make(values)
         if values["rate"] > 0.01:
@@ -91,7 +91,7 @@ def test_a_diverging_trial_scores_0_and_the_search_continues(stream, make):
     assert 0 < len(lost) < 8 and chosen.score > 0 and chosen.values["rate"] < 0.01 < min(lost)
 
 
-def test_private_records_are_not_tuned_on(stream, make):
+def test_tune_refuses_private_training(stream, make):
     private = partial(make, privacy=Privacy(noise_multiplier=1.0, seed=0))
     with pytest.raises(PrivacyError, match="because every trial"):
         tune(private, {"rate": (0.01, 0.1)}, stream, experiences=1, trials=1)

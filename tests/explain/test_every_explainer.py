@@ -24,7 +24,7 @@ def explained(name, inputs, targets=None):
 
 
 @every
-def test_values_have_the_shape_of_the_inputs(name):
+def test_attributions_have_the_shape_of_the_inputs(name):
     result = explained(name, INPUTS)
     assert result.values.shape == INPUTS.shape
     assert result.values.dtype == INPUTS.dtype
@@ -34,14 +34,14 @@ def test_values_have_the_shape_of_the_inputs(name):
 
 
 @every
-def test_the_largest_output_is_explained_unless_another_is_given(name):
+def test_the_largest_output_is_explained_by_default(name):
     assert torch.equal(explained(name, INPUTS).targets, predict(INPUTS).argmax(1))
     targets = torch.tensor([2, 0, 1, 2])
     assert torch.equal(explained(name, INPUTS, targets).targets, targets)
 
 
 @every
-def test_an_instance_has_the_same_explanation_in_a_batch(name):
+def test_a_row_has_the_same_explanation_alone_and_in_a_batch(name):
     whole = explained(name, INPUTS)
     alone = explained(name, INPUTS[:1])
     assert torch.allclose(whole.values[:1], alone.values, atol=1e-5)

@@ -36,7 +36,7 @@ def test_lime_recovers_the_slopes_of_a_linear_model():
     assert torch.allclose(got.fidelity, torch.ones(3, dtype=torch.float64))
 
 
-def test_slopes_are_per_unit_of_input_at_any_noise_scale():
+def test_lime_slopes_do_not_depend_on_the_feature_scales():
     weight = data(4, 1)
     x = data(2, 4, 1)
     scale = torch.tensor([0.1, 1.0, 5.0, 20.0], dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_lime_slopes_with_small_noise_equal_the_gradient():
     assert torch.allclose(got.values, gradient, atol=1e-5)
 
 
-def test_a_batch_gets_the_same_explanations_as_single_rows():
+def test_lime_explains_a_row_alike_alone_and_in_a_batch():
     model = nn.Sequential(nn.Flatten(), smooth(6))
     x = data(4, 6, 1).view(4, 2, 3)
     together = LIME(samples=100, chunk=33).explain(model, x, generator=seed(2))
@@ -94,7 +94,7 @@ def test_a_batch_gets_the_same_explanations_as_single_rows():
             )
 
 
-def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
+def test_lime_fidelity_falls_with_the_curvature_of_the_model():
     x = torch.zeros(1, 3)
 
     def fidelity(bend):
@@ -105,7 +105,7 @@ def test_fidelity_is_one_for_a_constant_and_falls_with_curvature():
     assert fidelity(5.0) < 0.1
 
 
-def test_equal_seeds_give_equal_values_without_gradients():
+def test_lime_with_equal_seeds_gives_equal_values():
     model = smooth(5)
     x = data(2, 5, 1)
     state = torch.get_rng_state()
@@ -118,7 +118,7 @@ def test_equal_seeds_give_equal_values_without_gradients():
 
 
 @pytest.mark.reference
-def test_lime_agrees_with_the_reference_on_a_smooth_model():
+def test_lime_agrees_with_the_lime_package_on_a_smooth_model():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lime.lime_tabular import LimeTabularExplainer
@@ -169,12 +169,12 @@ def test_lime_agrees_with_the_reference_on_a_smooth_model():
         ({"chunk": 0}, "chunk"),
     ],
 )
-def test_a_bad_field_is_named_when_the_explainer_is_made(fields, field):
+def test_lime_refuses_an_invalid_field_and_names_it(fields, field):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         LIME(**fields)
 
 
-def test_a_kernel_width_with_all_weights_0_is_refused():
+def test_lime_refuses_a_kernel_width_with_all_weights_0():
     with pytest.raises(ConfigError, match=r"^kernel_width = 0\.001"):
         LIME(kernel_width=1e-3).explain(smooth(4), data(2, 4))
 
@@ -187,6 +187,6 @@ def test_a_kernel_width_with_all_weights_0_is_refused():
         ({"targets": torch.zeros(5, dtype=torch.int64)}, "targets"),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(change, field):
+def test_lime_refuses_an_invalid_argument_and_names_it(change, field):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         LIME().explain(smooth(4), data(2, 4), **change)

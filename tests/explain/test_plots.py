@@ -25,7 +25,7 @@ def panels(figure):
     return [axis for axis in figure.axes if axis.images]
 
 
-def test_one_row_for_the_inputs_and_one_per_moment(pictures):
+def test_heat_maps_show_inputs_and_one_row_per_moment(pictures):
     inputs, rows, titles = pictures
     axes = panels(heat_maps(*pictures))
     assert len(axes) == 9
@@ -38,7 +38,7 @@ def test_one_row_for_the_inputs_and_one_per_moment(pictures):
     assert tuple(label.replace("\n", " ") for label in labels) == MOMENTS
 
 
-def test_colours_centre_at_zero_with_one_scale_per_column(pictures):
+def test_heat_map_colours_centre_at_0_with_one_scale_per_column(pictures):
     _, rows, _ = pictures
     rows[1][1][2] *= 10
     axes = panels(heat_maps(*pictures))
@@ -52,7 +52,7 @@ def test_colours_centre_at_zero_with_one_scale_per_column(pictures):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_plots_show_3_channels_in_colour_and_sum_attributions(channels):
+def test_heat_maps_show_rgb_inputs_and_summed_attributions(channels):
     generator = torch.Generator().manual_seed(0)
     inputs, values = torch.rand(2, 2, channels, 5, 4, generator=generator)
     axes = panels(heat_maps(inputs, [("now", values)], ["a", "b"]))
@@ -61,7 +61,7 @@ def test_plots_show_3_channels_in_colour_and_sum_attributions(channels):
     assert np.allclose(axes[3].images[0].get_array(), values[1].sum(0).numpy(), atol=1e-6)
 
 
-def test_attributions_of_zero_can_be_drawn(pictures):
+def test_heat_maps_of_zero_attributions_can_be_drawn(pictures):
     inputs, rows, titles = pictures
     figure = heat_maps(
         inputs, [(label, torch.zeros_like(values)) for label, values in rows], titles
@@ -71,7 +71,7 @@ def test_attributions_of_zero_can_be_drawn(pictures):
     assert colour.min() > 0.95
 
 
-def test_no_label_leaves_the_page_and_it_saves_as_png_and_svg(pictures):
+def test_heat_map_labels_stay_inside_the_page(pictures):
     figure = heat_maps(*pictures)
     figure.canvas.draw()
     width, height = figure.canvas.get_width_height()
@@ -86,7 +86,7 @@ def test_no_label_leaves_the_page_and_it_saves_as_png_and_svg(pictures):
 
 
 @pytest.mark.deep(reason="deployment: a fresh process that loads a library where it is used")
-def test_matplotlib_loads_with_the_first_picture_without_pyplot():
+def test_heat_maps_load_matplotlib_only_when_drawn():
     code = (
         "import sys, torch; from perdure.explain import heat_maps; x = torch.rand(2, 4, 4); "
         "print({'matplotlib', 'shap', 'lime', 'sklearn'} & set(sys.modules)); "
@@ -106,7 +106,7 @@ def test_matplotlib_loads_with_the_first_picture_without_pyplot():
         ({"titles": ["a"]}, "titles"),
     ],
 )
-def test_an_invalid_value_is_named_in_the_error(pictures, change, field):
+def test_heat_maps_refuse_an_invalid_argument_and_name_it(pictures, change, field):
     given = dict(zip(("inputs", "rows", "titles"), pictures, strict=True)) | change
     with pytest.raises(ConfigError, match=f"^{field}"):
         heat_maps(**given)

@@ -71,7 +71,7 @@ def test_shapley_values_are_exact_on_8_features(explainer, dtype, tolerance):
 
 
 @pytest.mark.parametrize("samples", [2048, 64])
-def test_a_batch_gets_the_same_explanations_as_single_rows(samples):
+def test_kernel_shap_explains_a_row_alike_alone_and_in_a_batch(samples):
     model = network(9)
     x = data(4, 9)
     background = data(6, 9, 1)
@@ -85,7 +85,7 @@ def test_a_batch_gets_the_same_explanations_as_single_rows(samples):
 
 
 @pytest.mark.parametrize("samples", [30, 2048])
-def test_values_add_up_to_output_minus_background_mean(samples):
+def test_shapley_values_add_up_to_output_minus_background_mean(samples):
     model = network(10)
     x = data(4, 10)
     background = data(7, 10, 1)
@@ -99,7 +99,7 @@ def test_values_add_up_to_output_minus_background_mean(samples):
 @pytest.mark.property
 @settings(deadline=None, max_examples=25)
 @given(value=st.integers(0, 2**31), dummy=st.integers(0, 5), exact=st.booleans())
-def test_an_unused_feature_has_the_value_0(value, dummy, exact):
+def test_an_unused_feature_has_the_shapley_value_0(value, dummy, exact):
     weight = data(6, 6, value)
     weight[dummy] = 0
 
@@ -115,7 +115,7 @@ def test_an_unused_feature_has_the_value_0(value, dummy, exact):
 @pytest.mark.property
 @settings(deadline=None, max_examples=25)
 @given(value=st.integers(0, 2**31), pair=st.permutations(range(6)), exact=st.booleans())
-def test_symmetric_features_have_equal_values(value, pair, exact):
+def test_symmetric_features_have_equal_shapley_values(value, pair, exact):
     first, second = pair[:2]
     weight = data(6, 6, value)
     x = data(2, 6, value + 1)
@@ -132,7 +132,7 @@ def test_symmetric_features_have_equal_values(value, pair, exact):
 
 
 @pytest.mark.statistical
-def test_sampling_approaches_exact_values_with_more_samples():
+def test_kernel_shap_nears_exact_values_with_more_samples():
     # Five fixed seeds; the error at 1,000 samples is about 2 % of the largest value, the bound is 6
     # %.
     model = network(12)
@@ -167,7 +167,7 @@ def test_kernel_shap_works_with_the_fewest_samples():
     assert torch.allclose(got.values, expected, atol=1e-8)
 
 
-def test_each_forward_pass_has_at_most_chunk_rows():
+def test_each_kernel_shap_forward_pass_has_at_most_chunk_rows():
     model = network(6)
     sizes = []
 
@@ -183,7 +183,7 @@ def test_each_forward_pass_has_at_most_chunk_rows():
 
 
 @pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
-def test_features_of_a_group_get_equal_values(explainer):
+def test_features_of_a_group_get_equal_shapley_values(explainer):
     groups = torch.tensor([[7, 7, 2], [2, 2, 5]])
     model = nn.Sequential(nn.Flatten(), network(6))
     x = data(2, 6)
@@ -208,7 +208,7 @@ def test_features_of_a_group_get_equal_values(explainer):
 
 
 @pytest.mark.parametrize("explainer", [KernelSHAP(), ExactShapley()])
-def test_a_single_feature_has_the_whole_difference(explainer):
+def test_a_single_feature_gets_the_whole_output_difference(explainer):
     got = explainer.explain(
         lambda rows: rows**2, torch.tensor([[3.0]]), torch.tensor([[1.0], [2.0]])
     )
@@ -216,7 +216,7 @@ def test_a_single_feature_has_the_whole_difference(explainer):
     assert got.base.item() == pytest.approx(2.5)
 
 
-def test_equal_seeds_give_equal_values_without_gradients():
+def test_kernel_shap_with_equal_seeds_gives_equal_values():
     model = network(10)
     x = data(2, 10)
     background = data(3, 10, 1)
@@ -264,7 +264,7 @@ def test_kernel_shap_agrees_with_the_shap_package():
         ({"predict": lambda rows: rows.sum(1)}, "predict"),
     ],
 )
-def test_an_invalid_value_is_named_in_the_error(change, field):
+def test_kernel_shap_refuses_an_invalid_argument_and_names_it(change, field):
     given = {"predict": network(12, dtype=torch.float32), "background": torch.zeros(3, 12)} | change
     if field == "predict":
         given["targets"] = torch.zeros(2, dtype=torch.int64)
@@ -281,11 +281,11 @@ def test_an_invalid_value_is_named_in_the_error(change, field):
         (lambda: ExactShapley(chunk=-1), "chunk"),
     ],
 )
-def test_a_bad_field_is_named_when_the_explainer_is_made(make, field):
+def test_an_explainer_refuses_an_invalid_field_and_names_it(make, field):
     with pytest.raises(ConfigError, match=f"^{field} = "):
         make()
 
 
-def test_too_many_features_for_brute_force_are_refused():
+def test_exact_shapley_refuses_too_many_features():
     with pytest.raises(ConfigError, match="KernelSHAP"):
         ExactShapley().explain(network(17), data(1, 17), data(1, 17))

@@ -21,7 +21,7 @@ from perdure.strategies import DER, EWC, LwF, Naive, Replay
     everyone=st.booleans(),
 )
 @pytest.mark.property
-def test_the_previous_exchange_is_the_last_one_of_the_client(
+def test_attendance_knows_the_last_exchange_of_each_client(
     clients, rounds, fraction, seed, everyone
 ):
     federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)
@@ -40,7 +40,7 @@ def test_the_previous_exchange_is_the_last_one_of_the_client(
         attendance.advance()
 
 
-def test_every_cohort_is_drawn_once_however_late_the_round(monkeypatch):
+def test_attendance_draws_the_clients_of_each_round_once(monkeypatch):
     drawn = []
     cohort = Federation.cohort
 
@@ -84,7 +84,7 @@ def asked_to_consolidate(stream, strategy, *, folder=None, privacy=None):
     ],
     ids=["naive", "replay", "ewc", "lwf", "der", "herding"],
 )
-def test_untrained_clients_consolidate_if_it_changes_the_state(stream, strategy, number):
+def test_untrained_clients_consolidate_only_if_state_changes(stream, strategy, number):
     counts, _ = asked_to_consolidate(stream, strategy)
     assert counts == [number] * 2
 
@@ -99,7 +99,7 @@ def unchanged(self, curator, params, state):
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
-def test_a_client_that_was_left_out_catches_up_to_the_same_bits(stream, tmp_path, privacy):
+def test_a_left_out_client_catches_up_to_identical_results(stream, tmp_path, privacy):
     """Its memory holds records of experiences that it did not train in, as if it had been asked."""
     (few, one), (every, other) = (
         asked_to_consolidate(stream, strategy, privacy=privacy, folder=tmp_path / name)
@@ -114,7 +114,7 @@ def test_a_client_that_was_left_out_catches_up_to_the_same_bits(stream, tmp_path
         assert ledger.read_text() == all_asked.read_text()
 
 
-def test_a_stopped_run_restores_its_attendance(stream, tmp_path):
+def test_a_resumed_federation_restores_its_attendance(stream, tmp_path):
     streams = dirichlet(short(stream, 2), clients=5, alpha=1.0, min_size=8, exact=False)
     federation = Federation(clients=5, rounds=2, fraction=0.4, seed=3)
     make = maker(stream, Replay(memory_size=30), iterations=4, blocks=1)
@@ -133,7 +133,7 @@ def test_a_stopped_run_restores_its_attendance(stream, tmp_path):
     assert outcome(last.learner) == whole
 
 
-def test_an_idle_client_keeps_no_gradient_and_shares_the_start(stream):
+def test_an_idle_client_keeps_no_gradient_and_shares_parameters(stream):
     """Its own copy of the model is what is left to it."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=5.0, min_size=8)
     learners = {}

@@ -47,7 +47,7 @@ def replies(sizes=(3, 50, 7), **more):
     ]
 
 
-def test_the_mean_is_bit_identical_to_flowers_mean():
+def test_held_averaging_is_bit_identical_to_flower():
     mine, metrics = HeldFedAvg(FedAvg()).aggregate_train(1, replies())
     own, _ = FedAvg().aggregate_train(1, replies())
     assert list(mine) == list(own)
@@ -58,7 +58,7 @@ def test_the_mean_is_bit_identical_to_flowers_mean():
         assert array.numpy().tobytes() == own[name].numpy().tobytes()
 
 
-def test_averaging_does_not_change_replies():
+def test_averaging_does_not_change_the_replies():
     given = replies()
     HeldFedAvg(FedAvg()).aggregate_train(1, given)
     for client, reply in enumerate(given):
@@ -66,7 +66,7 @@ def test_averaging_does_not_change_replies():
             assert np.array_equal(reply.content["arrays"][name].numpy(), value.numpy())
 
 
-def test_other_replies_are_averaged_by_flower():
+def test_replies_with_other_arrays_are_averaged_by_flower():
     given = replies(loss=2.0)
     _, metrics = HeldFedAvg(FedAvg()).aggregate_train(1, given)
     assert dict(metrics) == {"loss": 2.0}
@@ -80,7 +80,7 @@ def test_other_replies_are_averaged_by_flower():
     assert HeldFedAvg(FedAvg()).aggregate_train(1, []) == (None, None)
 
 
-def test_only_plain_fedavg_is_replaced_by_the_fast_mean():
+def test_only_plain_fedavg_is_replaced_by_the_fast_average():
     given = FedAvg(weighted_by_key="rows", fraction_train=0.5)
     assert vars(HeldFedAvg(given)) == vars(given)
     assert HeldFedAvg.replaces(given)

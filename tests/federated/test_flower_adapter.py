@@ -57,7 +57,7 @@ def ask(grid, nodes, content=None):
     return [Message(record, node, "train") for node in nodes]
 
 
-def test_the_private_names_are_those_of_flower_1_41():
+def test_the_private_names_used_exist_in_flower_1_41():
     assert version("flwr").startswith("1.41.")
     assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
     assert Run.create_empty(1).run_id == 1
@@ -73,21 +73,21 @@ def test_the_private_names_are_those_of_flower_1_41():
     assert telemetry.FLWR_TELEMETRY_ENABLED in ("0", "1")
 
 
-def test_replies_come_in_the_order_asked_and_name_their_node():
+def test_the_grid_returns_replies_in_the_order_asked():
     with InProcessGrid(echo(), clients=4).running() as grid:
         replies = list(grid.send_and_receive(ask(grid, [3, 1, 4])))
     assert [reply.metadata.src_node_id for reply in replies] == [3, 1, 4]
     assert [reply.metadata.reply_to_message_id for reply in replies] == ["1", "2", "3"]
 
 
-def test_a_reply_is_delivered_once():
+def test_the_grid_delivers_each_reply_once():
     with InProcessGrid(echo(), clients=2).running() as grid:
         ids = list(grid.push_messages(ask(grid, [1, 2])))
         assert len(list(grid.pull_messages(ids))) == 2
         assert list(grid.pull_messages(ids)) == []
 
 
-def test_every_node_has_its_own_context_that_lasts():
+def test_every_grid_node_keeps_its_own_context():
     def count(message, context):
         rounds = context.state.get("seen", MetricRecord({"rounds": 0}))["rounds"] + 1
         context.state["seen"] = MetricRecord({"rounds": rounds})
@@ -105,7 +105,7 @@ def test_every_node_has_its_own_context_that_lasts():
     ]
 
 
-def test_a_client_that_writes_into_its_message_changes_no_other():
+def test_a_client_that_changes_its_message_changes_no_other():
     def spoil(message, context):
         assert message.content["arrays"]["w"].numpy().tolist() == [0, 0, 0]
         message.content["arrays"]["w"].numpy()[:] = 7
@@ -131,7 +131,7 @@ def test_progress_is_called_after_every_reply():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_client_exception_is_an_error_reply_for_it_only():
+def test_a_client_exception_gives_an_error_reply_for_that_client():
     def fail(message, context):
         if context.node_id == 2:
             raise ValueError("no such thing\nsecond line")
@@ -144,7 +144,7 @@ def test_a_client_exception_is_an_error_reply_for_it_only():
             answers(grid, ask(grid, [1, 2, 3]), {1: 0, 2: 1, 3: 2})
 
 
-def test_an_interrupt_does_not_become_an_error_reply():
+def test_an_interrupt_of_a_client_stops_the_grid():
     def interrupt(message, context):
         raise KeyboardInterrupt
 
@@ -169,7 +169,7 @@ def test_a_privacy_error_of_a_client_is_raised_first():
         answers(grid, ask(grid, [1, 2, 3]), {1: 0, 2: 1, 3: 2})
 
 
-def test_failures_of_other_types_become_federation_errors():
+def test_client_failures_of_other_types_are_federation_errors():
     assert type(failure(3, "StrategyError: two memories")) is FederationError
     assert (
         str(failure(3, "StrategyError: two memories"))
@@ -179,7 +179,7 @@ def test_failures_of_other_types_become_federation_errors():
     assert str(failure(3, "")) == "client 3 stopped: no reason given"
 
 
-def test_a_private_error_reply_has_no_value_of_a_record(caplog):
+def test_the_error_reply_of_a_private_client_quotes_no_record(caplog):
     with InProcessGrid(echo(), clients=1).running():
         message = Message(RecordDict({}), 1, "train")
         foreign = error_reply(message, ValueError("could not convert 'Jane Doe'"), private=True)
@@ -200,7 +200,7 @@ def test_a_private_error_reply_has_no_value_of_a_record(caplog):
             assert error_reply(message, kind(quoting)).error.reason.endswith(quoting)
 
 
-def test_the_error_names_clients_without_reply():
+def test_the_error_names_clients_without_a_reply():
     class Deaf(InProcessGrid):
         def pull_messages(self, message_ids):
             return list(super().pull_messages(message_ids))[:-1]
@@ -212,13 +212,13 @@ def test_the_error_names_clients_without_reply():
         answers(grid, ask(grid, [1, 2]), {1: 0, 2: 1})
 
 
-def test_answers_are_in_client_order_for_any_node_names():
+def test_answers_are_sorted_by_client_for_any_node_ids():
     with InProcessGrid(echo(), clients=3).running() as grid:
         replies = answers(grid, ask(grid, [1, 2, 3]), {1: 2, 2: 0, 3: 1})
     assert [reply.metadata.src_node_id for reply in replies] == [2, 3, 1]
 
 
-def test_nodes_are_known_by_the_partition_they_hold():
+def test_wait_for_clients_orders_nodes_by_their_partition():
     class Shuffled(InProcessGrid):
         def get_node_ids(self):
             return [3, 1, 2]
@@ -229,7 +229,7 @@ def test_nodes_are_known_by_the_partition_they_hold():
             wait_for_clients(grid, 2)
 
 
-def test_the_identity_of_the_process_is_restored():
+def test_the_grid_restores_the_task_identity_of_flower():
     before = dict(vars(TaskIdentity))
     with pytest.raises(ZeroDivisionError), InProcessGrid(echo(), clients=1).running():
         assert TaskIdentity.run_id == 1
@@ -237,7 +237,7 @@ def test_the_identity_of_the_process_is_restored():
     assert dict(vars(TaskIdentity)) == before
 
 
-def test_a_cohort_shows_flower_exactly_its_nodes():
+def test_flower_sees_only_the_nodes_of_the_cohort():
     aggregator = FedAvg(min_train_nodes=1, min_available_nodes=1)
     with InProcessGrid(echo(), clients=6).running() as grid:
         cohort = Cohort(grid, [2, 5])
@@ -249,7 +249,7 @@ def test_a_cohort_shows_flower_exactly_its_nodes():
         assert cohort.run is grid.run
 
 
-def test_flower_does_not_change_log_level_or_random_numbers(caplog):
+def test_running_flower_keeps_log_level_and_random_state(caplog):
     logger = logging.getLogger("flwr")
     level = logging.getLogger("flwr").level
     state = random.getstate()

@@ -28,7 +28,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_held_array_behaves_like_flowers_array(name):
+def test_a_held_array_behaves_like_an_array_of_flower(name):
     tensor = TENSORS[name]
     own = Array(np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape))
     mine = held({"a": tensor})["a"]
@@ -103,7 +103,7 @@ def serialised(app):
 
 
 @pytest.mark.parametrize(("aggregator", "arrays"), [(FedAvg(), 0), (FedAdam(eta=0.05), 16)])
-def test_messages_in_process_serialise_no_array_of_a_clients(
+def test_in_process_messages_serialise_no_array_of_a_client(
     stream, monkeypatch, aggregator, arrays
 ):
     """Another aggregator than FedAvg serialises its own: FedAdam a mean and a step, of four arrays
@@ -123,7 +123,7 @@ def test_messages_in_process_serialise_no_array_of_a_clients(
     assert len(saved) == arrays
 
 
-def test_a_federation_with_serialised_messages_is_bit_identical(stream):
+def test_serialised_messages_give_a_bit_identical_federation(stream):
     streams = dirichlet(short(stream, 2), clients=3, alpha=5.0, min_size=8)
     make = maker(stream, EWC(strength=1.0), iterations=4, blocks=1)
     federation = Federation(clients=3, rounds=2)

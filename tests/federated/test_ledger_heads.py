@@ -64,7 +64,7 @@ def stopped(started, tmp_path):
     return tmp_path / "run"
 
 
-def test_the_server_keeps_the_heads_that_clients_report(started, tmp_path):
+def test_the_server_stores_the_ledger_heads_that_clients_report(started, tmp_path):
     server = started()
     for client in (0, 1):
         folder = tmp_path / "run" / "clients" / f"00{client}"
@@ -73,7 +73,7 @@ def test_the_server_keeps_the_heads_that_clients_report(started, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["deleted", "put back"])
-def test_a_client_with_an_older_folder_is_refused(started, stopped, how):
+def test_the_server_refuses_a_client_with_an_older_ledger(started, stopped, how):
     """All of it: its own checkpoint and copy agree with its ledger, and only the server knows."""
     folder = stopped / "clients" / "001"
     kept = stopped.parent / "kept"
@@ -96,7 +96,7 @@ def test_a_client_with_an_older_folder_is_refused(started, stopped, how):
             started()
 
 
-def test_a_private_client_cannot_continue_without_privacy(started, stopped):
+def test_a_private_federation_cannot_resume_without_privacy(started, stopped):
     with pytest.raises(RunError, match=r"privacy \(given null, stored Privacy\)"):
         started(privacy=None)
     for part in ("checkpoint", "private"):
@@ -125,12 +125,12 @@ def test_a_private_client_cannot_continue_without_privacy(started, stopped):
         ),
     ],
 )
-def test_the_error_names_changed_federation_settings(started, stopped, changes, told):
+def test_the_error_names_the_changed_federation_settings(started, stopped, changes, told):
     with pytest.raises(RunError, match=f"run has a run that differs in .*{told}"):
         started(**changes)
 
 
-def test_other_records_of_a_client_are_refused(started, stopped, two, caplog):
+def test_a_resumed_client_with_other_records_is_refused(started, stopped, two, caplog):
     first, second = two[0][1]
     fewer = first.train.take(torch.arange(len(first.train) - 1)).declared(first.train.declared_size)
     streams = [two[0][0], replace(two[0][1], experiences=(replace(first, train=fewer), second))]
@@ -139,7 +139,7 @@ def test_other_records_of_a_client_are_refused(started, stopped, two, caplog):
     assert "differs in stream.experiences[0]" in caplog.text
 
 
-def test_two_servers_do_not_work_in_one_folder(started, tmp_path, stream, two):
+def test_a_federation_folder_is_refused_to_a_second_server(started, tmp_path, stream, two):
     def second(point, server):
         with pytest.raises(RunError, match="is in use"):
             started()
@@ -157,7 +157,7 @@ def test_one_model_object_for_all_clients_is_refused(stream, two):
     assert "client" in str(refused.value)
 
 
-def test_a_private_federations_model_counts_as_trained(started, stream):
+def test_the_model_of_a_private_federation_counts_as_trained(started, stream):
     model = started().learner.model
     learner = maker(stream, Naive(), model=model, privacy=SIMULATED)(0)
     with pytest.raises(ConfigError, match="trained by clients, who hold the ledgers"):

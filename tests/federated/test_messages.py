@@ -37,7 +37,7 @@ def task(**changes):
     "kind,records",
     [("train", {"arrays", "metrics", "ledger"}), ("train.finish", {"state", "metrics", "ledger"})],
 )
-def test_a_private_reply_holds_only_releases_and_declared_facts(stream, kind, records):
+def test_a_private_reply_holds_only_releases_and_declared_sizes(stream, kind, records):
     stream = short(stream, 1)
     declared = replace(stream[0].train, declared_size=300)
     stream = replace(stream, experiences=(replace(stream[0], train=declared),))
@@ -97,7 +97,7 @@ def test_combined_state_is_sent_once_per_client_and_experience(stream):
 @pytest.mark.parametrize(
     "privacy,text", [(None, "the label is 'Jane'"), (SIMULATED, "see the client's log")]
 )
-def test_a_failing_client_stops_the_run_with_its_name_and_reason(stream, privacy, text):
+def test_a_failing_client_stops_the_run_with_name_and_reason(stream, privacy, text):
     streams, federation = hard(stream)
 
     def fail(point, learner):
@@ -112,7 +112,7 @@ def test_a_failing_client_stops_the_run_with_its_name_and_reason(stream, privacy
         )
 
 
-def test_a_clients_privacy_error_stops_the_run_as_such(stream):
+def test_a_privacy_error_of_a_client_stops_the_federation(stream):
     class Raw(Naive):
         def after_experience(self, curator, params, state):
             curator.raw("to look at them")
@@ -130,7 +130,7 @@ def states(*rows, rule="mean", dtype=torch.float32):
     return [State({"a": torch.tensor(row, dtype=dtype)}, {"a": rule}) for row in rows]
 
 
-def test_mean_is_weighted_and_sum_adds_increments():
+def test_combine_weights_means_and_adds_increments_of_sums():
     mean = combine(None, states([1.0, 2.0], [3.0, 6.0]), [1, 3])
     assert mean["a"].tolist() == [2.5, 5.0]
     assert mean.rules == {"a": "mean"}
@@ -143,7 +143,7 @@ def test_mean_is_weighted_and_sum_adds_increments():
     ]
 
 
-def test_local_names_are_not_combined_and_integers_have_no_mean():
+def test_combine_skips_local_names_and_refuses_integer_means():
     state = State({"a": torch.ones(1), "b": torch.ones(1)}, {"a": "sum", "b": "local"})
     assert list(combine(None, [state, state], [1, 1])) == ["a"]
     with pytest.raises(StrategyError, match=r"'a' is torch\.int64"):
@@ -151,7 +151,7 @@ def test_local_names_are_not_combined_and_integers_have_no_mean():
 
 
 @pytest.mark.parametrize("rule", ["sum", "mean"])
-def test_a_single_state_is_combined_without_change(rule):
+def test_combine_returns_a_single_state_unchanged(rule):
     (new,) = states([0.1, -0.0, float("nan"), 1e-45], rule=rule)
     (old,) = states([1e8, 1.0, 1.0, 3.0], rule=rule)
     assert combine(old, [new], [7])["a"].numpy().tobytes() == new["a"].numpy().tobytes()
@@ -166,7 +166,7 @@ def test_a_single_state_is_combined_without_change(rule):
     rule=st.sampled_from(["sum", "mean"]),
 )
 @pytest.mark.property
-def test_combination_ignores_client_order_and_keeps_equal_values(rows, seed, rule):
+def test_combine_ignores_the_order_of_clients(rows, seed, rule):
     weights = [float(i + 1) for i in range(len(rows))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     (old,) = states([0.5, 0.25, 2.0], rule=rule)
@@ -179,7 +179,7 @@ def test_combination_ignores_client_order_and_keeps_equal_values(rows, seed, rul
     assert torch.equal(combine(None, alike, [0.1, 0.7, 3.0])["a"], alike[0]["a"])
 
 
-def test_records_keep_names_order_dtypes_and_bits():
+def test_array_records_keep_names_order_dtypes_and_bits():
     tensors = {
         "z": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).T,
         "a": torch.tensor(3),
@@ -196,7 +196,7 @@ def test_records_keep_names_order_dtypes_and_bits():
         to_record({"half": torch.ones(1, dtype=torch.bfloat16)})
 
 
-def test_a_model_of_another_shape_is_refused():
+def test_shared_parameters_of_another_shape_are_refused():
     model = nn.Linear(2, 3)
     with pytest.raises(FederationError, match="bias"):
         load_shared(model, {"weight": torch.zeros(3, 2)})
@@ -211,7 +211,7 @@ def test_a_model_of_another_shape_is_refused():
         ([np.zeros(3), np.ones(1)], "list"),
     ],
 )
-def test_the_state_of_an_aggregator_survives_a_restart(value, kind):
+def test_the_state_of_an_aggregator_is_restored_on_resume(value, kind):
     aggregator = FedAvg()
     other = FedAvg()
     aggregator.memory = value
@@ -230,7 +230,7 @@ def test_the_state_of_an_aggregator_survives_a_restart(value, kind):
 
 
 @pytest.mark.parametrize("spoilt", ["value", "label"])
-def test_the_server_gets_no_name_of_a_private_bad_record(stream, spoilt, caplog):
+def test_the_server_gets_no_value_of_an_invalid_private_record(stream, spoilt, caplog):
     """A data check that the holder runs while the client is built: its text quotes a record."""
     one = short(stream, 1)
 

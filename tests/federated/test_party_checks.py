@@ -40,14 +40,14 @@ def never(point, learner):
         ((SIMULATED, None, None), "clients 1 and 2 without privacy, but client 0 with"),
     ],
 )
-def test_clients_without_privacy_among_private_ones_are_refused(stream, three, privacy, told):
+def test_mixing_private_and_other_clients_is_refused(stream, three, privacy, told):
     make = mixed(stream, privacy=privacy, callbacks=[[never]] * 3)
     with pytest.raises(FederationError, match=told):
         fit_federated(make, three, THREE)
 
 
 @pytest.mark.parametrize("asked", [None, SIMULATED])
-def test_an_app_refuses_a_server_of_the_other_privacy(stream, three, asked):
+def test_a_server_and_client_that_differ_in_privacy_are_refused(stream, three, asked):
     """As on machines of their own, where nobody sees the learners of all."""
     own = SIMULATED if asked is None else None
     make = maker(stream, Naive(), privacy=own, callbacks=[never_trains])
@@ -71,7 +71,7 @@ def test_secret_noise_without_a_folder_is_refused_with_the_fix(stream, three):
         fit_federated(make, three, THREE)
 
 
-def test_a_learners_own_folder_is_refused(stream, three, tmp_path):
+def test_a_client_learner_with_a_folder_of_its_own_is_refused(stream, three, tmp_path):
     """It would be ignored: the state of a client lies below the federation's folder."""
     make = mixed(stream, folder=[None, tmp_path / "mine", None])
     with pytest.raises(ConfigError, match=r"client 1: Learner\(folder=.*fit_federated\("):
@@ -85,13 +85,13 @@ def test_a_learners_own_folder_is_refused(stream, three, tmp_path):
         server.serve(grid)
 
 
-def test_one_owner_of_several_private_ledgers_is_refused(stream, three):
+def test_one_owner_for_two_private_client_ledgers_is_refused(stream, three):
     make = mixed(stream, owner=["a", "b", "a"], privacy=[SIMULATED] * 3)
     with pytest.raises(ConfigError, match=r"owner = 'a' is given to clients 0 and 2"):
         fit_federated(make, three, THREE)
 
 
-def test_the_owners_name_does_not_change_results(stream, three):
+def test_owner_names_of_clients_do_not_change_results(stream, three):
     named = mixed(stream, owner=["a", "b", "c"], privacy=[SIMULATED] * 3)
     plain = maker(stream, Naive(), privacy=SIMULATED)
     assert fit_federated(named, three, THREE).equal(fit_federated(plain, three, THREE))

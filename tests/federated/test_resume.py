@@ -90,7 +90,7 @@ def test_a_client_stopped_anywhere_resumes_bit_identically(
     assert outcome(run_federation(make, streams, federation, folder=tmp_path).learner) == expected
 
 
-def test_surviving_clients_return_to_the_servers_checkpoint(stream, tmp_path, reference):
+def test_running_clients_go_back_to_the_checkpoint_of_the_server(stream, tmp_path, reference):
     privacy, expected = reference
     streams, federation = hard(stream)
     make = maker(stream, STRATEGY, privacy=privacy)
@@ -127,7 +127,7 @@ def test_a_finished_federation_is_not_trained_again(stream, tmp_path):
     assert outcome(first.learner) == outcome(again.learner)
 
 
-def test_a_folder_of_another_federation_is_refused(stream, tmp_path):
+def test_the_folder_of_another_federation_is_refused(stream, tmp_path):
     streams, federation = hard(stream)
     run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
     with pytest.raises(RunError, match=r"differs in federation.seed \(given 3, stored 2\)"):
@@ -155,7 +155,7 @@ def test_a_client_without_its_saved_state_is_refused(stream, tmp_path):
         run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
 
 
-def test_nothing_on_disk_is_pickled_and_rows_are_private(stream, tmp_path):
+def test_no_file_is_pickled_and_rows_are_in_private_folders(stream, tmp_path):
     streams, federation = hard(stream)
     run_federation(maker(stream, STRATEGY, privacy=SIMULATED), streams, federation, folder=tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

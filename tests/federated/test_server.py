@@ -43,7 +43,7 @@ ALONE = [
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
 @pytest.mark.parametrize("strategy", ALONE, ids=lambda s: f"{s.name}-{getattr(s, 'mode', '')}")
-def test_a_federation_of_one_client_equals_the_learner_alone(stream, strategy, privacy):
+def test_a_federation_of_one_client_equals_one_learner(stream, strategy, privacy):
     stream, make = short(stream), maker(stream, strategy, privacy=privacy)
     alone = make(0)
     alone.fit(stream)
@@ -52,7 +52,7 @@ def test_a_federation_of_one_client_equals_the_learner_alone(stream, strategy, p
     assert alone.matrix[0][0] > 0
 
 
-def test_a_folder_changes_neither_federation_nor_ledger(stream, tmp_path):
+def test_a_folder_changes_neither_the_model_nor_the_ledger(stream, tmp_path):
     stream, make = (
         short(stream, 2),
         maker(stream, Combine(EWC(strength=9.0), Replay(memory_size=30)), privacy=SIMULATED),
@@ -70,7 +70,7 @@ def test_a_folder_changes_neither_federation_nor_ledger(stream, tmp_path):
     assert ledger.count("gradient") >= 6
 
 
-def test_empty_rounds_charge_nothing_when_rounds_exceed_steps(stream, tmp_path):
+def test_rounds_without_steps_charge_nothing(stream, tmp_path):
     stream, make = short(stream, 1), maker(stream, Naive(), privacy=SIMULATED, iterations=2)
     alone = make(0)
     alone.folder = tmp_path / "alone"
@@ -130,7 +130,7 @@ def normed(number):
     )
 
 
-def test_counters_stay_local_and_running_statistics_are_sent(stream):
+def test_batch_counters_stay_local_and_running_means_are_shared(stream):
     stream = short(stream, 2)
     alone = normed(0)
     alone.fit(stream)
@@ -160,7 +160,7 @@ def test_ten_clients_repeat_exactly_with_and_without_a_folder(stream, tmp_path):
     assert first.learner.matrix[0][0] > 90
 
 
-def test_a_round_is_the_average_weighted_by_declared_sizes(stream):
+def test_a_round_averages_parameters_by_declared_sizes(stream):
     """Against a direct loop over learners."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=0.5, min_size=8)
     make = maker(stream, Naive(), iterations=4, blocks=1)
@@ -210,7 +210,7 @@ def test_fisher_information_is_the_weighted_mean_over_clients(stream):
 @pytest.mark.parametrize(
     "aggregator", [FedAvg(), FedAdam(eta=0.05), FedAvgM(server_momentum=0.5), FedMedian()]
 )
-def test_aggregators_work_below_their_default_node_counts(stream, aggregator):
+def test_aggregators_accept_fewer_nodes_than_their_defaults(stream, aggregator):
     streams = dirichlet(short(stream, 1), clients=2, alpha=5.0, min_size=8)
     federation = Federation(clients=2, rounds=2, fraction=0.5, aggregator=aggregator)
     matrix = fit_federated(maker(stream, Naive()), streams, federation)
@@ -223,7 +223,7 @@ def test_aggregators_work_below_their_default_node_counts(stream, aggregator):
 # --------------------------------------------------------------------------- sampling
 
 
-def test_cohorts_come_from_the_seed_and_have_their_size():
+def test_the_clients_of_a_round_depend_only_on_the_seed():
     federation = Federation(clients=10, rounds=4, fraction=0.3, seed=1)
     torch.manual_seed(0)
     cohorts = [federation.cohort(e, r) for e in range(5) for r in range(4)]
@@ -266,7 +266,7 @@ def test_an_invalid_federation_is_refused_in_one_line(changes, error, text):
     assert "\n" not in str(caught.value)
 
 
-def test_unfitting_streams_engine_or_folder_are_refused(stream):
+def test_run_federation_refuses_wrong_streams_engine_or_folder(stream):
     make = maker(stream, Naive())
     federation = Federation(clients=2, rounds=1)
     with pytest.raises(
@@ -288,7 +288,7 @@ def test_an_aggregator_failure_is_a_federation_error(stream):
         )
 
 
-def test_the_server_sees_no_training_record(stream):
+def test_the_server_holds_no_training_record(stream):
     server = Server(
         learner=maker(stream, Naive(), privacy=SIMULATED, folder=Path("x"))(0),
         stream=stream,
@@ -300,7 +300,7 @@ def test_the_server_sees_no_training_record(stream):
 
 
 @pytest.mark.parametrize("built", ["by run_federation", "by an app of one's own"])
-def test_a_record_of_two_clients_is_refused_under_privacy(stream, built):
+def test_privacy_refuses_one_record_at_two_clients(stream, built):
     """Each client's ledger counts its own use of the record, and their sum would be nowhere."""
     one = short(stream, 1)
     make = maker(one, Naive(), privacy=SIMULATED)

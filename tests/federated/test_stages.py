@@ -6,7 +6,7 @@ from perdure.federated import Federation, run_federation
 from perdure.strategies import Naive
 
 
-def test_a_federation_is_measured_at_the_end_of_stages(stream, tmp_path):
+def test_a_federation_is_evaluated_at_the_end_of_each_stage(stream, tmp_path):
     pieces = online(short(stream, 2), chunk=130)
     assert len(pieces) == 4 and len(pieces.stages) == 2
     evaluated = []
