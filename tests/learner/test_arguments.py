@@ -81,13 +81,13 @@ def learner(**changes):
         ({"device": "gpu"}, "device = 'gpu' cannot be used: .*; allowed: 'cpu', or a device"),
     ],
 )
-def test_an_argument_of_another_type_is_refused_in_one_line(changes, message):
+def test_the_learner_refuses_an_argument_of_the_wrong_type(changes, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         learner(**changes)
     assert "\n" not in str(refusal.value)
 
 
-def test_an_optimizer_in_place_of_its_maker_is_refused():
+def test_the_learner_refuses_an_optimizer_object():
     with pytest.raises(ConfigError, match=r"optimizer = 'SGD' .*a function from parameters"):
         learner(optimizer=torch.optim.SGD(nn.Linear(5, 4).parameters(), lr=0.1))
 
@@ -111,17 +111,17 @@ def test_an_optimizer_in_place_of_its_maker_is_refused():
         (partial(SGD, differentiable=True), "optimizer SGD fails in a step: .*dense gradients"),
     ],
 )
-def test_an_optimizer_that_the_loop_cannot_use_is_refused(toy_stream, maker, message):
+def test_the_learner_refuses_an_optimizer_without_dense_steps(toy_stream, maker, message):
     with pytest.raises(ConfigError, match=message) as caught:
         learner(optimizer=maker).fit(toy_stream())
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_may_be_text(tmp_path):
+def test_the_learner_accepts_a_folder_as_text(tmp_path):
     assert learner(folder=str(tmp_path)).folder == Path(tmp_path)
 
 
-def test_a_data_set_in_place_of_a_stream_is_refused():
+def test_the_learner_refuses_a_list_in_place_of_a_stream():
     with pytest.raises(ConfigError, match=r"stream = 'list' .*perdure\.data\.split"):
         learner().fit([torch.ones(3, 5)])
 
@@ -139,14 +139,14 @@ def test_a_data_set_in_place_of_a_stream_is_refused():
         (nn.Flatten(0), r"outputs of the model = .\(10,\) for 2 rows.*one row for every record"),
     ],
 )
-def test_a_model_that_does_not_fit_the_records_is_refused(toy_stream, model, message):
+def test_the_learner_refuses_a_model_that_fails_on_the_inputs(toy_stream, model, message):
     with pytest.raises(ConfigError, match=message):
         learner(model=model, optimizer=lambda p: SGD([*p] or [nn.Parameter(torch.ones(1))])).fit(
             toy_stream()
         )
 
 
-def test_inputs_of_another_precision_are_named(toy_data):
+def test_the_error_names_inputs_of_another_precision(toy_data):
     train, test = (
         replace(part, inputs=part.inputs.double()) for part in (toy_data.train, toy_data.test)
     )
@@ -159,7 +159,7 @@ def test_inputs_of_another_precision_are_named(toy_data):
     "settings",
     [{"epsilon": "3"}, {"epsilon": (1.0, "2")}, {"noise_multiplier": "1"}, {"delta": "x"}],
 )
-def test_privacy_in_words_is_refused(settings):
+def test_privacy_refuses_numbers_given_as_text(settings):
     with pytest.raises(ConfigError, match="is not allowed; allowed: a number"):
         Privacy(**({"noise_multiplier": 1.0} | settings))
 
@@ -184,14 +184,14 @@ def test_privacy_in_words_is_refused(settings):
         (lambda: Combine(EWC, Naive()), "a part of Combine = .*EWC.*instances of strategies"),
     ],
 )
-def test_a_setting_of_another_type_is_refused_in_one_line(make, message):
+def test_a_setting_of_the_wrong_type_is_refused_in_one_line(make, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         make()
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_field_of_a_strategy_is_checked(name):
+def test_every_field_of_a_strategy_is_type_checked(name):
     strategy = find(name).example()
     for each in fields(strategy):
         if each.init:
@@ -200,7 +200,7 @@ def test_every_field_of_a_strategy_is_checked(name):
 
 
 @pytest.mark.parametrize("name", ["inputs", "labels", "ids"])
-def test_arrays_in_place_of_tensors_are_named(name):
+def test_records_refuse_numpy_arrays_and_name_the_field(name):
     given = {"inputs": torch.ones(3, 5), "labels": torch.zeros(3).long(), "ids": torch.arange(3)}
     given[name] = np.zeros(3, dtype=np.int64)
     with pytest.raises(DataError, match=f"{name} are a ndarray; .*torch.as_tensor"):

@@ -21,7 +21,7 @@ def snapshot(k):
     )
 
 
-def test_a_saved_checkpoint_is_loaded_again(tmp_path):
+def test_a_saved_checkpoint_loads_with_equal_tensors(tmp_path):
     store = Store(tmp_path)
     assert store.load() is None and store.numbers() == []
     store.save(1, snapshot(7))
@@ -35,7 +35,7 @@ def test_a_saved_checkpoint_is_loaded_again(tmp_path):
     assert back.facts == snapshot(7).facts
 
 
-def test_the_last_two_checkpoints_are_kept(tmp_path):
+def test_the_store_keeps_the_last_two_checkpoints(tmp_path):
     store = Store(tmp_path)
     for number in (1, 2, 3, 4):
         store.save(number, snapshot(number))
@@ -45,7 +45,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
         assert {path.stem for path in folder.glob("0*")} == {"000003", "000004"}
 
 
-def test_tensors_that_share_memory_are_saved_each(tmp_path):
+def test_tensors_that_share_memory_are_saved_separately(tmp_path):
     weight = torch.arange(4.0)
     Store(tmp_path).save(
         1, Snapshot(tensors={"a": weight, "b": weight.detach(), "c": weight.view(2, 2).T})
@@ -54,7 +54,7 @@ def test_tensors_that_share_memory_are_saved_each(tmp_path):
     assert torch.equal(back["a"], back["b"]) and torch.equal(back["c"], weight.view(2, 2).T)
 
 
-def test_private_rows_are_in_a_folder_with_mode_0700(tmp_path):
+def test_private_checkpoint_files_have_mode_0600(tmp_path):
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     assert store.private.stat().st_mode & 0o777 == 0o700
@@ -86,7 +86,7 @@ def test_an_unfinished_checkpoint_is_ignored(tmp_path):
         ("checkpoint/000002.json", b'{"position": '),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_naming_the_one_before(tmp_path, name, content):
+def test_the_error_of_a_damaged_checkpoint_names_complete_ones(tmp_path, name, content):
     store = Store(tmp_path)
     for number in (1, 2):
         store.save(number, snapshot(number))
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_refused_naming_the_one_before(tmp_path, name, c
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"number": null}', b"[3]"])
-def test_a_damaged_pointer_is_refused(tmp_path, content):
+def test_a_damaged_file_latest_json_is_refused(tmp_path, content):
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     (store.public / "latest.json").write_bytes(content)
@@ -118,7 +118,7 @@ def test_an_unknown_checkpoint_number_is_refused(tmp_path):
         store.load(9)
 
 
-def test_an_open_private_folder_gets_mode_0700(tmp_path):
+def test_the_store_sets_an_open_private_folder_to_mode_0700(tmp_path):
     (tmp_path / "private").mkdir(mode=0o755)
     draft = tmp_path / "private" / f".000001.safetensors.{os.getpid()}.draft"
     draft.touch(mode=0o644)  # left by a crash
@@ -127,7 +127,7 @@ def test_an_open_private_folder_gets_mode_0700(tmp_path):
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "private").iterdir()] == [0o600]
 
 
-def test_files_are_replaced_atomically(tmp_path):
+def test_write_atomically_replaces_the_file_or_changes_nothing(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_atomically(path, b"first")
     with pytest.raises(TypeError):

@@ -42,7 +42,9 @@ SEEN = []
 @pytest.mark.parametrize(
     ("privacy", "update"), [(None, "experience"), (None, "step"), (SIMULATED, "experience")]
 )
-def test_the_adversary_moves_only_training_inputs_uphill(learner_of, toy_stream, privacy, update):
+def test_the_adversary_raises_the_loss_of_training_inputs_only(
+    learner_of, toy_stream, privacy, update
+):
     SEEN.clear()
     stream = toy_stream()
     trained = []
@@ -110,7 +112,7 @@ def test_adversarial_training_raises_robust_accuracy_on_digits():
 # --------------------------------------------------------------------------- budgets
 
 
-def test_the_plan_is_calibrated_and_granted_before_any_draw(learner_of, toy_stream):
+def test_the_noise_is_calibrated_before_any_noise_is_drawn(learner_of, toy_stream):
     learner = learner_of(EWC(strength=1.0), privacy=Privacy(epsilon=4.0, delta=1e-2, seed=0))
     learner.prepare(toy_stream())
     ledger = learner.private_sum.ledger
@@ -144,7 +146,7 @@ def test_two_fisher_releases_are_charged_twice(learner_of, toy_stream):
     assert purposes == ["gradient", "release:fisher", "release:fisher"] * 2
 
 
-def test_an_empty_private_batch_still_makes_a_step(learner_of, toy_stream):
+def test_a_private_step_without_records_still_adds_noise(learner_of, toy_stream):
     """Rate so low that no one is drawn: noise alone moves the model, also behind an adversary."""
     privacy = replace(SIMULATED, sampling_rate=1e-9)
     learner = learner_of(
@@ -159,12 +161,12 @@ def test_an_empty_private_batch_still_makes_a_step(learner_of, toy_stream):
     )
 
 
-def test_batches_are_rows_of_the_stream(toy_stream):
+def test_batch_current_contains_the_rows_of_an_experience(toy_stream):
     batch = Batch.current(toy_stream()[1].train, 1)
     assert len(batch) == 24 and batch.tasks.unique().tolist() == [1] and not batch.from_memory.any()
 
 
-def test_a_changed_loss_or_view_gets_fresh_noise(learner_of, toy_stream):
+def test_a_changed_loss_or_view_gets_new_noise(learner_of, toy_stream):
     """Names and settings alike; only the code differs.
 
     The start of a block is keyed by what it does.
@@ -186,7 +188,7 @@ def test_a_changed_loss_or_view_gets_fresh_noise(learner_of, toy_stream):
     assert len({start(1.0, 0.9), start(2.0, 0.9), start(1.0, 0.8)}) == 3
 
 
-def test_another_release_of_the_same_name_gets_fresh_noise(learner_of, toy_stream):
+def test_a_changed_release_of_the_same_name_gets_new_noise(learner_of, toy_stream):
     """Once more from the same checkpoint with another query: the answers must not differ by the
     records alone.
     """
@@ -221,7 +223,7 @@ SETTINGS = (
 )
 
 
-def test_settings_that_change_a_sum_change_its_noise(learner_of, toy_stream):
+def test_each_changed_setting_gives_a_new_ledger_digest(learner_of, toy_stream):
     """The ledger's entry, under whose digest noise is drawn, differs from that of every other
     setting.
     """

@@ -164,7 +164,7 @@ MEMORIES = {
 
 @pytest.mark.parametrize("model", [ByShape, pytest.param(by_modules, marks=DEEP)])
 @pytest.mark.parametrize("what", some_deep(MEMORIES))
-def test_an_experience_without_records_is_remembered(what, model):
+def test_an_experience_without_records_runs_and_costs_the_same(what, model):
     there, first, last = (
         spent(learner(model, MEMORIES[what]), stream_of(*sizes))
         for sizes in ((1, 1), (0, 1), (1, 0))
@@ -172,7 +172,7 @@ def test_an_experience_without_records_is_remembered(what, model):
     assert there == first == last and there
 
 
-def test_empty_stored_values_have_names_and_shapes():
+def test_empty_stored_values_keep_names_and_shapes():
     """The rows of the next experience join it."""
     made = learner(ByShape, DER(memory_size=6))
     made.fit(stream_of(0, 4))
@@ -181,7 +181,7 @@ def test_empty_stored_values_have_names_and_shapes():
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_user_code_never_sees_a_tiny_private_batch(n):
+def test_user_code_never_gets_a_private_batch_of_few_rows(n):
     seen = []
 
     class Watching(ByShape):
@@ -203,7 +203,7 @@ def test_user_code_never_sees_a_tiny_private_batch(n):
     assert all(rows >= 16 for rows in seen) and bool(seen) == (n > 0)
 
 
-def test_a_tiny_batch_is_attacked_as_part_of_a_larger_one():
+def test_the_attack_on_a_small_batch_equals_that_on_a_large_one():
     """The sign of a gradient that is rounded otherwise would move an input by twice epsilon."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -304,7 +304,7 @@ def test_a_reference_that_fails_on_one_record_is_refused():
     assert "reference" not in charged
 
 
-def test_without_privacy_nothing_is_filled_up():
+def test_batches_are_not_padded_without_privacy():
     seen = []
 
     def view(x):

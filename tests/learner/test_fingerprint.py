@@ -75,7 +75,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_setting_is_named_with_both_values(learner_of, toy_stream, stopped, name):
+def test_the_error_names_a_changed_setting_with_both_values(learner_of, toy_stream, stopped, name):
     changes, told = CHANGES[name]
     folder = stopped()
     with pytest.raises(RunError, match=f"has a run that differs in .*{told}.*another folder"):
@@ -95,7 +95,9 @@ def test_a_changed_setting_is_named_with_both_values(learner_of, toy_stream, sto
         ),
     ],
 )
-def test_another_strategy_is_named_by_its_field(learner_of, toy_stream, stopped, first, then, told):
+def test_the_error_names_the_changed_field_of_a_strategy(
+    learner_of, toy_stream, stopped, first, then, told
+):
     folder = stopped(first)
     with pytest.raises(RunError, match=told):
         learner_of(then, folder=folder).fit(toy_stream())
@@ -109,7 +111,7 @@ def test_another_strategy_is_named_by_its_field(learner_of, toy_stream, stopped,
         ({"activation": "relu"}, "differs in model.modules "),
     ],
 )
-def test_another_model_is_refused(learner_of, toy_stream, stopped, changes, told):
+def test_a_folder_refuses_another_model(learner_of, toy_stream, stopped, changes, told):
     folder = stopped()
     stream = toy_stream()
     with pytest.raises(RunError, match=told):
@@ -135,20 +137,20 @@ def with_ids(stream, first):
 @pytest.mark.parametrize(
     "change", [reordered, partial(with_ids, first=10**6)], ids=["class order", "ids"]
 )
-def test_other_data_are_refused(learner_of, toy_stream, stopped, change, privacy):
+def test_a_folder_refuses_other_data(learner_of, toy_stream, stopped, change, privacy):
     folder = stopped(privacy=privacy)
     stream = change(toy_stream())
     with pytest.raises(RunError, match=r"differs in stream.experiences\[0\] \(given partition"):
         learner_of(folder=folder, privacy=privacy).fit(stream)
 
 
-def test_another_scenario_is_refused(learner_of, toy_stream, stopped):
+def test_a_folder_refuses_another_scenario(learner_of, toy_stream, stopped):
     folder = stopped()
     with pytest.raises(RunError, match=r"stream.scenario \(given task, stored class\)"):
         learner_of(folder=folder).fit(toy_stream("task"))
 
 
-def test_under_privacy_the_digest_of_records_is_keyed(learner_of, toy_stream, tmp_path):
+def test_the_digest_of_private_records_depends_on_the_key(learner_of, toy_stream, tmp_path):
     seen = []
     for privacy in (None, SIMULATED, replace(SIMULATED, seed=1)):
         learner = learner_of(privacy=privacy, folder=tmp_path / str(len(seen)))
@@ -157,7 +159,7 @@ def test_under_privacy_the_digest_of_records_is_keyed(learner_of, toy_stream, tm
     assert len(set(seen)) == 3
 
 
-def test_a_grown_stream_with_other_callbacks_can_continue(learner_of, toy_data, tmp_path):
+def test_a_run_can_continue_with_more_experiences(learner_of, toy_data, tmp_path):
     four = split(toy_data, scenario="class", experiences=4)
     two = replace(four, experiences=four.experiences[:2])
     learner_of(folder=tmp_path, callbacks=[lambda point, learner: None]).fit(two)
@@ -167,14 +169,16 @@ def test_a_grown_stream_with_other_callbacks_can_continue(learner_of, toy_data, 
         learner_of(folder=tmp_path).fit(two)
 
 
-def test_a_finished_run_is_refused_for_other_settings(learner_of, toy_stream, tmp_path):
+def test_a_finished_run_refuses_other_settings(learner_of, toy_stream, tmp_path):
     learner_of(Replay(memory_size=12), folder=tmp_path).fit(toy_stream())
     with pytest.raises(RunError, match=r"strategy.memory_size \(given 20, stored 12\)"):
         learner_of(Replay(memory_size=20), folder=tmp_path).fit(toy_stream())
 
 
 @pytest.mark.parametrize("late", [0.1, 0.2])
-def test_a_schedule_without_saved_state_is_checked(learner_of, toy_stream, tmp_path, late):
+def test_a_folder_refuses_a_schedule_with_other_learning_rates(
+    learner_of, toy_stream, tmp_path, late
+):
     """Two functions of one name: their learning rates differ."""
 
     def scheduler(rate):
@@ -194,7 +198,7 @@ def test_a_schedule_without_saved_state_is_checked(learner_of, toy_stream, tmp_p
                 learner.fit(toy_stream())
 
 
-def test_a_checkpoint_of_another_version_is_refused(learner_of, toy_stream, tmp_path):
+def test_a_folder_refuses_a_checkpoint_of_another_version(learner_of, toy_stream, tmp_path):
     learner = learner_of(folder=tmp_path)
     learner.fit(toy_stream())
     path = sorted((tmp_path / "checkpoint").glob("0*.json"))[-1]
@@ -203,7 +207,7 @@ def test_a_checkpoint_of_another_version_is_refused(learner_of, toy_stream, tmp_
         learner_of(folder=tmp_path).fit(toy_stream())
 
 
-def test_an_undescribed_strategy_field_does_not_stop_a_run(learner_of, toy_stream, tmp_path):
+def test_a_strategy_field_without_description_stops_no_run(learner_of, toy_stream, tmp_path):
     odd = EWC(strength=1.0)
     object.__setattr__(odd, "strength", torch.nn.Identity())
     learner = learner_of(LwF(), folder=tmp_path)

@@ -20,7 +20,7 @@ def prepared(learner_of, toy_stream, tmp_path):
 
 
 @BOTH
-def test_two_learners_do_not_work_in_one_folder(prepared, privacy):
+def test_a_learner_folder_is_refused_to_a_second_learner(prepared, privacy):
     first = prepared(privacy)
     with pytest.raises(RunError, match="is in use by another process or learner"):
         prepared(privacy)
@@ -36,7 +36,7 @@ def test_a_deleted_learner_releases_its_folder(prepared, privacy):
 
 
 @BOTH
-def test_fit_releases_its_folder_also_after_an_error(
+def test_fit_releases_the_folder_even_after_an_error(
     learner_of, toy_stream, tmp_path, prepared, privacy
 ):
     def stop(point, learner):
@@ -52,7 +52,7 @@ def test_fit_releases_its_folder_also_after_an_error(
     assert stopped.session and whole.session  # both are still there
 
 
-def test_a_learner_is_prepared_again_in_its_own_folder(prepared, toy_stream):
+def test_a_learner_can_be_prepared_again_in_its_own_folder(prepared, toy_stream):
     learner = prepared(SIMULATED)
     learner.prepare(toy_stream())
     assert learner.session.lock.held
@@ -64,7 +64,7 @@ def test_a_refused_session_releases_its_folder(prepared):
     prepared(SIMULATED)
 
 
-def test_noise_is_drawn_by_the_holder_of_the_folder_only(prepared):
+def test_only_the_learner_that_holds_the_folder_draws_noise(prepared):
     """Two learners once drew their noise for one entry: the second did not write, so it was not
     seen.
     """
@@ -81,7 +81,7 @@ def test_noise_is_drawn_by_the_holder_of_the_folder_only(prepared):
         first.train(range(2))
 
 
-def test_reserved_steps_cannot_be_used_after_closing(prepared):
+def test_reserved_steps_cannot_be_used_after_close(prepared):
     learner = prepared(SIMULATED)
     learner.begin(0)
     learner.session.reserve(range(2), learner.noise_digest())

@@ -55,7 +55,7 @@ def remove(folder, *names):
 @pytest.mark.parametrize(
     "names", [(), ("private/ledger.head.json",)], ids=["ledger", "ledger and copy"]
 )
-def test_a_deleted_ledger_is_refused_and_nothing_is_written(fit, tmp_path, privacy, names):
+def test_a_deleted_ledger_is_refused_and_no_file_is_written(fit, tmp_path, privacy, names):
     folder = tmp_path / "run"
     fit(privacy, stop=True)
     remove(folder, *LEDGER, *names)
@@ -66,7 +66,7 @@ def test_a_deleted_ledger_is_refused_and_nothing_is_written(fit, tmp_path, priva
         assert contents(folder) == before
 
 
-def test_a_deleted_key_is_refused(fit, tmp_path):
+def test_a_deleted_noise_key_is_refused(fit, tmp_path):
     folder = tmp_path / "run"
     fit(SECRET, stop=True)
     remove(folder, *LEDGER, "private/key", "private/ledger.head.json")
@@ -75,7 +75,7 @@ def test_a_deleted_key_is_refused(fit, tmp_path):
     assert not (folder / "private" / "key").exists()
 
 
-def test_only_a_checkpoint_in_another_folder_is_refused(fit, tmp_path):
+def test_a_checkpoint_copied_without_its_ledger_is_refused(fit, tmp_path):
     fit(stop=True)
     shutil.copytree(tmp_path / "run" / "checkpoint", tmp_path / "other" / "checkpoint")
     with pytest.raises(LedgerError, match="missing or empty, but checkpoint"):
@@ -96,7 +96,7 @@ def test_a_restored_older_ledger_is_refused(fit, tmp_path, with_copy):
         fit()
 
 
-def test_another_ledger_of_the_same_key_is_refused(fit, tmp_path):
+def test_another_ledger_with_the_same_key_is_refused(fit, tmp_path):
     fit(stop=True)
     fit(folder=tmp_path / "other", batch_size=4)
     for name in (*LEDGER, "private/ledger.head.json"):
@@ -105,7 +105,7 @@ def test_another_ledger_of_the_same_key_is_refused(fit, tmp_path):
         fit()
 
 
-def test_the_state_directory_reveals_a_rolled_back_folder(fit, tmp_path, monkeypatch):
+def test_the_state_directory_detects_a_rolled_back_folder(fit, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
     fit(SECRET, stop=True)
@@ -127,14 +127,14 @@ def test_simulated_runs_write_nothing_to_the_state_directory(fit, tmp_path, monk
     assert not (tmp_path / "state").exists()
 
 
-def test_a_state_directory_that_cannot_be_written_warns(fit, tmp_path, monkeypatch):
+def test_an_unwritable_state_directory_gives_a_warning(fit, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be written .* PERDURE_STATE"):
         fit(SECRET)
 
 
-def test_the_state_directory_follows_the_environment(monkeypatch, tmp_path):
+def test_the_state_directory_comes_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("PERDURE_STATE", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert state_folder() == tmp_path / "perdure"
@@ -162,7 +162,7 @@ def test_a_private_run_cannot_continue_without_privacy(fit, tmp_path, removed):
         fit(None)
 
 
-def test_a_private_run_before_its_first_checkpoint_stays_private(learner_of, toy_stream, tmp_path):
+def test_a_private_run_without_checkpoint_stays_private(learner_of, toy_stream, tmp_path):
     learner = learner_of(privacy=SIMULATED, folder=tmp_path)
     learner.prepare(toy_stream())
     learner.close()
@@ -180,7 +180,7 @@ def test_a_checkpoint_records_the_head_of_the_ledger(fit, tmp_path):
     assert fit(None, folder=tmp_path / "plain").checkpoint().facts["ledger"] is None
 
 
-def test_a_larger_noise_multiplier_is_another_run(fit):
+def test_a_resumed_run_refuses_another_noise_multiplier(fit):
     fit(stop=True)
     with pytest.raises(Exception, match=r"privacy.noise_multiplier \(given 2.0, stored 1.0\)"):
         fit(replace(SIMULATED, noise_multiplier=2.0))

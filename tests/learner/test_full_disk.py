@@ -78,7 +78,7 @@ def test_a_run_on_a_full_disk_stops_and_can_resume(result_of, tmp_path, point, p
     assert again[0] == whole[0] and same_bits(again[1], whole[1])
 
 
-def test_a_file_that_cannot_be_replaced_is_not_changed(tmp_path):
+def test_a_failed_write_leaves_the_old_file_unchanged(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, {"value": 1})
     before = path.read_bytes()
@@ -97,14 +97,14 @@ def test_a_file_that_cannot_be_replaced_is_not_changed(tmp_path):
         (errno.EACCES, "Permission denied; .*make its folder writable"),
     ],
 )
-def test_every_disk_error_message_has_a_fix(number, fix):
+def test_every_storage_error_message_names_a_fix(number, fix):
     error = StorageError.of(Path("run/x.json"), OSError(number, os.strerror(number)))
     assert isinstance(error, RunError) and isinstance(error, OSError)
     with pytest.raises(StorageError, match=f"^run/x.json cannot be written: .*{fix}"):
         raise error
 
 
-def test_the_error_names_a_full_disk(tmp_path):
+def test_the_error_of_a_full_disk_names_disk_space(tmp_path):
     with (
         pytest.raises(StorageError, match=r"No space left on device; .*free some space"),
         writing(tmp_path / "ledger.jsonl"),
@@ -113,7 +113,7 @@ def test_the_error_names_a_full_disk(tmp_path):
         file.write(b"a line")
 
 
-def test_a_folder_inside_a_file_is_named(tmp_path):
+def test_the_error_names_a_path_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/x\.json cannot be written: .*or give another"):
         write_json(tmp_path / "file" / "x.json", {})

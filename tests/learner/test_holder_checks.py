@@ -22,7 +22,7 @@ def spoilt(stream, value, *, index=1, row=5, column=2):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_private_run_names_the_first_bad_value(learner_of, toy_stream, value):
+def test_the_error_names_row_and_column_of_a_bad_private_value(learner_of, toy_stream, value):
     stream = spoilt(toy_stream(), value)
     number = int(stream[1].train.ids[5])
     text = rf"experience 1 of split-blobs has {value} in row 5 \(record id {number}\), column 2 of "
@@ -33,7 +33,7 @@ def test_a_private_run_names_the_first_bad_value(learner_of, toy_stream, value):
     assert learner.position.step == 0 and not learner.position.begun
 
 
-def test_the_curator_tests_no_value_of_records(learner_of, toy_stream):
+def test_the_curator_accepts_records_with_nan(learner_of, toy_stream):
     """An error, or none, would tell of the record."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(spoilt(toy_stream(), float("nan"), index=0))
@@ -42,7 +42,7 @@ def test_the_curator_tests_no_value_of_records(learner_of, toy_stream):
     assert learner.position.step == 3
 
 
-def test_without_privacy_a_nan_is_named_when_training_fails(learner_of, toy_stream):
+def test_training_without_privacy_names_a_nan_after_failing(learner_of, toy_stream):
     """Nothing is checked beforehand, and the learning rate is not blamed."""
     learner = learner_of(iterations=40)
     with pytest.raises(DataError, match=r"experience 0 .* has nan in row 5 .*, column 2 of"):
@@ -51,7 +51,7 @@ def test_without_privacy_a_nan_is_named_when_training_fails(learner_of, toy_stre
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED])
-def test_test_inputs_are_checked_before_a_run(learner_of, toy_stream, privacy):
+def test_test_inputs_with_nan_are_refused_before_training(learner_of, toy_stream, privacy):
     stream = toy_stream()
     test = replace(stream[1].test, inputs=stream[1].test.inputs.clone())
     test.inputs[3, 2] = float("nan")
@@ -60,7 +60,7 @@ def test_test_inputs_are_checked_before_a_run(learner_of, toy_stream, privacy):
         learner_of(iterations=3, privacy=privacy).fit(replace(stream, experiences=parts))
 
 
-def test_record_that_is_learnt_and_measured_is_refused(learner_of, toy_stream):
+def test_a_record_in_training_and_test_data_is_refused(learner_of, toy_stream):
     stream = toy_stream()
     mixed = replace(stream[1], test=stream[0].train.take(torch.arange(5)), classes=(0, 1, 2, 3))
     mixed = replace(stream, experiences=(stream[0], mixed))
@@ -104,7 +104,7 @@ def warned(learner_of, stream, delta):
     return [str(one.message) for one in caught], learner
 
 
-def test_a_delta_of_one_over_the_records_warns_once(learner_of, toy_stream):
+def test_delta_of_1_over_the_number_of_records_gives_one_warning(learner_of, toy_stream):
     stream = toy_stream()
     records = sum(e.train.declared_size for e in stream)
     texts, learner = warned(learner_of, stream, 1 / records)
@@ -114,7 +114,7 @@ def test_a_delta_of_one_over_the_records_warns_once(learner_of, toy_stream):
     assert warned(learner_of, stream, 0.99 / records)[0] == []
 
 
-def test_the_records_for_delta_are_declared_ones_counted_once(learner_of, toy_data):
+def test_declared_records_are_counted_once_per_record(learner_of, toy_data):
     from perdure.data import online, permuted, split
     from perdure.learner.private_setup import declared_records
 

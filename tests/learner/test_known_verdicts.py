@@ -66,7 +66,7 @@ def test_the_guard_inspects_equal_learners_once(known):
     assert again <= 4 < 100 < first
 
 
-def test_clients_of_other_sizes_share_a_verdict(known):
+def test_a_guard_verdict_is_reused_for_other_declared_sizes(known):
     _, again, make, stream = known
     sizes = [replace(e, train=e.train.declared(40 + e.index)) for e in stream]
     other = replace(stream, experiences=tuple(sizes))
@@ -102,7 +102,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_guard_inspects_another_part(name, known):
+def test_the_guard_inspects_a_changed_component(name, known):
     _, again, make, stream = known
     assert looks(make(**OTHERS[name]()), stream) > 10 * again
 
@@ -130,12 +130,12 @@ def models(stream):
 
 
 @pytest.mark.parametrize("name", ["frozen", "value", "setting"])
-def test_the_guard_inspects_another_model(name, known):
+def test_the_guard_inspects_a_changed_model(name, known):
     _, again, make, stream = known
     assert looks(make(model=models(stream)[name]), stream) > 10 * again
 
 
-def test_a_verdict_is_not_reused_for_other_stream_facts(known):
+def test_a_verdict_is_not_reused_for_other_domains_or_classes(known):
     _, again, make, stream = known
     wide = InputDomain(shape=(5,), dtype=torch.float32, range=(-100.0, 100.0))
     declared = [replace(e, train=replace(e.train, domain=wide)) for e in stream]
@@ -209,7 +209,7 @@ def _centred(self, outputs, targets, mask=None):
 
 
 @pytest.mark.parametrize("function", [SingleLabel.losses, single_label.mask_outputs])
-def test_the_guard_inspects_code_reloaded_in_place(known, monkeypatch, function):
+def test_the_guard_inspects_code_that_was_reloaded(known, monkeypatch, function):
     first, again, make, stream = known
     assert looks(make(), stream) == again
     code = function.__code__
@@ -222,7 +222,7 @@ def test_the_guard_inspects_code_reloaded_in_place(known, monkeypatch, function)
         assert looks(make(), stream) == first
 
 
-def test_the_guard_inspects_a_hook_of_a_known_model(known):
+def test_the_guard_inspects_a_new_hook_of_a_known_model(known):
     _, _, make, stream = known
     learner = make()
     learner.model.head.register_forward_hook(lambda module, args, out: out - out.mean(0))
@@ -230,7 +230,7 @@ def test_the_guard_inspects_a_hook_of_a_known_model(known):
         learner.prepare(stream)
 
 
-def test_a_recalled_verdict_has_the_effects_of_an_inspection(known):
+def test_a_reused_verdict_puts_the_model_in_training_mode(known):
     _, _, make, stream = known
     learner = make()
     learner.model.eval()
@@ -238,13 +238,13 @@ def test_a_recalled_verdict_has_the_effects_of_an_inspection(known):
     assert learner.model.training
 
 
-def test_a_refusal_is_not_stored_as_verdict(learner_of, toy_stream):
+def test_a_refusal_by_the_guard_is_not_stored(learner_of, toy_stream):
     for _ in range(2):
         with pytest.raises(GuardError, match="couples"):
             learner_of(strategy=Mine(parts=[1]), privacy=SIMULATED).prepare(toy_stream())
 
 
-def test_recalled_and_reached_verdicts_are_equal(known):
+def test_a_stored_verdict_equals_a_new_verdict(known):
     _, _, make, stream = known
     learner = make()
     learner.prepare(stream)
@@ -253,7 +253,7 @@ def test_recalled_and_reached_verdicts_are_equal(known):
     assert reached(learner.session.inspection()) == recalled
 
 
-def test_described_differs_for_different_values():
+def test_the_verdict_key_differs_for_different_values():
     a = torch.zeros(3)
     values = [0, 0.0, -0.0, False, "0", b"0", None, (0,), [0], {0: 0}, {0}, a, a.double(), a + 1]
     values += [EWC(strength=1.0), EWC(strength=2.0), torch.relu, nn.functional.relu, float, int]
@@ -263,7 +263,7 @@ def test_described_differs_for_different_values():
 
 
 @pytest.mark.parametrize("value", [lambda x: x, object(), torch.Generator(), Mine()])
-def test_described_refuses_unknown_objects(value):
+def test_the_verdict_key_refuses_unknown_objects(value):
     with pytest.raises(UnknownKindError):
         described(value)
 

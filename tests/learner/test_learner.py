@@ -49,7 +49,7 @@ def test_a_private_epoch_has_1_over_rate_steps(learner_of, toy_stream):
         ({"batch_size": 0}, "batch_size = 0"),
     ],
 )
-def test_invalid_options_are_refused(learner_of, options, message):
+def test_the_learner_refuses_invalid_options(learner_of, options, message):
     with pytest.raises(ConfigError, match=message):
         learner_of(**options)
 
@@ -65,7 +65,7 @@ def test_blocks_cover_all_steps_of_an_experience(learner_of, toy_stream):
 
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=9.0), Replay(memory_size=12)])
-def test_without_privacy_blocks_do_not_change_the_result(learner_of, toy_stream, strategy):
+def test_the_number_of_blocks_does_not_change_the_result(learner_of, toy_stream, strategy):
     ends = []
     for blocks in (1, 4):
         learner = learner_of(strategy, blocks=blocks)
@@ -160,7 +160,7 @@ class Tying(Tied):
         return (params["head.weight"] * params["body.1.weight"].mean()).sum()
 
 
-def test_a_penalty_gets_all_parameters_and_moves_trained_ones(learner_of, toy_stream):
+def test_a_penalty_gets_all_parameters_and_changes_trained_ones(learner_of, toy_stream):
     ends = []
     for strategy in (Tying(), Tied()):
         learner = learner_of(strategy, iterations=1, optimizer=partial(torch.optim.SGD, lr=0.1))
@@ -177,7 +177,7 @@ def test_a_penalty_gets_all_parameters_and_moves_trained_ones(learner_of, toy_st
     assert learner_of(Tying(), privacy=SIMULATED).fit(toy_stream()).isfinite().all()
 
 
-def test_penalty_is_not_called_if_applies_penalty_is_false(learner_of, toy_stream):
+def test_the_penalty_hook_is_skipped_if_the_plan_has_no_penalty(learner_of, toy_stream):
     asked = []
 
     class Watched(EWC):
@@ -195,7 +195,7 @@ def test_penalty_is_not_called_if_applies_penalty_is_false(learner_of, toy_strea
 
 
 @pytest.mark.parametrize(("reset", "steps"), [(False, 8), (True, 4)])
-def test_reset_optimizer_starts_each_experience_with_a_new_one(
+def test_reset_optimizer_gives_each_experience_a_new_optimizer(
     learner_of, toy_stream, reset, steps
 ):
     learner = learner_of(reset_optimizer=reset)
@@ -233,14 +233,14 @@ def test_untrained_parameters_do_not_change(learner_of, toy_stream, privacy, opt
         assert torch.equal(value, end[name]) == name.startswith("body")
 
 
-def test_a_prefix_that_no_parameter_has_is_refused(learner_of, toy_stream):
+def test_a_trainable_prefix_without_parameters_is_refused(learner_of, toy_stream):
     with pytest.raises(
         StrategyError, match=r"no parameter begins with \('haed',\); the model trains body.1.weight"
     ):
         learner_of(HeadOnly(prefix="haed")).fit(toy_stream())
 
 
-def test_parameters_that_were_frozen_by_hand_stay(learner_of, toy_stream, toy_model):
+def test_parameters_that_the_user_froze_do_not_change(learner_of, toy_stream, toy_model):
     for strategy in (EWC(strength=10.0), EWC(strength=10.0, fisher="empirical"), LwF()):
         model = toy_model(toy_stream())
         model.body[1].requires_grad_(False)
@@ -254,7 +254,7 @@ def test_parameters_that_were_frozen_by_hand_stay(learner_of, toy_stream, toy_mo
         ]
 
 
-def test_callbacks_see_every_point_in_order(learner_of, toy_stream, tmp_path):
+def test_callbacks_are_called_at_every_point_in_order(learner_of, toy_stream, tmp_path):
     seen = []
     learner_of(
         iterations=2, blocks=2, folder=tmp_path, callbacks=[lambda point, _: seen.append(point)]
@@ -274,7 +274,7 @@ def test_callbacks_see_every_point_in_order(learner_of, toy_stream, tmp_path):
     }
 
 
-def test_private_callbacks_can_read_the_ledger(learner_of, toy_stream):
+def test_private_callbacks_are_called_at_ledger_and_noise_points(learner_of, toy_stream):
     seen = []
     learner_of(privacy=SIMULATED, callbacks=[lambda point, _: seen.append(point)]).fit(toy_stream())
     at = seen.index("block.begin")
@@ -305,7 +305,7 @@ class Oracle(Strategy):
         ("task", [[100.0, 100.0], [100.0, 100.0]]),
     ],
 )
-def test_an_oracle_has_an_accuracy_matrix_of_100_percent(
+def test_a_perfect_predictor_has_an_accuracy_of_100_percent(
     learner_of, toy_stream, scenario, expected
 ):
     stream = toy_stream(scenario)
@@ -318,7 +318,7 @@ def test_an_oracle_has_an_accuracy_matrix_of_100_percent(
 
 
 @pytest.mark.parametrize(("scenario", "answers"), [("task", 2), ("class", 4), ("domain", 2)])
-def test_predictions_stay_among_the_classes_of_the_scenario(
+def test_predictions_are_limited_to_the_classes_of_the_scenario(
     learner_of, toy_stream, toy_model, scenario, answers
 ):
     stream = toy_stream(scenario)
@@ -332,7 +332,7 @@ def test_predictions_stay_among_the_classes_of_the_scenario(
     assert shown == {"task": [2, 3], "class": [0, 1], "domain": [0, 1]}[scenario]
 
 
-def test_accuracy_is_in_percent_and_unknown_without_records():
+def test_accuracy_is_in_percent_and_nan_without_records():
     def predict(x):
         return x
 

@@ -47,7 +47,7 @@ def misused(session, wrong):
     return str(caught.value)
 
 
-def test_a_second_backward_for_a_batch_is_refused(session):
+def test_a_second_backward_for_one_batch_is_refused(session):
     def wrong(batch):
         session.backward(batch)
         session.backward(batch)
@@ -55,7 +55,7 @@ def test_a_second_backward_for_a_batch_is_refused(session):
     assert "backward() was called twice in step 0" in misused(session, wrong)
 
 
-def test_a_step_without_after_step_is_refused(session):
+def test_a_next_step_without_after_step_is_refused(session):
     def wrong(batch):
         session.backward(batch)
         session.optimizer.step()
@@ -63,11 +63,11 @@ def test_a_step_without_after_step_is_refused(session):
     assert "step 0 was not ended by session.after_step()" in misused(session, wrong)
 
 
-def test_a_batch_that_is_not_used_is_refused(session):
+def test_a_batch_without_a_training_step_is_refused(session):
     assert "step 0 was not ended" in misused(session, lambda batch: None)
 
 
-def test_after_step_without_the_optimisers_step_is_refused(session):
+def test_after_step_before_optimizer_step_is_refused(session):
     def wrong(batch):
         session.backward(batch)
         session.after_step()
@@ -76,7 +76,7 @@ def test_after_step_without_the_optimisers_step_is_refused(session):
     assert "came before session.backward" in misused(session, lambda _: session.after_step())
 
 
-def test_a_step_of_another_optimiser_does_not_count(session):
+def test_a_step_of_another_optimizer_is_refused(session):
     other = torch.optim.SGD(session.model.parameters(), lr=0.1)
 
     def wrong(batch):
@@ -87,7 +87,7 @@ def test_a_step_of_another_optimiser_does_not_count(session):
     assert "on the session's own optimizer" in misused(session, wrong)
 
 
-def test_two_steps_of_the_optimiser_are_refused(session):
+def test_two_optimizer_steps_for_one_batch_are_refused(session):
     def wrong(batch):
         session.backward(batch)
         session.optimizer.step()
@@ -105,7 +105,7 @@ def test_a_second_after_step_is_refused(session):
 
 
 @pytest.mark.parametrize("to_none", [True, False])
-def test_gradients_zeroed_before_the_step_are_refused(session, to_none):
+def test_gradients_zeroed_before_the_optimizer_step_are_refused(session, to_none):
     def wrong(batch):
         session.backward(batch)
         session.optimizer.zero_grad(set_to_none=to_none)
@@ -122,7 +122,7 @@ def test_gradients_may_be_zeroed_before_backward(session):
     assert session.position.experience == 1
 
 
-def test_gradients_may_be_clipped_before_the_step(session):
+def test_gradients_may_be_clipped_before_the_optimizer_step(session):
     with session.experience(0) as batches:
         for batch in batches:
             session.backward(batch)
@@ -132,7 +132,7 @@ def test_gradients_may_be_clipped_before_the_step(session):
     assert session.position.experience == 1
 
 
-def test_a_loss_of_the_users_own_is_refused(session):
+def test_a_backward_of_a_users_own_loss_is_refused(session):
     def loss(batch):
         return F.cross_entropy(session.model(batch.inputs), batch.labels)
 
@@ -150,7 +150,7 @@ def test_a_loss_of_the_users_own_is_refused(session):
     loss(session.held.rows).backward()  # outside the loop nobody minds
 
 
-def test_gradients_set_by_hand_do_not_count_as_backward(session):
+def test_an_optimizer_step_without_backward_is_refused(session):
     told = misused(session, lambda batch: session.optimizer.step())
     assert "came before session.backward(batch)" in told
     assert told.endswith("optimizer.step(), session.after_step()")
@@ -164,7 +164,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_path_in_a_private_loop_is_refused(toy_stream, toy_model, change):
+def test_a_private_loop_refuses_a_changed_loss_or_model(toy_stream, toy_model, change):
     """At its very next step; one block may be all steps of an experience."""
     stream = toy_stream()
     model = toy_model(stream)
@@ -186,13 +186,13 @@ def test_a_change_of_the_path_in_a_private_loop_is_refused(toy_stream, toy_model
     assert session.position.step == 1
 
 
-def test_another_batch_is_refused(session):
+def test_backward_with_another_batch_is_refused(session):
     assert "another batch than the batch of step 0" in misused(
         session, lambda batch: session.backward(batch.take(slice(0, 2)))
     )
 
 
-def test_a_model_in_evaluation_mode_is_refused(session):
+def test_backward_in_evaluation_mode_is_refused(session):
     def wrong(batch):
         session.model.eval()
         session.backward(batch)
@@ -200,12 +200,12 @@ def test_a_model_in_evaluation_mode_is_refused(session):
     assert "the model is in evaluation mode inside the loop" in misused(session, wrong)
 
 
-def test_gradients_that_are_switched_off_are_refused(session):
+def test_backward_without_gradients_enabled_is_refused(session):
     with torch.no_grad():
         assert "gradients are switched off" in misused(session, session.backward)
 
 
-def test_batches_are_looped_over_once(session):
+def test_a_second_loop_over_the_batches_is_refused(session):
     twice = r"looped over twice.*give epochs="
     with pytest.raises(LoopError, match=twice), session.experience(0) as batches:
         for _ in range(2):
@@ -213,7 +213,7 @@ def test_batches_are_looped_over_once(session):
                 step(session, batch)
 
 
-def test_calls_outside_an_experience_are_refused(session):
+def test_session_calls_outside_an_experience_are_refused(session):
     with session.experience(0) as batches:
         for batch in batches:
             step(session, batch)
@@ -292,7 +292,7 @@ def test_a_resumed_experience_is_bit_identical(session, toy_stream, toy_model):
     assert all(map(torch.equal, session.model.parameters(), whole.model.parameters()))
 
 
-def test_no_hooks_stay_on_optimiser_and_parameters(session):
+def test_the_session_leaves_no_hooks_on_the_parameters(session):
     run(session, 0)
     with pytest.raises(LoopError), session.experience(1) as batches:
         for _ in batches:

@@ -106,7 +106,7 @@ def test_loaded_weights_have_no_history_in_the_statement(
     assert "training before this ledger not counted" in str(statement)
 
 
-def test_a_third_learner_carries_both_histories(trained, learner_of, toy_stream):
+def test_a_third_learner_carries_the_charges_of_both_others(trained, learner_of, toy_stream):
     first = trained()
     learners = [first]
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_a_third_learner_carries_both_histories(trained, learner_of, toy_stream)
 
 
 @pytest.mark.deep(reason="full replay: calibrates a whole stream three times")
-def test_a_budget_counts_charges_of_a_warm_start(trained, learner_of, toy_stream):
+def test_a_privacy_budget_includes_charges_of_a_warm_start(trained, learner_of, toy_stream):
     first = trained()
     target = replace(SIMULATED, noise_multiplier=None, epsilon=2 * spent(first), delta=DELTA)
     fresh = learner_of(privacy=target)
@@ -132,7 +132,9 @@ def test_a_budget_counts_charges_of_a_warm_start(trained, learner_of, toy_stream
     assert again.private_sum.noise_multiplier > fresh.private_sum.noise_multiplier
 
 
-def test_a_warm_start_is_resumed_with_the_same_charges(trained, learner_of, toy_stream, tmp_path):
+def test_a_resumed_warm_start_has_the_same_earlier_charges(
+    trained, learner_of, toy_stream, tmp_path
+):
     """In another process the weights come bare; what was carried stands in the ledger."""
     first = trained()
     start = first.model.state_dict()
@@ -157,7 +159,7 @@ def test_a_warm_start_is_resumed_with_the_same_charges(trained, learner_of, toy_
     assert sum(entry.purpose.startswith("spent before") for entry in own.entries) == 2
 
 
-def test_renamed_records_count_as_the_most_exposed_ones(trained, learner_of, toy_data):
+def test_renamed_partitions_get_the_largest_earlier_cost(trained, learner_of, toy_data):
     first = trained()
     stream = permuted(toy_data, experiences=2)
     again = learner_of(model=first.model, stream=stream, privacy=SIMULATED, warm_start=True)
@@ -169,7 +171,7 @@ def test_renamed_records_count_as_the_most_exposed_ones(trained, learner_of, toy
         assert ledger.epsilon([name], delta=DELTA) > spent(first)
 
 
-def test_a_partition_of_another_size_is_another_partition(trained, learner_of, toy_stream):
+def test_a_partition_with_another_declared_size_is_refused(trained, learner_of, toy_stream):
     model = trained().model
     stream = toy_stream()
     first = stream[0]
@@ -209,7 +211,7 @@ def begun_again(learner_of, first, stream, **changes):
 RARE, OFTEN = (8 / 24, 4), (8 / 12, 4)
 
 
-def test_the_same_rule_gives_each_partition_its_own_charges(learner_of, toy_data):
+def test_an_equal_split_rule_keeps_the_charges_of_partitions(learner_of, toy_data):
     first = learner_of(privacy=SIMULATED)
     first.fit(uneven(toy_data))
     again = begun_again(learner_of, first, uneven(toy_data))
@@ -218,7 +220,7 @@ def test_the_same_rule_gives_each_partition_its_own_charges(learner_of, toy_data
     assert carried(again, "experience-1") == {OFTEN}
 
 
-def test_a_data_set_without_a_name_counts_as_another_one(learner_of, toy_data):
+def test_partitions_of_an_unnamed_data_set_get_the_largest_cost(learner_of, toy_data):
     """It may be the same records with other targets, which place them elsewhere."""
     nameless = replace(toy_data, name="data")  # the default of from_arrays and its kin
     first = learner_of(privacy=SIMULATED)
@@ -227,7 +229,7 @@ def test_a_data_set_without_a_name_counts_as_another_one(learner_of, toy_data):
     assert carried(again, "experience-0") == carried(again, "experience-1") == {OFTEN}
 
 
-def test_functions_that_make_data_sets_leave_them_nameless():
+def test_functions_that_make_data_sets_give_no_name_by_default():
     for make in (from_arrays, from_folder, from_huggingface, from_pandas, from_tokens, from_torch):
         assert signature(make).parameters["name"].default == NAMELESS
 
@@ -241,7 +243,7 @@ def test_functions_that_make_data_sets_leave_them_nameless():
     ],
     ids=["class order", "data set", "by hand"],
 )
-def test_equal_names_of_another_rule_count_as_exposed_most(learner_of, toy_data, other):
+def test_partitions_of_another_split_rule_get_the_largest_cost(learner_of, toy_data, other):
     """Records of the second experience may be those of the first now, whatever it is called."""
     first = learner_of(privacy=SIMULATED)
     first.fit(uneven(toy_data))
@@ -260,7 +262,7 @@ def test_equal_names_of_another_rule_count_as_exposed_most(learner_of, toy_data,
     assert [carried(again, name) for name in earlier] == [{RARE}, {OFTEN}]
 
 
-def test_records_of_a_third_rule_are_separate_from_earlier_ones(learner_of, toy_data):
+def test_records_of_a_third_split_rule_are_charged_separately(learner_of, toy_data):
     learner = learner_of(privacy=SIMULATED)
     learner.fit(uneven(toy_data))
     for order in ([2, 3, 0, 1], [0, 2, 1, 3]):
@@ -273,7 +275,7 @@ def test_records_of_a_third_rule_are_separate_from_earlier_ones(learner_of, toy_
     assert carried(learner, "experience-0") == {(8 / 12, 8)} and worst == 8
 
 
-def test_two_histories_count_if_neither_covers_the_other(learner_of, toy_data):
+def test_two_histories_both_count_if_neither_covers_the_other(learner_of, toy_data):
     """Epsilon does not tell which of two histories is the worse one after more is added."""
     stream = uneven(toy_data)
     first = learner_of(iterations=None, epochs=1, privacy=SIMULATED)
@@ -282,7 +284,7 @@ def test_two_histories_count_if_neither_covers_the_other(learner_of, toy_data):
     assert carried(again, "experience-0") == {(8 / 24, 3), (8 / 12, 2)}
 
 
-def test_a_stream_grown_after_warm_start_carries_the_worst(learner_of, toy_data, tmp_path):
+def test_experiences_added_after_warm_start_get_the_largest_cost(learner_of, toy_data, tmp_path):
     first = learner_of(privacy=SIMULATED)
     first.fit(uneven(toy_data))
     whole = split(toy_data, scenario="class", experiences=4, declared_size=[12, 12, 12, 12])
@@ -306,7 +308,7 @@ def test_a_stream_grown_after_warm_start_carries_the_worst(learner_of, toy_data,
         assert spent(again) <= 4 * spent(first)
 
 
-def test_a_folder_refuses_other_records_under_a_known_name(learner_of, toy_data, tmp_path):
+def test_a_ledger_refuses_a_known_partition_of_another_rule(learner_of, toy_data, tmp_path):
     learner = learner_of(privacy=SIMULATED, folder=tmp_path)
     learner.fit(uneven(toy_data))
     learner.close()
@@ -315,7 +317,7 @@ def test_a_folder_refuses_other_records_under_a_known_name(learner_of, toy_data,
         other.prepare(uneven(toy_data, class_order=[2, 3, 0, 1]))
 
 
-def test_the_rule_of_a_client_depends_on_the_client_split(toy_data):
+def test_the_split_rule_of_a_client_depends_on_the_client_split(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
 
     def rules(streams):
@@ -366,7 +368,7 @@ def test_a_statement_has_the_weaker_earlier_independence(learner_of, toy_stream)
     assert again.private_sum.ledger.statement(DELTA).independence == "tested"
 
 
-def test_spent_charges_have_unknown_independence(learner_of, toy_stream):
+def test_charges_given_as_spent_have_unknown_independence(learner_of, toy_stream):
     learner = learner_of(privacy=replace(SIMULATED, spent=(Charge(0.1, 1.0, 5),)))
     learner.prepare(toy_stream())
     assert learner.private_sum.ledger.statement(DELTA).independence == "not known"
@@ -379,7 +381,9 @@ def test_a_model_trained_without_ledger_cannot_become_private(trained, learner_o
     learner_of(model=model, warm_start=True).fit(toy_stream())
 
 
-def test_a_simulated_history_is_refused_for_secret_noise(trained, learner_of, toy_stream, tmp_path):
+def test_a_model_trained_with_simulated_noise_needs_a_simulation(
+    trained, learner_of, toy_stream, tmp_path
+):
     model = trained().model
     secret = Privacy(noise_multiplier=1.0)
     with pytest.raises(PrivacyError, match="simulated noise, which protects no record"):
@@ -399,7 +403,7 @@ def test_a_model_in_two_learners_is_refused_at_the_second(learner_of, toy_stream
         learners[1].train(range(2))
 
 
-def test_a_model_that_was_restored_carries_its_history(learner_of, toy_stream, tmp_path):
+def test_a_model_restored_from_a_checkpoint_keeps_its_history(learner_of, toy_stream, tmp_path):
     learner_of(EWC(strength=1.0), privacy=SIMULATED, folder=tmp_path).fit(toy_stream())
     again = learner_of(EWC(strength=1.0), privacy=SIMULATED, folder=tmp_path)
     again.prepare(toy_stream())
@@ -415,7 +419,7 @@ def test_a_model_that_was_restored_carries_its_history(learner_of, toy_stream, t
 
 @pytest.mark.parametrize("warm_start", [False, True])
 @pytest.mark.parametrize("first", [None, SIMULATED], ids=["plain", "private"])
-def test_a_checkpoint_folder_does_not_hide_a_models_history(
+def test_a_checkpoint_folder_does_not_hide_the_model_history(
     trained, learner_of, toy_stream, toy_model, tmp_path, first, warm_start
 ):
     """A checkpoint in the folder takes a history away only where it takes the weights' place."""
@@ -439,7 +443,9 @@ def test_a_checkpoint_folder_does_not_hide_a_models_history(
     assert spent(learner) >= spent_there and not training.uncounted
 
 
-def test_a_snapshot_of_another_run_is_not_its_checkpoint(trained, learner_of, toy_stream, tmp_path):
+def test_a_snapshot_of_another_run_does_not_hide_the_history(
+    trained, learner_of, toy_stream, tmp_path
+):
     options = {"privacy": SIMULATED, "folder": tmp_path}
     leave_checkpoint(learner_of, toy_stream(), options)
     other = trained(SIMULATED)
@@ -459,7 +465,7 @@ def test_an_untrained_model_may_start_in_a_checkpoint_folder(learner_of, toy_str
     assert len(trainings_of(learner.model)) == 1
 
 
-def test_a_model_that_carries_its_mark_is_not_marked_again(learner_of, toy_stream):
+def test_a_model_gets_only_one_history_entry_per_run(learner_of, toy_stream):
     learner = learner_of()
     learner.prepare(toy_stream())
     learner.begin(0)

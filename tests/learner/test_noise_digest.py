@@ -63,7 +63,7 @@ OTHER_CLIPPINGS = {"quantile": 0.4, "learning_rate": 0.1, "count_noise": 0.1}
     ],
     ids=["plan", "memory", "exposure", "adaptive"],
 )
-def test_every_field_changes_the_digest(settings, value, others):
+def test_the_noise_digest_depends_on_every_field(settings, value, others):
     assert {own.name for own in fields(value)} == set(others), (
         "a new field belongs into the digest and into this test"
     )
@@ -73,7 +73,7 @@ def test_every_field_changes_the_digest(settings, value, others):
     assert len(texts | {canonical_text(settings(value))}) == len(others) + 1
 
 
-def test_canonical_is_equal_for_equal_values_and_for_no_others():
+def test_canonical_text_is_equal_only_for_equal_values():
     values = [
         1,
         2,
@@ -105,7 +105,7 @@ def test_canonical_is_equal_for_equal_values_and_for_no_others():
     assert canonical_text({"b": 1, "a": {2, 1}}) == canonical_text({"a": {1, 2}, "b": 1})
 
 
-def test_canonical_ignores_how_a_value_prints():
+def test_canonical_text_does_not_use_the_printed_form():
     @dataclass(frozen=True)
     class Quiet:
         size: int = field(default=1, repr=False)
@@ -121,7 +121,7 @@ def test_canonical_text_refuses_objects_without_stable_form():
         canonical(object())
 
 
-def test_a_module_shows_its_settings_and_not_its_printed_form():
+def test_module_settings_show_the_arguments_of_a_layer():
     assert module_settings("a", nn.Dropout(0.1)) != module_settings("a", nn.Dropout(0.2))
     assert module_settings("a", nn.ReLU()) != module_settings("a", nn.Tanh())
     assert module_settings("a", nn.Linear(2, 3)) == module_settings("a", nn.Linear(2, 3))
@@ -147,7 +147,7 @@ def counted(learner_of):
     return learner_of(privacy=SIMULATED, scheduler=decaying(0.9), iterations=12, blocks=4)
 
 
-def test_a_schedule_is_replayed_once_for_all_blocks(counted, toy_stream):
+def test_the_noise_digest_runs_a_schedule_once_for_all_blocks(counted, toy_stream):
     counted.prepare(toy_stream())
     made = Counted.steps
     counted.begin(0)
@@ -157,7 +157,7 @@ def test_a_schedule_is_replayed_once_for_all_blocks(counted, toy_stream):
     assert Counted.steps - made == 12 + 12 + 2
 
 
-def test_a_schedule_is_replayed_again_after_a_restore(counted, toy_stream):
+def test_the_noise_digest_runs_a_schedule_again_after_a_restore(counted, toy_stream):
     counted.prepare(toy_stream())
     counted.begin(0)
     snapshot = counted.snapshot()

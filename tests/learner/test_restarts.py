@@ -58,12 +58,12 @@ def other(base, **hooks):
 
 
 @pytest.mark.parametrize("strategy", [AGEM(memory_size=12), GEM(memory_size=12)])
-def test_another_batch_size_after_a_restart_gets_fresh_noise(twice, meetings, strategy):
+def test_a_changed_batch_size_gets_new_noise_after_a_restart(twice, meetings, strategy):
     twice(strategy, strategy, then={"batch_size": 2})
     assert meetings.reused == 0
 
 
-def test_another_reference_loss_after_a_restart_gets_fresh_noise(twice, meetings):
+def test_a_changed_reference_loss_gets_new_noise_after_restart(twice, meetings):
     def references(self, curator, params, state):
         def loss(forward, batch):
             return 3 * task_losses(forward, batch, curator.context)
@@ -74,7 +74,7 @@ def test_another_reference_loss_after_a_restart_gets_fresh_noise(twice, meetings
     assert meetings.reused == 0
 
 
-def test_another_projection_after_a_restart_is_handled(twice, meetings):
+def test_a_changed_projection_reuses_no_noise_after_a_restart(twice, meetings):
     def project(self, gradient, references, state):
         return (
             {n: (v + against(gradient, references[0])[n]) / 2 for n, v in gradient.items()}
@@ -86,7 +86,7 @@ def test_another_projection_after_a_restart_is_handled(twice, meetings):
     assert meetings.reused == 0
 
 
-def test_another_loss_of_stored_rows_gets_fresh_noise(twice, meetings):
+def test_a_changed_loss_of_stored_rows_gets_new_noise(twice, meetings):
     def losses(self, forward, batch, context, state):
         return torch.where(batch.from_memory, 2.0, 1.0) * DER.losses(
             self, forward, batch, context, state
@@ -96,7 +96,7 @@ def test_another_loss_of_stored_rows_gets_fresh_noise(twice, meetings):
     assert meetings.reused == 0
 
 
-def test_a_loss_of_equal_value_and_other_gradient(twice, meetings):
+def test_a_loss_with_another_gradient_gets_new_noise(twice, meetings):
     def losses(self, forward, batch, context, state):
         loss = task_losses(forward, batch, context)
         return loss.detach() + 3 * (loss - loss.detach())
@@ -117,20 +117,20 @@ def test_excluded_partitions_have_no_reference_gradient(four, toy_model, strateg
     assert ledger.entries[-1].scope.keys() == {"experience-3"}
 
 
-def test_a_reference_keeps_its_experience_in_shared_partitions(copies, toy_model):
+def test_a_reference_has_only_rows_of_its_own_experience(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), GEM(memory_size=24)), copies, 2)
     for k in (0, 1):
         assert learner.session.held.samplers[f"reference {k}"].rows.tasks.unique().tolist() == [k]
 
 
-def test_a_pool_that_is_memory_is_not_rehearsed_beside_itself(four, toy_model):
+def test_a_batch_of_a_memory_pool_has_no_second_memory_rows(four, toy_model):
     learner = opened(learner_of(toy_model(four), GDumb(memory_size=12), privacy=None), four, 1)
     assert len(learner.session.held.rows) == 12
     assert len(learner.session.held.sample(0)) == 4
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_an_experience_without_stored_rows_is_no_reference(four, toy_model, private):
+def test_training_accepts_an_experience_without_stored_rows(four, toy_model, private):
     learner = learner_of(toy_model(four), GEM(memory_size=2), privacy=PRIVATE if private else None)
     assert learner.fit(four).isfinite().all()
     kept = learner.session.held.memory.rows.tasks.unique().tolist()
@@ -138,7 +138,7 @@ def test_an_experience_without_stored_rows_is_no_reference(four, toy_model, priv
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_rows_of_a_reference_have_the_role_of_stored_ones(four, toy_model, private):
+def test_the_rows_of_a_reference_are_marked_as_from_memory(four, toy_model, private):
     learner = opened(
         learner_of(toy_model(four), AGEM(memory_size=12), privacy=PRIVATE if private else None),
         four,
@@ -158,7 +158,7 @@ def test_rows_of_a_reference_have_the_role_of_stored_ones(four, toy_model, priva
     assert bool(roles[-1].from_memory.all())
 
 
-def test_any_name_may_be_remembered(four, toy_model):
+def test_remember_may_store_values_under_any_name(four, toy_model):
     @dataclass(frozen=True, kw_only=True)
     class W(DER):
         def remember(self, forward, batch, state):
@@ -170,7 +170,7 @@ def test_any_name_may_be_remembered(four, toy_model):
 
 
 @pytest.mark.deep(reason="full replay: two whole runs and their restarts")
-def test_a_schedule_that_changes_late_gets_fresh_noise(twice, meetings):
+def test_a_schedule_that_changes_late_gets_new_noise(twice, meetings):
     def lam(late):
         return lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: late if s >= 1007 else 1.0
@@ -180,7 +180,7 @@ def test_a_schedule_that_changes_late_gets_fresh_noise(twice, meetings):
     assert meetings.reused == 0
 
 
-def test_other_trained_parameters_get_fresh_noise(twice, meetings):
+def test_a_change_of_the_trained_parameters_gets_new_noise(twice, meetings):
     from perdure.contract.plan import Plan
 
     twice(Naive(), other(Naive, plan=lambda self, experience: Plan(trainable=("head",)))())

@@ -46,7 +46,7 @@ def dropping(stream):
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED])
 @pytest.mark.parametrize("strategy", [Replay(memory_size=12), LwF()])
-def test_a_seed_gives_the_same_bits_also_with_dropout(learner_of, toy_stream, strategy, privacy):
+def test_equal_seeds_give_equal_bits_also_with_dropout(learner_of, toy_stream, strategy, privacy):
     ends = []
     for seed in (5, 5, 6):
         # what the caller does with the global generator is nobody's business
@@ -57,7 +57,7 @@ def test_a_seed_gives_the_same_bits_also_with_dropout(learner_of, toy_stream, st
     assert same_bits(ends[0], ends[1]) and not same_bits(ends[0], ends[2])
 
 
-def test_under_privacy_dropout_and_attacks_draw_from_the_secret(learner_of, toy_stream):
+def test_private_dropout_draws_come_from_the_noise_key(learner_of, toy_stream):
     """Draws go by a row's place in the batch: were they public, one more record would change those
     of the others.
     """
@@ -251,7 +251,7 @@ def test_secret_noise_is_never_drawn_without_a_charge(start, undisturbed, tmp_pa
     )
 
 
-def test_a_run_stopped_twice_can_continue(start, undisturbed, tmp_path):
+def test_a_run_stopped_four_times_ends_with_equal_bits(start, undisturbed, tmp_path):
     result, _, _ = undisturbed(start, "replay", SIMULATED)
     for point, k in (
         ("step.done", 3),
@@ -264,7 +264,7 @@ def test_a_run_stopped_twice_can_continue(start, undisturbed, tmp_path):
     assert_same(start(tmp_path / "cut", "replay", SIMULATED, Cut()), result)
 
 
-def test_a_finished_federation_is_not_trained_again(start, tmp_path):
+def test_a_finished_run_is_not_trained_again(start, tmp_path):
     first = start(tmp_path, "ewc", SIMULATED, Cut())
     cut = Cut("step.sampled")
     assert_same(start(tmp_path, "ewc", SIMULATED, cut), first)
@@ -279,9 +279,7 @@ def test_a_finished_federation_is_not_trained_again(start, tmp_path):
         {"optimizer": partial(torch.optim.Adam, lr=0.5)},
     ],
 )
-def test_a_changed_request_gets_fresh_noise_and_a_new_charge(
-    learner_of, toy_stream, tmp_path, changes
-):
+def test_a_changed_step_gets_new_noise_and_a_new_charge(learner_of, toy_stream, tmp_path, changes):
     """The scheduler's first rate is the same: what comes later in the block must count too."""
     noises = []
     for options in ({}, changes):
@@ -302,13 +300,13 @@ def test_a_changed_request_gets_fresh_noise_and_a_new_charge(
     assert noises[0] != noises[1] and len(entries(tmp_path)) == 2
 
 
-def test_a_ledger_of_another_key_is_refused(start, tmp_path):
+def test_a_run_refuses_a_ledger_of_another_key(start, tmp_path):
     start(tmp_path, "ewc", SIMULATED, Cut())
     with pytest.raises(LedgerError, match="does not fit this key"):
         start(tmp_path, "ewc", replace(SIMULATED, seed=1), Cut())
 
 
-def test_secret_noise_needs_a_folder(learner_of, toy_stream):
+def test_secret_noise_without_a_folder_is_refused(learner_of, toy_stream):
     from perdure.errors import PrivacyError
 
     with pytest.raises(PrivacyError, match="secret noise needs a folder"):
@@ -325,7 +323,7 @@ def test_a_snapshot_does_not_change_during_training(learner_of, toy_stream):
     assert not same_bits(learner.snapshot().tensors, before)
 
 
-def test_private_rows_are_saved_in_the_private_folder(learner_of, toy_stream, tmp_path):
+def test_memory_rows_are_saved_only_in_the_private_folder(learner_of, toy_stream, tmp_path):
     learner = learner_of(Replay(memory_size=12), folder=tmp_path)
     learner.fit(toy_stream())
     saved = Store(tmp_path).load()
@@ -338,7 +336,9 @@ def test_private_rows_are_saved_in_the_private_folder(learner_of, toy_stream, tm
 
 
 @pytest.mark.parametrize("scheduler", [schedule, harmonic, one_cycle, in_sequence])
-def test_a_scheduler_state_is_saved_and_loaded(learner_of, toy_stream, tmp_path, scheduler):
+def test_a_resumed_run_continues_the_learning_rate_schedule(
+    learner_of, toy_stream, tmp_path, scheduler
+):
     rates = {"whole": [], "cut": []}
 
     def run(key, cut):
@@ -357,7 +357,7 @@ def test_a_scheduler_state_is_saved_and_loaded(learner_of, toy_stream, tmp_path,
     assert rates["cut"] == rates["whole"] and len(set(rates["whole"])) > 2
 
 
-def test_whole_number_keys_survive_json():
+def test_whole_number_keys_are_restored_from_json():
     assert numbered({"milestones": {"3": 1, "60": 2}, "lrs": [{"0": 1.0}], "name": "x"}) == {
         "milestones": {3: 1, 60: 2},
         "lrs": [{0: 1.0}],

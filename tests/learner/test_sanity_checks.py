@@ -33,9 +33,7 @@ from perdure.strategies import (
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 @pytest.mark.parametrize("width", [1, 3, 20])
-def test_a_wrong_number_of_outputs_is_refused_before_training(
-    learner_of, toy_stream, scenario, width
-):
+def test_a_wrong_number_of_model_outputs_is_refused(learner_of, toy_stream, scenario, width):
     stream = toy_stream(scenario)
     message = (
         f"outputs of the model = {width} is not allowed; allowed: {stream.num_classes}: one "
@@ -51,7 +49,7 @@ def test_a_model_without_features_is_refused_before_training(learner_of, toy_str
         learner_of(strategy, model=nn.Linear(5, 4)).fit(toy_stream())
 
 
-def test_a_private_learner_is_not_fitted_twice(learner_of, toy_stream, tmp_path):
+def test_a_second_private_fit_without_a_folder_is_refused(learner_of, toy_stream, tmp_path):
     learner = learner_of(privacy=SIMULATED)
     learner.fit(toy_stream())
     with pytest.raises(PrivacyError, match="has already trained this model"):
@@ -101,12 +99,12 @@ class Answers(Strategy):
         ("penalty", r"penalty\(\) returned tensor.*; allowed: a tensor with one number, or None"),
     ],
 )
-def test_hooks_that_return_none_are_named_in_the_error(learner_of, toy_stream, hook, message):
+def test_the_error_names_a_strategy_hook_that_returns_none(learner_of, toy_stream, hook, message):
     with pytest.raises(StrategyError, match=message):
         learner_of(Answers(hook=hook)).fit(toy_stream())
 
 
-def test_an_unknown_pool_is_refused():
+def test_a_plan_refuses_an_unknown_pool():
     with pytest.raises(
         ConfigError,
         match=r"plan.pool = 'everything' is not allowed; allowed: experience, all, memory",
@@ -115,7 +113,7 @@ def test_an_unknown_pool_is_refused():
 
 
 @pytest.mark.parametrize("capacity", [0, 2.5, math.nan, math.inf, True, "2 MB"])
-def test_a_capacity_that_is_not_an_integer_is_refused(capacity):
+def test_a_memory_capacity_that_is_not_a_whole_number_is_refused(capacity):
     with pytest.raises(ConfigError, match=r"memory capacity = .*; allowed: 1 or more records"):
         MemoryPlan(capacity=capacity)
     with pytest.raises(
@@ -134,7 +132,7 @@ def test_a_capacity_that_is_not_an_integer_is_refused(capacity):
         lambda value: ICaRL(memory_size=5, temperature=value),
     ],
 )
-def test_infinite_settings_are_refused(make):
+def test_strategies_refuse_infinite_and_nan_settings(make):
     for value in (math.inf, math.nan, -1.0):
         with pytest.raises(ConfigError, match="is not allowed"):
             make(value)
@@ -142,7 +140,7 @@ def test_infinite_settings_are_refused(make):
 
 @pytest.mark.parametrize("kind", [AGEM, BiC, DER, ERACE, GDumb, GEM, ICaRL, MIR, Replay])
 @pytest.mark.parametrize("size", ["2 XB", "0 MB", "", -1, 0, 2.5, math.nan, True])
-def test_an_invalid_memory_size_is_refused_in_the_constructor(kind, size):
+def test_strategies_refuse_an_invalid_memory_size(kind, size):
     with pytest.raises(
         ConfigError,
         match=r"memory_size = .*; allowed: a number of records, or bytes such as '500 kB'",
@@ -150,5 +148,5 @@ def test_an_invalid_memory_size_is_refused_in_the_constructor(kind, size):
         kind(memory_size=size)
 
 
-def test_a_model_of_the_right_width_is_trained(learner_of, toy_stream):
+def test_a_model_with_the_right_number_of_outputs_is_trained(learner_of, toy_stream):
     assert learner_of(Naive(), model=nn.Linear(5, 4)).fit(toy_stream()).isfinite().all()

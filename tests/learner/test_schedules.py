@@ -60,13 +60,13 @@ def expected(scheduler, steps=6):
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("scheduler", [one_cycle, cosine])
-def test_every_experience_has_a_whole_schedule(rates_of, scheduler, reset):
+def test_every_experience_has_a_whole_learning_rate_schedule(rates_of, scheduler, reset):
     found = rates_of(scheduler, reset_optimizer=reset)
     assert found == [expected(scheduler)] * 2
     assert len(set(found[0])) == 6
 
 
-def test_momentum_continues_if_a_schedule_restarts(learner_of, toy_stream):
+def test_momentum_continues_when_a_schedule_restarts(learner_of, toy_stream):
     learner = learner_of(scheduler=cosine, optimizer=SGD)
     seen = []
 
@@ -79,7 +79,7 @@ def test_momentum_continues_if_a_schedule_restarts(learner_of, toy_stream):
     assert seen == [0, len(learner.params)]
 
 
-def test_a_schedule_has_the_steps_of_its_own_experience(rates_of):
+def test_a_schedule_gets_the_number_of_steps_of_its_experience(rates_of):
     asked = []
 
     def scheduler(optimizer, steps):
@@ -114,7 +114,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_unusable_schedule_is_refused_before_anything(learner_of, toy_stream, tmp_path, name):
+def test_an_unusable_schedule_is_refused_before_a_folder_is_made(
+    learner_of, toy_stream, tmp_path, name
+):
     scheduler, text = REFUSED[name]
     learner = learner_of(scheduler=scheduler, optimizer=SGD, folder=tmp_path / "run")
     with pytest.raises(ConfigError, match=text) as caught:

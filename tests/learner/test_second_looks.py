@@ -78,7 +78,7 @@ def in_child(work):
         return file.read()
 
 
-def test_a_forked_child_draws_nothing_for_its_parents_charge(make, toy_stream, folder):
+def test_a_forked_child_process_draws_no_noise_of_its_parent(make, toy_stream, folder):
     """A hundred children once had a hundred answers to one sum."""
     told = []
 
@@ -94,7 +94,7 @@ def test_a_forked_child_draws_nothing_for_its_parents_charge(make, toy_stream, f
     assert sum(b'"kind": "draw"' in line for line in lines(folder)) == 6
 
 
-def test_a_child_works_in_a_folder_that_its_parent_gave_up(make, toy_stream):
+def test_a_child_process_can_use_a_folder_that_its_parent_closed(make, toy_stream):
     learner = make()
     learner.fit(toy_stream())
     assert in_child(lambda: make().fit(toy_stream())) == ""
@@ -105,7 +105,9 @@ def test_a_child_works_in_a_folder_that_its_parent_gave_up(make, toy_stream):
     [(None, False), (OPENED, False), (-1, False), (0, True), (OPENED, True)],
     ids=["removed", "opened", "a line short", "empty, no head", "opened, no head"],
 )
-def test_a_restored_draw_log_does_not_make_a_repeat_free(make, toy_stream, folder, kept, beside):
+def test_a_restored_older_draw_log_makes_a_repeat_a_new_charge(
+    make, toy_stream, folder, kept, beside
+):
     """Only the log goes back, and the checkpoint is gone: the ledger stays as it is."""
     first = Answers(stop=3)
     with pytest.raises(Stop):
@@ -125,7 +127,7 @@ def test_a_restored_draw_log_does_not_make_a_repeat_free(make, toy_stream, folde
     assert not torch.equal(first.kept[0], second.kept[0])
 
 
-def test_a_draw_log_restored_inside_a_block_is_detected(make, toy_stream, folder):
+def test_a_draw_log_that_lost_a_line_makes_a_new_charge(make, toy_stream, folder):
     with pytest.raises(Stop):
         make(Answers(stop=2)).fit(toy_stream())
     (folder / "private" / "draws.jsonl").write_bytes(b"".join(lines(folder)[:-1]))
@@ -134,7 +136,7 @@ def test_a_draw_log_restored_inside_a_block_is_detected(make, toy_stream, folder
     assert [e.attempt for e in entries(again)] == [0, 1]
 
 
-def test_a_checkpoint_records_the_head_of_the_draw_log(make, toy_stream, folder, monkeypatch):
+def test_a_checkpoint_detects_an_older_draw_log(make, toy_stream, folder, monkeypatch):
     """The log and its head went back, and there is no state directory."""
     monkeypatch.setenv("PERDURE_STATE", "off")
     log = folder / "private" / "draws.jsonl"
@@ -154,7 +156,7 @@ def test_a_checkpoint_records_the_head_of_the_draw_log(make, toy_stream, folder,
     assert [b'"lost"' in line for line in lines(folder)] == [False, True]
 
 
-def test_a_normal_restart_has_no_privacy_cost(make, toy_stream, folder):
+def test_a_normal_restart_adds_no_privacy_charge(make, toy_stream, folder):
     first = Answers(stop=2)
     with pytest.raises(Stop):
         make(first).fit(toy_stream())
@@ -199,7 +201,7 @@ def trained_by_another(make, toy_stream):
     return train
 
 
-def test_a_continuing_learner_reads_draws_of_others(stopped, trained_by_another):
+def test_a_continuing_learner_reads_draws_of_another_learner(stopped, trained_by_another):
     """Step 0 was once drawn twice, by a learner that still knew the log of before."""
     learner, mine = stopped
     learner.close()
@@ -209,7 +211,7 @@ def test_a_continuing_learner_reads_draws_of_others(stopped, trained_by_another)
     assert torch.equal(mine[0], others[0]) and len(entries(learner)) == 1
 
 
-def test_a_second_writer_is_found_after_the_lock_was_removed(stopped, trained_by_another, folder):
+def test_a_second_writer_is_detected_without_the_lock_file(stopped, trained_by_another, folder):
     learner, mine = stopped
     (folder / LOCK).unlink()
     others = trained_by_another()
@@ -218,7 +220,7 @@ def test_a_second_writer_is_found_after_the_lock_was_removed(stopped, trained_by
     assert torch.equal(mine[0], others[0]) and len(entries(learner)) == 1
 
 
-def test_a_removed_lock_lets_one_learner_work_at_a_time(stopped, make, toy_stream, folder):
+def test_one_learner_works_at_a_time_after_the_lock_is_deleted(stopped, make, toy_stream, folder):
     learner, mine = stopped
     (folder / LOCK).unlink()
     other = make()
@@ -232,7 +234,7 @@ def test_a_removed_lock_lets_one_learner_work_at_a_time(stopped, make, toy_strea
     assert len(mine) == 1
 
 
-def test_a_draw_log_changed_by_others_refuses_draws(make, toy_stream, folder):
+def test_a_draw_log_changed_by_others_stops_the_draws(make, toy_stream, folder):
     """Without a lock that tells of it: the file itself is looked at before every draw."""
 
     def meddle(point, learner):

@@ -66,13 +66,13 @@ def both(stream, model, strategy, **settings):
 
 
 @pytest.mark.parametrize("name", some(strategies.names(), {*strategies.names()} - OWN_MODELS))
-def test_a_session_equals_the_learner(name, toy_stream, toy_model):
+def test_a_session_loop_equals_the_learner(name, toy_stream, toy_model):
     stream = toy_stream()
     assert_same_run(*both(stream, lambda: model_of(name, stream, toy_model), example(name)))
 
 
 @pytest.mark.parametrize("name", some(private(), PRIVATE_IN_SHORT))
-def test_a_private_session_equals_the_learner(name, toy_stream, toy_model):
+def test_a_private_session_loop_equals_the_learner(name, toy_stream, toy_model):
     stream = toy_stream()
     made = both(stream, lambda: model_of(name, stream, toy_model), example(name), privacy=SIMULATED)
     assert_same_run(*made)
@@ -80,7 +80,7 @@ def test_a_private_session_equals_the_learner(name, toy_stream, toy_model):
     assert [entry.digest for entry in mine] == [entry.digest for entry in theirs]
 
 
-def test_a_session_gives_dropout_the_learners_draws(toy_stream, toy_model):
+def test_dropout_in_a_session_loop_equals_dropout_in_the_learner(toy_stream, toy_model):
     stream = toy_stream()
 
     def model():
@@ -104,7 +104,7 @@ def test_random_numbers_of_the_user_do_not_change_dropout(toy_stream, toy_model)
     assert same_bits(*(bits(model.state_dict()) for model in models))
 
 
-def test_a_restart_puts_the_optimiser_back_as_given(toy_stream, toy_model):
+def test_a_restart_of_training_resets_the_optimizer(toy_stream, toy_model):
     stream = toy_stream()
     session = session_of(toy_model(stream), stream, Joint())
     train(session, [0])
@@ -120,7 +120,7 @@ def test_a_restart_puts_the_optimiser_back_as_given(toy_stream, toy_model):
     assert session.optimizer.state and group["lr"] < 0.02
 
 
-def test_another_optimiser_may_come_between_experiences(toy_stream, toy_model):
+def test_a_session_accepts_a_new_optimizer_between_experiences(toy_stream, toy_model):
     stream = toy_stream()
     learner = Learner(
         model=toy_model(stream),
@@ -163,7 +163,7 @@ def test_frozen_parameters_get_no_gradient(toy_stream, toy_model):
     assert torch.equal(frozen, before)
 
 
-def test_batches_count_the_steps_of_all_epochs(toy_stream, toy_model):
+def test_the_length_of_batches_is_the_steps_of_all_epochs(toy_stream, toy_model):
     stream = toy_stream()
     session = session_of(toy_model(stream), stream, iterations=None, epochs=2)
     with session.experience(stream[0]) as batches:
@@ -215,7 +215,7 @@ def test_a_session_continues_in_its_folder(privacy, tmp_path, toy_stream, toy_mo
     second.close()
 
 
-def test_a_grown_stream_trains_only_new_experiences(tmp_path, toy_data, toy_model):
+def test_a_session_trains_only_experiences_added_to_the_stream(tmp_path, toy_data, toy_model):
     stream = split(toy_data, scenario="class", experiences=4)
     begun = type(stream)(
         name=stream.name,
@@ -230,7 +230,7 @@ def test_a_grown_stream_trains_only_new_experiences(tmp_path, toy_data, toy_mode
     train(session, session.remaining).close()
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path, toy_stream, toy_model):
+def test_a_session_refuses_the_folder_of_another_run(tmp_path, toy_stream, toy_model):
     stream = toy_stream()
     train(session_of(toy_model(stream), stream, folder=tmp_path), [0]).close()
     with pytest.raises(RunError, match=r"differs in optimizer\.lr"):
@@ -245,7 +245,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, toy_stream, toy_model):
 # --------------------------------------------------------------------------- arguments
 
 
-def test_session_arguments_have_the_learners_names(toy_stream, toy_model):
+def test_session_errors_name_the_argument_as_the_learner_does(toy_stream, toy_model):
     stream = toy_stream()
     for message, changes in {
         "strategy = .*an instance of a strategy": {"strategy": EWC},
@@ -258,7 +258,7 @@ def test_session_arguments_have_the_learners_names(toy_stream, toy_model):
         session_of(toy_model(stream), [1, 2])
 
 
-def test_a_session_checks_its_optimiser(toy_stream, toy_model):
+def test_a_session_refuses_an_optimizer_of_another_model(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     given = partial(Session, model=model, strategy=Naive(), stream=stream, iterations=4)
@@ -275,7 +275,7 @@ def test_a_session_checks_its_optimiser(toy_stream, toy_model):
         given(optimizer=other).experience(0).__enter__()
 
 
-def test_a_private_session_refuses_nan_before_its_first_step(toy_data, toy_model):
+def test_a_private_session_refuses_nan_before_the_first_step(toy_data, toy_model):
     stream = split(toy_data, scenario="class", experiences=2)
     inputs = stream[1].train.inputs.clone()
     inputs[3, 2] = float("nan")

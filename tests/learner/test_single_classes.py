@@ -73,7 +73,7 @@ def test_an_experience_with_one_class_is_refused_in_training(ones, toy_data, lea
     ],
     ids=lambda strategy: strategy.name,
 )
-def test_a_loss_over_own_classes_needs_at_least_two_classes(ones, learner_of, strategy):
+def test_a_loss_over_new_classes_only_needs_two_classes(ones, learner_of, strategy):
     stream = ones()
     text = "learns nothing from experience 0, whose only class is 0: .*2 classes or more"
     with pytest.raises(StrategyError, match=text) as caught:
@@ -82,7 +82,7 @@ def test_a_loss_over_own_classes_needs_at_least_two_classes(ones, learner_of, st
 
 
 @pytest.mark.parametrize("strategy", [Naive(), ERACE(memory_size=12)])
-def test_single_classes_are_learnt_together_with_earlier_ones(ones, learner_of, strategy):
+def test_experiences_of_one_class_are_learnt_over_all_classes(ones, learner_of, strategy):
     stream = ones()
     learner = learner_of(strategy, stream)
     before = {name: value.clone() for name, value in learner.params.items()}
@@ -90,7 +90,7 @@ def test_single_classes_are_learnt_together_with_earlier_ones(ones, learner_of, 
     assert all(not torch.equal(before[name], value) for name, value in learner.params.items())
 
 
-def test_records_of_one_class_in_all_are_refused(toy_model):
+def test_a_stream_with_one_class_in_all_is_refused(toy_model):
     records = Records(inputs=torch.randn(8, 5), labels=torch.zeros(8, dtype=torch.int64))
     from perdure.data.experience import Experience, Stream
 
@@ -103,7 +103,7 @@ def test_records_of_one_class_in_all_are_refused(toy_model):
         learner.prepare(stream)
 
 
-def test_a_model_without_weights_for_all_tasks_is_refused(toy_data, toy_model):
+def test_packnet_refuses_a_model_without_weights_for_all_tasks(toy_data, toy_model):
     stream = split(toy_data, scenario="class", experiences=2)
     strategy = PackNet(pruned_share=0.001)
     learner = Learner(model=toy_model(stream), strategy=strategy, optimizer=SGD, iterations=2)

@@ -35,7 +35,7 @@ def by_hand(learner, parents):
     ]
 
 
-def test_pieces_are_evaluated_as_their_stage(learner_of, parents, pieces):
+def test_a_piece_is_evaluated_on_the_test_records_of_its_stage(learner_of, parents, pieces):
     ends = []
 
     def at_ends_of_parents(point, learner):
@@ -48,7 +48,7 @@ def test_pieces_are_evaluated_as_their_stage(learner_of, parents, pieces):
     assert forgetting(matrix) == ends[0][0] - ends[1][0] > 20
 
 
-def test_every_test_record_is_predicted_once_a_stage(learner_of, parents, pieces):
+def test_every_test_record_is_predicted_once_per_stage(learner_of, parents, pieces):
     predicted = []
 
     class Counting(Naive):
@@ -60,7 +60,7 @@ def test_every_test_record_is_predicted_once_a_stage(learner_of, parents, pieces
     assert predicted == [len(each.test) for each in parents] * len(parents)
 
 
-def test_progress_in_a_stage_is_not_in_the_matrix(learner_of, parents, pieces):
+def test_evaluations_within_a_stage_are_not_in_the_matrix(learner_of, parents, pieces):
     seen = []
 
     def listen(point, learner):
@@ -80,7 +80,7 @@ def test_progress_in_a_stage_is_not_in_the_matrix(learner_of, parents, pieces):
     ("options", "saved"),
     [({}, 4), ({"evaluate_every": 2}, 12), ({"blocks": 2}, 30), ({"privacy": SIMULATED}, 20)],
 )
-def test_pieces_have_checkpoints_at_evaluations(
+def test_pieces_have_checkpoints_only_at_evaluations(
     learner_of, parents, pieces, tmp_path, options, saved
 ):
     """Twice each: before the end of a piece and after it."""
@@ -108,7 +108,7 @@ def stopping(point, count):
 
 
 @pytest.mark.parametrize("count", [1, 4, 7, 10])
-def test_a_stream_of_pieces_resumes_to_the_same_bits(learner_of, pieces, tmp_path, count):
+def test_a_stopped_run_on_pieces_resumes_bit_identically(learner_of, pieces, tmp_path, count):
     strategy = Replay(memory_size=8, selection="reservoir", update="step")
     whole = learner_of(strategy, evaluate_every=2)
     expected = whole.fit(pieces)
@@ -120,7 +120,7 @@ def test_a_stream_of_pieces_resumes_to_the_same_bits(learner_of, pieces, tmp_pat
     assert same_bits(bits(again.model.state_dict()), bits(whole.model.state_dict()))
 
 
-def test_more_pieces_of_the_last_stage_measure_it_again(learner_of, pieces, tmp_path):
+def test_more_pieces_of_the_last_stage_evaluate_the_stage_again(learner_of, pieces, tmp_path):
     early = replace(pieces, experiences=pieces.experiences[:8])
     first = learner_of(folder=tmp_path).fit(early)
     learner = learner_of(folder=tmp_path)
@@ -128,7 +128,7 @@ def test_more_pieces_of_the_last_stage_measure_it_again(learner_of, pieces, tmp_
     assert learner.position.experience == 10
 
 
-def test_a_piece_is_predicted_as_the_latest_of_its_stage(pieces):
+def test_a_stage_is_predicted_with_its_latest_piece(pieces):
     first, second = pieces.stages
     assert (first.first, first.last, second.first, second.last) == (0, 4, 5, 9)
     assert [first.latest(after) for after in (0, 3, 4, 9)] == [0, 3, 4, 4]
@@ -143,7 +143,7 @@ def test_a_piece_is_predicted_as_the_latest_of_its_stage(pieces):
         ({2: {"test": "copy"}}, "experiences 0 to 4 are one stage and have different test records"),
     ],
 )
-def test_stages_that_cannot_be_measured_are_refused(pieces, changes, message):
+def test_a_stream_with_invalid_stages_is_refused(pieces, changes, message):
     parts = list(pieces)
     for index, change in changes.items():
         if "test" in change:
@@ -162,7 +162,7 @@ def without_test(stream, index):
     return replace(stream, experiences=tuple(parts))
 
 
-def test_test_records_may_be_added_later(learner_of, parents, tmp_path):
+def test_test_records_can_be_added_after_training(learner_of, parents, tmp_path):
     late = without_test(parents, 0)
     assert len(late[0].test) == 0 and late[0].test.inputs.shape[1:] == parents.input_shape
     matrix = learner_of(folder=tmp_path).fit(late)
@@ -175,7 +175,7 @@ def test_test_records_may_be_added_later(learner_of, parents, tmp_path):
     assert learner_of(folder=tmp_path).fit(known).nan_to_num().equal(again.nan_to_num())
 
 
-def test_test_records_may_come_with_a_later_experience(learner_of, parents, tmp_path):
+def test_test_records_can_come_with_a_later_experience(learner_of, parents, tmp_path):
     first = without_test(parents, 0)
     begun = replace(first, experiences=first.experiences[:1])
     assert learner_of(folder=tmp_path).fit(begun).isnan().all()
@@ -183,7 +183,7 @@ def test_test_records_may_come_with_a_later_experience(learner_of, parents, tmp_
     assert grown[1].equal(learner_of().fit(parents)[1]) and grown[0].isnan().all()
 
 
-def test_late_test_records_are_checked(parents, pieces):
+def test_test_records_added_later_are_checked(parents, pieces):
     with pytest.raises(ConfigError, match="stage = 2 is not allowed; allowed: 0 to 1"):
         pieces.with_test(2, parents[0].test)
     given = pieces.with_test(1, parents[1].test.take(torch.arange(3)))

@@ -83,7 +83,7 @@ def test_a_step_makes_no_tensor_as_large_as_the_model(begun, strategy):
 
 
 @pytest.mark.parametrize("strategy", [EWC(strength=1.0), SI(strength=1.0)], ids=repr)
-def test_gradients_and_paths_keep_their_memory(begun, strategy):
+def test_gradients_and_paths_keep_their_memory_over_steps(begun, strategy):
     learner = begun(strategy)
 
     def places():
@@ -97,7 +97,7 @@ def test_gradients_and_paths_keep_their_memory(begun, strategy):
 
 
 @pytest.mark.parametrize("strategy", [SI(strength=1.0), RWalk(strength=1.0, window=3)], ids=repr)
-def test_a_state_of_the_caller_is_not_changed(begun, strategy):
+def test_a_strategy_state_given_by_the_caller_is_not_changed(begun, strategy):
     learner = begun(strategy)
     held = State(bits(learner.state), learner.state.rules)
     values = bits(held)
@@ -120,7 +120,7 @@ class Collecting(Strategy):
         return state.replace_group("before", before)
 
 
-def test_state_of_strategies_without_in_place_form_is_kept(begun):
+def test_a_strategy_without_in_place_update_keeps_old_states(begun):
     learner = begun(Collecting())
     kept = learner.state
     values = bits(kept)
@@ -129,7 +129,7 @@ def test_state_of_strategies_without_in_place_form_is_kept(begun):
     assert not torch.equal(learner.state["before/head.weight"], values["before/head.weight"])
 
 
-def test_the_released_gradient_shares_no_optimiser_memory(begun):
+def test_the_released_gradient_shares_no_optimizer_memory(begun):
     nesterov = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
     learner = begun(SI(strength=1.0), optimizer=nesterov)
     session = learner.session
@@ -141,7 +141,7 @@ def test_the_released_gradient_shares_no_optimiser_memory(begun):
     assert same_bits(gradient, values)
 
 
-def test_a_gradient_in_kept_memory_is_copied_into_new():
+def test_a_copy_of_a_kept_gradient_uses_new_memory():
     """A loop that zeroes gradients in place lets autograd add to the kept ones."""
     memory = StepMemory()
     kept = memory.copy_of({"w": torch.ones(3)})
@@ -158,7 +158,7 @@ def test_a_gradient_with_shared_memory_is_copied():
     assert kept["a"].tolist() == [5, 1, 1] and kept["b"].tolist() == [1, 1, 1]
 
 
-def test_without_penalty_or_path_the_gradient_is_not_copied(begun):
+def test_the_gradient_is_not_copied_without_penalty_or_path(begun):
     learner = begun(Naive())
     session = learner.session
     batch = session.sample(3)

@@ -83,14 +83,14 @@ def network():
 
 
 @pytest.mark.deep(reason="deployment: trains a network of torchvision")
-def test_a_network_of_torchvision_learns():
+def test_a_torchvision_network_trains_behind_wrap():
     model = wrap(network(), head="fc")
     assert torch.isfinite(learner(model, SLDA()).fit(pictures())).all()
     assert torch.isfinite(learner(model, Naive(), warm_start=True).fit(pictures())).all()
 
 
 @pytest.mark.deep(reason="deployment: inspects a network of torchvision in full")
-def test_a_network_of_torchvision_is_fixed_for_privacy():
+def test_privacy_refuses_batch_norm_of_torchvision_until_fixed():
     privacy = Privacy(noise_multiplier=1.0, seed=0)
     with pytest.raises(GuardError, match=r"model.bn1 is BatchNorm2d.*perdure.privacy.fix"):
         learner(wrap(network(), head="fc"), Naive(), privacy=privacy).fit(pictures())
@@ -100,7 +100,7 @@ def test_a_network_of_torchvision_is_fixed_for_privacy():
 
 
 @pytest.mark.deep(reason="deployment: timm takes seconds to import")
-def test_a_network_of_timm_learns_with_its_features():
+def test_a_timm_network_trains_behind_wrap_with_features():
     import timm
 
     timm.layers.set_fused_attn(False)  # fused attention has no rule for gradients of records
@@ -123,7 +123,7 @@ def test_a_network_of_timm_learns_with_its_features():
 
 
 @pytest.mark.deep(reason="deployment: transformers takes seconds to import")
-def test_a_model_of_hugging_face_learns_behind_wrap():
+def test_a_hugging_face_model_trains_behind_wrap():
     stream = texts()
     with pytest.raises(ConfigError, match=r"'SequenceClassifierOutput' .*wrap\(model, output='log"):
         learner(bert(), Naive()).fit(stream)
@@ -134,14 +134,14 @@ def test_a_model_of_hugging_face_learns_behind_wrap():
 
 
 @pytest.mark.deep(reason="deployment: transformers takes seconds to import")
-def test_padding_of_a_wrapped_hugging_face_model_does_not_count():
+def test_padding_does_not_change_a_wrapped_hugging_face_model():
     model = wrap(bert().eval(), output="logits", padding=0)
     inputs = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]])
     torch.testing.assert_close(model(inputs)[0], model(inputs[:1, :3])[0])
 
 
 @pytest.mark.deep(reason="deployment: transformers takes seconds to import")
-def test_adapters_on_hugging_face_learn_under_privacy():
+def test_adapters_on_a_hugging_face_model_train_under_privacy():
     adapted = low_rank(bert(), modules=("query", "value"), rank=2, trained="classifier")
     model = wrap(adapted, output="logits", head="classifier", padding=0)
     privacy = Privacy(noise_multiplier=1.0, seed=0)

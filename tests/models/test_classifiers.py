@@ -36,7 +36,7 @@ def model(request) -> Classifier:
 
 @pytest.mark.parametrize("shape", [DIGITS, (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_every_model_takes_every_image_size(config, shape):
+def test_every_classifier_accepts_every_image_size(config, shape):
     model = build(config, input_shape=shape, num_classes=7, seed=0)
     x = torch.rand(3, *shape)
     assert model(x).shape == (3, 7)
@@ -56,12 +56,12 @@ def test_an_mlp_without_hidden_layers_is_linear():
     torch.testing.assert_close(model(x), x @ model.head.weight.T + model.head.bias)
 
 
-def test_forward_is_the_head_of_the_features(model):
+def test_the_model_output_is_the_head_applied_to_the_features(model):
     x = torch.rand(5, *DIGITS)
     assert torch.equal(model(x), model.head(model.features(x)))
 
 
-def test_parameters_are_a_function_of_the_seed(model):
+def test_model_parameters_depend_only_on_the_seed(model):
     again = [
         build(config, input_shape=DIGITS, num_classes=10, seed=0) for config in CONFIGS.values()
     ]
@@ -77,7 +77,7 @@ def test_parameters_are_a_function_of_the_seed(model):
     assert not torch.equal(model.head.weight, matching[0].head.weight)
 
 
-def test_building_a_model_does_not_change_the_generator():
+def test_building_a_model_does_not_change_the_global_generator():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -85,7 +85,7 @@ def test_building_a_model_does_not_change_the_generator():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_the_initialisation_of_the_mlp_is_pytorchs():
+def test_the_mlp_has_the_default_initialisation_of_pytorch():
     ours = mlp(input_shape=(6,), num_classes=3, hidden=(4,), seed=5)
     torch.manual_seed(5)
     hidden = nn.Linear(6, 4)
@@ -114,7 +114,7 @@ def test_per_record_gradients_add_up_to_the_batch_gradient(model):
         torch.testing.assert_close(per_record[name].sum(0), batch[name], rtol=1e-8, atol=1e-10)
 
 
-def test_one_record_does_not_change_anothers_output(model):
+def test_the_output_of_a_record_does_not_depend_on_other_records(model):
     """BatchNorm in training mode would fail here."""
     x = torch.rand(4, *DIGITS)
     model.train()
@@ -132,7 +132,7 @@ def test_models_have_batch_norm_only_on_request(make):
     assert nn.GroupNorm in kinds("group")
 
 
-def test_default_models_have_the_documented_sizes():
+def test_default_models_have_the_documented_number_of_parameters():
     """About 100,000 parameters in the CNN; the usual 11,173,962 of ResNet-18 with a small stem."""
     small = cnn(input_shape=(1, 28, 28), num_classes=10, seed=0)
     large = resnet18(input_shape=(3, 32, 32), num_classes=10, seed=0)
@@ -152,12 +152,12 @@ def test_default_models_have_the_documented_sizes():
         ("head", "cone"),
     ],
 )
-def test_an_invalid_value_is_named_in_the_error(field, value):
+def test_the_model_config_refuses_an_invalid_value_and_names_it(field, value):
     with pytest.raises(ConfigError, match=rf"^{field} = .* is not allowed; allowed: [^\n]*$"):
         ModelConfig(**{field: value})
 
 
-def test_a_convolution_refuses_a_table():
+def test_the_cnn_refuses_tables_and_the_mlp_needs_a_class():
     with pytest.raises(ConfigError, match="input_shape"):
         cnn(input_shape=(30,), num_classes=2, seed=0)
     with pytest.raises(ConfigError, match="num_classes"):
@@ -167,7 +167,7 @@ def test_a_convolution_refuses_a_table():
 # --------------------------------------------------------------------------- a generator beside it
 
 
-def test_a_generator_encodes_and_decodes_beside_any_classifier():
+def test_a_generator_is_added_to_any_classifier():
     x = torch.rand(3, *DIGITS)
     for plain in (
         mlp(input_shape=DIGITS, num_classes=10, hidden=(5,), seed=0),
@@ -190,7 +190,7 @@ def test_a_generator_encodes_and_decodes_beside_any_classifier():
         )
 
 
-def test_the_decoder_mirrors_the_encoder_and_both_may_be_linear():
+def test_the_decoder_mirrors_the_encoder():
     plain = mlp(input_shape=(11,), num_classes=2, hidden=(5,), seed=0)
     model = generative(plain, input_shape=(11,), latent=3, hidden=(7, 6))
     shapes = [
@@ -203,7 +203,7 @@ def test_the_decoder_mirrors_the_encoder_and_both_may_be_linear():
     ).shape == (2, 11)
 
 
-def test_the_generators_parameters_are_a_function_of_its_seed():
+def test_generator_parameters_depend_only_on_the_seed():
     def made(seed):
         config = ModelConfig(name="generative", hidden=(6,), latent=2)
         return build(config, input_shape=(9,), num_classes=2, seed=seed)

@@ -33,7 +33,7 @@ def head(seed=0, classes=4, size=6):
 
 
 @pytest.mark.reference
-def test_the_logits_are_the_formula():
+def test_cosine_logits_equal_the_formula():
     made = head()
     features = torch.randn(5, 6)
     for i, f in enumerate(features.tolist()):
@@ -47,7 +47,7 @@ def test_the_logits_are_the_formula():
     assert float(cosines(features, made.weight).detach().abs().max()) <= 1 + 1e-6
 
 
-def test_lengths_do_not_matter_and_the_scale_does():
+def test_cosine_logits_ignore_vector_lengths_but_not_the_scale():
     made = head()
     features = torch.randn(5, 6)
     before = made(features)
@@ -69,7 +69,7 @@ def test_the_cosine_head_gradient_equals_finite_differences():
     assert torch.autograd.gradcheck(logits, (features, made.weight, made.scale))
 
 
-def test_a_zero_vector_has_no_direction_and_finite_gradients():
+def test_zero_vectors_have_finite_cosine_gradients():
     for made in (head(), head().double()):
         features = torch.zeros(2, 6, dtype=made.weight.dtype, requires_grad=True)
         logits = made(features)
@@ -106,7 +106,7 @@ def test_the_cosine_head_works_on_frozen_features():
     assert model(torch.rand(3, *DIGITS)).shape == (3, 10)
 
 
-def test_an_unknown_head_is_named_in_the_error():
+def test_the_error_names_an_unknown_kind_of_head():
     with pytest.raises(ConfigError, match="head = 'cone' is not allowed; allowed: linear, cosine"):
         Classifier(torch.nn.Flatten(), 4, 2, "cone")
 
@@ -138,7 +138,7 @@ def test_cosine_head_sums_equal_a_loop_over_records(toy_stream, bound):
         torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_used_outside_the_head_get_per_record_gradients(toy_stream):
+def test_book_keeping_refuses_head_weights_used_outside_the_head(toy_stream):
     """As LUCIR uses them: the tape would miss that part."""
     stream = toy_stream()
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0, head="cosine")
@@ -153,7 +153,7 @@ def test_weights_used_outside_the_head_get_per_record_gradients(toy_stream):
     assert clipped_gradient_sum(model, params, by_angles, len(batch), Clip(norm=1.0)) is None
 
 
-def test_the_guard_accepts_the_cosine_head_and_uses_its_rule(toy_stream, monkeypatch):
+def test_private_training_uses_the_rule_of_the_cosine_head(toy_stream, monkeypatch):
     stream = toy_stream()
     called = []
     rule = CosineHeadRule.gradients

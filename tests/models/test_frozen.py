@@ -51,7 +51,7 @@ def model(request):
     return frozen(request.param, input_shape=SHAPE, num_classes=10)
 
 
-def test_only_the_head_of_a_frozen_model_is_stored(model):
+def test_a_frozen_model_stores_only_its_head(model):
     assert (
         {name for name, _ in model.named_parameters()}
         == {"head.weight", "head.bias"}
@@ -71,7 +71,7 @@ def test_the_guard_accepts_a_frozen_model_in_training_mode(model):
     assert not any(part.training for part in model.body.modules())
 
 
-def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(model):
+def test_frozen_model_rows_are_equal_alone_and_in_a_batch(model):
     x = images()
     params = dict(model.named_parameters())
     alone = torch.func.vmap(lambda row: torch.func.functional_call(model, params, (row[None],))[0])(
@@ -97,7 +97,7 @@ def test_a_frozen_backbone_equals_its_evaluation_mode():
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d])
-def test_fixed_norms_equal_the_replaced_norms(make, affine):
+def test_fixed_norms_equal_the_replaced_norms_in_evaluation_mode(make, affine):
     norm = make(3, affine=affine, track_running_stats=True)
     x = torch.randn(6, 3, 4, 4)[(...,) if make is not nn.BatchNorm1d else (..., 0)]
     for value in [*norm.parameters(), norm.running_mean]:
@@ -134,13 +134,13 @@ def test_private_training_accepts_only_the_frozen_backbone():
         assert torch.equal(learner.model.features(images()), before)
 
 
-def test_gradients_reach_the_images_through_a_backbone():
+def test_gradients_reach_the_images_through_a_frozen_backbone():
     x = images().requires_grad_()
     frozen(backbone(), input_shape=SHAPE, num_classes=4)(x).sum().backward()
     assert float(x.grad.abs().max()) > 0
 
 
-def test_the_head_is_a_function_of_the_seed():
+def test_the_head_of_a_frozen_model_depends_only_on_the_seed():
     heads = [
         frozen(torch.abs, input_shape=SHAPE, num_classes=4, seed=s).head.weight for s in (1, 1, 2)
     ]
@@ -158,11 +158,11 @@ def test_the_head_is_a_function_of_the_seed():
         (lambda x: x.sum(0), "features of two inputs have shape"),
     ],
 )
-def test_features_that_fail_on_the_input_are_refused(features, message):
+def test_frozen_refuses_features_that_fail_on_the_input_shape(features, message):
     with pytest.raises(ConfigError, match=message):
         frozen(features, input_shape=SHAPE, num_classes=4)
 
 
-def test_a_head_without_classes_is_refused():
+def test_frozen_refuses_a_head_without_classes():
     with pytest.raises(ConfigError, match="num_classes = 0"):
         frozen(torch.abs, input_shape=SHAPE, num_classes=0)

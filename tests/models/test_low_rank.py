@@ -32,7 +32,7 @@ def moved(model):
     return model
 
 
-def test_new_adapters_change_no_output_and_freeze_the_rest():
+def test_new_adapters_change_no_output_and_freeze_other_weights():
     model = net()
     model(torch.randn(9, 5))  # moves the running statistics
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -49,7 +49,7 @@ def test_new_adapters_change_no_output_and_freeze_the_rest():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_adapters_compute_the_formula_of_the_paper():
+def test_low_rank_layers_compute_the_formula_of_the_paper():
     model = moved(low_rank(net()[:1], modules="0", rank=3, scale=0.5))
     (layer,) = model
     assert isinstance(layer, LowRankLinear)
@@ -59,7 +59,7 @@ def test_adapters_compute_the_formula_of_the_paper():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_names_are_matched_by_their_last_parts():
+def test_low_rank_finds_layers_by_the_last_parts_of_their_names():
     model = low_rank(
         decoder(input_shape=(8,), vocabulary=9, num_classes=2, width=8, seed=0),
         modules=("query", "attention.value", "body.blocks.0.expand"),
@@ -86,13 +86,13 @@ def test_names_are_matched_by_their_last_parts():
         ({"modules": "0", "rank": 2.5}, "rank = 2.5 .*whole numbers from 1"),
     ],
 )
-def test_a_layer_that_cannot_be_adapted_is_refused(settings, message):
+def test_low_rank_refuses_a_layer_that_cannot_be_adapted(settings, message):
     with pytest.raises(ConfigError, match=message):
         low_rank(net(), **settings)
 
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=0.5, seed=0)])
-def test_adapters_of_any_model_are_trained_by_a_strategy(toy_data, privacy):
+def test_a_strategy_trains_only_the_adapters_of_a_model(toy_data, privacy):
     frozen = net().eval()
     model = wrap(low_rank(frozen, modules=("0", "3"), rank=2, trained="4"), head="4")
     learner = Learner(
@@ -113,7 +113,7 @@ def test_adapters_of_any_model_are_trained_by_a_strategy(toy_data, privacy):
 @pytest.mark.deep(reason="deployment: transformers and peft take ten seconds to import")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about transformers
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_low_rank_equals_peft(kind):
+def test_low_rank_equals_peft_in_outputs_and_gradients(kind):
     import peft
     import transformers
 

@@ -54,7 +54,7 @@ def by_hand(model, x, length, chosen):
 
 
 @torch.no_grad()
-def test_every_record_picks_the_prompts_of_the_nearest_keys():
+def test_every_record_uses_the_prompts_with_the_nearest_keys():
     model = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=3))
     x = inputs()
     orders = []
@@ -70,7 +70,7 @@ def test_every_record_picks_the_prompts_of_the_nearest_keys():
     assert len(set(orders)) > 1, "all pick alike, so that a choice for the batch would pass"
 
 
-def test_unpicked_prompts_have_no_gradient():
+def test_prompts_that_are_not_used_have_no_gradient():
     model = moved(prompted(backbone(), num_classes=4, pool=6, length=2, chosen=2))
     x = inputs(1)
     logits, similarity = model.matched(x)
@@ -80,7 +80,7 @@ def test_unpicked_prompts_have_no_gradient():
         assert {m for m in range(6) if float(table.weight.grad[m].abs().max()) > 0} == picked
 
 
-def test_gradients_reach_the_inputs():
+def test_gradients_reach_the_inputs_of_prompted_models():
     for model in (
         prompted(backbone(), num_classes=4),
         composed(backbone(), num_classes=4, experiences=2),
@@ -118,7 +118,7 @@ def test_prefixes_are_sums_of_components_weighted_by_attention(experience):
         )
 
 
-def test_predict_uses_components_so_far_but_the_model_all():
+def test_upto_uses_only_components_up_to_the_experience():
     model = composed(backbone(), num_classes=4, experiences=3, components=2, length=2)
     x = inputs()
     before = [model.upto(x, t) for t in range(3)]
@@ -131,7 +131,7 @@ def test_predict_uses_components_so_far_but_the_model_all():
     assert not torch.equal(before[2], after[2])
 
 
-def test_all_components_start_orthonormal():
+def test_all_prompt_components_start_orthonormal():
     model = composed(backbone(), num_classes=4, experiences=2, components=3, length=2)
     for block in range(3):
         sets = [experience[block] for experience in model.body.components]
@@ -146,7 +146,7 @@ def test_all_components_start_orthonormal():
 # --------------------------------------------------------------------------- building
 
 
-def test_other_methods_are_reached_at_given_parameters():
+def test_forward_runs_prompt_methods_with_other_parameters():
     model = moved(prompted(backbone(), num_classes=4))
     x = inputs()
     params = {name: value.detach() * 0.5 for name, value in model.named_parameters()}
@@ -163,7 +163,7 @@ def test_other_methods_are_reached_at_given_parameters():
 
 
 @pytest.mark.parametrize("make", [prompted, composed])
-def test_parameters_are_a_function_of_the_seed(make):
+def test_prompt_parameters_depend_only_on_the_seed(make):
     more = {} if make is prompted else {"experiences": 2}
     first, again, other = (make(backbone(), num_classes=4, seed=s, **more) for s in (1, 1, 2))
     states = [model.state_dict() for model in (first, again, other)]

@@ -74,7 +74,7 @@ def plain_average(plane, resolution, scales):
 
 
 @pytest.mark.reference
-def test_scattering_equals_its_formula():
+def test_scattering_equals_the_brute_force_formula():
     scales = 2
     orientations = 8
     image = images(n=1, side=12)
@@ -120,13 +120,13 @@ def test_wavelets_have_mean_0_and_peak_at_their_frequency(scale):
         assert math.hypot(fx - centre * math.cos(angle), fy - centre * math.sin(angle)) < 0.2
 
 
-def test_a_quarter_turn_of_a_wavelet_is_another_wavelet():
+def test_a_rotated_wavelet_is_the_wavelet_of_the_rotated_angle():
     wavelets = morlet(1, 8)
     torch.testing.assert_close(wavelets[4:], wavelets[:4].rot90(-1, (1, 2)))
 
 
 @pytest.mark.parametrize("direction", range(8))
-def test_stripes_show_in_the_channel_of_their_direction(direction):
+def test_stripes_activate_the_channel_of_their_direction(direction):
     finest = Scattering()(stripes(math.pi * direction / 8))[0, 1:9].mean((1, 2))
     assert int(finest.argmax()) == direction
 
@@ -137,7 +137,7 @@ def test_a_constant_image_has_only_its_mean_as_feature():
     assert features[:, 1:].abs().max() < 1e-6
 
 
-def test_scattering_means_equal_local_means():
+def test_the_low_pass_filter_averages_around_each_position():
     for resolution in range(3):
         weights = low_pass(32, 2, resolution)
         assert weights.shape == (6, 32 >> resolution)
@@ -145,7 +145,7 @@ def test_scattering_means_equal_local_means():
         assert torch.equal(weights.argmax(1), torch.arange(4, 28, 4) >> resolution)
 
 
-def test_a_record_has_the_same_features_alone_and_among_others():
+def test_scattering_features_are_equal_alone_and_in_a_batch():
     x = images(n=5)
     transform = Scattering()
     together = transform(x)
@@ -153,14 +153,14 @@ def test_a_record_has_the_same_features_alone_and_among_others():
     torch.testing.assert_close(transform(x, batch_size=2), together)
 
 
-def test_channels_of_an_image_do_not_mix():
+def test_scattering_does_not_mix_the_channels_of_an_image():
     x = images(channels=3, side=16)
     transform = Scattering(orientations=2)
     apart = torch.cat([transform(x[:, k : k + 1]) for k in range(3)], 1)
     torch.testing.assert_close(transform(x), apart)
 
 
-def test_a_step_to_the_side_moves_features_much_less_than_pixels():
+def test_a_shift_changes_scattering_less_than_pixels():
     x = images(side=32, n=8)[:, :, 8:24, 8:24]
     x = F.pad(F.interpolate(x, scale_factor=2, mode="bilinear"), (8, 8, 8, 8))
     moved = x.roll(1, 3)
@@ -172,19 +172,19 @@ def test_a_step_to_the_side_moves_features_much_less_than_pixels():
     assert change(transform(x), transform(moved)) < 0.5 * change(x, moved)
 
 
-def test_scattering_is_periodic_at_the_borders():
+def test_scattering_modulus_is_periodic_at_the_borders():
     x = images(side=16)
     torch.testing.assert_close(modulus(x.roll(4, 2), 1, 4), modulus(x, 1, 4).roll(2, 2))
 
 
 @pytest.mark.parametrize("field", ["scales", "orientations"])
-def test_settings_below_one_are_refused(field):
+def test_scattering_refuses_settings_below_1(field):
     with pytest.raises(ConfigError, match=f"{field} = 0 is not allowed"):
         Scattering(**{field: 0})
 
 
 @pytest.mark.parametrize("shape", [(2, 28, 28), (2, 1, 30, 28), (2, 1, 28, 4)])
-def test_other_shapes_are_refused(shape):
+def test_scattering_refuses_other_image_shapes(shape):
     with pytest.raises(DataError, match="sides above 4 and divisible by it"):
         Scattering()(torch.zeros(shape))
 
@@ -192,7 +192,7 @@ def test_other_shapes_are_refused(shape):
 # --------------------------------------------------------------------------- random convolutions
 
 
-def test_random_filters_have_mean_zero_and_norm_one():
+def test_random_filters_have_mean_0_and_norm_1():
     for channels, size, smoothing in ((1, 7, 1.0), (3, 5, 0.0), (2, 1, 0.0)):
         kernels = random_filters(9, channels, size, smoothing, torch.Generator().manual_seed(1))
         assert kernels.shape == (9, channels, size, size)
@@ -200,7 +200,7 @@ def test_random_filters_have_mean_zero_and_norm_one():
         torch.testing.assert_close(kernels.square().sum((1, 2, 3)), torch.ones(9))
 
 
-def test_smoothing_leaves_low_frequencies():
+def test_smoothing_makes_random_filters_smoother():
     def roughness(smoothing):
         kernels = random_filters(200, 1, 7, smoothing, torch.Generator().manual_seed(1))
         return float(kernels.diff(dim=3).square().sum((1, 2, 3)).mean())
@@ -209,7 +209,7 @@ def test_smoothing_leaves_low_frequencies():
 
 
 @pytest.mark.reference
-def test_random_convolutions_are_the_formula_written_out():
+def test_random_convolutions_equal_the_written_out_formula():
     x = images(n=2, channels=2, side=6)
     features = RandomConvolutions(channels=2, filters=3, size=3, pool=2, seed=5)
     around = F.pad(x, (1, 1, 1, 1))
@@ -234,7 +234,7 @@ def test_random_convolutions_are_the_formula_written_out():
             torch.testing.assert_close(found[:, channel], means, rtol=1e-4, atol=1e-6)
 
 
-def test_random_convolutions_depend_on_seed_and_one_image_only():
+def test_random_convolutions_depend_only_on_seed_and_image():
     x = images(n=5)
     first, again, other = (RandomConvolutions(filters=4, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first(x), again(x)) and not torch.allclose(first(x), other(x))
@@ -250,7 +250,7 @@ def test_random_convolutions_depend_on_seed_and_one_image_only():
     torch.testing.assert_close(RandomConvolutions(filters=4, root=True)(x).square(), first(x))
 
 
-def test_a_constant_image_has_nothing_but_its_borders():
+def test_random_convolutions_are_0_inside_a_constant_image():
     inner = RandomConvolutions(filters=4, size=3, pool=4)(torch.full((1, 1, 12, 12), 0.7))[
         :, :, 1, 1
     ]
@@ -268,7 +268,7 @@ def test_a_constant_image_has_nothing_but_its_borders():
         ({"smoothing": -1.0}, "smoothing = -1.0"),
     ],
 )
-def test_settings_of_random_convolutions_are_checked(options, message):
+def test_random_convolutions_refuse_invalid_settings(options, message):
     with pytest.raises(ConfigError, match=message):
         RandomConvolutions(**options)
 

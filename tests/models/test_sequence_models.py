@@ -58,7 +58,7 @@ def test_a_recurrent_layer_equals_the_layer_of_torch(kind, theirs):
 
 
 @every_maker
-def test_outputs_do_not_depend_on_later_tokens(name):
+def test_sequence_outputs_do_not_depend_on_later_tokens(name):
     model = made(name, num_classes=VOCABULARY, every_position=True)
     x = tokens()
     later = x.clone()
@@ -70,7 +70,7 @@ def test_outputs_do_not_depend_on_later_tokens(name):
 
 
 @every_maker
-def test_padding_at_the_end_does_not_change_outputs(name):
+def test_padding_at_the_end_does_not_change_sequence_outputs(name):
     model = made(name, padding=0)
     x = tokens()
     padded = x.clone()
@@ -79,7 +79,7 @@ def test_padding_at_the_end_does_not_change_outputs(name):
 
 
 @every_maker
-def test_models_of_sequences_are_a_function_of_their_seed(name):
+def test_sequence_models_depend_only_on_the_seed(name):
     assert torch.equal(made(name)(tokens()), made(name)(tokens()))
     assert not torch.equal(made(name)(tokens()), made(name, seed=1)(tokens()))
 
@@ -92,7 +92,7 @@ def test_sequence_models_are_independent_by_construction(name):
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=0.3, clip_norm=2.0, seed=0)])
 @every_maker
-def test_models_of_sequences_are_trained_by_a_strategy(name, privacy):
+def test_a_strategy_trains_every_sequence_model(name, privacy):
     labels = torch.arange(60) % 3
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randint(1, VOCABULARY, (60, LENGTH), generator=generator)
@@ -132,12 +132,12 @@ def test_models_of_sequences_are_trained_by_a_strategy(name, privacy):
     ],
 )
 @every_maker
-def test_sizes_that_do_not_fit_are_refused(name, settings, message):
+def test_sequence_models_refuse_invalid_sizes(name, settings, message):
     with pytest.raises(ConfigError, match=message):
         made(name, **settings)
 
 
-def test_vectors_without_a_length_are_refused():
+def test_sequence_models_refuse_vectors_without_a_length():
     with pytest.raises(ConfigError, match=r"\(length, features\), or \(length,\) with vocabulary"):
         lstm(input_shape=(6,), num_classes=2, seed=0)
     with pytest.raises(ConfigError, match=r"padding = 0 .*None where inputs are vectors"):

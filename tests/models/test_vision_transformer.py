@@ -93,7 +93,7 @@ def test_attention_equals_pytorch_attention():
 
 
 @pytest.mark.reference
-def test_a_prefix_adds_keys_and_an_addition_adds_a_projection():
+def test_a_prefix_adds_keys_and_values_to_attention():
     own = moved(Attention(12, 3))
     x = torch.randn(4, 7, 12)
     query = nn.Linear(12, 12, bias=False)
@@ -111,7 +111,7 @@ def test_a_prefix_adds_keys_and_an_addition_adds_a_projection():
 
 
 @pytest.mark.reference
-def test_a_block_is_an_encoder_layer_of_pytorch():
+def test_a_transformer_block_equals_the_encoder_layer_of_pytorch():
     own = moved(Block(12, 3, 20))
     x = torch.randn(4, 7, 12)
     theirs = nn.TransformerEncoderLayer(
@@ -135,7 +135,7 @@ def test_a_block_is_an_encoder_layer_of_pytorch():
     torch.testing.assert_close(own(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_patches_equal_a_convolution_and_keep_runs_in_order():
+def test_patches_equal_the_patches_of_a_convolution():
     x = images()
     layer = nn.Conv2d(2, 6, 4, stride=4)
     ours = F.linear(patches(x, 4), layer.weight.flatten(1), layer.bias)
@@ -199,7 +199,7 @@ def test_timm_weights_give_the_outputs_of_torchvision(tmp_path):
         torch.testing.assert_close(from_timm(given, heads=3)(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_other_weights_are_refused_by_name(tmp_path):
+def test_from_timm_refuses_other_weights_by_name(tmp_path):
     _, weights = torchvision_weights()
     with pytest.raises(
         ConfigError, match=r"the weights have an entry blocks.0.ls1.gamma, which this model"
@@ -219,7 +219,7 @@ def test_other_weights_are_refused_by_name(tmp_path):
 
 
 @every
-def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(make):
+def test_transformer_rows_are_equal_alone_and_in_a_batch(make):
     own = make()
     x = images()
     params = dict(own.named_parameters())
@@ -234,7 +234,7 @@ def test_rows_are_the_same_alone_under_vmap_and_in_a_batch(make):
 
 @pytest.mark.reference
 @every
-def test_transformer_bookkeeping_equals_a_loop_over_records(make):
+def test_transformer_book_keeping_equals_a_loop_over_records(make):
     own = make()
     batch = Batch.current(Records(inputs=images(), labels=torch.arange(N) % 4), 0)
     params = dict(own.named_parameters())
@@ -259,14 +259,14 @@ def test_transformer_bookkeeping_equals_a_loop_over_records(make):
 
 
 @every
-def test_the_guard_accepts_it_and_only_trained_parts_are_stored(make):
+def test_the_guard_accepts_a_transformer_and_its_trained_parts(make):
     own = make()
     check_model(own)
     check_buffers(own, images())
     assert set(own.state_dict()) == {name for name, _ in own.named_parameters()}
 
 
-def test_private_training_of_the_whole_model_runs(toy_stream):
+def test_private_training_of_a_whole_transformer_runs(toy_stream):
     stream = toy_stream()
     own = transformer(input_shape=(5,), num_classes=4, seed=0, patch=1, width=8, depth=1, heads=2)
     learner = Learner(
@@ -282,7 +282,7 @@ def test_private_training_of_the_whole_model_runs(toy_stream):
 # --------------------------------------------------------------------------- building
 
 
-def test_parameters_depend_on_the_seed_alone():
+def test_transformer_parameters_depend_only_on_the_seed():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first, again, other = (
@@ -295,7 +295,7 @@ def test_parameters_depend_on_the_seed_alone():
     assert torch.equal(tiny((6,))(torch.ones(1, 6)), tiny((6,))(torch.ones(1, 6)))
 
 
-def test_a_fixed_copy_computes_the_same_and_keeps_the_original():
+def test_a_fixed_copy_of_a_transformer_has_equal_outputs():
     body = model().body
     x = images()
     copied = fixed(body)
@@ -334,14 +334,14 @@ def test_stored_transformer_weights_can_be_loaded(tmp_path):
         ({"input_shape": ()}, r"input_shape = \(\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(changes, message):
+def test_a_transformer_refuses_shapes_that_do_not_fit(changes, message):
     fitting = {"input_shape": SHAPE, "num_classes": 4, "width": 12, "heads": 3}
     with pytest.raises(ConfigError, match=message):
         transformer(seed=0, **fitting | changes)
 
 
 @pytest.mark.parametrize("make", [adapted, prompted, composed])
-def test_a_backbone_of_another_class_is_refused(make):
+def test_adapters_and_prompts_refuse_a_backbone_of_another_class(make):
     more = {} if make is prompted else {"experiences": 2}
     with pytest.raises(
         ConfigError,

@@ -86,7 +86,7 @@ def test_wrap_takes_the_output_from_any_return_value(answer, output):
         ({}, "output = None .*of this dict: 'hidden', 'logits'"),
     ],
 )
-def test_a_missing_output_of_a_wrapped_model_is_refused(settings, message):
+def test_wrap_refuses_a_missing_output(settings, message):
     net = Net(lambda logits, hidden: {"hidden": hidden, "logits": logits, "loss": None})
     with pytest.raises(ConfigError, match=message) as refusal:
         wrap(net, **settings)(points())
@@ -105,12 +105,12 @@ def test_a_missing_output_of_a_wrapped_model_is_refused(settings, message):
         ({"input_name": 1}, "input_name = 1 .*a keyword"),
     ],
 )
-def test_an_argument_of_wrap_that_does_not_fit_is_refused(settings, message):
+def test_wrap_refuses_an_invalid_argument(settings, message):
     with pytest.raises(ConfigError, match=message):
         wrap(Net(), **settings)
 
 
-def test_a_class_in_place_of_a_model_is_refused():
+def test_wrap_refuses_a_class_in_place_of_a_model():
     with pytest.raises(ConfigError, match=r"model = .*a torch\.nn\.Module"):
         wrap(nn.Linear)
 
@@ -122,7 +122,7 @@ def test_a_class_in_place_of_a_model_is_refused():
         ({"features": "act", "feature_size": 7}, r"shape \(6, 6\) for 6 records.*feature_size"),
     ],
 )
-def test_features_that_do_not_fit_are_refused(layer, message):
+def test_wrap_refuses_features_of_the_wrong_size(layer, message):
     with pytest.raises(ConfigError, match=message):
         wrap(Net(), **layer).features(points())
 
@@ -137,7 +137,7 @@ def test_the_error_of_a_model_without_features_names_the_fix(toy_stream):
 @pytest.mark.parametrize(
     "layer", [{"head": "score"}, {"features": "body"}, {"features": "act", "feature_size": 6}]
 )
-def test_logits_and_features_of_a_wrapped_model_take_one_pass(layer):
+def test_wrapped_logits_and_features_need_one_forward_pass(layer):
     net = Net(lambda logits, hidden: (logits,))
     model = wrap(net, output=0, **layer)
     before = net.body(points())
@@ -148,13 +148,13 @@ def test_logits_and_features_of_a_wrapped_model_take_one_pass(layer):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_features_do_not_change_by_later_in_place_writes():
+def test_wrapped_features_are_copied_before_in_place_writes():
     net = Written()
     expected = net.body(points())
     assert torch.equal(wrap(net, features="body").features(points()), expected)
 
 
-def test_wrapped_features_follow_parameters_under_vmap():
+def test_wrapped_features_use_given_parameters_under_vmap():
     model = wrap(Net(), head="score")
     changed = {name: value.detach() + 1 for name, value in model.named_parameters()}
 
@@ -172,7 +172,7 @@ def test_wrapped_features_follow_parameters_under_vmap():
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 1), (3, 6)])
-def test_axes_of_length_one_behind_features_are_left_out(shape):
+def test_wrapped_features_drop_axes_of_length_1(shape):
     net = nn.Sequential(nn.Linear(5, 18), nn.Unflatten(1, shape) if shape == (3, 6) else nn.Tanh())
     if shape == (6, 1, 1):
         net = nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, shape))
@@ -180,7 +180,7 @@ def test_axes_of_length_one_behind_features_are_left_out(shape):
     assert model.features(points()).shape == ((6, 6) if shape == (6, 1, 1) else (6, 3, 6))
 
 
-def test_wrap_passes_mask_and_inputs_by_keyword():
+def test_wrap_passes_inputs_and_mask_by_keyword():
     net = Masked()
     tokens = torch.tensor([[3, 4, 0, 0], [1, 2, 5, 6]])
     model = wrap(net, output="logits", input_name="input_ids", padding=0)
@@ -195,7 +195,7 @@ def test_wrap_passes_mask_and_inputs_by_keyword():
         (lambda logits, hidden: (logits, hidden), "output=0"),
     ],
 )
-def test_a_hugging_face_model_is_refused_with_a_hint_to_wrap(toy_stream, answer, fix):
+def test_an_unwrapped_hugging_face_model_gives_a_hint_to_wrap(toy_stream, answer, fix):
     learner = Learner(model=Net(answer), strategy=Naive(), optimizer=SGD, epochs=1)
     with pytest.raises(ConfigError, match=rf"perdure\.models\.wrap\(model, {fix}\)") as refusal:
         learner.fit(toy_stream())
@@ -226,7 +226,7 @@ def test_a_wrapped_model_trains_like_the_classifier(toy_data, strategy):
     assert all(map(torch.equal, *results))
 
 
-def test_layers_of_a_wrapped_model_are_clipped_by_rules(toy_data):
+def test_layers_of_a_wrapped_model_use_their_clipping_rules(toy_data):
     own, wrapped = pair()
     assert isinstance(wrapped, Wrapped) and independence(wrapped) == "by construction"
     batch = Batch.current(toy_data.train, 0)
@@ -244,7 +244,7 @@ def test_layers_of_a_wrapped_model_are_clipped_by_rules(toy_data):
 
 
 @pytest.mark.parametrize(("layer", "strategy"), [({"head": "2"}, SLDA()), ({}, Naive())])
-def test_a_wrapped_model_learns_under_privacy(toy_data, layer, strategy):
+def test_a_wrapped_model_trains_under_privacy(toy_data, layer, strategy):
     stream = split(toy_data, scenario="class", experiences=2)
     learner = Learner(
         model=wrap(pair()[1].model, **layer),

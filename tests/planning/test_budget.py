@@ -69,7 +69,7 @@ def spent(learner):
         ),
     ],
 )
-def test_a_longer_horizon_adds_noise_only_when_records_recur(learner_of, stream, strategy):
+def test_a_longer_horizon_adds_noise_only_if_records_recur(learner_of, stream, strategy):
     first = replace(stream, experiences=stream.experiences[:2])
     short = learner_of(first, strategy, privacy=Privacy(epsilon=3, seed=0))
     long = learner_of(first, strategy, privacy=Privacy(epsilon=3, horizon=6, seed=0))
@@ -83,7 +83,7 @@ def test_a_longer_horizon_adds_noise_only_when_records_recur(learner_of, stream,
     )
 
 
-def test_experiences_beyond_the_stream_are_like_the_last_one(learner_of, stream):
+def test_planned_experiences_copy_the_last_one_of_the_stream(learner_of, stream):
     learner = learner_of(stream, privacy=Privacy(epsilon=3, horizon=6, seed=0))
     stages = horizon(learner.training)
     assert [stage.index for stage in stages] == list(range(6))
@@ -106,7 +106,7 @@ def permuted_stream(stream):
     return permuted(data, experiences=2, seed=0)
 
 
-def test_a_stream_longer_than_its_horizon_is_refused(learner_of, stream):
+def test_a_stream_longer_than_the_horizon_is_refused(learner_of, stream):
     with pytest.raises(
         ConfigError,
         match=r"privacy.horizon = 3 is not allowed; allowed: at least 4, the number of experiences",
@@ -114,7 +114,7 @@ def test_a_stream_longer_than_its_horizon_is_refused(learner_of, stream):
         learner_of(stream, privacy=Privacy(epsilon=3, horizon=3, seed=0))
 
 
-def test_a_run_continues_within_its_horizon_with_new_records(learner_of, stream, tmp_path):
+def test_a_run_continues_within_the_horizon_with_new_records(learner_of, stream, tmp_path):
     """The same folder, a stream that grew: the old charges stand and the grant of the whole horizon
     still holds.
     """
@@ -133,7 +133,7 @@ def test_a_run_continues_within_its_horizon_with_new_records(learner_of, stream,
 # --------------------------------------------------------------------------- budgets by experience
 
 
-def test_experiences_have_own_budgets_when_records_are_used_once(learner_of, stream):
+def test_experiences_have_own_budgets_if_records_are_used_once(learner_of, stream):
     stream = replace(stream, experiences=stream.experiences[:2])
     targets = (2.0, 4.0)
     learner = learner_of(stream, EWC(strength=1.0), privacy=Privacy(epsilon=targets, seed=0))
@@ -149,7 +149,7 @@ def test_experiences_have_own_budgets_when_records_are_used_once(learner_of, str
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=4), Joint()])
-def test_budgets_by_experience_are_refused_when_records_recur(learner_of, stream, strategy):
+def test_budgets_per_experience_are_refused_if_records_recur(learner_of, stream, strategy):
     with pytest.raises(
         ConfigError,
         match=f"one number for all, because {strategy.name} on split-blobs uses records again",
@@ -177,7 +177,7 @@ def capped(stream, learner_of, strategy, cap, **changes):
 
 
 @pytest.mark.parametrize("strategy", [Replay(memory_size=6), Joint()])
-def test_partitions_over_the_cap_leave_all_pools(learner_of, stream, strategy):
+def test_partitions_over_the_epsilon_cap_leave_all_pools(learner_of, stream, strategy):
     free = learner_of(stream, strategy, privacy=Privacy(noise_multiplier=2.0, seed=0))
     free.fit(stream)
     assert spent(free)["experience-0"] > 1.02 * spent(free)["experience-1"]
@@ -204,7 +204,7 @@ def test_partitions_over_the_cap_leave_all_pools(learner_of, stream, strategy):
     assert all(touched[i].isdisjoint(left[i]) for i in range(4))
 
 
-def test_unaffordable_new_records_are_refused_before_any_draw(learner_of, stream):
+def test_unaffordable_new_records_are_refused_before_any_noise(learner_of, stream):
     trace = []
     with pytest.raises(
         BudgetError,
@@ -228,7 +228,7 @@ def test_a_cap_above_the_spent_epsilon_changes_nothing(learner_of, stream):
 # --------------------------------------------------------------------------- spent elsewhere
 
 
-def test_spent_charges_count_and_are_written_once(learner_of, stream, tmp_path):
+def test_charges_given_as_spent_are_counted_and_written_once(learner_of, stream, tmp_path):
     before = (Charge(0.01, 1.1, 500), Charge(1.0, 20.0, 1))
     privacy = Privacy(epsilon=3, spent=before, seed=0)
     fresh = learner_of(stream, EWC(strength=1.0), privacy=replace(privacy, spent=()))
@@ -244,7 +244,7 @@ def test_spent_charges_count_and_are_written_once(learner_of, stream, tmp_path):
         assert spent(again)[partition] == pytest.approx(epsilon(history, delta=DELTA))
 
 
-def test_equal_charges_spent_elsewhere_count_each_time(learner_of, stream):
+def test_equal_charges_given_as_spent_are_each_counted(learner_of, stream):
     one = Charge(0.01, 1.1, 500)
     once, twice = (
         learner_of(stream, privacy=Privacy(noise_multiplier=9.0, spent=s, seed=0))
@@ -254,7 +254,7 @@ def test_equal_charges_spent_elsewhere_count_each_time(learner_of, stream):
     assert max(spent(twice).values()) == pytest.approx(epsilon([one, one], delta=DELTA))
 
 
-def test_an_experiences_budget_holds_when_a_run_is_extended(learner_of, stream, tmp_path):
+def test_the_budget_of_an_experience_holds_if_a_run_is_extended(learner_of, stream, tmp_path):
     """Another plan in the same folder: what the first one spent counts against each experience's
     own budget.
     """
@@ -270,7 +270,7 @@ def test_an_experiences_budget_holds_when_a_run_is_extended(learner_of, stream, 
         learner_of(stream, privacy=privacy, folder=tmp_path, epochs=None, iterations=20)
 
 
-def test_an_empty_budget_is_refused(learner_of, stream):
+def test_a_budget_used_up_by_spent_charges_is_refused(learner_of, stream):
     with pytest.raises(BudgetError, match="the charges with fixed noise already cost more"):
         learner_of(stream, privacy=Privacy(epsilon=1, spent=(Charge(1.0, 0.5, 10),), seed=0))
 

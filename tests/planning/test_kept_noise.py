@@ -64,7 +64,7 @@ def change(folder, noise):
     ],
     ids=["one budget", "one budget an experience"],
 )
-def test_a_second_build_does_not_call_the_accountant(calls, privacy, strategy):
+def test_a_second_build_reuses_the_stored_noise_multiplier(calls, privacy, strategy):
     first, noise = calls(privacy, strategy)
     assert first > 0
     assert calls(privacy, strategy) == (0, noise)
@@ -108,7 +108,7 @@ def plan(stream):
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_stored_noise_of_another_plan_is_not_used(plan, tmp_path, other):
+def test_the_stored_noise_of_another_plan_is_not_used(plan, tmp_path, other):
     kept = KeptNoise(tmp_path)
     kept.keep(plan(), Schedule(noise=(2.0,)))
     assert kept.recall(plan()) == Schedule(noise=(2.0,))
@@ -120,7 +120,7 @@ def test_stored_noise_of_another_plan_is_not_used(plan, tmp_path, other):
     [replace(BUDGET, diagnostics="raw"), Privacy(noise_multiplier=1.0, epsilon=3.0, seed=0)],
     ids=["without a grant", "noise given"],
 )
-def test_noise_without_a_grant_is_not_stored(plan, tmp_path, privacy):
+def test_noise_without_a_finite_budget_is_not_stored(plan, tmp_path, privacy):
     KeptNoise(tmp_path).keep(plan(privacy), Schedule(noise=(2.0,)))
     assert not (tmp_path / FILE).exists()
 
@@ -138,7 +138,7 @@ def test_a_damaged_file_of_stored_noise_is_ignored(plan, tmp_path, text):
     assert kept.recall(plan()) == Schedule(noise=(2.0,))
 
 
-def test_a_folder_in_place_of_the_noise_file_is_ignored(plan, tmp_path):
+def test_a_folder_in_place_of_the_stored_noise_file_is_ignored(plan, tmp_path):
     (tmp_path / FILE).mkdir()
     kept = KeptNoise(tmp_path)
     kept.keep(plan(), Schedule(noise=(2.0,)))

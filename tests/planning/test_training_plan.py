@@ -26,7 +26,7 @@ class Looking(Naive):
 
 
 @pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["exact", "private"])
-def test_a_training_plan_reads_no_private_record(privacy, toy_stream, toy_model):
+def test_the_plan_of_a_private_run_gets_no_training_record(privacy, toy_stream, toy_model):
     stream = toy_stream()
     Looking.kept.clear()
     learner = Learner(
@@ -48,7 +48,7 @@ def test_a_training_plan_reads_no_private_record(privacy, toy_stream, toy_model)
         assert not privacy or all(value.untyped_storage().nbytes() == 0 for value in rows)
 
 
-def test_a_plan_is_the_same_with_and_without_privacy(toy_stream):
+def test_the_plan_of_an_experience_does_not_depend_on_privacy(toy_stream):
     stream = toy_stream()
     plans = [
         TrainingPlan(stream=stream, strategy=Naive(), batch_size=8, epochs=1, privacy=privacy)
